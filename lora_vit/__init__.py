@@ -1,0 +1,27 @@
+"""LoRA on Vision Transformers: train, sweep and compare.
+
+Public names load lazily, so that importing ``lora_vit`` (for ``--help``, the summarizer) costs no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "replace_linear_with_lora": "lora_vit.lora.inject",
+    "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
+    "load_adapter": "lora_vit.lora.merge",
+    "merge_adapter": "lora_vit.lora.merge",
+}
+
+__all__ = ["load_adapter", "mark_lora_and_head_as_trainable", "merge_adapter", "replace_linear_with_lora"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'lora_vit' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,414 @@
+"""Typed configuration of one trial: schemas, validation and the trial id.
+
+Values live in ``conf/*.yaml`` only; the dataclasses here give types, and :func:`validate` refuses what could
+not work before any model is built. Below the entry points the project passes these plain dataclasses around.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Optional, Sequence  # noqa: UP035  (OmegaConf reads these annotations)
+
+SCHEMA_VERSION = 1
+"""Version of the trial's configuration and record; part of the trial id."""
+
+TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
+"""The linear projections of an encoder block that can get an adapter, in canonical order."""
+
+MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
+DATASETS = ("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key, the value and the remedy, in one line."""
+
+
+@dataclass
+class ModelConfig:
+    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted."""
+
+    name: str
+    weights: Optional[str]
+    image_size: int
+    patch_size: int
+    num_layers: int
+    num_heads: int
+    hidden_dim: int
+    mlp_dim: int
+    head_dropout: float
+
+
+@dataclass
+class DataConfig:
+    """A data set, its splits and its batches. ``batch_size`` is global: over all processes."""
+
+    name: str
+    root: Optional[str]
+    batch_size: int
+    augment: str
+    split_seed: int
+    val_fraction: Optional[float]
+    test_fraction: Optional[float]
+    train_per_class: Optional[int]
+    official_val: bool
+    cache_size: Optional[int]
+    cache_dir: str
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. ``warmup`` is a fraction of all steps; ``clip_norm`` None: off."""
+
+    lr: float
+    weight_decay: float
+    betas: List[float]
+    eps: float
+    decay_bias_and_norm: bool
+    schedule: str
+    warmup: float
+    clip_norm: Optional[float]
+    label_smoothing: float
+
+
+@dataclass
+class LoraConfig:
+    """Which adapters (Hu et al., 2021), or which baseline (``method`` none or full; the rest is then null)."""
+
+    method: str
+    rank: Optional[int]
+    alpha: Optional[float]
+    dropout: Optional[float]
+    targets: Optional[List[str]]
+    blocks: Optional[List[int]]
+    scaling: Optional[str]
+    init: Optional[str]
+    bias: Optional[str]
+
+    def effective_scaling(self) -> float:
+        """Factor of the adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        assert self.rank is not None
+        assert self.alpha is not None
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+@dataclass
+class TrainerConfig:
+    """How to train. ``checkpoint_every`` is in seconds, ``log_every`` in steps."""
+
+    epochs: int
+    precision: str
+    accelerator: str
+    devices: str
+    compile: bool
+    resume: str
+    checkpoint_every: float
+    log_every: int
+
+
+@dataclass
+class TrialConfig:
+    """One trial: everything that decides its numbers, its seed included, and where and how it runs."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    lora: LoraConfig
+    trainer: TrainerConfig
+    seed: int
+
+
+_SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "lora": LoraConfig,
+    "trainer": TrainerConfig,
+}
+
+_NOT_IN_ID = {
+    "data": ("root", "cache_dir"),
+    "trainer": ("accelerator", "devices", "resume", "checkpoint_every", "log_every"),
+}
+
+
+def register_schema() -> None:
+    """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name="schema", node=TrialConfig)
+    OmegaConf.register_new_resolver(
+        "trial_id", lambda _root_: trial_id(from_omegaconf(_root_)), replace=True
+    )
+
+
+def from_omegaconf(cfg: Any) -> TrialConfig:
+    """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out)."""
+    from omegaconf import MissingMandatoryValue, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
+    plain = {}
+    for key in wanted:
+        try:
+            node = cfg[key]
+            plain[key] = (
+                OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+                if OmegaConf.is_config(node)
+                else node
+            )
+        except MissingMandatoryValue as error:
+            missing = error.full_key or key
+            raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+    trial = from_dict(plain)
+    validate(trial)
+    return trial
+
+
+def to_dict(trial: TrialConfig) -> dict[str, Any]:
+    """The config as nested plain values, ready for JSON."""
+    return dataclasses.asdict(trial)
+
+
+def from_dict(values: dict[str, Any]) -> TrialConfig:
+    """Inverse of :func:`to_dict`; numbers take their field's type. Raises ConfigError on other keys."""
+    sections: dict[str, Any] = {}
+    for name, cls in _SECTIONS.items():
+        fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        given = values.get(name)
+        if not isinstance(given, dict) or set(given) != set(fields):
+            raise ConfigError(f"config section '{name}' does not have the keys {sorted(fields)}")
+        sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
+    return TrialConfig(**sections, seed=int(values["seed"]))
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    if value is None:
+        return None
+    if annotation in ("float", "Optional[float]"):
+        return float(value)
+    if annotation == "List[float]":
+        return [float(v) for v in value]
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a trial config, for suggestions."""
+    keys = [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
+    return [*keys, *_SECTIONS, "seed"]
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """``, did you mean 'x'?`` for the nearest of the choices, or nothing when none is near."""
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f", did you mean '{found[0]}'?" if found else ""
+
+
+def _choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}={value} is unknown{nearest(str(value), choices)} (one of: {', '.join(choices)})")
+
+
+def _range(key: str, value: float | None, good: bool, remedy: str) -> None:
+    if value is not None and not (math.isfinite(value) and good):
+        raise ConfigError(f"{key}={value} is impossible: {remedy}")
+
+
+def validate(trial: TrialConfig) -> None:
+    """Check one trial, across fields too.
+
+    Raises:
+        ConfigError: in one line, the key, the value and what to do.
+    """
+    _validate_model(trial.model)
+    _validate_data(trial.data)
+    _validate_optimizer(trial.optimizer)
+    _validate_lora(trial.lora, trial.model)
+    _validate_trainer(trial.trainer)
+    _range("seed", trial.seed, 0 <= trial.seed < 2**63, "give a whole number from 0 up")
+
+
+def _validate_model(m: ModelConfig) -> None:
+    _choice("model.name", m.name, MODELS)
+    for key in ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+        value = getattr(m, key)
+        _range(f"model.{key}", value, value >= 1, "give a whole number from 1 up")
+    if m.image_size % m.patch_size:
+        below = max(m.patch_size, m.image_size // m.patch_size * m.patch_size)
+        raise ConfigError(
+            f"model.image_size={m.image_size} is not a multiple of the patch size {m.patch_size}: "
+            f"give for example {below} or {below + m.patch_size}"
+        )
+    if m.hidden_dim % m.num_heads:
+        raise ConfigError(f"model.hidden_dim={m.hidden_dim} is not a multiple of model.num_heads={m.num_heads}")
+    _range("model.head_dropout", m.head_dropout, 0 <= m.head_dropout < 1, "give a probability in [0, 1)")
+
+
+def _validate_data(d: DataConfig) -> None:
+    _choice("data.name", d.name, DATASETS)
+    _choice("data.augment", d.augment, ("none", "flip", "crop_flip"))
+    _range("data.batch_size", d.batch_size, d.batch_size >= 1, "give a whole number from 1 up")
+    _range("data.split_seed", d.split_seed, d.split_seed >= 0, "give a whole number from 0 up")
+    for key in ("val_fraction", "test_fraction"):
+        value = getattr(d, key)
+        if value is not None:
+            _range(f"data.{key}", value, 0 < value < 1, "give a fraction in (0, 1)")
+    if (d.val_fraction or 0) + (d.test_fraction or 0) >= 1:
+        raise ConfigError(
+            f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction} leave nothing to "
+            "train on: their sum must be below 1"
+        )
+    if d.train_per_class is not None:
+        _range("data.train_per_class", d.train_per_class, d.train_per_class >= 1, "give 1 or more, or null for all")
+    if d.cache_size is not None:
+        _range("data.cache_size", d.cache_size, d.cache_size >= 8, "give a number of pixels from 8 up")
+    if d.official_val and d.name != "tiny_imagenet":
+        raise ConfigError(f"data.official_val=true has no effect with data={d.name}: only tiny_imagenet has one")
+
+
+def _validate_optimizer(o: OptimizerConfig) -> None:
+    _choice("optimizer.schedule", o.schedule, ("linear", "cosine", "constant"))
+    _range("optimizer.lr", o.lr, o.lr > 0, "give a learning rate above 0")
+    _range("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "give 0 or more")
+    _range("optimizer.eps", o.eps, o.eps > 0, "give a small number above 0, for example 1e-8")
+    if len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas):
+        raise ConfigError(f"optimizer.betas={o.betas} is impossible: give two numbers in [0, 1), as [0.9,0.999]")
+    _range("optimizer.warmup", o.warmup, 0 <= o.warmup < 1, "give the fraction of all steps, in [0, 1)")
+    if o.clip_norm is not None:
+        _range("optimizer.clip_norm", o.clip_norm, o.clip_norm > 0, "give a norm above 0, or null for no clipping")
+    s = o.label_smoothing
+    _range("optimizer.label_smoothing", s, 0 <= s < 1, "give a number in [0, 1)")
+
+
+def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
+    _choice("lora.method", lora.method, ("lora", "none", "full"))
+    given = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.name != "method"}
+    if lora.method != "lora":
+        without = [k for k, v in given.items() if v is not None]
+        if without:
+            raise ConfigError(
+                f"lora.{without[0]}={given[without[0]]} has no effect with lora={lora.method}: drop it, or choose "
+                "adapters with lora=default"
+            )
+        return
+    for key, value in given.items():
+        if value is None and key != "blocks":
+            raise ConfigError(f"lora.{key} has no value: give one, or lora=none for a linear probe")
+    assert lora.rank is not None
+    assert lora.alpha is not None
+    assert lora.dropout is not None
+    assert lora.targets is not None
+    _range("lora.rank", lora.rank, lora.rank >= 1, "give 1 or more (lora=none trains the head alone)")
+    width = min(model.hidden_dim, model.mlp_dim)
+    _range("lora.rank", lora.rank, lora.rank <= width, f"the layers of {model.name} are {width} wide, give at most that")
+    _range("lora.alpha", lora.alpha, lora.alpha > 0, "give a number above 0")
+    _range("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "give a probability in [0, 1)")
+    if not lora.targets:
+        raise ConfigError(f"lora.targets=[] adapts nothing: give some of {', '.join(TARGETS)}, or lora=none")
+    for target in lora.targets:
+        _choice("lora.targets", target, TARGETS)
+    if len(set(lora.targets)) != len(lora.targets):
+        raise ConfigError(f"lora.targets={lora.targets} names a target twice")
+    if lora.blocks is not None:
+        last = model.num_layers - 1
+        if not lora.blocks or len(set(lora.blocks)) != len(lora.blocks):
+            raise ConfigError(f"lora.blocks={lora.blocks} must name at least one block, each once (null: all)")
+        for block in lora.blocks:
+            if not 0 <= block <= last:
+                raise ConfigError(f"lora.blocks={lora.blocks}: block {block} is not in 0 .. {last} of {model.name}")
+    _choice("lora.scaling", lora.scaling, ("standard", "rslora"))
+    _choice("lora.init", lora.init, ("kaiming_uniform", "gaussian"))
+    _choice("lora.bias", lora.bias, ("none", "lora_only", "all"))
+
+
+def _validate_trainer(t: TrainerConfig) -> None:
+    _range("trainer.epochs", t.epochs, t.epochs >= 1, "give a whole number from 1 up")
+    _choice("trainer.precision", t.precision, ("auto", "fp32", "bf16", "fp64"))
+    _choice("trainer.accelerator", t.accelerator, ("auto", "gpu", "cpu"))
+    _choice("trainer.resume", t.resume, ("auto", "restart"))
+    if t.devices != "auto" and not (t.devices.isdigit() and int(t.devices) >= 1):
+        raise ConfigError(f"trainer.devices={t.devices} is impossible: give a number from 1 up, or auto")
+    _range("trainer.checkpoint_every", t.checkpoint_every, 0 < t.checkpoint_every <= 300, "seconds in (0, 300]")
+    _range("trainer.log_every", t.log_every, t.log_every >= 1, "give a number of steps from 1 up")
+
+
+def canonical(trial: TrialConfig) -> dict[str, Any]:
+    """What decides a trial's numbers, in one fixed form: no paths, files by content, targets in fixed order."""
+    values = to_dict(trial)
+    for section, keys in _NOT_IN_ID.items():
+        for key in keys:
+            del values[section][key]
+    if trial.lora.targets is not None:
+        values["lora"]["targets"] = [t for t in TARGETS if t in trial.lora.targets]
+    if trial.lora.blocks is not None:
+        blocks = sorted(trial.lora.blocks)
+        values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers)) else blocks
+    weights = trial.model.weights
+    if is_weights_file(weights):
+        assert weights is not None
+        values["model"]["weights"] = "sha256:" + file_sha256(Path(weights).expanduser())
+    if trial.data.name == "imagefolder" and trial.data.root is not None:
+        values["data"]["files"] = listing_sha256(Path(trial.data.root).expanduser())
+    values["schema"] = SCHEMA_VERSION
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def trial_id(trial: TrialConfig) -> str:
+    """First 10 hex digits of the sha256 over the canonical config."""
+    return _digest(canonical(trial))
+
+
+def cell_id(trial: TrialConfig) -> str:
+    """The trial id without the seed: trials of one cell are repeats of each other."""
+    values = canonical(trial)
+    del values["seed"]
+    return _digest(values)
+
+
+def is_weights_file(weights: str | None) -> bool:
+    """Whether ``model.weights`` is a path rather than the name of published weights."""
+    return weights is not None and (weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights)
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes. Raises ConfigError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(file)
+    except OSError as error:
+        raise ConfigError(f"model.weights={path} cannot be read ({error.strerror}): check the path") from None
+
+
+def _sha(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def listing_sha256(root: Path) -> str:
+    """Sha256 over the relative names and sizes of the files below ``root`` (content identity of a folder)."""
+    import os
+
+    if not root.is_dir():
+        raise ConfigError(f"data.root={root} is not a folder: give the folder that holds your class folders")
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            digest.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,240 @@
+"""What a trial leaves on disk for others to read: ``record.json``, metric rows and predictions.
+
+Records are the interface between training and everything that compares trials: the summarizer reads them and
+knows nothing else. Every file is replaced atomically, so that a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lora_vit.config import SCHEMA_VERSION
+
+RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
+STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
+STALE_AFTER = 300.0
+"""Seconds without a heartbeat after which a running trial counts as interrupted."""
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or is not valid; the message names the file and the reason, in one line."""
+
+
+@dataclass
+class TrialRecord:
+    """One trial's ``record.json``.
+
+    Attributes:
+        trial_id: 10 hex digits, see :func:`lora_vit.config.trial_id`.
+        cell_id: the same without the seed; trials of one cell are repeats.
+        status: running, completed, failed, stopped or interrupted.
+        config: the typed config as nested dictionaries (``config["lora"]["rank"]``).
+        metrics: of the last epoch: ``epoch`` (finished epochs), ``step``, ``train_loss``, ``val_loss``,
+            ``val_accuracy`` (fraction), and at the end ``test_loss``, ``test_accuracy``.
+        best: ``epoch`` and ``val_accuracy`` of the epoch with the highest one, for information only.
+        parameters: counts: ``trainable``, ``adapter``, ``head``, ``total``.
+        cost: ``seconds``, ``images_per_second``, ``peak_memory_bytes``, ``pack_size``, ``adapter_bytes``.
+        environment: versions, commit, dirty, host, device, resolved precision, world size.
+        data: ``fingerprint``, ``classes``, and the number of samples of each split.
+        heartbeat: seconds since 1970 of the last sign of life; ``started``, ``finished`` likewise.
+        error: None, or ``message``, ``traceback`` and, where known, ``step``.
+    """
+
+    trial_id: str
+    cell_id: str
+    status: str
+    config: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    started: float = 0.0
+    heartbeat: float = 0.0
+    finished: float | None = None
+    error: dict[str, Any] | None = None
+    schema: int = SCHEMA_VERSION
+
+    def shown_status(self, now: float | None = None) -> str:
+        """The status, where a running trial without a fresh heartbeat counts as interrupted."""
+        age = (time.time() if now is None else now) - self.heartbeat
+        return "interrupted" if self.status == "running" and age > STALE_AFTER else self.status
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file so that it appears whole or not at all: temporary file, fsync, rename."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
+    with replacing(path) as file:
+        file.write((json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def write_record(folder: Path, record: TrialRecord) -> None:
+    """Replace the folder's ``record.json``; the heartbeat is set to now."""
+    record.heartbeat = time.time()
+    write_json(folder / RECORD, dataclasses.asdict(record))
+
+
+_TYPES: dict[str, Any] = {
+    "trial_id": str,
+    "cell_id": str,
+    "status": str,
+    "config": dict,
+    "metrics": dict,
+    "best": dict,
+    "parameters": dict,
+    "cost": dict,
+    "environment": dict,
+    "data": dict,
+    "started": (int, float),
+    "heartbeat": (int, float),
+    "finished": (int, float, type(None)),
+    "error": (dict, type(None)),
+}
+
+
+def read_record(folder: Path) -> TrialRecord:
+    """Read and validate the folder's ``record.json``.
+
+    Raises:
+        FileNotFoundError: the folder has no record.
+        RecordError: it is cut off, hand-edited into something invalid, or of another schema version.
+    """
+    path = folder / RECORD
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecordError(f"{path} is not whole JSON ({error})") from None
+    if not isinstance(values, dict) or "schema" not in values:
+        raise RecordError(f"{path} is not a trial record")
+    if values["schema"] != SCHEMA_VERSION:
+        raise RecordError(
+            f"{path} has record schema {values['schema']}, this version reads {SCHEMA_VERSION}: use the matching "
+            "version of lora_vit"
+        )
+    for name, types in _TYPES.items():
+        if name not in values:
+            raise RecordError(f"{path} lacks '{name}'")
+        if not isinstance(values[name], types):
+            raise RecordError(f"{path}: '{name}' is a {type(values[name]).__name__}")
+    if values["status"] not in STATUSES:
+        raise RecordError(f"{path}: status '{values['status']}' is unknown")
+    return TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
+
+
+class JsonLines:
+    """An append-only file of JSON rows that a resumed run cuts back to a known length.
+
+    Raises OSError from :meth:`write` when the disk is full or the folder unwritable.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int = 0):
+        self.path = path
+        self._file = path.open("ab")
+        self._file.truncate(keep_bytes)
+
+    def write(self, row: dict[str, Any]) -> None:
+        line = json.dumps(_finite(row), sort_keys=True, allow_nan=False) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
+
+    def length(self) -> int:
+        """Bytes written so far, synced to disk: what a checkpoint remembers."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a ``.jsonl`` file; a last line cut off by a crash is left out, a missing file is empty."""
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise RecordError(f"{path}: row {len(rows) + 1} is not JSON") from None
+    return rows
+
+
+PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
+
+
+def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
+    """Replace ``predictions.npz``: for each split the fields ids, labels, predicted [N] int64, true_probability [N].
+
+    Arrays are stored as ``SPLIT.FIELD``, e.g. ``val.predicted``. The zip carries no clock, so that equal
+    predictions give equal bytes.
+    """
+    buffer = io.BytesIO()
+    arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    with replacing(folder / PREDICTIONS) as file:
+        file.write(buffer.getvalue())
+
+
+def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Inverse of :func:`write_predictions`. Raises RecordError where the file is missing or not whole."""
+    path = folder / PREDICTIONS
+    splits: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                split, _, column = name.partition(".")
+                splits.setdefault(split, {})[column] = arrays[name]
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist") from None
+    except Exception as error:
+        raise RecordError(f"{path} cannot be read ({error})") from None
+    for split, fields in splits.items():
+        lengths = {len(fields[name]) for name in PREDICTION_FIELDS if name in fields}
+        if set(fields) != set(PREDICTION_FIELDS) or len(lengths) != 1:
+            raise RecordError(f"{path}: split '{split}' has missing fields or unequal lengths")
+    return splits
