@@ -1,0 +1,250 @@
+"""From folders to one :class:`Summary`: what the report, the files and a notebook show."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from lora_vit.analysis import checks, tables
+from lora_vit.analysis.effects import Effects, main_effects
+from lora_vit.analysis.load import Loaded, SummaryError, correct, load_trials
+from lora_vit.analysis.power import (
+    PairedImages,
+    detectable,
+    expected_maximum,
+    mcnemar,
+    proportion_error,
+    seeds_needed,
+)
+from lora_vit.analysis.stats import SPREADS, Comparison, compare
+from lora_vit.analysis.tables import LR, Metric
+from lora_vit.config import nearest
+
+HALF_POINT = 0.005
+
+
+@dataclass
+class Design:
+    """What the sweep's size can show (differences in units of the metric; NaN or None: cannot be said)."""
+
+    detectable: float = math.nan
+    seeds_for_half_a_point: int | None = None
+    optimism: float = math.nan
+
+
+@dataclass
+class Chosen:
+    """The cell chosen on val, and its test figure with both errors (half widths at 95 %)."""
+
+    label: str
+    cell: str
+    test: float = math.nan
+    test_n: int = 0
+    between_seeds: float = math.nan
+    of_test_set: float = math.nan
+    images: int = 0
+
+
+@dataclass
+class Summary:
+    """Everything that is shown. ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``."""
+
+    metric: Metric
+    folders: list[str]
+    trials: pd.DataFrame
+    cells: pd.DataFrame
+    unfinished: pd.DataFrame
+    settings: list[str]
+    comparison: Comparison
+    effects: Effects
+    learning_rates: pd.DataFrame
+    pivot: pd.DataFrame | None
+    design: Design
+    chosen: Chosen
+    environment: pd.DataFrame
+    pair: tuple[str, str, PairedImages] | None = None
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    verdict: str = ""
+    where: str | None = None
+
+
+def summarize(
+    folders: Sequence[str | os.PathLike[str]] | str,
+    metric: str = "val_accuracy",
+    where: str | None = None,
+    pivot: tuple[str, str] | None = None,
+    compare_trials: tuple[str, str] | None = None,
+    spreads: str = "auto",
+) -> Summary:
+    """Compare the trials below the folders.
+
+    Args:
+        folders: of sweeps or runs.
+        metric: one of ``tables.METRICS``; the last epoch's.
+        where: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``.
+        pivot: two settings, for a table of one against the other.
+        compare_trials: two trial ids (or unique beginnings) for McNemar's test on the val images.
+        spreads: see :func:`lora_vit.analysis.stats.compare`.
+
+    Raises:
+        SummaryError: nothing to summarize, an unknown name, or records that must not be compared.
+    """
+    if spreads not in SPREADS:
+        raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
+    chosen_metric = tables.metric(metric)
+    loaded = load_trials([folders] if isinstance(folders, (str, os.PathLike)) else folders)
+    if where:
+        loaded.trials = select(loaded.trials, where)
+    checks.refuse(loaded.trials)
+    return _summarize(loaded, chosen_metric, [str(f) for f in _listed(folders)], where, pivot, compare_trials, spreads)
+
+
+def _listed(folders: Sequence[str | os.PathLike[str]] | str) -> Sequence[str | os.PathLike[str]]:
+    return [folders] if isinstance(folders, (str, os.PathLike)) else folders
+
+
+def _summarize(
+    loaded: Loaded,
+    metric: Metric,
+    folders: list[str],
+    where: str | None,
+    pivot: tuple[str, str] | None,
+    pair: tuple[str, str] | None,
+    spreads: str,
+) -> Summary:
+    trials = loaded.trials
+    settings = tables.varying(trials)
+    trials = trials.assign(label=tables.labels(trials, settings))
+    done = trials[(trials["status"] == "completed") & np.isfinite(trials[metric.name].to_numpy(float))]
+    if done.empty:
+        counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
+        raise SummaryError(f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet")
+    y, cell_ids = tables.matrix(done, metric)
+    images = done["data.val"].dropna()
+    resolution = 1 / float(images.min()) if metric.accuracy and len(images) and images.min() > 0 else 0.0
+    result = compare(metric.sign * y, resolution, spreads)
+    cells = tables.cells_table(done, cell_ids, y, result, metric, settings)
+    effects = _effects(done, settings, metric)
+    chosen = _chosen(cells.iloc[0], done)
+    summary = Summary(
+        metric=metric,
+        folders=folders,
+        trials=tables.trials_table(trials, metric, settings),
+        cells=cells,
+        unfinished=checks.unfinished(trials, metric),
+        settings=settings,
+        comparison=result,
+        effects=effects,
+        learning_rates=tables.learning_rates(cells, settings, metric),
+        pivot=None if pivot is None else tables.pivot(cells, trials, pivot),
+        design=_design(result, metric),
+        chosen=chosen,
+        environment=checks.environment(done),
+        pair=None if pair is None else _pair(trials, pair),
+        problems=loaded.problems,
+        where=where,
+    )
+    summary.warnings = checks.warnings(done, trials, summary)
+    summary.verdict = checks.verdict(summary)
+    return summary
+
+
+_WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|([A-Za-z_][\w.]*)""")
+
+
+def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The trials that meet a condition in which settings go by short or dotted name."""
+    aliases = tables.aliases(list(trials.columns))
+
+    def named(match: re.Match[str]) -> str:
+        word = match.group(2)
+        if word is None:
+            return match.group(1)
+        return f"`{aliases[word]}`" if word in aliases else word
+
+    if "@" in where:
+        raise SummaryError(f"--where '{where}' cannot be read: @ is not allowed")
+    words = [m.group(2) for m in _WORD.finditer(where) if m.group(2)]
+    unknown = [w for w in words if w not in aliases and w not in _KNOWN_WORDS]
+    if unknown:
+        raise SummaryError(
+            f"--where '{where}': there is no column '{unknown[0]}'{nearest(unknown[0], sorted(aliases))}"
+        )
+    try:
+        kept = trials.query(_WORD.sub(named, where), engine="python")
+    except Exception as error:  # pandas raises many kinds here, SyntaxError among them
+        text = str(error).split("\n")[0]
+        raise SummaryError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
+    if not isinstance(kept, pd.DataFrame) or kept.empty:
+        raise SummaryError(f"--where '{where}' leaves none of the {len(trials)} trials")
+    return kept.reset_index(drop=True)
+
+
+_KNOWN_WORDS = {"and", "or", "not", "in", "is", "True", "False", "None", "e"}
+
+
+def _effects(done: pd.DataFrame, settings: list[str], metric: Metric) -> Effects:
+    """Main effects among the trials with adapters (baselines have no rank)."""
+    adapted = done[done["lora.method"] == "lora"] if "lora.method" in done else done
+    names = tables.factors(adapted, settings)
+    short = tables.names(names)
+    result = main_effects(adapted.rename(columns=short), [short[n] for n in names], metric.name)
+    return result
+
+
+def _design(result: Comparison, metric: Metric) -> Design:
+    if not result.possible:
+        return Design()
+    cells = int(result.compared.sum())
+    seeds = max(2, round(result.df / (cells - 1)) + 1) if result.complete else result.df / (cells - 1) + 1
+    smallest = detectable(result.sd, cells, seeds, result.df)  # type: ignore[arg-type]
+    needed = seeds_needed(HALF_POINT, result.sd, cells) if metric.accuracy else None
+    optimism = result.sd / math.sqrt(seeds) * expected_maximum(cells)
+    return Design(smallest, needed, optimism)
+
+
+def _chosen(best: pd.Series, done: pd.DataFrame) -> Chosen:
+    """The test figure of the first row of the cells table, and of no other."""
+    from lora_vit.analysis.stats import t_interval
+
+    trials = done[done["cell"] == best["cell"]]
+    interval = t_interval(trials["test_accuracy"].to_numpy(float))
+    sizes = trials["data.test"].dropna()
+    images = int(sizes.min()) if len(sizes) else 0
+    return Chosen(
+        label=str(best["label"]),
+        cell=str(best["cell"]),
+        test=interval.mean,
+        test_n=interval.n,
+        between_seeds=(interval.high - interval.low) / 2,
+        of_test_set=proportion_error(interval.mean, images),
+        images=images,
+    )
+
+
+def _pair(trials: pd.DataFrame, wanted: tuple[str, str]) -> tuple[str, str, PairedImages]:
+    """McNemar's test of two named trials on the val images of both."""
+    rows = []
+    for name in wanted:
+        found = trials[trials["trial"].str.startswith(name)] if name else trials[:0]
+        if len(found) != 1:
+            many = f"{len(found)} trials begin so" if len(found) else "there is no such trial"
+            raise SummaryError(f"--compare {name}: {many}{nearest(name, trials['trial'].tolist())}")
+        rows.append(found.iloc[0])
+    (ids_a, a), (ids_b, b) = (correct(r["folder"], "val") for r in rows)
+    if len(ids_a) != len(ids_b) or (ids_a != ids_b).any():
+        raise SummaryError(f"--compare {' '.join(wanted)}: the two trials have predictions of different val images")
+    if len(ids_a) == 0:
+        raise SummaryError(f"--compare {' '.join(wanted)}: there are no val predictions")
+    first, second = (f"{r['label']}, seed {r['seed']} ({r['trial']})" for r in rows)
+    return first, second, mcnemar(a, b)
+
+
+__all__ = ["LR", "Chosen", "Design", "Summary", "SummaryError", "select", "summarize"]

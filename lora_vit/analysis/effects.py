@@ -1,0 +1,130 @@
+"""Main effects of the settings: a linear model of the trials with the seed as a block.
+
+``metric = mean + seed + sum over settings of the effect of its level + error``. A setting of few levels has one
+effect per level, as the difference from its first level; a numeric one of more than ``MOST_LEVELS`` has a slope
+(rank, alpha, scaling and lr per doubling, others per unit). Intervals are t intervals at 95 %, each for itself.
+
+Error: the larger of the residual mean square between repeats (within cells) and that of the cells around the
+model (lack of fit), so that interactions widen the intervals instead of hiding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+MOST_LEVELS = 8
+DOUBLING = ("rank", "alpha", "effective_scaling", "lr")
+COLUMNS = ["setting", "level", "against", "effect", "low", "high", "p", "trials"]
+
+
+@dataclass
+class Effects:
+    """``table`` has COLUMNS (effect in units of the metric; p: F test of the whole setting)."""
+
+    table: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+    lack_of_fit_p: float = math.nan
+
+
+def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effects:
+    """Fit the model to the trials of ``frame`` (columns ``cell``, ``seed``, ``metric`` and the ``settings``).
+
+    Needs at least two cells with two seeds and a setting that varies; otherwise the table is empty. Settings that
+    go along with the ones before them cannot be separated; they are left out and named in ``notes``.
+    """
+    from scipy import stats
+
+    frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
+    counts = frame.groupby("cell")["seed"].nunique()
+    if (counts >= 2).sum() < 2:
+        return Effects(pd.DataFrame(columns=COLUMNS))
+    y = frame[metric].to_numpy(float)
+    base = _indicators(frame["seed"])
+    design, terms, notes = _design(frame, settings, base)
+    if not terms:
+        return Effects(pd.DataFrame(columns=COLUMNS), notes)
+    cells = np.column_stack([base, _indicators(frame["cell"])[:, 1:]])
+    error, df, lack_p = _error(y, design, cells)
+    if df < 1:
+        return Effects(pd.DataFrame(columns=COLUMNS), notes)
+    inverse = np.linalg.inv(design.T @ design)
+    coefficients = inverse @ design.T @ y
+    t = float(stats.t.ppf(0.975, df))
+    rows = []
+    for name, columns, levels, against, shown in terms:
+        b, v = coefficients[columns], inverse[np.ix_(columns, columns)]
+        f = float(b @ np.linalg.solve(v, b)) / len(columns) / error if error > 0 else math.inf
+        p = float(stats.f.sf(f, len(columns), df))
+        for level, effect, own, trials in zip(levels, b, np.diag(v), shown, strict=True):
+            half = t * math.sqrt(error * own)
+            rows.append([name, level, against, effect, effect - half, effect + half, p, trials])
+    if lack_p < 0.05:
+        notes.append(
+            f"the settings interact (lack of fit, p = {lack_p:.2g}): a main effect is an average over the other settings"
+        )
+    return Effects(pd.DataFrame(rows, columns=COLUMNS), notes, lack_p)
+
+
+def _indicators(column: pd.Series) -> np.ndarray:
+    """Intercept and one column per level but the first."""
+    codes, levels = pd.factorize(column, sort=True)
+    return np.column_stack([np.ones(len(codes)), *(codes == k for k in range(1, len(levels)))]).astype(float)
+
+
+def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple[np.ndarray, list, list[str]]:
+    """Columns of the block and of every setting that can be separated from those before it."""
+    design, terms, notes, taken = base, [], [], []
+    rank = np.linalg.matrix_rank(design)
+    for name in settings:
+        values = frame[name]
+        levels = sorted(values.dropna().unique())
+        if len(levels) < 2 or values.isna().any():
+            continue
+        if len(levels) > MOST_LEVELS and pd.api.types.is_numeric_dtype(values):
+            double = name.split(".")[-1] in DOUBLING
+            x = values.to_numpy(float)
+            new = (np.log2(x) if double else x)[:, None]
+            unit, against, trials = ("per doubling" if double else "per unit"), "", [len(frame)]
+            labels: list[object] = [unit]
+        elif len(levels) > MOST_LEVELS:
+            notes.append(f"{name} has {len(levels)} levels: too many for an effect each")
+            continue
+        else:
+            new = np.column_stack([(values == level).to_numpy(float) for level in levels[1:]])
+            labels, against = list(levels[1:]), levels[0]
+            trials = [int((values == level).sum()) for level in levels[1:]]
+        wider = np.column_stack([design, new])
+        found = np.linalg.matrix_rank(wider / np.linalg.norm(wider, axis=0))
+        if found < wider.shape[1]:
+            notes.append(f"{name} cannot be separated from {' and '.join(taken) or 'the seeds'}: no effect is shown")
+            continue
+        terms.append((name, np.arange(design.shape[1], wider.shape[1]), labels, against, trials))
+        design, rank = wider, found
+        taken.append(name)
+    assert rank == design.shape[1] or not terms
+    return design, terms, notes
+
+
+def _error(y: np.ndarray, design: np.ndarray, cells: np.ndarray) -> tuple[float, int, float]:
+    """Error mean square, its degrees of freedom, and the p-value of lack of fit (see the module's text)."""
+    from scipy import stats
+
+    def rest(x: np.ndarray) -> tuple[float, int]:
+        fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+        return float(((y - x @ fit) ** 2).sum()), len(y) - int(rank)
+
+    all_ss, all_df = rest(design)
+    pure_ss, pure_df = rest(cells)
+    if pure_df < 1:
+        return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
+    lack_df = all_df - pure_df
+    pure = pure_ss / pure_df
+    if lack_df < 1:
+        return pure, pure_df, math.nan
+    lack = max(all_ss - pure_ss, 0.0) / lack_df
+    p = float(stats.f.sf(lack / pure, lack_df, pure_df)) if pure > 0 else (0.0 if lack > 0 else 1.0)
+    return (lack, lack_df, p) if lack > pure else (pure, pure_df, p)

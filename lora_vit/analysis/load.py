@@ -1,0 +1,222 @@
+"""Folders to a table: one row per trial, and a list of what could not be read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lora_vit.config import _NOT_IN_ID, TARGETS
+from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_record
+
+OUTPUT = "summary"
+"""Name of the folder that a summary is written into; never searched."""
+
+METRICS = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
+COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
+_TARGET_NAMES = {
+    tuple(TARGETS): "all",
+    ("q", "k", "v", "o"): "attention",
+    ("fc1", "fc2"): "mlp",
+    ("q", "v"): "q v",
+}
+
+
+class SummaryError(Exception):
+    """Nothing can be summarized, or a comparison would be wrong; the message is one line for the user."""
+
+
+@dataclass
+class Loaded:
+    """``trials``: one row per trial id (columns: see :func:`row`); ``problems``: lines for the user."""
+
+    trials: pd.DataFrame
+    problems: list[str] = field(default_factory=list)
+
+
+def find_records(folder: Path) -> list[Path]:
+    """Folders with a record at or below ``folder``, at most two levels down, sorted."""
+    found = []
+
+    def look(path: Path, depth: int) -> None:
+        if (path / RECORD).is_file():
+            found.append(path)
+            return
+        if depth == 2:
+            return
+        with os.scandir(path) as entries:
+            below = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != OUTPUT)
+        for name in below:
+            look(path / name, depth + 1)
+
+    look(folder, 0)
+    return found
+
+
+def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
+    """Read every record of the folders; of records with one trial id the newest counts.
+
+    Raises:
+        SummaryError: a folder does not exist, or there is no readable record at all.
+    """
+    problems: list[str] = []
+    rows: dict[str, dict[str, Any]] = {}
+    paths: dict[Path, None] = {}
+    for name in folders:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise SummaryError(f"{folder} is not a folder: give the folder of a sweep or of a run")
+        try:
+            paths.update((p, None) for p in find_records(folder))
+        except OSError as error:
+            raise SummaryError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if not paths:
+        raise SummaryError(f"no trial in {', '.join(map(str, folders))}: no {RECORD} there or up to two folders below")
+    for path in paths:
+        try:
+            new = row(read_record(path), path, problems)
+        except FileNotFoundError:
+            continue  # removed since it was found
+        except RecordError as error:
+            problems.append(f"{error}; left out")
+            continue
+        old = rows.get(new["trial"])
+        if old is not None:
+            new, old = (new, old) if _age(new) >= _age(old) else (old, new)
+            problems.append(
+                f"trial {new['trial']} is there twice: {new['folder']} ({new['status']}) is newer and counts, "
+                f"{old['folder']} ({old['status']}) is left out"
+            )
+        rows[new["trial"]] = new
+    if not rows:
+        raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
+    frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
+    return Loaded(frame, problems)
+
+
+def _age(values: dict[str, Any]) -> tuple[float, str]:
+    """Later start first, then later heartbeat; the folder's name settles ties, so that the order of reading never does."""
+    return (max(values["started"], values["heartbeat"]), values["folder"])
+
+
+def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any]:
+    """One trial as a flat row.
+
+    ``trial cell status seed``, settings by dotted name (``lora.rank``), metrics (fractions), costs, counts
+    (``trainable`` ...), ``data.*`` and ``environment.*``, ``error``, ``folder``. A metric that is missing or
+    impossible is NaN and named in ``problems``.
+    """
+    lora = record.config.get("lora")
+    seed = record.config.get("seed")
+    if not isinstance(lora, dict) or not isinstance(seed, int) or isinstance(seed, bool):
+        raise RecordError(f"{folder / RECORD} has no whole config (seed, lora)")
+    values: dict[str, Any] = {
+        "trial": record.trial_id,
+        "cell": record.cell_id,
+        "status": record.shown_status(),
+        "seed": seed,
+        **_settings(record.config),
+        "lora.effective_scaling": _effective_scaling(lora),
+        "epoch": _number(record.metrics.get("epoch")),
+    }
+    for name in METRICS:
+        values[name] = _metric(name, record, folder, problems)
+    values.update({name: _number(record.cost.get(name)) for name in COSTS})
+    for name in ("trainable", "adapter", "head", "total"):
+        values[f"{name}_parameters"] = _number(record.parameters.get(name))
+    values.update({f"data.{k}": record.data.get(k) for k in ("fingerprint", "classes", "train", "val", "test")})
+    environment = record.environment
+    for k in ("commit", "dirty", "host", "device", "precision", "world_size"):
+        values[f"environment.{k}"] = environment.get(k)
+    versions = environment.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    values["environment.versions"] = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    error = record.error or {}
+    values["error"] = str(error.get("message", "")).strip().split("\n")[0]
+    values["error_step"] = _number(error.get("step"))
+    values.update(started=record.started, heartbeat=record.heartbeat, folder=str(folder))
+    return values
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The config by dotted names, without what does not decide the numbers; lists as readable text."""
+    values = {}
+    for section, content in config.items():
+        if not isinstance(content, dict):
+            continue
+        for key, value in content.items():
+            if key not in _NOT_IN_ID.get(section, ()):
+                values[f"{section}.{key}"] = _plain(key, value)
+    if values.get("lora.method", "lora") == "lora" and values.get("lora.blocks") is None:
+        values["lora.blocks"] = "all"
+    return values
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key == "targets" and isinstance(value, (list, tuple)):
+        ordered = tuple(t for t in TARGETS if t in value)
+        return _TARGET_NAMES.get(ordered, " ".join(ordered))
+    if isinstance(value, (list, tuple)):
+        return " ".join(f"{v}" for v in value)
+    if isinstance(value, dict):
+        return str(value)
+    return value
+
+
+def _effective_scaling(lora: dict[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; NaN without adapters."""
+    rank, alpha = _number(lora.get("rank")), _number(lora.get("alpha"))
+    if not rank > 0:
+        return math.nan
+    return alpha / (math.sqrt(rank) if lora.get("scaling") == "rslora" else rank)
+
+
+def _number(value: Any) -> float:
+    """The value as a float; NaN for anything that is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -> float:
+    value = _number(record.metrics.get(name))
+    needed = record.status == "completed" and not name.startswith("test")
+    if name.endswith("accuracy") and not (math.isnan(value) or 0 <= value <= 1):
+        problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
+        return math.nan
+    if needed and math.isnan(value) and name == "val_accuracy":
+        problems.append(f"{folder / RECORD}: completed without {name}; taken as missing")
+    return value
+
+
+def correct(folder: str, split: str) -> tuple[Any, Any]:
+    """Sample ids and whether each was classified correctly, sorted by id, from ``predictions.npz``.
+
+    Raises:
+        SummaryError: the file or the split is missing or broken.
+    """
+    import numpy as np
+
+    from lora_vit.records import read_predictions
+
+    try:
+        splits = read_predictions(Path(folder))
+    except RecordError as error:
+        raise SummaryError(str(error)) from None
+    if split not in splits:
+        raise SummaryError(f"{Path(folder) / PREDICTIONS} has no split '{split}'")
+    fields = splits[split]
+    order = np.argsort(fields["ids"], kind="stable")
+    return fields["ids"][order], (fields["labels"] == fields["predicted"])[order]
+
+
+def short_names(columns: Sequence[str]) -> dict[str, str]:
+    """Dotted setting -> short name for display: the last part where it is unique, ``model`` for ``model.name``."""
+    last = {c: (c.split(".")[0] if c.endswith(".name") else c.rsplit(".", 1)[-1]) for c in columns}
+    taken = list(last.values())
+    return {c: (s if taken.count(s) == 1 else c) for c, s in last.items()}

@@ -1,0 +1,108 @@
+"""What a design can detect, and tests of two trained models on the same images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_vit.analysis.stats import CONFIDENCE, tukey_critical
+
+MOST_SEEDS = 200
+
+
+def power(difference: float, sd: float, cells: int, seeds: int, df: float | None = None) -> float:
+    """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
+
+    ``P(|T| > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom
+    and noncentrality ``difference / (sd sqrt(2 / seeds))``.
+    """
+    from scipy import stats
+
+    if cells < 2 or seeds < 2:
+        return 0.0
+    if sd == 0:
+        return 1.0 if difference > 0 else 0.0
+    df = (cells - 1) * (seeds - 1) if df is None else df
+    critical = tukey_critical(cells, df) / math.sqrt(2)
+    away = difference / (sd * math.sqrt(2 / seeds))
+    # the lower tail is below 1e-3 wherever the upper one matters; scipy gives NaN for it far out
+    value = float(stats.nct.sf(critical, df, away))
+    return 1.0 if math.isnan(value) else value
+
+
+def detectable(sd: float, cells: int, seeds: int, df: float | None = None, wanted: float = 0.8) -> float:
+    """Smallest true difference that :func:`power` finds with probability ``wanted``; NaN below two seeds."""
+    from scipy import optimize
+
+    if cells < 2 or seeds < 2 or not sd > 0:
+        return 0.0 if sd == 0 and cells > 1 and seeds > 1 else math.nan
+    top = sd
+    while power(top, sd, cells, seeds, df) < wanted:
+        top *= 2
+    return float(optimize.brentq(lambda x: power(x, sd, cells, seeds, df) - wanted, 0.0, top, rtol=1e-6))
+
+
+def seeds_needed(difference: float, sd: float, cells: int, wanted: float = 0.8) -> int | None:
+    """Fewest seeds with which :func:`power` reaches ``wanted``; None above ``MOST_SEEDS``."""
+    if cells < 2 or not math.isfinite(sd):
+        return None
+    low, high = 1, 2
+    while power(difference, sd, cells, high) < wanted:
+        low, high = high, high * 2
+        if low >= MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(difference, sd, cells, middle) >= wanted else (middle, high)
+    return high if high <= MOST_SEEDS else None
+
+
+def expected_maximum(count: int) -> float:
+    """Expectation of the largest of ``count`` independent standard normal values (0 for one)."""
+    from scipy import special
+
+    z = np.linspace(-9, 9, 2001)
+    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return float((count * z * density * special.ndtr(z) ** (count - 1)).sum() * (z[1] - z[0])) if count > 1 else 0.0
+
+
+def proportion_error(p: float, n: int) -> float:
+    """Half width of the 95 % interval of an accuracy ``p`` on ``n`` images: ``1.96 sqrt(p (1 - p) / n)``."""
+    return 1.959964 * math.sqrt(max(p * (1 - p), 0.0) / n) if n > 0 and math.isfinite(p) else math.nan
+
+
+@dataclass(frozen=True)
+class PairedImages:
+    """McNemar's test: images only the first model gets right, only the second, exact two-sided p."""
+
+    images: int
+    only_first: int
+    only_second: int
+    p: float
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the first minus that of the second, fraction."""
+        return (self.only_first - self.only_second) / self.images
+
+    @property
+    def differ(self) -> bool:
+        return self.p < 1 - CONFIDENCE
+
+
+def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> PairedImages:
+    """Exact McNemar test (McNemar, 1947) of two trained models on the same images, boolean [N] each.
+
+    It says whether *these two trained models* differ on images like these; another seed of the same settings may
+    come out the other way.
+    """
+    from scipy import stats
+
+    a, b = np.asarray(first_correct, bool), np.asarray(second_correct, bool)
+    if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
+        raise ValueError(f"need two equally long vectors, got {a.shape} and {b.shape}")
+    first, second = int((a & ~b).sum()), int((~a & b).sum())
+    p = float(stats.binomtest(first, first + second, 0.5).pvalue) if first + second else 1.0
+    return PairedImages(len(a), first, second, p)

@@ -1,0 +1,370 @@
+"""Which cells differ? Comparisons with the seed as the unit of replication and as a block.
+
+Model: ``y[cell, seed] = mean[cell] + block[seed] + error``. Two questions, two procedures:
+
+- *worse than the best* is a claim over all pairs, because the best cell is itself selected: Tukey's studentized
+  range on the blocked residual (Tukey, 1953; Kramer, 1956 for unequal numbers of seeds), family-wise 5 %.
+- *candidate for best*: Hsu's multiple comparisons with the best (Hsu, 1981; 1996, ch. 4), one-sided Dunnett
+  critical values. The true best is among the candidates with 95 %.
+
+Unequal spreads make the pooled error too small for the cells that spread most. Games & Howell (1976) replace it
+by each pair's own variance, which errs far above 5 % with 2 to 5 seeds (docs/statistics.md). Here the *wide* error
+is used instead: the mean variance of that half of the cells that spreads most, or the pair's own if that is larger.
+
+All arrays: m cells, S seeds; a missing trial is NaN. Nothing here reads files or prints.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CONFIDENCE = 0.95
+SPREADS = ("auto", "equal", "unequal")
+_INTERPOLATE_FROM = 80
+"""More distinct statistics than this get their p-values by interpolation on a grid."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean, standard deviation, number of seeds and t interval; the interval is NaN for n < 2."""
+
+    mean: float
+    sd: float
+    n: int
+    low: float
+    high: float
+
+
+def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values. With n < 2, sd and interval are NaN."""
+    from scipy import special
+
+    x = np.asarray(values, dtype=float)
+    x = x[np.isfinite(x)]
+    n = len(x)
+    if n == 0:
+        return Interval(math.nan, math.nan, 0, math.nan, math.nan)
+    mean = float(x.mean())
+    if n == 1:
+        return Interval(mean, math.nan, 1, math.nan, math.nan)
+    sd = float(x.std(ddof=1))
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * sd / math.sqrt(n)
+    return Interval(mean, sd, n, mean - half, mean + half)
+
+
+@dataclass
+class Blocked:
+    """Least-squares fit of the model with cells and seeds (see :func:`fit_blocks`)."""
+
+    y: np.ndarray  # [m, S], NaN where missing
+    means: np.ndarray  # [m] adjusted for the seeds each cell has; equal to the plain means in a complete design
+    counts: np.ndarray  # [m] seeds of each cell
+    ss: np.ndarray  # [m] residual sum of squares of each cell
+    dof: np.ndarray  # [m] its expectation in units of the error variance
+    df: int
+    blocked: bool
+    shares: np.ndarray  # [m, S] weight of each seed in the cell's plain mean
+    inverse: np.ndarray  # [S, S] covariance of the seed effects in units of the error variance
+
+    @property
+    def mse(self) -> float:
+        return float(self.ss.sum() / self.df) if self.df > 0 else math.nan
+
+    def difference_variance(self, rows: np.ndarray) -> np.ndarray:
+        """Variance of ``means[rows] - means`` in units of the error variance: [len(rows), m]."""
+        own = 1 / self.counts
+        left = self.shares[rows] @ self.inverse
+        diagonal = np.einsum("ms,st,mt->m", self.shares, self.inverse, self.shares)
+        cross = left @ self.shares.T
+        return own[rows][:, None] + own + diagonal[rows][:, None] + diagonal - 2 * cross
+
+
+def fit_blocks(y: np.ndarray) -> Blocked:
+    """Fit cell means and seed effects to ``y`` [m, S] (NaN: no such trial; each row has at least one value).
+
+    Where cells and seeds do not hang together (some cells share no seed with the others, directly or through
+    others), differences between them cannot be freed of the seeds: the fit then leaves the seeds out
+    (``blocked`` is False) and their spread stays in the error.
+    """
+    there = np.isfinite(y)
+    counts = there.sum(1).astype(float)
+    shares = there / counts[:, None]
+    filled = np.where(there, y, 0.0)
+    information = np.diag(there.sum(0).astype(float)) - there.T @ shares
+    used = there.any(0)
+    blocked = bool(np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1) and used.sum() > 1
+    plain = filled.sum(1) / counts
+    if blocked:
+        inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
+        effects = inverse @ np.where(there, y - plain[:, None], 0.0).sum(0)
+    else:
+        inverse = np.zeros((y.shape[1], y.shape[1]))
+        effects = np.zeros(y.shape[1])
+    means = plain - shares @ effects
+    residual = np.where(there, y - means[:, None] - effects, 0.0)
+    centred = np.diag(inverse)[None, :] - 2 * shares @ inverse
+    leverage = 1 / counts[:, None] + centred + np.einsum("ms,st,mt->m", shares, inverse, shares)[:, None]
+    dof = np.where(there, 1 - leverage, 0.0).sum(1)
+    df = int(there.sum()) - len(y) - (int(used.sum()) - 1 if blocked else 0)
+    return Blocked(y, means, counts, (residual**2).sum(1), dof, df, blocked, shares, inverse)
+
+
+def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
+    """Mean square of the cells' variances over their squared mean (last axis: cells). 1 for equal variances."""
+    v = ss / np.maximum(dof, 1e-9)
+    mean = v.mean(-1)
+    return (v**2).mean(-1) / np.where(mean > 0, mean, 1.0) ** 2
+
+
+@functools.lru_cache(maxsize=32)
+def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
+    """Sorted values of :func:`spread_statistic` under equal spreads, for one pattern of present trials."""
+    there = np.frombuffer(pattern, dtype=bool).reshape(m, -1)
+    fit = fit_blocks(np.where(there, 0.0, np.nan))
+    rng = np.random.default_rng(12345)
+    draws = int(np.clip(4e6 // there.size, 200, 2000))
+    out = []
+    for _ in range(0, draws, 200):
+        e = np.where(there, rng.standard_normal((200, *there.shape)), 0.0)
+        plain = np.einsum("dms,ms->dm", e, fit.shares)
+        effects = np.where(there, e - plain[:, :, None], 0.0).sum(1) @ fit.inverse
+        means = plain - effects @ fit.shares.T
+        residual = np.where(there, e - means[:, :, None] - effects[:, None, :], 0.0)
+        out.append(spread_statistic((residual**2).sum(2), fit.dof))
+    return np.sort(np.concatenate(out))
+
+
+def spread_test(fit: Blocked) -> float:
+    """p-value of "all cells spread equally" by simulation under normal errors; NaN where it cannot be tested."""
+    m = len(fit.counts)
+    if m < 3 or fit.df < 1 or fit.ss.sum() == 0:
+        return math.nan
+    null = _null_spread(np.isfinite(fit.y).tobytes(), m, fit.blocked)
+    observed = float(spread_statistic(fit.ss, fit.dof)) * (1 - 1e-9)
+    return float((1 + len(null) - np.searchsorted(null, observed)) / (1 + len(null)))
+
+
+def equal_spread_level(fit: Blocked) -> float:
+    """The p-value of :func:`spread_test` above which the pooled error is used; above 1: never.
+
+    Chosen by simulation (docs/statistics.md) so that a threefold spread of half of the cells keeps the 5 %: the
+    fewer seeds and cells, the less the test sees, and the less its silence is worth.
+    """
+    m = len(fit.counts)
+    if m < 3:
+        return 0.0  # two cells: the blocked residual is the pair's own error
+    per_cell, many = fit.df / (m - 1), m >= 20
+    if per_cell < 1.5:
+        return 0.7 if many else 1.01
+    if per_cell < 2.5:
+        return 0.25 if many else 0.45
+    return 0.1 if many else 0.3 if per_cell < 3.5 else 0.2
+
+
+def wide_variance(fit: Blocked) -> float:
+    """Mean error variance of that half of the cells (rounded up) that spreads most."""
+    v = fit.ss / np.maximum(fit.dof, 1e-9)
+    top = np.argsort(v)[-((len(v) + 1) // 2) :]
+    return float(fit.ss[top].sum() / max(fit.dof[top].sum(), 1e-9))
+
+
+def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
+    """Half the variance of the paired differences ``y[rows] - y`` over common seeds: [len(rows), m].
+
+    NaN with fewer than two common seeds. Not blocked: the mean of the two cells' variances.
+    """
+    there = np.isfinite(y)
+    x = np.where(there, y - np.nanmean(y, axis=1, keepdims=True), 0.0)
+    t = there.astype(float)
+    if not blocked:
+        v = (x**2).sum(1) / np.maximum(t.sum(1) - 1, 1)
+        return (v[rows][:, None] + v) / 2
+    n = t[rows] @ t.T
+    first = x[rows] @ t.T - t[rows] @ x.T
+    second = (x**2)[rows] @ t.T + t[rows] @ (x**2).T - 2 * x[rows] @ x.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = np.maximum(second - first**2 / n, 0.0) / (n - 1)
+    return np.where(n >= 2, variance / 2, np.nan)
+
+
+def tukey_p(q: np.ndarray, m: int, df: float) -> np.ndarray:
+    """P(studentized range of m means, df degrees of freedom > q)."""
+    from scipy import stats
+
+    return _interpolated(q, lambda x: stats.studentized_range.sf(x, m, df))
+
+
+@functools.lru_cache(maxsize=256)
+def tukey_critical(m: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
+    """Upper point of the studentized range."""
+    from scipy import stats
+
+    return float(stats.studentized_range.ppf(1 - alpha, m, df))
+
+
+def dunnett_p(t: np.ndarray, others: int, df: float) -> np.ndarray:
+    """P(max of ``others`` one-sided t statistics with correlation 1/2 > t), Dunnett (1955).
+
+    ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
+    (absolute error below 1e-5).
+    """
+    return _interpolated(t, lambda x: _dunnett_sf(x, others, df))
+
+
+def _dunnett_sf(t: np.ndarray, others: int, df: float) -> np.ndarray:
+    from scipy import special
+
+    z = np.linspace(-8.5, 8.5, 171)
+    weight_z = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    nodes, weights = np.polynomial.legendre.leggauss(160)
+    s = np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df)
+    out = []
+    for value in np.atleast_1d(t):
+        log_cdf = special.log_ndtr(math.sqrt(2) * value * s[:, None] + z)
+        out.append(1 - (weights / 2) @ (np.exp(others * log_cdf) @ weight_z))
+    return np.clip(np.array(out), 0.0, 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
+    """Upper point of :func:`dunnett_p`."""
+    from scipy import optimize
+
+    top = 4.0
+    while _dunnett_sf(np.array([top]), others, df)[0] > alpha:
+        top *= 2
+    return float(optimize.brentq(lambda x: _dunnett_sf(np.array([x]), others, df)[0] - alpha, 0.0, top, xtol=1e-7))
+
+
+def _interpolated(x: np.ndarray, tail) -> np.ndarray:  # type: ignore[no-untyped-def]
+    """``tail`` at each finite x >= 0 (1 below 0, 0 at infinity), on a grid where there are many."""
+    x = np.asarray(x, dtype=float)
+    out = np.where(np.isnan(x), np.nan, np.where(x > 0, 0.0, 1.0))
+    inside = (x > 0) & np.isfinite(x)
+    points = np.unique(x[inside])
+    if len(points) == 0:
+        return out
+    if len(points) > _INTERPOLATE_FROM:
+        from scipy.interpolate import PchipInterpolator
+
+        grid = np.unique(np.quantile(points, np.linspace(0, 1, _INTERPOLATE_FROM)))
+        values = PchipInterpolator(grid, tail(grid))(x[inside])
+    else:
+        values = tail(points)[np.searchsorted(points, x[inside])]
+    out[inside] = np.clip(values, 0.0, 1.0)
+    return out
+
+
+@dataclass
+class Comparison:
+    """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``).
+
+    ``difference`` is best minus cell (never negative), ``half`` its simultaneous 95 % half width.
+    """
+
+    compared: np.ndarray
+    means: np.ndarray
+    difference: np.ndarray
+    half: np.ndarray
+    p_worse: np.ndarray
+    worse: np.ndarray
+    p_candidate: np.ndarray
+    candidate: np.ndarray
+    best: int | None = None
+    df: int = 0
+    sd: float = math.nan  # error sd of one trial, as used
+    pooled_sd: float = math.nan
+    spread_p: float = math.nan
+    wide: bool = False
+    blocked: bool = True
+    complete: bool = True
+    seeds: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def possible(self) -> bool:
+        return self.best is not None
+
+
+def compare(
+    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_values: bool = True
+) -> Comparison:
+    """Compare m cells with the best of them (higher is better).
+
+    Args:
+        y: [m, S], one column per seed; NaN where there is no such trial.
+        resolution: smallest step of the metric (1 / number of images); its rounding variance
+            ``resolution**2 / 12`` is the least error variance used.
+        spreads: ``auto`` (test, then choose), ``equal`` (pooled error) or ``unequal`` (wide error).
+        p_values: False leaves ``p_worse`` and ``p_candidate`` NaN (they are slow; the marks do not need them).
+
+    Cells with fewer than two seeds take no part.
+    """
+    m = len(y)
+    nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
+    result = Comparison(no.copy(), nan.copy(), nan.copy(), nan.copy(), nan.copy(), no.copy(), nan.copy(), no.copy())
+    keep = np.isfinite(y).sum(1) >= 2
+    if keep.sum() < 2:
+        return result
+    part = y[keep][:, np.isfinite(y[keep]).any(0)]
+    fit = fit_blocks(part)
+    if fit.df < 1:
+        return result
+    result.spread_p = spread_test(fit)
+    wide = spreads == "unequal" or (spreads == "auto" and not _looks_equal(result.spread_p, fit))
+    floor = resolution**2 / 12
+    common = max(wide_variance(fit) if wide else fit.mse, floor)
+    best = int(np.argmax(fit.means))
+    error = _errors(fit, np.array([best]), common, wide)[0]
+    difference = fit.means[best] - fit.means
+    k = len(fit.means)
+    q, t = _ratio(difference, error) * math.sqrt(2), _exclusion(fit, common, wide)
+    half = tukey_critical(k, fit.df) / math.sqrt(2) * error
+    half[best] = np.nan
+    result.compared = keep
+    result.means[keep], result.difference[keep], result.half[keep] = fit.means, difference, half
+    result.worse[keep] = q > tukey_critical(k, fit.df)
+    result.candidate[keep] = t <= dunnett_critical(k - 1, fit.df)
+    if p_values:
+        p = tukey_p(q, k, fit.df)
+        p[best] = np.nan
+        result.p_worse[keep], result.p_candidate[keep] = p, dunnett_p(t, k - 1, fit.df)
+    result.best = int(np.flatnonzero(keep)[best])
+    result.df, result.sd, result.pooled_sd = fit.df, math.sqrt(common), math.sqrt(max(fit.mse, 0.0))
+    result.wide, result.blocked = wide and k > 2, fit.blocked
+    result.complete, result.seeds = bool(np.isfinite(part).all()), part.shape[1]
+    return result
+
+
+def _looks_equal(spread_p: float, fit: Blocked) -> bool:
+    level = equal_spread_level(fit)
+    return level <= 1 and (math.isnan(spread_p) or spread_p >= level)
+
+
+def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
+    """Standard errors of ``means[rows] - means``: [len(rows), m]."""
+    variance = np.full((len(rows), len(fit.means)), common)
+    if wide:
+        variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
+    return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
+
+
+def _ratio(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(difference == 0, 0.0, difference / error)
+
+
+def _exclusion(fit: Blocked, common: float, wide: bool) -> np.ndarray:
+    """For each cell the largest t by which another cell lies above it (0 or less for the best)."""
+    m = len(fit.means)
+    out = np.empty(m)
+    for start in range(0, m, 256):
+        rows = np.arange(start, min(start + 256, m))
+        t = _ratio(fit.means - fit.means[rows][:, None], _errors(fit, rows, common, wide))
+        t[np.arange(len(rows)), rows] = -np.inf
+        out[rows] = t.max(1)
+    return out
