@@ -130,7 +130,7 @@ def _summarize(
     images = done["data.val"].dropna()
     resolution = 1 / float(images.min()) if metric.accuracy and len(images) and images.min() > 0 else 0.0
     result = compare(metric.sign * y, resolution, spreads)
-    cells = tables.cells_table(done, cell_ids, y, result, metric, settings)
+    cells = tables.cells_table(done, cell_ids, y, result, metric, settings, resolution)
     effects = _effects(done, settings, metric)
     chosen = _chosen(cells.iloc[0], done)
     summary = Summary(

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 MOST_LEVELS = 8
+MOST_SEEDS = 400
 DOUBLING = ("rank", "alpha", "effective_scaling", "lr")
 COLUMNS = ["setting", "level", "against", "effect", "low", "high", "p", "trials"]
 
@@ -43,12 +44,13 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     if (counts >= 2).sum() < 2:
         return Effects(pd.DataFrame(columns=COLUMNS))
     y = frame[metric].to_numpy(float)
+    if frame["seed"].nunique() > MOST_SEEDS:
+        return Effects(pd.DataFrame(columns=COLUMNS), [f"more than {MOST_SEEDS} seeds: no main effects"])
     base = _indicators(frame["seed"])
     design, terms, notes = _design(frame, settings, base)
     if not terms:
         return Effects(pd.DataFrame(columns=COLUMNS), notes)
-    cells = np.column_stack([base, _indicators(frame["cell"])[:, 1:]])
-    error, df, lack_p = _error(y, design, cells)
+    error, df, lack_p = _error(y, design, *_pure_error(frame, y))
     if df < 1:
         return Effects(pd.DataFrame(columns=COLUMNS), notes)
     inverse = np.linalg.inv(design.T @ design)
@@ -77,7 +79,8 @@ def _indicators(column: pd.Series) -> np.ndarray:
 
 def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple[np.ndarray, list, list[str]]:
     """Columns of the block and of every setting that can be separated from those before it."""
-    design, terms, notes, taken = base, [], [], []
+    design, terms, notes = base, [], []
+    taken: list[str] = []
     rank = np.linalg.matrix_rank(design)
     for name in settings:
         values = frame[name]
@@ -109,16 +112,26 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
     return design, terms, notes
 
 
-def _error(y: np.ndarray, design: np.ndarray, cells: np.ndarray) -> tuple[float, int, float]:
+def _pure_error(frame: pd.DataFrame, y: np.ndarray) -> tuple[float, int]:
+    """Residual sum of squares and degrees of freedom of the model with every cell and seed (no settings)."""
+    cells, _ = pd.factorize(frame["cell"])
+    counts = np.bincount(cells)
+
+    def centred(column: np.ndarray) -> np.ndarray:
+        return column - (np.bincount(cells, column) / counts)[cells]
+
+    seeds = np.column_stack([centred(column) for column in _indicators(frame["seed"]).T])
+    left = centred(y)
+    fit, _, rank, _ = np.linalg.lstsq(seeds, left, rcond=1e-10)
+    return float(((left - seeds @ fit) ** 2).sum()), len(y) - len(counts) - int(rank)
+
+
+def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> tuple[float, int, float]:
     """Error mean square, its degrees of freedom, and the p-value of lack of fit (see the module's text)."""
     from scipy import stats
 
-    def rest(x: np.ndarray) -> tuple[float, int]:
-        fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
-        return float(((y - x @ fit) ** 2).sum()), len(y) - int(rank)
-
-    all_ss, all_df = rest(design)
-    pure_ss, pure_df = rest(cells)
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    all_ss, all_df = float(((y - design @ fit) ** 2).sum()), len(y) - int(rank)
     if pure_df < 1:
         return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
     lack_df = all_df - pure_df

@@ -24,6 +24,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 SPREADS = ("auto", "equal", "unequal")
+MOST_SEEDS = 400
+"""With more columns than this the seeds are no blocks: nobody repeats so often, the seeds were drawn at random."""
 _INTERPOLATE_FROM = 80
 """More distinct statistics than this get their p-values by interpolation on a grid."""
 
@@ -39,8 +41,11 @@ class Interval:
     high: float
 
 
-def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values. With n < 2, sd and interval are NaN."""
+def t_interval(values: np.ndarray, resolution: float = 0.0, confidence: float = CONFIDENCE) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values. With n < 2, sd and interval are NaN.
+
+    For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
+    """
     from scipy import special
 
     x = np.asarray(values, dtype=float)
@@ -52,7 +57,7 @@ def t_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
     if n == 1:
         return Interval(mean, math.nan, 1, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * sd / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
@@ -83,20 +88,27 @@ class Blocked:
         return own[rows][:, None] + own + diagonal[rows][:, None] + diagonal - 2 * cross
 
 
-def fit_blocks(y: np.ndarray) -> Blocked:
+def _packed(y: np.ndarray) -> np.ndarray:
+    """Each row's values moved to the left; which seed they come from is lost."""
+    there = np.isfinite(y)
+    order = np.argsort(~there, axis=1, kind="stable")[:, : int(there.sum(1).max())]
+    return np.take_along_axis(y, order, axis=1)
+
+
+def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     """Fit cell means and seed effects to ``y`` [m, S] (NaN: no such trial; each row has at least one value).
 
     Where cells and seeds do not hang together (some cells share no seed with the others, directly or through
-    others), differences between them cannot be freed of the seeds: the fit then leaves the seeds out
-    (``blocked`` is False) and their spread stays in the error.
+    others), differences between them cannot be freed of the seeds: the fit then leaves the seeds out, as it does
+    with ``block=False`` (``blocked`` is False) and their spread stays in the error.
     """
     there = np.isfinite(y)
     counts = there.sum(1).astype(float)
     shares = there / counts[:, None]
+    used = there.any(0)
     filled = np.where(there, y, 0.0)
     information = np.diag(there.sum(0).astype(float)) - there.T @ shares
-    used = there.any(0)
-    blocked = bool(np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1) and used.sum() > 1
+    blocked = block and bool(np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1) and used.sum() > 1
     plain = filled.sum(1) / counts
     if blocked:
         inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
@@ -124,7 +136,7 @@ def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
 def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
     """Sorted values of :func:`spread_statistic` under equal spreads, for one pattern of present trials."""
     there = np.frombuffer(pattern, dtype=bool).reshape(m, -1)
-    fit = fit_blocks(np.where(there, 0.0, np.nan))
+    fit = fit_blocks(np.where(there, 0.0, np.nan), blocked)
     rng = np.random.default_rng(12345)
     draws = int(np.clip(4e6 // there.size, 200, 2000))
     out = []
@@ -290,9 +302,7 @@ class Comparison:
         return self.best is not None
 
 
-def compare(
-    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_values: bool = True
-) -> Comparison:
+def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_values: bool = True) -> Comparison:
     """Compare m cells with the best of them (higher is better).
 
     Args:
@@ -311,7 +321,11 @@ def compare(
     if keep.sum() < 2:
         return result
     part = y[keep][:, np.isfinite(y[keep]).any(0)]
-    fit = fit_blocks(part)
+    if part.shape[1] > MOST_SEEDS:
+        part = _packed(part)
+        fit = fit_blocks(part, block=False)
+    else:
+        fit = fit_blocks(part)
     if fit.df < 1:
         return result
     result.spread_p = spread_test(fit)

@@ -94,12 +94,18 @@ def labels(trials: pd.DataFrame, settings: list[str]) -> pd.Series:
     short = names(settings)
     shown = [c for c in settings if c != METHOD] if METHOD in settings else settings
     text: dict[str, str] = {}
-    for cell, first in trials.groupby("cell", sort=False)[[*dict.fromkeys([METHOD, "lora.rank", *shown])]].head(1).join(
-        trials["cell"]
-    ).set_index("cell").iterrows():
+    for cell, first in (
+        trials.groupby("cell", sort=False)[[*dict.fromkeys([METHOD, "lora.rank", *shown])]]
+        .head(1)
+        .join(trials["cell"])
+        .set_index("cell")
+        .iterrows()
+    ):
         base = BASELINES.get(str(first[METHOD]), "")
         parts = [
-            f"{short[c]} {value_text(first[c])}" for c in shown if not (base and c.startswith("lora.") and _empty(first[c]))
+            f"{short[c]} {value_text(first[c])}"
+            for c in shown
+            if not (base and c.startswith("lora.") and _empty(first[c]))
         ]
         text[str(cell)] = ", ".join([base, *parts] if base else parts) or f"rank {value_text(first['lora.rank'])}"
     twice = pd.Series(list(text.values())).value_counts()
@@ -128,7 +134,13 @@ def matrix(done: pd.DataFrame, metric: Metric) -> tuple[np.ndarray, list[str]]:
 
 
 def cells_table(
-    done: pd.DataFrame, cell_ids: list[str], y: np.ndarray, result: Comparison, metric: Metric, settings: list[str]
+    done: pd.DataFrame,
+    cell_ids: list[str],
+    y: np.ndarray,
+    result: Comparison,
+    metric: Metric,
+    settings: list[str],
+    resolution: float = 0.0,
 ) -> pd.DataFrame:
     """One row per cell, best first (see docs/statistics.md for the columns).
 
@@ -136,7 +148,7 @@ def cells_table(
     """
     by_cell = done.groupby("cell", sort=True)
     first = by_cell.head(1).set_index("cell").loc[cell_ids]
-    intervals = [t_interval(row) for row in y]
+    intervals = [t_interval(row, resolution) for row in y]
     frame = pd.DataFrame({"cell": cell_ids, "label": first["label"].to_numpy()})
     shown = [*settings, *([SCALING] if _scaling_shown(first, settings) else [])]
     for c in shown:
@@ -145,11 +157,14 @@ def cells_table(
         frame[key] = [getattr(i, key) for i in intervals]
     frame["adjusted"] = np.where(result.compared, metric.sign * result.means, frame["mean"])
     frame["difference"] = -metric.sign * result.difference
-    frame["difference_low"], frame["difference_high"] = frame["difference"] - result.half, frame["difference"] + result.half
+    frame["difference_low"], frame["difference_high"] = (
+        frame["difference"] - result.half,
+        frame["difference"] + result.half,
+    )
     frame["p_worse"], frame["worse"] = result.p_worse, result.worse
     frame["p_candidate"], frame["candidate"] = result.p_candidate, result.candidate
     frame["mark"] = _marks(result, frame)
-    _baseline_columns(frame, y, first[METHOD].to_numpy(), metric)
+    _baseline_columns(frame, y, first[METHOD].to_numpy(), metric, resolution)
     means = by_cell[list(CELL_COSTS)].mean().loc[cell_ids]
     for c in CELL_COSTS:
         frame[c] = means[c].to_numpy()
@@ -172,14 +187,16 @@ def _marks(result: Comparison, frame: pd.DataFrame) -> list[str]:
     return list(marks)
 
 
-def _baseline_columns(frame: pd.DataFrame, y: np.ndarray, methods: np.ndarray, metric: Metric) -> None:
+def _baseline_columns(
+    frame: pd.DataFrame, y: np.ndarray, methods: np.ndarray, metric: Metric, resolution: float
+) -> None:
     """``vs_probe`` and ``vs_full``: cell minus the best cell of that baseline, paired by seed, with its t interval."""
     for method, name in (("none", "vs_probe"), ("full", "vs_full")):
         rows = np.flatnonzero(methods == method)
         if len(rows) == 0:
             continue
         base = rows[np.argmax(metric.sign * frame["mean"].to_numpy(float)[rows])]
-        paired = [t_interval(row - y[base]) for row in y]
+        paired = [t_interval(row - y[base], resolution) for row in y]
         frame[name] = [math.nan if k == base else i.mean for k, i in enumerate(paired)]
         frame[f"{name}_low"] = [math.nan if k == base else i.low for k, i in enumerate(paired)]
         frame[f"{name}_high"] = [math.nan if k == base else i.high for k, i in enumerate(paired)]

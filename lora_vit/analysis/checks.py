@@ -1,0 +1,277 @@
+"""What must be said beside the numbers: refusals, warnings, what did not finish, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lora_vit.analysis import tables
+from lora_vit.analysis.load import SummaryError
+from lora_vit.analysis.tables import LR, SCALING, Metric, value_text
+
+if TYPE_CHECKING:
+    from lora_vit.analysis.core import Summary
+
+VAL_SET = ("data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val")
+"""What decides which images a trial is validated on."""
+
+ENVIRONMENT = ("environment.commit", "environment.dirty", "environment.versions", "environment.precision")
+MACHINE = ("environment.device", "environment.host", "environment.world_size")
+
+
+def refuse(trials: pd.DataFrame) -> None:
+    """Raise SummaryError where the trials were not validated on the same images."""
+    counted = trials[trials["status"] == "completed"]
+    for column in VAL_SET:
+        if column not in counted:
+            continue
+        values = counted[column].dropna() if column == "data.val" else counted[column].astype(object).fillna("null")
+        counts = values.value_counts()
+        if len(counts) > 1:
+            told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
+            raise SummaryError(
+                f"trials with different {column} ({told}) were validated on different images and cannot be compared: "
+                f'choose with --where "{column} == {_quoted(counts.index[0])}"'
+            )
+    content = [c for c in counted.columns if c.startswith("data.") and c not in ("data.fingerprint", *_TRAIN_ONLY)]
+    same = counted.groupby([counted[c].astype(str) for c in content])["data.fingerprint"].nunique()
+    if (same > 1).any() and counted["data.train_per_class"].nunique(dropna=False) < 2:
+        first = counted["data.fingerprint"].value_counts().index[0]
+        raise SummaryError(
+            "trials of one data config have different data fingerprints: the files changed between the runs; "
+            f"choose with --where \"data.fingerprint == '{first}'\""
+        )
+
+
+_TRAIN_ONLY = ("data.batch_size", "data.augment", "data.cache_size", "data.train")
+
+
+def _quoted(value: object) -> str:
+    return f"'{value}'" if isinstance(value, str) else value_text(value)
+
+
+def unfinished(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Trials that are not in the averages, each with why: ``trial label seed status epoch value reason``.
+
+    A seed that at least half of the cells have and a cell lacks is listed as ``missing``.
+    """
+    columns = ["trial", "label", "seed", "status", "epoch", "value", "reason"]
+    rows = []
+    for _, r in trials.iterrows() if len(trials) < 200 else trials[_out(trials, metric)].iterrows():
+        value = r[metric.name]
+        if r["status"] == "completed" and np.isfinite(value):
+            continue
+        reason = str(r["error"])
+        if r["status"] == "completed":
+            reason = f"no {metric.name}"
+        elif r["status"] == "stopped":
+            reason = reason or "stopped early: censored, its value is not the last epoch's"
+        if not math.isnan(r["error_step"]):
+            reason += f" (step {int(r['error_step'])})"
+        rows.append([r["trial"], r["label"], r["seed"], r["status"], r["epoch"], value, reason])
+    there = trials.assign(yes=True).pivot_table(
+        index="label", columns="seed", values="yes", aggfunc="any", observed=True
+    )
+    common = [s for s in there.columns if there[s].notna().sum() * 2 >= len(there)]
+    for label, seeds in there[common].iterrows():
+        rows += [
+            ["", label, seed, "missing", math.nan, math.nan, "no record"] for seed in common if pd.isna(seeds[seed])
+        ]
+    return pd.DataFrame(rows, columns=columns).sort_values(["status", "label", "seed"], ignore_index=True)
+
+
+def _out(trials: pd.DataFrame, metric: Metric) -> pd.Series:
+    return (trials["status"] != "completed") | ~np.isfinite(trials[metric.name].astype(float))
+
+
+def environment(done: pd.DataFrame) -> pd.DataFrame:
+    """Each fact of the environment and data with its values and how many trials have it."""
+    rows = []
+    for column in (*VAL_SET[:2], "data.fingerprint", "data.train", "data.val", "data.test", *ENVIRONMENT, *MACHINE):
+        for value, count in (
+            done[column].astype(object).where(done[column].notna(), None).value_counts(dropna=False).items()
+        ):
+            rows.append([column, value_text(value), int(count)])
+    return pd.DataFrame(rows, columns=["fact", "value", "trials"])
+
+
+def warnings(done: pd.DataFrame, trials: pd.DataFrame, summary: Summary) -> list[str]:
+    """Lines for the terminal, the tables and the report, the weightiest first."""
+    found = [*_learning_rate(done, summary), *_sameness(done), *_design(summary), *_status(summary)]
+    if _is(done, "data.name", "tiny_imagenet") and done["model.weights"].astype(str).str.contains("IMAGENET1K").any():
+        found.append(
+            "Tiny-ImageNet's classes are a subset of ImageNet-1k's, on which these weights were trained: the "
+            "accuracies say little about classes that the model has never seen."
+        )
+    return found
+
+
+def _is(frame: pd.DataFrame, column: str, value: str) -> bool:
+    return column in frame and bool((frame[column] == value).any())
+
+
+def _learning_rate(done: pd.DataFrame, summary: Summary) -> list[str]:
+    adapted = done[done["lora.method"] == "lora"]
+    moved = [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]
+    if not moved:
+        return []
+    names = " and ".join(c.split(".")[1] for c in moved)
+    out = []
+    if adapted[LR].nunique() < 2:
+        out.append(
+            f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: an effect of {names} cannot be told "
+            f"from a learning rate that suits some of the values better. Sweep optimizer.lr too."
+        )
+    table = summary.learning_rates
+    if len(table):
+        edge = table[table["edge"]]
+        if len(edge):
+            out.append(
+                f"For {len(edge)} of {len(table)} settings the best learning rate is the lowest or highest tried: "
+                "rates beyond it may be better."
+            )
+        if table["rates"].nunique() > 1:
+            out.append("Not every setting was run at every learning rate: 'best over lr' favours those with more.")
+    if "lora.rank" in moved and "lora.alpha" not in moved and adapted[SCALING].nunique() > 1:
+        out.append(
+            "alpha is the same for every rank, so the effective scaling falls as the rank rises: "
+            "the effect of rank includes that of scaling."
+        )
+    return out
+
+
+def _sameness(done: pd.DataFrame) -> list[str]:
+    told = {
+        "environment.commit": "code versions",
+        "environment.versions": "library versions",
+        "environment.precision": "precisions",
+        "data.train": "numbers of training images",
+        "data.fingerprint": "data fingerprints",
+        "trainer.epochs": "numbers of epochs: the budgets are unequal",
+    }
+    out = []
+    for column, what in told.items():
+        counts = done[column].value_counts()
+        if len(counts) > 1:
+            shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
+            more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
+            out.append(f"The trials have different {what}: {shown}{more}.")
+    if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
+        out.append("Some trials ran with uncommitted changes in the code.")
+    short = done[done["epoch"] < pd.to_numeric(done["trainer.epochs"])]
+    if len(short):
+        out.append(f"{len(short)} completed trials have fewer epochs than their config asks for.")
+    if done["environment.device"].nunique() > 1 or done["pack_size"].nunique() > 1:
+        out.append(
+            "The trials ran on different devices or in packs of different size: seconds, images/s and memory "
+            "do not compare."
+        )
+    return out
+
+
+def _design(summary: Summary) -> list[str]:
+    c, out = summary.comparison, []
+    single = int((summary.cells["n"] == 1).sum())
+    if single:
+        out.append(f"{single} of {len(summary.cells)} cells have one seed only: no interval and no verdict for them.")
+    if not c.possible:
+        return out
+    if c.wide:
+        if c.spread_p < 0.05:
+            out.append(f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g}): the wider error is used.")
+        else:
+            seen = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
+            out.append(
+                f"{c.seeds} seeds cannot show that all cells spread equally{seen}: the wider error is used. "
+                "More seeds would sharpen the comparison."
+            )
+    elif c.spread_p < 0.05:
+        out.append(
+            f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g}), yet one common error is used."
+        )
+    if not c.blocked:
+        out.append("The cells do not share seeds: comparisons are unpaired, and the seeds' own spread blurs them.")
+    elif not c.complete:
+        out.append(
+            "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."
+        )
+    return out
+
+
+def _status(summary: Summary) -> list[str]:
+    counts = summary.unfinished["status"].value_counts()
+    if counts.empty:
+        return []
+    told = ", ".join(f"{n} {'without metric' if s == 'completed' else s}" for s, n in counts.items())
+    return [f"Not in the averages: {told} (listed under 'Not averaged')."]
+
+
+def number(summary: Summary, value: float, signed: bool = False) -> str:
+    """A metric's value for people: accuracies in %, differences (signed) in points, losses plain."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if summary.metric.accuracy:
+        return f"{100 * value:+.2f}" if signed else f"{100 * value:.2f} %"
+    return f"{value:+.4f}" if signed else f"{value:.4f}"
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence: what is best, what is shown to be worse, and what is still open."""
+    cells, c = summary.cells, summary.comparison
+    best = cells.iloc[0]
+    what = summary.metric.title.lower()
+    if len(cells) == 1:
+        seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
+        return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(summary, best)} ({seeds})."
+    if not c.possible:
+        return (
+            f"{best['label']} has the {_extreme(summary)} {what}, {number(summary, best['mean'])}, but too few cells have "
+            "two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
+        )
+    top = cells[cells["mark"] == "best"].iloc[0]
+    others = int(c.compared.sum()) - 1
+    worse, candidates = int((cells["mark"] == "worse").sum()), int((cells["mark"] == "candidate").sum())
+    start = (
+        f"{top['label']} has the {_extreme(summary)} {what}, {_with_interval(summary, top)} over {int(top['n'])} seeds"
+    )
+    if worse == others:
+        return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse."
+    if worse == 0:
+        middle = (
+            f", but none of the {others} other cells is shown to be worse"
+            if others > 1
+            else (", but the other cell is not shown to be worse")
+        )
+    else:
+        middle = f"; {worse} of {others} other cells {'is' if worse == 1 else 'are'} worse"
+    return f"{start}{middle}; {_candidates(cells, candidates, others)}."
+
+
+def _candidates(cells: pd.DataFrame, candidates: int, others: int) -> str:
+    if candidates == 0:
+        return "no other is a candidate for the best"
+    text = f"{candidates} {'remains a candidate' if candidates == 1 else 'remain candidates'} for the best"
+    if others == 1:
+        text = "it remains a candidate for the best"
+    group = cells[cells["mark"].isin(["best", "candidate"])]
+    sizes = group["trainable_parameters"]
+    if sizes.nunique() > 1 and sizes.notna().all():
+        small = group.loc[sizes.idxmin()]
+        text += (
+            f", the smallest among all candidates is {small['label']} ({small['trainable_parameters']:,.0f} parameters)"
+        )
+    return text
+
+
+def _extreme(summary: Summary) -> str:
+    return "highest" if summary.metric.sign > 0 else "lowest"
+
+
+def _with_interval(summary: Summary, cell: pd.Series) -> str:
+    text = number(summary, cell["mean"])
+    if math.isfinite(cell["low"]):
+        text += f" (95 % interval {number(summary, cell['low'])} to {number(summary, cell['high'])})"
+    return text

@@ -1,0 +1,367 @@
+"""Pictures of a summary, drawn without a display. Colours: Okabe & Ito (2008), safe for the colour-blind."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lora_vit.analysis.tables import LR, METHOD, names, value_text
+from lora_vit.records import METRICS, RecordError, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lora_vit.analysis.core import Summary
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARK_COLOURS = {"best": "#0072B2", "candidate": "#56B4E9", "worse": "#D55E00", "open": "#E69F00"}
+MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.hashsalt": "lora_vit",
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+}
+
+
+def draw_all(summary: Summary) -> dict[str, Figure]:
+    """Every picture that this sweep has something to show for, by file name (without ending)."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figures: dict[str, Figure | None] = {"cells": cells(summary), **_by_setting(summary), **heat_maps(summary)}
+        figures["learning_curves"] = learning_curves(summary)
+        figures["pareto_parameters"] = pareto(
+            summary, "trainable_parameters", "Trainable parameters", "pareto_parameters"
+        )
+        figures["pareto_seconds"] = pareto(summary, "seconds", "Seconds per trial", "pareto_seconds")
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as ``png`` or ``svg``, the same bytes every time."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _scale(summary: Summary) -> float:
+    return 100.0 if summary.metric.accuracy else 1.0
+
+
+def _title(summary: Summary) -> str:
+    return f"{summary.metric.title} (%)" if summary.metric.accuracy else summary.metric.title
+
+
+def _axis_name(setting: str) -> str:
+    return "Learning rate" if setting == "lr" else setting[:1].upper() + setting[1:].replace("_", " ")
+
+
+def _shorten(text: str, most: int = 44) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _error_bars(frame: pd.DataFrame, scale: float) -> np.ndarray:
+    """Distances below and above the mean [2, n]; NaN where a cell has no interval."""
+    mean = frame["mean"].to_numpy(float)
+    return scale * np.array([mean - frame["low"].to_numpy(float), frame["high"].to_numpy(float) - mean])
+
+
+def cells(summary: Summary) -> Figure:
+    """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
+    frame = summary.cells
+    shown = frame.head(MOST_ROWS)
+    if METHOD in summary.settings:
+        rest = frame.iloc[MOST_ROWS:]
+        shown = pd.concat([shown, rest[rest[METHOD] != "lora"].head(4)])
+    figure, axes = _axes(7.5, 1.3 + 0.26 * max(len(shown), 3))
+    scale, y = _scale(summary), np.arange(len(shown))
+    bars = _error_bars(shown, scale)
+    for mark in [*MARK_COLOURS, "no verdict"]:
+        here = (shown["mark"] == mark).to_numpy()
+        if here.any():
+            colour = MARK_COLOURS.get(mark, "#777777")
+            axes.errorbar(
+                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=np.nan_to_num(bars[:, here]), fmt="o",
+                color=colour, ecolor=colour, elinewidth=1.4, capsize=2.5, markersize=5, label=mark,
+            )  # fmt: skip
+    axes.set_yticks(y, [_shorten(t) for t in shown["label"]])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"{_title(summary)}, mean and 95 % interval over seeds")
+    more = f" (best {len(shown)} of {len(frame)})" if len(shown) < len(frame) else ""
+    axes.set_title(f"Cells{more}", loc="left")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+    _limit(axes, summary, shown, bars)
+    return figure
+
+
+def _limit(axes: Axes, summary: Summary, shown: pd.DataFrame, bars: np.ndarray) -> None:
+    """Keep one huge interval (two seeds: t = 12.7) from squeezing everything else: cut it at the axis."""
+    mean = _scale(summary) * shown["mean"].to_numpy(float)
+    reach = np.nan_to_num(bars).max(0)
+    if len(mean) < 2 or not reach.any():
+        return
+    spread = max(float(np.ptp(mean)), 1e-9)
+    typical = min(float(np.median(reach[reach > 0])), 1.5 * spread)
+    low, high = float(mean.min()) - 1.3 * typical, float(mean.max()) + 1.3 * typical
+    if summary.metric.accuracy:
+        high = min(high, 100 + 0.03 * (high - low))
+    if low < high:
+        axes.set_xlim(low, high)
+
+
+def _numeric_settings(summary: Summary) -> list[str]:
+    """Varying numeric settings, rank first, lr and dropout next."""
+    adapted = _adapted(summary)
+    found = [c for c in summary.settings if pd.api.types.is_numeric_dtype(adapted[c]) and adapted[c].nunique() > 1]
+    first = ["lora.rank", LR, "lora.dropout", "lora.alpha"]
+    return sorted(found, key=lambda c: first.index(c) if c in first else len(first))
+
+
+def _adapted(summary: Summary) -> pd.DataFrame:
+    cells = summary.cells
+    frame = cells[cells[METHOD] == "lora"] if METHOD in cells else cells
+    return frame.infer_objects()
+
+
+def _by_setting(summary: Summary) -> dict[str, Figure]:
+    """The metric by rank (or the first numeric setting) with a line for each value of one other setting."""
+    numeric = _numeric_settings(summary)
+    if not numeric:
+        return {}
+    short = names(summary.settings)
+    return {f"by_{short[numeric[0]].replace('.', '_')}": by_setting(summary, numeric[0])}
+
+
+def by_setting(summary: Summary, x: str) -> Figure:
+    """Means with seed intervals; what neither axis nor lines show is held at the best cell's values."""
+    short, frame, scale = names(summary.settings), _adapted(summary), _scale(summary)
+    others = [c for c in summary.settings if c not in (x, METHOD) and frame[c].nunique() > 1]
+    lines = [c for c in others if 2 <= frame[c].nunique() <= MOST_LINES]
+    order = ["lora.alpha", "lora.dropout", LR]
+    line = min(lines, key=lambda c: order.index(c) if c in order else len(order)) if lines else None
+    best, held = frame.iloc[0], []
+    for c in others:
+        if c != line:
+            frame = frame[frame[c] == best[c]]
+            held.append(f"{short[c]} {value_text(best[c])}")
+    ticks = sorted(frame[x].unique())
+    place = {v: k for k, v in enumerate(ticks)}
+    groups = [(None, frame)] if line is None else list(frame.groupby(line))
+    figure, axes = _axes()
+    for k, (value, group) in enumerate(groups):
+        group = group.sort_values(x)
+        at = np.array([place[v] for v in group[x]]) + 0.05 * (k - (len(groups) - 1) / 2)
+        axes.errorbar(
+            at, scale * group["mean"], yerr=np.nan_to_num(_error_bars(group, scale)), color=COLOURS[k % 7],
+            marker=MARKERS[k % 7], capsize=3, linewidth=1.6, elinewidth=1.1, markersize=5,
+            label=None if line is None else f"{short[line]} {value_text(value)}",
+        )  # fmt: skip
+    _baseline_lines(axes, summary)
+    step = max(1, math.ceil(len(ticks) / 14))
+    axes.set_xticks(range(0, len(ticks), step), [value_text(v) for v in ticks[::step]])
+    axes.set_xlabel(_axis_name(short[x]))
+    axes.set_ylabel(_title(summary))
+    _robust_y(axes, summary, frame)
+    axes.set_title(
+        _shorten(
+            f"{summary.metric.title} by {short[x]}, 95 % interval over seeds"
+            + (f"; at {', '.join(held)}" if held else ""),
+            84,
+        )
+    )
+    if line is not None or METHOD in summary.settings:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def _robust_y(axes: Axes, summary: Summary, frame: pd.DataFrame) -> None:
+    low, high = axes.get_ylim()
+    mean = _scale(summary) * frame["mean"].to_numpy(float)
+    lines = [float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_linestyle() == "--"]
+    known = np.concatenate([mean, lines])
+    room = max(2.5 * float(np.ptp(known)), 0.5 if summary.metric.accuracy else 0.0)
+    top = float(known.max()) + room
+    if summary.metric.accuracy:
+        top = min(top, 100.3)
+    if room > 0:
+        axes.set_ylim(max(low, float(known.min()) - room), min(high, top))
+
+
+def _baseline_lines(axes: Axes, summary: Summary) -> None:
+    if METHOD not in summary.cells:
+        return
+    for method, colour, name in (("none", "#777777", "linear probe"), ("full", "#000000", "full fine-tuning")):
+        rows = summary.cells[summary.cells[METHOD] == method]
+        if len(rows):
+            axes.axhline(
+                _scale(summary) * rows.iloc[0]["mean"], color=colour, linestyle="--", linewidth=1.2, label=name
+            )
+
+
+def heat_maps(summary: Summary) -> dict[str, Figure]:
+    """rank x dropout and rank x lr, else the first two numeric settings."""
+    numeric = _numeric_settings(summary)
+    pairs = [("lora.rank", "lora.dropout"), ("lora.rank", LR)]
+    pairs = [p for p in pairs if p[0] in numeric and p[1] in numeric] or (
+        [(numeric[0], numeric[1])] if len(numeric) > 1 else []
+    )
+    short = names(summary.settings)
+    return {f"heat_{short[a]}_{short[b]}".replace(".", "_"): heat_map(summary, a, b) for a, b in pairs}
+
+
+def heat_map(summary: Summary, row: str, column: str) -> Figure:
+    """Mean of the cells with each pair of values; a number in each field while there is room."""
+    short = names(summary.settings)
+    frame = _adapted(summary)
+    table = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="mean") * _scale(summary)
+    counts = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="count")
+    rows, columns = table.shape
+    figure, axes = _axes(min(2.6 + 0.75 * columns, 10), min(2.0 + 0.42 * rows, 9))
+    image = axes.imshow(table.to_numpy(float), aspect="auto", cmap="cividis")
+    axes.grid(visible=False)
+    for set_ticks, values in ((axes.set_yticks, table.index), (axes.set_xticks, table.columns)):
+        step = max(1, math.ceil(len(values) / 16))
+        set_ticks(range(0, len(values), step), [value_text(v) for v in values[::step]])
+    axes.set_ylabel(_axis_name(short[row]))
+    axes.set_xlabel(_axis_name(short[column]))
+    if rows * columns <= 120 and columns <= 10:
+        middle = float(np.nanmean(image.get_clim()))
+        for (i, j), value in np.ndenumerate(table.to_numpy(float)):
+            if math.isfinite(value):
+                text = f"{value:.1f}" if summary.metric.accuracy else f"{value:.3f}"
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=9, color="white" if value < middle else "black"
+                )
+    figure.colorbar(image, ax=axes, label=_title(summary))
+    most = int(np.nanmax(counts.to_numpy(float)))
+    over = "seeds" if most == 1 else f"up to {most} cells"
+    title = f"{summary.metric.title} by {short[row]} and {short[column]}\n(mean over {over})"
+    axes.set_title(title, loc="left", fontsize=10)
+    return figure
+
+
+def curves(folders: list[str], metric: str) -> pd.DataFrame:
+    """The metric after each epoch, one column per trial; trials without readable rows are left out."""
+    columns = {}
+    for folder in folders:
+        try:
+            rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
+        except (RecordError, OSError, UnicodeDecodeError):
+            continue
+        values = {r["epoch"]: r[metric] for r in rows if isinstance(r.get(metric), (int, float)) and "epoch" in r}
+        if values:
+            columns[folder] = pd.Series(values, dtype=float)
+    return pd.DataFrame(columns).sort_index()
+
+
+def learning_curves(summary: Summary) -> Figure | None:
+    """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
+    frame = summary.cells
+    shown = frame.head(MOST_CURVES)
+    if METHOD in frame:
+        rest = frame[(frame[METHOD] != "lora") & ~frame["cell"].isin(shown["cell"])]
+        shown = pd.concat([shown, rest.head(MOST_LINES - len(shown))])
+    done = summary.trials[summary.trials["status"] == "completed"]
+    figure, axes = _axes()
+    scale, drawn = _scale(summary), 0
+    for k, (_, cell) in enumerate(shown.iterrows()):
+        table = curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist(), summary.metric.name) * scale
+        if table.empty:
+            continue
+        drawn += 1
+        axes.plot(table.index, table.mean(axis=1), color=COLOURS[k % 7], marker=MARKERS[k % 7], markersize=3.5,
+                  linewidth=1.6, label=_shorten(str(cell["label"])))  # fmt: skip
+        axes.fill_between(
+            table.index, table.min(axis=1), table.max(axis=1), color=COLOURS[k % 7], alpha=0.15, linewidth=0
+        )
+    if drawn == 0:
+        return None
+    _from_later_epochs(axes, summary)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("Epoch")
+    axes.set_ylabel(_title(summary))
+    axes.set_title(
+        "Learning curves: mean and range over seeds" + (f" (best {len(shown)})" if len(frame) > len(shown) else "")
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def _from_later_epochs(axes: Axes, summary: Summary) -> None:
+    """Let the epochs after the first third set the range, where the curves lie close together."""
+    parts = [
+        np.column_stack([np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)])
+        for line in axes.lines
+    ]
+    points = np.concatenate(parts)
+    later = points[points[:, 0] > points[:, 0].min() + np.ptp(points[:, 0]) / 3, 1]
+    if len(later) == 0 or len(parts) < 2:
+        return
+    room = 0.25 * max(float(np.ptp(later)), 1e-9)
+    low, high = axes.get_ylim()
+    if summary.metric.sign > 0:
+        axes.set_ylim(max(low, float(later.min()) - room), high)
+    else:
+        axes.set_ylim(low, min(high, float(later.max()) + room))
+
+
+def pareto(summary: Summary, cost: str, title: str, front: str) -> Figure | None:
+    """Every cell's metric against a cost; the front as a line, its cells named."""
+    frame = summary.cells[np.isfinite(summary.cells[cost].to_numpy(float))]
+    if frame[cost].nunique() < 2:
+        return None
+    scale = _scale(summary)
+    figure, axes = _axes(7.5, 4.6)
+    if frame[cost].max() > 8 * max(frame[cost].min(), 1e-9) and frame[cost].min() > 0:
+        axes.set_xscale("log")
+    chosen = frame[frame[front]].sort_values(cost)
+    rest = frame[~frame[front]]
+    if len(rest):
+        axes.scatter(
+            rest[cost], scale * rest["mean"], s=22, color="#999999", alpha=0.7, label="other cells", linewidths=0
+        )
+    axes.plot(
+        chosen[cost], scale * chosen["mean"], "o-", color=COLOURS[0], markersize=6, linewidth=1.4, label="Pareto front"
+    )
+    keys = [str(k) for k in range(1, len(chosen) + 1)]
+    for (x, y), same in chosen.assign(key=keys).groupby([cost, "mean"], sort=False):
+        text = ", ".join(same["key"])
+        axes.annotate(text, (x, scale * y), xytext=(0, 7), textcoords="offset points", ha="center", color=COLOURS[0])
+    named = "\n".join(f"{k}  {_shorten(t, 40)}" for k, t in list(zip(keys, chosen["label"], strict=True))[:12])
+    more = f"\n… {len(chosen) - 12} more" if len(chosen) > 12 else ""
+    axes.annotate(named + more, (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8, annotation_clip=False)
+    axes.margins(y=0.1)
+    axes.set_xlabel(title)
+    axes.set_ylabel(_title(summary))
+    axes.set_title(f"{summary.metric.title} against {title.lower()}")
+    axes.legend(loc="best", fontsize=9)
+    return figure

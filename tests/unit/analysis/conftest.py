@@ -1,0 +1,167 @@
+"""Made-up sweeps on disk, written through the same functions that training uses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_vit import records
+from lora_vit.config import cell_id, from_dict, trial_id
+from lora_vit.records import JsonLines, TrialRecord, write_predictions, write_record
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "name": "vit_tiny", "weights": "GLYPHS_V1", "image_size": 32, "patch_size": 8, "num_layers": 6, "num_heads": 4,
+        "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1,
+    },
+    "data": {
+        "name": "digits", "root": None, "batch_size": 20, "augment": "none", "split_seed": 0, "val_fraction": 0.4,
+        "test_fraction": 0.4, "train_per_class": 10, "official_val": False, "cache_size": None, "cache_dir": "~/.cache",
+    },
+    "optimizer": {
+        "lr": 1e-3, "weight_decay": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "decay_bias_and_norm": True,
+        "schedule": "linear", "warmup": 0.0, "clip_norm": None, "label_smoothing": 0.0,
+    },
+    "lora": {
+        "method": "lora", "rank": 4, "alpha": 32.0, "dropout": 0.0, "targets": ["q", "k", "v", "o", "fc1", "fc2"],
+        "blocks": None, "scaling": "standard", "init": "kaiming_uniform", "bias": "none",
+    },
+    "trainer": {
+        "epochs": 5, "precision": "auto", "accelerator": "auto", "devices": "auto", "compile": False, "resume": "auto",
+        "checkpoint_every": 300.0, "log_every": 20,
+    },
+    "seed": 0,
+}  # fmt: skip
+IMAGES = 720
+
+
+def make_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The default config with ``settings`` by dotted name; a baseline's adapter settings are null."""
+    config = copy.deepcopy(CONFIG)
+    if settings.get("lora.method", "lora") != "lora":
+        config["lora"] = dict.fromkeys(config["lora"])
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        (config[section] if section else config)[key] = value
+    return config
+
+
+def make_trial(
+    folder: Path,
+    accuracy: float | None = 0.9,
+    status: str = "completed",
+    curve: bool = True,
+    predictions: bool = False,
+    edit: Callable[[TrialRecord], None] | None = None,
+    **settings: Any,
+) -> TrialRecord:
+    """Write one trial into ``folder/TRIAL_ID`` (settings: ``lora__rank=4``); ``edit`` changes the record before."""
+    config = make_config({k.replace("__", "."): v for k, v in settings.items()})
+    typed = from_dict(config)
+    rank = config["lora"]["rank"] or 0
+    adapter = {"lora": rank * 27_648, "none": 0, "full": 1_200_000}[config["lora"]["method"]]
+    loss = None if accuracy is None else 2.5 * (1 - accuracy)
+    record = TrialRecord(
+        trial_id=trial_id(typed),
+        cell_id=cell_id(typed),
+        status=status,
+        config=config,
+        metrics={
+            "epoch": 5, "step": 25, "train_loss": None if loss is None else loss / 2, "val_loss": loss,
+            "val_accuracy": accuracy, "test_loss": loss, "test_accuracy": None if accuracy is None else accuracy - 0.01,
+        },
+        best={"epoch": 4, "val_accuracy": accuracy},
+        parameters={"trainable": adapter + 1290, "adapter": adapter, "head": 1290, "total": 1_200_000 + adapter},
+        cost={
+            "seconds": 4.0 + rank / 16, "images_per_second": 900.0 - rank, "peak_memory_bytes": 200_000_000 + adapter,
+            "pack_size": 4, "adapter_bytes": 4 * adapter + 6000,
+        },
+        environment={
+            "versions": {"torch": "2.11.0", "lora_vit": "0.1.0"}, "commit": "0123abc", "dirty": False, "host": "box",
+            "device": "cpu", "precision": "fp32", "world_size": 1,
+        },
+        data={"fingerprint": "f00d", "classes": 10, "train": 100, "val": IMAGES, "test": IMAGES},
+        started=1000.0,
+        finished=1010.0,
+    )  # fmt: skip
+    if edit:
+        edit(record)
+    place = folder / record.trial_id
+    place.mkdir(parents=True, exist_ok=True)
+    if curve and accuracy is not None:
+        rows = JsonLines(place / records.METRICS)
+        for epoch in range(1, 6):
+            value = accuracy - 0.3 / epoch**2 + 0.3 / 25
+            rows.write({"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0, "lr": 1e-3})
+            rows.write({"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 1 - value, "val_loss": 1 - value,
+                        "val_accuracy": value})  # fmt: skip
+        rows.close()
+    if predictions and accuracy is not None:
+        write_predictions(place, {"val": made_up_predictions(accuracy, record.trial_id)})
+    write_record(place, record)
+    return record
+
+
+def made_up_predictions(accuracy: float, key: str) -> dict[str, np.ndarray]:
+    """Predictions of IMAGES images, a fraction ``accuracy`` of them right; which ones depends on ``key``."""
+    rng = np.random.default_rng(int(key, 16))
+    labels = np.arange(IMAGES) % 10
+    wrong = rng.permutation(IMAGES)[: round(IMAGES * (1 - accuracy))]
+    predicted = labels.copy()
+    predicted[wrong] = (labels[wrong] + 1) % 10
+    return {
+        "ids": np.arange(IMAGES),
+        "labels": labels,
+        "predicted": predicted,
+        "true_probability": np.full(IMAGES, 0.5),
+    }
+
+
+def make_sweep(
+    folder: Path,
+    cells: Sequence[dict[str, Any]],
+    accuracies: np.ndarray,
+    seeds: Sequence[int] | None = None,
+    **more: Any,
+) -> Path:
+    """``accuracies`` [cells, seeds]; NaN: no such trial."""
+    seeds = range(accuracies.shape[1]) if seeds is None else seeds
+    for settings, row in zip(cells, accuracies, strict=True):
+        for seed, value in zip(seeds, row, strict=True):
+            if np.isfinite(value):
+                make_trial(folder, float(value), seed=seed, **settings, **more)
+    return folder
+
+
+def grid(
+    rng: np.random.Generator,
+    ranks: Sequence[int],
+    dropouts: Sequence[float],
+    lrs: Sequence[float],
+    seeds: int,
+    sd: float = 0.004,
+):  # type: ignore[no-untyped-def]
+    """A realistic sweep: settings and accuracies that rise with rank and are best at lr 1e-3, with baselines."""
+    cells: list[dict[str, Any]] = []
+    means = []
+    for rank in ranks:
+        for dropout in dropouts:
+            for lr in lrs:
+                cells.append({"lora__rank": rank, "lora__dropout": dropout, "optimizer__lr": lr})
+                means.append(0.94 + 0.006 * np.log2(rank) - 0.012 * np.log10(lr / 1e-3) ** 2 - 0.03 * dropout)
+    cells += [{"lora__method": "none"}, {"lora__method": "full"}]
+    means += [0.925, 0.955]
+    y = np.array(means)[:, None] + rng.normal(0, 0.004, seeds) + rng.normal(0, sd, (len(means), seeds))
+    return cells, np.clip(np.round(y * IMAGES) / IMAGES, 0, 1)
+
+
+@pytest.fixture
+def small_sweep(tmp_path: Path) -> Path:
+    """Four ranks x 3 seeds with known figures; rank 16 leads clearly, rank 2 is far below."""
+    y = np.array([[0.90, 0.91, 0.905], [0.93, 0.94, 0.938], [0.95, 0.957, 0.953], [0.955, 0.96, 0.956]])
+    return make_sweep(tmp_path / "sweep", [{"lora__rank": r} for r in (2, 4, 8, 16)], y)
