@@ -11,9 +11,10 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Sequence  # noqa: UP035  (OmegaConf reads these annotations)
+from typing import Any
 
 SCHEMA_VERSION = 1
 """Version of the trial's configuration and record; part of the trial id."""
@@ -34,7 +35,7 @@ class ModelConfig:
     """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted."""
 
     name: str
-    weights: Optional[str]
+    weights: str | None
     image_size: int
     patch_size: int
     num_layers: int
@@ -49,15 +50,15 @@ class DataConfig:
     """A data set, its splits and its batches. ``batch_size`` is global: over all processes."""
 
     name: str
-    root: Optional[str]
+    root: str | None
     batch_size: int
     augment: str
     split_seed: int
-    val_fraction: Optional[float]
-    test_fraction: Optional[float]
-    train_per_class: Optional[int]
+    val_fraction: float | None
+    test_fraction: float | None
+    train_per_class: int | None
     official_val: bool
-    cache_size: Optional[int]
+    cache_size: int | None
     cache_dir: str
 
 
@@ -67,12 +68,12 @@ class OptimizerConfig:
 
     lr: float
     weight_decay: float
-    betas: List[float]
+    betas: list[float]
     eps: float
     decay_bias_and_norm: bool
     schedule: str
     warmup: float
-    clip_norm: Optional[float]
+    clip_norm: float | None
     label_smoothing: float
 
 
@@ -81,14 +82,14 @@ class LoraConfig:
     """Which adapters (Hu et al., 2021), or which baseline (``method`` none or full; the rest is then null)."""
 
     method: str
-    rank: Optional[int]
-    alpha: Optional[float]
-    dropout: Optional[float]
-    targets: Optional[List[str]]
-    blocks: Optional[List[int]]
-    scaling: Optional[str]
-    init: Optional[str]
-    bias: Optional[str]
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    targets: list[str] | None
+    blocks: list[int] | None
+    scaling: str | None
+    init: str | None
+    bias: str | None
 
     def effective_scaling(self) -> float:
         """Factor of the adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
@@ -143,9 +144,15 @@ def register_schema() -> None:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name="schema", node=TrialConfig)
-    OmegaConf.register_new_resolver(
-        "trial_id", lambda _root_: trial_id(from_omegaconf(_root_)), replace=True
-    )
+    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_)), replace=True)
+
+
+def refuse_impossible(config: Any) -> None:
+    """End the program in one line if the composed trial is impossible (before Hydra makes its folder)."""
+    try:
+        from_omegaconf(config)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def from_omegaconf(cfg: Any) -> TrialConfig:
@@ -155,13 +162,14 @@ def from_omegaconf(cfg: Any) -> TrialConfig:
 
     wanted = [f.name for f in dataclasses.fields(TrialConfig)]
     plain = {}
+    for key in cfg:
+        if key not in (*wanted, "hydra", "sweep"):
+            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
     for key in wanted:
         try:
             node = cfg[key]
             plain[key] = (
-                OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-                if OmegaConf.is_config(node)
-                else node
+                OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
             )
         except MissingMandatoryValue as error:
             missing = error.full_key or key
@@ -193,9 +201,9 @@ def from_dict(values: dict[str, Any]) -> TrialConfig:
 def _typed(value: Any, annotation: str) -> Any:
     if value is None:
         return None
-    if annotation in ("float", "Optional[float]"):
+    if annotation in ("float", "float | None"):
         return float(value)
-    if annotation == "List[float]":
+    if annotation == "list[float]":
         return [float(v) for v in value]
     return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -308,7 +316,9 @@ def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
     assert lora.targets is not None
     _range("lora.rank", lora.rank, lora.rank >= 1, "give 1 or more (lora=none trains the head alone)")
     width = min(model.hidden_dim, model.mlp_dim)
-    _range("lora.rank", lora.rank, lora.rank <= width, f"the layers of {model.name} are {width} wide, give at most that")
+    _range(
+        "lora.rank", lora.rank, lora.rank <= width, f"the layers of {model.name} are {width} wide, give at most that"
+    )
     _range("lora.alpha", lora.alpha, lora.alpha > 0, "give a number above 0")
     _range("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "give a probability in [0, 1)")
     if not lora.targets:

@@ -14,7 +14,6 @@ import zlib
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 

@@ -85,7 +85,9 @@ class Blocked:
         left = self.shares[rows] @ self.inverse
         diagonal = np.einsum("ms,st,mt->m", self.shares, self.inverse, self.shares)
         cross = left @ self.shares.T
-        return own[rows][:, None] + own + diagonal[rows][:, None] + diagonal - 2 * cross
+        variance = own[rows][:, None] + own + diagonal[rows][:, None] + diagonal - 2 * cross
+        variance[np.arange(len(rows)), rows] = 0.0
+        return variance
 
 
 def _packed(y: np.ndarray) -> np.ndarray:
@@ -222,7 +224,7 @@ def dunnett_p(t: np.ndarray, others: int, df: float) -> np.ndarray:
     """P(max of ``others`` one-sided t statistics with correlation 1/2 > t), Dunnett (1955).
 
     ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
-    (absolute error below 1e-5).
+    (absolute error below 1e-5). For t <= 0, which only the best cell has, 1 is given.
     """
     return _interpolated(t, lambda x: _dunnett_sf(x, others, df))
 

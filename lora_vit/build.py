@@ -1,0 +1,246 @@
+"""From configuration to objects: the one module that wires models, data and training together."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torchvision.models import VisionTransformer
+
+from lora_vit import randomness
+from lora_vit.config import ConfigError, DataConfig, TrialConfig
+from lora_vit.data.augment import Transform
+from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.distributed import Process
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.inject import adapted_bias_names, inject_adapters
+from lora_vit.lora.layers import AdapterSpec, PackedHead
+from lora_vit.models.vit import PackedViT, build_trunk
+from lora_vit.models.weights import load_trunk_weights, state_sha256
+from lora_vit.training.pack import Setup
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def choose_device(accelerator: str, process: Process) -> torch.device:
+    """The device of this process. Raises ConfigError where a GPU is asked for and there is none."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", process.local_rank)
+
+
+def choose_world_size(config: TrialConfig) -> tuple[int, str]:
+    """Number of processes to start, and a note where it is not what one would expect.
+
+    Raises:
+        ConfigError: an explicit number that does not divide the batch or exceeds the GPUs.
+    """
+    t, batch = config.trainer, config.data.batch_size
+    on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
+    visible = torch.cuda.device_count() if on_gpu else 1
+    if t.devices != "auto":
+        wanted = int(t.devices)
+        if on_gpu and wanted > visible:
+            raise ConfigError(f"trainer.devices={wanted}: only {visible} GPUs are visible, give at most that")
+        check_world_size(config, wanted)
+        return wanted, ""
+    chosen = max(n for n in range(1, visible + 1) if batch % n == 0)
+    note = ""
+    if chosen < visible:
+        note = f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
+    return chosen, note
+
+
+def check_world_size(config: TrialConfig, world_size: int) -> None:
+    """Raise ConfigError where the global batch does not divide among the processes."""
+    batch = config.data.batch_size
+    if batch % world_size:
+        raise ConfigError(
+            f"data.batch_size={batch} is not divisible by the {world_size} processes: give a multiple of "
+            f"{world_size}, or trainer.devices=auto"
+        )
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """Resolve ``auto``: bf16 where the device computes it fast, else fp32."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if _cpu_has_fast_bf16() else "fp32"
+
+
+def _cpu_has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively: without, bf16 is several times slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class ModelFactory:
+    """Builds the packed model of any trials that share model, data and adapter places.
+
+    The frozen trunk is loaded once and shared; trials that train trunk parameters get a copy.
+    """
+
+    def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
+        m = config.model
+        self.classes, self.device, self.dtype = classes, device, dtype
+        self.original = build_trunk(m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
+        if m.weights is None:
+            self.base = {"name": None, "sha256": state_sha256(self.original.state_dict())}
+        else:
+            digest = load_trunk_weights(self.original, m.name, m.weights)
+            self.base = {"name": m.weights, "sha256": digest}
+        self._frozen: VisionTransformer | None = None
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of what is trained: full precision also under bf16."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def frozen_trunk(self) -> VisionTransformer:
+        """The shared trunk on the device, cast once to the compute precision."""
+        if self._frozen is None:
+            self._frozen = copy.deepcopy(self.original).to(self.device, self.dtype)
+        return self._frozen
+
+    def __call__(self, configs: list[TrialConfig]) -> PackedViT:
+        """The model of a pack, freshly initialised from the trials' seeds."""
+        lora = configs[0].lora
+        trains_trunk = lora.method == "full" or (lora.bias or "none") != "none"
+        if trains_trunk:
+            trunk = copy.deepcopy(self.original).to(self.device, self.parameter_dtype)
+        else:
+            trunk = self.frozen_trunk()
+        state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
+        if lora.method == "lora":
+            assert lora.targets is not None
+            specs = [_adapter_spec(c) for c in configs]
+            for adapters in inject_adapters(trunk, specs, lora.targets, lora.blocks, state):
+                adapters.lora_A.data = adapters.lora_A.data.to(self.parameter_dtype)
+                adapters.lora_B.data = adapters.lora_B.data.to(self.parameter_dtype)
+        head = PackedHead(
+            [c.seed for c in configs],
+            [c.model.head_dropout for c in configs],
+            trunk.hidden_dim,
+            self.classes,
+            state,
+        ).to(self.device)
+        head.to(self.parameter_dtype)
+        head.keep_K = head.keep_K.double()
+        _mark_trainable(trunk, lora.method, lora.bias or "none")
+        if trains_trunk:
+            self._cast_frozen(trunk)
+        return PackedViT(trunk, head, len(configs), _first_trained_block(trunk))
+
+    def _cast_frozen(self, trunk: VisionTransformer) -> None:
+        for p in trunk.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(self.dtype)
+
+
+def _adapter_spec(config: TrialConfig) -> AdapterSpec:
+    lora = config.lora
+    assert lora.rank is not None
+    assert lora.dropout is not None
+    assert lora.init is not None
+    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, lora.init, config.seed)
+
+
+def _mark_trainable(trunk: VisionTransformer, method: str, bias: str) -> None:
+    adapted = adapted_bias_names(trunk)
+    for name, p in trunk.named_parameters():
+        is_bias = name.endswith("bias")
+        p.requires_grad = (
+            ".lora_" in name
+            or method == "full"
+            or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
+        )
+
+
+def _first_trained_block(trunk: VisionTransformer) -> int:
+    """Index of the first encoder block with a trained parameter, -1 for the stem, the count for none."""
+    blocks = list(trunk.encoder.layers)
+    stem = [trunk.conv_proj.bias, trunk.conv_proj.weight, trunk.class_token, trunk.encoder.pos_embedding]
+    if any(isinstance(p, torch.Tensor) and p.requires_grad for p in stem):
+        return -1
+    for i, block in enumerate(blocks):
+        if any(p.requires_grad for p in block.parameters()):
+            return i
+    return len(blocks)
+
+
+def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
+    """Load data and weights for trials that share a structure.
+
+    Raises:
+        ConfigError: device, precision, weights.
+        DataError: the data set.
+    """
+    device = choose_device(config.trainer.accelerator, process)
+    precision = choose_precision(config.trainer.precision, device)
+    dtype = DTYPES[precision]
+    data = data or load_data(config.data, quiet=not process.is_main)
+    transform = Transform(config.model.image_size, config.data.augment, device, dtype)
+    factory = ModelFactory(config, len(data.class_names), device, dtype)
+    return Setup(
+        build_model=factory,
+        data=data,
+        transform=transform,
+        device=device,
+        process=process,
+        compile=config.trainer.compile,
+        environment=environment(device, precision, process.world_size),
+        base_weights=factory.base,
+    )
+
+
+def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:
+    """Where and with what a trial runs, for its record."""
+    commit, dirty = _git_state()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    packages = ("lora-vit", "torch", "torchvision", "numpy", "hydra-core")
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "commit": commit,
+        "dirty": dirty,
+        "host": platform.node(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "world_size": world_size,
+        "command": " ".join(sys.argv),
+    }
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the package's own checkout and whether it has changes; None for an installed package."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None, None
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", os.fspath(folder), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def data_of(config: DataConfig) -> ImageData:
+    """The decoded data set of a config."""
+    return load_data(config)

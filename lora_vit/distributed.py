@@ -1,0 +1,64 @@
+"""Process groups: who we are, exact sums over all processes, and one object from rank 0 to the others."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that train together; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and to the terminal."""
+        return self.rank == 0
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun (or another elastic launcher) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_process_group() -> Process:
+    """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
+    process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "gloo"
+    if torch.cuda.is_available() and process.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(process.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return process
+
+
+def leave_process_group() -> None:
+    """Leave the group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes_(tensor: Tensor) -> Tensor:
+    """Add up a tensor over all processes, in place; nothing to do for one process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]

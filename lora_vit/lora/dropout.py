@@ -1,0 +1,90 @@
+"""Keyed dropout: whether an element is kept is a hash of where it is, not of what was drawn before.
+
+Shape legend: K trial, B image, S token, D feature.
+
+The key of an element is (trial seed, trial step, module, position of the image in the trial's global batch,
+token, feature). Forward and backward recompute the same mask, a trial in a pack gets the mask that it gets
+alone, and any number of processes agrees. All arithmetic is 32-bit with wrap-around, in place: on a CPU one
+pass over int32 costs a tenth of one over int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Multipliers of the 32-bit finaliser "lowbias32" (Wellons, 2018), as signed integers.
+_C1 = 0x7FEB352D
+_C2 = 0x846CA68B - (1 << 32)
+_GOLDEN = 0x9E3779B9 - (1 << 32)
+
+
+def _wrap(value: int) -> int:
+    """The signed 32-bit integer with the same low bits."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Avalanche an int32 tensor (shifts are arithmetic in torch, hence the masks)."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _C1
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _C2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+class DropoutState:
+    """The part of the key that all layers of a model share: trial seeds, trial steps and image positions.
+
+    The trainer calls :meth:`set` before each forward pass. Without a trainer (library use) call
+    :meth:`advance`, which counts forward passes.
+    """
+
+    def __init__(self, seeds: list[int]):
+        halves = [(_wrap(s), _wrap(s >> 32)) for s in seeds]
+        self._seed_K2 = torch.tensor(halves, dtype=torch.int32)
+        self._forwards = 0
+        self.base_KB: Tensor | None = None
+
+    def set(self, step_K: Tensor, position_B: Tensor) -> None:
+        """Key the next pass: the trials' steps, int [K], and the images' places in the global batch, int [B]."""
+        self._seed_K2 = self._seed_K2.to(step_K.device)
+        x_K = _mix(self._seed_K2[:, 0] + _GOLDEN)
+        x_K = _mix(x_K ^ self._seed_K2[:, 1])
+        x_K = _mix(x_K ^ step_K.to(torch.int32))
+        self.base_KB = _mix(x_K[:, None] ^ _mix(position_B.to(torch.int32) + _GOLDEN)[None, :])
+
+    def advance(self, batch: int, device: torch.device) -> None:
+        """Key the next pass of a model used without a trainer: one more step for every trial."""
+        step_K = torch.full((len(self._seed_K2),), self._forwards, dtype=torch.int32, device=device)
+        self.set(step_K, torch.arange(batch, device=device))
+        self._forwards += 1
+
+    def rows(self, module_key: int, tokens: int) -> Tensor:
+        """One well-mixed int32 for each token of each image in this module, [K, B, S]."""
+        if self.base_KB is None:
+            raise RuntimeError("dropout is on but no pass was keyed: call DropoutState.set or .advance first")
+        token_S = torch.arange(tokens, dtype=torch.int32, device=self.base_KB.device) * _GOLDEN + _wrap(module_key)
+        return _mix(self.base_KB[:, :, None] ^ _mix(token_S))
+
+
+def feature_keys(width: int, device: torch.device) -> Tensor:
+    """One well-mixed int32 for each feature, [D]."""
+    return _mix(torch.arange(1, width + 1, dtype=torch.int32, device=device) * _C1)
+
+
+def threshold(p: float) -> int:
+    """The int32 below which a uniform int32 lies with probability ``p``."""
+    return round(p * 2**32) - 2**31
+
+
+def keep_mask(rows_KBS: Tensor, feature_D: Tensor, threshold_K: Tensor) -> Tensor:
+    """True where an element is kept, bool [K, B, S, D].
+
+    Both inputs are well mixed already, so one multiply-xorshift-multiply round between them is enough for the
+    high bits, which alone decide the comparison. The unmasked arithmetic shift only costs the lost top bit.
+    """
+    x = rows_KBS[..., None] ^ feature_D
+    x.mul_(_C1)
+    x.bitwise_xor_(x >> 15)
+    x.mul_(_C2)
+    return x >= threshold_K.view(-1, 1, 1, 1)

@@ -1,0 +1,200 @@
+"""The linear layer with LoRA adapters of K trials: memory-lean, with its plain reference beside it.
+
+Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width, O output width, R rank,
+G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
+
+For each trial, with its own rank, scaling and dropout (Hu et al., 2021, eq. 3)::
+
+    x = prologue(z)                        # LayerNorm, GELU or nothing
+    y = x W' + b                           # frozen, one product for all trials
+    y[g] += s/(1-p) * (mask * x) A_g' B_g' # the trial's adapters
+
+What a frozen layer would keep for its backward pass is ``z`` alone. So is what we keep, with ``h = x A'`` (R
+wide): the LayerNorm or GELU output and the dropout mask are computed again in backward, for about 2 % of time.
+The products with a skinny side are written in the layout in which BLAS is fast; written the other way several
+take five times as long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_vit.lora.dropout import keep_mask
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What happens between the saved input and the linear layer: "none", "gelu" or "layer_norm"."""
+
+    kind: str = "none"
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """What a dropout mask is computed from: rows int32 [K, B, S], features int32 [I], thresholds int32 [K]."""
+
+    rows_KBS: Tensor
+    feature_I: Tensor
+    threshold_K: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` [K*B, S, I] with the dropped elements at zero (not rescaled)."""
+        mask = keep_mask(self.rows_KBS, self.feature_I, self.threshold_K)
+        return x * mask.view(x.shape)
+
+
+def _prologue(z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, prologue: Prologue) -> Tensor:
+    if prologue.kind == "gelu":
+        return F.gelu(z)
+    if prologue.kind == "layer_norm":
+        return F.layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
+    return z
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        z: Tensor,
+        ln_weight: Tensor | None,
+        ln_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a_KGRI: Tensor,
+        b_KGOR: Tensor,
+        scale_K: Tensor,
+        prologue: Prologue,
+        slots: tuple[int, ...],
+        mask: MaskKey | None,
+    ) -> Tensor:
+        K, G, R, _ = a_KGRI.shape
+        O = b_KGOR.shape[2]
+        mean = rstd = None
+        if prologue.kind == "layer_norm":
+            x, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
+        else:
+            x = _prologue(z, None, None, prologue)
+        y = F.linear(x, weight, bias)
+        xd = x if mask is None else mask.apply(x)
+        del x
+        h_KNr = _rows(xd, K) @ a_KGRI.flatten(1, 2).mT
+        h_KNr.mul_(scale_K.view(K, 1, 1))
+        y_KNo = _rows(y, K)
+        for g, slot in enumerate(slots):
+            y_KNo[:, :, slot * O : (slot + 1) * O].baddbmm_(h_KNr[:, :, g * R : (g + 1) * R], b_KGOR[:, g].mT)
+        ctx.save_for_backward(z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr)
+        ctx.prologue, ctx.slots, ctx.mask = prologue, slots, mask
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr = ctx.saved_tensors
+        prologue, slots, mask = ctx.prologue, ctx.slots, ctx.mask
+        K, G, R, _ = a_KGRI.shape
+        O = b_KGOR.shape[2]
+        g = grads[0].contiguous()
+        g_KNo = _rows(g, K)
+
+        db_KGOR = torch.empty_like(b_KGOR)
+        dh_KNr = torch.empty_like(h_KNr)
+        for i, slot in enumerate(slots):
+            g_slot = g_KNo[:, :, slot * O : (slot + 1) * O]
+            rows = slice(i * R, (i + 1) * R)
+            db_KGOR[:, i] = (h_KNr[:, :, rows].mT @ g_slot).mT
+            dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
+        dh_KNr.mul_(scale_K.view(K, 1, 1))
+
+        x = _prologue(z, ln_weight, ln_bias, prologue)
+        xd = x if mask is None else mask.apply(x)
+        da_KGRI = (dh_KNr.mT @ _rows(xd, K)).view_as(a_KGRI)
+        del x, xd
+
+        needs = ctx.needs_input_grad
+        dbias = g.sum((0, 1)) if needs[4] else None
+        dz = dln_weight = dln_bias = None
+        if any(needs[:3]):
+            dx = g @ weight
+            if mask is None:
+                _rows(dx, K).baddbmm_(dh_KNr, a_KGRI.flatten(1, 2))
+            else:
+                dx += mask.apply((dh_KNr @ a_KGRI.flatten(1, 2)).view_as(dx))
+            if prologue.kind == "gelu":
+                dz = torch.ops.aten.gelu_backward(dx, z)
+            elif prologue.kind == "layer_norm":
+                dz, dln_weight, dln_bias = torch.ops.aten.native_layer_norm_backward(
+                    dx, z, z.shape[-1:], mean, rstd, ln_weight, ln_bias, list(needs[:3])
+                )
+            else:
+                dz = dx
+        return dz, dln_weight, dln_bias, None, dbias, da_KGRI, db_KGOR, None, None, None, None
+
+
+def _rows(x: Tensor, K: int) -> Tensor:
+    """[K*B, S, D] seen as [K, B*S, D]."""
+    return x.view(K, -1, x.shape[-1])
+
+
+def adapted_linear(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_KGRI: Tensor,
+    b_KGOR: Tensor,
+    scale_K: Tensor,
+    slots: tuple[int, ...] = (0,),
+    mask: MaskKey | None = None,
+    prologue: Prologue | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer plus the adapters of K trials (see the module's formula).
+
+    Args:
+        z: input before the prologue, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B.
+        weight: frozen weight, [slots*O, I]; it gets no gradient.
+        bias: [slots*O] or None; gets a gradient if it requires one.
+        a_KGRI: lora_A of all trials, [K, G, R, I]; ranks below R are padded with zero rows.
+        b_KGOR: lora_B of all trials, [K, G, O, R]; padded with zero columns.
+        scale_K: factor of each trial's adapter, [K]; with a mask it includes 1/(1-p).
+        slots: for each of the G adapters, which O-wide part of the output it adds to.
+        mask: key of the dropout mask on the adapters' input, or None.
+        prologue: computed first and recomputed in backward; ``ln_weight`` and ``ln_bias`` [I] belong to it.
+
+    Returns:
+        [K*B, S, slots*O], in the dtype of ``z``. Weight and adapters must have that dtype.
+    """
+    args = (z, ln_weight, ln_bias, weight, bias, a_KGRI, b_KGOR, scale_K, prologue or Prologue(), slots, mask)
+    return _AdaptedLinear.apply(*args)
+
+
+def adapted_linear_reference(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a_KGRI: Tensor,
+    b_KGOR: Tensor,
+    scale_K: Tensor,
+    slots: tuple[int, ...] = (0,),
+    mask: MaskKey | None = None,
+    prologue: Prologue | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+) -> Tensor:
+    """The same in plain operations, trial by trial: what :func:`adapted_linear` is tested against."""
+    x = _prologue(z, ln_weight, ln_bias, prologue or Prologue())
+    y_trials = F.linear(x, weight, bias).chunk(len(a_KGRI))
+    xd_trials = (x if mask is None else mask.apply(x)).chunk(len(a_KGRI))
+    O = b_KGOR.shape[2]
+    out = []
+    for k, (y, xd) in enumerate(zip(y_trials, xd_trials, strict=True)):
+        parts = list(y.split(O, dim=-1))
+        for g, slot in enumerate(slots):
+            parts[slot] = parts[slot] + scale_K[k] * (xd @ a_KGRI[k, g].T) @ b_KGOR[k, g].T
+        out.append(torch.cat(parts, dim=-1))
+    return torch.cat(out)

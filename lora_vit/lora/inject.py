@@ -1,0 +1,236 @@
+"""Put adapters into a torchvision Vision Transformer, and choose what is trained.
+
+The public pair for a plain model is :func:`replace_linear_with_lora` and :func:`mark_lora_and_head_as_trainable`;
+:func:`inject_adapters` does the same for a pack of K trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from lora_vit import randomness
+from lora_vit.config import TARGETS
+from lora_vit.lora.attention import EncoderBlock
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
+
+_PROJECTIONS = {
+    "q": "self_attention.q",
+    "k": "self_attention.k",
+    "v": "self_attention.v",
+    "o": "self_attention.out_proj",
+    "fc1": "mlp.0",
+    "fc2": "mlp.3",
+}
+
+
+def projection_name(block: str, target: str) -> str:
+    """Name of a target in the block called ``block``, e.g. ``encoder.layers.encoder_layer_0.self_attention.q``."""
+    return f"{block}.{_PROJECTIONS[target]}"
+
+
+def use_adaptable_blocks(model: nn.Module) -> dict[str, EncoderBlock]:
+    """Replace each torchvision encoder block by ours (same parameters) and return them by name, in order.
+
+    Raises:
+        ValueError: the model has none; the message lists the linear layers that it has.
+    """
+    from torchvision.models.vision_transformer import EncoderBlock as TorchvisionBlock
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TorchvisionBlock):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            block = EncoderBlock(module)
+            block.train(module.training)
+            parent._modules[name.rpartition(".")[2]] = block
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, EncoderBlock)}
+    if not blocks:
+        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        shown = ", ".join(linears[:20]) or "none"
+        raise ValueError(
+            f"no target matches: the model has no torchvision ViT encoder block to adapt (its linear layers: {shown})"
+        )
+    return blocks
+
+
+def inject_adapters(
+    model: nn.Module,
+    specs: Sequence[AdapterSpec],
+    targets: Sequence[str],
+    blocks: Sequence[int] | None,
+    state: DropoutState,
+) -> list[LoRAAdapters]:
+    """Give the targeted projections adapters of K trials, replacing any that are there.
+
+    Args:
+        model: a torchvision VisionTransformer, changed in place.
+        specs: one per trial.
+        targets: some of q, k, v, o, fc1, fc2.
+        blocks: indices of the encoder blocks, or None for all.
+        state: shared key of the dropout masks.
+
+    Raises:
+        ValueError: nothing matches; the message lists what exists.
+    """
+    found = use_adaptable_blocks(model)
+    wanted = [t for t in TARGETS if t in targets]
+    unknown = [t for t in targets if t not in TARGETS]
+    chosen = [i for i in range(len(found)) if blocks is None or i in blocks]
+    if unknown or not wanted or not chosen:
+        raise ValueError(
+            f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
+            f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
+        )
+    remove_adapters(model)
+    injected = []
+    for index, (name, block) in enumerate(found.items()):
+        if index not in chosen:
+            continue
+        attention = block.self_attention
+        D = attention.out_proj.in_features
+        fc1, fc2 = block.mlp[0], block.mlp[3]
+        qkv = [t for t in wanted if t in "qkv"]
+        places: list[tuple[nn.Module, str, list[str], list[int], str, int, int]] = [
+            (attention, "in_proj_lora", qkv, ["qkv".index(t) for t in qkv], "self_attention.in_proj", D, D),
+            (attention, "out_proj_lora", ["o"], [0], "self_attention.out_proj", D, D),
+            (block, "fc1_lora", ["fc1"], [0], "mlp.0", fc1.in_features, fc1.out_features),
+            (block, "fc2_lora", ["fc2"], [0], "mlp.3", fc2.in_features, fc2.out_features),
+        ]
+        for owner, attribute, group, slots, input_name, width_in, width_out in places:
+            if not group or group[0] not in wanted:
+                continue
+            names = [projection_name(name, t) for t in group]
+            adapters = LoRAAdapters(list(specs), names, slots, f"{name}.{input_name}", width_in, width_out, state)
+            adapters.to(attention.out_proj.weight.device)
+            adapters.train(model.training)
+            setattr(owner, attribute, adapters)
+            injected.append(adapters)
+    return injected
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take all adapters out again; the base model is unchanged."""
+    for module in list(model.modules()):
+        for attribute, child in list(module.named_children()):
+            if isinstance(child, LoRAAdapters):
+                setattr(module, attribute, None)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes what its frozen base computes."""
+    adapters = [m for m in model.modules() if isinstance(m, LoRAAdapters)]
+    for a in adapters:
+        a.enabled = False
+    try:
+        yield
+    finally:
+        for a in adapters:
+            a.enabled = True
+
+
+def replace_linear_with_lora(
+    model: nn.Module,
+    rank: int = 4,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    blocks: Sequence[int] | None = None,
+    scaling: str = "standard",
+    init: str = "kaiming_uniform",
+    seed: int = 0,
+) -> nn.Module:
+    """Give the linear layers of a plain torchvision ViT's encoder LoRA adapters (Hu et al., 2021), in place.
+
+    Args:
+        model: a ``torchvision.models.VisionTransformer``.
+        rank: of the update, from 1 to the layers' width.
+        alpha: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
+        dropout: probability in [0, 1) on the adapters' input, in train mode.
+        targets: some of q, k, v, o, fc1, fc2.
+        blocks: indices of encoder blocks, None for all.
+        init: of lora_A; lora_B starts at zero, so that the model's output does not change.
+        seed: of the initialisation and the dropout masks.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an impossible value, or nothing to adapt.
+    """
+    if not rank >= 1:
+        raise ValueError(f"rank={rank} is impossible: give 1 or more")
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha} is impossible: give a number above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} is impossible: give a probability in [0, 1)")
+    if scaling not in ("standard", "rslora"):
+        raise ValueError(f"scaling '{scaling}' is unknown (standard, rslora)")
+    factor = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+    spec = AdapterSpec(rank, factor, dropout, init, seed)
+    seed_key = randomness.key("dropout", seed)
+    state = DropoutState([seed_key])
+    injected = inject_adapters(model, [spec], targets, blocks, state)
+    width = min(min(a.lora_A.shape[-1], a.lora_B.shape[-2]) for a in injected)
+    if rank > width:
+        raise ValueError(f"rank={rank} is impossible: the layers are {width} wide")
+    if dropout > 0:
+        model.register_forward_pre_hook(lambda module, args: _key_pass(module, args, state))
+    return model
+
+
+def _key_pass(module: nn.Module, args: tuple[torch.Tensor, ...], state: DropoutState) -> None:
+    if module.training:
+        state.advance(len(args[0]), args[0].device)
+
+
+def mark_lora_and_head_as_trainable(
+    model: nn.Module, head_substring: str = "heads.head", bias: str = "none"
+) -> list[str]:
+    """Freeze everything but the adapters and the head; return the names of what is trained.
+
+    Args:
+        model: after :func:`replace_linear_with_lora`.
+        head_substring: parameters with this in their name are the head's.
+        bias: also train no bias ("none"), those of adapted layers ("lora_only"), or all ("all").
+
+    Raises:
+        ValueError: no adapter or no head parameter is found, or ``bias`` is unknown.
+    """
+    if bias not in ("none", "lora_only", "all"):
+        raise ValueError(f"bias '{bias}' is unknown (none, lora_only, all)")
+    names = [name for name, _ in model.named_parameters()]
+    if not any(".lora_" in name for name in names):
+        raise ValueError("the model has no LoRA adapter: call replace_linear_with_lora first")
+    if not any(head_substring in name for name in names):
+        top = ", ".join(sorted({name.split(".")[0] for name in names}))
+        raise ValueError(f"no parameter's name contains head_substring='{head_substring}' (top level: {top})")
+    adapted = adapted_bias_names(model)
+    for name, parameter in model.named_parameters():
+        is_bias = name.endswith("bias") and head_substring not in name
+        parameter.requires_grad = (
+            ".lora_" in name
+            or head_substring in name
+            or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
+        )
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def adapted_bias_names(model: nn.Module) -> set[str]:
+    """Names of the biases of the layers that have adapters."""
+    names = set()
+    for prefix, block in model.named_modules():
+        if isinstance(block, EncoderBlock):
+            places = {
+                "self_attention.in_proj_bias": block.self_attention.in_proj_lora,
+                "self_attention.out_proj.bias": block.self_attention.out_proj_lora,
+                "mlp.0.bias": block.fc1_lora,
+                "mlp.3.bias": block.fc2_lora,
+            }
+            names |= {f"{prefix}.{name}" for name, adapters in places.items() if adapters is not None}
+    return names

@@ -1,0 +1,175 @@
+"""The adapters of K trials on one linear projection, and the heads of K trials.
+
+These two modules, and they alone, know that a pack holds several trials.
+Shape legend: K trial, G adapted projections, R rank, I input width, O output width, B image, S token, C class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_vit import randomness
+from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
+from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one trial asks of its adapters.
+
+    Attributes:
+        rank: R of the trial, at least 1.
+        scaling: factor of the adapter's output, alpha/rank or alpha/sqrt(rank).
+        dropout: probability in [0, 1) of dropping an element of the adapter's input.
+        init: of lora_A: "kaiming_uniform" (loralib) or "gaussian" (standard deviation 1/rank, as PEFT).
+        seed: key of the initialisation and of the dropout masks.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float
+    init: str
+    seed: int
+
+
+def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
+    """A trial's lora_A at the start, fp32 [rank, width]: a function of the seed and the projection's name.
+
+    Raises ValueError for an unknown ``spec.init``.
+    """
+    generator = randomness.generator("lora_A", spec.seed, name)
+    a_RI = torch.empty(spec.rank, width)
+    if spec.init == "kaiming_uniform":
+        bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5)
+        return a_RI.uniform_(-bound, bound, generator=generator)
+    if spec.init == "gaussian":
+        return a_RI.normal_(0.0, 1 / spec.rank, generator=generator)
+    raise ValueError(f"init '{spec.init}' is unknown (kaiming_uniform, gaussian)")
+
+
+class LoRAAdapters(nn.Module):
+    """Adapters of K trials on one (possibly fused) linear projection.
+
+    Args:
+        specs: one per trial.
+        names: name of each adapted projection, e.g. ``...self_attention.q``; keys of initialisation and export.
+        slots: which ``out_features``-wide part of the output each of them adds to.
+        input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
+        state: the key that all layers of the model share.
+    """
+
+    def __init__(
+        self,
+        specs: list[AdapterSpec],
+        names: list[str],
+        slots: list[int],
+        input_name: str,
+        in_features: int,
+        out_features: int,
+        state: DropoutState,
+    ):
+        super().__init__()
+        K, G, R = len(specs), len(names), max(s.rank for s in specs)
+        self.specs, self.names, self.slots, self.state = specs, names, tuple(slots), state
+        self.enabled = True
+        self._module_key = randomness.name_key(input_name)
+        a_KGRI = torch.zeros(K, G, R, in_features)
+        for k, spec in enumerate(specs):
+            for g, name in enumerate(names):
+                a_KGRI[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
+        self.lora_A = nn.Parameter(a_KGRI)
+        self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
+        self.any_dropout = any(s.dropout > 0 for s in specs)
+        scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
+        keep_K = torch.tensor([1 - s.dropout for s in specs], dtype=torch.float64)
+        self.register_buffer("scale_K", scale_K, persistent=False)
+        self.register_buffer("train_scale_K", scale_K / keep_K, persistent=False)
+        thresholds = torch.tensor([threshold(s.dropout) for s in specs], dtype=torch.int32)
+        self.register_buffer("threshold_K", thresholds, persistent=False)
+        self.register_buffer("feature_I", feature_keys(in_features, torch.device("cpu")), persistent=False)
+
+    def linear(
+        self,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prologue: Prologue | None = None,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O]."""
+        mask = None
+        dropping = self.training and self.any_dropout
+        if dropping:
+            rows_KBS = self.state.rows(self._module_key, z.shape[1])
+            mask = MaskKey(rows_KBS, self.feature_I, self.threshold_K)
+        scale_K = (self.train_scale_K if dropping else self.scale_K).to(z.dtype)
+        return adapted_linear(
+            z,
+            weight,
+            bias,
+            self.lora_A.to(z.dtype),
+            self.lora_B.to(z.dtype),
+            scale_K,
+            self.slots,
+            mask,
+            prologue,
+            None if norm is None else norm.weight.to(z.dtype),
+            None if norm is None else norm.bias.to(z.dtype),
+        )
+
+    def trial_tensors(self, k: int) -> dict[str, Tensor]:
+        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank] (views)."""
+        rank, tensors = self.specs[k].rank, {}
+        for g, name in enumerate(self.names):
+            tensors[f"{name}.lora_A"] = self.lora_A[k, g, :rank]
+            tensors[f"{name}.lora_B"] = self.lora_B[k, g, :, :rank]
+        return tensors
+
+    def extra_repr(self) -> str:
+        return f"K={len(self.specs)}, ranks={[s.rank for s in self.specs]}, projections={len(self.names)}"
+
+
+class PackedHead(nn.Module):
+    """Dropout and a linear classifier for each of K trials.
+
+    ``weight`` is [K, C, I], ``bias`` [K, C]; both are drawn as ``nn.Linear`` draws them, keyed by the trial's
+    seed (torchvision's own head starts at zero, and then no adapter gets a gradient at the first step).
+    """
+
+    NAME = "heads.head"
+
+    def __init__(self, seeds: list[int], dropouts: list[float], in_features: int, classes: int, state: DropoutState):
+        super().__init__()
+        self.state = state
+        bound = 1 / math.sqrt(in_features)
+        weights, biases = [], []
+        for seed in seeds:
+            generator = randomness.generator(self.NAME, seed)
+            weights.append(torch.empty(classes, in_features).uniform_(-bound, bound, generator=generator))
+            biases.append(torch.empty(classes).uniform_(-bound, bound, generator=generator))
+        self.weight = nn.Parameter(torch.stack(weights))
+        self.bias = nn.Parameter(torch.stack(biases))
+        self.any_dropout = any(p > 0 for p in dropouts)
+        self.register_buffer("keep_K", 1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
+        thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
+        self.register_buffer("threshold_K", thresholds, persistent=False)
+        self.register_buffer("feature_I", feature_keys(in_features, torch.device("cpu")), persistent=False)
+        self._module_key = randomness.name_key(self.NAME)
+
+    def forward(self, x_KBI: Tensor) -> Tensor:
+        """Class token features [K, B, I] to logits [K, B, C], in the dtype of the weights."""
+        x_KBI = x_KBI.to(self.weight.dtype)
+        if self.training and self.any_dropout:
+            K, B, width = x_KBI.shape
+            key = MaskKey(self.state.rows(self._module_key, 1), self.feature_I, self.threshold_K)
+            x_KBI = key.apply(x_KBI.reshape(K * B, 1, width)).view(K, B, width)
+            x_KBI = x_KBI / self.keep_K.to(x_KBI.dtype).view(K, 1, 1)
+        return torch.baddbmm(self.bias[:, None, :], x_KBI, self.weight.mT)
+
+    def trial_tensors(self, k: int) -> dict[str, Tensor]:
+        """Trial k's head under torchvision's names: weight [C, I], bias [C] (views)."""
+        return {f"{self.NAME}.weight": self.weight[k], f"{self.NAME}.bias": self.bias[k]}

@@ -1,0 +1,130 @@
+"""Train one trial or a sweep: ``python -m lora_vit.train lora.rank=8``.
+
+Hydra composes the configuration; torch is imported only once it is known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_vit.config import ConfigError, from_omegaconf, known_keys, nearest, register_schema
+
+_NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
+
+
+def task(cfg: DictConfig) -> float:
+    """Train the composed trial; returns its validation accuracy (a fraction)."""
+    config = from_omegaconf(cfg)
+    from lora_vit.run import run
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    files = {
+        "config.yaml": OmegaConf.to_yaml(cfg),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
+        "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
+    }
+    record = run(config, folder, files)
+    accuracy = float(record.metrics["val_accuracy"])
+    shown = os.path.relpath(folder)
+    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
+    return accuracy
+
+
+def main() -> None:
+    """Command-line entry: errors that a user can cause end in one line and exit code 1."""
+    register_schema()
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if under_torchrun:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            fail("a sweep starts its own processes: run `python -m lora_vit.train -m ...` without torchrun")
+        if os.environ["RANK"] != "0":
+            if not set(_NO_TRAINING) & set(sys.argv[1:]):
+                _guarded(_follow)
+            return
+    _guarded(hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task))
+
+
+def _follow() -> None:
+    from lora_vit.run import follow
+
+    follow()
+
+
+def _guarded(action: Any) -> None:
+    """Run; turn user errors into one line. HYDRA_FULL_ERROR=1 shows the traceback instead."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        action()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
+    try:
+        action()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except Exception as error:
+        _end(error)
+
+
+def _end(error: Exception) -> None:
+    """Exit as the error asks for; raise again what is not the user's."""
+    if isinstance(error, ConfigError):
+        fail(str(error))
+    if "lora_vit.run" not in sys.modules:
+        raise error
+    from lora_vit.data.dataset import DataError
+    from lora_vit.run import Interrupted, TrialFailed
+
+    if isinstance(error, Interrupted):
+        print(f"{error}: saved; the same command with the same hydra.run.dir goes on", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if isinstance(error, (DataError, TrialFailed)):
+        fail(str(error))
+    raise error
+
+
+def fail(message: str) -> None:
+    """Say what was wrong in one line and exit with code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def explain(error: BaseException) -> str:
+    """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for link in chain:
+        if isinstance(link, ConfigError):
+            return str(link)
+    texts = [str(e) for e in chain]
+    for text in texts:
+        if found := re.search(r"Could not override '([^']+)'", text):
+            return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+        if found := re.search(
+            r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text
+        ):
+            options = [o.strip() for o in found[2].split("\n") if o.strip()]
+            choice = found[1].rpartition("/")[2]
+            return f"'{found[1]}' does not exist{nearest(choice, options)} (one of: {', '.join(options)})"
+    for text in texts:
+        if found := re.search(r"full_key: (\S+)", text):
+            return f"{found[1]}: {text.splitlines()[0]}"
+    return texts[0].splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

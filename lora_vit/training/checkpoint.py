@@ -1,0 +1,65 @@
+"""One trial's checkpoint: trained tensors, optimizer moments and progress, in one file that is whole or absent."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_vit.records import RecordError, replacing
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass
+class TrialState:
+    """Where a trial stands. Tensors are on the CPU, unpadded, without a trial axis.
+
+    There is no generator state: every draw is keyed by what is here.
+    """
+
+    epoch: int = 0  # finished epochs
+    step_in_epoch: int = 0
+    updates: int = 0  # optimizer updates
+    loss_sum: float = 0.0  # of this epoch's steps so far
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    seconds: float = 0.0  # trained so far
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last finished epoch
+    values: dict[str, Tensor] = field(default_factory=dict)  # empty: not started
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
+    """Replace the folder's checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
+    buffer = io.BytesIO()
+    shallow = {name: getattr(state, name) for name in asdict(TrialState())}
+    torch.save({"trial_id": trial_id, **shallow}, buffer)
+    with replacing(folder / CHECKPOINT) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
+    """The folder's checkpoint, or a fresh state where there is none.
+
+    Raises:
+        RecordError: the file is damaged or another trial's.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return TrialState()
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        owner = values.pop("trial_id")
+        state = TrialState(**values)
+    except Exception as error:
+        raise RecordError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, or train anew with trainer.resume=restart"
+        ) from None
+    if owner != trial_id:
+        raise RecordError(f"{path} belongs to trial {owner}, not to {trial_id}")
+    return state

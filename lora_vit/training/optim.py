@@ -1,0 +1,147 @@
+"""AdamW for K trials at once, on one flat matrix, and learning-rate schedules.
+
+Shape legend: K trial, P number of trained values of a trial (padded to the widest).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_vit.config import OptimizerConfig
+
+
+class FlatParameters:
+    """Trained parameters of K trials as views into one matrix [K, P], gradients likewise.
+
+    The optimizer, the gradient norm, the all-reduce and the test for finite values are then one operation each.
+    Parameters with a leading trial axis share it; others (a trunk's) are allowed for K = 1 only.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], per_trial: set[str], K: int):
+        if K > 1 and set(named) - per_trial:
+            raise ValueError("trained trunk parameters need a pack of one")
+        self.slices: dict[str, tuple[slice, torch.Size]] = {}
+        offset = 0
+        for name, p in named.items():
+            shape = p.shape[1:] if name in per_trial else p.shape
+            self.slices[name] = (slice(offset, offset + shape.numel()), shape)
+            offset += shape.numel()
+        first = next(iter(named.values()))
+        self.K, self.P = K, offset
+        self.values_KP = torch.zeros(K, offset, dtype=first.dtype, device=first.device)
+        # The losses and the request to stop ride on the gradients' all-reduce.
+        self.buffer = torch.zeros(K * offset + K + 1, dtype=first.dtype, device=first.device)
+        self.grads_KP = self.buffer[: K * offset].view(K, offset)
+        self.losses_K = self.buffer[K * offset : -1]
+        self.stop = self.buffer[-1:]
+        self.parameters = list(named.values())
+        self.gradients: list[Tensor] = []  # views into grads_KP
+        for name, p in named.items():
+            where, _ = self.slices[name]
+            value = self.values_KP[:, where].view(p.shape)
+            value.copy_(p.data)
+            p.data = value
+            self.gradients.append(self.grads_KP[:, where].view(p.shape))
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Fill the gradients of all parameters from the loss."""
+        # Not backward(): its accumulation asks for another memory layout than rows of one matrix.
+        torch._foreach_copy_(self.gradients, list(torch.autograd.grad(loss, self.parameters)))
+
+    def trial_views(self, matrix_KP: Tensor, k: int) -> dict[str, Tensor]:
+        """Row k of a [K, P] matrix, by parameter name, without the trial axis (views)."""
+        return {name: matrix_KP[k, where].view(shape) for name, (where, shape) in self.slices.items()}
+
+    def decay_mask(self, named: dict[str, nn.Parameter], per_trial: set[str]) -> Tensor:
+        """[P]: 1 where weight decay applies if biases and norms are exempt (matrices), 0 elsewhere."""
+        mask_P = torch.zeros(self.P, dtype=self.values_KP.dtype, device=self.values_KP.device)
+        for name, p in named.items():
+            is_matrix = p.ndim - (name in per_trial) >= 2
+            mask_P[self.slices[name][0]] = float(is_matrix)
+        return mask_P
+
+
+class PackedAdamW:
+    """AdamW (Loshchilov & Hutter, 2019, algorithm 2) with every hyperparameter per trial.
+
+    ``torch.optim.AdamW`` takes one learning rate for a tensor; here each row of the flat matrix has its own lr,
+    weight decay, betas, eps and clip norm. A row's result equals torch's on that row alone.
+    """
+
+    def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig], decay_mask_P: Tensor):
+        like = {"dtype": flat.values_KP.dtype, "device": flat.values_KP.device}
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, **like)[:, None]  # type: ignore[arg-type]
+
+        self.flat = flat
+        self.exp_avg_KP = torch.zeros_like(flat.values_KP)
+        self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP)
+        self.updates_K1 = torch.zeros(flat.K, 1, **like)  # type: ignore[arg-type]
+        self.beta1_K1 = column([c.betas[0] for c in configs])
+        self.beta2_K1 = column([c.betas[1] for c in configs])
+        self.eps_K1 = column([c.eps for c in configs])
+        self.clip_K1 = column([math.inf if c.clip_norm is None else c.clip_norm for c in configs])
+        self.clips = any(c.clip_norm is not None for c in configs)
+        decay_K1 = column([c.weight_decay for c in configs])
+        exempt_K1 = column([float(not c.decay_bias_and_norm) for c in configs])
+        if any(not c.decay_bias_and_norm for c in configs):
+            self.decay_KP = decay_K1 * torch.where(exempt_K1 > 0, decay_mask_P, torch.ones_like(decay_mask_P))
+        else:
+            self.decay_KP = decay_K1  # [K, 1]
+
+    @torch.no_grad()
+    def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
+        """One update of the rows where ``ok_K1``; the other rows keep parameters and moments bit by bit.
+
+        Args:
+            lr_K1: learning rates of this step, [K, 1].
+            ok_K1: bool [K, 1].
+            norm_K1: gradient norms, [K, 1], used for clipping as ``clip_grad_norm_`` does.
+        """
+        grads = self.flat.grads_KP
+        if self.clips:
+            grads.mul_((self.clip_K1 / (norm_K1 + 1e-6)).clamp_(max=1.0))
+        grads.masked_fill_(~ok_K1, 0.0)
+        one = torch.ones_like(self.beta1_K1)
+        beta1, beta2 = torch.where(ok_K1, self.beta1_K1, one), torch.where(ok_K1, self.beta2_K1, one)
+        lr_K1 = torch.where(ok_K1, lr_K1, torch.zeros_like(lr_K1))
+        self.updates_K1 += ok_K1
+        count = self.updates_K1.clamp(min=1)
+        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_KP)
+        self.exp_avg_KP.lerp_(grads, 1 - beta1)
+        self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
+        correction1 = 1 - self.beta1_K1**count
+        correction2 = 1 - self.beta2_K1**count
+        denominator = self.exp_avg_sq_KP.sqrt().div_(correction2.sqrt()).add_(self.eps_K1)
+        self.flat.values_KP.sub_((lr_K1 / correction1) * self.exp_avg_KP / denominator)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate at each step of a trial, as a factor of ``optimizer.lr``."""
+
+    kind: str
+    warmup_steps: int
+    total_steps: int
+
+    def factor(self, step: int) -> float:
+        """At step 0, 1, ... ``total_steps`` - 1: linear warm-up, then linear or cosine decay to 0, or constant."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        remaining = self.total_steps - self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, remaining)
+        if self.kind == "linear":
+            return 1.0 - done
+        if self.kind == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """The schedule of a trial that takes ``total_steps`` steps."""
+    return Schedule(config.schedule, round(config.warmup * total_steps), total_steps)

@@ -1,0 +1,136 @@
+"""The files of one trial while it trains: record, metric rows, TensorBoard, checkpoint, predictions, adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lora_vit import records
+from lora_vit.records import JsonLines, TrialRecord
+from lora_vit.training.checkpoint import TrialState, save_checkpoint
+
+HEARTBEAT_EVERY = 30.0
+"""Seconds between rewritings of a running trial's record."""
+
+
+class TrialFiles:
+    """Writes one trial's folder (see the table of files in docs/architecture.md). Only rank 0 has one."""
+
+    def __init__(self, folder: Path, record: TrialRecord, state: TrialState, tensorboard: Path | None = None):
+        """Open the folder's logs, cut back to what the state knows of.
+
+        ``tensorboard`` is where the event files go (``folder/tensorboard`` by default).
+        """
+        self.folder, self.record, self.state = folder, record, state
+        self._tensorboard_folder = tensorboard or folder / "tensorboard"
+        self._tensorboard: Any = None
+        self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
+        timing = folder / records.TIMING
+        self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._beat = 0.0
+
+    @property
+    def board(self) -> Any:
+        """The TensorBoard writer, opened at first use; rows after the resumed step are superseded."""
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            step = int(self.record.metrics.get("step") or 0)
+            self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=step or None)
+        return self._tensorboard
+
+    def write_record(self, status: str | None = None) -> None:
+        """Replace ``record.json``, with a new status where given."""
+        if status is not None:
+            self.record.status = status
+        records.write_record(self.folder, self.record)
+        self._beat = time.monotonic()
+
+    def heartbeat(self) -> None:
+        """Rewrite the record if the last sign of life is old."""
+        if time.monotonic() - self._beat > HEARTBEAT_EVERY:
+            self.write_record()
+
+    def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
+        """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
+        self._metrics.write({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
+        self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
+        self.board.add_scalar("train/loss", loss, step)
+        self.board.add_scalar("train/learning_rate", lr, step)
+        self.board.add_scalar("train/images_per_second", images_per_second, step)
+        self.heartbeat()
+
+    def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
+        """An epoch's row (train_loss, val_loss, val_accuracy)."""
+        self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
+        self.board.add_scalar("val/accuracy", row["val_accuracy"], step)
+        self.board.add_scalar("val/loss", row["val_loss"], step)
+        self.board.flush()
+
+    def save_checkpoint(self) -> None:
+        """Checkpoint the state, which remembers the length of the metric rows."""
+        self.state.metrics_bytes = self._metrics.length()
+        save_checkpoint(self.folder, self.record.trial_id, self.state)
+
+    def write_results(
+        self,
+        predictions: dict[str, dict[str, np.ndarray]],
+        tensors: dict[str, Tensor],
+        adapter: dict[str, Any],
+    ) -> None:
+        """Write ``predictions.npz``, ``adapter.safetensors`` and ``adapter.json``."""
+        records.write_predictions(self.folder, predictions)
+        write_adapter(self.folder, tensors, adapter)
+        self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
+
+    def log_hparams(self) -> None:
+        """Fill TensorBoard's hparams view: what a sweep varies, and the final metric."""
+        c = self.record.config
+        hparams = {
+            "lora.method": c["lora"]["method"],
+            "lora.rank": c["lora"]["rank"] or 0,
+            "lora.alpha": c["lora"]["alpha"] or 0.0,
+            "lora.dropout": c["lora"]["dropout"] or 0.0,
+            "lora.targets": " ".join(c["lora"]["targets"] or []),
+            "optimizer.lr": c["optimizer"]["lr"],
+            "optimizer.weight_decay": c["optimizer"]["weight_decay"],
+            "data.batch_size": c["data"]["batch_size"],
+            "seed": c["seed"],
+        }
+        metric = {"final/val_accuracy": self.record.metrics["val_accuracy"]}
+        self.board.add_hparams(hparams, metric, run_name=".")
+
+    def fail(self, message: str, step: int | None = None, error: BaseException | None = None) -> None:
+        """Mark the trial failed, with the reason."""
+        trace = "".join(traceback.format_exception(error)) if error is not None else None
+        self.record.error = {"message": message, "step": step, "traceback": trace}
+        self.record.finished = time.time()
+        self.write_record("failed")
+
+    def close(self) -> None:
+        """Close the logs."""
+        self._metrics.close()
+        self._timing.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Replace ``adapter.safetensors`` and ``adapter.json``.
+
+    The file's one metadata entry is a sorted JSON string: with several, safetensors orders them differently in
+    every process.
+    """
+    from safetensors.torch import save
+
+    metadata = {"lora_vit": json.dumps(card, sort_keys=True)}
+    data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
+    with records.replacing(folder / "adapter.safetensors") as file:
+        file.write(data)
+    records.write_json(folder / "adapter.json", card)

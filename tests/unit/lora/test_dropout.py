@@ -1,0 +1,107 @@
+"""Keyed dropout: keep rate, independence in every direction of the key, and stability across processes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
+from lora_vit.randomness import name_key
+
+B, S, D = 32, 65, 256
+
+
+def mask(seed=5, step=3, module="fc1", p=0.3, positions=None) -> torch.Tensor:
+    """One trial's mask, float [B, S, D]."""
+    state = DropoutState([seed])
+    state.set(torch.tensor([step]), torch.arange(B) if positions is None else positions)
+    rows = state.rows(name_key(module), S)
+    limit = torch.tensor([threshold(p)], dtype=torch.int32)
+    return keep_mask(rows, feature_keys(D, torch.device("cpu")), limit)[0].float()
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """In units of its standard deviation under independence."""
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).mean() / (a.std() * b.std())) * a.numel() ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.9])
+def test_keep_rate(p):
+    m = mask(p=p)
+    sd = (p * (1 - p) / m.numel()) ** 0.5
+    assert abs(float(m.mean()) - (1 - p)) <= 5 * sd
+
+
+def test_rates_of_rows_and_columns_spread_like_independent_draws():
+    m, p = mask(p=0.5), 0.5
+    for dims, count in (((-1,), D), ((0, 1), B * S)):
+        expected = (p * (1 - p) / count) ** 0.5
+        assert float(m.mean(dims).std()) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_neighbours_are_uncorrelated(p):
+    m = mask(p=p)
+    pairs = {
+        "image": (m[1:], m[:-1]),
+        "token": (m[:, 1:], m[:, :-1]),
+        "feature": (m[..., 1:], m[..., :-1]),
+        "two features on": (m[..., 2:], m[..., :-2]),
+        "step": (m, mask(step=4, p=p)),
+        "seed": (m, mask(seed=6, p=p)),
+        "module": (m, mask(module="fc2", p=p)),
+        "step and image together": (m[1:], mask(step=4, p=p)[:-1]),
+    }
+    # 10 comparisons of one fixed key: 4.5 standard deviations leave one false alarm in ten thousand
+    assert {name: c for name, (a, b) in pairs.items() if abs(c := correlation(a, b)) > 4.5} == {}
+
+
+def test_all_pairs_of_token_rows_are_uncorrelated():
+    m = mask(p=0.5).flatten(0, 1)
+    m = (m - m.mean()) / m.std()
+    c = (m @ m.T) / D**0.5
+    off = c[~torch.eye(len(c), dtype=torch.bool)]
+    assert float(off.std()) == pytest.approx(1.0, rel=0.02)
+    assert float(off.abs().max()) < 7
+
+
+def test_seed_high_bits_count():
+    assert not torch.equal(mask(seed=5), mask(seed=5 + (1 << 40)))
+
+
+def test_a_process_with_other_positions_gets_its_part_of_the_same_mask():
+    whole = mask()
+    half = mask(positions=torch.arange(B // 2, B))
+    torch.testing.assert_close(half, whole[B // 2 :], rtol=0, atol=0)
+
+
+def test_a_trial_gets_the_same_mask_in_a_pack():
+    state = DropoutState([9, 5])
+    state.set(torch.tensor([1, 3]), torch.arange(B))
+    limits = torch.tensor([threshold(0.8), threshold(0.3)], dtype=torch.int32)
+    both = keep_mask(state.rows(name_key("fc1"), S), feature_keys(D, torch.device("cpu")), limits)
+    assert torch.equal(both[1].float(), mask())
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "import torch, zlib\n"
+        "from lora_vit.lora.dropout import *\n"
+        "from lora_vit.randomness import name_key\n"
+        "s = DropoutState([5]); s.set(torch.tensor([3]), torch.arange(32))\n"
+        "m = keep_mask(s.rows(name_key('fc1'), 65), feature_keys(256, 'cpu'),"
+        " torch.tensor([threshold(0.3)], dtype=torch.int32))\n"
+        "print(zlib.crc32(m.numpy().tobytes()))"
+    )
+    import zlib
+
+    here = zlib.crc32(mask().bool().numpy().tobytes())
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(out) == here
+
+
+def test_without_a_key_the_error_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"DropoutState\.set or \.advance"):
+        DropoutState([1]).rows(0, 4)

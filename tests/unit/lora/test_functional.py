@@ -1,0 +1,111 @@
+"""The memory-lean layer against its plain reference, and what it keeps for backward."""
+
+import pytest
+import torch
+
+from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
+from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, adapted_linear_reference
+
+K, B, S, I, O, R = 3, 2, 5, 6, 4, 3
+RANKS = (1, 3, 2)
+
+
+def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None, bias: bool = True):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    G, width = len(slots), (max(slots) + 1) * O
+    a, b = draw(K, G, R, I), draw(K, G, O, R)
+    with torch.no_grad():
+        for k, rank in enumerate(RANKS):
+            a[k, :, rank:], b[k, :, :, rank:] = 0, 0
+    tensors = {"z": draw(K * B, S, I), "bias": draw(width) if bias else None, "a": a, "b": b}
+    if kind == "layer_norm":
+        tensors |= {"ln_weight": draw(I), "ln_bias": draw(I)}
+    mask = None
+    if dropouts is not None:
+        state = DropoutState([1, 2, 3])
+        state.set(torch.tensor([0, 4, 7]), torch.arange(B))
+        thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
+        mask = MaskKey(state.rows(77, S), feature_keys(I, torch.device("cpu")), thresholds)
+    fixed = {
+        "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
+        "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),
+        "slots": slots,
+        "mask": mask,
+        "prologue": Prologue(kind, 1e-6),
+    }
+    return tensors, fixed
+
+
+def call(function, t, fixed):
+    return function(
+        t["z"],
+        fixed["weight"],
+        t["bias"],
+        t["a"],
+        t["b"],
+        fixed["scale_K"],
+        fixed["slots"],
+        fixed["mask"],
+        fixed["prologue"],
+        t.get("ln_weight"),
+        t.get("ln_bias"),
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
+@pytest.mark.parametrize("slots", [(0,), (0, 1, 2), (0, 2)])
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bias):
+    tensors, fixed = inputs(kind, slots, dropouts, bias)
+    wanted = [t for t in tensors.values() if t is not None]
+    y, expected = call(adapted_linear, tensors, fixed), call(adapted_linear_reference, tensors, fixed)
+    # fp64, sums of at most 10 terms of size about 10: rounding stays well below 1e-12
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for got, want in zip(
+        torch.autograd.grad(y, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+def test_gradcheck(kind, dropouts):
+    tensors, fixed = inputs(kind, (0, 2), dropouts)
+    names = list(tensors)
+
+    def run(*values):
+        return call(adapted_linear, dict(zip(names, values, strict=True)), fixed)
+
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+
+
+def test_padded_ranks_get_no_gradient():
+    tensors, fixed = inputs("none", (0,), None)
+    da, db = torch.autograd.grad(call(adapted_linear, tensors, fixed).square().sum(), [tensors["a"], tensors["b"]])
+    for k, rank in enumerate(RANKS):
+        assert not da[k, :, rank:].any()
+        assert not db[k, :, :, rank:].any()
+        assert da[k, :, :rank].all()
+
+
+@pytest.mark.parametrize("kind", ["gelu", "layer_norm"])
+def test_only_the_input_and_skinny_tensors_are_kept(kind):
+    tensors, fixed = inputs(kind, (0,), (0.1, 0.1, 0.1))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(adapted_linear, tensors, fixed)
+    wide = [t for t in kept if t.shape == tensors["z"].shape]
+    assert [t.data_ptr() for t in wide] == [tensors["z"].data_ptr()]
+
+
+def test_no_gradient_for_the_input_where_none_is_asked_for():
+    tensors, fixed = inputs("layer_norm", (0,), None)
+    frozen = {n: (t if n in ("a", "b") else None if t is None else t.detach()) for n, t in tensors.items()}
+    y = call(adapted_linear, frozen, fixed)
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), [frozen["a"], frozen["b"]]))
