@@ -14,9 +14,10 @@ import torch
 from torchvision.models import VisionTransformer
 
 from lora_vit import randomness
-from lora_vit.config import ConfigError, DataConfig, TrialConfig
+from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters
@@ -196,7 +197,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     factory = ModelFactory(config, len(data.class_names), device, dtype)
     return Setup(
         build_model=factory,
-        data=data,
+        samples=Samples(data, device),
         transform=transform,
         device=device,
         process=process,
@@ -239,8 +240,3 @@ def _git_state() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
-
-
-def data_of(config: DataConfig) -> ImageData:
-    """The decoded data set of a config."""
-    return load_data(config)

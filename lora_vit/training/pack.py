@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_vit.config import TrialConfig
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData
-from lora_vit.data.stream import EvalStream, TrainStream
+from lora_vit.data.stream import EvalStream, Samples, TrainStream
 from lora_vit.distributed import Process
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
 from lora_vit.models.vit import PackedViT
@@ -51,7 +51,7 @@ class Setup:
     """What all trials of a pack share, and how their model is built."""
 
     build_model: Callable[[list[TrialConfig]], PackedViT]
-    data: ImageData
+    samples: Samples
     transform: Transform
     device: torch.device
     process: Process
@@ -59,15 +59,20 @@ class Setup:
     environment: dict[str, object] = field(default_factory=dict)
     base_weights: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def data(self) -> ImageData:
+        """The data set."""
+        return self.samples.data
+
     def train_stream(self, config: TrialConfig) -> TrainStream:
         """The ordered, augmented batches of a trial (this process's part)."""
         p = self.process
-        return TrainStream(self.data, self.transform, config.data.batch_size, config.seed, p.rank, p.world_size)
+        return TrainStream(self.samples, self.transform, config.data.batch_size, config.seed, p.rank, p.world_size)
 
     def eval_stream(self, split: str, batch_size: int) -> EvalStream:
         """Every sample of a split once (this process's share)."""
         p = self.process
-        return EvalStream(self.data, self.transform, split, batch_size, p.rank, p.world_size)
+        return EvalStream(self.samples, self.transform, split, batch_size, p.rank, p.world_size)
 
 
 class Pack:

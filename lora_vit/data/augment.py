@@ -1,0 +1,142 @@
+"""Resize, random crop, flip and normalisation of whole batches on the device, keyed by the sample.
+
+Cropping, flipping and resizing an axis-aligned box is separable: ``out = M_h @ image @ M_w^T`` with one
+antialiased bilinear resampling matrix for each image and axis. So a batch is two batched matrix products,
+whatever box each image has, on CPU and GPU alike.
+
+Shapes: B image, h w source pixels, S target pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_vit import randomness
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CROP_SCALE = (0.08, 1.0)
+"""Area of a random crop as a fraction of the image's (torchvision's RandomResizedCrop)."""
+CROP_RATIO = (3 / 4, 4 / 3)
+_CROP_TRIES = 10
+
+
+def resampling_matrix(start_B: Tensor, length_B: Tensor, flip_B: Tensor, source: int, target: int) -> Tensor:
+    """Antialiased bilinear resampling of ``[start, start + length)`` to ``target`` pixels, [B, target, source].
+
+    A triangle filter whose support grows with the scale when shrinking, weights normalised over the pixels
+    inside the box, as in PIL and torchvision's ``resized_crop(antialias=True)``.
+
+    Args:
+        start_B: first pixel of the box.
+        length_B: pixels of the box.
+        flip_B: whether the output is mirrored, bool.
+        source: pixels of the image along this axis.
+        target: pixels of the output.
+    """
+    device = start_B.device
+    start, length = start_B.double()[:, None, None], length_B.double()[:, None, None]
+    scale = length / target
+    support = scale.clamp(min=1.0)
+    centre = start + (torch.arange(target, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixel = torch.arange(source, device=device, dtype=torch.float64)
+    weight = (1 - ((pixel + 0.5 - centre) / support).abs()).clamp(min=0)
+    weight = weight * ((pixel >= start) & (pixel < start + length))
+    weight = weight / weight.sum(-1, keepdim=True)
+    return torch.where(flip_B[:, None, None], weight.flip(1), weight)
+
+
+def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> np.ndarray:
+    """Random boxes (top, left, height, width), int64 [B, 4], as torchvision's RandomResizedCrop draws them.
+
+    Ten tries of a random area and aspect ratio (Szegedy et al., 2015), else the largest centred box.
+    """
+    draws = randomness.uniforms(ids, 4 * _CROP_TRIES, "crop", *parts).reshape(-1, _CROP_TRIES, 4)
+    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * draws[..., 0])
+    ratio = np.exp(low + (high - low) * draws[..., 1])
+    w = np.round(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.round(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    top = np.floor(draws[..., 2] * (height - h + 1)).astype(np.int64)
+    left = np.floor(draws[..., 3] * (width - w + 1)).astype(np.int64)
+    tries = np.stack([top, left, h, w], axis=-1)
+    first = fits.argmax(axis=1)
+    chosen = tries[np.arange(len(ids)), first]
+    whole_h, whole_w = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
+    whole = np.array([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
+    return np.where(fits.any(axis=1)[:, None], chosen, whole)
+
+
+class Transform:
+    """Makes the model's input of uint8 images.
+
+    Args:
+        image_size: S, the model's input size in pixels.
+        augment: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``.
+        device: where it runs and returns.
+        dtype: of the result; the arithmetic is float32 (float64 for a float64 result).
+    """
+
+    def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype):
+        self.image_size, self.augment = image_size, augment
+        self.device, self.dtype = device, dtype
+        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = 1 / (255 * torch.tensor(IMAGENET_STD, dtype=torch.float64))
+        shift = -torch.tensor(IMAGENET_MEAN, dtype=torch.float64) * 255 * scale
+        self._scale = scale.to(device, self.work_dtype)[:, None, None]
+        self._shift = shift.to(device, self.work_dtype)[:, None, None]
+        self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
+        """Augmented and normalised, [B, 3, S, S]; image i's draws depend on (seed, epoch, ids[i]) alone.
+
+        Args:
+            images: uint8 [B, 3, h, w].
+            seed: the trial's.
+            epoch: from 0.
+            ids: sample ids, int64 [B].
+        """
+        if self.augment == "none":
+            return self.eval(images)
+        images = images.to(self.device)
+        flip_B = torch.from_numpy(randomness.uniforms(ids, 1, "flip", seed, epoch)[:, 0] < 0.5).to(self.device)
+        if self.augment == "flip":
+            return self._finish(torch.where(flip_B[:, None, None, None], images.flip(-1), images))
+        h, w = images.shape[-2:]
+        boxes = torch.from_numpy(crop_boxes(ids, h, w, seed, epoch)).to(self.device)
+        never = torch.zeros_like(flip_B)
+        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], never, h, self.image_size)
+        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flip_B, w, self.image_size)
+        return self._resample(images, rows, columns)
+
+    def eval(self, images: Tensor) -> Tensor:
+        """Resized and normalised, [B, 3, S, S]."""
+        return self._finish(images.to(self.device))
+
+    def _finish(self, images: Tensor) -> Tensor:
+        h, w = images.shape[-2:]
+        if h == w == self.image_size:
+            return self._normalise(images.to(self.work_dtype))
+        if (h, w) not in self._whole:
+            zero, no = torch.zeros(1, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device)
+            self._whole[h, w] = (
+                resampling_matrix(zero, zero + h, no, h, self.image_size),
+                resampling_matrix(zero, zero + w, no, w, self.image_size),
+            )
+        return self._resample(images, *self._whole[h, w])
+
+    def _resample(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        x = images.to(self.work_dtype)
+        rows, columns = rows.to(self.work_dtype)[:, None], columns.to(self.work_dtype)[:, None]
+        # Along the width first: its matrix product reads contiguous rows.
+        x = torch.matmul(rows, torch.matmul(x, columns.mT))
+        return self._normalise(x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return x.mul_(self._scale).add_(self._shift).to(self.dtype)

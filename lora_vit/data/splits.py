@@ -1,0 +1,101 @@
+"""Which samples are for training, validation and test: stratified per class, keyed by the split's seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from lora_vit import randomness
+from lora_vit.config import DataConfig
+from lora_vit.data.dataset import DataError, ImageData
+
+
+def split_per_class(
+    labels: np.ndarray, ids: np.ndarray, fractions: dict[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    """Divide the samples of each class by the same fractions; the rest is ``train``.
+
+    Args:
+        labels: class of every sample of the data set, int64 [N].
+        ids: the samples to divide, int64.
+        fractions: part of each named split, in (0, 1).
+        seed: of the split, not of a trial.
+
+    Returns:
+        Sorted sample ids for each name and ``train``. Numbers are rounded to the nearest whole, at least 1.
+
+    Raises:
+        DataError: a class with too few samples to be in every split.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
+    for label in np.unique(labels[ids]):
+        of_class = np.sort(ids[labels[ids] == label])
+        shuffled = of_class[randomness.permutation(len(of_class), "split", seed, int(label))]
+        counts = {name: max(1, round(len(of_class) * f)) for name, f in fractions.items()}
+        if sum(counts.values()) >= len(of_class):
+            raise DataError(
+                f"class {label} has {len(of_class)} images, too few to be in train, {', '.join(fractions)}: "
+                "add images, or drop the class"
+            )
+        start = 0
+        for name, count in counts.items():
+            parts[name].append(shuffled[start : start + count])
+            start += count
+        parts["train"].append(shuffled[start:])
+    return {name: np.sort(np.concatenate(found)) for name, found in parts.items()}
+
+
+def keep_per_class(labels: np.ndarray, ids: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Keep ``count`` samples of each class; fewer are always a subset of more. Sorted ids.
+
+    Raises:
+        DataError: a class has fewer.
+    """
+    kept = []
+    for label in np.unique(labels[ids]):
+        of_class = np.sort(ids[labels[ids] == label])
+        if len(of_class) < count:
+            raise DataError(
+                f"data.train_per_class={count}: class {label} has only {len(of_class)} training images, "
+                "give at most that, or null for all"
+            )
+        order = randomness.permutation(len(of_class), "train_per_class", seed, int(label))
+        kept.append(of_class[order[:count]])
+    return np.sort(np.concatenate(kept))
+
+
+def fingerprint(names: Iterable[str], labels: np.ndarray, splits: dict[str, np.ndarray]) -> str:
+    """Hex digest of which samples there are, their classes, and the split each is in."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + b"\0")
+    digest.update(labels.astype("<i8").tobytes())
+    for name in sorted(splits):
+        digest.update(name.encode() + b"\0" + splits[name].astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def finish(
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: list[str],
+    names: Iterable[str],
+    splits: dict[str, np.ndarray],
+    config: DataConfig,
+) -> ImageData:
+    """Keep ``data.train_per_class``, take the fingerprint.
+
+    Raises:
+        DataError: too few training images for the batch or for ``data.train_per_class``.
+    """
+    if config.train_per_class is not None:
+        kept = keep_per_class(labels, splits["train"], config.train_per_class, config.split_seed)
+        splits = {**splits, "train": kept}
+    if len(splits["train"]) < config.batch_size:
+        raise DataError(
+            f"data.batch_size={config.batch_size} is more than the {len(splits['train'])} training images: "
+            "give at most that"
+        )
+    return ImageData(images, labels, class_names, splits, fingerprint(names, labels, splits))

@@ -1,0 +1,112 @@
+"""Batches: which samples, in which order, and this process's part of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_vit import randomness
+from lora_vit.data.augment import Transform
+from lora_vit.data.dataset import ImageData
+
+_DEVICE_SHARE = 0.25
+"""Largest part of a GPU's free memory that the uint8 images may take."""
+
+
+@dataclass
+class Batch:
+    """Images ready for the model, on the device.
+
+    Attributes:
+        images: normalised, [B, 3, S, S].
+        labels: int64 [B].
+        ids: sample ids, int64 [B], on the host.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: np.ndarray
+
+
+class Samples:
+    """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else mapped."""
+
+    def __init__(self, data: ImageData, device: torch.device):
+        self.device = device
+        self.data = data
+        self.labels = torch.from_numpy(data.labels).to(device)
+        self._resident: Tensor | None = None
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if data.images.nbytes < _DEVICE_SHARE * free:
+                self._resident = torch.from_numpy(np.array(data.images)).to(device)
+
+    def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, 3, h, w] and labels int64 [B]."""
+        index = torch.from_numpy(ids)
+        if self._resident is not None:
+            index = index.to(self.device, non_blocking=True)
+            return self._resident[index], self.labels[index]
+        images = torch.from_numpy(self.data.images[ids])
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)
+            index = index.to(self.device, non_blocking=True)
+        return images, self.labels[index]
+
+
+class TrainStream:
+    """The ordered, augmented batches of one data set and seed.
+
+    The order is a function of (seed, epoch) and covers the global batch; each process takes a contiguous part,
+    so that any number of processes trains on the same samples. The incomplete last batch is dropped.
+    """
+
+    def __init__(
+        self, samples: Samples, transform: Transform, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self.ids = samples.data.splits["train"]
+        self.batch_size, self.local = batch_size, batch_size // world_size
+        self.first = rank * self.local
+        self.steps_per_epoch = len(self.ids) // batch_size
+        self._order: tuple[int, np.ndarray] = (-1, self.ids)
+
+    def batch_ids(self, epoch: int, step: int) -> np.ndarray:
+        """Sample ids of this process's part of a batch, int64 [B]."""
+        if self._order[0] != epoch:
+            order = randomness.permutation(len(self.ids), "order", self.seed, epoch)
+            self._order = (epoch, self.ids[order])
+        start = step * self.batch_size + self.first
+        return self._order[1][start : start + self.local]
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """This process's part of a batch; ``step`` counts within the epoch."""
+        ids = self.batch_ids(epoch, step)
+        images, labels = self.samples.gather(ids)
+        return Batch(self.transform.train(images, self.seed, epoch, ids), labels, ids)
+
+
+class EvalStream:
+    """Every sample of a split once, in order, divided among the processes; nothing is padded or dropped."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        transform: Transform,
+        split: str,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.samples, self.transform, self.batch_size = samples, transform, batch_size
+        self.ids = samples.data.splits[split][rank::world_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.ids), self.batch_size):
+            ids = self.ids[start : start + self.batch_size]
+            images, labels = self.samples.gather(ids)
+            yield Batch(self.transform.eval(images), labels, ids)

@@ -1,0 +1,22 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The checkout's top folder."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet_zip(project_root: Path) -> Path:
+    """Real Tiny-ImageNet images (a subset in the original layout), where they lie beside the checkout."""
+    path = project_root.parent / "shared" / "data" / "tiny-imagenet-200-subset.zip"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not beside the checkout")
+    return path
