@@ -203,7 +203,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
         process=process,
         compile=config.trainer.compile,
         environment=environment(device, precision, process.world_size),
-        base_weights=factory.base,
+        base_weights=dict(factory.base),
     )
 
 

@@ -47,10 +47,10 @@ def uniforms(ids: np.ndarray, count: int, *parts: int | str) -> np.ndarray:
 
 
 def _splitmix64(x: np.ndarray | np.uint64) -> np.ndarray:
-    x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = np.asarray(np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def name_key(name: str) -> int:

@@ -62,7 +62,7 @@ def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> n
     ratio = np.exp(low + (high - low) * draws[..., 1])
     w = np.round(np.sqrt(area * ratio)).astype(np.int64)
     h = np.round(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    fits = np.logical_and.reduce([w > 0, w <= width, h > 0, h <= height])
     top = np.floor(draws[..., 2] * (height - h + 1)).astype(np.int64)
     left = np.floor(draws[..., 3] * (width - w + 1)).astype(np.int64)
     tries = np.stack([top, left, h, w], axis=-1)
@@ -70,7 +70,7 @@ def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> n
     chosen = tries[np.arange(len(ids)), first]
     whole_h, whole_w = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
     whole = np.array([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
-    return np.where(fits.any(axis=1)[:, None], chosen, whole)
+    return np.where(fits.any(axis=1, keepdims=True), chosen, whole)
 
 
 class Transform:

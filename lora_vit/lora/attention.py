@@ -8,6 +8,8 @@ Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,11 +90,22 @@ class EncoderBlock(nn.Module):
         self.fc1_lora: LoRAAdapters | None = None
         self.fc2_lora: LoRAAdapters | None = None
 
+    @property
+    def fc1(self) -> nn.Linear:
+        """First linear layer of the MLP."""
+        return cast(nn.Linear, self.mlp[0])
+
+    @property
+    def fc2(self) -> nn.Linear:
+        """Second linear layer of the MLP."""
+        return cast(nn.Linear, self.mlp[3])
+
     def forward(self, x_BSD: Tensor, first_token_only: bool = False) -> Tensor:
         """[B, S, D] to the same, or to [B, 1, D]: the last block need compute only the class token."""
         mixed = self.self_attention.attend(x_BSD, self.ln_1, first_token_only)
         x_BSD = (x_BSD[:, :1] if first_token_only else x_BSD) + self.dropout(mixed)
-        fc1, _, drop1, fc2, drop2 = self.mlp
+        fc1, fc2 = self.fc1, self.fc2
+        drop1, drop2 = cast(nn.Dropout, self.mlp[2]), self.mlp[4]
         hidden = project(x_BSD, fc1.weight, fc1.bias, self.fc1_lora, norm=self.ln_2)
         if self.training and drop1.p > 0:  # torchvision's trunk dropout (0 by default) sits after the GELU
             return x_BSD + drop2(project(drop1(F.gelu(hidden)), fc2.weight, fc2.bias, self.fc2_lora))

@@ -59,7 +59,7 @@ def _prologue(z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, prolo
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         z: Tensor,
         ln_weight: Tensor | None,
@@ -73,7 +73,7 @@ class _AdaptedLinear(torch.autograd.Function):
         slots: tuple[int, ...],
         mask: MaskKey | None,
     ) -> Tensor:
-        K, G, R, _ = a_KGRI.shape
+        K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
         mean = rstd = None
         if prologue.kind == "layer_norm":
@@ -96,7 +96,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr = ctx.saved_tensors
         prologue, slots, mask = ctx.prologue, ctx.slots, ctx.mask
-        K, G, R, _ = a_KGRI.shape
+        K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
         g = grads[0].contiguous()
         g_KNo = _rows(g, K)
@@ -164,7 +164,9 @@ def adapted_linear(
         scale_K: factor of each trial's adapter, [K]; with a mask it includes 1/(1-p).
         slots: for each of the G adapters, which O-wide part of the output it adds to.
         mask: key of the dropout mask on the adapters' input, or None.
-        prologue: computed first and recomputed in backward; ``ln_weight`` and ``ln_bias`` [I] belong to it.
+        prologue: computed first and recomputed in backward.
+        ln_weight: of a LayerNorm prologue, [I].
+        ln_bias: likewise, [I].
 
     Returns:
         [K*B, S, slots*O], in the dtype of ``z``. Weight and adapters must have that dtype.

@@ -93,7 +93,7 @@ def inject_adapters(
             continue
         attention = block.self_attention
         D = attention.out_proj.in_features
-        fc1, fc2 = block.mlp[0], block.mlp[3]
+        fc1, fc2 = block.fc1, block.fc2
         qkv = [t for t in wanted if t in "qkv"]
         places: list[tuple[nn.Module, str, list[str], list[int], str, int, int]] = [
             (attention, "in_proj_lora", qkv, ["qkv".index(t) for t in qkv], "self_attention.in_proj", D, D),
@@ -150,10 +150,11 @@ def replace_linear_with_lora(
     Args:
         model: a ``torchvision.models.VisionTransformer``.
         rank: of the update, from 1 to the layers' width.
-        alpha: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
+        alpha: see ``scaling``.
         dropout: probability in [0, 1) on the adapters' input, in train mode.
         targets: some of q, k, v, o, fc1, fc2.
         blocks: indices of encoder blocks, None for all.
+        scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         init: of lora_A; lora_B starts at zero, so that the model's output does not change.
         seed: of the initialisation and the dropout masks.
 

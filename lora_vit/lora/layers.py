@@ -59,8 +59,15 @@ class LoRAAdapters(nn.Module):
         names: name of each adapted projection, e.g. ``...self_attention.q``; keys of initialisation and export.
         slots: which ``out_features``-wide part of the output each of them adds to.
         input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
+        in_features: I.
+        out_features: O of each projection.
         state: the key that all layers of the model share.
     """
+
+    scale_K: Tensor
+    train_scale_K: Tensor
+    threshold_K: Tensor
+    feature_I: Tensor
 
     def __init__(
         self,
@@ -141,6 +148,10 @@ class PackedHead(nn.Module):
     """
 
     NAME = "heads.head"
+
+    keep_K: Tensor
+    threshold_K: Tensor
+    feature_I: Tensor
 
     def __init__(self, seeds: list[int], dropouts: list[float], in_features: int, classes: int, state: DropoutState):
         super().__init__()

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -104,15 +104,16 @@ def head_module(model: nn.Module, adapter: Adapter) -> nn.Linear:
     """
     heads: Any = model.heads
     weight = adapter.tensors["heads.head.weight"]
-    last = heads.head[-1] if isinstance(heads.head, nn.Sequential) else heads.head
+    head: Any = heads.head
+    last: Any = head[-1] if isinstance(head, nn.Sequential) else head
     if last.weight.shape != weight.shape:
         new = nn.Linear(weight.shape[1], weight.shape[0], device=last.weight.device, dtype=last.weight.dtype)
         if isinstance(heads.head, nn.Sequential):
             heads.head[-1] = new
         else:
             heads.head = new
-        last = new
-    return last
+        return new
+    return cast(nn.Linear, last)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

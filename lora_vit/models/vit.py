@@ -68,7 +68,7 @@ class PackedViT(nn.Module):
             stream_of_trial: for each trial, which stream it sees.
         """
         G = max(stream_of_trial) + 1
-        blocks: list[EncoderBlock] = list(self.trunk.encoder.layers)  # type: ignore[arg-type]
+        blocks: list[EncoderBlock] = list(self.trunk.encoder.layers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.first_trained < 0):
             x = self._embed(images)
             for block in blocks[: max(self.first_trained, 0)]:
@@ -78,7 +78,7 @@ class PackedViT(nn.Module):
             x = x.view(G, -1, *x.shape[1:])[index_K].flatten(0, 1)
         for block in blocks[max(self.first_trained, 0) :]:
             x = block(x, first_token_only=block is blocks[-1])
-        norm: nn.LayerNorm = self.trunk.encoder.ln  # type: ignore[assignment]
+        norm: nn.LayerNorm = self.trunk.encoder.ln
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad | norm.weight.requires_grad):
             weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
             x = nn.functional.layer_norm(x[:, 0], norm.normalized_shape, weight, bias, norm.eps)
@@ -87,7 +87,7 @@ class PackedViT(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """Patches, class token and position embedding: [B, 3, H, W] to [B, S, D]."""
         trunk = self.trunk
-        conv: nn.Conv2d = trunk.conv_proj  # type: ignore[assignment]
+        conv: nn.Conv2d = trunk.conv_proj
         dtype = images.dtype
         bias = None if conv.bias is None else conv.bias.to(dtype)
         x = nn.functional.conv2d(images, conv.weight.to(dtype), bias, stride=conv.stride)

@@ -68,9 +68,10 @@ def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: St
 
     Their records tell how each ended. Raises Interrupted after saving everything.
     """
-    pack: Pack | None = Pack(trials, setup)
-    describe(pack)
-    reporter.started(pack)
+    first = Pack(trials, setup)
+    describe(first)
+    reporter.started(first)
+    pack: Pack | None = first
     while pack is not None:
         bad = [] if any(t.done() for t in pack.trials) else train_epoch(pack, reporter, stop)
         if not bad and pack.step_in_epoch == pack.steps_per_epoch:

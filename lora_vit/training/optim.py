@@ -73,15 +73,15 @@ class PackedAdamW:
     """
 
     def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig], decay_mask_P: Tensor):
-        like = {"dtype": flat.values_KP.dtype, "device": flat.values_KP.device}
+        like = flat.values_KP
 
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, **like)[:, None]  # type: ignore[arg-type]
+            return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
         self.flat = flat
         self.exp_avg_KP = torch.zeros_like(flat.values_KP)
         self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP)
-        self.updates_K1 = torch.zeros(flat.K, 1, **like)  # type: ignore[arg-type]
+        self.updates_K1 = like.new_zeros(flat.K, 1)
         self.beta1_K1 = column([c.betas[0] for c in configs])
         self.beta2_K1 = column([c.betas[1] for c in configs])
         self.eps_K1 = column([c.eps for c in configs])

@@ -6,8 +6,8 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from lora_vit.training.pack import Pack, Trial
 
@@ -18,7 +18,7 @@ class RunReporter:
     def __init__(self, main: bool):
         self.console = Console(highlight=False, soft_wrap=True, quiet=not main)
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._since = time.perf_counter()
         self._show_bar = main and self.console.is_terminal and sys.stderr.isatty()
 
@@ -26,7 +26,8 @@ class RunReporter:
         """Print the table of parameters and begin the bar."""
         trial, steps = pack.trials[0], pack.steps_per_epoch
         counts = trial.record.parameters
-        table = Table("parameters", "count", "share", box=None, pad_edge=False)
+        columns = (Column("count", justify="right"), Column("share", justify="right"))
+        table = Table("parameters", *columns, box=None, pad_edge=False)
         for name in ("adapter", "head", "trainable", "total"):
             table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
         self.console.print(table)

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_vit import records
 from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
@@ -72,7 +73,7 @@ def existing_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
     return record
 
 
-def first_difference(theirs: dict, ours: dict, prefix: str = "") -> str:  # type: ignore[type-arg]
+def first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> str:
     """``key: theirs there, ours here`` of the first setting that differs."""
     for key in ours:
         a, b = theirs.get(key), ours[key]

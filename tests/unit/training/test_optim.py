@@ -82,7 +82,7 @@ def test_fifty_steps_equal_torchs_adamw_on_each_row_alone():
 
 
 def test_a_row_that_is_not_ok_is_untouched_bit_by_bit():
-    named, _, flat, optimizer = packed()
+    _, _, flat, optimizer = packed()
     ok = torch.ones(K, 1, dtype=torch.bool)
     rates = torch.full((K, 1), 1e-2, dtype=torch.float64)
     flat.grads_KP.normal_()
