@@ -36,7 +36,7 @@ def task(cfg: DictConfig) -> float:
     }
     record = run(config, folder, files)
     accuracy = float(record.metrics["val_accuracy"])
-    shown = os.path.relpath(folder)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return accuracy
 
