@@ -8,7 +8,7 @@ varies pose, thickness, sharpness, resolution, contrast, colour and noise. No ph
 drawing is used.
 
     python scripts/pretrain_backbone.py --out lora_vit/models/vit_tiny.safetensors
-    python scripts/pretrain_backbone.py --steps 20 --out /tmp/smoke.safetensors
+    python scripts/pretrain_backbone.py --steps 20 --out smoke.safetensors      # seconds, to try it
 
 Shape letters: B image, C class, S stroke, N control point, P curve point, X pixel per side.
 """
@@ -276,7 +276,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain vit_tiny on glyphs drawn by formula.")
     default = Path(__file__).resolve().parents[1] / "lora_vit" / "models" / "vit_tiny.safetensors"
     parser.add_argument("--out", type=Path, default=default, help="the safetensors file to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=128)
