@@ -1,0 +1,243 @@
+"""One training step of ViT-B/16: ours against the frozen floor, plain LoRA modules, full fine-tuning, HF + PEFT.
+
+    pip install -e ".[bench]"
+    python scripts/bench/step.py --batch 4 --rounds 10
+
+Every contender has the same weights, threads, images and trained tensors (PEFT adapts q, k, v, o and both MLP
+layers of HF's own ViT, where it is right); the frozen logits of all are compared first. The *floor* is our trunk
+without adapters and with the gradient through all blocks: what any adapter method on this trunk has to pay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, machine, paired_ratio, peak_memory, report
+from hydra import compose, initialize_config_module
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from lora_vit.build import DTYPES, ModelFactory
+from lora_vit.config import TrialConfig, from_omegaconf, register_schema
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.models.vit import PackedViT
+from lora_vit.training.optim import FlatParameters, PackedAdamW
+from lora_vit.training.step import StepState, train_step
+
+CLASSES = 200
+RANK, ALPHA = 8, 32.0
+
+
+def trial(*overrides: str) -> TrialConfig:
+    """The headline task with overrides."""
+    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+        return from_omegaconf(compose("config", overrides=list(overrides)))
+
+
+def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """The training step of a pack of one, as the loop takes it."""
+    model.train()
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    per_trial = {n for n in named if "lora_" in n or n.startswith("head.")}
+    flat = FlatParameters(named, per_trial, 1)
+    optimizer = PackedAdamW(flat, [config.optimizer], flat.decay_mask(named, per_trial))
+    device = images.device
+    state = StepState(
+        model=model,
+        flat=flat,
+        optimizer=optimizer,
+        dropout=model.head.state,
+        step_K=torch.zeros(1, dtype=torch.int64, device=device),
+        position_B=torch.arange(len(labels), device=device),
+        smoothing_K1=torch.zeros(1, 1, device=device),
+        loss_sum_K=torch.zeros(1, dtype=torch.float64, device=device),
+        first_bad_step_K=torch.full((1,), -1, dtype=torch.int64, device=device),
+        global_batch=len(labels),
+    )
+    lr_K1 = torch.full((1, 1), config.optimizer.lr, device=device)
+    return lambda: train_step(state, images, labels[None], [0], lr_K1, False)
+
+
+def torch_step(model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:
+    """An ordinary training step with torch's AdamW."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.03)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits(x).float(), y).backward()
+        optimizer.step()
+
+    return step
+
+
+class PlainLoRA(nn.Module):
+    """The usual LoRA module around a linear layer: three lines, nothing saved or recomputed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, groups: int):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        out, width = weight.shape
+        self.lora_A = nn.Parameter(torch.randn(groups, RANK, width, device=weight.device) * 0.02)
+        self.lora_B = nn.Parameter(torch.zeros(groups, out // groups, RANK, device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        update = torch.cat([F.linear(F.linear(x, a[g]), b[g]) for g in range(len(a))], dim=-1)
+        return F.linear(x, self.weight, self.bias) + update * (ALPHA / RANK)
+
+
+class PlainBlock(nn.Module):
+    """An encoder block with our attention's arithmetic and plain LoRA modules."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        attention = block.self_attention
+        self.heads = attention.num_heads
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.qkv = PlainLoRA(attention.in_proj_weight, attention.in_proj_bias, 3)
+        self.out = PlainLoRA(attention.out_proj.weight, attention.out_proj.bias, 1)
+        self.fc1 = PlainLoRA(block.mlp[0].weight, block.mlp[0].bias, 1)
+        self.fc2 = PlainLoRA(block.mlp[3].weight, block.mlp[3].bias, 1)
+
+    def forward(self, x: Tensor, first_token_only: bool = False) -> Tensor:
+        y = F.layer_norm(x, self.ln_1.normalized_shape, self.ln_1.weight.to(x), self.ln_1.bias.to(x), self.ln_1.eps)
+        q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if first_token_only:
+            q, x = q[:, :, :1], x[:, :1]
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = F.layer_norm(x, self.ln_2.normalized_shape, self.ln_2.weight.to(x), self.ln_2.bias.to(x), self.ln_2.eps)
+        return x + self.fc2(F.gelu(self.fc1(y)))
+
+
+def hf_peft(trunk: VisionTransformer, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+    """HF's ViT with the same weights, and PEFT on its q, k, v, o, fc1 and fc2."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import ViTConfig, ViTForImageClassification
+
+    hf = ViTForImageClassification(ViTConfig(num_labels=CLASSES, layer_norm_eps=1e-6, attn_implementation="sdpa"))
+    source, target = trunk.state_dict(), {}
+    target["vit.embeddings.cls_token"] = source["class_token"]
+    target["vit.embeddings.position_embeddings"] = source["encoder.pos_embedding"]
+    for leaf in ("weight", "bias"):
+        target[f"vit.embeddings.patch_embeddings.projection.{leaf}"] = source[f"conv_proj.{leaf}"]
+        target[f"vit.layernorm.{leaf}"] = source[f"encoder.ln.{leaf}"]
+        target[f"classifier.{leaf}"] = getattr(head, leaf)
+        for i in range(len(trunk.encoder.layers)):
+            ours, theirs = f"encoder.layers.encoder_layer_{i}", f"vit.layers.{i}"
+            parts = source[f"{ours}.self_attention.in_proj_{leaf}"].chunk(3)
+            for name, part in zip("qkv", parts, strict=True):
+                target[f"{theirs}.attention.{name}_proj.{leaf}"] = part
+            target[f"{theirs}.attention.o_proj.{leaf}"] = source[f"{ours}.self_attention.out_proj.{leaf}"]
+            target[f"{theirs}.mlp.fc1.{leaf}"] = source[f"{ours}.mlp.0.{leaf}"]
+            target[f"{theirs}.mlp.fc2.{leaf}"] = source[f"{ours}.mlp.3.{leaf}"]
+            target[f"{theirs}.layernorm_before.{leaf}"] = source[f"{ours}.ln_1.{leaf}"]
+            target[f"{theirs}.layernorm_after.{leaf}"] = source[f"{ours}.ln_2.{leaf}"]
+    hf.load_state_dict(target)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["classifier"])
+    return hf, get_peft_model(copy.deepcopy(hf), lora)
+
+
+def contenders(batch: int, precision: str, names: list[str]) -> dict[str, Callable[[], object]]:
+    """Steps by name; the first compares the frozen logits of ours and HF's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[precision]
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    y = torch.randint(CLASSES, (batch,), device=device)
+
+    def ours(*overrides: str) -> tuple[PackedViT, TrialConfig]:
+        config = trial(
+            "model.weights=null", f"lora.rank={RANK}" if "lora=full" not in overrides else "seed=0", *overrides
+        )
+        return ModelFactory(config, CLASSES, device, dtype)([config]), config
+
+    steps: dict[str, Callable[[], object]] = {}
+    for name in names:
+        if name == "floor":
+            model, config = ours()
+            from lora_vit.lora.inject import remove_adapters
+
+            remove_adapters(model.trunk)
+            model.trunk.class_token.requires_grad_()
+            model.first_trained = -1
+            steps[name] = our_step(model, config, x, y)
+        elif name in ("ours", "ours, dropout 0.1", "full fine-tuning"):
+            extra = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",)}[name]
+            model, config = ours(*extra)
+            steps[name] = our_step(model, config, x, y)
+        elif name == "plain LoRA modules":
+            model, config = ours()
+            blocks = model.trunk.encoder.layers
+            for key, block in list(blocks.named_children()):
+                setattr(blocks, key, PlainBlock(block))
+            steps[name] = torch_step(model, lambda im, m=model: _reset(m, im, y)[0], x, y)
+        else:
+            model, config = ours()
+            head = nn.Linear(768, CLASSES, device=device, dtype=dtype)
+            from lora_vit.lora.inject import remove_adapters
+
+            remove_adapters(model.trunk)
+            hf, peft = hf_peft(model.trunk.float(), head.float())
+            with torch.no_grad():
+                features = model.trunk(x[:2].float())
+                mine, theirs = head(features), hf.to(device).eval()(x[:2].float()).logits
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+            peft.to(device, dtype)
+            steps[name] = torch_step(peft, lambda im, m=peft: m(im).logits, x, y)
+    return steps
+
+
+def _reset(model: PackedViT, images: Tensor, y: Tensor) -> Tensor:
+    state: DropoutState = model.head.state
+    state.set(torch.zeros(1, dtype=torch.int64, device=y.device), torch.arange(len(y), device=y.device))
+    return model(images, [0])
+
+
+NAMES = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "HF ViT + PEFT"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    register_schema()
+    names = list(dict.fromkeys(["floor", *args.only]))
+    steps = contenders(args.batch, args.precision, names)
+    memory = {name: peak_memory(step) / 2**20 for name, step in steps.items()}
+    seconds = interleaved(steps, args.rounds)
+    rows = [
+        {
+            "contender": name,
+            "min s": min(seconds[name]),
+            "median s": sorted(seconds[name])[len(seconds[name]) // 2],
+            "time / floor": paired_ratio(seconds, name, "floor"),
+            "peak MiB over the model": memory[name],
+            "memory / floor": memory[name] / memory["floor"],
+        }
+        for name in names
+    ]
+    facts = {
+        **machine(),
+        "model": "vit_b_16",
+        "px": 224,
+        "batch": args.batch,
+        "rank": RANK,
+        "precision": args.precision,
+    }
+    report(rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()
