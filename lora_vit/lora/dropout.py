@@ -77,14 +77,19 @@ def threshold(p: float) -> int:
     return round(p * 2**32) - 2**31
 
 
-def keep_mask(rows_KBS: Tensor, feature_D: Tensor, threshold_K: Tensor) -> Tensor:
-    """True where an element is kept, bool [K, B, S, D].
+def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
+    """True where an element is kept, bool [..., D].
+
+    Args:
+        rows: one key for each row, int32 [...].
+        feature_D: from :func:`feature_keys`.
+        threshold: of the rows, int32; its shape is a prefix of ``rows``'s, [K] or [K, B, S] or all of it.
 
     Both inputs are well mixed already, so one multiply-xorshift-multiply round between them is enough for the
     high bits, which alone decide the comparison. The unmasked arithmetic shift only costs the lost top bit.
     """
-    x = rows_KBS[..., None] ^ feature_D
+    x = rows[..., None] ^ feature_D
     x.mul_(_C1)
     x.bitwise_xor_(x >> 15)
     x.mul_(_C2)
-    return x >= threshold_K.view(-1, 1, 1, 1)
+    return x >= threshold.view(threshold.shape + (1,) * (x.ndim - threshold.ndim))

@@ -27,6 +27,10 @@ from torch import Tensor
 from lora_vit.lora.dropout import keep_mask
 
 
+_MASK_PIECE = 1 << 18
+"""Elements of a dropout mask that a CPU computes at once: 1 MiB of int32, within the second-level cache."""
+
+
 @dataclass(frozen=True)
 class Prologue:
     """What happens between the saved input and the linear layer: "none", "gelu" or "layer_norm"."""
@@ -45,8 +49,20 @@ class MaskKey:
 
     def apply(self, x: Tensor) -> Tensor:
         """``x`` [K*B, S, I] with the dropped elements at zero (not rescaled)."""
-        mask = keep_mask(self.rows_KBS, self.feature_I, self.threshold_K)
-        return x * mask.view(x.shape)
+        return x * keep_mask(self.rows_KBS, self.feature_I, self.threshold_K).view(x.shape)
+
+    def apply_(self, x: Tensor) -> Tensor:
+        """The same in place; returns ``x``."""
+        K, B, S = self.rows_KBS.shape
+        if x.device.type != "cpu":
+            return x.mul_(keep_mask(self.rows_KBS, self.feature_I, self.threshold_K).view(x.shape))
+        # On a CPU in pieces that stay in its cache, so that the mask never exists whole.
+        rows, thresholds = self.rows_KBS.view(-1), self.threshold_K.repeat_interleave(B * S)
+        x_rows, piece = x.view(K * B * S, -1), max(1, _MASK_PIECE // len(self.feature_I))
+        for start in range(0, len(rows), piece):
+            part = slice(start, start + piece)
+            x_rows[part].mul_(keep_mask(rows[part], self.feature_I, thresholds[part]))
+        return x
 
 
 def _prologue(z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, prologue: Prologue) -> Tensor:
@@ -81,9 +97,10 @@ class _AdaptedLinear(torch.autograd.Function):
         else:
             x = _prologue(z, None, None, prologue)
         y = F.linear(x, weight, bias)
-        xd = x if mask is None else mask.apply(x)
+        if mask is not None:
+            x = mask.apply_(x.clone() if x is z else x)
+        h_KNr = _rows(x, K) @ a_KGRI.flatten(1, 2).mT
         del x
-        h_KNr = _rows(xd, K) @ a_KGRI.flatten(1, 2).mT
         h_KNr.mul_(scale_K.view(K, 1, 1))
         y_KNo = _rows(y, K)
         for g, slot in enumerate(slots):
@@ -111,9 +128,10 @@ class _AdaptedLinear(torch.autograd.Function):
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
         x = _prologue(z, ln_weight, ln_bias, prologue)
-        xd = x if mask is None else mask.apply(x)
-        da_KGRI = (dh_KNr.mT @ _rows(xd, K)).view_as(a_KGRI)
-        del x, xd
+        if mask is not None:
+            x = mask.apply_(x.clone() if x is z else x)
+        da_KGRI = (dh_KNr.mT @ _rows(x, K)).view_as(a_KGRI)
+        del x
 
         needs = ctx.needs_input_grad
         dbias = g.sum((0, 1)) if needs[4] else None
@@ -123,7 +141,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if mask is None:
                 _rows(dx, K).baddbmm_(dh_KNr, a_KGRI.flatten(1, 2))
             else:
-                dx += mask.apply((dh_KNr @ a_KGRI.flatten(1, 2)).view_as(dx))
+                dx += mask.apply_((dh_KNr @ a_KGRI.flatten(1, 2)).view_as(dx))
             if prologue.kind == "gelu":
                 dz = torch.ops.aten.gelu_backward(dx, z)
             elif prologue.kind == "layer_norm":
