@@ -23,7 +23,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import load_trunk_weights, state_sha256
+from lora_vit.models.weights import check_weights, load_trunk_weights, state_sha256
 from lora_vit.training.pack import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -192,6 +192,8 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     dtype = DTYPES[precision]
+    if config.model.weights is not None:
+        check_weights(config.model.name, config.model.weights)  # before data is fetched or decoded
     data = data or load_data(config.data, quiet=not process.is_main)
     transform = Transform(config.model.image_size, config.data.augment, device, dtype)
     factory = ModelFactory(config, len(data.class_names), device, dtype)

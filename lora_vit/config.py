@@ -192,8 +192,12 @@ def from_dict(values: dict[str, Any]) -> TrialConfig:
     for name, cls in _SECTIONS.items():
         fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
         given = values.get(name)
-        if not isinstance(given, dict) or set(given) != set(fields):
-            raise ConfigError(f"config section '{name}' does not have the keys {sorted(fields)}")
+        if not isinstance(given, dict):
+            raise ConfigError(f"config section '{name}' is missing")
+        for key in sorted(set(given) - set(fields)):
+            raise ConfigError(f"unknown key '{name}.{key}'{nearest(f'{name}.{key}', known_keys()) or ' (see --help)'}")
+        for key in sorted(set(fields) - set(given)):
+            raise ConfigError(f"the key '{name}.{key}' is missing")
         sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
     return TrialConfig(**sections, seed=int(values["seed"]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit.commands import completed_record, recorded_config, run_command, trial_folder
-from lora_vit.records import RecordError, replacing
+from lora_vit.records import replacing
 
 
 def predict_images(folder: Path, images: list[Path], top: int, device: str) -> list[dict[str, Any]]:
@@ -21,19 +21,14 @@ def predict_images(folder: Path, images: list[Path], top: int, device: str) -> l
 
     from lora_vit.build import DTYPES, ModelFactory, choose_device
     from lora_vit.data.augment import Transform
-    from lora_vit.data.folder import decode
+    from lora_vit.data.cache import decode
     from lora_vit.distributed import Process
     from lora_vit.lora.merge import load_adapter, read_adapter
 
     card = read_adapter(folder).card
     where = choose_device(config.trainer.accelerator, Process())
     dtype = DTYPES[config.trainer.precision]
-    pixels = []
-    for path in images:
-        try:
-            pixels.append(decode(path, card["decoded_size"]))
-        except OSError as error:
-            raise RecordError(f"{path} cannot be read as an image ({error.strerror or error})") from None
+    pixels = [decode(path, card["decoded_size"]) for path in images]
     factory = ModelFactory(config, len(card["class_names"]), where, dtype)
     model = factory.original
     model.heads = torch.nn.Sequential()

@@ -5,6 +5,8 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import sys
@@ -13,7 +15,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,11 +37,28 @@ def task(cfg: DictConfig) -> float:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
-    record = run(config, folder, files)
+    try:
+        record = run(config, folder, files)
+    except ValueError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # Hydra made it; where the run was refused at once it is empty
+        raise
     accuracy = float(record.metrics["val_accuracy"])
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return accuracy
+
+
+@functools.wraps(task)
+def one_line_task(cfg: DictConfig) -> float:
+    """The task with user errors as one line; Hydra would add lines of its own to an exception."""
+    try:
+        return task(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        _end(error)
+        raise
 
 
 def main() -> None:
@@ -52,7 +72,8 @@ def main() -> None:
             if not set(_NO_TRAINING) & set(sys.argv[1:]):
                 _guarded(_follow)
             return
-    _guarded(hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task))
+    chosen = task if os.environ.get("HYDRA_FULL_ERROR") == "1" else one_line_task
+    _guarded(hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(chosen))
 
 
 def _follow() -> None:
@@ -110,6 +131,8 @@ def explain(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, ConfigError):
             return str(link)
+        if isinstance(link, OverrideParseException):
+            return f"cannot read the override '{link.override}': {link.message.splitlines()[0]}"
     texts = [str(e) for e in chain]
     for text in texts:
         if found := re.search(r"Could not override '([^']+)'", text):

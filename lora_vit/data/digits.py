@@ -16,7 +16,7 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
     """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998) or fake images."""
     images, labels, names = _digits() if config.name == "digits" else _fake(config.cache_size or 32)
     fractions = {"val": config.val_fraction or 0.4, "test": config.test_fraction or 0.4}
-    splits = split_per_class(labels, np.arange(len(labels)), fractions, config.split_seed)
+    splits = split_per_class(labels, np.arange(len(labels)), fractions, config.split_seed, names)
     content = hashlib.sha256(images.tobytes()).hexdigest()
     return finish(images, labels, names, [content], splits, config)
 

@@ -13,7 +13,7 @@ from lora_vit.data.dataset import DataError, ImageData
 
 
 def split_per_class(
-    labels: np.ndarray, ids: np.ndarray, fractions: dict[str, float], seed: int
+    labels: np.ndarray, ids: np.ndarray, fractions: dict[str, float], seed: int, class_names: list[str]
 ) -> dict[str, np.ndarray]:
     """Divide the samples of each class by the same fractions; the rest is ``train``.
 
@@ -22,6 +22,7 @@ def split_per_class(
         ids: the samples to divide, int64.
         fractions: part of each named split, in (0, 1).
         seed: of the split, not of a trial.
+        class_names: for the message.
 
     Returns:
         Sorted sample ids for each name and ``train``. Numbers are rounded to the nearest whole, at least 1.
@@ -36,8 +37,8 @@ def split_per_class(
         counts = {name: max(1, round(len(of_class) * f)) for name, f in fractions.items()}
         if sum(counts.values()) >= len(of_class):
             raise DataError(
-                f"class {label} has {len(of_class)} images, too few to be in train, {', '.join(fractions)}: "
-                "add images, or drop the class"
+                f"class '{class_names[label]}' has {len(of_class)} images, too few to be in train, "
+                f"{', '.join(fractions)}: add images, or drop the class"
             )
         start = 0
         for name, count in counts.items():

@@ -24,20 +24,29 @@ def available_weights(model: str) -> list[str]:
     return list(SHIPPED[model]) if model in SHIPPED else [w.name for w in get_model_weights(model)]
 
 
-def read_state_dict(model: str, weights: str) -> dict[str, Tensor]:
-    """The state dict behind ``model.weights``, under torchvision's names.
-
-    Raises:
-        ConfigError: unknown name, no network, or a file that is not a state dict of weights.
-    """
+def check_weights(model: str, weights: str) -> None:
+    """Raise ConfigError for an unknown name or a file that is not there; loads nothing."""
     if is_weights_file(weights):
-        return _read_file(Path(weights).expanduser())
+        if not Path(weights).expanduser().is_file():
+            raise ConfigError(f"model.weights={weights} is not a file: check the path")
+        return
     names = available_weights(model)
     if weights not in names:
         raise ConfigError(
             f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth or "
             ".safetensors file, or null for random weights"
         )
+
+
+def read_state_dict(model: str, weights: str) -> dict[str, Tensor]:
+    """The state dict behind ``model.weights``, under torchvision's names.
+
+    Raises:
+        ConfigError: unknown name, no network, or a file that is not a state dict of weights.
+    """
+    check_weights(model, weights)
+    if is_weights_file(weights):
+        return _read_file(Path(weights).expanduser())
     if model in SHIPPED:
         return load_file(Path(__file__).with_name(SHIPPED[model][weights]))
     try:

@@ -1,0 +1,43 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) through torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+
+from lora_vit.config import DataConfig
+from lora_vit.data.dataset import DataError, ImageData
+from lora_vit.data.splits import finish, split_per_class
+
+
+def load(config: DataConfig, quiet: bool) -> ImageData:
+    """50,000 training images divided into train and val; the official 10,000 test images are ``test``.
+
+    Raises:
+        DataError: not there and not to be downloaded.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if config.name == "cifar10" else CIFAR100
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train = kind(str(root), train=True, download=True)
+            test = kind(str(root), train=False, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data={config.name} is not below data.root={root} and cannot be downloaded ({error}): put "
+            f"{kind.base_folder}/ there, or run experiment=quickstart, which needs no download"
+        ) from None
+    images = np.ascontiguousarray(np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2))
+    labels = np.array([*train.targets, *test.targets], dtype=np.int64)
+    of_train = np.arange(len(train.targets))
+    splits = split_per_class(labels, of_train, {"val": config.val_fraction or 0.1}, config.split_seed, train.classes)
+    splits["test"] = np.arange(len(train.targets), len(labels))
+    content = hashlib.sha256(images.tobytes()).hexdigest()
+    return finish(images, labels, list(train.classes), [content], splits, config)

@@ -1,0 +1,137 @@
+"""Every wrong setting ends in one line that names the key and the remedy, with exit code 1 and nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_vit import train
+
+# overrides, words that the one line must hold
+CASES = [
+    ("lora.rnk=8", ["lora.rnk", "did you mean 'lora.rank'"]),
+    ("optimiser.lr=1", ["optimiser.lr", "optimizer.lr"]),
+    ("seeds=1", ["seeds", "did you mean 'seed'"]),
+    ("+foo=1", ["foo"]),
+    ("+lora.rnk=1", ["lora.rnk", "lora.rank"]),
+    ("lora.rank=0", ["lora.rank=0", "1 or more"]),
+    ("lora.rank=-3", ["lora.rank=-3"]),
+    ("lora.rank=769", ["lora.rank=769", "768"]),
+    ("lora.rank=eight", ["lora.rank", "eight"]),
+    ("lora.rank=2.5", ["lora.rank", "2.5"]),
+    ("lora.rank=null", ["lora.rank", "lora=none"]),
+    ("lora.alpha=0", ["lora.alpha=0", "above 0"]),
+    ("lora.alpha=-1", ["lora.alpha=-1"]),
+    ("lora.alpha=nan", ["lora.alpha=nan"]),
+    ("lora.dropout=1", ["lora.dropout=1", "[0, 1)"]),
+    ("lora.dropout=-0.1", ["lora.dropout=-0.1"]),
+    ("lora.targets=[q,w]", ["lora.targets=w", "q, k, v, o, fc1, fc2"]),
+    ("lora.targets=[]", ["lora.targets=[]", "lora=none"]),
+    ("lora.targets=[q,q]", ["twice"]),
+    ("lora.blocks=[12]", ["block 12", "0 .. 11"]),
+    ("lora.blocks=[]", ["lora.blocks=[]", "null"]),
+    ("lora.scaling=rank", ["lora.scaling=rank", "rslora"]),
+    ("lora.bias=some", ["lora.bias=some", "lora_only"]),
+    ("lora.init=zeros", ["lora.init=zeros", "gaussian"]),
+    ("lora=none lora.rank=8", ["lora.rank=8", "no effect"]),
+    ("lora=full lora.dropout=0.1", ["lora.dropout=0.1", "no effect"]),
+    ("lora=qkv", ["qkv", "attention"]),
+    ("model=vit_b_61", ["vit_b_61", "did you mean 'vit_b_16'"]),
+    ("model.image_size=225", ["model.image_size=225", "224", "240"]),
+    ("model.head_dropout=1.0", ["model.head_dropout=1.0"]),
+    ("model.weights=IMAGENET_V9", ["IMAGENET_V9", "IMAGENET1K_V1"]),
+    ("model.weights=missing.pth", ["missing.pth", "check the path"]),
+    ("data=imagenett", ["imagenett", "imagenet"]),
+    ("data=imagefolder", ["data.root"]),
+    ("data=imagefolder data.root=nowhere", ["nowhere", "not a folder"]),
+    ("data.batch_size=0", ["data.batch_size=0"]),
+    ("data.augment=mixup", ["data.augment=mixup", "crop_flip"]),
+    ("data.val_fraction=0.6 data.test_fraction=0.5", ["leave nothing", "below 1"]),
+    ("data.val_fraction=0", ["data.val_fraction=0"]),
+    ("data.train_per_class=0", ["data.train_per_class=0", "null"]),
+    ("data=digits data.official_val=true", ["data.official_val", "no effect"]),
+    ("optimizer.lr=0", ["optimizer.lr=0"]),
+    ("optimizer.lr=inf", ["optimizer.lr=inf"]),
+    ("optimizer.lr=fast", ["optimizer.lr", "fast"]),
+    ("optimizer.weight_decay=-1", ["optimizer.weight_decay=-1"]),
+    ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]", "two numbers"]),
+    ("optimizer.betas=[0.9,1.0]", ["optimizer.betas"]),
+    ("optimizer.schedule=step", ["optimizer.schedule=step", "cosine"]),
+    ("optimizer.warmup=5", ["optimizer.warmup=5", "fraction"]),
+    ("optimizer.clip_norm=0", ["optimizer.clip_norm=0", "null"]),
+    ("optimizer.label_smoothing=1", ["optimizer.label_smoothing=1"]),
+    ("trainer.epochs=0", ["trainer.epochs=0"]),
+    ("trainer.precision=fp16", ["trainer.precision=fp16", "bf16"]),
+    ("trainer.devices=two", ["trainer.devices=two", "auto"]),
+    ("trainer.accelerator=tpu", ["trainer.accelerator=tpu", "cpu"]),
+    ("trainer.resume=never", ["trainer.resume=never", "restart"]),
+    ("seed=-1", ["seed=-1"]),
+    ("lora.rank=[1", ["lora.rank=[1"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), CASES, ids=[c[0] for c in CASES])
+def test_wrong_setting(overrides, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    arguments = [*overrides.split(" "), "hydra.run.dir=run"]
+    monkeypatch.setattr(sys, "argv", ["lora_vit.train", *arguments])
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        train.main()
+    message = err.getvalue()
+    if isinstance(ended.value.code, str):  # Python prints it and exits with 1
+        message += ended.value.code
+    else:
+        assert ended.value.code == 1
+    lines = message.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overrides", ["lora.rank=0", "lora.rnk=8", "model=vit_b_61"])
+def test_the_command_itself_prints_one_line(overrides, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_vit.train", overrides], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_error_shows_the_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_vit.train", "lora.rnk=8"],
+        cwd=tmp_path,
+        env={**os.environ, "HYDRA_FULL_ERROR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["evaluate", "predict", "merge"])
+def test_commands_name_a_folder_that_is_no_trial(module, tmp_path: Path):
+    extra = {"evaluate": [], "predict": ["image.png"], "merge": ["--out", "merged.safetensors"]}[module]
+    done = subprocess.run(
+        [sys.executable, "-m", f"lora_vit.{module}", "nowhere", *extra],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
