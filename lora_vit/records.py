@@ -23,6 +23,7 @@ import numpy as np
 from lora_vit.config import SCHEMA_VERSION
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
+LOG = "train.log"
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""

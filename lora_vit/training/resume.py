@@ -22,6 +22,7 @@ OWN_FILES = (
     records.RECORD,
     records.METRICS,
     records.TIMING,
+    records.LOG,
     records.PREDICTIONS,
     "adapter.safetensors",
     "adapter.json",
@@ -49,6 +50,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         yield
     finally:
+        if os.listdir(folder) == [".lock"]:  # refused before anything was written
+            os.unlink(folder / ".lock")
         os.close(handle)
 
 

@@ -33,7 +33,12 @@ class TrialFiles:
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
         timing = folder / records.TIMING
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._log = (folder / records.LOG).open("a", buffering=1)
         self._beat = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of ``train.log``."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     @property
     def board(self) -> Any:
@@ -47,7 +52,8 @@ class TrialFiles:
 
     def write_record(self, status: str | None = None) -> None:
         """Replace ``record.json``, with a new status where given."""
-        if status is not None:
+        if status is not None and status != self.record.status:
+            self.say(status)
             self.record.status = status
         records.write_record(self.folder, self.record)
         self._beat = time.monotonic()
@@ -72,6 +78,10 @@ class TrialFiles:
         self.board.add_scalar("val/accuracy", row["val_accuracy"], step)
         self.board.add_scalar("val/loss", row["val_loss"], step)
         self.board.flush()
+        self.say(
+            f"epoch {epoch}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+            f"val accuracy {row['val_accuracy']:.2%}"
+        )
 
     def save_checkpoint(self) -> None:
         """Checkpoint the state, which remembers the length of the metric rows."""
@@ -111,12 +121,14 @@ class TrialFiles:
         trace = "".join(traceback.format_exception(error)) if error is not None else None
         self.record.error = {"message": message, "step": step, "traceback": trace}
         self.record.finished = time.time()
+        self.say(trace or message)
         self.write_record("failed")
 
     def close(self) -> None:
         """Close the logs."""
         self._metrics.close()
         self._timing.close()
+        self._log.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
