@@ -33,12 +33,12 @@ class TrialFiles:
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
         timing = folder / records.TIMING
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
-        self._log = (folder / records.LOG).open("a", buffering=1)
         self._beat = 0.0
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        with (self.folder / records.LOG).open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     @property
     def board(self) -> Any:
@@ -117,18 +117,18 @@ class TrialFiles:
         self.board.add_hparams(hparams, metric, run_name=".")
 
     def fail(self, message: str, step: int | None = None, error: BaseException | None = None) -> None:
-        """Mark the trial failed, with the reason."""
+        """Mark the trial failed, with the reason, and close its files."""
         trace = "".join(traceback.format_exception(error)) if error is not None else None
         self.record.error = {"message": message, "step": step, "traceback": trace}
         self.record.finished = time.time()
         self.say(trace or message)
         self.write_record("failed")
+        self.close()
 
     def close(self) -> None:
         """Close the logs."""
         self._metrics.close()
         self._timing.close()
-        self._log.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

@@ -20,7 +20,13 @@ def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.D
         for seed in range(seeds):
             value = np.log2(rank) - 5 * dropout + interaction * (rank == 8) * (dropout > 0)
             rows.append(
-                {"cell": f"c{k}", "seed": seed, "rank": rank, "dropout": dropout, "y": value + luck[seed] + rng.normal(0, sd)}
+                {
+                    "cell": f"c{k}",
+                    "seed": seed,
+                    "rank": rank,
+                    "dropout": dropout,
+                    "y": value + luck[seed] + rng.normal(0, sd),
+                }
             )
     return pd.DataFrame(rows)
 
@@ -66,7 +72,11 @@ def test_many_levels_become_a_slope_per_doubling() -> None:
     rng = np.random.default_rng(1)
     ranks = 2.0 ** np.arange(12)
     frame = pd.DataFrame(
-        [{"cell": f"{r}", "seed": s, "rank": r, "y": 0.7 * np.log2(r) + rng.normal(0, 0.01)} for r in ranks for s in range(2)]
+        [
+            {"cell": f"{r}", "seed": s, "rank": r, "y": 0.7 * np.log2(r) + rng.normal(0, 0.01)}
+            for r in ranks
+            for s in range(2)
+        ]
     )
     table = main_effects(frame, ["rank"], "y").table
     assert table["level"].tolist() == ["per doubling"]

@@ -1,0 +1,96 @@
+"""Small trials on made-up images, trained in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_module
+
+from lora_vit.build import build_setup
+from lora_vit.config import TrialConfig, from_omegaconf, register_schema
+from lora_vit.distributed import Process
+from lora_vit.records import read_predictions
+from lora_vit.training.loop import StopRequest, train_trials
+from lora_vit.training.pack import Pack, Setup, Trial
+from lora_vit.training.progress import RunReporter
+from lora_vit.training.resume import open_trial
+
+SMALL = (
+    "model=vit_tiny",
+    "model.weights=null",
+    "model.image_size=16",
+    "model.num_layers=2",
+    "model.hidden_dim=32",
+    "model.num_heads=2",
+    "model.mlp_dim=48",
+    "data=fake",
+    "data.cache_size=16",
+    "trainer.epochs=2",
+    "trainer.precision=fp64",
+    "trainer.accelerator=cpu",
+    "trainer.log_every=1",
+)
+"""A trial of a second: two blocks of width 32, 60 training images of 4 classes, batch 8."""
+
+
+def trial_config(*overrides: str) -> TrialConfig:
+    """The small trial with overrides."""
+    register_schema()
+    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a trial came to."""
+
+    trial: Trial
+    losses: list[float]
+    tensors: dict[str, torch.Tensor]
+    predicted: np.ndarray
+
+
+class Recorder(RunReporter):
+    """Collects the losses of logging steps."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.losses: dict[str, list[float]] = {}
+
+    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
+        for trial, loss in zip(pack.trials, losses, strict=True):
+            self.losses.setdefault(trial.name, []).append(loss)
+
+
+def train_together(configs: list[TrialConfig], folder: Path, setup: Setup | None = None) -> list[Outcome]:
+    """Train the trials as one pack, each in its folder below ``folder``."""
+    setup = setup or build_setup(configs[0], Process())
+    trials = []
+    for i, config in enumerate(configs):
+        place = folder / str(i)
+        place.mkdir(parents=True)
+        trials.append(open_trial(config, place, None, True, setup.data.fingerprint))
+    recorder = Recorder()
+    with StopRequest() as stop:
+        train_trials(trials, setup, recorder, stop)
+    return [outcome(folder / str(i), trial, recorder) for i, trial in enumerate(trials)]
+
+
+def outcome(folder: Path, trial: Trial, recorder: Recorder) -> Outcome:
+    """The trial's end: full-precision tensors from its state, predictions from its folder."""
+    predicted = np.empty(0)
+    if trial.record.status == "completed":
+        predicted = read_predictions(folder)["val"]["predicted"]
+    return Outcome(trial, recorder.losses.get(trial.name, []), trial.state.values, predicted)
+
+
+def largest_difference(a: Outcome, b: Outcome) -> float:
+    """Largest relative difference of the losses and of the trained tensors (by their norms)."""
+    worst = max(abs(x - y) / abs(y) for x, y in zip(a.losses, b.losses, strict=True))
+    for name, tensor in a.tensors.items():
+        other = b.tensors[name]
+        worst = max(worst, float((tensor - other).norm() / other.norm().clamp(min=1e-12)))
+    return worst

@@ -1,0 +1,162 @@
+"""A trial in a pack equals the trial alone, and the check notices when it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import largest_difference, train_together, trial_config
+
+from lora_vit import randomness
+from lora_vit.lora import layers
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.training import optim, pack, step
+
+TOLERANCE = 1e-9
+"""fp64 arithmetic agrees to about 1e-15; a batched product may sum in another order, over 14 steps."""
+
+TRIALS = (
+    "seed=1 lora.rank=2 lora.alpha=4 lora.dropout=0.3 optimizer.lr=3e-3 optimizer.weight_decay=0.1 "
+    "optimizer.clip_norm=0.5 model.head_dropout=0.2 optimizer.label_smoothing=0.1 optimizer.betas=[0.8,0.99]",
+    "seed=2 lora.rank=5 lora.alpha=16 lora.dropout=0.1 optimizer.lr=1e-2 optimizer.weight_decay=0.0 "
+    "optimizer.clip_norm=2.0 model.head_dropout=0.0 optimizer.schedule=cosine optimizer.warmup=0.2",
+    "seed=1 lora.rank=1 lora.alpha=1 lora.dropout=0.0 optimizer.lr=1e-3 model.head_dropout=0.5 "
+    "lora.scaling=rslora lora.init=gaussian optimizer.schedule=constant optimizer.decay_bias_and_norm=false",
+)
+
+
+def configs():
+    return [trial_config(*t.split()) for t in TRIALS]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return [train_together([c], tmp_path_factory.mktemp("alone"))[0] for c in configs()]
+
+
+def worst_difference(together, alone):
+    return max(largest_difference(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_pack_equals_alone(alone, tmp_path):
+    together = train_together(configs(), tmp_path)
+    assert worst_difference(together, alone) < TOLERANCE
+    for a, b in zip(together, alone, strict=True):
+        assert len(a.losses) == 14
+        assert (a.predicted == b.predicted).all()
+        assert a.trial.record.cost["pack_size"] == 3
+        assert b.trial.record.cost["pack_size"] == 1
+
+
+def test_the_trials_differ_and_have_learned(alone):
+    assert len({tuple(o.losses) for o in alone}) == 3
+    for o in alone:
+        moved = [n for n, t in o.tensors.items() if n.endswith("lora_B") and bool(t.abs().max() > 0)]
+        assert len(moved) == 12  # six targets in two blocks
+
+
+def swap_dropout_seeds(monkeypatch):
+    original = DropoutState.__init__
+    monkeypatch.setattr(DropoutState, "__init__", lambda self, seeds: original(self, [*seeds[1:], *seeds[:1]]))
+
+
+def share_one_clip_norm(monkeypatch):
+    original = optim.PackedAdamW.step
+
+    def shared(self, lr_K1, ok_K1, norm_K1):
+        original(self, lr_K1, ok_K1, torch.linalg.vector_norm(norm_K1).expand_as(norm_K1))
+
+    monkeypatch.setattr(optim.PackedAdamW, "step", shared)
+
+
+def mean_over_the_pack(monkeypatch):
+    original = step.sample_losses
+    monkeypatch.setattr(step, "sample_losses", lambda x, y, s: original(x, y, s) / len(x))
+
+
+def pad_before_drawing(monkeypatch):
+    original = layers.initial_lora_A
+
+    def padded(spec, name, width):
+        wide = layers.AdapterSpec(5, spec.scaling, spec.dropout, spec.init, spec.seed)
+        return original(wide, name, width)[-spec.rank :]  # the rows that a wider draw would leave this rank
+
+    monkeypatch.setattr(layers, "initial_lora_A", padded)
+
+
+def share_the_learning_rate(monkeypatch):
+    original = pack.Pack.learning_rates
+    monkeypatch.setattr(
+        pack.Pack, "learning_rates", lambda self: original(self).mean(1, keepdim=True).expand(-1, self.K, -1)
+    )
+
+
+def share_the_head_dropout(monkeypatch):
+    original = layers.PackedHead.__init__
+
+    def shared(self, seeds, dropouts, *rest):
+        original(self, seeds, [max(dropouts)] * len(dropouts), *rest)
+
+    monkeypatch.setattr(layers.PackedHead, "__init__", shared)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        swap_dropout_seeds,
+        share_one_clip_norm,
+        mean_over_the_pack,
+        pad_before_drawing,
+        share_the_learning_rate,
+        share_the_head_dropout,
+    ],
+)
+def test_sabotage_is_noticed(sabotage, alone, tmp_path, monkeypatch):
+    sabotage(monkeypatch)
+    together = train_together(configs(), tmp_path)
+    assert worst_difference(together, alone) > 1e-3
+
+
+def test_a_trial_that_diverges_leaves_and_the_others_never_notice(alone, tmp_path):
+    wild = trial_config("seed=3", "optimizer.lr=1e200", "lora.rank=3")
+    together = train_together([configs()[0], wild, configs()[1]], tmp_path)
+    assert worst_difference([together[0], together[2]], alone[:2]) < TOLERANCE
+    record = together[1].trial.record
+    assert record.status == "failed"
+    assert record.error is not None
+    assert record.error["step"] in (2, 3)
+    assert "optimizer.lr=1e+200" in record.error["message"]
+    assert not (tmp_path / "1" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("overrides", ["lora=none", "lora=full", "lora.bias=all", "lora.bias=lora_only"])
+def test_baselines_train_through_the_same_loop(overrides, tmp_path):
+    (done,) = train_together([trial_config(overrides)], tmp_path)
+    names = set(done.tensors)
+    assert done.trial.record.status == "completed"
+    assert {"heads.head.weight", "heads.head.bias"} <= names
+    trunk = {n for n in names if "lora_" not in n and not n.startswith("heads.")}
+    expected = {
+        "lora=none": lambda n: False,
+        "lora=full": lambda n: True,
+        "lora.bias=all": lambda n: n.endswith("bias"),
+        "lora.bias=lora_only": lambda n: n.endswith("bias") and ("mlp" in n or "proj" in n) and "conv" not in n,
+    }[overrides]
+    from lora_vit.build import ModelFactory
+
+    every = ModelFactory(done.trial.config, 4, torch.device("cpu"), torch.float64).original.state_dict()
+    assert trunk == {n for n in every if expected(n)}
+    for name in trunk - {"conv_proj.bias"}:
+        assert not torch.equal(done.tensors[name].float(), every[name]), name
+
+
+def test_a_pack_of_probes_equals_each_alone(tmp_path):
+    probes = [trial_config("lora=none", f"seed={s}", f"optimizer.lr={lr}") for s, lr in ((0, 0.1), (1, 0.01))]
+    together = train_together(probes, tmp_path / "together")
+    for i, config in enumerate(probes):
+        (one,) = train_together([config], tmp_path / f"alone{i}")
+        assert largest_difference(together[i], one) < TOLERANCE
+
+
+def test_same_key_same_draw():
+    assert randomness.key("dropout", 1) != randomness.key("dropout", 2)
+    assert randomness.key("a", 12) != randomness.key("a1", 2)
