@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,29 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
         other = b.tensors[name]
         worst = max(worst, float((tensor - other).norm() / other.norm().clamp(min=1e-12)))
     return worst
+
+
+def command(*overrides: str, module: str = "lora_vit.train") -> list[str]:
+    """The small trial as a command."""
+    return [sys.executable, "-m", module, *SMALL, *overrides]
+
+
+def run_command(
+    *overrides: str, cwd: Path, code: int = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the small trial as a command in ``cwd`` and check its exit code."""
+    done = subprocess.run(
+        command(*overrides),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a trial that must not depend on how often it was stopped."""
+    return {n: (folder / n).read_bytes() for n in ("metrics.jsonl", "adapter.safetensors", "predictions.npz")}
