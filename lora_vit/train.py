@@ -103,6 +103,8 @@ def _end(error: Exception) -> None:
     if isinstance(error, ConfigError):
         fail(str(error))
     if "lora_vit.run" not in sys.modules:
+        if isinstance(error, OSError):  # from Hydra, which makes the folder
+            fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")
         raise error
     from lora_vit.data.dataset import DataError
     from lora_vit.run import Interrupted, TrialFailed

@@ -1,0 +1,231 @@
+"""What a run leaves behind, that every setting matters, and the commands that follow."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import largest_difference, run_command, train_together, trial_config
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.models import VisionTransformer
+
+from lora_vit.records import read_predictions, read_record, read_rows
+
+SHAPE = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("run")
+    done = run_command(
+        "trainer.precision=fp32", "optimizer.lr=3e-3", "data.augment=crop_flip", "hydra.run.dir=run", cwd=folder
+    )
+    return folder / "run", done.stdout
+
+
+def test_the_terminal(run):
+    folder, out = run
+    lines = out.splitlines()
+    accuracy = read_record(folder).metrics["val_accuracy"]
+    assert lines[-1] == f"Validation Accuracy: {accuracy:.2%}"
+    assert any(line.startswith("tensorboard --logdir ") for line in lines)
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert "effective scaling 8" in out
+
+
+def test_the_folder(run):
+    folder, _ = run
+    expected = {
+        ".hydra",
+        ".lock",
+        "adapter.json",
+        "adapter.safetensors",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "predictions.npz",
+        "record.json",
+        "tensorboard",
+        "timing.jsonl",
+        "train.log",
+    }
+    assert {p.name for p in folder.iterdir()} == expected
+    assert {p.name for p in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    record = read_record(folder)
+    assert record.status == "completed"
+    assert record.metrics["epoch"] == 2
+    assert record.parameters["trainable"] == record.parameters["adapter"] + record.parameters["head"]
+    assert record.parameters["head"] == 4 * 32 + 4
+    assert record.cost["pack_size"] == 1
+    assert record.cost["adapter_bytes"] == (folder / "adapter.safetensors").stat().st_size
+    assert record.data["train"] == 60
+    for key in ("versions", "host", "device", "precision"):
+        assert record.environment[key]
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == [1, 2]
+    assert sum(r["kind"] == "step" for r in rows) == 14
+    for split, count in (("val", 20), ("test", 20)):
+        found = read_predictions(folder)[split]
+        assert len(found["ids"]) == count
+        accuracy = float(np.mean(found["predicted"] == found["labels"]))
+        assert accuracy == record.metrics[f"{split}_accuracy"]
+
+
+def test_learning_rate_falls_linearly_to_zero(run):
+    steps = [r for r in read_rows(run[0] / "metrics.jsonl") if r["kind"] == "step"]
+    expected = [3e-3 * (1 - i / 14) for i in range(14)]
+    assert [r["lr"] for r in steps] == pytest.approx(expected, rel=1e-6)  # fp32
+
+
+def test_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars: dict[str, list[float]] = {}
+    hparams = False
+    for path in (run[0] / "tensorboard").rglob("events*"):
+        events = EventAccumulator(str(path)).Reload()
+        hparams |= "_hparams_/experiment" in events.Tags()["tensors"] or "_hparams_/session_start_info" in str(
+            events.summary_metadata
+        )
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, []).extend(e.value for e in events.Scalars(tag))
+    rows = read_rows(run[0] / "metrics.jsonl")
+    steps = [r for r in rows if r["kind"] == "step"]
+    assert scalars["train/loss"] == pytest.approx([r["loss"] for r in steps], rel=1e-6)
+    assert scalars["train/learning_rate"] == pytest.approx([r["lr"] for r in steps], rel=1e-6)
+    epochs = [r["val_accuracy"] for r in rows if r["kind"] == "epoch"]
+    assert scalars["val/accuracy"] == pytest.approx(epochs, rel=1e-6)
+    assert len(scalars["train/images_per_second"]) == 14
+    assert scalars["final/val_accuracy"] == pytest.approx([epochs[-1]], rel=1e-6)
+    assert hparams
+
+
+def command(module: str, *arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"lora_vit.{module}", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_evaluate_reproduces_the_record(run, tmp_path):
+    out = command("evaluate", str(run[0]), "--split", "test", cwd=tmp_path)
+    accuracy = read_record(run[0]).metrics["test_accuracy"]
+    assert out.startswith(f"Test Accuracy: {accuracy:.2%}")
+    assert "the record says" not in out
+
+
+def test_predict(run, tmp_path):
+    for i, colour in enumerate(((200, 30, 30), (30, 30, 200))):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{i}.png")
+    out = command("predict", str(run[0]), "0.png", "1.png", "--csv", "p.csv", cwd=tmp_path)
+    assert out.count("class ") == 8
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["image"] for r in rows] == ["0.png"] * 4 + ["1.png"] * 4
+    assert sum(float(r["probability"]) for r in rows[:4]) == pytest.approx(1, abs=1e-5)
+
+
+def test_merge_loads_into_a_plain_torchvision_model(run, tmp_path):
+    out = command("merge", str(run[0]), "--out", "m.safetensors", cwd=tmp_path)
+    assert "0 of 20 predictions changed" in out
+    model = VisionTransformer(**SHAPE, num_classes=4)
+    model.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
+    from lora_vit.build import build_setup
+    from lora_vit.config import from_dict
+    from lora_vit.distributed import Process
+
+    record = read_record(run[0])
+    setup = build_setup(from_dict(record.config), Process())
+    predicted = []
+    with torch.no_grad():
+        for batch in setup.eval_stream("val", 7):
+            predicted += model.eval()(batch.images).argmax(-1).tolist()
+    assert predicted == read_predictions(run[0])["val"]["predicted"].tolist()
+
+
+def test_load_adapter_gives_the_same_logits_as_merging(run, tmp_path):
+    from lora_vit import load_adapter, merge_adapter
+    from lora_vit.models.vit import build_trunk
+
+    base = build_trunk(*SHAPE.values()).state_dict()
+    card = json.loads((run[0] / "adapter.json").read_text())
+    assert card["class_names"] == [f"class {c}" for c in range(4)]
+    models = []
+    for place in (load_adapter, merge_adapter):
+        model = VisionTransformer(**SHAPE, num_classes=4)
+        model.load_state_dict(base, strict=False)
+        models.append(place(model, run[0]).eval())
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-4, atol=1e-5)  # fp32 in another order
+
+
+SETTINGS = [
+    "lora.rank=2",
+    "lora.alpha=8",
+    "lora.dropout=0.3",
+    "lora.targets=[q,v]",
+    "lora.blocks=[1]",
+    "lora.scaling=rslora",
+    "lora.init=gaussian",
+    "lora.bias=all",
+    "lora.bias=lora_only",
+    "lora=none",
+    "lora=full",
+    "optimizer.lr=2e-3",
+    "optimizer.weight_decay=0.3",
+    "optimizer.betas=[0.7,0.9]",
+    "optimizer.eps=1e-3",
+    "optimizer.decay_bias_and_norm=false",
+    "optimizer.schedule=cosine",
+    "optimizer.schedule=constant",
+    "optimizer.warmup=0.5",
+    "optimizer.clip_norm=0.1",
+    "optimizer.label_smoothing=0.2",
+    "model.head_dropout=0.5",
+    "model.image_size=24",
+    "data.augment=flip",
+    "data.augment=crop_flip",
+    "data.batch_size=6",
+    "data.split_seed=1",
+    "data.train_per_class=5",
+    "seed=1",
+    "trainer.precision=fp32",
+    "trainer.precision=bf16",
+    "trainer.epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return train_together([trial_config()], tmp_path_factory.mktemp("plain"))[0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_changes_the_outcome(setting, plain, tmp_path):
+    (other,) = train_together([trial_config(setting)], tmp_path)
+    assert other.trial.record.status == "completed"
+    assert other.trial.record.trial_id != plain.trial.record.trial_id
+    assert other.losses[1:] != plain.losses[1:]
+
+
+def test_settings_without_effect_on_the_numbers_keep_the_id_and_the_result(plain, tmp_path):
+    (again,) = train_together([trial_config("trainer.checkpoint_every=1", f"data.cache_dir={tmp_path}")], tmp_path)
+    assert again.trial.record.trial_id == plain.trial.record.trial_id
+    assert largest_difference(again, plain) == 0
+
+
+def test_a_diverging_run_fails_in_one_line(tmp_path):
+    done = run_command("optimizer.lr=1e200", "hydra.run.dir=run", cwd=tmp_path, code=1)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "not finite at step" in done.stderr
+    record = read_record(tmp_path / "run")
+    assert record.status == "failed"
+    assert "not finite" in (tmp_path / "run" / "train.log").read_text()
