@@ -8,7 +8,6 @@ import hashlib
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -171,10 +170,11 @@ class _Worker:
     """
 
     def __init__(self, job: _Job):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         command = [sys.executable, "-c", "from lora_vit.data.cache import serve; serve()"]
+        # In a session of its own, so that Ctrl-C reaches the parent alone, which then ends this.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         self._job = job
         self._told = False
@@ -208,7 +208,6 @@ class _Worker:
 
 def serve() -> None:
     """A worker's side: read the job, then chunks, from stdin until it closes, and answer each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     job: _Job = pickle.load(sys.stdin.buffer)
     while True:
         try:
