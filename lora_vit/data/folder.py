@@ -31,7 +31,7 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
     labels: list[int] = []
     part_ids: dict[str, np.ndarray] = {}
     for part in parts:
-        extra = sorted(set(class_folders(root / part)) - set(class_names))
+        extra = sorted(set(_folders(root / part)) - set(class_names))
         if extra:
             raise DataError(
                 f"{root / part} has the class '{extra[0]}', which {root / parts[0]} has not: remove or add it"
@@ -44,7 +44,7 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
             names += [os.path.join(part, class_name, f) for f in found]
             labels += [label] * len(found)
         if len(names) == first:
-            raise DataError(f"{root / part} holds no images: add some, or remove it")
+            raise DataError(f"{root / part} holds no images in class folders: sort its images by class, or rename it")
         part_ids[part] = np.arange(first, len(names))
     label_array = np.array(labels, dtype=np.int64)
     fractions = {"val": config.val_fraction, "test": config.test_fraction}
@@ -60,12 +60,15 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
 
 def class_folders(root: Path) -> list[str]:
     """Sorted names of the folders below ``root``. Raises DataError for fewer than two."""
-    found = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    found = _folders(root)
     if len(found) < 2:
-        raise DataError(
-            f"{root} holds {len(found)} class folders: a classifier needs two or more, each with its images"
-        )
+        count = "no class folders" if not found else f"one class folder ({found[0]})"
+        raise DataError(f"{root} holds {count}: a classifier needs two or more, each with its images")
     return found
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
 
 
 def image_files(folder: Path) -> list[str]:

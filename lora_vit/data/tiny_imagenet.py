@@ -7,6 +7,7 @@ further test set.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import tempfile
@@ -14,13 +15,15 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_vit.config import DataConfig
-from lora_vit.data.cache import decoded
+from lora_vit.data.cache import decoded, locked
 from lora_vit.data.dataset import DataError, ImageData
 from lora_vit.data.folder import image_files
 from lora_vit.data.progress import Progress
@@ -28,6 +31,11 @@ from lora_vit.data.splits import finish, split_per_class
 
 FOLDER = "tiny-imagenet-200"
 _BLOCK = 1 << 20
+_TIMEOUT = 30.0
+"""Seconds without an answer after which the network counts as absent."""
+_NETWORK = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+_DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError)
+"""What ``zipfile`` raises for archives that are cut off, altered, encrypted or compressed in another way."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,14 @@ def load(config: DataConfig, quiet: bool, source: Source = PUBLISHED) -> ImageDa
         DataError: no network, a damaged archive, a class without images, broken images.
     """
     assert config.root is not None
+    for key in ("val_fraction", "test_fraction"):
+        if getattr(config, key) is None:
+            raise DataError(f"data.{key}=null, but our splits come out of the train folder: give a fraction")
+    fractions = {"val": config.val_fraction or 0.0, "test": config.test_fraction or 0.0}
     folder = find(Path(config.root).expanduser(), Path(config.cache_dir).expanduser(), quiet, source)
     wnids = _lines(folder / "wnids.txt")
+    if len(set(wnids)) != len(wnids) or len(wnids) < 2:
+        raise DataError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
     names, labels = _train_index(folder, wnids)
     of_train = np.arange(len(names))
     if config.official_val:
@@ -58,7 +72,6 @@ def load(config: DataConfig, quiet: bool, source: Source = PUBLISHED) -> ImageDa
         names, labels = names + more, labels + classes
     label_array = np.array(labels, dtype=np.int64)
     class_names = _class_names(folder, wnids)
-    fractions = {"val": config.val_fraction or 0.1, "test": config.test_fraction or 0.1}
     splits = split_per_class(label_array, of_train, fractions, config.split_seed, class_names)
     if config.official_val:
         splits["official_val"] = np.arange(len(of_train), len(names))
@@ -67,69 +80,109 @@ def load(config: DataConfig, quiet: bool, source: Source = PUBLISHED) -> ImageDa
 
 
 def find(root: Path, cache_dir: Path, quiet: bool, source: Source = PUBLISHED) -> Path:
-    """The extracted folder: at or in ``root``, from a zip there, or downloaded into it."""
+    """The extracted folder: at or in ``root``, from a zip there, or downloaded into it.
+
+    Raises:
+        DataError: as :func:`download` and :func:`extract`.
+    """
     for folder in (root, root / FOLDER):
         if (folder / "wnids.txt").is_file() and (folder / "train").is_dir():
             return folder
-    archives = [root] if root.is_file() else sorted(root.glob("tiny-imagenet-200*.zip"))
-    if archives:
-        archive = archives[0]
-        beside = archive.parent if os.access(archive.parent, os.W_OK) else cache_dir
-        return extract(archive, beside / archive.stem, quiet)
-    archive = download(root, source, quiet)
-    folder = extract(archive, root / FOLDER, quiet)
-    archive.unlink()
-    return folder
+    archive = _archive(root)
+    if archive is not None:
+        if os.access(archive.parent, os.W_OK):
+            return extract(archive, archive.parent / archive.stem, quiet)
+        stat = archive.stat()
+        key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+        return extract(archive, cache_dir / f"{archive.stem}-{key}", quiet)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f".{FOLDER}.lock"):  # several processes of one run come here together
+            if not (root / FOLDER).exists():
+                archive = download(root, source, quiet)
+                extract(archive, root / FOLDER, quiet)
+                archive.unlink()
+    except OSError as error:
+        raise DataError(f"data.root={root} cannot be written ({error.strerror or error}): give another") from None
+    return root / FOLDER
+
+
+def _archive(root: Path) -> Path | None:
+    """The zip that ``root`` is or holds."""
+    if root.is_file():
+        return root
+    if root.suffix == ".zip" and not root.exists():
+        raise DataError(f"data.root={root} does not exist: give a zip, or a folder to download to")
+    if (root / f"{FOLDER}.zip").is_file():
+        return root / f"{FOLDER}.zip"
+    found = sorted(root.glob(f"{FOLDER}*.zip"))
+    if len(found) > 1:
+        raise DataError(f"{root} holds {', '.join(p.name for p in found)}: give one of them as data.root")
+    return found[0] if found else None
 
 
 def download(root: Path, source: Source, quiet: bool) -> Path:
     """Fetch the archive into ``root``; goes on with a part that an earlier try left.
 
     Raises:
-        DataError: no network, or not the published file (nothing is left then).
+        DataError: no network, cut off (the part stays for the next try), or not the published file (nothing is left).
+        OSError: ``root`` cannot be written.
     """
-    target = root / f"{FOLDER}.zip"
-    part = target.with_suffix(".zip.part")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        have = part.stat().st_size if part.exists() else 0
-        if have < source.size:
+    target, part = root / f"{FOLDER}.zip", root / f"{FOLDER}.zip.part"
+    remedy = (
+        f"put {FOLDER}.zip or {FOLDER}/ into {root.resolve()}, or run experiment=quickstart, which needs no download"
+    )
+    have = part.stat().st_size if part.exists() else 0
+    while have < source.size:
+        try:
             _fetch(source, part, have, quiet)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise DataError(
-            f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded "
-            f"({getattr(error, 'reason', error)}): put {FOLDER}.zip or {FOLDER}/ into {root.resolve()}, or run "
-            "experiment=quickstart, which needs no download"
-        ) from None
-    except OSError as error:
-        raise DataError(f"data.root={root} cannot be written ({error.strerror or error}): give another") from None
+        except _NETWORK as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+            raise DataError(
+                f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded ({reason}): {remedy}"
+            ) from None
+        before, have = have, part.stat().st_size
+        if have < source.size and have <= before:
+            raise DataError(f"the download of {source.url} breaks off at {have:,} bytes: try again later, or {remedy}")
     digest = hashlib.md5(usedforsecurity=False)
     with part.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-    if part.stat().st_size != source.size or digest.hexdigest() != source.md5:
-        size = part.stat().st_size
+    if have != source.size or digest.hexdigest() != source.md5:
         part.unlink()
         raise DataError(
-            f"the file at {source.url} has {size:,} bytes and md5 {digest.hexdigest()}, expected {source.size:,} and "
-            f"{source.md5}: try again, or put {FOLDER}.zip into {root.resolve()} yourself"
+            f"the file at {source.url} has {have:,} bytes and md5 {digest.hexdigest()}, expected {source.size:,} and "
+            f"{source.md5}: try again, or {remedy}"
         )
     os.replace(part, target)
     return target
 
 
 def _fetch(source: Source, part: Path, have: int, quiet: bool) -> None:
+    """Append what the server sends to ``part``; it may be cut off without an error."""
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with (
-        urllib.request.urlopen(request, timeout=30) as answer,
-        part.open("ab" if answer.status == 206 else "wb") as file,
-        Progress("downloading Tiny-ImageNet", source.size, quiet, "bytes") as bar,
-    ):
-        if answer.status == 206:
-            bar.advance(have)
-        while block := answer.read(_BLOCK):
-            file.write(block)
-            bar.advance(len(block))
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        goes_on = answer.status == 206
+        length = answer.headers["Content-Length"]
+        if not goes_on and length is not None and int(length) != source.size:
+            raise urllib.error.URLError(f"{source.url} has {int(length):,} bytes, expected {source.size:,}")
+        with (
+            part.open("ab" if goes_on else "wb") as file,
+            Progress("downloading Tiny-ImageNet", source.size, quiet, "bytes") as bar,
+        ):
+            if goes_on:
+                bar.advance(have)
+            while block := _read(answer):
+                file.write(block)
+                bar.advance(len(block))
+
+
+def _read(answer: Any) -> bytes:
+    try:
+        block: bytes = answer.read(_BLOCK)
+    except OSError as error:  # told apart from a disk that cannot be written
+        raise urllib.error.URLError(error) from None
+    return block
 
 
 def extract(archive: Path, target: Path, quiet: bool) -> Path:
@@ -149,8 +202,9 @@ def extract(archive: Path, target: Path, quiet: bool) -> Path:
             except OSError:
                 if not (target / "wnids.txt").is_file():  # another run was first
                     raise
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{archive} is damaged ({error}): fetch it anew, or remove it to have it downloaded") from None
+    except _DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{archive} is damaged ({reason}): fetch it anew, or remove it to have it downloaded") from None
     except OSError as error:
         raise DataError(f"{archive} cannot be unpacked into {target.parent} ({error.strerror or error})") from None
     return target
@@ -182,7 +236,8 @@ def _unpack(archive: Path, into: Path, quiet: bool) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _train_index(folder: Path, wnids: list[str]) -> tuple[list[str], list[int]]:
@@ -212,11 +267,17 @@ def _official_val(folder: Path, wnids: list[str]) -> tuple[list[str], list[int]]
     if not annotations.is_file():
         raise DataError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
     place = {wnid: label for label, wnid in enumerate(wnids)}
-    rows = sorted(line.split("\t")[:2] for line in _lines(annotations))
-    there = set(image_files(folder / "val" / "images"))
-    rows = [row for row in rows if row[0] in there and row[1] in place]
+    rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
+    rows = [row for row in rows if row[1] in place]
+    images = folder / "val" / "images"
+    missing = sorted({name for name, _ in rows} - set(image_files(images) if images.is_dir() else []))
     if not rows:
-        raise DataError(f"{annotations} names no image of {folder / 'val' / 'images'}: extract the archive anew")
+        raise DataError(f"{annotations} names no image of the classes of wnids.txt: extract the archive anew")
+    if missing:
+        raise DataError(
+            f"{annotations} names {len(missing)} images that are not in {images}, for example {missing[0]}: "
+            "extract the archive anew"
+        )
     return [f"val/images/{name}" for name, _ in rows], [place[wnid] for _, wnid in rows]
 
 
@@ -227,5 +288,5 @@ def _class_names(folder: Path, wnids: list[str]) -> list[str]:
         for line in _lines(folder / "words.txt"):
             wnid, _, text = line.partition("\t")
             words[wnid] = text.split(",")[0].strip()
-    names = [words.get(wnid, wnid) for wnid in wnids]
+    names = [words.get(wnid) or wnid for wnid in wnids]
     return [name if names.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]

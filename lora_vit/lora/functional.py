@@ -26,7 +26,6 @@ from torch import Tensor
 
 from lora_vit.lora.dropout import keep_mask
 
-
 _MASK_PIECE = 1 << 18
 """Elements of a dropout mask that a CPU computes at once: 1 MiB of int32, within the second-level cache."""
 

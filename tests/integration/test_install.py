@@ -1,0 +1,70 @@
+"""Installed from a built wheel in a fresh environment; the README's snippet; what starting costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_a_built_wheel_trains_from_any_folder(project_root: Path, tmp_path: Path):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "w")]
+    # a copy: building leaves folders beside the source
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", str(project_root), str(source)], check=True)
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    (wheel,) = (tmp_path / "w").glob("*.whl")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    site = next(venv.glob("lib/python*/site-packages"))
+    # the dependencies of this environment, but not its lora_vit
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    python, cwd = str(venv / "bin" / "python"), tmp_path / "elsewhere"
+    cwd.mkdir()
+    where = subprocess.run(
+        [python, "-c", "import lora_vit; print(lora_vit.__file__)"], cwd=cwd, capture_output=True, text=True, check=True
+    )
+    assert where.stdout.startswith(str(site))
+    done = subprocess.run(
+        [python, "-m", "lora_vit.train", "experiment=quickstart", "trainer.epochs=1", "hydra.run.dir=run"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Validation Accuracy: ")
+
+
+def test_the_readmes_snippet_runs_as_it_stands(project_root: Path):
+    readme = (project_root / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    check = (
+        "\ntrained = [n for n, p in model.named_parameters() if p.requires_grad]"
+        "\nassert len(trained) == 12 * 4 * 2 + 2, len(trained)  # qkv, out, fc1, fc2: A and B in 12 blocks; the head"
+        "\nassert all('lora_' in n or n.startswith('heads.head') for n in trained)"
+        "\nassert sum('self_attention' in n for n in trained) > 0 and sum('lora' in n for n in trained) > 0"
+    )
+    subprocess.run([sys.executable, "-c", snippet + check], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+def test_asking_costs_no_torch(flag: str, tmp_path: Path):
+    arguments = ["--cfg", "job"] if flag == "--cfg=job" else [flag]
+    script = (
+        "import sys, runpy, atexit\n"
+        "atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'light', file=sys.stderr))\n"
+        f"sys.argv = ['train', *{arguments!r}]\n"
+        "runpy.run_module('lora_vit.train', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().endswith("light"), done.stderr
+    assert "lora" in done.stdout
+    assert os.listdir(tmp_path) == []

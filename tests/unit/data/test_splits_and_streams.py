@@ -1,0 +1,114 @@
+"""Splits are stratified, disjoint and keyed; streams give the same samples to any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import trial_config
+
+from lora_vit.data.augment import Transform
+from lora_vit.data.dataset import DataError, load_data
+from lora_vit.data.splits import fingerprint, keep_per_class, split_per_class
+from lora_vit.data.stream import EvalStream, Samples, TrainStream
+
+LABELS = np.repeat(np.arange(5), 40)
+NAMES = list("abcde")
+IDS = np.arange(200)
+
+
+def splits(seed=0):
+    return split_per_class(LABELS, IDS, {"val": 0.1, "test": 0.2}, seed, NAMES)
+
+
+def test_stratified_disjoint_and_complete():
+    found = splits()
+    assert {k: len(v) for k, v in found.items()} == {"val": 20, "test": 40, "train": 140}
+    assert sorted(np.concatenate(list(found.values()))) == list(IDS)
+    for name, count in (("val", 4), ("test", 8), ("train", 28)):
+        assert (np.bincount(LABELS[found[name]]) == count).all()
+
+
+def test_split_depends_on_its_seed():
+    assert (splits(0)["val"] == splits(0)["val"]).all()
+    assert (splits(0)["val"] != splits(1)["val"]).any()
+
+
+def test_fewer_per_class_are_a_subset():
+    train = splits()["train"]
+    kept = [set(keep_per_class(LABELS, train, n, 0)) for n in (3, 10, 28)]
+    assert kept[0] < kept[1] < kept[2] == set(train)
+    assert len(kept[0]) == 15
+
+
+def test_too_few_images_name_the_class():
+    with pytest.raises(DataError, match="class 'c' has 2 images"):
+        split_per_class(LABELS, np.delete(IDS, slice(82, 120)), {"val": 0.1, "test": 0.1}, 0, NAMES)
+    with pytest.raises(DataError, match=r"data\.train_per_class=29"):
+        keep_per_class(LABELS, splits()["train"], 29, 0)
+
+
+def test_fingerprint_tells_files_labels_and_splits_apart():
+    base = fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0, 1])})
+    assert base == fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0, 1])})
+    others = [
+        fingerprint(["a", "c"], np.array([0, 1]), {"train": np.array([0, 1])}),
+        fingerprint(["a", "b"], np.array([1, 1]), {"train": np.array([0, 1])}),
+        fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0])}),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_digits():
+    config = trial_config().data
+    config = dataclasses.replace(
+        config, name="digits", batch_size=20, train_per_class=10, val_fraction=0.4, test_fraction=0.4
+    )
+    data = load_data(config)
+    assert data.images.shape == (1797, 3, 8, 8)
+    assert len(data.splits["train"]) == 100
+    assert min(len(data.splits["val"]), len(data.splits["test"])) >= 700
+    assert int(data.images.max()) == 255
+    from sklearn.datasets import load_digits
+
+    assert (data.labels == load_digits().target).all()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return Samples(load_data(trial_config().data), torch.device("cpu"))
+
+
+def stream(samples, rank=0, world_size=1, seed=0):
+    transform = Transform(16, "crop_flip", torch.device("cpu"), torch.float64)
+    return TrainStream(samples, transform, 8, seed, rank, world_size)
+
+
+def test_two_processes_share_each_batch(samples):
+    one, halves = stream(samples), [stream(samples, r, 2) for r in (0, 1)]
+    assert one.steps_per_epoch == 60 // 8
+    for epoch, step in ((0, 0), (0, 6), (3, 2)):
+        whole, parts = one.batch(epoch, step), [h.batch(epoch, step) for h in halves]
+        assert (np.concatenate([p.ids for p in parts]) == whole.ids).all()
+        torch.testing.assert_close(torch.cat([p.images for p in parts]), whole.images, rtol=0, atol=1e-12)
+
+
+def test_order_is_a_function_of_seed_and_epoch(samples):
+    def epoch_ids(seed, epoch):
+        s = stream(samples, seed=seed)
+        return [tuple(s.batch_ids(epoch, i)) for i in range(s.steps_per_epoch)]
+
+    assert epoch_ids(0, 1) == epoch_ids(0, 1)
+    assert epoch_ids(0, 1) != epoch_ids(0, 2)
+    assert epoch_ids(0, 1) != epoch_ids(1, 1)
+    seen = [i for batch in epoch_ids(0, 1) for i in batch]
+    assert len(set(seen)) == len(seen) == 56
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_sample_once(samples, world_size):
+    transform = Transform(16, "none", torch.device("cpu"), torch.float32)
+    seen = [b.ids for r in range(world_size) for b in EvalStream(samples, transform, "val", 7, r, world_size)]
+    assert sorted(np.concatenate(seen)) == list(samples.data.splits["val"])

@@ -1,0 +1,128 @@
+"""Our Vision Transformer against torchvision's own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import VisionTransformer, vit_b_16
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from lora_vit.config import ConfigError
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.layers import PackedHead
+from lora_vit.models.vit import PackedViT, build_trunk
+from lora_vit.models.weights import load_trunk_weights
+
+SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+
+
+def theirs(**changes) -> VisionTransformer:
+    torch.manual_seed(1)
+    model = VisionTransformer(**{**SHAPE, **changes}, num_classes=5).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def ours(reference: VisionTransformer, first_trained: int = 0) -> PackedViT:
+    trunk = build_trunk(*SHAPE.values())
+    state = {k: v for k, v in reference.state_dict().items() if not k.startswith("heads.")}
+    trunk.load_state_dict(state, strict=True)
+    dtype = reference.class_token.dtype
+    head = PackedHead([0], [0.0], 32, 5, DropoutState([0])).to(dtype)
+    head.weight.data[0], head.bias.data[0] = reference.heads.head.weight, reference.heads.head.bias
+    return PackedViT(trunk.to(dtype), head, 1, first_trained).eval()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("first_trained", [-1, 0, 2, 3])
+def test_logits_equal_torchvisions(dtype, tolerance, first_trained):
+    # rounding error of the arithmetic itself; the order of sums differs (fused projection, class token alone)
+    reference = theirs().to(dtype)
+    x = torch.randn(4, 3, 32, 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference(x)
+        torch.testing.assert_close(ours(reference, first_trained)(x, [0])[0], expected, rtol=tolerance, atol=tolerance)
+    assert float(expected.abs().max()) > 0.1
+
+
+def test_state_dict_goes_to_and_from_torchvisions():
+    trunk = build_trunk(*SHAPE.values())
+    reference = theirs()
+    state = trunk.state_dict() | {k: v for k, v in reference.state_dict().items() if k.startswith("heads.")}
+    reference.load_state_dict(state, strict=True)
+    for name, p in trunk.state_dict().items():
+        assert torch.equal(reference.state_dict()[name], p)
+
+
+@pytest.mark.slow
+def test_vit_b_16_itself():
+    torch.manual_seed(0)
+    reference = vit_b_16(weights=None, num_classes=200).eval()
+    torch.nn.init.normal_(reference.heads.head.weight, std=0.1)
+    trunk = build_trunk(224, 16, 12, 12, 768, 3072)
+    trunk.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith("heads.")})
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = reference(x)
+        torch.testing.assert_close(reference.heads(trunk(x)), expected, rtol=1e-4, atol=1e-4)  # fp32, 12 blocks
+
+
+def test_position_embedding_is_interpolated_as_torchvision_does(tmp_path):
+    reference = theirs(image_size=64)
+    torch.save(reference.state_dict(), tmp_path / "w.pth")
+    trunk = build_trunk(*SHAPE.values())
+    load_trunk_weights(trunk, "vit_tiny", str(tmp_path / "w.pth"))
+    expected = interpolate_embeddings(32, 8, OrderedDict(reference.state_dict()))["encoder.pos_embedding"]
+    assert torch.equal(trunk.encoder.pos_embedding, expected)
+
+
+def test_the_same_weights_in_two_formats_are_the_same_base(tmp_path):
+    state = theirs().state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    save_file(state, tmp_path / "w.safetensors")
+    trunks = [build_trunk(*SHAPE.values()) for _ in range(2)]
+    digests = [
+        load_trunk_weights(trunk, "vit_tiny", str(tmp_path / name))
+        for trunk, name in zip(trunks, ("w.pth", "w.safetensors"), strict=True)
+    ]
+    assert digests[0] == digests[1]
+    assert torch.equal(trunks[0].class_token, state["class_token"])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["not a file of weights", "missing tensor", "other shape", "unknown tensor", "pickle"]
+)
+def test_weights_that_do_not_fit(wrong, tmp_path):
+    path = tmp_path / "w.pth"
+    state = dict(theirs().state_dict())
+    if wrong == "not a file of weights":
+        path.write_text("hello")
+    elif wrong == "pickle":
+        torch.save({"model": theirs()}, path)
+    else:
+        if wrong == "missing tensor":
+            del state["class_token"]
+        elif wrong == "other shape":
+            state["conv_proj.bias"] = torch.zeros(7)
+        else:
+            state["extra"] = torch.zeros(1)
+        torch.save(state, path)
+    with pytest.raises(ConfigError, match=r"w\.pth") as error:
+        load_trunk_weights(build_trunk(*SHAPE.values()), "vit_tiny", str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_trials_of_one_stream_share_the_images():
+    reference = theirs().double()
+    model = ours(reference, 0)
+    head = PackedHead([0, 1], [0.0, 0.0], 32, 5, DropoutState([0, 1])).double()
+    two = PackedViT(model.trunk, head, 2, 0).eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        shared, separate = two(x, [0, 0]), two(torch.cat([x, x]), [0, 1])
+    torch.testing.assert_close(shared, separate, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(shared[0], shared[1])
