@@ -146,7 +146,8 @@ def _print_design(summary: Summary, console: object) -> None:
             f"the {chosen.images:,} test images).")  # fmt: skip
     if math.isfinite(design.detectable):
         unit = " points" if summary.metric.accuracy else ""
-        text = f"This design finds a true difference of {number(summary, design.detectable, True).lstrip('+')}{unit} with 80 %"
+        smallest = number(summary, design.detectable, True).lstrip("+")
+        text = f"This design finds a true difference of {smallest}{unit} with 80 %"
         if summary.metric.accuracy:
             text += f"; half a point would take {design.seeds_for_half_a_point or 'more than 200'} seeds"
         say(text + ".")

@@ -92,9 +92,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
     print(f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n")
-    print(
-        "| spreads | seed sd | cells | seeds | 'worse' errs % | candidates keep the best % | pooled error only: errs % |"
-    )
+    print("| spreads | seed sd | cells | seeds | 'worse' errs % | candidates keep the best % | pooled error: errs % |")
     print("|---|---|---|---|---|---|---|")
     for case in null_cases():
         r, pooled = simulate(case, runs, rng), simulate(case, runs, rng, "equal")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis import tables
 from lora_vit.analysis.load import SummaryError
 from lora_vit.analysis.tables import LR, SCALING, Metric, value_text
 
@@ -122,8 +121,8 @@ def _learning_rate(done: pd.DataFrame, summary: Summary) -> list[str]:
     out = []
     if adapted[LR].nunique() < 2:
         out.append(
-            f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: an effect of {names} cannot be told "
-            f"from a learning rate that suits some of the values better. Sweep optimizer.lr too."
+            f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: an effect of {names} cannot be "
+            f"told from a learning rate that suits some of the values better. Sweep optimizer.lr too."
         )
     table = summary.learning_rates
     if len(table):
@@ -228,8 +227,8 @@ def verdict(summary: Summary) -> str:
         return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(summary, best)} ({seeds})."
     if not c.possible:
         return (
-            f"{best['label']} has the {_extreme(summary)} {what}, {number(summary, best['mean'])}, but too few cells have "
-            "two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
+            f"{best['label']} has the {_extreme(summary)} {what}, {number(summary, best['mean'])}, but too few cells "
+            "have two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
         )
     top = cells[cells["mark"] == "best"].iloc[0]
     others = int(c.compared.sum()) - 1
@@ -259,7 +258,7 @@ def _candidates(cells: pd.DataFrame, candidates: int, others: int) -> str:
     group = cells[cells["mark"].isin(["best", "candidate"])]
     sizes = group["trainable_parameters"]
     if sizes.nunique() > 1 and sizes.notna().all():
-        small = group.loc[sizes.idxmin()]
+        small = group.iloc[int(sizes.to_numpy().argmin())]
         text += (
             f", the smallest among all candidates is {small['label']} ({small['trainable_parameters']:,.0f} parameters)"
         )

@@ -66,7 +66,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
             rows.append([name, level, against, effect, effect - half, effect + half, p, trials])
     if lack_p < 0.05:
         notes.append(
-            f"the settings interact (lack of fit, p = {lack_p:.2g}): a main effect is an average over the other settings"
+            f"the settings interact (lack of fit, p = {lack_p:.2g}): a main effect is an average over the others"
         )
     return Effects(pd.DataFrame(rows, columns=COLUMNS), notes, lack_p)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def count(value: float) -> str:
-    """1,234 | 85.8 M"""
+    """A number in few characters: 1,234 or 85.8 M."""
     if not math.isfinite(value):
         return "–"
     return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value:,.0f}"
@@ -212,7 +212,7 @@ def latex_escape(text: object) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """A booktabs table (``\\usepackage{booktabs}``)."""
+    """A table for the LaTeX package booktabs."""
     align = "".join("r" if _numeric(table[c]) else "l" for c in table.columns)
     lines = [
         "\\begin{table}",

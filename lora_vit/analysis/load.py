@@ -100,7 +100,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
 
 
 def _age(values: dict[str, Any]) -> tuple[float, str]:
-    """Later start first, then later heartbeat; the folder's name settles ties, so that the order of reading never does."""
+    """Later start first, then later heartbeat; the folder's name settles ties, so that reading order never does."""
     return (max(values["started"], values["heartbeat"]), values["folder"])
 
 

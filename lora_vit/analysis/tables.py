@@ -245,7 +245,7 @@ def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> 
     shared = per_rate.sort_values(["settings", "score"], ascending=False).index[0]
     rows = []
     for key, group in groups.groupby("_k", sort=False):
-        best = group.loc[group["_s"].idxmax()]
+        best = group.iloc[int(group["_s"].to_numpy().argmax())]
         at = group[group[LR] == shared]
         rates = sorted(group[LR].unique())
         row = {"setting": _setting_text(key, others, short, group), "best_lr": best[LR]}

@@ -98,8 +98,8 @@ def make_trial(
         for epoch in range(1, 6):
             value = accuracy - 0.3 / epoch**2 + 0.3 / 25
             rows.write({"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0, "lr": 1e-3})
-            rows.write({"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 1 - value, "val_loss": 1 - value,
-                        "val_accuracy": value})  # fmt: skip
+            rows.write({"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 1 - value,
+                        "val_loss": 1 - value, "val_accuracy": value})  # fmt: skip
         rows.close()
     if predictions and accuracy is not None:
         write_predictions(place, {"val": made_up_predictions(accuracy, record.trial_id)})
