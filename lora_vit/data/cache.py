@@ -109,6 +109,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
+    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with locked(cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"):
+        yield
+
+
 def _open(path: Path, count: int) -> np.ndarray | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:

@@ -18,12 +18,11 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_vit.config import DataConfig
-from lora_vit.data.cache import decoded, locked
+from lora_vit.data.cache import decoded, locked_in
 from lora_vit.data.dataset import DataError, ImageData
 from lora_vit.data.folder import image_files
 from lora_vit.data.progress import Progress
@@ -33,7 +32,8 @@ FOLDER = "tiny-imagenet-200"
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0
 """Seconds without an answer after which the network counts as absent."""
-_NETWORK = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+_BROKEN_OFF = (TimeoutError, ConnectionError, http.client.HTTPException)
+_NETWORK = (urllib.error.URLError, *_BROKEN_OFF)
 _DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError)
 """What ``zipfile`` raises for archives that are cut off, altered, encrypted or compressed in another way."""
 
@@ -86,8 +86,10 @@ def find(root: Path, cache_dir: Path, quiet: bool, source: Source = PUBLISHED) -
         DataError: as :func:`download` and :func:`extract`.
     """
     for folder in (root, root / FOLDER):
-        if (folder / "wnids.txt").is_file() and (folder / "train").is_dir():
+        if _is_whole(folder):
             return folder
+    if (root / FOLDER).exists():
+        raise DataError(f"{root / FOLDER} lacks wnids.txt or train/: remove it to have it unpacked or downloaded anew")
     archive = _archive(root)
     if archive is not None:
         if os.access(archive.parent, os.W_OK):
@@ -96,15 +98,19 @@ def find(root: Path, cache_dir: Path, quiet: bool, source: Source = PUBLISHED) -
         key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
         return extract(archive, cache_dir / f"{archive.stem}-{key}", quiet)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{FOLDER}.lock"):  # several processes of one run come here together
-            if not (root / FOLDER).exists():
+        # Several processes of one run come here together.
+        with locked_in(cache_dir, f"tiny-imagenet {root.resolve()}"):
+            if not _is_whole(root / FOLDER):
                 archive = download(root, source, quiet)
                 extract(archive, root / FOLDER, quiet)
                 archive.unlink()
     except OSError as error:
         raise DataError(f"data.root={root} cannot be written ({error.strerror or error}): give another") from None
     return root / FOLDER
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "wnids.txt").is_file() and (folder / "train").is_dir()
 
 
 def _archive(root: Path) -> Path | None:
@@ -132,18 +138,22 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
     remedy = (
         f"put {FOLDER}.zip or {FOLDER}/ into {root.resolve()}, or run experiment=quickstart, which needs no download"
     )
+    root.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
-    while have < source.size:
+    if have < source.size:
         try:
-            _fetch(source, part, have, quiet)
+            whole = _fetch(source, part, have, quiet)
         except _NETWORK as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
             raise DataError(
                 f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded ({reason}): {remedy}"
             ) from None
-        before, have = have, part.stat().st_size
-        if have < source.size and have <= before:
-            raise DataError(f"the download of {source.url} breaks off at {have:,} bytes: try again later, or {remedy}")
+        have = part.stat().st_size
+        if not whole:
+            raise DataError(
+                f"the download of {source.url} broke off at {have:,} of {source.size:,} bytes: the same command goes "
+                f"on from there, or {remedy}"
+            )
     digest = hashlib.md5(usedforsecurity=False)
     with part.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -158,13 +168,14 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
     return target
 
 
-def _fetch(source: Source, part: Path, have: int, quiet: bool) -> None:
-    """Append what the server sends to ``part``; it may be cut off without an error."""
+def _fetch(source: Source, part: Path, have: int, quiet: bool) -> bool:
+    """Append what the server sends to ``part``; False where it stopped before the end."""
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
         goes_on = answer.status == 206
         length = answer.headers["Content-Length"]
         if not goes_on and length is not None and int(length) != source.size:
+            # a login page, say; what an earlier try left is not replaced by it
             raise urllib.error.URLError(f"{source.url} has {int(length):,} bytes, expected {source.size:,}")
         with (
             part.open("ab" if goes_on else "wb") as file,
@@ -172,17 +183,16 @@ def _fetch(source: Source, part: Path, have: int, quiet: bool) -> None:
         ):
             if goes_on:
                 bar.advance(have)
-            while block := _read(answer):
+            while True:
+                try:
+                    block = answer.read(_BLOCK)
+                except _BROKEN_OFF:
+                    break
+                if not block:
+                    break
                 file.write(block)
                 bar.advance(len(block))
-
-
-def _read(answer: Any) -> bytes:
-    try:
-        block: bytes = answer.read(_BLOCK)
-    except OSError as error:  # told apart from a disk that cannot be written
-        raise urllib.error.URLError(error) from None
-    return block
+    return part.stat().st_size >= source.size
 
 
 def extract(archive: Path, target: Path, quiet: bool) -> Path:
@@ -191,7 +201,7 @@ def extract(archive: Path, target: Path, quiet: bool) -> Path:
     Raises:
         DataError: damaged, with a path outside its folder, or without wnids.txt and train/.
     """
-    if (target / "wnids.txt").is_file():
+    if _is_whole(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +210,7 @@ def extract(archive: Path, target: Path, quiet: bool) -> Path:
             try:
                 os.replace(inner, target)
             except OSError:
-                if not (target / "wnids.txt").is_file():  # another run was first
+                if not _is_whole(target):  # another run was first
                     raise
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
@@ -225,7 +235,7 @@ def _unpack(archive: Path, into: Path, quiet: bool) -> Path:
                 opened.extract(member, into)
                 bar.advance(1)
     for inner in (into / FOLDER, into, *sorted(p for p in into.iterdir() if p.is_dir())):
-        if (inner / "wnids.txt").is_file() and (inner / "train").is_dir():
+        if _is_whole(inner):
             if inner == into:
                 inner = into / FOLDER
                 inner.mkdir()
