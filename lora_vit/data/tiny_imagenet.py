@@ -91,22 +91,32 @@ def find(root: Path, cache_dir: Path, quiet: bool, source: Source = PUBLISHED) -
     if (root / FOLDER).exists():
         raise DataError(f"{root / FOLDER} lacks wnids.txt or train/: remove it to have it unpacked or downloaded anew")
     archive = _archive(root)
-    if archive is not None:
-        if os.access(archive.parent, os.W_OK):
-            return extract(archive, archive.parent / archive.stem, quiet)
-        stat = archive.stat()
-        key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return extract(archive, cache_dir / f"{archive.stem}-{key}", quiet)
+    target = root / FOLDER if archive is None else _beside(archive, cache_dir)
+    if _is_whole(target):
+        return target
     try:
-        # Several processes of one run come here together.
-        with locked_in(cache_dir, f"tiny-imagenet {root.resolve()}"):
-            if not _is_whole(root / FOLDER):
+        with locked_in(cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
+            if archive is not None:
+                extract(archive, target, quiet)
+            elif not _is_whole(target):
                 archive = download(root, source, quiet)
-                extract(archive, root / FOLDER, quiet)
+                extract(archive, target, quiet)
                 archive.unlink()
     except OSError as error:
-        raise DataError(f"data.root={root} cannot be written ({error.strerror or error}): give another") from None
-    return root / FOLDER
+        raise DataError(
+            f"{error.filename or root} cannot be written ({error.strerror or error}): give another data.root or "
+            "data.cache_dir"
+        ) from None
+    return target
+
+
+def _beside(archive: Path, cache_dir: Path) -> Path:
+    """Where an archive is unpacked: next to it, or in the cache if that is read-only (then named by its content)."""
+    if os.access(archive.parent, os.W_OK):
+        return archive.parent / archive.stem
+    stat = archive.stat()
+    key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return cache_dir / f"{archive.stem}-{key}"
 
 
 def _is_whole(folder: Path) -> bool:
