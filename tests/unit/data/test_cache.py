@@ -1,0 +1,291 @@
+"""The decoded cache: what a file becomes, who builds it, and how a build may end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_vit.data import cache
+from lora_vit.data.cache import decode, decoded
+from lora_vit.data.dataset import DataError
+
+
+@pytest.fixture
+def pictures(tmp_path) -> tuple[Path, list[str]]:
+    """Three hundred small JPEG files; 40 pixels wide, 24 high."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    names = [f"{i:03d}.jpg" for i in range(300)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(root / name)
+    return root, names
+
+
+@pytest.fixture
+def two_workers(monkeypatch) -> None:
+    """Even few bytes are worth a worker, and there are two cores."""
+    monkeypatch.setattr(cache, "_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(cache, "_cores", lambda: 2)
+
+
+def folder_of(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def left_in(tmp_path: Path) -> set[str]:
+    return {path.suffix for path in (tmp_path / "cache").iterdir()}
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_workers_fill_every_row(size, pictures, two_workers, tmp_path):
+    root, names = pictures
+    images = decoded(root, names, size, folder_of(tmp_path), True)
+    assert images.shape == (300, 3, *((24, 40) if size is None else (size, size)))
+    for i in (0, 1, 63, 64, 255, 299):
+        np.testing.assert_array_equal(images[i], decode(root / names[i], size))
+    # and none of the others is another's
+    assert len({row.tobytes() for row in images}) == 300
+
+
+def test_workers_and_this_process_decode_alike(pictures, tmp_path, monkeypatch):
+    root, names = pictures
+    alone = decoded(root, names, 20, str(tmp_path / "one"), True)
+    monkeypatch.setattr(cache, "_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(cache, "_cores", lambda: 3)
+    np.testing.assert_array_equal(decoded(root, names, 20, str(tmp_path / "other"), True), alone)
+
+
+def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers, tmp_path):
+    root, names = pictures
+    for name in names[10:35]:
+        (root / name).write_bytes((root / name).read_bytes()[:200])
+    with pytest.raises(DataError) as error:
+        decoded(root, names, None, folder_of(tmp_path), True)
+    message = str(error.value)
+    assert all(name in message for name in names[10:30])
+    assert "25 broken images" in message
+    assert "and 5 more" in message
+    assert names[30] not in message
+    assert left_in(tmp_path) == {".lock"}
+
+
+def test_a_worker_that_dies_ends_the_build(pictures, two_workers, tmp_path, monkeypatch):
+    root, names = pictures
+    started = cache._Worker.__init__
+
+    def start_and_kill(self, job):
+        started(self, job)
+        os.kill(self._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(cache._Worker, "__init__", start_and_kill)
+    with pytest.raises(DataError, match=r"ended with code -9 .*memory"):
+        decoded(root, names, None, folder_of(tmp_path), True)
+    assert left_in(tmp_path) == {".lock"}
+
+
+def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, monkeypatch):
+    """/dev/full takes the place of the partial file: every write to it fails as on a full disk."""
+    root, names = pictures
+    run = cache._run
+
+    def on_full_disk(job, names, count, quiet):
+        return run(cache._Job(job.root, job.size, job.shape, "/dev/full", job.offset), names, count, quiet)
+
+    monkeypatch.setattr(cache, "_run", on_full_disk)
+    with pytest.raises(DataError, match="No space left") as error:
+        decoded(root, names, None, folder_of(tmp_path), True)
+    assert "data.cache_dir" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert left_in(tmp_path) == {".lock"}
+
+
+def test_an_unwritable_cache_dir(pictures, tmp_path):
+    root, names = pictures
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"data\.cache_dir"):
+        decoded(root, names, None, str(tmp_path / "file" / "cache"), True)
+
+
+def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
+    root, names = pictures
+    whole = np.array(decoded(root, names, None, folder_of(tmp_path), True))
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    path.write_bytes(path.read_bytes()[:5000])
+    np.testing.assert_array_equal(decoded(root, names, None, folder_of(tmp_path), True), whole)
+
+
+def test_a_moved_folder_finds_its_cache(pictures, tmp_path, monkeypatch):
+    root, names = pictures
+    first = np.array(decoded(root, names, None, folder_of(tmp_path), True))
+    root.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(cache, "_build", lambda *args: pytest.fail("decoded again"))
+    np.testing.assert_array_equal(decoded(tmp_path / "elsewhere", names, None, folder_of(tmp_path), True), first)
+
+
+def test_another_size_is_another_cache(pictures, tmp_path):
+    root, names = pictures
+    assert decoded(root, names, 16, folder_of(tmp_path), True).shape[-1] == 16
+    assert decoded(root, names, 20, folder_of(tmp_path), True).shape[-1] == 20
+
+
+def test_a_read_only_map(pictures, tmp_path):
+    root, names = pictures
+    images = decoded(root, names, None, folder_of(tmp_path), True)
+    with pytest.raises(ValueError, match="read-only"):
+        images[0] = 0
+
+
+BUILD = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+from pathlib import Path
+from lora_vit.data import cache
+build = cache._build
+def counted(*args):
+    print("built", flush=True)
+    build(*args)
+cache._build = counted
+root = Path(sys.argv[1])
+cache.decoded(root, sorted(p.name for p in root.iterdir()), None, sys.argv[2], True)
+"""
+# A script without ``if __name__ == "__main__"``, as a user of the library may write.
+
+
+def test_runs_that_start_together_build_once(pictures, tmp_path, project_root):
+    root, _ = pictures
+    command = [sys.executable, "-c", BUILD, str(root), folder_of(tmp_path)]
+    runs = [subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    output = "".join(run.communicate(timeout=60)[0] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert output.count("built") == 1
+
+
+SLOW_BUILD = BUILD.replace(
+    "build = cache._build", "cache._BYTES_PER_WORKER = 1; cache._CHUNK = 1; build = cache._build"
+)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_build_leaves_no_cache_and_no_processes(how, pictures, tmp_path, project_root):
+    """Enough large images that the build cannot be over before the signal; then a second run makes it whole."""
+    root, _ = pictures
+    rng = np.random.default_rng(1)
+    large = Image.fromarray(rng.integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
+    for path in root.iterdir():
+        path.unlink()
+    large.save(root / "000.png")
+    for i in range(1, 40):
+        os.link(root / "000.png", root / f"{i:03d}.png")
+    command = [sys.executable, "-c", SLOW_BUILD, str(root), folder_of(tmp_path)]
+    run = subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "built\n"
+    deadline = time.monotonic() + 20
+    while not (workers := children(run.pid)) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert workers
+    run.send_signal(how)
+    run.communicate(timeout=30)
+    assert run.returncode != 0
+    assert not list((tmp_path / "cache").glob("*.npy"))
+    if how == signal.SIGINT:
+        assert left_in(tmp_path) == {".lock"}
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(is_running(pid) for pid in workers)
+    names = sorted(p.name for p in root.iterdir())[:3]
+    assert decoded(root, names, 8, folder_of(tmp_path), True).shape == (3, 3, 8, 8)
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    if not path.exists():
+        pytest.skip("needs Linux's /proc")
+    return [int(child) for child in path.read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# ---- one file
+
+
+def test_short_side_is_resized_and_the_centre_kept(tmp_path):
+    """Three vertical bands, the middle one as wide as the picture is high: only that is left."""
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, :40, 0], pixels[:, 40:80, 1], pixels[:, 80:, 2] = 255, 255, 255
+    Image.fromarray(pixels).save(tmp_path / "bands.png")
+    image = decode(tmp_path / "bands.png", 20)
+    assert image.shape == (3, 20, 20)
+    # the outermost pixels lie on the border of two bands and mix them a little
+    assert image[1, :, 1:-1].min() == 255
+    assert image[[0, 2], :, 1:-1].max() == 0
+    assert image[1].min() > 200
+
+
+def test_resizing_is_antialiased(tmp_path):
+    """A chequerboard of single pixels becomes grey; taking every eighth pixel would give black or white."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    inner = decode(tmp_path / "board.png", 8)[:, 2:-2, 2:-2].astype(int)
+    assert abs(inner - 127).max() <= 4
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "webp", "gif", "tif", "ppm"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_formats(ending, mode, tmp_path):
+    """A smooth picture, so that lossy formats stay near it."""
+    ramp = np.linspace(40, 200, 32).astype(np.uint8)
+    grey = np.broadcast_to(ramp, (32, 32))
+    pixels = grey if mode == "L" else np.stack([grey, grey.T, grey[:, ::-1]], -1)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"a.{ending}")
+    image = decode(tmp_path / f"a.{ending}", None)
+    expected = np.stack([pixels] * 3) if mode == "L" else pixels.transpose(2, 0, 1)
+    assert image.shape == (3, 32, 32)
+    # gif has a palette of 256 colours; JPEG halves the resolution of colour
+    tolerance = {"gif": 40, "jpg": 16, "webp": 16}.get(ending, 0)
+    assert abs(image.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "PA", "RGBA", "LA", "CMYK"])
+def test_modes_become_rgb(mode, tmp_path):
+    image = Image.new("RGB", (9, 7), (255, 255, 255))
+    ending = "tif" if mode == "CMYK" else "png"
+    image.convert("RGBA" if mode == "PA" else mode).save(tmp_path / f"a.{ending}")
+    out = decode(tmp_path / f"a.{ending}", None)
+    assert out.shape == (3, 7, 9)
+    assert out.min() == 255
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    assert decode(tmp_path / "deep.png", None)[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+def test_a_large_jpeg_is_decoded_small_and_stays_near_the_full_decode(tmp_path):
+    x = np.linspace(0, 6, 512)
+    wave = (127 + 100 * np.sin(x[:, None] + 2 * x[None])).astype(np.uint8)
+    Image.fromarray(wave).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        full = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    # halving in the DCT domain is another low-pass filter than the bilinear one: some grey levels
+    assert abs(decode(tmp_path / "a.jpg", 64).astype(int) - full).max() <= 6
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / name)
+    assert decoded(tmp_path, [name], None, folder_of(tmp_path), True).shape == (1, 3, 4, 4)

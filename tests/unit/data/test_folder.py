@@ -1,0 +1,154 @@
+"""A user's own folders: what is read, what is left aside, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_vit.config import DataConfig
+from lora_vit.data import folder
+from lora_vit.data.dataset import DataError, ImageData
+
+
+def paint(path: Path, shade: int) -> None:
+    """A plain picture whose grey level tells which it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (shade, shade, shade)).save(path)
+
+
+def load(tmp_path: Path, **changes) -> ImageData:
+    values = {
+        "name": "imagefolder",
+        "root": str(tmp_path / "pets"),
+        "batch_size": 1,
+        "augment": "none",
+        "split_seed": 0,
+        "val_fraction": 0.2,
+        "test_fraction": 0.2,
+        "train_per_class": None,
+        "official_val": False,
+        "cache_size": 8,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return folder.load(DataConfig(**{**values, **changes}), quiet=True)
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    """train/, val/ and test/ with 5, 2 and 3 images of each of two classes; grey levels 0, 1, 2 ... in that order."""
+    root = tmp_path / "pets"
+    shade = 0
+    for part, count in (("train", 5), ("val", 2), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                paint(root / part / name / f"{i}.png", shade)
+                shade += 1
+    return root
+
+
+def test_given_parts_are_used_as_they_are(parts, tmp_path):
+    data = load(tmp_path)
+    assert data.images[:, 0, 4, 4].tolist() == list(range(20))
+    assert data.splits["train"].tolist() == list(range(10))
+    assert data.splits["val"].tolist() == list(range(10, 14))
+    assert data.splits["test"].tolist() == list(range(14, 20))
+    assert data.labels.tolist() == [0] * 5 + [1] * 5 + [0] * 2 + [1] * 2 + [0] * 3 + [1] * 3
+
+
+def test_given_parts_need_no_fractions(parts, tmp_path):
+    data = load(tmp_path, val_fraction=None, test_fraction=None)
+    assert {k: len(v) for k, v in data.splits.items()} == {"train": 10, "val": 4, "test": 6}
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_part_without_folder_and_fraction(part, parts, tmp_path):
+    (parts / part).rename(parts / f"unused_{part}")
+    with pytest.raises(DataError, match=rf"no {part}/ and data\.{part}_fraction is null"):
+        load(tmp_path, val_fraction=None, test_fraction=None)
+
+
+def test_a_missing_part_comes_out_of_train_alone(parts, tmp_path):
+    (parts / "test").rename(tmp_path / "away")
+    data = load(tmp_path)
+    assert set(data.splits["test"]) | set(data.splits["train"]) == set(range(10))
+    assert not set(data.splits["test"]) & set(data.splits["train"])
+    assert data.splits["val"].tolist() == list(range(10, 14))
+
+
+def test_a_part_may_lack_a_class(parts, tmp_path):
+    for path in (parts / "val" / "dog").iterdir():
+        path.unlink()
+    (parts / "val" / "dog").rmdir()
+    assert load(tmp_path).labels[load(tmp_path).splits["val"]].tolist() == [0, 0]
+
+
+def test_a_part_whose_images_are_not_sorted_by_class(parts, tmp_path):
+    """As the test folder of ImageNet is published."""
+    for i, path in enumerate(sorted((parts / "test").rglob("*.png"))):
+        path.rename(parts / "test" / f"{i}.png")
+    with pytest.raises(DataError, match="sort its images by class"):
+        load(tmp_path)
+
+
+def test_what_is_no_image_or_hidden_is_left_aside(parts, tmp_path):
+    before = load(tmp_path)
+    (parts / "train" / ".git").mkdir()
+    (parts / "train" / "README.md").write_text("x")
+    (parts / "train" / "cat" / "Thumbs.db").write_text("x")
+    (parts / "train" / "cat" / "._0.png").write_text("x")
+    assert load(tmp_path).fingerprint == before.fingerprint
+
+
+def test_endings_in_capitals_count(parts, tmp_path):
+    for i, ending in enumerate(("JPG", "JPEG", "Png", "BMP", "WebP", "GIF", "TIF", "tiff", "PPM")):
+        paint(parts / "train" / "cat" / f"more{i}.{ending}", 200)
+    assert len(load(tmp_path).splits["train"]) == 19
+
+
+def test_fingerprint_follows_files_and_splits_not_the_place(parts, tmp_path):
+    first = load(tmp_path).fingerprint
+    parts.rename(tmp_path / "moved")
+    assert load(tmp_path, root=str(tmp_path / "moved")).fingerprint == first
+    (tmp_path / "moved" / "train" / "cat" / "4.png").unlink()
+    assert load(tmp_path, root=str(tmp_path / "moved")).fingerprint != first
+
+
+def test_train_per_class_leaves_val_and_test_alone(parts, tmp_path):
+    data = load(tmp_path, train_per_class=2)
+    assert np.bincount(data.labels[data.splits["train"]]).tolist() == [2, 2]
+    assert len(data.splits["val"]) == 4
+
+
+def test_classes_alone(tmp_path):
+    """No parts: class folders directly below the root, split by fractions within each class."""
+    for c, name in enumerate(("a", "b", "c")):
+        for i in range(10):
+            paint(tmp_path / "pets" / name / f"{i}.png", 10 * c + i)
+    data = load(tmp_path)
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        assert np.bincount(data.labels[data.splits[split]]).tolist() == [count] * 3
+    assert sorted(np.concatenate(list(data.splits.values())).tolist()) == list(range(30))
+    assert load(tmp_path, split_seed=1).splits["val"].tolist() != data.splits["val"].tolist()
+
+
+def test_one_class_is_named(tmp_path):
+    paint(tmp_path / "pets" / "cat" / "0.png", 1)
+    with pytest.raises(DataError, match=r"one class folder \(cat\)"):
+        load(tmp_path)
+
+
+def test_a_class_too_small_to_split(tmp_path):
+    for name, count in (("cat", 5), ("dog", 2)):
+        for i in range(count):
+            paint(tmp_path / "pets" / name / f"{i}.png", i)
+    with pytest.raises(DataError, match="'dog' has 2 images"):
+        load(tmp_path)
+
+
+def test_a_broken_image_is_named_with_its_folder(parts, tmp_path):
+    (parts / "val" / "dog" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"1 broken image below .*val/dog/1\.png"):
+        load(tmp_path)
