@@ -19,7 +19,7 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
     """50,000 training images divided into train and val; the official 10,000 test images are ``test``.
 
     Raises:
-        DataError: not there and not to be downloaded.
+        DataError: not there and not to be downloaded, or a setting that has no effect here.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -28,6 +28,13 @@ def load(config: DataConfig, quiet: bool) -> ImageData:
     root = Path(config.root).expanduser()
     if config.val_fraction is None:
         raise DataError(f"data.val_fraction=null, but data={config.name} has no val images of its own: give a fraction")
+    for key in ("test_fraction", "cache_size"):
+        value = getattr(config, key)
+        if value is not None:
+            raise DataError(
+                f"data.{key}={value} has no effect with data={config.name}, which has test images and one size: "
+                "leave it null"
+            )
     try:
         try:
             train, test = (kind(str(root), train=part) for part in (True, False))

@@ -154,6 +154,8 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
         try:
             whole = _fetch(source, part, have, quiet)
         except _NETWORK as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
             reason = str(getattr(error, "reason", error)) or type(error).__name__
             raise DataError(
                 f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded ({reason}): {remedy}"

@@ -16,20 +16,21 @@ from lora_vit.data import cifar
 from lora_vit.data.dataset import DataError
 
 
-def config(tmp_path: Path, name: str = "cifar100", val_fraction: float | None = 0.1, split_seed: int = 0) -> DataConfig:
-    return DataConfig(
-        name=name,
-        root=str(tmp_path / "data"),
-        batch_size=1,
-        augment="none",
-        split_seed=split_seed,
-        val_fraction=val_fraction,
-        test_fraction=None,
-        train_per_class=None,
-        official_val=False,
-        cache_size=None,
-        cache_dir=str(tmp_path / "cache"),
-    )
+def config(tmp_path: Path, name: str = "cifar100", **changes) -> DataConfig:
+    values = {
+        "name": name,
+        "root": str(tmp_path / "data"),
+        "batch_size": 1,
+        "augment": "none",
+        "split_seed": 0,
+        "val_fraction": 0.1,
+        "test_fraction": None,
+        "train_per_class": None,
+        "official_val": False,
+        "cache_size": None,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return DataConfig(**{**values, **changes})
 
 
 @pytest.fixture
@@ -106,3 +107,9 @@ def test_no_network(name, tmp_path, monkeypatch):
 def test_there_is_no_val_without_a_fraction(tmp_path):
     with pytest.raises(DataError, match=r"data\.val_fraction=null"):
         cifar.load(config(tmp_path, val_fraction=None), quiet=True)
+
+
+@pytest.mark.parametrize("setting", [{"test_fraction": 0.1}, {"cache_size": 64}])
+def test_a_setting_without_effect_is_refused(setting, tmp_path):
+    with pytest.raises(DataError, match="has no effect"):
+        cifar.load(config(tmp_path, **setting), quiet=True)
