@@ -123,6 +123,23 @@ def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
     np.testing.assert_array_equal(decoded(root, names, None, folder_of(tmp_path), True), whole)
 
 
+def test_a_file_in_the_place_of_the_cache_is_not_taken_for_it(pictures, tmp_path):
+    root, names = pictures
+    whole = np.array(decoded(root, names, None, folder_of(tmp_path), True))
+    (path,) = (tmp_path / "cache").glob("*.npy")
+    for wrong in (whole[:-1], whole.astype(np.float32)):
+        np.save(path, wrong)
+        np.testing.assert_array_equal(decoded(root, names, None, folder_of(tmp_path), True), whole)
+
+
+def test_a_file_changed_to_another_of_the_same_size_is_decoded_again(tmp_path):
+    path = tmp_path / "a.bmp"
+    for shade in (10, 20):
+        Image.new("RGB", (4, 4), (shade, shade, shade)).save(path)
+        os.utime(path, ns=(0, shade))
+        assert (decoded(tmp_path, ["a.bmp"], None, folder_of(tmp_path), True) == shade).all()
+
+
 def test_a_moved_folder_finds_its_cache(pictures, tmp_path, monkeypatch):
     root, names = pictures
     first = np.array(decoded(root, names, None, folder_of(tmp_path), True))
