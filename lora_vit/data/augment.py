@@ -122,7 +122,7 @@ class Transform:
     def _finish(self, images: Tensor) -> Tensor:
         h, w = images.shape[-2:]
         if h == w == self.image_size:
-            return self._normalise(images.to(self.work_dtype))
+            return self._normalise(images.to(self.work_dtype)).to(self.dtype)
         if (h, w) not in self._whole:
             zero, no = torch.zeros(1, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device)
             self._whole[h, w] = (
@@ -132,11 +132,20 @@ class Transform:
         return self._resample(images, *self._whole[h, w])
 
     def _resample(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Resample with one pair of matrices for all images, or one for each: rows [1 or B, S, h], columns alike."""
         x = images.to(self.work_dtype)
-        rows, columns = rows.to(self.work_dtype)[:, None], columns.to(self.work_dtype)[:, None]
+        # Weights of a row sum to one, so normalising commutes with resampling: do it where there are fewer pixels.
+        first = images.shape[-2] * images.shape[-1] < self.image_size**2
+        if first:
+            x = self._normalise(x)
+        rows, columns = rows.to(self.work_dtype), columns.to(self.work_dtype)
         # Along the width first: its matrix product reads contiguous rows.
-        x = torch.matmul(rows, torch.matmul(x, columns.mT))
-        return self._normalise(x)
+        if len(rows) == 1:
+            x = (x @ columns[0].mT).flatten(0, 1)
+            x = torch.bmm(rows.expand(len(x), -1, -1), x).view(-1, 3, self.image_size, self.image_size)
+        else:
+            x = rows[:, None] @ (x @ columns[:, None].mT)
+        return (x if first else self._normalise(x)).to(self.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        return x.mul_(self._scale).add_(self._shift).to(self.dtype)
+        return x.mul_(self._scale).add_(self._shift)
