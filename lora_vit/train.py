@@ -6,6 +6,7 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import ConfigError, from_omegaconf, known_keys, nearest, register_schema
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
 
 
@@ -114,6 +116,9 @@ def _end(error: Exception) -> None:
         sys.exit(error.exit_code)
     if isinstance(error, (DataError, TrialFailed)):
         fail(str(error))
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        what = error.filename or "the trial's folder"
+        fail(f"{what} cannot be written ({error.strerror}): make room, then the same command goes on")
     raise error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -71,7 +72,7 @@ def fingerprint(names: Iterable[str], labels: np.ndarray, splits: dict[str, np.n
     """Hex digest of which samples there are, their classes, and the split each is in."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name.encode() + b"\0")
+        digest.update(os.fsencode(name) + b"\0")  # a file name need not be text
     digest.update(labels.astype("<i8").tobytes())
     for name in sorted(splits):
         digest.update(name.encode() + b"\0" + splits[name].astype("<i8").tobytes())

@@ -272,6 +272,7 @@ def finish_trials(pack: Pack, finished: list[Trial]) -> None:
 def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
     """What ``adapter.json`` says: enough to put the adapter on its base and use it."""
     c = trial.record.config
+    height, width = (int(n) for n in setup.data.images.shape[-2:])
     return {
         "schema": trial.record.schema,
         "trial_id": trial.record.trial_id,
@@ -279,7 +280,7 @@ def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
         "model": c["model"],
         "lora": c["lora"],
         "effective_scaling": trial.config.lora.effective_scaling() if c["lora"]["method"] == "lora" else None,
-        "decoded_size": int(setup.data.images.shape[-1]),
+        "decoded_size": height if height == width else None,
         "class_names": list(setup.data.class_names),
     }
 

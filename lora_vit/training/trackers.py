@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import traceback
@@ -121,9 +122,10 @@ class TrialFiles:
         trace = "".join(traceback.format_exception(error)) if error is not None else None
         self.record.error = {"message": message, "step": step, "traceback": trace}
         self.record.finished = time.time()
-        self.say(trace or message)
-        self.write_record("failed")
-        self.close()
+        with contextlib.suppress(OSError):  # a full disk is often the reason itself
+            self.say(trace or message)
+            self.write_record("failed")
+            self.close()
 
     def close(self) -> None:
         """Close the logs."""

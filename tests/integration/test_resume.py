@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
@@ -112,3 +113,34 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
     done = run_command("hydra.run.dir=run", cwd=tmp_path, code=1)
     assert len(done.stderr.strip().splitlines()) == 1
     assert "run" in done.stderr
+
+
+def _small_files_only() -> None:
+    # stands for a full disk: the checkpoint's writing breaks off half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+def test_no_room_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
+    process = start(tmp_path)
+    wait_for_rows(process, tmp_path / "run", 12)
+    process.kill()
+    process.communicate()
+    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert len(good) > 20_000
+    done = subprocess.run(
+        command(*LONG, "hydra.run.dir=run"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=_small_files_only,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "make room" in done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+    process = start(tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert contents(tmp_path / "run") == contents(uninterrupted)

@@ -1,0 +1,55 @@
+"""What only a GPU can show; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import largest_difference, train_together, trial_config
+
+from lora_vit.build import build_setup
+from lora_vit.distributed import Process
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+TRIALS = (
+    ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
+    ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.lr=1e-2"),
+    ("seed=1", "lora.rank=1", "model.head_dropout=0.5"),
+)
+
+
+def configs(*more: str):
+    return [trial_config(*t, "data.augment=crop_flip", *more) for t in TRIALS]
+
+
+def test_gpu_equals_cpu_in_fp64(tmp_path):
+    on_gpu = train_together(configs("trainer.accelerator=gpu"), tmp_path / "gpu")
+    on_cpu = train_together(configs("trainer.accelerator=cpu"), tmp_path / "cpu")
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        assert largest_difference(a, b) < 1e-9  # fp64, other kernels
+        assert (a.predicted == b.predicted).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pack_equals_alone_on_gpu(precision, tmp_path):
+    chosen = configs("trainer.accelerator=gpu", f"trainer.precision={precision}")
+    together = train_together(chosen, tmp_path / "together")
+    first = train_together([chosen[0]], tmp_path / "alone")[0]
+    tolerance = 1e-5 if precision == "fp32" else 3e-2  # relative; bf16 has 8 bits
+    assert together[0].losses[0] == pytest.approx(first.losses[0], rel=tolerance)
+
+
+def test_images_lie_on_the_device():
+    samples = build_setup(trial_config("trainer.accelerator=gpu"), Process()).samples
+    images, labels = samples.gather(samples.data.splits["val"][:5])
+    assert images.is_cuda
+    assert labels.is_cuda
+    assert (images.cpu().numpy() == samples.data.images[samples.data.splits["val"][:5]]).all()
+
+
+def test_compiled_step_equals_eager(tmp_path):
+    eager = train_together([trial_config("trainer.accelerator=gpu", *TRIALS[0])], tmp_path / "eager")[0]
+    compiled = train_together(
+        [trial_config("trainer.accelerator=gpu", "trainer.compile=true", *TRIALS[0])], tmp_path / "compiled"
+    )[0]
+    assert largest_difference(compiled, eager) < 1e-7  # fp64; fused kernels round differently
