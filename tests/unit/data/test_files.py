@@ -322,7 +322,9 @@ def test_cifar10_from_its_own_files(tmp_path, monkeypatch):
     names = {"label_names": [f"name {i}" for i in range(10)]}
     meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", names)}
     monkeypatch.setattr(CIFAR10, "meta", meta)
-    data = cifar.load(config(tmp_path, name="cifar10", root=str(tmp_path / "data"), val_fraction=0.1, test_fraction=None), True)
+    data = cifar.load(
+        config(tmp_path, name="cifar10", root=str(tmp_path / "data"), val_fraction=0.1, test_fraction=None), True
+    )
     assert data.images.shape == (230, 3, 32, 32)
     assert {k: len(v) for k, v in data.splits.items()} == {"val": 20, "train": 180, "test": 30}
     assert (data.images[0].reshape(-1) == batches["data_batch_1"]["data"][0]).all()
