@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from lora_vit import records
 from lora_vit.config import cell_id, from_dict, trial_id
@@ -158,10 +157,3 @@ def grid(
     means += [0.925, 0.955]
     y = np.array(means)[:, None] + rng.normal(0, 0.004, seeds) + rng.normal(0, sd, (len(means), seeds))
     return cells, np.clip(np.round(y * IMAGES) / IMAGES, 0, 1)
-
-
-@pytest.fixture
-def small_sweep(tmp_path: Path) -> Path:
-    """Four ranks x 3 seeds with known figures; rank 16 leads clearly, rank 2 is far below."""
-    y = np.array([[0.90, 0.91, 0.905], [0.93, 0.94, 0.938], [0.95, 0.957, 0.953], [0.955, 0.96, 0.956]])
-    return make_sweep(tmp_path / "sweep", [{"lora__rank": r} for r in (2, 4, 8, 16)], y)
