@@ -20,7 +20,7 @@ from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import adapted_bias_names, inject_adapters
+from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
 from lora_vit.models.weights import check_weights, load_trunk_weights, state_sha256
@@ -125,6 +125,7 @@ class ModelFactory:
         else:
             trunk = self.frozen_trunk()
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
+        remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.method == "lora":
             assert lora.targets is not None
             specs = [_adapter_spec(c) for c in configs]

@@ -124,6 +124,34 @@ class TrialConfig:
     seed: int
 
 
+@dataclass
+class SweepConfig:
+    """How a sweep (``-m``) runs; none of it decides a trial's numbers.
+
+    Attributes:
+        name: of the folder in ``outputs/sweeps``; None: made from what is swept and what is fixed.
+        pack_size: trials that train together; auto: measured, the fastest that fits.
+        workers: processes that train packs side by side; auto: one for each visible GPU, one on a CPU.
+        retry_failed: train the trials again that an earlier run recorded as failed.
+        on_failure: continue with the other trials, or stop (they are saved).
+        dry_run: print the plan and train nothing.
+    """
+
+    name: str | None
+    pack_size: str
+    workers: str
+    retry_failed: bool
+    on_failure: str
+    dry_run: bool
+
+
+@dataclass
+class RootConfig(TrialConfig):
+    """The composed configuration: a trial, and how its sweep runs."""
+
+    sweep: SweepConfig
+
+
 _SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -140,11 +168,17 @@ _NOT_IN_ID = {
 
 def register_schema() -> None:
     """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
+    import sys
+
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name="schema", node=TrialConfig)
-    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_)), replace=True)
+    ConfigStore.instance().store(name="schema", node=RootConfig)
+    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: None if a is None or b is None else a * b, replace=True)
+    plugins = str(Path(__file__).parent / "plugins")
+    if plugins not in sys.path:  # Hydra finds the packed launcher there
+        sys.path.append(plugins)
 
 
 def refuse_impossible(config: Any) -> None:
@@ -155,8 +189,11 @@ def refuse_impossible(config: Any) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
-def from_omegaconf(cfg: Any) -> TrialConfig:
-    """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out)."""
+def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
+    """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out).
+
+    ``in_sweep``: settings without effect, such as ``lora.rank`` under ``lora=none``, are dropped rather than refused.
+    """
     from omegaconf import MissingMandatoryValue, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -176,9 +213,38 @@ def from_omegaconf(cfg: Any) -> TrialConfig:
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
+    if in_sweep:
+        drop_idle(plain)
     trial = from_dict(plain)
     validate(trial)
     return trial
+
+
+def drop_idle(values: dict[str, Any]) -> list[str]:
+    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
+    lora = values.get("lora")
+    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
+        return []
+    idle = [key for key, value in lora.items() if key != "method" and value is not None]
+    lora.update(dict.fromkeys(idle))
+    return [f"lora.{key}" for key in idle]
+
+
+def sweep_from_omegaconf(node: Any) -> SweepConfig:
+    """The plain, validated sweep settings of a composed config. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    sweep = SweepConfig(**{str(k): v for k, v in values.items()})
+    for key in ("pack_size", "workers"):
+        value = getattr(sweep, key)
+        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+            raise ConfigError(f"sweep.{key}={value} is impossible: give a number from 1 up, or auto")
+    _choice("sweep.on_failure", sweep.on_failure, ("continue", "stop"))
+    if sweep.name is not None and (not sweep.name or "/" in sweep.name or sweep.name.startswith(".")):
+        raise ConfigError(f"sweep.name={sweep.name} cannot be a folder's name: give a word without '/'")
+    return sweep
 
 
 def to_dict(trial: TrialConfig) -> dict[str, Any]:
@@ -214,7 +280,8 @@ def _typed(value: Any, annotation: str) -> Any:
 
 def known_keys() -> list[str]:
     """Every dotted key of a trial config, for suggestions."""
-    keys = [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
+    sections = {**_SECTIONS, "sweep": SweepConfig}
+    keys = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
     return [*keys, *_SECTIONS, "seed"]
 
 

@@ -1,11 +1,14 @@
-"""Hydra calls this before a single run begins."""
+"""Hydra calls these before a single run or a sweep begins."""
 
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lora_vit.config import refuse_impossible
+from lora_vit.sweep.plan import default_name
 
 
 class RefuseImpossible(Callback):
@@ -14,3 +17,26 @@ class RefuseImpossible(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the composed config."""
         refuse_impossible(config)
+
+
+class NameSweep(Callback):
+    """Give a sweep without a name one that says what is swept and stays when the values grow."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra with the config of what is not swept."""
+        if config.sweep.name is not None:
+            return
+        params = OmegaConf.to_container(config.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+        lines = [f"{key}={value}" for key, value in params.items()]
+        try:
+            overrides = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
+        except OverrideParseException:
+            return  # the sweeper says what is wrong
+        values = {o.get_key_element(): o for o in overrides}  # the command line replaces a preset's values
+        swept = [key for key, o in values.items() if o.is_sweep_override()]
+        fixed = {key: str(o.get_value_element_as_str()) for key, o in values.items() if not o.is_sweep_override()}
+        base = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(base, dict)
+        name = default_name({str(k): v for k, v in base.items()}, swept, fixed)
+        config.sweep.name = name
+        config.hydra.overrides.hydra.append(f"sweep.name={name}")  # the trials' configs are composed anew

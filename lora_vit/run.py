@@ -93,7 +93,7 @@ def _train(
             trial = open_trial(config, folder, record, True, setup.data.fingerprint)
             trial.record.environment = setup.environment
             trial.record.data = data_card(setup.data)
-            _write_hydra_files(folder, hydra_files)
+            write_hydra_files(folder, hydra_files)
         shared = distributed.from_main(None if trial is None else (trial.record, trial.state))
         if trial is None:
             if shared is None:  # rank 0 found the trial completed
@@ -111,7 +111,7 @@ def _train(
             raise
         except BaseException as error:
             if trial.files is not None:
-                trial.files.fail(_one_line(error), error=error)
+                trial.files.fail(one_line(error), error=error)
             raise
         finally:
             reporter.close()
@@ -126,12 +126,14 @@ def data_card(data: Any) -> dict[str, Any]:
     return {"fingerprint": data.fingerprint, "classes": len(data.class_names), **sizes}
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _write_hydra_files(folder: Path, files: dict[str, str]) -> None:
+def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
+    """Write ``.hydra/`` into a trial's folder."""
     if files:
         (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in files.items():

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import ConfigError, from_omegaconf, known_keys, nearest, register_schema
+from lora_vit.config import ConfigError, SweepConfig, from_omegaconf, known_keys, nearest, register_schema
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
@@ -29,7 +29,7 @@ _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "
 
 def task(cfg: DictConfig) -> float:
     """Train the composed trial; returns its validation accuracy (a fraction)."""
-    config = from_omegaconf(cfg)
+    config = from_omegaconf(cfg, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     from lora_vit.run import run
 
     hydra_cfg = HydraConfig.get()
@@ -49,6 +49,18 @@ def task(cfg: DictConfig) -> float:
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return accuracy
+
+
+def run_pack(
+    jobs: list[Any], folder: Path, options: SweepConfig, idle: list[str]
+) -> dict[str, float | Exception] | None:
+    """Train the trials of a sweep together; the packed launcher calls this."""
+    from lora_vit.sweep.runner import run_sweep
+
+    return run_sweep(jobs, folder, options, idle)
+
+
+task.run_pack = run_pack  # type: ignore[attr-defined]
 
 
 @functools.wraps(task)
@@ -102,7 +114,7 @@ def _guarded(action: Any) -> None:
 
 def _end(error: Exception) -> None:
     """Exit as the error asks for; raise again what is not the user's."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError) or type(error).__name__ in ("SweepFailed", "WorkerFailed"):
         fail(str(error))
     if "lora_vit.run" not in sys.modules:
         if isinstance(error, OSError):  # from Hydra, which makes the folder

@@ -14,12 +14,14 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"training"},
     {"build"},
     {"run", "commands"},
+    {"sweep"},
     {"train", "evaluate", "predict", "merge", "summarize", "hydra_callbacks"},
+    {"plugins"},
 ]
 INSIDE_A_LEVEL = {("models", "lora"), ("records", "config")}
 ONLY_IN = {
-    "hydra": {"config", "train", "hydra_callbacks"},
-    "omegaconf": {"config", "train", "hydra_callbacks"},
+    "hydra": {"config", "train", "hydra_callbacks", "plugins"},
+    "omegaconf": {"config", "train", "hydra_callbacks", "plugins"},
     "pandas": {"analysis", "summarize"},
     "torch.utils.tensorboard": {"training"},
 }

@@ -1,0 +1,108 @@
+"""Hydra's doors to the packed sweep: a launcher, and a grid sweeper that composes each trial once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lora_vit.config import ConfigError, sweep_from_omegaconf
+
+
+@dataclass
+class PackedLauncherConf:
+    """``hydra/launcher=packed``; its settings are in ``sweep``."""
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedLauncher"
+
+
+@dataclass
+class GridSweeperConf:
+    """``hydra/sweeper=grid``: every combination, as with ``basic``. ``params``: the same as overrides."""
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_vit")
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lora_vit")
+
+
+class PackedLauncher(BasicLauncher):
+    """Trains the trials of a sweep together.
+
+    It packs when the task function offers ``run_pack``; any other task runs one after another, as with
+    ``hydra/launcher=basic``.
+    """
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose and validate all, then hand plain configs to ``run_pack``. Called by Hydra."""
+        run_pack = getattr(self.task_function, "run_pack", None)
+        if run_pack is None:
+            return super().launch(job_overrides, initial_job_idx)
+        assert self.config is not None
+        assert self.hydra_context is not None
+        from hydra_plugins.lora_vit.compose import compose_all, idle_settings
+
+        options = sweep_from_omegaconf(self.config.sweep)
+        jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
+        idle = idle_settings(jobs, job_overrides)
+        folder = Path(str(self.config.hydra.sweep.dir))
+        outcomes = run_pack(jobs, folder, options, idle)
+        if outcomes is None:  # a dry run
+            return []
+        return [self._job_return(initial_job_idx + i, job, outcomes[job.trial_id]) for i, job in enumerate(jobs)]
+
+    def _job_return(self, number: int, job: Any, outcome: float | Exception) -> JobReturn:
+        """What Hydra and its sweepers want to know of a trial."""
+        assert self.config is not None
+        hydra_cfg = OmegaConf.masked_copy(self.config, ["hydra"])
+        with open_dict(hydra_cfg):
+            hydra_cfg.hydra.job.id = hydra_cfg.hydra.job.num = number
+            hydra_cfg.hydra.overrides.task = job.overrides
+        failed = isinstance(outcome, Exception)
+        return JobReturn(
+            overrides=job.overrides,
+            cfg=DictConfig(OmegaConf.create(job.files["config.yaml"])),
+            hydra_cfg=hydra_cfg,
+            working_dir=str(Path(str(self.config.hydra.sweep.dir)) / job.trial_id),
+            task_name=self.config.hydra.job.name,
+            status=JobStatus.FAILED if failed else JobStatus.COMPLETED,
+            _return_value=outcome,
+        )
+
+
+class GridSweeper(BasicSweeper):
+    """Hydra's basic sweeper, without composing every trial once more than the launcher does."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """The packed launcher validates; for another launcher, as Hydra does."""
+        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_pack")):
+            super().validate_batch_is_legal(batch)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the grid. Called by Hydra. Raises the first trial's failure once all are done."""
+        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_pack")):
+            return super().sweep(arguments)
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        batches = self.split_arguments(overrides, self.max_batch_size)
+        if not any(batches):
+            raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
+        returns: list[Sequence[JobReturn]] = []
+        for batch in batches:
+            done = self.launcher.launch(batch, initial_job_idx=sum(map(len, returns)))
+            returns.append(done)
+            for job in done:
+                if job.status == JobStatus.FAILED:
+                    raise job._return_value
+        return returns

@@ -1,0 +1,70 @@
+"""``python -m lora_vit.sweep NAME``: a sweep's trials with status, progress and metric."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_vit.commands import run_command
+from lora_vit.config import ConfigError
+from lora_vit.sweep.ledger import PLAN, Ledger, state_of, trial_folders
+from lora_vit.sweep.progress import print_table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command-line entry."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_vit.sweep",
+        description="List a sweep's trials: status, epochs trained, validation accuracy.",
+    )
+    parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder")
+    args = parser.parse_args(arguments)
+    run_command(lambda: show(find(args.sweep)))
+
+
+def find(text: str) -> Path:
+    """The sweep's folder. Raises ConfigError with the names that exist."""
+    root = Path("outputs/sweeps")
+    for folder in (root / text, Path(text)):
+        if folder.is_dir() and ((folder / PLAN).is_file() or trial_folders(folder)):
+            return folder
+    names = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    known = f" (one of: {', '.join(names)})" if names else ""
+    raise ConfigError(f"{text} is neither a sweep in {root}/ nor the folder of one: give a name{known}")
+
+
+def show(folder: Path) -> int:
+    """Print the trials, those with the highest validation accuracy first within each status."""
+    plan = Ledger(folder).read()["trials"]
+    ids = {**dict.fromkeys(plan), **{p.name: None for p in trial_folders(folder)}}
+    order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "unreadable", "new"))}
+    rows = []
+    counts: Counter[str] = Counter()
+    for trial_id in ids:
+        state = state_of(folder / trial_id)
+        status = "waiting" if state.status == "new" else state.status
+        counts[status] += 1
+        record = state.record
+        why, epochs, accuracy = state.problem, "", None
+        if record is not None:
+            epochs = f"{record.metrics.get('epoch', 0)}/{record.config['trainer']['epochs']}"
+            accuracy = record.metrics.get("val_accuracy")
+            why = (record.error or {}).get("message") or ""
+        label = plan.get(trial_id, {}).get("label", "")
+        shown = f"{accuracy:.2%}" if accuracy is not None else ""
+        rank = (order.get(state.status, -1), -(accuracy or 0.0))
+        rows.append((rank, (trial_id, label, status, epochs, shown, why)))
+    rows.sort(key=lambda row: row[0])
+    console = Console(highlight=False, soft_wrap=True)
+    header = ("trial", "settings", "status", "epochs", "val accuracy", "")
+    print_table(console, "", header, [row for _, row in rows])
+    total = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

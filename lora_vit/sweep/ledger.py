@@ -1,0 +1,131 @@
+"""A sweep's folder: its plan file, and what its trials' records say. Knows no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_vit.config import ConfigError
+from lora_vit.records import RECORD, RecordError, TrialRecord, read_record, write_json
+from lora_vit.sweep.plan import Job
+
+PLAN = "sweep.json"
+PLAN_SCHEMA = 1
+
+
+@dataclass
+class State:
+    """What a trial's folder says of it.
+
+    Attributes:
+        status: new, running, completed, failed, stopped, interrupted, or unreadable.
+        record: None where there is none, or none that can be read.
+        problem: why it cannot be read.
+    """
+
+    status: str
+    record: TrialRecord | None = None
+    problem: str = ""
+
+
+def state_of(folder: Path) -> State:
+    """Read one trial's folder. Never raises for what is in the files."""
+    try:
+        record = read_record(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return State("new")
+    except RecordError as error:
+        return State("unreadable", problem=str(error))
+    return State(record.shown_status(), record)
+
+
+class Ledger:
+    """The plan file ``sweep.json``: every trial that the sweep was ever asked for, and measured pack sizes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self) -> dict[str, Any]:
+        """The plan; an empty one where there is none.
+
+        Raises:
+            ConfigError: the file is damaged or of another version.
+        """
+        path = self.folder / PLAN
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"schema": PLAN_SCHEMA, "created": time.time(), "trials": {}, "pack_sizes": {}}
+        except NotADirectoryError:
+            raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is not whole JSON ({error}): remove it, the trials' records stay") from None
+        if not isinstance(plan, dict) or plan.get("schema") != PLAN_SCHEMA:
+            version = plan.get("schema") if isinstance(plan, dict) else None
+            raise ConfigError(
+                f"{path} is of sweep version {version}, this program writes {PLAN_SCHEMA}: use the matching version "
+                "of lora_vit, or another sweep.name"
+            )
+        return plan
+
+    def update(self, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Change the plan while no other process does. Raises ConfigError where the folder cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                plan = self.read()
+                before = json.dumps(plan, sort_keys=True)
+                change(plan)
+                if json.dumps(plan, sort_keys=True) != before or not (self.folder / PLAN).exists():
+                    write_json(self.folder / PLAN, plan)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} cannot be written ({error.strerror}): give another sweep.name or hydra.sweep.dir"
+            ) from None
+        return plan
+
+    def add(self, jobs: Sequence[Job], command: str) -> dict[str, Any]:
+        """Note the trials that are asked for now; earlier ones stay."""
+
+        def change(plan: dict[str, Any]) -> None:
+            for job in jobs:
+                plan["trials"].setdefault(job.trial_id, {"cell": job.cell_id, "overrides": job.overrides})
+                plan["trials"][job.trial_id]["label"] = job.label
+            plan["command"] = command
+
+        return self.update(change)
+
+    def pack_size(self, key: str) -> dict[str, Any] | None:
+        """The size measured for a group on this kind of machine, and the figures behind it."""
+        found: dict[str, Any] | None = self.read()["pack_sizes"].get(key)
+        return found
+
+    def keep_pack_size(self, key: str, size: int, measured: dict[str, Any]) -> None:
+        """Remember a size for the next time."""
+        self.update(lambda plan: plan["pack_sizes"].update({key: {"size": size, **measured}}))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        handle = os.open(self.folder / ".sweep.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def trial_folders(folder: Path) -> list[Path]:
+    """Folders of the sweep that hold a record; files and folders of others are left alone."""
+    try:
+        return sorted(p for p in folder.iterdir() if (p / RECORD).is_file())
+    except OSError:
+        return []

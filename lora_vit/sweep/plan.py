@@ -1,0 +1,150 @@
+"""What a sweep will train: its trials, which of them can share a backbone, and its name. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_vit.config import _NOT_IN_ID, TrialConfig, canonical, cell_id, to_dict, trial_id
+
+GROUPS = ("model", "data", "optimizer", "lora", "trainer", "experiment", "sweep")
+
+
+@dataclass
+class Job:
+    """One trial of a sweep.
+
+    Attributes:
+        config: validated.
+        overrides: what makes it this trial, as on the command line.
+        files: name to text of what goes into the trial's ``.hydra/``.
+        label: the swept settings, short.
+        trial_id: of the config.
+    """
+
+    config: TrialConfig
+    overrides: list[str]
+    files: dict[str, str] = field(default_factory=dict)
+    label: str = ""
+    trial_id: str = ""
+
+    def __post_init__(self) -> None:
+        self.trial_id = self.trial_id or trial_id(self.config)
+
+    @property
+    def cell_id(self) -> str:
+        """The trial's cell."""
+        return cell_id(self.config)
+
+
+@dataclass
+class Group:
+    """Trials that may train in one pack, in the order of training.
+
+    Attributes:
+        key: digest of what they share.
+        jobs: the trials.
+        alone: whether each needs a pack of its own (it trains parameters of the trunk).
+    """
+
+    key: str
+    jobs: list[Job]
+    alone: bool
+
+    @property
+    def title(self) -> str:
+        """How the plan calls it."""
+        c = self.jobs[0].config
+        where = "linear probe" if c.lora.method == "none" else "full fine-tuning"
+        if c.lora.method == "lora":
+            blocks = "" if c.lora.blocks is None else f" in blocks {','.join(map(str, c.lora.blocks))}"
+            where = "LoRA on " + " ".join(c.lora.targets or []) + blocks
+            where += f", bias {c.lora.bias}" if c.lora.bias != "none" else ""
+        return f"{c.model.name} {c.model.image_size} px, {c.data.name}, batch {c.data.batch_size}, {where}"
+
+
+def digest(value: Any, length: int = 10) -> str:
+    """Hex digits of the sha256 over a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def trains_trunk(config: TrialConfig) -> bool:
+    """Whether parameters of the trunk are trained, so that trials cannot share it."""
+    return config.lora.method == "full" or (config.lora.bias or "none") != "none"
+
+
+def setup_key(config: TrialConfig) -> str:
+    """Digest of what data and backbone depend on: trials that agree can use one loaded copy."""
+    values = to_dict(config)
+    del values["model"]["head_dropout"]
+    trainer = {key: values["trainer"][key] for key in ("precision", "accelerator", "compile")}
+    return digest([values["model"], values["data"], trainer])
+
+
+def group_key(config: TrialConfig) -> str:
+    """Digest of what the trials of a pack share; all else may differ inside a pack."""
+    shared = canonical(config)
+    lora = {key: shared["lora"][key] for key in ("method", "targets", "blocks", "bias")}
+    return digest([setup_key(config), lora, to_dict(config)["trainer"]])
+
+
+def make_groups(jobs: Sequence[Job]) -> list[Group]:
+    """Trials that may share packs, cheapest structure first met first; equal seeds side by side.
+
+    Trials with one seed share images and the frozen stem, and a sweep that is stopped early has whole seeds.
+    """
+    groups: dict[str, Group] = {}
+    for job in jobs:
+        key = group_key(job.config)
+        groups.setdefault(key, Group(key, [], trains_trunk(job.config))).jobs.append(job)
+    for group in groups.values():
+        group.jobs.sort(key=lambda job: job.config.seed)  # stable: the grid's order within a seed
+    return list(groups.values())
+
+
+def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
+    """Each trial once, at its first place, and how many were left out."""
+    once: dict[str, Job] = {}
+    for job in jobs:
+        once.setdefault(job.trial_id, job)
+    return list(once.values()), len(jobs) - len(once)
+
+
+def short_key(key: str) -> str:
+    """``optimizer.lr`` as ``lr``."""
+    return key.rpartition(".")[2].rpartition("/")[2].lstrip("+~")
+
+
+def label(overrides: Sequence[str], constant: frozenset[str] | set[str]) -> str:
+    """``rank=4 lr=0.001``: a trial's overrides without those that all trials share."""
+    shown = [o for o in overrides if o not in constant and not o.startswith(("sweep.", "hydra."))]
+    return " ".join(f"{short_key(key)}={value}" for key, _, value in (o.partition("=") for o in shown))
+
+
+def default_name(base: dict[str, Any], swept: Sequence[str], fixed: dict[str, str]) -> str:
+    """A sweep's name: the swept keys, and 6 hex digits of everything that is not swept.
+
+    A grown list of values keeps the name; a changed fixed setting changes it.
+
+    Args:
+        base: the composed configuration of what is not swept.
+        swept: dotted keys and group names.
+        fixed: overrides that are not swept.
+    """
+    rest = {k: v for k, v in base.items() if k not in ("hydra", "sweep", *swept)}
+    for section, keys in _NOT_IN_ID.items():
+        for key in (*keys, *(k.partition(".")[2] for k in swept if k.startswith(f"{section}."))):
+            if isinstance(rest.get(section), dict):
+                rest[section].pop(key, None)
+    for key in swept:
+        section, _, name = key.partition(".")
+        if name and isinstance(rest.get(section), dict):
+            rest[section].pop(name, None)
+    unseen = {f"{s}.{k}" for s, keys in _NOT_IN_ID.items() for k in keys}
+    given = {k: v for k, v in fixed.items() if not k.startswith(("hydra", "sweep.")) and k not in unseen}
+    preset = [given["sweep"]] if "sweep" in given else []
+    words = preset or [short_key(key) for key in swept] or ["sweep"]
+    return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, given], 6)

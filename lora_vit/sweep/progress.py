@@ -1,0 +1,165 @@
+"""What the user sees of a sweep: one bar and a table refreshed in place, or plain lines when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lora_vit.sweep.plan import Job
+
+PLAIN_EVERY = 10.0
+"""Seconds between progress lines when the output is not a terminal."""
+RUNNING_ROWS, BEST_ROWS = 12, 5
+
+
+@dataclass
+class Row:
+    """Where a trial stands."""
+
+    job: Job
+    status: str = "waiting"
+    epoch: int = 0
+    val_accuracy: float | None = None
+    message: str = ""
+
+
+class View:
+    """Takes the events of all workers. ``emit`` is what they call."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.rows = {job.trial_id: Row(job) for job in jobs}
+        self.total = sum(job.config.trainer.epochs for job in jobs)
+        self.done = 0.0  # trial-epochs
+        self.trained = 0.0  # of these, by this command
+        self.stop_asked = False
+        self._began = self._said = self._drawn = time.monotonic()
+        self._lines = 0
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("sweep", total=self.total)
+            self.live = Live(self._picture(), console=self.console, auto_refresh=False, transient=True)
+            self.live.start()
+
+    def emit(self, kind: str, **fields: object) -> None:
+        """Take an event: pack, advance, epoch, left, closed, say or stop."""
+        getattr(self, f"_on_{kind}")(**fields)
+        now = time.monotonic()
+        if self.live is not None:
+            if kind != "advance" or now - self._drawn > 0.5:
+                self._drawn = now
+                self.live.update(self._picture(), refresh=True)
+        elif now - self._said > PLAIN_EVERY:
+            self._said = now
+            self.console.print(self._progress_line())
+
+    def close(self) -> None:
+        """Take bar and table away."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _on_pack(self, ids: list[str]) -> None:
+        for trial_id in ids:
+            self.rows[trial_id].status = "running"
+        if self.live is None and len(ids) > 1:
+            self.console.print(f"training {len(ids)} trials together")
+
+    def _on_advance(self, epochs: float) -> None:
+        self.trained += epochs
+        self.done = min(self.done + epochs, float(self.total))
+
+    def _on_epoch(self, id: str, epoch: int, val_accuracy: float) -> None:
+        row = self.rows[id]
+        if row.epoch == 0 and epoch > 1:  # went on from a checkpoint
+            self.done = min(self.done + epoch - 1, float(self.total))
+        row.epoch, row.val_accuracy = epoch, val_accuracy
+
+    def _on_left(self, id: str, status: str, val_accuracy: float | None, message: str) -> None:
+        row = self.rows[id]
+        row.status, row.message = status, message
+        row.val_accuracy = val_accuracy if val_accuracy is not None else row.val_accuracy
+        if status != "completed":
+            self.done = min(self.done + row.job.config.trainer.epochs - row.epoch, float(self.total))
+        if self.live is None:
+            self.console.print(self._trial_line(row), markup=False)
+
+    def _on_closed(self, id: str, status: str, val_accuracy: float | None) -> None:
+        row = self.rows[id]
+        if row.status in ("waiting", "running") or row.status != status:
+            self.done = min(self.done + row.job.config.trainer.epochs - row.epoch, float(self.total))
+            row.status, row.val_accuracy = status, val_accuracy
+
+    def _on_say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _on_stop(self) -> None:
+        self.stop_asked = True
+
+    def ended(self) -> int:
+        """Trials that need no more training."""
+        return sum(row.status not in ("waiting", "running") for row in self.rows.values())
+
+    def _trial_line(self, row: Row) -> str:
+        end = f"val accuracy {row.val_accuracy:.2%}" if row.val_accuracy is not None else ""
+        text = row.message if row.status != "completed" else end
+        return f"[{self.ended()}/{len(self.rows)}] {row.job.trial_id} {row.job.label}  {row.status}  {text}"
+
+    def _progress_line(self) -> str:
+        elapsed = time.monotonic() - self._began
+        left = (self.total - self.done) * elapsed / self.trained if self.trained else 0.0
+        about = f", about {left:,.0f} s left" if left else ""
+        return f"{self.done:.0f}/{self.total} epochs, {self.ended()}/{len(self.rows)} trials ended{about}"
+
+    def _picture(self) -> Group:
+        self.bar.update(
+            self.task, completed=self.done, description=f"sweep  {self.ended()}/{len(self.rows)} trials"
+        )
+        columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
+        table = Table(*columns, box=None, pad_edge=False)
+        running = [row for row in self.rows.values() if row.status == "running"]
+        best = sorted(
+            (row for row in self.rows.values() if row.status == "completed" and row.val_accuracy is not None),
+            key=lambda row: -(row.val_accuracy or 0.0),
+        )
+        for row in [*running[:RUNNING_ROWS], *best[:BEST_ROWS]]:
+            c = row.job.config
+            accuracy = f"{row.val_accuracy:.2%}" if row.val_accuracy is not None else ""
+            values = (c.lora.rank, c.lora.alpha, c.lora.dropout, c.optimizer.lr)
+            table.add_row(
+                row.job.trial_id,
+                c.lora.method if c.lora.method != "lora" else " ".join(c.lora.targets or []),
+                *("-" if v is None else f"{v:g}" for v in values),
+                str(c.seed),
+                f"{row.epoch}/{c.trainer.epochs}",
+                accuracy,
+                row.status,
+            )
+        return Group(table, self.bar)
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table under a title."""
+    from rich.markup import escape
+
+    table = Table(*header, box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    width = None if sys.stdout.isatty() else 200
+    Console(highlight=False, width=width).print(table) if console.file is sys.stdout else console.print(table)

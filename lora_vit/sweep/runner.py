@@ -1,0 +1,172 @@
+"""Run a sweep: accept its folder, train what is open in one or several workers, and say how it ended."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.sweep.ledger import Ledger, State, state_of
+from lora_vit.sweep.plan import Job, without_duplicates
+from lora_vit.sweep.progress import View, print_table
+
+SHOWN = 30
+"""Rows of a table on the terminal."""
+
+
+class SweepFailed(Exception):  # noqa: N818  (its trials did)
+    """Some trials have failed; every record is written and the message says how many."""
+
+
+def run_sweep(
+    jobs: Sequence[Job], folder: Path, options: SweepConfig, idle: Sequence[str] = ()
+) -> dict[str, float | Exception] | None:
+    """Train a sweep's trials, each once; skip what is finished.
+
+    Args:
+        jobs: composed and validated.
+        folder: of the sweep.
+        options: how it runs.
+        idle: settings without effect in some trials, to be told.
+
+    Returns:
+        The validation accuracy or the failure of each trial id; None after a dry run.
+
+    Raises:
+        ConfigError: nothing was trained.
+        Interrupted: everything is saved.
+    """
+    launched = time.time()
+    jobs, twice = without_duplicates(jobs)
+    for key in idle:
+        print(f"note: {key} has no effect in some trials, which run once for all its values")
+    if twice:
+        print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
+    ledger = Ledger(folder)
+    ledger.read()  # refuses a folder of another version before anything is written
+    states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
+    if options.dry_run:
+        from lora_vit.sweep.dryrun import print_plan
+
+        print_plan(jobs, states, folder, options)
+        return None
+    ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
+    counts = count(states)
+    finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
+    print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
+    train_open(jobs, folder, options, launched)
+    return finish(jobs, folder, options)
+
+
+def train_open(jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float) -> None:
+    """Train what is not finished, here or in worker processes."""
+    from lora_vit.sweep.workers import number_of_workers, run_workers
+    from lora_vit.training.loop import Interrupted, StopRequest
+
+    workers = number_of_workers(jobs, options)
+    view = View(jobs)
+    try:
+        with StopRequest() as stop:
+            try:
+                run_workers(jobs, folder, options, launched, view, stop, workers)
+            except Interrupted:
+                if not view.stop_asked:
+                    raise
+    finally:
+        view.close()
+    view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
+
+
+def count(states: dict[str, State]) -> dict[str, int]:
+    """How many trials have each status."""
+    counts: dict[str, int] = {}
+    for state in states.values():
+        counts[state.status] = counts.get(state.status, 0) + 1
+    return counts
+
+
+def finish(jobs: Sequence[Job], folder: Path, options: SweepConfig) -> dict[str, float | Exception]:
+    """Print the tables and give Hydra its values."""
+    states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
+    outcomes: dict[str, float | Exception] = {}
+    failed = []
+    for job in jobs:
+        state = states[job.trial_id]
+        if state.status == "completed" and state.record is not None:
+            outcomes[job.trial_id] = float(state.record.metrics["val_accuracy"])
+        else:
+            failed.append((job, state))
+    console = Console(highlight=False, soft_wrap=True)
+    print_cells(console, jobs, states)
+    if failed:
+        print_failures(console, failed)
+        again = "" if options.retry_failed else "; sweep.retry_failed=true tries the failed ones again"
+        error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
+        outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
+    where = shown(folder)
+    console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
+    return outcomes
+
+
+def shown(folder: Path) -> str:
+    """A folder as short as it can be named from here."""
+    here = Path.cwd()
+    full = folder.absolute()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(folder)
+
+
+def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State]) -> None:
+    """Cells by mean validation accuracy, best first."""
+    cells: dict[str, list[Job]] = {}
+    for job in jobs:
+        cells.setdefault(job.cell_id, []).append(job)
+    rows = []
+    for members in cells.values():
+        values = []
+        for job in members:
+            record = states[job.trial_id].record
+            if states[job.trial_id].status == "completed" and record is not None:
+                values.append(float(record.metrics["val_accuracy"]))
+        if values:
+            spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
+            name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
+            rows.append((statistics.fmean(values), (name or members[0].trial_id, f"{len(values)}/{len(members)}", spread)))
+    if not rows:
+        return
+    rows.sort(key=lambda row: -row[0])
+    lines = [
+        (str(i + 1), name, f"{100 * mean:.2f}", spread, n)
+        for i, (mean, (name, n, spread)) in enumerate(rows[:SHOWN])
+    ]
+    header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
+    print_table(console, "Cells by mean validation accuracy (which differences are real: see below)", header, lines)
+    if len(rows) > SHOWN:
+        console.print(f"... {len(rows) - SHOWN} more cells")
+
+
+def print_failures(console: Console, failed: Sequence[tuple[Job, State]]) -> None:
+    """Which trials did not complete, and why."""
+    lines = []
+    for job, state in failed:
+        why = state.problem
+        if state.record is not None and state.record.error:
+            why = str(state.record.error.get("message") or "")
+        lines.append((job.trial_id, job.label, state.status, why))
+    print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines[:SHOWN])
+    if len(lines) > SHOWN:
+        console.print(f"... {len(lines) - SHOWN} more")
+
+
+def ask_to_stop(stop: object) -> None:
+    """Let the packs in training save and end."""
+    stop.signum = signal.SIGTERM  # type: ignore[attr-defined]
+
+
+__all__ = ["ConfigError", "SweepFailed", "run_sweep"]

@@ -1,0 +1,138 @@
+"""The processes of a sweep: one for each device, which take their work from the claims."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.data.dataset import DataError
+from lora_vit.sweep.packed import Worker
+from lora_vit.sweep.plan import Job
+from lora_vit.sweep.progress import View
+from lora_vit.training.loop import Interrupted, StopRequest
+
+
+class WorkerFailed(Exception):  # noqa: N818
+    """A worker process ended by itself; what it had claimed is free again."""
+
+
+def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
+    """How many processes train side by side. Raises ConfigError where there are fewer GPUs."""
+    on_gpu = all(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
+    visible = torch.cuda.device_count() if on_gpu else 1
+    if options.workers == "auto":
+        return max(1, min(visible, len(jobs)))
+    wanted = int(options.workers)
+    if on_gpu and wanted > visible:
+        raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
+    return wanted
+
+
+def run_workers(
+    jobs: Sequence[Job],
+    folder: Path,
+    options: SweepConfig,
+    launched: float,
+    view: View,
+    stop: StopRequest,
+    workers: int,
+) -> None:
+    """Train in this process, or in several of their own. Raises Interrupted once all is saved."""
+    if workers > 1:
+        _run_processes(jobs, folder, options, launched, view, stop, workers)
+        return
+
+    def emit(kind: str, **fields: Any) -> None:
+        view.emit(kind, **fields)
+        if kind == "stop":
+            stop.signum = signal.SIGTERM
+
+    Worker(jobs, folder, options, launched, emit, stop).run()
+
+
+def _run_processes(
+    jobs: Sequence[Job],
+    folder: Path,
+    options: SweepConfig,
+    launched: float,
+    view: View,
+    stop: StopRequest,
+    workers: int,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    events: Any = context.Queue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    processes = [
+        context.Process(
+            target=_work, args=(list(jobs), folder, options, launched, events, i, workers), name=f"worker {i}"
+        )
+        for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    asked = False
+    while any(p.is_alive() for p in processes) or not events.empty():
+        try:
+            kind, fields = events.get(timeout=0.2)
+            view.emit(kind, **fields)
+        except queue.Empty:
+            pass
+        if (stop.signum or view.stop_asked) and not asked:
+            asked = True
+            for process in processes:
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    events.close()
+    if stop.signum or view.stop_asked:
+        raise Interrupted(stop.signum or signal.SIGTERM)
+    codes = [p.exitcode for p in processes]
+    if any(codes):
+        message = f"worker processes ended with codes {codes}"
+        if all(codes):
+            raise WorkerFailed(message)
+        print(f"note: {message}; the others did their work", file=sys.stderr)
+
+
+def _work(
+    jobs: list[Job], folder: Path, options: SweepConfig, launched: float, events: Any, index: int, workers: int
+) -> None:
+    """A worker process."""
+    parent = os.getppid()
+
+    def emit(kind: str, **fields: Any) -> None:
+        events.put((kind, fields))
+        if os.getppid() != parent:
+            stop.signum = signal.SIGTERM  # the command was killed
+
+    code = 0
+    with StopRequest() as stop:
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(index)
+            Worker(jobs, folder, options, launched, emit, stop, index, workers).run()
+        except Interrupted as error:
+            code = error.exit_code
+        except (ConfigError, DataError, OSError) as error:
+            emit("say", text=f"worker {index}: {error}")
+            code = 1
+        except Exception:
+            emit("say", text=f"worker {index}:\n{traceback.format_exc()}")
+            code = 1
+    events.close()
+    events.join_thread()
+    time.sleep(0)
+    sys.exit(code)
