@@ -175,10 +175,17 @@ def register_schema() -> None:
 
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
-    OmegaConf.register_new_resolver("times", lambda a, b: None if a is None or b is None else a * b, replace=True)
+    OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
     plugins = str(Path(__file__).parent / "plugins")
     if plugins not in sys.path:  # Hydra finds the packed launcher there
         sys.path.append(plugins)
+
+
+def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
+    """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
+    if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
+        return f"${{rank_times:{scaling}}}"
+    return None if _parent_.rank is None else scaling * _parent_.rank
 
 
 def refuse_impossible(config: Any) -> None:

@@ -26,10 +26,12 @@ class NameSweep(Callback):
         """Called by Hydra with the config of what is not swept."""
         if config.sweep.name is not None:
             return
-        params = OmegaConf.to_container(config.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+        params = OmegaConf.to_container(config.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
         lines = [f"{key}={value}" for key, value in params.items()]
         try:
-            overrides = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
+            given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+            assert isinstance(given, list)
+            overrides = OverridesParser.create().parse_overrides([*lines, *map(str, given)])
         except OverrideParseException:
             return  # the sweeper says what is wrong
         values = {o.get_key_element(): o for o in overrides}  # the command line replaces a preset's values

@@ -116,6 +116,8 @@ def _end(error: Exception) -> None:
     """Exit as the error asks for; raise again what is not the user's."""
     if isinstance(error, ConfigError) or type(error).__name__ in ("SweepFailed", "WorkerFailed"):
         fail(str(error))
+    if str(error).startswith("Config group override must be a string"):
+        fail("a group has no option 'null': leave it out, or choose one (see --help)")
     if "lora_vit.run" not in sys.modules:
         if isinstance(error, OSError):  # from Hydra, which makes the folder
             fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")

@@ -42,7 +42,7 @@ def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, opti
     header = ("trials that share a backbone", "trials", "packs", "memory of a pack", "time")
     print_table(console, "", header, rows)
     processes = f" in {workers} processes" if workers > 1 else ""
-    console.print(f"about {_duration(seconds_in_all / workers)}{processes}, measured on a few steps; nothing was trained")
+    console.print(f"about {_duration(seconds_in_all / workers)}{processes}, measured on a few steps")
 
 
 def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float, int]:
@@ -74,5 +74,3 @@ def _duration(seconds: float) -> str:
 
 def _ignore(kind: str, **fields: object) -> None:
     """Takes events that nobody shows."""
-
-

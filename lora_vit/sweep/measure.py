@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from lora_vit.training.pack import EVAL_BATCH, Pack, Setup, Trial
 
 LARGEST = 64
 MEMORY_SHARE = 0.8
-"""Part of the free memory that a pack may be expected to take."""
+"""Part of the attainable memory that a pack may be expected to take."""
+MOST_STEPS, MOST_SECONDS = 12, 2.0
+"""A size is timed for so many steps, or fewer where they are slow."""
 GAIN = 0.03
 """A larger pack must be faster by this part to be preferred."""
 
@@ -32,9 +36,8 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup) -> tuple[int,
     memory: dict[int, int] = {}
     size = 1
     while size <= min(len(configs), LARGEST):
-        needed = _extrapolated(memory, size)
-        if needed is not None and needed > MEMORY_SHARE * free_memory(setup.device):
-            break
+        if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device):
+            break  # twice the pack takes at most twice the memory
         try:
             seconds[size], memory[size] = measure(configs[:size], setup)
         except (MemoryError, RuntimeError) as error:
@@ -55,22 +58,20 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup) -> tuple[int,
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup) -> tuple[float, int]:
-    """Seconds that one epoch of one trial takes in a pack of these, and the bytes that the pack takes."""
-    before = _begin_memory(setup.device)
+    """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile."""
+    gc.collect()  # what an earlier pack left
+    _reset_peak_memory(setup.device)
     pack = Pack([_fresh(c) for c in configs], setup)
     rates = pack.learning_rates()
-    steps = min(len(rates), 12)
-    times = []
-    for i in range(steps):
-        times.append(_timed(setup, lambda i=i: pack.step(rates[i], False)))  # type: ignore[misc]
-        if i >= 1 and sum(times) > 2.0:
-            break
+
+    def step(i: int) -> float:
+        return _timed(setup, lambda: pack.step(rates[i], False))
+
+    times = [step(0)]  # the first one also warms up
+    while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
+        times.append(step(len(times)))
     evaluation = _evaluation_seconds(pack)
-    taken = _taken_memory(setup.device, before)
-    step = sorted(times)[len(times) // 2] if len(times) > 2 else min(times)
-    del pack
-    gc.collect()
-    return (step * len(rates) + evaluation) / len(configs), taken
+    return (min(times) * len(rates) + evaluation) / len(configs), _peak_memory(setup.device)
 
 
 def _fresh(config: TrialConfig) -> Trial:
@@ -78,7 +79,7 @@ def _fresh(config: TrialConfig) -> Trial:
     return Trial(config, record, TrialState())
 
 
-def _timed(setup: Setup, action: Any) -> float:
+def _timed(setup: Setup, action: Callable[[], Any]) -> float:
     began = time.perf_counter()
     action()
     if setup.device.type == "cuda":
@@ -93,45 +94,52 @@ def _evaluation_seconds(pack: Pack) -> float:
     batch = max(1, EVAL_BATCH // pack.K)
     total = -(-len(setup.data.splits["val"]) // batch)
     pack.model.eval()
-    times = []
-    for batch_, _ in zip(setup.eval_stream("val", batch), range(3), strict=False):
-        times.append(_timed(setup, lambda b=batch_: pack.model(b.images, [0] * pack.K)))  # type: ignore[misc]
+    times: list[float] = []
+    for images in (b.images for b in setup.eval_stream("val", batch)):
+        times.append(_timed(setup, functools.partial(pack.model, images, [0] * pack.K)))
+        if len(times) == MOST_STEPS or (len(times) > 1 and sum(times) > MOST_SECONDS):
+            break
     pack.model.train()
     return min(times) * total if times else 0.0
 
 
-def _begin_memory(device: torch.device) -> int:
+def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return
+    with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def _taken_memory(device: torch.device, before: int) -> int:
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes held since the reset: on the GPU, or by the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) - before
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _kilobytes(status, "VmHWM:") * 1024
 
 
-def _extrapolated(memory: dict[int, int], size: int) -> int | None:
-    """Bytes that a pack of this size will take, at most in proportion to the last one."""
-    return 2 * max(memory.values()) if memory and size > 1 else None
+def _kilobytes(text: str, name: str) -> int:
+    """A line ``name 123 kB`` of a file in /proc."""
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had: on the GPU, or of the host within its container's limit."""
+def attainable_memory(device: torch.device) -> int:
+    """Bytes that this process can hold in all: on the GPU, or of the host within its container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + torch.cuda.memory_reserved(device)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     free = 1 << 62
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
+        own = _kilobytes(Path("/proc/self/status").read_text(), "VmRSS:") * 1024
+        free = _kilobytes(Path("/proc/meminfo").read_text(), "MemAvailable:") * 1024
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free = min(free, int(limit) - used)
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
         pass  # no such files: no limit that we know of
-    return free
+    return free + own

@@ -128,9 +128,7 @@ class View:
         return f"{self.done:.0f}/{self.total} epochs, {self.ended()}/{len(self.rows)} trials ended{about}"
 
     def _picture(self) -> Group:
-        self.bar.update(
-            self.task, completed=self.done, description=f"sweep  {self.ended()}/{len(self.rows)} trials"
-        )
+        self.bar.update(self.task, completed=self.done, description=f"sweep  {self.ended()}/{len(self.rows)} trials")
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

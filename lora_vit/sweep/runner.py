@@ -137,13 +137,13 @@ def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State])
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
-            rows.append((statistics.fmean(values), (name or members[0].trial_id, f"{len(values)}/{len(members)}", spread)))
+            name = name or members[0].trial_id
+            rows.append((statistics.fmean(values), (name, f"{len(values)}/{len(members)}", spread)))
     if not rows:
         return
     rows.sort(key=lambda row: -row[0])
     lines = [
-        (str(i + 1), name, f"{100 * mean:.2f}", spread, n)
-        for i, (mean, (name, n, spread)) in enumerate(rows[:SHOWN])
+        (str(i + 1), name, f"{100 * mean:.2f}", spread, n) for i, (mean, (name, n, spread)) in enumerate(rows[:SHOWN])
     ]
     header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
     print_table(console, "Cells by mean validation accuracy (which differences are real: see below)", header, lines)
