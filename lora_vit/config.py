@@ -100,7 +100,10 @@ class LoraConfig:
 
 @dataclass
 class TrainerConfig:
-    """How to train. ``checkpoint_every`` is in seconds, ``log_every`` in steps."""
+    """How to train. ``checkpoint_every`` is in seconds, ``log_every`` in steps, ``validate_every`` in epochs.
+
+    The last epoch is always validated.
+    """
 
     epochs: int
     precision: str
@@ -110,6 +113,7 @@ class TrainerConfig:
     resume: str
     checkpoint_every: float
     log_every: int
+    validate_every: int
 
 
 @dataclass
@@ -162,7 +166,7 @@ _SECTIONS = {
 
 _NOT_IN_ID = {
     "data": ("root", "cache_dir"),
-    "trainer": ("accelerator", "devices", "resume", "checkpoint_every", "log_every"),
+    "trainer": ("accelerator", "devices", "resume", "checkpoint_every", "log_every", "validate_every"),
 }
 
 
@@ -426,6 +430,7 @@ def _validate_trainer(t: TrainerConfig) -> None:
         raise ConfigError(f"trainer.devices={t.devices} is impossible: give a number from 1 up, or auto")
     _range("trainer.checkpoint_every", t.checkpoint_every, 0 < t.checkpoint_every <= 300, "seconds in (0, 300]")
     _range("trainer.log_every", t.log_every, t.log_every >= 1, "give a number of steps from 1 up")
+    _range("trainer.validate_every", t.validate_every, t.validate_every >= 1, "give a number of epochs from 1 up")
 
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:

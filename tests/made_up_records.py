@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
     },
     "trainer": {
         "epochs": 5, "precision": "auto", "accelerator": "auto", "devices": "auto", "compile": False, "resume": "auto",
-        "checkpoint_every": 300.0, "log_every": 20,
+        "checkpoint_every": 300.0, "log_every": 20, "validate_every": 1,
     },
     "seed": 0,
 }  # fmt: skip

@@ -71,7 +71,10 @@ def measure(configs: Sequence[TrialConfig], setup: Setup) -> tuple[float, int]:
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
         times.append(step(len(times)))
     evaluation = _evaluation_seconds(pack)
-    return (min(times) * len(rates) + evaluation) / len(configs), _peak_memory(setup.device)
+    trainer = configs[0].trainer
+    validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
+    seconds = min(times) * len(rates) + evaluation * validations
+    return seconds / len(configs), _peak_memory(setup.device)
 
 
 def _fresh(config: TrialConfig) -> Trial:
@@ -92,15 +95,17 @@ def _evaluation_seconds(pack: Pack) -> float:
     """Seconds that one pass over the val split takes, from its first batches."""
     setup = pack.setup
     batch = max(1, EVAL_BATCH // pack.K)
-    total = -(-len(setup.data.splits["val"]) // batch)
+    total = len(setup.data.splits["val"]) / batch
     pack.model.eval()
     times: list[float] = []
     for images in (b.images for b in setup.eval_stream("val", batch)):
+        if times and len(images) < batch:
+            break  # the last batch is smaller
         times.append(_timed(setup, functools.partial(pack.model, images, [0] * pack.K)))
         if len(times) == MOST_STEPS or (len(times) > 1 and sum(times) > MOST_SECONDS):
             break
     pack.model.train()
-    return min(times) * total if times else 0.0
+    return min(times) * total
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -68,7 +68,7 @@ class PackReporter:
 
     def epoch(self, trial: Trial, row: dict[str, float]) -> None:
         """Called after each epoch of each trial."""
-        self.emit("epoch", id=trial.name, epoch=trial.state.epoch, val_accuracy=row["val_accuracy"])
+        self.emit("epoch", id=trial.name, epoch=trial.state.epoch, val_accuracy=row.get("val_accuracy"))
 
     def left(self, trial: Trial) -> None:
         """Called when a trial is completed or failed."""

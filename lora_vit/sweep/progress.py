@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -17,6 +17,7 @@ from lora_vit.sweep.plan import Job
 PLAIN_EVERY = 10.0
 """Seconds between progress lines when the output is not a terminal."""
 RUNNING_ROWS, BEST_ROWS = 12, 5
+PIPED_WIDTH = 400
 
 
 @dataclass
@@ -85,11 +86,12 @@ class View:
         self.trained += epochs
         self.done = min(self.done + epochs, float(self.total))
 
-    def _on_epoch(self, id: str, epoch: int, val_accuracy: float) -> None:
+    def _on_epoch(self, id: str, epoch: int, val_accuracy: float | None) -> None:
         row = self.rows[id]
         if row.epoch == 0 and epoch > 1:  # went on from a checkpoint
             self.done = min(self.done + epoch - 1, float(self.total))
-        row.epoch, row.val_accuracy = epoch, val_accuracy
+        row.epoch = epoch
+        row.val_accuracy = row.val_accuracy if val_accuracy is None else val_accuracy
 
     def _on_left(self, id: str, status: str, val_accuracy: float | None, message: str) -> None:
         row = self.rows[id]
@@ -153,11 +155,10 @@ class View:
 
 
 def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table under a title."""
-    from rich.markup import escape
-
-    table = Table(*header, box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    """A plain table under a title; no line is cut or folded where there is no terminal."""
+    table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
-    width = None if sys.stdout.isatty() else 200
-    Console(highlight=False, width=width).print(table) if console.file is sys.stdout else console.print(table)
+    if title:
+        console.print(f"[bold]{title}[/bold]")
+    console.print(table, width=None if console.is_terminal else PIPED_WIDTH)

@@ -45,8 +45,8 @@ def run_sweep(
     """
     launched = time.time()
     jobs, twice = without_duplicates(jobs)
-    for key in idle:
-        print(f"note: {key} has no effect in some trials, which run once for all its values")
+    if idle:
+        print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
     if twice:
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)

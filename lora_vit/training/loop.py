@@ -200,27 +200,33 @@ def save(pack: Pack) -> None:
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
-    """Validate, write the epoch's rows and records, and checkpoint."""
-    predictions = pack.predict("val")
+    """Validate where it is due, write the epoch's rows and records, and checkpoint."""
+    due = [validation_due(trial) for trial in pack.trials]
+    predictions = pack.predict("val") if any(due) else None
     pack.pull()
     sums = pack.step_state.loss_sum_K.tolist()
     pack.end_epoch()
-    for k, (trial, val) in enumerate(zip(pack.trials, predictions, strict=True)):
-        row = {
-            "train_loss": sums[k] / pack.steps_per_epoch,
-            "val_loss": val.loss,
-            "val_accuracy": val.accuracy,
-        }
+    for k, trial in enumerate(pack.trials):
         state, step = trial.state, trial.state.epoch * pack.steps_per_epoch
+        row = {"train_loss": sums[k] / pack.steps_per_epoch}
+        if due[k] and predictions is not None:
+            val = predictions[k]
+            row |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
+            if not state.best or val.accuracy > state.best["val_accuracy"]:
+                state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
         state.last = {"epoch": state.epoch, "step": step, **row}
-        if not state.best or val.accuracy > state.best["val_accuracy"]:
-            state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
         update_record(pack, trial, k)
         if trial.files is not None:
             trial.files.log_epoch(step, state.epoch, row)
             trial.files.save_checkpoint()
             trial.files.write_record()
         reporter.epoch(trial, row)
+
+
+def validation_due(trial: Trial) -> bool:
+    """Whether the trial, whose epoch has just been trained, is validated after it."""
+    epoch, trainer = trial.state.epoch + 1, trial.config.trainer
+    return epoch % trainer.validate_every == 0 or epoch >= trainer.epochs
 
 
 def update_record(pack: Pack, trial: Trial, k: int) -> None:

@@ -81,6 +81,7 @@ class Pack:
     def __init__(self, trials: list[Trial], setup: Setup):
         configs = [t.config for t in trials]
         self.trials, self.setup, self.K = trials, setup, len(trials)
+        self._predictions: dict[str, list[Predictions]] = {}
         offsets = {t.state.step_in_epoch for t in trials}
         if len(offsets) != 1:
             raise ValueError(f"trials of a pack stand at different steps of their epochs: {sorted(offsets)}")
@@ -162,14 +163,16 @@ class Pack:
         labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
         loss_K = train_step(self.step_state, images, labels_KB, self.stream_of_trial, lr_K1, stop)
         self.step_in_epoch += 1
+        self._predictions.clear()
         return loss_K
 
     def predict(self, split: str) -> list[Predictions]:
-        """Each trial's predictions on a split."""
-        batch = max(1, EVAL_BATCH // self.K)
-        data = self.setup.data
-        stream = self.setup.eval_stream(split, batch)
-        return evaluate(self.model, stream, data.splits[split], data.labels, self.setup.device)
+        """Each trial's predictions on a split; kept until the next step."""
+        if split not in self._predictions:
+            data, batch = self.setup.data, max(1, EVAL_BATCH // self.K)
+            stream = self.setup.eval_stream(split, batch)
+            self._predictions[split] = evaluate(self.model, stream, data.splits[split], data.labels, self.setup.device)
+        return self._predictions[split]
 
     def end_epoch(self) -> None:
         """Begin the next epoch for every trial."""

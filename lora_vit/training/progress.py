@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from lora_vit.training.pack import Pack, Trial
+from lora_vit.training.trackers import epoch_figures
 
 
 class RunReporter:
@@ -70,10 +71,7 @@ class RunReporter:
 
     def epoch(self, trial: Trial, row: dict[str, float]) -> None:
         """One line for an epoch."""
-        self.console.print(
-            f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  train loss {row['train_loss']:.4f}  "
-            f"val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
-        )
+        self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(row)}")
 
     def left(self, trial: Trial) -> None:
         """Nothing: the entry prints the end."""

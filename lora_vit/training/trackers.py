@@ -74,15 +74,13 @@ class TrialFiles:
         self.heartbeat()
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
-        """An epoch's row (train_loss, val_loss, val_accuracy)."""
+        """An epoch's row: train_loss, and where the epoch was validated val_loss and val_accuracy."""
         self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
-        self.board.add_scalar("val/accuracy", row["val_accuracy"], step)
-        self.board.add_scalar("val/loss", row["val_loss"], step)
+        if "val_accuracy" in row:
+            self.board.add_scalar("val/accuracy", row["val_accuracy"], step)
+            self.board.add_scalar("val/loss", row["val_loss"], step)
         self.board.flush()
-        self.say(
-            f"epoch {epoch}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
-            f"val accuracy {row['val_accuracy']:.2%}"
-        )
+        self.say(f"epoch {epoch}  {epoch_figures(row)}")
 
     def save_checkpoint(self) -> None:
         """Checkpoint the state, which remembers the length of the metric rows."""
@@ -133,6 +131,14 @@ class TrialFiles:
         self._timing.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def epoch_figures(row: dict[str, float]) -> str:
+    """An epoch's row as text."""
+    text = f"train loss {row['train_loss']:.4f}"
+    if "val_accuracy" in row:
+        text += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+    return text
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:

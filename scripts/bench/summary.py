@@ -44,7 +44,7 @@ def config(values: tuple[float, ...], seed: int) -> dict[str, object]:
         "lora": {"method": "lora", "rank": rank, "alpha": alpha, "dropout": dropout, "targets": ["q", "v"], "blocks": None,
                  "scaling": "standard", "init": "kaiming_uniform", "bias": "none"},
         "trainer": {"epochs": 20, "precision": "auto", "accelerator": "auto", "devices": "auto", "compile": False,
-                    "resume": "auto", "checkpoint_every": 300.0, "log_every": 20},
+                    "resume": "auto", "checkpoint_every": 300.0, "log_every": 20, "validate_every": 1},
         "seed": seed,
     }  # fmt: skip
 

@@ -6,7 +6,6 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import ConfigError, from_omegaconf
+from lora_vit.config import ConfigError, TrialConfig, from_omegaconf
 from lora_vit.sweep.plan import Job, label
 
 
@@ -83,7 +82,9 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
                 "overrides.yaml": OmegaConf.to_yaml(list(overrides)),
                 "hydra.yaml": hydra_yaml,
             }
-            jobs.append(Job(from_omegaconf(config, in_sweep=True), list(overrides), files, named))
+            trial = from_omegaconf(config, in_sweep=True)
+            with_effect = [line for line in overrides if not is_idle(trial, line)]
+            jobs.append(Job(trial, list(overrides), files, label(with_effect, constant)))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(_message(error), []).append(named)
         if time.monotonic() - said > 5:
@@ -114,14 +115,15 @@ def _refusal(refused: dict[str, list[str]], total: int) -> str:
     return "\n".join(lines)
 
 
-def idle_settings(jobs: Sequence[Job], given: Sequence[Sequence[str]]) -> Any:
+def idle_settings(jobs: Sequence[Job], given: Sequence[Sequence[str]]) -> list[str]:
     """Keys that were given but have no effect in some trials (``lora.rank`` under ``lora=none``)."""
     idle: dict[str, None] = {}
     for job, overrides in zip(jobs, given, strict=True):
-        if job.config.lora.method == "lora":
-            continue
-        for line in overrides:
-            key = line.partition("=")[0].lstrip("+")
-            if key.startswith("lora.") and key != "lora.method":
-                idle[key] = None
+        idle.update((line.partition("=")[0].lstrip("+"), None) for line in overrides if is_idle(job.config, line))
     return list(idle)
+
+
+def is_idle(config: TrialConfig, override: str) -> bool:
+    """Whether an override has no effect in a trial: ``lora.rank`` of a baseline."""
+    key = override.partition("=")[0].lstrip("+")
+    return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
