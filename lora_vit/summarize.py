@@ -6,7 +6,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,27 +119,31 @@ def _print(summary: Summary, top: int, out: Path) -> None:
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, top))
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)  # paths stay whole
+
     for line in summary.effects.notes:
-        console.print(f"note: {escape(line)}")
+        say(f"note: {escape(line)}")
     if summary.pair is not None:
-        console.print(escape(pair_text(summary)))
+        say(escape(pair_text(summary)))
     for problem in summary.problems[:20]:
-        console.print(f"[yellow]problem:[/yellow] {escape(problem)}")
+        say(f"[yellow]problem:[/yellow] {escape(problem)}")
     if len(summary.problems) > 20:
-        console.print(f"... {len(summary.problems) - 20} more problems (see the report)")
+        say(f"... {len(summary.problems) - 20} more problems (see the report)")
     for warning in summary.warnings:
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
-    console.print(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    _print_design(summary, console)
-    console.print(f"Report: {escape(str(out / 'report.html'))}")
+        say(f"[yellow]warning:[/yellow] {escape(warning)}")
+    say(f"\n[bold]{escape(summary.verdict)}[/bold]")
+    _print_design(summary, say)
+    say(f"Report: {escape(str(out / 'report.html'))}")
 
 
-def _print_design(summary: Summary, console: object) -> None:
+def _print_design(summary: Summary, say: Callable[[str], None]) -> None:
     import math
 
     from lora_vit.analysis.checks import number
 
-    chosen, design, say = summary.chosen, summary.design, console.print  # type: ignore[attr-defined]
+    chosen, design = summary.chosen, summary.design
     if math.isfinite(chosen.test):
         seeds = f"+-{100 * chosen.between_seeds:.2f} between seeds, " if math.isfinite(chosen.between_seeds) else ""
         say(f"Test accuracy of that cell: {100 * chosen.test:.2f} % ({seeds}+-{100 * chosen.of_test_set:.2f} from "

@@ -100,8 +100,9 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
 
 
 def command(*overrides: str, module: str = "lora_vit.train") -> list[str]:
-    """The small trial as a command."""
-    return [sys.executable, "-m", module, *SMALL, *overrides]
+    """The small trial as a command; flags go before the overrides, as Hydra wants them."""
+    flags = [o for o in overrides if o.startswith("-")]
+    return [sys.executable, "-m", module, *flags, *SMALL, *(o for o in overrides if o not in flags)]
 
 
 def run_command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import statistics
 import sys
 import time
@@ -12,10 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.config import SweepConfig
+from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger, State, state_of
 from lora_vit.sweep.plan import Job, without_duplicates
 from lora_vit.sweep.progress import View, print_table
+from lora_vit.sweep.workers import number_of_workers, run_workers
+from lora_vit.training.loop import Interrupted, StopRequest
 
 SHOWN = 30
 """Rows of a table on the terminal."""
@@ -51,26 +53,21 @@ def run_sweep(
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
     ledger.read()  # refuses a folder of another version before anything is written
+    workers = number_of_workers(jobs, options)
     states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
     if options.dry_run:
-        from lora_vit.sweep.dryrun import print_plan
-
         print_plan(jobs, states, folder, options)
         return None
     ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
     counts = count(states)
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
-    train_open(jobs, folder, options, launched)
+    train_open(jobs, folder, options, launched, workers)
     return finish(jobs, folder, options)
 
 
-def train_open(jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float) -> None:
+def train_open(jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float, workers: int) -> None:
     """Train what is not finished, here or in worker processes."""
-    from lora_vit.sweep.workers import number_of_workers, run_workers
-    from lora_vit.training.loop import Interrupted, StopRequest
-
-    workers = number_of_workers(jobs, options)
     view = View(jobs)
     try:
         with StopRequest() as stop:
@@ -162,11 +159,3 @@ def print_failures(console: Console, failed: Sequence[tuple[Job, State]]) -> Non
     print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines[:SHOWN])
     if len(lines) > SHOWN:
         console.print(f"... {len(lines) - SHOWN} more")
-
-
-def ask_to_stop(stop: object) -> None:
-    """Let the packs in training save and end."""
-    stop.signum = signal.SIGTERM  # type: ignore[attr-defined]
-
-
-__all__ = ["ConfigError", "SweepFailed", "run_sweep"]

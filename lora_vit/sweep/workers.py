@@ -28,7 +28,14 @@ class WorkerFailed(Exception):  # noqa: N818
 
 
 def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
-    """How many processes train side by side. Raises ConfigError where there are fewer GPUs."""
+    """How many processes train side by side. Raises ConfigError where the settings ask for what cannot be."""
+    for job in jobs:
+        devices = job.config.trainer.devices
+        if devices not in ("auto", "1"):
+            raise ConfigError(
+                f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
+                f"give sweep.workers={devices} instead (or hydra/launcher=basic, one trial after another)"
+            )
     on_gpu = all(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
     visible = torch.cuda.device_count() if on_gpu else 1
     if options.workers == "auto":

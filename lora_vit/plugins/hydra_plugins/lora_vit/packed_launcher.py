@@ -95,6 +95,9 @@ class GridSweeper(BasicSweeper):
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        for override in overrides:
+            if override.is_sweep_override() and override.key_or_group.startswith(("sweep.", "hydra.")):
+                raise ConfigError(f"{override.key_or_group} is the sweep's own and cannot be swept: give it one value")
         batches = self.split_arguments(overrides, self.max_batch_size)
         if not any(batches):
             raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")

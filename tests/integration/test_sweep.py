@@ -1,0 +1,325 @@
+"""Sweeps as commands: what is packed equals what runs alone, and nothing is lost or trained twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import command, contents, run_command
+from safetensors.numpy import load_file
+
+from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-9
+"""fp64: a pack's matrix products add in another order than those of a trial alone."""
+DIFFERENT = (
+    ("seed=0", "lora.rank=1", "lora.alpha=4", "lora.dropout=0.0", "optimizer.lr=1e-2", "optimizer.weight_decay=0.0"),
+    ("seed=0", "lora.rank=8", "lora.alpha=32", "lora.dropout=0.3", "optimizer.lr=1e-3", "optimizer.betas=[0.8,0.99]"),
+    ("seed=1", "lora.scaling=rslora", "optimizer.schedule=cosine", "optimizer.clip_norm=0.1", "lora.init=gaussian"),
+    ("seed=2", "model.head_dropout=0.5", "optimizer.warmup=0.3", "optimizer.label_smoothing=0.2", "optimizer.eps=1e-6"),
+)
+"""Trials that differ in everything that trials of one pack may differ in."""
+COMMON = ("data.augment=crop_flip", "trainer.checkpoint_every=0.02")
+
+
+def sweep_of_different(folder: Path) -> list[str]:
+    """The command that trains DIFFERENT, which is no grid, in one pack: each is an experiment file of the user's."""
+    experiments = folder / "own" / "experiment"
+    experiments.mkdir(parents=True)
+    for i, trial in enumerate(DIFFERENT):
+        sections: dict[str, list[str]] = {}
+        for line in trial:
+            key, value = line.split("=", 1)
+            section, _, name = key.rpartition(".")
+            sections.setdefault(section, []).append(f"{name}: {value}")
+        text = "# @package _global_\n" + "\n".join(sections.pop("", [])) + "\n"
+        for section, lines in sections.items():
+            text += f"{section}:\n" + "".join(f"  {line}\n" for line in lines)
+        (experiments / f"t{i}.yaml").write_text(text)
+    return command("-m", "--config-dir=own", *COMMON, "experiment=t0,t1,t2,t3", "sweep.name=lists", "sweep.pack_size=4")
+
+
+def run(line: list[str], cwd: Path, code: int = 0) -> str:
+    done = subprocess.run(
+        line, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def records_of(sweep: Path) -> dict[str, TrialRecord]:
+    return {p.parent.name: read_record(p.parent) for p in sorted(sweep.glob("*/record.json"))}
+
+
+def start(line: list[str], cwd: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def wait_for_rows(process: subprocess.Popen[str], sweep: Path, rows: int) -> None:
+    """Until all trials of the sweep together have logged that many rows."""
+    until = time.monotonic() + 120
+    while sum(p.read_bytes().count(b"\n") for p in sweep.glob("*/metrics.jsonl")) < rows:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def assert_equal_trials(a: Path, b: Path) -> float:
+    """Losses and adapters within the tolerance, predictions identical; returns the largest difference."""
+    rows, others = read_rows(a / "metrics.jsonl"), read_rows(b / "metrics.jsonl")
+    assert len(rows) == len(others) > 0
+    worst = 0.0
+    for row, other in zip(rows, others, strict=True):
+        assert row["kind"] == other["kind"]
+        for key in row.keys() - {"kind"}:
+            assert row[key] == pytest.approx(other[key], rel=TOLERANCE), (key, row, other)
+            worst = max(worst, abs(row[key] - other[key]) / max(abs(other[key]), 1e-300))
+    tensors, other_tensors = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():  # stored in fp32
+        difference = np.linalg.norm(tensor - other_tensors[name])
+        assert difference <= 1e-6 * np.linalg.norm(other_tensors[name]), name
+    predictions, other_predictions = read_predictions(a), read_predictions(b)
+    for split in ("val", "test"):
+        np.testing.assert_array_equal(predictions[split]["predicted"], other_predictions[split]["predicted"])
+    return worst
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """The sweep of different trials in one pack, uninterrupted."""
+    folder = tmp_path_factory.mktemp("packed")
+    run(sweep_of_different(folder), folder)
+    sweep = folder / "outputs/sweeps/lists"
+    assert {r.cost["pack_size"] for r in records_of(sweep).values()} == {4}
+    return sweep
+
+
+def test_a_trial_in_a_pack_equals_the_trial_alone(packed, tmp_path):
+    for i, trial in enumerate(DIFFERENT):
+        # the last trial alone is shared by two processes
+        devices = ("trainer.devices=2",) if i == len(DIFFERENT) - 1 else ()
+        run_command(*COMMON, *trial, *devices, f"hydra.run.dir=alone{i}", cwd=tmp_path)
+        record = read_record(tmp_path / f"alone{i}")
+        assert record.cost["pack_size"] == 1
+        assert record.environment["world_size"] == 1 + len(devices)
+        assert_equal_trials(packed / record.trial_id, tmp_path / f"alone{i}")
+
+
+def test_killed_and_finished_by_the_same_command(packed, tmp_path):
+    line = sweep_of_different(tmp_path)
+    sweep = tmp_path / "outputs/sweeps/lists"
+    for rows in (2, 30, 55):
+        process = start(line, tmp_path)
+        wait_for_rows(process, sweep, rows)
+        process.kill()
+        process.communicate()
+    assert any(r.status == "running" for r in records_of(sweep).values())
+    out = run(line, tmp_path)
+    assert "4 of 4 trials ended" in out
+    for trial_id in records_of(packed):  # a kill between two checkpoints leaves trials that meet in other packs
+        assert_equal_trials(sweep / trial_id, packed / trial_id)
+
+
+def test_stopped_and_finished_in_the_same_pack_is_bit_identical(packed, tmp_path):
+    line = sweep_of_different(tmp_path)
+    sweep = tmp_path / "outputs/sweeps/lists"
+    process = start(line, tmp_path)
+    wait_for_rows(process, sweep, 40)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    run(line, tmp_path)
+    for trial_id in records_of(packed):
+        assert contents(sweep / trial_id) == contents(packed / trial_id)
+
+
+def test_trials_at_different_steps_meet_in_packs_again(packed, tmp_path):
+    """Stopped with two trials in training and none of the others begun, then finished in packs of four."""
+    sweep = tmp_path / "outputs/sweeps/lists"
+    line = sweep_of_different(tmp_path)
+    process = start([*line[:-1], "sweep.pack_size=2"], tmp_path)
+    wait_for_rows(process, sweep, 23)  # an epoch and a half of two trials
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert "saved" in out
+    begun = records_of(sweep)
+    assert [r.status for r in begun.values()] == ["interrupted"] * 2
+    run(line, tmp_path)
+    for trial_id in records_of(packed):
+        assert_equal_trials(sweep / trial_id, packed / trial_id)
+
+
+def test_a_diverging_trial_is_cut_out(tmp_path):
+    rates = ("optimizer.lr=1e-3,1e300,1e-2", "lora.dropout=0.2", "trainer.log_every=2")
+    arguments = ("-m", *rates, "sweep.pack_size=3", "sweep.name=bad")
+    done = run_command(*arguments, cwd=tmp_path, code=1)
+    sweep = tmp_path / "outputs/sweeps/bad"
+    records = records_of(sweep)
+    failed = [r for r in records.values() if r.status == "failed"]
+    assert [r.config["optimizer"]["lr"] for r in failed] == [1e300]
+    assert failed[0].error is not None
+    assert failed[0].error["step"] is not None
+    assert "not finite at step" in done.stdout
+    assert done.stderr == "error: 1 of 3 trials did not complete; sweep.retry_failed=true tries the failed ones again\n"
+    assert not (sweep / failed[0].trial_id / "adapter.safetensors").exists()
+    run_command("-m", "optimizer.lr=1e-3,1e-2", *rates[1:], "sweep.pack_size=2", "sweep.name=good", cwd=tmp_path)
+    good = tmp_path / "outputs/sweeps/good"
+    assert len(records_of(good)) == 2
+    for trial_id in records_of(good):
+        assert_equal_trials(sweep / trial_id, good / trial_id)
+    before = contents(good / next(iter(records_of(good))))
+    out = run_command(*arguments, cwd=tmp_path, code=1).stdout  # the failed one is not tried again
+    assert "(2 completed, 1 failed)" in out
+    assert records_of(sweep)[failed[0].trial_id].finished == failed[0].finished
+    run_command(*arguments, "sweep.retry_failed=true", cwd=tmp_path, code=1)
+    retried = records_of(sweep)[failed[0].trial_id]
+    assert retried.finished is not None
+    assert failed[0].finished is not None
+    assert retried.finished > failed[0].finished
+    assert contents(good / next(iter(records_of(good)))) == before
+
+
+def test_on_failure_stop_saves_the_others(tmp_path):
+    arguments = ("-m", "optimizer.lr=1e300,1e-3", "trainer.epochs=20", "sweep.pack_size=2", "sweep.name=stop")
+    done = run_command(*arguments, "sweep.on_failure=stop", cwd=tmp_path, code=1)
+    statuses = {r.config["optimizer"]["lr"]: r.status for r in records_of(tmp_path / "outputs/sweeps/stop").values()}
+    assert statuses == {1e300: "failed", 1e-3: "interrupted"}
+    assert "2 of 2 trials did not complete" in done.stderr
+
+
+def test_a_grown_grid_keeps_the_name_and_trains_what_is_new(tmp_path):
+    first = run_command("-m", "lora.rank=1,2", "sweep.pack_size=3", cwd=tmp_path).stdout
+    (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
+    before = {i: (r.finished, contents(sweep / i)) for i, r in records_of(sweep).items()}
+    assert "2 of 2 trials ended" in first
+    second = run_command("-m", "lora.rank=1,2,4", "sweep.pack_size=3", cwd=tmp_path).stdout
+    assert "3 trials (2 completed)" in second
+    assert [p.name for p in (tmp_path / "outputs/sweeps").iterdir()] == [sweep.name]
+    after = records_of(sweep)
+    assert len(after) == 3
+    for trial_id, (finished, files) in before.items():
+        assert after[trial_id].finished == finished
+        assert contents(sweep / trial_id) == files
+    run_command("-m", "lora.rank=1,2", "lora.alpha=8", "sweep.pack_size=3", cwd=tmp_path)
+    assert len(list((tmp_path / "outputs/sweeps").iterdir())) == 2, "a changed fixed setting is another sweep"
+
+
+def test_two_commands_share_a_sweep(tmp_path):
+    """Two processes, one of them killed on the way: each trial is trained, none by both."""
+    line = command(
+        "-m", "lora.rank=1,2,4", "seed=0,1,2,3", "trainer.epochs=4", "sweep.pack_size=2", "sweep.name=shared"
+    )
+    sweep = tmp_path / "outputs/sweeps/shared"
+    killed = start(line, tmp_path)
+    wait_for_rows(killed, sweep, 10)
+    others = [start(line, tmp_path) for _ in range(2)]
+    wait_for_rows(others[0], sweep, 80)
+    killed.kill()
+    killed.communicate()
+    outs = []
+    for process in others:
+        outs.append(process.communicate(timeout=120)[0])
+        assert process.returncode == 0, outs[-1]
+    records = records_of(sweep)
+    assert len(records) == 12
+    assert {r.status for r in records.values()} == {"completed"}
+    for trial_id in records:  # one "completed" line each: none was trained to its end twice
+        assert (sweep / trial_id / "train.log").read_text().count("completed") == 1
+    for out in outs:
+        assert "12 of 12 trials ended" in out
+
+
+def test_two_workers_and_full_fine_tuning(tmp_path):
+    out = run_command(
+        "-m", "lora=default,none,full", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2", cwd=tmp_path
+    ).stdout
+    (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
+    records = records_of(sweep)
+    assert {r.status for r in records.values()} == {"completed"}
+    sizes = {r.config["lora"]["method"]: set() for r in records.values()}
+    for r in records.values():
+        sizes[r.config["lora"]["method"]].add(r.cost["pack_size"])
+    assert sizes["full"] == {1}
+    assert "6 of 6 trials ended" in out
+    for index, trial in enumerate((("lora=none", "seed=0"), ("lora=full", "seed=1"))):
+        run_command(*trial, f"hydra.run.dir=alone{index}", cwd=tmp_path)
+        assert_equal_trials(sweep / read_record(tmp_path / f"alone{index}").trial_id, tmp_path / f"alone{index}")
+
+
+def test_the_basic_launcher_gives_the_same_records(tmp_path):
+    arguments = ("-m", "lora=default,none", "lora.rank=1,2", "seed=0")
+    packed = run_command(*arguments, "sweep.name=packed", "sweep.pack_size=2", cwd=tmp_path).stdout
+    run_command(*arguments, "sweep.name=basic", "hydra/launcher=basic", cwd=tmp_path)
+    a, b = (tmp_path / "outputs/sweeps" / name for name in ("packed", "basic"))
+    assert records_of(a).keys() == records_of(b).keys()
+    assert len(records_of(a)) == 3
+    assert "lora.rank without effect in some trials" in packed
+    for trial_id in records_of(a):
+        assert_equal_trials(a / trial_id, b / trial_id)
+        mine, theirs = (sorted(p.name for p in (s / trial_id / ".hydra").iterdir()) for s in (a, b))
+        assert mine == theirs == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+        mine, theirs = ((s / trial_id / ".hydra/overrides.yaml").read_text() for s in (a, b))
+        assert mine.partition("- sweep.")[0] == theirs.partition("- sweep.")[0]
+
+
+def test_auto_pack_size_is_measured_once(tmp_path):
+    arguments = ("-m", "lora.rank=1,2", "sweep.name=auto")
+    out = run_command(*arguments, cwd=tmp_path).stdout
+    assert "measuring the pack size" in out
+    plan = json.loads((tmp_path / "outputs/sweeps/auto/sweep.json").read_text())
+    (figures,) = plan["pack_sizes"].values()
+    assert figures["size"] in (1, 2)
+    assert set(figures["seconds_per_trial_epoch"]) <= {"1", "2"}
+    again = run_command("-m", "lora.rank=1,2,4", "sweep.name=auto", cwd=tmp_path).stdout
+    assert "measuring" not in again
+    assert "3 of 3 trials ended" in again
+
+
+def test_the_same_trial_named_twice_runs_once(tmp_path):
+    out = run_command("-m", "lora.rank=2,2,2", "sweep.pack_size=2", cwd=tmp_path).stdout
+    assert "2 of the 3 settings name a trial that another one names" in out
+    assert "1 of 1 trials ended" in out
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    out = run_command("-m", "lora=default,full", "lora.rank=1,2", "sweep.dry_run=true", cwd=tmp_path).stdout
+    assert "3 trials, 0 of them finished" in out
+    assert "LoRA on q k v o fc1 fc2" in out
+    assert "full fine-tuning" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_status_command(tmp_path):
+    run_command("-m", "lora.rank=1,2", "sweep.name=here", "sweep.pack_size=2", cwd=tmp_path)
+    line = [command()[0], "-m", "lora_vit.sweep"]
+    out = run([*line, "here"], tmp_path)
+    assert "2 trials (2 completed)" in out
+    assert "rank=2" in out
+    assert "2/2" in out
+    assert out == run([*line, "outputs/sweeps/here"], tmp_path)
+    assert "neither a sweep in outputs/sweeps/ nor" in run([*line, "gone"], tmp_path, code=1)
+    assert "(one of: here)" in run([*line, "gone"], tmp_path, code=1)
+
+
+def test_one_tensorboard_folder_for_the_sweep(tmp_path):
+    run_command("-m", "lora.rank=1,2", "sweep.name=board", "sweep.pack_size=2", cwd=tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = sorted((tmp_path / "outputs/sweeps/board/tensorboard").iterdir())
+    assert [p.name.rpartition("_")[0] for p in runs] == ["rank=1", "rank=2"]
+    for folder in runs:
+        events = EventAccumulator(str(folder)).Reload()
+        tags = events.Tags()["scalars"]
+        assert {"train/loss", "train/learning_rate", "val/accuracy", "final/val_accuracy"} <= set(tags)
+        assert "_hparams_/session_start_info" in events.summary_metadata
