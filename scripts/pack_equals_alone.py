@@ -1,0 +1,83 @@
+"""Train trials of a finished sweep again, each alone, and print how far they are from the sweep's.
+
+    python scripts/pack_equals_alone.py outputs/sweeps/NAME [--trials 3]
+
+In fp64 (a sweep with trainer.precision=fp64) the differences are around 1e-12. In fp32 another order of additions
+is amplified by training: predictions may differ for a few images whose two highest logits all but tie. The exit code
+is 1 where it is more than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import load_file
+
+from lora_vit.config import from_dict
+from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
+from lora_vit.run import run
+from lora_vit.sweep.ledger import trial_folders
+
+FP64_LOSS, FP32_FIRST_LOSS, FP32_PREDICTIONS = 1e-9, 1e-6, 0.002
+"""Largest relative differences allowed, and the largest part of predictions that may differ in fp32."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="folder of a sweep")
+    parser.add_argument("--trials", type=int, default=3, help="how many of its packed trials to repeat (default 3)")
+    args = parser.parse_args()
+    packed = [p for p in trial_folders(args.sweep) if is_packed(read_record(p))]
+    if not packed:
+        print(f"error: {args.sweep} has no completed trial that trained in a pack", file=sys.stderr)
+        return 1
+    chosen = packed[:: max(1, len(packed) // args.trials)][: args.trials]
+    table = Table(
+        "trial", "pack", "first loss", "last loss", "adapter", "probabilities", "predictions that differ", box=None
+    )
+    good = True
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in chosen:
+            record = read_record(folder)
+            config = from_dict(record.config)
+            trainer = dataclasses.replace(config.trainer, devices="1", resume="auto")
+            alone = Path(scratch) / folder.name
+            alone.mkdir()
+            run(dataclasses.replace(config, trainer=trainer), alone, {})
+            row, fine = compare(folder, alone, record)
+            table.add_row(folder.name, str(record.cost["pack_size"]), *row)
+            good &= fine
+    Console(width=120).print(table)
+    return 0 if good else 1
+
+
+def is_packed(record: TrialRecord) -> bool:
+    """Whether the trial is completed and shared its training with others."""
+    return record.status == "completed" and record.cost["pack_size"] > 1
+
+
+def compare(packed: Path, alone: Path, record: TrialRecord) -> tuple[list[str], bool]:
+    """The cells of a row, and whether the differences are within what is allowed."""
+    ours, theirs = ([r["loss"] for r in read_rows(p / "metrics.jsonl") if r["kind"] == "step"] for p in (packed, alone))
+    losses = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+    a, b = (load_file(p / "adapter.safetensors") for p in (packed, alone))
+    adapter = max(float(np.linalg.norm(a[n] - b[n]) / max(np.linalg.norm(b[n]), 1e-30)) for n in b)
+    p, q = read_predictions(packed), read_predictions(alone)
+    differ = float(np.mean(np.concatenate([p[s]["predicted"] != q[s]["predicted"] for s in q])))
+    probability = max(float(np.abs(p[s]["true_probability"] - q[s]["true_probability"]).max()) for s in q)
+    if record.environment["precision"] == "fp64":
+        fine = max(losses) <= FP64_LOSS and differ == 0
+    else:
+        fine = losses[0] <= FP32_FIRST_LOSS and differ <= FP32_PREDICTIONS
+    return [f"{losses[0]:.1e}", f"{losses[-1]:.1e}", f"{adapter:.1e}", f"{probability:.1e}", f"{differ:.2%}"], fine
+
+
+if __name__ == "__main__":
+    sys.exit(main())
