@@ -143,20 +143,19 @@ def test_stopped_and_finished_in_the_same_pack_is_bit_identical(packed, tmp_path
         assert contents(sweep / trial_id) == contents(packed / trial_id)
 
 
-def test_trials_at_different_steps_meet_in_packs_again(packed, tmp_path):
-    """Stopped with two trials in training and none of the others begun, then finished in packs of four."""
+def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
+    """Killed when two trials have an epoch behind them and the others none, then finished in a pack of four."""
     sweep = tmp_path / "outputs/sweeps/lists"
-    line = sweep_of_different(tmp_path)
-    process = start([*line[:-1], "sweep.pack_size=2"], tmp_path)
-    wait_for_rows(process, sweep, 23)  # an epoch and a half of two trials
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert "saved" in out
+    line = [*sweep_of_different(tmp_path)[:-1], "trainer.checkpoint_every=1e6"]
+    process = start([*line, "sweep.pack_size=2"], tmp_path)
+    wait_for_rows(process, sweep, 20)  # two trials in their second epoch
+    process.kill()
+    process.communicate()
     begun = records_of(sweep)
-    assert [r.status for r in begun.values()] == ["interrupted"] * 2
-    run(line, tmp_path)
-    for trial_id in records_of(packed):
+    assert [r.metrics["epoch"] for r in begun.values()] == [1, 1]
+    run([*line, "sweep.pack_size=4"], tmp_path)
+    for trial_id, record in records_of(sweep).items():
+        assert record.cost["pack_size"] == (4 if trial_id in begun else 2)
         assert_equal_trials(sweep / trial_id, packed / trial_id)
 
 
