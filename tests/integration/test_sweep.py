@@ -146,7 +146,7 @@ def test_stopped_and_finished_in_the_same_pack_is_bit_identical(packed, tmp_path
 def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
     """Killed when two trials have an epoch behind them and the others none, then finished in a pack of four."""
     sweep = tmp_path / "outputs/sweeps/lists"
-    line = [*sweep_of_different(tmp_path)[:-1], "trainer.checkpoint_every=1e6"]
+    line = [*sweep_of_different(tmp_path)[:-1], "trainer.checkpoint_every=300"]
     process = start([*line, "sweep.pack_size=2"], tmp_path)
     wait_for_rows(process, sweep, 20)  # two trials in their second epoch
     process.kill()

@@ -1,0 +1,81 @@
+"""What can be wrong with a sweep ends in a clear line, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import run_command
+
+from lora_vit.records import read_record
+
+# overrides, words that the message must hold
+CASES = [
+    (["seed=range(0,0)"], ["the sweep is empty"]),
+    (["sweep=rank_lrr"], ["rank_lrr", "did you mean 'rank_lr'"]),
+    (["sweep.pack_size=0"], ["sweep.pack_size=0", "from 1 up, or auto"]),
+    (["sweep.pack_size=two"], ["sweep.pack_size=two"]),
+    (["sweep.workers=-1"], ["sweep.workers=-1"]),
+    (["sweep.on_failure=retry"], ["sweep.on_failure=retry", "continue"]),
+    (["sweep.name=a/b"], ["sweep.name=a/b", "'/'"]),
+    (["sweep.pack_sise=2"], ["sweep.pack_sise", "did you mean 'sweep.pack_size'"]),
+    (["seed=0,1", "sweep.pack_size=1,2"], ["sweep.pack_size", "cannot be swept"]),
+    (["seed=0,1", "trainer.devices=2"], ["trainer.devices=2", "sweep.workers=2"]),
+    (["lora.rank=0,4,33"], ["2 of 3 trials cannot run, so none is started", "lora.rank=0", "[rank=0]", "lora.rank=33"]),
+    (["lora.rnk=1,2"], ["lora.rnk", "did you mean 'lora.rank'"]),
+    (["lora.rank=1,two"], ["1 of 2 trials", "two"]),
+    (["hydra.sweep.dir=/proc/sweep"], ["/proc/sweep cannot be written", "another sweep.name or hydra.sweep.dir"]),
+    (["hydra/launcher=pakced"], ["pakced", "packed"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overrides", "words"), CASES, ids=[" ".join(o) for o, _ in CASES])
+def test_one_clear_message_and_nothing_written(overrides, words, tmp_path):
+    done = run_command("-m", *overrides, cwd=tmp_path, code=1)
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_command("-m", "lora.rank=1,2", "sweep.name=s", "sweep.pack_size=2", cwd=folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_damaged_sweep_loses_nothing(finished):
+    """One folder with all of it: a foreign file, a record cut in half, a missing one, another version."""
+    sweep = finished / "outputs/sweeps/s"
+    one, two = (p.parent for p in sorted(sweep.glob("*/record.json")))
+    (sweep / "notes.txt").write_text("mine")
+    (sweep / "own").mkdir()
+    whole = (one / "record.json").read_bytes()
+    (one / "record.json").write_bytes(whole[:100])
+    before = read_record(two).finished
+    arguments = ("-m", "lora.rank=1,2,4", "sweep.name=s", "sweep.pack_size=2")
+
+    done = run_command(*arguments, cwd=finished, code=1)
+    assert "1 of 3 trials did not complete" in done.stderr
+    assert one.name in done.stdout
+    assert "unreadable" in done.stdout
+    assert "record.json" in done.stdout
+    assert (one / "record.json").read_bytes() == whole[:100]
+    assert read_record(two).finished == before
+
+    (one / "record.json").write_bytes(whole)  # put right: nothing is left to do
+    done = run_command(*arguments, cwd=finished)
+    assert "3 trials (3 completed)" in done.stdout
+    assert (sweep / "notes.txt").read_text() == "mine"
+    assert list((sweep / "own").iterdir()) == []
+
+    plan = json.loads((sweep / "sweep.json").read_text())
+    (sweep / "sweep.json").write_text(json.dumps({**plan, "schema": 99}))
+    done = run_command(*arguments, cwd=finished, code=1)
+    assert "sweep version 99" in done.stderr
+    assert json.loads((sweep / "sweep.json").read_text())["schema"] == 99

@@ -1,0 +1,165 @@
+"""The worker of a sweep where memory runs out, and the measured pack size."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import trial_config
+
+from lora_vit.build import build_setup
+from lora_vit.config import SweepConfig
+from lora_vit.distributed import Process
+from lora_vit.records import read_record
+from lora_vit.sweep import measure
+from lora_vit.sweep.claims import Claims, Owner
+from lora_vit.sweep.packed import Worker, out_of_memory
+from lora_vit.sweep.plan import Job
+from lora_vit.training.loop import StopRequest
+from lora_vit.training.pack import Pack
+
+
+def options(**changes: object) -> SweepConfig:
+    plain = SweepConfig(
+        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
+    """Run a worker in this process; returns what it said."""
+    said: list[str] = []
+
+    def emit(kind: str, **fields: object) -> None:
+        if kind == "say":
+            said.append(str(fields["text"]))
+
+    with StopRequest() as stop:
+        Worker(jobs, folder, options(**changes), time.time(), emit, stop).run()
+    return said
+
+
+def jobs_of(*settings: str) -> list[Job]:
+    return [Job(trial_config("trainer.checkpoint_every=0.001", s), [s], label=s) for s in settings]
+
+
+def test_out_of_memory_halves_the_pack_and_goes_on(tmp_path, monkeypatch):
+    """Packs of more than two run out of memory in their second epoch; nothing is trained anew."""
+    jobs = jobs_of("seed=0", "seed=1", "seed=2", "seed=3")
+    steps: dict[str, list[int]] = {}
+    whole = Pack.step
+
+    def step(pack: Pack, *args: object) -> torch.Tensor:
+        if pack.K > 2 and pack.trials[0].state.epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        for trial in pack.trials:
+            steps.setdefault(trial.name, []).append(trial.state.epoch * pack.steps_per_epoch + pack.step_in_epoch)
+        return whole(pack, *args)
+
+    monkeypatch.setattr(Pack, "step", step)
+    said = train(tmp_path, jobs)
+    assert any("OutOfMemoryError" in line and "packs of 2" in line for line in said)
+    for job in jobs:
+        record = read_record(tmp_path / job.trial_id)
+        assert record.status == "completed"
+        assert record.cost["pack_size"] == 2
+        assert steps[job.trial_id] == list(range(14)), "every step once: it went on from its checkpoint"
+
+
+def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
+    jobs = jobs_of("seed=0", "seed=1", "seed=2")
+    whole = Pack.step
+
+    def step(pack: Pack, *args: object) -> torch.Tensor:
+        if any(t.config.seed == 1 for t in pack.trials):
+            raise RuntimeError("this trial cannot be trained")
+        return whole(pack, *args)
+
+    monkeypatch.setattr(Pack, "step", step)
+    train(tmp_path, jobs)
+    records = [read_record(tmp_path / job.trial_id) for job in jobs]
+    assert [r.status for r in records] == ["completed", "failed", "completed"]
+    assert records[1].error is not None
+    assert "this trial cannot be trained" in records[1].error["message"]
+    assert "in step" in records[1].error["traceback"]
+
+
+def test_what_is_out_of_memory():
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.7}, 4),
+        ({1: 1.0, 2: 1.2}, 1),
+        ({1: 1.0, 2: 0.99, 4: 0.98, 8: 0.98}, 1),
+        ({1: 1.0, 2: 0.9, 4: 0.89, 8: 0.88}, 2),
+    ],
+)
+def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
+    """A larger pack must be faster by a margin; on a CPU one trial alone may be the best."""
+    monkeypatch.setattr(measure, "measure", lambda configs, setup: (seconds[len(configs)], 1000))
+    config = trial_config()
+    setup = build_setup(config, Process())
+    size, figures = measure.choose_pack_size([config] * 8, setup)
+    assert size == best
+    assert figures["memory_bytes"]["1"] == 1000
+
+
+def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
+    tried: list[int] = []
+
+    def measured(configs, setup):
+        tried.append(len(configs))
+        return 1.0 / len(configs), 100 * len(configs)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "attainable_memory", lambda device: 600)
+    config = trial_config()
+    assert measure.choose_pack_size([config] * 64, build_setup(config, Process()))[0] == 4
+    assert tried == [1, 2, 4]
+
+
+def test_measured_figures_are_of_this_machine():
+    config = trial_config()
+    seconds, held = measure.measure([config, config], build_setup(config, Process()))
+    assert 0 < seconds < 60
+    assert 10 * 2**20 < held < measure.attainable_memory(torch.device("cpu"))
+
+
+def test_a_claim_that_was_taken_over_ends_the_pack(tmp_path, monkeypatch):
+    """A process that stood still finds its trial with another, leaves it alone, and takes it when it is free again."""
+    jobs = jobs_of("seed=0", "seed=1")
+    whole = Pack.step
+    other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
+    mine: list[Claims] = []
+    enter = Claims.__enter__
+
+    def remember(claims: Claims) -> Claims:
+        mine.append(claims)
+        return enter(claims)
+
+    def step(pack: Pack, *args: object) -> torch.Tensor:
+        if pack.K == 2 and pack.step_in_epoch == 3 and not mine[0].lost:
+            assert other._create(other._path(jobs[0].trial_id, 2))
+            other._held[jobs[0].trial_id] = 2
+            mine[0].beat()
+            assert mine[0].lost == {jobs[0].trial_id}
+            threading.Timer(0.5, other.release, [jobs[0].trial_id]).start()
+        return whole(pack, *args)
+
+    monkeypatch.setattr(Claims, "__enter__", remember)
+    monkeypatch.setattr(Pack, "step", step)
+    said = train(tmp_path, jobs, pack_size="2")
+    assert any("was taken over by another process" in line for line in said)
+    assert [read_record(tmp_path / job.trial_id).status for job in jobs] == ["completed"] * 2
