@@ -137,7 +137,11 @@ class Worker:
                             open_elsewhere |= bool(pending)
                             break
                         worked = True
-                        self.train_claimed(group, jobs)
+                        try:
+                            self.train_claimed(group, jobs)
+                        finally:
+                            for job in jobs:  # those that are not finished are free for the next look
+                                claims.release(job.trial_id)
                 if not open_elsewhere and not worked:
                     return
                 if open_elsewhere and not worked:
