@@ -24,13 +24,14 @@ class TrialFailed(Exception):  # noqa: N818  (its name is the status)
     """The trial ended as failed; the reason is in the record and in the message."""
 
 
-def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
+def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bool = False) -> TrialRecord:
     """Train the trial to its end, or report that it is finished already.
 
     Args:
         config: validated.
         folder: the trial's.
         hydra_files: name to text of what goes into ``.hydra/`` once the run is accepted.
+        wait: for another process that is training this very trial, instead of refusing.
 
     Raises:
         ConfigError, DataError: nothing was trained; the message is one line.
@@ -50,7 +51,7 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Trial
     if note:
         print(note)
     if world_size == 1:
-        return run_here(config, folder, hydra_files, Process())
+        return run_here(config, folder, hydra_files, Process(), wait)
     record = existing_record(folder, config)
     if record is not None and record.status == "completed" and config.trainer.resume == "auto":
         return record
@@ -67,16 +68,25 @@ def follow() -> None:
         distributed.leave_process_group()
 
 
-def run_here(config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process) -> TrialRecord:
+def run_here(
+    config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, wait: bool = False
+) -> TrialRecord:
     """Train in this process, one of ``process.world_size``."""
     if process.is_main:
         record = existing_record(folder, config)  # refuses before anything is written
-        if record is None or record.status != "completed" or config.trainer.resume == "restart":
-            with locked(folder):
-                return _train(config, folder, hydra_files, process, record)
+        if not _is_done(record, config):
+            with locked(folder, wait):
+                record = existing_record(folder, config)  # as another process has left it
+                if not _is_done(record, config):
+                    return _train(config, folder, hydra_files, process, record)
+        assert record is not None
         distributed.from_main(None)
         return record
     return _train(config, folder, hydra_files, process, None)
+
+
+def _is_done(record: TrialRecord | None, config: TrialConfig) -> bool:
+    return record is not None and record.status == "completed" and config.trainer.resume != "restart"
 
 
 def _train(

@@ -29,7 +29,8 @@ _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "
 
 def task(cfg: DictConfig) -> float:
     """Train the composed trial; returns its validation accuracy (a fraction)."""
-    config = from_omegaconf(cfg, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    config = from_omegaconf(cfg, in_sweep)
     from lora_vit.run import run
 
     hydra_cfg = HydraConfig.get()
@@ -40,7 +41,7 @@ def task(cfg: DictConfig) -> float:
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
     try:
-        record = run(config, folder, files)
+        record = run(config, folder, files, wait=in_sweep)  # two settings may name one trial
     except ValueError:
         with contextlib.suppress(OSError):
             folder.rmdir()  # Hydra made it; where the run was refused at once it is empty

@@ -33,10 +33,10 @@ OWN_FILES = (
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock; the system drops it when the process ends, however it ends.
 
-    Raises ConfigError where another process holds it or the folder cannot be written.
+    Raises ConfigError where another process holds it (unless we wait for it) or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another hydra.run.dir") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         yield
