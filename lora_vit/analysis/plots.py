@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARK_COLOURS = {"best": "#0072B2", "candidate": "#56B4E9", "worse": "#D55E00", "open": "#E69F00"}
 MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
+LONG_CURVE = 8  # validated epochs
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -317,7 +318,9 @@ def learning_curves(summary: Summary) -> Figure | None:
 
 
 def _from_later_epochs(axes: Axes, summary: Summary) -> None:
-    """Let the epochs after the first third set the range, where the curves lie close together."""
+    """Let the epochs after the first third set the range of long curves, where they lie close together."""
+    if max(len(line.get_xdata()) for line in axes.lines) < LONG_CURVE:  # type: ignore[arg-type]
+        return
     parts = [
         np.column_stack([np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)])
         for line in axes.lines

@@ -1,0 +1,81 @@
+"""The report in a real headless browser: no error, nothing from outside, tables sort, it fits narrow and wide."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from made_up_records import grid, make_sweep
+
+from lora_vit import summarize
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="no chromium with chromedriver on this machine"),
+]
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    sweep = tmp_path_factory.mktemp("report") / "sweep"
+    cells, accuracies = grid(np.random.default_rng(3), (1, 4, 16), (0.0, 0.1), (1e-3, 3e-3), 3)
+    make_sweep(sweep, cells, accuracies)
+    assert summarize.main([str(sweep)]) == 0
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        driver.get((sweep / "summary" / "report.html").as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+def test_no_console_error_and_nothing_from_outside(page):
+    assert page.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert len(asked) == 1
+    assert asked[0].startswith("file://")
+
+
+def test_tables_sort(page):
+    table = page.find_elements("css selector", "table.sortable")[0]
+    heads = [h.text.strip() for h in table.find_elements("css selector", "th")]
+    column = next(i for i, text in enumerate(heads) if "rank" in text)
+
+    def shown() -> list[str]:
+        rows = table.find_elements("css selector", "tbody tr")
+        return [row.find_elements("css selector", "td")[column].text for row in rows]
+
+    before = shown()
+    button = table.find_elements("css selector", "th button")[column]
+    button.click()
+    ascending = [float(t) for t in shown() if t not in ("", "–")]
+    assert ascending == sorted(ascending)
+    assert len(set(ascending)) == 3
+    button.click()
+    descending = [float(t) for t in shown() if t not in ("", "–")]
+    assert descending == sorted(descending, reverse=True)
+    assert sorted(shown()) == sorted(before)
+
+
+@pytest.mark.parametrize("width", [380, 1400])
+def test_the_page_fits_the_window(page, width):
+    page.set_window_size(width, 900)
+    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    pictures = page.find_elements("css selector", "figure svg")
+    assert pictures
+    assert all(0 < p.size["width"] <= width for p in pictures)
