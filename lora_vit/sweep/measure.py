@@ -21,7 +21,7 @@ from lora_vit.training.pack import EVAL_BATCH, Pack, Setup, Trial
 LARGEST = 64
 MEMORY_SHARE = 0.8
 """Part of the attainable memory that a pack may be expected to take."""
-MOST_STEPS, MOST_SECONDS = 12, 2.0
+MOST_STEPS, MOST_SECONDS = 6, 1.0
 """A size is timed for so many steps, or fewer where they are slow."""
 GAIN = 0.03
 """A larger pack must be faster by this part to be preferred."""

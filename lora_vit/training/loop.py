@@ -84,6 +84,7 @@ def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: St
         if bad or finished:
             pack = pack.without(bad + finished)
         if pack is not None and stop_requested(pack, stop, logging=True):
+            save(pack)
             raise interrupt(pack, stop)
 
 
@@ -218,7 +219,8 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         update_record(pack, trial, k)
         if trial.files is not None:
             trial.files.log_epoch(step, state.epoch, row)
-            trial.files.save_checkpoint()
+            if trial.done() or trial.files.epoch_checkpoint_due():
+                trial.files.save_checkpoint()
             trial.files.write_record()
         reporter.epoch(trial, row)
 

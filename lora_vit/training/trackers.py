@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 import traceback
 from pathlib import Path
@@ -18,6 +19,9 @@ from lora_vit.training.checkpoint import TrialState, save_checkpoint
 
 HEARTBEAT_EVERY = 30.0
 """Seconds between rewritings of a running trial's record."""
+
+EPOCH_CHECKPOINT_EVERY = 5.0
+"""Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
 
 
 class TrialFiles:
@@ -35,6 +39,7 @@ class TrialFiles:
         timing = folder / records.TIMING
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
         self._beat = 0.0
+        self._saved = -math.inf
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
@@ -86,6 +91,12 @@ class TrialFiles:
         """Checkpoint the state, which remembers the length of the metric rows."""
         self.state.metrics_bytes = self._metrics.length()
         save_checkpoint(self.folder, self.record.trial_id, self.state)
+        self._saved = time.monotonic()
+
+    def epoch_checkpoint_due(self) -> bool:
+        """Whether the end of an epoch is worth a checkpoint; the first always is."""
+        every = min(EPOCH_CHECKPOINT_EVERY, self.record.config["trainer"]["checkpoint_every"])
+        return time.monotonic() - self._saved >= every
 
     def write_results(
         self,
