@@ -66,7 +66,7 @@ def ways(rounds: int) -> list[dict[str, Any]]:
             commands["hydra/launcher=joblib, 2 jobs"] = [joblib]
         except ImportError:
             print("no joblib launcher: pip install hydra-joblib-launcher", file=sys.stderr)
-        for seed, lr in itertools.product((0, 1, 2), ("1e-3", "5e-3")):
+        for seed, lr in itertools.product((0, 1, 2), ("1e-3", "2e-3")):
             shared = ["experiment=quickstart", f"seed={seed}", f"optimizer.lr={lr}"]
             for rank in (1, 8):
                 commands["separate processes"].append([*train, *shared, f"lora.rank={rank}", f"lora.alpha={4 * rank}"])
