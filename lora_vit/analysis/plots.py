@@ -166,6 +166,7 @@ def by_setting(summary: Summary, x: str) -> Figure:
     """Means with seed intervals; what neither axis nor lines show is held at the best cell's values."""
     short, frame, scale = names(summary.settings), _adapted(summary), _scale(summary)
     others = [c for c in summary.settings if c not in (x, METHOD) and frame[c].nunique() > 1]
+    others = [c for c in others if frame.groupby(x)[c].nunique().max() > 1]  # not alpha, where it is tied to the rank
     lines = [c for c in others if 2 <= frame[c].nunique() <= MOST_LINES]
     order = ["lora.alpha", "lora.dropout", LR]
     line = min(lines, key=lambda c: order.index(c) if c in order else len(order)) if lines else None
