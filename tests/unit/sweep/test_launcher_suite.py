@@ -8,18 +8,23 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.version import setbase
 
 import lora_vit
 from lora_vit.config import register_schema
 
-pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")  # the suite's applications name no version
+pytestmark = [  # the suite's applications name no version
+    pytest.mark.filterwarnings("ignore:Future Hydra versions"),
+    pytest.mark.filterwarnings("ignore:\\s*version_base"),
+]
 
 
 @pytest.fixture(autouse=True)
-def plugin_on_path(monkeypatch):
+def plugin_on_path(monkeypatch, hydra_restore_singletons):
     """In this process, and in those of the tests' applications."""
     register_schema()
     Plugins.instance()._initialize()  # Hydra looks for plugins once, perhaps before we were asked for
+    setbase("1.1")  # what the suite's functions expect, where another test's command chose a newer one
     monkeypatch.setenv("PYTHONPATH", str(Path(lora_vit.__file__).parent / "plugins"))
 
 
