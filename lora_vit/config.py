@@ -135,7 +135,7 @@ class SweepConfig:
     Attributes:
         name: of the folder in ``outputs/sweeps``; None: made from what is swept and what is fixed.
         pack_size: trials that train together; auto: measured, the fastest that fits.
-        workers: processes that train packs side by side; auto: one for each visible GPU, one on a CPU.
+        workers: processes that train packs side by side; auto: one for each GPU; on a CPU up to 8 that share it.
         retry_failed: train the trials again that an earlier run recorded as failed.
         on_failure: continue with the other trials, or stop (they are saved).
         dry_run: print the plan and train nothing.

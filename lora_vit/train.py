@@ -56,6 +56,9 @@ def run_pack(
     jobs: list[Any], folder: Path, options: SweepConfig, idle: list[str]
 ) -> dict[str, float | Exception] | None:
     """Train the trials of a sweep together; the packed launcher calls this."""
+    from lora_vit.sweep.server import start_early
+
+    start_early(jobs, options)  # before torch is imported here
     from lora_vit.sweep.runner import run_sweep
 
     return run_sweep(jobs, folder, options, idle)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hydra import compose, initialize_config_module
 
@@ -119,6 +120,16 @@ def run_command(
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives; a zombie does not. Skips where there is no ``/proc``."""
+    if not Path("/proc/self").exists():
+        pytest.skip("needs Linux's /proc")
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def contents(folder: Path) -> dict[str, bytes]:

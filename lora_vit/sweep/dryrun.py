@@ -55,7 +55,7 @@ def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float
         return size, seconds, memory
     figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group, setup))
     if figures is None:
-        size, measured = choose_pack_size(configs, setup)
+        size, measured = choose_pack_size(configs, setup, worker.workers)
         figures = {"size": size, **measured}
     size = int(figures["size"])
     return size, figures["seconds_per_trial_epoch"][str(size)], figures["memory_bytes"][str(size)]

@@ -21,14 +21,14 @@ from lora_vit.training.pack import EVAL_BATCH, Pack, Setup, Trial
 LARGEST = 64
 MEMORY_SHARE = 0.8
 """Part of the attainable memory that a pack may be expected to take."""
-MOST_STEPS, MOST_SECONDS = 6, 1.0
+MOST_STEPS, MOST_SECONDS = 6, 0.5
 """A size is timed for so many steps, or fewer where they are slow."""
 GAIN = 0.03
 """A larger pack must be faster by this part to be preferred."""
 
 
-def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup) -> tuple[int, dict[str, Any]]:
-    """The fastest size that fits, and the figures behind it.
+def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int) -> tuple[int, dict[str, Any]]:
+    """The fastest size that fits beside the other workers, and the figures behind it.
 
     Sizes double until one is slower than the best by a tenth, the trials or the memory run out.
     """
@@ -36,7 +36,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup) -> tuple[int,
     memory: dict[int, int] = {}
     size = 1
     while size <= min(len(configs), LARGEST):
-        if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device):
+        if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
         try:
             seconds[size], memory[size] = measure(configs[:size], setup)
@@ -132,8 +132,8 @@ def _kilobytes(text: str, name: str) -> int:
     return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
 
 
-def attainable_memory(device: torch.device) -> int:
-    """Bytes that this process can hold in all: on the GPU, or of the host within its container's limit."""
+def attainable_memory(device: torch.device, workers: int = 1) -> int:
+    """Bytes that this process can hold in all: on its GPU, or its share of the host's within the container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -147,4 +147,4 @@ def attainable_memory(device: torch.device) -> int:
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, ValueError):
         pass  # no such files: no limit that we know of
-    return free + own
+    return free // workers + own

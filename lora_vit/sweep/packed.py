@@ -27,7 +27,7 @@ from lora_vit.training.pack import Pack, Setup, Trial
 from lora_vit.training.resume import existing_record, locked, open_trial, remove_own_files
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-POLL_EVERY = 1.0
+POLL_EVERY = 0.5
 """Seconds between looks at the trials that other processes have claimed."""
 
 Emit = Callable[..., None]
@@ -211,7 +211,7 @@ class Worker:
                 size = int(known["size"])
             else:
                 self.emit("say", text=f"measuring the pack size for {group.title}")
-                size, measured = choose_pack_size([job.config for job in pending], setup)
+                size, measured = choose_pack_size([job.config for job in pending], setup, self.workers)
                 self.ledger.keep_pack_size(kind, size, {"group": group.title, **measured})
                 times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
                 self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")

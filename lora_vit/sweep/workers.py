@@ -1,4 +1,4 @@
-"""The processes of a sweep: one for each device, which take their work from the claims."""
+"""The processes of a sweep: one for each GPU, or several on a CPU, which take their work from the claims."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from typing import Any
 
 import torch
 
-from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.config import ConfigError, SweepConfig, TrialConfig
 from lora_vit.data.dataset import DataError
+from lora_vit.sweep.measure import MEMORY_SHARE, attainable_memory
 from lora_vit.sweep.packed import Worker
 from lora_vit.sweep.plan import Job
 from lora_vit.sweep.progress import View
+from lora_vit.sweep.server import worker_context
 from lora_vit.training.loop import Interrupted, StopRequest
+
+MOST_CPU_WORKERS = 8
+"""A CPU's cores are shared by at most so many processes."""
+PROCESS_BYTES = 400 << 20
+"""About what Python and torch hold."""
 
 
 class WorkerFailed(Exception):  # noqa: N818
@@ -37,13 +44,33 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
                 f"give sweep.workers={devices} instead (or hydra/launcher=basic, one trial after another)"
             )
     on_gpu = all(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
-    visible = torch.cuda.device_count() if on_gpu else 1
+    visible = torch.cuda.device_count() if on_gpu else _on_cpu(jobs)
     if options.workers == "auto":
         return max(1, min(visible, len(jobs)))
     wanted = int(options.workers)
     if on_gpu and wanted > visible:
         raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
     return wanted
+
+
+def _on_cpu(jobs: Sequence[Job]) -> int:
+    """Processes that share the cores: of few threads, which waits less for one another than one of many does."""
+    largest = max(expected_bytes(job.config) for job in jobs)
+    fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
+    return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
+
+
+def expected_bytes(config: TrialConfig) -> int:
+    """About what a process holds that trains one such trial on a CPU.
+
+    The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
+    seven vectors of the width and one of the MLP's.
+    """
+    m = config.model
+    tokens = config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
+    weights = m.num_layers * m.hidden_dim * (4 * m.hidden_dim + 2 * m.mlp_dim)
+    trained = 4 if config.lora.method == "full" else 2
+    return PROCESS_BYTES + 4 * (trained * weights + m.num_layers * tokens * (7 * m.hidden_dim + m.mlp_dim))
 
 
 def run_workers(
@@ -77,13 +104,12 @@ def _run_processes(
     stop: StopRequest,
     workers: int,
 ) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = worker_context()
     events: Any = context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    threads = max(1, torch.get_num_threads() // workers)
     processes = [
         context.Process(
-            target=_work, args=(list(jobs), folder, options, launched, events, i, workers), name=f"worker {i}"
+            target=_work, args=(list(jobs), folder, options, launched, events, i, workers, threads), name=f"worker {i}"
         )
         for i in range(workers)
     ]
@@ -115,15 +141,23 @@ def _run_processes(
 
 
 def _work(
-    jobs: list[Job], folder: Path, options: SweepConfig, launched: float, events: Any, index: int, workers: int
+    jobs: list[Job],
+    folder: Path,
+    options: SweepConfig,
+    launched: float,
+    events: Any,
+    index: int,
+    workers: int,
+    threads: int,
 ) -> None:
     """A worker process."""
-    parent = os.getppid()
+    torch.set_num_threads(threads)
+    command = multiprocessing.parent_process()
 
     def emit(kind: str, **fields: Any) -> None:
         events.put((kind, fields))
-        if os.getppid() != parent:
-            stop.signum = signal.SIGTERM  # the command was killed
+        if command is not None and not command.is_alive():
+            stop.signum = signal.SIGTERM  # it was killed
 
     code = 0
     with StopRequest() as stop:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import command, contents, run_command
+from helpers import command, contents, is_running, run_command
 from safetensors.numpy import load_file
 
 from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
@@ -254,6 +254,23 @@ def test_two_workers_and_full_fine_tuning(tmp_path):
     for index, trial in enumerate((("lora=none", "seed=0"), ("lora=full", "seed=1"))):
         run_command(*trial, f"hydra.run.dir=alone{index}", cwd=tmp_path)
         assert_equal_trials(sweep / read_record(tmp_path / f"alone{index}").trial_id, tmp_path / f"alone{index}")
+
+
+def test_a_killed_command_takes_its_workers_along(tmp_path):
+    line = command("-m", "seed=0,1,2,3", "trainer.epochs=400", "sweep.name=s", "sweep.workers=2")
+    sweep = tmp_path / "outputs/sweeps/s"
+    process = start(line, tmp_path)
+    wait_for_rows(process, sweep, 40)
+    owners = {json.loads(p.read_text())["pid"] for p in (sweep / ".claims").iterdir()}
+    assert len(owners) == 2
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while any(is_running(pid) for pid in owners):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.stdout.close()
+    assert {r.status for r in records_of(sweep).values()} != {"completed"}
 
 
 def test_the_basic_launcher_gives_the_same_records(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import is_running
 from PIL import Image
 
 from lora_vit.data import cache
@@ -228,13 +229,6 @@ def children(pid: int) -> list[int]:
     if not path.exists():
         pytest.skip("needs Linux's /proc")
     return [int(child) for child in path.read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # ---- one file

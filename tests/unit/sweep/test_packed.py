@@ -15,7 +15,7 @@ from lora_vit.build import build_setup
 from lora_vit.config import SweepConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_record
-from lora_vit.sweep import measure
+from lora_vit.sweep import measure, workers
 from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.packed import Worker, out_of_memory
 from lora_vit.sweep.plan import Job
@@ -111,7 +111,7 @@ def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda configs, setup: (seconds[len(configs)], 1000))
     config = trial_config()
     setup = build_setup(config, Process())
-    size, figures = measure.choose_pack_size([config] * 8, setup)
+    size, figures = measure.choose_pack_size([config] * 8, setup, 1)
     assert size == best
     assert figures["memory_bytes"]["1"] == 1000
 
@@ -124,10 +124,38 @@ def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
         return 1.0 / len(configs), 100 * len(configs)
 
     monkeypatch.setattr(measure, "measure", measured)
-    monkeypatch.setattr(measure, "attainable_memory", lambda device: 600)
+    monkeypatch.setattr(measure, "attainable_memory", lambda device, workers: 600 // workers)
     config = trial_config()
-    assert measure.choose_pack_size([config] * 64, build_setup(config, Process()))[0] == 4
+    setup = build_setup(config, Process())
+    assert measure.choose_pack_size([config] * 64, setup, 1)[0] == 4
     assert tried == [1, 2, 4]
+    assert measure.choose_pack_size([config] * 64, setup, 2)[0] == 2  # the memory is shared
+
+
+def test_the_processes_on_a_cpu_share_threads_and_memory(monkeypatch):
+    jobs = jobs_of(*(f"seed={seed}" for seed in range(20)))
+    held = workers.expected_bytes(jobs[0].config)
+    monkeypatch.setattr(workers, "attainable_memory", lambda device: 10 * held)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert workers.number_of_workers(jobs, options()) == 4
+    assert workers.number_of_workers(jobs[:3], options()) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert workers.number_of_workers(jobs, options()) == 8
+    monkeypatch.setattr(workers, "attainable_memory", lambda device: 3 * held)
+    assert workers.number_of_workers(jobs, options()) == 2
+    monkeypatch.setattr(workers, "attainable_memory", lambda device: 0)
+    assert workers.number_of_workers(jobs, options()) == 1
+
+
+def test_what_a_process_holds_is_about_what_is_measured():
+    """The activations of a larger batch, within a factor of two."""
+    common = ["trainer.precision=fp32", "data.cache_size=64", "model.image_size=64", "model.patch_size=4"]
+    common += ["model.num_layers=4", "model.hidden_dim=128", "model.num_heads=4", "model.mlp_dim=512"]
+    small, large = (trial_config(*common, f"data.batch_size={n}") for n in (4, 60))
+    _, before = measure.measure([small], build_setup(small, Process()))
+    _, after = measure.measure([large], build_setup(large, Process()))
+    expected = workers.expected_bytes(large) - workers.expected_bytes(small)
+    assert expected / 2 < after - before < 2 * expected
 
 
 def test_measured_figures_are_of_this_machine():
