@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_vit.commands import add_common, completed_record, recorded_config, run_command
-from lora_vit.config import TrialConfig
+from lora_vit.config import ConfigError, TrialConfig
+
+if TYPE_CHECKING:
+    from lora_vit.training.evaluate import Predictions
+    from lora_vit.training.pack import Pack
 
 
 def evaluate_folder(folder: Path, split: str, root: str | None, device: str) -> int:
@@ -22,10 +27,17 @@ def evaluate_folder(folder: Path, split: str, root: str | None, device: str) -> 
     return 0
 
 
-def predict_split(folder: Path, config: TrialConfig, split: str):  # type: ignore[no-untyped-def]
+def predict_split(folder: Path, config: TrialConfig, split: str) -> Predictions:
     """The trial's predictions on a split, computed anew from its adapter."""
+    pack = trained_pack(folder, config)
+    if split not in pack.setup.data.splits:
+        raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
+    return pack.predict(split)[0]
+
+
+def trained_pack(folder: Path, config: TrialConfig) -> Pack:
+    """A pack of one with the folder's adapter. Raises ConfigError where the base weights are others."""
     from lora_vit.build import build_setup
-    from lora_vit.config import ConfigError
     from lora_vit.distributed import Process
     from lora_vit.lora.merge import read_adapter
     from lora_vit.records import TrialRecord
@@ -36,11 +48,9 @@ def predict_split(folder: Path, config: TrialConfig, split: str):  # type: ignor
     setup = build_setup(config, Process())
     if setup.base_weights["sha256"] != adapter.card["base"]["sha256"]:
         raise ConfigError(f"model.weights={config.model.weights} are not the weights this adapter was trained on")
-    if split not in setup.data.splits:
-        raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(setup.data.splits)})")
     state = TrialState(values=adapter.tensors, exp_avg=adapter.tensors, exp_avg_sq=adapter.tensors)
     record = TrialRecord(adapter.card["trial_id"], "", "completed", {})
-    return Pack([Trial(config, record, state)], setup).predict(split)[0]
+    return Pack([Trial(config, record, state)], setup)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger, State, state_of
 from lora_vit.sweep.measure import choose_pack_size
 from lora_vit.sweep.plan import Group, Job, digest, make_groups, setup_key
+from lora_vit.training.checkpoint import CHECKPOINT
 from lora_vit.training.loop import Interrupted, StopRequest, train_trials
 from lora_vit.training.pack import Pack, Setup, Trial
 from lora_vit.training.resume import existing_record, locked, open_trial, remove_own_files
@@ -119,6 +120,7 @@ class Worker:
         self._setup: tuple[str, Setup] | None = None
         self._data: tuple[str, ImageData] | None = None
         self._sizes: dict[str, int] = {}
+        self._planned: dict[str, list[Job]] = {}  # what was open when we began, in packs' order
 
     def run(self) -> None:
         """Train until every trial is finished, here or elsewhere. Raises Interrupted once all is saved."""
@@ -126,6 +128,7 @@ class Worker:
             self.claims = claims
             self.reporter = PackReporter(self.emit, claims, self.stop, self.options.on_failure == "stop")
             waited = False
+            self._planned = {group.key: self.plan(group) for group in self.groups}
             while not self.stop.signum:
                 open_elsewhere = False
                 worked = False
@@ -150,6 +153,10 @@ class Worker:
                         waited = True
                     time.sleep(POLL_EVERY)
             raise Interrupted(self.stop.signum)
+
+    def plan(self, group: Group) -> list[Job]:
+        """What is open now, in the order of packs: interrupted trials first, they were promised before."""
+        return sorted(self.pending(group), key=lambda job: not (self.folder / job.trial_id / CHECKPOINT).exists())
 
     def pending(self, group: Group) -> list[Job]:
         """Trials of the group that are not finished; closes those that are."""
@@ -179,45 +186,55 @@ class Worker:
         return state.status == "completed" or not (self.options.retry_failed and earlier)
 
     def claim(self, group: Group, pending: list[Job]) -> list[Job]:
-        """Claim as many of the pending trials as make a pack; interrupted ones first, they were promised before."""
-        pending = [job for job in pending if not self.claims.is_taken(job.trial_id)]
-        if not pending:
+        """Claim the pending trials of the next pack.
+
+        A process that finds a pack's first open trial taken leaves the whole pack to its owner. So what trains
+        together follows from the trials and the pack size alone, not from who was faster.
+        """
+        if all(self.claims.is_taken(job.trial_id) for job in pending):
             return []
         size = self.pack_size(group, pending)
-        pending.sort(key=lambda job: not (self.folder / job.trial_id / "checkpoint.pt").exists())
-        claimed: list[Job] = []
-        for job in pending:
-            if len(claimed) == size:
-                break
-            if not self.claims.take(job.trial_id):
-                continue
-            if self.is_closed(job, state_of(self.folder / job.trial_id)):  # finished since we looked
-                self.claims.release(job.trial_id)
-                continue
-            claimed.append(job)
-        return claimed
+        planned = self._planned[group.key]
+        open_ids = {job.trial_id for job in pending}
+        for first in range(0, len(planned), size):
+            claimed: list[Job] = []
+            for job in planned[first : first + size]:
+                if job.trial_id not in open_ids:
+                    continue
+                if not self.claims.take(job.trial_id):
+                    break
+                if self.is_closed(job, state_of(self.folder / job.trial_id)):  # finished since we looked
+                    self.claims.release(job.trial_id)
+                    continue
+                claimed.append(job)
+            if claimed:
+                return claimed
+        return []
 
     def pack_size(self, group: Group, pending: list[Job]) -> int:
         """How many trials of the group train together."""
         if group.alone:
             return 1
-        if self.options.pack_size != "auto":
-            return min(int(self.options.pack_size), self._sizes.get(group.key, 1 << 30))
         if group.key not in self._sizes:
-            setup = self.setup_for(pending[0])
-            kind = self.size_key(group, setup)
-            known = self.ledger.pack_size(kind)
-            if known is not None:
-                size = int(known["size"])
-            else:
-                self.emit("say", text=f"measuring the pack size for {group.title}")
-                size, measured = choose_pack_size([job.config for job in pending], setup, self.workers)
-                self.ledger.keep_pack_size(kind, size, {"group": group.title, **measured})
-                times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
-                self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
-            self._sizes[group.key] = size
-        share = -(-len(pending) // self.workers)
+            wanted = self.options.pack_size
+            self._sizes[group.key] = self.measured_size(group, pending) if wanted == "auto" else int(wanted)
+        if self.options.pack_size != "auto":
+            return self._sizes[group.key]
+        share = -(-len(self._planned[group.key]) // self.workers)
         return max(1, min(self._sizes[group.key], share))
+
+    def measured_size(self, group: Group, pending: list[Job]) -> int:
+        """The size that was measured for the group on this kind of machine, by now or earlier."""
+        setup = self.setup_for(pending[0])
+        kind = self.size_key(group, setup)
+        known = self.ledger.pack_size(kind)
+        if known is None:
+            self.emit("say", text=f"measuring the pack size for {group.title}")
+            size, measured = choose_pack_size([job.config for job in pending], setup, self.workers)
+            known = self.ledger.keep_pack_size(kind, size, {"group": group.title, **measured})
+            times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in known["seconds_per_trial_epoch"].items())
+            self.emit("say", text=f"packs of {known['size']} (one epoch of one trial in packs of {times})")
+        return int(known["size"])
 
     @staticmethod
     def size_key(group: Group, setup: Setup) -> str:

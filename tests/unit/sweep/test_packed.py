@@ -70,6 +70,22 @@ def test_out_of_memory_halves_the_pack_and_goes_on(tmp_path, monkeypatch):
         assert steps[job.trial_id] == list(range(14)), "every step once: it went on from its checkpoint"
 
 
+def test_what_trains_together_does_not_depend_on_who_is_faster(tmp_path):
+    """Another process has begun to claim the first pack: it is left to it, whole."""
+    jobs = jobs_of(*(f"seed={seed}" for seed in range(6)))
+    other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
+    with StopRequest() as stop:
+        worker = Worker(jobs, tmp_path, options(pack_size="3"), time.time(), lambda kind, **fields: None, stop)
+    worker.claims = Claims(tmp_path)
+    (group,) = worker.groups
+    worker._planned = {group.key: worker.plan(group)}
+    assert other.take(jobs[0].trial_id)
+    assert worker.claim(group, worker.pending(group)) == jobs[3:]
+    assert worker.claim(group, worker.pending(group)) == []
+    other.release(jobs[0].trial_id)
+    assert worker.claim(group, worker.pending(group)) == jobs[:3]
+
+
 def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
     jobs = jobs_of("seed=0", "seed=1", "seed=2")
     whole = Pack.step
