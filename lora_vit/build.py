@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -213,19 +214,29 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:
     """Where and with what a trial runs, for its record."""
     commit, dirty = _git_state()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     packages = ("lora-vit", "torch", "torchvision", "numpy", "hydra-core")
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "commit": commit,
         "dirty": dirty,
         "host": platform.node(),
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "world_size": world_size,
         "command": " ".join(sys.argv),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine() or "cpu"
 
 
 def _git_state() -> tuple[str | None, bool | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lora_vit.config import SweepConfig
@@ -15,13 +16,14 @@ from lora_vit.sweep.measure import choose_pack_size, measure
 from lora_vit.sweep.packed import Worker
 from lora_vit.sweep.plan import Group, Job
 from lora_vit.sweep.progress import print_table
-from lora_vit.sweep.workers import number_of_workers
+from lora_vit.sweep.workers import number_of_workers, threads_each
 from lora_vit.training.loop import StopRequest
 
 
 def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, options: SweepConfig) -> None:
     """Print what ``sweep.dry_run=false`` would train; a few steps of each kind of pack are timed."""
     workers = number_of_workers(jobs, options)
+    torch.set_num_threads(threads_each(workers))  # as each worker will have
     worker = Worker(jobs, folder, options, time.time(), _ignore, StopRequest(), workers=workers)
     rows, seconds_in_all = [], 0.0
     for group in worker.groups:
@@ -53,7 +55,7 @@ def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float
         size = 1 if group.alone else min(int(worker.options.pack_size), len(todo))
         seconds, memory = measure(configs[:size], setup)
         return size, seconds, memory
-    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group, setup))
+    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group))
     if figures is None:
         size, measured = choose_pack_size(configs, setup, worker.workers)
         figures = {"size": size, **measured}

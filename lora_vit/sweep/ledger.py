@@ -109,11 +109,9 @@ class Ledger:
         found: dict[str, Any] | None = self.read()["pack_sizes"].get(key)
         return found
 
-    def keep_pack_size(self, key: str, size: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """Remember a size for the next time; returns what is kept: another process may have measured it first."""
-        plan = self.update(lambda plan: plan["pack_sizes"].setdefault(key, {"size": size, **measured}))
-        kept: dict[str, Any] = plan["pack_sizes"][key]
-        return kept
+    def keep_pack_size(self, key: str, figures: dict[str, Any]) -> None:
+        """Remember a size and the figures behind it for the next time."""
+        self.update(lambda plan: plan["pack_sizes"].update({key: figures}))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -25,32 +25,35 @@ MOST_STEPS, MOST_SECONDS = 6, 0.5
 """A size is timed for so many steps, or fewer where they are slow."""
 GAIN = 0.03
 """A larger pack must be faster by this part to be preferred."""
+MOST_MISSES, LONG = 2, 5.0
+"""Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
 
 
 def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int) -> tuple[int, dict[str, Any]]:
     """The fastest size that fits beside the other workers, and the figures behind it.
 
-    Sizes double until one is slower than the best by a tenth, the trials or the memory run out.
+    Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
     """
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
-    size = 1
-    while size <= min(len(configs), LARGEST):
+    best = size = 1
+    misses = 0
+    while size <= min(len(configs), LARGEST) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
+        began = time.perf_counter()
         try:
             seconds[size], memory[size] = measure(configs[:size], setup)
         except (MemoryError, RuntimeError) as error:
             if size == 1 or "memory" not in str(error).lower() + type(error).__name__.lower():
                 raise
             break
-        if seconds[size] > 1.1 * min(seconds.values()):
-            break
+        if size > 1:
+            gains = seconds[size] < (1 - GAIN) * seconds[best]
+            best, misses = (size, 0) if gains else (best, misses + 1)
+            if misses and time.perf_counter() - began > LONG:
+                break
         size *= 2
-    best = 1
-    for size in sorted(seconds):
-        if seconds[size] < (1 - GAIN) * seconds[best]:
-            best = size
     return best, {
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},

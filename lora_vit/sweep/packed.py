@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lora_vit.build import build_setup
+from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import ConfigError, SweepConfig
 from lora_vit.data.dataset import DataError, ImageData, load_data
 from lora_vit.distributed import Process
@@ -149,7 +149,7 @@ class Worker:
                     return
                 if open_elsewhere and not worked:
                     if not waited:
-                        self.emit("say", text="the remaining trials are claimed by another process: waiting for it")
+                        self.emit("say", text="another process has the remaining trials: waiting for it")
                         waited = True
                     time.sleep(POLL_EVERY)
             raise Interrupted(self.stop.signum)
@@ -194,6 +194,8 @@ class Worker:
         if all(self.claims.is_taken(job.trial_id) for job in pending):
             return []
         size = self.pack_size(group, pending)
+        if size is None:
+            return []
         planned = self._planned[group.key]
         open_ids = {job.trial_id for job in pending}
         for first in range(0, len(planned), size):
@@ -211,35 +213,42 @@ class Worker:
                 return claimed
         return []
 
-    def pack_size(self, group: Group, pending: list[Job]) -> int:
-        """How many trials of the group train together."""
+    def pack_size(self, group: Group, pending: list[Job]) -> int | None:
+        """How many trials of the group train together; None while another process measures that."""
         if group.alone:
             return 1
         if group.key not in self._sizes:
             wanted = self.options.pack_size
-            self._sizes[group.key] = self.measured_size(group, pending) if wanted == "auto" else int(wanted)
+            size = self.measured_size(group, pending) if wanted == "auto" else int(wanted)
+            if size is None:
+                return None
+            self._sizes[group.key] = size
         if self.options.pack_size != "auto":
             return self._sizes[group.key]
         share = -(-len(self._planned[group.key]) // self.workers)
         return max(1, min(self._sizes[group.key], share))
 
-    def measured_size(self, group: Group, pending: list[Job]) -> int:
+    def measured_size(self, group: Group, pending: list[Job]) -> int | None:
         """The size that was measured for the group on this kind of machine, by now or earlier."""
-        setup = self.setup_for(pending[0])
-        kind = self.size_key(group, setup)
+        kind = self.size_key(group)
         known = self.ledger.pack_size(kind)
         if known is None:
+            if not self.claims.take(f"size-{kind}"):
+                return None
             self.emit("say", text=f"measuring the pack size for {group.title}")
-            size, measured = choose_pack_size([job.config for job in pending], setup, self.workers)
-            known = self.ledger.keep_pack_size(kind, size, {"group": group.title, **measured})
-            times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in known["seconds_per_trial_epoch"].items())
-            self.emit("say", text=f"packs of {known['size']} (one epoch of one trial in packs of {times})")
+            configs, setup = [job.config for job in pending], self.setup_for(pending[0])
+            size, measured = choose_pack_size(configs, setup, self.workers)
+            known = {"size": size, "group": group.title, **measured}
+            self.ledger.keep_pack_size(kind, known)
+            self.claims.release(f"size-{kind}")
+            times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
+            self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
         return int(known["size"])
 
-    @staticmethod
-    def size_key(group: Group, setup: Setup) -> str:
-        """What a measured pack size holds for: the group on this kind of machine."""
-        return digest([group.key, setup.environment["device"], setup.environment["threads"]])
+    def size_key(self, group: Group) -> str:
+        """What a measured pack size holds for: the group on this kind of machine, with as many workers."""
+        device = choose_device(group.jobs[0].config.trainer.accelerator, self.process)
+        return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def setup_for(self, job: Job) -> Setup:
         """Data and backbone for a trial; kept while they fit."""

@@ -53,6 +53,11 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
     return wanted
 
 
+def threads_each(workers: int) -> int:
+    """Threads of each worker: together they have those of one process."""
+    return max(1, torch.get_num_threads() // workers)
+
+
 def _on_cpu(jobs: Sequence[Job]) -> int:
     """Processes that share the cores: of few threads, which waits less for one another than one of many does."""
     largest = max(expected_bytes(job.config) for job in jobs)
@@ -106,13 +111,8 @@ def _run_processes(
 ) -> None:
     context = worker_context()
     events: Any = context.Queue()
-    threads = max(1, torch.get_num_threads() // workers)
-    processes = [
-        context.Process(
-            target=_work, args=(list(jobs), folder, options, launched, events, i, workers, threads), name=f"worker {i}"
-        )
-        for i in range(workers)
-    ]
+    shared = (list(jobs), folder, options, launched, events, workers, threads_each(workers))
+    processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(workers)]
     for process in processes:
         process.start()
     asked = False
@@ -141,12 +141,12 @@ def _run_processes(
 
 
 def _work(
+    index: int,
     jobs: list[Job],
     folder: Path,
     options: SweepConfig,
     launched: float,
     events: Any,
-    index: int,
     workers: int,
     threads: int,
 ) -> None:

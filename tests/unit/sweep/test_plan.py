@@ -96,7 +96,7 @@ def test_the_plan_file_keeps_earlier_trials(tmp_path):
     plan = ledger.read()
     assert plan["trials"].keys() == {a.trial_id, b.trial_id}
     assert plan["trials"][a.trial_id]["label"] == "seed=0"
-    ledger.keep_pack_size("kind", 4, {"seconds": 1})
+    ledger.keep_pack_size("kind", {"size": 4, "seconds": 1})
     assert ledger.pack_size("kind") == {"size": 4, "seconds": 1}
     assert ledger.pack_size("other") is None
 
