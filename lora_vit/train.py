@@ -130,7 +130,9 @@ def _end(error: Exception) -> None:
     from lora_vit.run import Interrupted, TrialFailed
 
     if isinstance(error, Interrupted):
-        print(f"{error}: saved; the same command with the same hydra.run.dir goes on", file=sys.stderr)
+        single = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN
+        same = "the same command with the same hydra.run.dir" if single else "the same command"
+        print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
     if isinstance(error, (DataError, TrialFailed)):
         fail(str(error))

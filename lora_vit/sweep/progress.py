@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lora_vit.sweep.plan import Job
@@ -50,11 +51,10 @@ class View:
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=self.console,
             )
-            self.task = self.bar.add_task("sweep", total=self.total)
+            self.task = self.bar.add_task("sweep", total=self.total, left="")
             self.live = Live(self._picture(), console=self.console, auto_refresh=False, transient=True)
             self.live.start()
 
@@ -107,6 +107,8 @@ class View:
         if row.status in ("waiting", "running") or row.status != status:
             self.done = min(self.done + row.job.config.trainer.epochs - row.epoch, float(self.total))
             row.status, row.val_accuracy = status, val_accuracy
+        if status == "completed":
+            row.epoch = row.job.config.trainer.epochs
 
     def _on_say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -123,14 +125,20 @@ class View:
         text = row.message if row.status != "completed" else end
         return f"[{self.ended()}/{len(self.rows)}] {row.job.trial_id} {row.job.label}  {row.status}  {text}"
 
+    def _left(self) -> str:
+        """How long the rest takes, at the average speed of what this command has trained."""
+        if not self.trained:
+            return ""
+        seconds = (self.total - self.done) * (time.monotonic() - self._began) / self.trained
+        return f"about {timedelta(seconds=round(seconds))} left"
+
     def _progress_line(self) -> str:
-        elapsed = time.monotonic() - self._began
-        left = (self.total - self.done) * elapsed / self.trained if self.trained else 0.0
-        about = f", about {left:,.0f} s left" if left else ""
-        return f"{self.done:.0f}/{self.total} epochs, {self.ended()}/{len(self.rows)} trials ended{about}"
+        parts = (f"{self.done:.0f}/{self.total} epochs", f"{self.ended()}/{len(self.rows)} trials ended", self._left())
+        return ", ".join(part for part in parts if part)
 
     def _picture(self) -> Group:
-        self.bar.update(self.task, completed=self.done, description=f"sweep  {self.ended()}/{len(self.rows)} trials")
+        ended = f"sweep  {self.ended()}/{len(self.rows)} trials"
+        self.bar.update(self.task, completed=self.done, description=ended, left=self._left())
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

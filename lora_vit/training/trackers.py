@@ -110,18 +110,20 @@ class TrialFiles:
         self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
 
     def log_hparams(self) -> None:
-        """Fill TensorBoard's hparams view: what a sweep varies, and the final metric."""
+        """Fill TensorBoard's hparams view: what a sweep varies, and the final metric.
+
+        The view shows five columns by itself, the first ones of the alphabet: short names bring the main ones there.
+        """
         c = self.record.config
         hparams = {
-            "lora.method": c["lora"]["method"],
-            "lora.rank": c["lora"]["rank"] or 0,
-            "lora.alpha": c["lora"]["alpha"] or 0.0,
-            "lora.dropout": c["lora"]["dropout"] or 0.0,
-            "lora.targets": " ".join(c["lora"]["targets"] or []),
-            "optimizer.lr": c["optimizer"]["lr"],
-            "optimizer.weight_decay": c["optimizer"]["weight_decay"],
-            "data.batch_size": c["data"]["batch_size"],
+            "alpha": c["lora"]["alpha"] or 0.0,
+            "dropout": c["lora"]["dropout"] or 0.0,
+            "lr": c["optimizer"]["lr"],
+            "method": c["lora"]["method"],
+            "rank": c["lora"]["rank"] or 0,
             "seed": c["seed"],
+            "targets": " ".join(c["lora"]["targets"] or []),
+            "weight_decay": c["optimizer"]["weight_decay"],
         }
         metric = {"final/val_accuracy": self.record.metrics["val_accuracy"]}
         self.board.add_hparams(hparams, metric, run_name=".")

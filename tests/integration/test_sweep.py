@@ -178,6 +178,7 @@ def test_stopped_and_finished_in_the_same_pack_is_bit_identical(packed, tmp_path
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
+    assert out.endswith("interrupted by SIGTERM: saved; the same command goes on\n")
     run(line, tmp_path)
     for trial_id in records_of(packed):
         assert contents(sweep / trial_id) == contents(packed / trial_id)
