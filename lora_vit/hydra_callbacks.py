@@ -16,7 +16,14 @@ class RefuseImpossible(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the composed config."""
+        if idle := _given(config, "sweep."):
+            raise SystemExit(f"error: {idle[0]} has no effect on a single run: add -m for a sweep, or leave it out")
         refuse_impossible(config)
+
+
+def _given(config: DictConfig, prefix: str) -> list[str]:
+    """The command line's overrides of keys that begin so."""
+    return [line for line in map(str, config.hydra.overrides.task) if line.lstrip("+~").startswith(prefix)]
 
 
 class NameSweep(Callback):
@@ -24,6 +31,9 @@ class NameSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the config of what is not swept."""
+        idle = [line for line in _given(config, "sweep.") if not line.startswith("sweep.name=")]
+        if idle and "PackedLauncher" not in str(config.hydra.launcher.get("_target_")):
+            raise SystemExit(f"error: {idle[0]} has no effect under another launcher than hydra/launcher=packed")
         if config.sweep.name is not None:
             return
         params = OmegaConf.to_container(config.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]

@@ -164,6 +164,8 @@ def explain(error: BaseException) -> str:
     for text in texts:
         if found := re.search(r"Could not override '([^']+)'", text):
             return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+        if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
+            return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
         if found := re.search(
             r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text
         ):

@@ -27,6 +27,7 @@ CASES = [
     (["lora.rank=1,two"], ["1 of 2 trials", "two"]),
     (["hydra.sweep.dir=/proc/sweep"], ["/proc/sweep cannot be written", "another sweep.name or hydra.sweep.dir"]),
     (["hydra/launcher=pakced"], ["pakced", "packed"]),
+    (["seed=0,1", "hydra/launcher=basic", "sweep.dry_run=true"], ["sweep.dry_run=true has no effect", "packed"]),
 ]
 
 
