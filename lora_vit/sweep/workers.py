@@ -43,7 +43,7 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
                 f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
                 f"give sweep.workers={devices} instead (or hydra/launcher=basic, one trial after another)"
             )
-    on_gpu = all(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
+    on_gpu = uses_gpus(jobs)
     visible = torch.cuda.device_count() if on_gpu else _on_cpu(jobs)
     if options.workers == "auto":
         return max(1, min(visible, len(jobs)))
@@ -51,6 +51,11 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
     if on_gpu and wanted > visible:
         raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
     return wanted
+
+
+def uses_gpus(jobs: Sequence[Job]) -> bool:
+    """Whether any trial runs on a GPU, so that there is one worker for each GPU at most."""
+    return any(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
 
 
 def threads_each(workers: int) -> int:
@@ -162,7 +167,7 @@ def _work(
     code = 0
     with StopRequest() as stop:
         try:
-            if torch.cuda.is_available():
+            if uses_gpus(jobs):
                 torch.cuda.set_device(index)
             Worker(jobs, folder, options, launched, emit, stop, index, workers).run()
         except Interrupted as error:

@@ -297,6 +297,16 @@ def test_two_workers_and_full_fine_tuning(tmp_path):
         assert_equal_trials(sweep / read_record(tmp_path / f"alone{index}").trial_id, tmp_path / f"alone{index}")
 
 
+def test_two_workers_give_the_same_bits_again(tmp_path):
+    sweeps = [tmp_path / f"outputs/sweeps/{name}" for name in ("first", "second")]
+    for sweep in sweeps:
+        arguments = ("lora.rank=1,2,4", "seed=0,1", "sweep.workers=2", "sweep.pack_size=3", f"sweep.name={sweep.name}")
+        run_command("-m", *arguments, cwd=tmp_path)
+        assert [r.cost["pack_size"] for r in records_of(sweep).values()] == [3] * 6
+    for trial_id in records_of(sweeps[0]):
+        assert contents(sweeps[0] / trial_id) == contents(sweeps[1] / trial_id)
+
+
 def test_a_killed_command_takes_its_workers_along(tmp_path):
     line = command("-m", "seed=0,1,2,3", "trainer.epochs=400", "sweep.name=s", "sweep.workers=2")
     sweep = tmp_path / "outputs/sweeps/s"
