@@ -6,12 +6,10 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from rich.console import Console
-
 from lora_vit.commands import run_command
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import PLAN, Ledger, state_of, trial_folders
-from lora_vit.sweep.progress import print_table
+from lora_vit.sweep.progress import make_console, print_table
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,7 +56,7 @@ def show(folder: Path) -> int:
         rank = (order.get(state.status, -1), -(accuracy or 0.0))
         rows.append((rank, (trial_id, label, status, epochs, shown, why)))
     rows.sort(key=lambda row: row[0])
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     header = ("trial", "settings", "status", "epochs", "val accuracy", "")
     print_table(console, "", header, [row for _, row in rows])
     total = ", ".join(f"{n} {status}" for status, n in counts.most_common())

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lora_vit.config import SweepConfig
 from lora_vit.sweep.ledger import State
 from lora_vit.sweep.measure import choose_pack_size, measure
 from lora_vit.sweep.packed import Worker
 from lora_vit.sweep.plan import Group, Job
-from lora_vit.sweep.progress import print_table
+from lora_vit.sweep.progress import make_console, print_table
 from lora_vit.sweep.workers import number_of_workers, threads_each
 from lora_vit.training.loop import StopRequest
 
@@ -39,7 +38,7 @@ def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, opti
         held = f"{memory / 2**20:,.0f} MB" if memory else "-"
         rows.append((group.title, str(len(todo)), f"{packs} of up to {size}", held, _duration(seconds * epochs)))
     closed = len(jobs) - sum(int(row[1]) for row in rows)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     console.print(f"plan of {folder}: {len(jobs)} trials, {closed} of them finished")
     header = ("trials that share a backbone", "trials", "packs", "memory of a pack", "time")
     print_table(console, "", header, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class View:
     """Takes the events of all workers. ``emit`` is what they call."""
 
     def __init__(self, jobs: Sequence[Job]):
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = make_console()
         self.rows = {job.trial_id: Row(job) for job in jobs}
         self.total = sum(job.config.trainer.epochs for job in jobs)
         self.done = 0.0  # trial-epochs
@@ -162,11 +163,16 @@ class View:
         return Group(table, self.bar)
 
 
+def make_console() -> Console:
+    """For lines and tables; nothing is cut or folded where there is no terminal."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+
 def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table under a title; no line is cut or folded where there is no terminal."""
+    """A plain table under a title."""
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(escape, row))
     if title:
         console.print(f"[bold]{title}[/bold]")
-    console.print(table, width=None if console.is_terminal else PIPED_WIDTH)
+    console.print(table)

@@ -15,7 +15,7 @@ from lora_vit.config import SweepConfig
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger, State, state_of
 from lora_vit.sweep.plan import Job, without_duplicates
-from lora_vit.sweep.progress import View, print_table
+from lora_vit.sweep.progress import View, make_console, print_table
 from lora_vit.sweep.workers import number_of_workers, run_workers
 from lora_vit.training.loop import Interrupted, StopRequest
 
@@ -100,7 +100,7 @@ def finish(jobs: Sequence[Job], folder: Path, options: SweepConfig) -> dict[str,
             outcomes[job.trial_id] = float(state.record.metrics["val_accuracy"])
         else:
             failed.append((job, state))
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     print_cells(console, jobs, states)
     if failed:
         print_failures(console, failed)

@@ -368,10 +368,12 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 
 def test_the_status_command(tmp_path):
-    run_command("-m", "lora.rank=1,2", "sweep.name=here", "sweep.pack_size=2", cwd=tmp_path)
+    long = ("lora.rank=1,2", "optimizer.lr=0.00123456,0.00234567", "optimizer.weight_decay=0.01234567,0.02345678")
+    run_command("-m", *long, "sweep.name=here", "sweep.pack_size=8", cwd=tmp_path)
     line = [command()[0], "-m", "lora_vit.sweep"]
     out = run([*line, "here"], tmp_path)
-    assert "2 trials (2 completed)" in out
+    assert "8 trials (8 completed)" in out
+    assert len(out.splitlines()) == 1 + 8 + 1, "a row is one line, however long"
     assert "rank=2" in out
     assert "2/2" in out
     assert out == run([*line, "outputs/sweeps/here"], tmp_path)
