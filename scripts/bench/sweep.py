@@ -1,11 +1,12 @@
-"""What packing gains: whole sweeps by four ways, the packing curve of three models, and composing many trials.
+"""What packing gains: whole sweeps in five ways, the packing curve of three models, and composing many trials.
 
     python scripts/bench/sweep.py ways [--rounds 1]
     python scripts/bench/sweep.py curve [--rounds 5] [--sizes 1,2,4,8]
     python scripts/bench/sweep.py compose
 
-``ways`` runs the 24 trials of ``sweep=quickstart`` as a user would: packed, by Hydra's basic launcher, by its joblib
-launcher (``pip install hydra-joblib-launcher``; two processes) and as one process for each trial, taking turns.
+``ways`` runs the 24 trials of ``sweep=quickstart`` as a user would: packed (in as many processes as it takes by
+itself, and in one), by Hydra's basic launcher, by its joblib launcher (``pip install hydra-joblib-launcher``; two
+processes) and as one process for each trial, taking turns.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def ways(rounds: int) -> list[dict[str, Any]]:
     """Seconds of the whole sweep, command to end."""
     train = [sys.executable, "-m", "lora_vit.train"]
     with tempfile.TemporaryDirectory() as scratch:
-        plan = [*train, "sweep=quickstart", "sweep.name=packed"]
         commands = {
-            "packed": [plan],
+            "packed": [[*train, "sweep=quickstart", "sweep.name=packed"]],
+            "packed, one process": [[*train, "sweep=quickstart", "sweep.workers=1", "sweep.name=one"]],
             "hydra/launcher=basic": [[*train, "sweep=quickstart", "hydra/launcher=basic", "sweep.name=basic"]],
             "separate processes": [],
         }
