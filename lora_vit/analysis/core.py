@@ -203,10 +203,9 @@ def _design(result: Comparison, metric: Metric) -> Design:
     if not result.possible:
         return Design()
     cells = int(result.compared.sum())
-    seeds = max(2, round(result.df / (cells - 1)) + 1) if result.complete else result.df / (cells - 1) + 1
-    smallest = detectable(result.sd, cells, seeds, result.df)  # type: ignore[arg-type]
+    smallest = detectable(result.sd, cells, result.repeats, result.df)
     needed = seeds_needed(HALF_POINT, result.sd, cells) if metric.accuracy else None
-    optimism = result.sd / math.sqrt(seeds) * expected_maximum(cells)
+    optimism = result.sd / math.sqrt(result.repeats) * expected_maximum(cells)
     return Design(smallest, needed, optimism)
 
 

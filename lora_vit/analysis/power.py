@@ -12,7 +12,7 @@ from lora_vit.analysis.stats import CONFIDENCE, tukey_critical
 MOST_SEEDS = 200
 
 
-def power(difference: float, sd: float, cells: int, seeds: int, df: float | None = None) -> float:
+def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
     """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
 
     ``P(|T| > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom
@@ -32,7 +32,7 @@ def power(difference: float, sd: float, cells: int, seeds: int, df: float | None
     return 1.0 if math.isnan(value) else value
 
 
-def detectable(sd: float, cells: int, seeds: int, df: float | None = None, wanted: float = 0.8) -> float:
+def detectable(sd: float, cells: int, seeds: float, df: float | None = None, wanted: float = 0.8) -> float:
     """Smallest true difference that :func:`power` finds with probability ``wanted``; NaN below two seeds."""
     from scipy import optimize
 

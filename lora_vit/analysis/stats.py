@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -170,7 +170,7 @@ def equal_spread_level(fit: Blocked) -> float:
     """
     m = len(fit.counts)
     if m < 3:
-        return 0.0  # two cells: the blocked residual is the pair's own error
+        return 0.0 if fit.blocked else 1.01  # two cells: the blocked residual is the pair's own error
     per_cell, many = fit.df / (m - 1), m >= 20
     if per_cell < 1.5:
         return 0.7 if many else 1.01
@@ -189,14 +189,16 @@ def wide_variance(fit: Blocked) -> float:
 def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
     """Half the variance of the paired differences ``y[rows] - y`` over common seeds: [len(rows), m].
 
-    NaN with fewer than two common seeds. Not blocked: the mean of the two cells' variances.
+    NaN with fewer than two common seeds. Not blocked: the mean of the two cells' variances, each weighted by
+    1 / n, as in the variance of the difference of their means.
     """
     there = np.isfinite(y)
     x = np.where(there, y - np.nanmean(y, axis=1, keepdims=True), 0.0)
     t = there.astype(float)
     if not blocked:
-        v = (x**2).sum(1) / np.maximum(t.sum(1) - 1, 1)
-        return (v[rows][:, None] + v) / 2
+        w = 1 / t.sum(1)
+        v = (x**2).sum(1) / np.maximum(t.sum(1) - 1, 1) * w
+        return (v[rows][:, None] + v) / (w[rows][:, None] + w)
     n = t[rows] @ t.T
     first = x[rows] @ t.T - t[rows] @ x.T
     second = (x**2)[rows] @ t.T + t[rows] @ (x**2).T - 2 * x[rows] @ x.T
@@ -297,7 +299,7 @@ class Comparison:
     blocked: bool = True
     complete: bool = True
     seeds: int = 0
-    notes: list[str] = field(default_factory=list)
+    repeats: float = math.nan  # seeds of a cell (harmonic mean)
 
     @property
     def possible(self) -> bool:
@@ -351,7 +353,8 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_val
         result.p_worse[keep], result.p_candidate[keep] = p, dunnett_p(t, k - 1, fit.df)
     result.best = int(np.flatnonzero(keep)[best])
     result.df, result.sd, result.pooled_sd = fit.df, math.sqrt(common), math.sqrt(max(fit.mse, 0.0))
-    result.wide, result.blocked = wide and k > 2, fit.blocked
+    result.wide, result.blocked = wide and (k > 2 or not fit.blocked), fit.blocked
+    result.repeats = float(k / (1 / fit.counts).sum())
     result.complete, result.seeds = bool(np.isfinite(part).all()), part.shape[1]
     return result
 

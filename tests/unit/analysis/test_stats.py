@@ -232,3 +232,23 @@ def test_seeds_drawn_anew_for_every_cell_are_taken_as_unpaired() -> None:
     got = compare(y, p_values=False)
     assert not got.blocked
     assert got.df == 300
+
+
+def test_unpaired_cells_of_unequal_size_and_spread_are_not_pooled() -> None:
+    y = np.full((2, 8), np.nan)
+    y[0, :2], y[1, 2:] = [0.90, 0.93], [0.87, 0.872, 0.871, 0.869, 0.87, 0.871]
+    got, pooled = compare(y), compare(y, spreads="equal")
+    assert not got.blocked
+    assert got.wide
+    welch = np.sqrt(np.var(y[0, :2], ddof=1) / 2 + np.var(y[1, 2:], ddof=1) / 6)
+    own = stats.pair_variance(y, np.array([0]), False)[0, 1] * (1 / 2 + 1 / 6)
+    assert own == pytest.approx(welch**2)
+    assert got.half[1] > pooled.half[1]
+
+
+def test_repeats_are_the_seeds_of_a_cell() -> None:
+    y = draw(11, 3, 4)
+    assert compare(y).repeats == 4
+    assert compare(unshared(y)).repeats == 4
+    y[0, :2] = np.nan
+    assert compare(y).repeats == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 4))
