@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.load import SummaryError
-from lora_vit.analysis.tables import LR, SCALING, Metric, value_text
+from lora_vit.analysis.tables import FACTS, LR, SCALING, Metric, value_text
 
 if TYPE_CHECKING:
     from lora_vit.analysis.core import Summary
 
-VAL_SET = ("data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val")
+VAL_SET = (
+    "data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val",
+    "data.classes",
+)  # fmt: skip
 """What decides which images a trial is validated on."""
 
 ENVIRONMENT = ("environment.commit", "environment.dirty", "environment.versions", "environment.precision")
@@ -25,19 +28,18 @@ def refuse(trials: pd.DataFrame) -> None:
     """Raise SummaryError where the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
-        if column not in counted:
-            continue
-        values = counted[column].dropna() if column == "data.val" else counted[column].astype(object).fillna("null")
+        values = counted[column].dropna() if column in FACTS else counted[column].astype(object).fillna("null")
         counts = values.value_counts()
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
+            counts = counts.drop("null", errors="ignore")  # which no condition can name
             raise SummaryError(
                 f"trials with different {column} ({told}) were validated on different images and cannot be compared: "
                 f'choose with --where "{column} == {_quoted(counts.index[0])}"'
             )
-    content = [c for c in counted.columns if c.startswith("data.") and c not in ("data.fingerprint", *_TRAIN_ONLY)]
+    content = [c for c in counted.columns if c.startswith("data.") and c not in (*FACTS, *_TRAIN_ONLY)]
     same = counted.groupby([counted[c].astype(str) for c in content])["data.fingerprint"].nunique()
-    if (same > 1).any() and counted["data.train_per_class"].nunique(dropna=False) < 2:
+    if (same > 1).any():
         first = counted["data.fingerprint"].value_counts().index[0]
         raise SummaryError(
             "trials of one data config have different data fingerprints: the files changed between the runs; "
@@ -45,7 +47,7 @@ def refuse(trials: pd.DataFrame) -> None:
         )
 
 
-_TRAIN_ONLY = ("data.batch_size", "data.augment", "data.cache_size", "data.train")
+_TRAIN_ONLY = ("data.batch_size", "data.augment", "data.cache_size")
 
 
 def _quoted(value: object) -> str:

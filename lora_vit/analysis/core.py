@@ -125,7 +125,11 @@ def _summarize(
     done = trials[(trials["status"] == "completed") & np.isfinite(trials[metric.name].to_numpy(float))]
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-        raise SummaryError(f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet")
+        why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
+        why += [f"; {problem}" for problem in loaded.problems[:1]]
+        raise SummaryError(
+            f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet{''.join(why)}"
+        )
     y, cell_ids = tables.matrix(done, metric)
     images = done["data.val"].dropna()
     resolution = 1 / float(images.min()) if metric.accuracy and len(images) and images.min() > 0 else 0.0
@@ -147,7 +151,7 @@ def _summarize(
         design=_design(result, metric),
         chosen=chosen,
         environment=checks.environment(done),
-        pair=None if pair is None else _pair(trials, pair),
+        pair=None if pair is None else _pair(trials, pair, loaded.problems),
         problems=loaded.problems,
         where=where,
     )
@@ -156,7 +160,7 @@ def _summarize(
     return summary
 
 
-_WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|([A-Za-z_][\w.]*)""")
+_WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w.]*)""")  # not the e6 of 1e6
 
 
 def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -228,8 +232,8 @@ def _chosen(best: pd.Series, done: pd.DataFrame) -> Chosen:
     )
 
 
-def _pair(trials: pd.DataFrame, wanted: tuple[str, str]) -> tuple[str, str, PairedImages]:
-    """McNemar's test of two named trials on the val images of both."""
+def _pair(trials: pd.DataFrame, wanted: tuple[str, str], problems: list[str]) -> tuple[str, str, PairedImages] | None:
+    """McNemar's test of two named trials on the val images of both; None where their predictions do not allow it."""
     rows = []
     for name in wanted:
         found = trials[trials["trial"].str.startswith(name)] if name else trials[:0]
@@ -237,11 +241,13 @@ def _pair(trials: pd.DataFrame, wanted: tuple[str, str]) -> tuple[str, str, Pair
             many = f"{len(found)} trials begin so" if len(found) else "there is no such trial"
             raise SummaryError(f"--compare {name}: {many}{nearest(name, trials['trial'].tolist())}")
         rows.append(found.iloc[0])
-    (ids_a, a), (ids_b, b) = (correct(r["folder"], "val") for r in rows)
-    if len(ids_a) != len(ids_b) or (ids_a != ids_b).any():
-        raise SummaryError(f"--compare {' '.join(wanted)}: the two trials have predictions of different val images")
-    if len(ids_a) == 0:
-        raise SummaryError(f"--compare {' '.join(wanted)}: there are no val predictions")
+    try:
+        (ids_a, a), (ids_b, b) = (correct(r["folder"], "val") for r in rows)
+        if len(ids_a) == 0 or len(ids_a) != len(ids_b) or (ids_a != ids_b).any():
+            raise SummaryError("the two trials have predictions of different val images, or of none")
+    except SummaryError as error:
+        problems.append(f"--compare {' '.join(wanted)}: {error}")
+        return None
     first, second = (f"{r['label']}, seed {r['seed']} ({r['trial']})" for r in rows)
     return first, second, mcnemar(a, b)
 

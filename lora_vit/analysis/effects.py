@@ -84,12 +84,12 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
     rank = np.linalg.matrix_rank(design)
     for name in settings:
         values = frame[name]
-        levels = sorted(values.dropna().unique())
+        levels = sorted(values.dropna().unique(), key=lambda v: (isinstance(v, str), v))
         if len(levels) < 2 or values.isna().any():
             continue
         if len(levels) > MOST_LEVELS and pd.api.types.is_numeric_dtype(values):
-            double = name.split(".")[-1] in DOUBLING
             x = values.to_numpy(float)
+            double = name.split(".")[-1] in DOUBLING and bool((x > 0).all())
             new = (np.log2(x) if double else x)[:, None]
             unit, against, trials = ("per doubling" if double else "per unit"), "", [len(frame)]
             labels: list[object] = [unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lora_vit.config import _NOT_IN_ID, TARGETS
+from lora_vit.config import _NOT_IN_ID, _SECTIONS, TARGETS
 from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_record
 
 OUTPUT = "summary"
@@ -19,6 +20,14 @@ OUTPUT = "summary"
 
 METRICS = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
+SETTINGS = {
+    f"{section}.{f.name}": str(f.type)
+    for section, cls in _SECTIONS.items()
+    for f in dataclasses.fields(cls)
+    if f.name not in _NOT_IN_ID.get(section, ())
+}
+"""Every setting that decides a trial's numbers, with its type as ``config.py`` writes it."""
+
 _TARGET_NAMES = {
     tuple(TARGETS): "all",
     ("q", "k", "v", "o"): "attention",
@@ -96,11 +105,33 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     if not rows:
         raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
-    return Loaded(frame, problems)
+    return Loaded(_whole_cells(frame, problems), problems)
+
+
+def _whole_cells(frame: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
+    """Leave out cells whose trials cannot be repeats of each other: other settings, or a seed twice.
+
+    Only an edited or copied record is so. Weights and blocks are not looked at: one cell may spell them in two ways.
+    """
+    settings = [c for c in SETTINGS if c not in ("model.weights", "lora.blocks")]
+    kinds = frame[["cell", *settings]].drop_duplicates()
+    wrong = kinds.loc[kinds["cell"].duplicated(), "cell"].tolist()
+    wrong += frame.loc[frame.duplicated(["cell", "seed"]), "cell"].tolist()
+    for cell in dict.fromkeys(wrong):
+        trials = frame.loc[frame["cell"] == cell, "trial"].tolist()
+        shown = ", ".join(trials[:6]) + (" ..." if len(trials) > 6 else "")
+        problems.append(
+            f"the trials of cell {cell} ({shown}) differ in more than their seed, or share one: their records were "
+            "edited or copied; left out"
+        )
+    whole = frame[~frame["cell"].isin(wrong)].reset_index(drop=True)
+    if whole.empty:
+        raise SummaryError(f"no trial can be summarized: {problems[-1]}")
+    return whole
 
 
 def _age(values: dict[str, Any]) -> tuple[float, str]:
-    """Later start first, then later heartbeat; the folder's name settles ties, so that reading order never does."""
+    """The last sign of life; the folder's name settles ties, so that reading order never does."""
     return (max(values["started"], values["heartbeat"]), values["folder"])
 
 
@@ -110,17 +141,22 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     ``trial cell status seed``, settings by dotted name (``lora.rank``), metrics (fractions), costs, counts
     (``trainable`` ...), ``data.*`` and ``environment.*``, ``error``, ``folder``. A metric that is missing or
     impossible is NaN and named in ``problems``.
+
+    Raises:
+        RecordError: a setting, the seed or a time is not of its type.
     """
     lora = record.config.get("lora")
     seed = record.config.get("seed")
     if not isinstance(lora, dict) or not isinstance(seed, int) or isinstance(seed, bool):
         raise RecordError(f"{folder / RECORD} has no whole config (seed, lora)")
+    if math.isnan(_number(record.started)) or math.isnan(_number(record.heartbeat)):
+        raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is no time")
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
         "status": record.shown_status(),
         "seed": seed,
-        **_settings(record.config),
+        **_settings(record.config, folder),
         "lora.effective_scaling": _effective_scaling(lora),
         "epoch": _number(record.metrics.get("epoch")),
     }
@@ -129,10 +165,11 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     values.update({name: _number(record.cost.get(name)) for name in COSTS})
     for name in ("trainable", "adapter", "head", "total"):
         values[f"{name}_parameters"] = _number(record.parameters.get(name))
-    values.update({f"data.{k}": record.data.get(k) for k in ("fingerprint", "classes", "train", "val", "test")})
+    values["data.fingerprint"] = _fact(record.data.get("fingerprint"))
+    values.update({f"data.{k}": _count(record.data.get(k)) for k in ("classes", "train", "val", "test")})
     environment = record.environment
     for k in ("commit", "dirty", "host", "device", "precision", "world_size"):
-        values[f"environment.{k}"] = environment.get(k)
+        values[f"environment.{k}"] = _fact(environment.get(k))
     versions = environment.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     values["environment.versions"] = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
@@ -143,18 +180,34 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     return values
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config by dotted names, without what does not decide the numbers; lists as readable text."""
-    values = {}
+    values: dict[str, Any] = dict.fromkeys(SETTINGS)
     for section, content in config.items():
         if not isinstance(content, dict):
             continue
         for key, value in content.items():
-            if key not in _NOT_IN_ID.get(section, ()):
-                values[f"{section}.{key}"] = _plain(key, value)
+            if key in _NOT_IN_ID.get(section, ()):
+                continue
+            name = f"{section}.{key}"
+            if name in SETTINGS and not _fits(value, SETTINGS[name]):
+                raise RecordError(f"{folder / RECORD}: {name} = {str(value)[:40]} is not of type {SETTINGS[name]}")
+            values[name] = _plain(key, value)
     if values.get("lora.method", "lora") == "lora" and values.get("lora.blocks") is None:
         values["lora.blocks"] = "all"
     return values
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value read from JSON is of a type as ``config.py`` writes it. None always is."""
+    if value is None:
+        return True
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(v is not None and _fits(v, kind[5:-1]) for v in value)
+    if kind in ("int", "float"):
+        return not math.isnan(_number(value)) and (kind == "float" or (isinstance(value, int) and abs(value) < 2**63))
+    return isinstance(value, {"str": str, "bool": bool}[kind])
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -178,9 +231,19 @@ def _effective_scaling(lora: dict[str, Any]) -> float:
 
 def _number(value: Any) -> float:
     """The value as a float; NaN for anything that is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         return math.nan
-    return float(value) if math.isfinite(value) else math.nan
+    return float(value)
+
+
+def _count(value: Any) -> int | None:
+    """The value where it is a whole number from 0 up."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+
+
+def _fact(value: Any) -> Any:
+    """A value to be told and counted; anything but text, a flag or a number as text."""
+    return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 
 def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -> float:

@@ -1,0 +1,144 @@
+"""Hand-edited, copied and broken records: each is named, and what can be summarized still is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from made_up_records import make_sweep, make_trial
+
+from lora_vit.analysis import export
+from lora_vit.analysis.core import summarize
+from lora_vit.analysis.load import SummaryError
+from lora_vit.analysis.report import html_report
+from lora_vit.records import PREDICTIONS, write_predictions
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    cells = [{"lora__rank": 1}, {"lora__rank": 2}, {"lora__rank": 4}]
+    return make_sweep(tmp_path, cells, np.array([[0.80, 0.81], [0.90, 0.91], [0.85, 0.86]]))
+
+
+def edit(folder, key, value, rank=2, seeds=(0,)):
+    """Set a value by dotted key in the records of that rank and seeds; returns their trial ids."""
+    changed = []
+    for path in sorted(folder.glob("*/record.json")):
+        values = json.loads(path.read_text())
+        if values["config"]["lora"]["rank"] == rank and values["config"]["seed"] in seeds:
+            *sections, name = key.split(".")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[name] = value
+            path.write_text(json.dumps(values))
+            changed.append(values["trial_id"])
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config.lora.rank", "2"),
+        pytest.param("config.lora.rank", 10**400, id="huge rank"),
+        ("config.lora.rank", 2.5),
+        ("config.lora.dropout", [0.1]),
+        ("config.lora.targets", "q"),
+        ("config.optimizer.lr", True),
+        ("config.optimizer.betas", [0.9, None]),
+        ("config.model.name", 3),
+        ("config.trainer.compile", "no"),
+        ("config.seed", "0"),
+        ("started", float("nan")),
+        pytest.param("heartbeat", 10**400, id="huge heartbeat"),
+        ("schema", 99),
+        ("status", "done"),
+    ],
+)
+def test_a_record_with_an_impossible_value_is_named_and_left_out(sweep, key, value):
+    (trial,) = edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert any(trial in line for line in summary.problems)
+    assert trial not in list(summary.trials["trial"])
+    assert len(summary.trials) == 5
+
+
+@pytest.mark.parametrize("value", [pytest.param(10**400, id="huge"), [], {}, "x", float("nan"), -1, None])
+@pytest.mark.parametrize("key", ["cost.seconds", "environment.device", "environment.versions", "metrics.epoch"])
+def test_odd_facts_beside_the_metric_break_nothing(sweep, key, value):
+    edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert len(summary.cells) == 3
+    assert export.table_md(summary)
+    assert html_report(summary, {}, "command")
+
+
+def test_settings_that_every_record_lacks_are_no_column(sweep):
+    for path in sweep.glob("*/record.json"):
+        values = json.loads(path.read_text())
+        del values["config"]["lora"]["method"], values["config"]["trainer"]["epochs"], values["config"]["model"]
+        path.write_text(json.dumps(values))
+    assert summarize(sweep).settings == ["lora.rank"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("config.lora.dropout", 0.3), ("config.seed", 1)])
+def test_a_cell_with_an_edited_trial_is_left_out_whole(sweep, key, value):
+    (trial,) = edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert sorted(summary.cells["lora.rank"]) == [1, 4]
+    assert any(trial in line and "edited" in line for line in summary.problems)
+
+
+def test_a_folder_copied_as_it_is_counts_once(sweep):
+    clean = summarize(sweep)
+    first = sorted(sweep.glob("*/record.json"))[0].parent
+    shutil.copytree(first, sweep / "copy")
+    summary = summarize(sweep)
+    assert list(summary.cells["mean"]) == list(clean.cells["mean"])
+    assert list(summary.cells["n"]) == list(clean.cells["n"])
+
+
+def test_where_nothing_completed_the_reason_is_told(tmp_path):
+    def why(record):
+        record.error = {"message": "loss is not finite", "traceback": ""}
+
+    for seed in range(2):
+        make_trial(tmp_path, None, status="failed", seed=seed, edit=why)
+    with pytest.raises(SummaryError, match=r"2 failed.*loss is not finite"):
+        summarize(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["missing", "shorter", "other ids", "not a zip"])
+def test_predictions_that_cannot_be_compared_are_told_and_the_rest_is_summarized(tmp_path, broken):
+    make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}], np.array([[0.8, 0.81], [0.9, 0.91]]), predictions=True)
+    a, b = (p.parent for p in sorted(tmp_path.glob("*/record.json"))[:2])
+    assert summarize(tmp_path, compare_trials=(a.name, b.name)).pair is not None
+    fields = {k: np.arange(100) for k in ("ids", "labels", "predicted", "true_probability")}
+    if broken == "missing":
+        (b / PREDICTIONS).unlink()
+    elif broken == "not a zip":
+        (b / PREDICTIONS).write_bytes(b"x")
+    else:
+        length = 100 if broken == "shorter" else 720
+        write_predictions(b, {"val": {k: np.arange(length) + 1 for k in fields}})
+    summary = summarize(tmp_path, compare_trials=(a.name, b.name))
+    assert summary.pair is None
+    assert len(summary.cells) == 2
+    assert sum("--compare" in line for line in summary.problems) == 1
+    with pytest.raises(SummaryError, match="no such trial"):
+        summarize(tmp_path, compare_trials=(a.name, "nowhere"))
+
+
+def test_other_classes_are_refused(sweep):
+    edit(sweep, "data.classes", 11)
+    with pytest.raises(SummaryError, match=r"data\.classes == 10"):
+        summarize(sweep)
+
+
+def test_files_that_changed_between_the_runs_are_refused(sweep):
+    edit(sweep, "data.fingerprint", "beef")
+    edit(sweep, "data.test", 700)
+    with pytest.raises(SummaryError, match="files changed between the runs"):
+        summarize(sweep)
