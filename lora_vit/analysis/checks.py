@@ -222,7 +222,7 @@ def number(summary: Summary, value: float, signed: bool = False) -> str:
 def verdict(summary: Summary) -> str:
     """One sentence: what is best, what is shown to be worse, and what is still open."""
     cells, c = summary.cells, summary.comparison
-    best = cells.iloc[0]
+    best = best_cell(cells)
     what = summary.metric.title.lower()
     if len(cells) == 1:
         seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
@@ -232,11 +232,14 @@ def verdict(summary: Summary) -> str:
             f"{best['label']} has the {_extreme(summary)} {what}, {number(summary, best['mean'])}, but too few cells "
             "have two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
         )
-    top = cells[cells["mark"] == "best"].iloc[0]
     others = int(c.compared.sum()) - 1
     worse, candidates = int((cells["mark"] == "worse").sum()), int((cells["mark"] == "candidate").sum())
+    above = " adjusted for missing seeds" if c.blocked and not c.complete else ""
+    if (cells["mark"] == "no verdict").any():
+        above += " among the cells with two or more seeds"
     start = (
-        f"{top['label']} has the {_extreme(summary)} {what}, {_with_interval(summary, top)} over {int(top['n'])} seeds"
+        f"{best['label']} has the {_extreme(summary)} {what}{above}, {_with_interval(summary, best)} over "
+        f"{int(best['n'])} seeds"
     )
     if worse == others:
         return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse."
@@ -261,9 +264,11 @@ def _candidates(cells: pd.DataFrame, candidates: int, others: int) -> str:
     sizes = group["trainable_parameters"]
     if sizes.nunique() > 1 and sizes.notna().all():
         small = group.iloc[int(sizes.to_numpy().argmin())]
-        text += (
-            f", the smallest among all candidates is {small['label']} ({small['trainable_parameters']:,.0f} parameters)"
-        )
+        if small["mark"] != "best":
+            text += (
+                f", the smallest among all candidates is {small['label']} "
+                f"({small['trainable_parameters']:,.0f} parameters)"
+            )
     return text
 
 

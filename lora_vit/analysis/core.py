@@ -136,7 +136,7 @@ def _summarize(
     result = compare(metric.sign * y, resolution, spreads)
     cells = tables.cells_table(done, cell_ids, y, result, metric, settings, resolution)
     effects = _effects(done, settings, metric)
-    chosen = _chosen(cells.iloc[0], done)
+    chosen = _chosen(checks.best_cell(cells), done)
     summary = Summary(
         metric=metric,
         folders=folders,

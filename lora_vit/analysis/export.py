@@ -68,6 +68,8 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     out["95 % interval"] = [
         interval(summary, lo, hi).replace(" %", "") for lo, hi in zip(cells["low"], cells["high"], strict=True)
     ]
+    if summary.comparison.blocked and not summary.comparison.complete:
+        out["adjusted"] = _values(summary, cells["adjusted"])
     if wide:
         out["sd"] = [number(summary, v, True).lstrip("+") for v in cells["sd"]]
     out["n"] = cells["n"].astype(str).to_numpy()

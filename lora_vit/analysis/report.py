@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from lora_vit.analysis import export
-from lora_vit.analysis.checks import number
+from lora_vit.analysis.checks import best_cell, number
 from lora_vit.analysis.tables import value_text
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _capped(table: pd.DataFrame, most: int, file: str) -> str:
 
 
 def _facts(summary: Summary) -> str:
-    best, chosen, design = summary.cells.iloc[0], summary.chosen, summary.design
+    best, chosen, design = best_cell(summary.cells), summary.chosen, summary.design
     rows = [(number(summary, best["mean"]), f"{summary.metric.title.lower()} of {best['label']}, n = {int(best['n'])}")]
     if math.isfinite(chosen.test):
         seeds = f"± {100 * chosen.between_seeds:.2f} between seeds, " if math.isfinite(chosen.between_seeds) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ import pytest
 from made_up_records import make_sweep, make_trial
 
 from lora_vit.analysis import export, report, tables
-from lora_vit.analysis.core import summarize
+from lora_vit.analysis.checks import number
+from lora_vit.analysis.core import select, summarize
 from lora_vit.analysis.load import SummaryError, load_trials
 
 RATES = (1e-4, 1e-3, 1e-2)
@@ -190,3 +192,22 @@ def test_names_are_escaped(tmp_path):
     markdown = export.table_md(summary)
     assert "|" in markdown
     assert export.latex_escape("50 % of a_b & c\\d") == r"50 \% of a\_b \& c\textbackslash{}d"
+
+
+def test_the_chosen_cell_is_the_one_that_the_verdict_names(tmp_path):
+    y = np.array([[0.80, 0.81, 0.80], [0.90, 0.91, 0.90], [0.99, np.nan, np.nan]])
+    make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}, {"lora__rank": 4}], y)
+    summary = summarize(tmp_path)
+    assert summary.cells["mark"].tolist() == ["no verdict", "best", "worse"]
+    assert summary.chosen.label == "rank 2"
+    assert "rank 2 has the highest val accuracy among the cells with two or more seeds" in summary.verdict
+
+
+def test_adjusted_means_are_shown_where_seeds_are_missing(tmp_path):
+    y = np.array([[0.90, 0.92, 0.82], [0.90, 0.91, np.nan]])
+    make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}], y)
+    summary = summarize(tmp_path)
+    table = export.readable(summary).set_index("rank")
+    assert table.loc["2", "val accuracy %"] > table.loc["1", "val accuracy %"]
+    assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
+    assert "rank 1 has the highest val accuracy adjusted for missing seeds" in summary.verdict
