@@ -126,6 +126,11 @@ def _learning_rate(done: pd.DataFrame, summary: Summary) -> list[str]:
             f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: an effect of {names} cannot be "
             f"told from a learning rate that suits some of the values better. Sweep optimizer.lr too."
         )
+    elif adapted.groupby(moved)[LR].nunique().max() < 2:
+        out.append(
+            f"Each {names} was tried at one learning rate, not all at the same: their effects cannot be told apart. "
+            "Try each at several rates."
+        )
     table = summary.learning_rates
     if len(table):
         edge = table[table["edge"]]

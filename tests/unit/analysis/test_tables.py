@@ -194,6 +194,18 @@ def test_names_are_escaped(tmp_path):
     assert export.latex_escape("50 % of a_b & c\\d") == r"50 \% of a\_b \& c\textbackslash{}d"
 
 
+def test_each_rank_at_a_rate_of_its_own_is_warned_of(tmp_path):
+    cells = [{"lora__rank": 1, "optimizer__lr": 1e-3}, {"lora__rank": 2, "optimizer__lr": 1e-2}]
+    make_sweep(tmp_path, cells, np.array([[0.8, 0.81], [0.9, 0.91]]))
+    assert any("cannot be told apart" in line for line in summarize(tmp_path).warnings)
+
+
+def test_unequal_budgets_are_told(tmp_path):
+    make_sweep(tmp_path, [{"lora__rank": 1}], np.array([[0.8, 0.81]]))
+    make_sweep(tmp_path, [{"lora__rank": 2, "trainer__epochs": 4}], np.array([[0.9, 0.91]]))
+    assert any("budgets are unequal: 4 (2), 5 (2)" in line for line in summarize(tmp_path).warnings)
+
+
 def test_the_chosen_cell_is_the_one_that_the_verdict_names(tmp_path):
     y = np.array([[0.80, 0.81, 0.80], [0.90, 0.91, 0.90], [0.99, np.nan, np.nan]])
     make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}, {"lora__rank": 4}], y)
