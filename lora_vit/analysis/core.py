@@ -184,14 +184,14 @@ def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
     try:
         kept = trials.query(_WORD.sub(named, where), engine="python")
     except Exception as error:  # pandas raises many kinds here, SyntaxError among them
-        text = str(error).split("\n")[0]
+        text = str(error).split("\n")[0][:120]
         raise SummaryError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
     if not isinstance(kept, pd.DataFrame) or kept.empty:
         raise SummaryError(f"--where '{where}' leaves none of the {len(trials)} trials")
     return kept.reset_index(drop=True)
 
 
-_KNOWN_WORDS = {"and", "or", "not", "in", "is", "True", "False", "None", "e"}
+_KNOWN_WORDS = {"and", "or", "not", "in", "is", "True", "False", "None"}
 
 
 def _effects(done: pd.DataFrame, settings: list[str], metric: Metric) -> Effects:

@@ -194,6 +194,27 @@ def test_names_are_escaped(tmp_path):
     assert export.latex_escape("50 % of a_b & c\\d") == r"50 \% of a\_b \& c\textbackslash{}d"
 
 
+@pytest.mark.parametrize(
+    ("where", "ranks"),
+    [
+        ("total_parameters > 1E6 and rank > 1", {8}),
+        ("lr <= 1e-3", {1, 8}),
+        ("targets == 'all' and `lora.rank` != 8", {1}),
+        ("method == 'none'", set()),
+    ],
+)
+def test_conditions(by_rate, where, ranks):
+    assert set(select(load_trials([by_rate]).trials, where)["lora.rank"].dropna()) == ranks
+
+
+@pytest.mark.parametrize("where", ["rank.shape", "@pd", "__import__('os')", "rank", "rank >= ", "[x for x in rank]"])
+def test_conditions_that_are_none_are_one_line(by_rate, where):
+    with pytest.raises(SummaryError) as caught:
+        summarize(by_rate, where=where)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
 def test_each_rank_at_a_rate_of_its_own_is_warned_of(tmp_path):
     cells = [{"lora__rank": 1, "optimizer__lr": 1e-3}, {"lora__rank": 2, "optimizer__lr": 1e-2}]
     make_sweep(tmp_path, cells, np.array([[0.8, 0.81], [0.9, 0.91]]))
