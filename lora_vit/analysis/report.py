@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -314,8 +316,25 @@ def methods(summary: Summary) -> list[str]:
     return lines
 
 
+def training_commands(folders: list[str]) -> list[str]:
+    """What Hydra was called with to train the trials in these folders, each once; unknown ones are left out."""
+    import yaml
+
+    found = []
+    for folder in folders:
+        try:
+            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
+            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
+            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
+            found.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            continue
+    return list(dict.fromkeys(found))
+
+
 def _reproduce(summary: Summary, command: str) -> str:
-    lines = [command]
+    trials = summary.trials[summary.trials["status"] == "completed"]
+    lines = [*training_commands(trials.loc[trials["cell"] == summary.chosen.cell, "folder"].head(5).tolist()), command]
     commits = summary.environment.loc[summary.environment["fact"] == "environment.commit", "value"].tolist()
     known = [c for c in commits if c != "–"]
     note = f"<p>The trials ran at commit {escape(', '.join(known[:5]))}.</p>" if known else ""

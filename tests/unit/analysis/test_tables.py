@@ -244,3 +244,14 @@ def test_adjusted_means_are_shown_where_seeds_are_missing(tmp_path):
     assert table.loc["2", "val accuracy %"] > table.loc["1", "val accuracy %"]
     assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
     assert "rank 1 has the highest val accuracy adjusted for missing seeds" in summary.verdict
+
+
+def test_the_command_that_trained_the_best_cell_is_in_the_report(by_rate):
+    folder = summarize(by_rate).trials["folder"][0]
+    hydra = {"mode": "MULTIRUN", "overrides": {"hydra": [], "task": ["sweep=quickstart", "sweep.name=a b"]}}
+    (place := Path(folder) / ".hydra").mkdir()
+    (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
+    html = report.html_report(summarize(by_rate), {}, "command")
+    assert "python -m lora_vit.train -m sweep=quickstart &#x27;sweep.name=a b&#x27;\ncommand" in html
+    (place / "hydra.yaml").write_text("hydra: [")
+    assert "lora_vit.train" not in report.html_report(summarize(by_rate), {}, "command")
