@@ -219,9 +219,16 @@ def number(summary: Summary, value: float, signed: bool = False) -> str:
     """A metric's value for people: accuracies in %, differences (signed) in points, losses plain."""
     if value is None or not math.isfinite(value):
         return "–"
-    if summary.metric.accuracy:
-        return f"{100 * value:+.2f}" if signed else f"{100 * value:.2f} %"
-    return f"{value:+.4f}" if signed else f"{value:.4f}"
+    if not signed:
+        return f"{100 * value:.2f} %" if summary.metric.accuracy else f"{value:.4f}"
+    text = f"{100 * value:+.2f}" if summary.metric.accuracy else f"{value:+.4f}"
+    return text if float(text) else text[1:]  # no sign before a zero
+
+
+def best_cell(cells: pd.DataFrame) -> pd.Series:
+    """The cell marked best; the first one where no cells could be compared."""
+    marked = cells[cells["mark"] == "best"]
+    return marked.iloc[0] if len(marked) else cells.iloc[0]
 
 
 def verdict(summary: Summary) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,21 +171,15 @@ def readable_pivot(summary: Summary) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table; text right-aligned where it is a number."""
-
-    def cell(value: object) -> str:
-        return (
-            str(value)
-            .replace("\\", "\\\\")
-            .replace("|", "\\|")
-            .replace("\n", " ")
-            .replace("*", "\\*")
-            .replace("<", "&lt;")
-        )
-
-    head = "| " + " | ".join(cell(c) for c in table.columns) + " |"
+    head = "| " + " | ".join(markdown_escape(c) for c in table.columns) + " |"
     rule = "|" + "|".join("---:" if _numeric(table[c]) else "---" for c in table.columns) + "|"
-    rows = ["| " + " | ".join(cell(v) for v in row) + " |" for row in table.itertuples(index=False)]
+    rows = ["| " + " | ".join(markdown_escape(v) for v in row) + " |" for row in table.itertuples(index=False)]
     return "\n".join([head, rule, *rows])
+
+
+def markdown_escape(text: object) -> str:
+    """Text as Markdown prints it, in one line."""
+    return re.sub(r"([\\|*`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
 def _numeric(column: pd.Series) -> bool:
@@ -210,7 +205,7 @@ _LATEX = {
 
 def latex_escape(text: object) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(c, c) for c in str(text).replace("\n", " "))
+    return "".join(_LATEX.get(c, c) for c in " ".join(str(text).split()))
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
@@ -235,8 +230,8 @@ def latex(table: pd.DataFrame, caption: str) -> str:
 def table_md(summary: Summary) -> str:
     """``table.md``: verdict, warnings and the tables."""
     parts = [
-        f"**{summary.verdict}**",
-        *(f"> Warning: {w}" for w in summary.warnings),
+        f"**{markdown_escape(summary.verdict)}**",
+        *(f"> Warning: {markdown_escape(w)}" for w in summary.warnings),
         markdown(readable(summary)),
         LEGEND,
     ]
@@ -253,8 +248,8 @@ def table_md(summary: Summary) -> str:
 
 def table_tex(summary: Summary) -> str:
     """``table.tex``: the cells table, the warnings as comments."""
-    comments = "".join(f"% {w}\n" for w in [summary.verdict, *summary.warnings])
-    return comments.replace("\r", " ") + latex(readable(summary), summary.verdict)
+    comments = "".join(f"% {' '.join(w.split())}\n" for w in [summary.verdict, *summary.warnings])
+    return comments + latex(readable(summary), summary.verdict)
 
 
 LEGEND = (
@@ -283,7 +278,7 @@ def terminal(summary: Summary, console: Any, top: int) -> None:
             console.print(f"... {len(table) - top} more rows (see the files)")
         console.print()
 
-    show(readable(summary, wide=False), f"{len(summary.cells)} cells, best first")
+    show(readable(summary, wide=False), f"{len(summary.cells)} cell{'s' * (len(summary.cells) > 1)}, best first")
     show(readable_rates(summary), "Best over lr, and at the shared lr")
     show(readable_effects(summary), "Main effects" + (" (points)" if summary.metric.accuracy else ""))
     if summary.pivot is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lora_vit.analysis.load import _number
 from lora_vit.analysis.tables import LR, METHOD, names, value_text
 from lora_vit.records import METRICS, RecordError, read_rows
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MARK_COLOURS = {"best": "#0072B2", "candidate": "#56B4E9", "worse": "#D55E00", "open": "#E69F00"}
+MARK_STYLE = {
+    "best": ("#0072B2", "D"), "candidate": ("#56B4E9", "o"), "open": ("#E69F00", "^"), "worse": ("#D55E00", "v"),
+    "no verdict": ("#777777", "s"),
+}  # fmt: skip
 MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
 LONG_CURVE = 8  # validated epochs
 STYLE: Any = {
@@ -86,7 +90,8 @@ def _axis_name(setting: str) -> str:
 
 
 def _shorten(text: str, most: int = 44) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """At most that many characters, and no formula between two dollars."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def _error_bars(frame: pd.DataFrame, scale: float) -> np.ndarray:
@@ -99,29 +104,38 @@ def cells(summary: Summary) -> Figure:
     """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
     frame = summary.cells
     shown = frame.head(MOST_ROWS)
-    if METHOD in summary.settings:
-        rest = frame.iloc[MOST_ROWS:]
+    more = f" (best {MOST_ROWS} of {len(frame)})" if len(frame) > MOST_ROWS else ""
+    rest = frame.iloc[MOST_ROWS:]
+    if METHOD in summary.settings and (rest[METHOD] != "lora").any():
         shown = pd.concat([shown, rest[rest[METHOD] != "lora"].head(4)])
+        more = f" (best {MOST_ROWS} of {len(frame)}, and baselines)"
     figure, axes = _axes(7.5, 1.3 + 0.26 * max(len(shown), 3))
     scale, y = _scale(summary), np.arange(len(shown))
     bars = _error_bars(shown, scale)
-    for mark in [*MARK_COLOURS, "no verdict"]:
+    for mark, (colour, marker) in MARK_STYLE.items():
         here = (shown["mark"] == mark).to_numpy()
         if here.any():
-            colour = MARK_COLOURS.get(mark, "#777777")
             axes.errorbar(
-                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=np.nan_to_num(bars[:, here]), fmt="o",
+                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=np.nan_to_num(bars[:, here]), fmt=marker,
                 color=colour, ecolor=colour, elinewidth=1.4, capsize=2.5, markersize=5, label=mark,
             )  # fmt: skip
     axes.set_yticks(y, [_shorten(t) for t in shown["label"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{_title(summary)}, mean and 95 % interval over seeds")
-    more = f" (best {len(shown)} of {len(frame)})" if len(shown) < len(frame) else ""
     axes.set_title(f"Cells{more}", loc="left")
     figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     _limit(axes, summary, shown, bars)
+    low, high = axes.get_xlim()
+    cut = (scale * shown[["low", "high"]].to_numpy(float) < low) | (
+        scale * shown[["low", "high"]].to_numpy(float) > high
+    )
+    without = "\n(bars without ends are longer than shown)" if cut.any() else ""
+    axes.set_xlabel(f"{_title(summary)}, {_what_is_shown(frame)}{without}")
     return figure
+
+
+def _what_is_shown(frame: pd.DataFrame) -> str:
+    return "mean and 95 % interval over seeds" if (frame["n"] > 1).any() else "one seed, no intervals"
 
 
 def _limit(axes: Axes, summary: Summary, shown: pd.DataFrame, bars: np.ndarray) -> None:
@@ -185,7 +199,7 @@ def by_setting(summary: Summary, x: str) -> Figure:
         axes.errorbar(
             at, scale * group["mean"], yerr=np.nan_to_num(_error_bars(group, scale)), color=COLOURS[k % 7],
             marker=MARKERS[k % 7], capsize=3, linewidth=1.6, elinewidth=1.1, markersize=5,
-            label=None if line is None else f"{short[line]} {value_text(value)}",
+            label=None if line is None else _shorten(f"{short[line]} {value_text(value)}"),
         )  # fmt: skip
     _baseline_lines(axes, summary)
     step = max(1, math.ceil(len(ticks) / 14))
@@ -193,13 +207,8 @@ def by_setting(summary: Summary, x: str) -> Figure:
     axes.set_xlabel(_axis_name(short[x]))
     axes.set_ylabel(_title(summary))
     _robust_y(axes, summary, frame)
-    axes.set_title(
-        _shorten(
-            f"{summary.metric.title} by {short[x]}, 95 % interval over seeds"
-            + (f"; at {', '.join(held)}" if held else ""),
-            84,
-        )
-    )
+    title = f"{summary.metric.title} by {short[x]}, {_what_is_shown(frame)}"
+    axes.set_title(title + (f"\n{_shorten('at ' + ', '.join(held), 72)}" if held else ""))
     if line is not None or METHOD in summary.settings:
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return figure
@@ -279,7 +288,8 @@ def curves(folders: list[str], metric: str) -> pd.DataFrame:
             rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
         except (RecordError, OSError, UnicodeDecodeError):
             continue
-        values = {r["epoch"]: r[metric] for r in rows if isinstance(r.get(metric), (int, float)) and "epoch" in r}
+        values = {r["epoch"]: _number(r.get(metric)) for r in rows if isinstance(r.get("epoch"), int)}
+        values = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
         if values:
             columns[folder] = pd.Series(values, dtype=float)
     return pd.DataFrame(columns).sort_index()
@@ -289,9 +299,11 @@ def learning_curves(summary: Summary) -> Figure | None:
     """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
     frame = summary.cells
     shown = frame.head(MOST_CURVES)
+    more = f" (best {MOST_CURVES})" if len(frame) > MOST_CURVES else ""
     if METHOD in frame:
         rest = frame[(frame[METHOD] != "lora") & ~frame["cell"].isin(shown["cell"])]
         shown = pd.concat([shown, rest.head(MOST_LINES - len(shown))])
+        more = f" (best {MOST_CURVES}, and baselines)" if len(rest) else more
     done = summary.trials[summary.trials["status"] == "completed"]
     figure, axes = _axes()
     scale, drawn = _scale(summary), 0
@@ -311,9 +323,8 @@ def learning_curves(summary: Summary) -> Figure | None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("Epoch")
     axes.set_ylabel(_title(summary))
-    axes.set_title(
-        "Learning curves: mean and range over seeds" + (f" (best {len(shown)})" if len(frame) > len(shown) else "")
-    )
+    seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
+    axes.set_title(f"Learning curves: {seeds}{more}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -363,6 +374,8 @@ def pareto(summary: Summary, cost: str, title: str, front: str) -> Figure | None
     named = "\n".join(f"{k}  {_shorten(t, 40)}" for k, t in list(zip(keys, chosen["label"], strict=True))[:12])
     more = f"\n… {len(chosen) - 12} more" if len(chosen) > 12 else ""
     axes.annotate(named + more, (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8, annotation_clip=False)
+    if axes.get_xscale() == "linear":
+        axes.locator_params(axis="x", nbins=6)
     axes.margins(y=0.1)
     axes.set_xlabel(title)
     axes.set_ylabel(_title(summary))

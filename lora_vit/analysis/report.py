@@ -50,7 +50,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=desce
 .note { color: var(--soft); font-size: 13.5px; } code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
 pre { background: var(--tint); padding: 10px 12px; border-radius: 6px; overflow-x: auto; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 18px; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: 8px; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: 8px; } figure svg { max-width: 100%; height: auto; display: block; margin: auto; }
 details { margin: 10px 0; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 520px) { main { padding: 16px 12px 40px; } .verdict { font-size: 18px; } th, td { padding: 4px 7px; } }
 """

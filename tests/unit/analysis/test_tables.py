@@ -194,6 +194,19 @@ def test_names_are_escaped(tmp_path):
     assert export.latex_escape("50 % of a_b & c\\d") == r"50 \% of a\_b \& c\textbackslash{}d"
 
 
+def test_names_in_markdown_and_formulas_in_pictures(tmp_path):
+    from lora_vit.analysis.plots import draw_all, render
+
+    name = "$\\bad{$ *x* <b>\n$y$"
+    cells = [{"lora__rank": 1}, {"lora__rank": 2, "model__weights": name}]
+    make_sweep(tmp_path, cells, np.array([[0.8, 0.81], [0.9, 0.91]]))
+    summary = summarize(tmp_path)
+    assert "<b>" not in export.table_md(summary)
+    assert "*x*" not in export.table_md(summary)
+    assert all(line.startswith("%") for line in export.table_tex(summary).split("\\begin")[0].splitlines())
+    assert all(render(figure, "svg") for figure in draw_all(summary).values())
+
+
 @pytest.mark.parametrize(
     ("where", "ranks"),
     [
@@ -244,6 +257,11 @@ def test_adjusted_means_are_shown_where_seeds_are_missing(tmp_path):
     assert table.loc["2", "val accuracy %"] > table.loc["1", "val accuracy %"]
     assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
     assert "rank 1 has the highest val accuracy adjusted for missing seeds" in summary.verdict
+
+
+def test_a_difference_of_nothing_has_no_sign(by_rate):
+    summary = summarize(by_rate)
+    assert [number(summary, v, True) for v in (-0.0, -1e-6, 1e-6, -0.01)] == ["0.00", "0.00", "0.00", "-1.00"]
 
 
 def test_the_command_that_trained_the_best_cell_is_in_the_report(by_rate):
