@@ -4,8 +4,8 @@
     python scripts/calibrate_statistics.py --small      # seconds
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/10,000 (10,000 validation images). The seed
-effect (sd 0.5 points) is shared by all cells; the error's sd is the "seed sd" of the table. Unequal: half of the
-cells spread three times as much.
+effect (sd 0.5 points) is shared by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the
+cells spread three times as much; "one 10x": a single cell spreads ten times as much.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ IMAGES = 10_000
 
 @dataclass(frozen=True)
 class Case:
-    """One design; ``sd`` and ``lead`` in points, ``lead`` of the first cell over all others."""
+    """One design; ``sd`` and ``lead`` in points, ``lead`` of the first cell over all others.
+
+    ``spread``: equal, half 3x or one 10x; the cells that spread more are the last.
+    """
 
     cells: int
     seeds: int
     sd: float
-    unequal: bool = False
+    spread: str = "equal"
     lead: float = 0.0
 
 
@@ -54,8 +57,10 @@ class Rates:
 def simulate(case: Case, runs: int, rng: np.random.Generator, spreads: str = "auto") -> Rates:
     """Error and power rates over ``runs`` simulated sweeps; Monte Carlo error is sqrt(p (1 - p) / runs)."""
     sd = np.full(case.cells, case.sd / 100)
-    if case.unequal:
+    if case.spread == "half 3x":
         sd[case.cells - case.cells // 2 :] *= 3
+    elif case.spread == "one 10x":
+        sd[-1] *= 10
     totals = np.zeros(5)
     for _ in range(runs):
         y = 0.88 + rng.normal(0, 0.005, case.seeds) + rng.normal(size=(case.cells, case.seeds)) * sd[:, None]
@@ -68,18 +73,17 @@ def simulate(case: Case, runs: int, rng: np.random.Generator, spreads: str = "au
 
 
 def null_cases() -> list[Case]:
+    even = [("equal", sd) for sd in (0.0, 0.3, 1.0)]
     return [
-        Case(m, n, sd, unequal)
-        for unequal in (False, True)
-        for sd in (0.0, 0.3, 1.0)
+        Case(m, n, sd, spread)
+        for spread, sd in (*even, ("half 3x", 0.3), ("half 3x", 1.0), ("one 10x", 0.3))
         for m in (2, 10, 30)
         for n in (2, 3, 5)
-        if not (unequal and sd == 0)
     ]
 
 
 def power_cases() -> list[Case]:
-    return [Case(m, n, 0.3, False, lead) for lead in (0.5, 1.0) for m in (2, 10, 30) for n in (2, 3, 5)]
+    return [Case(m, n, 0.3, lead=lead) for lead in (0.5, 1.0) for m in (2, 10, 30) for n in (2, 3, 5)]
 
 
 def main() -> None:
@@ -97,9 +101,8 @@ def main() -> None:
     for case in null_cases():
         r, pooled = simulate(case, runs, rng), simulate(case, runs, rng, "equal")
         kept = min(r.kept, r.kept_last)
-        kind = "half 3x" if case.unequal else "equal"
         print(
-            f"| {kind} | {case.sd} | {case.cells} | {case.seeds} | {100 * r.worse:.1f} | {100 * kept:.1f} "
+            f"| {case.spread} | {case.sd} | {case.cells} | {case.seeds} | {100 * r.worse:.1f} | {100 * kept:.1f} "
             f"| {100 * pooled.worse:.1f} |",
             flush=True,
         )

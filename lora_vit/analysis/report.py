@@ -127,7 +127,7 @@ def inline_svg(data: bytes, name: str) -> str:
 
 def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
     """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again."""
-    title = ", ".join(_base(f) for f in summary.folders)
+    title = ", ".join(_base(f) for f in summary.folders) + (f", where {summary.where}" if summary.where else "")
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="verdict">{escape(summary.verdict)}</p>',
@@ -295,6 +295,12 @@ def methods(summary: Summary) -> list[str]:
         "'Worse' is a claim over all pairs, because the best cell is itself picked by its result: Tukey's studentized "
         "range, 5 % risk that any such claim is false. 'Candidate for best' is Hsu's comparison with the best: the true "
         "best is among best and candidates with 95 %. How often both err, by simulation: docs/statistics.md."
+        + (
+            " With fewer than five seeds, verdicts about a single cell that spreads far more than all others err more "
+            "often."
+            if c.wide and c.repeats < 5
+            else ""
+        )
     )
     unit = " points" if m.accuracy else ""
     text = f"This design finds a true difference of {number(summary, d.detectable, True).lstrip('+')}{unit} from the best with 80 %."

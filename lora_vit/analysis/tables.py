@@ -142,9 +142,11 @@ def cells_table(
     settings: list[str],
     resolution: float = 0.0,
 ) -> pd.DataFrame:
-    """One row per cell, best first (see docs/statistics.md for the columns).
+    """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
-    ``difference`` is cell minus best; ``difference_low``/``_high`` its simultaneous 95 % interval.
+    ``adjusted`` is the mean freed of which seeds are missing; cells are sorted and compared by it. ``difference`` is
+    cell minus best; ``difference_low``/``_high`` its simultaneous 95 % interval. ``vs_probe``/``vs_full``: see
+    :func:`_baseline_columns`. Costs are means over the cell's trials.
     """
     by_cell = done.groupby("cell", sort=True)
     first = by_cell.head(1).set_index("cell").loc[cell_ids]
