@@ -28,6 +28,7 @@ MARK_STYLE = {
 }  # fmt: skip
 MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
 LONG_CURVE = 8  # validated epochs
+LONGEST = 68  # characters of a name
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -89,7 +90,12 @@ def _axis_name(setting: str) -> str:
     return "Learning rate" if setting == "lr" else setting[:1].upper() + setting[1:].replace("_", " ")
 
 
-def _shorten(text: str, most: int = 44) -> str:
+def _width(labels: pd.Series) -> float:
+    """Inches that a picture needs whose labels stand beside it."""
+    return 7.5 + 0.08 * max(0, min(int(labels.str.len().max()), LONGEST) - 44)
+
+
+def _shorten(text: str, most: int = LONGEST) -> str:
     """At most that many characters, and no formula between two dollars."""
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
@@ -109,7 +115,7 @@ def cells(summary: Summary) -> Figure:
     if METHOD in summary.settings and (rest[METHOD] != "lora").any():
         shown = pd.concat([shown, rest[rest[METHOD] != "lora"].head(4)])
         more = f" (best {MOST_ROWS} of {len(frame)}, and baselines)"
-    figure, axes = _axes(7.5, 1.3 + 0.26 * max(len(shown), 3))
+    figure, axes = _axes(_width(shown["label"]), 1.3 + 0.26 * max(len(shown), 3))
     scale, y = _scale(summary), np.arange(len(shown))
     bars = _error_bars(shown, scale)
     for mark, (colour, marker) in MARK_STYLE.items():
@@ -325,7 +331,7 @@ def learning_curves(summary: Summary) -> Figure | None:
     axes.set_ylabel(_title(summary))
     seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
     axes.set_title(f"Learning curves: {seeds}{more}")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=1 if shown["label"].str.len().max() > 44 else 2, fontsize=8)
     return figure
 
 
@@ -355,7 +361,7 @@ def pareto(summary: Summary, cost: str, title: str, front: str) -> Figure | None
     if frame[cost].nunique() < 2:
         return None
     scale = _scale(summary)
-    figure, axes = _axes(7.5, 4.6)
+    figure, axes = _axes(_width(frame.loc[frame[front], "label"]), 4.6)
     if frame[cost].max() > 8 * max(frame[cost].min(), 1e-9) and frame[cost].min() > 0:
         axes.set_xscale("log")
     chosen = frame[frame[front]].sort_values(cost)
@@ -370,8 +376,9 @@ def pareto(summary: Summary, cost: str, title: str, front: str) -> Figure | None
     keys = [str(k) for k in range(1, len(chosen) + 1)]
     for (x, y), same in chosen.assign(key=keys).groupby([cost, "mean"], sort=False):
         text = ", ".join(same["key"])
-        axes.annotate(text, (x, scale * y), xytext=(0, 7), textcoords="offset points", ha="center", color=COLOURS[0])
-    named = "\n".join(f"{k}  {_shorten(t, 40)}" for k, t in list(zip(keys, chosen["label"], strict=True))[:12])
+        side = "right" if "," in text else "center"  # several would run into the names
+        axes.annotate(text, (x, scale * y), xytext=(0, 7), textcoords="offset points", ha=side, color=COLOURS[0])
+    named = "\n".join(f"{k}  {_shorten(t)}" for k, t in list(zip(keys, chosen["label"], strict=True))[:12])
     more = f"\n… {len(chosen) - 12} more" if len(chosen) > 12 else ""
     axes.annotate(named + more, (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8, annotation_clip=False)
     if axes.get_xscale() == "linear":

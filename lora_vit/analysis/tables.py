@@ -16,6 +16,7 @@ LR, METHOD, SCALING = "optimizer.lr", "lora.method", "lora.effective_scaling"
 SECTIONS = ("model", "data", "optimizer", "lora", "trainer")
 FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.test", SCALING)
 BASELINES = {"none": "linear probe", "full": "full fine-tuning"}
+MOST_RAN = 0.75  # of the settings at the commonest learning rate, for a rate to count as shared
 CELL_COSTS = ("trainable_parameters", *(c for c in COSTS if c != "pack_size"))
 
 
@@ -234,8 +235,8 @@ def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> 
 
     Columns: ``setting``, ``best_lr`` (highest mean), ``best_mean``, ``best_low``, ``best_high``, ``best_n``,
     ``rates`` tried, ``edge`` (the best is the lowest or highest tried), ``shared_lr``, ``shared_mean``,
-    ``shared_low``, ``shared_high``, ``shared_n``. The shared rate is the one that most settings ran at; among
-    those the one with the best average.
+    ``shared_low``, ``shared_high``, ``shared_n``. The shared rate is, of those that most settings ran at (a few may
+    be missing), the one with the best average over the settings that ran at all of them.
     """
     if LR not in settings or cells[LR].nunique() < 2:
         return pd.DataFrame()
@@ -243,8 +244,13 @@ def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> 
     short = names(settings)
     keys = cells[others].astype(object).where(cells[others].notna(), "–").apply(tuple, axis=1) if others else None
     groups = cells.assign(_k=keys if keys is not None else "all", _s=metric.sign * cells["mean"])
-    per_rate = groups.groupby(LR).agg(settings=("_k", "nunique"), score=("_s", "mean"))
-    shared = per_rate.sort_values(["settings", "score"], ascending=False).index[0]
+    scores = groups.assign(_c=pd.factorize(groups["_k"])[0]).pivot_table(
+        index="_c", columns=LR, values="_s", aggfunc="mean"
+    )
+    tried = scores.notna().sum()
+    common = scores[tried.index[tried >= MOST_RAN * tried.max()]]
+    everywhere = common.dropna()
+    shared = (everywhere if len(everywhere) else common).mean().idxmax()
     rows = []
     for key, group in groups.groupby("_k", sort=False):
         best = group.iloc[int(group["_s"].to_numpy().argmax())]

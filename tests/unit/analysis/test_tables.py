@@ -273,3 +273,13 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(by_rate):
     assert "python -m lora_vit.train -m sweep=quickstart &#x27;sweep.name=a b&#x27;\ncommand" in html
     (place / "hydra.yaml").write_text("hydra: [")
     assert "lora_vit.train" not in report.html_report(summarize(by_rate), {}, "command")
+
+
+def test_one_missing_setting_does_not_move_the_shared_rate(tmp_path):
+    cells = [{"lora__rank": rank, "optimizer__lr": lr} for rank in (1, 2, 4, 8, 16) for lr in (1e-4, 1e-3)]
+    y = np.array([[0.7, 0.71], [0.9, 0.91]] * 5)
+    y[-1] = np.nan  # rank 16 failed at the better rate
+    make_sweep(tmp_path, cells, y)
+    rates = summarize(tmp_path).learning_rates
+    assert (rates["shared_lr"] == 1e-3).all()
+    assert rates["shared_mean"].notna().sum() == 4
