@@ -260,22 +260,56 @@ LEGEND = (
 )
 
 
+LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
+"""Columns of the cells table that a narrow terminal does without, the first first."""
+
+
+def _narrowest(column: pd.Series) -> int:
+    """Characters that a column needs so that no number and no word is broken."""
+    text = [str(v) for v in column]
+    words = [w for t in [str(column.name), *([] if _numeric(column) else text)] for w in t.split()]
+    return max(map(len, [*words, *(text if _numeric(column) else [])]), default=1)
+
+
+def _widths(table: pd.DataFrame, width: int) -> list[int] | None:
+    """Characters of each column, two blanks between them, so that headers and text wrap; None where that is no use."""
+    least = [_narrowest(table[c]) for c in table.columns]
+    whole = [max(len(str(c)), *(len(str(v)) for v in table[c])) for c in table.columns]
+    room = width - sum(least) - 2 * (len(least) - 1)
+    if room < 0:
+        return None
+    widths = []
+    for low, high in zip(least, whole, strict=True):
+        widths.append(low + min(high - low, room))
+        room -= widths[-1] - low
+    return widths
+
+
 def terminal(summary: Summary, console: Any, top: int) -> None:
-    """Print verdict, warnings and tables; at most ``top`` rows each."""
+    """Print the tables; at most ``top`` rows each."""
     from rich.markup import escape
     from rich.table import Table
 
     def show(table: pd.DataFrame, title: str) -> None:
         if table.empty:
             return
+        rows, columns, table = len(table), table.columns, table.head(top)
+        widths = _widths(table, console.width)
+        for c in LEAST_NEEDED:
+            if widths is None:
+                table = table.drop(columns=c, errors="ignore")
+                widths = _widths(table, console.width)
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for c in table.columns:
-            grid.add_column(escape(str(c)), justify="right" if _numeric(table[c]) else "left", overflow="fold")
-        for row in table.head(top).itertuples(index=False):
+        for k, c in enumerate(table.columns):
+            side: Any = "right" if _numeric(table[c]) else "left"
+            grid.add_column(escape(str(c)), justify=side, overflow="fold", width=widths[k] if widths else None)
+        for row in table.itertuples(index=False):
             grid.add_row(*(escape(str(v)) for v in row))
         console.print(grid)
-        if len(table) > top:
-            console.print(f"... {len(table) - top} more rows (see the files)")
+        if rows > top:
+            console.print(f"... {rows - top} more rows (see the files)")
+        if left_out := [c for c in columns if c not in table]:
+            console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
         console.print()
 
     show(readable(summary, wide=False), f"{len(summary.cells)} cell{'s' * (len(summary.cells) > 1)}, best first")

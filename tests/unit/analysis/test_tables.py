@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_records import make_sweep, make_trial
+from made_up_records import grid, make_sweep, make_trial
+from rich.console import Console
 
 from lora_vit.analysis import export, report, tables
 from lora_vit.analysis.checks import number
@@ -283,3 +285,18 @@ def test_one_missing_setting_does_not_move_the_shared_rate(tmp_path):
     rates = summarize(tmp_path).learning_rates
     assert (rates["shared_lr"] == 1e-3).all()
     assert rates["shared_mean"].notna().sum() == 4
+
+
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_the_terminal_breaks_no_word_and_names_what_it_has_no_room_for(tmp_path, width):
+    cells, y = grid(np.random.default_rng(0), (1, 16), (0.0, 0.1), (1e-3, 1e-2), 3)
+    summary = summarize(make_sweep(tmp_path, cells, y))
+    console = Console(width=width, file=io.StringIO())
+    export.terminal(summary, console, 30)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    table = lines[: lines.index("")]
+    marks = [word for line in table for word in line.split() if word in ("best", "candidate", "open", "worse")]
+    assert len([m for m in marks if m != "best"]) == len(summary.cells) - 1
+    assert all("LoRA" in line or "fine-tuning" in line or "probe" in line for line in table if "worse" in line)
+    assert any("too narrow for" in line for line in table) == (width < 160)
