@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,14 +18,20 @@ from torchvision.models import VisionTransformer
 from lora_vit import randomness
 from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.data.dataset import IN_PACKAGES, ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import check_weights, load_trunk_weights, state_sha256
+from lora_vit.models.weights import (
+    check_weights,
+    is_published,
+    load_trunk_weights,
+    read_state_dict,
+    state_sha256,
+)
 from lora_vit.training.pack import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -209,6 +216,25 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
         environment=environment(device, precision, process.world_size),
         base_weights=dict(factory.base),
     )
+
+
+def prepare(configs: Sequence[TrialConfig]) -> None:
+    """Fetch and decode, with progress, what trials will need, and check that their weights are there.
+
+    Raises:
+        ConfigError, DataError: what the first trial that cannot run lacks.
+    """
+    ready: list[object] = []
+    for config in configs:
+        name, weights = config.model.name, config.model.weights
+        if weights is not None and (name, weights) not in ready:
+            ready.append((name, weights))
+            check_weights(name, weights)
+            if is_published(name, weights):
+                read_state_dict(name, weights)
+        if config.data.name not in IN_PACKAGES and config.data not in ready:
+            ready.append(config.data)
+            load_data(config.data)
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:

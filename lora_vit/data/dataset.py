@@ -18,6 +18,9 @@ _MODULES = {
     "fake": "digits",
 }
 
+IN_PACKAGES = ("digits", "fake")
+"""Data sets that need no download and no decoding."""
+
 
 class DataError(ValueError):
     """A data set that cannot be used; the message says in one line what is wrong, where and what to do."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import ConfigError
+from lora_vit.config import ConfigError, SweepConfig, TrialConfig
 from lora_vit.records import RECORD, RecordError, TrialRecord, read_record, write_json
 from lora_vit.sweep.plan import Job
 
@@ -44,6 +44,26 @@ def state_of(folder: Path) -> State:
     except RecordError as error:
         return State("unreadable", problem=str(error))
     return State(record.shown_status(), record)
+
+
+def is_closed(config: TrialConfig, state: State, options: SweepConfig, launched: float) -> bool:
+    """Whether there is nothing (more) to do for a trial.
+
+    Args:
+        config: of the trial.
+        state: what its folder says.
+        options: of the sweep.
+        launched: when the command began (seconds since 1970): what ended before may be trained again if asked for.
+    """
+    if state.status == "unreadable":
+        return True
+    record = state.record
+    if record is None or state.status not in ("completed", "failed"):
+        return False
+    earlier = (record.finished or record.heartbeat) < launched
+    if earlier and config.trainer.resume == "restart":
+        return False
+    return state.status == "completed" or not (options.retry_failed and earlier)
 
 
 class Ledger:

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from lora_vit.data.dataset import DataError, ImageData, load_data
 from lora_vit.distributed import Process
 from lora_vit.run import data_card, one_line, write_hydra_files
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.ledger import Ledger, State, state_of
+from lora_vit.sweep.ledger import Ledger, State, is_closed, state_of
 from lora_vit.sweep.measure import choose_pack_size
 from lora_vit.sweep.plan import Group, Job, digest, make_groups, setup_key
 from lora_vit.training.checkpoint import CHECKPOINT
@@ -135,7 +136,12 @@ class Worker:
                 for group in self.groups:
                     while not self.stop.signum:
                         pending = self.pending(group)
-                        jobs = self.claim(group, pending) if pending else []
+                        try:
+                            jobs = self.claim(group, pending) if pending else []
+                        except (ConfigError, DataError) as error:  # nothing of the group can be built
+                            for job in pending:
+                                self.refuse(job, error)
+                            break
                         if not jobs:
                             open_elsewhere |= bool(pending)
                             break
@@ -167,23 +173,14 @@ class Worker:
             state = state_of(self.folder / job.trial_id)
             if self.is_closed(job, state):
                 self._closed.add(job.trial_id)
-                accuracy = state.record.metrics.get("val_accuracy") if state.record else None
-                self.emit("closed", id=job.trial_id, status=state.status, val_accuracy=accuracy)
+                self.emit("closed", id=job.trial_id, state=state)
             else:
                 pending.append(job)
         return pending
 
     def is_closed(self, job: Job, state: State) -> bool:
-        """Whether there is nothing (more) to do for a trial."""
-        if job.trial_id in self.refused or state.status == "unreadable":
-            return True
-        record = state.record
-        if record is None or state.status not in ("completed", "failed"):
-            return False
-        earlier = (record.finished or record.heartbeat) < self.launched
-        if earlier and job.config.trainer.resume == "restart":
-            return False
-        return state.status == "completed" or not (self.options.retry_failed and earlier)
+        """Whether there is nothing (more) to do for a trial, or nothing that can be done."""
+        return job.trial_id in self.refused or is_closed(job.config, state, self.options, self.launched)
 
     def claim(self, group: Group, pending: list[Job]) -> list[Job]:
         """Claim the pending trials of the next pack.
@@ -235,15 +232,20 @@ class Worker:
         if known is None:
             if not self.claims.take(f"size-{kind}"):
                 return None
-            self.emit("say", text=f"measuring the pack size for {group.title}")
-            configs, setup = [job.config for job in pending], self.setup_for(pending[0])
-            size, measured = choose_pack_size(configs, setup, self.workers)
-            known = {"size": size, "group": group.title, **measured}
-            self.ledger.keep_pack_size(kind, known)
-            self.claims.release(f"size-{kind}")
-            times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
-            self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
+            try:
+                known = self.ledger.pack_size(kind) or self.measure(group, pending)  # perhaps just now by another
+                self.ledger.keep_pack_size(kind, known)
+            finally:
+                self.claims.release(f"size-{kind}")
         return int(known["size"])
+
+    def measure(self, group: Group, pending: list[Job]) -> dict[str, Any]:
+        """Measure the group's pack size now: ``size`` and the figures behind it."""
+        self.emit("say", text=f"measuring the pack size for {group.title}")
+        size, measured = choose_pack_size([job.config for job in pending], self.setup_for(pending[0]), self.workers)
+        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
+        self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
+        return {"size": size, "group": group.title, **measured}
 
     def size_key(self, group: Group) -> str:
         """What a measured pack size holds for: the group on this kind of machine, with as many workers."""
@@ -369,6 +371,7 @@ class Worker:
     def refuse(self, job: Job, error: Exception) -> None:
         """Leave a trial's folder as it is, and say why."""
         self.refused[job.trial_id] = str(error)
+        self._closed.add(job.trial_id)
         self.claims.release(job.trial_id)
         self.emit("left", id=job.trial_id, status="refused", val_accuracy=None, message=str(error))
         if self.options.on_failure == "stop":

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lora_vit.sweep.ledger import State
 from lora_vit.sweep.plan import Job
 
 PLAIN_EVERY = 10.0
@@ -96,6 +97,8 @@ class View:
 
     def _on_left(self, id: str, status: str, val_accuracy: float | None, message: str) -> None:
         row = self.rows[id]
+        if row.status == status == "refused":
+            return  # by another worker too
         row.status, row.message = status, message
         row.val_accuracy = val_accuracy if val_accuracy is not None else row.val_accuracy
         if status != "completed":
@@ -103,13 +106,14 @@ class View:
         if self.live is None:
             self.console.print(self._trial_line(row), markup=False)
 
-    def _on_closed(self, id: str, status: str, val_accuracy: float | None) -> None:
-        row = self.rows[id]
-        if row.status in ("waiting", "running") or row.status != status:
-            self.done = min(self.done + row.job.config.trainer.epochs - row.epoch, float(self.total))
-            row.status, row.val_accuracy = status, val_accuracy
-        if status == "completed":
-            row.epoch = row.job.config.trainer.epochs
+    def _on_closed(self, id: str, state: State) -> None:
+        row, record = self.rows[id], state.record
+        if row.status != state.status:  # finished earlier, or by another command
+            epochs = row.job.config.trainer.epochs
+            self.done = min(self.done + epochs - row.epoch, float(self.total))
+            row.status, row.message = state.status, state.problem
+            row.epoch = int(record.metrics.get("epoch") or 0) if record is not None else 0
+            row.val_accuracy = record.metrics.get("val_accuracy") if record is not None else None
 
     def _on_say(self, text: str) -> None:
         self.console.print(text, markup=False)

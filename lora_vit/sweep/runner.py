@@ -11,9 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lora_vit.build import prepare
 from lora_vit.config import SweepConfig
 from lora_vit.sweep.dryrun import print_plan
-from lora_vit.sweep.ledger import Ledger, State, state_of
+from lora_vit.sweep.ledger import Ledger, State, is_closed, state_of
 from lora_vit.sweep.plan import Job, without_duplicates
 from lora_vit.sweep.progress import View, make_console, print_table
 from lora_vit.sweep.workers import number_of_workers, run_workers
@@ -53,32 +54,39 @@ def run_sweep(
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
     ledger.read()  # refuses a folder of another version before anything is written
-    workers = number_of_workers(jobs, options)
     states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
+    todo = [job for job in jobs if not is_closed(job.config, states[job.trial_id], options, launched)]
+    workers = number_of_workers(todo or jobs, options)
+    prepare([job.config for job in todo])
     if options.dry_run:
         print_plan(jobs, states, folder, options)
         return None
     ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
-    counts = count(states)
-    finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
+    finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
-    train_open(jobs, folder, options, launched, workers)
-    return finish(jobs, folder, options)
-
-
-def train_open(jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float, workers: int) -> None:
-    """Train what is not finished, here or in worker processes."""
     view = View(jobs)
+    for job in jobs:
+        if job not in todo:
+            view.emit("closed", id=job.trial_id, state=states[job.trial_id])
+    if todo:
+        train_open(todo, folder, options, launched, view, workers)
+    view.close()
+    view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
+    return finish(jobs, folder, options, {row.job.trial_id: row.message for row in view.rows.values()})
+
+
+def train_open(
+    jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float, view: View, workers: int
+) -> None:
+    """Train what is not finished, here or in worker processes."""
     try:
         with StopRequest() as stop:
-            try:
-                run_workers(jobs, folder, options, launched, view, stop, workers)
-            except Interrupted:
-                if not view.stop_asked:
-                    raise
+            run_workers(jobs, folder, options, launched, view, stop, workers)
+    except Interrupted:
+        if not view.stop_asked:
+            raise
     finally:
         view.close()
-    view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
 
 
 def count(states: dict[str, State]) -> dict[str, int]:
@@ -89,8 +97,10 @@ def count(states: dict[str, State]) -> dict[str, int]:
     return counts
 
 
-def finish(jobs: Sequence[Job], folder: Path, options: SweepConfig) -> dict[str, float | Exception]:
-    """Print the tables and give Hydra its values."""
+def finish(
+    jobs: Sequence[Job], folder: Path, options: SweepConfig, messages: dict[str, str]
+) -> dict[str, float | Exception]:
+    """Print the tables and give Hydra its values; ``messages`` say why trials left, where no record does."""
     states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
     outcomes: dict[str, float | Exception] = {}
     failed = []
@@ -103,8 +113,9 @@ def finish(jobs: Sequence[Job], folder: Path, options: SweepConfig) -> dict[str,
     console = make_console()
     print_cells(console, jobs, states)
     if failed:
-        print_failures(console, failed)
-        again = "" if options.retry_failed else "; sweep.retry_failed=true tries the failed ones again"
+        print_failures(console, failed, messages)
+        retry = not options.retry_failed and any(state.status == "failed" for _, state in failed)
+        again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
     where = shown(folder)
@@ -148,14 +159,14 @@ def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State])
         console.print(f"... {len(rows) - SHOWN} more cells")
 
 
-def print_failures(console: Console, failed: Sequence[tuple[Job, State]]) -> None:
+def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messages: dict[str, str]) -> None:
     """Which trials did not complete, and why."""
     lines = []
     for job, state in failed:
-        why = state.problem
+        why = state.problem or messages[job.trial_id]
         if state.record is not None and state.record.error:
             why = str(state.record.error.get("message") or "")
-        lines.append((job.trial_id, job.label, state.status, why))
+        lines.append((job.trial_id, job.label, "not started" if state.status == "new" else state.status, why))
     print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines[:SHOWN])
     if len(lines) > SHOWN:
         console.print(f"... {len(lines) - SHOWN} more")

@@ -308,12 +308,15 @@ def test_two_workers_give_the_same_bits_again(tmp_path):
 
 
 def test_a_killed_command_takes_its_workers_along(tmp_path):
-    line = command("-m", "seed=0,1,2,3", "trainer.epochs=400", "sweep.name=s", "sweep.workers=2")
+    line = command("-m", "seed=0,1,2,3", "trainer.epochs=400", "sweep.name=s", "sweep.workers=2", "sweep.pack_size=2")
     sweep = tmp_path / "outputs/sweeps/s"
     process = start(line, tmp_path)
     wait_for_rows(process, sweep, 40)
-    owners = {json.loads(p.read_text())["pid"] for p in (sweep / ".claims").iterdir()}
-    assert len(owners) == 2
+    owners: set[int] = set()
+    until = time.monotonic() + 60
+    while len(owners) < 2:
+        assert time.monotonic() < until
+        owners = {json.loads(p.read_text())["pid"] for p in (sweep / ".claims").glob("*.1")}
     process.kill()
     process.wait()
     until = time.monotonic() + 30

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_command
+from safetensors.torch import save_file
 
 from lora_vit.records import read_record
 
@@ -26,6 +28,8 @@ CASES = [
     (["lora.rnk=1,2"], ["lora.rnk", "did you mean 'lora.rank'"]),
     (["lora.rank=1,two"], ["1 of 2 trials", "two"]),
     (["hydra.sweep.dir=/proc/sweep"], ["/proc/sweep cannot be written", "another sweep.name or hydra.sweep.dir"]),
+    (["seed=0,1", "data=imagefolder", "data.root=nowhere"], ["nowhere", "not a folder"]),
+    (["seed=0,1", "model.weights=missing.pth"], ["missing.pth", "check the path"]),
     (["hydra/launcher=pakced"], ["pakced", "packed"]),
     (["seed=0,1", "hydra/launcher=basic", "sweep.dry_run=true"], ["sweep.dry_run=true has no effect", "packed"]),
 ]
@@ -40,6 +44,21 @@ def test_one_clear_message_and_nothing_written(overrides, words, tmp_path):
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_weights_that_do_not_fit_are_told_for_each_trial(workers, tmp_path):
+    """What only loading shows; nothing is written for these trials, and the others are trained."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", f"sweep.workers={workers}")
+    done = run_command(*arguments, cwd=tmp_path, code=1)
+    assert "error: 2 of 4 trials did not complete" in done.stderr
+    why = [line for line in done.stdout.splitlines() if "does not fit vit_tiny" in line]
+    assert len(why) == 4, "a line each when it was refused, and one in the table at the end"
+    assert "Traceback" not in done.stdout + done.stderr
+    records = [read_record(p.parent) for p in (tmp_path / "outputs/sweeps/s").glob("*/record.json")]
+    assert [(r.status, r.config["model"]["weights"]) for r in records] == [("completed", None)] * 2
 
 
 @pytest.fixture(scope="module")
