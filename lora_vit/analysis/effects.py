@@ -4,8 +4,9 @@
 effect per level, as the difference from its first level; a numeric one of more than ``MOST_LEVELS`` has a slope
 (rank, alpha, scaling and lr per doubling, others per unit). Intervals are t intervals at 95 %, each for itself.
 
-Error: the larger of the residual mean square between repeats (within cells) and that of the cells around the
-model (lack of fit), so that interactions widen the intervals instead of hiding.
+Error: the residual mean square between repeats, with cells and seeds taken out. The intervals are thus about the
+levels that were tried: where settings interact, a main effect is its average over the levels of the others, and the
+test of lack of fit says so in ``notes``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
             rows.append([name, level, against, effect, effect - half, effect + half, p, trials])
     if lack_p < 0.05:
         notes.append(
-            f"the settings interact (lack of fit, p = {lack_p:.2g}): a main effect is an average over the others"
+            f"the settings do not simply add up (lack of fit, p = {lack_p:.2g}): a main effect is an average over the "
+            "levels of the others, not what each of them shows"
         )
     return Effects(pd.DataFrame(rows, columns=COLUMNS), notes, lack_p)
 
@@ -127,17 +129,19 @@ def _pure_error(frame: pd.DataFrame, y: np.ndarray) -> tuple[float, int]:
 
 
 def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> tuple[float, int, float]:
-    """Error mean square, its degrees of freedom, and the p-value of lack of fit (see the module's text)."""
+    """Error mean square, its degrees of freedom, and the p-value of lack of fit (NaN: cannot be tested).
+
+    Without repeats that could tell (``pure_df`` below 1) the error is that around the model.
+    """
     from scipy import stats
 
     fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
     all_ss, all_df = float(((y - design @ fit) ** 2).sum()), len(y) - int(rank)
     if pure_df < 1:
         return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
-    lack_df = all_df - pure_df
-    pure = pure_ss / pure_df
+    pure, lack_df = pure_ss / pure_df, all_df - pure_df
     if lack_df < 1:
         return pure, pure_df, math.nan
     lack = max(all_ss - pure_ss, 0.0) / lack_df
     p = float(stats.f.sf(lack / pure, lack_df, pure_df)) if pure > 0 else (0.0 if lack > 0 else 1.0)
-    return (lack, lack_df, p) if lack > pure else (pure, pure_df, p)
+    return pure, pure_df, p

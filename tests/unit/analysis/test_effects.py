@@ -39,25 +39,41 @@ def test_effects_and_intervals_of_a_balanced_design() -> None:
     by_dropout = frame.groupby("dropout")["y"].mean()
     row = table.loc[("dropout", 0.1)]
     assert row["effect"] == pytest.approx(by_dropout[0.1] - by_dropout[0.0])
-    # error: the larger of pure error (10 df) and lack of fit (2 df), by textbook sums of squares
+    # error: between repeats, cells and seeds taken out, by textbook sums of squares
     cells = frame.pivot(index="cell", columns="seed", values="y").to_numpy()
     centred = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
-    pure = (centred**2).sum() / 10
-    grid = cells.mean(1).reshape(3, 2)
-    interaction = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
-    lack = 3 * (interaction**2).sum() / 2
-    error, df = (lack, 2) if lack > pure else (pure, 10)
+    error, df = (centred**2).sum() / 10, 10
     half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * 2 / 9)
     assert row["high"] - row["effect"] == pytest.approx(half)
     assert row["p"] == pytest.approx(2 * scipy_stats.t.sf(abs(row["effect"]) / np.sqrt(error * 2 / 9), df))
 
 
-def test_an_interaction_widens_the_intervals_and_is_told() -> None:
+def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
     flat, bent = (main_effects(factorial(interaction=x), ["rank", "dropout"], "y") for x in (0.0, 3.0))
-    width = [(e.table["high"] - e.table["low"]).mean() for e in (flat, bent)]
-    assert width[1] > 5 * width[0]
-    assert any("interact" in n for n in bent.notes)
-    assert not any("interact" in n for n in flat.notes)
+    a, b = (e.table.set_index(["setting", "level"]).loc[("rank", 8)] for e in (flat, bent))
+    assert b["effect"] - a["effect"] == pytest.approx(3.0 / 2)  # at one of two dropouts
+    assert b["high"] - b["low"] == pytest.approx(a["high"] - a["low"])
+    assert any("do not simply add up" in n for n in bent.notes)
+    assert not any("do not simply add up" in n for n in flat.notes)
+    # lack of fit, by textbook sums of squares
+    cells = factorial(interaction=3.0).pivot(index="cell", columns="seed", values="y").to_numpy()
+    centred = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
+    grid = cells.mean(1).reshape(3, 2)
+    left = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
+    lack = 3 * (left**2).sum() / 2
+    assert bent.lack_of_fit_p == pytest.approx(scipy_stats.f.sf(lack / ((centred**2).sum() / 10), 2, 10))
+
+
+def test_intervals_hold_with_the_probability_they_claim() -> None:
+    """With an interaction: the average effect is inside in 95 % (400 sweeps: within 3.3 points, three errors)."""
+    inside = []
+    for k in range(400):
+        rng = np.random.default_rng(k)
+        frame = factorial(sd=0.0, interaction=0.5)
+        frame["y"] += rng.normal(0, 0.3, len(frame))
+        row = main_effects(frame, ["rank", "dropout"], "y").table.set_index(["setting", "level"]).loc[("rank", 8)]
+        inside.append(row["low"] <= 2 + 0.25 <= row["high"])
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.033)
 
 
 def test_a_setting_that_goes_along_with_another_is_named_not_guessed() -> None:
