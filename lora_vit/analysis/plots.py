@@ -153,6 +153,11 @@ def _limit(axes: Axes, summary: Summary, shown: pd.DataFrame, bars: np.ndarray) 
     spread = max(float(np.ptp(mean)), 1e-9)
     typical = min(float(np.median(reach[reach > 0])), 1.5 * spread)
     low, high = float(mean.min()) - 1.3 * typical, float(mean.max()) + 1.3 * typical
+    below, above = np.nan_to_num(bars)
+    whole = float((mean - below).min()), float((mean + above).max())
+    if whole[1] - whole[0] < 1.5 * (high - low):  # nothing is squeezed
+        margin = 0.03 * (whole[1] - whole[0])
+        low, high = whole[0] - margin, whole[1] + margin
     if summary.metric.accuracy:
         high = min(high, 100 + 0.03 * (high - low))
     if low < high:
