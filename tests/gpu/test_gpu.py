@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import largest_difference, train_together, trial_config
+from helpers import largest_difference, run_command, train_together, trial_config
 
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
+from lora_vit.records import read_record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -53,3 +54,13 @@ def test_compiled_step_equals_eager(tmp_path):
         [trial_config("trainer.accelerator=gpu", "trainer.compile=true", *TRIALS[0])], tmp_path / "compiled"
     )[0]
     assert largest_difference(compiled, eager) < 1e-7  # fp64; fused kernels round differently
+
+
+def test_a_sweep_measures_its_packs_on_the_gpu(tmp_path):
+    arguments = ("-m", "lora=default,full", "lora.rank=1,2", "seed=0,1", "trainer.accelerator=gpu", "sweep.name=s")
+    out = run_command(*arguments, cwd=tmp_path).stdout
+    assert "6 of 6 trials ended" in out
+    assert "packs of" in out
+    records = [read_record(p.parent) for p in (tmp_path / "outputs/sweeps/s").glob("*/record.json")]
+    assert {r.environment["device"] for r in records} == {torch.cuda.get_device_name()}
+    assert all(r.cost["peak_memory_bytes"] > 0 for r in records)
