@@ -170,10 +170,13 @@ def _sameness(done: pd.DataFrame) -> list[str]:
     short = done[done["epoch"] < pd.to_numeric(done["trainer.epochs"])]
     if len(short):
         out.append(f"{len(short)} completed trials have fewer epochs than their config asks for.")
-    if done["environment.device"].nunique() > 1 or done["pack_size"].nunique() > 1:
+    if (devices := done["environment.device"].nunique()) > 1:
+        out.append(f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare.")
+    elif done["pack_size"].nunique() > 1:
+        sizes = ", ".join(value_text(size) for size in sorted(done["pack_size"].dropna().unique()))
         out.append(
-            "The trials ran on different devices or in packs of different size: seconds, images/s and memory "
-            "do not compare."
+            f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, and "
+            "memory is the whole pack's."
         )
     return out
 

@@ -151,7 +151,8 @@ def edited(path, **changes):
         ({"environment__precision": "bf16"}, "different precisions"),
         ({"environment__dirty": True}, "uncommitted changes"),
         ({"data__train": 50}, "numbers of training images"),
-        ({"cost__pack_size": 1}, "seconds, images/s and memory do not compare"),
+        ({"cost__pack_size": 1}, "packs of different size (1, 4)"),
+        ({"environment__device": "H100"}, "2 kinds of device: seconds, images/s and memory do not compare"),
         ({"environment__versions": {"torch": "2.6.0"}}, "different library versions"),
     ],
 )
