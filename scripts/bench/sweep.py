@@ -34,14 +34,17 @@ from lora_vit.sweep.measure import _fresh
 from lora_vit.training.pack import Pack
 
 MODELS = {
-    "vit_tiny 32 px (17 tokens, width 128), batch 20": ["experiment=quickstart"],
-    "64 px, patch 8 (65 tokens, width 384, 6 blocks), batch 16": [
+    "vit_tiny 32 px (17 tokens, width 128), batch 20, fp32": ["experiment=quickstart"],
+    "64 px, patch 8 (65 tokens, width 384, 6 blocks), batch 16, fp32": [
         "model=vit_tiny", "model.weights=null", "model.image_size=64", "model.hidden_dim=384", "model.mlp_dim=1536",
-        "model.num_heads=6", "data=fake", "data.cache_size=64", "data.batch_size=16",
+        "model.num_heads=6", "data=fake", "data.cache_size=64", "data.batch_size=16", "trainer.precision=fp32",
     ],
-    "vit_b_16 224 px, batch 4": [
-        "model.weights=null", "data=fake", "data.cache_size=224", "data.batch_size=4",
-    ],
+    **{
+        f"vit_b_16 224 px, batch 4, {precision}": [
+            "model.weights=null", "data=fake", "data.cache_size=224", "data.batch_size=4",
+            f"trainer.precision={precision}",
+        ] for precision in ("fp32", "bf16")
+    },
 }  # fmt: skip
 
 
