@@ -54,7 +54,7 @@ def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float
         size = 1 if group.alone else min(int(worker.options.pack_size), len(todo))
         seconds, memory = measure(configs[:size], setup)
         return size, seconds, memory
-    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group))
+    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group), len(todo))
     if figures is None:
         size, measured = choose_pack_size(configs, setup, worker.workers)
         figures = {"size": size, **measured}

@@ -124,9 +124,15 @@ class Ledger:
 
         return self.update(change)
 
-    def pack_size(self, key: str) -> dict[str, Any] | None:
-        """The size measured for a group on this kind of machine, and the figures behind it."""
+    def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
+        """The size measured for a group on this kind of machine, and the figures behind it.
+
+        None where it was measured with too few trials to say anything for so many.
+        """
         found: dict[str, Any] | None = self.read()["pack_sizes"].get(key)
+        if found is not None and found["limited_by_trials"]:
+            largest = max(map(int, found["seconds_per_trial_epoch"]))
+            return found if trials < 2 * largest else None
         return found
 
     def keep_pack_size(self, key: str, figures: dict[str, Any]) -> None:

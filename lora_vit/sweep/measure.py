@@ -38,7 +38,11 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int)
     memory: dict[int, int] = {}
     best = size = 1
     misses = 0
-    while size <= min(len(configs), LARGEST) and misses < MOST_MISSES:
+    limited_by_trials = False
+    while size <= LARGEST and misses < MOST_MISSES:
+        if size > len(configs):
+            limited_by_trials = True
+            break
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
@@ -55,6 +59,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int)
                 break
         size *= 2
     return best, {
+        "limited_by_trials": limited_by_trials,
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},
     }

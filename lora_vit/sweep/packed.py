@@ -227,14 +227,19 @@ class Worker:
 
     def measured_size(self, group: Group, pending: list[Job]) -> int | None:
         """The size that was measured for the group on this kind of machine, by now or earlier."""
+        trials = len(self._planned[group.key])
+        if trials == 1:
+            return 1
         kind = self.size_key(group)
-        known = self.ledger.pack_size(kind)
+        known = self.ledger.pack_size(kind, trials)
         if known is None:
             if not self.claims.take(f"size-{kind}"):
                 return None
             try:
-                known = self.ledger.pack_size(kind) or self.measure(group, pending)  # perhaps just now by another
-                self.ledger.keep_pack_size(kind, known)
+                known = self.ledger.pack_size(kind, trials)  # perhaps just now by another
+                if known is None:
+                    known = self.measure(group, pending)
+                    self.ledger.keep_pack_size(kind, known)
             finally:
                 self.claims.release(f"size-{kind}")
         return int(known["size"])

@@ -132,6 +132,7 @@ def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
     setup = build_setup(config, Process())
     size, figures = measure.choose_pack_size([config] * 8, setup, 1)
     assert size == best
+    assert figures["limited_by_trials"] == (best == 4), "packs of eight were not yet too many"
     assert figures["memory_bytes"]["1"] == 1000
 
 

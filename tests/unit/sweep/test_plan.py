@@ -96,9 +96,17 @@ def test_the_plan_file_keeps_earlier_trials(tmp_path):
     plan = ledger.read()
     assert plan["trials"].keys() == {a.trial_id, b.trial_id}
     assert plan["trials"][a.trial_id]["label"] == "seed=0"
-    ledger.keep_pack_size("kind", {"size": 4, "seconds": 1})
-    assert ledger.pack_size("kind") == {"size": 4, "seconds": 1}
-    assert ledger.pack_size("other") is None
+
+
+def test_a_measured_pack_size_holds_for_as_many_trials_as_it_was_measured_with(tmp_path):
+    ledger = Ledger(tmp_path)
+    figures = {"size": 2, "seconds_per_trial_epoch": {"1": 1.0, "2": 0.5}, "limited_by_trials": True}
+    ledger.keep_pack_size("kind", figures)
+    assert ledger.pack_size("other", 2) is None
+    assert ledger.pack_size("kind", 3) == figures
+    assert ledger.pack_size("kind", 4) is None, "packs of four have not been tried"
+    ledger.keep_pack_size("kind", {**figures, "limited_by_trials": False})
+    assert ledger.pack_size("kind", 100) is not None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema"'])
