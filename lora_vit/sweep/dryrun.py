@@ -52,11 +52,11 @@ def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float
     configs = [job.config for job in todo]
     if group.alone or worker.options.pack_size != "auto":
         size = 1 if group.alone else min(int(worker.options.pack_size), len(todo))
-        seconds, memory = measure(configs[:size], setup)
+        seconds, memory = measure(configs[:size], setup, worker.stop)
         return size, seconds, memory
     figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group), len(todo))
     if figures is None:
-        size, measured = choose_pack_size(configs, setup, worker.workers)
+        size, measured = choose_pack_size(configs, setup, worker.workers, worker.stop)
         figures = {"size": size, **measured}
     size = int(figures["size"])
     return size, figures["seconds_per_trial_epoch"][str(size)], figures["memory_bytes"][str(size)]

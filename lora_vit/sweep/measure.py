@@ -16,6 +16,7 @@ import torch
 from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState
+from lora_vit.training.loop import StopRequest
 from lora_vit.training.pack import EVAL_BATCH, Pack, Setup, Trial
 
 LARGEST = 64
@@ -29,10 +30,13 @@ MOST_MISSES, LONG = 2, 5.0
 """Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
 
 
-def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int) -> tuple[int, dict[str, Any]]:
+def choose_pack_size(
+    configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest
+) -> tuple[int, dict[str, Any]]:
     """The fastest size that fits beside the other workers, and the figures behind it.
 
     Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
+    Raises Interrupted when asked to stop.
     """
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
@@ -47,7 +51,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int)
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:
-            seconds[size], memory[size] = measure(configs[:size], setup)
+            seconds[size], memory[size] = measure(configs[:size], setup, stop)
         except (MemoryError, RuntimeError) as error:
             if size == 1 or "memory" not in str(error).lower() + type(error).__name__.lower():
                 raise
@@ -65,20 +69,24 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int)
     }
 
 
-def measure(configs: Sequence[TrialConfig], setup: Setup) -> tuple[float, int]:
-    """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile."""
+def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
+    """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile.
+
+    Raises Interrupted when asked to stop.
+    """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
     pack = Pack([_fresh(c) for c in configs], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:
+        stop.heed()
         return _timed(setup, lambda: pack.step(rates[i], False))
 
     times = [step(0)]  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
         times.append(step(len(times)))
-    evaluation = _evaluation_seconds(pack)
+    evaluation = _evaluation_seconds(pack, stop)
     trainer = configs[0].trainer
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
@@ -99,7 +107,7 @@ def _timed(setup: Setup, action: Callable[[], Any]) -> float:
 
 
 @torch.inference_mode()
-def _evaluation_seconds(pack: Pack) -> float:
+def _evaluation_seconds(pack: Pack, stop: StopRequest) -> float:
     """Seconds that one pass over the val split takes, from its first batches."""
     setup = pack.setup
     batch = max(1, EVAL_BATCH // pack.K)
@@ -109,6 +117,7 @@ def _evaluation_seconds(pack: Pack) -> float:
     for images in (b.images for b in setup.eval_stream("val", batch)):
         if times and len(images) < batch:
             break  # the last batch is smaller
+        stop.heed()
         times.append(_timed(setup, functools.partial(pack.model, images, [0] * pack.K)))
         if len(times) == MOST_STEPS or (len(times) > 1 and sum(times) > MOST_SECONDS):
             break

@@ -247,7 +247,8 @@ class Worker:
     def measure(self, group: Group, pending: list[Job]) -> dict[str, Any]:
         """Measure the group's pack size now: ``size`` and the figures behind it."""
         self.emit("say", text=f"measuring the pack size for {group.title}")
-        size, measured = choose_pack_size([job.config for job in pending], self.setup_for(pending[0]), self.workers)
+        configs, setup = [job.config for job in pending], self.setup_for(pending[0])
+        size, measured = choose_pack_size(configs, setup, self.workers, self.stop)
         times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
         self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
         return {"size": size, "group": group.title, **measured}

@@ -57,6 +57,11 @@ class StopRequest:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
+    def heed(self) -> None:
+        """Raise Interrupted if asked to stop; for long work between steps of training."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +22,7 @@ from lora_vit.sweep import measure, workers
 from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.packed import Worker, out_of_memory
 from lora_vit.sweep.plan import Job
-from lora_vit.training.loop import StopRequest
+from lora_vit.training.loop import Interrupted, StopRequest
 from lora_vit.training.pack import Pack
 
 
@@ -127,10 +128,10 @@ def test_what_is_out_of_memory():
 )
 def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
     """A larger pack must be faster by a margin; on a CPU one trial alone may be the best."""
-    monkeypatch.setattr(measure, "measure", lambda configs, setup: (seconds[len(configs)], 1000))
+    monkeypatch.setattr(measure, "measure", lambda configs, setup, stop: (seconds[len(configs)], 1000))
     config = trial_config()
     setup = build_setup(config, Process())
-    size, figures = measure.choose_pack_size([config] * 8, setup, 1)
+    size, figures = measure.choose_pack_size([config] * 8, setup, 1, StopRequest())
     assert size == best
     assert figures["limited_by_trials"] == (best == 4), "packs of eight were not yet too many"
     assert figures["memory_bytes"]["1"] == 1000
@@ -139,7 +140,7 @@ def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
 def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
     tried: list[int] = []
 
-    def measured(configs, setup):
+    def measured(configs, setup, stop):
         tried.append(len(configs))
         return 1.0 / len(configs), 100 * len(configs)
 
@@ -147,9 +148,9 @@ def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
     monkeypatch.setattr(measure, "attainable_memory", lambda device, workers: 600 // workers)
     config = trial_config()
     setup = build_setup(config, Process())
-    assert measure.choose_pack_size([config] * 64, setup, 1)[0] == 4
+    assert measure.choose_pack_size([config] * 64, setup, 1, StopRequest())[0] == 4
     assert tried == [1, 2, 4]
-    assert measure.choose_pack_size([config] * 64, setup, 2)[0] == 2  # the memory is shared
+    assert measure.choose_pack_size([config] * 64, setup, 2, StopRequest())[0] == 2  # the memory is shared
 
 
 def test_the_processes_on_a_cpu_share_threads_and_memory(monkeypatch):
@@ -175,7 +176,7 @@ def wide_config(batch: int) -> TrialConfig:
 
 def held_by_a_process(batch: int) -> int:
     config = wide_config(batch)
-    return measure.measure([config], build_setup(config, Process()))[1]
+    return measure.measure([config], build_setup(config, Process()), StopRequest())[1]
 
 
 @pytest.mark.slow
@@ -190,9 +191,16 @@ def test_what_a_process_holds_is_about_what_is_measured():
     assert expected / 2 < held[1] - held[0] < 2 * expected
 
 
+def test_measuring_ends_when_asked_to():
+    config, stop = trial_config(), StopRequest()
+    stop.signum = signal.SIGINT
+    with pytest.raises(Interrupted):
+        measure.choose_pack_size([config], build_setup(config, Process()), 1, stop)
+
+
 def test_measured_figures_are_of_this_machine():
     config = trial_config()
-    seconds, held = measure.measure([config, config], build_setup(config, Process()))
+    seconds, held = measure.measure([config, config], build_setup(config, Process()), StopRequest())
     assert 0 < seconds < 60
     assert 10 * 2**20 < held < measure.attainable_memory(torch.device("cpu"))
 
