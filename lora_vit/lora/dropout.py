@@ -10,6 +10,8 @@ pass over int32 costs a tenth of one over int64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,20 @@ def feature_keys(width: int, device: torch.device) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """The int32 below which a uniform int32 lies with probability ``p``."""
-    return round(p * 2**32) - 2**31
+    """The int32 below which a uniform int32 lies with probability ``p``, to 31 bits: always even."""
+    return 2 * round(p * 2**31) - 2**31
+
+
+def _hashed(rows: Tensor, feature_D: Tensor) -> Tensor:
+    """One uniform int32 for each element, [..., D].
+
+    Both inputs are well mixed already, so one multiply-xorshift-multiply round between them is enough for the
+    high bits, which alone decide the comparison. The unmasked arithmetic shift only costs the lost top bit.
+    """
+    x = rows[..., None] ^ feature_D
+    x.mul_(_C1)
+    x.bitwise_xor_(x >> 15)
+    return x.mul_(_C2)
 
 
 def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
@@ -84,12 +98,25 @@ def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
         rows: one key for each row, int32 [...].
         feature_D: from :func:`feature_keys`.
         threshold: of the rows, int32; its shape is a prefix of ``rows``'s, [K] or [K, B, S] or all of it.
-
-    Both inputs are well mixed already, so one multiply-xorshift-multiply round between them is enough for the
-    high bits, which alone decide the comparison. The unmasked arithmetic shift only costs the lost top bit.
     """
-    x = rows[..., None] ^ feature_D
-    x.mul_(_C1)
-    x.bitwise_xor_(x >> 15)
-    x.mul_(_C2)
+    x = _hashed(rows, feature_D)
     return x >= threshold.view(threshold.shape + (1,) * (x.ndim - threshold.ndim))
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def keep_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
+    """Set the dropped elements of several tensors [N, D] to zero, with one mask.
+
+    The decisions of :func:`keep_mask` as all ones or all zeros in the bits of an integer: on a CPU a comparison that
+    gives bools, and a product with bools, each take as long as four passes of integer arithmetic.
+    """
+    bits = _hashed(rows_N, feature_D)
+    # x >= t is (t - 1 - x) < 0; halved, so that it cannot overflow, which loses nothing as t is even
+    bits.bitwise_right_shift_(1)
+    torch.sub((threshold_N[:, None] >> 1) - 1, bits, out=bits)
+    bits.bitwise_right_shift_(31)
+    for x in xs:
+        integer = _INTEGERS[x.element_size()]
+        x.view(integer).bitwise_and_(bits.to(integer))

@@ -17,14 +17,16 @@ take five times as long.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_vit.lora.dropout import keep_mask
+from lora_vit.lora.dropout import keep_, keep_mask
 
 _MASK_PIECE = 1 << 18
 """Elements of a dropout mask that a CPU computes at once: 1 MiB of int32, within the second-level cache."""
@@ -40,28 +42,47 @@ class Prologue:
 
 @dataclass(frozen=True)
 class MaskKey:
-    """What a dropout mask is computed from: rows int32 [K, B, S], features int32 [I], thresholds int32 [K]."""
+    """What a dropout mask is computed from.
+
+    Attributes:
+        rows_KBS: int32 key of each token.
+        feature_I: int32 key of each feature.
+        threshold_K: int32 of each trial.
+        runs: first and last + 1 of neighbouring trials that drop at all; the others' elements are not looked at.
+    """
 
     rows_KBS: Tensor
     feature_I: Tensor
     threshold_K: Tensor
+    runs: tuple[tuple[int, int], ...]
 
     def apply(self, x: Tensor) -> Tensor:
         """``x`` [K*B, S, I] with the dropped elements at zero (not rescaled)."""
         return x * keep_mask(self.rows_KBS, self.feature_I, self.threshold_K).view(x.shape)
 
-    def apply_(self, x: Tensor) -> Tensor:
-        """The same in place; returns ``x``."""
+    def apply_(self, *xs: Tensor) -> None:
+        """The same in place, for tensors that share the mask."""
         K, B, S = self.rows_KBS.shape
-        if x.device.type != "cpu":
-            return x.mul_(keep_mask(self.rows_KBS, self.feature_I, self.threshold_K).view(x.shape))
-        # On a CPU in pieces that stay in its cache, so that the mask never exists whole.
-        rows, thresholds = self.rows_KBS.view(-1), self.threshold_K.repeat_interleave(B * S)
-        x_rows, piece = x.view(K * B * S, -1), max(1, _MASK_PIECE // len(self.feature_I))
-        for start in range(0, len(rows), piece):
-            part = slice(start, start + piece)
-            x_rows[part].mul_(keep_mask(rows[part], self.feature_I, thresholds[part]))
-        return x
+        for first, last in self.runs:
+            rows, thresholds = self.rows_KBS[first:last], self.threshold_K[first:last]
+            parts = [x.view(K, B * S, -1)[first:last].flatten(0, 1) for x in xs]  # views
+            if rows.device.type != "cpu":
+                keep = keep_mask(rows, self.feature_I, thresholds).flatten(0, 2)
+                for part in parts:
+                    part.mul_(keep)
+                continue
+            # On a CPU in pieces that stay in its cache, so that the mask never exists whole.
+            rows_N, threshold_N = rows.flatten(), thresholds.repeat_interleave(B * S)
+            piece = max(1, _MASK_PIECE // len(self.feature_I))
+            for start in range(0, len(rows_N), piece):
+                here = slice(start, start + piece)
+                keep_([part[here] for part in parts], rows_N[here], self.feature_I, threshold_N[here])
+
+
+def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """First and last + 1 of each run of true flags."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *flags, False])) if a != b]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _prologue(z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, prologue: Prologue) -> Tensor:
@@ -97,7 +118,8 @@ class _AdaptedLinear(torch.autograd.Function):
             x = _prologue(z, None, None, prologue)
         y = F.linear(x, weight, bias)
         if mask is not None:
-            x = mask.apply_(x.clone() if x is z else x)
+            x = x.clone() if x is z else x
+            mask.apply_(x)
         h_KNr = _rows(x, K) @ a_KGRI.flatten(1, 2).mT
         del x
         h_KNr.mul_(scale_K.view(K, 1, 1))
@@ -130,20 +152,26 @@ class _AdaptedLinear(torch.autograd.Function):
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
         x = _prologue(z, ln_weight, ln_bias, prologue)
+        needs = ctx.needs_input_grad
+        dx_adapters = None
         if mask is not None:
-            x = mask.apply_(x.clone() if x is z else x)
+            x = x.clone() if x is z else x
+            if any(needs[:3]):
+                dx_adapters = (dh_KNr @ a_KGRI.flatten(1, 2)).view_as(x)
+                mask.apply_(x, dx_adapters)
+            else:
+                mask.apply_(x)
         da_KGRI = (dh_KNr.mT @ _rows(x, K)).view_as(a_KGRI)
         del x
 
-        needs = ctx.needs_input_grad
         dbias = g.sum((0, 1)) if needs[4] else None
         dz = dln_weight = dln_bias = None
         if any(needs[:3]):
             dx = g @ weight
-            if mask is None:
+            if dx_adapters is None:
                 _rows(dx, K).baddbmm_(dh_KNr, a_KGRI.flatten(1, 2))
             else:
-                dx += mask.apply_((dh_KNr @ a_KGRI.flatten(1, 2)).view_as(dx))
+                dx += dx_adapters
             if prologue.kind == "gelu":
                 dz = torch.ops.aten.gelu_backward(dx, z)
             elif prologue.kind == "layer_norm":

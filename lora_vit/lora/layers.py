@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear
+from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
+from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LoRAAdapters(nn.Module):
                 a_KGRI[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
         self.lora_A = nn.Parameter(a_KGRI)
         self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
-        self.any_dropout = any(s.dropout > 0 for s in specs)
+        self._dropping = runs_of([s.dropout > 0 for s in specs])
         scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
         keep_K = torch.tensor([1 - s.dropout for s in specs], dtype=torch.float64)
         self.register_buffer("scale_K", scale_K, persistent=False)
@@ -109,10 +109,10 @@ class LoRAAdapters(nn.Module):
     ) -> Tensor:
         """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O]."""
         mask = None
-        dropping = self.training and self.any_dropout
+        dropping = self.training and bool(self._dropping)
         if dropping:
             rows_KBS = self.state.rows(self._module_key, z.shape[1])
-            mask = MaskKey(rows_KBS, self.feature_I, self.threshold_K)
+            mask = MaskKey(rows_KBS, self.feature_I, self.threshold_K, self._dropping)
         scale_K = (self.train_scale_K if dropping else self.scale_K).to(z.dtype)
         return adapted_linear(
             z,
@@ -176,8 +176,8 @@ class PackedHead(nn.Module):
         x_KBI = x_KBI.to(self.weight.dtype)
         if self.training and self.any_dropout:
             K, B, width = x_KBI.shape
-            key = MaskKey(self.state.rows(self._module_key, 1), self.feature_I, self.threshold_K)
-            x_KBI = key.apply(x_KBI.reshape(K * B, 1, width)).view(K, B, width)
+            rows_KB1 = self.state.rows(self._module_key, 1)
+            x_KBI = x_KBI * keep_mask(rows_KB1, self.feature_I, self.threshold_K).view(K, B, width)
             x_KBI = x_KBI / self.keep_K.to(x_KBI.dtype).view(K, 1, 1)
         return torch.baddbmm(self.bias[:, None, :], x_KBI, self.weight.mT)
 

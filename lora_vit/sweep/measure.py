@@ -36,8 +36,10 @@ def choose_pack_size(
     """The fastest size that fits beside the other workers, and the figures behind it.
 
     Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
+    The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
     Raises Interrupted when asked to stop.
     """
+    configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
     best = size = 1

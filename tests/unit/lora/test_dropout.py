@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
+from lora_vit.lora.dropout import DropoutState, _hashed, feature_keys, keep_, keep_mask, threshold
 from lora_vit.randomness import name_key
 
 B, S, D = 32, 65, 256
@@ -105,3 +105,21 @@ def test_another_process_draws_the_same():
 def test_without_a_key_the_error_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"DropoutState\.set or \.advance"):
         DropoutState([1]).rows(0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_in_place_decides_alike(dtype):
+    """Also at both ends, and where a hash lies on the threshold or next to it."""
+    rows, features = torch.arange(7, dtype=torch.int32) * 12345, feature_keys(300, torch.device("cpu"))
+    limits = torch.tensor([threshold(p) for p in (0.0, 2**-31, 0.1, 0.5, 0.7, 0.999, 1 - 2**-31)], dtype=torch.int32)
+    hashed = _hashed(rows[3:4], features)[0]
+    limits[3] = hashed[10] & -2  # even, as thresholds are
+    kept = keep_mask(rows, features, limits)
+    assert kept[0].all()
+    assert kept[3, 10]
+    assert not kept[6].any()
+    xs = [torch.randn(7, 300).to(dtype) for _ in range(2)]
+    want = [x * kept for x in xs]
+    keep_(xs, rows, features, limits)
+    for x, y in zip(xs, want, strict=True):
+        assert torch.equal(x, y)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, adapted_linear_reference
+from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, adapted_linear_reference, runs_of
 
 K, B, S, I, O, R = 3, 2, 5, 6, 4, 3
 RANKS = (1, 3, 2)
@@ -29,7 +29,8 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
         state = DropoutState([1, 2, 3])
         state.set(torch.tensor([0, 4, 7]), torch.arange(B))
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
-        mask = MaskKey(state.rows(77, S), feature_keys(I, torch.device("cpu")), thresholds)
+        runs = runs_of([p > 0 for p in dropouts])
+        mask = MaskKey(state.rows(77, S), feature_keys(I, torch.device("cpu")), thresholds, runs)
     fixed = {
         "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
         "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),
@@ -58,7 +59,7 @@ def call(function, t, fixed):
 
 @pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
 @pytest.mark.parametrize("slots", [(0,), (0, 1, 2), (0, 2)])
-@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6), (0.3, 0.0, 0.6)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bias):
     tensors, fixed = inputs(kind, slots, dropouts, bias)
@@ -74,7 +75,7 @@ def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bi
 
 
 @pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
-@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6), (0.3, 0.0, 0.6)])
 def test_gradcheck(kind, dropouts):
     tensors, fixed = inputs(kind, (0, 2), dropouts)
     names = list(tensors)

@@ -191,6 +191,21 @@ def test_what_a_process_holds_is_about_what_is_measured():
     assert expected / 2 < held[1] - held[0] < 2 * expected
 
 
+def test_sizes_are_measured_with_trials_of_one_cost(monkeypatch):
+    """A trial without dropout alone must not be compared with a pack that has some."""
+    first: list[tuple[float | None, int | None]] = []
+
+    def measured(configs, setup, stop):
+        first.append((configs[0].lora.dropout, configs[0].lora.rank))
+        return 1.0 / len(configs), 100
+
+    monkeypatch.setattr(measure, "measure", measured)
+    settings = (("lora.dropout=0", "lora.rank=8"), ("lora.dropout=0.1", "lora.rank=2"), ("lora.dropout=0.1",))
+    configs = [trial_config(*s) for s in settings]
+    measure.choose_pack_size(configs, build_setup(configs[0], Process()), 1, StopRequest())
+    assert first == [(0.1, 4), (0.1, 4)]
+
+
 def test_measuring_ends_when_asked_to():
     config, stop = trial_config(), StopRequest()
     stop.signum = signal.SIGINT
