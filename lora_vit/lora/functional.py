@@ -172,6 +172,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 _rows(dx, K).baddbmm_(dh_KNr, a_KGRI.flatten(1, 2))
             else:
                 dx += dx_adapters
+                dx_adapters = None  # before the prologue's gradient takes its place
             if prologue.kind == "gelu":
                 dz = torch.ops.aten.gelu_backward(dx, z)
             elif prologue.kind == "layer_norm":
