@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -27,6 +28,8 @@ LOG = "train.log"
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+"""Errors of a disk that cannot be written, whatever is trained."""
 
 
 class RecordError(ValueError):

@@ -6,7 +6,6 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import re
@@ -23,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import ConfigError, SweepConfig, from_omegaconf, known_keys, nearest, register_schema
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
 
 
@@ -127,6 +125,7 @@ def _end(error: Exception) -> None:
             fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")
         raise error
     from lora_vit.data.dataset import DataError
+    from lora_vit.records import NO_SPACE
     from lora_vit.run import Interrupted, TrialFailed
 
     if isinstance(error, Interrupted):
@@ -136,7 +135,7 @@ def _end(error: Exception) -> None:
         sys.exit(error.exit_code)
     if isinstance(error, (DataError, TrialFailed)):
         fail(str(error))
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         what = error.filename or "the trial's folder"
         fail(f"{what} cannot be written ({error.strerror}): make room, then the same command goes on")
     raise error

@@ -15,46 +15,49 @@ from lora_vit.sweep.measure import choose_pack_size, measure
 from lora_vit.sweep.packed import Worker
 from lora_vit.sweep.plan import Group, Job
 from lora_vit.sweep.progress import make_console, print_table
-from lora_vit.sweep.workers import number_of_workers, threads_each
+from lora_vit.sweep.workers import threads_each
 from lora_vit.training.loop import StopRequest
 
 
-def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, options: SweepConfig) -> None:
-    """Print what ``sweep.dry_run=false`` would train; a few steps of each kind of pack are timed."""
-    workers = number_of_workers(jobs, options)
+def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, options: SweepConfig, workers: int) -> None:
+    """Print what ``sweep.dry_run=false`` would train; a few steps of each kind of pack are timed.
+
+    Args:
+        jobs: the open trials.
+        states: of all trials.
+        folder: of the sweep.
+        options: how it runs.
+        workers: processes side by side.
+    """
     torch.set_num_threads(threads_each(workers))  # as each worker will have
     worker = Worker(jobs, folder, options, time.time(), _ignore, StopRequest(), workers=workers)
     rows, seconds_in_all = [], 0.0
     for group in worker.groups:
-        todo = [job for job in group.jobs if not worker.is_closed(job, states[job.trial_id])]
-        if not todo:
-            continue
-        size, seconds, memory = _expected(worker, group, todo)
-        share = -(-len(todo) // workers)
+        size, seconds, memory = _expected(worker, group)
+        share = -(-len(group.jobs) // workers)
         size = max(1, min(size, share))
-        epochs = sum(_epochs_left(job, states[job.trial_id]) for job in todo)
+        epochs = sum(_epochs_left(job, states[job.trial_id]) for job in group.jobs)
         seconds_in_all += seconds * epochs
-        packs = -(-len(todo) // size)
+        packs = -(-len(group.jobs) // size)
         held = f"{memory / 2**20:,.0f} MB" if memory else "-"
-        rows.append((group.title, str(len(todo)), f"{packs} of up to {size}", held, _duration(seconds * epochs)))
-    closed = len(jobs) - sum(int(row[1]) for row in rows)
+        rows.append((group.title, str(len(group.jobs)), f"{packs} of up to {size}", held, _duration(seconds * epochs)))
     console = make_console()
-    console.print(f"plan of {folder}: {len(jobs)} trials, {closed} of them finished")
+    console.print(f"plan of {folder}: {len(states)} trials, {len(states) - len(jobs)} of them finished")
     header = ("trials that share a backbone", "trials", "packs", "memory of a pack", "time")
     print_table(console, "", header, rows)
     processes = f" in {workers} processes" if workers > 1 else ""
     console.print(f"about {_duration(seconds_in_all / workers)}{processes}, measured on a few steps")
 
 
-def _expected(worker: Worker, group: Group, todo: list[Job]) -> tuple[int, float, int]:
+def _expected(worker: Worker, group: Group) -> tuple[int, float, int]:
     """Pack size, seconds of one epoch of one trial, and bytes of a pack."""
-    setup = worker.setup_for(todo[0])
-    configs = [job.config for job in todo]
+    setup = worker.setup_for(group.jobs[0])
+    configs = [job.config for job in group.jobs]
     if group.alone or worker.options.pack_size != "auto":
-        size = 1 if group.alone else min(int(worker.options.pack_size), len(todo))
+        size = 1 if group.alone else min(int(worker.options.pack_size), len(configs))
         seconds, memory = measure(configs[:size], setup, worker.stop)
         return size, seconds, memory
-    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group), len(todo))
+    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group), len(configs))
     if figures is None:
         size, measured = choose_pack_size(configs, setup, worker.workers, worker.stop)
         figures = {"size": size, **measured}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import shutil
 import time
@@ -18,9 +17,10 @@ from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import ConfigError, SweepConfig
 from lora_vit.data.dataset import DataError, ImageData, load_data
 from lora_vit.distributed import Process
+from lora_vit.records import NO_SPACE
 from lora_vit.run import data_card, one_line, write_hydra_files
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.ledger import Ledger, State, is_closed, state_of
+from lora_vit.sweep.ledger import Ledger, is_closed, state_of
 from lora_vit.sweep.measure import choose_pack_size
 from lora_vit.sweep.plan import Group, Job, digest, make_groups, setup_key
 from lora_vit.training.checkpoint import CHECKPOINT
@@ -28,7 +28,6 @@ from lora_vit.training.loop import Interrupted, StopRequest, train_trials
 from lora_vit.training.pack import Pack, Setup, Trial
 from lora_vit.training.resume import existing_record, locked, open_trial, remove_own_files
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 POLL_EVERY = 0.5
 """Seconds between looks at the trials that other processes have claimed."""
 
@@ -115,8 +114,7 @@ class Worker:
         self.process = Process(local_rank=index)
         self.groups = make_groups(jobs)
         self.ledger = Ledger(folder)
-        self.refused: dict[str, str] = {}  # trials that cannot be opened, and why; their folders are untouched
-        self._closed: set[str] = set()
+        self._closed: set[str] = set()  # finished, or refused
         self._restarted: set[str] = set()
         self._setup: tuple[str, Setup] | None = None
         self._data: tuple[str, ImageData] | None = None
@@ -131,34 +129,37 @@ class Worker:
             waited = False
             self._planned = {group.key: self.plan(group) for group in self.groups}
             while not self.stop.signum:
-                open_elsewhere = False
-                worked = False
-                for group in self.groups:
-                    while not self.stop.signum:
-                        pending = self.pending(group)
-                        try:
-                            jobs = self.claim(group, pending) if pending else []
-                        except (ConfigError, DataError) as error:  # nothing of the group can be built
-                            for job in pending:
-                                self.refuse(job, error)
-                            break
-                        if not jobs:
-                            open_elsewhere |= bool(pending)
-                            break
-                        worked = True
-                        try:
-                            self.train_claimed(group, jobs)
-                        finally:
-                            for job in jobs:  # those that are not finished are free for the next look
-                                claims.release(job.trial_id)
-                if not open_elsewhere and not worked:
+                looks = [self.train_group(group) for group in self.groups]
+                if any(worked for worked, _ in looks):
+                    continue
+                if not any(open_elsewhere for _, open_elsewhere in looks):
                     return
-                if open_elsewhere and not worked:
-                    if not waited:
-                        self.emit("say", text="another process has the remaining trials: waiting for it")
-                        waited = True
-                    time.sleep(POLL_EVERY)
+                if not waited:
+                    self.emit("say", text="another process has the remaining trials: waiting for it")
+                    waited = True
+                time.sleep(POLL_EVERY)
             raise Interrupted(self.stop.signum)
+
+    def train_group(self, group: Group) -> tuple[bool, bool]:
+        """Train what can be claimed: whether anything was, and whether others hold what is left."""
+        worked = False
+        while not self.stop.signum:
+            pending = self.pending(group)
+            try:
+                jobs = self.claim(group, pending) if pending else []
+            except (ConfigError, DataError) as error:  # nothing of the group can be built
+                for job in pending:
+                    self.refuse(job, error)
+                break
+            if not jobs:
+                return worked, bool(pending)
+            worked = True
+            try:
+                self.train_claimed(group, jobs)
+            finally:
+                for job in jobs:  # those that are not finished are free for the next look
+                    self.claims.release(job.trial_id)
+        return worked, False
 
     def plan(self, group: Group) -> list[Job]:
         """What is open now, in the order of packs: interrupted trials first, they were promised before."""
@@ -171,16 +172,12 @@ class Worker:
             if job.trial_id in self._closed:
                 continue
             state = state_of(self.folder / job.trial_id)
-            if self.is_closed(job, state):
+            if is_closed(job.config, state, self.options, self.launched):
                 self._closed.add(job.trial_id)
                 self.emit("closed", id=job.trial_id, state=state)
             else:
                 pending.append(job)
         return pending
-
-    def is_closed(self, job: Job, state: State) -> bool:
-        """Whether there is nothing (more) to do for a trial, or nothing that can be done."""
-        return job.trial_id in self.refused or is_closed(job.config, state, self.options, self.launched)
 
     def claim(self, group: Group, pending: list[Job]) -> list[Job]:
         """Claim the pending trials of the next pack.
@@ -202,7 +199,8 @@ class Worker:
                     continue
                 if not self.claims.take(job.trial_id):
                     break
-                if self.is_closed(job, state_of(self.folder / job.trial_id)):  # finished since we looked
+                state = state_of(self.folder / job.trial_id)
+                if is_closed(job.config, state, self.options, self.launched):  # finished since we looked
                     self.claims.release(job.trial_id)
                     continue
                 claimed.append(job)
@@ -376,7 +374,6 @@ class Worker:
 
     def refuse(self, job: Job, error: Exception) -> None:
         """Leave a trial's folder as it is, and say why."""
-        self.refused[job.trial_id] = str(error)
         self._closed.add(job.trial_id)
         self.claims.release(job.trial_id)
         self.emit("left", id=job.trial_id, status="refused", val_accuracy=None, message=str(error))

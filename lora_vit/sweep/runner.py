@@ -55,22 +55,20 @@ def run_sweep(
     ledger = Ledger(folder)
     ledger.read()  # refuses a folder of another version before anything is written
     states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
-    todo = [job for job in jobs if not is_closed(job.config, states[job.trial_id], options, launched)]
+    closed = {job.trial_id for job in jobs if is_closed(job.config, states[job.trial_id], options, launched)}
+    todo = [job for job in jobs if job.trial_id not in closed]
     workers = number_of_workers(todo or jobs, options)
     prepare([job.config for job in todo])
     if options.dry_run:
-        print_plan(jobs, states, folder, options)
+        print_plan(todo, states, folder, options, workers)
         return None
     ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
-    for job in jobs:
-        if job not in todo:
-            view.emit("closed", id=job.trial_id, state=states[job.trial_id])
-    if todo:
-        train_open(todo, folder, options, launched, view, workers)
-    view.close()
+    for trial_id in closed:
+        view.emit("closed", id=trial_id, state=states[trial_id])
+    train_open(todo, folder, options, launched, view, workers)
     view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
     return finish(jobs, folder, options, {row.job.trial_id: row.message for row in view.rows.values()})
 
@@ -81,7 +79,8 @@ def train_open(
     """Train what is not finished, here or in worker processes."""
     try:
         with StopRequest() as stop:
-            run_workers(jobs, folder, options, launched, view, stop, workers)
+            if jobs:
+                run_workers(jobs, folder, options, launched, view, stop, workers)
     except Interrupted:
         if not view.stop_asked:
             raise

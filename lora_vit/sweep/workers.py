@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,5 +179,4 @@ def _work(
             code = 1
     events.close()
     events.join_thread()
-    time.sleep(0)
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lora_vit.build import device_name
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -61,16 +64,10 @@ def peak_memory(call: Callable[[], object]) -> float:
 
 def machine() -> dict[str, Any]:
     """Device, versions and threads, for the head of a table."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = platform.processor() or platform.machine()
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-            device = f"{len(models)} x {models[0].partition(':')[2].strip()}" if models else device
+    gpu = torch.cuda.is_available()
+    device = device_name(torch.device("cuda" if gpu else "cpu"))
     return {
-        "device": device,
+        "device": device if gpu else f"{os.cpu_count()} x {device}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
