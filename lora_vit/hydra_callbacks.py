@@ -7,7 +7,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.config import refuse_impossible
+from lora_vit.compose import refuse_impossible
 from lora_vit.sweep.plan import default_name
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import ConfigError, SweepConfig, from_omegaconf, known_keys, nearest, register_schema
+from lora_vit.compose import explain, from_omegaconf, register_schema
+from lora_vit.config import ConfigError, SweepConfig
 
 _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
 
@@ -50,19 +50,19 @@ def task(cfg: DictConfig) -> float:
     return accuracy
 
 
-def run_pack(
+def run_sweep(
     jobs: list[Any], folder: Path, options: SweepConfig, idle: list[str]
 ) -> dict[str, float | Exception] | None:
     """Train the trials of a sweep together; the packed launcher calls this."""
     from lora_vit.sweep.server import start_early
 
     start_early(jobs, options)  # before torch is imported here
-    from lora_vit.sweep.runner import run_sweep
+    from lora_vit.sweep import runner
 
-    return run_sweep(jobs, folder, options, idle)
+    return runner.run_sweep(jobs, folder, options, idle)
 
 
-task.run_pack = run_pack  # type: ignore[attr-defined]
+task.run_sweep = run_sweep  # type: ignore[attr-defined]
 
 
 @functools.wraps(task)
@@ -145,36 +145,6 @@ def fail(message: str) -> None:
     """Say what was wrong in one line and exit with code 1."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
-
-
-def explain(error: BaseException) -> str:
-    """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    for link in chain:
-        if isinstance(link, ConfigError):
-            return str(link)
-        if isinstance(link, OverrideParseException):
-            return f"cannot read the override '{link.override}': {link.message.splitlines()[0]}"
-    texts = [str(e) for e in chain]
-    for text in texts:
-        if found := re.search(r"Could not override '([^']+)'", text):
-            return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
-        if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
-            return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
-        if found := re.search(
-            r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text
-        ):
-            options = [o.strip() for o in found[2].split("\n") if o.strip()]
-            choice = found[1].rpartition("/")[2]
-            return f"'{found[1]}' does not exist{nearest(choice, options)} (one of: {', '.join(options)})"
-    for text in texts:
-        if found := re.search(r"full_key: (\S+)", text):
-            return f"{found[1]}: {text.splitlines()[0]}"
-    return texts[0].splitlines()[0]
 
 
 if __name__ == "__main__":

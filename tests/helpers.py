@@ -14,7 +14,8 @@ import torch
 from hydra import compose, initialize_config_module
 
 from lora_vit.build import build_setup
-from lora_vit.config import TrialConfig, from_omegaconf, register_schema
+from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
 from lora_vit.training.loop import StopRequest, train_trials

@@ -15,13 +15,14 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"build"},
     {"run", "commands"},
     {"sweep"},
+    {"compose"},
     {"train", "evaluate", "predict", "merge", "summarize", "hydra_callbacks"},
     {"plugins"},
 ]
 INSIDE_A_LEVEL = {("models", "lora"), ("records", "config")}
 ONLY_IN = {
-    "hydra": {"config", "train", "hydra_callbacks", "plugins"},
-    "omegaconf": {"config", "train", "hydra_callbacks", "plugins"},
+    "hydra": {"compose", "train", "hydra_callbacks", "plugins"},
+    "omegaconf": {"compose", "train", "hydra_callbacks", "plugins"},
     "pandas": {"analysis", "summarize"},
     "torch.utils.tensorboard": {"training"},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from lora_vit.config import _NOT_IN_ID, _SECTIONS, TARGETS
+from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY
 from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_record
 
 OUTPUT = "summary"
@@ -20,14 +19,6 @@ OUTPUT = "summary"
 
 METRICS = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
-SETTINGS = {
-    f"{section}.{f.name}": str(f.type)
-    for section, cls in _SECTIONS.items()
-    for f in dataclasses.fields(cls)
-    if f.name not in _NOT_IN_ID.get(section, ())
-}
-"""Every setting that decides a trial's numbers, with its type as ``config.py`` writes it."""
-
 _TARGET_NAMES = {
     tuple(TARGETS): "all",
     ("q", "k", "v", "o"): "attention",
@@ -113,7 +104,7 @@ def _whole_cells(frame: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
 
     Only an edited or copied record is so. Weights and blocks are not looked at: one cell may spell them in two ways.
     """
-    settings = [c for c in SETTINGS if c not in ("model.weights", "lora.blocks")]
+    settings = [c for c in IDENTITY if c not in ("model.weights", "lora.blocks")]
     kinds = frame[["cell", *settings]].drop_duplicates()
     wrong = kinds.loc[kinds["cell"].duplicated(), "cell"].tolist()
     wrong += frame.loc[frame.duplicated(["cell", "seed"]), "cell"].tolist()
@@ -182,16 +173,16 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
 
 def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config by dotted names, without what does not decide the numbers; lists as readable text."""
-    values: dict[str, Any] = dict.fromkeys(SETTINGS)
+    values: dict[str, Any] = dict.fromkeys(IDENTITY)
     for section, content in config.items():
         if not isinstance(content, dict):
             continue
         for key, value in content.items():
-            if key in _NOT_IN_ID.get(section, ()):
-                continue
             name = f"{section}.{key}"
-            if name in SETTINGS and not _fits(value, SETTINGS[name]):
-                raise RecordError(f"{folder / RECORD}: {name} = {str(value)[:40]} is not of type {SETTINGS[name]}")
+            if name in WITHOUT_IDENTITY:
+                continue
+            if name in IDENTITY and not _fits(value, IDENTITY[name]):
+                raise RecordError(f"{folder / RECORD}: {name} = {str(value)[:40]} is not of type {IDENTITY[name]}")
             values[name] = _plain(key, value)
     if values.get("lora.method", "lora") == "lora" and values.get("lora.blocks") is None:
         values["lora.blocks"] = "all"
@@ -199,7 +190,7 @@ def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """Whether a value read from JSON is of a type as ``config.py`` writes it. None always is."""
+    """Whether a value read from JSON is of a type as the schema writes it. None always is."""
     if value is None:
         return True
     kind = kind.removesuffix(" | None")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_vit.config import _NOT_IN_ID, TrialConfig, canonical, cell_id, to_dict, trial_id
+from lora_vit.config import WITHOUT_IDENTITY, TrialConfig, canonical, cell_id, to_dict, trial_id
 
 GROUPS = ("model", "data", "optimizer", "lora", "trainer", "experiment", "sweep")
 
@@ -135,16 +135,11 @@ def default_name(base: dict[str, Any], swept: Sequence[str], fixed: dict[str, st
         fixed: overrides that are not swept.
     """
     rest = {k: v for k, v in base.items() if k not in ("hydra", "sweep", *swept)}
-    for section, keys in _NOT_IN_ID.items():
-        for key in (*keys, *(k.partition(".")[2] for k in swept if k.startswith(f"{section}."))):
-            if isinstance(rest.get(section), dict):
-                rest[section].pop(key, None)
-    for key in swept:
+    for key in (*WITHOUT_IDENTITY, *swept):
         section, _, name = key.partition(".")
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)
-    unseen = {f"{s}.{k}" for s, keys in _NOT_IN_ID.items() for k in keys}
-    given = {k: v for k, v in fixed.items() if not k.startswith(("hydra", "sweep.")) and k not in unseen}
+    given = {k: v for k, v in fixed.items() if not k.startswith(("hydra", "sweep.")) and k not in WITHOUT_IDENTITY}
     preset = [given["sweep"]] if "sweep" in given else []
     words = preset or [short_key(key) for key in swept] or ["sweep"]
     return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, given], 6)

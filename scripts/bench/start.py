@@ -24,7 +24,7 @@ import json, time
 marks = [("python", time.perf_counter())]
 def mark(name): marks.append((name, time.perf_counter()))
 from hydra import compose, initialize_config_module
-from lora_vit.config import from_omegaconf, register_schema
+from lora_vit.compose import from_omegaconf, register_schema
 register_schema()
 mark("import hydra")
 with initialize_config_module("lora_vit.conf", version_base="1.3"):

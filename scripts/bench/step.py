@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from lora_vit.build import DTYPES, ModelFactory
-from lora_vit.config import TrialConfig, from_omegaconf, register_schema
+from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.config import TrialConfig
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.models.vit import PackedViT
 from lora_vit.training.optim import FlatParameters, PackedAdamW

@@ -28,7 +28,8 @@ from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 
 from lora_vit.build import build_setup
-from lora_vit.config import TrialConfig, from_omegaconf, register_schema
+from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.sweep.measure import _fresh
 from lora_vit.training.pack import Pack
@@ -143,7 +144,7 @@ def curve(rounds: int, sizes: list[int]) -> list[dict[str, Any]]:
 
 def composing() -> list[dict[str, Any]]:
     """Seconds to compose sweeps of 24, 200 and 1,000 trials, by Hydra and by us."""
-    from hydra_plugins.lora_vit.compose import Composer, compose_all
+    from lora_vit.compose import Composer, compose_all
 
     loader = ConfigLoaderImpl(create_config_search_path("pkg://lora_vit.conf"))
     master = loader.load_configuration("config", ["experiment=quickstart"], RunMode.MULTIRUN)

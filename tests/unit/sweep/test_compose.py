@@ -13,7 +13,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 
-from lora_vit.config import from_omegaconf, register_schema, trial_id
+from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.config import trial_id
 
 register_schema()
 from hydra.core.plugins import Plugins  # noqa: E402  (after the plugin's folder is on the path)
@@ -34,7 +35,7 @@ PRESETS = {"quickstart": 24, "rank_alpha_dropout": 81, "rank_lr": 45, "targets":
 @pytest.fixture
 def loader():
     Plugins.instance()._initialize()
-    from hydra_plugins.lora_vit.compose import Composer
+    from lora_vit.compose import Composer
 
     found = ConfigLoaderImpl(create_config_search_path("pkg://lora_vit.conf"))
     master = found.load_configuration("config", list(SMALL), RunMode.MULTIRUN)

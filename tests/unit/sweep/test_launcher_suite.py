@@ -11,7 +11,7 @@ from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, Launche
 from hydra.version import setbase
 
 import lora_vit
-from lora_vit.config import register_schema
+from lora_vit.compose import register_schema
 
 pytestmark = [  # the suite's applications name no version
     pytest.mark.filterwarnings("ignore:Future Hydra versions"),

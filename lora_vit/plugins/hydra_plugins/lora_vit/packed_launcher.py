@@ -11,7 +11,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lora_vit.config import ConfigError, sweep_from_omegaconf
+from lora_vit.compose import compose_all, idle_settings, sweep_from_omegaconf
+from lora_vit.config import ConfigError
 
 
 @dataclass
@@ -37,24 +38,22 @@ ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweepe
 class PackedLauncher(BasicLauncher):
     """Trains the trials of a sweep together.
 
-    It packs when the task function offers ``run_pack``; any other task runs one after another, as with
+    It packs when the task function offers ``run_sweep``; any other task runs one after another, as with
     ``hydra/launcher=basic``.
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose and validate all, then hand plain configs to ``run_pack``. Called by Hydra."""
-        run_pack = getattr(self.task_function, "run_pack", None)
-        if run_pack is None:
+        """Compose and validate all, then hand plain configs to ``run_sweep``. Called by Hydra."""
+        run_sweep = getattr(self.task_function, "run_sweep", None)
+        if run_sweep is None:
             return super().launch(job_overrides, initial_job_idx)
         assert self.config is not None
         assert self.hydra_context is not None
-        from hydra_plugins.lora_vit.compose import compose_all, idle_settings
-
         options = sweep_from_omegaconf(self.config.sweep)
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
         idle = idle_settings(jobs, job_overrides)
         folder = Path(str(self.config.hydra.sweep.dir))
-        outcomes = run_pack(jobs, folder, options, idle)
+        outcomes = run_sweep(jobs, folder, options, idle)
         if outcomes is None:  # a dry run
             return []
         return [self._job_return(initial_job_idx + i, job, outcomes[job.trial_id]) for i, job in enumerate(jobs)]
@@ -83,12 +82,12 @@ class GridSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """The packed launcher validates; for another launcher, as Hydra does."""
-        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_pack")):
+        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_sweep")):
             super().validate_batch_is_legal(batch)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the grid. Called by Hydra. Raises the first trial's failure once all are done."""
-        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_pack")):
+        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_sweep")):
             return super().sweep(arguments)
         from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -1,0 +1,239 @@
+"""Hydra's part: from overrides to typed, validated trials, and Hydra's errors as one line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_vit.config import (
+    ConfigError,
+    RootConfig,
+    SweepConfig,
+    TrialConfig,
+    from_dict,
+    known_keys,
+    nearest,
+    trial_id,
+    validate,
+    validate_sweep,
+)
+from lora_vit.sweep.plan import Job, label
+
+
+def register_schema() -> None:
+    """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
+    ConfigStore.instance().store(name="schema", node=RootConfig)
+    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
+    OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
+    plugins = str(Path(__file__).parent / "plugins")
+    if plugins not in sys.path:  # Hydra finds the packed launcher there
+        sys.path.append(plugins)
+
+
+def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
+    """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
+    if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
+        return f"${{rank_times:{scaling}}}"
+    return None if _parent_.rank is None else scaling * _parent_.rank
+
+
+def refuse_impossible(config: Any) -> None:
+    """End the program in one line if the composed trial is impossible (before Hydra makes its folder)."""
+    try:
+        from_omegaconf(config)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
+    """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out).
+
+    ``in_sweep``: settings without effect, such as ``lora.rank`` under ``lora=none``, are dropped rather than refused.
+    """
+    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
+    plain = {}
+    for key in cfg:
+        if key not in (*wanted, "hydra", "sweep"):
+            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
+    for key in wanted:
+        try:
+            node = cfg[key]
+            plain[key] = (
+                OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+            )
+        except MissingMandatoryValue as error:
+            missing = error.full_key or key
+            raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+    if in_sweep:
+        drop_idle(plain)
+    trial = from_dict(plain)
+    validate(trial)
+    return trial
+
+
+def drop_idle(values: dict[str, Any]) -> list[str]:
+    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
+    lora = values.get("lora")
+    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
+        return []
+    idle = [key for key, value in lora.items() if key != "method" and value is not None]
+    lora.update(dict.fromkeys(idle))
+    return [f"lora.{key}" for key in idle]
+
+
+def sweep_from_omegaconf(node: Any) -> SweepConfig:
+    """The plain, validated sweep settings of a composed config. Raises ConfigError."""
+    values = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(values, dict)
+    sweep = SweepConfig(**{str(k): v for k, v in values.items()})
+    validate_sweep(sweep)
+    return sweep
+
+
+class Composer:
+    """Composes trials as Hydra does; overrides that only change a value cost milliseconds instead of 0.3 s."""
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig):
+        self.loader, self.master = loader, master
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._is_value: dict[str, bool] = {}
+
+    def exactly(self, overrides: Sequence[str]) -> DictConfig:
+        """The trial's config by Hydra's own way."""
+        return self._trial_part(self.loader.load_sweep_config(self.master, list(overrides)))
+
+    def __call__(self, overrides: Sequence[str]) -> DictConfig:
+        """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
+        parsed = self._parser.parse_overrides(list(overrides))
+        plain = [o for o in parsed if self._changes_a_value(o)]
+        others = tuple(line for line, o in zip(overrides, parsed, strict=True) if not self._changes_a_value(o))
+        base = self._bases.get(others)
+        if base is None:
+            base = self._bases[others] = self.exactly(others)
+        config = copy.deepcopy(base)
+        try:
+            for override in plain:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return self.exactly(overrides)  # for Hydra's message
+        return config
+
+    def _changes_a_value(self, override: Override) -> bool:
+        key = override.key_or_group
+        if key not in self._is_value:
+            self._is_value[key] = not key.startswith("hydra") and not self.loader.get_group_options(key)
+        plain = not (override.is_add() or override.is_delete() or override.is_force_add() or override.package)
+        return plain and self._is_value[key]
+
+    @staticmethod
+    def _trial_part(config: DictConfig) -> DictConfig:
+        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+        OmegaConf.set_struct(trial, True)
+        return trial
+
+
+def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Job]:
+    """Every trial of the sweep, validated.
+
+    Raises:
+        ConfigError: with every trial that cannot run, one line each.
+    """
+    composer = Composer(loader, master)
+    constant = set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(master.hydra, resolve=False)}))
+    jobs: list[Job] = []
+    refused: dict[str, list[str]] = {}
+    began = said = time.monotonic()
+    for i, overrides in enumerate(all_overrides):
+        named = label(overrides, constant)
+        try:
+            config = composer(overrides)
+            files = {
+                "config.yaml": OmegaConf.to_yaml(config),
+                "overrides.yaml": OmegaConf.to_yaml(list(overrides)),
+                "hydra.yaml": hydra_yaml,
+            }
+            trial = from_omegaconf(config, in_sweep=True)
+            with_effect = [line for line in overrides if not is_idle(trial, line)]
+            jobs.append(Job(trial, list(overrides), files, label(with_effect, constant)))
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            refused.setdefault(explain(error), []).append(named)
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            print(f"composing: {i + 1}/{len(all_overrides)} trials", file=sys.stderr)
+    if time.monotonic() - began > 5:
+        print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    if refused:
+        raise ConfigError(_refusal(refused, len(all_overrides)))
+    return jobs
+
+
+def _refusal(refused: dict[str, list[str]], total: int) -> str:
+    """Each message once, with the trials it is about."""
+    count = sum(map(len, refused.values()))
+    lines = [f"{count} of {total} trials cannot run, so none is started:"]
+    for message, labels in refused.items():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        lines.append(f"  {message}   [{labels[0] or 'as given'}{more}]")
+    return "\n".join(lines)
+
+
+def idle_settings(jobs: Sequence[Job], given: Sequence[Sequence[str]]) -> list[str]:
+    """Keys that were given but have no effect in some trials (``lora.rank`` under ``lora=none``)."""
+    idle: dict[str, None] = {}
+    for job, overrides in zip(jobs, given, strict=True):
+        idle.update((line.partition("=")[0].lstrip("+"), None) for line in overrides if is_idle(job.config, line))
+    return list(idle)
+
+
+def is_idle(config: TrialConfig, override: str) -> bool:
+    """Whether an override has no effect in a trial: ``lora.rank`` of a baseline."""
+    key = override.partition("=")[0].lstrip("+")
+    return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
+
+
+def explain(error: BaseException) -> str:
+    """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for link in chain:
+        if isinstance(link, ConfigError):
+            return str(link)
+        if isinstance(link, OverrideParseException):
+            return f"cannot read the override '{link.override}': {link.message.splitlines()[0]}"
+    texts = [str(e) for e in chain]
+    for text in texts:
+        if found := re.search(r"Could not override '([^']+)'", text):
+            return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+        if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
+            return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
+        if found := re.search(
+            r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text
+        ):
+            options = [o.strip() for o in found[2].split("\n") if o.strip()]
+            choice = found[1].rpartition("/")[2]
+            return f"'{found[1]}' does not exist{nearest(choice, options)} (one of: {', '.join(options)})"
+    for text in texts:
+        if found := re.search(r"full_key: (\S+)", text):
+            return f"{found[1]}: {text.splitlines()[0]}"
+    return texts[0].splitlines()[0]

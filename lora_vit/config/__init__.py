@@ -1,0 +1,31 @@
+"""The typed configuration of trials and sweeps. Knows no torch and no Hydra."""
+
+from lora_vit.config.check import validate, validate_sweep
+from lora_vit.config.identity import canonical, cell_id, is_weights_file, trial_id
+from lora_vit.config.schema import (
+    IDENTITY,
+    SCHEMA_VERSION,
+    SECTIONS,
+    TARGETS,
+    WITHOUT_IDENTITY,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RootConfig,
+    SweepConfig,
+    TrainerConfig,
+    TrialConfig,
+    from_dict,
+    known_keys,
+    nearest,
+    to_dict,
+)
+
+__all__ = [
+    "IDENTITY", "SCHEMA_VERSION", "SECTIONS", "TARGETS", "WITHOUT_IDENTITY", "ConfigError", "DataConfig",
+    "LoraConfig", "ModelConfig", "OptimizerConfig", "RootConfig", "SweepConfig", "TrainerConfig", "TrialConfig",
+    "canonical", "cell_id", "from_dict", "is_weights_file", "known_keys", "nearest", "to_dict", "trial_id", "validate",
+    "validate_sweep",
+]  # fmt: skip

@@ -1,0 +1,170 @@
+"""What could not work is refused before any model is built: in one line, the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lora_vit.config.schema import (
+    TARGETS,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SweepConfig,
+    TrainerConfig,
+    TrialConfig,
+    nearest,
+)
+
+MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
+DATASETS = ("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake")
+
+
+def validate(trial: TrialConfig) -> None:
+    """Check one trial, across fields too.
+
+    Raises:
+        ConfigError: in one line, the key, the value and what to do.
+    """
+    _validate_model(trial.model)
+    _validate_data(trial.data)
+    _validate_optimizer(trial.optimizer)
+    _validate_lora(trial.lora, trial.model)
+    _validate_trainer(trial.trainer)
+    _range("seed", trial.seed, 0 <= trial.seed < 2**63, "give a whole number from 0 up")
+
+
+def validate_sweep(sweep: SweepConfig) -> None:
+    """Check how a sweep is to run.
+
+    Raises:
+        ConfigError: in one line, the key, the value and what to do.
+    """
+    for key in ("pack_size", "workers"):
+        value = getattr(sweep, key)
+        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+            raise ConfigError(f"sweep.{key}={value} is impossible: give a number from 1 up, or auto")
+    _choice("sweep.on_failure", sweep.on_failure, ("continue", "stop"))
+    if sweep.name is not None and (not sweep.name or "/" in sweep.name or sweep.name.startswith(".")):
+        raise ConfigError(f"sweep.name={sweep.name} cannot be a folder's name: give a word without '/'")
+
+
+def _choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}={value} is unknown{nearest(str(value), choices)} (one of: {', '.join(choices)})")
+
+
+def _range(key: str, value: float | None, good: bool, remedy: str) -> None:
+    if value is not None and not (math.isfinite(value) and good):
+        raise ConfigError(f"{key}={value} is impossible: {remedy}")
+
+
+def _validate_model(m: ModelConfig) -> None:
+    _choice("model.name", m.name, MODELS)
+    for key in ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+        value = getattr(m, key)
+        _range(f"model.{key}", value, value >= 1, "give a whole number from 1 up")
+    if m.image_size % m.patch_size:
+        below = max(m.patch_size, m.image_size // m.patch_size * m.patch_size)
+        raise ConfigError(
+            f"model.image_size={m.image_size} is not a multiple of the patch size {m.patch_size}: "
+            f"give for example {below} or {below + m.patch_size}"
+        )
+    if m.hidden_dim % m.num_heads:
+        raise ConfigError(f"model.hidden_dim={m.hidden_dim} is not a multiple of model.num_heads={m.num_heads}")
+    _range("model.head_dropout", m.head_dropout, 0 <= m.head_dropout < 1, "give a probability in [0, 1)")
+
+
+def _validate_data(d: DataConfig) -> None:
+    _choice("data.name", d.name, DATASETS)
+    _choice("data.augment", d.augment, ("none", "flip", "crop_flip"))
+    _range("data.batch_size", d.batch_size, d.batch_size >= 1, "give a whole number from 1 up")
+    _range("data.split_seed", d.split_seed, d.split_seed >= 0, "give a whole number from 0 up")
+    for key in ("val_fraction", "test_fraction"):
+        value = getattr(d, key)
+        if value is not None:
+            _range(f"data.{key}", value, 0 < value < 1, "give a fraction in (0, 1)")
+    if (d.val_fraction or 0) + (d.test_fraction or 0) >= 1:
+        raise ConfigError(
+            f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction} leave nothing to "
+            "train on: their sum must be below 1"
+        )
+    if d.train_per_class is not None:
+        _range("data.train_per_class", d.train_per_class, d.train_per_class >= 1, "give 1 or more, or null for all")
+    if d.cache_size is not None:
+        _range("data.cache_size", d.cache_size, d.cache_size >= 8, "give a number of pixels from 8 up")
+    if d.official_val and d.name != "tiny_imagenet":
+        raise ConfigError(f"data.official_val=true has no effect with data={d.name}: only tiny_imagenet has one")
+
+
+def _validate_optimizer(o: OptimizerConfig) -> None:
+    _choice("optimizer.schedule", o.schedule, ("linear", "cosine", "constant"))
+    _range("optimizer.lr", o.lr, o.lr > 0, "give a learning rate above 0")
+    _range("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "give 0 or more")
+    _range("optimizer.eps", o.eps, o.eps > 0, "give a small number above 0, for example 1e-8")
+    if len(o.betas) != 2 or not all(0 <= b < 1 for b in o.betas):
+        raise ConfigError(f"optimizer.betas={o.betas} is impossible: give two numbers in [0, 1), as [0.9,0.999]")
+    _range("optimizer.warmup", o.warmup, 0 <= o.warmup < 1, "give the fraction of all steps, in [0, 1)")
+    if o.clip_norm is not None:
+        _range("optimizer.clip_norm", o.clip_norm, o.clip_norm > 0, "give a norm above 0, or null for no clipping")
+    s = o.label_smoothing
+    _range("optimizer.label_smoothing", s, 0 <= s < 1, "give a number in [0, 1)")
+
+
+def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
+    _choice("lora.method", lora.method, ("lora", "none", "full"))
+    given = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.name != "method"}
+    if lora.method != "lora":
+        without = [k for k, v in given.items() if v is not None]
+        if without:
+            raise ConfigError(
+                f"lora.{without[0]}={given[without[0]]} has no effect with lora={lora.method}: drop it, or choose "
+                "adapters with lora=default"
+            )
+        return
+    for key, value in given.items():
+        if value is None and key != "blocks":
+            raise ConfigError(f"lora.{key} has no value: give one, or lora=none for a linear probe")
+    assert lora.rank is not None
+    assert lora.alpha is not None
+    assert lora.dropout is not None
+    assert lora.targets is not None
+    _range("lora.rank", lora.rank, lora.rank >= 1, "give 1 or more (lora=none trains the head alone)")
+    width = min(model.hidden_dim, model.mlp_dim)
+    _range(
+        "lora.rank", lora.rank, lora.rank <= width, f"the layers of {model.name} are {width} wide, give at most that"
+    )
+    _range("lora.alpha", lora.alpha, lora.alpha > 0, "give a number above 0")
+    _range("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "give a probability in [0, 1)")
+    if not lora.targets:
+        raise ConfigError(f"lora.targets=[] adapts nothing: give some of {', '.join(TARGETS)}, or lora=none")
+    for target in lora.targets:
+        _choice("lora.targets", target, TARGETS)
+    if len(set(lora.targets)) != len(lora.targets):
+        raise ConfigError(f"lora.targets={lora.targets} names a target twice")
+    if lora.blocks is not None:
+        last = model.num_layers - 1
+        if not lora.blocks or len(set(lora.blocks)) != len(lora.blocks):
+            raise ConfigError(f"lora.blocks={lora.blocks} must name at least one block, each once (null: all)")
+        for block in lora.blocks:
+            if not 0 <= block <= last:
+                raise ConfigError(f"lora.blocks={lora.blocks}: block {block} is not in 0 .. {last} of {model.name}")
+    _choice("lora.scaling", lora.scaling, ("standard", "rslora"))
+    _choice("lora.init", lora.init, ("kaiming_uniform", "gaussian"))
+    _choice("lora.bias", lora.bias, ("none", "lora_only", "all"))
+
+
+def _validate_trainer(t: TrainerConfig) -> None:
+    _range("trainer.epochs", t.epochs, t.epochs >= 1, "give a whole number from 1 up")
+    _choice("trainer.precision", t.precision, ("auto", "fp32", "bf16", "fp64"))
+    _choice("trainer.accelerator", t.accelerator, ("auto", "gpu", "cpu"))
+    _choice("trainer.resume", t.resume, ("auto", "restart"))
+    if t.devices != "auto" and not (t.devices.isdigit() and int(t.devices) >= 1):
+        raise ConfigError(f"trainer.devices={t.devices} is impossible: give a number from 1 up, or auto")
+    _range("trainer.checkpoint_every", t.checkpoint_every, 0 < t.checkpoint_every <= 300, "seconds in (0, 300]")
+    _range("trainer.log_every", t.log_every, t.log_every >= 1, "give a number of steps from 1 up")
+    _range("trainer.validate_every", t.validate_every, t.validate_every >= 1, "give a number of epochs from 1 up")

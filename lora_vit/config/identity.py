@@ -1,0 +1,86 @@
+"""Which trial a configuration is: its canonical form, trial id and cell id, with files by their content."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, WITHOUT_IDENTITY, ConfigError, TrialConfig, to_dict
+
+
+def canonical(trial: TrialConfig) -> dict[str, Any]:
+    """What decides a trial's numbers, in one fixed form: no paths, files by content, targets in fixed order."""
+    values = to_dict(trial)
+    for name in WITHOUT_IDENTITY:
+        section, _, key = name.partition(".")
+        del values[section][key]
+    if trial.lora.targets is not None:
+        values["lora"]["targets"] = [t for t in TARGETS if t in trial.lora.targets]
+    if trial.lora.blocks is not None:
+        blocks = sorted(trial.lora.blocks)
+        values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers)) else blocks
+    weights = trial.model.weights
+    if is_weights_file(weights):
+        assert weights is not None
+        values["model"]["weights"] = "sha256:" + file_sha256(Path(weights).expanduser())
+    if trial.data.name == "imagefolder" and trial.data.root is not None:
+        values["data"]["files"] = listing_sha256(Path(trial.data.root).expanduser())
+    values["schema"] = SCHEMA_VERSION
+    return values
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def trial_id(trial: TrialConfig) -> str:
+    """First 10 hex digits of the sha256 over the canonical config."""
+    return _digest(canonical(trial))
+
+
+def cell_id(trial: TrialConfig) -> str:
+    """The trial id without the seed: trials of one cell are repeats of each other."""
+    values = canonical(trial)
+    del values["seed"]
+    return _digest(values)
+
+
+def is_weights_file(weights: str | None) -> bool:
+    """Whether ``model.weights`` is a path rather than the name of published weights."""
+    return weights is not None and (weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights)
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes, read once while it stays as it is. Raises ConfigError where it cannot be read."""
+    try:
+        stat = path.stat()
+        return _sha256(path, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    except OSError as error:
+        raise ConfigError(f"model.weights={path} cannot be read ({error.strerror}): check the path") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, version: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def listing_sha256(root: Path) -> str:
+    """Sha256 over the relative names and sizes of the files below ``root`` (content identity of a folder)."""
+    if not root.is_dir():
+        raise ConfigError(f"data.root={root} is not a folder: give the folder that holds your class folders")
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            digest.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
+    return digest.hexdigest()
