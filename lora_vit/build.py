@@ -32,7 +32,7 @@ from lora_vit.models.weights import (
     read_state_dict,
     state_sha256,
 )
-from lora_vit.training.pack import Setup
+from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

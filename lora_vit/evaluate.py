@@ -42,13 +42,14 @@ def trained_pack(folder: Path, config: TrialConfig) -> Pack:
     from lora_vit.lora.merge import read_adapter
     from lora_vit.records import TrialRecord
     from lora_vit.training.checkpoint import TrialState
-    from lora_vit.training.pack import Pack, Trial
+    from lora_vit.training.pack import Pack
+    from lora_vit.training.trial import Trial
 
     adapter = read_adapter(folder)
     setup = build_setup(config, Process())
     if setup.base_weights["sha256"] != adapter.card["base"]["sha256"]:
         raise ConfigError(f"model.weights={config.model.weights} are not the weights this adapter was trained on")
-    state = TrialState(values=adapter.tensors, exp_avg=adapter.tensors, exp_avg_sq=adapter.tensors)
+    state = TrialState(values=adapter.tensors)
     record = TrialRecord(adapter.card["trial_id"], "", "completed", {})
     return Pack([Trial(config, record, state)], setup)
 

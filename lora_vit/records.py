@@ -7,24 +7,27 @@ knows nothing else. Every file is replaced atomically, so that a reader never se
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from lora_vit.config import SCHEMA_VERSION
+from lora_vit.config import SCHEMA_VERSION, TrialConfig, to_dict, trial_id
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
-LOG = "train.log"
+LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
@@ -95,6 +98,51 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
+
+    The file stays, unless it is alone in its folder.
+
+    Raises:
+        BlockingIOError: another process holds it, and we do not wait.
+        OSError: the file cannot be made.
+    """
+    while True:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                ours = False
+            if not ours:  # its last holder removed it while we waited
+                continue
+            try:
+                yield
+            finally:
+                if os.listdir(path.parent) == [path.name]:
+                    path.unlink()
+            return
+
+
+@contextlib.contextmanager
+def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
+    """Call ``action`` every so many seconds in a thread of its own while the context lasts."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(every):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True, name="signs of life")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def write_json(path: Path, values: Any) -> None:
     """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
     with replacing(path) as file:
@@ -111,10 +159,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_record(folder: Path, record: TrialRecord) -> None:
-    """Replace the folder's ``record.json``; the heartbeat is set to now."""
+def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
+    """Replace the folder's ``record.json``; the heartbeat is set to now. Returns a copy of what was written."""
     record.heartbeat = time.time()
     write_json(folder / RECORD, dataclasses.asdict(record))
+    return copy.deepcopy(record)
 
 
 _TYPES: dict[str, Any] = {
@@ -166,6 +215,74 @@ def read_record(folder: Path) -> TrialRecord:
     if values["status"] not in STATUSES:
         raise RecordError(f"{path}: status '{values['status']}' is unknown")
     return TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a trial stands, as its folder says.
+
+    Attributes:
+        status: new, running, completed, failed, stopped or interrupted; refused where the folder cannot be used.
+        record: None where there is none, or none of this trial.
+        problem: why the folder cannot be used, in one line.
+    """
+
+    status: str
+    record: TrialRecord | None = None
+    problem: str = ""
+
+    def is_ended(self, restart: bool, launched: float, retry_failed: bool) -> bool:
+        """Whether there is nothing (more) to train. Every trial is either *ended* or *open*.
+
+        Args:
+            restart: ``trainer.resume=restart``: what was begun before the command does not count.
+            launched: when the command began (seconds since 1970).
+            retry_failed: what failed before the command is open again.
+        """
+        record = self.record
+        if record is None or self.status not in ("completed", "failed"):
+            return self.status == "refused"
+        if restart and record.started < launched:
+            return False
+        return self.status == "completed" or not retry_failed or (record.finished or record.heartbeat) >= launched
+
+
+def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str = "") -> State:
+    """Where the trial in this folder stands; never raises for what is in the files.
+
+    Args:
+        folder: of the trial.
+        config: of the trial that is meant to be there; None: of whichever is.
+        expected_id: its trial id, where it is known already.
+    """
+    try:
+        record = read_record(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return State("new")
+    except RecordError as error:
+        return State("refused", problem=f"{error}; give another folder, or remove that file")
+    if config is not None:
+        expected_id = expected_id or trial_id(config)
+        if record.trial_id != expected_id:
+            difference = _first_difference(record.config, to_dict(config))
+            return State(
+                "refused",
+                problem=f"{folder} holds trial {record.trial_id}, this is trial {expected_id}: give another folder "
+                f"({difference})",
+            )
+    return State(record.shown_status(), record)
+
+
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> str:
+    """``key: theirs there, ours here`` of the first setting that differs."""
+    for key in ours:
+        a, b = theirs.get(key), ours[key]
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return _first_difference(a, b, f"{prefix}{key}.")
+        return f"{prefix}{key} is {a} there, {b} here"
+    return "same settings, other files or version"
 
 
 class JsonLines:

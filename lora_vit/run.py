@@ -14,10 +14,11 @@ from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
 from lora_vit.data.dataset import DataError
 from lora_vit.distributed import Process
-from lora_vit.records import TrialRecord, read_record, replacing, write_record
-from lora_vit.training.loop import Interrupted, StopRequest, train_trials
+from lora_vit.records import TrialRecord, read_record, write_record
+from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
+from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.resume import existing_record, locked, open_trial
+from lora_vit.training.trial import Trial, ended_state, locked_folder
 
 
 class TrialFailed(Exception):  # noqa: N818  (its name is the status)
@@ -38,23 +39,24 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """
+    launched = time.time()
     if distributed.started_by_torchrun():
         # Rank 0 alone speaks to Hydra; the others wait for its config in `follow`.
         process = distributed.join_process_group()
         try:
             check_world_size(config, process.world_size)
-            distributed.from_main((to_dict(config), str(folder)))
-            return run_here(config, folder, hydra_files, process)
+            distributed.from_main(to_dict(config))
+            return run_here(config, folder, hydra_files, process, launched)
         finally:
             distributed.leave_process_group()
     world_size, note = choose_world_size(config)
     if note:
         print(note)
     if world_size == 1:
-        return run_here(config, folder, hydra_files, Process(), wait)
-    record = existing_record(folder, config)
-    if record is not None and record.status == "completed" and config.trainer.resume == "auto":
-        return record
+        return run_here(config, folder, hydra_files, Process(), launched, wait)
+    ended = ended_state(folder, config, launched)
+    if ended is not None and ended.record is not None:
+        return ended.record
     return _launch(config, folder, hydra_files, world_size)
 
 
@@ -62,55 +64,39 @@ def follow() -> None:
     """What ranks above 0 do under torchrun: take the config from rank 0 and train with it."""
     process = distributed.join_process_group()
     try:
-        values, folder = distributed.from_main(None)
-        run_here(from_dict(values), Path(folder), {}, process)
+        run_follower(from_dict(distributed.from_main(None)), process)
     finally:
         distributed.leave_process_group()
 
 
 def run_here(
-    config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, wait: bool = False
-) -> TrialRecord:
-    """Train in this process, one of ``process.world_size``."""
-    if process.is_main:
-        record = existing_record(folder, config)  # refuses before anything is written
-        if not _is_done(record, config):
-            with locked(folder, wait):
-                record = existing_record(folder, config)  # as another process has left it
-                if not _is_done(record, config):
-                    return _train(config, folder, hydra_files, process, record)
-        assert record is not None
-        distributed.from_main(None)
-        return record
-    return _train(config, folder, hydra_files, process, None)
-
-
-def _is_done(record: TrialRecord | None, config: TrialConfig) -> bool:
-    return record is not None and record.status == "completed" and config.trainer.resume != "restart"
-
-
-def _train(
     config: TrialConfig,
     folder: Path,
     hydra_files: dict[str, str],
     process: Process,
-    record: TrialRecord | None,
+    launched: float,
+    wait: bool = False,
+) -> TrialRecord:
+    """Train in this process, rank 0 of ``process.world_size``."""
+    ended = ended_state(folder, config, launched)  # refuses before anything is written
+    if ended is None:
+        with locked_folder(folder, wait):
+            ended = ended_state(folder, config, launched)  # as another process has left it
+            if ended is None:
+                return _train(config, folder, hydra_files, process, launched)
+    distributed.from_main(None)
+    assert ended.record is not None
+    return ended.record
+
+
+def _train(
+    config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, launched: float
 ) -> TrialRecord:
     with StopRequest() as stop:
         setup = build_setup(config, process)
-        trial = None
-        if process.is_main:
-            trial = open_trial(config, folder, record, True, setup.data.fingerprint)
-            trial.record.environment = setup.environment
-            trial.record.data = data_card(setup.data)
-            write_hydra_files(folder, hydra_files)
-        shared = distributed.from_main(None if trial is None else (trial.record, trial.state))
-        if trial is None:
-            if shared is None:  # rank 0 found the trial completed
-                return read_record(folder)
-            trial = open_trial(config, folder, shared[0], False, setup.data.fingerprint)
-            trial.state = shared[1]
-        reporter = RunReporter(process.is_main)
+        trial = Trial.open(config, folder, setup, launched, hydra_files)
+        distributed.from_main((trial.record, trial.state))
+        reporter = RunReporter(True)
         env = setup.environment
         reporter.console.print(
             f"trial {trial.name} on {env['device']}, {env['precision']}, {process.world_size} process(es)"
@@ -119,9 +105,8 @@ def _train(
             train_trials([trial], setup, reporter, stop)
         except Interrupted:
             raise
-        except BaseException as error:
-            if trial.files is not None:
-                trial.files.fail(one_line(error), error=error)
+        except Exception as error:
+            trial.fail(one_line(error), error=error)
             raise
         finally:
             reporter.close()
@@ -130,25 +115,23 @@ def _train(
     return trial.record
 
 
-def data_card(data: Any) -> dict[str, Any]:
-    """What the record says of the data."""
-    sizes = {name: len(ids) for name, ids in data.splits.items()}
-    return {"fingerprint": data.fingerprint, "classes": len(data.class_names), **sizes}
+def run_follower(config: TrialConfig, process: Process) -> None:
+    """Train in this process, of a rank above 0: it writes nothing."""
+    with StopRequest() as stop:
+        setup = build_setup(config, process)
+        shared = distributed.from_main(None)
+        if shared is None:  # rank 0 found the trial ended
+            return
+        trial = Trial(config, *shared)
+        train_trials([trial], setup, RunReporter(False), stop)
+    if trial.record.status == "failed":
+        raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
 
 
 def one_line(error: BaseException) -> str:
     """Type and first line of an error."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
-    """Write ``.hydra/`` into a trial's folder."""
-    if files:
-        (folder / ".hydra").mkdir(exist_ok=True)
-    for name, text in files.items():
-        with replacing(folder / ".hydra" / name) as file:
-            file.write(text.encode())
 
 
 def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world_size: int) -> TrialRecord:
@@ -170,15 +153,25 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
         monitor_interval=0.2,
         start_method="spawn",
     )
+
+    def pass_on(signum: int, frame: Any) -> None:
+        raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
+
+    unhandled = [s for s in SIGNALS if signal.getsignal(s) is signal.SIG_DFL and s != signal.SIGTERM]
+    for signum in unhandled:
+        signal.signal(signum, pass_on)
     try:
         elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
     except SignalException as error:
         raise Interrupted(int(error.sigval)) from None
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        if code - 128 in SIGNALS:
             raise Interrupted(code - 128) from None
         raise TrialFailed(_failure_of_processes(folder, error)) from None
+    finally:
+        for signum in unhandled:
+            signal.signal(signum, signal.SIG_DFL)
     return read_record(folder)
 
 
@@ -205,7 +198,10 @@ def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) ->
     process = distributed.join_process_group()
     code = 0
     try:
-        run_here(from_dict(values), Path(folder), hydra_files, process)
+        if process.is_main:
+            run_here(from_dict(values), Path(folder), hydra_files, process, time.time())
+        else:
+            run_follower(from_dict(values), process)
     except Interrupted as stop:
         code = stop.exit_code
     except (ConfigError, DataError, TrialFailed) as error:

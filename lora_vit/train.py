@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.compose import explain, from_omegaconf, register_schema
 from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.stopping import Interrupted
 
 _NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
 
@@ -54,7 +55,7 @@ def run_sweep(
     jobs: list[Any], folder: Path, options: SweepConfig, idle: list[str]
 ) -> dict[str, float | Exception] | None:
     """Train the trials of a sweep together; the packed launcher calls this."""
-    from lora_vit.sweep.server import start_early
+    from lora_vit.sweep.processes import start_early
 
     start_early(jobs, options)  # before torch is imported here
     from lora_vit.sweep import runner
@@ -126,7 +127,7 @@ def _end(error: Exception) -> None:
         raise error
     from lora_vit.data.dataset import DataError
     from lora_vit.records import NO_SPACE
-    from lora_vit.run import Interrupted, TrialFailed
+    from lora_vit.run import TrialFailed
 
     if isinstance(error, Interrupted):
         single = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
-from lora_vit.training.loop import StopRequest, train_trials
-from lora_vit.training.pack import Pack, Setup, Trial
+from lora_vit.stopping import StopRequest
+from lora_vit.training.loop import train_trials
+from lora_vit.training.pack import Pack
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.resume import open_trial
+from lora_vit.training.setup import Setup
+from lora_vit.training.trial import Trial
 
 SMALL = (
     "model=vit_tiny",
@@ -77,7 +80,7 @@ def train_together(configs: list[TrialConfig], folder: Path, setup: Setup | None
     for i, config in enumerate(configs):
         place = folder / str(i)
         place.mkdir(parents=True)
-        trials.append(open_trial(config, place, None, True, setup.data.fingerprint))
+        trials.append(Trial.open(config, place, setup, time.time(), {}))
     recorder = Recorder()
     with StopRequest() as stop:
         train_trials(trials, setup, recorder, stop)

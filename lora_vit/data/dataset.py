@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,11 @@ class ImageData:
     class_names: list[str]
     splits: dict[str, np.ndarray]
     fingerprint: str
+
+    def card(self) -> dict[str, Any]:
+        """What a trial's record says of the data."""
+        sizes = {name: len(ids) for name, ids in self.splits.items()}
+        return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
 
 def load_data(config: DataConfig, quiet: bool = False) -> ImageData:

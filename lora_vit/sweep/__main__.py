@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_vit.commands import run_command
 from lora_vit.config import ConfigError
-from lora_vit.sweep.ledger import PLAN, Ledger, state_of, trial_folders
+from lora_vit.records import state_of
+from lora_vit.sweep.ledger import PLAN, Ledger, trial_folders
 from lora_vit.sweep.progress import make_console, print_table
 
 
@@ -38,7 +39,7 @@ def show(folder: Path) -> int:
     """Print the trials, those with the highest validation accuracy first within each status."""
     plan = Ledger(folder).read()["trials"]
     ids = {**dict.fromkeys(plan), **{p.name: None for p in trial_folders(folder)}}
-    order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "unreadable", "new"))}
+    order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "refused", "new"))}
     rows = []
     counts: Counter[str] = Counter()
     for trial_id in ids:

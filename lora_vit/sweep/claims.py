@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_vit.records import replacing
+from lora_vit.records import repeating, replacing
 
 BEAT_EVERY = 10.0
 """Seconds between signs of life of an owner."""
@@ -80,8 +80,7 @@ class Claims:
         self._held: dict[str, int] = {}
         self._seen: dict[Path, tuple[Any, float]] = {}  # of other owners: last sign of life, when we saw it first
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._life = repeating(self.beat, BEAT_EVERY)
 
     def take(self, trial_id: str) -> bool:
         """Claim a trial; False where another living process has it."""
@@ -123,20 +122,13 @@ class Claims:
                 continue  # a full or absent disk ends the training itself
 
     def __enter__(self) -> Claims:
-        self._thread = threading.Thread(target=self._beat_forever, daemon=True, name="claims")
-        self._thread.start()
+        self._life.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._life.__exit__(None, None, None)
         for trial_id in list(self._held):
             self.release(trial_id)
-
-    def _beat_forever(self) -> None:
-        while not self._stop.wait(BEAT_EVERY):
-            self.beat()
 
     def _path(self, trial_id: str, number: int) -> Path:
         return self.folder / f"{trial_id}.{number}"

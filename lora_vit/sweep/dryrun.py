@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_vit.config import SweepConfig
-from lora_vit.sweep.ledger import State
-from lora_vit.sweep.measure import choose_pack_size, measure
-from lora_vit.sweep.packed import Worker
-from lora_vit.sweep.plan import Group, Job
+from lora_vit.distributed import Process
+from lora_vit.records import State
+from lora_vit.stopping import StopRequest
+from lora_vit.sweep.measure import PackSizes, choose_pack_size, measure
+from lora_vit.sweep.plan import Group, Job, SweepRun, make_groups
+from lora_vit.sweep.processes import threads_each
 from lora_vit.sweep.progress import make_console, print_table
-from lora_vit.sweep.workers import threads_each
-from lora_vit.training.loop import StopRequest
+from lora_vit.sweep.setups import Setups
 
 
-def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, options: SweepConfig, workers: int) -> None:
+def print_plan(run: SweepRun, states: dict[str, State]) -> None:
     """Print what ``sweep.dry_run=false`` would train; a few steps of each kind of pack are timed.
 
     Args:
-        jobs: the open trials.
+        run: of the open trials.
         states: of all trials.
-        folder: of the sweep.
-        options: how it runs.
-        workers: processes side by side.
     """
-    torch.set_num_threads(threads_each(workers))  # as each worker will have
-    worker = Worker(jobs, folder, options, time.time(), _ignore, StopRequest(), workers=workers)
+    torch.set_num_threads(threads_each(run.workers))  # as each worker will have
+    sizes = PackSizes(run, Setups(Process()), StopRequest(), _ignore)
     rows, seconds_in_all = [], 0.0
-    for group in worker.groups:
-        size, seconds, memory = _expected(worker, group)
-        share = -(-len(group.jobs) // workers)
+    for group in make_groups(run.jobs):
+        size, seconds, memory = _expected(sizes, group)
+        share = -(-len(group.jobs) // run.workers)
         size = max(1, min(size, share))
         epochs = sum(_epochs_left(job, states[job.trial_id]) for job in group.jobs)
         seconds_in_all += seconds * epochs
@@ -42,24 +36,24 @@ def print_plan(jobs: Sequence[Job], states: dict[str, State], folder: Path, opti
         held = f"{memory / 2**20:,.0f} MB" if memory else "-"
         rows.append((group.title, str(len(group.jobs)), f"{packs} of up to {size}", held, _duration(seconds * epochs)))
     console = make_console()
-    console.print(f"plan of {folder}: {len(states)} trials, {len(states) - len(jobs)} of them finished")
+    console.print(f"plan of {run.folder}: {len(states)} trials, {len(states) - len(run.jobs)} of them finished")
     header = ("trials that share a backbone", "trials", "packs", "memory of a pack", "time")
     print_table(console, "", header, rows)
-    processes = f" in {workers} processes" if workers > 1 else ""
-    console.print(f"about {_duration(seconds_in_all / workers)}{processes}, measured on a few steps")
+    processes = f" in {run.workers} processes" if run.workers > 1 else ""
+    console.print(f"about {_duration(seconds_in_all / run.workers)}{processes}, measured on a few steps")
 
 
-def _expected(worker: Worker, group: Group) -> tuple[int, float, int]:
+def _expected(sizes: PackSizes, group: Group) -> tuple[int, float, int]:
     """Pack size, seconds of one epoch of one trial, and bytes of a pack."""
-    setup = worker.setup_for(group.jobs[0])
+    setup, wanted = sizes.setups.of(group.jobs[0]), sizes.run.options.pack_size
     configs = [job.config for job in group.jobs]
-    if group.alone or worker.options.pack_size != "auto":
-        size = 1 if group.alone else min(int(worker.options.pack_size), len(configs))
-        seconds, memory = measure(configs[:size], setup, worker.stop)
+    if group.alone or wanted != "auto":
+        size = 1 if group.alone else min(int(wanted), len(configs))
+        seconds, memory = measure(configs[:size], setup, sizes.stop)
         return size, seconds, memory
-    figures: dict[str, Any] | None = worker.ledger.pack_size(worker.size_key(group), len(configs))
+    figures: dict[str, Any] | None = sizes.known(group, len(configs))
     if figures is None:
-        size, measured = choose_pack_size(configs, setup, worker.workers, worker.stop)
+        size, measured = choose_pack_size(configs, setup, sizes.run.workers, sizes.stop)
         figures = {"size": size, **measured}
     size = int(figures["size"])
     return size, figures["seconds_per_trial_epoch"][str(size)], figures["memory_bytes"][str(size)]

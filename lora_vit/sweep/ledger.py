@@ -1,69 +1,19 @@
-"""A sweep's folder: its plan file, and what its trials' records say. Knows no torch."""
+"""A sweep's plan file: every trial ever asked for, and measured pack sizes. Knows no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import ConfigError, SweepConfig, TrialConfig
-from lora_vit.records import RECORD, RecordError, TrialRecord, read_record, write_json
+from lora_vit.config import ConfigError
+from lora_vit.records import RECORD, locked, write_json
 from lora_vit.sweep.plan import Job
 
 PLAN = "sweep.json"
 PLAN_SCHEMA = 1
-
-
-@dataclass
-class State:
-    """What a trial's folder says of it.
-
-    Attributes:
-        status: new, running, completed, failed, stopped, interrupted, or unreadable.
-        record: None where there is none, or none that can be read.
-        problem: why it cannot be read.
-    """
-
-    status: str
-    record: TrialRecord | None = None
-    problem: str = ""
-
-
-def state_of(folder: Path) -> State:
-    """Read one trial's folder. Never raises for what is in the files."""
-    try:
-        record = read_record(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return State("new")
-    except RecordError as error:
-        return State("unreadable", problem=str(error))
-    return State(record.shown_status(), record)
-
-
-def is_closed(config: TrialConfig, state: State, options: SweepConfig, launched: float) -> bool:
-    """Whether there is nothing (more) to do for a trial.
-
-    Args:
-        config: of the trial.
-        state: what its folder says.
-        options: of the sweep.
-        launched: when the command began (seconds since 1970): what ended before may be trained again if asked for.
-    """
-    if state.status == "unreadable":
-        return True
-    record = state.record
-    if record is None or state.status not in ("completed", "failed"):
-        return False
-    earlier = (record.finished or record.heartbeat) < launched
-    if earlier and config.trainer.resume == "restart":
-        return False
-    return state.status == "completed" or not (options.retry_failed and earlier)
 
 
 class Ledger:
@@ -101,7 +51,7 @@ class Ledger:
         """Change the plan while no other process does. Raises ConfigError where the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with locked(self.folder / ".sweep.lock"):
                 plan = self.read()
                 before = json.dumps(plan, sort_keys=True)
                 change(plan)
@@ -138,15 +88,6 @@ class Ledger:
     def keep_pack_size(self, key: str, figures: dict[str, Any]) -> None:
         """Remember a size and the figures behind it for the next time."""
         self.update(lambda plan: plan["pack_sizes"].update({key: figures}))
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        handle = os.open(self.folder / ".sweep.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
 
 
 def trial_folders(folder: Path) -> list[Path]:

@@ -13,11 +13,20 @@ from typing import Any
 
 import torch
 
-from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
-from lora_vit.records import TrialRecord
+from lora_vit.build import choose_device, device_name
+from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.data.dataset import DataError
+from lora_vit.records import NO_SPACE, TrialRecord
+from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import Group, Job, SweepRun, digest
+from lora_vit.sweep.schedule import Emit
+from lora_vit.sweep.setups import Setups
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.loop import StopRequest
-from lora_vit.training.pack import EVAL_BATCH, Pack, Setup, Trial
+from lora_vit.training.pack import EVAL_BATCH, Pack
+from lora_vit.training.setup import Setup
+from lora_vit.training.trial import Trial
 
 LARGEST = 64
 MEMORY_SHARE = 0.8
@@ -28,6 +37,84 @@ GAIN = 0.03
 """A larger pack must be faster by this part to be preferred."""
 MOST_MISSES, LONG = 2, 5.0
 """Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
+
+
+class PackSizes:
+    """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
+
+    def __init__(self, run: SweepRun, setups: Setups, stop: StopRequest, emit: Emit):
+        self.run, self.setups, self.stop, self.emit = run, setups, stop, emit
+        self.ledger = Ledger(run.folder)
+        self._sizes: dict[str, int] = {}
+
+    def of(self, group: Group, jobs: Sequence[Job], planned: int, claims: Claims) -> int | None:
+        """The group's pack size; None while another process measures it.
+
+        Args:
+            group: of trials that may train together.
+            jobs: its open trials.
+            planned: how many were open when the command began; all workers are to have some.
+            claims: so that one process measures, and the others wait.
+        """
+        if group.alone:
+            return 1
+        wanted = self.run.options.pack_size
+        if group.key not in self._sizes:
+            size = int(wanted) if wanted != "auto" else self._measured(group, jobs, planned, claims)
+            if size is None:
+                return None
+            self._sizes[group.key] = size
+        share = planned if wanted != "auto" else -(-planned // self.run.workers)
+        return max(1, min(self._sizes[group.key], share))
+
+    def halve(self, group: Group, trials: int) -> None:
+        """So many trials took more memory than there is: half of them from now on."""
+        self._sizes[group.key] = max(1, trials // 2)
+
+    def known(self, group: Group, trials: int) -> dict[str, Any] | None:
+        """What was measured for the group on this kind of machine, with as many workers."""
+        return self.ledger.pack_size(self._kind(group), trials)
+
+    def _kind(self, group: Group) -> str:
+        device = choose_device(group.jobs[0].config.trainer.accelerator, self.setups.process)
+        return digest([group.key, device_name(device), torch.get_num_threads(), self.run.workers])
+
+    def _measured(self, group: Group, jobs: Sequence[Job], planned: int, claims: Claims) -> int | None:
+        if planned == 1:
+            return 1
+        figures = self.known(group, planned)
+        if figures is None:
+            kind = self._kind(group)
+            if not claims.take(f"size-{kind}"):
+                return None
+            try:
+                figures = self.known(group, planned)  # perhaps just now by another
+                if figures is None:
+                    figures = self._measure(group, jobs)
+                    if figures is None:
+                        return 1
+                    self.ledger.keep_pack_size(kind, figures)
+            finally:
+                claims.release(f"size-{kind}")
+        return int(figures["size"])
+
+    def _measure(self, group: Group, jobs: Sequence[Job]) -> dict[str, Any] | None:
+        """Measure now: ``size`` and the figures behind it; None where a trial cannot be trained at all."""
+        self.emit("say", text=f"measuring the pack size for {group.title}")
+        try:
+            size, measured = choose_pack_size(
+                [job.config for job in jobs], self.setups.of(jobs[0]), self.run.workers, self.stop
+            )
+        except (Interrupted, ConfigError, DataError):
+            raise
+        except Exception as error:  # each trial then tells its own
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            self.emit("say", text=f"the pack size cannot be measured ({type(error).__name__}: {error}): packs of 1")
+            return None
+        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
+        self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
+        return {"size": size, "group": group.title, **measured}
 
 
 def choose_pack_size(

@@ -1,4 +1,4 @@
-"""What a sweep will train: its trials, which of them can share a backbone, and its name. Knows no torch."""
+"""A sweep: its trials, its folder, which trials can share a backbone, and its name. Knows no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lora_vit.config import WITHOUT_IDENTITY, TrialConfig, canonical, cell_id, to_dict, trial_id
+from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, cell_id, to_dict, trial_id
+from lora_vit.records import CHECKPOINT, State, state_of
 
 GROUPS = ("model", "data", "optimizer", "lora", "trainer", "experiment", "sweep")
 
@@ -38,6 +40,47 @@ class Job:
     def cell_id(self) -> str:
         """The trial's cell."""
         return cell_id(self.config)
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One command's run of a sweep.
+
+    Attributes:
+        jobs: the trials, each once.
+        folder: of the sweep.
+        options: how it runs.
+        launched: when the command began (seconds since 1970): what ended before may be trained again if asked for.
+        workers: processes that train side by side.
+    """
+
+    jobs: tuple[Job, ...]
+    folder: Path
+    options: SweepConfig
+    launched: float
+    workers: int = 1
+
+    def folder_of(self, job: Job) -> Path:
+        """The trial's folder."""
+        return self.folder / job.trial_id
+
+    def board_of(self, job: Job) -> Path:
+        """The trial's folder in the sweep's TensorBoard folder; it keeps its name when the grid grows."""
+        root = self.folder / "tensorboard"
+        name = job.label.replace("/", "_").replace(" ", "_")
+        return next(root.glob(f"*{job.trial_id}"), root / f"{name}_{job.trial_id}".lstrip("_"))
+
+    def state_of(self, job: Job) -> State:
+        """Where the trial stands."""
+        return state_of(self.folder_of(job), job.config, job.trial_id)
+
+    def is_ended(self, job: Job, state: State) -> bool:
+        """Whether a trial that stands so needs no (more) training."""
+        return state.is_ended(job.config.trainer.resume == "restart", self.launched, self.options.retry_failed)
+
+    def is_begun(self, job: Job) -> bool:
+        """Whether the trial left a checkpoint."""
+        return (self.folder_of(job) / CHECKPOINT).exists()
 
 
 @dataclass

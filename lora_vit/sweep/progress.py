@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lora_vit.sweep.ledger import State
+from lora_vit.records import State
 from lora_vit.sweep.plan import Job
 
 PLAIN_EVERY = 10.0
@@ -61,7 +61,7 @@ class View:
             self.live.start()
 
     def emit(self, kind: str, **fields: object) -> None:
-        """Take an event: pack, advance, epoch, left, closed, say or stop."""
+        """Take an event: pack, advance, epoch, left, ended, say or stop."""
         getattr(self, f"_on_{kind}")(**fields)
         now = time.monotonic()
         if self.live is not None:
@@ -106,7 +106,7 @@ class View:
         if self.live is None:
             self.console.print(self._trial_line(row), markup=False)
 
-    def _on_closed(self, id: str, state: State) -> None:
+    def _on_ended(self, id: str, state: State) -> None:
         row, record = self.rows[id], state.record
         if row.status != state.status:  # finished earlier, or by another command
             epochs = row.job.config.trainer.epochs

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.config import SweepConfig
+from lora_vit.records import State
+from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
-from lora_vit.sweep.ledger import Ledger, State, is_closed, state_of
-from lora_vit.sweep.plan import Job, without_duplicates
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import Job, SweepRun, without_duplicates
+from lora_vit.sweep.processes import number_of_workers, run_workers
 from lora_vit.sweep.progress import View, make_console, print_table
-from lora_vit.sweep.workers import number_of_workers, run_workers
-from lora_vit.training.loop import Interrupted, StopRequest
 
 SHOWN = 30
 """Rows of a table on the terminal."""
@@ -54,33 +55,32 @@ def run_sweep(
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
     ledger.read()  # refuses a folder of another version before anything is written
-    states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
-    closed = {job.trial_id for job in jobs if is_closed(job.config, states[job.trial_id], options, launched)}
-    todo = [job for job in jobs if job.trial_id not in closed]
-    workers = number_of_workers(todo or jobs, options)
+    all_jobs = SweepRun(tuple(jobs), folder, options, launched)
+    states = {job.trial_id: all_jobs.state_of(job) for job in jobs}
+    ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
+    todo = tuple(job for job in jobs if job.trial_id not in ended)
+    run = SweepRun(todo, folder, options, launched, number_of_workers(todo or jobs, options))
     prepare([job.config for job in todo])
     if options.dry_run:
-        print_plan(todo, states, folder, options, workers)
+        print_plan(run, states)
         return None
     ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
-    for trial_id in closed:
-        view.emit("closed", id=trial_id, state=states[trial_id])
-    train_open(todo, folder, options, launched, view, workers)
+    for trial_id in ended:
+        view.emit("ended", id=trial_id, state=states[trial_id])
+    train_open(run, view)
     view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
-    return finish(jobs, folder, options, {row.job.trial_id: row.message for row in view.rows.values()})
+    return finish(all_jobs, {row.job.trial_id: row.message for row in view.rows.values()})
 
 
-def train_open(
-    jobs: Sequence[Job], folder: Path, options: SweepConfig, launched: float, view: View, workers: int
-) -> None:
-    """Train what is not finished, here or in worker processes."""
+def train_open(run: SweepRun, view: View) -> None:
+    """Train what is open, here or in worker processes."""
     try:
         with StopRequest() as stop:
-            if jobs:
-                run_workers(jobs, folder, options, launched, view, stop, workers)
+            if run.jobs:
+                run_workers(run, view, stop)
     except Interrupted:
         if not view.stop_asked:
             raise
@@ -96,11 +96,9 @@ def count(states: dict[str, State]) -> dict[str, int]:
     return counts
 
 
-def finish(
-    jobs: Sequence[Job], folder: Path, options: SweepConfig, messages: dict[str, str]
-) -> dict[str, float | Exception]:
+def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Exception]:
     """Print the tables and give Hydra its values; ``messages`` say why trials left, where no record does."""
-    states = {job.trial_id: state_of(folder / job.trial_id) for job in jobs}
+    jobs, states = run.jobs, {job.trial_id: run.state_of(job) for job in run.jobs}
     outcomes: dict[str, float | Exception] = {}
     failed = []
     for job in jobs:
@@ -113,11 +111,11 @@ def finish(
     print_cells(console, jobs, states)
     if failed:
         print_failures(console, failed, messages)
-        retry = not options.retry_failed and any(state.status == "failed" for _, state in failed)
+        retry = not run.options.retry_failed and any(state.status == "failed" for _, state in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
-    where = shown(folder)
+    where = shown(run.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_vit.records import RecordError, replacing
-
-CHECKPOINT = "checkpoint.pt"
+from lora_vit.records import CHECKPOINT, RecordError, replacing
 
 
 @dataclass

@@ -5,13 +5,17 @@ from __future__ import annotations
 import resource
 import signal
 import time
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
+from lora_vit.records import repeating
+from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.training.evaluate import Predictions
-from lora_vit.training.pack import Pack, Setup, Trial
+from lora_vit.training.pack import Pack
+from lora_vit.training.setup import Setup
+from lora_vit.training.trackers import HEARTBEAT_EVERY
+from lora_vit.training.trial import Trial
 
 
 class Reporter(Protocol):
@@ -33,68 +37,56 @@ class Reporter(Protocol):
         """Called when a trial is completed or failed."""
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error)
-    """The process was asked to stop; everything is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
-
-
-class StopRequest:
-    """Remembers SIGTERM and Ctrl-C until the step is finished; a second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._remember)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def heed(self) -> None:
-        """Raise Interrupted if asked to stop; for long work between steps of training."""
-        if self.signum:
-            raise Interrupted(self.signum)
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum
-
-
 def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
     """Train trials in one pack to their ends.
 
     Their records tell how each ended. Raises Interrupted after saving everything.
     """
-    first = Pack(trials, setup)
-    describe(first)
-    reporter.started(first)
-    pack: Pack | None = first
-    while pack is not None:
-        bad = [] if any(t.done() for t in pack.trials) else train_epoch(pack, reporter, stop)
-        if not bad and pack.step_in_epoch == pack.steps_per_epoch:
-            finish_epoch(pack, reporter)
-        finished = [t for t in pack.trials if t.done()]
-        if finished:
-            finish_trials(pack, finished)
-        for trial in bad + finished:
-            reporter.left(trial)
-        if bad or finished:
-            pack = pack.without(bad + finished)
-        if pack is not None and stop_requested(pack, stop, logging=True):
-            save(pack)
-            raise interrupt(pack, stop)
+    pack = Pack(trials, setup)
+    describe(pack)
+    reporter.started(pack)
+    with repeating(lambda: give_signs_of_life(trials), HEARTBEAT_EVERY):
+        while True:
+            try:
+                leaving = train_round(pack, reporter, stop)
+                if leaving:
+                    pack.pull()
+                    staying = [trial for trial in pack.trials if trial not in leaving]
+                    del pack  # before the next one takes its memory
+                    if not staying:
+                        return
+                    pack = Pack(staying, setup)
+                if stop_requested(pack, stop, logging=True):
+                    raise interrupt(pack, stop.signum)
+            except Exception:
+                raise
+            except BaseException:  # SystemExit of somebody's signal handler, a second Ctrl-C
+                interrupt(pack, stop.signum)
+                raise
+
+
+def give_signs_of_life(trials: list[Trial]) -> None:
+    """For trials that write: theirs end when their files are closed."""
+    for trial in trials:
+        if trial.files is not None:
+            trial.files.beat()
+
+
+def train_round(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial]:
+    """Train an epoch, or until trials fail; returns the trials that are completed or failed now."""
+    bad = [] if any(t.done() for t in pack.trials) else train_epoch(pack, reporter, stop)
+    if not bad and pack.step_in_epoch == pack.steps_per_epoch:
+        finish_epoch(pack, reporter)
+    finished = [t for t in pack.trials if t.done()]
+    if finished:
+        finish_trials(pack, finished)
+    for trial in bad + finished:
+        reporter.left(trial)
+    return bad + finished
 
 
 def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial]:
-    """Train to the epoch's end, or to the logging step at which trials are found bad; returns those."""
+    """Train to the epoch's end, or to the step at which trials are found bad; returns those."""
     rates = pack.learning_rates()
     clock = Clock(pack)
     for lr_K1 in rates:
@@ -102,14 +94,16 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
         reporter.advance(pack)
         last = pack.step_in_epoch == pack.steps_per_epoch
         logging = last or pack.step_in_epoch % pack.trials[0].config.trainer.log_every == 0
-        if logging:
-            bad = log_step(pack, losses_K, lr_K1, clock, reporter)
+        stopping = stop_requested(pack, stop, logging)
+        if logging or stopping:
+            clock.charge()
+            bad = fail_bad(pack, last)
+            if logging:
+                log_step(pack, losses_K, lr_K1, clock, reporter)
             if bad:
                 return bad
-        if stop_requested(pack, stop, logging) and not last:
-            clock.charge()
-            save(pack)
-            raise interrupt(pack, stop)
+        if stopping and not last:
+            raise interrupt(pack, stop.signum)
         if not last and clock.checkpoint_due():
             clock.charge()
             save(pack)
@@ -149,33 +143,37 @@ class Clock:
         return due
 
 
-def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> list[Trial]:
-    """Read this step's figures from the device, write them, and mark and return the trials that went bad."""
+def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> None:
+    """Read this step's figures from the device and write those of the trials that go on."""
     losses, lrs = losses_K.tolist(), lr_K1[:, 0].tolist()
-    first_bad = pack.step_state.first_bad_step_K.tolist()
-    clock.charge()
     speed = clock.images_per_second()
+    for k, trial in enumerate(pack.trials):
+        if trial.files is not None and trial.record.status == "running":
+            trial.files.log_step(pack.step_of(trial), trial.state.epoch, losses[k], lrs[k], speed)
+    reporter.step(pack, losses, lrs, speed)
+
+
+def fail_bad(pack: Pack, last: bool) -> list[Trial]:
+    """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them.
+
+    At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
+    """
+    first_bad = pack.step_state.first_bad_step_K.tolist()
+    finite = pack.finite_K().tolist() if last else [True] * pack.K
     bad = []
     for k, trial in enumerate(pack.trials):
-        step = trial.state.epoch * pack.steps_per_epoch + pack.step_in_epoch
-        if first_bad[k] >= 0:
-            bad.append(trial)
-            mark_bad(trial, first_bad[k] + 1)
-        elif trial.files is not None:
-            trial.files.log_step(step, trial.state.epoch, losses[k], lrs[k], speed)
-    reporter.step(pack, losses, lrs, speed)
+        if first_bad[k] < 0 and finite[k]:
+            continue
+        what, step = "the loss or its gradient is", first_bad[k] + 1
+        if first_bad[k] < 0:
+            what, step = "a parameter is", pack.step_of(trial)
+        o = trial.config.optimizer
+        remedy = (
+            "a smaller optimizer.lr" if o.clip_norm is not None else "a smaller optimizer.lr or optimizer.clip_norm=1"
+        )
+        trial.fail(f"{what} not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
+        bad.append(trial)
     return bad
-
-
-def mark_bad(trial: Trial, step: int) -> None:
-    """Record that a loss or gradient was not finite, and what to try."""
-    o = trial.config.optimizer
-    remedy = "a smaller optimizer.lr" if o.clip_norm is not None else "a smaller optimizer.lr or optimizer.clip_norm=1"
-    message = f"the loss or its gradient is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}"
-    trial.record.error = {"message": message, "step": step, "traceback": None}
-    trial.record.status = "failed"
-    if trial.files is not None:
-        trial.files.fail(message, step)
 
 
 def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
@@ -187,22 +185,22 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     return False
 
 
-def interrupt(pack: Pack, stop: StopRequest) -> Interrupted:
-    """Mark the trials interrupted; they are saved."""
+def interrupt(pack: Pack, signum: int) -> Interrupted:
+    """Save the trials, unless their state is half changed, and mark them interrupted."""
+    if not pack.step_state.updating:
+        save(pack)
     for trial in pack.trials:
-        trial.record.status = "interrupted"
-        if trial.files is not None:
-            trial.files.write_record()
-            trial.files.close()
-    return Interrupted(stop.signum or signal.SIGTERM)
+        if trial.record.status == "running":
+            trial.interrupt()
+    return Interrupted(signum or signal.SIGTERM)
 
 
 def save(pack: Pack) -> None:
-    """Checkpoint every trial of the pack."""
+    """Checkpoint every trial of the pack, but none after a bad step: that would hide it from a run that goes on."""
     pack.pull()
-    for trial in pack.trials:
-        if trial.files is not None:
-            trial.files.save_checkpoint()
+    for trial, bad_step in zip(pack.trials, pack.step_state.first_bad_step_K.tolist(), strict=True):
+        if bad_step < 0:
+            trial.save()
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
@@ -225,7 +223,7 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         if trial.files is not None:
             trial.files.log_epoch(step, state.epoch, row)
             if trial.done() or trial.files.epoch_checkpoint_due():
-                trial.files.save_checkpoint()
+                trial.save()
             trial.files.write_record()
         reporter.epoch(trial, row)
 
@@ -271,15 +269,12 @@ def finish_trials(pack: Pack, finished: list[Trial]) -> None:
             if name != "val":
                 record.metrics[f"{name}_accuracy"] = predictions[k].accuracy
                 record.metrics[f"{name}_loss"] = predictions[k].loss
-        record.finished = time.time()
         if trial.files is not None:
             columns = {name: predictions[k].fields() for name, predictions in splits.items()}
             tensors = pack.export(k, pack.flat.values_KP)
             trial.files.write_results(columns, tensors, adapter_card(pack.setup, trial))
             trial.files.log_hparams()
-            trial.files.write_record("completed")
-            trial.files.close()
-        record.status = "completed"
+        trial.complete()
 
 
 def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
@@ -304,4 +299,4 @@ def describe(pack: Pack) -> None:
         trial.record.parameters = pack.parameter_counts(k)
         trial.record.cost["pack_size"] = pack.K
         if trial.files is not None:
-            trial.files.write_record("running")
+            trial.files.write_record()

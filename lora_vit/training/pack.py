@@ -2,77 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lora_vit.config import TrialConfig
-from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import ImageData
-from lora_vit.data.stream import EvalStream, Samples, TrainStream
-from lora_vit.distributed import Process
+from lora_vit.data.stream import TrainStream
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT
-from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, Schedule, schedule
+from lora_vit.training.setup import Setup
 from lora_vit.training.step import StepState, train_step
-from lora_vit.training.trackers import TrialFiles
+from lora_vit.training.trial import Trial
 
 EVAL_BATCH = 256
 """Largest number of images of one evaluation step, times trials."""
-
-
-@dataclass
-class Trial:
-    """One trial on its way: what it is, where it stands and where it writes (rank 0 only)."""
-
-    config: TrialConfig
-    record: TrialRecord
-    state: TrialState
-    files: TrialFiles | None = None
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        return self.record.trial_id
-
-    def done(self) -> bool:
-        """Whether all epochs are trained."""
-        return self.state.epoch >= self.config.trainer.epochs
-
-
-@dataclass
-class Setup:
-    """What all trials of a pack share, and how their model is built."""
-
-    build_model: Callable[[list[TrialConfig]], PackedViT]
-    samples: Samples
-    transform: Transform
-    device: torch.device
-    process: Process
-    compile: bool
-    environment: dict[str, object] = field(default_factory=dict)
-    base_weights: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def data(self) -> ImageData:
-        """The data set."""
-        return self.samples.data
-
-    def train_stream(self, config: TrialConfig) -> TrainStream:
-        """The ordered, augmented batches of a trial (this process's part)."""
-        p = self.process
-        return TrainStream(self.samples, self.transform, config.data.batch_size, config.seed, p.rank, p.world_size)
-
-    def eval_stream(self, split: str, batch_size: int) -> EvalStream:
-        """Every sample of a split once (this process's share)."""
-        p = self.process
-        return EvalStream(self.samples, self.transform, split, batch_size, p.rank, p.world_size)
 
 
 class Pack:
@@ -163,6 +107,7 @@ class Pack:
         labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
         loss_K = train_step(self.step_state, images, labels_KB, self.stream_of_trial, lr_K1, stop)
         self.step_in_epoch += 1
+        self.step_state.updating = False
         self._predictions.clear()
         return loss_K
 
@@ -194,11 +139,13 @@ class Pack:
             s.exp_avg = self.export(k, self.optimizer.exp_avg_KP)
             s.exp_avg_sq = self.export(k, self.optimizer.exp_avg_sq_KP)
 
-    def without(self, leaving: list[Trial]) -> Pack | None:
-        """The pack of the trials that stay, or None."""
-        self.pull()
-        rest = [t for t in self.trials if t not in leaving]
-        return Pack(rest, self.setup) if rest else None
+    def step_of(self, trial: Trial) -> int:
+        """The trial's steps so far, over all epochs."""
+        return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
+
+    def finite_K(self) -> Tensor:
+        """Whether all of a trial's parameters are finite, bool [K]."""
+        return torch.isfinite(self.flat.values_KP).all(1)
 
     def _load(self, k: int, state: TrialState) -> None:
         for matrix, tensors in (
@@ -206,6 +153,8 @@ class Pack:
             (self.optimizer.exp_avg_KP, state.exp_avg),
             (self.optimizer.exp_avg_sq_KP, state.exp_avg_sq),
         ):
+            if not tensors:
+                continue  # not trained here: there are no moments yet
             views = self._views(k, matrix)
             if set(views) != set(tensors):
                 raise ValueError(f"the checkpoint of {self.trials[k].name} has other tensors than its model")
@@ -249,8 +198,3 @@ class Pack:
         shared = sum(p.numel() for n, p in self.model.trunk.named_parameters() if ".lora_" not in n)
         trainable = sum(v.numel() for v in views.values())
         return {"trainable": trainable, "adapter": adapter, "head": head, "total": shared + adapter + head}
-
-
-def split_sizes(data: ImageData) -> dict[str, int]:
-    """Number of samples of each split."""
-    return {name: int(np.size(ids)) for name, ids in data.splits.items()}

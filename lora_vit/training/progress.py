@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from lora_vit.training.pack import Pack, Trial
+from lora_vit.training.pack import Pack
 from lora_vit.training.trackers import epoch_figures
+from lora_vit.training.trial import Trial
 
 
 class RunReporter:
@@ -64,7 +65,7 @@ class RunReporter:
         elif time.perf_counter() - self._since > 10:
             self._since = time.perf_counter()
             epochs = pack.trials[0].config.trainer.epochs
-            done = pack.trials[0].state.epoch * pack.steps_per_epoch + pack.step_in_epoch
+            done = pack.step_of(pack.trials[0])
             total = epochs * pack.steps_per_epoch
             left = (total - done) * pack.step_state.global_batch / max(images_per_second, 1e-9)
             self.console.print(f"step {done}/{total}  {figures}  about {left:,.0f} s left")

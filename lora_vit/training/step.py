@@ -31,6 +31,7 @@ class StepState:
     loss_sum_K: Tensor  # float64: sum of the epoch's losses so far
     first_bad_step_K: Tensor  # int64: first step with a loss or gradient that is not finite, -1: none
     global_batch: int
+    updating: bool = False  # between the first change of a step and its last
 
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
@@ -67,6 +68,7 @@ def train_step(
     norm_K1 = torch.linalg.vector_norm(s.flat.grads_KP, dim=1, keepdim=True)
     loss_K = s.flat.losses_K.clone()
     ok_K = torch.isfinite(loss_K) & torch.isfinite(norm_K1[:, 0]) & (s.first_bad_step_K < 0)
+    s.updating = True
     s.first_bad_step_K = torch.where(ok_K | (s.first_bad_step_K >= 0), s.first_bad_step_K, s.step_K)
     s.optimizer.step(lr_K1, ok_K[:, None], norm_K1)
     s.loss_sum_K += loss_K

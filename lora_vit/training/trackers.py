@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_vit.records import JsonLines, TrialRecord
 from lora_vit.training.checkpoint import TrialState, save_checkpoint
 
 HEARTBEAT_EVERY = 30.0
-"""Seconds between rewritings of a running trial's record."""
+"""Seconds between signs of life of a running trial."""
 
 EPOCH_CHECKPOINT_EVERY = 5.0
 """Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
@@ -38,8 +38,9 @@ class TrialFiles:
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
         timing = folder / records.TIMING
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
-        self._beat = 0.0
         self._saved = -math.inf
+        self._written: TrialRecord | None = None
+        self._writing = threading.Lock()
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
@@ -56,18 +57,16 @@ class TrialFiles:
             self._tensorboard = SummaryWriter(str(self._tensorboard_folder), purge_step=step or None)
         return self._tensorboard
 
-    def write_record(self, status: str | None = None) -> None:
-        """Replace ``record.json``, with a new status where given."""
-        if status is not None and status != self.record.status:
-            self.say(status)
-            self.record.status = status
-        records.write_record(self.folder, self.record)
-        self._beat = time.monotonic()
+    def write_record(self) -> None:
+        """Replace ``record.json``."""
+        with self._writing:
+            self._written = records.write_record(self.folder, self.record)
 
-    def heartbeat(self) -> None:
-        """Rewrite the record if the last sign of life is old."""
-        if time.monotonic() - self._beat > HEARTBEAT_EVERY:
-            self.write_record()
+    def beat(self) -> None:
+        """Give a sign of life: the record as it was written last, with the time of now. For another thread."""
+        with self._writing, contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
+            if self._written is not None and time.time() - self._written.heartbeat > HEARTBEAT_EVERY / 2:
+                records.write_record(self.folder, self._written)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
@@ -76,7 +75,6 @@ class TrialFiles:
         self.board.add_scalar("train/loss", loss, step)
         self.board.add_scalar("train/learning_rate", lr, step)
         self.board.add_scalar("train/images_per_second", images_per_second, step)
-        self.heartbeat()
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """An epoch's row: train_loss, and where the epoch was validated val_loss and val_accuracy."""
@@ -128,18 +126,10 @@ class TrialFiles:
         metric = {"final/val_accuracy": self.record.metrics["val_accuracy"]}
         self.board.add_hparams(hparams, metric, run_name=".")
 
-    def fail(self, message: str, step: int | None = None, error: BaseException | None = None) -> None:
-        """Mark the trial failed, with the reason, and close its files."""
-        trace = "".join(traceback.format_exception(error)) if error is not None else None
-        self.record.error = {"message": message, "step": step, "traceback": trace}
-        self.record.finished = time.time()
-        with contextlib.suppress(OSError):  # a full disk is often the reason itself
-            self.say(trace or message)
-            self.write_record("failed")
-            self.close()
-
     def close(self) -> None:
-        """Close the logs."""
+        """Close the logs; no sign of life is given from now on."""
+        with self._writing:
+            self._written = None
         self._metrics.close()
         self._timing.close()
         if self._tensorboard is not None:

@@ -39,7 +39,8 @@ setup = build_setup(config, Process())
 mark("data and weights")
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.pack import Pack, Trial
+from lora_vit.training.pack import Pack
+from lora_vit.training.trial import Trial
 pack = Pack([Trial(config, TrialRecord("", "", "running", {}), TrialState())], setup)
 mark("adapters, optimizer")
 pack.step(pack.learning_rates()[0], False)

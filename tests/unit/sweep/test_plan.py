@@ -8,8 +8,8 @@ import pytest
 from helpers import trial_config
 
 from lora_vit.config import ConfigError
-from lora_vit.records import TrialRecord, write_record
-from lora_vit.sweep.ledger import Ledger, state_of, trial_folders
+from lora_vit.records import TrialRecord, state_of, write_record
+from lora_vit.sweep.ledger import Ledger, trial_folders
 from lora_vit.sweep.plan import Job, default_name, group_key, label, make_groups, setup_key, without_duplicates
 
 INSIDE = [
@@ -129,7 +129,7 @@ def test_states(tmp_path):
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/record.json").write_text(json.dumps({"schema": 1})[:-3])
     cut = state_of(tmp_path / "cut")
-    assert cut.status == "unreadable"
+    assert cut.status == "refused"
     assert "record.json" in cut.problem
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "own").mkdir()

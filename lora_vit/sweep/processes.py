@@ -1,7 +1,11 @@
-"""The processes of a sweep: one for each GPU, or several on a CPU, which take their work from the claims."""
+"""The processes of a sweep: one for each GPU, or several on a CPU, forked from a server that has imported torch.
+
+torch is imported only where it is needed: the server imports it while the command composes its trials.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import queue
@@ -9,19 +13,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
-import torch
-
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
-from lora_vit.data.dataset import DataError
-from lora_vit.sweep.measure import MEMORY_SHARE, attainable_memory
-from lora_vit.sweep.packed import Worker
-from lora_vit.sweep.plan import Job
+from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.progress import View
-from lora_vit.sweep.server import worker_context
-from lora_vit.training.loop import Interrupted, StopRequest
 
 MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
@@ -33,8 +31,42 @@ class WorkerFailed(Exception):  # noqa: N818
     """A worker process ended by itself; what it had claimed is free again."""
 
 
+def worker_context() -> SpawnContext | ForkServerContext:
+    """How worker processes are made: forked from a server that has imported torch, or anew where forks are unsafe."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_vit.sweep.worker"])
+    return context
+
+
+def start_early(jobs: Sequence[Job], options: SweepConfig) -> None:
+    """Start the server if there will probably be several workers. A wrong guess costs time, nothing else."""
+    if sys.platform != "linux" or options.dry_run or len(jobs) < 2:
+        return
+    several = options.workers not in ("auto", "1")
+    if options.workers == "auto":
+        on_cpu = all(job.config.trainer.accelerator == "cpu" for job in jobs) or not _has_nvidia_driver()
+        several = on_cpu and len(os.sched_getaffinity(0)) > 1 and os.environ.get("OMP_NUM_THREADS") != "1"
+    if several:
+        from multiprocessing import forkserver
+
+        worker_context()
+        forkserver.ensure_running()
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
     """How many processes train side by side. Raises ConfigError where the settings ask for what cannot be."""
+    import torch
+
     for job in jobs:
         devices = job.config.trainer.devices
         if devices not in ("auto", "1"):
@@ -54,16 +86,24 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
 
 def uses_gpus(jobs: Sequence[Job]) -> bool:
     """Whether any trial runs on a GPU, so that there is one worker for each GPU at most."""
+    import torch
+
     return any(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
 
 
 def threads_each(workers: int) -> int:
     """Threads of each worker: together they have those of one process."""
+    import torch
+
     return max(1, torch.get_num_threads() // workers)
 
 
 def _on_cpu(jobs: Sequence[Job]) -> int:
     """Processes that share the cores: of few threads, which waits less for one another than one of many does."""
+    import torch
+
+    from lora_vit.sweep.measure import MEMORY_SHARE, attainable_memory
+
     largest = max(expected_bytes(job.config) for job in jobs)
     fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
     return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
@@ -82,41 +122,26 @@ def expected_bytes(config: TrialConfig) -> int:
     return PROCESS_BYTES + 4 * (trained * weights + m.num_layers * tokens * (7 * m.hidden_dim + m.mlp_dim))
 
 
-def run_workers(
-    jobs: Sequence[Job],
-    folder: Path,
-    options: SweepConfig,
-    launched: float,
-    view: View,
-    stop: StopRequest,
-    workers: int,
-) -> None:
+def run_workers(run: SweepRun, view: View, stop: StopRequest) -> None:
     """Train in this process, or in several of their own. Raises Interrupted once all is saved."""
-    if workers > 1:
-        _run_processes(jobs, folder, options, launched, view, stop, workers)
+    if run.workers > 1:
+        _run_processes(run, view, stop)
         return
+    from lora_vit.sweep.worker import Worker
 
     def emit(kind: str, **fields: Any) -> None:
         view.emit(kind, **fields)
         if kind == "stop":
             stop.signum = signal.SIGTERM
 
-    Worker(jobs, folder, options, launched, emit, stop).run()
+    Worker(run, emit, stop).work()
 
 
-def _run_processes(
-    jobs: Sequence[Job],
-    folder: Path,
-    options: SweepConfig,
-    launched: float,
-    view: View,
-    stop: StopRequest,
-    workers: int,
-) -> None:
+def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     context = worker_context()
     events: Any = context.Queue()
-    shared = (list(jobs), folder, options, launched, events, workers, threads_each(workers))
-    processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(workers)]
+    shared = (run, events, threads_each(run.workers))
+    processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
     for process in processes:
         process.start()
     asked = False
@@ -144,17 +169,13 @@ def _run_processes(
         print(f"note: {message}; the others did their work", file=sys.stderr)
 
 
-def _work(
-    index: int,
-    jobs: list[Job],
-    folder: Path,
-    options: SweepConfig,
-    launched: float,
-    events: Any,
-    workers: int,
-    threads: int,
-) -> None:
+def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
     """A worker process."""
+    import torch
+
+    from lora_vit.data.dataset import DataError
+    from lora_vit.sweep.worker import Worker
+
     torch.set_num_threads(threads)
     command = multiprocessing.parent_process()
 
@@ -166,9 +187,9 @@ def _work(
     code = 0
     with StopRequest() as stop:
         try:
-            if uses_gpus(jobs):
+            if uses_gpus(run.jobs):
                 torch.cuda.set_device(index)
-            Worker(jobs, folder, options, launched, emit, stop, index, workers).run()
+            Worker(run, emit, stop, index).work()
         except Interrupted as error:
             code = error.exit_code
         except (ConfigError, DataError, OSError) as error:

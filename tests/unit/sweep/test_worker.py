@@ -18,11 +18,12 @@ from lora_vit.build import build_setup
 from lora_vit.config import SweepConfig, TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_record
-from lora_vit.sweep import measure, workers
+from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep import measure, processes
 from lora_vit.sweep.claims import Claims, Owner
-from lora_vit.sweep.packed import Worker, out_of_memory
-from lora_vit.sweep.plan import Job
-from lora_vit.training.loop import Interrupted, StopRequest
+from lora_vit.sweep.plan import Job, SweepRun
+from lora_vit.sweep.schedule import Schedule
+from lora_vit.sweep.worker import Worker, out_of_memory
 from lora_vit.training.pack import Pack
 
 
@@ -42,7 +43,7 @@ def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
             said.append(str(fields["text"]))
 
     with StopRequest() as stop:
-        Worker(jobs, folder, options(**changes), time.time(), emit, stop).run()
+        Worker(SweepRun(tuple(jobs), folder, options(**changes), time.time()), emit, stop).work()
     return said
 
 
@@ -77,16 +78,14 @@ def test_what_trains_together_does_not_depend_on_who_is_faster(tmp_path):
     """Another process has begun to claim the first pack: it is left to it, whole."""
     jobs = jobs_of(*(f"seed={seed}" for seed in range(6)))
     other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
-    with StopRequest() as stop:
-        worker = Worker(jobs, tmp_path, options(pack_size="3"), time.time(), lambda kind, **fields: None, stop)
-    worker.claims = Claims(tmp_path)
-    (group,) = worker.groups
-    worker._planned = {group.key: worker.plan(group)}
+    run = SweepRun(tuple(jobs), tmp_path, options(), time.time())
+    schedule = Schedule(run, Claims(tmp_path), lambda kind, **fields: None)
+    (group,) = schedule.groups
     assert other.take(jobs[0].trial_id)
-    assert worker.claim(group, worker.pending(group)) == jobs[3:]
-    assert worker.claim(group, worker.pending(group)) == []
+    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[3:]
+    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == []
     other.release(jobs[0].trial_id)
-    assert worker.claim(group, worker.pending(group)) == jobs[:3]
+    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[:3]
 
 
 def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
@@ -155,17 +154,17 @@ def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
 
 def test_the_processes_on_a_cpu_share_threads_and_memory(monkeypatch):
     jobs = jobs_of(*(f"seed={seed}" for seed in range(20)))
-    held = workers.expected_bytes(jobs[0].config)
-    monkeypatch.setattr(workers, "attainable_memory", lambda device: 10 * held)
+    held = processes.expected_bytes(jobs[0].config)
+    monkeypatch.setattr(measure, "attainable_memory", lambda device: 10 * held)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert workers.number_of_workers(jobs, options()) == 4
-    assert workers.number_of_workers(jobs[:3], options()) == 3
+    assert processes.number_of_workers(jobs, options()) == 4
+    assert processes.number_of_workers(jobs[:3], options()) == 3
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert workers.number_of_workers(jobs, options()) == 8
-    monkeypatch.setattr(workers, "attainable_memory", lambda device: 3 * held)
-    assert workers.number_of_workers(jobs, options()) == 2
-    monkeypatch.setattr(workers, "attainable_memory", lambda device: 0)
-    assert workers.number_of_workers(jobs, options()) == 1
+    assert processes.number_of_workers(jobs, options()) == 8
+    monkeypatch.setattr(measure, "attainable_memory", lambda device: 3 * held)
+    assert processes.number_of_workers(jobs, options()) == 2
+    monkeypatch.setattr(measure, "attainable_memory", lambda device: 0)
+    assert processes.number_of_workers(jobs, options()) == 1
 
 
 def wide_config(batch: int) -> TrialConfig:
@@ -187,7 +186,7 @@ def test_what_a_process_holds_is_about_what_is_measured():
     for batch in (4, 60):
         with ProcessPoolExecutor(1, new) as process:
             held.append(process.submit(held_by_a_process, batch).result())
-    expected = workers.expected_bytes(wide_config(60)) - workers.expected_bytes(wide_config(4))
+    expected = processes.expected_bytes(wide_config(60)) - processes.expected_bytes(wide_config(4))
     assert expected / 2 < held[1] - held[0] < 2 * expected
 
 

@@ -1,0 +1,59 @@
+"""Being asked to stop: signals are remembered until work is saved, then told as :class:`Interrupted`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+"""What terminals, schedulers and launchers ask with: batch systems let a site choose the signal."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """The process was asked to stop; everything is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum, self.exit_code = signum, 128 + signum
+
+
+class StopRequest:
+    """Remembers a request to stop until the step is finished; a second Ctrl-C ends at once.
+
+    A handler that a launcher had set is called when the work is saved and the context left. What the process was told
+    to ignore (``nohup``) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody set handlers
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._remember)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        theirs = self._previous.get(self.signum)
+        if callable(theirs) and theirs is not signal.default_int_handler:
+            theirs(self.signum, None)
+
+    def heed(self) -> None:
+        """Raise Interrupted if asked to stop; for long work between steps of training."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
