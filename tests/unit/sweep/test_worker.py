@@ -25,6 +25,8 @@ from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.schedule import Schedule
 from lora_vit.sweep.worker import Worker, out_of_memory
 from lora_vit.training.pack import Pack
+from lora_vit.training.setup import Setup
+from lora_vit.training.trial import Trial
 
 
 def options(**changes: object) -> SweepConfig:
@@ -104,6 +106,50 @@ def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
     assert records[1].error is not None
     assert "this trial cannot be trained" in records[1].error["message"]
     assert "in step" in records[1].error["traceback"]
+
+
+def test_an_error_while_measuring_is_recorded_by_the_trials(tmp_path, monkeypatch):
+    """The first step of every pack fails: no worker dies of it, and each trial says why."""
+    jobs = jobs_of("seed=0", "seed=1")
+
+    def step(pack: Pack, *args: object) -> torch.Tensor:
+        raise RuntimeError("this model cannot be trained")
+
+    monkeypatch.setattr(Pack, "step", step)
+    said = train(tmp_path, jobs, pack_size="auto")
+    assert any("cannot be measured (RuntimeError: this model cannot be trained)" in line for line in said)
+    for job in jobs:
+        record = read_record(tmp_path / job.trial_id)
+        assert record.status == "failed"
+        assert record.error is not None
+        assert record.error["message"] == "RuntimeError: this model cannot be trained"
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_failed_trials_are_tried_again_if_asked_for_and_anew_after_a_bad_step(retry, tmp_path, monkeypatch):
+    """One that failed at a step begins anew; one that failed otherwise goes on from its checkpoint."""
+    jobs = jobs_of("seed=0", "seed=1")
+    run = SweepRun(tuple(jobs), tmp_path, options(), time.time())
+    setup = build_setup(jobs[0].config, Process())
+    for job, at in zip(jobs, (3, None), strict=True):
+        run.folder_of(job).mkdir()
+        trial = Trial.open(job.config, run.folder_of(job), setup, run.launched, {})
+        pack = Pack([trial], setup)
+        pack.step(pack.learning_rates()[0], False)
+        pack.pull()
+        trial.save()
+        trial.fail("failed", at)
+    begun: list[tuple[int, int]] = []
+    init = Pack.__init__
+
+    def remember(pack: Pack, trials: list[Trial], of: Setup) -> None:
+        begun.extend((trial.config.seed, trial.state.step_in_epoch) for trial in trials)
+        init(pack, trials, of)
+
+    monkeypatch.setattr(Pack, "__init__", remember)
+    train(tmp_path, jobs, retry_failed=retry)
+    assert begun == ([(0, 0), (1, 1)] if retry else [])
+    assert {read_record(run.folder_of(job)).status for job in jobs} == {"completed" if retry else "failed"}
 
 
 def test_what_is_out_of_memory():
