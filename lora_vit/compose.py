@@ -32,6 +32,7 @@ from lora_vit.config import (
     validate_sweep,
 )
 from lora_vit.sweep.plan import Job, label
+from lora_vit.terminal import Every
 
 
 def register_schema() -> None:
@@ -160,7 +161,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(master.hydra, resolve=False)}))
     jobs: list[Job] = []
     refused: dict[str, list[str]] = {}
-    began = said = time.monotonic()
+    began, plain = time.monotonic(), Every(5.0)
     for i, overrides in enumerate(all_overrides):
         named = label(overrides, constant)
         try:
@@ -175,8 +176,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
             jobs.append(Job(trial, list(overrides), files, label(with_effect, constant)))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(named)
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
+        if plain.due():
             print(f"composing: {i + 1}/{len(all_overrides)} trials", file=sys.stderr)
     if time.monotonic() - began > 5:
         print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_vit"
 
 LEVELS = [  # lowest first; a module imports only from lower levels, or from its own folder
-    {"config", "records", "stopping", "randomness", "distributed"},
+    {"config", "records", "stopping", "terminal", "randomness", "distributed"},
     {"lora", "models", "data", "analysis"},
     {"training"},
     {"build"},

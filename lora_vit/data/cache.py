@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pickle
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lora_vit.data.dataset import DataError
+from lora_vit.records import locked
 
 _FORMAT = 1
 _NAMED = 20
@@ -99,14 +99,6 @@ def decoded(root: Path, names: list[str], size: int | None, cache_dir: str, quie
                 f"data.cache_dir={cache_dir} cannot be written ({error.strerror or error}): give another folder"
             ) from None
     return images
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file, after whoever holds it now. Raises OSError where it cannot be made."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
@@ -265,7 +257,7 @@ def _cores() -> int:
 
 def _run(job: _Job, names: list[str], count: int, quiet: bool) -> list[Problem]:
     """Decode all files: here if there are few, else in ``count`` workers, each with a thread that feeds it."""
-    from lora_vit.data.progress import Progress  # not in the workers: it doubles the time they take to start
+    from lora_vit.terminal import Progress  # not in the workers: it doubles the time they take to start
 
     length = max(1, min(_CHUNK, len(names) // (8 * max(count, 1))))
     chunks = [(start, names[start : start + length]) for start in range(0, len(names), length)]

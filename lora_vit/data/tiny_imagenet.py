@@ -25,8 +25,8 @@ from lora_vit.config import DataConfig
 from lora_vit.data.cache import decoded, locked_in
 from lora_vit.data.dataset import DataError, ImageData
 from lora_vit.data.folder import image_files
-from lora_vit.data.progress import Progress
 from lora_vit.data.splits import finish, split_per_class
+from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
 _BLOCK = 1 << 20

@@ -10,7 +10,7 @@ from lora_vit.commands import run_command
 from lora_vit.config import ConfigError
 from lora_vit.records import state_of
 from lora_vit.sweep.ledger import PLAN, Ledger, trial_folders
-from lora_vit.sweep.progress import make_console, print_table
+from lora_vit.terminal import make_console, print_table
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,8 +12,8 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.measure import PackSizes, choose_pack_size, measure
 from lora_vit.sweep.plan import Group, Job, SweepRun, make_groups
 from lora_vit.sweep.processes import threads_each
-from lora_vit.sweep.progress import make_console, print_table
 from lora_vit.sweep.setups import Setups
+from lora_vit.terminal import make_console, print_table
 
 
 def print_plan(run: SweepRun, states: dict[str, State]) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lora_vit.records import State
 from lora_vit.sweep.plan import Job
+from lora_vit.terminal import PLAIN_EVERY, Every, make_console
 
-PLAIN_EVERY = 10.0
-"""Seconds between progress lines when the output is not a terminal."""
 RUNNING_ROWS, BEST_ROWS = 12, 5
-PIPED_WIDTH = 400
 
 
 @dataclass
@@ -44,8 +40,8 @@ class View:
         self.done = 0.0  # trial-epochs
         self.trained = 0.0  # of these, by this command
         self.stop_asked = False
-        self._began = self._said = self._drawn = time.monotonic()
-        self._lines = 0
+        self._began = time.monotonic()
+        self._plain, self._redraw = Every(PLAIN_EVERY), Every(0.5)
         self.live: Live | None = None
         if self.console.is_terminal:
             self.bar = Progress(
@@ -63,13 +59,10 @@ class View:
     def emit(self, kind: str, **fields: object) -> None:
         """Take an event: pack, advance, epoch, left, ended, say or stop."""
         getattr(self, f"_on_{kind}")(**fields)
-        now = time.monotonic()
         if self.live is not None:
-            if kind != "advance" or now - self._drawn > 0.5:
-                self._drawn = now
+            if kind != "advance" or self._redraw.due():
                 self.live.update(self._picture(), refresh=True)
-        elif now - self._said > PLAIN_EVERY:
-            self._said = now
+        elif self._plain.due():
             self.console.print(self._progress_line())
 
     def close(self) -> None:
@@ -165,18 +158,3 @@ class View:
                 row.status,
             )
         return Group(table, self.bar)
-
-
-def make_console() -> Console:
-    """For lines and tables; nothing is cut or folded where there is no terminal."""
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-
-
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table under a title."""
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    if title:
-        console.print(f"[bold]{title}[/bold]")
-    console.print(table)

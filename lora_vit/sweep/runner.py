@@ -19,7 +19,8 @@ from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, without_duplicates
 from lora_vit.sweep.processes import number_of_workers, run_workers
-from lora_vit.sweep.progress import View, make_console, print_table
+from lora_vit.sweep.progress import View
+from lora_vit.terminal import make_console, print_table
 
 SHOWN = 30
 """Rows of a table on the terminal."""

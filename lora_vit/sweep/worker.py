@@ -19,6 +19,7 @@ from lora_vit.sweep.measure import PackSizes
 from lora_vit.sweep.plan import Group, Job, SweepRun
 from lora_vit.sweep.schedule import Emit, Schedule
 from lora_vit.sweep.setups import Setups, free_memory
+from lora_vit.terminal import Every
 from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
@@ -37,7 +38,7 @@ class PackReporter:
 
     def __init__(self, emit: Emit, claims: Claims, stop_on_failure: bool):
         self.emit, self.claims, self.stop_on_failure = emit, claims, stop_on_failure
-        self._epochs, self._since = 0.0, time.monotonic()
+        self._epochs, self._now_and_then = 0.0, Every(0.25)
 
     def started(self, pack: Pack) -> None:
         """Called before the first step."""
@@ -46,7 +47,7 @@ class PackReporter:
     def advance(self, pack: Pack) -> None:
         """Called after every step."""
         self._epochs += pack.K / pack.steps_per_epoch
-        if time.monotonic() - self._since > 0.25:
+        if self._now_and_then.due():
             self.flush()
         if self.claims.lost:
             lost = [t.name for t in pack.trials if t.name in self.claims.lost]
@@ -56,7 +57,7 @@ class PackReporter:
     def flush(self) -> None:
         """Report the steps so far."""
         self.emit("advance", epochs=self._epochs)
-        self._epochs, self._since = 0.0, time.monotonic()
+        self._epochs = 0.0
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
         """Called at logging steps."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import time
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from lora_vit.terminal import Progress, make_console
 from lora_vit.training.pack import Pack
 from lora_vit.training.trackers import epoch_figures
 from lora_vit.training.trial import Trial
@@ -18,11 +14,8 @@ class RunReporter:
     """Progress of one trial (rank 0); silent on other ranks."""
 
     def __init__(self, main: bool):
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not main)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._since = time.perf_counter()
-        self._show_bar = main and self.console.is_terminal and sys.stderr.isatty()
+        self.console = make_console(quiet=not main)
+        self._progress: Progress | None = None
 
     def started(self, pack: Pack) -> None:
         """Print the table of parameters and begin the bar."""
@@ -37,38 +30,19 @@ class RunReporter:
             lora = trial.config.lora
             factor = lora.effective_scaling()
             self.console.print(f"LoRA rank {lora.rank}, alpha {lora.alpha:g}: effective scaling {factor:g}")
-        if self._show_bar:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._bar.start()
-            done = trial.state.epoch * steps + trial.state.step_in_epoch
-            total = trial.config.trainer.epochs * steps
-            self._task = self._bar.add_task("training", total=total, completed=done, figures="")
+        total = trial.config.trainer.epochs * steps
+        self._progress = Progress("training", total, self.console.quiet, "steps", pack.step_of(trial))
+        self.console = self._progress.console  # lines go above the bar
 
     def advance(self, pack: Pack) -> None:
         """One more step."""
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task)
+        if self._progress is not None:
+            self._progress.advance(1)
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
         """Figures of a logging step."""
-        figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, figures=figures)
-        elif time.perf_counter() - self._since > 10:
-            self._since = time.perf_counter()
-            epochs = pack.trials[0].config.trainer.epochs
-            done = pack.step_of(pack.trials[0])
-            total = epochs * pack.steps_per_epoch
-            left = (total - done) * pack.step_state.global_batch / max(images_per_second, 1e-9)
-            self.console.print(f"step {done}/{total}  {figures}  about {left:,.0f} s left")
+        if self._progress is not None:
+            self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
 
     def epoch(self, trial: Trial, row: dict[str, float]) -> None:
         """One line for an epoch."""
@@ -79,6 +53,5 @@ class RunReporter:
 
     def close(self) -> None:
         """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
