@@ -6,14 +6,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_vit.analysis.load import OUTPUT, SummaryError
-
-if TYPE_CHECKING:
-    from lora_vit.analysis.core import Summary
+from lora_vit.analysis import Summary, SummaryError, export, summarize, texts
+from lora_vit.analysis.load import OUTPUT
+from lora_vit.analysis.report import html_report
+from lora_vit.records import replacing
 
 PICTURES = ("cells", "by_", "heat_", "learning_curves", "pareto_")
 
@@ -42,7 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         out = Path(args.out) if args.out else Path(args.folders[0]) / OUTPUT
-        summary = _summary(args)
+        summary = summarize(
+            args.folders,
+            metric=args.metric,
+            where=args.where,
+            pivot=tuple(args.pivot) if args.pivot else None,
+            compare_trials=tuple(args.compare) if args.compare else None,
+            spreads=args.spreads,
+        )
         files = render_files(summary, "python -m lora_vit.summarize " + shlex.join(given), not args.no_plots)
         write_files(out, files)
     except SummaryError as error:
@@ -52,24 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _summary(args: argparse.Namespace) -> Summary:
-    from lora_vit.analysis.core import summarize
-
-    return summarize(
-        args.folders,
-        metric=args.metric,
-        where=args.where,
-        pivot=tuple(args.pivot) if args.pivot else None,
-        compare_trials=tuple(args.compare) if args.compare else None,
-        spreads=args.spreads,
-    )
-
-
 def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[str, bytes]:
     """Every file of a summary by name, in the order of writing (the report last)."""
-    from lora_vit.analysis import export
-    from lora_vit.analysis.report import html_report
-
     files = {
         "trials.csv": summary.trials.to_csv(index=False).encode(),
         "cells.csv": summary.cells.to_csv(index=False).encode(),
@@ -80,7 +70,7 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
         files["pivot.csv"] = summary.pivot.to_csv().encode()
     inside = {}
     if pictures:
-        from lora_vit.analysis.plots import draw_all, render
+        from lora_vit.analysis.plots import draw_all, render  # matplotlib is slow to import
 
         for name, figure in draw_all(summary).items():
             inside[name] = files[f"{name}.svg"] = render(figure, "svg")
@@ -95,8 +85,6 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
     Raises:
         SummaryError: the folder cannot be made or written.
     """
-    from lora_vit.records import replacing
-
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -114,9 +102,6 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from lora_vit.analysis import export
-    from lora_vit.analysis.report import pair_text
-
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, top))
 
@@ -126,7 +111,7 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     for line in summary.effects.notes:
         say(f"note: {escape(line)}")
     if summary.pair is not None:
-        say(escape(pair_text(summary)))
+        say(escape(texts.pair_text(summary)))
     for problem in summary.problems[:20]:
         say(f"[yellow]problem:[/yellow] {escape(problem)}")
     if len(summary.problems) > 20:
@@ -134,27 +119,9 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     for warning in summary.warnings:
         say(f"[yellow]warning:[/yellow] {escape(warning)}")
     say(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    _print_design(summary, say)
+    for line in texts.closing(summary):
+        say(line)
     say(f"Report: {escape(str(out / 'report.html'))}")
-
-
-def _print_design(summary: Summary, say: Callable[[str], None]) -> None:
-    import math
-
-    from lora_vit.analysis.checks import number
-
-    chosen, design = summary.chosen, summary.design
-    if math.isfinite(chosen.test):
-        seeds = f"+-{100 * chosen.between_seeds:.2f} between seeds, " if math.isfinite(chosen.between_seeds) else ""
-        say(f"Test accuracy of that cell: {100 * chosen.test:.2f} % ({seeds}+-{100 * chosen.of_test_set:.2f} from "
-            f"the {chosen.images:,} test images).")  # fmt: skip
-    if math.isfinite(design.detectable):
-        unit = " points" if summary.metric.accuracy else ""
-        smallest = number(summary, design.detectable, True).lstrip("+")
-        text = f"This design finds a true difference of {smallest}{unit} with 80 %"
-        if summary.metric.accuracy:
-            text += f"; half a point would take {design.seeds_for_half_a_point or 'more than 200'} seeds"
-        say(text + ".")
 
 
 if __name__ == "__main__":

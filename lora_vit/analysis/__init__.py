@@ -5,24 +5,8 @@
 >>> summary.cells  # a DataFrame, one row per cell, best first
 """
 
-from importlib import import_module
-from typing import Any
-
-_PUBLIC = {
-    "summarize": "lora_vit.analysis.core",
-    "Summary": "lora_vit.analysis.core",
-    "SummaryError": "lora_vit.analysis.load",
-    "load_trials": "lora_vit.analysis.load",
-}
+from lora_vit.analysis.core import summarize
+from lora_vit.analysis.load import SummaryError, load_trials
+from lora_vit.analysis.summary import Summary
 
 __all__ = ["Summary", "SummaryError", "load_trials", "summarize"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'lora_vit.analysis' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])

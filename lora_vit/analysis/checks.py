@@ -1,18 +1,14 @@
-"""What must be said beside the numbers: refusals, warnings, what did not finish, and the verdict."""
+"""What must be said beside the numbers: refusals, warnings, and what did not finish."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.load import SummaryError
-from lora_vit.analysis.tables import FACTS, LR, SCALING, Metric, value_text
-
-if TYPE_CHECKING:
-    from lora_vit.analysis.core import Summary
+from lora_vit.analysis.summary import Metric, Summary
+from lora_vit.analysis.tables import FACTS, LR, SCALING, averaged, value_text
 
 VAL_SET = (
     "data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val",
@@ -61,10 +57,7 @@ def unfinished(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """
     columns = ["trial", "label", "seed", "status", "epoch", "value", "reason"]
     rows = []
-    for _, r in trials.iterrows() if len(trials) < 200 else trials[_out(trials, metric)].iterrows():
-        value = r[metric.name]
-        if r["status"] == "completed" and np.isfinite(value):
-            continue
+    for _, r in trials[~averaged(trials, metric)].iterrows():
         reason = str(r["error"])
         if r["status"] == "completed":
             reason = f"no {metric.name}"
@@ -72,46 +65,33 @@ def unfinished(trials: pd.DataFrame, metric: Metric) -> pd.DataFrame:
             reason = reason or "stopped early: censored, its value is not the last epoch's"
         if not math.isnan(r["error_step"]):
             reason += f" (step {int(r['error_step'])})"
-        rows.append([r["trial"], r["label"], r["seed"], r["status"], r["epoch"], value, reason])
-    there = trials.assign(yes=True).pivot_table(
-        index="label", columns="seed", values="yes", aggfunc="any", observed=True
-    )
-    common = [s for s in there.columns if there[s].notna().sum() * 2 >= len(there)]
-    for label, seeds in there[common].iterrows():
-        rows += [
-            ["", label, seed, "missing", math.nan, math.nan, "no record"] for seed in common if pd.isna(seeds[seed])
-        ]
+        rows.append([r["trial"], r["label"], r["seed"], r["status"], r["epoch"], r[metric.name], reason])
+    there = pd.crosstab(trials["label"], trials["seed"])
+    for seed in there.columns[(there > 0).mean() >= 0.5]:
+        without = there.index[there[seed] == 0]
+        rows += [["", label, seed, "missing", math.nan, math.nan, "no record"] for label in without]
     return pd.DataFrame(rows, columns=columns).sort_values(["status", "label", "seed"], ignore_index=True)
-
-
-def _out(trials: pd.DataFrame, metric: Metric) -> pd.Series:
-    return (trials["status"] != "completed") | ~np.isfinite(trials[metric.name].astype(float))
 
 
 def environment(done: pd.DataFrame) -> pd.DataFrame:
     """Each fact of the environment and data with its values and how many trials have it."""
     rows = []
     for column in (*VAL_SET[:2], "data.fingerprint", "data.train", "data.val", "data.test", *ENVIRONMENT, *MACHINE):
-        for value, count in (
-            done[column].astype(object).where(done[column].notna(), None).value_counts(dropna=False).items()
-        ):
-            rows.append([column, value_text(value), int(count)])
+        values = done[column].astype(object).where(done[column].notna(), None)
+        rows += [[column, value_text(value), count] for value, count in values.value_counts(dropna=False).items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 
-def warnings(done: pd.DataFrame, trials: pd.DataFrame, summary: Summary) -> list[str]:
+def warnings(done: pd.DataFrame, summary: Summary) -> list[str]:
     """Lines for the terminal, the tables and the report, the weightiest first."""
     found = [*_learning_rate(done, summary), *_sameness(done), *_design(summary), *_status(summary)]
-    if _is(done, "data.name", "tiny_imagenet") and done["model.weights"].astype(str).str.contains("IMAGENET1K").any():
+    tiny = done[done["data.name"] == "tiny_imagenet"]
+    if tiny["model.weights"].astype(str).str.contains("IMAGENET1K").any():
         found.append(
             "Tiny-ImageNet's classes are a subset of ImageNet-1k's, on which these weights were trained: the "
             "accuracies say little about classes that the model has never seen."
         )
     return found
-
-
-def _is(frame: pd.DataFrame, column: str, value: str) -> bool:
-    return column in frame and bool((frame[column] == value).any())
 
 
 def _learning_rate(done: pd.DataFrame, summary: Summary) -> list[str]:
@@ -216,83 +196,3 @@ def _status(summary: Summary) -> list[str]:
         return []
     told = ", ".join(f"{n} {'without metric' if s == 'completed' else s}" for s, n in counts.items())
     return [f"Not in the averages: {told} (listed under 'Not averaged')."]
-
-
-def number(summary: Summary, value: float, signed: bool = False) -> str:
-    """A metric's value for people: accuracies in %, differences (signed) in points, losses plain."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if not signed:
-        return f"{100 * value:.2f} %" if summary.metric.accuracy else f"{value:.4f}"
-    text = f"{100 * value:+.2f}" if summary.metric.accuracy else f"{value:+.4f}"
-    return text if float(text) else text[1:]  # no sign before a zero
-
-
-def best_cell(cells: pd.DataFrame) -> pd.Series:
-    """The cell marked best; the first one where no cells could be compared."""
-    marked = cells[cells["mark"] == "best"]
-    return marked.iloc[0] if len(marked) else cells.iloc[0]
-
-
-def verdict(summary: Summary) -> str:
-    """One sentence: what is best, what is shown to be worse, and what is still open."""
-    cells, c = summary.cells, summary.comparison
-    best = best_cell(cells)
-    what = summary.metric.title.lower()
-    if len(cells) == 1:
-        seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
-        return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(summary, best)} ({seeds})."
-    if not c.possible:
-        return (
-            f"{best['label']} has the {_extreme(summary)} {what}, {number(summary, best['mean'])}, but too few cells "
-            "have two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
-        )
-    others = int(c.compared.sum()) - 1
-    worse, candidates = int((cells["mark"] == "worse").sum()), int((cells["mark"] == "candidate").sum())
-    above = " adjusted for missing seeds" if c.blocked and not c.complete else ""
-    if (cells["mark"] == "no verdict").any():
-        above += " among the cells with two or more seeds"
-    start = (
-        f"{best['label']} has the {_extreme(summary)} {what}{above}, {_with_interval(summary, best)} over "
-        f"{int(best['n'])} seeds"
-    )
-    if worse == others:
-        return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse."
-    if worse == 0:
-        middle = (
-            f", but none of the {others} other cells is shown to be worse"
-            if others > 1
-            else (", but the other cell is not shown to be worse")
-        )
-    else:
-        middle = f"; {worse} of {others} other cells {'is' if worse == 1 else 'are'} worse"
-    return f"{start}{middle}; {_candidates(cells, candidates, others)}."
-
-
-def _candidates(cells: pd.DataFrame, candidates: int, others: int) -> str:
-    if candidates == 0:
-        return "no other is a candidate for the best"
-    text = f"{candidates} {'remains a candidate' if candidates == 1 else 'remain candidates'} for the best"
-    if others == 1:
-        text = "it remains a candidate for the best"
-    group = cells[cells["mark"].isin(["best", "candidate"])]
-    sizes = group["trainable_parameters"]
-    if sizes.nunique() > 1 and sizes.notna().all():
-        small = group.iloc[int(sizes.to_numpy().argmin())]
-        if small["mark"] != "best":
-            text += (
-                f", the smallest among all candidates is {small['label']} "
-                f"({small['trainable_parameters']:,.0f} parameters)"
-            )
-    return text
-
-
-def _extreme(summary: Summary) -> str:
-    return "highest" if summary.metric.sign > 0 else "lowest"
-
-
-def _with_interval(summary: Summary, cell: pd.Series) -> str:
-    text = number(summary, cell["mean"])
-    if math.isfinite(cell["low"]):
-        text += f" (95 % interval {number(summary, cell['low'])} to {number(summary, cell['high'])})"
-    return text

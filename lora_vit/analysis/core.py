@@ -6,14 +6,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
-from lora_vit.analysis import checks, tables
+from lora_vit.analysis import checks, tables, texts
 from lora_vit.analysis.effects import Effects, main_effects
-from lora_vit.analysis.load import Loaded, SummaryError, correct, load_trials
+from lora_vit.analysis.load import SummaryError, correct, load_trials
 from lora_vit.analysis.power import (
     PairedImages,
     detectable,
@@ -22,61 +20,15 @@ from lora_vit.analysis.power import (
     proportion_error,
     seeds_needed,
 )
-from lora_vit.analysis.stats import SPREADS, Comparison, compare
-from lora_vit.analysis.tables import LR, Metric
+from lora_vit.analysis.stats import SPREADS, Comparison, compare, t_interval
+from lora_vit.analysis.summary import Chosen, Design, Metric, Summary
 from lora_vit.config import nearest
 
 HALF_POINT = 0.005
 
 
-@dataclass
-class Design:
-    """What the sweep's size can show (differences in units of the metric; NaN or None: cannot be said)."""
-
-    detectable: float = math.nan
-    seeds_for_half_a_point: int | None = None
-    optimism: float = math.nan
-
-
-@dataclass
-class Chosen:
-    """The cell chosen on val, and its test figure with both errors (half widths at 95 %)."""
-
-    label: str
-    cell: str
-    test: float = math.nan
-    test_n: int = 0
-    between_seeds: float = math.nan
-    of_test_set: float = math.nan
-    images: int = 0
-
-
-@dataclass
-class Summary:
-    """Everything that is shown. ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``."""
-
-    metric: Metric
-    folders: list[str]
-    trials: pd.DataFrame
-    cells: pd.DataFrame
-    unfinished: pd.DataFrame
-    settings: list[str]
-    comparison: Comparison
-    effects: Effects
-    learning_rates: pd.DataFrame
-    pivot: pd.DataFrame | None
-    design: Design
-    chosen: Chosen
-    environment: pd.DataFrame
-    pair: tuple[str, str, PairedImages] | None = None
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    verdict: str = ""
-    where: str | None = None
-
-
 def summarize(
-    folders: Sequence[str | os.PathLike[str]] | str,
+    folders: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     metric: str = "val_accuracy",
     where: str | None = None,
     pivot: tuple[str, str] | None = None,
@@ -87,7 +39,7 @@ def summarize(
 
     Args:
         folders: of sweeps or runs.
-        metric: one of ``tables.METRICS``; the last epoch's.
+        metric: one of ``tables.COMPARABLE``; the last epoch's.
         where: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``.
         pivot: two settings, for a table of one against the other.
         compare_trials: two trial ids (or unique beginnings) for McNemar's test on the val images.
@@ -98,66 +50,53 @@ def summarize(
     """
     if spreads not in SPREADS:
         raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
-    chosen_metric = tables.metric(metric)
-    loaded = load_trials([folders] if isinstance(folders, (str, os.PathLike)) else folders)
-    if where:
-        loaded.trials = select(loaded.trials, where)
-    checks.refuse(loaded.trials)
-    return _summarize(loaded, chosen_metric, [str(f) for f in _listed(folders)], where, pivot, compare_trials, spreads)
-
-
-def _listed(folders: Sequence[str | os.PathLike[str]] | str) -> Sequence[str | os.PathLike[str]]:
-    return [folders] if isinstance(folders, (str, os.PathLike)) else folders
-
-
-def _summarize(
-    loaded: Loaded,
-    metric: Metric,
-    folders: list[str],
-    where: str | None,
-    pivot: tuple[str, str] | None,
-    pair: tuple[str, str] | None,
-    spreads: str,
-) -> Summary:
-    trials = loaded.trials
+    by = tables.metric(metric)
+    listed = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    loaded = load_trials(listed)
+    trials = select(loaded.trials, where) if where else loaded.trials
+    checks.refuse(trials)
     settings = tables.varying(trials)
     trials = trials.assign(label=tables.labels(trials, settings))
-    done = trials[(trials["status"] == "completed") & np.isfinite(trials[metric.name].to_numpy(float))]
-    if done.empty:
-        counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-        why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
-        why += [f"; {problem}" for problem in loaded.problems[:1]]
-        raise SummaryError(
-            f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet{''.join(why)}"
-        )
-    y, cell_ids = tables.matrix(done, metric)
+    done = _done(trials, by, loaded.problems)
+    values = tables.matrix(done, by)
     images = done["data.val"].dropna()
-    resolution = 1 / float(images.min()) if metric.accuracy and len(images) and images.min() > 0 else 0.0
-    result = compare(metric.sign * y, resolution, spreads)
-    cells = tables.cells_table(done, cell_ids, y, result, metric, settings, resolution)
-    effects = _effects(done, settings, metric)
-    chosen = _chosen(checks.best_cell(cells), done)
+    resolution = 1 / float(images.min()) if by.accuracy and len(images) and images.min() > 0 else 0.0
+    result = compare(by.sign * values.to_numpy(float), resolution, spreads)
+    cells = tables.cells_table(done, values, result, by, settings, resolution)
     summary = Summary(
-        metric=metric,
-        folders=folders,
-        trials=tables.trials_table(trials, metric, settings),
+        metric=by,
+        folders=[str(f) for f in listed],
+        trials=tables.trials_table(trials, by, settings),
         cells=cells,
-        unfinished=checks.unfinished(trials, metric),
+        unfinished=checks.unfinished(trials, by),
         settings=settings,
         comparison=result,
-        effects=effects,
-        learning_rates=tables.learning_rates(cells, settings, metric),
+        effects=_effects(done, settings, by),
+        learning_rates=tables.learning_rates(cells, settings, by),
         pivot=None if pivot is None else tables.pivot(cells, trials, pivot),
-        design=_design(result, metric),
-        chosen=chosen,
+        design=_design(result, by),
+        chosen=_chosen(tables.best_cell(cells), done),
         environment=checks.environment(done),
-        pair=None if pair is None else _pair(trials, pair, loaded.problems),
+        pair=None if compare_trials is None else _pair(trials, compare_trials, loaded.problems),
         problems=loaded.problems,
         where=where,
     )
-    summary.warnings = checks.warnings(done, trials, summary)
-    summary.verdict = checks.verdict(summary)
+    summary.warnings = checks.warnings(done, summary)
+    summary.verdict = texts.verdict(summary)
     return summary
+
+
+def _done(trials: pd.DataFrame, metric: Metric, problems: list[str]) -> pd.DataFrame:
+    """The trials that count. Raises SummaryError where there is none."""
+    done = trials[tables.averaged(trials, metric)]
+    if done.empty:
+        counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
+        why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
+        why += [f"; {problem}" for problem in problems[:1]]
+        raise SummaryError(
+            f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet{''.join(why)}"
+        )
+    return done
 
 
 _WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w.]*)""")  # not the e6 of 1e6
@@ -196,11 +135,9 @@ _KNOWN_WORDS = {"and", "or", "not", "in", "is", "True", "False", "None"}
 
 def _effects(done: pd.DataFrame, settings: list[str], metric: Metric) -> Effects:
     """Main effects among the trials with adapters (baselines have no rank)."""
-    adapted = done[done["lora.method"] == "lora"] if "lora.method" in done else done
-    names = tables.factors(adapted, settings)
-    short = tables.names(names)
-    result = main_effects(adapted.rename(columns=short), [short[n] for n in names], metric.name)
-    return result
+    adapted = done[done[tables.METHOD] == "lora"]
+    short = tables.short_names(tables.factors(adapted, settings))
+    return main_effects(adapted.rename(columns=short), list(short.values()), metric.name)
 
 
 def _design(result: Comparison, metric: Metric) -> Design:
@@ -215,8 +152,6 @@ def _design(result: Comparison, metric: Metric) -> Design:
 
 def _chosen(best: pd.Series, done: pd.DataFrame) -> Chosen:
     """The test figure of the first row of the cells table, and of no other."""
-    from lora_vit.analysis.stats import t_interval
-
     trials = done[done["cell"] == best["cell"]]
     interval = t_interval(trials["test_accuracy"].to_numpy(float))
     sizes = trials["data.test"].dropna()
@@ -225,7 +160,6 @@ def _chosen(best: pd.Series, done: pd.DataFrame) -> Chosen:
         label=str(best["label"]),
         cell=str(best["cell"]),
         test=interval.mean,
-        test_n=interval.n,
         between_seeds=(interval.high - interval.low) / 2,
         of_test_set=proportion_error(interval.mean, images),
         images=images,
@@ -250,6 +184,3 @@ def _pair(trials: pd.DataFrame, wanted: tuple[str, str], problems: list[str]) ->
         return None
     first, second = (f"{r['label']}, seed {r['seed']} ({r['trial']})" for r in rows)
     return first, second, mcnemar(a, b)
-
-
-__all__ = ["LR", "Chosen", "Design", "Summary", "SummaryError", "select", "summarize"]

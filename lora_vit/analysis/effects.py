@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from scipy import special
+
+from lora_vit.analysis.stats import MOST_SEEDS
 
 MOST_LEVELS = 8
-MOST_SEEDS = 400
 DOUBLING = ("rank", "alpha", "effective_scaling", "lr")
 COLUMNS = ["setting", "level", "against", "effect", "low", "high", "p", "trials"]
 
@@ -38,8 +40,6 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     Needs at least two cells with two seeds and a setting that varies; otherwise the table is empty. Settings that
     go along with the ones before them cannot be separated; they are left out and named in ``notes``.
     """
-    from scipy import stats
-
     frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
     counts = frame.groupby("cell")["seed"].nunique()
     if (counts >= 2).sum() < 2:
@@ -56,12 +56,12 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
         return Effects(pd.DataFrame(columns=COLUMNS), notes)
     inverse = np.linalg.inv(design.T @ design)
     coefficients = inverse @ design.T @ y
-    t = float(stats.t.ppf(0.975, df))
+    t = float(special.stdtrit(df, 0.975))
     rows = []
     for name, columns, levels, against, shown in terms:
         b, v = coefficients[columns], inverse[np.ix_(columns, columns)]
         f = float(b @ np.linalg.solve(v, b)) / len(columns) / error if error > 0 else math.inf
-        p = float(stats.f.sf(f, len(columns), df))
+        p = float(special.fdtrc(len(columns), df, f))
         for level, effect, own, trials in zip(levels, b, np.diag(v), shown, strict=True):
             half = t * math.sqrt(error * own)
             rows.append([name, level, against, effect, effect - half, effect + half, p, trials])
@@ -133,8 +133,6 @@ def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> t
 
     Without repeats that could tell (``pure_df`` below 1) the error is that around the model.
     """
-    from scipy import stats
-
     fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
     all_ss, all_df = float(((y - design @ fit) ** 2).sum()), len(y) - int(rank)
     if pure_df < 1:
@@ -143,5 +141,5 @@ def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> t
     if lack_df < 1:
         return pure, pure_df, math.nan
     lack = max(all_ss - pure_ss, 0.0) / lack_df
-    p = float(stats.f.sf(lack / pure, lack_df, pure_df)) if pure > 0 else (0.0 if lack > 0 else 1.0)
+    p = float(special.fdtrc(lack_df, pure_df, lack / pure)) if pure > 0 else (0.0 if lack > 0 else 1.0)
     return pure, pure_df, p

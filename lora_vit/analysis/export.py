@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.checks import number
-from lora_vit.analysis.tables import METHOD, SCALING, names, value_text
-
-if TYPE_CHECKING:
-    from lora_vit.analysis.core import Summary
-
-
-def count(value: float) -> str:
-    """A number in few characters: 1,234 or 85.8 M."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value:,.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes as kB, MB or GB (powers of 1000)."""
-    if not math.isfinite(value):
-        return "–"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.2f} {unit}"
-    return f"{value:.0f} B"
-
-
-def duration(value: float) -> str:
-    """Seconds, with tenths below a hundred."""
-    return "–" if not math.isfinite(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def interval(summary: Summary, low: float, high: float, signed: bool = False) -> str:
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "–"
-    return f"{number(summary, low, signed)} to {number(summary, high, signed)}".replace(" %", "")
+from lora_vit.analysis.summary import Metric, Summary
+from lora_vit.analysis.tables import BASELINES, METHOD, SCALING, short_names, value_text
+from lora_vit.analysis.texts import LEGEND, count, duration, number, plain, signed, size
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
@@ -49,130 +19,125 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
 
     ``wide=False`` leaves out what fits no terminal (sd, worse-by interval, throughput, memory, sizes).
     """
-    cells = summary.cells
-    short = names(summary.settings)
+    cells, metric = summary.cells, summary.metric
+    short = short_names(summary.settings)
     out = pd.DataFrame({"#": np.arange(1, len(cells) + 1).astype(str)})
     if METHOD in summary.settings:
-        out["method"] = (
-            cells[METHOD].map({"none": "linear probe", "full": "full fine-tuning", "lora": "LoRA"}).to_numpy()
-        )
+        out["method"] = [BASELINES.get(m, "LoRA") for m in cells[METHOD]]
     for c in summary.settings:
         if c != METHOD:
-            out[short[c]] = [value_text(v) for v in cells[c]]
+            out[short[c]] = _each(value_text, cells[c])
     if SCALING in cells and wide:
-        out["scaling"] = [value_text(v) for v in cells[SCALING]]
+        out["scaling"] = _each(value_text, cells[SCALING])
     if len(out.columns) == 1:
-        out["cell"] = cells["label"].to_numpy()
-    unit = " %" if summary.metric.accuracy else ""
-    points = " (points)" if summary.metric.accuracy else ""
-    out[f"{summary.metric.title.lower()}{unit}"] = _values(summary, cells["mean"])
-    out["95 % interval"] = [
-        interval(summary, lo, hi).replace(" %", "") for lo, hi in zip(cells["low"], cells["high"], strict=True)
-    ]
+        out["cell"] = cells["label"]
+    out[metric.title.lower() + (" %" if metric.accuracy else "")] = _values(metric, cells["mean"])
+    out["95 % interval"] = _intervals(metric, cells["low"], cells["high"])
     if summary.comparison.blocked and not summary.comparison.complete:
-        out["adjusted"] = _values(summary, cells["adjusted"])
+        out["adjusted"] = _values(metric, cells["adjusted"])
     if wide:
-        out["sd"] = [number(summary, v, True).lstrip("+") for v in cells["sd"]]
-    out["n"] = cells["n"].astype(str).to_numpy()
-    out["mark"] = cells["mark"].to_numpy()
-    out[f"vs best{points if wide else ''}"] = [
-        "–" if m == "best" else number(summary, v, True)
-        for v, m in zip(cells["difference"], cells["mark"], strict=True)
-    ]
+        out["sd"] = _values(metric, cells["sd"])
+    out["n"] = cells["n"].astype(str)
+    out["mark"] = cells["mark"]
+    difference = cells["difference"].where(cells["mark"] != "best")
+    out["vs best" + (" (points)" if metric.accuracy and wide else "")] = _values(metric, difference, signed)
     if wide:
-        out["interval of it"] = [
-            interval(summary, lo, hi, True)
-            for lo, hi in zip(cells["difference_low"], cells["difference_high"], strict=True)
-        ]
+        out["interval of it"] = _intervals(metric, cells["difference_low"], cells["difference_high"], signed)
     for key, title in (("vs_probe", "vs linear probe"), ("vs_full", "vs full fine-tuning")):
         if key in cells:
-            out[title] = [number(summary, v, True) for v in cells[key]]
-    return _costs(out, cells, wide)
-
-
-def _costs(out: pd.DataFrame, cells: pd.DataFrame, wide: bool) -> pd.DataFrame:
-    def star(front: str) -> list[str]:
-        return [" *" if f else "" for f in cells[front]]
-
-    out["parameters"] = [
-        count(v) + s for v, s in zip(cells["trainable_parameters"], star("pareto_parameters"), strict=True)
-    ]
-    out["seconds"] = [duration(v) + s for v, s in zip(cells["seconds"], star("pareto_seconds"), strict=True)]
+            out[title] = _values(metric, cells[key], signed)
+    star = {True: " *", False: ""}
+    out["parameters"] = _each(count, cells["trainable_parameters"]) + cells["pareto_parameters"].map(star)
+    out["seconds"] = _each(duration, cells["seconds"]) + cells["pareto_seconds"].map(star)
     if wide:
-        out["images/s"] = [duration(v) for v in cells["images_per_second"]]
-        out["peak memory"] = [size(v) for v in cells["peak_memory_bytes"]]
-        out["adapter"] = [size(v) for v in cells["adapter_bytes"]]
+        out["images/s"] = _each(duration, cells["images_per_second"])
+        out["peak memory"] = _each(size, cells["peak_memory_bytes"])
+        out["adapter"] = _each(size, cells["adapter_bytes"])
     return out
 
 
-def _values(summary: Summary, column: pd.Series) -> list[str]:
-    return [number(summary, v).replace(" %", "") for v in column]
+def _each(text: Callable[[Any], str], column: Iterable) -> pd.Series:
+    return pd.Series([text(v) for v in column], dtype=object)
+
+
+def _values(metric: Metric, column: pd.Series, text: Callable[[Metric, float], str] = plain) -> list[str]:
+    return [text(metric, v) for v in column]
+
+
+def _intervals(
+    metric: Metric, low: pd.Series, high: pd.Series, text: Callable[[Metric, float], str] = plain
+) -> list[str]:
+    ends = zip(_values(metric, low, text), _values(metric, high, text), strict=True)
+    return ["–" if a == "–" else f"{a} to {b}" for a, b in ends]
 
 
 def readable_rates(summary: Summary) -> pd.DataFrame:
     """`best over lr` beside `at shared lr` as text."""
-    table = summary.learning_rates
+    table, metric = summary.learning_rates, summary.metric
     if table.empty:
         return table
     shared = value_text(table["shared_lr"].iloc[0])
-    unit = ", %" if summary.metric.accuracy else ""
-    with_edge = [
-        value_text(lr) + (" (edge)" if e else "") for lr, e in zip(table["best_lr"], table["edge"], strict=True)
-    ]
+    unit = ", %" if metric.accuracy else ""
+    edges = [" (edge)" * edge for edge in table["edge"]]
     return pd.DataFrame(
         {
             "setting": table["setting"],
-            "best lr": with_edge,
-            f"best over lr{unit}": _values(summary, table["best_mean"]),
-            "95 % interval": [
-                interval(summary, a, b) for a, b in zip(table["best_low"], table["best_high"], strict=True)
-            ],
+            "best lr": [value_text(lr) + edge for lr, edge in zip(table["best_lr"], edges, strict=True)],
+            f"best over lr{unit}": _values(metric, table["best_mean"]),
+            "95 % interval": _intervals(metric, table["best_low"], table["best_high"]),
             "of rates": table["rates"].astype(str),
-            f"at shared lr {shared}{unit}": _values(summary, table["shared_mean"]),
-            "its 95 % interval": [
-                interval(summary, a, b) for a, b in zip(table["shared_low"], table["shared_high"], strict=True)
-            ],
+            f"at shared lr {shared}{unit}": _values(metric, table["shared_mean"]),
+            "its 95 % interval": _intervals(metric, table["shared_low"], table["shared_high"]),
         }
     )
 
 
 def readable_effects(summary: Summary) -> pd.DataFrame:
     """Main effects as text (points for accuracies)."""
-    t = summary.effects.table
-    if t.empty:
-        return t
+    t, metric = summary.effects.table, summary.metric
     return pd.DataFrame(
         {
             "setting": t["setting"],
-            "level": [value_text(v) for v in t["level"]],
-            "against": [value_text(v) for v in t["against"]],
-            "effect": [number(summary, v, True) for v in t["effect"]],
-            "95 % interval": [interval(summary, a, b, True) for a, b in zip(t["low"], t["high"], strict=True)],
+            "level": _each(value_text, t["level"]),
+            "against": _each(value_text, t["against"]),
+            "effect": _values(metric, t["effect"], signed),
+            "95 % interval": _intervals(metric, t["low"], t["high"], signed),
             "p (setting)": [f"{p:.2g}" for p in t["p"]],
         }
     )
 
 
 def readable_unfinished(summary: Summary) -> pd.DataFrame:
+    """What is not in the averages as text."""
     t = summary.unfinished
-    out = t.drop(columns="value").copy()
-    out["epoch"] = ["–" if math.isnan(v) else str(int(v)) for v in t["epoch"]]
-    out["last value"] = [number(summary, v) for v in t["value"]]
-    return out.astype(str)
+    last = [number(summary.metric, v) for v in t["value"]]
+    return t.drop(columns="value").assign(epoch=_each(value_text, t["epoch"]), **{"last value": last}).astype(str)
 
 
 def readable_pivot(summary: Summary) -> pd.DataFrame:
-    assert summary.pivot is not None
+    """The pivot as text; empty where none was asked for."""
     table = summary.pivot
-    rows = {f"{table.index.name} \\ {table.columns.name}": [value_text(v) for v in table.index]}
-    body: dict[str, Any] = {value_text(c): _values(summary, table[c]) for c in table.columns}
-    return pd.DataFrame({**rows, **body})
+    if table is None:
+        return pd.DataFrame()
+    rows = {f"{table.index.name} \\ {table.columns.name}": _each(value_text, table.index)}
+    return pd.DataFrame({**rows, **{value_text(c): _values(summary.metric, table[c]) for c in table.columns}})
+
+
+def more_tables(summary: Summary) -> dict[str, pd.DataFrame]:
+    """The tables below the cells by title, without the empty ones."""
+    found = {
+        "Best over lr, and at the shared lr": readable_rates(summary),
+        "Main effects": readable_effects(summary),
+        "Pivot": readable_pivot(summary),
+        "Not averaged": readable_unfinished(summary),
+    }
+    return {title: table for title, table in found.items() if len(table)}
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table; text right-aligned where it is a number."""
     head = "| " + " | ".join(markdown_escape(c) for c in table.columns) + " |"
-    rule = "|" + "|".join("---:" if _numeric(table[c]) else "---" for c in table.columns) + "|"
+    rule = "|" + "|".join("---:" if numeric(table[c]) else "---" for c in table.columns) + "|"
     rows = ["| " + " | ".join(markdown_escape(v) for v in row) + " |" for row in table.itertuples(index=False)]
     return "\n".join([head, rule, *rows])
 
@@ -182,7 +147,8 @@ def markdown_escape(text: object) -> str:
     return re.sub(r"([\\|*`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
 
 
-def _numeric(column: pd.Series) -> bool:
+def numeric(column: pd.Series) -> bool:
+    """Whether a column of text holds numbers, and stands on the right."""
     return all(str(v)[:1] in "+-–0123456789" for v in column)
 
 
@@ -210,7 +176,7 @@ def latex_escape(text: object) -> str:
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A table for the LaTeX package booktabs."""
-    align = "".join("r" if _numeric(table[c]) else "l" for c in table.columns)
+    align = "".join("r" if numeric(table[c]) else "l" for c in table.columns)
     lines = [
         "\\begin{table}",
         "\\centering",
@@ -235,14 +201,8 @@ def table_md(summary: Summary) -> str:
         markdown(readable(summary)),
         LEGEND,
     ]
-    if not summary.learning_rates.empty:
-        parts += ["### Best over lr, and at the shared lr", markdown(readable_rates(summary))]
-    if not summary.effects.table.empty:
-        parts += ["### Main effects", markdown(readable_effects(summary)), *summary.effects.notes]
-    if summary.pivot is not None:
-        parts += ["### Pivot", markdown(readable_pivot(summary))]
-    if len(summary.unfinished):
-        parts += ["### Not averaged", markdown(readable_unfinished(summary))]
+    for title, table in more_tables(summary).items():
+        parts += [f"### {title}", markdown(table), *(summary.effects.notes if title == "Main effects" else [])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -252,14 +212,6 @@ def table_tex(summary: Summary) -> str:
     return comments + latex(readable(summary), summary.verdict)
 
 
-LEGEND = (
-    "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
-    "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* is "
-    "no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of the metric "
-    "against that cost."
-)
-
-
 LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
 """Columns of the cells table that a narrow terminal does without, the first first."""
 
@@ -267,8 +219,8 @@ LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters
 def _narrowest(column: pd.Series) -> int:
     """Characters that a column needs so that no number and no word is broken."""
     text = [str(v) for v in column]
-    words = [w for t in [str(column.name), *([] if _numeric(column) else text)] for w in t.split()]
-    return max(map(len, [*words, *(text if _numeric(column) else [])]), default=1)
+    words = [w for t in [str(column.name), *([] if numeric(column) else text)] for w in t.split()]
+    return max(map(len, [*words, *(text if numeric(column) else [])]), default=1)
 
 
 def _widths(table: pd.DataFrame, width: int) -> list[int] | None:
@@ -291,8 +243,6 @@ def terminal(summary: Summary, console: Any, top: int) -> None:
     from rich.table import Table
 
     def show(table: pd.DataFrame, title: str) -> None:
-        if table.empty:
-            return
         rows, columns, table = len(table), table.columns, table.head(top)
         widths = _widths(table, console.width)
         for c in LEAST_NEEDED:
@@ -301,7 +251,7 @@ def terminal(summary: Summary, console: Any, top: int) -> None:
                 widths = _widths(table, console.width)
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for k, c in enumerate(table.columns):
-            side: Any = "right" if _numeric(table[c]) else "left"
+            side: Any = "right" if numeric(table[c]) else "left"
             grid.add_column(escape(str(c)), justify=side, overflow="fold", width=widths[k] if widths else None)
         for row in table.itertuples(index=False):
             grid.add_row(*(escape(str(v)) for v in row))
@@ -313,8 +263,6 @@ def terminal(summary: Summary, console: Any, top: int) -> None:
         console.print()
 
     show(readable(summary, wide=False), f"{len(summary.cells)} cell{'s' * (len(summary.cells) > 1)}, best first")
-    show(readable_rates(summary), "Best over lr, and at the shared lr")
-    show(readable_effects(summary), "Main effects" + (" (points)" if summary.metric.accuracy else ""))
-    if summary.pivot is not None:
-        show(readable_pivot(summary), "Pivot")
-    show(readable_unfinished(summary), "Not averaged")
+    for title, table in more_tables(summary).items():
+        points = " (points)" if title == "Main effects" and summary.metric.accuracy else ""
+        show(table, title + points)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY
-from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_record
+from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
 
 OUTPUT = "summary"
 """Name of the folder that a summary is written into; never searched."""
 
-METRICS = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
+FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
 _TARGET_NAMES = {
     tuple(TARGETS): "all",
@@ -140,7 +141,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     seed = record.config.get("seed")
     if not isinstance(lora, dict) or not isinstance(seed, int) or isinstance(seed, bool):
         raise RecordError(f"{folder / RECORD} has no whole config (seed, lora)")
-    if math.isnan(_number(record.started)) or math.isnan(_number(record.heartbeat)):
+    if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is no time")
     values: dict[str, Any] = {
         "trial": record.trial_id,
@@ -149,13 +150,13 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         "seed": seed,
         **_settings(record.config, folder),
         "lora.effective_scaling": _effective_scaling(lora),
-        "epoch": _number(record.metrics.get("epoch")),
+        "epoch": as_float(record.metrics.get("epoch")),
     }
-    for name in METRICS:
+    for name in FIGURES:
         values[name] = _metric(name, record, folder, problems)
-    values.update({name: _number(record.cost.get(name)) for name in COSTS})
+    values.update({name: as_float(record.cost.get(name)) for name in COSTS})
     for name in ("trainable", "adapter", "head", "total"):
-        values[f"{name}_parameters"] = _number(record.parameters.get(name))
+        values[f"{name}_parameters"] = as_float(record.parameters.get(name))
     values["data.fingerprint"] = _fact(record.data.get("fingerprint"))
     values.update({f"data.{k}": _count(record.data.get(k)) for k in ("classes", "train", "val", "test")})
     environment = record.environment
@@ -166,7 +167,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     values["environment.versions"] = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
     error = record.error or {}
     values["error"] = str(error.get("message", "")).strip().split("\n")[0]
-    values["error_step"] = _number(error.get("step"))
+    values["error_step"] = as_float(error.get("step"))
     values.update(started=record.started, heartbeat=record.heartbeat, folder=str(folder))
     return values
 
@@ -197,7 +198,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("list["):
         return isinstance(value, list) and all(v is not None and _fits(v, kind[5:-1]) for v in value)
     if kind in ("int", "float"):
-        return not math.isnan(_number(value)) and (kind == "float" or (isinstance(value, int) and abs(value) < 2**63))
+        return not math.isnan(as_float(value)) and (kind == "float" or (isinstance(value, int) and abs(value) < 2**63))
     return isinstance(value, {"str": str, "bool": bool}[kind])
 
 
@@ -214,13 +215,13 @@ def _plain(key: str, value: Any) -> Any:
 
 def _effective_scaling(lora: dict[str, Any]) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; NaN without adapters."""
-    rank, alpha = _number(lora.get("rank")), _number(lora.get("alpha"))
+    rank, alpha = as_float(lora.get("rank")), as_float(lora.get("alpha"))
     if not rank > 0:
         return math.nan
     return alpha / (math.sqrt(rank) if lora.get("scaling") == "rslora" else rank)
 
 
-def _number(value: Any) -> float:
+def as_float(value: Any) -> float:
     """The value as a float; NaN for anything that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         return math.nan
@@ -238,7 +239,7 @@ def _fact(value: Any) -> Any:
 
 
 def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -> float:
-    value = _number(record.metrics.get(name))
+    value = as_float(record.metrics.get(name))
     needed = record.status == "completed" and not name.startswith("test")
     if name.endswith("accuracy") and not (math.isnan(value) or 0 <= value <= 1):
         problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
@@ -248,16 +249,12 @@ def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -
     return value
 
 
-def correct(folder: str, split: str) -> tuple[Any, Any]:
+def correct(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids and whether each was classified correctly, sorted by id, from ``predictions.npz``.
 
     Raises:
         SummaryError: the file or the split is missing or broken.
     """
-    import numpy as np
-
-    from lora_vit.records import read_predictions
-
     try:
         splits = read_predictions(Path(folder))
     except RecordError as error:
@@ -267,10 +264,3 @@ def correct(folder: str, split: str) -> tuple[Any, Any]:
     fields = splits[split]
     order = np.argsort(fields["ids"], kind="stable")
     return fields["ids"][order], (fields["labels"] == fields["predicted"])[order]
-
-
-def short_names(columns: Sequence[str]) -> dict[str, str]:
-    """Dotted setting -> short name for display: the last part where it is unique, ``model`` for ``model.name``."""
-    last = {c: (c.split(".")[0] if c.endswith(".name") else c.rsplit(".", 1)[-1]) for c in columns}
-    taken = list(last.values())
-    return {c: (s if taken.count(s) == 1 else c) for c, s in last.items()}

@@ -5,20 +5,18 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from lora_vit.analysis.load import _number
-from lora_vit.analysis.tables import LR, METHOD, names, value_text
+from lora_vit.analysis.load import as_float
+from lora_vit.analysis.summary import Summary
+from lora_vit.analysis.tables import BASELINES, LR, METHOD, short_names, value_text
 from lora_vit.records import METRICS, RecordError, read_rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from lora_vit.analysis.core import Summary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -48,8 +46,6 @@ STYLE: Any = {
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
-    import matplotlib
-
     with matplotlib.rc_context(STYLE):
         figures: dict[str, Figure | None] = {"cells": cells(summary), **_by_setting(summary), **heat_maps(summary)}
         figures["learning_curves"] = learning_curves(summary)
@@ -62,8 +58,6 @@ def draw_all(summary: Summary) -> dict[str, Figure]:
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as ``png`` or ``svg``, the same bytes every time."""
-    import matplotlib
-
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context(STYLE):
@@ -72,8 +66,6 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def _axes(width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -183,13 +175,13 @@ def _by_setting(summary: Summary) -> dict[str, Figure]:
     numeric = _numeric_settings(summary)
     if not numeric:
         return {}
-    short = names(summary.settings)
+    short = short_names(summary.settings)
     return {f"by_{short[numeric[0]].replace('.', '_')}": by_setting(summary, numeric[0])}
 
 
 def by_setting(summary: Summary, x: str) -> Figure:
     """Means with seed intervals; what neither axis nor lines show is held at the best cell's values."""
-    short, frame, scale = names(summary.settings), _adapted(summary), _scale(summary)
+    short, frame, scale = short_names(summary.settings), _adapted(summary), _scale(summary)
     others = [c for c in summary.settings if c not in (x, METHOD) and frame[c].nunique() > 1]
     others = [c for c in others if frame.groupby(x)[c].nunique().max() > 1]  # not alpha, where it is tied to the rank
     lines = [c for c in others if 2 <= frame[c].nunique() <= MOST_LINES]
@@ -241,12 +233,11 @@ def _robust_y(axes: Axes, summary: Summary, frame: pd.DataFrame) -> None:
 def _baseline_lines(axes: Axes, summary: Summary) -> None:
     if METHOD not in summary.cells:
         return
-    for method, colour, name in (("none", "#777777", "linear probe"), ("full", "#000000", "full fine-tuning")):
+    for method, colour in (("none", "#777777"), ("full", "#000000")):
         rows = summary.cells[summary.cells[METHOD] == method]
         if len(rows):
-            axes.axhline(
-                _scale(summary) * rows.iloc[0]["mean"], color=colour, linestyle="--", linewidth=1.2, label=name
-            )
+            height, name = _scale(summary) * rows.iloc[0]["mean"], BASELINES[method]
+            axes.axhline(height, color=colour, linestyle="--", linewidth=1.2, label=name)
 
 
 def heat_maps(summary: Summary) -> dict[str, Figure]:
@@ -256,13 +247,13 @@ def heat_maps(summary: Summary) -> dict[str, Figure]:
     pairs = [p for p in pairs if p[0] in numeric and p[1] in numeric] or (
         [(numeric[0], numeric[1])] if len(numeric) > 1 else []
     )
-    short = names(summary.settings)
+    short = short_names(summary.settings)
     return {f"heat_{short[a]}_{short[b]}".replace(".", "_"): heat_map(summary, a, b) for a, b in pairs}
 
 
 def heat_map(summary: Summary, row: str, column: str) -> Figure:
     """Mean of the cells with each pair of values; a number in each field while there is room."""
-    short = names(summary.settings)
+    short = short_names(summary.settings)
     frame = _adapted(summary)
     table = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="mean") * _scale(summary)
     counts = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="count")
@@ -299,7 +290,7 @@ def curves(folders: list[str], metric: str) -> pd.DataFrame:
             rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
         except (RecordError, OSError, UnicodeDecodeError):
             continue
-        values = {r["epoch"]: _number(r.get(metric)) for r in rows if isinstance(r.get("epoch"), int)}
+        values = {r["epoch"]: as_float(r.get(metric)) for r in rows if isinstance(r.get("epoch"), int)}
         values = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
         if values:
             columns[folder] = pd.Series(values, dtype=float)

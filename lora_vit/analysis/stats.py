@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import interpolate, optimize, special
 
 CONFIDENCE = 0.95
 SPREADS = ("auto", "equal", "unequal")
@@ -46,8 +47,6 @@ def t_interval(values: np.ndarray, resolution: float = 0.0, confidence: float = 
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
     """
-    from scipy import special
-
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
     n = len(x)
@@ -231,25 +230,27 @@ def dunnett_p(t: np.ndarray, others: int, df: float) -> np.ndarray:
     return _interpolated(t, lambda x: _dunnett_sf(x, others, df))
 
 
-def _dunnett_sf(t: np.ndarray, others: int, df: float) -> np.ndarray:
-    from scipy import special
+@functools.lru_cache(maxsize=256)
+def chi_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values of s, ``df s^2 ~ chi2(df)``, and their weights, for an expectation over s as a sum of 160 terms."""
+    nodes, weights = np.polynomial.legendre.leggauss(160)
+    return np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df), weights / 2
 
+
+def _dunnett_sf(t: np.ndarray, others: int, df: float) -> np.ndarray:
     z = np.linspace(-8.5, 8.5, 171)
     weight_z = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
-    nodes, weights = np.polynomial.legendre.leggauss(160)
-    s = np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df)
+    s, weights = chi_nodes(df)
     out = []
     for value in np.atleast_1d(t):
         log_cdf = special.log_ndtr(math.sqrt(2) * value * s[:, None] + z)
-        out.append(1 - (weights / 2) @ (np.exp(others * log_cdf) @ weight_z))
+        out.append(1 - weights @ (np.exp(others * log_cdf) @ weight_z))
     return np.clip(np.array(out), 0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=256)
 def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
     """Upper point of :func:`dunnett_p`."""
-    from scipy import optimize
-
     top = 4.0
     while _dunnett_sf(np.array([top]), others, df)[0] > alpha:
         top *= 2
@@ -265,10 +266,8 @@ def _interpolated(x: np.ndarray, tail) -> np.ndarray:  # type: ignore[no-untyped
     if len(points) == 0:
         return out
     if len(points) > _INTERPOLATE_FROM:
-        from scipy.interpolate import PchipInterpolator
-
         grid = np.unique(np.quantile(points, np.linspace(0, 1, _INTERPOLATE_FROM)))
-        values = PchipInterpolator(grid, tail(grid))(x[inside])
+        values = interpolate.PchipInterpolator(grid, tail(grid))(x[inside])
     else:
         values = tail(points)[np.searchsorted(points, x[inside])]
     out[inside] = np.clip(values, 0.0, 1.0)

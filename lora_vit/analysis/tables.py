@@ -1,15 +1,17 @@
-"""Trials and cells as DataFrames. Metrics are fractions or losses here; ``export`` turns them into text."""
+"""Trials and cells as DataFrames. Metrics are fractions or losses here; ``texts`` says them."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.load import COSTS, SummaryError, short_names
+from lora_vit.analysis.load import COSTS, SummaryError
 from lora_vit.analysis.stats import Comparison, t_interval
+from lora_vit.analysis.summary import Metric
 from lora_vit.config import nearest
 
 LR, METHOD, SCALING = "optimizer.lr", "lora.method", "lora.effective_scaling"
@@ -20,17 +22,7 @@ MOST_RAN = 0.75  # of the settings at the commonest learning rate, for a rate to
 CELL_COSTS = ("trainable_parameters", *(c for c in COSTS if c != "pack_size"))
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What cells are compared by. ``sign`` is -1 where lower is better."""
-
-    name: str
-    title: str
-    accuracy: bool
-    sign: int
-
-
-METRICS = {
+COMPARABLE = {
     m.name: m
     for m in (
         Metric("val_accuracy", "Val accuracy", True, 1),
@@ -42,13 +34,13 @@ METRICS = {
 
 def metric(name: str) -> Metric:
     """The metric of that name. Raises SummaryError; test metrics are refused with their reason."""
-    if name in METRICS:
-        return METRICS[name]
+    if name in COMPARABLE:
+        return COMPARABLE[name]
     if name.startswith("test"):
         raise SummaryError(
             f"--metric {name}: cells are chosen on val only; the report shows test accuracy of the chosen cell"
         )
-    raise SummaryError(f"--metric {name} is unknown{nearest(name, list(METRICS))} (one of: {', '.join(METRICS)})")
+    raise SummaryError(f"--metric {name} is unknown{nearest(name, list(COMPARABLE))} (one of: {', '.join(COMPARABLE)})")
 
 
 def _is_setting(column: str) -> bool:
@@ -67,18 +59,30 @@ def _levels(trials: pd.DataFrame, column: str) -> int:
     return trials[column].nunique(dropna=lora_only)
 
 
-def names(settings: list[str]) -> dict[str, str]:
-    """Display names of settings."""
-    return short_names(settings)
+def _last_part(column: str) -> str:
+    return column.split(".")[0] if column.endswith(".name") else column.rsplit(".", 1)[-1]
 
 
-def aliases(columns: list[str]) -> dict[str, str]:
+def short_names(columns: Sequence[str]) -> dict[str, str]:
+    """Dotted setting -> short name for display: the last part where it is unique, ``model`` for ``model.name``."""
+    counts = Counter(map(_last_part, columns))
+    return {c: _last_part(c) if counts[_last_part(c)] == 1 else c for c in columns}
+
+
+def aliases(columns: Sequence[str]) -> dict[str, str]:
     """Every name by which a user may call a column: its own, and the last part where only one has it."""
-    last: dict[str, list[str]] = {}
-    for c in columns:
-        last.setdefault(c.split(".")[0] if c.endswith(".name") else c.rsplit(".", 1)[-1], []).append(c)
-    short = {k: v[0] for k, v in last.items() if len(v) == 1}
-    return {**short, **{c: c for c in columns}}
+    return {**{short: c for c, short in short_names(columns).items()}, **{c: c for c in columns}}
+
+
+def averaged(trials: pd.DataFrame, metric: Metric) -> pd.Series:
+    """Which trials count: completed ones that have the metric."""
+    return (trials["status"] == "completed") & np.isfinite(trials[metric.name].astype(float))
+
+
+def best_cell(cells: pd.DataFrame) -> pd.Series:
+    """The cell marked best; the first one where no cells could be compared."""
+    marked = cells[cells["mark"] == "best"]
+    return marked.iloc[0] if len(marked) else cells.iloc[0]
 
 
 def value_text(value: object) -> str:
@@ -92,30 +96,19 @@ def value_text(value: object) -> str:
 
 def labels(trials: pd.DataFrame, settings: list[str]) -> pd.Series:
     """A name per trial's cell: ``rank 8, dropout 0.1``; baselines by their own name."""
-    short = names(settings)
-    shown = [c for c in settings if c != METHOD] if METHOD in settings else settings
-    text: dict[str, str] = {}
-    for cell, first in (
-        trials.groupby("cell", sort=False)[[*dict.fromkeys([METHOD, "lora.rank", *shown])]]
-        .head(1)
-        .join(trials["cell"])
-        .set_index("cell")
-        .iterrows()
-    ):
-        base = BASELINES.get(str(first[METHOD]), "")
-        parts = [
-            f"{short[c]} {value_text(first[c])}"
-            for c in shown
-            if not (base and c.startswith("lora.") and _empty(first[c]))
-        ]
-        text[str(cell)] = ", ".join([base, *parts] if base else parts) or f"rank {value_text(first['lora.rank'])}"
-    twice = pd.Series(list(text.values())).value_counts()
-    unique = {cell: name if twice[name] == 1 else f"{name} [{cell}]" for cell, name in text.items()}
-    return trials["cell"].map(unique)
+    first = trials.drop_duplicates("cell").set_index("cell")
+    text = {str(cell): cell_text(values, settings) or f"rank {value_text(values['lora.rank'])}"
+            for cell, values in first.iterrows()}  # fmt: skip
+    counts = Counter(text.values())
+    return trials["cell"].map({cell: t if counts[t] == 1 else f"{t} [{cell}]" for cell, t in text.items()})
 
 
-def _empty(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def cell_text(values: pd.Series, settings: list[str]) -> str:
+    """The settings of one cell in words, without what a baseline leaves empty."""
+    short = short_names(settings)
+    base = BASELINES.get(str(values.get(METHOD)))
+    shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and pd.isna(values[c]))]
+    return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(values[c])}" for c in shown)])
 
 
 def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
@@ -128,16 +121,14 @@ def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
     return sorted(chosen, key=lambda c: (order.index(c) if c in order else len(order), c))
 
 
-def matrix(done: pd.DataFrame, metric: Metric) -> tuple[np.ndarray, list[str]]:
-    """``y`` [cells, seeds] with NaN where there is no trial, and the cell ids of its rows."""
-    wide = done.pivot_table(index="cell", columns="seed", values=metric.name, aggfunc="last", sort=True)
-    return wide.to_numpy(float), [str(c) for c in wide.index]
+def matrix(done: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """The metric by cell id (rows) and seed (columns), NaN where there is no trial."""
+    return done.pivot_table(index="cell", columns="seed", values=metric.name, aggfunc="last")
 
 
 def cells_table(
     done: pd.DataFrame,
-    cell_ids: list[str],
-    y: np.ndarray,
+    values: pd.DataFrame,
     result: Comparison,
     metric: Metric,
     settings: list[str],
@@ -145,49 +136,42 @@ def cells_table(
 ) -> pd.DataFrame:
     """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
-    ``adjusted`` is the mean freed of which seeds are missing; cells are sorted and compared by it. ``difference`` is
-    cell minus best; ``difference_low``/``_high`` its simultaneous 95 % interval. ``vs_probe``/``vs_full``: see
+    ``values`` and ``result``: :func:`matrix` and the comparison of its rows. ``adjusted`` is the mean freed of which
+    seeds are missing; cells are sorted and compared by it. ``difference`` is cell minus best;
+    ``difference_low``/``_high`` its simultaneous 95 % interval. ``vs_probe``/``vs_full``: see
     :func:`_baseline_columns`. Costs are means over the cell's trials.
     """
-    by_cell = done.groupby("cell", sort=True)
-    first = by_cell.head(1).set_index("cell").loc[cell_ids]
-    intervals = [t_interval(row, resolution) for row in y]
-    frame = pd.DataFrame({"cell": cell_ids, "label": first["label"].to_numpy()})
-    shown = [*settings, *([SCALING] if _scaling_shown(first, settings) else [])]
-    for c in shown:
-        frame[c] = first[c].to_numpy()
-    for key in ("n", "mean", "sd", "low", "high"):
-        frame[key] = [getattr(i, key) for i in intervals]
+    first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
+    frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
+    y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
+    frame[own] = pd.DataFrame([t_interval(row, resolution) for row in y])[own]
     frame["adjusted"] = np.where(result.compared, metric.sign * result.means, frame["mean"])
     frame["difference"] = -metric.sign * result.difference
-    frame["difference_low"], frame["difference_high"] = (
-        frame["difference"] - result.half,
-        frame["difference"] + result.half,
-    )
+    frame["difference_low"] = frame["difference"] - result.half
+    frame["difference_high"] = frame["difference"] + result.half
     frame["p_worse"], frame["worse"] = result.p_worse, result.worse
     frame["p_candidate"], frame["candidate"] = result.p_candidate, result.candidate
-    frame["mark"] = _marks(result, frame)
+    frame["mark"] = _marks(result)
     _baseline_columns(frame, y, first[METHOD].to_numpy(), metric, resolution)
-    means = by_cell[list(CELL_COSTS)].mean().loc[cell_ids]
-    for c in CELL_COSTS:
-        frame[c] = means[c].to_numpy()
+    frame = frame.join(done.groupby("cell")[list(CELL_COSTS)].mean(), on="cell")
+    score = metric.sign * frame["adjusted"].to_numpy(float)
     for name, cost in (("pareto_parameters", "trainable_parameters"), ("pareto_seconds", "seconds")):
-        frame[name] = pareto_front(metric.sign * frame["adjusted"].to_numpy(float), frame[cost].to_numpy(float))
-    frame = frame.assign(key=metric.sign * frame["adjusted"]).sort_values(["key", "cell"], ascending=[False, True])
-    return frame.drop(columns="key").reset_index(drop=True)
+        frame[name] = pareto_front(score, frame[cost].to_numpy(float))
+    return frame.iloc[np.argsort(-score, kind="stable")].reset_index(drop=True)
 
 
-def _scaling_shown(first: pd.DataFrame, settings: list[str]) -> bool:
-    return bool({"lora.rank", "lora.alpha", "lora.scaling"} & set(settings)) and first[SCALING].nunique() > 1
+def _scaling_shown(first: pd.DataFrame, settings: list[str]) -> list[str]:
+    moved = {"lora.rank", "lora.alpha", "lora.scaling"} & set(settings)
+    return [SCALING] if moved and first[SCALING].nunique() > 1 else []
 
 
-def _marks(result: Comparison, frame: pd.DataFrame) -> list[str]:
+def _marks(result: Comparison) -> np.ndarray:
     """best | candidate | worse | open (neither shown worse nor a candidate) | no verdict (one seed)."""
     marks = np.where(result.worse, "worse", np.where(result.candidate, "candidate", "open"))
     marks = np.where(result.compared, marks, "no verdict").astype(object)
     if result.best is not None:
         marks[result.best] = "best"
-    return list(marks)
+    return marks
 
 
 def _baseline_columns(
@@ -196,13 +180,11 @@ def _baseline_columns(
     """``vs_probe`` and ``vs_full``: cell minus the best cell of that baseline, paired by seed, with its t interval."""
     for method, name in (("none", "vs_probe"), ("full", "vs_full")):
         rows = np.flatnonzero(methods == method)
-        if len(rows) == 0:
-            continue
-        base = rows[np.argmax(metric.sign * frame["mean"].to_numpy(float)[rows])]
-        paired = [t_interval(row - y[base], resolution) for row in y]
-        frame[name] = [math.nan if k == base else i.mean for k, i in enumerate(paired)]
-        frame[f"{name}_low"] = [math.nan if k == base else i.low for k, i in enumerate(paired)]
-        frame[f"{name}_high"] = [math.nan if k == base else i.high for k, i in enumerate(paired)]
+        if len(rows):
+            base = rows[np.argmax(metric.sign * frame["mean"].to_numpy(float)[rows])]
+            paired = pd.DataFrame([t_interval(row - y[base], resolution) for row in y])[["mean", "low", "high"]]
+            paired.loc[base] = math.nan
+            frame[[name, f"{name}_low", f"{name}_high"]] = paired
 
 
 def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
@@ -220,14 +202,11 @@ def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 def trials_table(trials: pd.DataFrame, metric: Metric, settings: list[str]) -> pd.DataFrame:
     """One row per trial, best first: what varies, status, metrics, costs. No test figures: cells are chosen on val."""
-    extra = [SCALING] if _scaling_shown(trials, settings) else []
-    columns = ["trial", "cell", "label", *settings, *extra, "seed", "status", "epoch", "val_accuracy", "val_loss"]
-    columns += ["train_loss", "trainable_parameters", *COSTS, "error", "folder"]
-    frame = trials[columns].copy()
-    censored = trials["status"] != "completed"
-    frame["_key"] = metric.sign * trials[metric.name].where(~censored)
-    frame = frame.sort_values(["_key", "trial"], ascending=[False, True], na_position="last")
-    return frame.drop(columns="_key").reset_index(drop=True)
+    columns = ["trial", "cell", "label", *settings, *_scaling_shown(trials, settings), "seed", "status", "epoch"]
+    columns += ["val_accuracy", "val_loss", "train_loss", "trainable_parameters", *COSTS, "error", "folder"]
+    score = metric.sign * trials[metric.name].where(trials["status"] == "completed")
+    order = trials.assign(_score=score).sort_values(["_score", "trial"], ascending=[False, True]).index
+    return trials.loc[order, columns].reset_index(drop=True)
 
 
 def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> pd.DataFrame:
@@ -241,35 +220,23 @@ def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> 
     if LR not in settings or cells[LR].nunique() < 2:
         return pd.DataFrame()
     others = [c for c in settings if c != LR]
-    short = names(settings)
-    keys = cells[others].astype(object).where(cells[others].notna(), "–").apply(tuple, axis=1) if others else None
-    groups = cells.assign(_k=keys if keys is not None else "all", _s=metric.sign * cells["mean"])
-    scores = groups.assign(_c=pd.factorize(groups["_k"])[0]).pivot_table(
-        index="_c", columns=LR, values="_s", aggfunc="mean"
-    )
+    number = cells.groupby(others, sort=False, dropna=False).ngroup() if others else 0
+    groups = cells.assign(_group=number, _score=metric.sign * cells["mean"])
+    scores = groups.pivot_table(index="_group", columns=LR, values="_score")
     tried = scores.notna().sum()
     common = scores[tried.index[tried >= MOST_RAN * tried.max()]]
     everywhere = common.dropna()
     shared = (everywhere if len(everywhere) else common).mean().idxmax()
     rows = []
-    for key, group in groups.groupby("_k", sort=False):
-        best = group.iloc[int(group["_s"].to_numpy().argmax())]
-        at = group[group[LR] == shared]
+    for _, group in groups.sort_values("_score", ascending=False, kind="stable").groupby("_group", sort=False):
+        best, at = group.iloc[0], group[group[LR] == shared]
         rates = sorted(group[LR].unique())
-        row = {"setting": _setting_text(key, others, short, group), "best_lr": best[LR]}
+        row = {"setting": cell_text(best, others) or "all", "best_lr": best[LR]}
         row.update({f"best_{k}": best[k] for k in ("mean", "low", "high", "n")})
         row.update(rates=len(rates), edge=len(rates) > 1 and best[LR] in (rates[0], rates[-1]), shared_lr=shared)
         row.update({f"shared_{k}": at.iloc[0][k] if len(at) else math.nan for k in ("mean", "low", "high", "n")})
-        rows.append({**row, "_s": best["_s"]})
-    return pd.DataFrame(rows).sort_values("_s", ascending=False, ignore_index=True).drop(columns="_s")
-
-
-def _setting_text(key: object, others: list[str], short: dict[str, str], group: pd.DataFrame) -> str:
-    if not isinstance(key, tuple):
-        return "all"
-    base = BASELINES.get(str(group.iloc[0].get(METHOD, "")), "")
-    parts = [f"{short[c]} {value_text(v)}" for c, v in zip(others, key, strict=True) if c != METHOD and v != "–"]
-    return ", ".join([base, *parts] if base else parts) or "all"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def resolve(name: str, columns: list[str], option: str) -> str:

@@ -13,8 +13,7 @@ import pytest
 from made_up_records import grid, make_sweep, make_trial
 from rich.console import Console
 
-from lora_vit.analysis import export, report, tables
-from lora_vit.analysis.checks import number
+from lora_vit.analysis import export, report, tables, texts
 from lora_vit.analysis.core import select, summarize
 from lora_vit.analysis.load import SummaryError, load_trials
 
@@ -264,7 +263,7 @@ def test_adjusted_means_are_shown_where_seeds_are_missing(tmp_path):
 
 def test_a_difference_of_nothing_has_no_sign(by_rate):
     summary = summarize(by_rate)
-    assert [number(summary, v, True) for v in (-0.0, -1e-6, 1e-6, -0.01)] == ["0.00", "0.00", "0.00", "-1.00"]
+    assert [texts.signed(summary.metric, v) for v in (-0.0, -1e-6, 1e-6, -0.01)] == ["0.00", "0.00", "0.00", "-1.00"]
 
 
 def test_the_command_that_trained_the_best_cell_is_in_the_report(by_rate):
@@ -273,7 +272,7 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(by_rate):
     (place := Path(folder) / ".hydra").mkdir()
     (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
     html = report.html_report(summarize(by_rate), {}, "command")
-    assert "python -m lora_vit.train -m sweep=quickstart &#x27;sweep.name=a b&#x27;\ncommand" in html
+    assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in html
     (place / "hydra.yaml").write_text("hydra: [")
     assert "lora_vit.train" not in report.html_report(summarize(by_rate), {}, "command")
 

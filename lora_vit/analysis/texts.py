@@ -1,0 +1,219 @@
+"""Numbers and sentences that people read: the same words on the terminal, in the files and on the page."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from lora_vit.analysis.stats import MOST_SEEDS
+from lora_vit.analysis.summary import Chosen, Metric, Summary
+from lora_vit.analysis.tables import best_cell
+
+LEGEND = (
+    "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
+    "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* is "
+    "no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of the metric "
+    "against that cost."
+)
+"""What the cells table's marks mean, in Markdown."""
+
+
+def plain(metric: Metric, value: float) -> str:
+    """A metric's value or spread without its unit: accuracies in % or points, losses as they are."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.2f}" if metric.accuracy else f"{value:.4f}"
+
+
+def number(metric: Metric, value: float) -> str:
+    """A metric's value with its unit."""
+    return plain(metric, value) + (" %" if metric.accuracy and math.isfinite(value) else "")
+
+
+def signed(metric: Metric, value: float) -> str:
+    """A difference with its sign (none before a zero), accuracies in points."""
+    text = plain(metric, value)
+    if text == "–":
+        return text
+    return text.lstrip("-") if float(text) == 0 else text if value < 0 else f"+{text}"
+
+
+def points(metric: Metric, value: float) -> str:
+    """The size of a difference with its unit."""
+    return plain(metric, value) + (" points" if metric.accuracy else "")
+
+
+def count(value: float) -> str:
+    """A number in few characters: 1,234 or 85.8 M."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value / 1e6:,.2f} M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes as kB, MB or GB (powers of 1000)."""
+    if not math.isfinite(value):
+        return "–"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def duration(value: float) -> str:
+    """Seconds, with tenths below a hundred."""
+    return "–" if not math.isfinite(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def verdict(summary: Summary) -> str:
+    """One sentence: what is best, what is shown to be worse, and what is still open."""
+    cells, c, metric = summary.cells, summary.comparison, summary.metric
+    best = best_cell(cells)
+    what, extreme = metric.title.lower(), "highest" if metric.sign > 0 else "lowest"
+    if len(cells) == 1:
+        seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
+        return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(metric, best)} ({seeds})."
+    if not c.possible:
+        return (
+            f"{best['label']} has the {extreme} {what}, {number(metric, best['mean'])}, but too few cells "
+            "have two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
+        )
+    others = int(c.compared.sum()) - 1
+    worse = int((cells["mark"] == "worse").sum())
+    above = " adjusted for missing seeds" if c.blocked and not c.complete else ""
+    if (cells["mark"] == "no verdict").any():
+        above += " among the cells with two or more seeds"
+    start = (
+        f"{best['label']} has the {extreme} {what}{above}, {_with_interval(metric, best)} over {int(best['n'])} seeds"
+    )
+    if worse == others:
+        return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse."
+    if worse > 0:
+        middle = f"; {worse} of {others} other cells {'is' if worse == 1 else 'are'} worse"
+    elif others > 1:
+        middle = f", but none of the {others} other cells is shown to be worse"
+    else:
+        middle = ", but the other cell is not shown to be worse"
+    return f"{start}{middle}; {_candidates(cells, others)}."
+
+
+def _candidates(cells: pd.DataFrame, others: int) -> str:
+    group = cells[cells["mark"].isin(["best", "candidate"])]
+    candidates = len(group) - 1
+    if candidates == 0:
+        return "no other is a candidate for the best"
+    text = f"{candidates} {'remains a candidate' if candidates == 1 else 'remain candidates'} for the best"
+    if others == 1:
+        text = "it remains a candidate for the best"
+    sizes = group["trainable_parameters"]
+    if sizes.notna().all():
+        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
+        if small["mark"] != "best":
+            text += f", the smallest among all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
+    return text
+
+
+def _with_interval(metric: Metric, cell: pd.Series) -> str:
+    text = number(metric, cell["mean"])
+    if math.isfinite(cell["low"]):
+        text += f" (95 % interval {number(metric, cell['low'])} to {number(metric, cell['high'])})"
+    return text
+
+
+def errors_of_test(chosen: Chosen) -> str:
+    """Both errors of the chosen cell's test accuracy."""
+    seeds = f"± {100 * chosen.between_seeds:.2f} between seeds, " if math.isfinite(chosen.between_seeds) else ""
+    return f"{seeds}± {100 * chosen.of_test_set:.2f} from the {chosen.images:,} test images"
+
+
+def power_text(summary: Summary) -> str:
+    """What the design can find; empty where nothing was compared."""
+    if not summary.comparison.possible:
+        return ""
+    smallest = points(summary.metric, summary.design.detectable)
+    half = f"; half a point would take {_seeds_needed(summary)} seeds per cell" if summary.metric.accuracy else ""
+    return f"This design finds a true difference of {smallest} from the best with 80 %{half}."
+
+
+def _seeds_needed(summary: Summary) -> str:
+    return str(summary.design.seeds_for_half_a_point or f"more than {MOST_SEEDS}")
+
+
+def closing(summary: Summary) -> list[str]:
+    """Lines below the verdict on the terminal."""
+    chosen = summary.chosen
+    lines = []
+    if math.isfinite(chosen.test):
+        lines.append(f"Test accuracy of that cell: {100 * chosen.test:.2f} % ({errors_of_test(chosen)}).")
+    return [*lines, *filter(None, [power_text(summary)])]
+
+
+def facts(summary: Summary) -> list[tuple[str, str]]:
+    """The page's most important figures, each with what it is."""
+    best, chosen, metric = best_cell(summary.cells), summary.chosen, summary.metric
+    rows = [(number(metric, best["mean"]), f"{metric.title.lower()} of {best['label']}, n = {int(best['n'])}")]
+    if math.isfinite(chosen.test):
+        rows.append((f"{100 * chosen.test:.2f} %", f"test accuracy of that cell alone ({errors_of_test(chosen)})"))
+    if summary.comparison.possible:
+        smallest = points(metric, summary.design.detectable)
+        rows.append((smallest, "smallest true difference that this design finds with 80 %"))
+        if metric.accuracy:
+            rows.append((_seeds_needed(summary), "seeds needed to find half a point with 80 %"))
+    done = int((summary.trials["status"] == "completed").sum())
+    return [*rows, (f"{done} of {len(summary.trials)}", f"trials completed, in {len(summary.cells)} cells")]
+
+
+def pair_text(summary: Summary) -> str:
+    """McNemar's result in words, with what it does not say."""
+    assert summary.pair is not None
+    first, second, r = summary.pair
+    says = "differ" if r.differ else "are not shown to differ"
+    return (
+        f"These two trained models {says} on the {r.images:,} val images: {first} alone is right on {r.only_first}, "
+        f"{second} alone on {r.only_second} (difference {100 * r.difference:+.2f} points, exact McNemar "
+        f"p = {r.p:.2g}). This is about these two models, not about their settings: another seed may come out the "
+        "other way."
+    )
+
+
+def methods(summary: Summary) -> list[str]:
+    """Plain words: what the figures mean and how the marks were found."""
+    c, metric = summary.comparison, summary.metric
+    lines = [
+        f"Every figure is the {metric.title.lower()} after the last epoch, never the best epoch. Trials that differ "
+        "only in their seed are repeats of one cell; the interval of a cell is a t interval over its seeds.",
+    ]
+    if not c.possible:
+        return [*lines, "No cells were compared: at least two cells with two seeds each are needed."]
+    block = (
+        "Trials with the same seed see the same data order, so the seed is a block"
+        if c.blocked
+        else "Cells share no seeds, so there are no blocks"
+    )
+    wide = " The wider error is that of the half of the cells which spreads most, or the pair's own." if c.wide else ""
+    few = (
+        " With fewer than five seeds, verdicts about a single cell that spreads far more than all others err more "
+        "often."
+        if c.wide and c.repeats < 5
+        else ""
+    )
+    lines += [
+        f"{block}; {int(c.compared.sum())} cells and {c.seeds} seeds{'' if c.complete else ', some missing'} leave "
+        f"{c.df} degrees of freedom. A trial's error is {points(metric, c.sd)} (pooled over all cells: "
+        f"{plain(metric, c.pooled_sd)}).{wide}",
+        "'Worse' is a claim over all pairs, because the best cell is itself picked by its result: Tukey's studentized "
+        "range, 5 % risk that any such claim is false. 'Candidate for best' is Hsu's comparison with the best: "
+        f"the true best is among best and candidates with 95 %. How often both err, by simulation: "
+        f"docs/statistics.md.{few}",
+        power_text(summary),
+        "Winner's curse: the best of several cells looks better than it is. If all cells were equally good, the best "
+        f"mean would still lie about {points(metric, summary.design.optimism)} above them. The test figure was not "
+        "used to choose and has no such bias.",
+    ]
+    if not summary.effects.table.empty:
+        lines.append(
+            "Main effects come from a linear model with the seed as block, over the trials with adapters. Each level "
+            "is compared with the setting's first level; intervals are 95 % each for itself, not together."
+        )
+    return lines
