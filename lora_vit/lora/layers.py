@@ -82,7 +82,6 @@ class LoRAAdapters(nn.Module):
         super().__init__()
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
         self.specs, self.names, self.slots, self.state = specs, names, tuple(slots), state
-        self.enabled = True
         self._module_key = randomness.name_key(input_name)
         a_KGRI = torch.zeros(K, G, R, in_features)
         for k, spec in enumerate(specs):
