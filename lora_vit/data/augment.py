@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
+from lora_vit.data.device import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -97,19 +98,18 @@ class Transform:
         """Augmented and normalised, [B, 3, S, S]; image i's draws depend on (seed, epoch, ids[i]) alone.
 
         Args:
-            images: uint8 [B, 3, h, w].
+            images: uint8 [B, 3, h, w], on the device.
             seed: the trial's.
             epoch: from 0.
             ids: sample ids, int64 [B].
         """
         if self.augment == "none":
             return self.eval(images)
-        images = images.to(self.device)
-        flip_B = torch.from_numpy(randomness.uniforms(ids, 1, "flip", seed, epoch)[:, 0] < 0.5).to(self.device)
+        flip_B = to_device(randomness.uniforms(ids, 1, "flip", seed, epoch)[:, 0] < 0.5, self.device)
         if self.augment == "flip":
-            return self._finish(torch.where(flip_B[:, None, None, None], images.flip(-1), images))
+            return self.eval(torch.where(flip_B[:, None, None, None], images.flip(-1), images))
         h, w = images.shape[-2:]
-        boxes = torch.from_numpy(crop_boxes(ids, h, w, seed, epoch)).to(self.device)
+        boxes = to_device(crop_boxes(ids, h, w, seed, epoch), self.device)
         never = torch.zeros_like(flip_B)
         rows = resampling_matrix(boxes[:, 0], boxes[:, 2], never, h, self.image_size)
         columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flip_B, w, self.image_size)
@@ -117,9 +117,6 @@ class Transform:
 
     def eval(self, images: Tensor) -> Tensor:
         """Resized and normalised, [B, 3, S, S]."""
-        return self._finish(images.to(self.device))
-
-    def _finish(self, images: Tensor) -> Tensor:
         h, w = images.shape[-2:]
         if h == w == self.image_size:
             return self._normalise(images.to(self.work_dtype)).to(self.dtype)

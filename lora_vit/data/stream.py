@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData
+from lora_vit.data.device import to_device
 
 _DEVICE_SHARE = 0.25
 """Largest part of a GPU's free memory that the uint8 images may take."""
@@ -46,16 +47,11 @@ class Samples:
                 self._resident = torch.from_numpy(np.array(data.images)).to(device)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, 3, h, w] and labels int64 [B]."""
-        index = torch.from_numpy(ids)
+        """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
+        index = to_device(ids, self.device)
         if self._resident is not None:
-            index = index.to(self.device, non_blocking=True)
             return self._resident[index], self.labels[index]
-        images = torch.from_numpy(self.data.images[ids])
-        if self.device.type == "cuda":
-            images = images.pin_memory().to(self.device, non_blocking=True)
-            index = index.to(self.device, non_blocking=True)
-        return images, self.labels[index]
+        return to_device(self.data.images[ids], self.device), self.labels[index]
 
 
 class TrainStream:

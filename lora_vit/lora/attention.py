@@ -27,7 +27,7 @@ def project(
 ) -> Tensor:
     """LayerNorm or GELU where asked for, then a linear layer with its adapters if it has any."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if adapters is not None and adapters.enabled:
+    if adapters is not None:
         kind = "layer_norm" if norm is not None else "gelu" if gelu else "none"
         prologue = Prologue(kind, 0.0 if norm is None else norm.eps)
         return adapters.linear(x, weight, bias, prologue, norm)

@@ -106,8 +106,15 @@ def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def keep_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
-    """Set the dropped elements of several tensors [N, D] to zero, with one mask.
+def keep_by_product_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
+    """Set the dropped elements of several tensors [N, D] to zero, with one mask: the fewest passes over memory."""
+    keep_ND = keep_mask(rows_N, feature_D, threshold_N)
+    for x in xs:
+        x.mul_(keep_ND)
+
+
+def keep_by_bits_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
+    """The same where comparisons are slow.
 
     The decisions of :func:`keep_mask` as all ones or all zeros in the bits of an integer: on a CPU a comparison that
     gives bools, and a product with bools, each take as long as four passes of integer arithmetic.

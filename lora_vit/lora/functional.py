@@ -17,7 +17,7 @@ take five times as long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_vit.lora.dropout import keep_, keep_mask
+from lora_vit.lora.dropout import keep_by_bits_, keep_by_product_, keep_mask
 
-_MASK_PIECE = 1 << 18
-"""Elements of a dropout mask that a CPU computes at once: 1 MiB of int32, within the second-level cache."""
+_MASK_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements of a dropout mask that are computed at once: 1 MiB of int32 stay within a CPU's second-level cache;
+64 MiB keep a GPU busy and are little beside the activations, where a whole mask would be several times as large."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,22 @@ class MaskKey:
     def apply_(self, *xs: Tensor) -> None:
         """The same in place, for tensors that share the mask."""
         K, B, S = self.rows_KBS.shape
+        keep_, elements = _way_to_drop(self.rows_KBS.device)
+        piece = max(1, elements // len(self.feature_I))
         for first, last in self.runs:
-            rows, thresholds = self.rows_KBS[first:last], self.threshold_K[first:last]
             parts = [x.view(K, B * S, -1)[first:last].flatten(0, 1) for x in xs]  # views
-            if rows.device.type != "cpu":
-                keep = keep_mask(rows, self.feature_I, thresholds).flatten(0, 2)
-                for part in parts:
-                    part.mul_(keep)
-                continue
-            # On a CPU in pieces that stay in its cache, so that the mask never exists whole.
-            rows_N, threshold_N = rows.flatten(), thresholds.repeat_interleave(B * S)
-            piece = max(1, _MASK_PIECE // len(self.feature_I))
-            for start in range(0, len(rows_N), piece):
+            rows_N = self.rows_KBS[first:last].flatten()
+            threshold_N = self.threshold_K[first:last].repeat_interleave(B * S)
+            for start in range(0, len(rows_N), piece):  # the mask never exists whole
                 here = slice(start, start + piece)
                 keep_([part[here] for part in parts], rows_N[here], self.feature_I, threshold_N[here])
+
+
+def _way_to_drop(device: torch.device) -> tuple[Callable[..., None], int]:
+    """The faster way to drop elements on a device, and of how many at once."""
+    if device.type == "cpu":
+        return keep_by_bits_, _MASK_PIECE["cpu"]
+    return keep_by_product_, _MASK_PIECE["cuda"]
 
 
 def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:

@@ -6,9 +6,8 @@ The public pair for a plain model is :func:`replace_linear_with_lora` and :func:
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -121,19 +120,6 @@ def remove_adapters(model: nn.Module) -> None:
                 setattr(module, attribute, None)
 
 
-@contextlib.contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes what its frozen base computes."""
-    adapters = [m for m in model.modules() if isinstance(m, LoRAAdapters)]
-    for a in adapters:
-        a.enabled = False
-    try:
-        yield
-    finally:
-        for a in adapters:
-            a.enabled = True
-
-
 def replace_linear_with_lora(
     model: nn.Module,
     rank: int = 4,
@@ -181,13 +167,18 @@ def replace_linear_with_lora(
     if rank > width:
         raise ValueError(f"rank={rank} is impossible: the layers are {width} wide")
     if dropout > 0:
-        model.register_forward_pre_hook(lambda module, args: _key_pass(module, args, state))
+        key_each_pass(model, state)
     return model
 
 
-def _key_pass(module: nn.Module, args: tuple[torch.Tensor, ...], state: DropoutState) -> None:
-    if module.training:
-        state.advance(len(args[0]), args[0].device)
+def key_each_pass(model: nn.Module, state: DropoutState) -> None:
+    """Let a model without a trainer draw other dropout masks in each forward pass in train mode."""
+
+    def advance(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if module.training:
+            state.advance(len(args[0]), args[0].device)
+
+    model.register_forward_pre_hook(advance)
 
 
 def mark_lora_and_head_as_trainable(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import inject_adapters
+from lora_vit.lora.inject import inject_adapters, key_each_pass
 from lora_vit.lora.layers import AdapterSpec
 
 _ADAPTER_KEY = re.compile(r"(?P<block>.*)\.(?P<place>self_attention\.(?:q|k|v|out_proj)|mlp\.[03])\.lora_A$")
@@ -148,6 +148,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         if lora["method"] == "lora":
             spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], lora["init"], 0)
             state = DropoutState([randomness.key("dropout", 0)])
+            if spec.dropout > 0:
+                key_each_pass(model, state)
             for injected in inject_adapters(model, [spec], lora["targets"], lora["blocks"], state):
                 for name, view in injected.trial_tensors(0).items():
                     if name not in rest or rest[name].shape != view.shape:

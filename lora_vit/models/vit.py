@@ -74,8 +74,8 @@ class PackedViT(nn.Module):
             for block in blocks[: max(self.first_trained, 0)]:
                 x = block(x, first_token_only=block is blocks[-1])
         if len(stream_of_trial) != G or any(g != k for k, g in enumerate(stream_of_trial)):
-            index_K = torch.as_tensor(stream_of_trial, device=x.device)
-            x = x.view(G, -1, *x.shape[1:])[index_K].flatten(0, 1)
+            streams = x.chunk(G)
+            x = torch.cat([streams[g] for g in stream_of_trial])  # an index would have to travel to the device
         for block in blocks[max(self.first_trained, 0) :]:
             x = block(x, first_token_only=block is blocks[-1])
         norm: nn.LayerNorm = self.trunk.encoder.ln

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from lora_vit import distributed
+from lora_vit.data.device import to_device
 from lora_vit.data.stream import Batch
 from lora_vit.models.vit import PackedViT
 
@@ -65,7 +66,7 @@ def evaluate(
     place[split_ids] = np.arange(N)
     for batch in batches:
         logits_KBC = model(batch.images, [0] * K)
-        where = torch.from_numpy(place[batch.ids]).to(device)
+        where = to_device(place[batch.ids], device)
         true_KB1 = batch.labels.expand(K, -1)[..., None]
         predicted_KN[:, where] = logits_KBC.argmax(-1)
         log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()

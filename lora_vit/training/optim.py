@@ -52,9 +52,9 @@ class FlatParameters:
         # Not backward(): its accumulation asks for another memory layout than rows of one matrix.
         torch._foreach_copy_(self.gradients, list(torch.autograd.grad(loss, self.parameters)))
 
-    def trial_views(self, matrix_KP: Tensor, k: int) -> dict[str, Tensor]:
-        """Row k of a [K, P] matrix, by parameter name, without the trial axis (views)."""
-        return {name: matrix_KP[k, where].view(shape) for name, (where, shape) in self.slices.items()}
+    def views(self, row_P: Tensor) -> dict[str, Tensor]:
+        """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
+        return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
 
     def decay_mask(self, named: dict[str, nn.Parameter], per_trial: set[str]) -> Tensor:
         """[P]: 1 where weight decay applies if biases and norms are exempt (matrices), 0 elsewhere."""

@@ -132,20 +132,16 @@ class Pack:
         """Copy what is on the device into the trials' states."""
         loss_sums = self.step_state.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
+        o = self.optimizer
+        on_host = [m.cpu() for m in (self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP)]
         for k, trial in enumerate(self.trials):
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
-            s.values = self.export(k, self.flat.values_KP)
-            s.exp_avg = self.export(k, self.optimizer.exp_avg_KP)
-            s.exp_avg_sq = self.export(k, self.optimizer.exp_avg_sq_KP)
+            s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, m) for m in on_host)
 
     def step_of(self, trial: Trial) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
-
-    def finite_K(self) -> Tensor:
-        """Whether all of a trial's parameters are finite, bool [K]."""
-        return torch.isfinite(self.flat.values_KP).all(1)
 
     def _load(self, k: int, state: TrialState) -> None:
         for matrix, tensors in (
@@ -155,21 +151,23 @@ class Pack:
         ):
             if not tensors:
                 continue  # not trained here: there are no moments yet
-            views = self._views(k, matrix)
+            row_P = matrix[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
+            views = self._views(k, row_P)
             if set(views) != set(tensors):
                 raise ValueError(f"the checkpoint of {self.trials[k].name} has other tensors than its model")
             for name, view in views.items():
                 view.copy_(tensors[name])
+            matrix[k] = row_P
         self.optimizer.updates_K1[k] = state.updates
 
     def export(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Trial k's row of a matrix as named, unpadded tensors on the CPU (copies)."""
-        return {name: v.detach().cpu().clone() for name, v in self._views(k, matrix_KP).items()}
+        return {name: v.clone() for name, v in self._views(k, matrix_KP[k].cpu()).items()}
 
-    def _views(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
-        """Trial k's row as unpadded views under the names of the adapter file."""
+    def _views(self, k: int, row_P: Tensor) -> dict[str, Tensor]:
+        """A row as unpadded views under the names of trial k's adapter file."""
         views: dict[str, Tensor] = {}
-        for name, view in self.flat.trial_views(matrix_KP, k).items():
+        for name, view in self.flat.views(row_P).items():
             owner, leaf = self._owners.get(name, (None, ""))
             if isinstance(owner, LoRAAdapters):
                 rank = owner.specs[k].rank
@@ -183,16 +181,22 @@ class Pack:
         return views
 
     def padding_is_zero(self) -> bool:
-        """Whether the padded rows and columns are still exactly zero (they get no gradient)."""
-        used = torch.zeros_like(self.flat.values_KP)
+        """Whether padded ranks are still exactly zero (they get no gradient), where a trial's values are finite."""
+        values_KP = self.flat.values_KP
+        used_KP = torch.zeros(values_KP.shape, dtype=torch.bool)
         for k in range(self.K):
-            for view in self._views(k, used).values():
-                view.fill_(1.0)
-        return not bool((self.flat.values_KP * (1 - used)).any())
+            for view in self._views(k, used_KP[k]).values():
+                view.fill_(True)
+        padding_KP = values_KP.masked_fill(used_KP.to(values_KP.device), 0.0)
+        return not bool((padding_KP.any(1) & self.finite_K()).any())
+
+    def finite_K(self) -> Tensor:
+        """Whether all of a trial's trained values are finite, bool [K], on the device."""
+        return torch.isfinite(self.flat.values_KP).all(1)
 
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""
-        views = self._views(k, self.flat.values_KP)
+        views = self._views(k, self.flat.values_KP[k])
         adapter = sum(v.numel() for n, v in views.items() if ".lora_" in n)
         head = sum(v.numel() for n, v in views.items() if n.startswith(PackedHead.NAME))
         shared = sum(p.numel() for n, p in self.model.trunk.named_parameters() if ".lora_" not in n)

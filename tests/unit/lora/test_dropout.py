@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 
-from lora_vit.lora.dropout import DropoutState, _hashed, feature_keys, keep_, keep_mask, threshold
+from lora_vit.lora.dropout import (
+    DropoutState,
+    _hashed,
+    feature_keys,
+    keep_by_bits_,
+    keep_by_product_,
+    keep_mask,
+    threshold,
+)
 from lora_vit.randomness import name_key
 
 B, S, D = 32, 65, 256
@@ -119,7 +127,8 @@ def test_in_place_decides_alike(dtype):
     assert kept[3, 10]
     assert not kept[6].any()
     xs = [torch.randn(7, 300).to(dtype) for _ in range(2)]
-    want = [x * kept for x in xs]
-    keep_(xs, rows, features, limits)
-    for x, y in zip(xs, want, strict=True):
-        assert torch.equal(x, y)
+    for way in (keep_by_bits_, keep_by_product_):
+        changed = [x.clone() for x in xs]
+        way(changed, rows, features, limits)
+        for x, y in zip(xs, changed, strict=True):
+            assert torch.equal(y, x * kept)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_vit.lora import functional
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
 from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, adapted_linear_reference, runs_of
 
@@ -124,3 +125,40 @@ def test_bf16_gradients_follow_fp32():
     for low, full in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
         # 8 significant bits, a few roundings in a row
         assert float((low.float() - full).norm() / full.norm()) < 0.02
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7, 10, 29, 30, 1000])
+def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
+    """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
+    monkeypatch.setattr(functional, "_MASK_PIECE", {way: rows_at_once * I + I - 1})
+    chosen = functional._way_to_drop(torch.device(way))
+    monkeypatch.setattr(functional, "_way_to_drop", lambda device: chosen)
+    for dropouts in ((0.3, 0.5, 0.0), (0.0, 0.5, 0.3), (0.3, 0.0, 0.6), (0.9, 0.1, 0.6)):
+        mask = inputs("none", (0,), dropouts)[1]["mask"]
+        xs = [torch.randn(K * B, S, I, dtype=torch.float64) for _ in range(2)]
+        dropped = [x.clone() for x in xs]
+        mask.apply_(*dropped)
+        for x, y in zip(xs, dropped, strict=True):
+            assert torch.equal(y, mask.apply(x))
+            kept = (y != 0).view(K, -1).double().mean(1)
+            assert all(bool(share == 1) == (p == 0) for share, p in zip(kept, dropouts, strict=True))
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+def test_memory_for_a_mask_is_bounded(way, monkeypatch):
+    asked: list[int] = []
+    keep_, elements = functional._way_to_drop(torch.device(way))
+
+    def counting(xs, rows_N, feature_D, threshold_N):
+        asked.append(4 * len(rows_N) * len(feature_D))
+        keep_(xs, rows_N, feature_D, threshold_N)
+
+    monkeypatch.setattr(functional, "_way_to_drop", lambda device: (counting, elements))
+    rows = elements // I + 5
+    mask = MaskKey(
+        torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32), ((0, 1),)
+    )
+    mask.apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
+    assert len(asked) == 2
+    assert max(asked) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]

@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
 from lora_vit.config import TARGETS
-from lora_vit.lora.inject import adapters_disabled
+from lora_vit.lora.inject import remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
 
 
@@ -88,7 +88,7 @@ def test_every_adapter_learns(model, images, targets):
         assert not torch.equal(after_two[name], start[name]), name
 
 
-def test_disabled_is_the_base_and_training_changed_the_output(model, images):
+def test_removed_is_the_base_and_training_changed_the_output(model, images):
     base = model.eval()(images)
     replace_linear_with_lora(model).double()
     mark_lora_and_head_as_trainable(model)
@@ -97,9 +97,25 @@ def test_disabled_is_the_base_and_training_changed_the_output(model, images):
     trained = model.eval()(images)
     assert not torch.allclose(trained, base, atol=1e-3)
     model.heads = head
-    with adapters_disabled(model):
-        torch.testing.assert_close(model(images), base, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(model(images), base, atol=1e-3)
+    remove_adapters(model)
+    torch.testing.assert_close(model(images), base, rtol=1e-12, atol=1e-12)
+    assert not [n for n, _ in model.named_parameters() if "lora" in n]
+
+
+def test_replacing_twice_leaves_the_second_alone(model, images):
+    again = copy.deepcopy(model)
+    replace_linear_with_lora(model, rank=3, dropout=0.9, seed=5)
+    for m in (model, again):
+        replace_linear_with_lora(m, rank=2, targets=["v", "fc1"], dropout=0.3, seed=7).double()
+        mark_lora_and_head_as_trainable(m)
+        train_steps(m.train(), images, 2)
+    first, second = adapters_of(model), adapters_of(again)
+    assert first.keys() == second.keys()
+    assert {n.split(".")[-2] for n in first} == {"v", "0"}
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+    torch.testing.assert_close(model.eval()(images), again.eval()(images), rtol=0, atol=0)
 
 
 SETTINGS = {

@@ -126,3 +126,88 @@ def test_trials_of_one_stream_share_the_images():
         shared, separate = two(x, [0, 0]), two(torch.cat([x, x]), [0, 1])
     torch.testing.assert_close(shared, separate, rtol=1e-12, atol=1e-12)
     assert not torch.equal(shared[0], shared[1])
+
+
+@pytest.mark.parametrize("first_trained", [0, 2, 3])
+@pytest.mark.parametrize("streams", [[0, 1, 2], [0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 0, 0], [2, 1, 0]])
+def test_each_trial_sees_its_own_stream(streams, first_trained):
+    reference = theirs().double()
+    x = torch.randn(max(streams) + 1, 2, 3, 32, 32, dtype=torch.float64)
+    alone = ours(reference)
+    head = PackedHead([5, 6, 7], [0.0] * 3, 32, 5, DropoutState([0, 1, 2])).double()
+    pack = PackedViT(alone.trunk, head, 3, first_trained).eval()
+    with torch.no_grad():
+        together = pack(x.flatten(0, 1), streams)
+        for k, g in enumerate(streams):
+            alone.head.weight.data[0], alone.head.bias.data[0] = head.weight[k], head.bias[k]
+            torch.testing.assert_close(together[k], alone(x[g], [0])[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_trained", [-1, 0, 1, 2, 3])
+def test_nothing_is_kept_for_backward_below_what_is_trained(first_trained):
+    model = ours(theirs(), first_trained).train()
+    trunk = model.trunk.requires_grad_(False)
+    parts = [trunk.conv_proj, *trunk.encoder.layers, trunk.encoder.ln]
+    for part in parts[first_trained + 1 :]:
+        part.requires_grad_(True)
+    ran: dict[int, bool] = {}
+    for i, layer in enumerate(trunk.encoder.layers):
+        layer.register_forward_hook(lambda m, args, out, i=i: ran.__setitem__(i, out.requires_grad))
+    model(torch.randn(2, 3, 32, 32), [0]).sum().backward()
+    assert ran == {i: i >= first_trained for i in range(3)}
+    for i, part in enumerate(parts):
+        assert all((p.grad is not None) == (i > first_trained) for p in part.parameters())
+
+
+def test_a_frozen_part_takes_no_gradient_though_it_could():
+    """Blocks below the first adapter run without a graph, also where a parameter there asks for gradients."""
+    model = ours(theirs(), 2)
+    model.trunk.requires_grad_(True)
+    model(torch.randn(2, 3, 32, 32), [0]).sum().backward()
+    got = [any(p.grad is not None for p in layer.parameters()) for layer in model.trunk.encoder.layers]
+    assert got == [False, False, True]
+    assert model.trunk.conv_proj.weight.grad is None
+
+
+def test_a_frozen_end_keeps_nothing():
+    model = ours(theirs(), 3)
+    model.trunk.requires_grad_(False)
+    seen = []
+    model.head.register_forward_hook(lambda m, args, out: seen.append(args[0].requires_grad))
+    model(torch.randn(2, 3, 32, 32), [0])
+    assert seen == [False]
+
+
+def test_only_the_last_block_is_cut_to_the_class_token():
+    model = ours(theirs())
+    lengths = []
+    for layer in model.trunk.encoder.layers:
+        layer.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
+    model(torch.randn(2, 3, 32, 32), [0])
+    assert lengths == [17, 17, 1]
+
+
+def test_the_trunk_follows_the_images_dtype():
+    model = ours(theirs())
+    x = torch.randn(4, 3, 32, 32)
+    seen = []
+    model.trunk.encoder.layers[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    low = model(x.bfloat16(), [0])
+    assert (seen, low.dtype) == ([torch.bfloat16], torch.float32)  # the head keeps its own
+    assert float((low - model(x, [0])).norm() / low.norm()) < 0.05  # 8 significant bits through three blocks
+
+
+def test_building_a_trunk_is_repeatable_frozen_and_leaves_the_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    one, two = build_trunk(*SHAPE.values()), build_trunk(*SHAPE.values())
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not any(p.requires_grad for p in one.parameters())
+    assert not [n for n, _ in one.named_parameters() if n.startswith("heads")]
+    torch.manual_seed(0)
+    reference = VisionTransformer(**SHAPE)
+    assert torch.equal(one.conv_proj.weight, reference.conv_proj.weight)
+    assert len(one.encoder.layers) == 3
+    assert one.encoder.layers[0].self_attention.num_heads == 4

@@ -66,7 +66,7 @@ def test_fifty_steps_equal_torchs_adamw_on_each_row_alone():
         for k, (parameters, c) in enumerate(zip(alone, CONFIGS, strict=True)):
             for name, p in parameters.items():
                 p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                flat.trial_views(flat.grads_KP, k)[name].copy_(p.grad)
+                flat.views(flat.grads_KP[k])[name].copy_(p.grad)
             rates.append(c.lr * schedules[k].factor(step))
             if c.clip_norm is not None:
                 nn.utils.clip_grad_norm_(list(parameters.values()), c.clip_norm)

@@ -1,0 +1,185 @@
+"""The packed adapters and heads against torch's own layers: initial spreads, dropout, scaling, precision."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from torch import nn
+
+from lora_vit import randomness
+from lora_vit.lora.dropout import DropoutState, keep_mask, threshold
+from lora_vit.lora.functional import Prologue
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead, initial_lora_A
+
+I, O, B, S = 24, 16, 2, 5
+SPECS = (
+    AdapterSpec(2, 1.5, 0.25, "kaiming_uniform", 3),
+    AdapterSpec(4, 0.5, 0.0, "gaussian", 4),
+    AdapterSpec(1, 8.0, 0.7, "kaiming_uniform", 3),
+)
+
+
+def adapters_of(*specs: AdapterSpec, names=("block.q", "block.v"), slots=(0, 2)) -> LoRAAdapters:
+    """Adapters with a lora_B that is not zero, in fp64."""
+    state = DropoutState([s.seed for s in specs])
+    adapters = LoRAAdapters(list(specs), list(names), list(slots), "block.in", I, O, state).double()
+    nn.init.normal_(adapters.lora_B, generator=torch.Generator().manual_seed(0))
+    for k, spec in enumerate(specs):
+        adapters.lora_B.data[k, :, :, spec.rank :] = 0
+    state.set(torch.tensor([5 + k for k in range(len(specs))]), torch.arange(B))
+    return adapters
+
+
+def same_distribution(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Two-sample Kolmogorov-Smirnov on fixed draws: passes or fails for good; 20,000 draws tell 3 % of scale apart."""
+    return ks_2samp(ours.flatten().numpy(), theirs.flatten().numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("width", [100, 400])
+def test_kaiming_start_is_loralibs(width):
+    a = torch.cat([initial_lora_A(AdapterSpec(50, 1, 0, "kaiming_uniform", s), "n", width) for s in range(8)])
+    torch.manual_seed(0)
+    theirs = nn.init.kaiming_uniform_(torch.empty(400, width), a=math.sqrt(5))  # loralib's reset_parameters
+    assert same_distribution(a, theirs)
+    assert float(a.abs().max()) <= 1 / math.sqrt(width)
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_gaussian_start_is_pefts(rank):
+    a = torch.cat([initial_lora_A(AdapterSpec(rank, 1, 0, "gaussian", s), "n", 400) for s in range(100)])
+    torch.manual_seed(0)
+    assert same_distribution(a, nn.init.normal_(torch.empty_like(a), std=1 / rank))  # PEFT's reset_lora_parameters
+
+
+def test_a_start_depends_on_seed_and_name_alone():
+    drawn = [initial_lora_A(AdapterSpec(2, s, 0, "kaiming_uniform", seed), n, 8) for s in (1, 2) for seed, n in KEYS]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[: len(KEYS)], drawn[len(KEYS) :], strict=True))
+    assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(KEYS)
+
+
+KEYS = [(0, "a"), (1, "a"), (0, "b"), (1, "b")]
+
+
+def test_adapters_start_as_each_trial_alone():
+    adapters = LoRAAdapters(list(SPECS), ["q", "v"], [0, 2], "in", I, O, DropoutState([1, 2, 3]))
+    assert adapters.lora_A.shape == (3, 2, 4, I)
+    assert adapters.lora_B.shape == (3, 2, O, 4)
+    assert not adapters.lora_B.any()
+    for k, spec in enumerate(SPECS):
+        for g, name in enumerate(("q", "v")):
+            assert torch.equal(adapters.lora_A[k, g, : spec.rank], initial_lora_A(spec, name, I))
+            assert not adapters.lora_A[k, g, spec.rank :].any()
+        views = adapters.trial_tensors(k)
+        assert {n: tuple(v.shape) for n, v in views.items()} == {
+            f"{n}.lora_{m}": (spec.rank, I) if m == "A" else (O, spec.rank) for n in "qv" for m in "AB"
+        }
+        assert torch.equal(views["v.lora_A"], adapters.lora_A[k, 1, : spec.rank])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
+def test_each_trial_gets_its_scaling_and_dropout(mode, kind):
+    adapters = adapters_of(*SPECS).train(mode == "train")
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(3 * B, S, I, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3 * O, I, generator=generator, dtype=torch.float64)
+    bias = torch.randn(3 * O, generator=generator, dtype=torch.float64)
+    norm = nn.LayerNorm(I, eps=1e-2).double()
+    nn.init.normal_(norm.weight, generator=generator)
+    nn.init.normal_(norm.bias, generator=generator)
+    x = {"none": lambda: z, "gelu": lambda: nn.functional.gelu(z), "layer_norm": lambda: norm(z)}[kind]()
+    y = adapters.linear(z, weight, bias, Prologue(kind, 1e-2), norm if kind == "layer_norm" else None)
+    rows = adapters.state.rows(randomness.name_key("block.in"), S)
+    for k, spec in enumerate(SPECS):
+        here = slice(k * B, (k + 1) * B)
+        xk = x[here]
+        expected = list(nn.functional.linear(xk, weight, bias).chunk(3, -1))
+        if mode == "train":
+            kept = keep_mask(rows, adapters.feature_I, torch.full((3,), threshold(spec.dropout), dtype=torch.int32))[k]
+            xk = xk * kept / (1 - spec.dropout)
+        for g, slot in enumerate((0, 2)):
+            A, B_ = adapters.lora_A[k, g], adapters.lora_B[k, g]
+            expected[slot] = expected[slot] + spec.scaling * xk @ A.T @ B_.T
+        torch.testing.assert_close(y[here], torch.cat(expected, -1), rtol=1e-12, atol=1e-12)
+
+
+def test_q_k_and_v_share_one_mask_and_other_inputs_have_others():
+    adapters = adapters_of(SPECS[0], names=("block.q", "block.k"), slots=(0, 1)).train()
+    with torch.no_grad():
+        adapters.lora_A[:, 1], adapters.lora_B[:, 1] = adapters.lora_A[:, 0], adapters.lora_B[:, 0]
+    z, zero = torch.ones(B, S, I, dtype=torch.float64), torch.zeros(2 * O, I, dtype=torch.float64)
+    q, k = adapters.linear(z, zero, None).chunk(2, -1)
+    assert torch.equal(q, k)
+    adapters._module_key = randomness.name_key("block.other")
+    assert not torch.equal(adapters.linear(z, zero, None).chunk(2, -1)[0], q)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
+    """Roundings of activations to bf16 average out over many tokens; a rounded factor, 0.2 % off, would not."""
+    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, "kaiming_uniform", 0), names=("fc1",), slots=(0,)).train()
+    adapters.lora_A.data, adapters.lora_B.data = (p.data.bfloat16().float() for p in adapters.parameters())
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(B, 10000, I, generator=generator).bfloat16()
+    upstream = torch.randn(B, 10000, O, generator=generator).bfloat16()
+    zero = torch.zeros(O, I)
+
+    def run(dtype):
+        y = adapters.linear(z.to(dtype), zero.to(dtype), None)
+        return [y.detach(), *torch.autograd.grad(y, list(adapters.parameters()), upstream.to(dtype))]
+
+    for low, full in zip(run(torch.bfloat16), run(torch.float64), strict=True):
+        ratio = float((low.double() * full.double()).sum() / full.double().square().sum())
+        assert ratio == pytest.approx(1, abs=5e-4)
+
+
+def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
+    seeds = list(range(len(dropouts))) if seeds is None else seeds
+    state = DropoutState([10 + s for s in seeds])
+    state.set(torch.tensor([3 + k for k in range(len(seeds))]), torch.arange(B))
+    return PackedHead(seeds, list(dropouts), width, classes, state).double()
+
+
+def test_heads_start_as_linear_layers_do():
+    head = head_of([0.0] * 4, 400, 50)
+    wide = head_of([0.0] * 100, 400, 50)
+    torch.manual_seed(0)
+    theirs = [nn.Linear(400, 50) for _ in range(100)]
+    assert same_distribution(head.weight.detach(), torch.stack([t.weight.detach() for t in theirs[:4]]))
+    assert same_distribution(wide.bias.detach(), torch.stack([t.bias.detach() for t in theirs]))
+    assert float(wide.weight.detach().abs().max()) <= 1 / math.sqrt(400)
+    again = head_of([0.0] * 2, 400, 50, [3, 1])
+    for mine, other in ((again.weight, head.weight), (again.bias, head.bias)):
+        assert torch.equal(mine[0], other[3])
+        assert torch.equal(mine[1], other[1])
+        assert not torch.equal(mine[0], mine[1])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dropouts", [(0.0, 0.5, 0.2), (0.4, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_each_head_drops_at_its_own_rate_and_rescales(dropouts, mode):
+    head = head_of(dropouts).train(mode == "train")
+    x = torch.randn(3, B, I, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y = head(x)
+    assert y.shape == (3, B, 7)
+    rows = head.state.rows(randomness.name_key("heads.head"), 1)
+    for k, p in enumerate(dropouts):
+        xk = x[k]
+        if mode == "train":
+            limit = torch.full((3,), threshold(p), dtype=torch.int32)
+            kept = keep_mask(rows, head.feature_I, limit)[k, :, 0]
+            assert bool(kept.all()) == (p == 0)
+            xk = xk * kept / (1 - p)
+        expected = nn.functional.linear(xk, head.weight[k], head.bias[k])
+        torch.testing.assert_close(y[k], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_computes_in_its_weights_dtype():
+    head = head_of((0.0, 0.5)).train()
+    assert head(torch.ones(2, B, I, dtype=torch.bfloat16)).dtype == torch.float64
+
+
+def test_an_unknown_start_says_what_exists():
+    with pytest.raises(ValueError, match=r"init 'zeros' is unknown \(kaiming_uniform, gaussian\)"):
+        initial_lora_A(AdapterSpec(1, 1, 0, "zeros", 0), "n", 4)
