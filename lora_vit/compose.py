@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ from lora_vit.config import (
 )
 from lora_vit.sweep.plan import Job, label
 from lora_vit.terminal import Every
+
+
+@dataclass
+class PackedLauncherConf:
+    """``hydra/launcher=packed``; its settings are in ``sweep``."""
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedLauncher"
+
+
+@dataclass
+class GridSweeperConf:
+    """``hydra/sweeper=grid``: every combination, as with ``basic``. ``params``: the same as overrides."""
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
+    max_batch_size: int | None = None
+    params: dict[str, str] | None = None
 
 
 def register_schema() -> None:

@@ -76,7 +76,7 @@ def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers, tmp_path
     assert "25 broken images" in message
     assert "and 5 more" in message
     assert names[30] not in message
-    assert left_in(tmp_path) == {".lock"}
+    assert left_in(tmp_path) == set()
 
 
 def test_a_worker_that_dies_ends_the_build(pictures, two_workers, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_a_worker_that_dies_ends_the_build(pictures, two_workers, tmp_path, monk
     monkeypatch.setattr(cache._Worker, "__init__", start_and_kill)
     with pytest.raises(DataError, match=r"ended with code -9 .*memory"):
         decoded(root, names, None, folder_of(tmp_path), True)
-    assert left_in(tmp_path) == {".lock"}
+    assert left_in(tmp_path) == set()
 
 
 def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, mo
         decoded(root, names, None, folder_of(tmp_path), True)
     assert "data.cache_dir" in str(error.value)
     assert "\n" not in str(error.value)
-    assert left_in(tmp_path) == {".lock"}
+    assert left_in(tmp_path) == set()
 
 
 def test_an_unwritable_cache_dir(pictures, tmp_path):
@@ -216,7 +216,7 @@ def test_a_killed_build_leaves_no_cache_and_no_processes(how, pictures, tmp_path
     assert run.returncode != 0
     assert not list((tmp_path / "cache").glob("*.npy"))
     if how == signal.SIGINT:
-        assert left_in(tmp_path) == {".lock"}
+        assert left_in(tmp_path) == set()
     while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(is_running(pid) for pid in workers)

@@ -1,7 +1,6 @@
 """Hydra's doors to the packed sweep: a launcher, and a grid sweeper that composes each trial once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from lora_vit.compose import compose_all, idle_settings, sweep_from_omegaconf
+from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, idle_settings, sweep_from_omegaconf
 from lora_vit.config import ConfigError
 
-
-@dataclass
-class PackedLauncherConf:
-    """``hydra/launcher=packed``; its settings are in ``sweep``."""
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedLauncher"
-
-
-@dataclass
-class GridSweeperConf:
-    """``hydra/sweeper=grid``: every combination, as with ``basic``. ``params``: the same as overrides."""
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
-    max_batch_size: int | None = None
-    params: dict[str, str] | None = None
-
-
+# Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_vit")
 ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lora_vit")
 

@@ -1,0 +1,61 @@
+"""Hydra's other launchers: what they start in a fresh Python finds everything, and leaves the same trials."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import run_command
+
+from lora_vit.records import read_record
+
+PICKLE = """
+import sys
+from pathlib import Path
+import cloudpickle
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from lora_vit import train
+from lora_vit.compose import register_schema
+register_schema()
+Plugins.instance()  # finds the packed launcher
+Path(sys.argv[1]).write_bytes(cloudpickle.dumps((Singleton.get_state(), train.one_line_task)))
+"""
+UNPICKLE = "import pickle, sys; state, task = pickle.load(open(sys.argv[1], 'rb')); print(task.__name__, len(state))"
+
+
+def test_hydras_state_and_our_task_load_in_a_fresh_interpreter(tmp_path):
+    pytest.importorskip("cloudpickle")
+    state = tmp_path / "state"
+    subprocess.run([sys.executable, "-c", PICKLE, str(state)], check=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", UNPICKLE, str(state)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("task ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [("basic", "hydra"), ("submitit_local", "submitit"), ("ray", "ray")],
+)  # fmt: skip
+def test_another_launcher_leaves_the_same_trials(launcher, package, tmp_path):
+    pytest.importorskip(package)
+    settings = ("lora.rank=1,2", "seed=3", "trainer.epochs=1", "sweep.name=s")
+    run_command("-m", *settings, cwd=tmp_path)
+    (tmp_path / "other").mkdir()
+    environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    run_command("-m", f"hydra/launcher={launcher}", *settings, cwd=tmp_path / "other", env=environment)
+    one, other = (trials(folder / "outputs/sweeps/s") for folder in (tmp_path, tmp_path / "other"))
+    assert list(one) == list(other)
+    assert len(one) == 2
+    for name in one:
+        a, b = read_record(one[name]), read_record(other[name])
+        assert (a.status, a.cell_id, a.metrics["step"]) == (b.status, b.cell_id, b.metrics["step"])
+        assert a.metrics["val_loss"] == pytest.approx(b.metrics["val_loss"], rel=1e-9)  # fp64, other packs
+
+
+def trials(sweep: Path) -> dict[str, Path]:
+    return {p.parent.name: p.parent for p in sorted(sweep.glob("*/record.json"))}
