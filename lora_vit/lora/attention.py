@@ -39,7 +39,7 @@ def project(
 class Attention(nn.Module):
     """Batch-first self-attention: one product for q, k and v, then ``scaled_dot_product_attention``.
 
-    A drop-in for the ``nn.MultiheadAttention`` of torchvision's encoder blocks, whose parameters it takes over.
+    Takes over the parameters of the ``nn.MultiheadAttention`` in torchvision's encoder blocks.
     """
 
     def __init__(self, source: nn.MultiheadAttention):
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.in_proj_lora: LoRAAdapters | None = None
         self.out_proj_lora: LoRAAdapters | None = None
 
-    def attend(self, x_BSD: Tensor, norm: nn.LayerNorm | None = None, first_token_only: bool = False) -> Tensor:
+    def forward(self, x_BSD: Tensor, norm: nn.LayerNorm | None = None, first_token_only: bool = False) -> Tensor:
         """Attention over (normed) tokens, [B, S, D] to [B, S, D], or [B, 1, D] for the first token alone."""
         B, S, D = x_BSD.shape
         qkv = project(x_BSD, self.in_proj_weight, self.in_proj_bias, self.in_proj_lora, norm)
@@ -63,14 +63,6 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         mixed = mixed.transpose(1, 2).reshape(B, -1, D)
         return project(mixed, self.out_proj.weight, self.out_proj.bias, self.out_proj_lora)
-
-    def forward(
-        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, need_weights: bool = False
-    ) -> tuple[Tensor, None]:
-        """As ``nn.MultiheadAttention`` for ``query is key is value``; raises ValueError for anything else."""
-        if (key is not None and key is not query) or (value is not None and value is not query) or need_weights:
-            raise ValueError("this attention is self-attention without returned weights")
-        return self.attend(query), None
 
 
 class EncoderBlock(nn.Module):
@@ -102,7 +94,7 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, first_token_only: bool = False) -> Tensor:
         """[B, S, D] to the same, or to [B, 1, D]: the last block need compute only the class token."""
-        mixed = self.self_attention.attend(x_BSD, self.ln_1, first_token_only)
+        mixed = self.self_attention(x_BSD, self.ln_1, first_token_only)
         x_BSD = (x_BSD[:, :1] if first_token_only else x_BSD) + self.dropout(mixed)
         fc1, fc2 = self.fc1, self.fc2
         drop1, drop2 = cast(nn.Dropout, self.mlp[2]), self.mlp[4]

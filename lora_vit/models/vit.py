@@ -73,7 +73,7 @@ class PackedViT(nn.Module):
             x = self._embed(images)
             for block in blocks[: max(self.first_trained, 0)]:
                 x = block(x, first_token_only=block is blocks[-1])
-        if len(stream_of_trial) != G or any(g != k for k, g in enumerate(stream_of_trial)):
+        if list(stream_of_trial) != list(range(G)):
             streams = x.chunk(G)
             x = torch.cat([streams[g] for g in stream_of_trial])  # an index would have to travel to the device
         for block in blocks[max(self.first_trained, 0) :]:

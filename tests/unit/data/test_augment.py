@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,11 +94,74 @@ def test_boxes_are_drawn_as_torchvision_draws_them():
     assert (boxes[:, 1] + boxes[:, 3] <= 64).all()
 
 
-def test_a_box_that_never_fits_becomes_the_largest_centred_one():
-    boxes = crop_boxes(np.arange(200), 4, 400, 0, 0)
-    narrow = boxes[boxes[:, 2] == 4]
-    assert len(narrow) > 0
-    assert (boxes[:, 3] <= 400).all()
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 90), (90, 30), (12, 100), (2, 1000), (1000, 2)])
+def test_boxes_equal_torchvisions_rule_on_the_same_draws(height, width):
+    boxes = crop_boxes(np.arange(60), height, width, 7, 3)
+    fell_back = 0
+    for i, box in enumerate(boxes.tolist()):
+        draws = randomness.uniforms(np.array([i]), 40, "crop", 7, 3)[0].tolist()
+        for j in range(0, 40, 4):
+            area = height * width * (0.08 + 0.92 * draws[j])
+            ratio = math.exp(math.log(3 / 4) + draws[j + 1] * (math.log(4 / 3) - math.log(3 / 4)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                assert box == [int(draws[j + 2] * (height - h + 1)), int(draws[j + 3] * (width - w + 1)), h, w]
+                break
+        else:
+            fell_back += 1
+            fallback = v2.RandomResizedCrop(8, scale=(9.0, 9.0)).make_params([torch.zeros(3, height, width)])
+            assert box == [fallback[name] for name in ("top", "left", "height", "width")]
+    assert (fell_back > 0) == (max(height, width) > 2.9 * min(height, width))
+    assert (fell_back == 60) == (min(height, width) == 2)
+
+
+@pytest.mark.parametrize("size", [5, 17, 40])
+def test_resampling_equals_torchvisions_in_float(size):
+    image = torch.rand(3, 21, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    boxes = torch.tensor([[0, 0, 21, 33], [3, 4, 9, 20], [20, 32, 1, 1], [2, 0, 17, 5]])
+    flips = torch.tensor([False, True, False, True])
+    rows = resampling_matrix(boxes[:, 0], boxes[:, 2], torch.zeros_like(flips), 21, size)
+    columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flips, 33, size)
+    for m_h, m_w, box, flip in zip(rows, columns, boxes.tolist(), flips, strict=True):
+        expected = tv.resized_crop(image, *box, [size, size], antialias=True)
+        expected = expected.flip(-1) if flip else expected
+        torch.testing.assert_close(m_h @ image @ m_w.T, expected, rtol=1e-9, atol=1e-9)  # fp64, weights alike
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+@pytest.mark.parametrize("size", [24, 48, 80])
+def test_every_path_gives_the_asked_dtype_and_the_same_values(size, augment, dtype):
+    images, ids = pictures(6, 48, 48), np.arange(6)
+    given = images.clone()
+    transform = Transform(size, augment, CPU, dtype)
+    out = transform.train(images, 1, 2, ids)
+    assert torch.equal(images, given)
+    assert (out.dtype, out.shape) == (dtype, (6, 3, size, size))
+    assert torch.equal(transform.train(images, 1, 2, ids), out)
+    exact = torch.stack([expected_image(image, augment, i, size) for i, image in enumerate(images)])
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=rounding)
+
+
+def expected_image(image: torch.Tensor, augment: str, i: int, size: int) -> torch.Tensor:
+    """By torchvision in fp64, on the draws of seed 1 and epoch 2."""
+    image, ids = image.double() / 255, np.array([i])
+    if augment == "crop_flip":
+        image = tv.resized_crop(image, *crop_boxes(ids, 48, 48, 1, 2)[0].tolist(), [size, size], antialias=True)
+    else:
+        image = tv.resize(image, [size, size], antialias=True)
+    if augment != "none" and randomness.uniforms(ids, 1, "flip", 1, 2)[0, 0] < 0.5:
+        image = image.flip(-1)
+    return tv.normalize(image, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def test_images_of_several_sizes_in_a_row():
+    transform = Transform(24, "none", CPU, torch.float32)
+    for h, w in ((48, 64), (64, 48), (48, 64), (24, 48), (48, 24)):
+        images = pictures(2, h, w)
+        reference = tv.normalize(tv.resize(images.float() / 255, [24, 24], antialias=True), IMAGENET_MEAN, IMAGENET_STD)
+        torch.testing.assert_close(transform.eval(images), reference, rtol=1e-4, atol=1e-4)  # fp32
 
 
 def test_weights_of_a_row_sum_to_one():

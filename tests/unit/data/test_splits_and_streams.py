@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import trial_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lora_vit import randomness
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import DataError, load_data
 from lora_vit.data.splits import fingerprint, keep_per_class, split_per_class
@@ -112,3 +114,37 @@ def test_evaluation_sees_each_sample_once(samples, world_size):
     transform = Transform(16, "none", torch.device("cpu"), torch.float32)
     seen = [b.ids for r in range(world_size) for b in EvalStream(samples, transform, "val", 7, r, world_size)]
     assert sorted(np.concatenate(seen)) == list(samples.data.splits["val"])
+
+
+def test_a_batch_holds_the_images_and_labels_of_its_samples(samples):
+    s, data = stream(samples, seed=4), samples.data
+    ids = data.splits["train"][randomness.permutation(60, "order", 4, 2)][8:16]
+    batch = s.batch(2, 1)
+    assert batch.ids.tolist() == ids.tolist()
+    assert batch.labels.tolist() == data.labels[ids].tolist()
+    expected = s.transform.train(torch.from_numpy(data.images[ids]), 4, 2, ids)
+    torch.testing.assert_close(batch.images, expected, rtol=0, atol=0)
+
+
+def test_an_evaluation_batch_likewise(samples):
+    transform = Transform(16, "crop_flip", torch.device("cpu"), torch.float32)
+    batches = list(EvalStream(samples, transform, "test", 5))
+    ids = samples.data.splits["test"]
+    assert [len(b.ids) for b in batches] == [min(5, len(ids) - i) for i in range(0, len(ids), 5)]
+    assert torch.cat([b.labels for b in batches]).tolist() == samples.data.labels[ids].tolist()
+    expected = transform.eval(torch.from_numpy(samples.data.images[ids]))
+    torch.testing.assert_close(torch.cat([b.images for b in batches]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "resident"), [(0.2499, True), (0.25, False), (0.9, False)])
+def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_free(share, resident, monkeypatch):
+    data = load_data(trial_config().data)
+    free = int(data.images.nbytes / share)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 60))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode():
+        held = Samples(data, torch.device("cuda"))
+        images, labels = held.gather(np.arange(5))
+    assert (held._resident is not None) == resident
+    assert (images.device.type, labels.device.type) == ("cuda", "cuda")
+    assert (images.shape, labels.shape) == ((5, *data.images.shape[1:]), (5,))

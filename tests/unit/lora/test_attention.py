@@ -52,17 +52,14 @@ def test_attention_dropout_acts_in_train_mode_alone(x):
     assert torch.equal(block.eval()(x), block(x))
 
 
-def test_attention_takes_the_place_of_torchs(x):
+def test_attention_equals_torchs(x):
     source = theirs().self_attention
     expected, _ = source(x, x, x, need_weights=False)
     attention = Attention(source)
-    for arguments in ((x,), (x, x, x), (x, None, x)):
-        out, weights = attention(*arguments)
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-        assert weights is None
-    for arguments in ((x, x.clone()), (x, x, x.clone()), (x, x, x, True)):
-        with pytest.raises(ValueError, match="self-attention without returned weights"):
-            attention(*arguments)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention(x, first_token_only=True), expected[:, :1], rtol=1e-12, atol=1e-12)
+    norm = nn.LayerNorm(D, eps=1e-2).double()
+    torch.testing.assert_close(attention(x, norm), attention(norm(x)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [{"bias": False}, {"kdim": 8}, {"add_bias_kv": True}])

@@ -1,5 +1,6 @@
 """Keyed dropout: keep rate, independence in every direction of the key, and stability across processes."""
 
+import itertools
 import subprocess
 import sys
 
@@ -121,10 +122,11 @@ def test_in_place_decides_alike(dtype):
     rows, features = torch.arange(7, dtype=torch.int32) * 12345, feature_keys(300, torch.device("cpu"))
     limits = torch.tensor([threshold(p) for p in (0.0, 2**-31, 0.1, 0.5, 0.7, 0.999, 1 - 2**-31)], dtype=torch.int32)
     hashed = _hashed(rows[3:4], features)[0]
-    limits[3] = hashed[10] & -2  # even, as thresholds are
+    on_it = int((hashed % 2 == 0).nonzero()[7])  # thresholds are even
+    limits[3] = hashed[on_it]
     kept = keep_mask(rows, features, limits)
     assert kept[0].all()
-    assert kept[3, 10]
+    assert kept[3, on_it]
     assert not kept[6].any()
     xs = [torch.randn(7, 300).to(dtype) for _ in range(2)]
     for way in (keep_by_bits_, keep_by_product_):
@@ -132,3 +134,61 @@ def test_in_place_decides_alike(dtype):
         way(changed, rows, features, limits)
         for x, y in zip(xs, changed, strict=True):
             assert torch.equal(y, x * kept)
+
+
+def lowbias32(x: int) -> int:
+    """Wellons' finaliser, as he writes it, on unsigned integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def kept_by_integers(seed: int, step: int, module: int, image: int, token: int, feature: int, p: float) -> bool:
+    """The decision on one element, in Python's integers: it must stay, or a resumed run takes other masks."""
+    low, golden = 0xFFFFFFFF, 0x9E3779B9
+    x = lowbias32((seed + golden) & low)
+    x = lowbias32(x ^ seed >> 32)
+    x = lowbias32(x ^ step)
+    x = lowbias32(x ^ lowbias32((image + golden) & low))
+    x = lowbias32(x ^ lowbias32((token * golden + module) & low))
+    x ^= lowbias32((feature + 1) * 0x7FEB352D & low)
+    x = signed(x * 0x7FEB352D)
+    return signed((x ^ x >> 15) * 0x846CA68B) >= round((p - 0.5) * 2**31) * 2
+
+
+def signed(x: int) -> int:
+    """The low 32 bits as a two's complement."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.73])
+def test_each_decision_equals_integer_arithmetic(p):
+    seeds, steps = [5, (3 << 40) + 0xF0000001, 2**63 - 1], [0, 70000, 2**31 - 1]
+    state = DropoutState(seeds)
+    state.set(torch.tensor(steps), torch.tensor([0, 3, 4000]))
+    module = name_key("encoder.layers.encoder_layer_0.mlp.0")
+    limits = torch.full((3,), threshold(p), dtype=torch.int32)
+    kept = keep_mask(state.rows(module, 4), feature_keys(6, torch.device("cpu")), limits)
+    for (k, b, s, d), keep in zip(
+        itertools.product(range(3), range(3), range(4), range(6)), kept.flatten(), strict=True
+    ):
+        assert bool(keep) == kept_by_integers(seeds[k], steps[k], module, (0, 3, 4000)[b], s, d, p)
+
+
+def test_thresholds_and_keys_are_int32():
+    assert [threshold(p) for p in (0.0, 0.5, 0.75)] == [-(2**31), 0, 2**30]
+    assert feature_keys(4, torch.device("cpu")).dtype == torch.int32
+    state = DropoutState([1])
+    state.set(torch.tensor([3]), torch.arange(2))
+    assert state.rows(7, 5).dtype == torch.int32
+    assert state.rows(7, 5).shape == (1, 2, 5)
+
+
+def test_without_a_trainer_passes_count_as_steps():
+    counted, told = DropoutState([5, 9]), DropoutState([5, 9])
+    for step in range(3):
+        counted.advance(4, torch.device("cpu"))
+        told.set(torch.tensor([step, step]), torch.arange(4))
+        assert torch.equal(counted.rows(1, 3), told.rows(1, 3))

@@ -106,11 +106,44 @@ def test_only_the_input_and_skinny_tensors_are_kept(kind):
     assert [t.data_ptr() for t in wide] == [tensors["z"].data_ptr()]
 
 
-def test_no_gradient_for_the_input_where_none_is_asked_for():
-    tensors, fixed = inputs("layer_norm", (0,), None)
-    frozen = {n: (t if n in ("a", "b") else None if t is None else t.detach()) for n, t in tensors.items()}
-    y = call(adapted_linear, frozen, fixed)
-    assert all(g is not None for g in torch.autograd.grad(y.sum(), [frozen["a"], frozen["b"]]))
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+@pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
+def test_without_a_gradient_for_the_input_the_others_are_the_same(kind, dropouts):
+    tensors, fixed = inputs(kind, (0, 2), dropouts)
+    frozen = {n: (t if n in ("a", "b") else t.detach()) for n, t in tensors.items()}
+    trained = [frozen["a"], frozen["b"]]
+    got = torch.autograd.grad(call(adapted_linear, frozen, fixed).square().sum(), trained)
+    want = torch.autograd.grad(call(adapted_linear_reference, tensors, fixed).square().sum(), trained)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", ["z", "ln_weight", "ln_bias"])
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.3, 0.6)])
+def test_one_gradient_of_the_input_alone(wanted, dropouts):
+    tensors, fixed = inputs("layer_norm", (0,), dropouts)
+    one = {n: (t if n == wanted else t.detach()) for n, t in tensors.items()}
+    (got,) = torch.autograd.grad(call(adapted_linear, one, fixed).square().sum(), [one[wanted]])
+    (want,) = torch.autograd.grad(call(adapted_linear_reference, one, fixed).square().sum(), [one[wanted]])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["none", "gelu", "layer_norm"])
+@pytest.mark.parametrize("dropouts", [None, (0.5, 0.5, 0.5)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_given_stays_as_it_is(kind, dropouts, frozen):
+    """The input may be the residual stream, the upstream gradient another branch's too."""
+    tensors, fixed = inputs(kind, (0, 2), dropouts)
+    if frozen:
+        tensors["z"] = tensors["z"].detach()
+    given = {n: t.detach().clone() for n, t in tensors.items()} | {"weight": fixed["weight"].clone()}
+    y = call(adapted_linear, tensors, fixed)
+    upstream = torch.randn_like(y)
+    before = upstream.clone()
+    y.backward(upstream)
+    assert torch.equal(upstream, before)
+    for name, t in (tensors | {"weight": fixed["weight"]}).items():
+        assert torch.equal(t.detach(), given[name]), name
 
 
 def test_bf16_gradients_follow_fp32():

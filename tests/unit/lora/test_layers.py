@@ -14,7 +14,7 @@ from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead, initial_
 
 I, O, B, S = 24, 16, 2, 5
 SPECS = (
-    AdapterSpec(2, 1.5, 0.25, "kaiming_uniform", 3),
+    AdapterSpec(2, 32 / 3, 0.3, "kaiming_uniform", 3),
     AdapterSpec(4, 0.5, 0.0, "gaussian", 4),
     AdapterSpec(1, 8.0, 0.7, "kaiming_uniform", 3),
 )
@@ -66,6 +66,7 @@ def test_adapters_start_as_each_trial_alone():
     assert adapters.lora_A.shape == (3, 2, 4, I)
     assert adapters.lora_B.shape == (3, 2, O, 4)
     assert not adapters.lora_B.any()
+    assert set(adapters.state_dict()) == {"lora_A", "lora_B"}
     for k, spec in enumerate(SPECS):
         for g, name in enumerate(("q", "v")):
             assert torch.equal(adapters.lora_A[k, g, : spec.rank], initial_lora_A(spec, name, I))
@@ -175,8 +176,9 @@ def test_each_head_drops_at_its_own_rate_and_rescales(dropouts, mode):
         torch.testing.assert_close(y[k], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_head_computes_in_its_weights_dtype():
+def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
     head = head_of((0.0, 0.5)).train()
+    assert set(head.state_dict()) == {"weight", "bias"}
     assert head(torch.ones(2, B, I, dtype=torch.bfloat16)).dtype == torch.float64
 
 

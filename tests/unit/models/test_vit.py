@@ -159,27 +159,34 @@ def test_nothing_is_kept_for_backward_below_what_is_trained(first_trained):
         assert all((p.grad is not None) == (i > first_trained) for p in part.parameters())
 
 
-def test_a_frozen_part_takes_no_gradient_though_it_could():
+@pytest.mark.parametrize("first_trained", [0, 2])
+def test_a_frozen_part_takes_no_gradient_though_it_could(first_trained):
     """Blocks below the first adapter run without a graph, also where a parameter there asks for gradients."""
-    model = ours(theirs(), 2)
+    model = ours(theirs(), first_trained)
     model.trunk.requires_grad_(True)
     model(torch.randn(2, 3, 32, 32), [0]).sum().backward()
     got = [any(p.grad is not None for p in layer.parameters()) for layer in model.trunk.encoder.layers]
-    assert got == [False, False, True]
+    assert got == [i >= first_trained for i in range(3)]
     assert model.trunk.conv_proj.weight.grad is None
 
 
-def test_a_frozen_end_keeps_nothing():
+def test_a_frozen_end_keeps_nothing_nor_does_evaluation():
     model = ours(theirs(), 3)
-    model.trunk.requires_grad_(False)
     seen = []
     model.head.register_forward_hook(lambda m, args, out: seen.append(args[0].requires_grad))
-    model(torch.randn(2, 3, 32, 32), [0])
-    assert seen == [False]
+    x = torch.randn(2, 3, 32, 32)
+    model.trunk.requires_grad_(False)
+    model(x, [0])
+    model.trunk.encoder.ln.requires_grad_(True)
+    model(x, [0])
+    with torch.no_grad():
+        model(x, [0])
+    assert seen == [False, True, False]
 
 
-def test_only_the_last_block_is_cut_to_the_class_token():
-    model = ours(theirs())
+@pytest.mark.parametrize("first_trained", [-1, 0, 2, 3])
+def test_only_the_last_block_is_cut_to_the_class_token(first_trained):
+    model = ours(theirs(), first_trained)
     lengths = []
     for layer in model.trunk.encoder.layers:
         layer.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
@@ -192,9 +199,10 @@ def test_the_trunk_follows_the_images_dtype():
     x = torch.randn(4, 3, 32, 32)
     seen = []
     model.trunk.encoder.layers[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
-    low = model(x.bfloat16(), [0])
-    assert (seen, low.dtype) == ([torch.bfloat16], torch.float32)  # the head keeps its own
-    assert float((low - model(x, [0])).norm() / low.norm()) < 0.05  # 8 significant bits through three blocks
+    with torch.no_grad():
+        low, full = model(x.bfloat16(), [0]), model(x, [0])
+    assert (seen[0], low.dtype) == (torch.bfloat16, torch.float32)  # the head keeps its own
+    assert float((low - full).norm() / full.norm()) < 0.05  # 8 significant bits through three blocks
 
 
 def test_building_a_trunk_is_repeatable_frozen_and_leaves_the_generator_alone():

@@ -121,3 +121,84 @@ def test_schedules():
     assert {Schedule("constant", 0, 4).factor(i) for i in range(4)} == {1.0}
     warm = Schedule("linear", 3, 7)
     assert [warm.factor(i) for i in range(7)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"), [(0.0, 15, 0), (0.1, 15, 2), (0.1, 14, 1), (0.1, 16, 2), (0.5, 7, 4), (1.0, 6, 6)]
+)
+def test_a_warmup_is_rounded_to_steps(warmup, total, steps):
+    found = schedule(config(warmup=warmup, schedule="cosine"), total)
+    assert found == Schedule("cosine", steps, total)
+    rates = [found.factor(i) for i in range(total)]
+    assert rates[:steps] == pytest.approx([(i + 1) / (steps + 1) for i in range(steps)])
+    assert rates[steps:] == pytest.approx(
+        [(1 + math.cos(math.pi * i / (total - steps))) / 2 for i in range(total - steps)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_a_schedule_goes_on_after_its_last_step(kind):
+    """An epoch's rates may be asked for beyond the end: nothing divides by zero there."""
+    assert Schedule(kind, 3, 3).factor(3) == 1.0
+
+
+def test_a_row_that_is_not_ok_at_its_first_step_is_untouched():
+    _, _, flat, optimizer = packed()
+    before = flat.values_KP.clone()
+    ok = torch.tensor([[False], [True], [False], [True]])
+    flat.grads_KP.fill_(math.inf).masked_fill_(ok, 0.1)
+    optimizer.step(torch.full((K, 1), 1e-2, dtype=torch.float64), ok, torch.ones(K, 1, dtype=torch.float64))
+    assert [bool(torch.equal(a, b)) for a, b in zip(flat.values_KP, before, strict=True)] == [True, False, True, False]
+    assert torch.isfinite(flat.values_KP).all()
+    assert not optimizer.exp_avg_KP[[0, 2]].any()
+    assert not optimizer.exp_avg_sq_KP[[0, 2]].any()
+
+
+@pytest.mark.parametrize("exempt", [(False, False), (True, True), (True, False)])
+def test_decay_of_a_trunks_matrices_and_biases(exempt):
+    """A pack of one that trains the trunk: a matrix there has no trial axis."""
+    for decay_all in exempt:
+        named = {
+            "head.bias": nn.Parameter(torch.ones(1, 4)),
+            "trunk.bias": nn.Parameter(torch.ones(3)),
+            "trunk.weight": nn.Parameter(torch.ones(2, 3)),
+            "trunk.conv": nn.Parameter(torch.ones(2, 1, 2, 2)),
+        }
+        flat = FlatParameters(named, {"head.bias"}, 1)
+        mask = flat.decay_mask(named, {"head.bias"})
+        assert mask.tolist() == [0.0] * 7 + [1.0] * 14
+        c = config(weight_decay=0.5, decay_bias_and_norm=decay_all)
+        optimizer = PackedAdamW(flat, [c], mask)
+        optimizer.step(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1))
+        small = 0.5 if decay_all else 1.0
+        assert flat.values_KP.tolist() == [[small] * 7 + [0.5] * 14]
+
+
+def test_clipping_equals_torchs_at_and_around_its_border():
+    for scale in (0.1, 0.999, 1.0, 1.001, 10.0):
+        _, alone, flat, optimizer = packed()
+        generator = torch.Generator().manual_seed(2)
+        flat.grads_KP.normal_(generator=generator)
+        flat.grads_KP.mul_(3.0 * scale / torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True))
+        for k, name in ((3, "weight"), (3, "bias")):
+            alone[k][name].grad = flat.views(flat.grads_KP[k])[name].clone()
+        norm = nn.utils.clip_grad_norm_(list(alone[3].values()), 3.0)
+        ok, zero = torch.ones(K, 1, dtype=torch.bool), torch.zeros(K, 1, dtype=torch.float64)
+        optimizer.step(zero, ok, torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True))
+        assert float(norm) == pytest.approx(3.0 * scale)
+        for name, p in alone[3].items():
+            # the first moment is (1 - beta1) times the clipped gradient
+            expected = 0.1 * p.grad
+            torch.testing.assert_close(flat.views(optimizer.exp_avg_KP[3])[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_buffer_holds_gradients_losses_and_the_stop():
+    _, _, flat, _ = packed()
+    assert flat.buffer.numel() == K * 16 + K + 1
+    flat.grads_KP.fill_(1.0)
+    flat.losses_K.fill_(2.0)
+    flat.stop.fill_(3.0)
+    assert flat.buffer.tolist() == [1.0] * (K * 16) + [2.0] * K + [3.0]
+    assert flat.views(torch.arange(16.0))["bias"].tolist() == [12.0, 13.0, 14.0, 15.0]
+    assert flat.views(torch.arange(16.0))["weight"].shape == (4, 3)
+    assert all(t.dtype == torch.float64 for t in (flat.values_KP, flat.buffer))

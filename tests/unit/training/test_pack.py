@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import math
 import weakref
@@ -9,7 +11,7 @@ import weakref
 import pytest
 import torch
 from helpers import trial_config
-from packs import new_pack, take_steps
+from packs import new_pack, new_trials, take_steps
 from torch import Tensor
 
 from lora_vit.build import build_setup
@@ -24,14 +26,19 @@ TRIALS = (
 )
 
 
+@functools.cache
+def configs():
+    return [trial_config(*t) for t in TRIALS]
+
+
 @pytest.fixture(scope="module")
 def setup():
-    return build_setup(trial_config(), Process())
+    return build_setup(configs()[0], Process())
 
 
 @pytest.fixture
 def pack(setup) -> Pack:
-    return new_pack([trial_config(*t) for t in TRIALS], setup)
+    return new_pack(configs(), setup)
 
 
 def matrices(pack: Pack) -> tuple[Tensor, ...]:
@@ -65,7 +72,7 @@ def test_saved_states_are_unpadded_and_stay_as_they_are(pack):
 def test_a_pack_of_saved_states_goes_on_bit_for_bit(pack):
     take_steps(pack, 3)
     pack.pull()
-    again = Pack(pack.trials, build_setup(trial_config(), Process()))  # a trunk carries the adapters of one pack
+    again = Pack(pack.trials, build_setup(configs()[0], Process()))  # a trunk carries the adapters of one pack
     for mine, other in zip(matrices(again), matrices(pack), strict=True):
         assert torch.equal(mine, other)
     assert torch.equal(again.optimizer.updates_K1, pack.optimizer.updates_K1)
@@ -107,7 +114,7 @@ def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pac
 
 
 def test_what_leaves_is_freed_at_once(setup):
-    pack = new_pack([trial_config(*t) for t in TRIALS], setup)
+    pack = new_pack(configs(), setup)
     take_steps(pack, 1)
     pack.predict("val")
     adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
@@ -126,3 +133,130 @@ def test_what_leaves_is_freed_at_once(setup):
         gc.enable()
     assert [t.config.seed for t in rest_pack.trials] == [2, 1]
     assert alive == []
+
+
+def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
+    pack = new_pack(configs(), setup)
+    assert pack.stream_of_trial == [0, 1, 0]
+    assert [s.seed for s in pack.streams] == [1, 2]
+    trials = new_trials(configs())
+    trials[2].state.epoch = 1
+    later = Pack(trials, setup)
+    assert later.stream_of_trial == [0, 1, 2]
+    assert later.step_state.step_K.tolist() == [0, 0, 7]
+    asked = []
+    for stream in later.streams:
+        monkeypatch.setattr(stream, "batch_ids", lambda e, i, s=stream: asked.append((s.seed, e, i)) or s.ids[:8])
+    later.step(later.learning_rates()[0], False)
+    assert asked == [(1, 0, 0), (2, 0, 0), (1, 1, 0)]
+
+
+def test_trials_at_different_steps_are_refused(setup):
+    trials = new_trials(configs())
+    trials[1].state.step_in_epoch = 2
+    with pytest.raises(ValueError, match=r"stand at different steps of their epochs: \[0, 2\]"):
+        Pack(trials, setup)
+
+
+def test_learning_rates_of_the_rest_of_the_epoch(setup):
+    trials = new_trials([trial_config(*t) for t in RATES])
+    for trial in trials:
+        trial.state.step_in_epoch = 5
+    trials[1].state.epoch = 1
+    rates = Pack(trials, setup).learning_rates()
+    assert rates.shape == (2, 3, 1)
+    # 14 steps: linear from 0.1; step 12 of a warm-up of 13 (0.9 of 14, rounded); constant
+    expected = [[0.1 * 9 / 14, 0.2 * 13 / 14, 0.3], [0.1 * 8 / 14, 0.2, 0.3]]
+    assert rates[..., 0].tolist() == [pytest.approx(row, rel=1e-12) for row in expected]
+
+
+RATES = (
+    ("optimizer.lr=0.1",),
+    ("optimizer.lr=0.2", "optimizer.warmup=0.9", "optimizer.schedule=cosine"),
+    ("optimizer.lr=0.3", "optimizer.schedule=constant"),
+)
+
+
+def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
+    take_steps(pack, 2)
+    for split in ("val", "test"):
+        first = pack.predict(split)
+        ids = pack.setup.data.splits[split]
+        images = pack.setup.transform.eval(torch.from_numpy(pack.setup.data.images[ids]))
+        with torch.no_grad():
+            logits = pack.model.eval()(images, [0, 0, 0])
+        pack.model.train()
+        for k, p in enumerate(first):
+            assert p.ids.tolist() == ids.tolist()
+            assert p.predicted.tolist() == logits[k].argmax(-1).tolist()
+        assert len({p.loss for p in first}) == 3
+        assert pack.predict(split) is first
+    assert pack.predict("val") is not pack.predict("test")
+    take_steps(pack, 1)
+    assert [a.loss != b.loss for a, b in zip(pack.predict("test"), first, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize(("most", "batch"), [(256, 85), (7, 2), (2, 1)])
+def test_evaluation_batches_count_images_times_trials(most, batch, pack, monkeypatch):
+    monkeypatch.setattr("lora_vit.training.pack.EVAL_BATCH", most)
+    seen = []
+    pack.model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    pack.predict("val")
+    assert max(seen) == min(batch, len(pack.setup.data.splits["val"]))
+
+
+def test_the_end_of_an_epoch_begins_the_next(pack):
+    take_steps(pack, 7)
+    assert pack.step_in_epoch == pack.steps_per_epoch == 7
+    pack.pull()
+    assert [t.state.step_in_epoch for t in pack.trials] == [7] * 3
+    assert [t.state.updates for t in pack.trials] == [7] * 3
+    assert [t.state.loss_sum for t in pack.trials] == pack.step_state.loss_sum_K.tolist()
+    assert all(t.state.loss_sum > 0 for t in pack.trials)
+    pack.end_epoch()
+    assert pack.step_in_epoch == 0
+    assert [(t.state.epoch, t.state.step_in_epoch, t.state.loss_sum) for t in pack.trials] == [(1, 0, 0.0)] * 3
+    assert pack.step_state.loss_sum_K.tolist() == [0.0] * 3
+    assert not pack.trials[0].done()
+    pack.end_epoch()
+    assert pack.trials[0].done()
+
+
+def test_nobody_is_left_without_trials(pack):
+    assert pack.without(pack.trials) is None
+
+
+def test_parameter_counts(setup):
+    pack = new_pack(configs(), setup)
+    base = sum(p.numel() for p in setup.build_model.original.parameters())
+    head = 4 * 32 + 4
+    for k, rank in enumerate((2, 5, 1)):
+        adapter = 2 * rank * (4 * (32 + 32) + 2 * (32 + 48))  # two blocks
+        counts = {"trainable": adapter + head, "adapter": adapter, "head": head, "total": base + adapter + head}
+        assert pack.parameter_counts(k) == counts
+    full = new_pack([trial_config("lora=full")])
+    assert full.parameter_counts(0) == {"trainable": base + head, "adapter": 0, "head": head, "total": base + head}
+
+
+def test_a_trained_trunk_is_exported_under_torchvisions_names():
+    pack = new_pack([trial_config("lora.bias=all")])
+    tensors = pack.export(0, pack.flat.values_KP)
+    original = pack.setup.build_model.original.state_dict()
+    biases = {n for n in tensors if n.endswith("bias") and not n.startswith("heads.")}
+    assert biases == {n for n in original if n.endswith("bias")}
+    for name in biases:
+        torch.testing.assert_close(tensors[name], original[name].double(), rtol=0, atol=0)
+
+
+def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
+    calls = []
+
+    def compiler(model):
+        return lambda *args: calls.append(len(args)) or model(*args)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    pack = new_pack(configs(), dataclasses.replace(setup, compile=True))
+    losses = take_steps(pack, 1)
+    assert calls == [2]
+    assert losses == take_steps(new_pack(configs(), setup), 1)
+    assert calls == [2]

@@ -41,12 +41,17 @@ def test_pack_equals_alone(alone, tmp_path):
     for a, b in zip(together, alone, strict=True):
         assert len(a.losses) == 14
         assert (a.predicted == b.predicted).all()
+        for split in ("val", "test"):
+            for figure in ("accuracy", "loss"):
+                name = f"{split}_{figure}"
+                assert a.trial.record.metrics[name] == pytest.approx(b.trial.record.metrics[name], rel=TOLERANCE)
         assert a.trial.record.cost["pack_size"] == 3
         assert b.trial.record.cost["pack_size"] == 1
 
 
 def test_the_trials_differ_and_have_learned(alone):
     assert len({tuple(o.losses) for o in alone}) == 3
+    assert len({o.trial.record.metrics["test_loss"] for o in alone}) == 3
     for o in alone:
         moved = [n for n, t in o.tensors.items() if n.endswith("lora_B") and bool(t.abs().max() > 0)]
         assert len(moved) == 12  # six targets in two blocks

@@ -1,0 +1,232 @@
+"""Steps of a pack against plain torchvision, torch.optim and cross_entropy; and what a trial that goes bad does."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from helpers import trial_config
+from packs import new_pack, take_steps
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchvision.models import VisionTransformer
+
+from lora_vit import distributed
+from lora_vit.build import build_setup
+from lora_vit.distributed import Process
+from lora_vit.training.pack import Pack
+from lora_vit.training.step import sample_losses
+
+TRIALS = (
+    "seed=1 lora.rank=2 lora.alpha=4 optimizer.lr=3e-3 optimizer.clip_norm=0.5 optimizer.label_smoothing=0.2 "
+    "optimizer.decay_bias_and_norm=false",
+    "seed=2 lora.rank=5 lora.alpha=16 lora.scaling=rslora optimizer.lr=1e-2 optimizer.weight_decay=0.2 "
+    "optimizer.betas=[0.8,0.99]",
+    "seed=1 lora.rank=1 lora.alpha=1 lora.targets=[q,k,v,o,fc1,fc2] optimizer.lr=1e-3 optimizer.schedule=constant",
+)
+NO_DROPOUT = ("model.head_dropout=0", "lora.dropout=0")
+PLACES = {  # as torchvision has them: projection, weight, which third
+    "self_attention.q": ("self_attention.in_proj_weight", 0),
+    "self_attention.k": ("self_attention.in_proj_weight", 1),
+    "self_attention.v": ("self_attention.in_proj_weight", 2),
+    "self_attention.out_proj": ("self_attention.out_proj.weight", None),
+    "mlp.0": ("mlp.0.weight", None),
+    "mlp.3": ("mlp.3.weight", None),
+}
+
+
+@functools.cache
+def configs(*more: str):
+    return [trial_config(*t.split(), *more) for t in TRIALS]
+
+
+@pytest.mark.parametrize("smoothing", [(0.0, 0.1, 0.9), (0.3, 0.0, 0.0)])
+def test_losses_equal_torchs_with_each_trials_smoothing(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 8, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (3, 8), generator=generator)
+    losses = sample_losses(logits, labels, torch.tensor(smoothing, dtype=torch.float64)[:, None])
+    for k, s in enumerate(smoothing):
+        expected = nn.functional.cross_entropy(logits[k], labels[k], reduction="none", label_smoothing=s)
+        torch.testing.assert_close(losses[k], expected, rtol=1e-12, atol=1e-12)
+
+
+class Plain:
+    """A trial in plain PyTorch: torchvision's model with W + s B A as its weights, torch's loss and optimizer."""
+
+    def __init__(self, pack: Pack, k: int):
+        self.config, setup = pack.trials[k].config, pack.setup
+        m = self.config.model
+        sizes = (m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
+        self.model = VisionTransformer(*sizes, num_classes=len(setup.data.class_names)).double()
+        base = {n: p.double() for n, p in setup.build_model.original.state_dict().items()}
+        self.base = {n: p.detach() for n, p in self.model.state_dict().items()} | base
+        self.trained = {n: t.clone().requires_grad_() for n, t in pack.export(k, pack.flat.values_KP).items()}
+        lora = self.config.lora
+        self.scaling = lora.alpha / (math.sqrt(lora.rank) if lora.scaling == "rslora" else lora.rank)
+        o = self.config.optimizer
+        kept = [t for t in self.trained.values() if t.ndim < 2 and not o.decay_bias_and_norm]
+        rest = [t for t in self.trained.values() if not any(t is e for e in kept)]
+        groups = [{"params": rest, "weight_decay": o.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+
+    def weights(self) -> dict[str, Tensor]:
+        state = dict(self.base)
+        for name, tensor in self.trained.items():
+            if name.startswith("heads."):
+                state[name] = tensor
+            elif name.endswith("lora_A"):
+                block, place = name.removesuffix(".lora_A").split(".self_attention.")[0], name.removesuffix(".lora_A")
+                block = block.split(".mlp.")[0]
+                weight, third = PLACES[place.removeprefix(block + ".")]
+                update = self.scaling * self.trained[place + ".lora_B"] @ tensor
+                if third is not None:
+                    update = torch.cat([update if i == third else torch.zeros_like(update) for i in range(3)])
+                state[f"{block}.{weight}"] = state[f"{block}.{weight}"] + update
+        return state
+
+    def step(self, images: Tensor, labels: Tensor, lr: float) -> float:
+        o = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        logits = functional_call(self.model, self.weights(), (images,))
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=o.label_smoothing)
+        loss.backward()
+        if o.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(self.trained.values()), o.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+
+def test_an_epoch_of_a_pack_equals_plain_pytorch():
+    pack = new_pack(configs(*NO_DROPOUT, "data.augment=crop_flip"))
+    plain = [Plain(pack, k) for k in range(3)]
+    losses, expected = [], []
+    for i, lr_K1 in enumerate(pack.learning_rates()):
+        batches = [pack.setup.train_stream(t.config).batch(0, i) for t in pack.trials]
+        factor = 1 - i / (2 * pack.steps_per_epoch)  # two epochs
+        rates = [c.optimizer.lr * (1 if c.optimizer.schedule == "constant" else factor) for c in configs()]
+        expected.append([p.step(b.images, b.labels, r) for p, b, r in zip(plain, batches, rates, strict=True)])
+        losses.append(pack.step(lr_K1, False).tolist())
+    assert len(losses) == 7
+    # fp64, products and sums in another order over seven steps
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    for k, p in enumerate(plain):
+        for name, tensor in pack.export(k, pack.flat.values_KP).items():
+            torch.testing.assert_close(tensor, p.trained[name].detach(), rtol=1e-8, atol=1e-10)
+    sums = torch.tensor(expected, dtype=torch.float64).sum(0)
+    torch.testing.assert_close(pack.step_state.loss_sum_K, sums, rtol=1e-10, atol=1e-10)
+    assert pack.step_state.step_K.tolist() == [7, 7, 7]
+    assert pack.step_state.first_bad_step_K.tolist() == [-1, -1, -1]
+
+
+@pytest.fixture(scope="module")
+def untroubled():
+    """What a pack comes to in four steps, with the states on the way."""
+    pack = new_pack(configs())
+    rows = []
+    for lr_K1 in pack.learning_rates()[:4]:
+        pack.step(lr_K1, False)
+        rows.append(state_of(pack))
+    return rows
+
+
+def state_of(pack: Pack) -> list[Tensor]:
+    o = pack.optimizer
+    return [t.clone() for t in (pack.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP, o.updates_K1)]
+
+
+@pytest.mark.parametrize("trouble", ["loss", "gradient", "infinite gradient", "norm"])
+def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, untroubled, monkeypatch):
+    pack = new_pack(configs())
+    differentiate, bad_step = pack.flat.differentiate, 1
+
+    def troubled(loss):
+        differentiate(loss)
+        if int(pack.step_state.step_K[0]) == bad_step and trouble != "loss":
+            row = pack.flat.grads_KP[1]
+            if trouble == "norm":
+                row.fill_(1e200)  # each finite, its square not
+            else:
+                row[3] = math.nan if trouble == "gradient" else -math.inf
+
+    def losses(logits, labels, smoothing):
+        found = sample_losses(logits, labels, smoothing)
+        if trouble == "loss" and int(pack.step_state.step_K[0]) == bad_step:
+            found = found + torch.tensor([0.0, math.inf, 0.0], dtype=found.dtype)[:, None]
+        return found
+
+    monkeypatch.setattr(pack.flat, "differentiate", troubled)
+    monkeypatch.setattr("lora_vit.training.step.sample_losses", losses)
+    for i, lr_K1 in enumerate(pack.learning_rates()[:4]):
+        pack.step(lr_K1, False)
+        expected = untroubled[i]
+        for now, other, frozen in zip(state_of(pack), expected, untroubled[0], strict=True):
+            assert torch.equal(now[[0, 2]], other[[0, 2]])
+            assert torch.equal(now[1], frozen[1])  # though its loss is fine again from step 2 on
+        assert pack.step_state.first_bad_step_K.tolist() == [-1, -1 if i < bad_step else bad_step, -1]
+    assert pack.step_state.step_K.tolist() == [4, 4, 4]
+
+
+def test_the_first_bad_step_is_told_also_where_it_is_the_first_of_all(monkeypatch):
+    pack = new_pack(configs())
+    with torch.no_grad():
+        pack.model.head.bias[2, 0] = math.nan
+    take_steps(pack, 3)
+    assert pack.step_state.first_bad_step_K.tolist() == [-1, -1, 0]
+
+
+def test_losses_gradients_and_the_stop_are_summed_over_processes(monkeypatch):
+    alone, seen = new_pack(configs()), []
+    expected = alone.step(alone.learning_rates()[0], False)
+    gradients = alone.flat.grads_KP.clone()
+
+    def as_if_three(tensor):
+        seen.append(tensor)
+        return tensor.mul_(3)
+
+    monkeypatch.setattr(distributed, "sum_over_processes_", as_if_three)
+    pack = new_pack(configs())
+    clipped = []
+    step = pack.optimizer.step
+    monkeypatch.setattr(pack.optimizer, "step", lambda lr, ok, norm: (clipped.append(norm.clone()), step(lr, ok, norm)))
+    losses_K = pack.step(pack.learning_rates()[0], True)
+    assert [t.data_ptr() for t in seen] == [pack.flat.buffer.data_ptr()]
+    assert pack.flat.stop.tolist() == [3]
+    torch.testing.assert_close(losses_K, 3 * expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pack.step_state.loss_sum_K, 3 * expected.double(), rtol=1e-12, atol=1e-12)
+    free = torch.linalg.vector_norm(gradients[1:], dim=1)  # trials that do not clip keep their gradients
+    torch.testing.assert_close(clipped[0][1:, 0], 3 * free, rtol=1e-12, atol=1e-12)
+    pack.step(pack.learning_rates()[0], False)
+    assert pack.flat.stop.tolist() == [0]
+
+
+def test_dropout_masks_change_with_the_step_and_not_with_the_pack():
+    pack = new_pack(configs("lora.dropout=0.5"))
+    zero = torch.zeros(3, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for name, p in pack.model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(generator=torch.Generator().manual_seed(0))
+    same_batch = pack.streams[0].batch
+    for stream in pack.streams:
+        stream.batch = lambda epoch, step: same_batch(0, 0)
+    first, second = pack.step(zero, False), pack.step(zero, False)
+    assert not (first == second).any()
+    pack.step_state.step_K.zero_()
+    torch.testing.assert_close(pack.step(zero, False), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_has_its_part_of_the_global_batch(rank):
+    config = trial_config()
+    whole = new_pack([config])
+    pack = new_pack([config], build_setup(config, Process(rank, 2, 0)))
+    assert pack.step_state.position_B.tolist() == list(range(4 * rank, 4 * rank + 4))
+    assert pack.step_state.global_batch == 8
+    mine, all_of_it = pack.streams[0].batch(0, 0), whole.streams[0].batch(0, 0)
+    assert mine.ids.tolist() == all_of_it.ids[4 * rank : 4 * rank + 4].tolist()
+    assert pack.setup.eval_stream("val", 5).ids.tolist() == pack.setup.data.splits["val"][rank::2].tolist()
