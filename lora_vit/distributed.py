@@ -44,10 +44,11 @@ def join_process_group() -> Process:
 
 def leave_process_group() -> None:
     """Leave the group, where there is one."""
-    if dist.is_initialized():
+    if (group := dist.group.WORLD) is not None:
         # Held until the end: a gloo thread may still need the GIL to let go of its last tensor, and of the group and
         # its backend only the latter waits for that thread without the GIL. (torch 2.6 hangs here otherwise.)
-        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        backend = group._get_backend(torch.device("cpu"))
+        del group
         dist.destroy_process_group()
         del backend
 
