@@ -100,8 +100,8 @@ def test_more_than_400_seeds_are_not_looked_for(quick: float) -> None:
     needed = seeds_needed(0.005, 0.995 * sd, 8)
     assert needed is not None
     assert 390 <= needed <= 400
-    for sd, cells in ((1.005 * sd, 8), (1.0, 8), (math.nan, 8), (0.001, 1)):
-        assert seeds_needed(0.005, sd, cells) is None
+    for spread, cells in ((1.005 * sd, 8), (1.0, 8), (math.nan, 8), (0.001, 1)):
+        assert seeds_needed(0.005, spread, cells) is None
 
 
 def test_half_a_point_in_a_real_design() -> None:
@@ -139,5 +139,5 @@ def test_mcnemar_counts_and_p(first: int, second: int) -> None:
 
 @pytest.mark.parametrize(("a", "b"), [([1, 0], [1]), ([], []), ([[1, 0]], [[1, 0]])])
 def test_mcnemar_needs_two_vectors(a: list, b: list) -> None:
-    with pytest.raises(ValueError, match="^need two equally long vectors, got .* and "):
+    with pytest.raises(ValueError, match=r"^need two equally long vectors, got .* and "):
         mcnemar(np.array(a), np.array(b))
