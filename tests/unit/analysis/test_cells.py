@@ -266,8 +266,8 @@ def test_the_trials_table_is_sorted_with_what_does_not_count_last(by_rank):
     got = tables.trials_table(frame, ACCURACY, ["lora.rank"])
     assert list(got.columns) == [
         "trial", "cell", "label", "lora.rank", SCALING, "seed", "status", "epoch", "val_accuracy", "val_loss",
-        "train_loss", "trainable_parameters", "seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size",
-        "error", "folder",
+        "train_loss", "trainable_parameters", "seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes",
+        "pack_size", "error", "folder",
     ]  # fmt: skip
     assert got["val_accuracy"].tolist()[:7] == sorted(Y.ravel()[1:8], reverse=True)
     assert set(got["status"][7:]) == {"stopped", "failed"}

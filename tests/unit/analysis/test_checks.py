@@ -282,3 +282,21 @@ def test_the_environment_is_counted(trials):
     assert counts["environment.commit"] == {"a": 2, "b": 1, "–": 1}
     assert counts["data.val"] == {"720": 3, "–": 1}
     assert counts["environment.versions"] == {"lora_vit 0.1.0, torch 2.11.0": 4}
+
+
+def test_one_changed_data_config_among_several_is_enough(trials):
+    frame = trials.assign(**{"data.fingerprint": ["f", "g", "h", "h"], "data.train_per_class": [9, 9, 10, 10]})
+    with pytest.raises(SummaryError, match="files changed"):
+        checks.refuse(frame)
+
+
+def test_a_rank_that_moves_with_its_alpha_leaves_the_scaling_out():
+    cells = [{"lora__rank": 1, "lora__alpha": 4.0}, {"lora__rank": 2, "lora__alpha": 4.0, "lora__scaling": "rslora"}]
+    assert FALLING in told(make_frame(cells, TWO))
+    moved = [{"lora__rank": 1, "lora__alpha": 4.0}, {"lora__rank": 2, "lora__alpha": 6.0}]
+    assert FALLING not in told(make_frame(moved, TWO))
+
+
+def test_the_rows_of_the_list_are_counted_anew(trials):
+    frame = trials.iloc[[3, 0, 2, 1]].assign(status="failed")
+    assert list(checks.unfinished(frame, ACCURACY).index) == [0, 1, 2, 3]
