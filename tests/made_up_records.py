@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lora_vit import records
+from lora_vit.analysis import load
 from lora_vit.config import cell_id, from_dict, trial_id
 from lora_vit.records import JsonLines, TrialRecord, write_predictions, write_record
 
@@ -50,22 +52,14 @@ def make_config(settings: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def make_trial(
-    folder: Path,
-    accuracy: float | None = 0.9,
-    status: str = "completed",
-    curve: bool = True,
-    predictions: bool = False,
-    edit: Callable[[TrialRecord], None] | None = None,
-    **settings: Any,
-) -> TrialRecord:
-    """Write one trial into ``folder/TRIAL_ID`` (settings: ``lora__rank=4``); ``edit`` changes the record before."""
+def make_record(accuracy: float | None = 0.9, status: str = "completed", **settings: Any) -> TrialRecord:
+    """One trial's record (settings: ``lora__rank=4``)."""
     config = make_config({k.replace("__", "."): v for k, v in settings.items()})
     typed = from_dict(config)
     rank = config["lora"]["rank"] or 0
     adapter = {"lora": rank * 27_648, "none": 0, "full": 1_200_000}[config["lora"]["method"]]
     loss = None if accuracy is None else 2.5 * (1 - accuracy)
-    record = TrialRecord(
+    return TrialRecord(
         trial_id=trial_id(typed),
         cell_id=cell_id(typed),
         status=status,
@@ -88,6 +82,19 @@ def make_trial(
         started=1000.0,
         finished=1010.0,
     )  # fmt: skip
+
+
+def make_trial(
+    folder: Path,
+    accuracy: float | None = 0.9,
+    status: str = "completed",
+    curve: bool = True,
+    predictions: bool = False,
+    edit: Callable[[TrialRecord], None] | None = None,
+    **settings: Any,
+) -> TrialRecord:
+    """Write :func:`make_record` into ``folder/TRIAL_ID``; ``edit`` changes the record before."""
+    record = make_record(accuracy, status, **settings)
     if edit:
         edit(record)
     place = folder / record.trial_id
@@ -104,6 +111,17 @@ def make_trial(
         write_predictions(place, {"val": made_up_predictions(accuracy, record.trial_id)})
     write_record(place, record)
     return record
+
+
+def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: Any) -> pd.DataFrame:
+    """The trials of :func:`make_sweep` as the loader reads them, without the disk, in the order of the cells."""
+    rows = [
+        load.row(make_record(float(value), seed=seed, **settings, **more), Path("there"), [])
+        for settings, values in zip(cells, accuracies, strict=True)
+        for seed, value in enumerate(values)
+        if np.isfinite(value)
+    ]
+    return pd.DataFrame(rows)
 
 
 def made_up_predictions(accuracy: float, key: str) -> dict[str, np.ndarray]:

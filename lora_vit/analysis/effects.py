@@ -114,6 +114,12 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
     return design, terms, notes
 
 
+def _squares(residual: np.ndarray, y: np.ndarray) -> float:
+    """Sum of squares of the residuals of ``y``; 0 where they are rounding alone."""
+    rounding = 1e-12 * np.abs(y).max()
+    return float((residual**2).sum()) if np.abs(residual).max() > rounding else 0.0
+
+
 def _pure_error(frame: pd.DataFrame, y: np.ndarray) -> tuple[float, int]:
     """Residual sum of squares and degrees of freedom of the model with every cell and seed (no settings)."""
     cells, _ = pd.factorize(frame["cell"])
@@ -125,7 +131,7 @@ def _pure_error(frame: pd.DataFrame, y: np.ndarray) -> tuple[float, int]:
     seeds = np.column_stack([centred(column) for column in _indicators(frame["seed"]).T])
     left = centred(y)
     fit, _, rank, _ = np.linalg.lstsq(seeds, left, rcond=1e-10)
-    return float(((left - seeds @ fit) ** 2).sum()), len(y) - len(counts) - int(rank)
+    return _squares(left - seeds @ fit, y), len(y) - len(counts) - int(rank)
 
 
 def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> tuple[float, int, float]:
@@ -134,7 +140,7 @@ def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> t
     Without repeats that could tell (``pure_df`` below 1) the error is that around the model.
     """
     fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
-    all_ss, all_df = float(((y - design @ fit) ** 2).sum()), len(y) - int(rank)
+    all_ss, all_df = _squares(y - design @ fit, y), len(y) - int(rank)
     if pure_df < 1:
         return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
     pure, lack_df = pure_ss / pure_df, all_df - pure_df

@@ -109,7 +109,7 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     used = there.any(0)
     filled = np.where(there, y, 0.0)
     information = np.diag(there.sum(0).astype(float)) - there.T @ shares
-    blocked = block and bool(np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1) and used.sum() > 1
+    blocked = bool(block and used.sum() > 1 and np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1)
     plain = filled.sum(1) / counts
     if blocked:
         inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
@@ -133,7 +133,7 @@ def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
     return (v**2).mean(-1) / np.where(mean > 0, mean, 1.0) ** 2
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
     """Sorted values of :func:`spread_statistic` under equal spreads, for one pattern of present trials."""
     there = np.frombuffer(pattern, dtype=bool).reshape(m, -1)
@@ -154,7 +154,8 @@ def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
 def spread_test(fit: Blocked) -> float:
     """p-value of "all cells spread equally" by simulation under normal errors; NaN where it cannot be tested."""
     m = len(fit.counts)
-    if m < 3 or fit.df < 1 or fit.ss.sum() == 0:
+    rounding = 1e-12 * np.nanmax(np.abs(fit.y))
+    if m < 3 or fit.df < 1 or math.sqrt(fit.ss.sum()) <= rounding:
         return math.nan
     null = _null_spread(np.isfinite(fit.y).tobytes(), m, fit.blocked)
     observed = float(spread_statistic(fit.ss, fit.dof)) * (1 - 1e-9)
@@ -213,7 +214,7 @@ def tukey_p(q: np.ndarray, m: int, df: float) -> np.ndarray:
     return _interpolated(q, lambda x: stats.studentized_range.sf(x, m, df))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def tukey_critical(m: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
     """Upper point of the studentized range."""
     from scipy import stats
@@ -230,7 +231,7 @@ def dunnett_p(t: np.ndarray, others: int, df: float) -> np.ndarray:
     return _interpolated(t, lambda x: _dunnett_sf(x, others, df))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def chi_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
     """Values of s, ``df s^2 ~ chi2(df)``, and their weights, for an expectation over s as a sum of 160 terms."""
     nodes, weights = np.polynomial.legendre.leggauss(160)
@@ -248,7 +249,7 @@ def _dunnett_sf(t: np.ndarray, others: int, df: float) -> np.ndarray:
     return np.clip(np.array(out), 0.0, 1.0)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
     """Upper point of :func:`dunnett_p`."""
     top = 4.0

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis.effects import main_effects
+from lora_vit.analysis.effects import COLUMNS, main_effects
 
 
 def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.DataFrame:
@@ -65,15 +65,15 @@ def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
 
 
 def test_intervals_hold_with_the_probability_they_claim() -> None:
-    """With an interaction: the average effect is inside in 95 % (400 sweeps: within 3.3 points, three errors)."""
+    """With an interaction: the average effect is inside in 95 % (200 sweeps: within 4.6 points, three errors)."""
     inside = []
-    for k in range(400):
+    for k in range(200):
         rng = np.random.default_rng(k)
         frame = factorial(sd=0.0, interaction=0.5)
         frame["y"] += rng.normal(0, 0.3, len(frame))
         row = main_effects(frame, ["rank", "dropout"], "y").table.set_index(["setting", "level"]).loc[("rank", 8)]
         inside.append(row["low"] <= 2 + 0.25 <= row["high"])
-    assert np.mean(inside) == pytest.approx(0.95, abs=0.033)
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.046)
 
 
 def test_a_setting_that_goes_along_with_another_is_named_not_guessed() -> None:
@@ -109,3 +109,172 @@ def test_missing_trials_and_row_order_are_taken() -> None:
     b = main_effects(frame.sample(frac=1, random_state=0), ["rank", "dropout"], "y").table
     pd.testing.assert_frame_equal(a, b)
     assert a.set_index(["setting", "level"]).loc[("rank", 8), "effect"] == pytest.approx(2, abs=0.3)
+
+
+def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray) -> dict[str, object]:
+    """The model by dummies: coefficients of ``x`` beside seeds, error between repeats, F of ``x``, lack of fit."""
+
+    def dummies(values: np.ndarray) -> np.ndarray:
+        return (values[:, None] == np.unique(values)[None, :]).astype(float)
+
+    def fit(design: np.ndarray) -> tuple[np.ndarray, float, int]:
+        b = np.linalg.pinv(design) @ y
+        return b, float(((y - design @ b) ** 2).sum()), len(y) - int(np.linalg.matrix_rank(design))
+
+    design = np.column_stack([dummies(seeds), x])
+    b, all_ss, all_df = fit(design)
+    _, pure_ss, df = fit(np.column_stack([dummies(seeds), dummies(cells)]))
+    error, k = pure_ss / df, x.shape[1]
+    v = np.linalg.inv(design.T @ design)[-k:, -k:]
+    f = b[-k:] @ np.linalg.inv(v) @ b[-k:] / k / error
+    lack_df = all_df - df
+    lack = scipy_stats.f.sf((all_ss - pure_ss) / lack_df / error, lack_df, df) if lack_df else np.nan
+    half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * np.diag(v))
+    return {"b": b[-k:], "half": half, "p": scipy_stats.f.sf(f, k, df), "lack": lack}
+
+
+@pytest.mark.parametrize("missing", [[], [4, 11]])
+def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
+    frame = factorial(sd=0.5).drop(index=missing)
+    x = np.column_stack([frame["rank"] == 4, frame["rank"] == 8]).astype(float)
+    got = main_effects(frame, ["rank"], "y")
+    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    assert list(got.table.columns) == COLUMNS
+    assert got.table[["setting", "level", "against"]].to_numpy().tolist() == [["rank", 4, 2], ["rank", 8, 2]]
+    assert list(got.table["trials"]) == [(frame["rank"] == level).sum() for level in (4, 8)]
+    np.testing.assert_allclose(got.table["effect"], want["b"])
+    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
+    np.testing.assert_allclose(got.table["effect"] - got.table["low"], want["half"])
+    np.testing.assert_allclose(got.table["p"], want["p"])
+    assert got.lack_of_fit_p == pytest.approx(want["lack"])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "level"),
+    [
+        ("rank", 2.0 ** np.arange(9), "per doubling"),
+        ("lora.lr", 1e-4 * np.arange(1, 10), "per doubling"),
+        ("alpha", np.arange(9.0), "per unit"),  # zero has no logarithm
+        ("dropout", np.arange(9) / 10, "per unit"),
+    ],
+)
+def test_nine_levels_are_a_slope_by_dummies(name: str, values: np.ndarray, level: str) -> None:
+    rng = np.random.default_rng(2)
+    frame = pd.DataFrame([{"cell": f"c{k}", "seed": s, name: v} for k, v in enumerate(values) for s in range(3)])
+    frame["y"] = rng.normal(size=len(frame)) + frame[name] / values.max()
+    x = frame[name].to_numpy(float)[:, None]
+    x = np.log2(x) if level == "per doubling" else x
+    got = main_effects(frame, [name], "y")
+    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    assert got.table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [[name, level, "", 27]]
+    np.testing.assert_allclose(got.table["effect"], want["b"])
+    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
+    np.testing.assert_allclose(got.table["p"], want["p"])
+    assert got.lack_of_fit_p == pytest.approx(want["lack"])
+
+
+def test_eight_levels_have_an_effect_each_and_nine_names_none() -> None:
+    rng = np.random.default_rng(2)
+    names = [f"t{k}" for k in range(9)]
+    frame = pd.DataFrame([{"cell": t, "seed": s, "targets": t, "y": rng.normal()} for t in names for s in range(2)])
+    eight = main_effects(frame[frame["targets"] != "t8"], ["targets"], "y")
+    assert list(eight.table["level"]) == names[1:8]
+    assert eight.notes == []
+    nine = main_effects(frame, ["targets"], "y")
+    assert nine.table.empty
+    assert list(nine.table.columns) == COLUMNS
+    assert nine.notes == ["targets has 9 levels: too many for an effect each"]
+
+
+def test_what_cannot_be_separated_is_named_with_what_came_before() -> None:
+    frame = factorial()
+    frame["scaling"] = 32 / frame["rank"]
+    frame["luck"] = frame["seed"]
+    frame["partly"] = frame["rank"].where(frame.index > 2)
+    frame["fixed"] = 1
+    got = main_effects(frame, ["luck", "fixed", "partly", "rank", "dropout", "scaling"], "y")
+    assert got.notes == [
+        "luck cannot be separated from the seeds: no effect is shown",
+        "scaling cannot be separated from rank and dropout: no effect is shown",
+    ]
+    assert list(got.table["setting"]) == ["rank", "rank", "dropout"]
+    assert main_effects(frame, ["fixed"], "y").table.empty
+
+
+def test_mixed_levels_sort_numbers_before_words() -> None:
+    frame = factorial(seeds=2)
+    frame["mixed"] = frame["rank"].map({2: "a", 4: 10, 8: 9}).astype(object)
+    got = main_effects(frame, ["mixed"], "y").table
+    assert got[["level", "against"]].to_numpy().tolist() == [[10, 9], ["a", 9]]
+
+
+def test_lack_of_fit_is_told_below_5_percent() -> None:
+    p = []
+    for interaction in np.linspace(0, 0.6, 13):
+        got = main_effects(factorial(interaction=interaction), ["rank", "dropout"], "y")
+        p.append(got.lack_of_fit_p)
+        assert (len(got.notes) == 1) == (got.lack_of_fit_p < 0.05)
+        if got.notes:
+            assert got.notes == [
+                f"the settings do not simply add up (lack of fit, p = {p[-1]:.2g}): a main effect is an average over "
+                "the levels of the others, not what each of them shows"
+            ]
+    assert min(p) < 0.05 < max(p)
+
+
+def test_a_saturated_model_has_no_lack_of_fit() -> None:
+    frame = factorial(seeds=2)
+    frame = frame[frame["dropout"] == 0]
+    got = main_effects(frame, ["rank"], "y")
+    assert np.isnan(got.lack_of_fit_p)
+    assert len(got.table) == 2
+
+
+@pytest.mark.parametrize("interaction", [0.0, 1.0])
+def test_trials_without_any_noise(interaction: float) -> None:
+    frame = pd.DataFrame(
+        [{"cell": f"{a}{b}", "seed": s, "a": a, "b": b, "y": float(a + 2 * b + interaction * a * b)}
+         for a in (0, 1) for b in (0, 1) for s in (0, 1)]
+    )  # fmt: skip
+    got = main_effects(frame, ["a", "b"], "y")
+    assert got.table["effect"].tolist() == pytest.approx([1 + interaction / 2, 2 + interaction / 2])
+    assert (got.table["p"] < 1e-10).all()
+    assert got.lack_of_fit_p == pytest.approx(0.0 if interaction else 1.0)
+
+
+def test_two_cells_with_two_seeds_are_the_least() -> None:
+    rows = [("a", 0, 1, 0.1), ("a", 1, 1, 0.2), ("b", 0, 2, 0.5), ("b", 1, 2, 0.55), ("c", 0, 4, 0.9)]
+    frame = pd.DataFrame(rows, columns=["cell", "seed", "rank", "y"])
+    assert list(main_effects(frame[:4], ["rank"], "y").table["level"]) == [2]
+    assert main_effects(frame.drop(index=3), ["rank"], "y").table.empty
+
+
+def test_trials_without_the_metric_do_not_count() -> None:
+    frame = factorial()
+    more = pd.concat([frame, frame.iloc[:4].assign(seed=[9, 9, 9, 9], y=np.nan)])
+    pd.testing.assert_frame_equal(main_effects(more, ["rank"], "y").table, main_effects(frame, ["rank"], "y").table)
+
+
+def test_repeats_that_share_no_seed_leave_the_error_around_the_model() -> None:
+    """Two cells of two seeds and one seed more in each: nothing is left between repeats; x = 1, 1, 2, 2 by hand."""
+    frame = pd.DataFrame(
+        {"cell": ["a", "a", "b", "b", "c", "d"], "seed": [0, 1, 1, 2, 0, 2], "x": [1, 1, 2, 2, 2, 1],
+         "y": [1.0, 2.0, 4.0, 3.0, 2.5, 2.0]}
+    )  # fmt: skip
+    got = main_effects(frame, ["x"], "y")
+    seeds = (frame["seed"].to_numpy()[:, None] == np.arange(3)).astype(float)
+    design = np.column_stack([seeds, frame["x"] == 2]).astype(float)
+    b, ss, *_ = np.linalg.lstsq(design, frame["y"].to_numpy(), rcond=None)
+    half = scipy_stats.t.ppf(0.975, 2) * np.sqrt(ss[0] / 2 * np.linalg.inv(design.T @ design)[3, 3])
+    assert got.table.loc[0, "effect"] == pytest.approx(b[3])
+    assert got.table.loc[0, "high"] - b[3] == pytest.approx(half)
+    assert np.isnan(got.lack_of_fit_p)
+
+
+def test_more_seeds_than_blocks_are_made_for() -> None:
+    frame = pd.DataFrame({"cell": np.arange(802) // 401, "seed": np.arange(802) % 401})
+    frame["rank"], frame["y"] = frame["cell"] + 1, np.random.default_rng(0).normal(size=802)
+    got = main_effects(frame, ["rank"], "y")
+    assert got.table.empty
+    assert got.notes == ["more than 400 seeds: no main effects"]
+    assert not main_effects(frame[frame["seed"] < 400], ["rank"], "y").table.empty

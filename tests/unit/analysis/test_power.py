@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from lora_vit.analysis import power as module
 from lora_vit.analysis.power import (
     detectable,
     expected_maximum,
@@ -18,10 +19,22 @@ from lora_vit.analysis.power import (
 )
 
 
-@pytest.mark.parametrize(("cells", "seeds"), [(2, 5), (10, 3)])
-def test_power_equals_simulation(cells: int, seeds: int) -> None:
-    rng = np.random.default_rng(0)
-    y = rng.normal(0, 0.3, (20_000, cells, seeds))
+@pytest.mark.parametrize(
+    ("cells", "seeds", "df", "difference"),
+    [(2, 2, None, 2.0), (2, 5, None, 0.5), (10, 3, None, 1.0), (4, 2.6, 5, 0.8), (30, 40, None, 0.2), (3, 3, 1, 4.0)],
+)
+def test_power_is_the_tail_of_the_noncentral_t(cells: int, seeds: float, df: float | None, difference: float) -> None:
+    """The quadrature's error is below 2e-4 at one degree of freedom and below 1e-5 from four on."""
+    freedom = (cells - 1) * (seeds - 1) if df is None else df
+    critical = scipy_stats.studentized_range.ppf(0.95, cells, freedom) / math.sqrt(2)
+    want = scipy_stats.nct.sf(critical, freedom, difference / (0.3 * math.sqrt(2 / seeds)))
+    assert power(difference, 0.3, cells, seeds, df) == pytest.approx(want, abs=1e-5 if freedom >= 4 else 2e-4)
+
+
+def test_power_equals_simulation() -> None:
+    """10,000 sweeps: three errors are 0.015."""
+    cells, seeds = 10, 3
+    y = np.random.default_rng(0).normal(0, 0.3, (10_000, cells, seeds))
     y[:, 0] += 1.0
     centred = y - y.mean(1, keepdims=True)
     residual = centred - centred.mean(2, keepdims=True)
@@ -29,43 +42,102 @@ def test_power_equals_simulation(cells: int, seeds: int) -> None:
     error = np.sqrt((residual**2).sum((1, 2)) / df / seeds)
     q = (y[:, 0].mean(1) - y[:, 1].mean(1)) / error
     found = (q > scipy_stats.studentized_range.ppf(0.95, cells, df)).mean()
-    assert power(1.0, 0.3, cells, seeds) == pytest.approx(found, abs=0.012)
+    assert power(1.0, 0.3, cells, seeds) == pytest.approx(found, abs=0.015)
 
 
-def test_detectable_and_seeds_needed_invert_power() -> None:
-    smallest = detectable(0.003, 8, 4)
-    assert power(smallest, 0.003, 8, 4) == pytest.approx(0.8, abs=1e-4)
-    n = seeds_needed(0.005, 0.003, 8)
+@pytest.mark.parametrize(
+    ("difference", "sd", "cells", "seeds", "want"),
+    [
+        (0.01, 0.0, 3, 3, 1.0),
+        (0.0, 0.0, 3, 3, 0.0),
+        (9.0, 0.1, 1, 3, 0.0),
+        (9.0, 0.1, 3, 1, 0.0),
+        (1e6, 1e-9, 2, 2, 1.0),  # where scipy's noncentral t warns and gives NaN
+    ],
+)
+def test_power_at_its_ends(difference: float, sd: float, cells: int, seeds: int, want: float) -> None:
+    assert power(difference, sd, cells, seeds) == want
+
+
+@pytest.mark.parametrize(("cells", "seeds", "df", "wanted"), [(2, 2, None, 0.8), (8, 4, None, 0.8), (5, 3.5, 9, 0.5)])
+def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: int | None, wanted: float) -> None:
+    smallest = detectable(0.003, cells, seeds, df, wanted)
+    assert power(smallest, 0.003, cells, seeds, df) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_detectable_difference_is_the_commonly_asked_for_80_percent() -> None:
+    assert detectable(0.003, 8, 4) == detectable(0.003, 8, 4, wanted=0.8)
+
+
+@pytest.mark.parametrize(
+    ("sd", "cells", "seeds", "want"),
+    [(0.003, 1, 4, math.nan), (0.003, 3, 1, math.nan), (0.0, 2, 2, 0.0), (0.0, 1, 3, math.nan), (0.0, 3, 1, math.nan),
+     (math.nan, 3, 3, math.nan)],
+)  # fmt: skip
+def test_the_detectable_difference_at_its_ends(sd: float, cells: int, seeds: int, want: float) -> None:
+    assert detectable(sd, cells, seeds) == pytest.approx(want, nan_ok=True)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> float:
+    """The studentized range's upper point taken as 4 for any design: computing it is slow."""
+    monkeypatch.setattr(module, "tukey_critical", lambda cells, df: 4.0)
+    return 4.0
+
+
+@pytest.mark.parametrize("wanted", [0.8, 0.5])
+@pytest.mark.parametrize("sd", [1e-5, 0.002, 0.003, 0.005, 0.0125, 0.017])
+def test_seeds_needed_are_the_fewest(quick: float, sd: float, wanted: float) -> None:
+    n = seeds_needed(0.005, sd, 8, wanted)
     assert n is not None
-    assert power(0.005, 0.003, 8, n) >= 0.8 > power(0.005, 0.003, 8, n - 1)
+    assert n >= 2
+    assert power(0.005, sd, 8, n) >= wanted > power(0.005, sd, 8, n - 1)
+    assert seeds_needed(0.005, sd, 8) == seeds_needed(0.005, sd, 8, 0.8)
 
 
-def test_extremes() -> None:
-    assert seeds_needed(0.005, 1.0, 8) is None
-    assert seeds_needed(0.005, math.nan, 8) is None
-    assert seeds_needed(0.005, 1e-5, 3) == 2
-    assert math.isnan(detectable(0.003, 1, 4))
-    assert power(0.01, 0.0, 3, 3) == 1.0
+def test_more_than_400_seeds_are_not_looked_for(quick: float) -> None:
+    sd = 0.005 * math.sqrt(400 / 2) / (quick / math.sqrt(2) + scipy_stats.norm.ppf(0.8))  # 400 suffice, if df is large
+    needed = seeds_needed(0.005, 0.995 * sd, 8)
+    assert needed is not None
+    assert 390 <= needed <= 400
+    for spread, cells in ((1.005 * sd, 8), (1.0, 8), (math.nan, 8), (0.001, 1)):
+        assert seeds_needed(0.005, spread, cells) is None
+
+
+def test_half_a_point_in_a_real_design() -> None:
+    n = seeds_needed(0.005, 0.003, 3)
+    assert n == 9
+    assert power(0.005, 0.003, 3, 9) > 0.8 > power(0.005, 0.003, 3, 8)
 
 
 def test_expected_maximum_of_normal_values() -> None:
     # Harter (1961): 2 / 5 / 10 values
-    for n, value in ((1, 0.0), (2, 1 / math.sqrt(math.pi)), (5, 1.16296), (10, 1.53875)):
-        assert expected_maximum(n) == pytest.approx(value, abs=1e-4)
+    for n, value in ((1, 0.0), (2, 1 / math.sqrt(math.pi)), (5, 1.1629645), (10, 1.5387527)):
+        assert expected_maximum(n) == pytest.approx(value, abs=1e-6)
 
 
-def test_error_of_a_test_set() -> None:
-    assert 100 * proportion_error(0.88, 10_000) == pytest.approx(0.637, abs=1e-3)
+@pytest.mark.parametrize(
+    ("p", "n", "want"),
+    [(0.88, 10_000, 0.0063691291), (0.5, 100, 0.0979982), (1.0, 50, 0.0), (1.0000001, 50, 0.0), (0.5, 0, math.nan),
+     (math.nan, 50, math.nan), (0.5, 1, 0.979982)],
+)  # fmt: skip
+def test_error_of_a_test_set(p: float, n: int, want: float) -> None:
+    assert proportion_error(p, n) == pytest.approx(want, rel=1e-6, nan_ok=True)
 
 
-def test_mcnemar_counts_and_p_by_hand() -> None:
-    a = np.array([1] * 8 + [0] * 2 + [1] * 10, bool)
-    b = np.array([0] * 8 + [1] * 2 + [1] * 10, bool)
+@pytest.mark.parametrize(("first", "second"), [(8, 2), (2, 8), (9, 1), (8, 1), (0, 1), (3, 3), (0, 0), (140, 100)])
+def test_mcnemar_counts_and_p(first: int, second: int) -> None:
+    a = np.array([1] * first + [0] * second + [1] * 10 + [0] * 3, bool)
+    b = np.array([0] * first + [1] * second + [1] * 10 + [0] * 3, bool)
     got = mcnemar(a, b)
-    assert (got.only_first, got.only_second, got.images) == (8, 2, 20)
-    p = 2 * sum(math.comb(10, k) for k in range(3)) / 2**10
-    assert got.p == pytest.approx(p)
-    assert got.difference == pytest.approx(0.3)
-    assert mcnemar(a, a).p == 1
-    with pytest.raises(ValueError, match="equally long"):
-        mcnemar(a, b[:5])
+    assert (got.only_first, got.only_second, got.images) == (first, second, first + second + 13)
+    want = scipy_stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    assert got.p == pytest.approx(want)
+    assert got.differ == (want < 0.05)
+    assert got.difference == pytest.approx((first - second) / (first + second + 13))
+
+
+@pytest.mark.parametrize(("a", "b"), [([1, 0], [1]), ([], []), ([[1, 0]], [[1, 0]])])
+def test_mcnemar_needs_two_vectors(a: list, b: list) -> None:
+    with pytest.raises(ValueError, match=r"^need two equally long vectors, got .* and "):
+        mcnemar(np.array(a), np.array(b))
