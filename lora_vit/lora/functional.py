@@ -17,7 +17,7 @@ take five times as long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from lora_vit.lora.dropout import keep_by_bits_, keep_by_product_, keep_mask
 
-_MASK_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Elements of a dropout mask that are computed at once: 1 MiB of int32 stay within a CPU's second-level cache;
+_TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (keep_by_product_, 1 << 24)}
+"""The faster way to drop elements, and of how many at once: 1 MiB of mask stays within a CPU's second-level cache;
 64 MiB keep a GPU busy and are little beside the activations, where a whole mask would be several times as large."""
 
 
@@ -64,7 +64,7 @@ class MaskKey:
     def apply_(self, *xs: Tensor) -> None:
         """The same in place, for tensors that share the mask."""
         K, B, S = self.rows_KBS.shape
-        keep_, elements = _way_to_drop(self.rows_KBS.device)
+        keep_, elements = _TO_DROP["cpu" if self.rows_KBS.device.type == "cpu" else "cuda"]
         piece = max(1, elements // len(self.feature_I))
         for first, last in self.runs:
             parts = [x.view(K, B * S, -1)[first:last].flatten(0, 1) for x in xs]  # views
@@ -73,13 +73,6 @@ class MaskKey:
             for start in range(0, len(rows_N), piece):  # the mask never exists whole
                 here = slice(start, start + piece)
                 keep_([part[here] for part in parts], rows_N[here], self.feature_I, threshold_N[here])
-
-
-def _way_to_drop(device: torch.device) -> tuple[Callable[..., None], int]:
-    """The faster way to drop elements on a device, and of how many at once."""
-    if device.type == "cpu":
-        return keep_by_bits_, _MASK_PIECE["cpu"]
-    return keep_by_product_, _MASK_PIECE["cuda"]
 
 
 def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:

@@ -97,6 +97,12 @@ def test_two_processes_share_each_batch(samples):
         torch.testing.assert_close(torch.cat([p.images for p in parts]), whole.images, rtol=0, atol=1e-12)
 
 
+def test_a_single_process_needs_no_rank(samples):
+    transform = Transform(16, "none", torch.device("cpu"), torch.float32)
+    assert TrainStream(samples, transform, 8, 0).batch_ids(0, 1).tolist() == stream(samples).batch_ids(0, 1).tolist()
+    assert EvalStream(samples, transform, "val", 5).ids.tolist() == samples.data.splits["val"].tolist()
+
+
 def test_order_is_a_function_of_seed_and_epoch(samples):
     def epoch_ids(seed, epoch):
         s = stream(samples, seed=seed)

@@ -164,9 +164,8 @@ def test_bf16_gradients_follow_fp32():
 @pytest.mark.parametrize("rows_at_once", [1, 3, 7, 10, 29, 30, 1000])
 def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
     """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
-    monkeypatch.setattr(functional, "_MASK_PIECE", {way: rows_at_once * I + I - 1})
-    chosen = functional._way_to_drop(torch.device(way))
-    monkeypatch.setattr(functional, "_way_to_drop", lambda device: chosen)
+    keep_, _ = functional._TO_DROP[way]
+    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (keep_, rows_at_once * I + I - 1)})
     for dropouts in ((0.3, 0.5, 0.0), (0.0, 0.5, 0.3), (0.3, 0.0, 0.6), (0.9, 0.1, 0.6)):
         mask = inputs("none", (0,), dropouts)[1]["mask"]
         xs = [torch.randn(K * B, S, I, dtype=torch.float64) for _ in range(2)]
@@ -181,13 +180,13 @@ def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
 def test_memory_for_a_mask_is_bounded(way, monkeypatch):
     asked: list[int] = []
-    keep_, elements = functional._way_to_drop(torch.device(way))
+    keep_, elements = functional._TO_DROP[way]
 
     def counting(xs, rows_N, feature_D, threshold_N):
         asked.append(4 * len(rows_N) * len(feature_D))
         keep_(xs, rows_N, feature_D, threshold_N)
 
-    monkeypatch.setattr(functional, "_way_to_drop", lambda device: (counting, elements))
+    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, elements)})
     rows = elements // I + 5
     mask = MaskKey(
         torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32), ((0, 1),)
