@@ -148,7 +148,6 @@ class ModelFactory:
             state,
         ).to(self.device)
         head.to(self.parameter_dtype)
-        head.keep_K = head.keep_K.double()
         _mark_trainable(trunk, lora.method, lora.bias or "none")
         if trains_trunk:
             self._cast_frozen(trunk)

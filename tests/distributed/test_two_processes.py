@@ -64,6 +64,27 @@ def test_torchrun(one_process, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_all_processes_end_and_the_same_command_goes_on(signum, one_process, tmp_path):
+    """The command is asked; the processes that it started finish their step, save and end."""
+    arguments = (*NOISY, "trainer.devices=2", "trainer.epochs=400", "hydra.run.dir=run")
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    rows, until = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, out
+    assert read_record(tmp_path / "run").status == "interrupted"
+    steps = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
+    assert steps == sorted(steps)
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
 def test_a_sweep_under_torchrun_is_one_line(tmp_path):
     env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
     done = subprocess.run(command("-m", "seed=0,1"), cwd=tmp_path, capture_output=True, text=True, env=env, timeout=60)

@@ -63,7 +63,10 @@ def test_killed_at_several_points_and_finished_by_the_same_command(uninterrupted
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
+)
 def test_asked_to_stop(signum, code, uninterrupted, tmp_path):
     process = start(tmp_path)
     wait_for_rows(process, tmp_path / "run", 10)
