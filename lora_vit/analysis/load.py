@@ -24,7 +24,6 @@ _TARGET_NAMES = {
     tuple(TARGETS): "all",
     ("q", "k", "v", "o"): "attention",
     ("fc1", "fc2"): "mlp",
-    ("q", "v"): "q v",
 }
 
 

@@ -385,3 +385,25 @@ def test_pivots_that_cannot_be(wanted, line):
     with pytest.raises(SummaryError) as caught:
         pivoted(wanted)
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize("first", [0.7, 0.8])
+@pytest.mark.parametrize(("method", "column"), [("none", "vs_probe"), ("full", "vs_full")])
+def test_the_best_baseline_is_found_wherever_it_stands(method: str, column: str, first: float) -> None:
+    cells = [{"lora__rank": 1}, {"lora__method": method}, {"lora__method": method, "optimizer__lr": 1e-4}]
+    y = np.array([0.9, first, 1.5 - first])[:, None] + np.zeros(2)
+    for metric, want in ((ACCURACY, 0.1), (LOSS, -0.25)):
+        got = table(make_frame(cells, y), metric).set_index(METHOD)
+        assert got.loc["lora", column] == pytest.approx(want)
+
+
+def test_adjusted_means_are_freed_of_missing_seeds_for_both_signs() -> None:
+    """The second cell lacks the bad seed: at the average seed it has 0.875 instead of its plain 0.905."""
+    trials = make_frame([{"lora__rank": 1}, {"lora__rank": 2}], np.array([[0.90, 0.92, 0.82], [0.90, 0.91, np.nan]]))
+    got = table(trials).set_index("lora.rank")
+    assert got["mean"].to_dict() == pytest.approx({1: 0.88, 2: 0.905})
+    assert got["adjusted"].to_dict() == pytest.approx({1: 0.88, 2: 0.875})
+    assert list(got.index) == [1, 2]
+    lost = table(trials, LOSS).set_index("lora.rank")
+    assert lost["adjusted"].to_dict() == pytest.approx({1: 0.3, 2: 0.3125})
+    assert list(lost.index) == [1, 2]

@@ -11,7 +11,8 @@ import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
 from lora_vit.analysis import load
-from lora_vit.analysis.load import SETTINGS, SummaryError, find_records, load_trials, row
+from lora_vit.analysis.load import SummaryError, find_records, load_trials, row
+from lora_vit.config import IDENTITY
 from lora_vit.records import PREDICTIONS, RecordError, TrialRecord, write_predictions
 
 HERE = Path("there")
@@ -55,14 +56,14 @@ def test_a_row_holds_settings_figures_costs_and_facts():
     }  # fmt: skip
     for name, value in want.items():
         assert got[name] == (pytest.approx(value) if isinstance(value, float) else value), name
-    assert set(got) - set(want) <= set(SETTINGS)
+    assert set(got) - set(want) <= set(IDENTITY)
     assert "trainer.devices" not in got
     assert "data.root" not in got
 
 
 def test_what_does_not_decide_the_numbers_is_no_setting():
-    assert "lora.rank" in SETTINGS
-    assert not {"data.root", "data.cache_dir", "trainer.devices", "trainer.resume", "trainer.log_every"} & set(SETTINGS)
+    assert "lora.rank" in IDENTITY
+    assert not {"data.root", "data.cache_dir", "trainer.devices", "trainer.resume", "trainer.log_every"} & set(IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_a_setting_of_another_type_is_named():
     record.config["lora"]["rank"] = "x" * 50
     with pytest.raises(RecordError) as caught:
         read(record)
-    assert str(caught.value) == f"there/record.json: lora.rank = {'x' * 40} is not of type {SETTINGS['lora.rank']}"
+    assert str(caught.value) == f"there/record.json: lora.rank = {'x' * 40} is not of type {IDENTITY['lora.rank']}"
 
 
 @pytest.mark.parametrize(
