@@ -83,7 +83,7 @@ def test_a_damaged_sweep_loses_nothing(finished):
     done = run_command(*arguments, cwd=finished, code=1)
     assert "1 of 3 trials did not complete" in done.stderr
     assert one.name in done.stdout
-    assert "unreadable" in done.stdout
+    assert "refused" in done.stdout
     assert "record.json" in done.stdout
     assert (one / "record.json").read_bytes() == whole[:100]
     assert read_record(two).finished == before
