@@ -222,10 +222,6 @@ def test_the_end_of_an_epoch_begins_the_next(pack):
     assert pack.trials[0].done()
 
 
-def test_nobody_is_left_without_trials(pack):
-    assert pack.without(pack.trials) is None
-
-
 def test_parameter_counts(setup):
     pack = new_pack(configs(), setup)
     base = sum(p.numel() for p in setup.build_model.original.parameters())
