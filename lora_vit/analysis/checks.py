@@ -24,7 +24,9 @@ def refuse(trials: pd.DataFrame) -> None:
     """Raise SummaryError where the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
-        values = counted[column].dropna() if column in FACTS else counted[column].astype(object).fillna("null")
+        values = counted[column].dropna()
+        if column not in FACTS:
+            values = counted[column].map(lambda v: "null" if pd.isna(v) else v)
         counts = values.value_counts()
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
