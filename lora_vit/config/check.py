@@ -46,7 +46,7 @@ def validate_sweep(sweep: SweepConfig) -> None:
     """
     for key in ("pack_size", "workers"):
         value = getattr(sweep, key)
-        if value != "auto" and not (value.isdigit() and int(value) >= 1):
+        if value != "auto" and not (value.isdecimal() and int(value) >= 1):
             raise ConfigError(f"sweep.{key}={value} is impossible: give a number from 1 up, or auto")
     _choice("sweep.on_failure", sweep.on_failure, ("continue", "stop"))
     if sweep.name is not None and (not sweep.name or "/" in sweep.name or sweep.name.startswith(".")):
@@ -163,7 +163,7 @@ def _validate_trainer(t: TrainerConfig) -> None:
     _choice("trainer.precision", t.precision, ("auto", "fp32", "bf16", "fp64"))
     _choice("trainer.accelerator", t.accelerator, ("auto", "gpu", "cpu"))
     _choice("trainer.resume", t.resume, ("auto", "restart"))
-    if t.devices != "auto" and not (t.devices.isdigit() and int(t.devices) >= 1):
+    if t.devices != "auto" and not (t.devices.isdecimal() and int(t.devices) >= 1):
         raise ConfigError(f"trainer.devices={t.devices} is impossible: give a number from 1 up, or auto")
     _range("trainer.checkpoint_every", t.checkpoint_every, 0 < t.checkpoint_every <= 300, "seconds in (0, 300]")
     _range("trainer.log_every", t.log_every, t.log_every >= 1, "give a number of steps from 1 up")
