@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import struct
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import DataError, load_data
-from lora_vit.data.splits import fingerprint, keep_per_class, split_per_class
+from lora_vit.data.splits import fingerprint, finish, keep_per_class, split_per_class
 from lora_vit.data.stream import EvalStream, Samples, TrainStream
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -61,6 +63,65 @@ def test_fingerprint_tells_files_labels_and_splits_apart():
         fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0])}),
     ]
     assert len({base, *others}) == 4
+
+
+def test_a_fingerprint_is_the_digest_of_names_labels_and_sorted_splits():
+    """Spelt out byte by byte: another digest would turn every recorded trial away from its own data."""
+    found = fingerprint(["a/1.png", "b\udce9"], np.array([0, 258]), {"val": np.array([1]), "train": np.array([0])})
+    data = b"a/1.png\0" + b"b\xe9\0" + struct.pack("<qq", 0, 258)
+    data += b"train\0" + struct.pack("<q", 0) + b"val\0" + struct.pack("<q", 1)
+    assert found == hashlib.sha256(data).hexdigest()[:16]
+
+
+def test_a_class_is_divided_in_the_order_of_its_own_key():
+    """Written out for unsorted ids: val first, test next, of each class shuffled by ("split", seed, class)."""
+    shuffled_ids = IDS[::-1]
+    found = split_per_class(LABELS, shuffled_ids, {"val": 0.1, "test": 0.2}, 3, NAMES)
+    orders = [40 * c + randomness.permutation(40, "split", 3, c) for c in range(5)]
+    assert found["val"].tolist() == sorted(i for order in orders for i in order[:4])
+    assert found["test"].tolist() == sorted(i for order in orders for i in order[4:12])
+    assert found["train"].tolist() == sorted(i for order in orders for i in order[12:])
+
+
+def test_the_kept_of_a_class_are_the_first_in_the_order_of_its_own_key():
+    kept = keep_per_class(LABELS, IDS[::-1], 7, 3)
+    orders = [40 * c + randomness.permutation(40, "train_per_class", 3, c) for c in range(5)]
+    assert kept.tolist() == sorted(i for order in orders for i in order[:7])
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "count"),
+    [(40, 0.001, 1), (40, 0.037, 1), (40, 0.038, 2), (10, 0.25, 2), (10, 0.35, 4), (3, 0.34, 1), (2, 0.1, 1)],
+)
+def test_numbers_are_rounded_to_the_nearest_whole_and_at_least_one(size, fraction, count):
+    """Halves go to the even number, as Python rounds."""
+    found = split_per_class(np.zeros(size, int), np.arange(size), {"val": fraction}, 0, ["only"])
+    assert {name: len(ids) for name, ids in found.items()} == {"val": count, "train": size - count}
+
+
+def test_only_the_given_samples_are_divided():
+    found = split_per_class(LABELS, IDS[40:120], {"val": 0.5}, 0, NAMES)
+    assert sorted(np.concatenate(list(found.values()))) == list(range(40, 120))
+
+
+@pytest.mark.parametrize("batch_size", [100, 101])
+def test_a_batch_of_all_training_images_is_the_largest(batch_size):
+    config = dataclasses.replace(trial_config().data, batch_size=batch_size, train_per_class=20, split_seed=5)
+    images = np.zeros((200, 3, 2, 2), np.uint8)
+
+    def finished():
+        return finish(images, LABELS, NAMES, ["content"], {"train": IDS, "val": IDS[:3]}, config)
+
+    if batch_size == 101:
+        with pytest.raises(DataError, match=r"data\.batch_size=101 is more than the 100 training images"):
+            finished()
+        return
+    data = finished()
+    assert data.splits["train"].tolist() == keep_per_class(LABELS, IDS, 20, 5).tolist()
+    assert data.splits["val"].tolist() == [0, 1, 2]
+    assert data.fingerprint == fingerprint(["content"], LABELS, data.splits)
+    assert data.images is images
+    assert (data.labels.tolist(), data.class_names) == (LABELS.tolist(), NAMES)
 
 
 def test_digits():
@@ -146,7 +207,9 @@ def test_an_evaluation_batch_likewise(samples):
 def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_free(share, resident, monkeypatch):
     data = load_data(trial_config().data)
     free = int(data.images.nbytes / share)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 60))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (free if device == torch.device("cuda") else 1, 1 << 60)
+    )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode():
         held = Samples(data, torch.device("cuda"))

@@ -1,0 +1,104 @@
+"""Every draw is a function of its key: known answers, and keys that do not get in one another's way."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from lora_vit import randomness
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64(state: int) -> int:
+    """Output of the reference generator (Vigna, splitmix64.c) in this state, in Python's own integers."""
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_splitmix64_gives_the_published_numbers():
+    """The first outputs of the reference for the seeds 0 and 1234567."""
+    gamma = 0x9E3779B97F4A7C15
+    published = {
+        0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
+        1234567: [6457827717110365317, 3203168211198807973, 9817491932198370423],
+    }
+    for seed, numbers in published.items():
+        states = np.array([(seed + i * gamma) & MASK for i in range(3)], np.uint64)
+        with np.errstate(over="ignore"):
+            assert randomness._splitmix64(states).tolist() == numbers
+        assert [splitmix64(int(s)) for s in states] == numbers
+
+
+@pytest.mark.parametrize("parts", [("a",), ("a", 1), (3, "epoch", -2), ()])
+def test_a_key_is_63_bits_of_the_digest_of_typed_parts(parts):
+    text = "\0".join(("str:" if isinstance(p, str) else "int:") + str(p) for p in parts)
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    assert randomness.key(*parts) == number // 2
+
+
+def test_keys_tell_their_parts_apart():
+    keys = [randomness.key(*parts) for parts in (("a", "b"), ("b", "a"), ("ab",), ("1",), (1,), (1, 0), (10,))]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_key_is_the_same_in_another_process():
+    """Python's own hash of a string is not."""
+    code = "from lora_vit.randomness import key; print(key('order', 7))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(out) == randomness.key("order", 7)
+
+
+def test_a_generator_has_the_key_as_its_seed():
+    assert randomness.generator("init", 3).initial_seed() == randomness.key("init", 3)
+
+
+def test_a_permutation_holds_everything_once_and_follows_its_key():
+    order = randomness.permutation(50, "order", 1, 2)
+    expected = torch.randperm(50, generator=torch.Generator().manual_seed(randomness.key("permutation", "order", 1, 2)))
+    assert order.tolist() == expected.tolist()
+    assert sorted(order) == list(range(50))
+    assert order.dtype == np.int64
+
+
+def test_draws_leave_the_global_generators_alone():
+    before = torch.get_rng_state()
+    randomness.permutation(10, "a")
+    randomness.uniforms(np.arange(3), 2, "a")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_uniforms_are_splitmix64_over_key_id_and_draw():
+    ids, count = np.array([0, 5, 5, 2**40]), 3
+    found = randomness.uniforms(ids, count, "augment", 9)
+    key = randomness.key("uniforms", "augment", 9)
+    for row, sample in zip(found, ids.tolist(), strict=True):
+        state = splitmix64(key ^ splitmix64(sample))
+        bits = [splitmix64((state + draw * 0x9E3779B97F4A7C15) & MASK) for draw in (1, 2, 3)]
+        assert row.tolist() == [(b >> 11) / 2**53 for b in bits]
+    assert found.dtype == np.float64
+
+
+def test_uniforms_are_uniform_and_independent():
+    """60,000 numbers: mean and correlations within five standard errors, every twentieth about equally full."""
+    u = randomness.uniforms(np.arange(20_000), 3, "check")
+    assert (u >= 0).all()
+    assert (u < 1).all()
+    assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / u.size)
+    counts = np.histogram(u, bins=20, range=(0, 1))[0]
+    assert abs(counts - 3000).max() < 5 * np.sqrt(3000 * 0.95)
+    neighbours = np.corrcoef(np.column_stack([u[:-1], u[1:]]).T) - np.eye(6)
+    assert abs(neighbours).max() < 5 / np.sqrt(20_000)
+
+
+def test_a_name_key_is_the_crc32_of_its_bytes():
+    assert randomness.name_key("blocks.3.q") == zlib.crc32(b"blocks.3.q")
+    assert randomness.name_key("123456789") == 0xCBF43926  # the check value of CRC-32
