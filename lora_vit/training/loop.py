@@ -42,27 +42,36 @@ def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: St
 
     Their records tell how each ended. Raises Interrupted after saving everything.
     """
-    pack = Pack(trials, setup)
-    describe(pack)
-    reporter.started(pack)
+    staying = trials
+    pack: Pack | None = begin(trials, setup, reporter)
     with repeating(lambda: give_signs_of_life(trials), HEARTBEAT_EVERY):
-        while True:
+        while pack is not None:
             try:
                 leaving = train_round(pack, reporter, stop)
                 if leaving:
                     pack.pull()
-                    staying = [trial for trial in pack.trials if trial not in leaving]
-                    del pack  # before the next one takes its memory
-                    if not staying:
-                        return
-                    pack = Pack(staying, setup)
-                if stop_requested(pack, stop, logging=True):
-                    raise interrupt(pack, stop.signum)
+                    staying = [trial for trial in staying if trial not in leaving]
+                    pack = None  # before the next one takes its memory
+                    pack = Pack(staying, setup) if staying else None
+                if pack is not None and stop_requested(pack, stop, logging=True):
+                    raise interrupt(staying, pack, stop.signum)
             except Exception:
                 raise
             except BaseException:  # SystemExit of somebody's signal handler, a second Ctrl-C
-                interrupt(pack, stop.signum)
+                interrupt(staying, pack, stop.signum)
                 raise
+
+
+def begin(trials: list[Trial], setup: Setup, reporter: Reporter) -> Pack:
+    """The first pack; parameter counts go into the records, and the trials are marked running."""
+    pack = Pack(trials, setup)
+    for k, trial in enumerate(trials):
+        trial.record.parameters = pack.parameter_counts(k)
+        trial.record.cost["pack_size"] = pack.K
+        if trial.files is not None:
+            trial.files.write_record()
+    reporter.started(pack)
+    return pack
 
 
 def give_signs_of_life(trials: list[Trial]) -> None:
@@ -103,7 +112,7 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
             if bad:
                 return bad
         if stopping and not last:
-            raise interrupt(pack, stop.signum)
+            raise interrupt(pack.trials, pack, stop.signum)
         if not last and clock.checkpoint_due():
             clock.charge()
             save(pack)
@@ -185,11 +194,17 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     return False
 
 
-def interrupt(pack: Pack, signum: int) -> Interrupted:
-    """Save the trials, unless their state is half changed, and mark them interrupted."""
-    if not pack.step_state.updating:
+def interrupt(trials: list[Trial], pack: Pack | None, signum: int) -> Interrupted:
+    """Save the trials, unless their state is half changed, and mark them interrupted.
+
+    ``pack`` holds their state; None: it is in the trials themselves, between two packs.
+    """
+    if pack is None:
+        for trial in trials:
+            trial.save()
+    elif not pack.step_state.updating:
         save(pack)
-    for trial in pack.trials:
+    for trial in trials:
         if trial.record.status == "running":
             trial.interrupt()
     return Interrupted(signum or signal.SIGTERM)
@@ -291,12 +306,3 @@ def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
         "decoded_size": height if height == width else None,
         "class_names": list(setup.data.class_names),
     }
-
-
-def describe(pack: Pack) -> None:
-    """Put parameter counts and environment into the records and mark the trials running."""
-    for k, trial in enumerate(pack.trials):
-        trial.record.parameters = pack.parameter_counts(k)
-        trial.record.cost["pack_size"] = pack.K
-        if trial.files is not None:
-            trial.files.write_record()

@@ -29,7 +29,7 @@ from lora_vit.training import loop, step, trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial, ended_state, locked_folder
+from lora_vit.training.trial import Trial, ended_record, locked_folder
 
 NOW = 1000.0
 QUIET = ("trainer.log_every=1000", "trainer.checkpoint_every=0.0001")  # logs at the ends of epochs, saves at each step
@@ -96,7 +96,7 @@ def test_a_folder_of_another_trial_is_refused_with_the_first_difference(tmp_path
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     other = trial_config("optimizer.lr=0.5", "lora.rank=3")
     with pytest.raises(ConfigError, match=rf"holds trial {trial.name}, this is trial {trial_id(other)}") as caught:
-        ended_state(tmp_path / "a", other, time.time())
+        ended_record(tmp_path / "a", other, time.time())
     assert "(optimizer.lr is 0.001 there, 0.5 here)" in str(caught.value)
     with pytest.raises(ConfigError, match="holds trial"):
         Trial.open(other, tmp_path / "a", build_setup(other, Process()), time.time(), {})
@@ -109,11 +109,11 @@ def test_a_folder_of_another_trial_is_refused_with_the_first_difference(tmp_path
 def test_a_completed_trial_has_ended_and_restart_begins_it_anew(tmp_path):
     train(begin(tmp_path / "a"))
     config = trial_config()
-    ended = ended_state(tmp_path / "a", config, time.time())
+    ended = ended_record(tmp_path / "a", config, time.time())
     assert ended is not None
     assert ended.status == "completed"
     again = trial_config("trainer.resume=restart")
-    assert ended_state(tmp_path / "a", again, time.time()) is None
+    assert ended_record(tmp_path / "a", again, time.time()) is None
     (tmp_path / "a/notes.txt").write_text("mine")
     trial = begin(tmp_path / "a", "trainer.resume=restart")
     assert trial.state == TrialState()
@@ -434,6 +434,27 @@ def test_what_a_foreign_handler_raises_is_an_interruption(raised, tmp_path, monk
     train(again)
     for name, tensor in whole.tensors.items():
         torch.testing.assert_close(again.state.values[name], tensor, rtol=0, atol=0)
+
+
+def test_a_stop_while_the_next_pack_is_made_loses_nothing(tmp_path, monkeypatch):
+    """One trial has failed, and a handler ends the process while the others' pack is built."""
+    made, init = [], Pack.__init__
+
+    def build(pack, trials, setup):
+        made.append(len(trials))
+        if len(made) == 2:
+            raise SystemExit(3)
+        init(pack, trials, setup)
+
+    monkeypatch.setattr(Pack, "__init__", build)
+    spoil(monkeypatch, at=2, trial=1)
+    settings = ("trainer.log_every=1", "trainer.checkpoint_every=300")
+    a, b = begin(tmp_path / "a", *settings, "seed=1"), begin(tmp_path / "b", *settings, "seed=2")
+    with pytest.raises(SystemExit):
+        train(a, b)
+    assert made == [2, 1]
+    assert [read_record(tmp_path / n).status for n in "ab"] == ["interrupted", "failed"]
+    assert load_checkpoint(tmp_path / "a", a.name).step_in_epoch == 3
 
 
 def test_what_is_half_changed_is_not_saved(tmp_path, monkeypatch):
