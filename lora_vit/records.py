@@ -7,7 +7,6 @@ knows nothing else. Every file is replaced atomically, so that a reader never se
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import errno
 import fcntl
@@ -162,8 +161,9 @@ def _finite(value: Any) -> Any:
 def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
     """Replace the folder's ``record.json``; the heartbeat is set to now. Returns a copy of what was written."""
     record.heartbeat = time.time()
-    write_json(folder / RECORD, dataclasses.asdict(record))
-    return copy.deepcopy(record)
+    values = dataclasses.asdict(record)
+    write_json(folder / RECORD, values)
+    return TrialRecord(**values)
 
 
 _TYPES: dict[str, Any] = {

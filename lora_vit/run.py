@@ -18,7 +18,7 @@ from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.trial import Trial, ended_state, locked_folder
+from lora_vit.training.trial import Trial, ended_record, locked_folder
 
 
 class TrialFailed(Exception):  # noqa: N818  (its name is the status)
@@ -54,10 +54,8 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         print(note)
     if world_size == 1:
         return run_here(config, folder, hydra_files, Process(), launched, wait)
-    ended = ended_state(folder, config, launched)
-    if ended is not None and ended.record is not None:
-        return ended.record
-    return _launch(config, folder, hydra_files, world_size)
+    ended = ended_record(folder, config, launched)
+    return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
 
 
 def follow() -> None:
@@ -78,15 +76,14 @@ def run_here(
     wait: bool = False,
 ) -> TrialRecord:
     """Train in this process, rank 0 of ``process.world_size``."""
-    ended = ended_state(folder, config, launched)  # refuses before anything is written
+    ended = ended_record(folder, config, launched)  # refuses before anything is written
     if ended is None:
         with locked_folder(folder, wait):
-            ended = ended_state(folder, config, launched)  # as another process has left it
+            ended = ended_record(folder, config, launched)  # as another process has left it
             if ended is None:
                 return _train(config, folder, hydra_files, process, launched)
     distributed.from_main(None)
-    assert ended.record is not None
-    return ended.record
+    return ended
 
 
 def _train(
@@ -110,9 +107,7 @@ def _train(
             raise
         finally:
             reporter.close()
-    if trial.record.status == "failed":
-        raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
-    return trial.record
+    return _unless_failed(trial.record)
 
 
 def run_follower(config: TrialConfig, process: Process) -> None:
@@ -124,8 +119,13 @@ def run_follower(config: TrialConfig, process: Process) -> None:
             return
         trial = Trial(config, *shared)
         train_trials([trial], setup, RunReporter(False), stop)
-    if trial.record.status == "failed":
-        raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
+    _unless_failed(trial.record)
+
+
+def _unless_failed(record: TrialRecord) -> TrialRecord:
+    if record.status == "failed":
+        raise TrialFailed(record.error["message"] if record.error else "failed")
+    return record
 
 
 def one_line(error: BaseException) -> str:

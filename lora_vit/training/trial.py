@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_vit import records
 from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
-from lora_vit.records import RecordError, State, TrialRecord
+from lora_vit.records import RecordError, TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import TrialFiles
@@ -168,8 +168,8 @@ def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
             file.write(text.encode())
 
 
-def ended_state(folder: Path, config: TrialConfig, launched: float) -> State | None:
-    """Where a trial stands if there is nothing to train, for a run of this trial alone; None: it is open.
+def ended_record(folder: Path, config: TrialConfig, launched: float) -> TrialRecord | None:
+    """The record of a trial that has ended, for a run of this trial alone; None: it is open.
 
     Raises:
         ConfigError: the folder holds another trial, or a record that cannot be read.
@@ -177,7 +177,7 @@ def ended_state(folder: Path, config: TrialConfig, launched: float) -> State | N
     state = records.state_of(folder, config)
     if state.problem:
         raise ConfigError(state.problem)
-    return state if state.is_ended(config.trainer.resume == "restart", launched, retry_failed=True) else None
+    return state.record if state.is_ended(config.trainer.resume == "restart", launched, retry_failed=True) else None
 
 
 @contextlib.contextmanager

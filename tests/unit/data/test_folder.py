@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
 from lora_vit.data import folder
@@ -20,16 +21,10 @@ def paint(path: Path, shade: int) -> None:
 
 
 def load(tmp_path: Path, **changes) -> ImageData:
-    values = {
+    values = PLAIN["data"] | {
         "name": "imagefolder",
         "root": str(tmp_path / "pets"),
         "batch_size": 1,
-        "augment": "none",
-        "split_seed": 0,
-        "val_fraction": 0.2,
-        "test_fraction": 0.2,
-        "train_per_class": None,
-        "official_val": False,
         "cache_size": 8,
         "cache_dir": str(tmp_path / "cache"),
     }

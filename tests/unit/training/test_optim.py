@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from plain_trials import PLAIN
 from torch import nn
 
 from lora_vit.config import OptimizerConfig
@@ -11,18 +12,7 @@ from lora_vit.training.optim import FlatParameters, PackedAdamW, Schedule, sched
 
 
 def config(**changes) -> OptimizerConfig:
-    values = {
-        "lr": 1e-3,
-        "weight_decay": 0.03,
-        "betas": [0.9, 0.999],
-        "eps": 1e-8,
-        "decay_bias_and_norm": True,
-        "schedule": "linear",
-        "warmup": 0.0,
-        "clip_norm": None,
-        "label_smoothing": 0.0,
-    }
-    return OptimizerConfig(**(values | changes))
+    return OptimizerConfig(**(PLAIN["optimizer"] | changes))
 
 
 CONFIGS = [
