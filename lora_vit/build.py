@@ -18,7 +18,7 @@ from torchvision.models import VisionTransformer
 from lora_vit import randomness
 from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import IN_PACKAGES, ImageData, load_data
+from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
@@ -110,6 +110,8 @@ class ModelFactory:
             self.base = {"name": None, "sha256": state_sha256(self.original.state_dict())}
         else:
             digest = load_trunk_weights(self.original, m.name, m.weights)
+            if m.weights_sha256 not in (None, digest):
+                raise ConfigError(f"model.weights={m.weights} has changed: sha256 {digest}, not {m.weights_sha256}")
             self.base = {"name": m.weights, "sha256": digest}
         self._frozen: VisionTransformer | None = None
 
@@ -231,9 +233,12 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
             check_weights(name, weights)
             if is_published(name, weights):
                 read_state_dict(name, weights)
-        if config.data.name not in IN_PACKAGES and config.data not in ready:
+        if config.data not in ready:
             ready.append(config.data)
-            load_data(config.data)
+            line = load_data(config.data).line(config.model.image_size)
+            if line not in ready:
+                ready.append(line)
+                print(line)
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:

@@ -25,13 +25,16 @@ from lora_vit.config import (
     RootConfig,
     SweepConfig,
     TrialConfig,
+    file_sha256,
     from_dict,
+    is_weights_file,
     known_keys,
     nearest,
     trial_id,
     validate,
     validate_sweep,
 )
+from lora_vit.data.dataset import known_content
 from lora_vit.sweep.plan import Job, label
 from lora_vit.terminal import Every
 
@@ -57,6 +60,7 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=RootConfig)
     OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
     OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
+    OmegaConf.register_new_resolver("at_least", lambda *values: max(map(int, values)), replace=True)
     plugins = str(Path(__file__).parent / "plugins")
     if plugins not in sys.path:  # Hydra finds the packed launcher there
         sys.path.append(plugins)
@@ -102,7 +106,26 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
         drop_idle(plain)
     trial = from_dict(plain)
     validate(trial)
+    identify(trial)
     return trial
+
+
+def identify(trial: TrialConfig) -> None:
+    """Fill in what its files contain, or compare it with what is given.
+
+    Raises:
+        ConfigError: a file cannot be read, or its content is not the given one.
+    """
+    weights, given = trial.model.weights, trial.model.weights_sha256
+    if weights is not None and is_weights_file(weights):
+        trial.model.weights_sha256 = file_sha256(Path(weights).expanduser())
+    for key, wanted, found in (
+        ("model.weights_sha256", given, trial.model.weights_sha256),
+        ("data.content", trial.data.content, known_content(trial.data)),
+    ):
+        if wanted is not None and wanted != found:
+            raise ConfigError(f"{key}={wanted} is asked for, but what is there has {found}: give the same files")
+    trial.data.content = known_content(trial.data)
 
 
 def drop_idle(values: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lora_vit.config import SCHEMA_VERSION, TrialConfig, to_dict, trial_id
+from lora_vit.config import SCHEMA_VERSION, ConfigError, TrialConfig, cell_id, from_dict, to_dict, trial_id
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
@@ -189,7 +189,7 @@ def read_record(folder: Path) -> TrialRecord:
 
     Raises:
         FileNotFoundError: the folder has no record.
-        RecordError: it is cut off, hand-edited into something invalid, or of another schema version.
+        RecordError: it is cut off, of another schema version, or edited: its config is not that of its trial id.
     """
     path = folder / RECORD
     try:
@@ -214,7 +214,15 @@ def read_record(folder: Path) -> TrialRecord:
             raise RecordError(f"{path}: '{name}' is a {type(values[name]).__name__}")
     if values["status"] not in STATUSES:
         raise RecordError(f"{path}: status '{values['status']}' is unknown")
-    return TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
+    record = TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
+    try:
+        config = from_dict(record.config)
+        own = (trial_id(config), cell_id(config))
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
+        raise RecordError(f"{path} was edited: its config is not whole ({error})") from None
+    if own != (record.trial_id, record.cell_id):
+        raise RecordError(f"{path} was edited: its config is that of trial {own[0]}, not of {record.trial_id}")
+    return record
 
 
 @dataclass(frozen=True)

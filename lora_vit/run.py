@@ -12,7 +12,6 @@ from typing import Any
 from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
-from lora_vit.data.dataset import DataError
 from lora_vit.distributed import Process
 from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
@@ -95,6 +94,7 @@ def _train(
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
         env = setup.environment
+        reporter.console.print(setup.data.line(config.model.image_size), markup=False)
         reporter.console.print(
             f"trial {trial.name} on {env['device']}, {env['precision']}, {process.world_size} process(es)"
         )
@@ -204,7 +204,7 @@ def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) ->
             run_follower(from_dict(values), process)
     except Interrupted as stop:
         code = stop.exit_code
-    except (ConfigError, DataError, TrialFailed) as error:
+    except (ConfigError, TrialFailed) as error:
         if process.is_main:
             print(f"error: {error}", file=sys.stderr)
         code = 1

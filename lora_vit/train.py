@@ -125,7 +125,6 @@ def _end(error: Exception) -> None:
         if isinstance(error, OSError):  # from Hydra, which makes the folder
             fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")
         raise error
-    from lora_vit.data.dataset import DataError
     from lora_vit.records import NO_SPACE
     from lora_vit.run import TrialFailed
 
@@ -134,7 +133,7 @@ def _end(error: Exception) -> None:
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
-    if isinstance(error, (DataError, TrialFailed)):
+    if isinstance(error, TrialFailed):
         fail(str(error))
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         what = error.filename or "the trial's folder"

@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lora_vit.commands import run_command
+from lora_vit.compose import register_schema
 from lora_vit.config import DataConfig
 from lora_vit.data.dataset import load_data
 
@@ -26,8 +27,10 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     given = {key: value for key in ("root", "cache_dir", "cache_size") if (value := getattr(args, key)) is not None}
     # The batch size has no part in preparing, and must not refuse a small data set.
     given |= {"official_val": args.official_val, "batch_size": 1}
+    register_schema()
     config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{args.dataset}.yaml"), given)
-    prepared = OmegaConf.to_object(config)
+    whole = OmegaConf.create({"model": {"image_size": 224}, "data": config})  # the size that the cache follows
+    prepared = OmegaConf.to_object(whole.data)
     assert isinstance(prepared, DataConfig)
     return prepared
 

@@ -18,11 +18,12 @@ from lora_vit.records import JsonLines, TrialRecord, write_predictions, write_re
 CONFIG: dict[str, Any] = {
     "model": {
         "name": "vit_tiny", "weights": "GLYPHS_V1", "image_size": 32, "patch_size": 8, "num_layers": 6, "num_heads": 4,
-        "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1,
+        "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1, "weights_sha256": None,
     },
     "data": {
         "name": "digits", "root": None, "batch_size": 20, "augment": "none", "split_seed": 0, "val_fraction": 0.4,
-        "test_fraction": 0.4, "train_per_class": 10, "official_val": False, "cache_size": None, "cache_dir": "~/.cache",
+        "test_fraction": 0.4, "train_per_class": 10, "official_val": False, "cache_size": None,
+        "cache_dir": "~/.cache", "content": None,
     },
     "optimizer": {
         "lr": 1e-3, "weight_decay": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "decay_bias_and_norm": True,

@@ -18,6 +18,7 @@ PLAIN: dict[str, Any] = {
         "hidden_dim": 32,
         "mlp_dim": 48,
         "head_dropout": 0.1,
+        "weights_sha256": None,
     },
     "data": {
         "name": "fake",
@@ -31,6 +32,7 @@ PLAIN: dict[str, Any] = {
         "official_val": False,
         "cache_size": 16,
         "cache_dir": "cache",
+        "content": None,
     },
     "optimizer": {
         "lr": 1e-3,

@@ -12,7 +12,7 @@ from lora_vit.analysis.tables import FACTS, LR, SCALING, averaged, value_text
 
 VAL_SET = (
     "data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val",
-    "data.classes",
+    "data.classes", "data.content",
 )  # fmt: skip
 """What decides which images a trial is validated on."""
 
@@ -36,7 +36,7 @@ def refuse(trials: pd.DataFrame) -> None:
                 f'choose with --where "{column} == {_quoted(counts.index[0])}"'
             )
     content = [c for c in counted.columns if c.startswith("data.") and c not in (*FACTS, *_TRAIN_ONLY)]
-    same = counted.groupby([counted[c].astype(str) for c in content])["data.fingerprint"].nunique()
+    same = counted.groupby([counted[c].map(str) for c in content])["data.fingerprint"].nunique()
     if (same > 1).any():
         first = counted["data.fingerprint"].value_counts().index[0]
         raise SummaryError(

@@ -96,29 +96,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     if not rows:
         raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
-    return Loaded(_whole_cells(frame, problems), problems)
-
-
-def _whole_cells(frame: pd.DataFrame, problems: list[str]) -> pd.DataFrame:
-    """Leave out cells whose trials cannot be repeats of each other: other settings, or a seed twice.
-
-    Only an edited or copied record is so. Weights and blocks are not looked at: one cell may spell them in two ways.
-    """
-    settings = [c for c in IDENTITY if c not in ("model.weights", "lora.blocks")]
-    kinds = frame[["cell", *settings]].drop_duplicates()
-    wrong = kinds.loc[kinds["cell"].duplicated(), "cell"].tolist()
-    wrong += frame.loc[frame.duplicated(["cell", "seed"]), "cell"].tolist()
-    for cell in dict.fromkeys(wrong):
-        trials = frame.loc[frame["cell"] == cell, "trial"].tolist()
-        shown = ", ".join(trials[:6]) + (" ..." if len(trials) > 6 else "")
-        problems.append(
-            f"the trials of cell {cell} ({shown}) differ in more than their seed, or share one: their records were "
-            "edited or copied; left out"
-        )
-    whole = frame[~frame["cell"].isin(wrong)].reset_index(drop=True)
-    if whole.empty:
-        raise SummaryError(f"no trial can be summarized: {problems[-1]}")
-    return whole
+    return Loaded(frame, problems)
 
 
 def _age(values: dict[str, Any]) -> tuple[float, str]:
@@ -134,21 +112,17 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     impossible is NaN and named in ``problems``.
 
     Raises:
-        RecordError: a setting, the seed or a time is not of its type.
+        RecordError: a time is none.
     """
-    lora = record.config.get("lora")
-    seed = record.config.get("seed")
-    if not isinstance(lora, dict) or not isinstance(seed, int) or isinstance(seed, bool):
-        raise RecordError(f"{folder / RECORD} has no whole config (seed, lora)")
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is no time")
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
         "status": record.shown_status(),
-        "seed": seed,
-        **_settings(record.config, folder),
-        "lora.effective_scaling": _effective_scaling(lora),
+        "seed": record.config["seed"],
+        **_settings(record.config),
+        "lora.effective_scaling": _effective_scaling(record.config["lora"]),
         "epoch": as_float(record.metrics.get("epoch")),
     }
     for name in FIGURES:
@@ -171,7 +145,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     return values
 
 
-def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The config by dotted names, without what does not decide the numbers; lists as readable text."""
     values: dict[str, Any] = dict.fromkeys(IDENTITY)
     for section, content in config.items():
@@ -181,24 +155,10 @@ def _settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             name = f"{section}.{key}"
             if name in WITHOUT_IDENTITY:
                 continue
-            if name in IDENTITY and not _fits(value, IDENTITY[name]):
-                raise RecordError(f"{folder / RECORD}: {name} = {str(value)[:40]} is not of type {IDENTITY[name]}")
             values[name] = _plain(key, value)
     if values.get("lora.method", "lora") == "lora" and values.get("lora.blocks") is None:
         values["lora.blocks"] = "all"
     return values
-
-
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a value read from JSON is of a type as the schema writes it. None always is."""
-    if value is None:
-        return True
-    kind = kind.removesuffix(" | None")
-    if kind.startswith("list["):
-        return isinstance(value, list) and all(v is not None and _fits(v, kind[5:-1]) for v in value)
-    if kind in ("int", "float"):
-        return not math.isnan(as_float(value)) and (kind == "float" or (isinstance(value, int) and abs(value) < 2**63))
-    return isinstance(value, {"str": str, "bool": bool}[kind])
 
 
 def _plain(key: str, value: Any) -> Any:

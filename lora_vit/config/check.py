@@ -88,6 +88,7 @@ def _validate_data(d: DataConfig) -> None:
         value = getattr(d, key)
         if value is not None:
             _range(f"data.{key}", value, 0 < value < 1, "give a fraction in (0, 1)")
+    _validate_parts(d)
     if (d.val_fraction or 0) + (d.test_fraction or 0) >= 1:
         raise ConfigError(
             f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction} leave nothing to "
@@ -99,6 +100,27 @@ def _validate_data(d: DataConfig) -> None:
         _range("data.cache_size", d.cache_size, d.cache_size >= 8, "give a number of pixels from 8 up")
     if d.official_val and d.name != "tiny_imagenet":
         raise ConfigError(f"data.official_val=true has no effect with data={d.name}: only tiny_imagenet has one")
+
+
+def _validate_parts(d: DataConfig) -> None:
+    """Settings that a data set needs, or that have no effect on it."""
+    given = ("test",) if d.name.startswith("cifar") else ()
+    for part in ("val", "test") if d.name != "imagefolder" else ():
+        fraction = getattr(d, f"{part}_fraction")
+        if part in given and fraction is not None:
+            raise ConfigError(
+                f"data.{part}_fraction={fraction} has no effect with data={d.name}, which has {part} images of its "
+                "own: leave it null"
+            )
+        if part not in given and fraction is None:
+            raise ConfigError(
+                f"data.{part}_fraction=null, but data={d.name} has no {part} images of its own: give a fraction"
+            )
+    if d.cache_size is not None and d.name in ("cifar10", "cifar100", "digits"):
+        raise ConfigError(
+            f"data.cache_size={d.cache_size} has no effect with data={d.name}, whose images have one size: leave it "
+            "null"
+        )
 
 
 def _validate_optimizer(o: OptimizerConfig) -> None:

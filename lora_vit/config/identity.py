@@ -1,11 +1,13 @@
-"""Which trial a configuration is: its canonical form, trial id and cell id, with files by their content."""
+"""Which trial a configuration is: its canonical form, trial id and cell id, with files by their content.
+
+A composed configuration says itself what its files contain, so that none is read to know which trial it is.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,11 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
     if trial.lora.blocks is not None:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers)) else blocks
-    weights = trial.model.weights
-    if is_weights_file(weights):
-        assert weights is not None
-        values["model"]["weights"] = "sha256:" + file_sha256(Path(weights).expanduser())
-    if trial.data.name == "imagefolder" and trial.data.root is not None:
-        values["data"]["files"] = listing_sha256(Path(trial.data.root).expanduser())
+    digest = values["model"].pop("weights_sha256")
+    if is_weights_file(trial.model.weights):
+        if digest is None:
+            raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
+        values["model"]["weights"] = "sha256:" + digest
     values["schema"] = SCHEMA_VERSION
     return values
 
@@ -59,7 +60,7 @@ def file_sha256(path: Path) -> str:
     """Sha256 of a file's bytes, read once while it stays as it is. Raises ConfigError where it cannot be read."""
     try:
         stat = path.stat()
-        return _sha256(path, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+        return _sha256(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
     except OSError as error:
         raise ConfigError(f"model.weights={path} cannot be read ({error.strerror}): check the path") from None
 
@@ -70,17 +71,4 @@ def _sha256(path: Path, version: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
-
-
-def listing_sha256(root: Path) -> str:
-    """Sha256 over the relative names and sizes of the files below ``root`` (content identity of a folder)."""
-    if not root.is_dir():
-        raise ConfigError(f"data.root={root} is not a folder: give the folder that holds your class folders")
-    digest = hashlib.sha256()
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            digest.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
     return digest.hexdigest()

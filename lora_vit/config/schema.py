@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the trial's configuration and record; part of the trial id."""
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
@@ -28,7 +28,10 @@ class ConfigError(ValueError):
 
 @dataclass
 class ModelConfig:
-    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted."""
+    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted.
+
+    ``weights_sha256``: of the file that ``weights`` names, found out when the trial is composed.
+    """
 
     name: str
     weights: str | None
@@ -39,11 +42,15 @@ class ModelConfig:
     hidden_dim: int
     mlp_dim: int
     head_dropout: float
+    weights_sha256: str | None = None
 
 
 @dataclass
 class DataConfig:
-    """A data set, its splits and its batches. ``batch_size`` is global: over all processes."""
+    """A data set, its splits and its batches. ``batch_size`` is global: over all processes.
+
+    ``content``: which images with which classes, found out when the trial is composed (None: those of a package).
+    """
 
     name: str
     root: str | None = field(metadata=_NO_IDENTITY)
@@ -56,6 +63,7 @@ class DataConfig:
     official_val: bool
     cache_size: int | None
     cache_dir: str = field(metadata=_NO_IDENTITY)
+    content: str | None = None
 
 
 @dataclass
@@ -184,7 +192,10 @@ def from_dict(values: dict[str, Any]) -> TrialConfig:
         for key in sorted(set(fields) - set(given)):
             raise ConfigError(f"the key '{name}.{key}' is missing")
         sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
-    return TrialConfig(**sections, seed=int(values["seed"]))
+    seed = values.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed={seed} is no whole number")
+    return TrialConfig(**sections, seed=seed)
 
 
 def _typed(value: Any, annotation: str) -> Any:

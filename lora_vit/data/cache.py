@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
-from lora_vit.data.dataset import DataError
-from lora_vit.records import locked
+from lora_vit.data.dataset import DataError, Decoded, shown
+from lora_vit.data.files import cannot_write, cores
+from lora_vit.records import locked, write_json
 
-_FORMAT = 1
+_FORMAT = 2
 _NAMED = 20
 """Broken files that one message names."""
 _CHUNK = 64
@@ -29,84 +32,125 @@ _CHUNK = 64
 _BYTES_PER_WORKER = 4 << 20
 """Image files that are worth the start of another worker (a quarter of a second)."""
 
-Problem = tuple[str, str]
-"""An image that cannot be used: its name, and ``""`` if it is broken, else its width and height."""
+Range = tuple[float, float]
+"""The values that become 0 and 255 where pixels have more than 8 bits."""
 
 
-def decode(path: Path | str, size: int | None) -> np.ndarray:
+class Problem(NamedTuple):
+    """An image that cannot be used as it is.
+
+    Attributes:
+        name: of its file.
+        kind: broken, size or deep (more than 8 bits, and no range given).
+        why: the reader's reason, or width and height.
+        values: smallest and largest value of a deep one.
+    """
+
+    name: str
+    kind: str
+    why: str = ""
+    values: Range = (0.0, 0.0)
+
+
+class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
+    """An image of more than 8 bits, for which no range was given."""
+
+    def __init__(self, values: Range):
+        self.values = values
+        super().__init__(f"its values are {values[0]:g} .. {values[1]:g}, not 8-bit as those trained on")
+
+
+def decode(file: Path | str | bytes, size: int | None, value_range: Range | None = None) -> np.ndarray:
     """An image file as RGB, uint8 [3, h, w]; with ``size`` its short side resized (antialiased) and centre-cropped.
 
-    Turned upright where its EXIF data says so. Transparency is dropped, 16-bit grey becomes 8-bit.
+    Turned upright where its EXIF data says so. Transparency is dropped. Pixels of 16 or 32 bits are mapped from
+    ``value_range`` to 0 .. 255.
+
+    Args:
+        file: its path, or its bytes.
+        size: pixels of each side, None for its own.
+        value_range: of the data set.
 
     Raises:
-        DataError: the file cannot be read as an image.
+        DataError: it cannot be read as an image, or is deep and there is no range.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
-            if size is not None:
-                image.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = _rgb(image)
-            if size is not None:
-                pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BILINEAR)
-            return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+        return _decode(io.BytesIO(file) if isinstance(file, bytes) else file, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-        raise DataError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from None
+        name = "the image" if isinstance(file, bytes) else shown(str(file))
+        raise DataError(f"{name} cannot be read as an image ({str(error) or type(error).__name__})") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _decode(file: io.BytesIO | Path | str, size: int | None, value_range: Range | None) -> np.ndarray:
+    # The user's own files: large ones are no attack.
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
+    with warnings.catch_warnings(), Image.open(file) as image:
+        warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
+        if size is not None:
+            image.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = _rgb(image, value_range)
+        if size is not None:
+            pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BILINEAR)
+        return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+
+
+def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits at 255 instead of scaling them
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    # Pillow's own conversion clips at 255 instead of scaling
+    grey = np.asarray(image).astype(np.float64)
+    if not np.isfinite(grey).all():
+        raise ValueError("it has values that are not finite")
+    if value_range is None:
+        raise DeepImage((float(grey.min()), float(grey.max())))
+    low, high = value_range
+    scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
+    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
 
 
-def decoded(root: Path, names: list[str], size: int | None, cache_dir: str, quiet: bool) -> np.ndarray:
+def decoded(
+    root: Path, names: list[str], digests: np.ndarray, size: int | None, cache_dir: Path, quiet: bool
+) -> Decoded:
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
-    The cache is keyed by the files' names, sizes and times, so that a changed file makes a new one, and a folder
-    that moved does not. Runs that start together wait for the first. It appears whole or not at all.
+    The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
+    not. Runs that start together wait for the first. It appears whole or not at all.
 
     Args:
         root: folder of the files.
         names: their paths below it; their order is the order of the array.
+        digests: sha256 of each, uint8 [N, 32].
         size: pixels of each side, None for the images' own (then all must agree).
         cache_dir: where caches lie.
         quiet: no progress.
+
+    Returns:
+        The map, and the range of values that became 0 .. 255 where files have more than 8 bits.
 
     Raises:
         DataError: broken images (all named at once), images of several sizes, no space, or a folder that
             cannot be written.
     """
-    folder = Path(cache_dir).expanduser()
-    key, file_bytes = _key(root, names, size)
-    path = folder / f"images-{key}.npy"
+    key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
+    path = cache_dir / f"images-{key}.npy"
     images = _open(path, len(names))
     if images is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(folder / f"{path.name}.lock"):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with locked(cache_dir / f"{path.name}.lock"):
                 images = _open(path, len(names))  # perhaps another run has just made it
                 if images is None:
-                    _build(root, names, size, path, file_bytes, quiet)
+                    _build(root, names, digests, size, path, quiet)
                     images = np.load(path, mmap_mode="r")
         except OSError as error:
-            raise DataError(
-                f"data.cache_dir={cache_dir} cannot be written ({error.strerror or error}): give another folder"
-            ) from None
-    return images
-
-
-@contextlib.contextmanager
-def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
-    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with locked(cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"):
-        yield
+            raise cannot_write(cache_dir, error) from None
+    beside = path.with_suffix(".json")
+    return images, (tuple(json.loads(beside.read_text())) if beside.exists() else None)
 
 
 def _open(path: Path, count: int) -> np.ndarray | None:
@@ -118,20 +162,6 @@ def _open(path: Path, count: int) -> np.ndarray | None:
     return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
 
 
-def _key(root: Path, names: list[str], size: int | None) -> tuple[str, int]:
-    """Name of the files' decoded form, and their bytes together."""
-    digest = hashlib.sha256(f"{_FORMAT} {size}\n".encode())
-    total = 0
-    for name in names:
-        try:
-            stat = os.stat(os.path.join(root, name))
-        except OSError as error:
-            raise DataError(f"{root / name} cannot be read ({error.strerror}): mend or remove it") from None
-        digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        total += stat.st_size
-    return digest.hexdigest()[:16], total
-
-
 @dataclass(frozen=True)
 class _Job:
     """Decode files of ``root`` into the array of ``shape`` that starts at byte ``offset`` of the file ``out``."""
@@ -141,21 +171,29 @@ class _Job:
     shape: tuple[int, ...]
     out: str
     offset: int
+    value_range: Range | None = None
 
-    def run(self, start: int, names: list[str]) -> list[Problem]:
+    def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
         """Decode the files into rows ``start`` and on; what cannot be used is returned."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
         problems = []
-        for row, name in zip(rows, names, strict=True):
+        for row, name, digest in zip(rows, names, digests, strict=True):
             try:
-                image = decode(os.path.join(self.root, name), self.size)
-            except DataError:
-                problems.append((name, ""))
+                content = Path(self.root, name).read_bytes()
+                if hashlib.sha256(content).digest() != digest.tobytes():
+                    raise DataError("it was changed in this moment")
+                image = decode(content, self.size, self.value_range)
+            except DataError as error:
+                deep = error.__cause__
+                if isinstance(deep, DeepImage):
+                    problems.append(Problem(name, "deep", values=deep.values))
+                else:
+                    problems.append(Problem(name, "broken", str(deep or error) or type(deep).__name__))
                 continue
             if image.shape == row.shape:
                 row[:] = image
             else:
-                problems.append((name, f"{image.shape[2]}x{image.shape[1]}"))
+                problems.append(Problem(name, "size", f"{image.shape[2]}x{image.shape[1]}"))
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
@@ -179,7 +217,7 @@ class _Worker:
         self._job = job
         self._told = False
 
-    def run(self, start: int, names: list[str]) -> list[Problem]:
+    def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
         """As the job's; errors of the process are raised here."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -187,14 +225,14 @@ class _Worker:
             if not self._told:
                 pickle.dump(self._job, self._process.stdin)
                 self._told = True
-            pickle.dump((start, names), self._process.stdin)
+            pickle.dump((start, names, digests), self._process.stdin)
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
             raise DataError(
-                f"a process that decodes images ended with code {code} between {names[0]} and {names[-1]} of "
-                f"{self._job.root}: is there enough memory, are these images sound?"
+                f"a process that decodes images ended with code {code} between {shown(names[0])} and "
+                f"{shown(names[-1])} of {shown(self._job.root)}: is there enough memory, are these images sound?"
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -211,19 +249,19 @@ def serve() -> None:
     job: _Job = pickle.load(sys.stdin.buffer)
     while True:
         try:
-            start, names = pickle.load(sys.stdin.buffer)
+            chunk = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         answer: list[Problem] | OSError
         try:
-            answer = job.run(start, names)
+            answer = job.run(*chunk)
         except OSError as error:
             answer = error
         pickle.dump(answer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 
-def _build(root: Path, names: list[str], size: int | None, path: Path, file_bytes: int, quiet: bool) -> None:
+def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
     first = _first_readable(root, names, size)
     shape = (len(names), *first.shape)
     needed = int(np.prod(shape))
@@ -241,26 +279,30 @@ def _build(root: Path, names: list[str], size: int | None, path: Path, file_byte
             offset = file.tell()
             file.truncate(offset + needed)
         job = _Job(str(root), size, shape, str(partial), offset)
-        problems = _run(job, names, min(_cores(), file_bytes // _BYTES_PER_WORKER), quiet)
+        problems = _run(job, names, digests, quiet)
+        deep = [p.values for p in problems if p.kind == "deep"]
+        if deep:  # one range for all, so that equal values stay equal
+            job = replace(job, value_range=(min(v[0] for v in deep), max(v[1] for v in deep)))
+            problems = _run(job, names, digests, quiet)
         _refuse(root, problems, f"{first.shape[2]}x{first.shape[1]}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        path.with_suffix(".json").unlink(missing_ok=True)
+        if job.value_range is not None:
+            write_json(path.with_suffix(".json"), job.value_range)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _cores() -> int:
-    """Cores this process may use (a container or a batch system may grant fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(job: _Job, names: list[str], count: int, quiet: bool) -> list[Problem]:
-    """Decode all files: here if there are few, else in ``count`` workers, each with a thread that feeds it."""
+def _run(job: _Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Problem]:
+    """Decode all files: here if there are few, else in several workers, each with a thread that feeds it."""
     from lora_vit.terminal import Progress  # not in the workers: it doubles the time they take to start
 
+    file_bytes = sum(os.path.getsize(os.path.join(job.root, name)) for name in names)
+    count = min(cores(), file_bytes // _BYTES_PER_WORKER)
     length = max(1, min(_CHUNK, len(names) // (8 * max(count, 1))))
-    chunks = [(start, names[start : start + length]) for start in range(0, len(names), length)]
+    chunks = [(i, names[i : i + length], digests[i : i + length]) for i in range(0, len(names), length)]
     problems: list[Problem] = []
     with Progress("decoding images", len(names), quiet) as bar, contextlib.ExitStack() as stack:
 
@@ -269,8 +311,8 @@ def _run(job: _Job, names: list[str], count: int, quiet: bool) -> list[Problem]:
             bar.advance(done)
 
         if count < 2:
-            for start, part in chunks:
-                collect(job.run(start, part), len(part))
+            for chunk in chunks:
+                collect(job.run(*chunk), len(chunk[1]))
             return problems
         pool = stack.enter_context(ThreadPoolExecutor(count))
         workers = [_Worker(job) for _ in range(count)]
@@ -278,7 +320,7 @@ def _run(job: _Job, names: list[str], count: int, quiet: bool) -> list[Problem]:
             stack.callback(worker.stop)  # before the pool is left, so that its threads end
         idle = list(workers)
 
-        def feed(chunk: tuple[int, list[str]]) -> list[Problem]:
+        def feed(chunk: tuple[int, list[str], np.ndarray]) -> list[Problem]:
             worker = idle.pop()  # there are as many workers as threads
             try:
                 return worker.run(*chunk)
@@ -292,22 +334,26 @@ def _run(job: _Job, names: list[str], count: int, quiet: bool) -> list[Problem]:
 
 def _refuse(root: Path, problems: list[Problem], usual: str) -> None:
     """Raise the one error that tells all broken images, or an image of another size."""
-    broken = sorted(name for name, other in problems if not other)
+    broken = sorted(f"{shown(p.name)} ({p.why})" for p in problems if p.kind == "broken")
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-        raise DataError(f"{count} below {root}: {', '.join(broken[:_NAMED])}{more}; mend or remove them")
-    for name, other in sorted(problems):
         raise DataError(
-            f"{root / name} is {other}, other images are {usual}: give data.cache_size to bring all to one size"
+            f"{count} below {shown(str(root))}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away"
+        )
+    for problem in sorted(problems):
+        raise DataError(
+            f"{shown(str(root / problem.name))} is {problem.why}, other images are {usual}: give data.cache_size to "
+            "bring all to one size"
         )
 
 
 def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarray:
     """Any image that decodes: it tells the shape. The broken ones are named together later."""
+    why = ""
     for name in names:
         try:
-            return decode(root / name, size)
-        except DataError:
-            continue
-    raise DataError(f"none of the {len(names)} images below {root} can be read, for example {names[0]}")
+            return decode(root / name, size, (0.0, 1.0))
+        except DataError as error:
+            why = why or str(error)
+    raise DataError(f"none of the {len(names)} images below {shown(str(root))} can be read: {why}")

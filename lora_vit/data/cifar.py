@@ -6,52 +6,56 @@ import contextlib
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_vit.config import DataConfig
-from lora_vit.data.cache import locked_in
-from lora_vit.data.dataset import DataError, ImageData
-from lora_vit.data.splits import finish, split_per_class
+from lora_vit.data.dataset import DataError, Found, content_of
+from lora_vit.data.files import locked_in
 
 
-def load(config: DataConfig, quiet: bool) -> ImageData:
-    """50,000 training images divided into train and val; the official 10,000 test images are ``test``.
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+    """50,000 images for train and val; the official 10,000 test images are ``test``. Downloaded if absent.
 
     Raises:
-        DataError: not there and not to be downloaded, or a setting that has no effect here.
+        DataError: damaged, or not there and not to be downloaded.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    kind = CIFAR10 if config.name == "cifar10" else CIFAR100
-    assert config.root is not None
-    root = Path(config.root).expanduser()
-    if config.val_fraction is None:
-        raise DataError(f"data.val_fraction=null, but data={config.name} has no val images of its own: give a fraction")
-    for key in ("test_fraction", "cache_size"):
-        value = getattr(config, key)
-        if value is not None:
-            raise DataError(
-                f"data.{key}={value} has no effect with data={config.name}, which has test images and one size: "
-                "leave it null"
-            )
+    kind: Any = CIFAR10 if name == "cifar10" else CIFAR100
+    folder = _around(Path(root), kind)
     try:
         try:
-            train, test = (kind(str(root), train=part) for part in (True, False))
+            train, test = (kind(str(folder), train=part) for part in (True, False))
         except RuntimeError:  # not there yet; several processes of one run come here together
-            cache_dir = Path(config.cache_dir).expanduser()
-            with locked_in(cache_dir, f"{config.name} {root.resolve()}"), contextlib.redirect_stdout(io.StringIO()):
-                train, test = (kind(str(root), train=part, download=True) for part in (True, False))
+            with locked_in(Path(cache_dir), f"{name} {folder.resolve()}"), contextlib.redirect_stdout(io.StringIO()):
+                train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if (folder / kind.base_folder).exists() or (folder / kind.filename).exists():
+            raise DataError(
+                f"data={name}: {kind.base_folder}/ or {kind.filename} in {folder} is damaged or not whole, and cannot "
+                f"be fetched anew ({reason}): unpack {kind.filename} (md5 {kind.tgz_md5}) there"
+            ) from None
         raise DataError(
-            f"data={config.name} is not below data.root={root} and cannot be downloaded ({reason}): put "
+            f"data={name} is not below data.root={root} and cannot be downloaded ({reason}): put "
             f"{kind.filename} or {kind.base_folder}/ there, or run experiment=quickstart, which needs no download"
         ) from None
     images = np.ascontiguousarray(np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2))
     labels = np.array([*train.targets, *test.targets], dtype=np.int64)
-    of_train = np.arange(len(train.targets))
-    splits = split_per_class(labels, of_train, {"val": config.val_fraction}, config.split_seed, train.classes)
-    splits["test"] = np.arange(len(train.targets), len(labels))
-    content = hashlib.sha256(images.data).hexdigest()
-    return finish(images, labels, list(train.classes), [content], splits, config)
+    first = len(train.targets)
+    parts = {"train": np.arange(first), "test": np.arange(first, len(labels))}
+    digest = np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8)
+    content = content_of(list(train.classes), labels, parts, digest)
+    return Found(labels, list(train.classes), parts, content, lambda _: (images, None))
+
+
+def _around(root: Path, kind: Any) -> Path:
+    """``root``, or the folder above or below it that holds the data set, where it is one level off."""
+    held = (kind.base_folder, kind.filename)
+    if any((root / name).exists() for name in held):
+        return root
+    if root.name == kind.base_folder:
+        return root.parent
+    below = sorted(p for p in root.glob("*") if any((p / name).exists() for name in held))
+    return below[0] if len(below) == 1 else root

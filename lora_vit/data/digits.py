@@ -7,18 +7,16 @@ import hashlib
 import numpy as np
 
 from lora_vit import randomness
-from lora_vit.config import DataConfig
-from lora_vit.data.dataset import ImageData
-from lora_vit.data.splits import finish, split_per_class
+from lora_vit.data.dataset import Found, content_of
 
 
-def load(config: DataConfig, quiet: bool) -> ImageData:
-    """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998) or fake images."""
-    images, labels, names = _digits() if config.name == "digits" else _fake(config.cache_size or 32)
-    fractions = {"val": config.val_fraction or 0.4, "test": config.test_fraction or 0.4}
-    splits = split_per_class(labels, np.arange(len(labels)), fractions, config.split_seed, names)
-    content = hashlib.sha256(images.tobytes()).hexdigest()
-    return finish(images, labels, names, [content], splits, config)
+def find(name: str, size: int | None) -> Found:
+    """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998), or fake images of ``size`` pixels."""
+    images, labels, names = _digits() if name == "digits" else _fake(size or 32)
+    parts = {"train": np.arange(len(labels))}
+    content = content_of(names, labels, parts, np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8))
+
+    return Found(labels, names, parts, content, lambda _: (images, None))
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray, list[str]]:

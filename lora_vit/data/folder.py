@@ -2,77 +2,97 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from lora_vit.config import DataConfig
 from lora_vit.data.cache import decoded
-from lora_vit.data.dataset import DataError, ImageData
-from lora_vit.data.splits import finish, split_per_class
+from lora_vit.data.dataset import DataError, Decoded, Found, content_of, shown
+from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""What the folder of each part may be called."""
 
 
-def load(config: DataConfig, quiet: bool) -> ImageData:
-    """Class folders below ``data.root``, or below its train/ and val/ and test/ where it has them.
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+    """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
     Raises:
-        DataError: no classes, an empty class, a class of val/ or test/ that train/ lacks, broken images.
+        DataError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part.
     """
-    assert config.root is not None
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data.root={root} is not a folder: give the folder that holds your class folders")
-    parts = [p for p in ("train", "val", "test") if (root / p).is_dir()] if (root / "train").is_dir() else [""]
-    class_names = class_folders(root / parts[0])
+    top, cache = Path(root), Path(cache_dir)
+    if not top.is_dir():
+        raise DataError(f"data.root={shown(root)} is not a folder: give the folder that holds your class folders")
+    passed = PassedOver()
+    folders = _part_folders(top, cache, passed)
+    classes = _class_folders(top / folders["train"], cache, passed)
     names: list[str] = []
     labels: list[int] = []
-    part_ids: dict[str, np.ndarray] = {}
-    for part in parts:
-        extra = sorted(set(_folders(root / part)) - set(class_names))
-        if extra:
-            raise DataError(
-                f"{root / part} has the class '{extra[0]}', which {root / parts[0]} has not: remove or add it"
-            )
+    parts: dict[str, np.ndarray] = {}
+    for part, folder in folders.items():
         first = len(names)
-        for label, class_name in enumerate(class_names):
-            found = image_files(root / part / class_name) if (root / part / class_name).is_dir() else []
-            if not found and part == parts[0]:
-                raise DataError(f"class folder {root / part / class_name} holds no images: add some, or remove it")
-            names += [os.path.join(part, class_name, f) for f in found]
+        _refuse_other_classes(top, folders["train"], folder, classes, cache, passed)
+        for label, class_name in enumerate(classes):
+            place = Path(folder) / class_name
+            found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
+            if not found and part == "train":
+                raise DataError(f"class folder {shown(str(top / place))} holds no images: add some, or take it away")
+            names += found
             labels += [label] * len(found)
         if len(names) == first:
-            raise DataError(f"{root / part} holds no images in class folders: sort its images by class, or rename it")
-        part_ids[part] = np.arange(first, len(names))
-    label_array = np.array(labels, dtype=np.int64)
-    fractions = {"val": config.val_fraction, "test": config.test_fraction}
-    wanted = {name: f for name, f in fractions.items() if name not in part_ids and f is not None}
-    splits = split_per_class(label_array, part_ids[parts[0]], wanted, config.split_seed, class_names)
-    splits |= {part: part_ids[part] for part in parts[1:]}
-    for name in ("val", "test"):
-        if name not in splits:
-            raise DataError(f"data.root={root} has no {name}/ and data.{name}_fraction is null: give one of them")
-    images = decoded(root, names, config.cache_size, config.cache_dir, quiet)
-    return finish(images, label_array, class_names, names, splits, config)
+            raise DataError(
+                f"{shown(str(top / folder))} holds no images in class folders: sort its images by class, or rename it"
+            )
+        parts[part] = np.arange(first, len(names))
+    label_array, class_names = np.array(labels, dtype=np.int64), [shown(c) for c in classes]
+    digests = digests_of(top, names, cache, quiet)
+
+    def decode(size: int | None) -> Decoded:
+        return decoded(top, names, digests, size, cache, quiet)
+
+    content = content_of(class_names, label_array, parts, digests)
+    return Found(label_array, class_names, parts, content, decode, passed.lines())
 
 
-def class_folders(root: Path) -> list[str]:
-    """Sorted names of the folders below ``root``. Raises DataError for fewer than two."""
-    found = _folders(root)
-    if len(found) < 2:
-        count = "no class folders" if not found else f"one class folder ({found[0]})"
-        raise DataError(f"{root} holds {count}: a classifier needs two or more, each with its images")
+def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
+    """Folder of each part that is there; ``train`` is ``.`` where the class folders are at the top."""
+    found = {}
+    for part, called in _NAMES.items():
+        there = [name for name in called if (top / name).is_dir()]
+        if len(there) > 1:
+            raise DataError(f"{shown(str(top))} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
+        if there:
+            found[part] = there[0]
+    if "train" not in found:
+        return {"train": "."}
+    for name in folders_in(top, cache, passed):
+        if name not in found.values():
+            passed.add("folders beside train/", name)
     return found
 
 
-def _folders(root: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+def _class_folders(folder: Path, cache: Path, passed: PassedOver) -> list[str]:
+    """Sorted names of the class folders. Raises DataError for fewer than two."""
+    found = folders_in(folder, cache, passed)
+    if len(found) < 2:
+        count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
+        lower = [name for name in found if len(folders_in(folder / name, cache, PassedOver())) > 1]
+        hint = f"; did you mean data.root={shown(str(folder / lower[0]))}?" if lower else ""
+        raise DataError(
+            f"{shown(str(folder))} holds {count}: a classifier needs two or more, each with its images{hint}"
+        )
+    return found
 
 
-def image_files(folder: Path) -> list[str]:
-    """Sorted names of the images in a folder; other and hidden files are left aside."""
-    return sorted(
-        e.name for e in os.scandir(folder) if not e.name.startswith(".") and e.name.lower().endswith(EXTENSIONS)
-    )
+def _refuse_other_classes(
+    top: Path, train: str, folder: str, classes: list[str], cache: Path, passed: PassedOver
+) -> None:
+    """Raise DataError where a part has a class that train/ lacks."""
+    if folder == train:
+        return
+    extra = sorted(set(folders_in(top / folder, cache, passed)) - set(classes))
+    if extra:
+        raise DataError(
+            f"{shown(str(top / folder))} has the class '{shown(extra[0])}', which {shown(str(top / train))} has not: "
+            "take it away, or add it there"
+        )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
 
 import numpy as np
 
 from lora_vit import randomness
 from lora_vit.config import DataConfig
-from lora_vit.data.dataset import DataError, ImageData
+from lora_vit.data.dataset import DataError, Found
 
 
 def split_per_class(
@@ -68,36 +66,37 @@ def keep_per_class(labels: np.ndarray, ids: np.ndarray, count: int, seed: int) -
     return np.sort(np.concatenate(kept))
 
 
-def fingerprint(names: Iterable[str], labels: np.ndarray, splits: dict[str, np.ndarray]) -> str:
+def fingerprint(content: str, splits: dict[str, np.ndarray]) -> str:
     """Hex digest of which samples there are, their classes, and the split each is in."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")  # a file name need not be text
-    digest.update(labels.astype("<i8").tobytes())
+    digest = hashlib.sha256(content.encode())
     for name in sorted(splits):
         digest.update(name.encode() + b"\0" + splits[name].astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
-def finish(
-    images: np.ndarray,
-    labels: np.ndarray,
-    class_names: list[str],
-    names: Iterable[str],
-    splits: dict[str, np.ndarray],
-    config: DataConfig,
-) -> ImageData:
-    """Keep ``data.train_per_class``, take the fingerprint.
+def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str]:
+    """The splits of a data set, by the parts that it has and the config's fractions, and its fingerprint.
 
     Raises:
-        DataError: too few training images for the batch or for ``data.train_per_class``.
+        DataError: a part that neither is there nor has a fraction, too few images for the batch or for
+            ``data.train_per_class``.
     """
+    wanted = {}
+    for part in ("val", "test"):
+        fraction = getattr(config, f"{part}_fraction")
+        if part not in found.parts and fraction is None:
+            raise DataError(
+                f"data.root={config.root} has no {part}/ and data.{part}_fraction is null: give one of them"
+            )
+        if part not in found.parts:
+            wanted[part] = fraction
+    splits = split_per_class(found.labels, found.parts["train"], wanted, config.split_seed, found.class_names)
+    splits |= {part: ids for part, ids in found.parts.items() if part != "train"}
     if config.train_per_class is not None:
-        kept = keep_per_class(labels, splits["train"], config.train_per_class, config.split_seed)
-        splits = {**splits, "train": kept}
+        splits["train"] = keep_per_class(found.labels, splits["train"], config.train_per_class, config.split_seed)
     if len(splits["train"]) < config.batch_size:
         raise DataError(
             f"data.batch_size={config.batch_size} is more than the {len(splits['train'])} training images: "
             "give at most that"
         )
-    return ImageData(images, labels, class_names, splits, fingerprint(names, labels, splits))
+    return splits, fingerprint(found.content, splits)

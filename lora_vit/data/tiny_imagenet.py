@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -21,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.config import DataConfig
-from lora_vit.data.cache import decoded, locked_in
-from lora_vit.data.dataset import DataError, ImageData
-from lora_vit.data.folder import image_files
-from lora_vit.data.splits import finish, split_per_class
+from lora_vit.data.cache import decoded
+from lora_vit.data.dataset import DataError, Decoded, Found, content_of
+from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
@@ -50,46 +47,50 @@ class Source:
 PUBLISHED = Source("http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de")
 
 
-def load(config: DataConfig, quiet: bool, source: Source = PUBLISHED) -> ImageData:
-    """The data set at ``data.root`` (folder or zip), downloaded first if it is not there.
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+    """The data set at ``root`` (folder or zip), downloaded first if it is not there.
 
     Raises:
-        DataError: no network, a damaged archive, a class without images, broken images.
+        DataError: no network, a damaged archive, a class without images.
     """
-    assert config.root is not None
-    for key in ("val_fraction", "test_fraction"):
-        if getattr(config, key) is None:
-            raise DataError(f"data.{key}=null, but our splits come out of the train folder: give a fraction")
-    fractions = {"val": config.val_fraction or 0.0, "test": config.test_fraction or 0.0}
-    folder = find(Path(config.root).expanduser(), Path(config.cache_dir).expanduser(), quiet, source)
+    cache, passed = Path(cache_dir), PassedOver()
+    folder = find_folder(Path(root), cache, quiet, PUBLISHED)
     wnids = _lines(folder / "wnids.txt")
     if len(set(wnids)) != len(wnids) or len(wnids) < 2:
         raise DataError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
-    names, labels = _train_index(folder, wnids)
-    of_train = np.arange(len(names))
-    if config.official_val:
-        more, classes = _official_val(folder, wnids)
+    names, labels = _train_index(folder, wnids, cache, passed)
+    parts = {"train": np.arange(len(names))}
+    if official_val:
+        more, classes = _official_val(folder, wnids, cache, passed)
+        parts["official_val"] = np.arange(len(names), len(names) + len(more))
         names, labels = names + more, labels + classes
-    label_array = np.array(labels, dtype=np.int64)
-    class_names = _class_names(folder, wnids)
-    splits = split_per_class(label_array, of_train, fractions, config.split_seed, class_names)
-    if config.official_val:
-        splits["official_val"] = np.arange(len(of_train), len(names))
-    images = decoded(folder, names, config.cache_size, config.cache_dir, quiet)
-    return finish(images, label_array, class_names, names, splits, config)
+    label_array, class_names = np.array(labels, dtype=np.int64), _class_names(folder, wnids)
+    digests = digests_of(folder, names, cache, quiet)
+
+    def decode(size: int | None) -> Decoded:
+        return decoded(folder, names, digests, size, cache, quiet)
+
+    content = content_of(class_names, label_array, parts, digests)
+    return Found(label_array, class_names, parts, content, decode, passed.lines())
 
 
-def find(root: Path, cache_dir: Path, quiet: bool, source: Source = PUBLISHED) -> Path:
+def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source) -> Path:
     """The extracted folder: at or in ``root``, from a zip there, or downloaded into it.
 
     Raises:
         DataError: as :func:`download` and :func:`extract`.
     """
-    for folder in (root, root / FOLDER):
+    below = [folder for folder in sorted(root.glob("*")) if _is_whole(folder)]
+    one_off = below if len(below) == 1 else []
+    above = [root.parent] if root.name in ("train", "val") else []
+    for folder in (root, root / FOLDER, *one_off, *above):
         if _is_whole(folder):
             return folder
     if (root / FOLDER).exists():
-        raise DataError(f"{root / FOLDER} lacks wnids.txt or train/: remove it to have it unpacked or downloaded anew")
+        raise DataError(
+            f"{root / FOLDER} is not whole, it lacks wnids.txt or train/: unpack {FOLDER}.zip anew, or give another "
+            "data.root"
+        )
     archive = _archive(root)
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
@@ -226,7 +227,9 @@ def extract(archive: Path, target: Path, quiet: bool) -> Path:
                     raise
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"{archive} is damaged ({reason}): fetch it anew, or remove it to have it downloaded") from None
+        raise DataError(
+            f"{archive} is damaged ({reason}): fetch it anew, or give another data.root to have it downloaded"
+        ) from None
     except OSError as error:
         raise DataError(f"{archive} cannot be unpacked into {target.parent} ({error.strerror or error})") from None
     return target
@@ -262,29 +265,24 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _train_index(folder: Path, wnids: list[str]) -> tuple[list[str], list[int]]:
+def _train_index(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> tuple[list[str], list[int]]:
     known = set(wnids)
-    extra = sorted(e.name for e in os.scandir(folder / "train") if e.is_dir() and e.name not in known)
-    extra = [name for name in extra if not name.startswith(".")]
-    if extra:
-        warnings.warn(
-            f"{folder / 'train'} has {len(extra)} folders that wnids.txt does not name, ignored: "
-            f"{', '.join(extra[:5])}",
-            stacklevel=2,
-        )
+    for name in folders_in(folder / "train", cache, passed):
+        if name not in known:
+            passed.add("folders of train/ that wnids.txt does not name", name)
     names: list[str] = []
     labels: list[int] = []
     for label, wnid in enumerate(wnids):
-        images = folder / "train" / wnid / "images"
-        found = image_files(images) if images.is_dir() else []
+        images = f"train/{wnid}/images"
+        found = images_below(folder, images, cache, passed) if (folder / images).is_dir() else []
         if not found:
-            raise DataError(f"class {wnid} of wnids.txt has no images in {images}: extract the archive anew")
-        names += [f"train/{wnid}/images/{name}" for name in found]
+            raise DataError(f"class {wnid} of wnids.txt has no images in {folder / images}: extract the archive anew")
+        names += found
         labels += [label] * len(found)
     return names, labels
 
 
-def _official_val(folder: Path, wnids: list[str]) -> tuple[list[str], list[int]]:
+def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> tuple[list[str], list[int]]:
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise DataError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
@@ -292,7 +290,8 @@ def _official_val(folder: Path, wnids: list[str]) -> tuple[list[str], list[int]]
     rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
     rows = [row for row in rows if row[1] in place]
     images = folder / "val" / "images"
-    missing = sorted({name for name, _ in rows} - set(image_files(images) if images.is_dir() else []))
+    there = images_below(folder, "val/images", cache, passed) if images.is_dir() else []
+    missing = sorted({f"val/images/{name}" for name, _ in rows} - set(there))
     if not rows:
         raise DataError(f"{annotations} names no image of the classes of wnids.txt: extract the archive anew")
     if missing:

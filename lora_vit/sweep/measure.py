@@ -15,7 +15,6 @@ import torch
 
 from lora_vit.build import choose_device, device_name
 from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
-from lora_vit.data.dataset import DataError
 from lora_vit.records import NO_SPACE, TrialRecord
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
@@ -105,7 +104,7 @@ class PackSizes:
             size, measured = choose_pack_size(
                 [job.config for job in jobs], self.setups.of(jobs[0]), self.run.workers, self.stop
             )
-        except (Interrupted, ConfigError, DataError):
+        except (Interrupted, ConfigError):
             raise
         except Exception as error:  # each trial then tells its own
             if isinstance(error, OSError) and error.errno in NO_SPACE:

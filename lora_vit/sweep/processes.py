@@ -173,7 +173,6 @@ def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
     """A worker process."""
     import torch
 
-    from lora_vit.data.dataset import DataError
     from lora_vit.sweep.worker import Worker
 
     torch.set_num_threads(threads)
@@ -192,7 +191,7 @@ def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
             Worker(run, emit, stop, index).work()
         except Interrupted as error:
             code = error.exit_code
-        except (ConfigError, DataError, OSError) as error:
+        except (ConfigError, OSError) as error:
             emit("say", text=f"worker {index}: {error}")
             code = 1
         except Exception:

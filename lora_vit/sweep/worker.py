@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from lora_vit.config import ConfigError
-from lora_vit.data.dataset import DataError
 from lora_vit.distributed import Process
 from lora_vit.records import NO_SPACE
 from lora_vit.run import one_line
@@ -115,7 +114,7 @@ class Worker:
                 if not taken:
                     return worked, bool(jobs)
                 setup = self.setups.of(taken[0])
-            except (ConfigError, DataError) as error:  # nothing of the group can be built
+            except ConfigError as error:  # nothing of the group can be built
                 for job in jobs:
                     self.schedule.refuse(job, error)
                 break
@@ -200,7 +199,7 @@ class Worker:
             place, board = self.run.folder_of(job), self.run.board_of(job)
             try:
                 trial = Trial.open(job.config, place, setup, self.run.launched, job.files, board)
-            except (ConfigError, DataError) as error:
+            except ConfigError as error:
                 self.schedule.refuse(job, error)
             else:
                 opened.append((job, trial))

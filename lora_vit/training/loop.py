@@ -304,5 +304,6 @@ def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
         "lora": c["lora"],
         "effective_scaling": trial.config.lora.effective_scaling() if c["lora"]["method"] == "lora" else None,
         "decoded_size": height if height == width else None,
+        "value_range": setup.data.value_range,
         "class_names": list(setup.data.class_names),
     }

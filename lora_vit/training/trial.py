@@ -75,7 +75,7 @@ class Trial:
             record = TrialRecord(trial_id(config), cell_id(config), "running", to_dict(config), started=time.time())
             state = TrialState()
         else:
-            state = _last_state(folder, record, setup.data.fingerprint)
+            state = _last_state(folder, record, setup)
             record.config, record.error, record.finished = to_dict(config), None, None
             record.metrics, record.best = dict(state.last), dict(state.best)
         record.status = "running"
@@ -137,13 +137,18 @@ def _begins_anew(record: TrialRecord, config: TrialConfig, launched: float) -> b
     return restarted or bool(record.error and record.error.get("step") is not None)
 
 
-def _last_state(folder: Path, record: TrialRecord, fingerprint: str) -> TrialState:
-    begun_with = record.data.get("fingerprint", fingerprint)
-    if begun_with != fingerprint:
-        raise ConfigError(
-            f"{folder} was begun with other data (fingerprint {begun_with}, now {fingerprint}): give the same "
-            "data, or train anew with trainer.resume=restart"
-        )
+def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
+    """The checkpoint of a trial that was begun with this data and in this precision. Raises ConfigError for others."""
+    fingerprint, precision = record.data.get("fingerprint"), record.environment.get("precision")
+    for what, begun_with, now in (
+        ("other splits (fingerprint", fingerprint, setup.data.fingerprint),
+        ("another precision (trainer.precision=auto is", precision, setup.environment["precision"]),
+    ):
+        if begun_with not in (None, now):
+            raise ConfigError(
+                f"{folder} was begun with {what} {begun_with} there, {now} here): go on where and with what it was "
+                "begun, or train anew with trainer.resume=restart"
+            )
     try:
         return load_checkpoint(folder, record.trial_id)
     except RecordError as error:

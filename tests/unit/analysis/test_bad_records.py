@@ -75,20 +75,16 @@ def test_odd_facts_beside_the_metric_break_nothing(sweep, key, value):
     assert html_report(summary, {}, "command")
 
 
-def test_settings_that_every_record_lacks_are_no_column(sweep):
-    for path in sweep.glob("*/record.json"):
-        values = json.loads(path.read_text())
-        del values["config"]["lora"]["method"], values["config"]["trainer"]["epochs"], values["config"]["model"]
-        path.write_text(json.dumps(values))
-    assert summarize(sweep).settings == ["lora.rank"]
-
-
-@pytest.mark.parametrize(("key", "value"), [("config.lora.dropout", 0.3), ("config.seed", 1)])
-def test_a_cell_with_an_edited_trial_is_left_out_whole(sweep, key, value):
-    (trial,) = edit(sweep, key, value)
+@pytest.mark.parametrize(
+    ("key", "value"), [("config.lora.dropout", 0.3), ("config.seed", 1), ("cell_id", "0123456789"), ("trial_id", "x")]
+)
+def test_an_edited_record_is_left_out(sweep, key, value):
+    """Its figure is not that of the settings that it shows."""
+    (path,) = [p for p in sweep.glob("*/record.json") if p.parent.name == edit(sweep, "cost.seconds", 1.0)[0]]
+    edit(sweep, key, value)
     summary = summarize(sweep)
-    assert sorted(summary.cells["lora.rank"]) == [1, 4]
-    assert any(trial in line and "edited" in line for line in summary.problems)
+    assert len(summary.trials) == 5
+    assert [line for line in summary.problems if str(path) in line and "was edited: its config is" in line]
 
 
 def test_a_folder_copied_as_it_is_counts_once(sweep):

@@ -23,7 +23,8 @@ TWO = np.array([[0.80, 0.81], [0.90, 0.91]])
 def trials() -> pd.DataFrame:
     """Ranks 1 and 2 with two seeds each."""
     frame = make_frame([{"lora__rank": 1}, {"lora__rank": 2}], TWO)
-    return frame.assign(label=[f"rank {rank}" for rank in frame["lora.rank"]])
+    named = [f"rank {rank}" for rank in frame["lora.rank"]]
+    return frame.assign(**{"label": named, "data.content": "1000 images"})
 
 
 def told(done: pd.DataFrame, **summary: Any) -> list[str]:

@@ -39,7 +39,8 @@ MODEL = [
 ]  # fmt: skip
 
 DATA = [
-    *((one("data.name", name), OK) for name in ("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder")),
+    *((one("data.name", name), OK) for name in ("tiny_imagenet", "imagefolder")),
+    ({"data.name": "digits", "data.cache_size": None}, OK),
     (one("data.name", "digit"), "data.name=digit is unknown, did you mean 'digits'? (one of: tiny_imagenet, digits, "
      "cifar10, cifar100, imagefolder, fake)"),
     *((one("data.augment", name), OK) for name in ("flip", "crop_flip")),
@@ -50,8 +51,20 @@ DATA = [
     (one("data.split_seed", -1), "data.split_seed=-1 is impossible: give a whole number from 0 up"),
     *((one(f"data.{key}_fraction", value), f"data.{key}_fraction={value} is impossible: give a fraction in (0, 1)")
       for key in ("val", "test") for value in (0.0, 1.0)),
-    ({"data.val_fraction": 0.99, "data.test_fraction": None}, OK),
-    ({"data.val_fraction": None, "data.test_fraction": 0.99}, OK),
+    ({"data.name": "imagefolder", "data.val_fraction": 0.99, "data.test_fraction": None}, OK),
+    ({"data.name": "imagefolder", "data.val_fraction": None, "data.test_fraction": 0.99}, OK),
+    *(({"data.name": name, f"data.{part}_fraction": None}, f"data.{part}_fraction=null, but data={name} has no {part} "
+       "images of its own: give a fraction") for name in ("fake", "tiny_imagenet") for part in ("val", "test")),
+    *(({"data.name": name, "data.test_fraction": None, "data.cache_size": None}, OK)
+      for name in ("cifar10", "cifar100")),
+    ({"data.name": "cifar10", "data.test_fraction": None, "data.val_fraction": None}, "data.val_fraction=null, but "
+     "data=cifar10 has no val images of its own: give a fraction"),
+    ({"data.name": "cifar100", "data.test_fraction": 0.1}, "data.test_fraction=0.1 has no effect with data=cifar100, "
+     "which has test images of its own: leave it null"),
+    *(({"data.name": name, "data.test_fraction": None if "cifar" in name else 0.1, "data.cache_size": 16},
+       f"data.cache_size=16 has no effect with data={name}, whose images have one size: leave it null")
+      for name in ("cifar10", "cifar100", "digits")),
+    ({"data.name": "tiny_imagenet", "data.cache_size": 16}, OK),
     ({"data.val_fraction": 0.001, "data.test_fraction": 0.001}, OK),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, OK),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, "data.val_fraction=0.5 and data.test_fraction=0.5 leave "

@@ -9,16 +9,16 @@ import os
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 
-from lora_vit.config import ConfigError, canonical, cell_id, is_weights_file, trial_id
+from lora_vit.config import ConfigError, canonical, cell_id, file_sha256, is_weights_file, trial_id
 
 CANONICAL = {
-    "model": PLAIN["model"],
+    "model": {key: value for key, value in PLAIN["model"].items() if key != "weights_sha256"},
     "data": {key: value for key, value in PLAIN["data"].items() if key not in ("root", "cache_dir")},
     "optimizer": PLAIN["optimizer"],
     "lora": PLAIN["lora"],
     "trainer": {"epochs": 2, "precision": "fp64", "compile": False},
     "seed": 0,
-    "schema": 1,
+    "schema": 2,
 }
 # every setting, another value of it, and whether that is another trial
 OTHER = {
@@ -31,6 +31,7 @@ OTHER = {
     "model.hidden_dim": (64, True),
     "model.mlp_dim": (64, True),
     "model.head_dropout": (0.2, True),
+    "model.weights_sha256": ("0" * 64, False),  # of a file, and there is none
     "data.name": ("digits", True),
     "data.root": ("elsewhere", False),
     "data.batch_size": (4, True),
@@ -42,6 +43,7 @@ OTHER = {
     "data.official_val": (True, True),
     "data.cache_size": (8, True),
     "data.cache_dir": ("elsewhere", False),
+    "data.content": ("60 images, 4 classes, sha256 0123456789abcdef", True),
     "optimizer.lr": (2e-3, True),
     "optimizer.weight_decay": (0.0, True),
     "optimizer.betas": ([0.999, 0.9], True),
@@ -87,8 +89,8 @@ def test_the_canonical_form_is_what_is_hashed():
 
 
 def test_ids_on_disk_stay_what_they_are():
-    assert trial_id(plain_trial()) == "ddd4371a80"
-    assert cell_id(plain_trial()) == "e29d979210"
+    assert trial_id(plain_trial()) == "da7a8c152b"
+    assert cell_id(plain_trial()) == "cbddd1b013"
 
 
 def test_the_table_has_every_setting():
@@ -125,57 +127,54 @@ def test_a_baseline_has_no_adapters_settings():
     assert baseline["lora"] == {"method": "none", **{key.partition(".")[2]: None for key in BASELINE}}
 
 
-def test_weights_count_by_their_content(tmp_path, monkeypatch):
-    one, same, other = (tmp_path / name for name in ("one.pth", "same.safetensors", "other.pt"))
-    content = b"weights" * 500_000  # several blocks of a megabyte
-    one.write_bytes(content)
-    same.write_bytes(content)
-    other.write_bytes(b"others")
-    by_content = {**PLAIN["model"], "weights": "sha256:" + hashlib.sha256(content).hexdigest()}
-    expected = {**CANONICAL, "model": by_content}
-    assert canonical(plain_trial({"model.weights": str(one)})) == expected
-    assert trial_id(plain_trial({"model.weights": str(same)})) == ten_digits(expected)
-    assert trial_id(plain_trial({"model.weights": str(other)})) != ten_digits(expected)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert trial_id(plain_trial({"model.weights": "~/one.pth"})) == ten_digits(expected)
+def test_weights_count_by_their_content():
+    """Which the configuration says itself: no file is read."""
+    digest = hashlib.sha256(b"weights").hexdigest()
+    by_content = {**CANONICAL["model"], "weights": f"sha256:{digest}"}
+    expected = ten_digits({**CANONICAL, "model": by_content})
+    for path in ("here/one.pth", "~/same.safetensors"):
+        assert trial_id(plain_trial({"model.weights": path, "model.weights_sha256": digest})) == expected
+    other = plain_trial({"model.weights": "here/one.pth", "model.weights_sha256": "0" * 64})
+    assert trial_id(other) != expected
+    with pytest.raises(ConfigError, match=r"^model\.weights_sha256 has no value: compose the trial, or give"):
+        trial_id(plain_trial({"model.weights": "here/one.pth"}))
 
 
-@pytest.mark.parametrize("what", ["size", "time", "file"])
-def test_changed_weights_are_read_again(what, tmp_path):
-    """What tells that a file was changed: its size, the time of writing, or that it is another file."""
+@pytest.mark.parametrize("what", ["size", "time", "file", "inside"])
+def test_a_changed_file_is_read_again(what, tmp_path):
+    """What tells that it was changed: size, time of writing, another file, or bytes under the old size and times."""
     path = tmp_path / "w.pth"
     path.write_bytes(b"before")
-    trial = plain_trial({"model.weights": str(path)})
-    before, earlier = path.stat(), trial_id(trial)
+    before, earlier = path.stat(), file_sha256(path)
+    assert earlier == hashlib.sha256(b"before").hexdigest()
     if what == "file":
         (tmp_path / "new").write_bytes(b"behind")
         os.replace(tmp_path / "new", path)
     else:
-        path.write_bytes(b"behind" if what == "time" else b"longer")
-        if what == "size":
-            path.write_bytes(b"longer than before")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (what == "time")))
-    assert trial_id(trial) != earlier
+        path.write_bytes(b"longer than before" if what == "size" else b"behind")
+    if what != "time":
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest() != earlier
 
 
-def test_weights_that_cannot_be_read(tmp_path):
+def test_a_file_that_cannot_be_read(tmp_path):
     absent = tmp_path / "w.pth"
     message = rf"^model\.weights={absent} cannot be read \(No such file or directory\): check the path$"
     with pytest.raises(ConfigError, match=message):
-        trial_id(plain_trial({"model.weights": str(absent)}))
+        file_sha256(absent)
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
-        trial_id(plain_trial({"model.weights": str(tmp_path)}))
+        file_sha256(tmp_path)
 
 
-def test_weights_are_read_once(tmp_path, monkeypatch):
-    """A sweep of a thousand trials reads the file once."""
+def test_a_file_is_read_once_and_in_blocks(tmp_path, monkeypatch):
+    """A sweep of a thousand trials reads it once."""
     path = tmp_path / "w.pth"
-    path.write_bytes(b"weights")
+    content = b"weights" * 500_000  # several blocks of a megabyte
+    path.write_bytes(content)
     opened = []
     whole = type(path).open
     monkeypatch.setattr(type(path), "open", lambda self, *a, **k: opened.append(self) or whole(self, *a, **k))
-    ids = {trial_id(plain_trial({"model.weights": str(path), "seed": seed})) for seed in range(5)}
-    assert len(ids) == 5
+    assert {file_sha256(path) for _ in range(5)} == {hashlib.sha256(content).hexdigest()}
     assert opened == [path]
 
 
@@ -193,54 +192,3 @@ def test_weights_are_read_once(tmp_path, monkeypatch):
 )
 def test_a_path_or_a_name(weights, is_file):
     assert is_weights_file(weights) is is_file
-
-
-def make_images(root, files):
-    for name, size in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x" * size)
-
-
-FILES = {"b/2.png": 20, "b/1.png": 1, "a/9.png": 3, "top.txt": 0, "a/deep/z.png": 5}
-
-
-def test_an_image_folder_counts_by_names_and_sizes(tmp_path, monkeypatch):
-    make_images(tmp_path / "here", FILES)
-    make_images(tmp_path / "there", dict(reversed(FILES.items())))
-    changes = {"data.name": "imagefolder", "data.root": str(tmp_path / "here")}
-    lines = ["top.txt\x000\n", "a/9.png\x003\n", "a/deep/z.png\x005\n", "b/1.png\x001\n", "b/2.png\x0020\n"]
-    files = hashlib.sha256("".join(lines).encode()).hexdigest()
-    expected = {**CANONICAL, "data": {**CANONICAL["data"], "name": "imagefolder", "files": files}}
-    assert canonical(plain_trial(changes)) == expected
-    assert trial_id(plain_trial({**changes, "data.root": str(tmp_path / "there")})) == ten_digits(expected)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert trial_id(plain_trial({**changes, "data.root": "~/here"})) == ten_digits(expected)
-    assert "files" not in canonical(plain_trial({"data.root": str(tmp_path / "here")}))["data"], "another data set"
-    assert "files" not in canonical(plain_trial({"data.name": "imagefolder"}))["data"]
-    make_images(tmp_path / "here", {"a/9.png": 4})
-    assert trial_id(plain_trial(changes)) != ten_digits(expected)
-    message = rf"^data\.root={tmp_path}/none is not a folder: give the folder that holds your class folders$"
-    with pytest.raises(ConfigError, match=message):
-        trial_id(plain_trial({**changes, "data.root": str(tmp_path / "none")}))
-
-
-def test_folders_are_listed_in_one_order_on_every_disk(tmp_path, monkeypatch):
-    """Disks list folders as they like."""
-    make_images(tmp_path, FILES)
-    trial = plain_trial({"data.name": "imagefolder", "data.root": str(tmp_path)})
-    walk = os.walk
-
-    def in_order(backwards):
-        def listed(root):
-            for folder, folders, files in walk(root):
-                for names in (folders, files):
-                    names.sort(reverse=backwards)
-                yield folder, folders, files
-
-        return listed
-
-    ids = set()
-    for backwards in (False, True):
-        monkeypatch.setattr(os, "walk", in_order(backwards))
-        ids.add(trial_id(trial))
-    assert len(ids) == 1

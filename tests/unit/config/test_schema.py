@@ -47,7 +47,6 @@ def test_values_go_in_and_come_out():
         ("data.root", "5", "5"),
         ("trainer.checkpoint_every", 5, 5.0),
         ("trainer.log_every", 5, 5),
-        ("seed", "7", 7),
     ],
 )
 def test_numbers_take_the_type_of_their_field(key, given, kept):
@@ -78,6 +77,12 @@ def test_a_section_a_key_too_few_or_too_many():
         plain_trial({"lora.zank": 8, "lora.aank": 8})
     with pytest.raises(ConfigError, match=r"^unknown key 'lora.xxxxxxxxxxxxxxxxx' \(see --help\)$"):
         plain_trial({"lora.xxxxxxxxxxxxxxxxx": 8})
+
+
+@pytest.mark.parametrize("seed", [None, True, 1.0, "7"])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ConfigError, match=rf"^seed={seed} is no whole number$"):
+        from_dict({**PLAIN, "seed": seed})
 
 
 def test_known_keys():
@@ -114,7 +119,7 @@ def test_what_decides_the_numbers_is_fixed():
     assert set(IDENTITY) == everything - without
     assert IDENTITY["lora.rank"] == "int | None"
     assert IDENTITY["optimizer.betas"] == "list[float]"
-    assert (SCHEMA_VERSION, TARGETS) == (1, ("q", "k", "v", "o", "fc1", "fc2"))
+    assert (SCHEMA_VERSION, TARGETS) == (2, ("q", "k", "v", "o", "fc1", "fc2"))
 
 
 def test_the_factor_of_an_adapter():

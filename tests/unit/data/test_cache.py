@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import is_running
+from helpers import decoded, is_running
 from PIL import Image
 
 from lora_vit.data import cache
-from lora_vit.data.cache import decode, decoded
+from lora_vit.data.cache import decode
 from lora_vit.data.dataset import DataError
+from lora_vit.data.files import digests_of
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def pictures(tmp_path) -> tuple[Path, list[str]]:
 def two_workers(monkeypatch) -> None:
     """Even few bytes are worth a worker, and there are two cores."""
     monkeypatch.setattr(cache, "_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(cache, "_cores", lambda: 2)
+    monkeypatch.setattr(cache, "cores", lambda: 2)
 
 
 def folder_of(tmp_path: Path) -> str:
@@ -43,7 +45,8 @@ def folder_of(tmp_path: Path) -> str:
 
 
 def left_in(tmp_path: Path) -> set[str]:
-    return {path.suffix for path in (tmp_path / "cache").iterdir()}
+    """Endings of what lies in the cache, but for the files' digests and locks."""
+    return {path.suffix for path in (tmp_path / "cache").iterdir()} - {".npz", ".lock"}
 
 
 @pytest.mark.parametrize("size", [None, 16])
@@ -61,7 +64,7 @@ def test_workers_and_this_process_decode_alike(pictures, tmp_path, monkeypatch):
     root, names = pictures
     alone = decoded(root, names, 20, str(tmp_path / "one"), True)
     monkeypatch.setattr(cache, "_BYTES_PER_WORKER", 1)
-    monkeypatch.setattr(cache, "_cores", lambda: 3)
+    monkeypatch.setattr(cache, "cores", lambda: 3)
     np.testing.assert_array_equal(decoded(root, names, 20, str(tmp_path / "other"), True), alone)
 
 
@@ -98,8 +101,8 @@ def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, mo
     root, names = pictures
     run = cache._run
 
-    def on_full_disk(job, names, count, quiet):
-        return run(cache._Job(job.root, job.size, job.shape, "/dev/full", job.offset), names, count, quiet)
+    def on_full_disk(job, names, digests, quiet):
+        return run(dataclasses.replace(job, out="/dev/full"), names, digests, quiet)
 
     monkeypatch.setattr(cache, "_run", on_full_disk)
     with pytest.raises(DataError, match="No space left") as error:
@@ -167,13 +170,15 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from pathlib import Path
 from lora_vit.data import cache
+from lora_vit.data.files import digests_of
 build = cache._build
 def counted(*args):
     print("built", flush=True)
     build(*args)
 cache._build = counted
 root = Path(sys.argv[1])
-cache.decoded(root, sorted(p.name for p in root.iterdir()), None, sys.argv[2], True)
+names, place = sorted(p.name for p in root.iterdir()), Path(sys.argv[2])
+cache.decoded(root, names, digests_of(root, names, place, True), None, place, True)
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 
@@ -281,9 +286,53 @@ def test_modes_become_rgb(mode, tmp_path):
     assert out.min() == 255
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert decode(tmp_path / "deep.png", None)[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("I;16", [[0, 256, 32768, 65535], [256, 0, 0, 0]], [[0, 1, 128, 255], [1, 0, 0, 0]]),
+        ("I;16", [[0, 16, 2048, 4095], [1, 17, 31, 32]], [[0, 1, 128, 255], [0, 1, 1, 2]]),  # 12 bits in 16
+        ("I;16", [[0, 5, 128, 255], [3, 3, 3, 3]], [[0, 5, 128, 255], [3, 3, 3, 3]]),  # 8 bits in 16
+        ("I", [[-100, 0, 100, 155], [0, 0, 0, 0]], [[0, 100, 200, 255], [100] * 4]),
+        ("F", [[0.0, 0.25, 0.5, 1.0], [0.125, 0, 0, 0]], [[0, 64, 128, 255], [32, 0, 0, 0]]),
+    ],
+)
+def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
+    """Of two images; the range is that of both together, and the same when the cache is opened again."""
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    for name, row in zip(("a.tif", "b.tif"), values, strict=True):
+        Image.fromarray(np.array([row], kind)).save(tmp_path / name)
+    names, place = ["a.tif", "b.tif"], tmp_path / "cache"
+    digests = digests_of(tmp_path, names, place, True)
+    for _ in range(2):
+        images, value_range = cache.decoded(tmp_path, names, digests, None, place, True)
+        assert images[:, :, 0].tolist() == [[row] * 3 for row in expected]
+        assert value_range == (np.min(values), np.max(values))
+    for name, row in zip(names, expected, strict=True):
+        assert decode(tmp_path / name, None, value_range)[:, 0].tolist() == [row] * 3
+    with pytest.raises(DataError, match=r"a\.tif cannot be read as an image \(its values are .* not 8-bit"):
+        decode(tmp_path / "a.tif", None)
+
+
+def test_values_that_are_not_finite(tmp_path):
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"none of the 1 images below .*a\.tif .*it has values that are not finite"):
+        decoded(tmp_path, ["a.tif"], None, folder_of(tmp_path))
+
+
+def test_a_file_that_changes_between_reading_and_decoding(pictures, tmp_path):
+    root, names = pictures
+    digests = digests_of(root, names, tmp_path / "cache", True)
+    (root / names[3]).write_bytes((root / names[4]).read_bytes())
+    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment\)"):
+        cache.decoded(root, names, digests, None, tmp_path / "cache", True)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):
+    """Its own limit, against attacks, does not concern the user's own files."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "a.png")
+    assert (decoded(tmp_path, ["a.png"], 8, folder_of(tmp_path)) == 9).all()
 
 
 def test_a_large_jpeg_is_decoded_small_and_stays_near_the_full_decode(tmp_path):

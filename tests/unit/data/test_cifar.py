@@ -12,8 +12,7 @@ import pytest
 from torchvision.datasets import CIFAR100
 
 from lora_vit.config import DataConfig
-from lora_vit.data import cifar
-from lora_vit.data.dataset import DataError
+from lora_vit.data.dataset import DataError, ImageData, forget, load_data
 
 
 def config(tmp_path: Path, name: str = "cifar100", **changes) -> DataConfig:
@@ -31,6 +30,12 @@ def config(tmp_path: Path, name: str = "cifar100", **changes) -> DataConfig:
         "cache_dir": str(tmp_path / "cache"),
     }
     return DataConfig(**{**values, **changes})
+
+
+def fresh(data_config: DataConfig) -> ImageData:
+    """The data set, its files read anew."""
+    forget()
+    return load_data(data_config, quiet=True)
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def cifar100(tmp_path, monkeypatch):
 
 def test_cifar100(cifar100, tmp_path):
     arrays = cifar100()
-    data = cifar.load(config(tmp_path), quiet=True)
+    data = fresh(config(tmp_path))
     assert data.images.dtype == np.uint8
     assert data.images.shape == (1200, 3, 32, 32)
     # the files hold a red, a green and a blue plane one after another
@@ -74,18 +79,18 @@ def test_cifar100(cifar100, tmp_path):
 
 def test_the_fingerprint_follows_pixels_and_split(cifar100, tmp_path):
     cifar100()
-    first = cifar.load(config(tmp_path), quiet=True).fingerprint
-    assert cifar.load(config(tmp_path), quiet=True).fingerprint == first
-    assert cifar.load(config(tmp_path, split_seed=1), quiet=True).fingerprint != first
+    first = fresh(config(tmp_path)).fingerprint
+    assert fresh(config(tmp_path)).fingerprint == first
+    assert fresh(config(tmp_path, split_seed=1)).fingerprint != first
     cifar100(first_pixel=1)
-    assert cifar.load(config(tmp_path), quiet=True).fingerprint != first
+    assert fresh(config(tmp_path)).fingerprint != first
 
 
 def test_data_that_is_there_is_only_read(cifar100, tmp_path):
     """A root that others share may be read-only: no lock or anything else is put into it, or anywhere."""
     cifar100()
     before = sorted(p.name for p in (tmp_path / "data").rglob("*"))
-    cifar.load(config(tmp_path), quiet=True)
+    fresh(config(tmp_path))
     assert sorted(p.name for p in (tmp_path / "data").rglob("*")) == before
     assert not (tmp_path / "cache").exists()
 
@@ -97,19 +102,8 @@ def test_no_network(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(DataError, match="experiment=quickstart") as error:
-        cifar.load(config(tmp_path, name), quiet=True)
+        fresh(config(tmp_path, name))
     message = str(error.value)
     assert str(tmp_path / "data") in message
     assert {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}[name] in message
     assert "\n" not in message
-
-
-def test_there_is_no_val_without_a_fraction(tmp_path):
-    with pytest.raises(DataError, match=r"data\.val_fraction=null"):
-        cifar.load(config(tmp_path, val_fraction=None), quiet=True)
-
-
-@pytest.mark.parametrize("setting", [{"test_fraction": 0.1}, {"cache_size": 64}])
-def test_a_setting_without_effect_is_refused(setting, tmp_path):
-    with pytest.raises(DataError, match="has no effect"):
-        cifar.load(config(tmp_path, **setting), quiet=True)

@@ -10,8 +10,7 @@ from PIL import Image
 from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
-from lora_vit.data import folder
-from lora_vit.data.dataset import DataError, ImageData
+from lora_vit.data.dataset import DataError, ImageData, forget, load_data
 
 
 def paint(path: Path, shade: int) -> None:
@@ -28,7 +27,8 @@ def load(tmp_path: Path, **changes) -> ImageData:
         "cache_size": 8,
         "cache_dir": str(tmp_path / "cache"),
     }
-    return folder.load(DataConfig(**{**values, **changes}), quiet=True)
+    forget()
+    return load_data(DataConfig(**{**values, **changes}), quiet=True)
 
 
 @pytest.fixture

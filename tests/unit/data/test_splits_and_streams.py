@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import DataError, load_data
-from lora_vit.data.splits import fingerprint, finish, keep_per_class, split_per_class
+from lora_vit.data.dataset import DataError, Found, load_data
+from lora_vit.data.splits import divide, fingerprint, keep_per_class, split_per_class
 from lora_vit.data.stream import EvalStream, Samples, TrainStream
 
 LABELS = np.repeat(np.arange(5), 40)
@@ -54,22 +54,10 @@ def test_too_few_images_name_the_class():
         keep_per_class(LABELS, splits()["train"], 29, 0)
 
 
-def test_fingerprint_tells_files_labels_and_splits_apart():
-    base = fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0, 1])})
-    assert base == fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0, 1])})
-    others = [
-        fingerprint(["a", "c"], np.array([0, 1]), {"train": np.array([0, 1])}),
-        fingerprint(["a", "b"], np.array([1, 1]), {"train": np.array([0, 1])}),
-        fingerprint(["a", "b"], np.array([0, 1]), {"train": np.array([0])}),
-    ]
-    assert len({base, *others}) == 4
-
-
-def test_a_fingerprint_is_the_digest_of_names_labels_and_sorted_splits():
+def test_a_fingerprint_is_the_digest_of_content_and_sorted_splits():
     """Spelt out byte by byte: another digest would turn every recorded trial away from its own data."""
-    found = fingerprint(["a/1.png", "b\udce9"], np.array([0, 258]), {"val": np.array([1]), "train": np.array([0])})
-    data = b"a/1.png\0" + b"b\xe9\0" + struct.pack("<qq", 0, 258)
-    data += b"train\0" + struct.pack("<q", 0) + b"val\0" + struct.pack("<q", 1)
+    found = fingerprint("2 images", {"val": np.array([1]), "train": np.array([0])})
+    data = b"2 imagestrain\0" + struct.pack("<q", 0) + b"val\0" + struct.pack("<q", 1)
     assert found == hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -107,21 +95,17 @@ def test_only_the_given_samples_are_divided():
 @pytest.mark.parametrize("batch_size", [100, 101])
 def test_a_batch_of_all_training_images_is_the_largest(batch_size):
     config = dataclasses.replace(trial_config().data, batch_size=batch_size, train_per_class=20, split_seed=5)
-    images = np.zeros((200, 3, 2, 2), np.uint8)
-
-    def finished():
-        return finish(images, LABELS, NAMES, ["content"], {"train": IDS, "val": IDS[:3]}, config)
-
+    found = Found(
+        LABELS, NAMES, {"train": IDS, "val": IDS[:3], "test": IDS[3:5]}, "content", lambda _: pytest.fail("decoded")
+    )
     if batch_size == 101:
         with pytest.raises(DataError, match=r"data\.batch_size=101 is more than the 100 training images"):
-            finished()
+            divide(found, config)
         return
-    data = finished()
-    assert data.splits["train"].tolist() == keep_per_class(LABELS, IDS, 20, 5).tolist()
-    assert data.splits["val"].tolist() == [0, 1, 2]
-    assert data.fingerprint == fingerprint(["content"], LABELS, data.splits)
-    assert data.images is images
-    assert (data.labels.tolist(), data.class_names) == (LABELS.tolist(), NAMES)
+    splits, digest = divide(found, config)
+    assert splits["train"].tolist() == keep_per_class(LABELS, IDS, 20, 5).tolist()
+    assert (splits["val"].tolist(), splits["test"].tolist()) == ([0, 1, 2], [3, 4])
+    assert digest == fingerprint("content", splits)
 
 
 def test_digits():

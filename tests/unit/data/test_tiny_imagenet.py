@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 
 from lora_vit.config import DataConfig
 from lora_vit.data import tiny_imagenet
-from lora_vit.data.dataset import DataError, ImageData
+from lora_vit.data.dataset import DataError, ImageData, forget, load_data
 from lora_vit.data.tiny_imagenet import FOLDER, Source
 
 ARCHIVE = f"{FOLDER}.zip"
@@ -44,7 +45,9 @@ def config(tmp_path: Path, root: Path, **changes) -> DataConfig:
 
 def load(tmp_path: Path, root: Path, source: Source | None = None, **changes) -> ImageData:
     source = source or Source("http://127.0.0.1:9/not-to-be-asked.zip", 1, "")
-    return tiny_imagenet.load(config(tmp_path, root, **changes), True, source)
+    with mock.patch.object(tiny_imagenet, "PUBLISHED", source):
+        forget()
+        return load_data(config(tmp_path, root, **changes), True)
 
 
 def make(folder: Path, shade: int = 0) -> Path:
@@ -133,7 +136,7 @@ def test_a_zip_that_does_not_exist(tmp_path):
 
 def test_half_a_folder_is_not_taken_for_the_data(tmp_path):
     (make(tmp_path / "data" / FOLDER) / "wnids.txt").unlink()
-    with pytest.raises(DataError, match=r"lacks wnids\.txt or train/: remove it"):
+    with pytest.raises(DataError, match=r"is not whole, it lacks wnids\.txt or train/: unpack"):
         load(tmp_path, tmp_path / "data")
 
 
@@ -300,7 +303,7 @@ def test_runs_that_start_together_fetch_it_once(server, tmp_path):
     """Threads take the place of processes: each opens the lock file itself, as a process would."""
 
     def find(_: int) -> Path:
-        return tiny_imagenet.find(tmp_path / "data", tmp_path / "cache", True, server.source)
+        return tiny_imagenet.find_folder(tmp_path / "data", tmp_path / "cache", True, server.source)
 
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(find, range(4)))
@@ -352,12 +355,6 @@ def test_names_without_words(tmp_path):
     assert load(tmp_path, folder).class_names == ["n2", "n1"]
     (folder / "words.txt").unlink()
     assert load(tmp_path, folder).class_names == ["n2", "n1"]
-
-
-@pytest.mark.parametrize("key", ["val_fraction", "test_fraction"])
-def test_a_split_without_a_fraction(key, tmp_path):
-    with pytest.raises(DataError, match=rf"data\.{key}=null"):
-        load(tmp_path, make(tmp_path / FOLDER), **{key: None})
 
 
 @pytest.mark.slow

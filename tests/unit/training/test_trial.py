@@ -129,14 +129,25 @@ def test_a_completed_trial_has_ended_and_restart_begins_it_anew(tmp_path):
     goes_on.close()
 
 
-def test_a_trial_goes_on_only_with_the_data_that_it_was_begun_with(tmp_path):
+@pytest.mark.parametrize(
+    ("section", "key", "told"),
+    [
+        ("data", "fingerprint", r"begun with other splits \(fingerprint another there, \w{16} here\)"),
+        (
+            "environment",
+            "precision",
+            r"begun with another precision \(trainer\.precision=auto is another there, fp64 here",
+        ),
+    ],
+)
+def test_a_trial_goes_on_only_with_what_it_was_begun_with(section, key, told, tmp_path):
     trial = begin(tmp_path / "a")
     trial.save()
     trial.interrupt()
     record = read_record(tmp_path / "a")
-    record.data["fingerprint"] = "another"
+    getattr(record, section)[key] = "another"
     records.write_record(tmp_path / "a", record)
-    with pytest.raises(ConfigError, match="begun with other data"):
+    with pytest.raises(ConfigError, match=told):
         begin(tmp_path / "a")
 
 
