@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lora_vit.config import SCHEMA_VERSION, ConfigError, TrialConfig, cell_id, from_dict, to_dict, trial_id
+from lora_vit.config import IDENTITY, SCHEMA_VERSION, ConfigError, TrialConfig, cell_id, from_dict, to_dict, trial_id
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
@@ -281,16 +281,14 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
     return State(record.shown_status(), record)
 
 
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> str:
-    """``key: theirs there, ours here`` of the first setting that differs."""
-    for key in ours:
-        a, b = theirs.get(key), ours[key]
-        if a == b:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return _first_difference(a, b, f"{prefix}{key}.")
-        return f"{prefix}{key} is {a} there, {b} here"
-    return "same settings, other files or version"
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """``key: theirs there, ours here`` of the first setting that makes it another trial."""
+    for name in (*IDENTITY, "seed"):
+        section, _, key = name.rpartition(".")
+        a, b = ((values[section] if section else values)[key] for values in (theirs, ours))
+        if a != b and name != "model.weights":  # a file's path does not matter, its sha256 comes later
+            return f"{name} is {a} there, {b} here"
+    return f"model.weights is {theirs['model']['weights']} there, {ours['model']['weights']} here"
 
 
 class JsonLines:

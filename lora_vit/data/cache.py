@@ -32,6 +32,9 @@ _CHUNK = 64
 _BYTES_PER_WORKER = 4 << 20
 """Image files that are worth the start of another worker (a quarter of a second)."""
 
+_DARK = 16
+"""Upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer."""
+
 Range = tuple[float, float]
 """The values that become 0 and 255 where pixels have more than 8 bits."""
 
@@ -89,7 +92,13 @@ def _decode(file: io.BytesIO | Path | str, size: int | None, value_range: Range 
         warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
         if size is not None:
             image.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
+        kept_upper_bits = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
         image.load()
+        if kept_upper_bits and (brightest := int(np.asarray(image)[..., :3].max())) < _DARK:
+            raise ValueError(
+                f"16-bit {image.mode} with values up to {256 * brightest + 255} of 65535, of which the upper 8 bits "
+                "are black: convert it to 8 bits"
+            )
         ImageOps.exif_transpose(image, in_place=True)
         pixels = _rgb(image, value_range)
         if size is not None:

@@ -221,7 +221,10 @@ def _read(root: Path, names: list[str], quiet: bool) -> np.ndarray:
     def read(chunk: list[str]) -> bytes:
         return b"".join(_sha256(root, name) for name in chunk)
 
-    with Progress("reading images", len(names), quiet) as bar, ThreadPoolExecutor(cores()) as pool:
+    with (
+        Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar,
+        ThreadPoolExecutor(cores()) as pool,
+    ):
         parts = []
         for chunk, part in zip(chunks, pool.map(read, chunks), strict=True):
             parts.append(part)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +313,25 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
         assert decode(tmp_path / name, None, value_range)[:, 0].tolist() == [row] * 3
     with pytest.raises(DataError, match=r"a\.tif cannot be read as an image \(its values are .* not 8-bit"):
         decode(tmp_path / "a.tif", None)
+
+
+@pytest.mark.parametrize(("largest", "told"), [(4095, True), (4096, False), (65535, False)])
+def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, told, tmp_path):
+    """Pillow keeps the upper eight of sixteen bits of colour: a PNG of one pixel, written by hand."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 7, largest, 7))
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b""))
+    if told:
+        with pytest.raises(DataError, match=r"16-bit RGB with values up to 4095 of 65535"):
+            decode(path, None)
+    else:
+        assert decode(path, None)[:, 0, 0].tolist() == [0, largest >> 8, 0]
 
 
 def test_values_that_are_not_finite(tmp_path):

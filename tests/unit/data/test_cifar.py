@@ -107,3 +107,23 @@ def test_no_network(name, tmp_path, monkeypatch):
     assert str(tmp_path / "data") in message
     assert {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}[name] in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("given", ["data/cifar-100-python", "."])
+def test_one_level_off(given, cifar100, tmp_path):
+    cifar100()
+    expected = fresh(config(tmp_path)).fingerprint
+    assert fresh(config(tmp_path, root=str(tmp_path / given))).fingerprint == expected
+
+
+def test_damage_is_told_as_damage(cifar100, tmp_path, monkeypatch):
+    cifar100()
+    (tmp_path / "data" / CIFAR100.base_folder / "train").write_bytes(b"cut off")
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
+
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
+    with pytest.raises(DataError, match=r"cifar-100-python/ or .* is damaged or not whole, .* unpack") as error:
+        fresh(config(tmp_path))
+    assert "remove" not in str(error.value)

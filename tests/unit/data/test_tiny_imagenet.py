@@ -134,6 +134,12 @@ def test_a_zip_that_does_not_exist(tmp_path):
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("given", ["data/some/train", "data"])
+def test_one_level_off(given, tmp_path):
+    make(tmp_path / "data" / "some")
+    assert len(load(tmp_path, tmp_path / given).images) == 8
+
+
 def test_half_a_folder_is_not_taken_for_the_data(tmp_path):
     (make(tmp_path / "data" / FOLDER) / "wnids.txt").unlink()
     with pytest.raises(DataError, match=r"is not whole, it lacks wnids\.txt or train/: unpack"):
