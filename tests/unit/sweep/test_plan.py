@@ -1,4 +1,4 @@
-"""What may share a pack, how a sweep is called, and what its folder says."""
+"""What may share a pack, how a sweep is called, and where its trials stand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import pytest
 from helpers import trial_config
 
-from lora_vit.config import ConfigError
 from lora_vit.records import TrialRecord, state_of, write_record
-from lora_vit.sweep.ledger import Ledger, trial_folders
+from lora_vit.sweep.ledger import trial_folders
 from lora_vit.sweep.plan import Job, default_name, group_key, label, make_groups, setup_key, without_duplicates
 
 INSIDE = [
@@ -86,35 +85,6 @@ def test_a_name_stays_when_values_grow_and_changes_with_what_is_fixed():
     assert default_name(base, ["lora.rank", "seed"], {"sweep": "rank_lr"}).startswith("rank_lr-")
     long = default_name(base, [f"optimizer.a_setting_with_a_long_name_{i}" for i in range(20)], {})
     assert len(long) < 80
-
-
-def test_the_plan_file_keeps_earlier_trials(tmp_path):
-    ledger = Ledger(tmp_path / "sweep")
-    a, b = (Job(trial_config(f"seed={i}"), [f"seed={i}"], label=f"seed={i}") for i in (0, 1))
-    ledger.add([a], "first")
-    ledger.add([b], "second")
-    plan = ledger.read()
-    assert plan["trials"].keys() == {a.trial_id, b.trial_id}
-    assert plan["trials"][a.trial_id]["label"] == "seed=0"
-
-
-def test_a_measured_pack_size_holds_for_as_many_trials_as_it_was_measured_with(tmp_path):
-    ledger = Ledger(tmp_path)
-    figures = {"size": 2, "seconds_per_trial_epoch": {"1": 1.0, "2": 0.5}, "limited_by_trials": True}
-    ledger.keep_pack_size("kind", figures)
-    assert ledger.pack_size("other", 2) is None
-    assert ledger.pack_size("kind", 3) == figures
-    assert ledger.pack_size("kind", 4) is None, "packs of four have not been tried"
-    ledger.keep_pack_size("kind", {**figures, "limited_by_trials": False})
-    assert ledger.pack_size("kind", 100) is not None
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}', '{"schema"'])
-def test_a_plan_of_another_version_or_cut_in_half_is_refused(tmp_path, text):
-    (tmp_path / "sweep.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"sweep\.json"):
-        Ledger(tmp_path).add([], "command")
-    assert (tmp_path / "sweep.json").read_text() == text
 
 
 def test_states(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import signal
 import threading
@@ -13,27 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import trial_config
+from sweeps import options
 
 from lora_vit.build import build_setup
-from lora_vit.config import SweepConfig, TrialConfig
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_record
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep import measure, processes
 from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.schedule import Schedule
 from lora_vit.sweep.worker import Worker, out_of_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import Trial
-
-
-def options(**changes: object) -> SweepConfig:
-    plain = SweepConfig(
-        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False
-    )
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
@@ -74,20 +66,6 @@ def test_out_of_memory_halves_the_pack_and_goes_on(tmp_path, monkeypatch):
         assert record.status == "completed"
         assert record.cost["pack_size"] == 2
         assert steps[job.trial_id] == list(range(14)), "every step once: it went on from its checkpoint"
-
-
-def test_what_trains_together_does_not_depend_on_who_is_faster(tmp_path):
-    """Another process has begun to claim the first pack: it is left to it, whole."""
-    jobs = jobs_of(*(f"seed={seed}" for seed in range(6)))
-    other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
-    run = SweepRun(tuple(jobs), tmp_path, options(), time.time())
-    schedule = Schedule(run, Claims(tmp_path), lambda kind, **fields: None)
-    (group,) = schedule.groups
-    assert other.take(jobs[0].trial_id)
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[3:]
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == []
-    other.release(jobs[0].trial_id)
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[:3]
 
 
 def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
