@@ -169,15 +169,15 @@ def test_a_job_is_its_trial_unless_it_is_said_which():
 
 def test_where_a_trial_lies(tmp_path):
     """Its TensorBoard folder is called after the settings, and keeps its name when they are called otherwise."""
-    plain, named = plain_job(), plain_job({"seed": 1}, label="rank=4 weights=a/b.pt")
+    plain, named = plain_job(), plain_job({"seed": 1}, label="X=4 weights=a/b.pt")
     run = sweep_run(tmp_path, [plain, named])
     assert run.folder_of(plain) == tmp_path / plain.trial_id
     assert run.board_of(plain) == tmp_path / "tensorboard" / plain.trial_id
-    board = tmp_path / "tensorboard" / f"rank=4_weights=a_b.pt_{named.trial_id}"
+    board = tmp_path / "tensorboard" / f"X=4_weights=a_b.pt_{named.trial_id}"
     assert run.board_of(named) == board
     board.mkdir(parents=True)
     (tmp_path / "tensorboard" / f"other_{plain.trial_id}").mkdir()
-    named.label = "rank=4 weights=a/b.pt seed=1"
+    named.label = "X=4 weights=a/b.pt seed=1"
     assert run.board_of(named) == board
 
 
