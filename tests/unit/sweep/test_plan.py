@@ -207,6 +207,14 @@ def test_a_restart_counts_what_began_since_the_command(tmp_path):
     assert run.is_ended(again, run.state_of(again))
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_failed_is_open_again_where_it_is_asked_for(again, tmp_path):
+    job = plain_job()
+    run = sweep_run(tmp_path, [job], retry_failed=again)
+    leave_record(run, job, "failed")
+    assert run.is_ended(job, run.state_of(job)) is not again
+
+
 def test_a_trial_is_begun_once_it_has_a_checkpoint(tmp_path):
     jobs = seed_jobs(2)
     run = sweep_run(tmp_path, jobs)
