@@ -424,11 +424,12 @@ def test_steps_are_timed_until_it_takes_long(stage, steps, seconds, monkeypatch)
         ({"batch": 0.3}, 3, [85] * 2, 600 / 85),
         ({"batch": 0.25}, 3, [85] * 3, 600 / 85),
         ({"images": 256, "batch": 0.9}, 1, [256], 1.0),
+        ({"images": 64}, 1, [64], 0.25),
         ({"images": 10}, 257, [1] * 6, 10),
     ],
 )
 def test_evaluation_is_timed_on_whole_batches(stage, trials, evaluated, batches, monkeypatch):
-    """Of 256 images over all trials. An epoch of a trial counts, not one of a pack."""
+    """Of 256 images over all trials; where there are fewer, on those. An epoch of a trial counts, not one of a pack."""
     there = Stage(monkeypatch, **stage)
     expected = (10 * 0.05 + there.batch * batches) / trials
     assert there.measure(trials)[0] == pytest.approx(expected)
