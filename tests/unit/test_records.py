@@ -176,6 +176,14 @@ def some_record(status: str = "completed", **changes: Any) -> TrialRecord:
     return TrialRecord(trial_id(config), "cell", status, to_dict(config), started=1.0, finished=2.0, **changes)
 
 
+def test_what_a_new_record_says():
+    fields = dataclasses.asdict(TrialRecord("id", "cell", "running", {}))
+    empty: dict[str, Any] = dict.fromkeys(("metrics", "best", "parameters", "cost", "environment", "data"), {})
+    times = {"started": 0.0, "heartbeat": 0.0, "finished": None}
+    said = {"trial_id": "id", "cell_id": "cell", "status": "running", "config": {}}
+    assert fields == {**said, **empty, **times, "error": None, "schema": 1}
+
+
 def test_a_record_is_read_as_it_was_written(clock, tmp_path):
     record = some_record(
         metrics={"epoch": 2, "val_loss": math.nan},
@@ -460,6 +468,18 @@ def test_predictions_without_a_field_or_of_unequal_lengths_are_refused(field, tm
         np.savez(tmp_path / "predictions.npz", **arrays)
         with pytest.raises(RecordError, match=r"npz: split 'val' has missing fields or unequal lengths$"):
             read_predictions(tmp_path)
+
+
+def test_the_files_of_a_trial_keep_their_names():
+    names = (records.RECORD, records.METRICS, records.TIMING, records.PREDICTIONS, records.LOG, records.CHECKPOINT)
+    assert names == (
+        "record.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "predictions.npz",
+        "train.log",
+        "checkpoint.pt",
+    )
 
 
 def test_a_disk_that_cannot_be_written_is_told_from_a_trials_own_error():

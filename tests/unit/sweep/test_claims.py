@@ -165,7 +165,7 @@ def test_a_claim_is_a_file_that_names_its_owner(tmp_path):
     first, second = (Claims(folder, Owner(host=f"h{i}", pid=i, born=f"b{i}", token=f"t{i}")) for i in (1, 2))
     assert first.take("a")
     assert claim(folder, "a.1") == {"host": "h1", "pid": 1, "born": "b1", "token": "t1"}
-    assert not second.take("a")
+    assert second.take("a") is False
     assert names(folder) == ["a.1"]
     first.release("a")
     assert claim(folder, "a.1") == {"host": "h1", "pid": 1, "born": "b1", "token": "t1", "released": True}
