@@ -178,7 +178,7 @@ def some_record(status: str = "completed", **changes: Any) -> TrialRecord:
 
 def test_what_a_new_record_says():
     fields = dataclasses.asdict(TrialRecord("id", "cell", "running", {}))
-    empty: dict[str, Any] = dict.fromkeys(("metrics", "best", "parameters", "cost", "environment", "data"), {})
+    empty: dict[str, Any] = {key: {} for key in ("metrics", "best", "parameters", "cost", "environment", "data")}
     times = {"started": 0.0, "heartbeat": 0.0, "finished": None}
     said = {"trial_id": "id", "cell_id": "cell", "status": "running", "config": {}}
     assert fields == {**said, **empty, **times, "error": None, "schema": 1}
