@@ -261,8 +261,8 @@ def test_short_keys(key, short):
 
 def test_label():
     """What differs between trials, in the order given; a value may have any signs."""
-    overrides = ["lora.rank=4", "seed=0", "sweep.name=x", "hydra.verbose=true", "data=fake", "model.weights=a=b/c.pt"]
-    assert label(overrides, {"data=fake"}) == "rank=4 seed=0 weights=a=b/c.pt"
+    overrides = ["lora.rank=4", "seed=0", "sweep.name=x", "hydra.verbose=true", "data=fake", "model.weights=a/b=c.pt"]
+    assert label(overrides, {"data=fake"}) == "rank=4 seed=0 weights=a/b=c.pt"
     assert label(overrides[:1], {"lora.rank=4"}) == ""
 
 
