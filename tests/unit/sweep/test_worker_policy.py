@@ -341,7 +341,7 @@ def test_a_worker_waits_for_what_others_have(bench, monkeypatch):
     monkeypatch.setattr(PackSizes, "of", lambda sizes, *rest: asked.append(len(rest[1])) or of(sizes, *rest))
     bench.work(jobs, pack_size="1")
     assert bench.packs == [[1], [0]]
-    assert slept == [worker_module.POLL_EVERY] * 3
+    assert slept == [0.5] * 3
     assert bench.said() == ["another process has the remaining trials: waiting for it"]
     assert asked == [2, 1], "no size is asked for where nothing can be taken"
 
