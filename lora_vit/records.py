@@ -265,7 +265,7 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
     """
     try:
         record = read_record(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return State("new")
     except RecordError as error:
         return State("refused", problem=f"{error}; give another folder, or remove that file")

@@ -199,7 +199,7 @@ def _evaluation_seconds(pack: Pack, stop: StopRequest) -> float:
     """Seconds that one pass over the val split takes, from its first batches."""
     setup = pack.setup
     batch = max(1, EVAL_BATCH // pack.K)
-    total = len(setup.data.splits["val"]) / batch
+    total = max(1.0, len(setup.data.splits["val"]) / batch)
     pack.model.eval()
     times: list[float] = []
     for images in (b.images for b in setup.eval_stream("val", batch)):

@@ -12,8 +12,6 @@ from typing import Any
 from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, cell_id, to_dict, trial_id
 from lora_vit.records import CHECKPOINT, State, state_of
 
-GROUPS = ("model", "data", "optimizer", "lora", "trainer", "experiment", "sweep")
-
 
 @dataclass
 class Job:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,3 +144,243 @@ def test_signs_of_life_are_given(tmp_path, monkeypatch):
             assert time.monotonic() < until
             time.sleep(0.01)
     assert json.loads(path.read_text())["released"]
+
+
+# --- what is in the folder
+
+
+def claim(folder: Path, name: str) -> dict[str, object]:
+    values = json.loads((folder / ".claims" / name).read_text())
+    assert isinstance(values, dict)
+    return values
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / ".claims").iterdir())
+
+
+def test_a_claim_is_a_file_that_names_its_owner(tmp_path):
+    """Each owner of a trial adds one; nothing else stays, and a claim given back says so."""
+    folder = tmp_path / "deep/sweep"
+    first, second = (Claims(folder, Owner(host=f"h{i}", pid=i, born=f"b{i}", token=f"t{i}")) for i in (1, 2))
+    assert first.take("a")
+    assert claim(folder, "a.1") == {"host": "h1", "pid": 1, "born": "b1", "token": "t1"}
+    assert second.take("a") is False
+    assert names(folder) == ["a.1"]
+    first.release("a")
+    assert claim(folder, "a.1") == {"host": "h1", "pid": 1, "born": "b1", "token": "t1", "released": True}
+    for number in (2, 4):
+        assert second.take("a")
+        assert claim(folder, f"a.{number}")["token"] == "t2"
+        second.release("a")
+        assert first.take("a")
+        assert claim(folder, f"a.{number + 1}")["token"] == "t1"
+        assert not second.take("a")
+        first.release("a")
+    assert names(folder) == [f"a.{number}" for number in range(1, 6)]
+    assert first.take("b"), "the trials do not know of each other"
+    assert names(folder)[-1] == "b.1"
+
+
+def test_what_is_not_held_is_not_given_back(tmp_path):
+    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
+    mine.release("a")
+    assert names(tmp_path) == []
+    assert theirs.take("a")
+    mine.release("a")
+    assert mine.is_taken("a")
+    assert not mine.is_taken("b")
+    theirs.release("a")
+    before = (tmp_path / ".claims/a.1").stat()
+    os.utime(tmp_path / ".claims/a.1", (1.0, 1.0))
+    theirs.release("a")
+    assert (tmp_path / ".claims/a.1").stat().st_mtime == 1.0, "once is enough"
+    assert before.st_size == (tmp_path / ".claims/a.1").stat().st_size
+
+
+def test_an_owner_has_its_own_claim_and_does_not_take_it_twice(tmp_path):
+    mine = Claims(tmp_path, Owner(host="h", pid=0, born="long ago", token="mine"))
+    assert mine.take("a")
+    assert mine.is_taken("a")
+    assert not mine.take("a")
+    assert names(tmp_path) == ["a.1"]
+
+
+def test_who_is_second_at_the_same_moment_has_nothing(tmp_path, monkeypatch):
+    """Both have seen the trial free; the hard link decides."""
+    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
+    link = os.link
+    with monkeypatch.context() as patch:
+
+        def late(source, target):
+            patch.setattr(os, "link", link)
+            assert theirs.take("a")
+            link(source, target)
+
+        patch.setattr(os, "link", late)
+        assert mine.take("a") is False
+    assert names(tmp_path) == ["a.1"]
+    mine.release("a")
+    assert theirs.is_taken("a")
+
+
+# --- who lives
+
+
+def test_an_owner_is_told_by_host_boot_process_and_token(monkeypatch):
+    """The start time is field 22 of ``/proc/PID/stat``, whatever the process calls itself."""
+    mine, other = Owner(), Owner()
+    assert mine.pid == os.getpid()
+    assert mine.token != other.token
+    assert (mine.host, mine.born) == (other.host, other.born)
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("needs Linux's /proc")
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert mine.host == f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    name = Path("/proc/self/comm").read_text()
+    try:
+        Path("/proc/self/comm").write_text("plain")
+        assert mine.born == Path("/proc/self/stat").read_text().split()[21]
+        Path("/proc/self/comm").write_text("a) S 1 (b 2) ")
+        assert Owner().born == mine.born
+    finally:
+        Path("/proc/self/comm").write_text(name)
+
+
+def without_proc(monkeypatch) -> None:
+    """As on macOS."""
+    read, exists = Path.read_text, Path.exists
+
+    def refuse(path: Path, *args: object, **more: object) -> str:
+        if path.is_relative_to("/proc"):
+            raise FileNotFoundError(path)
+        return read(path, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "exists", lambda path: not path.is_relative_to("/proc") and exists(path))
+
+
+def test_an_owner_where_there_is_no_proc(monkeypatch):
+    without_proc(monkeypatch)
+    mine = Owner()
+    assert (mine.host, mine.born) == (f"{platform.node()}/", "")
+
+
+def test_a_start_time_that_cannot_be_found_is_left_out(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "1 (x) S 2")
+    assert Owner().born == ""
+
+
+@pytest.mark.parametrize(("answer", "lives"), [(None, True), (PermissionError, True), (ProcessLookupError, False)])
+def test_a_process_is_asked_for_by_signal_where_there_is_no_proc(answer, lives, tmp_path, monkeypatch):
+    asked = []
+
+    def kill(pid, signum):
+        asked.append((pid, signum))
+        if answer is not None:
+            raise answer
+
+    without_proc(monkeypatch)
+    monkeypatch.setattr(os, "kill", kill)
+    assert Claims(tmp_path, Owner(host="here", pid=123, token="other")).take("a")
+    assert Claims(tmp_path, Owner(host="here")).is_taken("a") == lives
+    assert asked == [(123, 0)]
+
+
+def test_a_process_of_this_host_lives_until_it_ends(tmp_path):
+    """Also before anybody has waited for it; without its start time by its id alone."""
+    mine = Claims(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    unborn = Claims(tmp_path, Owner(pid=process.pid, born="", token="other"))
+    born = Path(f"/proc/{process.pid}/stat")
+    assert unborn.take("a")
+    assert mine.is_taken("a")
+    if born.exists():
+        known = Claims(tmp_path, Owner(pid=process.pid, born=born.read_text().split()[21], token="another"))
+        assert known.take("b")
+        assert mine.is_taken("b")
+        without_birth = {"host": mine.owner.host, "pid": process.pid, "token": "of an earlier version"}
+        (tmp_path / ".claims/c.1").write_text(json.dumps(without_birth))
+        assert mine.is_taken("c")
+    assert process.stdin is not None
+    process.stdin.close()
+    if born.exists():
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet waited for
+        assert not mine.is_taken("b")
+        assert not mine.is_taken("a")
+        assert not mine.is_taken("c")
+    process.wait()
+    assert not mine.is_taken("a")
+
+
+def test_another_host_has_its_time_to_the_last_second(tmp_path, monkeypatch):
+    """For each trial by itself, from when we first looked."""
+    theirs, mine = Claims(tmp_path, another_host()), Claims(tmp_path)
+    assert theirs.take("a")
+    assert theirs.take("b")
+    now = [1e6]
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    assert mine.is_taken("a")
+    now[0] += 50
+    assert mine.is_taken("b")
+    now[0] += claims_module.DEAD_AFTER - 50
+    assert mine.is_taken("a"), "not more than the time has passed"
+    now[0] += 1
+    assert not mine.is_taken("a")
+    assert mine.is_taken("b")
+    os.utime(tmp_path / ".claims/a.1", (1.0, 1.0))
+    assert mine.is_taken("a"), "a sign of life, also one from the past"
+
+
+# --- signs of life
+
+
+def test_each_claim_gets_its_sign_of_life(tmp_path):
+    """One that was taken over or cannot be touched is no reason to leave the others out."""
+    mine = Claims(tmp_path)
+    for trial in ("lost", "gone", "kept"):
+        assert mine.take(trial)
+        os.utime(tmp_path / f".claims/{trial}.1", (1.0, 1.0))
+    (tmp_path / ".claims/lost.2").touch()
+    (tmp_path / ".claims/gone.1").unlink()
+    mine.beat()
+    assert mine.lost == {"lost"}
+    assert (tmp_path / ".claims/lost.1").stat().st_mtime == 1.0
+    assert abs((tmp_path / ".claims/kept.1").stat().st_mtime - time.time()) < 60
+
+
+def test_a_lost_trial_can_be_won_again(tmp_path):
+    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
+    assert mine.take("a")
+    claim_of_mine = (tmp_path / ".claims/a.1").read_text()
+    (tmp_path / ".claims/a.2").write_text(json.dumps({"released": True}))
+    mine.beat()
+    assert mine.lost == {"a"}
+    mine.release("a")
+    assert (tmp_path / ".claims/a.1").read_text() == claim_of_mine, "it is another's to give back"
+    assert mine.take("a")
+    assert mine.lost == set()
+    mine.beat()
+    assert mine.lost == set()
+    mine.release("a")
+    assert claim(tmp_path, "a.3")["released"]
+    assert theirs.take("a")
+
+
+def test_claims_are_given_back_at_the_end(tmp_path):
+    theirs = Claims(tmp_path, another_host())
+    threads = threading.active_count()
+    with Claims(tmp_path) as mine:
+        assert isinstance(mine, Claims)
+        assert threading.active_count() == threads + 1
+        assert mine.take("a")
+        assert mine.take("b")
+        assert theirs.is_taken("b")
+    assert threading.active_count() == threads
+    assert not theirs.is_taken("a")
+    assert not theirs.is_taken("b")
+
+
+def test_a_claim_outlives_several_beats():
+    """Their number in the time after which others think us dead: a slow disk may swallow some."""
+    assert claims_module.DEAD_AFTER >= 10 * claims_module.BEAT_EVERY

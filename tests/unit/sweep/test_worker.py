@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
-import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -13,27 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import trial_config
+from sweeps import options
 
 from lora_vit.build import build_setup
-from lora_vit.config import SweepConfig, TrialConfig
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_record
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep import measure, processes
 from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.schedule import Schedule
 from lora_vit.sweep.worker import Worker, out_of_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import Trial
-
-
-def options(**changes: object) -> SweepConfig:
-    plain = SweepConfig(
-        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False
-    )
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
@@ -74,20 +65,6 @@ def test_out_of_memory_halves_the_pack_and_goes_on(tmp_path, monkeypatch):
         assert record.status == "completed"
         assert record.cost["pack_size"] == 2
         assert steps[job.trial_id] == list(range(14)), "every step once: it went on from its checkpoint"
-
-
-def test_what_trains_together_does_not_depend_on_who_is_faster(tmp_path):
-    """Another process has begun to claim the first pack: it is left to it, whole."""
-    jobs = jobs_of(*(f"seed={seed}" for seed in range(6)))
-    other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
-    run = SweepRun(tuple(jobs), tmp_path, options(), time.time())
-    schedule = Schedule(run, Claims(tmp_path), lambda kind, **fields: None)
-    (group,) = schedule.groups
-    assert other.take(jobs[0].trial_id)
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[3:]
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == []
-    other.release(jobs[0].trial_id)
-    assert schedule.take_pack(group, schedule.open_jobs(group), 3) == jobs[:3]
 
 
 def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
@@ -152,50 +129,10 @@ def test_failed_trials_are_tried_again_if_asked_for_and_anew_after_a_bad_step(re
     assert {read_record(run.folder_of(job)).status for job in jobs} == {"completed" if retry else "failed"}
 
 
-def test_what_is_out_of_memory():
-    assert out_of_memory(MemoryError())
-    assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert not out_of_memory(RuntimeError("shape mismatch"))
+def test_what_torch_says_of_too_much_memory_is_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert out_of_memory(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "best"),
-    [
-        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.7}, 4),
-        ({1: 1.0, 2: 1.2, 4: 1.1}, 1),
-        ({1: 1.0, 2: 1.2, 4: 0.6, 8: 0.7}, 4),
-        ({1: 1.0, 2: 0.99, 4: 0.98, 8: 0.98}, 1),
-        ({1: 1.0, 2: 0.9, 4: 0.89, 8: 0.88}, 2),
-    ],
-)
-def test_the_fastest_size_is_chosen(seconds, best, monkeypatch):
-    """A larger pack must be faster by a margin; on a CPU one trial alone may be the best."""
-    monkeypatch.setattr(measure, "measure", lambda configs, setup, stop: (seconds[len(configs)], 1000))
-    config = trial_config()
-    setup = build_setup(config, Process())
-    size, figures = measure.choose_pack_size([config] * 8, setup, 1, StopRequest())
-    assert size == best
-    assert figures["limited_by_trials"] == (best == 4), "packs of eight were not yet too many"
-    assert figures["memory_bytes"]["1"] == 1000
-
-
-def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
-    tried: list[int] = []
-
-    def measured(configs, setup, stop):
-        tried.append(len(configs))
-        return 1.0 / len(configs), 100 * len(configs)
-
-    monkeypatch.setattr(measure, "measure", measured)
-    monkeypatch.setattr(measure, "attainable_memory", lambda device, workers: 600 // workers)
-    config = trial_config()
-    setup = build_setup(config, Process())
-    assert measure.choose_pack_size([config] * 64, setup, 1, StopRequest())[0] == 4
-    assert tried == [1, 2, 4]
-    assert measure.choose_pack_size([config] * 64, setup, 2, StopRequest())[0] == 2  # the memory is shared
 
 
 def test_the_processes_on_a_cpu_share_threads_and_memory(monkeypatch):
@@ -234,28 +171,6 @@ def test_what_a_process_holds_is_about_what_is_measured():
             held.append(process.submit(held_by_a_process, batch).result())
     expected = processes.expected_bytes(wide_config(60)) - processes.expected_bytes(wide_config(4))
     assert expected / 2 < held[1] - held[0] < 2 * expected
-
-
-def test_sizes_are_measured_with_trials_of_one_cost(monkeypatch):
-    """A trial without dropout alone must not be compared with a pack that has some."""
-    first: list[tuple[float | None, int | None]] = []
-
-    def measured(configs, setup, stop):
-        first.append((configs[0].lora.dropout, configs[0].lora.rank))
-        return 1.0 / len(configs), 100
-
-    monkeypatch.setattr(measure, "measure", measured)
-    settings = (("lora.dropout=0", "lora.rank=8"), ("lora.dropout=0.1", "lora.rank=2"), ("lora.dropout=0.1",))
-    configs = [trial_config(*s) for s in settings]
-    measure.choose_pack_size(configs, build_setup(configs[0], Process()), 1, StopRequest())
-    assert first == [(0.1, 4), (0.1, 4)]
-
-
-def test_measuring_ends_when_asked_to():
-    config, stop = trial_config(), StopRequest()
-    stop.signum = signal.SIGINT
-    with pytest.raises(Interrupted):
-        measure.choose_pack_size([config], build_setup(config, Process()), 1, stop)
 
 
 def test_measured_figures_are_of_this_machine():

@@ -23,7 +23,7 @@ from lora_vit import records
 from lora_vit.build import build_setup
 from lora_vit.config import ConfigError, trial_id
 from lora_vit.distributed import Process
-from lora_vit.records import RECORD, State, TrialRecord, locked, read_record, read_rows, state_of
+from lora_vit.records import RECORD, TrialRecord, locked, read_record, read_rows, state_of
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training import loop, step, trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
@@ -31,7 +31,6 @@ from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Trial, ended_record, locked_folder
 
-NOW = 1000.0
 QUIET = ("trainer.log_every=1000", "trainer.checkpoint_every=0.0001")  # logs at the ends of epochs, saves at each step
 
 
@@ -61,33 +60,6 @@ def spoil(monkeypatch, at: int, trial: int = 0) -> None:
 
 
 # --- open or ended
-
-
-def standing(status: str, started: float = 900.0, finished: float | None = 950.0) -> State:
-    return State(status, TrialRecord("id", "cell", status, {}, started=started, heartbeat=940.0, finished=finished))
-
-
-@pytest.mark.parametrize(
-    ("state", "restart", "retry", "ended"),
-    [
-        (State("new"), False, False, False),
-        (State("refused", problem="x"), False, True, True),
-        (standing("running"), False, False, False),
-        (standing("interrupted"), False, False, False),
-        (standing("stopped"), False, False, False),
-        (standing("completed"), False, True, True),
-        (standing("completed"), True, False, False),
-        (standing("completed", started=NOW), True, False, True),
-        (standing("failed"), False, False, True),
-        (standing("failed"), False, True, False),
-        (standing("failed", finished=NOW), False, True, True),
-        (standing("failed", finished=None), False, True, False),
-        (standing("failed"), True, False, False),
-        (standing("failed", started=NOW, finished=NOW), True, True, True),
-    ],
-)
-def test_every_trial_is_open_or_ended(state, restart, retry, ended):
-    assert state.is_ended(restart, launched=NOW, retry_failed=retry) is ended
 
 
 def test_a_folder_of_another_trial_is_refused_with_the_first_difference(tmp_path):

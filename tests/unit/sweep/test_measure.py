@@ -1,0 +1,558 @@
+"""How many trials train together: what is asked, what is measured and kept, and how times and bytes are taken."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from plain_trials import BASELINE, plain_trial
+from sweeps import Events, plain_job, seed_jobs, sweep_run
+
+from lora_vit.config import ConfigError, TrialConfig, trial_id
+from lora_vit.distributed import Process
+from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep import measure
+from lora_vit.sweep.claims import Claims, Owner
+from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size
+from lora_vit.sweep.plan import Job, make_groups
+from lora_vit.sweep.setups import Setups
+from lora_vit.training.trial import Trial
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FIGURES = {"limited_by_trials": False, "seconds_per_trial_epoch": {"1": 0.5, "4": 0.25}, "memory_bytes": {"1": 10}}
+
+
+class Sizes:
+    """A worker's pack sizes, where measuring a group of trials gives 4."""
+
+    def __init__(self, folder: Path, monkeypatch, jobs: list[Job] | None = None, workers: int = 1, size: str = "auto"):
+        self.jobs = jobs or seed_jobs(10)
+        run = sweep_run(folder, self.jobs, workers, pack_size=size)
+        self.events, self.stop = Events(), StopRequest()
+        self.sizes = PackSizes(run, Setups(Process()), self.stop, self.events)
+        (self.group,) = make_groups(self.jobs)
+        self.claims = Claims(folder)
+        self.measured: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(Setups, "of", lambda setups, job: ("setup of", job))
+        monkeypatch.setattr(measure, "choose_pack_size", self.choose)
+
+    def choose(self, *given: Any) -> tuple[int, dict[str, Any]]:
+        self.measured.append(given)
+        return 4, FIGURES
+
+    def of(self, planned: int = 10, jobs: list[Job] | None = None) -> int | None:
+        return self.sizes.of(self.group, self.jobs if jobs is None else jobs, planned, self.claims)
+
+    def said(self) -> list[str]:
+        return [fields["text"] for fields in self.events.of("say")]
+
+
+def fails(error: BaseException):
+    def choose(*given: Any) -> None:
+        raise error
+
+    return choose
+
+
+# --- as asked for, or measured
+
+
+@pytest.mark.parametrize("size", ["4", "auto"])
+def test_a_trial_that_needs_a_pack_of_its_own_gets_it(size, tmp_path, monkeypatch):
+    jobs = [plain_job({**BASELINE, "lora.method": "full", "seed": seed}) for seed in range(3)]
+    sizes = Sizes(tmp_path, monkeypatch, jobs, size=size)
+    assert sizes.of(3) == 1
+    assert sizes.measured == []
+
+
+@pytest.mark.parametrize(("planned", "size"), [(10, 4), (4, 4), (3, 3), (1, 1), (0, 1)])
+def test_the_size_that_is_asked_for(planned, size, tmp_path, monkeypatch):
+    """Whatever the number of workers: packs are as large as they were asked to be."""
+    sizes = Sizes(tmp_path, monkeypatch, workers=3, size="4")
+    assert sizes.of(planned) == size
+    assert sizes.measured == []
+
+
+@pytest.mark.parametrize(("workers", "planned", "size"), [(1, 10, 4), (1, 3, 3), (3, 10, 4), (3, 9, 3), (6, 9, 2)])
+def test_a_measured_size_leaves_something_for_each_worker(workers, planned, size, tmp_path, monkeypatch):
+    assert Sizes(tmp_path, monkeypatch, workers=workers).of(planned) == size
+
+
+def test_a_size_is_measured_once_and_kept(tmp_path, monkeypatch):
+    """With the trials that are open, for this run and the next ones."""
+    sizes = Sizes(tmp_path, monkeypatch, workers=2)
+    assert sizes.of(jobs=sizes.jobs[2:]) == 4
+    configs = [job.config for job in sizes.jobs[2:]]
+    assert sizes.measured == [(configs, ("setup of", sizes.jobs[2]), 2, sizes.stop)]
+    assert sizes.said() == [
+        f"measuring the pack size for {sizes.group.title}",
+        "packs of 4 (one epoch of one trial in packs of 1: 500 ms, 4: 250 ms)",
+    ]
+    assert sizes.of() == 4
+    again = Sizes(tmp_path, monkeypatch, workers=2)
+    assert again.of() == 4
+    assert (len(sizes.measured), again.measured, again.said()) == (1, [], [])
+    kept = {"size": 4, "group": sizes.group.title, **FIGURES}
+    assert again.sizes.known(again.group, 10) == kept
+    assert list(again.sizes.ledger.read()["pack_sizes"].values()) == [kept]
+
+
+def test_one_trial_alone_is_not_measured(tmp_path, monkeypatch):
+    sizes = Sizes(tmp_path, monkeypatch)
+    assert sizes.of(1) == 1
+    assert sizes.measured == []
+
+
+def test_a_size_holds_for_its_group_machine_and_number_of_workers(tmp_path, monkeypatch):
+    Sizes(tmp_path, monkeypatch).of()
+    others = seed_jobs(10, trainer__epochs=3)
+    assert Sizes(tmp_path, monkeypatch).sizes.known(make_groups(others)[0], 10) is None
+    assert Sizes(tmp_path, monkeypatch, workers=2).sizes.known(make_groups(seed_jobs(2))[0], 10) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "device_name", lambda device: f"another {device.type}")
+        other = Sizes(tmp_path, patch)
+        assert other.sizes.known(other.group, 10) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 77)
+        other = Sizes(tmp_path, patch)
+        assert other.sizes.known(other.group, 10) is None
+    same = Sizes(tmp_path, monkeypatch)
+    assert same.sizes.known(same.group, 10) is not None
+
+
+def test_one_process_measures_and_the_others_wait(tmp_path, monkeypatch):
+    mine = Sizes(tmp_path, monkeypatch)
+    theirs = Claims(tmp_path, Owner(host="elsewhere", token="other"))
+    choose = mine.choose
+
+    def watched(*given: Any):
+        (claim,) = (path.name for path in theirs.folder.iterdir())
+        assert not theirs.take(claim.removesuffix(".1"))
+        return choose(*given)
+
+    monkeypatch.setattr(measure, "choose_pack_size", watched)
+    assert mine.of() == 4
+    (claim,) = (path.name.removesuffix(".1") for path in theirs.folder.iterdir())
+    assert theirs.take(claim), "given back"
+    other = Sizes(tmp_path / "next", monkeypatch)
+    their_next = Claims(tmp_path / "next", Owner(host="elsewhere", token="other"))
+    assert their_next.take(claim)
+    assert (other.of(), other.measured) == (None, [])
+    their_next.release(claim)
+    assert other.of() == 4
+
+
+def test_what_another_measured_meanwhile_is_taken(tmp_path, monkeypatch):
+    """Between our look and our claim."""
+    mine = Sizes(tmp_path, monkeypatch)
+    take = Claims.take
+
+    def late(claims: Claims, name: str) -> bool:
+        mine.sizes.ledger.keep_pack_size(name.removeprefix("size-"), {"size": 2, **FIGURES})
+        return take(claims, name)
+
+    monkeypatch.setattr(Claims, "take", late)
+    assert mine.of() == 2
+    assert mine.measured == []
+    (claim,) = (path.name.removesuffix(".1") for path in mine.claims.folder.iterdir())
+    assert not mine.claims.is_taken(claim)
+
+
+def test_a_group_that_cannot_be_measured_trains_alone_until_it_tells_why(tmp_path, monkeypatch):
+    """Nothing is kept: it may be mended by the next time."""
+    sizes = Sizes(tmp_path, monkeypatch)
+    monkeypatch.setattr(measure, "choose_pack_size", fails(RuntimeError("shape mismatch")))
+    assert sizes.of() == 1
+    why = "the pack size cannot be measured (RuntimeError: shape mismatch): packs of 1"
+    assert sizes.said() == [f"measuring the pack size for {sizes.group.title}", why]
+    assert sizes.sizes.ledger.read()["pack_sizes"] == {}
+    monkeypatch.setattr(measure, "choose_pack_size", sizes.choose)
+    assert sizes.of() == 1, "for this run it is settled"
+
+
+@pytest.mark.parametrize("error", [Interrupted(2), ConfigError("x"), OSError(errno.ENOSPC, "full")])
+def test_what_is_no_trials_own_ends_the_measuring(error, tmp_path, monkeypatch):
+    sizes = Sizes(tmp_path, monkeypatch)
+    monkeypatch.setattr(measure, "choose_pack_size", fails(error))
+    with pytest.raises(type(error)):
+        sizes.of()
+    assert len(sizes.said()) == 1
+    (claim,) = (path.name.removesuffix(".1") for path in sizes.claims.folder.iterdir())
+    assert not sizes.claims.is_taken(claim)
+
+
+def test_another_error_of_the_system_is_a_trials_own(tmp_path, monkeypatch):
+    sizes = Sizes(tmp_path, monkeypatch)
+    monkeypatch.setattr(measure, "choose_pack_size", fails(OSError(errno.ECONNRESET, "reset")))
+    assert sizes.of() == 1
+
+
+@pytest.mark.parametrize(("trials", "size"), [(5, 2), (4, 2), (3, 1), (1, 1)])
+def test_half_of_what_took_too_much_memory(trials, size, tmp_path, monkeypatch):
+    sizes = Sizes(tmp_path, monkeypatch)
+    assert sizes.of() == 4
+    sizes.sizes.halve(sizes.group, trials)
+    assert sizes.of() == size
+
+
+# --- the fastest size
+
+
+def choose(
+    monkeypatch, seconds: dict[int, Any], trials: int = 8, memory: int = 1, attainable: int = 1 << 40, workers: int = 1
+) -> tuple[int, dict[str, Any], list[int]]:
+    """The choice where packs take so long (or raise) and ``memory`` bytes a trial; also the sizes tried."""
+    tried: list[int] = []
+    setup: Any = SimpleNamespace(device=CPU)
+    stop = StopRequest()
+
+    def measured(configs: list[TrialConfig], *given: object) -> tuple[float, int]:
+        assert given == (setup, stop)
+        tried.append(len(configs))
+        answer = seconds[len(configs)]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, memory * len(configs)
+
+    def bytes_for(device: torch.device, among: int) -> int:
+        assert (device, among) == (CPU, workers)
+        return attainable
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "attainable_memory", bytes_for)
+    configs = [plain_trial()] * trials
+    best, figures = choose_pack_size(configs, setup, workers, stop)
+    return best, figures, tried
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best", "tried"),
+    [
+        ({1: 1.0, 2: 0.8, 4: 0.5, 8: 0.7}, 4, [1, 2, 4, 8]),
+        ({1: 1.0, 2: 1.2, 4: 1.1}, 1, [1, 2, 4]),
+        ({1: 1.0, 2: 1.2, 4: 0.6, 8: 0.7}, 4, [1, 2, 4, 8]),
+        ({1: 1.0, 2: 0.97, 4: 0.96, 8: 0.95}, 4, [1, 2, 4, 8]),
+        ({1: 1.0, 2: 0.9, 4: 0.89, 8: 0.88}, 2, [1, 2, 4, 8]),
+    ],
+)
+def test_a_larger_pack_must_be_faster_by_a_margin(seconds, best, tried, monkeypatch):
+    """Of 3 % of the best so far; two sizes in a row that gain nothing end the search."""
+    found, figures, sizes = choose(monkeypatch, seconds, trials=15)
+    assert (found, sizes) == (best, tried)
+    assert figures["limited_by_trials"] is (best == 4 and tried[-1] == 8), "packs of 16 were not yet too many"
+
+
+def test_the_figures_behind_a_choice(monkeypatch):
+    best, figures, _ = choose(monkeypatch, {1: 1.0, 2: 0.1234567}, trials=3, memory=7, workers=2)
+    assert best == 2
+    assert figures == {
+        "limited_by_trials": True,
+        "seconds_per_trial_epoch": {"1": 1.0, "2": 0.12346},
+        "memory_bytes": {"1": 7, "2": 14},
+    }
+
+
+def test_packs_have_at_most_64_trials(monkeypatch):
+    best, figures, tried = choose(monkeypatch, {2**i: 0.5**i for i in range(9)}, trials=256)
+    assert (best, tried) == (64, [1, 2, 4, 8, 16, 32, 64])
+    assert figures["limited_by_trials"] is False
+
+
+@pytest.mark.parametrize(("attainable", "tried"), [(4, [1, 2]), (9, [1, 2, 4]), (10, [1, 2, 4, 8]), (19, [1, 2, 4, 8])])
+def test_a_pack_that_may_not_fit_is_not_tried(attainable, tried, monkeypatch):
+    """It takes at most twice the memory of half of it, and four fifths of what there is."""
+    seconds = {2**i: 0.5**i for i in range(5)}
+    best, figures, sizes = choose(monkeypatch, seconds, trials=16, attainable=attainable)
+    assert (best, sizes, figures["limited_by_trials"]) == (tried[-1], tried, False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("CUDA: Out Of Memory")],
+)
+def test_memory_that_runs_out_ends_the_search(error, monkeypatch):
+    best, figures, tried = choose(monkeypatch, {1: 1.0, 2: 0.5, 4: error})
+    assert (best, tried) == (2, [1, 2, 4])
+    assert figures["seconds_per_trial_epoch"] == {"1": 1.0, "2": 0.5}
+    with pytest.raises(type(error)):
+        choose(monkeypatch, {1: error})
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch):
+    with pytest.raises(RuntimeError, match="shape"):
+        choose(monkeypatch, {1: 1.0, 2: RuntimeError("shape mismatch")})
+
+
+@pytest.mark.parametrize(("long", "tried"), [(5.1, [1, 2]), (4.9, [1, 2, 4])])
+def test_one_miss_is_enough_where_measuring_takes_long(long, tried, monkeypatch):
+    """The first size may: it is no miss."""
+    now = [0.0]
+    seconds = {1: 1.0, 2: 1.0, 4: 1.0}
+
+    class Slow(dict[int, float]):
+        def __getitem__(self, size: int) -> float:
+            now[0] += long
+            return seconds[size]
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert choose(monkeypatch, Slow())[2] == tried  # type: ignore[arg-type]
+
+
+def test_a_slow_size_that_gains_does_not_end_the_search(monkeypatch):
+    now = [0.0]
+
+    class Slow(dict[int, float]):
+        def __getitem__(self, size: int) -> float:
+            now[0] += 100
+            return 1.0 / size
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert choose(monkeypatch, Slow())[0] == 8  # type: ignore[arg-type]
+
+
+def test_the_costliest_trials_of_the_first_seed_are_measured(monkeypatch):
+    """Dropout costs more than rank; without adapters neither is set."""
+    asked: list[list[tuple[Any, ...]]] = []
+
+    def measured(configs: list[TrialConfig], *given: object) -> tuple[float, int]:
+        asked.append([(c.seed, c.lora.dropout, c.lora.rank) for c in configs])
+        return 1.0 / len(configs), 1
+
+    monkeypatch.setattr(measure, "measure", measured)
+    grid = [(1, 0.1, 8), (0, 0.0, 8), (0, 0.1, 2), (0, 0.2, 4)]
+    configs = [plain_trial({"seed": s, "lora.dropout": d, "lora.rank": r}) for s, d, r in grid]
+    setup: Any = SimpleNamespace(device=CPU)
+    choose_pack_size(configs, setup, 1, StopRequest())
+    assert asked[-1] == [(0, 0.2, 4), (0, 0.1, 2), (0, 0.0, 8), (1, 0.1, 8)]
+    probes = [plain_trial({**BASELINE, "lora.method": "none", "seed": seed}) for seed in (1, 0)]
+    choose_pack_size(probes, setup, 1, StopRequest())
+    assert asked[-1] == [(0, None, None), (1, None, None)]
+
+
+# --- times
+
+
+class Model:
+    """Of a pack on a stage: evaluates whole batches in ``stage.batch`` seconds, others in their part of it."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+
+    def __call__(self, images: list[int], streams: list[int]) -> None:
+        assert torch.is_inference_mode_enabled()
+        assert self.stage.modes == ["eval"]
+        self.stage.evaluated.append((len(images), streams))
+        self.stage.now += self.stage.batch * len(images) / self.stage.streams[-1][1]
+
+    def eval(self) -> None:
+        self.stage.modes.append("eval")
+
+    def train(self) -> None:
+        self.stage.modes.append("train")
+
+
+class Stage:
+    """A pack that trains nothing, on a clock of its own: an epoch of some steps, and images to evaluate."""
+
+    def __init__(self, monkeypatch, steps=10, first=0.1, step=0.05, images=600, batch=0.01, device=CPU):
+        self.steps, self.images, self.batch = steps, images, batch
+        self.seconds = [first, *[step] * 99]
+        self.now = 0.0
+        self.stop = StopRequest()
+        self.rates: list[object] = []
+        self.evaluated: list[tuple[int, list[int]]] = []
+        self.streams: list[tuple[str, int]] = []
+        self.modes: list[str] = []
+        data = SimpleNamespace(splits={"val": range(images)})
+        self.setup: Any = SimpleNamespace(device=device, data=data, eval_stream=self.stream)
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(measure, "Pack", self.pack)
+        monkeypatch.setattr(measure.gc, "collect", lambda: None)  # takes long, and there is nothing to free
+
+    def pack(self, trials: list[Trial], setup: object) -> Any:
+        assert setup is self.setup
+        assert [trial.record.trial_id for trial in trials] == [trial_id(trial.config) for trial in trials]
+        rates = [f"rate {i}" for i in range(self.steps)]
+        return SimpleNamespace(
+            K=len(trials), setup=setup, step=self.step, learning_rates=lambda: rates, model=Model(self)
+        )
+
+    def step(self, rate: str, logging: bool) -> None:
+        assert logging is False
+        self.now += self.seconds[len(self.rates)]
+        self.rates.append(rate)
+
+    def stream(self, split: str, batch: int):
+        self.streams.append((split, batch))
+        for first in range(0, self.images, batch):
+            yield SimpleNamespace(images=[0] * min(batch, self.images - first))
+
+    def measure(self, trials: int = 1, **changes: Any) -> tuple[float, int]:
+        named = {key.replace("__", "."): value for key, value in changes.items()}
+        return measure.measure([plain_trial({"seed": s, **named}) for s in range(trials)], self.setup, self.stop)
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "seconds"),
+    [
+        ({}, 6, 0.5),
+        ({"step": 0.09}, 6, 0.9),
+        ({"step": 0.1}, 5, 1.0),
+        ({"first": 9.0}, 2, 0.5),
+        ({"first": 0.2, "step": 0.3}, 2, 2.0),
+        ({"steps": 4}, 4, 0.2),
+        ({"steps": 1}, 1, 0.1),
+    ],
+)
+def test_steps_are_timed_until_it_takes_long(stage, steps, seconds, monkeypatch):
+    """Six of them or half a second, at least two: the first one also warms up. The quickest counts."""
+    there = Stage(monkeypatch, batch=0.0, **stage)
+    assert there.measure()[0] == pytest.approx(seconds)
+    assert there.rates == [f"rate {i}" for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "trials", "evaluated", "batches"),
+    [
+        ({}, 1, [256, 256], 600 / 256),
+        ({}, 2, [128] * 4, 600 / 128),
+        ({}, 3, [85] * 6, 600 / 85),
+        ({"batch": 0.3}, 3, [85] * 2, 600 / 85),
+        ({"batch": 0.25}, 3, [85] * 3, 600 / 85),
+        ({"images": 256, "batch": 0.9}, 1, [256], 1.0),
+        ({"images": 64}, 1, [64], 0.25),
+        ({"images": 10}, 257, [1] * 6, 10),
+    ],
+)
+def test_evaluation_is_timed_on_whole_batches(stage, trials, evaluated, batches, monkeypatch):
+    """Of 256 images over all trials; where there are fewer, on those. An epoch of a trial counts, not one of a pack."""
+    there = Stage(monkeypatch, **stage)
+    expected = (10 * 0.05 + there.batch * batches) / trials
+    assert there.measure(trials)[0] == pytest.approx(expected)
+    assert there.evaluated == [(size, [0] * trials) for size in evaluated]
+    assert there.streams == [("val", max(1, 256 // trials))]
+    assert there.modes == ["eval", "train"]
+
+
+@pytest.mark.parametrize(("epochs", "every", "part"), [(4, 1, 1.0), (5, 2, 0.6), (4, 2, 0.5), (2, 5, 0.5)])
+def test_evaluations_count_as_often_as_they_are_done(epochs, every, part, monkeypatch):
+    """Every so many epochs, and after the last one."""
+    there = Stage(monkeypatch, images=512)
+    seconds, _ = there.measure(trainer__epochs=epochs, trainer__validate_every=every)
+    assert seconds == pytest.approx(0.5 + part * 0.02)
+
+
+def test_measuring_stops_between_steps_and_between_batches(monkeypatch):
+    there = Stage(monkeypatch)
+    there.stop.signum = 2
+    with pytest.raises(Interrupted):
+        there.measure()
+    assert there.rates == []
+    there = Stage(monkeypatch)
+    model = Model.__call__
+
+    def last(self: Model, *args: Any) -> None:
+        model(self, *args)
+        self.stage.stop.signum = 2
+
+    monkeypatch.setattr(Model, "__call__", last)
+    with pytest.raises(Interrupted):
+        there.measure()
+    assert len(there.evaluated) == 1
+
+
+# --- bytes
+
+
+class Proc:
+    """Files of the system that say what they are told to; others do not exist."""
+
+    def __init__(self, monkeypatch, files: dict[str, str]):
+        self.files = files
+        self.written: list[tuple[str, str]] = []
+        monkeypatch.setattr(Path, "read_text", lambda path: self.read(str(path)))
+        monkeypatch.setattr(Path, "write_text", lambda path, text: self.write(str(path), text))
+        usage = SimpleNamespace(ru_maxrss=7)
+        monkeypatch.setattr(measure.resource, "getrusage", lambda who: usage)
+
+    def read(self, path: str) -> str:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path]
+
+    def write(self, path: str, text: str) -> None:
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        self.written.append((path, text))
+
+
+STATUS = {"/proc/self/status": "Name:\tx\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\nThreads:\t1\n"}
+FREE = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:    5000 kB\n"}
+LIMIT = {"/sys/fs/cgroup/memory.max": "3000\n", "/sys/fs/cgroup/memory.current": "1000\n"}
+MUCH = {"/sys/fs/cgroup/memory.max": "999999999\n", "/sys/fs/cgroup/memory.current": "1000\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "workers", "attainable"),
+    [
+        ({**STATUS, **FREE}, 1, 5200 * 1024),
+        ({**STATUS, **FREE}, 3, 5000 * 1024 // 3 + 200 * 1024),
+        ({**STATUS, **FREE, "/sys/fs/cgroup/memory.max": "max\n"}, 1, 5200 * 1024),
+        ({**STATUS, **FREE, **LIMIT}, 1, 2000 + 200 * 1024),
+        ({**STATUS, **FREE, **MUCH}, 1, 5200 * 1024),
+        ({**STATUS, **FREE, **LIMIT, "/sys/fs/cgroup/memory.current": "?"}, 1, 5200 * 1024),
+        ({}, 2, (1 << 61) + 7 * 1024),
+        ({**STATUS, "/proc/meminfo": "nothing"}, 1, 200 * 1024),
+    ],
+)
+def test_the_memory_that_a_process_can_have(files, workers, attainable, monkeypatch):
+    """What it holds, and its share of what is free on the host and in its container."""
+    Proc(monkeypatch, files)
+    assert attainable_memory(CPU, workers) == attainable
+    if workers == 1:
+        assert attainable_memory(CPU) == attainable
+
+
+def test_the_most_that_a_process_held(monkeypatch):
+    """Counted anew from the start of the measurement where the system can."""
+    reset = {"/proc/self/clear_refs": ""}
+    there = Proc(monkeypatch, {**STATUS, **reset})
+    assert Stage(monkeypatch).measure()[1] == 300 * 1024
+    assert there.written == [("/proc/self/clear_refs", "5")]
+    there.files = {}
+    assert Stage(monkeypatch).measure()[1] == 7 * 1024
+
+
+def test_memory_and_time_on_a_gpu(monkeypatch):
+    """What is reserved can be used again; a time is taken when the device is done."""
+    calls: list[str] = []
+    there = Stage(monkeypatch, steps=2, images=256, device=GPU)
+
+    def synchronize(device: torch.device) -> None:
+        assert device == GPU
+        calls.append("done")
+        there.now += 1.0
+
+    def answer(name: str, value: Any):
+        def asked(device: torch.device) -> Any:
+            assert device == GPU
+            calls.append(name)
+            return value
+
+        monkeypatch.setattr(torch.cuda, name, asked)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    answer("mem_get_info", (100, 1000))
+    answer("memory_reserved", 11)
+    answer("reset_peak_memory_stats", None)
+    answer("max_memory_allocated", 77)
+    assert attainable_memory(GPU, 3) == 111
+    calls.clear()
+    seconds, held = there.measure()
+    assert seconds == pytest.approx(2 * 1.05 + 1.01)
+    assert held == 77
+    assert calls == ["reset_peak_memory_stats", "done", "done", "done", "max_memory_allocated"]

@@ -1,0 +1,486 @@
+"""What a trial leaves on disk: written whole, read back as it was, and refused in one line where it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plain_trials import plain_trial
+
+from lora_vit import records
+from lora_vit.config import to_dict, trial_id
+from lora_vit.records import (
+    JsonLines,
+    RecordError,
+    State,
+    TrialRecord,
+    locked,
+    read_predictions,
+    read_record,
+    read_rows,
+    repeating,
+    replacing,
+    state_of,
+    write_json,
+    write_predictions,
+    write_record,
+)
+
+NOW = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch) -> None:
+    """It is ``NOW``."""
+    monkeypatch.setattr(records.time, "time", lambda: NOW)
+
+
+# --- files that appear whole
+
+
+def test_a_file_is_replaced_whole_and_can_be_read_by_all(tmp_path, monkeypatch):
+    """What was there stays until all is on the disk."""
+    path, synced = tmp_path / "file", []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        (temporary,) = (p for p in tmp_path.iterdir() if p != path)
+        synced.append((path.read_bytes(), temporary.read_bytes(), temporary.name[:6]))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    with replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert synced == [(b"old", b"new", ".file.")]
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_file_that_is_not_written_to_its_end_leaves_nothing(error, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error), replacing(path) as file:  # noqa: PT012  (what is raised inside is the point)
+        file.write(b"half")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_stays_what_it_is_where_the_folder_went_meanwhile(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(RuntimeError, match="the reason"), replacing(folder / "file"):  # noqa: PT012
+        for path in folder.iterdir():
+            path.unlink()
+        raise RuntimeError("the reason")
+
+
+def test_json_is_readable_sorted_and_has_no_other_numbers(tmp_path):
+    values = {"b": (1, math.nan, [math.inf]), "a": {"x": -math.inf, "y": 0.5}, "c": None, "d": "ü", "e": True}
+    write_json(tmp_path / "file", values)
+    assert (tmp_path / "file").read_text() == (
+        '{\n "a": {\n  "x": null,\n  "y": 0.5\n },\n "b": [\n  1,\n  null,\n  [\n   null\n  ]\n ],\n "c": null,\n'
+        ' "d": "\\u00fc",\n "e": true\n}\n'
+    )
+
+
+# --- locks and signs of life
+
+
+def test_a_lock_has_one_holder(tmp_path):
+    path = tmp_path / "lock"
+    (tmp_path / "other").touch()
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pytest.fail("two holders")
+        assert path.exists()
+    assert path.exists(), "it stays beside other files"
+    with locked(path, wait=False):
+        (tmp_path / "other").unlink()
+    assert list(tmp_path.iterdir()) == [], "alone it goes"
+    with pytest.raises(RuntimeError), locked(path):
+        raise RuntimeError
+    assert not path.exists(), "whatever happened"
+
+
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def wait() -> None:
+        with locked(path):
+            order.append("second")
+
+    with locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_another_took_away_and_made_anew_is_not_ours(tmp_path, monkeypatch):
+    """Between our opening and our locking the last holder removed the file; a new one stands there, or none."""
+    path, flock = tmp_path / "lock", records.fcntl.flock
+    for makes_anew in (False, True):
+        looks = []
+
+        def late(file, kind, looks=looks, makes_anew=makes_anew):
+            flock(file, kind)
+            looks.append(kind)
+            if len(looks) == 1:
+                path.unlink()
+                if makes_anew:
+                    path.touch()
+
+        monkeypatch.setattr(records.fcntl, "flock", late)
+        with locked(path), path.open("ab") as again, pytest.raises(BlockingIOError):
+            flock(again, records.fcntl.LOCK_EX | records.fcntl.LOCK_NB)
+        assert len(looks) == 2
+
+
+def test_signs_of_life_are_repeated_until_the_end():
+    called = threading.Semaphore(0)
+    with repeating(called.release, 0.001):
+        for _ in range(3):
+            assert called.acquire(timeout=30)
+        (thread,) = (t for t in threading.enumerate() if t.name == "signs of life")
+        assert thread.daemon
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError), repeating(lambda: None, 1000.0):
+        raise RuntimeError
+    assert not [t for t in threading.enumerate() if t.name == "signs of life"], "whatever happened"
+
+
+# --- records
+
+
+def some_record(status: str = "completed", **changes: Any) -> TrialRecord:
+    config = plain_trial()
+    return TrialRecord(trial_id(config), "cell", status, to_dict(config), started=1.0, finished=2.0, **changes)
+
+
+def test_what_a_new_record_says():
+    fields = dataclasses.asdict(TrialRecord("id", "cell", "running", {}))
+    empty: dict[str, Any] = {key: {} for key in ("metrics", "best", "parameters", "cost", "environment", "data")}
+    times = {"started": 0.0, "heartbeat": 0.0, "finished": None}
+    said = {"trial_id": "id", "cell_id": "cell", "status": "running", "config": {}}
+    assert fields == {**said, **empty, **times, "error": None, "schema": 1}
+
+
+def test_a_record_is_read_as_it_was_written(clock, tmp_path):
+    record = some_record(
+        metrics={"epoch": 2, "val_loss": math.nan},
+        best={"epoch": 1},
+        parameters={"head": 3},
+        cost={"seconds": 1.5},
+        environment={"host": "h"},
+        data={"classes": 4},
+        error={"message": "m"},
+    )
+    written = write_record(tmp_path, record)
+    assert (record.heartbeat, written.heartbeat) == (NOW, NOW)
+    on_disk = {**dataclasses.asdict(record), "metrics": {"epoch": 2, "val_loss": None}, "schema": 1}
+    assert json.loads((tmp_path / "record.json").read_text()) == on_disk
+    assert dataclasses.asdict(read_record(tmp_path)) == on_disk
+    record.metrics["epoch"] = 3
+    assert written.metrics["epoch"] == 2, "a copy"
+
+
+@pytest.mark.parametrize(
+    ("status", "heartbeat", "shown"),
+    [
+        ("running", NOW - 300, "running"),
+        ("running", NOW - 301, "interrupted"),
+        ("running", NOW + 301, "running"),
+        ("completed", NOW - 301, "completed"),
+        ("stopped", NOW - 301, "stopped"),
+    ],
+)
+def test_who_is_silent_for_five_minutes_counts_as_interrupted(status, heartbeat, shown, clock):
+    record = some_record(status, heartbeat=heartbeat)
+    assert record.shown_status() == shown
+    assert record.shown_status(NOW) == shown
+    assert record.shown_status(heartbeat) == status, "at another time"
+
+
+def damage(folder: Path, **changes: Any) -> None:
+    """A whole record with some fields otherwise; None as a type: left out."""
+    write_record(folder, some_record())
+    values = {**json.loads((folder / "record.json").read_text()), **changes}
+    (folder / "record.json").write_text(json.dumps({k: v for k, v in values.items() if v is not LEFT_OUT}))
+
+
+LEFT_OUT = object()
+FIELDS = [field.name for field in dataclasses.fields(TrialRecord) if field.name != "schema"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_record_without_a_field_or_of_another_type_is_refused(name, tmp_path):
+    damage(tmp_path, **{name: LEFT_OUT})
+    with pytest.raises(RecordError) as caught:
+        read_record(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'record.json'} lacks '{name}'"
+    damage(tmp_path, **{name: ["x"]})
+    with pytest.raises(RecordError) as caught:
+        read_record(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'record.json'}: '{name}' is a list"
+    nothing = name in ("finished", "error")
+    damage(tmp_path, **{name: None})
+    with contextlib.nullcontext() if nothing else pytest.raises(RecordError, match=f"'{name}' is a NoneType"):
+        assert getattr(read_record(tmp_path), name) is None
+
+
+@pytest.mark.parametrize("name", ["started", "heartbeat", "finished"])
+def test_times_may_be_whole_numbers(name, tmp_path):
+    for value in (3, 3.5):
+        damage(tmp_path, **{name: value})
+        assert getattr(read_record(tmp_path), name) == value
+
+
+def test_what_a_later_version_adds_is_left_out(tmp_path):
+    damage(tmp_path, colour="blue")
+    assert read_record(tmp_path).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"schema": 1', " is not whole JSON (Expecting"),
+        ("[]", " is not a trial record"),
+        ('["schema"]', " is not a trial record"),
+        ("{}", " is not a trial record"),
+        ('{"schema": 2}', " has record schema 2, this version reads 1: use the matching version of lora_vit"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(text, said, tmp_path):
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(RecordError) as caught:
+        read_record(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'record.json'}{said}")
+
+
+def test_a_record_that_is_no_file_or_of_no_status(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_record(tmp_path)
+    damage(tmp_path, status="asleep")
+    with pytest.raises(RecordError, match=r"record\.json: status 'asleep' is unknown$"):
+        read_record(tmp_path)
+    (tmp_path / "record.json").unlink()
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(RecordError, match=r"record\.json cannot be read: Is a directory$"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["running", "completed", "failed", "stopped", "interrupted"])
+def test_every_status_can_be_read(status, tmp_path):
+    damage(tmp_path, status=status)
+    assert read_record(tmp_path).status == status
+
+
+# --- where a trial stands
+
+
+def test_states_of_folders(clock, tmp_path):
+    """By what is in them; a folder that cannot be used says why."""
+    config = plain_trial()
+    assert state_of(tmp_path / "absent") == State("new")
+    (tmp_path / "file").touch()
+    why = f"{tmp_path / 'file/record.json'} cannot be read: Not a directory; give another folder, or remove that file"
+    assert state_of(tmp_path / "file", config) == State("refused", problem=why)
+    damage(tmp_path, status="running", heartbeat=NOW - 299)
+    here = state_of(tmp_path, config)
+    assert (here.status, here.record, here.problem) == ("running", read_record(tmp_path), "")
+    damage(tmp_path, status="running", heartbeat=NOW - 301)
+    assert state_of(tmp_path).status == "interrupted"
+    damage(tmp_path, status=LEFT_OUT)
+    path = tmp_path / "record.json"
+    refused = State("refused", None, f"{path} lacks 'status'; give another folder, or remove that file")
+    assert state_of(tmp_path, config) == refused
+
+
+def test_a_folder_of_another_trial_says_what_differs_first(tmp_path):
+    """Of two trials' settings in the order of the schema."""
+    ours = plain_trial({"lora.rank": 8, "seed": 3})
+    damage(tmp_path)
+    theirs = read_record(tmp_path).trial_id
+
+    def problem(expected: str = "") -> str:
+        state = state_of(tmp_path, ours, expected)
+        assert (state.status, state.record) == ("refused", None)
+        return state.problem
+
+    said = f"{tmp_path} holds trial {theirs}, this is trial {trial_id(ours)}: give another folder"
+    assert problem() == f"{said} (lora.rank is 4 there, 8 here)"
+    damage(tmp_path, config={**to_dict(ours), "seed": 0})
+    assert problem() == f"{said} (seed is 0 there, 3 here)"
+    damage(tmp_path, config={**to_dict(ours), "lora": None})
+    assert problem().startswith(f"{said} (lora is None there, {{'method': 'lora', ")
+    damage(tmp_path, config=to_dict(ours))
+    assert problem() == f"{said} (same settings, other files or version)"
+    assert "this is trial 0123456789: give another folder (same" in problem("0123456789")
+    assert state_of(tmp_path, ours, theirs).status == "completed", "the id that is expected decides"
+    assert state_of(tmp_path, None, "0123456789").status == "completed", "whichever is there"
+
+
+def standing(status: str, started: float = 900.0, finished: float | None = 950.0, heartbeat: float = 940.0) -> State:
+    record = TrialRecord("id", "cell", status, {}, started=started, heartbeat=heartbeat, finished=finished)
+    return State(status, record)
+
+
+@pytest.mark.parametrize(
+    ("state", "restart", "retry", "ended"),
+    [
+        (State("new"), False, False, False),
+        (State("refused", problem="x"), False, True, True),
+        (standing("running"), False, False, False),
+        (standing("interrupted"), False, False, False),
+        (standing("stopped"), False, False, False),
+        (standing("completed"), False, True, True),
+        (standing("completed"), True, False, False),
+        (standing("completed", started=NOW), True, False, True),
+        (standing("failed"), False, False, True),
+        (standing("failed"), False, True, False),
+        (standing("failed", finished=NOW), False, True, True),
+        (standing("failed", finished=None), False, True, False),
+        (standing("failed", finished=None, heartbeat=NOW), False, True, True),
+        (standing("failed", finished=950.0, heartbeat=NOW), False, True, False),
+        (standing("failed"), True, False, False),
+        (standing("failed", started=NOW, finished=NOW), True, True, True),
+    ],
+)
+def test_every_trial_is_open_or_ended(state, restart, retry, ended):
+    assert state.is_ended(restart, launched=NOW, retry_failed=retry) is ended
+
+
+# --- rows
+
+
+def test_rows_are_written_at_once_and_cut_back_to_a_known_length(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = JsonLines(path)
+    assert rows.length() == 0
+    rows.write({"b": 1.5, "a": [math.nan]})
+    text = '{"a": [null], "b": 1.5}\n'
+    assert path.read_text() == text
+    assert rows.length() == len(text)
+    rows.write({"lost": 1})
+    rows.close()
+    with pytest.raises(ValueError, match="closed"):
+        rows.write({})
+    again = JsonLines(path, len(text))
+    assert path.read_text() == text
+    again.write({"c": 2})
+    again.close()
+    assert read_rows(path) == [{"a": [None], "b": 1.5}, {"c": 2}]
+    JsonLines(path).close()
+    assert path.read_bytes() == b"", "begun anew"
+
+
+def test_the_length_of_rows_is_of_what_is_on_the_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    rows = JsonLines(tmp_path / "rows.jsonl")
+    rows.write({})
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert rows.length() == 3
+    assert len(synced) == 1
+    rows.close()
+
+
+def test_whole_rows_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"a": "\u2028"}\n{"b": 1}\n{"c":')
+    assert read_rows(path) == [{"a": "\u2028"}, {"b": 1}], "a crash left the last"
+    path.write_text('{"a": 1}\nnonsense\n{"c": 3}\n')
+    with pytest.raises(RecordError) as caught:
+        read_rows(path)
+    assert str(caught.value) == f"{path}: row 2 is not JSON"
+
+
+# --- predictions
+
+
+def some_predictions(count: int) -> dict[str, np.ndarray]:
+    return {
+        "ids": np.arange(count),
+        "labels": np.arange(count) % 3,
+        "predicted": np.arange(count) % 2,
+        "true_probability": np.linspace(0, 1, count),
+    }
+
+
+def test_predictions_are_read_as_they_were_written(tmp_path):
+    """Each split has its own number of images; equal predictions give equal bytes."""
+    splits = {"val": some_predictions(5), "test": some_predictions(3)}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_predictions(tmp_path / name, splits)
+    again = read_predictions(tmp_path / "a")
+    assert again.keys() == splits.keys()
+    for split, fields in splits.items():
+        assert again[split].keys() == fields.keys()
+        for name, values in fields.items():
+            np.testing.assert_array_equal(again[split][name], values)
+            assert again[split][name].dtype == values.dtype
+    assert (tmp_path / "a/predictions.npz").read_bytes() == (tmp_path / "b/predictions.npz").read_bytes()
+    with np.load(tmp_path / "a/predictions.npz") as arrays:
+        assert set(arrays.files) == {f"{split}.{name}" for split in splits for name in splits["val"]}
+
+
+def test_predictions_that_are_missing_or_damaged_are_refused(tmp_path):
+    path = tmp_path / "predictions.npz"
+    with pytest.raises(RecordError) as caught:
+        read_predictions(tmp_path)
+    assert str(caught.value) == f"{path} does not exist"
+    path.write_bytes(b"PK nonsense")
+    with pytest.raises(RecordError, match=r"predictions\.npz cannot be read \("):
+        read_predictions(tmp_path)
+    np.savez(path, **{"val.ids": np.array([{}], dtype=object)})
+    with pytest.raises(RecordError, match=r"cannot be read \(Object arrays cannot be loaded"):
+        read_predictions(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["ids", "labels", "predicted", "true_probability", "more"])
+def test_predictions_without_a_field_or_of_unequal_lengths_are_refused(field, tmp_path):
+    whole = some_predictions(4)
+    cases = [{**whole, field: np.arange(3)}]
+    if field in whole:
+        cases.append({name: values for name, values in whole.items() if name != field})
+    for fields in cases:
+        arrays = {f"val.{name}": values for name, values in fields.items()}
+        np.savez(tmp_path / "predictions.npz", **arrays)
+        with pytest.raises(RecordError, match=r"npz: split 'val' has missing fields or unequal lengths$"):
+            read_predictions(tmp_path)
+
+
+def test_the_files_of_a_trial_keep_their_names():
+    names = (records.RECORD, records.METRICS, records.TIMING, records.PREDICTIONS, records.LOG, records.CHECKPOINT)
+    assert names == (
+        "record.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "predictions.npz",
+        "train.log",
+        "checkpoint.pt",
+    )
+
+
+def test_a_disk_that_cannot_be_written_is_told_from_a_trials_own_error():
+    assert {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EFBIG} == set(records.NO_SPACE)
