@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 
 from lora_vit.analysis import checks, tables
 from lora_vit.analysis.core import select, summarize
-from lora_vit.analysis.load import SummaryError
+from lora_vit.analysis.load import SummaryError, load_trials
 from lora_vit.analysis.power import power
 from lora_vit.records import PREDICTIONS, TrialRecord, read_predictions, write_predictions
 
@@ -260,7 +260,7 @@ def test_a_long_reason_is_cut_to_one_line_of_120_characters(trials: pd.DataFrame
 
 
 def named(sweep: Path, rank: int, seed: int) -> str:
-    trials = summarize(sweep).trials
+    trials = load_trials([sweep]).trials
     return str(trials.loc[(trials["lora.rank"] == rank) & (trials["seed"] == seed), "trial"].iloc[0])
 
 
@@ -285,7 +285,7 @@ def test_trials_that_are_not_named_or_not_by_one_name(sweep: Path) -> None:
     )
     assert message(sweep, compare_trials=(f"zz{unlike}", one)).startswith(f"--compare zz{unlike}: there is no such")
     assert message(sweep, compare_trials=("", one)) == "--compare : there is no such trial"
-    starts = summarize(sweep).trials["trial"].str[0].value_counts()
+    starts = load_trials([sweep]).trials["trial"].str[0].value_counts()
     shared = starts.index[starts > 1][0]
     assert message(sweep, compare_trials=(shared, one)).startswith(
         f"--compare {shared}: {starts[shared]} trials begin so"
