@@ -75,7 +75,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
 
 def _indicators(column: pd.Series) -> np.ndarray:
     """Intercept and one column per level but the first."""
-    codes, levels = pd.factorize(column, sort=True)
+    codes, levels = pd.factorize(column)
     return np.column_stack([np.ones(len(codes)), *(codes == k for k in range(1, len(levels)))]).astype(float)
 
 

@@ -156,16 +156,16 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
             if name in WITHOUT_IDENTITY:
                 continue
             values[name] = _plain(key, value)
-    if values.get("lora.method", "lora") == "lora" and values.get("lora.blocks") is None:
+    if values["lora.method"] == "lora" and values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
     return values
 
 
 def _plain(key: str, value: Any) -> Any:
-    if key == "targets" and isinstance(value, (list, tuple)):
+    if key == "targets" and isinstance(value, list):
         ordered = tuple(t for t in TARGETS if t in value)
         return _TARGET_NAMES.get(ordered, " ".join(ordered))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return " ".join(f"{v}" for v in value)
     if isinstance(value, dict):
         return str(value)
@@ -199,11 +199,10 @@ def _fact(value: Any) -> Any:
 
 def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -> float:
     value = as_float(record.metrics.get(name))
-    needed = record.status == "completed" and not name.startswith("test")
     if name.endswith("accuracy") and not (math.isnan(value) or 0 <= value <= 1):
         problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
         return math.nan
-    if needed and math.isnan(value) and name == "val_accuracy":
+    if record.status == "completed" and math.isnan(value) and name == "val_accuracy":
         problems.append(f"{folder / RECORD}: completed without {name}; taken as missing")
     return value
 

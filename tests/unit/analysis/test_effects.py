@@ -230,14 +230,18 @@ def test_a_saturated_model_has_no_lack_of_fit() -> None:
     assert len(got.table) == 2
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6, -1e6])
 @pytest.mark.parametrize("interaction", [0.0, 1.0])
-def test_trials_without_any_noise(interaction: float) -> None:
+def test_trials_without_any_noise(interaction: float, scale: float) -> None:
+    """The seeds' luck, a third, leaves rounding of 1e-16 of the values: no error, whatever the unit."""
     frame = pd.DataFrame(
-        [{"cell": f"{a}{b}", "seed": s, "a": a, "b": b, "y": float(a + 2 * b + interaction * a * b)}
-         for a in (0, 1) for b in (0, 1) for s in (0, 1)]
+        [{"cell": f"{a}{b}", "seed": s, "a": a, "b": b, "y": scale * (a + 2 * b + interaction * a * b + s / 3)}
+         for a in (0, 1) for b in (0, 1) for s in (0, 1, 2)]
     )  # fmt: skip
     got = main_effects(frame, ["a", "b"], "y")
-    assert got.table["effect"].tolist() == pytest.approx([1 + interaction / 2, 2 + interaction / 2])
+    want = np.array([1 + interaction / 2, 2 + interaction / 2]) * scale
+    for name in ("effect", "low", "high"):
+        np.testing.assert_allclose(got.table[name], want)
     assert (got.table["p"] < 1e-10).all()
     assert got.lack_of_fit_p == pytest.approx(0.0 if interaction else 1.0)
 
@@ -251,7 +255,7 @@ def test_two_cells_with_two_seeds_are_the_least() -> None:
 
 def test_trials_without_the_metric_do_not_count() -> None:
     frame = factorial()
-    more = pd.concat([frame, frame.iloc[:4].assign(seed=[9, 9, 9, 9], y=np.nan)])
+    more = pd.concat([frame, frame.iloc[:4].assign(seed=[9, 9, 9, 9], y=np.nan)]).astype({"y": object})
     pd.testing.assert_frame_equal(main_effects(more, ["rank"], "y").table, main_effects(frame, ["rank"], "y").table)
 
 

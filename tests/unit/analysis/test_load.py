@@ -203,6 +203,46 @@ def test_folders_without_a_trial(tmp_path):
         load_trials([tmp_path])
 
 
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def scandir(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(load.os, "scandir", scandir)
+    with pytest.raises(SummaryError) as caught:
+        load_trials([str(tmp_path)])
+    assert str(caught.value) == f"{tmp_path} cannot be read: Permission denied"
+
+
+def test_a_record_that_was_removed_since_it_was_found_is_no_problem(tmp_path, monkeypatch):
+    trial = make_trial(tmp_path, 0.9).trial_id
+    monkeypatch.setattr(load, "find_records", lambda folder: [folder / "gone", folder / trial])
+    loaded = load_trials([tmp_path])
+    assert list(loaded.trials["trial"]) == [trial]
+    assert loaded.problems == []
+
+
+def test_one_folder_named_twice_is_read_once(tmp_path):
+    make_trial(tmp_path, 0.9)
+    loaded = load_trials([tmp_path, str(tmp_path)])
+    assert len(loaded.trials) == 1
+    assert loaded.problems == []
+
+
+@pytest.mark.parametrize("versions", [None, [], "torch 2", 3])
+def test_versions_that_are_no_table_are_none(versions):
+    record = make_record()
+    record.environment["versions"] = versions
+    assert read(record)[0]["environment.versions"] == ""
+
+
+def test_a_config_without_a_section_lacks_its_settings():
+    record = make_record()
+    del record.config["optimizer"], record.config["lora"]["method"], record.config["lora"]["blocks"]
+    got, _ = read(record)
+    assert got["optimizer.lr"] is got["lora.method"] is got["lora.blocks"] is None
+    assert got["lora.effective_scaling"] == 8
+
+
 def test_a_broken_record_is_left_out_by_name(tmp_path):
     make_trial(tmp_path, 0.9)
     (tmp_path / "0").mkdir()

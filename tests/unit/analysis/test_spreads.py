@@ -85,6 +85,16 @@ def test_spreads_that_cannot_be_tested() -> None:
     assert math.isnan(stats.spread_test(fit_blocks(np.arange(4.0)[:, None])))
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, -1e6])
+def test_rounding_is_no_spread_and_a_small_spread_is_no_rounding(scale: float) -> None:
+    """Sums of tenths and thirds leave 1e-16 of the values; real spreads of 1e-9 of them are far above."""
+    y = scale * (np.array([0.1, 0.7, 1.3])[:, None] + np.array([0.0, 0.3, 1 / 3, 1.1]))
+    fit = fit_blocks(y)
+    assert 0 < fit.ss.sum() < (1e-14 * abs(scale)) ** 2
+    assert math.isnan(stats.spread_test(fit))
+    assert 0 < stats.spread_test(fit_blocks(y + scale * 1e-9 * HOLES[:3, [0, 1, 3, 3]] ** 2)) <= 1
+
+
 @pytest.mark.parametrize(
     ("cells", "df", "level"),
     [
@@ -234,7 +244,8 @@ def test_what_cannot_be_compared_has_no_reason_to_warn() -> None:
     assert (got.possible, got.wide, got.blocked, got.complete, got.seeds, got.df) == (False, False, True, True, 0, 0)
     assert np.isnan(got.means).all()
     assert not got.compared.any()
-    assert math.isnan(got.sd)
+    assert all(math.isnan(value) for value in (got.sd, got.pooled_sd, got.spread_p, got.repeats))
+    assert got.best is None
     two = compare(np.array([[1.0, 2.0], [3.0, 4.5]]), spreads="equal")
     assert two.possible
     assert not compare(np.array([[1.0, 2.0, NAN, NAN], [NAN, 3.0, 4.0, NAN]])[:1]).possible
@@ -281,3 +292,37 @@ def test_the_nodes_give_the_moments_of_the_estimated_sd() -> None:
         assert weights.sum() == pytest.approx(1)
         assert weights @ s**2 == pytest.approx(1, abs=1e-4)
         assert weights @ s**4 == pytest.approx(1 + 2 / df, rel=2e-3)
+
+
+def test_a_seed_that_no_cell_has_changes_nothing() -> None:
+    wider = np.insert(HOLES, 2, NAN, axis=1)
+    got, want = fit_blocks(wider), fit_blocks(HOLES)
+    assert (got.df, got.blocked) == (want.df, True)
+    for name in ("means", "ss", "dof", "counts"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-12)
+    np.testing.assert_allclose(got.difference_variance(np.arange(4)), want.difference_variance(np.arange(4)))
+
+
+def test_the_variance_of_pairs_far_from_zero() -> None:
+    """At 1e6 values are rounded to 1e-10; squares of them would be to 1e-4."""
+    for blocked in (True, False):
+        want = stats.pair_variance(HOLES, np.arange(4), blocked)
+        np.testing.assert_allclose(stats.pair_variance(HOLES + 1e6, np.arange(4), blocked), want, atol=1e-7)
+
+
+def test_without_any_error_ties_are_ties_and_the_rest_is_worse() -> None:
+    got = compare(np.repeat([[0.5], [0.75], [0.75]], 3, axis=1))
+    assert (got.sd, got.best) == (0, 1)
+    assert got.worse.tolist() == [True, False, False]
+    assert got.candidate.tolist() == [False, True, True]
+    np.testing.assert_array_equal(got.p_worse, [0, NAN, 1])
+    np.testing.assert_array_equal(got.p_candidate, [0, 1, 1])
+
+
+@pytest.mark.parametrize(("wide", "sd"), [(False, 0.3), (True, 0.3), (False, 0.001), (True, 0.001)])
+def test_the_least_error_is_that_of_rounding(wide: bool, sd: float) -> None:
+    y = HOLES * 0.01
+    got = compare(y, resolution=sd * math.sqrt(12), spreads="unequal" if wide else "equal")
+    fit = fit_blocks(y)
+    assert got.sd == pytest.approx(max(sd, math.sqrt(stats.wide_variance(fit) if wide else fit.mse)))
+    assert got.pooled_sd == pytest.approx(math.sqrt(fit.mse))

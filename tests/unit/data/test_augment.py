@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -28,6 +30,11 @@ def pictures(n=6, h=64, w=48) -> torch.Tensor:
 
 def unnormalised(x: torch.Tensor) -> torch.Tensor:
     return x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+
+
+def test_images_are_normalised_as_the_pretrained_backbones_were():
+    preset = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    assert (list(IMAGENET_MEAN), list(IMAGENET_STD)) == (preset.mean, preset.std)
 
 
 @pytest.mark.parametrize("size", [24, 32, 64, 96, 224])
@@ -94,7 +101,7 @@ def test_boxes_are_drawn_as_torchvision_draws_them():
     assert (boxes[:, 1] + boxes[:, 3] <= 64).all()
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 90), (90, 30), (12, 100), (2, 1000), (1000, 2)])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (30, 90), (90, 30), (12, 100), (2, 1000), (1000, 2), (1, 1)])
 def test_boxes_equal_torchvisions_rule_on_the_same_draws(height, width):
     boxes = crop_boxes(np.arange(60), height, width, 7, 3)
     fell_back = 0
@@ -169,3 +176,15 @@ def test_weights_of_a_row_sum_to_one():
     matrix = resampling_matrix(start, length, torch.tensor([False, True]), 20, 7)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 7, dtype=torch.float64))
     assert float(matrix[1, :, :5].abs().max()) == 0  # nothing from outside the box
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+@pytest.mark.parametrize("size", [8, 12])
+def test_everything_lies_on_the_device(size, augment, monkeypatch):
+    """Fake tensors refuse an operation between two devices."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    device = torch.device("cuda", 0)
+    with FakeTensorMode():
+        transform = Transform(size, augment, device, torch.bfloat16)
+        out = transform.train(torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device=device), 0, 0, np.arange(2))
+    assert (out.device, out.shape, out.dtype) == (device, (2, 3, size, size), torch.bfloat16)
