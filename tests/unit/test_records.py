@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain_trials import plain_trial
+from plain_trials import PLAIN, plain_trial
 
 from lora_vit import records
-from lora_vit.config import to_dict, trial_id
+from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
 from lora_vit.records import (
     JsonLines,
     RecordError,
@@ -172,8 +172,12 @@ def test_signs_of_life_are_repeated_until_the_end():
 
 
 def some_record(status: str = "completed", **changes: Any) -> TrialRecord:
-    config = plain_trial()
-    return TrialRecord(trial_id(config), "cell", status, to_dict(config), started=1.0, finished=2.0, **changes)
+    return record_of(plain_trial(), status, **changes)
+
+
+def record_of(config: TrialConfig, status: str = "completed", **changes: Any) -> TrialRecord:
+    ids = (trial_id(config), cell_id(config))
+    return TrialRecord(*ids, status, to_dict(config), started=1.0, finished=2.0, **changes)
 
 
 def test_what_a_new_record_says():
@@ -181,7 +185,7 @@ def test_what_a_new_record_says():
     empty: dict[str, Any] = {key: {} for key in ("metrics", "best", "parameters", "cost", "environment", "data")}
     times = {"started": 0.0, "heartbeat": 0.0, "finished": None}
     said = {"trial_id": "id", "cell_id": "cell", "status": "running", "config": {}}
-    assert fields == {**said, **empty, **times, "error": None, "schema": 1}
+    assert fields == {**said, **empty, **times, "error": None, "schema": 2}
 
 
 def test_a_record_is_read_as_it_was_written(clock, tmp_path):
@@ -196,7 +200,7 @@ def test_a_record_is_read_as_it_was_written(clock, tmp_path):
     )
     written = write_record(tmp_path, record)
     assert (record.heartbeat, written.heartbeat) == (NOW, NOW)
-    on_disk = {**dataclasses.asdict(record), "metrics": {"epoch": 2, "val_loss": None}, "schema": 1}
+    on_disk = {**dataclasses.asdict(record), "metrics": {"epoch": 2, "val_loss": None}, "schema": 2}
     assert json.loads((tmp_path / "record.json").read_text()) == on_disk
     assert dataclasses.asdict(read_record(tmp_path)) == on_disk
     record.metrics["epoch"] = 3
@@ -266,7 +270,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
         ("[]", " is not a trial record"),
         ('["schema"]', " is not a trial record"),
         ("{}", " is not a trial record"),
-        ('{"schema": 2}', " has record schema 2, this version reads 1: use the matching version of lora_vit"),
+        ('{"schema": 1}', " has record schema 1, this version reads 2: use the matching version of lora_vit"),
     ],
 )
 def test_a_record_that_is_none_is_refused(text, said, tmp_path):
@@ -328,15 +332,42 @@ def test_a_folder_of_another_trial_says_what_differs_first(tmp_path):
 
     said = f"{tmp_path} holds trial {theirs}, this is trial {trial_id(ours)}: give another folder"
     assert problem() == f"{said} (lora.rank is 4 there, 8 here)"
-    damage(tmp_path, config={**to_dict(ours), "seed": 0})
-    assert problem() == f"{said} (seed is 0 there, 3 here)"
-    damage(tmp_path, config={**to_dict(ours), "lora": None})
-    assert problem().startswith(f"{said} (lora is None there, {{'method': 'lora', ")
-    damage(tmp_path, config=to_dict(ours))
-    assert problem() == f"{said} (same settings, other files or version)"
-    assert "this is trial 0123456789: give another folder (same" in problem("0123456789")
-    assert state_of(tmp_path, ours, theirs).status == "completed", "the id that is expected decides"
+    for change, told in (
+        ({"lora.rank": 8}, "seed is 0 there, 3 here"),
+        (
+            {"lora.rank": 8, "seed": 3, "data.root": "elsewhere", "data.content": "x"},
+            "data.content is x there, None here",
+        ),
+        ({"lora.rank": 8, "seed": 3, "model.weights": "GLYPHS_V1"}, "model.weights is GLYPHS_V1 there, None here"),
+    ):
+        record = record_of(plain_trial(change))
+        write_record(tmp_path, record)
+        assert problem().endswith(
+            f"holds trial {record.trial_id}, this is trial {trial_id(ours)}: give another folder ({told})"
+        )
+    assert "this is trial 0123456789: give another folder" in problem("0123456789")
+    assert state_of(tmp_path, ours, record.trial_id).status == "completed", "the id that is expected decides"
     assert state_of(tmp_path, None, "0123456789").status == "completed", "whichever is there"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"trial_id": "0123456789"},
+        {"cell_id": "0123456789"},
+        {"config": to_dict(plain_trial({"optimizer.lr": 1e-4}))},
+        {"config": {**to_dict(plain_trial()), "seed": "0"}},
+        {"config": {**to_dict(plain_trial()), "lora": None}},
+        {"config": {**to_dict(plain_trial()), "model": {**PLAIN["model"], "new": 1}}},
+        {"config": {**to_dict(plain_trial()), "optimizer": {**PLAIN["optimizer"], "lr": 10**400}}},
+    ],
+)
+def test_an_edited_record_is_not_believed(edit, tmp_path):
+    """Its settings are those of its trial id, or it says nothing."""
+    damage(tmp_path, **edit)
+    with pytest.raises(RecordError, match=r"record\.json was edited: its config is (that of trial|not whole)"):
+        read_record(tmp_path)
+    assert state_of(tmp_path, plain_trial()).status == "refused"
 
 
 def standing(status: str, started: float = 900.0, finished: float | None = 950.0, heartbeat: float = 940.0) -> State:

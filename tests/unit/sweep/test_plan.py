@@ -66,7 +66,9 @@ BELOW = {
     "model.num_heads": 4,
     "model.hidden_dim": 64,
     "model.mlp_dim": 64,
+    "model.weights_sha256": "0" * 64,
     "data.name": "cifar100",
+    "data.content": "60 images",
     "data.root": "elsewhere",
     "data.batch_size": 4,
     "data.augment": "crop_flip",
@@ -182,8 +184,7 @@ def test_where_a_trial_lies(tmp_path):
 
 
 def test_a_trials_state_is_of_the_trial_that_is_meant(tmp_path):
-    """Its id is not made anew: files that it names may have changed since the command began."""
-    job = Job(plain_trial(), [], trial_id="0123456789")
+    job = plain_job()
     other = plain_job({"seed": 1})
     run = sweep_run(tmp_path, [job, other])
     assert run.state_of(job).status == "new"

@@ -14,7 +14,7 @@ import torch
 from sweeps import LAUNCHED, Events, leave_record, plain_job, seed_jobs, sweep_run
 
 from lora_vit import terminal
-from lora_vit.config import ConfigError, TrialConfig
+from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict
 from lora_vit.data.dataset import DataError
 from lora_vit.records import TrialRecord, locked, read_record, write_record
 from lora_vit.stopping import Interrupted, StopRequest
@@ -62,7 +62,7 @@ class Bench:
         self.opened.append((config.seed, place, *others))
         if config.seed in self.unusable:
             raise self.unusable[config.seed]
-        record = TrialRecord(place.name, "cell", "running", {}, started=LAUNCHED)
+        record = TrialRecord(place.name, cell_id(config), "running", to_dict(config), started=LAUNCHED)
         self.files.append(Files(place, record))
         return Trial(config, record, TrialState(step_in_epoch=self.offsets.get(config.seed, 0)), self.files[-1])  # type: ignore[arg-type]
 
