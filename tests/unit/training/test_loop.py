@@ -326,7 +326,7 @@ def test_results_are_each_trials_own(stage):
     trials = trials_of(stage, 1, 2, 3)
     train(stage, trials)
     for seed, event in zip((1, 2, 3), stage.of("write_results"), strict=True):
-        name, of, columns, tensors, card = event
+        _, of, columns, tensors, card = event
         assert of == seed
         assert columns.keys() == {"val", "test", "official_val"}
         for split in columns.values():
@@ -401,7 +401,7 @@ def test_an_epoch_whose_steps_are_all_taken_is_finished(stage):
     trials = trials_of(stage, 1)
     trials[0].state.step_in_epoch, trials[0].state.loss_sum = STEPS, 8.0
     train(stage, trials)
-    assert [e[1:4] for e in stage.of("log_epoch")][0] == (1, STEPS, 1)
+    assert stage.of("log_epoch")[0][1:4] == (1, STEPS, 1)
     assert stage.of("epoch")[0][3]["train_loss"] == 2.0
     assert len(stage.of("train")) == STEPS
 
