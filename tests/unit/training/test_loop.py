@@ -453,10 +453,12 @@ def test_a_bad_step_before_a_last_update_that_overflows_is_the_one_to_blame(stag
 
 def test_no_checkpoint_of_a_bad_trial(stage):
     """Neither one that is due by the clock, while the others are saved, nor one at a stop."""
-    stage.after[2] = spoilt(0, 1)
-    trials = trials_of(stage, 1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=2.0)
-    train(stage, trials)
-    assert [(e[1], e[3]) for e in stage.of("save")] == [(1, 1), (2, 1), (2, 2), (2, 3), (2, 0)]
+    for bad in (0, 1):
+        stage.events.clear()
+        stage.after = {bad + 1: spoilt(0, bad)}
+        trials = trials_of(stage, 1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=2.0)
+        train(stage, trials)
+        assert [(e[1], e[3]) for e in stage.of("save")] == [(1, 1), (2, 1), (2, 2), (2, 3), (2, 0)][1 - bad :]
 
 
 def test_a_stop_between_a_bad_step_and_the_next_row_tells_the_failure(stage):
@@ -507,6 +509,15 @@ def test_another_processs_request_ends_this_one_too(stage):
     with pytest.raises(Interrupted) as caught:
         train(stage, trials_of(stage, 1), setup=setup)
     assert caught.value.signum == signal.SIGTERM
+
+
+def test_gpus_look_at_the_sum_when_they_log(stage):
+    setup = SimpleNamespace(**vars(SETUP) | {"process": Process(0, 2, 0), "device": torch.device("cuda")})
+    stage.after[1] = lambda pack: pack.flat.stop.fill_(1.0)
+    with pytest.raises(Interrupted):
+        train(stage, trials_of(stage, 1), setup=setup)
+    assert len(stage.of("train")) == 3
+    assert [e[2:4] for e in stage.of("save")] == [(0, 3)]
 
 
 def test_a_stop_at_an_epochs_last_step_finishes_the_epoch(stage):
