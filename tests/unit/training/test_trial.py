@@ -6,10 +6,7 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -414,35 +411,6 @@ def test_what_is_half_changed_is_not_saved(tmp_path, monkeypatch):
     state = load_checkpoint(tmp_path / "a", trial.name)
     assert (state.epoch, state.step_in_epoch, state.updates) == (1, 0, 7)
     assert read_record(tmp_path / "a").status == "interrupted"
-
-
-LAUNCHER = """
-import os, signal, sys, time
-from pathlib import Path
-from helpers import trial_config
-from lora_vit.run import run
-from lora_vit.training.pack import Pack
-
-signal.signal(signal.SIGUSR2, lambda signum, frame: sys.exit(7))  # as a batch system's Python library does
-step = Pack.step
-def stepped(pack, *args):
-    if pack.step_in_epoch == 3:
-        os.kill(os.getpid(), signal.SIGUSR2)
-    return step(pack, *args)
-Pack.step = stepped
-run(trial_config(), Path(sys.argv[1]), {})
-"""
-
-
-def test_a_launchers_handler_ends_the_process_when_the_work_is_saved(tmp_path, project_root):
-    environment = {**os.environ, "PYTHONPATH": str(project_root / "tests"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path / "a")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 7, done.stderr
-    record = read_record(tmp_path / "a")
-    assert record.status == "interrupted"
-    assert load_checkpoint(tmp_path / "a", record.trial_id).step_in_epoch == 4
 
 
 def test_trials_are_told_apart_by_what_they_are():
