@@ -142,6 +142,7 @@ class Notes:
         self._stage.note("advance", pack.step_in_epoch)
 
     def step(self, pack, losses, rates, speed):
+        assert len(pack.trials) == len(losses) == len(rates)
         self._stage.note("step", losses, rates, speed)
 
     def epoch(self, trial, row):

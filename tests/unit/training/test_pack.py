@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 import torch
-from helpers import trial_config
 from packs import new_pack, new_trials, take_steps
+from plain_trials import BASELINE, plain_trial
 from torch import Tensor
 
 from lora_vit.build import build_setup
@@ -20,15 +20,15 @@ from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.pack import Pack
 
 TRIALS = (
-    ("seed=1", "lora.rank=2", "lora.dropout=0.3"),
-    ("seed=2", "lora.rank=5", "optimizer.clip_norm=0.5"),
-    ("seed=1", "lora.rank=1", "model.head_dropout=0.5"),
+    {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
+    {"seed": 2, "lora.rank": 5, "optimizer.clip_norm": 0.5},
+    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5},
 )
 
 
 @functools.cache
 def configs():
-    return [trial_config(*t) for t in TRIALS]
+    return [plain_trial(t) for t in TRIALS]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,29 @@ def test_a_pack_of_saved_states_goes_on_bit_for_bit(pack):
         assert torch.equal(again.step(lr_K1, False), pack.step(lr_K1, False))
     assert torch.equal(again.step_state.loss_sum_K, pack.step_state.loss_sum_K)
     assert torch.equal(again.step_state.step_K, pack.step_state.step_K)
+
+
+def test_a_state_without_moments_brings_its_values(pack, setup):
+    """As one whose training begins from another's values."""
+    take_steps(pack, 1)
+    pack.pull()
+    values, moments = (m.clone() for m in matrices(pack)[:2])
+    pack.trials[1].state.exp_avg, pack.trials[1].state.exp_avg_sq, pack.trials[1].state.updates = {}, {}, 0
+    again = Pack(pack.trials, setup)
+    assert torch.equal(again.flat.values_KP, values)
+    assert torch.equal(again.optimizer.exp_avg_KP[[0, 2]], moments[[0, 2]])
+    assert not again.optimizer.exp_avg_KP[1].any()
+    assert not again.optimizer.exp_avg_sq_KP[1].any()
+    assert again.optimizer.updates_K1[:, 0].tolist() == [1, 0, 1]
+
+
+def test_a_state_is_whole_between_steps_and_torn_inside(pack, monkeypatch):
+    seen, update = [], pack.optimizer.step
+    monkeypatch.setattr(pack.optimizer, "step", lambda *args: seen.append(pack.step_state.updating) or update(*args))
+    assert pack.step_state.updating is False
+    take_steps(pack, 2)
+    assert seen == [True, True]
+    assert pack.step_state.updating is False
 
 
 def test_a_state_of_another_model_is_refused(pack, setup):
@@ -159,7 +182,7 @@ def test_trials_at_different_steps_are_refused(setup):
 
 
 def test_learning_rates_of_the_rest_of_the_epoch(setup):
-    trials = new_trials([trial_config(*t) for t in RATES])
+    trials = new_trials([plain_trial(t) for t in RATES])
     for trial in trials:
         trial.state.step_in_epoch = 5
     trials[1].state.epoch = 1
@@ -171,9 +194,9 @@ def test_learning_rates_of_the_rest_of_the_epoch(setup):
 
 
 RATES = (
-    ("optimizer.lr=0.1",),
-    ("optimizer.lr=0.2", "optimizer.warmup=0.9", "optimizer.schedule=cosine"),
-    ("optimizer.lr=0.3", "optimizer.schedule=constant"),
+    {"optimizer.lr": 0.1},
+    {"optimizer.lr": 0.2, "optimizer.warmup": 0.9, "optimizer.schedule": "cosine"},
+    {"optimizer.lr": 0.3, "optimizer.schedule": "constant"},
 )
 
 
@@ -230,12 +253,12 @@ def test_parameter_counts(setup):
         adapter = 2 * rank * (4 * (32 + 32) + 2 * (32 + 48))  # two blocks
         counts = {"trainable": adapter + head, "adapter": adapter, "head": head, "total": base + adapter + head}
         assert pack.parameter_counts(k) == counts
-    full = new_pack([trial_config("lora=full")])
+    full = new_pack([plain_trial(BASELINE | {"lora.method": "full"})])
     assert full.parameter_counts(0) == {"trainable": base + head, "adapter": 0, "head": head, "total": base + head}
 
 
 def test_a_trained_trunk_is_exported_under_torchvisions_names():
-    pack = new_pack([trial_config("lora.bias=all")])
+    pack = new_pack([plain_trial({"lora.bias": "all"})])
     tensors = pack.export(0, pack.flat.values_KP)
     original = pack.setup.build_model.original.state_dict()
     biases = {n for n in tensors if n.endswith("bias") and not n.startswith("heads.")}
