@@ -182,6 +182,25 @@ def test_clipping_equals_torchs_at_and_around_its_border():
             torch.testing.assert_close(flat.views(optimizer.exp_avg_KP[3])[name], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_everything_lies_where_the_parameters_do_in_their_precision():
+    """A row on another device is an error there; none is made in the default precision."""
+    for exempt in (True, False):
+        named = {
+            "weight": nn.Parameter(torch.zeros(K, 4, 3, device="meta", dtype=torch.float64)),
+            "bias": nn.Parameter(torch.zeros(K, 4, device="meta", dtype=torch.float64)),
+        }
+        flat = FlatParameters(named, set(named), K)
+        mask_P = flat.decay_mask(named, set(named))
+        optimizer = PackedAdamW(flat, [config(clip_norm=1.0, decay_bias_and_norm=not exempt)] * K, mask_P)
+        column = torch.zeros(K, 1, device="meta", dtype=torch.float64)
+        optimizer.step(column, column > 0, column)
+        tensors = [mask_P, *flat.gradients, *flat.views(flat.values_KP[0]).values()]
+        tensors += [t for t in (*vars(flat).values(), *vars(optimizer).values()) if isinstance(t, torch.Tensor)]
+        assert len(tensors) == 5 + 5 + 8
+        assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.float64)}
+        assert all(p.shape[1:] == v.shape for p, v in zip(named.values(), tensors[3:5], strict=True))
+
+
 def test_one_buffer_holds_gradients_losses_and_the_stop():
     _, _, flat, _ = packed()
     assert flat.buffer.numel() == K * 16 + K + 1
