@@ -190,6 +190,13 @@ def test_a_full_disk_is_left_to_the_training(files, tmp_path, monkeypatch):
         files.write_record()
 
 
+def test_all_logs_are_closed(tmp_path, monkeypatch):
+    closed, close = [], records.JsonLines.close
+    monkeypatch.setattr(records.JsonLines, "close", lambda rows: closed.append(rows.path.name) or close(rows))
+    files_in(tmp_path).close()
+    assert closed == ["metrics.jsonl", "timing.jsonl"]
+
+
 @pytest.mark.parametrize("call", [TrialFiles.write_record, TrialFiles.beat, TrialFiles.close])
 def test_records_are_written_by_one_thread_at_a_time(call, files, monkeypatch):
     """A sign of life that is on its way must not overwrite what the loop writes, nor come after the end."""
