@@ -114,7 +114,8 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-    ("warmup", "total", "steps"), [(0.0, 15, 0), (0.1, 15, 2), (0.1, 14, 1), (0.1, 16, 2), (0.5, 7, 4), (1.0, 6, 6)]
+    ("warmup", "total", "steps"),
+    [(0.0, 15, 0), (0.1, 15, 2), (0.1, 14, 1), (0.1, 16, 2), (0.5, 7, 4), (0.5, 5, 2), (1.0, 6, 6)],
 )
 def test_a_warmup_is_rounded_to_steps(warmup, total, steps):
     found = schedule(config(warmup=warmup, schedule="cosine"), total)
