@@ -22,7 +22,7 @@ from lora_vit.training.pack import Pack
 TRIALS = (
     {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
     {"seed": 2, "lora.rank": 5, "optimizer.clip_norm": 0.5},
-    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5},
+    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5, "optimizer.decay_bias_and_norm": False},
 )
 
 
@@ -132,6 +132,7 @@ def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pac
         assert not pack.padding_is_zero()
         lora_A[0, 0, 2, 31] = 0.0
         pack.model.head.bias[2, 3] = -math.inf
+        lora_A[2, 0, 3, 3] = math.nan  # beyond rank 1: what is not finite spreads
         assert pack.padding_is_zero()
         assert pack.finite_K().tolist() == [True, True, False]
 
@@ -198,6 +199,29 @@ RATES = (
     {"optimizer.lr": 0.2, "optimizer.warmup": 0.9, "optimizer.schedule": "cosine"},
     {"optimizer.lr": 0.3, "optimizer.schedule": "constant"},
 )
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32)])
+def test_a_step_begins_with_each_trials_settings(precision, dtype):
+    """Those of the second of two processes, which has the second half of each batch."""
+    changes = {"trainer.precision": precision}
+    trials = new_trials([plain_trial(changes | {"seed": s, "optimizer.label_smoothing": s / 10}) for s in (1, 2, 0)])
+    for trial in trials:
+        trial.state.step_in_epoch, trial.state.loss_sum = 2, 0.1 + trial.config.seed
+    trials[1].state.epoch = 1
+    pack = Pack(trials, build_setup(trials[0].config, Process(1, 2, 0)))
+    s = pack.step_state
+    assert s.position_B.tolist() == [4, 5, 6, 7]
+    torch.testing.assert_close(s.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
+    loss_sum_K = torch.tensor([1.1, 2.1, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(s.loss_sum_K, loss_sum_K, rtol=0, atol=0)
+    assert s.step_K.tolist() == [pack.step_of(t) for t in trials] == [2, 9, 2]
+    assert s.first_bad_step_K.tolist() == [-1, -1, -1]
+    assert (s.step_K.dtype, s.first_bad_step_K.dtype) == (torch.int64, torch.int64)
+    assert s.global_batch == 8
+    assert pack.learning_rates().dtype == dtype
+    assert s.model is pack.model
+    assert s.dropout is pack.model.head.state
 
 
 def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
