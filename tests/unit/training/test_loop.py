@@ -47,6 +47,7 @@ class Stage:
         self.looked = 0
         self.correct: Callable[[int, int], int] = lambda seed, epoch: epoch
         self.save_after_epochs = True
+        self.row_takes = 0.0
 
     def note(self, *event: object) -> None:
         self.events.append(event)
@@ -144,6 +145,7 @@ class Notes:
     def step(self, pack, losses, rates, speed):
         assert len(pack.trials) == len(losses) == len(rates)
         self._stage.note("step", losses, rates, speed)
+        self._stage.now += self._stage.row_takes
 
     def epoch(self, trial, row):
         self._stage.note("epoch", trial.config.seed, trial.state.epoch, row)
@@ -253,6 +255,15 @@ def test_seconds_of_training_are_shared_and_evaluations_are_not_counted(stage, m
             "pack_size": 2,
         }
         assert trial.record.cost == expected | ({"adapter_bytes": 3} if trial is trials[0] else {})
+
+
+def test_writing_rows_is_part_of_training(stage):
+    """Also that of the last step."""
+    stage.row_takes = 0.5
+    (trial,) = trials_of(stage, 1, trainer__epochs=1)
+    train(stage, [trial])
+    assert trial.state.seconds == 2 * STEPS + 2 * 0.5
+    assert [e[-1] for e in stage.of("step")] == [8 * 3 / 6, 8 / 2.5]
 
 
 def test_records_begin_with_parameters_and_the_packs_size(stage):
@@ -512,13 +523,15 @@ def test_another_processs_request_ends_this_one_too(stage):
     assert caught.value.signum == signal.SIGTERM
 
 
-def test_gpus_look_at_the_sum_when_they_log(stage):
+@pytest.mark.parametrize(("asked_at", "steps", "saved"), [(1, 3, [(0, 3)]), (4, 4, [(1, 0), (1, 0)])])
+def test_gpus_look_at_the_sum_when_they_log(asked_at, steps, saved, stage, monkeypatch):
+    monkeypatch.setattr(loop, "peak_memory", lambda device: 0)
     setup = SimpleNamespace(**vars(SETUP) | {"process": Process(0, 2, 0), "device": torch.device("cuda")})
-    stage.after[1] = lambda pack: pack.flat.stop.fill_(1.0)
+    stage.after[asked_at] = lambda pack: pack.flat.stop.fill_(1.0)
     with pytest.raises(Interrupted):
         train(stage, trials_of(stage, 1), setup=setup)
-    assert len(stage.of("train")) == 3
-    assert [e[2:4] for e in stage.of("save")] == [(0, 3)]
+    assert len(stage.of("train")) == steps
+    assert [e[2:4] for e in stage.of("save")] == saved
 
 
 def test_a_stop_at_an_epochs_last_step_finishes_the_epoch(stage):
