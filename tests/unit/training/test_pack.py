@@ -175,6 +175,17 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
     assert asked == [(1, 0, 0), (2, 0, 0), (1, 1, 0)]
 
 
+@pytest.mark.parametrize(("of", "streams"), [([0], [0]), ([0, 2], [0, 0]), ([0, 1, 2], [0, 1, 0])])
+def test_the_model_sees_each_streams_images_once(of, streams, setup):
+    pack, seen = new_pack([configs()[i] for i in of], setup), []
+    pack.model.register_forward_hook(lambda model, args, out: seen.append(args))
+    take_steps(pack, 1)
+    images, stream_of_trial = seen[0]
+    assert stream_of_trial == streams
+    batches = [setup.train_stream(configs()[i]).batch(0, 0).images for i in range(1 + max(streams))]
+    torch.testing.assert_close(images, torch.cat(batches), rtol=0, atol=0)
+
+
 def test_trials_at_different_steps_are_refused(setup):
     trials = new_trials(configs())
     trials[1].state.step_in_epoch = 2
@@ -217,7 +228,7 @@ def test_a_step_begins_with_each_trials_settings(precision, dtype):
     torch.testing.assert_close(s.loss_sum_K, loss_sum_K, rtol=0, atol=0)
     assert s.step_K.tolist() == [pack.step_of(t) for t in trials] == [2, 9, 2]
     assert s.first_bad_step_K.tolist() == [-1, -1, -1]
-    assert (s.step_K.dtype, s.first_bad_step_K.dtype) == (torch.int64, torch.int64)
+    assert {t.dtype for t in (s.step_K, s.first_bad_step_K, s.position_B)} == {torch.int64}
     assert s.global_batch == 8
     assert pack.learning_rates().dtype == dtype
     assert s.model is pack.model
