@@ -183,6 +183,18 @@ def test_clipping_equals_torchs_at_and_around_its_border():
             torch.testing.assert_close(flat.views(optimizer.exp_avg_KP[3])[name], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_all_trials_clip_or_none_does(clip):
+    named, _, flat, _ = packed()
+    optimizer = PackedAdamW(flat, [config(clip_norm=clip)] * K, flat.decay_mask(named, set(named)))
+    flat.grads_KP.normal_(generator=torch.Generator().manual_seed(3))
+    norm = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
+    assert (norm > 1).all()
+    clipped = flat.grads_KP * 0.5 / (norm + 1e-6) if clip else flat.grads_KP.clone()
+    optimizer.step(torch.zeros(K, 1, dtype=torch.float64), torch.ones(K, 1, dtype=torch.bool), norm)
+    torch.testing.assert_close(optimizer.exp_avg_KP, 0.1 * clipped, rtol=1e-12, atol=1e-12)
+
+
 def test_everything_lies_where_the_parameters_do_in_their_precision():
     """A row on another device is an error there; none is made in the default precision."""
     for exempt in (True, False):
