@@ -41,6 +41,7 @@ class Bar:
         self.is_on = True
 
     def stop(self):
+        assert self.is_on, "once"
         self.is_on = False
 
 
