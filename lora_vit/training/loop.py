@@ -177,9 +177,7 @@ def fail_bad(pack: Pack, last: bool) -> list[Trial]:
         if first_bad[k] < 0:
             what, step = "a parameter is", pack.step_of(trial)
         o = trial.config.optimizer
-        remedy = (
-            "a smaller optimizer.lr" if o.clip_norm is not None else "a smaller optimizer.lr or optimizer.clip_norm=1"
-        )
+        remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
         trial.fail(f"{what} not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         bad.append(trial)
     return bad
