@@ -208,6 +208,7 @@ class Worker:
     def fail(self, trial: Trial, error: Exception) -> None:
         """Record an error that is a trial's own."""
         trial.fail(one_line(error), error=error)
+        error.with_traceback(None)  # whose frames hold the pack, and the error
         self.reporter.left(trial)
 
 

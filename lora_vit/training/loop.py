@@ -177,9 +177,7 @@ def fail_bad(pack: Pack, last: bool) -> list[Trial]:
         if first_bad[k] < 0:
             what, step = "a parameter is", pack.step_of(trial)
         o = trial.config.optimizer
-        remedy = (
-            "a smaller optimizer.lr" if o.clip_norm is not None else "a smaller optimizer.lr or optimizer.clip_norm=1"
-        )
+        remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
         trial.fail(f"{what} not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         bad.append(trial)
     return bad
@@ -234,7 +232,7 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
             if not state.best or val.accuracy > state.best["val_accuracy"]:
                 state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
         state.last = {"epoch": state.epoch, "step": step, **row}
-        update_record(pack, trial, k)
+        update_record(pack, trial)
         if trial.files is not None:
             trial.files.log_epoch(step, state.epoch, row)
             if trial.done() or trial.files.epoch_checkpoint_due():
@@ -249,11 +247,11 @@ def validation_due(trial: Trial) -> bool:
     return epoch % trainer.validate_every == 0 or epoch >= trainer.epochs
 
 
-def update_record(pack: Pack, trial: Trial, k: int) -> None:
+def update_record(pack: Pack, trial: Trial) -> None:
     """Bring the record up to the trial's state."""
     record, state = trial.record, trial.state
     record.metrics, record.best = dict(state.last), dict(state.best)
-    images = state.last.get("step", 0) * pack.step_state.global_batch
+    images = state.last["step"] * pack.step_state.global_batch
     record.cost.update(
         seconds=state.seconds,
         images_per_second=images / state.seconds if state.seconds else None,
@@ -279,7 +277,7 @@ def finish_trials(pack: Pack, finished: list[Trial]) -> None:
         if trial not in finished:
             continue
         record = trial.record
-        update_record(pack, trial, k)
+        update_record(pack, trial)
         for name, predictions in splits.items():
             if name != "val":
                 record.metrics[f"{name}_accuracy"] = predictions[k].accuracy

@@ -114,7 +114,8 @@ def test_schedules():
 
 
 @pytest.mark.parametrize(
-    ("warmup", "total", "steps"), [(0.0, 15, 0), (0.1, 15, 2), (0.1, 14, 1), (0.1, 16, 2), (0.5, 7, 4), (1.0, 6, 6)]
+    ("warmup", "total", "steps"),
+    [(0.0, 15, 0), (0.1, 15, 2), (0.1, 14, 1), (0.1, 16, 2), (0.5, 7, 4), (0.5, 5, 2), (1.0, 6, 6)],
 )
 def test_a_warmup_is_rounded_to_steps(warmup, total, steps):
     found = schedule(config(warmup=warmup, schedule="cosine"), total)
@@ -180,6 +181,37 @@ def test_clipping_equals_torchs_at_and_around_its_border():
             # the first moment is (1 - beta1) times the clipped gradient
             expected = 0.1 * p.grad
             torch.testing.assert_close(flat.views(optimizer.exp_avg_KP[3])[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [0.5, None])
+def test_all_trials_clip_or_none_does(clip):
+    named, _, flat, _ = packed()
+    optimizer = PackedAdamW(flat, [config(clip_norm=clip)] * K, flat.decay_mask(named, set(named)))
+    flat.grads_KP.normal_(generator=torch.Generator().manual_seed(3))
+    norm = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
+    assert (norm > 1).all()
+    clipped = flat.grads_KP * 0.5 / (norm + 1e-6) if clip else flat.grads_KP.clone()
+    optimizer.step(torch.zeros(K, 1, dtype=torch.float64), torch.ones(K, 1, dtype=torch.bool), norm)
+    torch.testing.assert_close(optimizer.exp_avg_KP, 0.1 * clipped, rtol=1e-12, atol=1e-12)
+
+
+def test_everything_lies_where_the_parameters_do_in_their_precision():
+    """A row on another device is an error there; none is made in the default precision."""
+    for exempt in (True, False):
+        named = {
+            "weight": nn.Parameter(torch.zeros(K, 4, 3, device="meta", dtype=torch.float64)),
+            "bias": nn.Parameter(torch.zeros(K, 4, device="meta", dtype=torch.float64)),
+        }
+        flat = FlatParameters(named, set(named), K)
+        mask_P = flat.decay_mask(named, set(named))
+        optimizer = PackedAdamW(flat, [config(clip_norm=1.0, decay_bias_and_norm=not exempt)] * K, mask_P)
+        column = torch.zeros(K, 1, device="meta", dtype=torch.float64)
+        optimizer.step(column, column > 0, column)
+        tensors = [mask_P, *flat.gradients, *flat.views(flat.values_KP[0]).values()]
+        tensors += [t for t in (*vars(flat).values(), *vars(optimizer).values()) if isinstance(t, torch.Tensor)]
+        assert len(tensors) == 5 + 5 + 8
+        assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.float64)}
+        assert all(p.shape[1:] == v.shape for p, v in zip(named.values(), tensors[3:5], strict=True))
 
 
 def test_one_buffer_holds_gradients_losses_and_the_stop():

@@ -10,8 +10,8 @@ import weakref
 
 import pytest
 import torch
-from helpers import trial_config
 from packs import new_pack, new_trials, take_steps
+from plain_trials import BASELINE, plain_trial
 from torch import Tensor
 
 from lora_vit.build import build_setup
@@ -20,15 +20,15 @@ from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.pack import Pack
 
 TRIALS = (
-    ("seed=1", "lora.rank=2", "lora.dropout=0.3"),
-    ("seed=2", "lora.rank=5", "optimizer.clip_norm=0.5"),
-    ("seed=1", "lora.rank=1", "model.head_dropout=0.5"),
+    {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
+    {"seed": 2, "lora.rank": 5, "optimizer.clip_norm": 0.5},
+    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5, "optimizer.decay_bias_and_norm": False},
 )
 
 
 @functools.cache
 def configs():
-    return [trial_config(*t) for t in TRIALS]
+    return [plain_trial(t) for t in TRIALS]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,29 @@ def test_a_pack_of_saved_states_goes_on_bit_for_bit(pack):
     assert torch.equal(again.step_state.step_K, pack.step_state.step_K)
 
 
+def test_a_state_without_moments_brings_its_values(pack, setup):
+    """As one whose training begins from another's values."""
+    take_steps(pack, 1)
+    pack.pull()
+    values, moments = (m.clone() for m in matrices(pack)[:2])
+    pack.trials[1].state.exp_avg, pack.trials[1].state.exp_avg_sq, pack.trials[1].state.updates = {}, {}, 0
+    again = Pack(pack.trials, setup)
+    assert torch.equal(again.flat.values_KP, values)
+    assert torch.equal(again.optimizer.exp_avg_KP[[0, 2]], moments[[0, 2]])
+    assert not again.optimizer.exp_avg_KP[1].any()
+    assert not again.optimizer.exp_avg_sq_KP[1].any()
+    assert again.optimizer.updates_K1[:, 0].tolist() == [1, 0, 1]
+
+
+def test_a_state_is_whole_between_steps_and_torn_inside(pack, monkeypatch):
+    seen, update = [], pack.optimizer.step
+    monkeypatch.setattr(pack.optimizer, "step", lambda *args: seen.append(pack.step_state.updating) or update(*args))
+    assert pack.step_state.updating is False
+    take_steps(pack, 2)
+    assert seen == [True, True]
+    assert pack.step_state.updating is False
+
+
 def test_a_state_of_another_model_is_refused(pack, setup):
     take_steps(pack, 1)
     pack.pull()
@@ -109,6 +132,7 @@ def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pac
         assert not pack.padding_is_zero()
         lora_A[0, 0, 2, 31] = 0.0
         pack.model.head.bias[2, 3] = -math.inf
+        lora_A[2, 0, 3, 3] = math.nan  # beyond rank 1: what is not finite spreads
         assert pack.padding_is_zero()
         assert pack.finite_K().tolist() == [True, True, False]
 
@@ -151,6 +175,17 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
     assert asked == [(1, 0, 0), (2, 0, 0), (1, 1, 0)]
 
 
+@pytest.mark.parametrize(("of", "streams"), [([0], [0]), ([0, 2], [0, 0]), ([0, 1, 2], [0, 1, 0])])
+def test_the_model_sees_each_streams_images_once(of, streams, setup):
+    pack, seen = new_pack([configs()[i] for i in of], setup), []
+    pack.model.register_forward_hook(lambda model, args, out: seen.append(args))
+    take_steps(pack, 1)
+    images, stream_of_trial = seen[0]
+    assert stream_of_trial == streams
+    batches = [setup.train_stream(configs()[i]).batch(0, 0).images for i in range(1 + max(streams))]
+    torch.testing.assert_close(images, torch.cat(batches), rtol=0, atol=0)
+
+
 def test_trials_at_different_steps_are_refused(setup):
     trials = new_trials(configs())
     trials[1].state.step_in_epoch = 2
@@ -159,7 +194,7 @@ def test_trials_at_different_steps_are_refused(setup):
 
 
 def test_learning_rates_of_the_rest_of_the_epoch(setup):
-    trials = new_trials([trial_config(*t) for t in RATES])
+    trials = new_trials([plain_trial(t) for t in RATES])
     for trial in trials:
         trial.state.step_in_epoch = 5
     trials[1].state.epoch = 1
@@ -171,10 +206,33 @@ def test_learning_rates_of_the_rest_of_the_epoch(setup):
 
 
 RATES = (
-    ("optimizer.lr=0.1",),
-    ("optimizer.lr=0.2", "optimizer.warmup=0.9", "optimizer.schedule=cosine"),
-    ("optimizer.lr=0.3", "optimizer.schedule=constant"),
+    {"optimizer.lr": 0.1},
+    {"optimizer.lr": 0.2, "optimizer.warmup": 0.9, "optimizer.schedule": "cosine"},
+    {"optimizer.lr": 0.3, "optimizer.schedule": "constant"},
 )
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32)])
+def test_a_step_begins_with_each_trials_settings(precision, dtype):
+    """Those of the second of two processes, which has the second half of each batch."""
+    changes = {"trainer.precision": precision}
+    trials = new_trials([plain_trial(changes | {"seed": s, "optimizer.label_smoothing": s / 10}) for s in (1, 2, 0)])
+    for trial in trials:
+        trial.state.step_in_epoch, trial.state.loss_sum = 2, 0.1 + trial.config.seed
+    trials[1].state.epoch = 1
+    pack = Pack(trials, build_setup(trials[0].config, Process(1, 2, 0)))
+    s = pack.step_state
+    assert s.position_B.tolist() == [4, 5, 6, 7]
+    torch.testing.assert_close(s.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
+    loss_sum_K = torch.tensor([1.1, 2.1, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(s.loss_sum_K, loss_sum_K, rtol=0, atol=0)
+    assert s.step_K.tolist() == [pack.step_of(t) for t in trials] == [2, 9, 2]
+    assert s.first_bad_step_K.tolist() == [-1, -1, -1]
+    assert {t.dtype for t in (s.step_K, s.first_bad_step_K, s.position_B)} == {torch.int64}
+    assert s.global_batch == 8
+    assert pack.learning_rates().dtype == dtype
+    assert s.model is pack.model
+    assert s.dropout is pack.model.head.state
 
 
 def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
@@ -230,12 +288,12 @@ def test_parameter_counts(setup):
         adapter = 2 * rank * (4 * (32 + 32) + 2 * (32 + 48))  # two blocks
         counts = {"trainable": adapter + head, "adapter": adapter, "head": head, "total": base + adapter + head}
         assert pack.parameter_counts(k) == counts
-    full = new_pack([trial_config("lora=full")])
+    full = new_pack([plain_trial(BASELINE | {"lora.method": "full"})])
     assert full.parameter_counts(0) == {"trainable": base + head, "adapter": 0, "head": head, "total": base + head}
 
 
 def test_a_trained_trunk_is_exported_under_torchvisions_names():
-    pack = new_pack([trial_config("lora.bias=all")])
+    pack = new_pack([plain_trial({"lora.bias": "all"})])
     tensors = pack.export(0, pack.flat.values_KP)
     original = pack.setup.build_model.original.state_dict()
     biases = {n for n in tensors if n.endswith("bias") and not n.startswith("heads.")}

@@ -6,10 +6,7 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -24,7 +21,7 @@ from lora_vit.build import build_setup
 from lora_vit.config import ConfigError, trial_id
 from lora_vit.distributed import Process
 from lora_vit.records import RECORD, TrialRecord, locked, read_record, read_rows, state_of
-from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
+from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.training import loop, step, trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.loop import train_trials
@@ -133,14 +130,6 @@ def test_a_damaged_checkpoint_is_told_and_kept(tmp_path):
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == b"cut"
 
 
-def test_a_checkpoint_of_another_trial_is_refused(tmp_path):
-    trial = begin(tmp_path / "a")
-    trial.save()
-    with pytest.raises(records.RecordError, match="belongs to trial"):
-        load_checkpoint(tmp_path / "a", "another")
-    trial.close()
-
-
 # --- bad steps
 
 
@@ -229,17 +218,6 @@ def test_the_rows_of_a_trial_do_not_depend_on_its_pack_mates_failure(tmp_path, m
 
 
 # --- epochs and figures
-
-
-def test_validation_is_due_every_so_many_epochs_and_after_the_last(tmp_path):
-    train(begin(tmp_path / "a", "trainer.epochs=5", "trainer.validate_every=2"))
-    epochs = [r for r in read_rows(tmp_path / "a/metrics.jsonl") if r["kind"] == "epoch"]
-    assert [r["epoch"] for r in epochs] == [1, 2, 3, 4, 5]
-    assert [r["epoch"] for r in epochs if "val_accuracy" in r] == [2, 4, 5]
-    record = read_record(tmp_path / "a")
-    assert record.metrics["val_accuracy"] == epochs[-1]["val_accuracy"]
-    assert record.metrics["epoch"] == 5
-    assert record.best["val_accuracy"] == max(r["val_accuracy"] for r in epochs if "val_accuracy" in r)
 
 
 def test_each_trial_of_a_pack_gets_its_own_figures(tmp_path):
@@ -354,47 +332,6 @@ def test_who_waits_for_a_lock_that_is_removed_takes_a_new_one(tmp_path):
 # --- asked to stop
 
 
-def test_a_stop_request_is_remembered_and_then_handed_on():
-    """A launcher's own handler runs once the work is saved; what is ignored stays ignored; a second Ctrl-C ends."""
-    called: list[int] = []
-    before = {s: signal.getsignal(s) for s in SIGNALS}
-    try:
-        signal.signal(signal.SIGUSR2, lambda signum, frame: called.append(signum))
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.signum == 0
-            stop.heed()
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert stop.signum == signal.SIGUSR2
-            with pytest.raises(Interrupted, match="SIGUSR2") as caught:
-                stop.heed()
-            assert caught.value.exit_code == 128 + signal.SIGUSR2
-            assert called == []
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert called == [signal.SIGUSR2]
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signum == signal.SIGINT
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def test_training_in_a_thread_sets_no_handlers():
-    seen: list[object] = []
-
-    def enter() -> None:
-        with StopRequest() as stop:
-            seen.append((stop.signum, signal.getsignal(signal.SIGTERM)))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [(0, signal.getsignal(signal.SIGTERM))]
-
-
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
 def test_what_a_foreign_handler_raises_is_an_interruption(raised, tmp_path, monkeypatch):
     """It saves what is whole, and the trial then ends as if it had never been stopped."""
@@ -457,35 +394,6 @@ def test_what_is_half_changed_is_not_saved(tmp_path, monkeypatch):
     state = load_checkpoint(tmp_path / "a", trial.name)
     assert (state.epoch, state.step_in_epoch, state.updates) == (1, 0, 7)
     assert read_record(tmp_path / "a").status == "interrupted"
-
-
-LAUNCHER = """
-import os, signal, sys, time
-from pathlib import Path
-from helpers import trial_config
-from lora_vit.run import run
-from lora_vit.training.pack import Pack
-
-signal.signal(signal.SIGUSR2, lambda signum, frame: sys.exit(7))  # as a batch system's Python library does
-step = Pack.step
-def stepped(pack, *args):
-    if pack.step_in_epoch == 3:
-        os.kill(os.getpid(), signal.SIGUSR2)
-    return step(pack, *args)
-Pack.step = stepped
-run(trial_config(), Path(sys.argv[1]), {})
-"""
-
-
-def test_a_launchers_handler_ends_the_process_when_the_work_is_saved(tmp_path, project_root):
-    environment = {**os.environ, "PYTHONPATH": str(project_root / "tests"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, str(tmp_path / "a")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 7, done.stderr
-    record = read_record(tmp_path / "a")
-    assert record.status == "interrupted"
-    assert load_checkpoint(tmp_path / "a", record.trial_id).step_in_epoch == 4
 
 
 def test_trials_are_told_apart_by_what_they_are():

@@ -1,0 +1,82 @@
+"""One file that is whole, of this trial, with every field; or none."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+
+import pytest
+import torch
+
+from lora_vit.records import RecordError
+from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
+
+TENSORS = [{"a": torch.full((2, 3), float(i), dtype=torch.float64), "b": torch.tensor(i)} for i in (1, 2, 3)]
+STATE = TrialState(3, 4, 5, 0.125, 6, 7.5, {"epoch": 2.0}, {"step": 8.0}, *TENSORS)
+
+
+def test_every_field_is_kept(tmp_path):
+    save_checkpoint(tmp_path, "mine", STATE)
+    back = load_checkpoint(tmp_path, "mine")
+    for field in dataclasses.fields(TrialState):
+        before = getattr(STATE, field.name)
+        assert before != getattr(TrialState(), field.name), f"{field.name} has a value of its own"
+        torch.testing.assert_close(getattr(back, field.name), before, rtol=0, atol=0)
+
+
+def test_a_fresh_state_has_not_begun(tmp_path):
+    """Also where there is no file; and none shares its dictionaries with another."""
+    assert load_checkpoint(tmp_path, "mine") == TrialState(0, 0, 0, 0.0, 0, 0.0, {}, {}, {}, {}, {})
+    one, other = TrialState(), TrialState()
+    for name in ("best", "last", "values", "exp_avg", "exp_avg_sq"):
+        assert getattr(one, name) is not getattr(other, name)
+
+
+def test_tensors_are_read_to_the_host(tmp_path, monkeypatch):
+    """And nothing but tensors and plain values is: a pickle may run code."""
+    save_checkpoint(tmp_path, "mine", STATE)
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: seen.append((args, how)) or load(*args, **how))
+    load_checkpoint(tmp_path, "mine")
+    assert seen == [((tmp_path / "checkpoint.pt",), {"map_location": "cpu", "weights_only": True})]
+
+
+def test_another_trials_file_is_refused(tmp_path):
+    save_checkpoint(tmp_path, "theirs", STATE)
+    with pytest.raises(RecordError) as caught:
+        load_checkpoint(tmp_path, "mine")
+    assert str(caught.value) == f"{tmp_path / 'checkpoint.pt'} belongs to trial theirs, not to mine"
+
+
+@pytest.mark.parametrize("damage", ["cut", "no owner", "unknown field", "no dictionary"])
+def test_a_damaged_file_is_one_line(damage, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(tmp_path, "mine", STATE)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        values = {"no owner": {"epoch": 1}, "unknown field": {"trial_id": "mine", "x": 1}, "no dictionary": [1]}
+        torch.save(values[damage], path)
+    with pytest.raises(RecordError) as caught:
+        load_checkpoint(tmp_path, "mine")
+    text = str(caught.value)
+    assert text.startswith(f"{path} is damaged (")
+    assert text.endswith("): remove it, or train anew with trainer.resume=restart")
+    assert "\n" not in text
+    assert caught.value.__suppress_context__
+    if damage == "unknown field":
+        assert "unexpected keyword argument 'x'" in text
+
+
+def test_no_room_leaves_the_last_good_file(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, "mine", STATE)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, "mine", TrialState())
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": before}

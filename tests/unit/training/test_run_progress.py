@@ -1,0 +1,107 @@
+"""What the user sees of a single run, line by line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from packs import new_trials
+from plain_trials import BASELINE, plain_trial
+
+from lora_vit import terminal
+from lora_vit.training.progress import RunReporter
+
+
+def pack_of(changes=None, epoch=0):
+    (trial,) = new_trials([plain_trial({"trainer.epochs": 5} | (changes or {}))])
+    trial.record.parameters = {"adapter": 12000, "head": 500, "trainable": 12500, "total": 1_000_000}
+    trial.state.epoch = epoch
+    return SimpleNamespace(trials=[trial], steps_per_epoch=7, step_of=lambda t: 7 * t.state.epoch + 2)
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    hands = SimpleNamespace(now=100.0)
+    fake = SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now)
+    monkeypatch.setattr(terminal, "time", fake)
+    return hands
+
+
+def test_a_run_line_by_line(hands, capsys):
+    pack = pack_of(epoch=1)
+    reporter = RunReporter(True)
+    reporter.advance(pack)  # before it has started there is nothing to move
+    reporter.step(pack, [1.0], [1.0], 1.0)
+    reporter.close()
+    assert capsys.readouterr().out == ""
+    reporter.started(pack)
+    assert capsys.readouterr().out.splitlines() == [
+        "parameters      count    share",
+        "adapter        12,000    1.20%",
+        "head              500    0.05%",
+        "trainable      12,500    1.25%",
+        "total       1,000,000  100.00%",
+        "LoRA rank 4, alpha 32: effective scaling 8",
+    ]
+    hands.now = 110.5
+    reporter.advance(pack)
+    assert capsys.readouterr().out == "training: 10/35  0 steps/s  about 262 s left\n"
+    reporter.step(pack, [0.123456, 9.0], [0.00123456, 9.0], 1234.56)
+    hands.now = 121.0
+    for _ in range(2):
+        reporter.advance(pack)
+    figures = "loss 0.1235  lr 1.23e-03  1,235 images/s"
+    assert capsys.readouterr().out == f"training: 11/35  {figures}  about 252 s left\n"
+    reporter.epoch(pack.trials[0], {"train_loss": 1.0, "val_loss": 0.5, "val_accuracy": 0.75})
+    line = "epoch 1/5  train loss 1.0000  val loss 0.5000  val accuracy 75.00%\n"
+    assert capsys.readouterr().out == line
+    reporter.left(pack.trials[0])
+    reporter.close()
+    reporter.close()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (BASELINE | {"lora.method": "none"}, None),
+        ({"lora.scaling": "rslora", "lora.alpha": 2.5}, "LoRA rank 4, alpha 2.5: effective scaling 1.25"),
+    ],
+)
+def test_the_scaling_of_adapters_is_told_where_there_are_any(changes, line, capsys):
+    reporter = RunReporter(True)
+    reporter.started(pack_of(changes))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5:] == ([line] if line else [])
+
+
+def test_other_ranks_are_silent(hands, capsys):
+    pack = pack_of()
+    reporter = RunReporter(False)
+    reporter.started(pack)
+    hands.now = 200.0
+    reporter.advance(pack)
+    reporter.epoch(pack.trials[0], {"train_loss": 1.0})
+    reporter.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_go_above_the_bar_and_close_takes_it_away(monkeypatch, capsys):
+    made = []
+
+    class Shown(terminal.Progress):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+            self.closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    monkeypatch.setattr("lora_vit.training.progress.Progress", Shown)
+    reporter = RunReporter(True)
+    reporter.started(pack_of())
+    assert reporter.console is made[0].console
+    assert (made[0].what, made[0].total, made[0].unit) == ("training", 35, "steps")
+    reporter.close()
+    assert made[0].closed == 1

@@ -1,0 +1,306 @@
+"""What a trial's files hold, row by row; signs of life; when a checkpoint is due."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from plain_trials import BASELINE, plain_trial
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lora_vit import records
+from lora_vit.config import to_dict
+from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
+from lora_vit.training import trackers
+from lora_vit.training.checkpoint import TrialState, load_checkpoint
+from lora_vit.training.trackers import (
+    EPOCH_CHECKPOINT_EVERY,
+    HEARTBEAT_EVERY,
+    TrialFiles,
+    epoch_figures,
+    write_adapter,
+)
+
+
+def files_in(folder, changes=None, state=None, **where) -> TrialFiles:
+    record = TrialRecord("mine", "cell", "running", to_dict(plain_trial(changes)))
+    return TrialFiles(folder, record, state or TrialState(), **where)
+
+
+@pytest.fixture
+def files(tmp_path):
+    files = files_in(tmp_path)
+    yield files
+    files.close()
+
+
+def clock(monkeypatch, **now: float) -> SimpleNamespace:
+    """A clock that stands at what the test sets."""
+    hands = SimpleNamespace(**{"time": 1000.0, "monotonic": 0.0} | now)
+    fake = SimpleNamespace(time=lambda: hands.time, monotonic=lambda: hands.monotonic, strftime=time.strftime)
+    monkeypatch.setattr(trackers, "time", fake)
+    monkeypatch.setattr(records, "time", fake)
+    return hands
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_steps_are_rows_and_curves(files, tmp_path, monkeypatch):
+    """Speed and clock are kept out of the metric rows: these are equal for equal runs."""
+    hands = clock(monkeypatch)
+    for step, epoch, loss, lr, speed in ((1, 0, 2.5, 0.5, 64.0), (8, 1, 1.25, 0.25, 32.0)):
+        files.log_step(step, epoch, loss, lr, speed)
+        hands.time += 5
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"kind": "step", "step": 1, "epoch": 0, "loss": 2.5, "lr": 0.5},
+        {"kind": "step", "step": 8, "epoch": 1, "loss": 1.25, "lr": 0.25},
+    ]
+    assert read_rows(tmp_path / "timing.jsonl") == [
+        {"step": 1, "time": 1000.0, "images_per_second": 64.0},
+        {"step": 8, "time": 1005.0, "images_per_second": 32.0},
+    ]
+    files.close()
+    assert scalars(tmp_path / "tensorboard") == {
+        "train/loss": [(1, 2.5), (8, 1.25)],
+        "train/learning_rate": [(1, 0.5), (8, 0.25)],
+        "train/images_per_second": [(1, 64.0), (8, 32.0)],
+    }
+
+
+def test_epochs_are_rows_curves_and_lines(files, tmp_path):
+    files.log_epoch(7, 1, {"train_loss": 2.0})
+    files.log_epoch(14, 2, {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5})
+    assert read_rows(tmp_path / "metrics.jsonl") == [
+        {"kind": "epoch", "step": 7, "epoch": 1, "train_loss": 2.0},
+        {"kind": "epoch", "step": 14, "epoch": 2, "train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5},
+    ]
+    # before it is closed: whoever looks on sees each epoch at once
+    assert scalars(tmp_path / "tensorboard") == {"val/accuracy": [(14, 0.5)], "val/loss": [(14, 1.25)]}
+    first, second = (tmp_path / "train.log").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  epoch 1  train loss 2\.0000", first)
+    assert second.endswith("  epoch 2  train loss 1.5000  val loss 1.2500  val accuracy 50.00%")
+
+
+def test_an_epochs_figures():
+    assert epoch_figures({"train_loss": 0.12345}) == "train loss 0.1235"
+    row = {"train_loss": 1.0, "val_loss": 0.00005, "val_accuracy": 0.98765}
+    assert epoch_figures(row) == "train loss 1.0000  val loss 0.0001  val accuracy 98.77%"
+
+
+def test_no_event_file_before_the_first_row(tmp_path):
+    files = files_in(tmp_path, tensorboard=tmp_path / "board")
+    files.close()
+    assert not (tmp_path / "board").exists()
+    files = files_in(tmp_path, tensorboard=tmp_path / "board")
+    files.log_step(1, 0, 1.0, 1.0, 1.0)
+    assert files.board is files.board
+    files.close()
+    assert len(list((tmp_path / "board").iterdir())) == 1
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(("metrics", "purged"), [({}, None), ({"step": None}, None), ({"step": 7}, 7)])
+def test_curves_of_a_trial_that_goes_on_supersede_what_came_after_its_checkpoint(
+    metrics, purged, tmp_path, monkeypatch
+):
+    made = []
+    writer = SimpleNamespace(add_scalar=lambda *args: None, close=lambda: made.append("closed"))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *a, **kw: made.append((a, kw)) or writer)
+    files = files_in(tmp_path)
+    files.record.metrics = metrics
+    assert files.board is writer
+    files.close()
+    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged}), "closed"]
+
+
+def test_logs_are_cut_back_to_what_the_checkpoint_counts(tmp_path):
+    """Of metrics; the clock's rows stay."""
+    files = files_in(tmp_path)
+    files.log_step(1, 0, 2.0, 1.0, 1.0)
+    files.save_checkpoint()
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    assert files.state.metrics_bytes == size
+    files.log_step(2, 0, 1.0, 1.0, 1.0)
+    files.close()
+    state = load_checkpoint(tmp_path, "mine")
+    assert state.metrics_bytes == size
+    again = files_in(tmp_path, state=state)
+    again.log_step(2, 0, 1.5, 1.0, 1.0)
+    again.close()
+    assert [r["loss"] for r in read_rows(tmp_path / "metrics.jsonl")] == [2.0, 1.5]
+    assert [r["step"] for r in read_rows(tmp_path / "timing.jsonl")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])
+def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_path, monkeypatch):
+    """The first always; then not more often than writing is worth, nor less often than asked for."""
+    hands = clock(monkeypatch, monotonic=0.5)
+    files = files_in(tmp_path, {"trainer.checkpoint_every": every})
+    assert files.epoch_checkpoint_due()
+    files.save_checkpoint()
+    for waited, due in ((0.0, False), (seconds - 0.25, False), (seconds, True), (seconds + 0.25, True)):
+        hands.monotonic = 0.5 + waited
+        assert files.epoch_checkpoint_due() is due
+    files.close()
+
+
+def test_signs_of_life_are_the_record_as_it_was_written_last(files, tmp_path, monkeypatch):
+    """With the time of now, where the last is half as old as they are apart; none before the first, none at the end."""
+    hands = clock(monkeypatch)
+    files.beat()
+    assert not (tmp_path / "record.json").exists()
+    files.write_record()
+    files.record.metrics["epoch"] = 1  # not written yet: perhaps half changed
+    for later, beaten in ((HEARTBEAT_EVERY / 2, 1000.0), (HEARTBEAT_EVERY / 2 + 0.1, 1015.1), (30.0, 1015.1)):
+        hands.time = 1000.0 + later
+        files.beat()
+        assert read_record(tmp_path).heartbeat == beaten
+        assert read_record(tmp_path).metrics == {}
+    files.write_record()
+    assert read_record(tmp_path).metrics == {"epoch": 1}
+    assert read_record(tmp_path).heartbeat == 1030.0
+    files.close()
+    hands.time = 9000.0
+    files.beat()
+    assert read_record(tmp_path).heartbeat == 1030.0
+
+
+def test_a_full_disk_is_left_to_the_training(files, tmp_path, monkeypatch):
+    hands = clock(monkeypatch)
+    files.write_record()
+    hands.time = 2000.0
+
+    def full(*args):
+        raise OSError("no room")
+
+    monkeypatch.setattr(records, "write_record", full)
+    files.beat()
+    with pytest.raises(OSError, match="no room"):
+        files.write_record()
+
+
+def test_all_logs_are_closed(tmp_path, monkeypatch):
+    closed, close = [], records.JsonLines.close
+    monkeypatch.setattr(records.JsonLines, "close", lambda rows: closed.append(rows.path.name) or close(rows))
+    files_in(tmp_path).close()
+    assert closed == ["metrics.jsonl", "timing.jsonl"]
+
+
+@pytest.mark.parametrize("call", [TrialFiles.write_record, TrialFiles.beat, TrialFiles.close])
+def test_records_are_written_by_one_thread_at_a_time(call, files, monkeypatch):
+    """A sign of life that is on its way must not overwrite what the loop writes, nor come after the end."""
+    hands = clock(monkeypatch)
+    files.write_record()
+    hands.time = 2000.0
+    inside, go = threading.Event(), threading.Event()
+    write = records.write_record
+
+    def slow(*args):
+        inside.set()
+        assert go.wait(10)
+        return write(*args)
+
+    monkeypatch.setattr(records, "write_record", slow)
+    first = threading.Thread(target=files.beat)
+    first.start()
+    assert inside.wait(10)
+    monkeypatch.setattr(records, "write_record", write)
+    second = threading.Thread(target=call, args=(files,))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    go.set()
+    first.join()
+    second.join()
+
+
+def test_results(files, tmp_path):
+    columns = {name: np.arange(3) + i for i, name in enumerate(records.PREDICTION_FIELDS)}
+    files.write_results({"val": columns, "test": columns}, {"b": torch.ones(2, 3)}, {"rank": 4})
+    found = read_predictions(tmp_path)
+    assert found.keys() == {"val", "test"}
+    assert {name: column.tolist() for name, column in found["test"].items()} == {
+        "ids": [0, 1, 2],
+        "labels": [1, 2, 3],
+        "predicted": [2, 3, 4],
+        "true_probability": [3, 4, 5],
+    }
+    assert files.record.cost == {"adapter_bytes": (tmp_path / "adapter.safetensors").stat().st_size}
+    assert json.loads((tmp_path / "adapter.json").read_text()) == {"rank": 4}
+
+
+def test_an_adapter_file_is_the_same_bytes_whatever_the_order(tmp_path):
+    """Names and card sorted, the card in the file's one metadata entry; tensors that are views become whole."""
+    table = torch.arange(6.0).view(2, 3)
+    (tmp_path / "other").mkdir()
+    write_adapter(tmp_path, {"b": table.t(), "a": table[:, 1]}, {"y": 1, "x": {"d": 2, "c": [3]}})
+    write_adapter(tmp_path / "other", {"a": table[:, 1], "b": table.t()}, {"x": {"c": [3], "d": 2}, "y": 1})
+    data = (tmp_path / "adapter.safetensors").read_bytes()
+    assert data == (tmp_path / "other/adapter.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    assert header["__metadata__"] == {"lora_vit": '{"x": {"c": [3], "d": 2}, "y": 1}'}
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        assert sorted(file.keys()) == ["a", "b"]
+        assert torch.equal(file.get_tensor("b"), table.t())
+        assert torch.equal(file.get_tensor("a"), table[:, 1])
+    assert json.loads((tmp_path / "adapter.json").read_text()) == {"x": {"c": [3], "d": 2}, "y": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"lora.dropout": 0.25, "lora.targets": ["q", "v"], "seed": 3},
+            {
+                "alpha": 32.0,
+                "dropout": 0.25,
+                "lr": 1e-3,
+                "method": "lora",
+                "rank": 4,
+                "seed": 3,
+                "targets": "q v",
+                "weight_decay": 0.03,
+            },
+        ),
+        (
+            BASELINE | {"lora.method": "none"},
+            {
+                "alpha": 0.0,
+                "dropout": 0.0,
+                "lr": 1e-3,
+                "method": "none",
+                "rank": 0,
+                "seed": 0,
+                "targets": "",
+                "weight_decay": 0.03,
+            },
+        ),
+    ],
+)
+def test_tensorboards_hparams(changes, expected, tmp_path):
+    seen = []
+    files = files_in(tmp_path, changes)
+    files.record.metrics = {"val_accuracy": 0.5, "test_accuracy": 0.25}
+    files._tensorboard = SimpleNamespace(add_hparams=lambda *a, **kw: seen.append((a, kw)), close=lambda: None)
+    files.log_hparams()
+    files.close()
+    assert seen == [((expected, {"final/val_accuracy": 0.5}), {"run_name": "."})]
+    assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"], "the columns that the view shows first"
+
+
+def test_the_hparams_lie_beside_the_curves(files, tmp_path):
+    files.record.metrics = {"val_accuracy": 0.5}
+    files.log_hparams()
+    files.close()
+    assert scalars(tmp_path / "tensorboard") == {"final/val_accuracy": [(0, 0.5)]}
