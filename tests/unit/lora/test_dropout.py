@@ -164,11 +164,12 @@ def signed(x: int) -> int:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.73])
-def test_each_decision_equals_integer_arithmetic(p):
-    seeds, steps = [5, (3 << 40) + 0xF0000001, 2**63 - 1], [0, 70000, 2**31 - 1]
+@pytest.mark.parametrize("module", [name_key("encoder.layers.encoder_layer_0.mlp.0"), 0, 2**31 - 1, 2**31, 2**32 - 1])
+def test_each_decision_equals_integer_arithmetic(p, module):
+    """Also at the borders of 32 bits, of seeds and of module keys."""
+    seeds, steps = [2**31, (3 << 40) + 0xF0000001, 2**63 - 1], [0, 70000, 2**31 - 1]
     state = DropoutState(seeds)
     state.set(torch.tensor(steps), torch.tensor([0, 3, 4000]))
-    module = name_key("encoder.layers.encoder_layer_0.mlp.0")
     limits = torch.full((3,), threshold(p), dtype=torch.int32)
     kept = keep_mask(state.rows(module, 4), feature_keys(6, torch.device("cpu")), limits)
     for (k, b, s, d), keep in zip(
@@ -192,3 +193,28 @@ def test_without_a_trainer_passes_count_as_steps():
         counted.advance(4, torch.device("cpu"))
         told.set(torch.tensor([step, step]), torch.arange(4))
         assert torch.equal(counted.rows(1, 3), told.rows(1, 3))
+
+
+def test_keys_lie_where_the_pass_is():
+    """On "meta", which stands for every device but the CPU."""
+    state, meta = DropoutState([5, 9]), torch.device("meta")
+    state.advance(3, meta)
+    assert state.rows(7, 4).device == meta
+    assert state.rows(7, 4).shape == (2, 3, 4)
+    assert feature_keys(6, meta).device == meta
+    state.set(torch.tensor([3, 3]).to(meta), torch.arange(2).to(meta))
+    assert state.rows(7, 4).device == meta
+
+
+def test_a_threshold_has_one_shape_for_a_pack_or_one_entry_for_each_row():
+    state = DropoutState([5, 9])
+    state.set(torch.tensor([3, 4]), torch.arange(3))
+    rows, features = state.rows(7, 4), feature_keys(6, torch.device("cpu"))
+    limits = torch.tensor([threshold(0.2), threshold(0.7)], dtype=torch.int32)
+    whole = keep_mask(rows, features, limits)
+    assert whole.shape == (2, 3, 4, 6)
+    each = limits[:, None, None].expand(2, 3, 4)
+    assert torch.equal(keep_mask(rows, features, each), whole)
+    assert torch.equal(keep_mask(rows.flatten(), features, each.flatten()), whole.flatten(0, 2))
+    for k in range(2):
+        assert torch.equal(keep_mask(rows[k], features, limits[k]), whole[k])

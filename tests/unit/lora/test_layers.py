@@ -45,6 +45,17 @@ def test_kaiming_start_is_loralibs(width):
     assert float(a.abs().max()) <= 1 / math.sqrt(width)
 
 
+def test_starts_are_these_draws():
+    """Another order or key of draws, and a trial of an older version is another trial."""
+    draw = torch.Generator().manual_seed(randomness.key("lora_A", 7, "fc1"))
+    expected = torch.empty(3, 16).uniform_(-0.25, 0.25, generator=draw)
+    assert torch.equal(initial_lora_A(AdapterSpec(3, 1, 0, "kaiming_uniform", 7), "fc1", 16), expected)
+    head = PackedHead([7], [0.0], 16, 5, DropoutState([7]))
+    draw = torch.Generator().manual_seed(randomness.key("heads.head", 7))
+    for parameter in (head.weight, head.bias):
+        assert torch.equal(parameter[0], torch.empty(parameter.shape[1:]).uniform_(-0.25, 0.25, generator=draw))
+
+
 @pytest.mark.parametrize("rank", [2, 16])
 def test_gaussian_start_is_pefts(rank):
     a = torch.cat([initial_lora_A(AdapterSpec(rank, 1, 0, "gaussian", s), "n", 400) for s in range(100)])
@@ -67,6 +78,7 @@ def test_adapters_start_as_each_trial_alone():
     assert adapters.lora_B.shape == (3, 2, O, 4)
     assert not adapters.lora_B.any()
     assert set(adapters.state_dict()) == {"lora_A", "lora_B"}
+    assert repr(adapters) == "LoRAAdapters(K=3, ranks=[2, 4, 1], projections=2)"
     for k, spec in enumerate(SPECS):
         for g, name in enumerate(("q", "v")):
             assert torch.equal(adapters.lora_A[k, g, : spec.rank], initial_lora_A(spec, name, I))
@@ -76,6 +88,23 @@ def test_adapters_start_as_each_trial_alone():
             f"{n}.lora_{m}": (spec.rank, I) if m == "A" else (O, spec.rank) for n in "qv" for m in "AB"
         }
         assert torch.equal(views["v.lora_A"], adapters.lora_A[k, 1, : spec.rank])
+
+
+def test_a_trials_tensors_are_its_own_part_of_the_parameters():
+    adapters = adapters_of(*SPECS)
+    for k, spec in enumerate(SPECS):
+        views = adapters.trial_tensors(k)
+        for g, name in enumerate(("block.q", "block.v")):
+            assert torch.equal(views[f"{name}.lora_A"], adapters.lora_A[k, g, : spec.rank])
+            assert torch.equal(views[f"{name}.lora_B"], adapters.lora_B[k, g, :, : spec.rank])
+        views["block.q.lora_B"].data.fill_(k)
+        assert (adapters.lora_B[k, 0, :, : spec.rank] == k).all()
+
+
+def test_masks_are_compared_in_int32():
+    """A comparison in int64 would cost a CPU ten times as much memory traffic."""
+    for module in (adapters_of(*SPECS), head_of((0.0, 0.5))):
+        assert {module.threshold_K.dtype, module.feature_I.dtype} == {torch.int32}
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
