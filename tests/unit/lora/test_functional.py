@@ -31,7 +31,7 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
         state.set(torch.tensor([0, 4, 7]), torch.arange(B))
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         runs = runs_of([p > 0 for p in dropouts])
-        mask = MaskKey(state.rows(77, S), feature_keys(I, torch.device("cpu")), thresholds, runs)
+        mask = MaskKey(state.rows(77, S), feature_keys(I), thresholds, runs)
     fixed = {
         "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
         "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),

@@ -164,6 +164,21 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
         assert ratio == pytest.approx(1, abs=5e-4)
 
 
+def test_a_norm_in_front_follows_the_inputs_dtype():
+    """The norm's parameters stay in full precision; they are cast as the adapters are."""
+    adapters = adapters_of(AdapterSpec(3, 2.0, 0.0, "kaiming_uniform", 0), names=("fc1",), slots=(0,))
+    generator = torch.Generator().manual_seed(1)
+    z, weight = torch.randn(B, S, I, generator=generator).bfloat16(), torch.zeros(O, I, dtype=torch.bfloat16)
+    norm = nn.LayerNorm(I).double()
+    nn.init.normal_(norm.weight, generator=generator)
+    nn.init.normal_(norm.bias, generator=generator)
+    y = adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), norm)
+    low = nn.LayerNorm(I).bfloat16()
+    low.load_state_dict(norm.state_dict())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), low))
+
+
 def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
     seeds = list(range(len(dropouts))) if seeds is None else seeds
     state = DropoutState([10 + s for s in seeds])
