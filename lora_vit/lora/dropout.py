@@ -57,7 +57,7 @@ class DropoutState:
 
     def advance(self, batch: int, device: torch.device) -> None:
         """Key the next pass of a model used without a trainer: one more step for every trial."""
-        step_K = torch.full((len(self._seed_K2),), self._forwards, dtype=torch.int32, device=device)
+        step_K = torch.full((len(self._seed_K2),), self._forwards, device=device)
         self.set(step_K, torch.arange(batch, device=device))
         self._forwards += 1
 

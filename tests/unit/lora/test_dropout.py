@@ -100,16 +100,20 @@ def test_without_a_key_the_error_says_what_to_do():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_in_place_decides_alike(dtype):
     """Also at both ends, and where a hash lies on the threshold or next to it."""
-    rows, features = torch.arange(7, dtype=torch.int32) * 12345, feature_keys(300)
-    limits = torch.tensor([threshold(p) for p in (0.0, 2**-31, 0.1, 0.5, 0.7, 0.999, 1 - 2**-31)], dtype=torch.int32)
-    hashed = _hashed(rows[3:4], features)[0]
-    on_it = int((hashed % 2 == 0).nonzero()[7])  # thresholds are even
-    limits[3] = hashed[on_it]
+    rows, features = torch.arange(9, dtype=torch.int32) * 12345, feature_keys(300)
+    shares = (0.0, 2**-31, 0.1, 0.5, 0.7, 0.999, 1 - 2**-31, 0.5, 0.5)
+    limits = torch.tensor([threshold(p) for p in shares], dtype=torch.int32)
+    hashed = _hashed(rows, features)
+    even = (hashed % 2 == 0).int().argmax(1).tolist()  # thresholds are even
+    odd = (hashed % 2 == 1).int().argmax(1).tolist()
+    limits[3], limits[7], limits[8] = hashed[3, even[3]], hashed[7, even[7]] + 2, hashed[8, odd[8]] + 1
     kept = keep_mask(rows, features, limits)
     assert kept[0].all()
-    assert kept[3, on_it]
+    assert kept[3, even[3]]
+    assert not kept[7, even[7]]
+    assert not kept[8, odd[8]]
     assert not kept[6].any()
-    xs = [torch.randn(7, 300).to(dtype) for _ in range(2)]
+    xs = [torch.randn(9, 300).to(dtype) for _ in range(2)]
     for way in (keep_by_bits_, keep_by_product_):
         changed = [x.clone() for x in xs]
         way(changed, rows, features, limits)

@@ -126,11 +126,12 @@ def test_masks_are_keyed_by_seed_pass_and_the_inputs_name(model, images):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_model_keeps_its_mode_and_device(model, training):
+def test_a_model_keeps_its_mode_and_device(model, images, training):
     model.train(training).to("meta")
-    parts = replace_linear_with_lora(model).modules()
+    parts = replace_linear_with_lora(model, dropout=0.5).double().modules()
     assert all(m.training == training for m in parts)
     assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert model(images.to("meta")).is_meta  # dropout in train mode: its key follows the images
 
 
 def test_blocks_are_found_at_any_depth_and_keep_their_order(model, images):
