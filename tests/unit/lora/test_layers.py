@@ -223,7 +223,18 @@ def test_each_head_drops_at_its_own_rate_and_rescales(dropouts, mode):
 def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
     head = head_of((0.0, 0.5)).train()
     assert set(head.state_dict()) == {"weight", "bias"}
-    assert head(torch.ones(2, B, I, dtype=torch.bfloat16)).dtype == torch.float64
+    x = torch.ones(2, B, I, dtype=torch.bfloat16)
+    full, single = head(x), head_of((0.0, 0.5)).float().train()(x)
+    assert (full.dtype, single.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(single.double(), full, rtol=1e-4, atol=1e-5)  # fp32, sums of 24 terms
+
+
+def test_without_dropout_no_key_is_needed():
+    """Also in train mode, where a model without a trainer has none."""
+    state = DropoutState([1])
+    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, "gaussian", 1)], ["fc1"], [0], "in", I, O, state).train()
+    assert adapters.linear(torch.ones(B, S, I), torch.ones(O, I), None).shape == (B, S, O)
+    assert PackedHead([1], [0.0], I, 7, state).train()(torch.ones(1, B, I)).shape == (1, B, 7)
 
 
 def test_an_unknown_start_says_what_exists():
