@@ -224,7 +224,7 @@ def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
     head = head_of((0.0, 0.5)).train()
     assert set(head.state_dict()) == {"weight", "bias"}
     x = torch.ones(2, B, I, dtype=torch.bfloat16)
-    full, single = head(x), head_of((0.0, 0.5)).float().train()(x)
+    full, single = head(x), PackedHead([0, 1], [0.0, 0.5], I, 7, head.state).train()(x)
     assert (full.dtype, single.dtype) == (torch.float64, torch.float32)
     torch.testing.assert_close(single.double(), full, rtol=1e-4, atol=1e-5)  # fp32, sums of 24 terms
 
