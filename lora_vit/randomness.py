@@ -15,8 +15,6 @@ import zlib
 import numpy as np
 import torch
 
-_MASK64 = (1 << 64) - 1
-
 
 def key(*parts: int | str) -> int:
     """A 63-bit integer from the parts; the same in every process (unlike Python's ``hash``)."""
@@ -40,8 +38,8 @@ def uniforms(ids: np.ndarray, count: int, *parts: int | str) -> np.ndarray:
     Splitmix64 (Steele et al., 2014) over (key of the parts, id, draw): row i depends on ``ids[i]`` alone.
     """
     with np.errstate(over="ignore"):
-        state = _splitmix64(np.uint64(key("uniforms", *parts)) ^ _splitmix64(ids.astype(np.uint64)))
-        draws = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15 & _MASK64)
+        state = _splitmix64(np.uint64(key("uniforms", *parts)) ^ _splitmix64(ids))
+        draws = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = _splitmix64(state[:, None] + draws[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

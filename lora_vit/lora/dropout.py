@@ -57,7 +57,7 @@ class DropoutState:
 
     def advance(self, batch: int, device: torch.device) -> None:
         """Key the next pass of a model used without a trainer: one more step for every trial."""
-        step_K = torch.full((len(self._seed_K2),), self._forwards, dtype=torch.int32, device=device)
+        step_K = torch.full((len(self._seed_K2),), self._forwards, device=device)
         self.set(step_K, torch.arange(batch, device=device))
         self._forwards += 1
 
@@ -69,9 +69,9 @@ class DropoutState:
         return _mix(self.base_KB[:, :, None] ^ _mix(token_S))
 
 
-def feature_keys(width: int, device: torch.device) -> Tensor:
+def feature_keys(width: int) -> Tensor:
     """One well-mixed int32 for each feature, [D]."""
-    return _mix(torch.arange(1, width + 1, dtype=torch.int32, device=device) * _C1)
+    return _mix(torch.arange(1, width + 1, dtype=torch.int32) * _C1)
 
 
 def threshold(p: float) -> int:

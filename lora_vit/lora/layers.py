@@ -96,7 +96,7 @@ class LoRAAdapters(nn.Module):
         self.register_buffer("train_scale_K", scale_K / keep_K, persistent=False)
         thresholds = torch.tensor([threshold(s.dropout) for s in specs], dtype=torch.int32)
         self.register_buffer("threshold_K", thresholds, persistent=False)
-        self.register_buffer("feature_I", feature_keys(in_features, torch.device("cpu")), persistent=False)
+        self.register_buffer("feature_I", feature_keys(in_features), persistent=False)
 
     def linear(
         self,
@@ -167,7 +167,7 @@ class PackedHead(nn.Module):
         self.register_buffer("keep_K", 1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         self.register_buffer("threshold_K", thresholds, persistent=False)
-        self.register_buffer("feature_I", feature_keys(in_features, torch.device("cpu")), persistent=False)
+        self.register_buffer("feature_I", feature_keys(in_features), persistent=False)
         self._module_key = randomness.name_key(self.NAME)
 
     def forward(self, x_KBI: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Our attention and encoder block against torchvision's, with dropout on, and what they refuse."""
 
+import copy
 import functools
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock as TorchvisionBlock
 
 from lora_vit.lora.attention import Attention, EncoderBlock
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
 
 D, HEADS = 16, 4
 
@@ -44,6 +47,24 @@ def test_a_block_equals_torchvisions_with_its_dropout(dropouts, mode, x):
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)  # fp64, sums in another order
     if dropouts == (0.0, 0.0, 0.0) or mode == "eval":
         torch.testing.assert_close(block(x, first_token_only=True), expected[:, :1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_adapted_mlp_equals_other_weights_also_under_the_blocks_own_dropout(dropout, mode, x):
+    reference = theirs()
+    reference.mlp[2] = KnownDropout(dropout)
+    block = EncoderBlock(copy.deepcopy(reference))
+    spec, state = AdapterSpec(3, 2.0, 0.0, "gaussian", 0), DropoutState([0])
+    block.fc1_lora = LoRAAdapters([spec], ["fc1"], [0], "fc1", D, 24, state).double()
+    block.fc2_lora = LoRAAdapters([spec], ["fc2"], [0], "fc2", 24, D, state).double()
+    with torch.no_grad():
+        for layer, adapters in ((reference.mlp[0], block.fc1_lora), (reference.mlp[3], block.fc2_lora)):
+            nn.init.normal_(adapters.lora_B)
+            layer.weight += 2.0 * adapters.lora_B[0, 0] @ adapters.lora_A[0, 0]
+    expected = reference.train(mode == "train")(x)
+    # fp64, sums in another order
+    torch.testing.assert_close(block.train(mode == "train")(x), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_attention_dropout_acts_in_train_mode_alone(x):

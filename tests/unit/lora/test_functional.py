@@ -31,7 +31,7 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
         state.set(torch.tensor([0, 4, 7]), torch.arange(B))
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         runs = runs_of([p > 0 for p in dropouts])
-        mask = MaskKey(state.rows(77, S), feature_keys(I, torch.device("cpu")), thresholds, runs)
+        mask = MaskKey(state.rows(77, S), feature_keys(I), thresholds, runs)
     fixed = {
         "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
         "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),
@@ -84,7 +84,7 @@ def test_gradcheck(kind, dropouts):
     def run(*values):
         return call(adapted_linear, dict(zip(names, values, strict=True)), fixed)
 
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()))
+    assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)  # a random direction of each input
 
 
 def test_padded_ranks_get_no_gradient():
@@ -161,11 +161,17 @@ def test_bf16_gradients_follow_fp32():
 
 
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 7, 10, 29, 30, 1000])
+@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 7, 10, 29, 30, 1000])
 def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
     """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
     keep_, _ = functional._TO_DROP[way]
-    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (keep_, rows_at_once * I + I - 1)})
+    lengths = []
+
+    def counting(xs, rows_N, feature_D, threshold_N):
+        lengths.append(len(rows_N))
+        keep_(xs, rows_N, feature_D, threshold_N)
+
+    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, rows_at_once * I + I - 1)})
     for dropouts in ((0.3, 0.5, 0.0), (0.0, 0.5, 0.3), (0.3, 0.0, 0.6), (0.9, 0.1, 0.6)):
         mask = inputs("none", (0,), dropouts)[1]["mask"]
         xs = [torch.randn(K * B, S, I, dtype=torch.float64) for _ in range(2)]
@@ -175,6 +181,7 @@ def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
             assert torch.equal(y, mask.apply(x))
             kept = (y != 0).view(K, -1).double().mean(1)
             assert all(bool(share == 1) == (p == 0) for share, p in zip(kept, dropouts, strict=True))
+    assert max(lengths) == min(max(rows_at_once, 1), K * B * S)
 
 
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
@@ -194,3 +201,61 @@ def test_memory_for_a_mask_is_bounded(way, monkeypatch):
     mask.apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
     assert len(asked) == 2
     assert max(asked) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]
+
+
+def test_another_device_drops_by_products(monkeypatch):
+    """On "meta", which stands for every device but the CPU."""
+    asked: list[int] = []
+    monkeypatch.setattr(functional, "_TO_DROP", {"cuda": (lambda xs, *key: asked.append(len(xs[0])), 3 * I)})
+    rows, limits = torch.zeros(2, B, S, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    mask = MaskKey(*(t.to("meta") for t in (rows, torch.zeros(I, dtype=torch.int32), limits)), ((1, 2),))
+    mask.apply_(torch.zeros(2 * B, S, I, device="meta"))
+    assert asked == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "runs"),
+    [
+        ("", ()),
+        ("...", ()),
+        ("x", ((0, 1),)),
+        ("xxx", ((0, 3),)),
+        (".xx.x", ((1, 3), (4, 5))),
+        ("x.x.", ((0, 1), (2, 3))),
+    ],
+)
+def test_runs_of_neighbours(flags, runs):
+    assert runs_of([f == "x" for f in flags]) == runs
+
+
+def test_an_upstream_gradient_may_be_strided():
+    tensors, fixed = inputs("none", (0, 1, 2), None)
+    wanted = list(tensors.values())
+    upstream = torch.randn(3 * O, S, K * B, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).mT
+    upstream = upstream.permute(1, 2, 0)
+    assert not upstream.is_contiguous()
+    got = torch.autograd.grad(call(adapted_linear, tensors, fixed), wanted, upstream)
+    want = torch.autograd.grad(call(adapted_linear_reference, tensors, fixed), wanted, upstream)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)  # fp64, sums in another order
+
+
+def test_the_order_of_the_slots_is_the_adapters():
+    """The first adapter may add to a later part of the output."""
+    tensors, fixed = inputs("none", (2, 0), None)
+    y, expected = call(adapted_linear, tensors, fixed), call(adapted_linear_reference, tensors, fixed)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    wanted = list(tensors.values())
+    for g, w in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (y, expected)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-11)
+
+
+def test_the_reference_is_the_formula():
+    """With numbers small enough to work out by hand: one trial of two images, two adapters, one input feature."""
+    z, a = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[[3.0]], [[5.0]]]])
+    b, weight = torch.tensor([[[[7.0]], [[11.0]]]]), torch.tensor([[1.0], [2.0], [4.0]])
+    scale, bias = torch.tensor([0.5]), torch.tensor([0.25, 0.5, 1.0])
+    for function in (adapted_linear, adapted_linear_reference):
+        y = function(z, weight, bias, a, b, scale, (0, 2))
+        # x W' + b and, in the first and third place, half of x * 3 * 7 and of x * 5 * 11
+        assert y.tolist() == [[[1.25 + 10.5, 2.5, 5.0 + 27.5]], [[2.25 + 21.0, 4.5, 9.0 + 55.0]]]

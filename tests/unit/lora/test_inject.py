@@ -9,8 +9,10 @@ import yaml
 from torch import nn
 from torchvision.models import VisionTransformer, vit_b_16
 
-from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
+from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
 from lora_vit.config import TARGETS
+from lora_vit.lora.attention import EncoderBlock
+from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
 
@@ -63,6 +65,7 @@ def test_library_defaults_equal_the_config(project_root):
     for key in ("rank", "alpha", "dropout", "blocks", "scaling", "init"):
         assert defaults[key] == config[key]
     assert list(defaults["targets"]) == config["targets"]
+    assert defaults["seed"] == yaml.safe_load((project_root / "conf/config.yaml").read_text())["seed"]
 
 
 def test_identity_at_the_start_in_eval_and_train(model, images):
@@ -71,6 +74,89 @@ def test_identity_at_the_start_in_eval_and_train(model, images):
     # our attention sums in another order than nn.MultiheadAttention: rounding of fp64 only
     torch.testing.assert_close(model.eval()(images), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(model.train()(images), expected, rtol=1e-12, atol=1e-12)
+
+
+PLACES = {  # where torchvision keeps a target: name, weight, its rows
+    "q": ("self_attention.q", "self_attention.in_proj_weight", slice(0, 16)),
+    "k": ("self_attention.k", "self_attention.in_proj_weight", slice(16, 32)),
+    "v": ("self_attention.v", "self_attention.in_proj_weight", slice(32, 48)),
+    "o": ("self_attention.out_proj", "self_attention.out_proj.weight", slice(None)),
+    "fc1": ("mlp.0", "mlp.0.weight", slice(None)),
+    "fc2": ("mlp.3", "mlp.3.weight", slice(None)),
+}
+
+
+@pytest.mark.parametrize("targets", [*([t] for t in TARGETS), ["v", "q"], ["fc2", "k", "o"], list(TARGETS)])
+@pytest.mark.parametrize("blocks", [None, [0], [1]])
+def test_an_adapted_model_is_torchvisions_with_other_weights(model, images, targets, blocks):
+    """W + alpha/rank B A in the rows that a target has in torchvision's weights; the other blocks stay."""
+    explicit = copy.deepcopy(model).eval()
+    replace_linear_with_lora(model, rank=3, alpha=6.0, targets=targets, blocks=blocks).double().eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, generator=generator)
+    tensors = adapters_of(model)
+    with torch.no_grad():
+        for i in [0, 1] if blocks is None else blocks:
+            for target in targets:
+                name, weight, rows = PLACES[target]
+                block = f"encoder.layers.encoder_layer_{i}"
+                a, b = (tensors.pop(f"{block}.{name}.lora_{m}") for m in "AB")
+                explicit.get_parameter(f"{block}.{weight}")[rows] += 2.0 * b @ a
+    assert not tensors
+    expected = explicit(images)
+    torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)  # fp64, sums in another order
+
+
+def test_masks_are_keyed_by_seed_pass_and_the_inputs_name(model, images):
+    """Passes in train mode count; names are torchvision's, one for q, k and v together."""
+    replace_linear_with_lora(model, dropout=0.5, seed=7).double()
+    inputs = ("self_attention.in_proj", "self_attention.out_proj", "mlp.0", "mlp.3")
+    names = [f"encoder.layers.encoder_layer_{i}.{name}" for i in range(2) for name in inputs]
+    adapters = {a._module_key: a for a in model.modules() if isinstance(a, LoRAAdapters)}
+    assert adapters.keys() == {randomness.name_key(name) for name in names}
+    expected = DropoutState([randomness.key("dropout", 7)])
+    for step, batch in enumerate((4, 3, 1)):
+        model.train()(images[:batch])
+        model.eval()(images)
+        expected.set(torch.tensor([step]), torch.arange(batch))
+        for key, a in adapters.items():
+            assert torch.equal(a.state.rows(key, 5), expected.rows(key, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_keeps_its_mode_and_device(model, images, training):
+    model.train(training).to("meta")
+    parts = replace_linear_with_lora(model, dropout=0.5).double().modules()
+    assert all(m.training == training for m in parts)
+    assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert model(images.to("meta")).is_meta  # dropout in train mode: its key follows the images
+
+
+def test_blocks_are_found_at_any_depth_and_keep_their_order(model, images):
+    expected = model.eval()(images)
+    wrapped = nn.ModuleDict({"vit": model, "other": nn.Linear(2, 2)})
+    assert replace_linear_with_lora(wrapped) is wrapped
+    layers = [m for m in model.encoder.layers if isinstance(m, EncoderBlock)]
+    assert [n for n, _ in model.encoder.layers.named_children()] == ["encoder_layer_0", "encoder_layer_1"]
+    assert len(layers) == 2
+    torch.testing.assert_close(model.double()(images), expected, rtol=1e-12, atol=1e-12)
+    names = {n.rpartition(".")[0] for a in wrapped.modules() if isinstance(a, LoRAAdapters) for n in a.trial_tensors(0)}
+    assert names == {f"vit.encoder.layers.encoder_layer_{i}.{PLACES[t][0]}" for i in range(2) for t in TARGETS}
+
+
+def test_ranks_up_to_the_narrowest_layer():
+    def adapted(mlp_dim: int, rank: int, targets=TARGETS) -> nn.Module:
+        model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=mlp_dim, num_classes=5)
+        return replace_linear_with_lora(model, rank=rank, targets=targets)
+
+    adapted(32, 16)
+    adapted(8, 8)
+    adapted(8, 16, ["o"])
+    for targets in (TARGETS, ["fc1"], ["fc2"]):
+        with pytest.raises(ValueError, match="rank=9 is impossible: the layers are 8 wide"):
+            adapted(8, 9, targets)
 
 
 @pytest.mark.parametrize("targets", [[t] for t in TARGETS] + [list(TARGETS)])
@@ -154,14 +240,20 @@ def test_dropout_reaches_every_target(model, images, target):
         assert torch.equal(model(images), model(images))
 
 
+OWN_BIAS = {t: weight.removesuffix("weight") + "bias" for t, (_, weight, _) in PLACES.items()}
+
+
+@pytest.mark.parametrize("targets", [*([t] for t in TARGETS), ["q", "fc2"]])
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_bias_choices(model, images, bias):
-    replace_linear_with_lora(model, targets=["fc1"]).double()
+def test_bias_choices(model, images, bias, targets):
+    replace_linear_with_lora(model, targets=targets).double()
     trained = mark_lora_and_head_as_trainable(model, bias=bias)
-    biases = [n for n in trained if n.endswith("bias") and "heads" not in n]
+    assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+    biases = [n for n in trained if "lora_" not in n and "heads.head" not in n]
     every = [n for n, _ in model.named_parameters() if n.endswith("bias") and "heads" not in n]
-    expected = {"none": [], "lora_only": [n for n in every if n.endswith("mlp.0.bias")], "all": every}[bias]
-    assert biases == expected
+    adapted = [n for n in every if n.endswith(tuple(OWN_BIAS[t] for t in targets))]
+    assert biases == {"none": [], "lora_only": adapted, "all": every}[bias]
+    assert {n for n, _ in model.named_parameters() if "lora_" in n or "heads.head" in n} <= set(trained)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     train_steps(model, images, 1)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -178,10 +270,15 @@ def test_state_dict_of_the_base_is_torchvisions(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": []}, "no target matches"),
+        ({"targets": []}, r"no target matches targets=\[\], blocks=None"),
         ({"targets": ["qkv"]}, "q, k, v, o, fc1, fc2"),
-        ({"blocks": [7]}, "blocks 0 to 1"),
+        ({"targets": ["q", "qkv"]}, "no target matches"),
+        ({"blocks": (7, 9)}, r"blocks=\[7, 9\]: .* blocks 0 to 1"),
+        ({"blocks": []}, r"blocks=\[\]"),
         ({"rank": 0}, "rank=0 is impossible"),
+        ({"rank": -1}, "rank=-1 is impossible"),
+        ({"alpha": float("nan")}, "alpha=nan is impossible"),
+        ({"dropout": -0.1}, "dropout=-0.1 is impossible"),
         ({"rank": 17}, "16 wide"),
         ({"alpha": 0.0}, "alpha=0.0 is impossible"),
         ({"dropout": 1.0}, "dropout=1.0 is impossible"),
@@ -197,13 +294,26 @@ def test_impossible_settings_say_what_exists(model, settings, message):
 def test_a_model_without_encoder_blocks_lists_its_linear_layers():
     with pytest.raises(ValueError, match=r"no target matches.*its linear layers: 0, 2"):
         replace_linear_with_lora(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"linear layers: 0, 1, .*, 18, 19\)"):  # not all of a long list
+        replace_linear_with_lora(nn.Sequential(*(nn.Linear(1, 1) for _ in range(30))))
+    with pytest.raises(ValueError, match=r"linear layers: none\)"):
+        replace_linear_with_lora(nn.Sequential(nn.ReLU()))
 
 
 def test_mark_needs_adapters_and_a_head(model):
     with pytest.raises(ValueError, match="replace_linear_with_lora first"):
         mark_lora_and_head_as_trainable(model)
     replace_linear_with_lora(model)
-    with pytest.raises(ValueError, match="head_substring='classifier'"):
+    with pytest.raises(ValueError, match=r"'classifier' \(top level: class_token, conv_proj, encoder, heads\)"):
         mark_lora_and_head_as_trainable(model, head_substring="classifier")
     with pytest.raises(ValueError, match="bias 'some' is unknown"):
         mark_lora_and_head_as_trainable(model, bias="some")
+
+
+@pytest.mark.parametrize("settings", [{"rank": 1}, {"alpha": 0.5}, {"scaling": "rslora"}, {"blocks": [1]}])
+def test_the_smallest_values_are_taken(model, settings):
+    replace_linear_with_lora(model, **settings)
+    adapters = [m for m in model.modules() if isinstance(m, LoRAAdapters)]
+    assert len(adapters) == 4 * (1 if "blocks" in settings else 2)
+    expected = {"rank": 32.0, "alpha": 0.125, "scaling": 16.0, "blocks": 8.0}  # alpha 32, rank 4
+    assert all(a.scale_K.tolist() == [expected[next(iter(settings))]] for a in adapters)

@@ -45,6 +45,17 @@ def test_kaiming_start_is_loralibs(width):
     assert float(a.abs().max()) <= 1 / math.sqrt(width)
 
 
+def test_starts_are_these_draws():
+    """Another order or key of draws, and a trial of an older version is another trial."""
+    draw = torch.Generator().manual_seed(randomness.key("lora_A", 7, "fc1"))
+    expected = torch.empty(3, 16).uniform_(-0.25, 0.25, generator=draw)
+    assert torch.equal(initial_lora_A(AdapterSpec(3, 1, 0, "kaiming_uniform", 7), "fc1", 16), expected)
+    head = PackedHead([7], [0.0], 16, 5, DropoutState([7]))
+    draw = torch.Generator().manual_seed(randomness.key("heads.head", 7))
+    for parameter in (head.weight, head.bias):
+        assert torch.equal(parameter[0], torch.empty(parameter.shape[1:]).uniform_(-0.25, 0.25, generator=draw))
+
+
 @pytest.mark.parametrize("rank", [2, 16])
 def test_gaussian_start_is_pefts(rank):
     a = torch.cat([initial_lora_A(AdapterSpec(rank, 1, 0, "gaussian", s), "n", 400) for s in range(100)])
@@ -67,6 +78,7 @@ def test_adapters_start_as_each_trial_alone():
     assert adapters.lora_B.shape == (3, 2, O, 4)
     assert not adapters.lora_B.any()
     assert set(adapters.state_dict()) == {"lora_A", "lora_B"}
+    assert repr(adapters) == "LoRAAdapters(K=3, ranks=[2, 4, 1], projections=2)"
     for k, spec in enumerate(SPECS):
         for g, name in enumerate(("q", "v")):
             assert torch.equal(adapters.lora_A[k, g, : spec.rank], initial_lora_A(spec, name, I))
@@ -76,6 +88,23 @@ def test_adapters_start_as_each_trial_alone():
             f"{n}.lora_{m}": (spec.rank, I) if m == "A" else (O, spec.rank) for n in "qv" for m in "AB"
         }
         assert torch.equal(views["v.lora_A"], adapters.lora_A[k, 1, : spec.rank])
+
+
+def test_a_trials_tensors_are_its_own_part_of_the_parameters():
+    adapters = adapters_of(*SPECS)
+    for k, spec in enumerate(SPECS):
+        views = adapters.trial_tensors(k)
+        for g, name in enumerate(("block.q", "block.v")):
+            assert torch.equal(views[f"{name}.lora_A"], adapters.lora_A[k, g, : spec.rank])
+            assert torch.equal(views[f"{name}.lora_B"], adapters.lora_B[k, g, :, : spec.rank])
+        views["block.q.lora_B"].data.fill_(k)
+        assert (adapters.lora_B[k, 0, :, : spec.rank] == k).all()
+
+
+def test_masks_are_compared_in_int32():
+    """A comparison in int64 would cost a CPU ten times as much memory traffic."""
+    for module in (adapters_of(*SPECS), head_of((0.0, 0.5))):
+        assert {module.threshold_K.dtype, module.feature_I.dtype} == {torch.int32}
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -135,6 +164,21 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
         assert ratio == pytest.approx(1, abs=5e-4)
 
 
+def test_a_norm_in_front_follows_the_inputs_dtype():
+    """The norm's parameters stay in full precision; they are cast as the adapters are."""
+    adapters = adapters_of(AdapterSpec(3, 2.0, 0.0, "kaiming_uniform", 0), names=("fc1",), slots=(0,))
+    generator = torch.Generator().manual_seed(1)
+    z, weight = torch.randn(B, S, I, generator=generator).bfloat16(), torch.zeros(O, I, dtype=torch.bfloat16)
+    norm = nn.LayerNorm(I).double()
+    nn.init.normal_(norm.weight, generator=generator)
+    nn.init.normal_(norm.bias, generator=generator)
+    y = adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), norm)
+    low = nn.LayerNorm(I).bfloat16()
+    low.load_state_dict(norm.state_dict())
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), low))
+
+
 def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
     seeds = list(range(len(dropouts))) if seeds is None else seeds
     state = DropoutState([10 + s for s in seeds])
@@ -179,7 +223,18 @@ def test_each_head_drops_at_its_own_rate_and_rescales(dropouts, mode):
 def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
     head = head_of((0.0, 0.5)).train()
     assert set(head.state_dict()) == {"weight", "bias"}
-    assert head(torch.ones(2, B, I, dtype=torch.bfloat16)).dtype == torch.float64
+    x = torch.ones(2, B, I, dtype=torch.bfloat16)
+    full, single = head(x), PackedHead([0, 1], [0.0, 0.5], I, 7, head.state).train()(x)
+    assert (full.dtype, single.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(single.double(), full, rtol=1e-4, atol=1e-5)  # fp32, sums of 24 terms
+
+
+def test_without_dropout_no_key_is_needed():
+    """Also in train mode, where a model without a trainer has none."""
+    state = DropoutState([1])
+    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, "gaussian", 1)], ["fc1"], [0], "in", I, O, state).train()
+    assert adapters.linear(torch.ones(B, S, I), torch.ones(O, I), None).shape == (B, S, O)
+    assert PackedHead([1], [0.0], I, 7, state).train()(torch.ones(1, B, I)).shape == (1, B, 7)
 
 
 def test_an_unknown_start_says_what_exists():

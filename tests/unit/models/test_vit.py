@@ -184,6 +184,14 @@ def test_a_frozen_end_keeps_nothing_nor_does_evaluation():
     assert seen == [False, True, False]
 
 
+def test_a_gradient_passes_a_frozen_norm_at_the_end():
+    model = ours(theirs(), 2)
+    model.trunk.encoder.layers[2].requires_grad_(True)
+    model(torch.randn(2, 3, 32, 32), [0]).sum().backward()
+    assert all(p.grad is not None for p in model.trunk.encoder.layers[2].parameters())
+    assert model.trunk.encoder.ln.weight.grad is None
+
+
 @pytest.mark.parametrize("first_trained", [-1, 0, 2, 3])
 def test_only_the_last_block_is_cut_to_the_class_token(first_trained):
     model = ours(theirs(), first_trained)

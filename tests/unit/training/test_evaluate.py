@@ -53,7 +53,7 @@ def check(found: list[Predictions]) -> None:
         assert p.labels.tolist() == LABELS[IDS].tolist()
         assert p.predicted.tolist() == [int(probability[i].argmax()) for i in IDS]
         true = np.array([probability[i, LABELS[i]] for i in IDS])
-        assert p.true_probability.dtype == np.float32
+        assert [a.dtype for a in p.fields().values()] == [np.int64, np.int64, np.int64, np.float32]
         np.testing.assert_allclose(p.true_probability, true, rtol=1e-6)  # rounded to fp32
         assert p.loss == pytest.approx(-np.log(true).mean(), rel=1e-12)
         assert p.accuracy == sum(probability[i].argmax() == LABELS[i] for i in IDS) / 7
@@ -72,6 +72,14 @@ def test_each_trials_predictions_in_the_splits_order(training):
 
 def test_the_order_of_batches_does_not_matter():
     check(evaluate(Table(), batches([20, 7], [3], [2, 11, 8, 19]), IDS, LABELS, CPU))
+
+
+def test_the_splits_order_need_not_be_the_ids():
+    ids = IDS[[4, 0, 6, 1, 5, 3, 2]]
+    for k, p in enumerate(evaluate(Table(), batches([20], [2, 3, 7, 8, 11, 19]), ids, LABELS, CPU)):
+        assert p.ids.tolist() == ids.tolist()
+        assert p.labels.tolist() == LABELS[ids].tolist()
+        assert p.predicted.tolist() == LOGITS[k, ids].argmax(-1).tolist()
 
 
 def test_shares_of_two_processes_add_up(monkeypatch):

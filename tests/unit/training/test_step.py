@@ -171,6 +171,20 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
     assert pack.step_state.step_K.tolist() == [4, 4, 4]
 
 
+def test_a_step_says_when_its_state_is_half_changed(monkeypatch):
+    """What is saved on a signal must not hold one half of a step."""
+    pack, seen = new_pack(configs()), []
+    update, differentiate = pack.optimizer.step, pack.flat.differentiate
+    monkeypatch.setattr(
+        pack.flat, "differentiate", lambda loss: (seen.append(pack.step_state.updating), differentiate(loss))
+    )
+    monkeypatch.setattr(pack.optimizer, "step", lambda *args: (seen.append(pack.step_state.updating), update(*args)))
+    for lr_K1 in pack.learning_rates()[:2]:
+        pack.step(lr_K1, False)
+        seen.append(pack.step_state.updating)
+    assert seen == [False, True, False] * 2
+
+
 def test_losses_gradients_and_the_stop_are_summed_over_processes(monkeypatch):
     alone, seen = new_pack(configs()), []
     expected = alone.step(alone.learning_rates()[0], False)
