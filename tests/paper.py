@@ -23,7 +23,9 @@ SETUP = SimpleNamespace(
     process=Process(),
     device=torch.device("cpu"),
     base_weights={"name": "W", "sha256": "S"},
-    data=SimpleNamespace(splits=dict.fromkeys(SPLITS), images=np.zeros((2, 3, 16, 16)), class_names=("a", "b")),
+    data=SimpleNamespace(
+        splits=dict.fromkeys(SPLITS), images=np.zeros((2, 3, 16, 16)), class_names=("a", "b"), value_range=(0, 4095)
+    ),
 )
 
 

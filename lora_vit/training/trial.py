@@ -142,7 +142,7 @@ def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     fingerprint, precision = record.data.get("fingerprint"), record.environment.get("precision")
     for what, begun_with, now in (
         ("other splits (fingerprint", fingerprint, setup.data.fingerprint),
-        ("another precision (trainer.precision=auto is", precision, setup.environment["precision"]),
+        ("another precision (trainer.precision=auto is", precision, setup.environment.get("precision")),
     ):
         if begun_with not in (None, now):
             raise ConfigError(

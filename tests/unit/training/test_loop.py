@@ -282,8 +282,9 @@ def test_the_adapters_card(changes, scaling):
         "lora": trial.record.config["lora"],
         "effective_scaling": scaling,
         "decoded_size": 16,
+        "value_range": (0, 4095),
         "class_names": ["a", "b"],
     }
     assert card["base"] is not SETUP.base_weights
-    data = SimpleNamespace(images=np.zeros((2, 3, 16, 24)), class_names=())
+    data = SimpleNamespace(images=np.zeros((2, 3, 16, 24)), class_names=(), value_range=None)
     assert adapter_card(SimpleNamespace(base_weights={}, data=data), trial)["decoded_size"] is None

@@ -182,7 +182,9 @@ def test_other_data_are_refused_and_the_folder_stays(tmp_path):
     other = SimpleNamespace(data=SimpleNamespace(fingerprint="others", card=dict), environment={})
     with pytest.raises(ConfigError) as caught:
         begin(tmp_path / "a", setup=other)
-    assert str(caught.value).startswith(f"{tmp_path / 'a'} was begun with other data (fingerprint data, now others): ")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'a'} was begun with other splits (fingerprint data there, others here): "
+    )
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
     begin(tmp_path / "a", {"trainer.resume": "restart"}, time.time() + 1, setup=other).close()
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_vit import records
-from lora_vit.config import to_dict
+from lora_vit.config import cell_id, to_dict, trial_id
 from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
 from lora_vit.training import trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
@@ -31,7 +31,8 @@ from lora_vit.training.trackers import (
 
 
 def files_in(folder, changes=None, state=None, **where) -> TrialFiles:
-    record = TrialRecord("mine", "cell", "running", to_dict(plain_trial(changes)))
+    config = plain_trial(changes)
+    record = TrialRecord(trial_id(config), cell_id(config), "running", to_dict(config))
     return TrialFiles(folder, record, state or TrialState(), **where)
 
 
@@ -133,7 +134,7 @@ def test_logs_are_cut_back_to_what_the_checkpoint_counts(tmp_path):
     assert files.state.metrics_bytes == size
     files.log_step(2, 0, 1.0, 1.0, 1.0)
     files.close()
-    state = load_checkpoint(tmp_path, "mine")
+    state = load_checkpoint(tmp_path, trial_id(plain_trial()))
     assert state.metrics_bytes == size
     again = files_in(tmp_path, state=state)
     again.log_step(2, 0, 1.5, 1.0, 1.0)
