@@ -51,8 +51,10 @@ def cell_id(trial: TrialConfig) -> str:
 
 
 def is_weights_file(weights: str | None) -> bool:
-    """Whether ``model.weights`` is a path rather than the name of published weights."""
-    return weights is not None and (weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights)
+    """Whether ``model.weights`` is a path rather than the name of published weights; a file that exists is one."""
+    if weights is None:
+        return False
+    return weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights or Path(weights).is_file()
 
 
 def file_sha256(path: Path) -> str:

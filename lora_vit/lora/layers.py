@@ -16,6 +16,9 @@ from lora_vit import randomness
 from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
 from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
 
+INITS = ("kaiming_uniform", "gaussian")
+"""How lora_A can be drawn: as loralib does, or with standard deviation 1/rank, as PEFT does."""
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -25,7 +28,7 @@ class AdapterSpec:
         rank: R of the trial, at least 1.
         scaling: factor of the adapter's output, alpha/rank or alpha/sqrt(rank).
         dropout: probability in [0, 1) of dropping an element of the adapter's input.
-        init: of lora_A: "kaiming_uniform" (loralib) or "gaussian" (standard deviation 1/rank, as PEFT).
+        init: of lora_A, one of :data:`INITS`.
         seed: key of the initialisation and of the dropout masks.
     """
 
@@ -48,7 +51,7 @@ def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
         return a_RI.uniform_(-bound, bound, generator=generator)
     if spec.init == "gaussian":
         return a_RI.normal_(0.0, 1 / spec.rank, generator=generator)
-    raise ValueError(f"init '{spec.init}' is unknown (kaiming_uniform, gaussian)")
+    raise ValueError(f"init '{spec.init}' is unknown ({', '.join(INITS)})")
 
 
 class LoRAAdapters(nn.Module):
