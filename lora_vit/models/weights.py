@@ -69,7 +69,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
         kept = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
         if kept.exists() and not isinstance(error, urllib.error.URLError):
             raise ConfigError(f"{kept}, which was downloaded earlier, is damaged: remove it") from None
-        reason = getattr(error, "reason", error)
+        reason = " ".join(str(getattr(error, "reason", error)).split())
         raise ConfigError(
             f"model.weights={weights} of {model} cannot be downloaded ({reason}): connect to the network, give "
             "model.weights=FILE.pth, or run experiment=quickstart, which needs no download"
@@ -107,8 +107,9 @@ def _read_file(weights: str) -> Any:
     try:
         if _format_of(weights) == "safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their arguments so
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
     except pickle.UnpicklingError:

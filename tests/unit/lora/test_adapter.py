@@ -300,7 +300,15 @@ def test_a_base_is_known_by_its_values(model, dtype):
 
 
 @pytest.mark.parametrize("place", [load_adapter, merge_adapter])
-@pytest.mark.parametrize("kind", ["compiled", "compiled in place", "parallel", "another model"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("compiled", marks=pytest.mark.slow),  # torch takes seconds to import its compiler
+        pytest.param("compiled in place", marks=pytest.mark.slow),
+        "parallel",
+        "another model",
+    ],
+)
 def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     given: nn.Module = model
