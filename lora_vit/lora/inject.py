@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from lora_vit import randomness
 from lora_vit.config import TARGETS
 from lora_vit.lora.attention import EncoderBlock
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.layers import INITS, AdapterSpec, LoRAAdapters
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
 
 _PROJECTIONS = {
     "q": "self_attention.q",
@@ -46,7 +45,7 @@ def _use(model: nn.Module, blocks: dict[str, EncoderBlock]) -> None:
 
 
 def _adaptable_blocks(model: nn.Module) -> dict[str, EncoderBlock]:
-    """The encoder blocks by name, in order, where they are torchvision's as ours over the same parameters.
+    """The encoder blocks by name, in order; torchvision's as ours over the same parameters.
 
     Raises:
         ValueError: there is none (the message lists the linear layers), or one that cannot take adapters.
@@ -85,8 +84,8 @@ def inject_adapters(
         state: shared key of the dropout masks.
 
     Raises:
-        ValueError: there are adapters already, a target or block that does not exist (the message lists those that
-            do), or a rank above a layer's width; the model is left as it was.
+        ValueError: there are adapters already, a target or block does not exist (the message lists those that do), or
+            a rank is above a layer's width; the model is left as it was.
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
@@ -98,56 +97,26 @@ def inject_adapters(
             f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
             f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
         )
-    names = list(found)
-    places = [place for index in chosen for place in _places(names[index], found[names[index]], wanted)]
-    rank, width = max(spec.rank for spec in specs), min(min(place.widths) for place in places)
-    if rank > width:
-        raise ValueError(f"rank={rank} is impossible: the layers are {width} wide")
+    made = []
+    for name, block in (list(found.items())[index] for index in chosen):
+        attention, fc1, fc2 = block.self_attention, block.fc1, block.fc2
+        D = attention.out_proj.in_features
+        qkv = [t for t in wanted if t in "qkv"]
+        places: list[tuple[nn.Module, str, list[str], list[int], str, int, int]] = [
+            (attention, "in_proj_lora", qkv, ["qkv".index(t) for t in qkv], "self_attention.in_proj", D, D),
+            (attention, "out_proj_lora", ["o"], [0], "self_attention.out_proj", D, D),
+            (block, "fc1_lora", ["fc1"], [0], "mlp.0", fc1.in_features, fc1.out_features),
+            (block, "fc2_lora", ["fc2"], [0], "mlp.3", fc2.in_features, fc2.out_features),
+        ]
+        for owner, attribute, group, slots, input_name, width_in, width_out in places:
+            if group and group[0] in wanted:
+                names = [projection_name(name, t) for t in group]
+                adapters = LoRAAdapters(list(specs), names, slots, f"{name}.{input_name}", width_in, width_out, state)
+                made.append((owner, attribute, adapters.to(fc1.weight.device).train(model.training)))
     _use(model, found)
-    injected = []
-    for place in places:
-        adapters = LoRAAdapters(list(specs), place.names, place.slots, place.input_name, *place.widths, state)
-        adapters.to(next(place.owner.parameters()).device)
-        adapters.train(model.training)
-        setattr(place.owner, place.attribute, adapters)
-        injected.append(adapters)
-    return injected
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one :class:`LoRAAdapters` goes: its owner's attribute, and the module's arguments."""
-
-    owner: nn.Module
-    attribute: str
-    names: list[str]
-    slots: list[int]
-    input_name: str
-    widths: tuple[int, int]
-
-
-def _places(name: str, block: EncoderBlock, wanted: Sequence[str]) -> list[_Place]:
-    """The places of the wanted targets in the block called ``name``."""
-    attention, fc1, fc2 = block.self_attention, block.fc1, block.fc2
-    D = attention.out_proj.in_features
-    owners: list[tuple[nn.Module, str, list[str], str, tuple[int, int]]] = [
-        (attention, "in_proj_lora", [t for t in wanted if t in "qkv"], "self_attention.in_proj", (D, D)),
-        (attention, "out_proj_lora", ["o"], "self_attention.out_proj", (D, D)),
-        (block, "fc1_lora", ["fc1"], "mlp.0", (fc1.in_features, fc1.out_features)),
-        (block, "fc2_lora", ["fc2"], "mlp.3", (fc2.in_features, fc2.out_features)),
-    ]
-    return [
-        _Place(
-            owner,
-            attribute,
-            [projection_name(name, t) for t in group],
-            [max("qkv".find(t), 0) for t in group],
-            f"{name}.{input_name}",
-            widths,
-        )
-        for owner, attribute, group, input_name, widths in owners
-        if group and group[0] in wanted
-    ]
+    for owner, attribute, adapters in made:
+        setattr(owner, attribute, adapters)
+    return [adapters for _, _, adapters in made]
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -197,8 +166,6 @@ def replace_linear_with_lora(
         raise ValueError(f"dropout={dropout} is impossible: give a probability in [0, 1)")
     if scaling not in ("standard", "rslora"):
         raise ValueError(f"scaling '{scaling}' is unknown (standard, rslora)")
-    if init not in INITS:
-        raise ValueError(f"init '{init}' is unknown ({', '.join(INITS)})")
     factor = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
     adapt(model, AdapterSpec(rank, factor, dropout, init, seed), targets, blocks)
     return model

@@ -16,9 +16,6 @@ from lora_vit import randomness
 from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
 from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
 
-INITS = ("kaiming_uniform", "gaussian")
-"""How lora_A can be drawn: as loralib does, or with standard deviation 1/rank, as PEFT does."""
-
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -28,7 +25,7 @@ class AdapterSpec:
         rank: R of the trial, at least 1.
         scaling: factor of the adapter's output, alpha/rank or alpha/sqrt(rank).
         dropout: probability in [0, 1) of dropping an element of the adapter's input.
-        init: of lora_A, one of :data:`INITS`.
+        init: of lora_A: "kaiming_uniform" (loralib) or "gaussian" (standard deviation 1/rank, as PEFT).
         seed: key of the initialisation and of the dropout masks.
     """
 
@@ -51,7 +48,7 @@ def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
         return a_RI.uniform_(-bound, bound, generator=generator)
     if spec.init == "gaussian":
         return a_RI.normal_(0.0, 1 / spec.rank, generator=generator)
-    raise ValueError(f"init '{spec.init}' is unknown ({', '.join(INITS)})")
+    raise ValueError(f"init '{spec.init}' is unknown (kaiming_uniform, gaussian)")
 
 
 class LoRAAdapters(nn.Module):
@@ -65,6 +62,8 @@ class LoRAAdapters(nn.Module):
         in_features: I.
         out_features: O of each projection.
         state: the key that all layers of the model share.
+
+    Raises ValueError for a rank above I or O, and for an unknown init.
     """
 
     scale_K: Tensor
@@ -84,6 +83,8 @@ class LoRAAdapters(nn.Module):
     ):
         super().__init__()
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
+        if min(in_features, out_features) < R:
+            raise ValueError(f"rank={R} is impossible: {names[0]} is {min(in_features, out_features)} wide")
         self.specs, self.names, self.slots, self.state = specs, names, tuple(slots), state
         self._module_key = randomness.name_key(input_name)
         a_KGRI = torch.zeros(K, G, R, in_features)
