@@ -124,12 +124,7 @@ def _printable(name: str) -> str:
 
 
 def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
-    last = None
-    for row in rows:
-        if row["image"] != last:
-            last = row["image"]
-            print(_printable(last))
-        print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
+    """Write the rows, then print them (the reader of a pipe may leave early)."""
     if out is not None:
         text = io.StringIO()
         writer = csv.DictWriter(text, ["image", "rank", "class", "probability"])
@@ -137,6 +132,10 @@ def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
         writer.writerows(rows)
         with replacing(out) as file:
             file.write(text.getvalue().encode(errors="backslashreplace"))
+    for row in rows:
+        if row["rank"] == 1:
+            print(_printable(row["image"]))
+        print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
 
 
 def _predict_folder(args: argparse.Namespace) -> int:

@@ -110,7 +110,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"{name} does not exist: give the folder of a completed trial") from None
     except Exception as error:
         raise AdapterError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from None
-    if card != own or (trial.record and trial.record.trial_id != card["trial_id"]):
+    if not card or card != own or (trial.record and trial.record.trial_id != card["trial_id"]):
         raise AdapterError(f"{folder}: adapter.json and adapter.safetensors are not of one trial, or were edited")
     if card["schema"] != SCHEMA_VERSION:
         raise AdapterError(f"{folder}: the adapter is of version {card['schema']}, this one reads {SCHEMA_VERSION}")
@@ -129,8 +129,8 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     """A model as the base of adapters: its sizes, and its weights without head by content, as ``adapter.json`` has it.
 
     Returns:
-        :data:`SIZES`, ``sha256`` over names, shapes and fp32 values of the weights, and ``positions``: projections of
-        the position embedding, which is left out of the digest.
+        :data:`SIZES`; ``sha256`` over names, shapes and fp32 values of the weights, and the norms' eps; ``positions``:
+        projections of the position embedding, which is left out of the digest.
 
     Raises:
         AdapterError: it is no plain torchvision model with a head that can be replaced, or has adapters.
@@ -141,19 +141,19 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     if any(isinstance(m, LoRAAdapters) for m in model.modules()):
         raise AdapterError("the model has adapters already: begin with its base")
     _last_layer(model)
-    heads = {block.self_attention.num_heads for block in model.encoder.layers.children()}
     sizes = {
         "image_size": model.image_size,
         "patch_size": model.patch_size,
         "num_layers": len(model.encoder.layers),
-        "num_heads": heads.pop() if len(heads) == 1 else sorted(heads),
+        "num_heads": model.encoder.layers[0].self_attention.num_heads,
         "hidden_dim": model.hidden_dim,
         "mlp_dim": model.mlp_dim,
     }
     state = {name: t for name, t in model.state_dict().items() if not name.startswith("heads.")}
     positions = state.pop(POSITIONS).double().flatten().cpu().numpy()
     signs = randomness.uniforms(np.arange(len(positions)), 4, "positions") < 0.5
-    digest = hashlib.sha256()
+    norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    digest = hashlib.sha256(str(sorted(norms)).encode())
     for name in sorted(state):
         digest.update(f"{name} {list(state[name].shape)}\n".encode())
         digest.update(np.ascontiguousarray(state[name].float().cpu().numpy()).data)

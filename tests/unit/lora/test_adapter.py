@@ -244,6 +244,8 @@ def other_model(which: str, model: VisionTransformer) -> nn.Module:
             model.encoder.ln.bias[0] = 0.5
         elif which == "positions":
             model.encoder.pos_embedding[0, 2] += 0.01
+        elif which == "eps":
+            model.encoder.layers[1].ln_2.eps = 1e-5
     return model.bfloat16() if which == "bf16" else model
 
 
@@ -261,6 +263,7 @@ def other_model(which: str, model: VisionTransformer) -> nn.Module:
         ("one weight", WEIGHTS),
         ("one bias", WEIGHTS),
         ("positions", "position embedding and perhaps other weights are not those"),
+        ("eps", WEIGHTS),
         ("bf16", WEIGHTS),
     ],
 )
@@ -410,6 +413,7 @@ def edited(path: Path, **changes: Any) -> None:
         ("no card", r"adapter\.json does not exist: give the folder of a completed trial"),
         ("no tensors", r"adapter\.safetensors does not exist: give the folder of a completed trial"),
         ("nonsense", "the adapter cannot be read"),
+        ("no card at all", "not of one trial, or were edited"),
         ("half a card", "the adapter cannot be read"),
     ],
 )
@@ -446,6 +450,11 @@ def test_what_is_damaged_is_refused(change, message, model, tmp_path):
         (folder / ("adapter.json" if change == "no card" else "adapter.safetensors")).unlink()
     elif change == "nonsense":
         (folder / "adapter.safetensors").write_bytes(b"nonsense")
+    elif change == "no card at all":
+        from safetensors.torch import save_file
+
+        save_file(found, folder / "adapter.safetensors")
+        (folder / "adapter.json").write_text("null")
     elif change == "half a card":
         (folder / "adapter.json").write_text('{"base": {')
     before = states(model)
