@@ -195,6 +195,15 @@ def test_a_path_or_a_name(weights, is_file):
     assert is_weights_file(weights) is is_file
 
 
+def test_a_file_that_exists_is_a_file_whatever_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.ckpt").write_bytes(b"weights")
+    (tmp_path / "folder").mkdir()
+    assert is_weights_file("a.ckpt")
+    assert not is_weights_file("b.ckpt")
+    assert not is_weights_file("folder")
+
+
 def make_images(root, files):
     for name, size in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
