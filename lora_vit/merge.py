@@ -57,6 +57,7 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     with replacing(out) as file:
         file.write(save({name: t.contiguous() for name, t in state.items()}, metadata))
     arguments = ", ".join(f"{key}={value}" for key, value in {**sizes, "num_classes": len(names)}.items())
+    print("import safetensors.torch, torchvision")
     print(f"model = torchvision.models.VisionTransformer({arguments})")
     print(f"model.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
     return 0

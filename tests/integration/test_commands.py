@@ -8,19 +8,24 @@ import json
 import os
 import shutil
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import torch
-import torchvision
 from helpers import train_together, trial_config
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lora_vit import predict
+from lora_vit import load_adapter, merge_adapter, predict
+from lora_vit.build import build_setup
 from lora_vit.config import from_dict, trial_id
+from lora_vit.distributed import Process
+from lora_vit.models.vit import build_trunk
 from lora_vit.records import read_record
 
 SIZES = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
@@ -205,7 +210,6 @@ def test_the_merged_file_and_the_printed_lines_are_all_one_needs(copy, call):
     assert (code, err) == (0, "")
     assert "0 of 16 predictions changed" in out
     names: dict = {"torchvision": torchvision, "safetensors": safetensors}
-    importlib.import_module("safetensors.torch")
     exec("\n".join(out.splitlines()[-2:]), names)
     with safetensors.safe_open("it's merged.safetensors", "pt") as file:
         assert list(file.metadata()) == ["lora_vit"]
@@ -318,3 +322,41 @@ def test_odd_names_do_no_harm(copy, call):
         "grün.png",
     ]
     assert [row["image"] for row in read_csv("p.csv")] == [r"bad \udcff byte.png", *odd[1:]]
+
+
+KINDS = [
+    ("lora.bias=all",),
+    ("lora.bias=lora_only", "lora.targets=[fc1,k]"),
+    ("lora.blocks=[1]", "lora.targets=[v,fc2]", "lora.scaling=rslora"),
+    ("lora=none",),
+    ("lora=full",),
+    ("model.image_size=24", "lora.dropout=0.3"),
+    ("model.weights=null",),
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=" ".join)
+def test_every_kind_of_trial_comes_back(settings, trained, tmp_path, call):
+    """Evaluated, loaded, merged and predicted it says what it said when it was trained."""
+    config = trial_config(f"model.weights={trained}/base.pth", "trainer.precision=fp32", "optimizer.lr=3e-3", *settings)
+    (outcome,) = train_together([config], tmp_path)
+    folder = tmp_path / "0"
+    assert call("evaluate", folder, "--split", "val")[0] == 0
+    assert call("merge", folder, "--out", tmp_path / "merged.safetensors")[0] == 0
+    sizes = {**SIZES, "image_size": config.model.image_size}
+    base = build_trunk(*sizes.values()).state_dict()
+    if config.model.weights is not None:
+        saved = torch.load(trained / "base.pth")["model"]
+        base = interpolate_embeddings(sizes["image_size"], 8, OrderedDict(saved))
+    base = {name: t for name, t in base.items() if not name.startswith("heads.")}
+    models = [VisionTransformer(**sizes, num_classes=4) for _ in range(3)]
+    for model in models:
+        model.load_state_dict(base, strict=False)
+    load_adapter(models[0], folder)
+    merge_adapter(models[1], folder)
+    models[2].load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    setup = build_setup(config, Process())
+    for model in models:
+        with torch.no_grad():
+            predicted = [model.eval()(batch.images).argmax(-1) for batch in setup.eval_stream("val", 7)]
+        assert torch.cat(predicted).tolist() == outcome.predicted.tolist()
