@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
+import re
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        return _unwrapped(_read_file(weights), weights)
+        return _unwrapped(_read_file(weights), model, weights)
     if model in SHIPPED:
         return load_file(Path(__file__).with_name(SHIPPED[model][weights])), ""
     published = get_model_weights(model)[weights]
@@ -112,18 +112,19 @@ def _read_file(weights: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
-    except pickle.UnpicklingError:
-        what = "holds Python objects, not tensors alone: save model.state_dict() and give that"
-    except Exception:
-        what = "is damaged or cut off, or no state dict: get it again, or save model.state_dict()"
-    raise ConfigError(f"model.weights={weights} {what}") from None
+    except Exception as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
+        remedy = "get it again, or save model.state_dict() and give that"
+        raise ConfigError(f"model.weights={weights} {held}: {remedy}") from None
 
 
-def _unwrapped(held: Any, weights: str) -> tuple[dict[str, Tensor], str]:
+def _unwrapped(held: Any, model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in what a training script saved, and a note where they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
-        raise ConfigError(f"model.weights={weights} lacks a {_ANCHOR}: no Vision Transformer under torchvision's names")
+        what = "no Vision Transformer under torchvision's names"
+        raise ConfigError(f"model.weights={weights} does not fit {model}: it lacks a {_ANCHOR} ({what})")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
     where, state = found[0]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save, save_file
@@ -146,7 +147,7 @@ def test_other_floating_points_become_fp32(dtype, tmp_path):
         ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
         ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64, not of floating"),
         ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
-        ("class_token", None, "lacks a class_token: no Vision Transformer under torchvision's names"),
+        ("class_token", None, "does not fit vit_tiny: it lacks a class_token (no Vision"),
         ("encoder.ln.bias", None, "does not fit vit_tiny: it lacks encoder.ln.bias"),
         ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
         ("encoder.pos_embedding", torch.zeros(1, 13, 32), "[1, 13, 32] is not for a square grid of patches"),
@@ -162,9 +163,9 @@ def test_weights_that_do_not_fit(name, value, message, tmp_path):
     assert message in refusal(tmp_path / "w.pth")
 
 
-def torch_bytes(held: Any) -> bytes:
+def torch_bytes(held: Any, new: bool = True) -> bytes:
     buffer = io.BytesIO()
-    torch.save(held, buffer)
+    torch.save(held, buffer, _use_new_zipfile_serialization=new)
     return buffer.getvalue()
 
 
@@ -175,9 +176,14 @@ FILES = {
     "page": (lambda: b"\n <!DOCTYPE html><html>not found</html>", "is a web page"),
     "text": (lambda: b"hello, this is not a file of weights at all", "is neither a PyTorch nor a safetensors file"),
     "index": (lambda: b'{"metadata": {}, "weight_map": {}}', "is neither a PyTorch nor a safetensors file"),
-    "model": (lambda: torch_bytes(theirs()), "holds Python objects, not tensors alone: save model.state_dict()"),
+    "model": (
+        lambda: torch_bytes(theirs()),
+        "holds Python objects (torchvision.models.vision_transformer.VisionTransformer): get",
+    ),
     "model in it": (lambda: torch_bytes({"model": theirs()}), "holds Python objects"),
     "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
+    "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
+    "a number in it": (lambda: torch_bytes({"best": np.float64(1)}), "holds Python objects (numpy"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut early": (lambda: save(theirs().state_dict())[:30], "is damaged or cut off"),
     "list": (lambda: torch_bytes([torch.ones(2)]), "lacks a class_token"),
