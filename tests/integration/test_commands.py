@@ -25,6 +25,7 @@ from lora_vit import load_adapter, merge_adapter, predict
 from lora_vit.build import build_setup
 from lora_vit.config import from_dict, trial_id
 from lora_vit.distributed import Process
+from lora_vit.lora import adapter
 from lora_vit.models.vit import build_trunk
 from lora_vit.records import read_record
 
@@ -223,6 +224,20 @@ def test_the_merged_file_and_the_printed_lines_are_all_one_needs(copy, call):
     best = int(p.argmax())
     assert f"{float(p[best]):.2%}  {CLASSES[best]}" in predicted.splitlines()[2]
     assert sorted(os.listdir()) == ["it's merged.safetensors"]
+
+
+def test_a_merged_model_that_computes_something_else_is_not_written(copy, call, monkeypatch):
+    def a_little_off(base: dict[str, torch.Tensor], bound: adapter.Adapter) -> dict[str, torch.Tensor]:
+        state = merged_state_dict(base, bound)
+        state["heads.head.bias"] += 0.01
+        return state
+
+    merged_state_dict = adapter.merged_state_dict
+    monkeypatch.setattr(adapter, "merged_state_dict", a_little_off)
+    code, _, err = call("merge", copy / "trial", "--out", "m.safetensors")
+    assert code == 1
+    assert "the merged model differs by 1.00e-02; nothing written" in err
+    assert list(Path.cwd().iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["predict --csv", "merge --out"])
