@@ -196,6 +196,7 @@ def test_state_dict_of_the_base_is_torchvisions(model):
         ({"rank": 0}, "rank=0 is impossible"),
         ({"rank": 2.5}, "rank=2.5 is impossible"),
         ({"rank": 17}, "16 wide"),
+        ({"rank": 17, "targets": ["fc1"]}, "16 wide"),
         ({"rank": 1000, "targets": ["fc2"]}, "16 wide"),
         ({"alpha": 0.0}, "alpha=0.0 is impossible"),
         ({"alpha": float("nan")}, "alpha=nan is impossible"),
