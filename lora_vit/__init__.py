@@ -9,8 +9,8 @@ from typing import Any
 _PUBLIC = {
     "replace_linear_with_lora": "lora_vit.lora.inject",
     "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
-    "load_adapter": "lora_vit.lora.merge",
-    "merge_adapter": "lora_vit.lora.merge",
+    "load_adapter": "lora_vit.lora.adapter",
+    "merge_adapter": "lora_vit.lora.adapter",
 }
 
 __all__ = ["load_adapter", "mark_lora_and_head_as_trainable", "merge_adapter", "replace_linear_with_lora"]

@@ -16,22 +16,17 @@ import torch
 from torchvision.models import VisionTransformer
 
 from lora_vit import randomness
-from lora_vit.config import ConfigError, TrialConfig
+from lora_vit.config import ConfigError, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
+from lora_vit.lora.adapter import base_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import (
-    check_weights,
-    is_published,
-    load_trunk_weights,
-    read_state_dict,
-    state_sha256,
-)
+from lora_vit.models.weights import check_weights, is_published, load_trunk_weights, read_state_dict
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -106,13 +101,10 @@ class ModelFactory:
         m = config.model
         self.classes, self.device, self.dtype = classes, device, dtype
         self.original = build_trunk(m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
-        if m.weights is None:
-            self.base = {"name": None, "sha256": state_sha256(self.original.state_dict())}
-        else:
-            digest = load_trunk_weights(self.original, m.name, m.weights)
-            if m.weights_sha256 not in (None, digest):
-                raise ConfigError(f"model.weights={m.weights} has changed: sha256 {digest}, not {m.weights_sha256}")
-            self.base = {"name": m.weights, "sha256": digest}
+        if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
+            raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
+        self.note = "" if m.weights is None else load_trunk_weights(self.original, m.name, m.weights)
+        self.base = {"model": m.name, "weights": m.weights, **base_of(self.original)}
         self._frozen: VisionTransformer | None = None
 
     @property
@@ -207,6 +199,8 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     data = data or load_data(config.data, quiet=not process.is_main)
     transform = Transform(config.model.image_size, config.data.augment, device, dtype)
     factory = ModelFactory(config, len(data.class_names), device, dtype)
+    if factory.note and process.is_main:
+        print(factory.note)
     return Setup(
         build_model=factory,
         samples=Samples(data, device),
@@ -215,7 +209,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
         process=process,
         compile=config.trainer.compile,
         environment=environment(device, precision, process.world_size),
-        base_weights=dict(factory.base),
+        base=factory.base,
     )
 
 

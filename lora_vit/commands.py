@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_vit.config import ConfigError, TrialConfig, from_dict
+from lora_vit.config import ConfigError, TrialConfig, from_dict, is_weights_file
 from lora_vit.records import RecordError, TrialRecord, read_record
 
 
@@ -31,38 +33,51 @@ def completed_record(folder: Path) -> TrialRecord:
     return record
 
 
-def recorded_config(record: TrialRecord, root: str | None, device: str) -> TrialConfig:
-    """The trial's config, at the precision that it ran in and with another data folder where given."""
+def recorded_config(record: TrialRecord, device: str, weights: str | None, root: str | None = None) -> TrialConfig:
+    """The trial's config at the precision that it ran in, with weights and data where they are now.
+
+    Raises:
+        RecordError: the weights' file is not there, or ``root`` is given for data that lie in the package.
+    """
     config = from_dict(record.config)
+    if root is not None and config.data.root is None:
+        raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
     config.trainer.precision = str(record.environment["precision"])
     config.trainer.accelerator = device
     config.trainer.compile = False
-    if root is not None:
-        config.data.root = root
+    config.data.root = root or config.data.root
+    config.model.weights = weights or config.model.weights
+    config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
+    if is_weights_file(config.model.weights) and not Path(str(config.model.weights)).expanduser().is_file():
+        raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return config
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command on a trial."""
     parser.add_argument("folder", type=trial_folder, help="folder of a completed trial")
-    parser.add_argument("--data-root", help="where the data set is, if not where it was trained from")
+    parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+
+
+def check_out(path: Path, option: str) -> None:
+    """Raise RecordError, before any work, where a result could not be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None
 
 
 def run_command(action: Callable[[], int]) -> None:
     """Run; errors that a user can cause end in one line and exit code 1."""
     try:
         code = action()
-    except (ConfigError, RecordError) as error:
-        code = _fail(error)
     except BrokenPipeError:
         os._exit(0)
-    except OSError as error:
-        code = _fail(error)
-    except ValueError as error:
-        # DataError and AdapterError live in modules that import torch, which a bad argument must not cost
-        if type(error).__name__ not in ("DataError", "AdapterError"):
-            raise
+    except (ConfigError, RecordError, OSError) as error:
         code = _fail(error)
     sys.exit(code)
 

@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -105,6 +106,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
     if in_sweep:
         drop_idle(plain)
     trial = from_dict(plain)
+    _find_from_anywhere(trial)
     validate(trial)
     identify(trial)
     return trial
@@ -126,6 +128,16 @@ def identify(trial: TrialConfig) -> None:
         if wanted is not None and wanted != found:
             raise ConfigError(f"{key}={wanted} is asked for, but what is there has {found}: give the same files")
     trial.data.content = known_content(trial.data)
+
+
+def _find_from_anywhere(trial: TrialConfig) -> None:
+    """Make the paths that other commands need later absolute; ``model.weights=none`` means null, as elsewhere."""
+    if str(trial.model.weights).lower() in ("none", "null"):
+        trial.model.weights = None
+    if is_weights_file(trial.model.weights):
+        trial.model.weights = to_absolute_path(str(Path(str(trial.model.weights)).expanduser()))
+    if trial.data.root is not None:
+        trial.data.root = to_absolute_path(str(Path(trial.data.root).expanduser()))
 
 
 def drop_idle(values: dict[str, Any]) -> list[str]:

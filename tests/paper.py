@@ -22,7 +22,7 @@ SPLITS = {"train": 0.0, "val": 0.25, "test": 0.5, "official_val": 0.75}
 SETUP = SimpleNamespace(
     process=Process(),
     device=torch.device("cpu"),
-    base_weights={"name": "W", "sha256": "S"},
+    base={"weights": "W", "sha256": "S"},
     data=SimpleNamespace(
         splits=dict.fromkeys(SPLITS), images=np.zeros((2, 3, 16, 16)), class_names=("a", "b"), value_range=(0, 4095)
     ),

@@ -26,10 +26,10 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers)) else blocks
     digest = values["model"].pop("weights_sha256")
-    if is_weights_file(trial.model.weights):
-        if digest is None:
-            raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
+    if digest is not None:
         values["model"]["weights"] = "sha256:" + digest
+    elif is_weights_file(trial.model.weights):
+        raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
     values["schema"] = SCHEMA_VERSION
     return values
 
@@ -52,8 +52,10 @@ def cell_id(trial: TrialConfig) -> str:
 
 
 def is_weights_file(weights: str | None) -> bool:
-    """Whether ``model.weights`` is a path rather than the name of published weights."""
-    return weights is not None and (weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights)
+    """Whether ``model.weights`` is a path rather than the name of published weights; a file that exists is one."""
+    if weights is None:
+        return False
+    return weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights or Path(weights).is_file()
 
 
 def file_sha256(path: Path) -> str:

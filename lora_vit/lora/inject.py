@@ -7,9 +7,9 @@ The public pair for a plain model is :func:`replace_linear_with_lora` and :func:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from lora_vit import randomness
@@ -33,21 +33,31 @@ def projection_name(block: str, target: str) -> str:
     return f"{block}.{_PROJECTIONS[target]}"
 
 
-def use_adaptable_blocks(model: nn.Module) -> dict[str, EncoderBlock]:
-    """Replace each torchvision encoder block by ours (same parameters) and return them by name, in order.
+def use_adaptable_blocks(model: nn.Module) -> None:
+    """Replace each torchvision encoder block by ours (same parameters). Raises as :func:`_adaptable_blocks`."""
+    _use(model, _adaptable_blocks(model))
+
+
+def _use(model: nn.Module, blocks: dict[str, EncoderBlock]) -> None:
+    for name, block in blocks.items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = block
+
+
+def _adaptable_blocks(model: nn.Module) -> dict[str, EncoderBlock]:
+    """The encoder blocks by name, in order; torchvision's as ours over the same parameters.
 
     Raises:
-        ValueError: the model has none; the message lists the linear layers that it has.
+        ValueError: there is none (the message lists the linear layers), or one that cannot take adapters.
     """
     from torchvision.models.vision_transformer import EncoderBlock as TorchvisionBlock
 
-    for name, module in list(model.named_modules()):
+    blocks = {}
+    for name, module in model.named_modules():
         if isinstance(module, TorchvisionBlock):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            block = EncoderBlock(module)
-            block.train(module.training)
-            parent._modules[name.rpartition(".")[2]] = block
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, EncoderBlock)}
+            blocks[name] = EncoderBlock(module).train(module.training)
+        elif isinstance(module, EncoderBlock):
+            blocks[name] = module
     if not blocks:
         linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         shown = ", ".join(linears[:20]) or "none"
@@ -64,7 +74,7 @@ def inject_adapters(
     blocks: Sequence[int] | None,
     state: DropoutState,
 ) -> list[LoRAAdapters]:
-    """Give the targeted projections adapters of K trials, replacing any that are there.
+    """Give the targeted projections adapters of K trials.
 
     Args:
         model: a torchvision VisionTransformer, changed in place.
@@ -74,25 +84,23 @@ def inject_adapters(
         state: shared key of the dropout masks.
 
     Raises:
-        ValueError: nothing matches; the message lists what exists.
+        ValueError: there are adapters already, a target or block does not exist (the message lists those that do), or
+            a rank is above a layer's width; the model is left as it was.
     """
-    found = use_adaptable_blocks(model)
+    if any(isinstance(module, LoRAAdapters) for module in model.modules()):
+        raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
+    found = _adaptable_blocks(model)
     wanted = [t for t in TARGETS if t in targets]
-    unknown = [t for t in targets if t not in TARGETS]
-    chosen = [i for i in range(len(found)) if blocks is None or i in blocks]
-    if unknown or not wanted or not chosen:
+    chosen = range(len(found)) if blocks is None else sorted(set(blocks))
+    if not wanted or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
         raise ValueError(
             f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
             f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
         )
-    remove_adapters(model)
-    injected = []
-    for index, (name, block) in enumerate(found.items()):
-        if index not in chosen:
-            continue
-        attention = block.self_attention
+    made = []
+    for name, block in (list(found.items())[index] for index in chosen):
+        attention, fc1, fc2 = block.self_attention, block.fc1, block.fc2
         D = attention.out_proj.in_features
-        fc1, fc2 = block.fc1, block.fc2
         qkv = [t for t in wanted if t in "qkv"]
         places: list[tuple[nn.Module, str, list[str], list[int], str, int, int]] = [
             (attention, "in_proj_lora", qkv, ["qkv".index(t) for t in qkv], "self_attention.in_proj", D, D),
@@ -101,15 +109,14 @@ def inject_adapters(
             (block, "fc2_lora", ["fc2"], [0], "mlp.3", fc2.in_features, fc2.out_features),
         ]
         for owner, attribute, group, slots, input_name, width_in, width_out in places:
-            if not group or group[0] not in wanted:
-                continue
-            names = [projection_name(name, t) for t in group]
-            adapters = LoRAAdapters(list(specs), names, slots, f"{name}.{input_name}", width_in, width_out, state)
-            adapters.to(attention.out_proj.weight.device)
-            adapters.train(model.training)
-            setattr(owner, attribute, adapters)
-            injected.append(adapters)
-    return injected
+            if group and group[0] in wanted:
+                names = [projection_name(name, t) for t in group]
+                adapters = LoRAAdapters(list(specs), names, slots, f"{name}.{input_name}", width_in, width_out, state)
+                made.append((owner, attribute, adapters.to(fc1.weight.device).train(model.training)))
+    _use(model, found)
+    for owner, attribute, adapters in made:
+        setattr(owner, attribute, adapters)
+    return [adapters for _, _, adapters in made]
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -148,37 +155,46 @@ def replace_linear_with_lora(
         The model.
 
     Raises:
-        ValueError: an impossible value, or nothing to adapt.
+        ValueError: an impossible value, nothing to adapt, or adapters that are there already; the model is left as it
+            was.
     """
-    if not rank >= 1:
-        raise ValueError(f"rank={rank} is impossible: give 1 or more")
-    if not alpha > 0:
+    if not (rank >= 1 and rank == int(rank)):
+        raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
+    if not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha} is impossible: give a number above 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is impossible: give a probability in [0, 1)")
     if scaling not in ("standard", "rslora"):
         raise ValueError(f"scaling '{scaling}' is unknown (standard, rslora)")
     factor = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-    spec = AdapterSpec(rank, factor, dropout, init, seed)
-    seed_key = randomness.key("dropout", seed)
-    state = DropoutState([seed_key])
-    injected = inject_adapters(model, [spec], targets, blocks, state)
-    width = min(min(a.lora_A.shape[-1], a.lora_B.shape[-2]) for a in injected)
-    if rank > width:
-        raise ValueError(f"rank={rank} is impossible: the layers are {width} wide")
-    if dropout > 0:
-        key_each_pass(model, state)
+    adapt(model, AdapterSpec(rank, factor, dropout, init, seed), targets, blocks)
     return model
 
 
-def key_each_pass(model: nn.Module, state: DropoutState) -> None:
-    """Let a model without a trainer draw other dropout masks in each forward pass in train mode."""
+def adapt(
+    model: nn.Module, spec: AdapterSpec, targets: Sequence[str], blocks: Sequence[int] | None
+) -> list[LoRAAdapters]:
+    """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
+    state = DropoutState([randomness.key("dropout", spec.seed)])
+    injected = inject_adapters(model, [spec], targets, blocks, state)
+    if spec.dropout > 0:
+        model.register_forward_pre_hook(_KeyEachPass(state), with_kwargs=True)
+    return injected
 
-    def advance(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+
+class _KeyEachPass:
+    """Forward pre-hook: a model without a trainer draws other dropout masks in each pass in train mode.
+
+    An object, not a function: a copied or pickled model then takes its own key along.
+    """
+
+    def __init__(self, state: DropoutState):
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if module.training:
-            state.advance(len(args[0]), args[0].device)
-
-    model.register_forward_pre_hook(advance)
+            images = (*args, *kwargs.values())[0]
+            self.state.advance(len(images), images.device)
 
 
 def mark_lora_and_head_as_trainable(

@@ -62,6 +62,8 @@ class LoRAAdapters(nn.Module):
         in_features: I.
         out_features: O of each projection.
         state: the key that all layers of the model share.
+
+    Raises ValueError for a rank above I or O, and for an unknown init.
     """
 
     scale_K: Tensor
@@ -81,6 +83,8 @@ class LoRAAdapters(nn.Module):
     ):
         super().__init__()
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
+        if min(in_features, out_features) < R:
+            raise ValueError(f"rank={R} is impossible: {names[0]} is {min(in_features, out_features)} wide")
         self.specs, self.names, self.slots, self.state = specs, names, tuple(slots), state
         self._module_key = randomness.name_key(input_name)
         a_KGRI = torch.zeros(K, G, R, in_features)

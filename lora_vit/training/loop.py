@@ -297,8 +297,8 @@ def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
     return {
         "schema": trial.record.schema,
         "trial_id": trial.record.trial_id,
-        "base": dict(setup.base_weights),
-        "model": c["model"],
+        "base": dict(setup.base),
+        "data": trial.record.data,
         "lora": c["lora"],
         "effective_scaling": trial.config.lora.effective_scaling() if c["lora"]["method"] == "lora" else None,
         "decoded_size": height if height == width else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Setup:
     process: Process
     compile: bool
     environment: dict[str, object] = field(default_factory=dict)
-    base_weights: dict[str, object] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> ImageData:

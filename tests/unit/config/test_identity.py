@@ -31,7 +31,7 @@ OTHER = {
     "model.hidden_dim": (64, True),
     "model.mlp_dim": (64, True),
     "model.head_dropout": (0.2, True),
-    "model.weights_sha256": ("0" * 64, False),  # of a file, and there is none
+    "model.weights_sha256": ("0" * 64, True),
     "data.name": ("digits", True),
     "data.root": ("elsewhere", False),
     "data.batch_size": (4, True),
@@ -192,3 +192,12 @@ def test_a_file_is_read_once_and_in_blocks(tmp_path, monkeypatch):
 )
 def test_a_path_or_a_name(weights, is_file):
     assert is_weights_file(weights) is is_file
+
+
+def test_a_file_that_exists_is_a_file_whatever_its_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.ckpt").write_bytes(b"weights")
+    (tmp_path / "folder").mkdir()
+    assert is_weights_file("a.ckpt")
+    assert not is_weights_file("b.ckpt")
+    assert not is_weights_file("folder")

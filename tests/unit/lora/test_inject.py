@@ -155,7 +155,9 @@ def test_ranks_up_to_the_narrowest_layer():
     adapted(8, 8)
     adapted(8, 16, ["o"])
     for targets in (TARGETS, ["fc1"], ["fc2"]):
-        with pytest.raises(ValueError, match="rank=9 is impossible: the layers are 8 wide"):
+        with pytest.raises(
+            ValueError, match=r"rank=9 is impossible: encoder\.layers\.encoder_layer_0\.mlp\.\d is 8 wide"
+        ):
             adapted(8, 9, targets)
 
 
@@ -189,9 +191,17 @@ def test_removed_is_the_base_and_training_changed_the_output(model, images):
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
 
 
-def test_replacing_twice_leaves_the_second_alone(model, images):
+def test_trained_adapters_are_not_replaced_unasked(model, images):
     again = copy.deepcopy(model)
     replace_linear_with_lora(model, rank=3, dropout=0.9, seed=5)
+    mark_lora_and_head_as_trainable(model)
+    train_steps(model, images, 2)
+    trained = adapters_of(model)
+    with pytest.raises(ValueError, match="the model has adapters already: take them out with"):
+        replace_linear_with_lora(model, rank=2)
+    assert all(torch.equal(t, trained[n]) for n, t in adapters_of(model).items())
+    remove_adapters(model)
+    model.heads.load_state_dict(again.heads.state_dict())
     for m in (model, again):
         replace_linear_with_lora(m, rank=2, targets=["v", "fc1"], dropout=0.3, seed=7).double()
         mark_lora_and_head_as_trainable(m)
@@ -272,23 +282,44 @@ def test_state_dict_of_the_base_is_torchvisions(model):
     [
         ({"targets": []}, r"no target matches targets=\[\], blocks=None"),
         ({"targets": ["qkv"]}, "q, k, v, o, fc1, fc2"),
-        ({"targets": ["q", "qkv"]}, "no target matches"),
-        ({"blocks": (7, 9)}, r"blocks=\[7, 9\]: .* blocks 0 to 1"),
-        ({"blocks": []}, r"blocks=\[\]"),
+        ({"targets": ["q", "qkv"]}, "q, k, v, o, fc1, fc2"),
+        ({"blocks": (7, 9)}, "blocks 0 to 1"),
+        ({"blocks": [0, 7]}, "blocks 0 to 1"),
+        ({"blocks": [-1]}, "blocks 0 to 1"),
+        ({"blocks": []}, "blocks 0 to 1"),
         ({"rank": 0}, "rank=0 is impossible"),
         ({"rank": -1}, "rank=-1 is impossible"),
-        ({"alpha": float("nan")}, "alpha=nan is impossible"),
-        ({"dropout": -0.1}, "dropout=-0.1 is impossible"),
+        ({"rank": 2.5}, "rank=2.5 is impossible"),
         ({"rank": 17}, "16 wide"),
+        ({"rank": 17, "targets": ["fc1"]}, "16 wide"),
+        ({"rank": 1000, "targets": ["fc2"]}, "16 wide"),
         ({"alpha": 0.0}, "alpha=0.0 is impossible"),
+        ({"alpha": float("nan")}, "alpha=nan is impossible"),
+        ({"alpha": float("inf")}, "alpha=inf is impossible"),
         ({"dropout": 1.0}, "dropout=1.0 is impossible"),
+        ({"dropout": -0.1}, "dropout=-0.1 is impossible"),
         ({"scaling": "half"}, "scaling 'half' is unknown"),
         ({"init": "zeros"}, "init 'zeros' is unknown"),
     ],
 )
-def test_impossible_settings_say_what_exists(model, settings, message):
+def test_impossible_settings_say_what_exists_and_change_nothing(model, settings, message):
+    before = list(model.modules())
     with pytest.raises(ValueError, match=message):
         replace_linear_with_lora(model, **settings)
+    assert all(now is then for now, then in zip(model.modules(), before, strict=True))
+    assert not model._forward_pre_hooks
+
+
+def test_a_block_that_cannot_be_adapted_leaves_the_others_alone(model):
+    model.encoder.layers[1].self_attention = nn.MultiheadAttention(16, 2, bias=False)
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="only self-attention with one biased q, k, v projection"):
+        replace_linear_with_lora(model)
+    assert all(now is then for now, then in zip(model.modules(), before, strict=True))
+
+
+def test_the_rank_may_fill_the_narrowest_layer(model):
+    replace_linear_with_lora(model, rank=16)
 
 
 def test_a_model_without_encoder_blocks_lists_its_linear_layers():

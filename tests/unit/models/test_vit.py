@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from torchvision.models import VisionTransformer, vit_b_16
-from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lora_vit.config import ConfigError
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import load_trunk_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 
@@ -69,51 +63,6 @@ def test_vit_b_16_itself():
     with torch.no_grad():
         expected = reference(x)
         torch.testing.assert_close(reference.heads(trunk(x)), expected, rtol=1e-4, atol=1e-4)  # fp32, 12 blocks
-
-
-def test_position_embedding_is_interpolated_as_torchvision_does(tmp_path):
-    reference = theirs(image_size=64)
-    torch.save(reference.state_dict(), tmp_path / "w.pth")
-    trunk = build_trunk(*SHAPE.values())
-    load_trunk_weights(trunk, "vit_tiny", str(tmp_path / "w.pth"))
-    expected = interpolate_embeddings(32, 8, OrderedDict(reference.state_dict()))["encoder.pos_embedding"]
-    assert torch.equal(trunk.encoder.pos_embedding, expected)
-
-
-def test_the_same_weights_in_two_formats_are_the_same_base(tmp_path):
-    state = theirs().state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    save_file(state, tmp_path / "w.safetensors")
-    trunks = [build_trunk(*SHAPE.values()) for _ in range(2)]
-    digests = [
-        load_trunk_weights(trunk, "vit_tiny", str(tmp_path / name))
-        for trunk, name in zip(trunks, ("w.pth", "w.safetensors"), strict=True)
-    ]
-    assert digests[0] == digests[1]
-    assert torch.equal(trunks[0].class_token, state["class_token"])
-
-
-@pytest.mark.parametrize(
-    "wrong", ["not a file of weights", "missing tensor", "other shape", "unknown tensor", "pickle"]
-)
-def test_weights_that_do_not_fit(wrong, tmp_path):
-    path = tmp_path / "w.pth"
-    state = dict(theirs().state_dict())
-    if wrong == "not a file of weights":
-        path.write_text("hello")
-    elif wrong == "pickle":
-        torch.save({"model": theirs()}, path)
-    else:
-        if wrong == "missing tensor":
-            del state["class_token"]
-        elif wrong == "other shape":
-            state["conv_proj.bias"] = torch.zeros(7)
-        else:
-            state["extra"] = torch.zeros(1)
-        torch.save(state, path)
-    with pytest.raises(ConfigError, match=r"w\.pth") as error:
-        load_trunk_weights(build_trunk(*SHAPE.values()), "vit_tiny", str(path))
-    assert "\n" not in str(error.value)
 
 
 def test_trials_of_one_stream_share_the_images():

@@ -101,7 +101,7 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr(randomness, "permutation", real_permutation)
     monkeypatch.setattr(build, "choose_device", lambda accelerator, process: torch.device(device))
     monkeypatch.setattr(build, "device_name", lambda device: "none")
-    monkeypatch.setattr(build, "state_sha256", lambda state: "")
+    monkeypatch.setattr(build, "base_of", lambda model: {})
     monkeypatch.setattr(build, "copy", types.SimpleNamespace(deepcopy=lambda trunk: trunk))
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **limits: tensor)
     monkeypatch.setattr(nn.Module, "_apply", apply_by_exchange)

@@ -277,14 +277,14 @@ def test_the_adapters_card(changes, scaling):
     assert card == {
         "schema": trial.record.schema,
         "trial_id": trial.name,
-        "base": {"name": "W", "sha256": "S"},
-        "model": trial.record.config["model"],
+        "base": {"weights": "W", "sha256": "S"},
+        "data": trial.record.data,
         "lora": trial.record.config["lora"],
         "effective_scaling": scaling,
         "decoded_size": 16,
         "value_range": (0, 4095),
         "class_names": ["a", "b"],
     }
-    assert card["base"] is not SETUP.base_weights
+    assert card["base"] is not SETUP.base
     data = SimpleNamespace(images=np.zeros((2, 3, 16, 24)), class_names=(), value_range=None)
-    assert adapter_card(SimpleNamespace(base_weights={}, data=data), trial)["decoded_size"] is None
+    assert adapter_card(SimpleNamespace(base={}, data=data), trial)["decoded_size"] is None

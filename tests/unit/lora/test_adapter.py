@@ -1,0 +1,487 @@
+"""Adapters from files: bound to their base, put on a model, merged into weights by the formula, else refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made_up_records import make_record
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapter, replace_linear_with_lora
+from lora_vit.config import SCHEMA_VERSION
+from lora_vit.lora.adapter import Adapter, AdapterError, base_of, bind, merged_state_dict, read_adapter
+from lora_vit.records import write_record
+from lora_vit.training.trackers import write_adapter
+
+D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
+BLOCK = "encoder.layers.encoder_layer_1"
+PLACES = {  # target: the projection, its lora_A's and lora_B's widths, the base's weight, and which rows of it
+    "q": ("self_attention.q", D, D, "self_attention.in_proj_weight", slice(0, D)),
+    "k": ("self_attention.k", D, D, "self_attention.in_proj_weight", slice(D, 2 * D)),
+    "v": ("self_attention.v", D, D, "self_attention.in_proj_weight", slice(2 * D, 3 * D)),
+    "o": ("self_attention.out_proj", D, D, "self_attention.out_proj.weight", slice(None)),
+    "fc1": ("mlp.0", D, MLP, "mlp.0.weight", slice(None)),
+    "fc2": ("mlp.3", MLP, D, "mlp.3.weight", slice(None)),
+}
+EVERY = list(PLACES)
+
+
+def new_model(seed: int = 0, **changes: Any) -> VisionTransformer:
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": D, "mlp_dim": MLP}
+    generator = torch.Generator().manual_seed(seed)
+    m = VisionTransformer(**{**sizes, "num_classes": 5, **changes})
+    for p in m.parameters():
+        nn.init.normal_(p, std=0.3, generator=generator)
+    return m
+
+
+@pytest.fixture
+def model() -> VisionTransformer:
+    return new_model()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def tensors(*targets: str, **more: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    found = dict(more)
+    for target in targets:
+        place, width_in, width_out, *_ = PLACES[target]
+        found[f"{BLOCK}.{place}.lora_A"] = torch.randn(RANK, width_in, generator=generator)
+        found[f"{BLOCK}.{place}.lora_B"] = torch.randn(width_out, RANK, generator=generator)
+    found["heads.head.weight"] = torch.randn(CLASSES, D, generator=generator)
+    found["heads.head.bias"] = torch.randn(CLASSES, generator=generator)
+    return found
+
+
+def card(*targets: str, base: VisionTransformer | None = None, **lora: Any) -> dict[str, Any]:
+    """The card of an adapter on the second block of the model, or of a linear probe."""
+    method = "lora" if targets else "none"
+    settings = {"method": method, "rank": RANK, "targets": list(targets), "blocks": [1], "dropout": 0.0, "bias": "none"}
+    return {
+        "schema": SCHEMA_VERSION,
+        "trial_id": "0123456789",
+        "base": {"model": "vit_tiny", "weights": "GLYPHS_V1", **base_of(base or new_model())},
+        "data": {"fingerprint": "f", "classes": CLASSES, "train": 60, "val": 20},
+        "lora": {**settings, "init": "kaiming_uniform", **lora},
+        "effective_scaling": SCALING if targets else None,
+        "class_names": ["ant", "bee", "cat"],
+    }
+
+
+def folder_of(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
+    write_adapter(path, tensors, card)
+    return path
+
+
+def states(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = model.state_dict()
+    assert list(now) == list(before)
+    assert all(torch.equal(now[n], before[n]) for n in before)
+    assert "lora_vit" not in {type(m).__module__.partition(".")[0] for m in model.modules()}
+
+
+@pytest.mark.parametrize("target", EVERY)
+def test_each_projection_merges_into_its_own_weight(model, target):
+    base = model.state_dict()
+    adapter = Adapter(tensors(target), card(target))
+    merged = merged_state_dict(base, adapter)
+    place, _, _, weight, rows = PLACES[target]
+    for name, tensor in merged.items():
+        expected = adapter.tensors[name] if name.startswith("heads.") else base[name].clone()
+        if name == f"{BLOCK}.{weight}":
+            a, b = (adapter.tensors[f"{BLOCK}.{place}.lora_{m}"] for m in "AB")
+            expected[rows] += SCALING * b @ a
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)  # fp32, one rounding of the sum
+    assert merged.keys() == base.keys()
+    assert not any(t.data_ptr() == base[n].data_ptr() for n, t in merged.items() if n in base)
+
+
+def test_merging_does_not_change_what_it_is_given(model):
+    base, adapter = model.state_dict(), Adapter(tensors(*EVERY), card(*EVERY))
+    copies = [{n: t.clone() for n, t in d.items()} for d in (base, adapter.tensors)]
+    merged = merged_state_dict(base, adapter)
+    for t in merged.values():
+        t.zero_()
+    for now, before in zip((base, adapter.tensors), copies, strict=True):
+        assert all(torch.equal(now[n], before[n]) for n in before)
+
+
+def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
+    model.bfloat16()
+    adapter = Adapter(tensors("fc1"), card("fc1"))
+    merged = merged_state_dict(model.state_dict(), adapter)
+    assert {t.dtype for t in merged.values()} == {torch.float32}
+    a, b = (adapter.tensors[f"{BLOCK}.mlp.0.lora_{m}"].double() for m in "AB")
+    exact = model.state_dict()[f"{BLOCK}.mlp.0.weight"].double() + SCALING * b @ a
+    assert torch.equal(merged[f"{BLOCK}.mlp.0.weight"], exact.float())
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_replace_the_bases(model, bias, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    names = [n for n, _ in model.named_parameters() if n.endswith("bias") and "heads" not in n]
+    if bias == "lora_only":
+        names = [f"{BLOCK}.mlp.0.bias", f"{BLOCK}.self_attention.in_proj_bias"]
+    values = {n: torch.randn(model.state_dict()[n].shape, generator=generator) for n in names}
+    folder = folder_of(tmp_path, tensors("v", "fc1", **values), card("v", "fc1", bias=bias))
+    merged, loaded = merge_adapter(copy.deepcopy(model), folder), load_adapter(model, folder)
+    for m in (merged, loaded):
+        assert all(torch.equal(m.state_dict()[n], value) for n, value in values.items())
+
+
+def test_full_fine_tuning_replaces_everything_and_once_only(model, images, tmp_path):
+    tuned = new_model(seed=5, num_classes=CLASSES)
+    about = card() | {"lora": {**card()["lora"], "method": "full"}}
+    folder = folder_of(tmp_path, dict(tuned.state_dict()), about)
+    load_adapter(model, folder)
+    assert all(torch.equal(t, tuned.state_dict()[n]) for n, t in model.state_dict().items())
+    with pytest.raises(AdapterError, match="are not those that the adapter was trained on"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("head", ["another size", "the same size", "behind dropout", "another size behind dropout"])
+def test_loaded_and_merged_compute_the_same_and_not_the_base(model, images, head, tmp_path):
+    linear = nn.Linear(D, 5 if "another" in head else CLASSES)
+    model.heads.head = nn.Sequential(nn.Dropout(0.5), linear) if "dropout" in head else linear
+    loaded = model.double().eval()
+    merged = copy.deepcopy(loaded)
+    folder = folder_of(tmp_path, tensors(*EVERY), card(*EVERY, dropout=0.5))
+    assert load_adapter(loaded, folder) is loaded
+    assert merge_adapter(merged, folder) is merged
+    x = images.double()
+    expected = merged(x)
+    assert expected.shape == (4, CLASSES)
+    # merged weights are rounded to fp32
+    torch.testing.assert_close(loaded.double().eval()(x), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(merged.heads.head, nn.Sequential) == ("dropout" in head)
+    if "dropout" in head:
+        assert isinstance(merged.heads.head[0], nn.Dropout)
+        assert isinstance(loaded.heads.head[0], nn.Dropout)
+    names = set(merged.state_dict())
+    assert not [n for n in names if "lora" in n]
+    with torch.no_grad():
+        for name, p in loaded.named_parameters():
+            if "lora_B" in name:
+                assert p.any()
+                p.zero_()
+    assert not torch.allclose(loaded(x), expected, atol=1e-2)
+
+
+def test_a_loaded_adapter_trains_on_with_its_dropout(model, images, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1", dropout=0.5))
+    load_adapter(model, folder).train()
+    mark_lora_and_head_as_trainable(model)
+    torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("how", ["itself", "copied", "pickled", "by name", "replaced, not loaded"])
+def test_each_pass_in_train_mode_draws_other_masks(model, images, how, tmp_path):
+    if how == "replaced, not loaded":
+        replace_linear_with_lora(model, dropout=0.5)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.ones_(p)
+    else:
+        load_adapter(model, folder_of(tmp_path, tensors("fc1"), card("fc1", dropout=0.5)))
+    model.train()
+    if how == "copied":
+        model(images)
+    used = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)(model)
+    first, second = (used(x=images), used(x=images)) if how == "by name" else (used(images), used(images))
+    assert not torch.allclose(first, second)
+
+
+def test_a_probe_has_a_head_alone(model, tmp_path):
+    folder = folder_of(tmp_path, tensors(), card())
+    assert read_adapter(folder).scaling == 1.0
+    base = model.state_dict()
+    for _ in range(2):  # nothing that a second time could add
+        loaded = load_adapter(model, folder)
+    assert not [n for n in loaded.state_dict() if "lora" in n]
+    assert torch.equal(loaded.heads.head.bias, read_adapter(folder).tensors["heads.head.bias"])
+    assert all(torch.equal(t, base[n]) for n, t in loaded.state_dict().items() if not n.startswith("heads."))
+
+
+WEIGHTS = "weights are not those that the adapter was trained on .GLYPHS_V1.: give these, in fp32, with no adapter"
+
+
+def other_model(which: str, model: VisionTransformer) -> nn.Module:
+    """A model that the adapter does not belong to."""
+    sizes = {
+        "image size": {"image_size": 32},
+        "patch size": {"patch_size": 4},
+        "blocks": {"num_layers": 4},
+        "attention heads": {"num_heads": 4},
+        "width": {"hidden_dim": 32},
+        "hidden width": {"mlp_dim": 32},
+    }
+    if which in sizes:
+        return new_model(**sizes[which])
+    if which == "random weights":
+        return new_model(seed=1)
+    with torch.no_grad():
+        if which == "one weight":
+            model.encoder.layers[1].mlp[0].weight[3, 4] += 1e-6
+        elif which == "one bias":
+            model.encoder.ln.bias[0] = 0.5
+        elif which == "positions":
+            model.encoder.pos_embedding[0, 2] += 0.01
+        elif which == "eps":
+            model.encoder.layers[1].ln_2.eps = 1e-5
+    return model.bfloat16() if which == "bf16" else model
+
+
+@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("image size", "the adapter is for a model with image_size=16, here image_size=32"),
+        ("patch size", "patch_size=8, here patch_size=4"),
+        ("blocks", "num_layers=2, here num_layers=4"),
+        ("attention heads", "num_heads=2, here num_heads=4"),
+        ("width", "hidden_dim=16, here hidden_dim=32"),
+        ("hidden width", "mlp_dim=24, here mlp_dim=32"),
+        ("random weights", "position embedding and perhaps other weights are not those"),
+        ("one weight", WEIGHTS),
+        ("one bias", WEIGHTS),
+        ("positions", "position embedding and perhaps other weights are not those"),
+        ("eps", WEIGHTS),
+        ("bf16", WEIGHTS),
+    ],
+)
+def test_another_base_is_refused_and_left_as_it_was(place, which, message, model, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    other = other_model(which, model)
+    before = states(other)
+    with pytest.raises(AdapterError, match=message) as error:
+        place(other, folder)
+    assert "\n" not in str(error.value)
+    assert_untouched(other, before)
+
+
+@pytest.mark.parametrize("second", [load_adapter, merge_adapter])
+@pytest.mark.parametrize("first", [load_adapter, merge_adapter])
+def test_an_update_is_applied_once(first, second, model, images, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    once = first(model.eval(), folder)(images)
+    with pytest.raises(AdapterError, match="has adapters already" if first is load_adapter else WEIGHTS):
+        second(model, folder)
+    assert torch.equal(model(images), once)
+
+
+def test_a_position_embedding_interpolated_elsewhere_is_the_same(model, tmp_path):
+    """Kinds of CPU differ in the last bits of what they interpolate."""
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    with torch.no_grad():
+        model.encoder.pos_embedding *= 1 + 1e-6
+    load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_base_is_known_by_its_values(model, dtype):
+    trained = model.to(dtype)
+    trained.heads.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(D, 7))
+    assert base_of(trained) == base_of(new_model())
+
+
+@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("compiled", marks=pytest.mark.slow),  # torch takes seconds to import its compiler
+        pytest.param("compiled in place", marks=pytest.mark.slow),
+        "parallel",
+        "another model",
+    ],
+)
+def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    given: nn.Module = model
+    if kind == "compiled":
+        given = torch.compile(model)
+    elif kind == "compiled in place":
+        model.compile()
+    elif kind == "parallel":
+        given = nn.DataParallel(model)
+    else:
+        given = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(AdapterError, match=r"not a plain torchvision VisionTransformer \(\w+\): wrap or compile it"):
+        place(given, folder)
+
+
+HEADS = {
+    "no bias": lambda: nn.Linear(D, CLASSES, bias=False),
+    "identity": nn.Identity,
+    "softmax": lambda: nn.Sequential(nn.Linear(D, CLASSES), nn.Softmax(-1)),
+    "norm": lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, CLASSES)),
+    "two layers": lambda: nn.Sequential(nn.Linear(D, D), nn.Linear(D, CLASSES)),
+    "empty": nn.Sequential,
+}
+
+
+@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
+@pytest.mark.parametrize("head", [*HEADS, "norm beside it", "softmax after it", "hidden layer", "no Sequential"])
+def test_another_kind_of_head_is_refused(place, head, model, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    if head in HEADS:
+        model.heads.head = HEADS[head]()
+    elif head == "norm beside it":
+        model.heads = nn.Sequential()
+        model.heads.add_module("norm", nn.LayerNorm(D))
+        model.heads.add_module("head", nn.Linear(D, CLASSES))
+    elif head == "softmax after it":
+        model.heads.add_module("softmax", nn.Softmax(-1))
+    elif head == "hidden layer":
+        model = new_model(representation_size=7)
+    else:
+        model.heads = nn.Linear(D, CLASSES)
+    before = states(model)
+    with pytest.raises(AdapterError, match="the model's heads are not one linear layer with bias, alone or after"):
+        place(model, folder)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("another name", "it lacks 'cat'"),
+        ("another order", "it orders them anew"),
+        ("one more", "it has 'dog' in addition"),
+        ("one less", "it lacks 'cat'"),
+        ("more images", "train 60 then, 68 now, val 20 then, 24 now"),
+        ("other images", "other contents or splits of as many images"),
+    ],
+)
+def test_other_data_is_refused(change, message, model):
+    about = card("fc1")
+    adapter, base = Adapter(tensors("fc1"), about), base_of(model)
+    names, data = about["class_names"], about["data"]
+    bind(adapter, base, names, data)
+    bind(adapter, base)
+    names = {
+        "another name": ["ant", "bee", "dog"],
+        "another order": ["bee", "ant", "cat"],
+        "one more": ["ant", "bee", "cat", "dog"],
+        "one less": ["ant", "bee"],
+    }.get(change, names)
+    if change == "more images":
+        data = {"fingerprint": "g", "classes": CLASSES, "train": 68, "val": 24}
+    elif change == "other images":
+        data = {**data, "fingerprint": "g"}
+    with pytest.raises(AdapterError, match=message):
+        bind(adapter, base, names, data)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    about = json.loads((path / "adapter.json").read_text())
+    (path / "adapter.json").write_text(json.dumps({**about, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"encoder_layer_1\.self_attention\.q\.lora_A is absent, expected \(2, 16\)"),
+        ("rank", r"encoder_layer_1\.mlp\.0\.lora_A is \(3, 16\), expected \(2, 16\)"),
+        ("unknown", r"the adapter's extra\.bias is \(1,\), expected absent"),
+        ("bias of another shape", r"the adapter's conv_proj\.bias is \(3,\), expected \(16,\)"),
+        ("not adapted", r"the adapter's .*mlp\.3\.lora_A is \(2, 24\), expected absent"),
+        ("head", r"the adapter's heads\.head\.bias is \(4,\), expected \(3,\)"),
+        ("NaN", r"the adapter's heads\.head\.bias holds NaN or infinite values"),
+        ("infinite", r"mlp\.0\.lora_B holds NaN or infinite values"),
+        ("scaling edited", "not of one trial, or were edited"),
+        ("of another trial", "not of one trial, or were edited"),
+        ("tensors without a card", "not of one trial, or were edited"),
+        ("another version", "the adapter is of version 0, this one reads"),
+        ("no card", r"adapter\.json does not exist: give the folder of a completed trial"),
+        ("no tensors", r"adapter\.safetensors does not exist: give the folder of a completed trial"),
+        ("nonsense", "the adapter cannot be read"),
+        ("no card at all", "not of one trial, or were edited"),
+        ("half a card", "the adapter cannot be read"),
+    ],
+)
+def test_what_is_damaged_is_refused(change, message, model, tmp_path):
+    found, about = tensors("fc1"), card("fc1")
+    if change == "missing":
+        about["lora"]["targets"] = ["q", "fc1"]
+    elif change == "rank":
+        found[f"{BLOCK}.mlp.0.lora_A"] = torch.zeros(3, D)
+    elif change == "unknown":
+        found["extra.bias"] = torch.zeros(1)
+    elif change == "bias of another shape":
+        about["lora"]["bias"] = "all"
+        found |= {n: t for n, t in model.state_dict().items() if n.endswith("bias") and "heads" not in n}
+        found["conv_proj.bias"] = torch.zeros(3)
+    elif change == "not adapted":
+        found |= tensors("fc2")
+    elif change == "head":
+        found["heads.head.bias"] = torch.zeros(4)
+    elif change in ("NaN", "infinite"):
+        found["heads.head.bias" if change == "NaN" else f"{BLOCK}.mlp.0.lora_B"][0] = float(change[:3])
+    elif change == "another version":
+        about["schema"] = 0
+    folder = folder_of(tmp_path, found, about)
+    if change == "scaling edited":
+        edited(folder, effective_scaling=16.0)
+    elif change == "of another trial":
+        edited(folder, trial_id="9876543210")
+    elif change == "tensors without a card":
+        from safetensors.torch import save_file
+
+        save_file(found, folder / "adapter.safetensors")
+    elif change in ("no card", "no tensors"):
+        (folder / ("adapter.json" if change == "no card" else "adapter.safetensors")).unlink()
+    elif change == "nonsense":
+        (folder / "adapter.safetensors").write_bytes(b"nonsense")
+    elif change == "no card at all":
+        from safetensors.torch import save_file
+
+        save_file(found, folder / "adapter.safetensors")
+        (folder / "adapter.json").write_text("null")
+    elif change == "half a card":
+        (folder / "adapter.json").write_text('{"base": {')
+    before = states(model)
+    with pytest.raises(AdapterError, match=message) as error:
+        load_adapter(model, str(folder))
+    assert "\n" not in str(error.value)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "stopped", "interrupted", "completed"])
+def test_only_a_completed_trials_adapter_is_used(status, model, tmp_path):
+    record = make_record(status=status)
+    folder = folder_of(tmp_path, tensors("fc1"), {**card("fc1"), "trial_id": record.trial_id})
+    write_record(folder, record)
+    if status == "completed":
+        load_adapter(model, folder)
+        return
+    with pytest.raises(AdapterError, match=f"the trial is {status}, not completed"):
+        load_adapter(model, folder)
+
+
+def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    write_record(folder, make_record())
+    with pytest.raises(AdapterError, match="not of one trial"):
+        load_adapter(model, folder)
+    (folder / "record.json").write_text("{")
+    with pytest.raises(AdapterError, match=r"record\.json is not whole JSON"):
+        load_adapter(model, folder)

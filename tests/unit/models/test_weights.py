@@ -1,0 +1,235 @@
+"""Weights as people have them: found in what training scripts save, by content, and refused in one line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from lora_vit.config import ConfigError
+from lora_vit.lora.adapter import base_of
+from lora_vit.models import weights
+from lora_vit.models.vit import build_trunk
+from lora_vit.models.weights import check_weights, load_trunk_weights
+
+SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+
+
+def theirs(seed: int = 1, **changes: int) -> VisionTransformer:
+    generator = torch.Generator().manual_seed(seed)
+    model = VisionTransformer(**{**SHAPE, **changes}, num_classes=5).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1, generator=generator)
+    return model
+
+
+def loaded(path: Path) -> tuple[VisionTransformer, str]:
+    trunk = build_trunk(*SHAPE.values())
+    return trunk, load_trunk_weights(trunk, "vit_tiny", str(path))
+
+
+def assert_has(trunk: VisionTransformer, state: dict[str, Tensor]) -> None:
+    assert all(torch.equal(t, state[name]) for name, t in trunk.state_dict().items())
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        loaded(path)
+    message = str(error.value)
+    assert message.startswith(f"model.weights={path}")
+    assert "\n" not in message
+    assert "weights_only" not in message
+    return message
+
+
+def test_position_embedding_is_interpolated_as_torchvision_does(tmp_path):
+    reference = theirs(image_size=64)
+    torch.save(reference.state_dict(), tmp_path / "w.pth")
+    expected = interpolate_embeddings(32, 8, OrderedDict(reference.state_dict()))["encoder.pos_embedding"]
+    assert torch.equal(loaded(tmp_path / "w.pth")[0].encoder.pos_embedding, expected)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "weights"])
+@pytest.mark.parametrize("content", ["torch", "safetensors", "torch before 1.6"])
+def test_a_file_is_what_it_holds_not_what_its_name_says(content, name, tmp_path):
+    state = theirs().state_dict()
+    if content == "safetensors":
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=content == "torch")
+    trunk, note = loaded(tmp_path / name)
+    assert_has(trunk, state)
+    assert note == ""
+    assert base_of(trunk) == base_of(theirs())
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: t for name, t in state.items()}
+
+
+WRAPPED = {
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model": lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "lr": 0.1},
+    "model_ema.module": lambda s: {"model_ema": {**prefixed(s, "module."), "n_averaged": torch.tensor(9)}},
+    "teacher.backbone": lambda s: {"teacher": {**prefixed(s, "backbone."), "head.mlp.weight": torch.ones(2)}},
+    "student": lambda s: {"student": s},
+    "net": lambda s: {"net": s},
+    "ema.module._orig_mod": lambda s: {"ema": prefixed(s, "module._orig_mod.")},
+    "module": lambda s: prefixed(s, "module."),
+    "_orig_mod": lambda s: prefixed(s, "_orig_mod."),
+    "state_dict.model": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": {"lr": 0.1}},
+    "encoder": lambda s: prefixed(s, "encoder."),
+    "checkpoint.weights.trunk": lambda s: {"checkpoint": {"weights": prefixed(s, "trunk.")}},
+}
+
+
+@pytest.mark.parametrize("where", WRAPPED)
+def test_wrapped_weights_are_found_and_told(where, tmp_path):
+    path, state = tmp_path / "w.pth", theirs().state_dict()
+    torch.save(WRAPPED[where](state), path)
+    trunk, note = loaded(path)
+    assert_has(trunk, state)
+    assert note == f"model.weights={path}: taken from '{where}'"
+
+
+@pytest.mark.parametrize(
+    ("held", "taken", "other"),
+    [
+        (lambda a, b: {"model_ema": b, "model": a}, "model", "model_ema"),
+        (lambda a, b: {"student": b, "teacher": a}, "teacher", "student"),
+        (lambda a, b: {**prefixed(b, "student."), **prefixed(a, "teacher.")}, "teacher", "student"),
+        (lambda a, b: {"other": b, "state_dict": a}, "state_dict", "other"),
+        (
+            lambda a, b: {"state_dict": {**prefixed(b, "ema."), **prefixed(a, "net.")}},
+            "state_dict.net",
+            "state_dict.ema",
+        ),
+    ],
+)
+def test_of_several_models_one_is_taken_and_the_others_are_told(held, taken, other, tmp_path):
+    path, state = tmp_path / "w.pth", theirs().state_dict()
+    torch.save(held(state, theirs(seed=2).state_dict()), path)
+    trunk, note = loaded(path)
+    assert_has(trunk, state)
+    assert note == f"model.weights={path}: taken from '{taken}' (it also has {other})"
+
+
+def test_a_training_scripts_arguments_are_no_hindrance(tmp_path):
+    state = theirs().state_dict()
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, opt="adamw")}, tmp_path / "w.pth")
+    assert_has(loaded(tmp_path / "w.pth")[0], state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_points_become_fp32(dtype, tmp_path):
+    state = {name: t.to(dtype) for name, t in theirs().state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    trunk, _ = loaded(tmp_path / "w.pth")
+    assert_has(trunk, {name: t.float() for name, t in state.items()})
+    assert {t.dtype for t in trunk.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("conv_proj.bias", torch.full((32,), float("nan")), "conv_proj.bias holds NaN or infinite values"),
+        ("encoder.ln.weight", torch.full((32,), float("inf")), "encoder.ln.weight holds NaN or infinite values"),
+        ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
+        ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64, not of floating"),
+        ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
+        ("class_token", None, "does not fit vit_tiny: it lacks a class_token (no Vision"),
+        ("encoder.ln.bias", None, "does not fit vit_tiny: it lacks encoder.ln.bias"),
+        ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
+        ("encoder.pos_embedding", torch.zeros(1, 13, 32), "[1, 13, 32] is not for a square grid of patches"),
+        ("encoder.pos_embedding", torch.zeros(1, 1, 32), "[1, 1, 32] is not for a square grid"),
+        ("encoder.pos_embedding", torch.zeros(17, 32), "[17, 32] is not for a square grid"),
+        ("encoder.pos_embedding", torch.zeros(1, 17, 16), "encoder.pos_embedding is [1, 17, 16], expected [1, 17, 32]"),
+    ],
+)
+def test_weights_that_do_not_fit(name, value, message, tmp_path):
+    state = dict(theirs().state_dict())
+    state[name] = value
+    torch.save({n: t for n, t in state.items() if t is not None}, tmp_path / "w.pth")
+    assert message in refusal(tmp_path / "w.pth")
+
+
+def torch_bytes(held: Any, new: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(held, buffer, _use_new_zipfile_serialization=new)
+    return buffer.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+FILES = {
+    "empty": (lambda: b"", "is empty"),
+    "pointer": (lambda: POINTER, "is a pointer of Git LFS"),
+    "page": (lambda: b"\n <!DOCTYPE html><html>not found</html>", "is a web page"),
+    "text": (lambda: b"hello, this is not a file of weights at all", "is neither a PyTorch nor a safetensors file"),
+    "index": (lambda: b'{"metadata": {}, "weight_map": {}}', "is neither a PyTorch nor a safetensors file"),
+    "model": (
+        lambda: torch_bytes(theirs()),
+        "holds Python objects (torchvision.models.vision_transformer.VisionTransformer): get",
+    ),
+    "model in it": (lambda: torch_bytes({"model": theirs()}), "holds Python objects"),
+    "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
+    "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
+    "a number in it": (lambda: torch_bytes({"best": np.float64(1)}), "holds Python objects (numpy"),
+    "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
+    "cut early": (lambda: save(theirs().state_dict())[:30], "is damaged or cut off"),
+    "list": (lambda: torch_bytes([torch.ones(2)]), "lacks a class_token"),
+    "tensor": (lambda: torch_bytes(torch.ones(2)), "lacks a class_token"),
+    "nothing": (lambda: torch_bytes({}), "lacks a class_token"),
+}
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path):
+    content, message = FILES[kind]
+    (tmp_path / name).write_bytes(content())
+    assert message in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["empty", "pointer", "page", "text"])
+def test_what_the_first_bytes_tell_is_told_before_anything_is_loaded(kind, tmp_path):
+    (tmp_path / "w.pth").write_bytes(FILES[kind][0]())
+    with pytest.raises(ConfigError, match=FILES[kind][1]):
+        check_weights("vit_tiny", str(tmp_path / "w.pth"))
+
+
+def test_a_folder_or_nothing_there(tmp_path):
+    assert "is not a file: check the path" in refusal(tmp_path)
+    assert "is not a file: check the path" in refusal(tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"model\.weights=GLYPHS is unknown for vit_tiny: one of GLYPHS_V1, a path"):
+        check_weights("vit_tiny", "GLYPHS")
+
+
+@pytest.mark.parametrize(
+    ("there", "message"), [(True, "b16.pth, which was downloaded earlier, is damaged"), (False, "cannot be downloaded")]
+)
+def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monkeypatch):
+    class Published:
+        url = "https://example.org/b16.pth"
+
+        def get_state_dict(self, **options: bool) -> dict[str, Tensor]:
+            raise (RuntimeError if there else OSError)("failed finding central directory\nand more")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(weights, "get_model_weights", lambda model: {"V1": Published()})
+    monkeypatch.setattr(weights, "available_weights", lambda model: ["V1"])
+    if there:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "b16.pth").write_bytes(b"half")
+    with pytest.raises(ConfigError, match=message) as error:
+        weights.read_state_dict("vit_b_16", "V1")
+    assert "\n" not in str(error.value)
