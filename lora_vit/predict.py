@@ -58,7 +58,7 @@ def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
     images: list[Path] = []
     passed = PassedOver()
     for path in given:
-        images += [path / name for name in images_below(path, ".", cache_dir, passed)] if path.is_dir() else [path]
+        images += [path / name for name in images_below(path, "", cache_dir, passed)] if path.is_dir() else [path]
     if passed.names:
         print(f"passed over: {', '.join(passed.lines())}", file=sys.stderr)
     if not images:
