@@ -66,7 +66,7 @@ def found_images(given: list[Path]) -> list[Path]:
             for folder, folders, names in os.walk(path, onerror=_raise)
             for name in [*names, *(f for f in folders if os.path.islink(os.path.join(folder, f)))]
         ]
-        wanted = [p for p in inside if p.name.lower().endswith(EXTENSIONS) and p.name[0] != "." and not p.is_dir()]
+        wanted = [p for p in inside if p.name.lower().endswith(EXTENSIONS) and p.name[0] != "."]
         if len(wanted) < len(inside):
             print(f"{_printable(str(path))}: {len(inside) - len(wanted)} other files passed over", file=sys.stderr)
         images += sorted(wanted)
