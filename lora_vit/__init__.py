@@ -3,6 +3,7 @@
 Public names load lazily, so that importing ``lora_vit`` (for ``--help``, the summarizer) costs no torch.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,11 @@ _PUBLIC = {
 
 __all__ = ["load_adapter", "mark_lora_and_head_as_trainable", "merge_adapter", "replace_linear_with_lora"]
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # `python -m lora_vit.train` is looked for
+    from lora_vit.start import begin_command
+
+    begin_command()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from lora_vit.compose import refuse_impossible
+from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
 
 
@@ -31,6 +32,8 @@ class NameSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the config of what is not swept."""
+        if started_by_torchrun():
+            raise SystemExit("error: a sweep starts its own processes: give the same command without torchrun")
         idle = [line for line in _given(config, "sweep.") if not line.startswith("sweep.name=")]
         if idle and "PackedLauncher" not in str(config.hydra.launcher.get("_target_")):
             raise SystemExit(f"error: {idle[0]} has no effect under another launcher than hydra/launcher=packed")

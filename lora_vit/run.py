@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
 from lora_vit.data.dataset import DataError
-from lora_vit.distributed import Process
+from lora_vit.distributed import OtherFailed, Process
 from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.trial import Trial, ended_record, locked_folder
+
+Asked = tuple[TrialConfig, Path, dict[str, str]]
+"""A trial's config, its folder, and what goes into ``.hydra/``."""
 
 
 class TrialFailed(Exception):  # noqa: N818  (its name is the status)
@@ -40,31 +45,59 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         Interrupted: everything is saved.
     """
     launched = time.time()
-    if distributed.started_by_torchrun():
-        # Rank 0 alone speaks to Hydra; the others wait for its config in `follow`.
-        process = distributed.join_process_group()
-        try:
-            check_world_size(config, process.world_size)
-            distributed.from_main(to_dict(config))
-            return run_here(config, folder, hydra_files, process, launched)
-        finally:
-            distributed.leave_process_group()
     world_size, note = choose_world_size(config)
     if note:
         print(note)
-    if world_size == 1:
-        return run_here(config, folder, hydra_files, Process(), launched, wait)
-    ended = ended_record(folder, config, launched)
-    return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
+    with not_left_empty(folder):
+        if world_size == 1:
+            return run_here(config, folder, hydra_files, Process(), launched, wait)
+        ended = ended_record(folder, config, launched)
+        return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
 
 
-def follow() -> None:
-    """What ranks above 0 do under torchrun: take the config from rank 0 and train with it."""
-    process = distributed.join_process_group()
+def run_in_group(process: Process, ask: Callable[[], Asked | None]) -> TrialRecord | None:
+    """Train in a process of a group that torchrun started.
+
+    ``ask`` is called by rank 0 alone; the others wait for what it gives, and end with it. Returns rank 0's record.
+
+    Raises:
+        OtherFailed: another process cannot go on.
+        and what :func:`run` raises.
+    """
+    launched = time.time()
+    if not process.is_main:
+        failed, values = distributed.from_main(None)
+        if failed:
+            raise OtherFailed("rank 0 has ended")
+        if values is not None:
+            run_follower(from_dict(values), process)
+        return None
+    asked, failed = None, True
     try:
-        run_follower(from_dict(distributed.from_main(None)), process)
+        asked = ask()
+        if asked is not None:
+            check_world_size(asked[0], process.world_size)
+            if asked[0].trainer.devices not in ("auto", str(process.world_size)):
+                raise ConfigError(f"trainer.devices={asked[0].trainer.devices}: torchrun has started "
+                                  f"{process.world_size} processes, leave it out")  # fmt: skip
+        failed = False
     finally:
-        distributed.leave_process_group()
+        distributed.from_main((failed, None if asked is None else to_dict(asked[0])))
+    if asked is None:
+        return None
+    with not_left_empty(asked[1]):
+        return run_here(*asked, process, launched)
+
+
+@contextlib.contextmanager
+def not_left_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder that Hydra made where the run was refused at once."""
+    try:
+        yield
+    except ValueError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def run_here(
@@ -82,7 +115,7 @@ def run_here(
             ended = ended_record(folder, config, launched)  # as another process has left it
             if ended is None:
                 return _train(config, folder, hydra_files, process, launched)
-    distributed.from_main(None)
+    distributed.from_main(False)
     return ended
 
 
@@ -90,7 +123,8 @@ def _train(
     config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, launched: float
 ) -> TrialRecord:
     with StopRequest() as stop:
-        setup = build_setup(config, process)
+        distributed.from_main(True)  # there is something to train
+        setup = distributed.on_all(lambda: build_setup(config, process))
         trial = Trial.open(config, folder, setup, launched, hydra_files)
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
@@ -113,11 +147,10 @@ def _train(
 def run_follower(config: TrialConfig, process: Process) -> None:
     """Train in this process, of a rank above 0: it writes nothing."""
     with StopRequest() as stop:
-        setup = build_setup(config, process)
-        shared = distributed.from_main(None)
-        if shared is None:  # rank 0 found the trial ended
+        if not distributed.from_main(None):  # rank 0 found the trial ended
             return
-        trial = Trial(config, *shared)
+        setup = distributed.on_all(lambda: build_setup(config, process))
+        trial = Trial(config, *distributed.from_main(None))
         train_trials([trial], setup, RunReporter(False), stop)
     _unless_failed(trial.record)
 
@@ -204,7 +237,7 @@ def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) ->
             run_follower(from_dict(values), process)
     except Interrupted as stop:
         code = stop.exit_code
-    except (ConfigError, DataError, TrialFailed) as error:
+    except (ConfigError, DataError, OtherFailed, TrialFailed) as error:
         if process.is_main:
             print(f"error: {error}", file=sys.stderr)
         code = 1

@@ -5,9 +5,9 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,37 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.compose import explain, from_omegaconf, register_schema
-from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.config import ConfigError, SweepConfig, TrialConfig
+from lora_vit.records import TrialRecord
+from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
 
-_NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
+_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def task(cfg: DictConfig) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction)."""
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    config = from_omegaconf(cfg, in_sweep)
-    from lora_vit.run import run
-
+def asked(cfg: DictConfig) -> tuple[TrialConfig, Path, dict[str, str]]:
+    """The trial that Hydra composed, its folder, and the files of ``.hydra/``."""
     hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
     files = {
         "config.yaml": OmegaConf.to_yaml(cfg),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
-    try:
-        record = run(config, folder, files, wait=in_sweep)  # two settings may name one trial
-    except ValueError:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # Hydra made it; where the run was refused at once it is empty
-        raise
+    config = from_omegaconf(cfg, hydra_cfg.mode == RunMode.MULTIRUN)
+    return config, Path(hydra_cfg.runtime.output_dir), files
+
+
+def task(cfg: DictConfig) -> float:
+    """Train the composed trial; returns its validation accuracy (a fraction)."""
+    config, folder, files = asked(cfg)
+    from lora_vit.run import run
+
+    # in a sweep, two settings may name one trial: wait for the other
+    return report(run(config, folder, files, wait=HydraConfig.get().mode == RunMode.MULTIRUN), folder)
+
+
+def report(record: TrialRecord, folder: Path) -> float:
+    """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
     accuracy = float(record.metrics["val_accuracy"])
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
@@ -74,49 +80,82 @@ def one_line_task(cfg: DictConfig) -> float:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        _end(error)
+        _end(error, single=True)
         raise
 
 
 def main() -> None:
     """Command-line entry: errors that a user can cause end in one line and exit code 1."""
     register_schema()
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if under_torchrun:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            fail("a sweep starts its own processes: run `python -m lora_vit.train -m ...` without torchrun")
-        if os.environ["RANK"] != "0":
-            if not set(_NO_TRAINING) & set(sys.argv[1:]):
-                _guarded(_follow)
-            return
-    chosen = task if os.environ.get("HYDRA_FULL_ERROR") == "1" else one_line_task
-    _guarded(hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(chosen))
+    _guarded(lambda: _in_group() if started_by_torchrun() else _hydra(one_line_task))
 
 
-def _follow() -> None:
-    from lora_vit.run import follow
+def _hydra(task_function: Any) -> None:
+    hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task_function)()
 
-    follow()
+
+def _in_group() -> None:
+    """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
+    from lora_vit import distributed
+    from lora_vit.run import OtherFailed, TrialFailed, run_in_group
+
+    composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
+
+    def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
+        try:  # what is wrong is said before the others learn of it, for torchrun ends all when one ends
+            _hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                fail(end.code.removeprefix("error: "))
+            if end.code:
+                raise
+        except Exception as error:
+            _end(error, single=True)
+        return composed[0] if composed else None
+
+    process = distributed.join_process_group()
+    try:
+        _refuse_different_commands(distributed.from_all(sys.argv[1:]), process.local_rank)
+        record = run_in_group(process, ask)
+        if record is not None:
+            report(record, composed[0][1])
+    except Exception as error:
+        if process.is_main:
+            _end(error, single=True)
+        if isinstance(error, Interrupted):
+            sys.exit(error.exit_code)
+        if isinstance(error, (ValueError, OtherFailed, TrialFailed)):
+            sys.exit(1)  # rank 0 says why
+        raise
+    finally:
+        distributed.leave_process_group()
+
+
+def _refuse_different_commands(commands: list[list[str]], local_rank: int) -> None:
+    """End every process where the nodes were started with different overrides; the first of each node says so."""
+    different = list(dict.fromkeys(map(shlex.join, commands)))
+    if len(different) > 1:
+        if local_rank == 0:
+            print(f"error: nodes were started differently, give the same overrides on each: {' | '.join(different)}",
+                  file=sys.stderr)  # fmt: skip
+        sys.exit(1)
 
 
 def _guarded(action: Any) -> None:
     """Run; turn user errors into one line. HYDRA_FULL_ERROR=1 shows the traceback instead."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        action()
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
     try:
         action()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
     except Exception as error:
         _end(error)
 
 
-def _end(error: Exception) -> None:
-    """Exit as the error asks for; raise again what is not the user's."""
+def _end(error: Exception, single: bool = False) -> None:
+    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all."""
+    if _FULL_ERROR:
+        raise error
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        fail(explain(error))
     if isinstance(error, ConfigError) or type(error).__name__ in ("SweepFailed", "WorkerFailed"):
         fail(str(error))
     if str(error).startswith("Config group override must be a string"):
@@ -127,14 +166,13 @@ def _end(error: Exception) -> None:
         raise error
     from lora_vit.data.dataset import DataError
     from lora_vit.records import NO_SPACE
-    from lora_vit.run import TrialFailed
+    from lora_vit.run import OtherFailed, TrialFailed
 
     if isinstance(error, Interrupted):
-        single = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
-    if isinstance(error, (DataError, TrialFailed)):
+    if isinstance(error, (DataError, OtherFailed, TrialFailed)):
         fail(str(error))
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         what = error.filename or "the trial's folder"
