@@ -8,10 +8,11 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -49,12 +50,21 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
     max_batch_size: int | None = None
-    params: dict[str, str] | None = None
+    params: dict[str, str] = field(default_factory=dict)
+
+
+HYDRAS_DEFAULTS = [
+    {"output": "default"}, {"launcher": "packed"}, {"sweeper": "grid"}, {"help": "default"}, {"hydra_help": "default"},
+    {"hydra_logging": "none"}, {"job_logging": "none"}, {"callbacks": None}, {"env": "default"},
+]  # fmt: skip
+"""Instead of overrides in conf/config.yaml, over which no experiment file could choose another launcher."""
 
 
 def register_schema() -> None:
     """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
-    ConfigStore.instance().store(name="schema", node=RootConfig)
+    store = ConfigStore.instance().store
+    store(name="schema", node=RootConfig)
+    store(group="hydra", name="config", node=HydraConf(defaults=HYDRAS_DEFAULTS), provider="lora_vit")
     OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
     OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
     plugins = str(Path(__file__).parent / "plugins")
@@ -135,7 +145,12 @@ class Composer:
 
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config by Hydra's own way."""
-        return self._trial_part(self.loader.load_sweep_config(self.master, list(overrides)))
+        config = self.loader.load_sweep_config(self.master, list(overrides))
+        for part in ("launcher", "sweeper", "sweep"):
+            ours, all_have = (OmegaConf.to_container(c.hydra[part], resolve=False) for c in (config, self.master))
+            if ours != all_have:
+                raise ConfigError(f"hydra.{part} cannot differ between trials: name it for all, as hydra/{part}=...")
+        return self._trial_part(config)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
@@ -174,7 +189,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
         ConfigError: with every trial that cannot run, one line each.
     """
     composer = Composer(loader, master)
-    constant = set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    constant = not_swept(master.hydra, all_overrides)
     hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(master.hydra, resolve=False)}))
     jobs: list[Job] = []
     refused: dict[str, list[str]] = {}
@@ -202,6 +217,14 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     return jobs
 
 
+def not_swept(hydra: Any, all_overrides: Sequence[Sequence[str]]) -> set[str]:
+    """The overrides of keys that are not swept, which a label leaves out."""
+    swept = OmegaConf.select(hydra, "callbacks.name_sweep.swept")
+    if swept is None:  # a sweeper of its own kind
+        return set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    return {line for overrides in all_overrides for line in overrides if line.partition("=")[0] not in swept}
+
+
 def _refusal(refused: dict[str, list[str]], total: int) -> str:
     """Each message once, with the trials it is about."""
     count = sum(map(len, refused.values()))
@@ -226,6 +249,16 @@ def is_idle(config: TrialConfig, override: str) -> bool:
     return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
 
 
+def hydra_keys() -> list[str]:
+    """Hydra's dotted keys and its groups, for suggestions."""
+
+    def below(prefix: str, value: Any) -> list[str]:
+        inner = [key for k, v in value.items() for key in below(f"{prefix}.{k}", v)] if isinstance(value, dict) else []
+        return [prefix, *inner]
+
+    return ["hydra/launcher", "hydra/sweeper", *below("hydra", OmegaConf.to_container(OmegaConf.structured(HydraConf)))]
+
+
 def explain(error: BaseException) -> str:
     """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
     chain: list[BaseException] = []
@@ -241,7 +274,12 @@ def explain(error: BaseException) -> str:
     texts = [str(e) for e in chain]
     for text in texts:
         if found := re.search(r"Could not override '([^']+)'", text):
-            return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+            key = found[1]
+            if key.startswith("hydra.sweeper.params"):
+                return f"{key} has to be added: +{key}=..., or give what is swept itself, as lora.rank=1,2"
+            if key.startswith("hydra"):
+                return f"unknown key '{key}'{nearest(key, hydra_keys()) or ' (see --cfg hydra)'}"
+            return f"unknown key '{key}'{nearest(key, known_keys()) or ' (see --help)'}"
         if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
             return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
         if found := re.search(

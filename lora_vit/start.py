@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from lora_vit.config import ConfigError
-
 GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process, and what a process group cannot do without."""
+LOSE_EXCEPTIONS = ("_frozen_importlib", "importlib", "hydra", "omegaconf", "antlr4")
 
 
 def begin_command() -> None:
@@ -25,11 +24,14 @@ def begin_command() -> None:
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """Handler of Ctrl-C: ends at once during imports, which lose exceptions and leave nothing to clean up."""
+    """Handler of Ctrl-C: ends at once in imports and in composing, which lose exceptions and leave nothing behind."""
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in LOSE_EXCEPTIONS:
             os.write(2, b"interrupted\n")
             os._exit(130)
+        if package in ("lora_vit", "__main__") and frame.f_code.co_name != "<module>":
+            break
         frame = frame.f_back
     raise KeyboardInterrupt
 
@@ -48,6 +50,8 @@ def started_by_torchrun() -> bool:
     Raises:
         ConfigError: the description of a group of several is not whole.
     """
+    from lora_vit.config import ConfigError  # its dataclasses are slow to make, and Ctrl-C is to be caught before
+
     given = {name: os.environ[name] for name in GROUP if os.environ.get(name)}
     missing = [name for name in GROUP if name not in given]
     if missing:

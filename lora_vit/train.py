@@ -9,6 +9,7 @@ import functools
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import explain, from_omegaconf, register_schema
+from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, register_schema
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
-from lora_vit.records import TrialRecord
+from lora_vit.records import TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import Job, label
 
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -43,10 +46,28 @@ def asked(cfg: DictConfig) -> tuple[TrialConfig, Path, dict[str, str]]:
 def task(cfg: DictConfig) -> float:
     """Train the composed trial; returns its validation accuracy (a fraction)."""
     config, folder, files = asked(cfg)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if in_sweep:
+        _begin_in_sweep(cfg, config, folder)
     from lora_vit.run import run
 
-    # in a sweep, two settings may name one trial: wait for the other
-    return report(run(config, folder, files, wait=HydraConfig.get().mode == RunMode.MULTIRUN), folder)
+    return report(run(config, folder, files, wait=in_sweep), folder)  # two settings of a sweep may name one trial
+
+
+def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
+    """What a packed sweep does for its trials: the plan has them, and one that failed is not tried again unasked."""
+    hydra_cfg = HydraConfig.get()
+    given = [str(line) for line in hydra_cfg.overrides.task]
+    with_effect = [line for line in given if not is_idle(config, line)]
+    job = Job(config, given, label=label(with_effect, not_swept(hydra_cfg, [given])))
+    Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add_begun(job)
+    state = state_of(folder, config, job.trial_id)
+    ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
+    if state.status == "failed" and state.record is not None and ended:
+        from lora_vit.run import TrialFailed
+
+        why = (state.record.error or {}).get("message", "failed")
+        raise TrialFailed(f"{why} (trial {job.trial_id}, recorded earlier); sweep.retry_failed=true tries it again")
 
 
 def report(record: TrialRecord, folder: Path) -> float:

@@ -74,6 +74,12 @@ class Ledger:
 
         return self.update(change)
 
+    def add_begun(self, job: Job) -> None:
+        """Note a trial of a sweep that is not known before it runs, in whichever process it does."""
+        if job.trial_id not in self.read()["trials"]:
+            self.update(lambda plan: plan["trials"].setdefault(
+                job.trial_id, {"cell": job.cell_id, "overrides": job.overrides, "label": job.label}))  # fmt: skip
+
     def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
         """The size measured for a group on this kind of machine, and the figures behind it.
 

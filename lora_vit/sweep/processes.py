@@ -5,6 +5,7 @@ torch is imported only where it is needed: the server imports it while the comma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -12,8 +13,9 @@ import queue
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
@@ -52,7 +54,18 @@ def start_early(jobs: Sequence[Job], options: SweepConfig) -> None:
         from multiprocessing import forkserver
 
         worker_context()
-        forkserver.ensure_running()
+        with _deaf_to_ctrl_c():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile does not get the terminal's Ctrl-C: the command does, and asks its workers to stop."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _has_nvidia_driver() -> bool:
@@ -142,8 +155,28 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     events: Any = context.Queue()
     shared = (run, events, threads_each(run.workers))
     processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
-    for process in processes:
-        process.start()
+    with _deaf_to_ctrl_c():
+        for process in processes:
+            process.start()
+    try:
+        _watch(processes, events, view, stop)
+    except KeyboardInterrupt:  # the second one
+        for process in processes:
+            process.kill()
+        raise
+    events.close()
+    if stop.signum or view.stop_asked:
+        raise Interrupted(stop.signum or signal.SIGTERM)
+    codes = [p.exitcode for p in processes]
+    if any(codes):
+        message = f"worker processes ended with codes {codes}"
+        if all(codes):
+            raise WorkerFailed(message)
+        print(f"note: {message}; the others did their work", file=sys.stderr)
+
+
+def _watch(processes: Sequence[BaseProcess], events: Any, view: View, stop: StopRequest) -> None:
+    """Show what the workers report until they have ended; ask them to stop when we are asked."""
     asked = False
     while any(p.is_alive() for p in processes) or not events.empty():
         try:
@@ -158,15 +191,6 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
                     os.kill(process.pid, signal.SIGTERM)
     for process in processes:
         process.join()
-    events.close()
-    if stop.signum or view.stop_asked:
-        raise Interrupted(stop.signum or signal.SIGTERM)
-    codes = [p.exitcode for p in processes]
-    if any(codes):
-        message = f"worker processes ended with codes {codes}"
-        if all(codes):
-            raise WorkerFailed(message)
-        print(f"note: {message}; the others did their work", file=sys.stderr)
 
 
 def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:

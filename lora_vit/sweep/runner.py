@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from lora_vit.records import State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun, without_duplicates
+from lora_vit.sweep.plan import Job, SweepRun, this_command, without_duplicates
 from lora_vit.sweep.processes import number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import make_console, print_table
@@ -65,7 +63,7 @@ def run_sweep(
     if options.dry_run:
         print_plan(run, states)
         return None
-    ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
+    ledger.add(jobs, this_command())
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
