@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 import sys
 import time
@@ -16,7 +17,7 @@ from hydra.conf import HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -132,6 +133,48 @@ def sweep_from_omegaconf(node: Any) -> SweepConfig:
     sweep = SweepConfig(**{str(k): v for k, v in values.items()})
     validate_sweep(sweep)
     return sweep
+
+
+PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
+"""Keys whose values are names of files and folders."""
+_PATH_OVERRIDE = re.compile(rf"(\+{{0,2}}({'|'.join(map(re.escape, PATHS))}))=(.*)", re.DOTALL)
+_PIECE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)""")
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line with names of files and folders in quotes where Hydra would read something else from them.
+
+    ``data.root=2024_11`` is a number to Hydra, ``hydra.run.dir=a(b)`` a function. What is in Hydra's quotes already
+    stays, and so do ``null`` and ``${...}``; a comma separates values in a sweep, where the key can be swept.
+    """
+    sweep = any(a in ("-m", "--multirun") or a.lower() == "hydra.mode=multirun" or a[:6] == "sweep=" for a in arguments)
+    parser = OverridesParser.create()
+    quoted = []
+    for argument in arguments:
+        if match := _PATH_OVERRIDE.fullmatch(argument):
+            given, key, value = match.groups()
+            separates = sweep and key.startswith(("data.", "model."))
+            pieces = [m[1] for m in _PIECE.finditer(value) if m[1]] if separates else [value]
+            argument = f"{given}={','.join(_quoted(parser, key, piece) for piece in pieces)}"
+        quoted.append(argument)
+    return quoted
+
+
+def _quoted(parser: OverridesParser, key: str, value: str) -> str:
+    """A name as Hydra has to be given it. ``~`` is the home folder in all of them, as Hydra would not know."""
+    if key.startswith("hydra."):
+        value = os.path.expanduser(value)
+    try:
+        parsed = parser.parse_override(f"{key}={value}")
+        as_meant = parsed.value() if parsed.value_type == ValueType.ELEMENT else ""
+        if value in ("", "null") or as_meant == value or parsed.is_sweep_override() and not parsed.is_choice_sweep():
+            return value
+        if isinstance(as_meant, str) and value[:1] in ("'", '"'):
+            return value
+    except HydraException:
+        pass
+    literal = re.sub(r"(\\*)\$\{(?![^{}]+\})", r"\1\1\\${", value)  # one that is not closed is no interpolation
+    return QuotedString(literal, Quote.single).with_quotes()
 
 
 class Composer:
