@@ -167,7 +167,7 @@ def _quoted(parser: OverridesParser, key: str, value: str) -> str:
     try:
         parsed = parser.parse_override(f"{key}={value}")
         as_meant = parsed.value() if parsed.value_type == ValueType.ELEMENT else ""
-        if value in ("", "null") or as_meant == value or parsed.is_sweep_override() and not parsed.is_choice_sweep():
+        if value in ("", "null") or as_meant == value or (parsed.is_sweep_override() and not parsed.is_choice_sweep()):
             return value
         if isinstance(as_meant, str) and value[:1] in ("'", '"'):
             return value
@@ -256,7 +256,10 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     if time.monotonic() - began > 5:
         print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if refused:
-        raise ConfigError(_refusal(refused, len(all_overrides)))
+        swept = {o.partition("=")[0].lstrip("+") for overrides in all_overrides for o in overrides if o not in constant}
+        comma = [f"  ({key}: a comma separates values; a name with a comma needs Hydra's quotes, \"{key}='a,b'\")"
+                 for key in PATHS if key in swept]  # fmt: skip
+        raise ConfigError("\n".join([_refusal(refused, len(all_overrides)), *comma]))
     return jobs
 
 

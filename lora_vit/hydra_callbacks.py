@@ -8,7 +8,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.compose import refuse_impossible
+from lora_vit.compose import quote_paths, refuse_impossible
 from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
 
@@ -67,7 +67,7 @@ class NameSweep(Callback):
         base = OmegaConf.to_container(config, resolve=False)
         assert isinstance(base, dict)
         config.sweep.name = default_name({str(k): v for k, v in base.items()}, swept, fixed)
-        also.append(f"sweep.name={config.sweep.name}")
+        also += quote_paths([f"sweep.name={config.sweep.name}"])
 
 
 def _refuse_without_effect(config: DictConfig) -> None:

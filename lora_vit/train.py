@@ -5,6 +5,7 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shlex
@@ -20,9 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, register_schema
+from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, quote_paths, register_schema
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
-from lora_vit.records import TrialRecord, state_of
+from lora_vit.records import NO_SPACE, RECORD, RecordError, TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
 from lora_vit.sweep.ledger import Ledger
@@ -72,10 +73,12 @@ def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
 
 def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
-    accuracy = float(record.metrics["val_accuracy"])
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    accuracy = record.metrics.get("val_accuracy")
+    if accuracy is None:
+        raise RecordError(f"{folder / RECORD} has no val_accuracy: remove it, then the same command trains anew")
+    shown = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
-    return accuracy
+    return float(accuracy)
 
 
 def run_sweep(
@@ -108,6 +111,7 @@ def one_line_task(cfg: DictConfig) -> float:
 def main() -> None:
     """Command-line entry: errors that a user can cause end in one line and exit code 1."""
     register_schema()
+    sys.argv[1:] = quote_paths(sys.argv[1:])
     _guarded(lambda: _in_group() if started_by_torchrun() else _hydra(one_line_task))
 
 
@@ -181,23 +185,17 @@ def _end(error: Exception, single: bool = False) -> None:
         fail(str(error))
     if str(error).startswith("Config group override must be a string"):
         fail("a group has no option 'null': leave it out, or choose one (see --help)")
-    if "lora_vit.run" not in sys.modules:
-        if isinstance(error, OSError):  # from Hydra, which makes the folder
-            fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")
-        raise error
-    from lora_vit.data.dataset import DataError
-    from lora_vit.records import NO_SPACE
-    from lora_vit.run import OtherFailed, TrialFailed
-
     if isinstance(error, Interrupted):
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
-    if isinstance(error, (DataError, OtherFailed, TrialFailed)):
+    if isinstance(error, RecordError) or type(error).__name__ in ("DataError", "OtherFailed", "TrialFailed"):
         fail(str(error))
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        what = error.filename or "the trial's folder"
-        fail(f"{what} cannot be written ({error.strerror}): make room, then the same command goes on")
+    if isinstance(error, OSError) and (error.errno in NO_SPACE or "lora_vit.run" not in sys.modules):
+        what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"{what}: make room, then the same command goes on")
+        fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
     raise error
 
 

@@ -27,6 +27,7 @@ MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
 PROCESS_BYTES = 400 << 20
 """About what Python and torch hold."""
+GOES_ON = "what is saved stays, and the same command goes on"
 
 
 class WorkerFailed(Exception):  # noqa: N818
@@ -155,15 +156,17 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     events: Any = context.Queue()
     shared = (run, events, threads_each(run.workers))
     processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
-    with _deaf_to_ctrl_c():
-        for process in processes:
-            process.start()
     try:
+        with _deaf_to_ctrl_c():
+            for process in processes:
+                process.start()
         _watch(processes, events, view, stop)
     except KeyboardInterrupt:  # the second one
         for process in processes:
             process.kill()
         raise
+    except (EOFError, ConnectionError) as error:  # the server that forks them was killed
+        raise WorkerFailed(f"worker processes cannot be started ({type(error).__name__}): {GOES_ON}") from None
     events.close()
     if stop.signum or view.stop_asked:
         raise Interrupted(stop.signum or signal.SIGTERM)
@@ -171,7 +174,7 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     if any(codes):
         message = f"worker processes ended with codes {codes}"
         if all(codes):
-            raise WorkerFailed(message)
+            raise WorkerFailed(f"{message}: {GOES_ON}")
         print(f"note: {message}; the others did their work", file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.config import SweepConfig
-from lora_vit.records import State
+from lora_vit.records import RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger
@@ -102,8 +103,9 @@ def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Excepti
     failed = []
     for job in jobs:
         state = states[job.trial_id]
-        if state.status == "completed" and state.record is not None:
-            outcomes[job.trial_id] = float(state.record.metrics["val_accuracy"])
+        accuracy = _accuracy(state)
+        if accuracy is not None:
+            outcomes[job.trial_id] = accuracy
         else:
             failed.append((job, state))
     console = make_console()
@@ -114,9 +116,14 @@ def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Excepti
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
-    where = shown(run.folder)
+    where = shlex.quote(shown(run.folder))
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
+
+
+def _accuracy(state: State) -> float | None:
+    """The validation accuracy of a completed trial, where its record has one."""
+    return state.record.metrics.get("val_accuracy") if state.status == "completed" and state.record else None
 
 
 def shown(folder: Path) -> str:
@@ -135,9 +142,9 @@ def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State])
     for members in cells.values():
         values = []
         for job in members:
-            record = states[job.trial_id].record
-            if states[job.trial_id].status == "completed" and record is not None:
-                values.append(float(record.metrics["val_accuracy"]))
+            accuracy = _accuracy(states[job.trial_id])
+            if accuracy is not None:
+                values.append(accuracy)
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
@@ -160,6 +167,8 @@ def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messag
     lines = []
     for job, state in failed:
         why = state.problem or messages[job.trial_id]
+        if state.status == "completed":
+            why = f"{RECORD} has no val_accuracy: remove it, then the same command trains anew"
         if state.record is not None and state.record.error:
             why = str(state.record.error.get("message") or "")
         lines.append((job.trial_id, job.label, "not started" if state.status == "new" else state.status, why))
