@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
 from lora_vit.data.dataset import DataError
 from lora_vit.distributed import OtherFailed, Process
 from lora_vit.records import TrialRecord, read_record, write_record
+from lora_vit.start import not_importing_main
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
@@ -173,13 +175,11 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # One thread per core in all: a process alone would take every core, and each process would.
-    threads = max(1, (os.cpu_count() or 1) // world_size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size,
+        run_id=folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -190,11 +190,14 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
     def pass_on(signum: int, frame: Any) -> None:
         raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
 
-    unhandled = [s for s in SIGNALS if signal.getsignal(s) is signal.SIG_DFL and s != signal.SIGTERM]
-    for signum in unhandled:
-        signal.signal(signum, pass_on)
     try:
-        elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
+        with _as_it_was(), not_importing_main():
+            # One thread per core in all: a process alone would take every core, and each process would.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is signal.SIG_DFL and signum != signal.SIGTERM:
+                    signal.signal(signum, pass_on)
+            elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
     except SignalException as error:
         raise Interrupted(int(error.sigval)) from None
     except ChildFailedError as error:
@@ -202,10 +205,22 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
         if code - 128 in SIGNALS:
             raise Interrupted(code - 128) from None
         raise TrialFailed(_failure_of_processes(folder, error)) from None
-    finally:
-        for signum in unhandled:
-            signal.signal(signum, signal.SIG_DFL)
     return read_record(folder)
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Put back what torch's launcher leaves changed: handlers, variables, Python's generator."""
+    handlers = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGQUIT)}
+    variables, generator = dict(os.environ), random.getstate()
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        os.environ.clear()
+        os.environ.update(variables)
+        random.setstate(generator)
 
 
 def _failure_of_processes(folder: Path, error: Any) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 GROUP = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each process, and what a process group cannot do without."""
@@ -42,6 +45,18 @@ def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: 
         return
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+@contextlib.contextmanager
+def not_importing_main() -> Iterator[None]:
+    """Processes started meanwhile leave alone the script that we run in, which to import could mean to run again."""
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    before = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(before)
 
 
 def started_by_torchrun() -> bool:

@@ -112,10 +112,11 @@ def main() -> None:
     """Command-line entry: errors that a user can cause end in one line and exit code 1."""
     register_schema()
     sys.argv[1:] = quote_paths(sys.argv[1:])
-    _guarded(lambda: _in_group() if started_by_torchrun() else _hydra(one_line_task))
+    _guarded(lambda: _in_group() if started_by_torchrun() else through_hydra(one_line_task))
 
 
-def _hydra(task_function: Any) -> None:
+def through_hydra(task_function: Any) -> None:
+    """Let Hydra compose the command line (``sys.argv``) and hand it to the task."""
     hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task_function)()
 
 
@@ -128,7 +129,7 @@ def _in_group() -> None:
 
     def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
         try:  # what is wrong is said before the others learn of it, for torchrun ends all when one ends
-            _hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
+            through_hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
         except SystemExit as end:
             if isinstance(end.code, str):
                 fail(end.code.removeprefix("error: "))

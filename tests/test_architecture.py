@@ -17,11 +17,11 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"sweep"},
     {"compose"},
     {"train", "evaluate", "predict", "merge", "summarize", "hydra_callbacks"},
-    {"plugins"},
+    {"api", "plugins"},
 ]
 INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("start", "config"), ("stopping", "start")}
 ONLY_IN = {
-    "hydra": {"compose", "train", "hydra_callbacks", "plugins"},
+    "hydra": {"api", "compose", "train", "hydra_callbacks", "plugins"},
     "omegaconf": {"compose", "train", "hydra_callbacks", "plugins"},
     "pandas": {"analysis", "summarize"},
     "torch.utils.tensorboard": {"training"},

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
+from lora_vit.start import not_importing_main
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.progress import View
@@ -157,7 +158,7 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     shared = (run, events, threads_each(run.workers))
     processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
     try:
-        with _deaf_to_ctrl_c():
+        with _deaf_to_ctrl_c(), not_importing_main():
             for process in processes:
                 process.start()
         _watch(processes, events, view, stop)

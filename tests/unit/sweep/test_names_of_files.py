@@ -13,7 +13,8 @@ NAMES = [
     "plain/name.pth", "../a-b_c", "a=b", "=", "a,b", ",a,", "a(b", "(1)", "copy (1)", "f(1)", "a[b", "[a]", "a{b",
     "{a:b}", "a~b", "~x", "#a", "a#b", "$a", "a$", "a${b", "${", "%a%", "a:b", "c:/d", "a b", " a ", "it's", "'",
     "a'b'c", '"', 'a"b', "\\", "a\\", "a\\'b", "a\\,b", "a\\ b", "\\\\", "ü", "猫", "2024_11", "1e5", "007", "1", "1.0",
-    "nan", "-inf", "true", "False", "NULL", "None", "null-", "a@b", "a?b*|", "+a", "-a", "a;b&c<d>", "`a`", "a\tb", "a\nb",
+    "nan", "-inf", "true", "False", "NULL", "None", "null-", "a@b", "a?b*|", "+a", "-a", "a;b&c<d>", "`a`", "a\tb",
+    "a\nb",
 ]  # fmt: skip
 
 
