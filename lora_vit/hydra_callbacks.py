@@ -80,6 +80,8 @@ def _refuse_without_effect(config: DictConfig) -> None:
     grid = "GridSweeper" in str(config.hydra.sweeper.get("_target_"))
     if config.sweep.dry_run and not (packed and grid):
         raise SystemExit("error: sweep.dry_run=true needs hydra/launcher=packed and hydra/sweeper=grid")
+    if config.sweep.measure and not config.sweep.dry_run:
+        raise SystemExit("error: sweep.measure=true has no effect without sweep.dry_run=true: a sweep measures anyway")
     if packed:
         for key, only in NOT_WHEN_PACKED.items():
             value: Any = OmegaConf.to_container(config.hydra, resolve=False)

@@ -50,8 +50,8 @@ def _one_line_interrupt(kind: type[BaseException], error: BaseException, trace: 
 @contextlib.contextmanager
 def not_importing_main() -> Iterator[None]:
     """Processes started meanwhile leave alone the script that we run in, which to import could mean to run again."""
-    main: dict[str, Any] = vars(sys.modules["__main__"])
-    before = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
+    main = vars(sys.modules["__main__"])
+    before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
     main["__spec__"] = None
     try:
         yield

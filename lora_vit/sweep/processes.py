@@ -124,14 +124,14 @@ def _on_cpu(jobs: Sequence[Job]) -> int:
     return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
 
 
-def expected_bytes(config: TrialConfig) -> int:
-    """About what a process holds that trains one such trial on a CPU.
+def expected_bytes(config: TrialConfig, trials: int = 1) -> int:
+    """About what a process holds that trains such trials together on a CPU.
 
     The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
     seven vectors of the width and one of the MLP's.
     """
     m = config.model
-    tokens = config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
+    tokens = trials * config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
     weights = m.num_layers * m.hidden_dim * (4 * m.hidden_dim + 2 * m.mlp_dim)
     trained = 4 if config.lora.method == "full" else 2
     return PROCESS_BYTES + 4 * (trained * weights + m.num_layers * tokens * (7 * m.hidden_dim + m.mlp_dim))

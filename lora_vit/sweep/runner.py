@@ -60,7 +60,8 @@ def run_sweep(
     ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
     todo = tuple(job for job in jobs if job.trial_id not in ended)
     run = SweepRun(todo, folder, options, launched, number_of_workers(todo or jobs, options))
-    prepare([job.config for job in todo])
+    if options.measure or not options.dry_run:
+        prepare([job.config for job in todo])
     if options.dry_run:
         print_plan(run, states)
         return None
