@@ -58,8 +58,9 @@ def print_plan(run: SweepRun, states: dict[str, State]) -> None:
         epochs = sum(_epochs_left(job, states[job.trial_id]) for job in group.jobs)
         seconds_in_all += expected.seconds * epochs
         about = "" if expected.measured else "~ "
-        rows.append((group.title, str(len(group.jobs)), f"{-(-len(group.jobs) // size)} of up to {size}",
-                     f"{about}{expected.memory / 2**20:,.0f} MB", about + _duration(expected.seconds * epochs)))  # fmt: skip
+        packs = f"{-(-len(group.jobs) // size)} of up to {size}"
+        held, lasts = f"{expected.memory / 2**20:,.0f} MB", _duration(expected.seconds * epochs)
+        rows.append((group.title, str(len(group.jobs)), packs, about + held, about + lasts))
     console = make_console()
     console.print(f"plan of {run.folder}: {len(states)} trials, {len(states) - len(run.jobs)} of them finished")
     header = ("trials that share a backbone", "trials", "packs", "memory of a pack", "time")
