@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import command
+from made_up_records import make_trial
 
 STUCK = "import time; print('there', flush=True); time.sleep(60)"
 FIRST = {"train": "hydra", "summarize": "pandas", "evaluate": "numpy", "sweep": "numpy"}
@@ -18,7 +20,7 @@ FIRST = {"train": "hydra", "summarize": "pandas", "evaluate": "numpy", "sweep": 
 COMMANDS = {
     "train": (["model=vit_tiny", "data=fake", "hydra.run.dir=trial"], "trial/record.json"),
     "train -m": (["-m", "model=vit_tiny", "data=fake", "seed=0,1", "hydra.sweep.dir=trial"], "trial/sweep.json"),
-    "summarize": (["trial"], "trial/record.json"),
+    "summarize": (["trial"], "trial/sweep.json"),
     "evaluate": (["trial"], "trial/record.json"),
     "predict": (["trial", "image.png"], "trial/record.json"),
     "merge": (["trial", "--out", "merged.safetensors"], "trial/record.json"),
@@ -43,6 +45,17 @@ def assert_interrupted(process: subprocess.Popen[str]) -> None:
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
+def writable(pipe: Path, reader: subprocess.Popen[str]) -> int:
+    """The pipe's end for writing, once somebody reads the other."""
+    until = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError):
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        assert reader.poll() is None, reader.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_while_it_imports(name, tmp_path):
     """A package that never gets done stands where the real one would be found."""
@@ -59,11 +72,14 @@ def test_while_it_looks_at_what_is_there(name, tmp_path):
     """The first file that it reads is a pipe that nobody writes into."""
     arguments, file = COMMANDS[name]
     (tmp_path / "trial").mkdir()
+    if name == "summarize":
+        make_trial(tmp_path / "trial")
     (tmp_path / "image.png").touch()
     os.mkfifo(tmp_path / file)
     process = start([f"lora_vit.{name.split()[0]}", *arguments], tmp_path)
-    with (tmp_path / file).open("w"):  # opens once the command reads
-        assert_interrupted(process)
+    end = writable(tmp_path / file, process)
+    assert_interrupted(process)
+    os.close(end)
     assert not (tmp_path / "merged.safetensors").exists()
 
 

@@ -118,7 +118,6 @@ def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
 def test_it_is_found_lazily_and_composes_what_the_command_does():
     assert lora_vit.api is api
     assert "api" in dir(lora_vit)
-    assert trial_id(api.compose([*SMALL, "lora.rank=3"])) == trial_id(
-        api.compose([*SMALL, "lora.rank=3", "data.root=x"])
-    )
-    assert api.compose([*SMALL, "data.root=2024_11"]).data.root == "2024_11"
+    ranks = [*SMALL, "lora.rank=3"]
+    assert trial_id(api.compose(ranks)) == trial_id(trial_config("lora.rank=3"))
+    assert api.compose([*ranks, "data.root=2024_11"]).data.root == "2024_11"
