@@ -51,7 +51,7 @@ def examples(project_root: Path) -> str:
 
 
 def run(line: list[str], cwd: Path, text: str | None = None) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # so that a sweep takes two processes
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=cwd, input=text, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

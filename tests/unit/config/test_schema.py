@@ -83,7 +83,7 @@ def test_a_section_a_key_too_few_or_too_many():
 def test_known_keys():
     keys = known_keys()
     sections = ("model", "data", "optimizer", "lora", "trainer")
-    sweep = ("name", "pack_size", "workers", "retry_failed", "on_failure", "dry_run")
+    sweep = ("name", "pack_size", "workers", "retry_failed", "on_failure", "dry_run", "measure")
     expected = {f"{section}.{key}" for section in sections for key in PLAIN[section]}
     assert set(keys) == {*expected, *(f"sweep.{key}" for key in sweep), *sections, "seed"}
     assert len(set(keys)) == len(keys)

@@ -30,9 +30,7 @@ from lora_vit.training.trial import Trial
 
 
 def options(**changes: object) -> SweepConfig:
-    plain = SweepConfig(
-        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False
-    )
+    plain = SweepConfig("s", "4", "auto", retry_failed=False, on_failure="continue", dry_run=False, measure=False)
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
