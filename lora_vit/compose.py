@@ -54,18 +54,19 @@ class GridSweeperConf:
     params: dict[str, str] = field(default_factory=dict)
 
 
-HYDRAS_DEFAULTS = [
-    {"output": "default"}, {"launcher": "packed"}, {"sweeper": "grid"}, {"help": "default"}, {"hydra_help": "default"},
-    {"hydra_logging": "none"}, {"job_logging": "none"}, {"callbacks": None}, {"env": "default"},
-]  # fmt: skip
-"""Instead of overrides in conf/config.yaml, over which no experiment file could choose another launcher."""
+def _hydras_config() -> HydraConf:
+    """Hydra's own, with our launcher and sweeper as defaults: no experiment could choose over conf/config.yaml."""
+    config = HydraConf()
+    ours = {"launcher": "packed", "sweeper": "grid"}
+    config.defaults = [{key: ours.get(key, value) for key, value in entry.items()} for entry in config.defaults]
+    return config
 
 
 def register_schema() -> None:
     """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
     store = ConfigStore.instance().store
     store(name="schema", node=RootConfig)
-    store(group="hydra", name="config", node=HydraConf(defaults=HYDRAS_DEFAULTS), provider="lora_vit")
+    store(group="hydra", name="config", node=_hydras_config(), provider="lora_vit")
     OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
     OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
     plugins = str(Path(__file__).parent / "plugins")

@@ -60,7 +60,8 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
 def run_in_group(process: Process, ask: Callable[[], Asked | None]) -> TrialRecord | None:
     """Train in a process of a group that torchrun started.
 
-    ``ask`` is called by rank 0 alone; the others wait for what it gives, and end with it. Returns rank 0's record.
+    ``ask`` is called by rank 0 alone and says itself what is wrong, for torchrun ends all when one ends; the others
+    wait for what it gives, and end with it. Returns rank 0's record.
 
     Raises:
         OtherFailed: another process cannot go on.
@@ -76,19 +77,21 @@ def run_in_group(process: Process, ask: Callable[[], Asked | None]) -> TrialReco
         return None
     asked, failed = None, True
     try:
-        asked = ask()
-        if asked is not None:
-            check_world_size(asked[0], process.world_size)
-            if asked[0].trainer.devices not in ("auto", str(process.world_size)):
-                raise ConfigError(f"trainer.devices={asked[0].trainer.devices}: torchrun has started "
-                                  f"{process.world_size} processes, leave it out")  # fmt: skip
-        failed = False
+        asked, failed = ask(), False
     finally:
         distributed.from_main((failed, None if asked is None else to_dict(asked[0])))
     if asked is None:
         return None
     with not_left_empty(asked[1]):
         return run_here(*asked, process, launched)
+
+
+def check_group(config: TrialConfig, world_size: int) -> None:
+    """Raise ConfigError where the trial cannot train in so many processes that torchrun has started."""
+    check_world_size(config, world_size)
+    devices = config.trainer.devices
+    if devices not in ("auto", str(world_size)):
+        raise ConfigError(f"trainer.devices={devices}: torchrun has started {world_size} processes, leave it out")
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
     given = [str(line) for line in hydra_cfg.overrides.task]
     with_effect = [line for line in given if not is_idle(config, line)]
     job = Job(config, given, label=label(with_effect, not_swept(hydra_cfg, [given])))
-    Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add_begun(job)
+    Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
     state = state_of(folder, config, job.trial_id)
     ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
     if state.status == "failed" and state.record is not None and ended:
@@ -123,13 +123,16 @@ def through_hydra(task_function: Any) -> None:
 def _in_group() -> None:
     """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
     from lora_vit import distributed
-    from lora_vit.run import OtherFailed, TrialFailed, run_in_group
+    from lora_vit.data.dataset import DataError
+    from lora_vit.run import OtherFailed, TrialFailed, check_group, run_in_group
 
     composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
 
     def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
-        try:  # what is wrong is said before the others learn of it, for torchrun ends all when one ends
+        try:
             through_hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
+            for config, _, _ in composed:
+                check_group(config, process.world_size)
         except SystemExit as end:
             if isinstance(end.code, str):
                 fail(end.code.removeprefix("error: "))
@@ -150,7 +153,7 @@ def _in_group() -> None:
             _end(error, single=True)
         if isinstance(error, Interrupted):
             sys.exit(error.exit_code)
-        if isinstance(error, (ValueError, OtherFailed, TrialFailed)):
+        if isinstance(error, (ConfigError, DataError, OtherFailed, TrialFailed)):
             sys.exit(1)  # rank 0 says why
         raise
     finally:

@@ -111,7 +111,7 @@ def _without_record(folder: Path, found: set[str]) -> list[str]:
     for path in (folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))):
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
-            planned, command = list(plan["trials"]), str(plan.get("command", ""))
+            planned, command = list(plan["trials"]), plan.get("command")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -120,8 +120,9 @@ def _without_record(folder: Path, found: set[str]) -> list[str]:
         missing = [trial for trial in planned if trial not in found]
         if missing:
             shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
+            again = f": {command}" if command else ""
             lines.append(f"{len(missing)} of {len(planned)} trials asked for have no record ({shown}); the sweep's "
-                         f"command trains what is missing: {command}")  # fmt: skip
+                         f"command trains what is missing{again}")  # fmt: skip
     return lines
 
 
