@@ -55,7 +55,7 @@ class GridSweeperConf:
 
 
 def _hydras_config() -> HydraConf:
-    """Hydra's own, with our launcher and sweeper as defaults: no experiment could choose over conf/config.yaml."""
+    """Hydra's own, with our launcher and sweeper; named in conf/config.yaml they would win over an experiment's."""
     config = HydraConf()
     ours = {"launcher": "packed", "sweeper": "grid"}
     config.defaults = [{key: ours.get(key, value) for key, value in entry.items()} for entry in config.defaults]

@@ -97,8 +97,9 @@ def _estimated_seconds(config: TrialConfig) -> float:
     train = images * (1 - (d.val_fraction or 0) - (d.test_fraction or 0))
     if d.train_per_class is not None:
         train = min(train, d.train_per_class * classes)
-    validations = 1 / config.trainer.validate_every
-    return forward * (passes * train + validations * images * (d.val_fraction or 0)) / (ATTAINED * _rate(config))
+    validated = images * (d.val_fraction or 0) / config.trainer.validate_every
+    rate = ATTAINED * _rate(config.trainer.accelerator, config.trainer.precision)
+    return forward * (passes * train + validated) / rate
 
 
 def _files(root: Path) -> tuple[int, int]:
@@ -108,20 +109,16 @@ def _files(root: Path) -> tuple[int, int]:
 
 
 @functools.cache
-def _rate_of(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product."""
-    a = torch.ones(1024, 1024, device=device, dtype=dtype)
+def _rate(accelerator: str, precision: str) -> float:
+    """Floating-point operations a second of a matrix product on the device, at the precision that is asked for."""
+    device = choose_device(accelerator, Process())
+    a = torch.ones(1024, 1024, device=device, dtype=DTYPES[choose_precision(precision, device)])
     seconds = []
     for _ in range(5):
         began = time.perf_counter()
         float((a @ a)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - began)
     return 2 * 1024**3 / min(seconds)
-
-
-def _rate(config: TrialConfig) -> float:
-    device = choose_device(config.trainer.accelerator, Process())
-    return _rate_of(device, DTYPES[choose_precision(config.trainer.precision, device)])
 
 
 def _epochs_left(job: Job, state: State) -> int:
