@@ -124,22 +124,23 @@ def _in_group() -> None:
     """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
     from lora_vit import distributed
     from lora_vit.data.dataset import DataError
-    from lora_vit.run import OtherFailed, TrialFailed, check_group, run_in_group
+    from lora_vit.run import OtherFailed, TrialFailed, check_group, not_left_empty, run_in_group
 
     composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
 
     def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
         try:
             through_hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
-            for config, _, _ in composed:
-                check_group(config, process.world_size)
+            for config, folder, _ in composed:
+                with not_left_empty(folder):
+                    check_group(config, process.world_size)
         except SystemExit as end:
             if isinstance(end.code, str):
                 fail(end.code.removeprefix("error: "))
             if end.code:
                 raise
         except Exception as error:
-            _end(error, single=True)
+            _end(error, single=True, composing=True)
         return composed[0] if composed else None
 
     process = distributed.join_process_group()
@@ -176,11 +177,14 @@ def _guarded(action: Any) -> None:
     try:
         action()
     except Exception as error:
-        _end(error)
+        _end(error, composing="lora_vit.run" not in sys.modules)
 
 
-def _end(error: Exception, single: bool = False) -> None:
-    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all."""
+def _end(error: Exception, single: bool = False, composing: bool = False) -> None:
+    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all.
+
+    ``composing``: nothing is trained yet, and Hydra makes the folder.
+    """
     if _FULL_ERROR:
         raise error
     if isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -195,7 +199,7 @@ def _end(error: Exception, single: bool = False) -> None:
         sys.exit(error.exit_code)
     if isinstance(error, RecordError) or type(error).__name__ in ("DataError", "OtherFailed", "TrialFailed"):
         fail(str(error))
-    if isinstance(error, OSError) and (error.errno in NO_SPACE or "lora_vit.run" not in sys.modules):
+    if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
         what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(f"{what}: make room, then the same command goes on")

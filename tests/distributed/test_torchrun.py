@@ -53,7 +53,7 @@ CASES = {
     "a setting": ([*SMALL, "lora.rank=0"], "error: lora.rank=0 is impossible"),
     "Hydra's error": ([*SMALL, "lora.rnk=0"], "error: unknown key 'lora.rnk'"),
     "data": (["data=imagefolder", "data.root=empty", "model=vit_tiny"], "error: empty"),
-    "a folder": ([*SMALL, "hydra.run.dir=/proc/run"], "error: /proc/run cannot be made"),
+    "a folder": ([*SMALL, "hydra.run.dir=/proc/run"], "error: /proc/run cannot be written"),
     "devices": ([*SMALL, "trainer.devices=3", "data.batch_size=6"], "error: trainer.devices=3: torchrun has started 2"),
 }
 
