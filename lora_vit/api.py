@@ -60,8 +60,7 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
     """
     from lora_vit.run import run
 
-    if started_by_torchrun():
-        raise ConfigError("train() starts its processes itself: run the script without torchrun")
+    _refuse_torchrun()
     return run(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
@@ -75,6 +74,7 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     """
     if wrong := [o for o in overrides if o.startswith(("-", "hydra/launcher", "hydra/sweeper", "sweep.dry_run"))]:
         raise ConfigError(f"{wrong[0]} is for the command: sweep() takes settings, and trains in packs")
+    _refuse_torchrun()
     done: dict[str, Any] = {}
 
     def run_sweep(jobs: list[Any], where: Path, options: SweepConfig, idle: list[str]) -> Any:
@@ -92,6 +92,11 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     with _hydras_state(["-m", *overrides, *place]):
         command.through_hydra(task)
     return Sweep(done["folder"], [read_record(done["folder"] / trial) for trial in done["trials"]])
+
+
+def _refuse_torchrun() -> None:
+    if started_by_torchrun():
+        raise ConfigError("processes are started by lora_vit itself: run the script without torchrun")
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
