@@ -110,6 +110,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
+    if not isinstance(plain["seed"], int):  # a copy of the composed root has no types of its own
+        raise ConfigError(f"seed={plain['seed']} is no whole number: give one, or several as seed=0,1 in a sweep")
     if in_sweep:
         drop_idle(plain)
     trial = from_dict(plain)

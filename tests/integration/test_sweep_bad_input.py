@@ -40,7 +40,8 @@ CASES = [
     (["seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x has no effect on a sweep", "sweep.name"]),
     (["hydra.sweeper.params={seed:'0,1'}"], ["+hydra.sweeper.params=", "lora.rank=1,2"]),
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
-    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed", "could not be converted to Integer"]),
+    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is no whole number", "seed=0,1"]),
+    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is no whole number", "seed=x is no whole number"]),
     (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep.dir", "did you mean 'hydra.sweep.dir'"]),
     (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
 ]
