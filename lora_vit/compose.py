@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
@@ -53,12 +55,22 @@ class GridSweeperConf:
 
     _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
     max_batch_size: int | None = None
-    params: dict[str, str] | None = None
+    params: dict[str, str] = field(default_factory=dict)
+
+
+def _hydras_config() -> HydraConf:
+    """Hydra's own, with our launcher and sweeper; named in conf/config.yaml they would win over an experiment's."""
+    config = HydraConf()
+    ours = {"launcher": "packed", "sweeper": "grid"}
+    config.defaults = [{key: ours.get(key, value) for key, value in entry.items()} for entry in config.defaults]
+    return config
 
 
 def register_schema() -> None:
     """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
-    ConfigStore.instance().store(name="schema", node=RootConfig)
+    store = ConfigStore.instance().store
+    store(name="schema", node=RootConfig)
+    store(group="hydra", name="config", node=_hydras_config(), provider="lora_vit")
     OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
     OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
     OmegaConf.register_new_resolver("at_least", lambda *values: max(map(int, values)), replace=True)
@@ -103,6 +115,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
+    if not isinstance(plain["seed"], int):  # a copy of the composed root has no types of its own
+        raise ConfigError(f"seed={plain['seed']} is no whole number: give one, or several as seed=0,1 in a sweep")
     if in_sweep:
         drop_idle(plain)
     trial = from_dict(plain)
@@ -159,6 +173,48 @@ def sweep_from_omegaconf(node: Any) -> SweepConfig:
     return sweep
 
 
+PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
+"""Keys whose values are names of files and folders."""
+_PATH_OVERRIDE = re.compile(rf"(\+{{0,2}}({'|'.join(map(re.escape, PATHS))}))=(.*)", re.DOTALL)
+_PIECE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)""")
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line with names of files and folders in quotes where Hydra would read something else from them.
+
+    ``data.root=2024_11`` is a number to Hydra, ``hydra.run.dir=a(b)`` a function. What is in Hydra's quotes already
+    stays, and so do ``null`` and ``${...}``; a comma separates values in a sweep, where the key can be swept.
+    """
+    sweep = any(a in ("-m", "--multirun") or a.lower() == "hydra.mode=multirun" or a[:6] == "sweep=" for a in arguments)
+    parser = OverridesParser.create()
+    quoted = []
+    for argument in arguments:
+        if match := _PATH_OVERRIDE.fullmatch(argument):
+            given, key, value = match.groups()
+            separates = sweep and key.startswith(("data.", "model."))
+            pieces = [m[1] for m in _PIECE.finditer(value) if m[1]] if separates else [value]
+            argument = f"{given}={','.join(_quoted(parser, key, piece) for piece in pieces)}"
+        quoted.append(argument)
+    return quoted
+
+
+def _quoted(parser: OverridesParser, key: str, value: str) -> str:
+    """A name as Hydra has to be given it. ``~`` is the home folder in all of them, as Hydra would not know."""
+    if key.startswith("hydra."):
+        value = os.path.expanduser(value)
+    try:
+        parsed = parser.parse_override(f"{key}={value}")
+        as_meant = parsed.value() if parsed.value_type == ValueType.ELEMENT else ""
+        if value in ("", "null") or as_meant == value or (parsed.is_sweep_override() and not parsed.is_choice_sweep()):
+            return value
+        if isinstance(as_meant, str) and value[:1] in ("'", '"'):
+            return value
+    except HydraException:
+        pass
+    literal = re.sub(r"(\\*)\$\{(?![^{}]+\})", r"\1\1\\${", value)  # one that is not closed is no interpolation
+    return QuotedString(literal, Quote.single).with_quotes()
+
+
 class Composer:
     """Composes trials as Hydra does; overrides that only change a value cost milliseconds instead of 0.3 s."""
 
@@ -170,7 +226,12 @@ class Composer:
 
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config by Hydra's own way."""
-        return self._trial_part(self.loader.load_sweep_config(self.master, list(overrides)))
+        config = self.loader.load_sweep_config(self.master, list(overrides))
+        for part in ("launcher", "sweeper", "sweep"):
+            ours, all_have = (OmegaConf.to_container(c.hydra[part], resolve=False) for c in (config, self.master))
+            if ours != all_have:
+                raise ConfigError(f"hydra.{part} cannot differ between trials: name it for all, as hydra/{part}=...")
+        return self._trial_part(config)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
@@ -209,7 +270,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
         ConfigError: with every trial that cannot run, one line each.
     """
     composer = Composer(loader, master)
-    constant = set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    constant = not_swept(master.hydra, all_overrides)
     hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(master.hydra, resolve=False)}))
     jobs: list[Job] = []
     refused: dict[str, list[str]] = {}
@@ -233,8 +294,19 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     if time.monotonic() - began > 5:
         print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if refused:
-        raise ConfigError(_refusal(refused, len(all_overrides)))
+        swept = {o.partition("=")[0].lstrip("+") for overrides in all_overrides for o in overrides if o not in constant}
+        comma = [f"  ({key}: a comma separates values; a name with a comma needs Hydra's quotes, \"{key}='a,b'\")"
+                 for key in PATHS if key in swept]  # fmt: skip
+        raise ConfigError("\n".join([_refusal(refused, len(all_overrides)), *comma]))
     return jobs
+
+
+def not_swept(hydra: Any, all_overrides: Sequence[Sequence[str]]) -> set[str]:
+    """The overrides of keys that are not swept, which a label leaves out."""
+    swept = OmegaConf.select(hydra, "callbacks.name_sweep.swept")
+    if swept is None:  # a sweeper of its own kind
+        return set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    return {line for overrides in all_overrides for line in overrides if line.partition("=")[0] not in swept}
 
 
 def _refusal(refused: dict[str, list[str]], total: int) -> str:
@@ -261,6 +333,16 @@ def is_idle(config: TrialConfig, override: str) -> bool:
     return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
 
 
+def hydra_keys() -> list[str]:
+    """Hydra's dotted keys and its groups, for suggestions."""
+
+    def below(prefix: str, value: Any) -> list[str]:
+        inner = [key for k, v in value.items() for key in below(f"{prefix}.{k}", v)] if isinstance(value, dict) else []
+        return [prefix, *inner]
+
+    return ["hydra/launcher", "hydra/sweeper", *below("hydra", OmegaConf.to_container(OmegaConf.structured(HydraConf)))]
+
+
 def explain(error: BaseException) -> str:
     """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
     chain: list[BaseException] = []
@@ -276,7 +358,12 @@ def explain(error: BaseException) -> str:
     texts = [str(e) for e in chain]
     for text in texts:
         if found := re.search(r"Could not override '([^']+)'", text):
-            return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+            key = found[1]
+            if key.startswith("hydra.sweeper.params"):
+                return f"{key} has to be added: +{key}=..., or give what is swept itself, as lora.rank=1,2"
+            if key.startswith("hydra"):
+                return f"unknown key '{key}'{nearest(key, hydra_keys()) or ' (see --cfg hydra)'}"
+            return f"unknown key '{key}'{nearest(key, known_keys()) or ' (see --help)'}"
         if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
             return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
         if found := re.search(

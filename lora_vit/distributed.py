@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class OtherFailed(Exception):  # noqa: N818
+    """Another process cannot go on or has ended; rank 0 tells the reason where it knows one, the others nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,6 @@ class Process:
         return self.rank == 0
 
 
-def started_by_torchrun() -> bool:
-    """Whether torchrun (or another elastic launcher) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def join_process_group() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
     process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
@@ -38,7 +41,8 @@ def join_process_group() -> Process:
     if torch.cuda.is_available() and process.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(process.local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    with _expecting_others():
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return process
 
 
@@ -56,7 +60,8 @@ def leave_process_group() -> None:
 def sum_over_processes_(tensor: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place; nothing to do for one process."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with _expecting_others():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -65,5 +70,44 @@ def from_main(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    with _expecting_others():
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """The values of all processes by rank, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    with _expecting_others():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """The action's result, once it has succeeded on every process. Raises its error here, OtherFailed elsewhere."""
+    result, error = [], None
+    try:
+        result.append(action())
+    except Exception as caught:
+        error = caught
+    problems = from_all(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise OtherFailed(f"process {rank}: {problem}")
+    return result[0]
+
+
+@contextlib.contextmanager
+def _expecting_others() -> Iterator[None]:
+    """Tell the end of another process by what torch says of its connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
+        if any(word in str(error) for word in words):
+            raise OtherFailed("another process has ended, see what it said") from None
+        raise

@@ -1,5 +1,6 @@
 """Hydra calls these before a single run or a sweep begins."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -7,8 +8,14 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.compose import refuse_impossible
+from lora_vit.compose import quote_paths, refuse_impossible
+from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
+
+SWEEPS_OWN = ("sweep.", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
+PACKED_ONLY = ("sweep.pack_size", "sweep.workers", "sweep.on_failure")
+NOT_WHEN_PACKED = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
+"""Settings of Hydra for each job, with the only values that the packed launcher has."""
 
 
 class RefuseImpossible(Callback):
@@ -16,26 +23,31 @@ class RefuseImpossible(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the composed config."""
-        if idle := _given(config, "sweep."):
+        if idle := _given(config, SWEEPS_OWN):
             raise SystemExit(f"error: {idle[0]} has no effect on a single run: add -m for a sweep, or leave it out")
         refuse_impossible(config)
 
 
-def _given(config: DictConfig, prefix: str) -> list[str]:
+def _given(config: DictConfig, prefixes: Sequence[str]) -> list[str]:
     """The command line's overrides of keys that begin so."""
-    return [line for line in map(str, config.hydra.overrides.task) if line.lstrip("+~").startswith(prefix)]
+    overrides = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
+    return [line for line in map(str, overrides) if line.lstrip("+~").startswith(tuple(prefixes))]
 
 
 class NameSweep(Callback):
-    """Give a sweep without a name one that says what is swept and stays when the values grow."""
+    """Give a sweep without a name one that says what is swept and stays when the values grow.
+
+    ``swept``: the swept keys, noted here for whoever launches the trials.
+    """
+
+    def __init__(self, swept: Sequence[str] | None = None):
+        self.swept = swept
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the config of what is not swept."""
-        idle = [line for line in _given(config, "sweep.") if not line.startswith("sweep.name=")]
-        if idle and "PackedLauncher" not in str(config.hydra.launcher.get("_target_")):
-            raise SystemExit(f"error: {idle[0]} has no effect under another launcher than hydra/launcher=packed")
-        if config.sweep.name is not None:
-            return
+        if started_by_torchrun():
+            raise SystemExit("error: a sweep starts its own processes: give the same command without torchrun")
+        _refuse_without_effect(config)
         params = OmegaConf.to_container(config.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
         lines = [f"{key}={value}" for key, value in params.items()]
         try:
@@ -46,9 +58,35 @@ class NameSweep(Callback):
             return  # the sweeper says what is wrong
         values = {o.get_key_element(): o for o in overrides}  # the command line replaces a preset's values
         swept = [key for key, o in values.items() if o.is_sweep_override()]
+        config.hydra.callbacks.name_sweep.swept = swept
+        also = config.hydra.overrides.hydra  # the trials' configs are composed anew
+        also.append(f"hydra.callbacks.name_sweep.swept=[{','.join(swept)}]")
+        if config.sweep.name is not None:
+            return
         fixed = {key: str(o.get_value_element_as_str()) for key, o in values.items() if not o.is_sweep_override()}
         base = OmegaConf.to_container(config, resolve=False)
         assert isinstance(base, dict)
-        name = default_name({str(k): v for k, v in base.items()}, swept, fixed)
-        config.sweep.name = name
-        config.hydra.overrides.hydra.append(f"sweep.name={name}")  # the trials' configs are composed anew
+        config.sweep.name = default_name({str(k): v for k, v in base.items()}, swept, fixed)
+        also += quote_paths([f"sweep.name={config.sweep.name}"])
+
+
+def _refuse_without_effect(config: DictConfig) -> None:
+    """End in one line where a setting of Hydra's or of the sweep's would do nothing."""
+    if idle := _given(config, ("hydra.run.",)):
+        raise SystemExit(f"error: {idle[0]} has no effect on a sweep: give sweep.name or hydra.sweep.dir")
+    packed = "PackedLauncher" in str(config.hydra.launcher.get("_target_"))
+    if not packed and (idle := _given(config, PACKED_ONLY)):
+        raise SystemExit(f"error: {idle[0]} has no effect under another launcher than hydra/launcher=packed")
+    grid = "GridSweeper" in str(config.hydra.sweeper.get("_target_"))
+    if config.sweep.dry_run and not (packed and grid):
+        raise SystemExit("error: sweep.dry_run=true needs hydra/launcher=packed and hydra/sweeper=grid")
+    if config.sweep.measure and not config.sweep.dry_run:
+        raise SystemExit("error: sweep.measure=true has no effect without sweep.dry_run=true: a sweep measures anyway")
+    if packed:
+        for key, only in NOT_WHEN_PACKED.items():
+            value: Any = OmegaConf.to_container(config.hydra, resolve=False)
+            for name in key.split("."):
+                value = value[name]
+            if value != only:
+                raise SystemExit(f"error: hydra.{key}={value} has no effect under hydra/launcher=packed: leave it out, "
+                                 "or choose hydra/launcher=basic")  # fmt: skip

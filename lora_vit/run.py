@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
-from lora_vit.distributed import Process
+from lora_vit.distributed import OtherFailed, Process
 from lora_vit.records import TrialRecord, read_record, write_record
+from lora_vit.start import not_importing_main
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.trial import Trial, ended_record, locked_folder
+
+Asked = tuple[TrialConfig, Path, dict[str, str]]
+"""A trial's config, its folder, and what goes into ``.hydra/``."""
 
 
 class TrialFailed(Exception):  # noqa: N818  (its name is the status)
@@ -39,31 +46,62 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         Interrupted: everything is saved.
     """
     launched = time.time()
-    if distributed.started_by_torchrun():
-        # Rank 0 alone speaks to Hydra; the others wait for its config in `follow`.
-        process = distributed.join_process_group()
-        try:
-            check_world_size(config, process.world_size)
-            distributed.from_main(to_dict(config))
-            return run_here(config, folder, hydra_files, process, launched)
-        finally:
-            distributed.leave_process_group()
     world_size, note = choose_world_size(config)
     if note:
         print(note)
-    if world_size == 1:
-        return run_here(config, folder, hydra_files, Process(), launched, wait)
-    ended = ended_record(folder, config, launched)
-    return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
+    with not_left_empty(folder):
+        if world_size == 1:
+            return run_here(config, folder, hydra_files, Process(), launched, wait)
+        ended = ended_record(folder, config, launched)
+        return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
 
 
-def follow() -> None:
-    """What ranks above 0 do under torchrun: take the config from rank 0 and train with it."""
-    process = distributed.join_process_group()
+def run_in_group(process: Process, ask: Callable[[], Asked | None]) -> TrialRecord | None:
+    """Train in a process of a group that torchrun started.
+
+    ``ask`` is called by rank 0 alone and says itself what is wrong, for torchrun ends all when one ends; the others
+    wait for what it gives, and end with it. Returns rank 0's record.
+
+    Raises:
+        OtherFailed: another process cannot go on.
+        and what :func:`run` raises.
+    """
+    launched = time.time()
+    if not process.is_main:
+        failed, values = distributed.from_main(None)
+        if failed:
+            raise OtherFailed("rank 0 has ended")
+        if values is not None:
+            run_follower(from_dict(values), process)
+        return None
+    asked, failed = None, True
     try:
-        run_follower(from_dict(distributed.from_main(None)), process)
+        asked, failed = ask(), False
     finally:
-        distributed.leave_process_group()
+        distributed.from_main((failed, None if asked is None else to_dict(asked[0])))
+    if asked is None:
+        return None
+    with not_left_empty(asked[1]):
+        return run_here(*asked, process, launched)
+
+
+def check_group(config: TrialConfig, world_size: int) -> None:
+    """Raise ConfigError where the trial cannot train in so many processes that torchrun has started."""
+    check_world_size(config, world_size)
+    devices = config.trainer.devices
+    if devices not in ("auto", str(world_size)):
+        raise ConfigError(f"trainer.devices={devices}: torchrun has started {world_size} processes, leave it out")
+
+
+@contextlib.contextmanager
+def not_left_empty(folder: Path) -> Iterator[None]:
+    """Remove the folder that Hydra made where the run was refused at once."""
+    try:
+        yield
+    except ValueError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def run_here(
@@ -81,7 +119,7 @@ def run_here(
             ended = ended_record(folder, config, launched)  # as another process has left it
             if ended is None:
                 return _train(config, folder, hydra_files, process, launched)
-    distributed.from_main(None)
+    distributed.from_main(False)
     return ended
 
 
@@ -89,7 +127,8 @@ def _train(
     config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, launched: float
 ) -> TrialRecord:
     with StopRequest() as stop:
-        setup = build_setup(config, process)
+        distributed.from_main(True)  # there is something to train
+        setup = distributed.on_all(lambda: build_setup(config, process))
         trial = Trial.open(config, folder, setup, launched, hydra_files)
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
@@ -113,11 +152,10 @@ def _train(
 def run_follower(config: TrialConfig, process: Process) -> None:
     """Train in this process, of a rank above 0: it writes nothing."""
     with StopRequest() as stop:
-        setup = build_setup(config, process)
-        shared = distributed.from_main(None)
-        if shared is None:  # rank 0 found the trial ended
+        if not distributed.from_main(None):  # rank 0 found the trial ended
             return
-        trial = Trial(config, *shared)
+        setup = distributed.on_all(lambda: build_setup(config, process))
+        trial = Trial(config, *distributed.from_main(None))
         train_trials([trial], setup, RunReporter(False), stop)
     _unless_failed(trial.record)
 
@@ -140,13 +178,11 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # One thread per core in all: a process alone would take every core, and each process would.
-    threads = max(1, (os.cpu_count() or 1) // world_size)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size,
+        run_id=folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -157,11 +193,14 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
     def pass_on(signum: int, frame: Any) -> None:
         raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
 
-    unhandled = [s for s in SIGNALS if signal.getsignal(s) is signal.SIG_DFL and s != signal.SIGTERM]
-    for signum in unhandled:
-        signal.signal(signum, pass_on)
     try:
-        elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
+        with _as_it_was(), not_importing_main():
+            # One thread per core in all: a process alone would take every core, and each process would.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is signal.SIG_DFL and signum != signal.SIGTERM:
+                    signal.signal(signum, pass_on)
+            elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
     except SignalException as error:
         raise Interrupted(int(error.sigval)) from None
     except ChildFailedError as error:
@@ -169,10 +208,22 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
         if code - 128 in SIGNALS:
             raise Interrupted(code - 128) from None
         raise TrialFailed(_failure_of_processes(folder, error)) from None
-    finally:
-        for signum in unhandled:
-            signal.signal(signum, signal.SIG_DFL)
     return read_record(folder)
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Put back what torch's launcher leaves changed: handlers, variables, Python's generator."""
+    handlers = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGQUIT)}
+    variables, generator = dict(os.environ), random.getstate()
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        os.environ.clear()
+        os.environ.update(variables)
+        random.setstate(generator)
 
 
 def _failure_of_processes(folder: Path, error: Any) -> str:
@@ -204,7 +255,7 @@ def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) ->
             run_follower(from_dict(values), process)
     except Interrupted as stop:
         code = stop.exit_code
-    except (ConfigError, TrialFailed) as error:
+    except (ConfigError, OtherFailed, TrialFailed) as error:
         if process.is_main:
             print(f"error: {error}", file=sys.stderr)
         code = 1

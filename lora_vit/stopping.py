@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from lora_vit.start import interrupt
+
 SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -45,7 +47,7 @@ class StopRequest:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         theirs = self._previous.get(self.signum)
-        if callable(theirs) and theirs is not signal.default_int_handler:
+        if callable(theirs) and theirs not in (signal.default_int_handler, interrupt):
             theirs(self.signum, None)
 
     def heed(self) -> None:

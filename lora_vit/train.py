@@ -5,10 +5,12 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +21,64 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import explain, from_omegaconf, register_schema
-from lora_vit.config import ConfigError, SweepConfig
+from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, quote_paths, register_schema
+from lora_vit.config import ConfigError, SweepConfig, TrialConfig
+from lora_vit.records import NO_SPACE, RECORD, RecordError, TrialRecord, state_of
+from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import Job, label
 
-_NO_TRAINING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion")
+_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def task(cfg: DictConfig) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction)."""
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    config = from_omegaconf(cfg, in_sweep)
-    from lora_vit.run import run
-
+def asked(cfg: DictConfig) -> tuple[TrialConfig, Path, dict[str, str]]:
+    """The trial that Hydra composed, its folder, and the files of ``.hydra/``."""
     hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
     files = {
         "config.yaml": OmegaConf.to_yaml(cfg),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
-    try:
-        record = run(config, folder, files, wait=in_sweep)  # two settings may name one trial
-    except ValueError:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # Hydra made it; where the run was refused at once it is empty
-        raise
-    accuracy = float(record.metrics["val_accuracy"])
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    config = from_omegaconf(cfg, hydra_cfg.mode == RunMode.MULTIRUN)
+    return config, Path(hydra_cfg.runtime.output_dir), files
+
+
+def task(cfg: DictConfig) -> float:
+    """Train the composed trial; returns its validation accuracy (a fraction)."""
+    config, folder, files = asked(cfg)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if in_sweep:
+        _begin_in_sweep(cfg, config, folder)
+    from lora_vit.run import run
+
+    return report(run(config, folder, files, wait=in_sweep), folder)  # two settings of a sweep may name one trial
+
+
+def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
+    """What a packed sweep does for its trials: the plan has them, and one that failed is not tried again unasked."""
+    hydra_cfg = HydraConfig.get()
+    given = [str(line) for line in hydra_cfg.overrides.task]
+    with_effect = [line for line in given if not is_idle(config, line)]
+    job = Job(config, given, label=label(with_effect, not_swept(hydra_cfg, [given])))
+    Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
+    state = state_of(folder, config, job.trial_id)
+    ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
+    if state.status == "failed" and state.record is not None and ended:
+        from lora_vit.run import TrialFailed
+
+        why = (state.record.error or {}).get("message", "failed")
+        raise TrialFailed(f"{why} (trial {job.trial_id}, recorded earlier); sweep.retry_failed=true tries it again")
+
+
+def report(record: TrialRecord, folder: Path) -> float:
+    """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
+    accuracy = record.metrics.get("val_accuracy")
+    if accuracy is None:
+        raise RecordError(f"{folder / RECORD} has no val_accuracy: remove it, then the same command trains anew")
+    shown = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
-    return accuracy
+    return float(accuracy)
 
 
 def run_sweep(
@@ -74,70 +104,106 @@ def one_line_task(cfg: DictConfig) -> float:
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        _end(error)
+        _end(error, single=True)
         raise
 
 
 def main() -> None:
     """Command-line entry: errors that a user can cause end in one line and exit code 1."""
     register_schema()
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if under_torchrun:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            fail("a sweep starts its own processes: run `python -m lora_vit.train -m ...` without torchrun")
-        if os.environ["RANK"] != "0":
-            if not set(_NO_TRAINING) & set(sys.argv[1:]):
-                _guarded(_follow)
-            return
-    chosen = task if os.environ.get("HYDRA_FULL_ERROR") == "1" else one_line_task
-    _guarded(hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(chosen))
+    sys.argv[1:] = quote_paths(sys.argv[1:])
+    _guarded(lambda: _in_group() if started_by_torchrun() else through_hydra(one_line_task))
 
 
-def _follow() -> None:
-    from lora_vit.run import follow
+def through_hydra(task_function: Any) -> None:
+    """Let Hydra compose the command line (``sys.argv``) and hand it to the task."""
+    hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task_function)()
 
-    follow()
+
+def _in_group() -> None:
+    """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
+    from lora_vit import distributed
+    from lora_vit.data.dataset import DataError
+    from lora_vit.run import OtherFailed, TrialFailed, check_group, not_left_empty, run_in_group
+
+    composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
+
+    def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
+        try:
+            through_hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
+            for config, folder, _ in composed:
+                with not_left_empty(folder):
+                    check_group(config, process.world_size)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                fail(end.code.removeprefix("error: "))
+            if end.code:
+                raise
+        except Exception as error:
+            _end(error, single=True, composing=True)
+        return composed[0] if composed else None
+
+    process = distributed.join_process_group()
+    try:
+        _refuse_different_commands(distributed.from_all(sys.argv[1:]), process.local_rank)
+        record = run_in_group(process, ask)
+        if record is not None:
+            report(record, composed[0][1])
+    except Exception as error:
+        if process.is_main:
+            _end(error, single=True)
+        if isinstance(error, Interrupted):
+            sys.exit(error.exit_code)
+        if isinstance(error, (ConfigError, DataError, OtherFailed, TrialFailed)):
+            sys.exit(1)  # rank 0 says why
+        raise
+    finally:
+        distributed.leave_process_group()
+
+
+def _refuse_different_commands(commands: list[list[str]], local_rank: int) -> None:
+    """End every process where the nodes were started with different overrides; the first of each node says so."""
+    different = list(dict.fromkeys(map(shlex.join, commands)))
+    if len(different) > 1:
+        if local_rank == 0:
+            print(f"error: nodes were started differently, give the same overrides on each: {' | '.join(different)}",
+                  file=sys.stderr)  # fmt: skip
+        sys.exit(1)
 
 
 def _guarded(action: Any) -> None:
     """Run; turn user errors into one line. HYDRA_FULL_ERROR=1 shows the traceback instead."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        action()
-        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
     try:
         action()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
     except Exception as error:
-        _end(error)
+        _end(error, composing="lora_vit.run" not in sys.modules)
 
 
-def _end(error: Exception) -> None:
-    """Exit as the error asks for; raise again what is not the user's."""
+def _end(error: Exception, single: bool = False, composing: bool = False) -> None:
+    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all.
+
+    ``composing``: nothing is trained yet, and Hydra makes the folder.
+    """
+    if _FULL_ERROR:
+        raise error
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        fail(explain(error))
     if isinstance(error, ConfigError) or type(error).__name__ in ("SweepFailed", "WorkerFailed"):
         fail(str(error))
     if str(error).startswith("Config group override must be a string"):
         fail("a group has no option 'null': leave it out, or choose one (see --help)")
-    if "lora_vit.run" not in sys.modules:
-        if isinstance(error, OSError):  # from Hydra, which makes the folder
-            fail(f"{error.filename} cannot be made a folder ({error.strerror}): choose another hydra.run.dir")
-        raise error
-    from lora_vit.records import NO_SPACE
-    from lora_vit.run import TrialFailed
-
     if isinstance(error, Interrupted):
-        single = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
-    if isinstance(error, TrialFailed):
+    if isinstance(error, RecordError) or type(error).__name__ in ("OtherFailed", "TrialFailed"):
         fail(str(error))
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        what = error.filename or "the trial's folder"
-        fail(f"{what} cannot be written ({error.strerror}): make room, then the same command goes on")
+    if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
+        what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"{what}: make room, then the same command goes on")
+        fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
     raise error
 
 

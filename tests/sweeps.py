@@ -19,7 +19,7 @@ LAUNCHED = 1000.0
 def options(**changes: object) -> SweepConfig:
     """How a sweep runs: packs of four, unless changed."""
     plain = SweepConfig(
-        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False
+        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False, measure=False
     )
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_vit"
 
 LEVELS = [  # lowest first; a module imports only from lower levels, or from its own folder
-    {"config", "records", "stopping", "terminal", "randomness", "distributed"},
+    {"config", "records", "start", "stopping", "terminal", "randomness", "distributed"},
     {"lora", "models", "data", "analysis"},
     {"training"},
     {"build"},
@@ -17,11 +17,11 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"sweep"},
     {"compose"},
     {"train", "evaluate", "predict", "merge", "summarize", "hydra_callbacks"},
-    {"plugins"},
+    {"api", "plugins"},
 ]
-INSIDE_A_LEVEL = {("models", "lora"), ("records", "config")}
+INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("start", "config"), ("stopping", "start")}
 ONLY_IN = {
-    "hydra": {"compose", "train", "hydra_callbacks", "plugins"},
+    "hydra": {"api", "compose", "train", "hydra_callbacks", "plugins"},
     "omegaconf": {"compose", "train", "hydra_callbacks", "plugins"},
     "pandas": {"analysis", "summarize"},
     "torch.utils.tensorboard": {"training"},

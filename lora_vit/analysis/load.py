@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read
 
 OUTPUT = "summary"
 """Name of the folder that a summary is written into; never searched."""
+
+PLAN = "sweep.json"
+"""A sweep's plan: what it was asked for, whether or not it left a record."""
 
 FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
@@ -67,6 +71,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     problems: list[str] = []
     rows: dict[str, dict[str, Any]] = {}
     paths: dict[Path, None] = {}
+    folders = list(folders)
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
@@ -95,8 +100,30 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
         rows[new["trial"]] = new
     if not rows:
         raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
+    problems += [line for name in folders for line in _without_record(Path(name), {*rows, *(p.name for p in paths)})]
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
     return Loaded(frame, problems)
+
+
+def _without_record(folder: Path, found: set[str]) -> list[str]:
+    """A line for each sweep at or below the folder that was asked for trials which left no record."""
+    lines = []
+    for path in (folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))):
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            planned, command = list(plan["trials"]), plan.get("command")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            lines.append(f"{path} cannot be read ({error}): whether all trials asked for have a record is not known")
+            continue
+        missing = [trial for trial in planned if trial not in found]
+        if missing:
+            shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
+            again = f": {command}" if command else ""
+            lines.append(f"{len(missing)} of {len(planned)} trials asked for have no record ({shown}); the sweep's "
+                         f"command trains what is missing{again}")  # fmt: skip
+    return lines
 
 
 def _age(values: dict[str, Any]) -> tuple[float, str]:

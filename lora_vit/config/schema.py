@@ -143,6 +143,7 @@ class SweepConfig:
         retry_failed: train the trials again that an earlier run recorded as failed.
         on_failure: continue with the other trials, or stop (they are saved).
         dry_run: print the plan and train nothing.
+        measure: in the plan, time what would be estimated.
     """
 
     name: str | None
@@ -151,6 +152,7 @@ class SweepConfig:
     retry_failed: bool
     on_failure: str
     dry_run: bool
+    measure: bool
 
 
 @dataclass

@@ -63,14 +63,14 @@ class Ledger:
             ) from None
         return plan
 
-    def add(self, jobs: Sequence[Job], command: str) -> dict[str, Any]:
-        """Note the trials that are asked for now; earlier ones stay."""
+    def add(self, jobs: Sequence[Job], command: str | None = None) -> dict[str, Any]:
+        """Note the trials that are asked for now, and by which command where it is ours to know; earlier ones stay."""
 
         def change(plan: dict[str, Any]) -> None:
             for job in jobs:
                 plan["trials"].setdefault(job.trial_id, {"cell": job.cell_id, "overrides": job.overrides})
                 plan["trials"][job.trial_id]["label"] = job.label
-            plan["command"] = command
+            plan["command"] = command or plan.get("command")
 
         return self.update(change)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +159,11 @@ def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
 def short_key(key: str) -> str:
     """``optimizer.lr`` as ``lr``."""
     return key.rpartition(".")[2].rpartition("/")[2].lstrip("+~")
+
+
+def this_command() -> str:
+    """The running command, to be given again."""
+    return "python -m lora_vit.train " + shlex.join(sys.argv[1:])
 
 
 def label(overrides: Sequence[str], constant: frozenset[str] | set[str]) -> str:

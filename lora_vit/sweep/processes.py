@@ -5,6 +5,7 @@ torch is imported only where it is needed: the server imports it while the comma
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -12,11 +13,13 @@ import queue
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
+from lora_vit.start import not_importing_main
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.progress import View
@@ -25,6 +28,7 @@ MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
 PROCESS_BYTES = 400 << 20
 """About what Python and torch hold."""
+GOES_ON = "what is saved stays, and the same command goes on"
 
 
 class WorkerFailed(Exception):  # noqa: N818
@@ -52,7 +56,18 @@ def start_early(jobs: Sequence[Job], options: SweepConfig) -> None:
         from multiprocessing import forkserver
 
         worker_context()
-        forkserver.ensure_running()
+        with _deaf_to_ctrl_c():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started meanwhile does not get the terminal's Ctrl-C: the command does, and asks its workers to stop."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _has_nvidia_driver() -> bool:
@@ -109,14 +124,14 @@ def _on_cpu(jobs: Sequence[Job]) -> int:
     return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
 
 
-def expected_bytes(config: TrialConfig) -> int:
-    """About what a process holds that trains one such trial on a CPU.
+def expected_bytes(config: TrialConfig, trials: int = 1) -> int:
+    """About what a process holds that trains such trials together on a CPU.
 
     The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
     seven vectors of the width and one of the MLP's.
     """
     m = config.model
-    tokens = config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
+    tokens = trials * config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
     weights = m.num_layers * m.hidden_dim * (4 * m.hidden_dim + 2 * m.mlp_dim)
     trained = 4 if config.lora.method == "full" else 2
     return PROCESS_BYTES + 4 * (trained * weights + m.num_layers * tokens * (7 * m.hidden_dim + m.mlp_dim))
@@ -142,8 +157,30 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     events: Any = context.Queue()
     shared = (run, events, threads_each(run.workers))
     processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
-    for process in processes:
-        process.start()
+    try:
+        with _deaf_to_ctrl_c(), not_importing_main():
+            for process in processes:
+                process.start()
+        _watch(processes, events, view, stop)
+    except KeyboardInterrupt:  # the second one
+        for process in processes:
+            process.kill()
+        raise
+    except (EOFError, ConnectionError) as error:  # the server that forks them was killed
+        raise WorkerFailed(f"worker processes cannot be started ({type(error).__name__}): {GOES_ON}") from None
+    events.close()
+    if stop.signum or view.stop_asked:
+        raise Interrupted(stop.signum or signal.SIGTERM)
+    codes = [p.exitcode for p in processes]
+    if any(codes):
+        message = f"worker processes ended with codes {codes}"
+        if all(codes):
+            raise WorkerFailed(f"{message}: {GOES_ON}")
+        print(f"note: {message}; the others did their work", file=sys.stderr)
+
+
+def _watch(processes: Sequence[BaseProcess], events: Any, view: View, stop: StopRequest) -> None:
+    """Show what the workers report until they have ended; ask them to stop when we are asked."""
     asked = False
     while any(p.is_alive() for p in processes) or not events.empty():
         try:
@@ -158,15 +195,6 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
                     os.kill(process.pid, signal.SIGTERM)
     for process in processes:
         process.join()
-    events.close()
-    if stop.signum or view.stop_asked:
-        raise Interrupted(stop.signum or signal.SIGTERM)
-    codes = [p.exitcode for p in processes]
-    if any(codes):
-        message = f"worker processes ended with codes {codes}"
-        if all(codes):
-            raise WorkerFailed(message)
-        print(f"note: {message}; the others did their work", file=sys.stderr)
 
 
 def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.config import SweepConfig
-from lora_vit.records import State
+from lora_vit.records import RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun, without_duplicates
+from lora_vit.sweep.plan import Job, SweepRun, this_command, without_duplicates
 from lora_vit.sweep.processes import number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import make_console, print_table
@@ -61,11 +60,12 @@ def run_sweep(
     ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
     todo = tuple(job for job in jobs if job.trial_id not in ended)
     run = SweepRun(todo, folder, options, launched, number_of_workers(todo or jobs, options))
-    prepare([job.config for job in todo])
+    if options.measure or not options.dry_run:
+        prepare([job.config for job in todo])
     if options.dry_run:
         print_plan(run, states)
         return None
-    ledger.add(jobs, " ".join(shlex.quote(a) for a in ["python -m lora_vit.train", *sys.argv[1:]]))
+    ledger.add(jobs, this_command())
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
@@ -104,8 +104,9 @@ def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Excepti
     failed = []
     for job in jobs:
         state = states[job.trial_id]
-        if state.status == "completed" and state.record is not None:
-            outcomes[job.trial_id] = float(state.record.metrics["val_accuracy"])
+        accuracy = _accuracy(state)
+        if accuracy is not None:
+            outcomes[job.trial_id] = accuracy
         else:
             failed.append((job, state))
     console = make_console()
@@ -116,9 +117,14 @@ def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Excepti
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
-    where = shown(run.folder)
+    where = shlex.quote(shown(run.folder))
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
+
+
+def _accuracy(state: State) -> float | None:
+    """The validation accuracy of a completed trial, where its record has one."""
+    return state.record.metrics.get("val_accuracy") if state.status == "completed" and state.record else None
 
 
 def shown(folder: Path) -> str:
@@ -137,9 +143,9 @@ def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State])
     for members in cells.values():
         values = []
         for job in members:
-            record = states[job.trial_id].record
-            if states[job.trial_id].status == "completed" and record is not None:
-                values.append(float(record.metrics["val_accuracy"]))
+            accuracy = _accuracy(states[job.trial_id])
+            if accuracy is not None:
+                values.append(accuracy)
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
@@ -162,6 +168,8 @@ def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messag
     lines = []
     for job, state in failed:
         why = state.problem or messages[job.trial_id]
+        if state.status == "completed":
+            why = f"{RECORD} has no val_accuracy: remove it, then the same command trains anew"
         if state.record is not None and state.record.error:
             why = str(state.record.error.get("message") or "")
         lines.append((job.trial_id, job.label, "not started" if state.status == "new" else state.status, why))

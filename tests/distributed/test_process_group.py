@@ -26,18 +26,6 @@ COUNTS = (torch.tensor([[3, 2**40]]), torch.tensor([[5, 1]]))
 FROM_MAIN = {"text": "ü" * 1000, "tensor": torch.arange(3), "nothing": None}
 
 
-@pytest.mark.parametrize(
-    ("variables", "started"),
-    [({}, False), ({"RANK": "0"}, False), ({"WORLD_SIZE": "2"}, False), ({"RANK": "0", "WORLD_SIZE": "2"}, True)],
-)
-def test_torchrun_is_known_by_both_variables(variables, started, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.started_by_torchrun() is started
-
-
 def test_a_process_alone():
     assert Process() == Process(rank=0, world_size=1, local_rank=0)
     assert Process().is_main

@@ -85,14 +85,6 @@ def test_asked_to_stop_all_processes_end_and_the_same_command_goes_on(signum, on
     assert (tmp_path / "run/checkpoint.pt").exists()
 
 
-def test_a_sweep_under_torchrun_is_one_line(tmp_path):
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    done = subprocess.run(command("-m", "seed=0,1"), cwd=tmp_path, capture_output=True, text=True, env=env, timeout=60)
-    assert done.returncode == 1
-    assert "without torchrun" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 def test_a_batch_that_does_not_divide(tmp_path):
     done = run_command("trainer.devices=3", "hydra.run.dir=run", cwd=tmp_path, code=1)
     assert "data.batch_size=8 is not divisible by the 3 processes" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,10 +40,11 @@ def test_hydras_state_and_our_task_load_in_a_fresh_interpreter(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "package"),
-    [("basic", "hydra"), ("submitit_local", "submitit"), ("ray", "ray")],
-)  # fmt: skip
+    [("basic", "hydra"), ("joblib", "joblib"), ("submitit_local", "submitit"), ("ray", "ray")],
+)
 def test_another_launcher_leaves_the_same_trials(launcher, package, tmp_path):
     pytest.importorskip(package)
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher" if package != "hydra" else package)
     settings = ("lora.rank=1,2", "seed=3", "trainer.epochs=1", "sweep.name=s")
     run_command("-m", *settings, cwd=tmp_path)
     (tmp_path / "other").mkdir()
@@ -55,6 +57,26 @@ def test_another_launcher_leaves_the_same_trials(launcher, package, tmp_path):
         a, b = read_record(one[name]), read_record(other[name])
         assert (a.status, a.cell_id, a.metrics["step"]) == (b.status, b.cell_id, b.metrics["step"])
         assert a.metrics["val_loss"] == pytest.approx(b.metrics["val_loss"], rel=1e-9)  # fp64, other packs
+    plans = [json.loads((f / "outputs/sweeps/s/sweep.json").read_text()) for f in (tmp_path, tmp_path / "other")]
+    assert plans[0]["trials"] == plans[1]["trials"]
+    assert sorted(trial["label"] for trial in plans[1]["trials"].values()) == ["rank=1", "rank=2"]
+    assert f"hydra/launcher={launcher}" in plans[1]["command"]
+
+
+@pytest.mark.slow
+def test_another_launcher_tries_a_failed_trial_again_where_it_is_asked_to(tmp_path):
+    arguments = ("-m", "optimizer.lr=1e300", "hydra/launcher=basic", "hydra/sweeper=basic", "sweep.name=s")
+    run_command(*arguments, cwd=tmp_path, code=1)
+    (folder,) = trials(tmp_path / "outputs/sweeps/s").values()
+    first = read_record(folder)
+    assert first.status == "failed"
+    again = run_command(*arguments, cwd=tmp_path, code=1)
+    assert "recorded earlier); sweep.retry_failed=true tries it again" in again.stderr
+    assert read_record(folder).finished == first.finished
+    run_command(*arguments, "sweep.retry_failed=true", cwd=tmp_path, code=1)
+    assert read_record(folder).finished > first.finished
+    plan = json.loads((tmp_path / "outputs/sweeps/s/sweep.json").read_text())
+    assert list(plan["trials"]) == [folder.name], "another sweeper's trials are noted as they begin"
 
 
 def trials(sweep: Path) -> dict[str, Path]:

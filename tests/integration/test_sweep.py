@@ -367,6 +367,23 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert "3 trials, 0 of them finished" in out
     assert "LoRA on q k v o fc1 fc2" in out
     assert "full fine-tuning" in out
+    assert "estimated (~)" in out
+    assert out.count("~ ") == 4
+    measured = ("sweep.dry_run=true", "sweep.measure=true")
+    out = run_command("-m", "lora=default,full", "lora.rank=1,2", *measured, cwd=tmp_path).stdout
+    assert "measured on a few steps" in out
+    assert "~" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_neither_weights_nor_data(tmp_path):
+    """The headline task: no download, no step of the large model; what was measured once is known."""
+    line = [sys.executable, "-m", "lora_vit.train", "-m", "lora.rank=2,4", "sweep.dry_run=true", "data.root=nowhere"]
+    out = run(
+        [*line, f"data.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu", "trainer.precision=fp32"], tmp_path
+    )
+    assert "vit_b_16 224 px, tiny_imagenet" in out
+    assert "estimated (~) from sizes" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,7 +31,19 @@ CASES = [
     (["seed=0,1", "data=imagefolder", "data.root=nowhere"], ["nowhere", "not a folder"]),
     (["seed=0,1", "model.weights=missing.pth"], ["missing.pth", "check the path"]),
     (["hydra/launcher=pakced"], ["pakced", "packed"]),
-    (["seed=0,1", "hydra/launcher=basic", "sweep.dry_run=true"], ["sweep.dry_run=true has no effect", "packed"]),
+    (["seed=0,1", "hydra/launcher=basic", "sweep.dry_run=true"], ["sweep.dry_run=true needs hydra/launcher=packed"]),
+    (["seed=0,1", "hydra/sweeper=basic", "sweep.dry_run=true"], ["sweep.dry_run=true needs", "hydra/sweeper=grid"]),
+    (["seed=0,1", "hydra/launcher=basic", "sweep.workers=2"], ["sweep.workers=2 has no effect", "packed"]),
+    (["seed=0,1", "sweep.measure=true"], ["sweep.measure=true has no effect without sweep.dry_run=true"]),
+    (["seed=0,1", "hydra.job.chdir=true"], ["hydra.job.chdir=True has no effect", "hydra/launcher=basic"]),
+    (["seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x has no effect", "hydra/launcher=basic"]),
+    (["seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x has no effect on a sweep", "sweep.name"]),
+    (["hydra.sweeper.params={seed:'0,1'}"], ["+hydra.sweeper.params=", "lora.rank=1,2"]),
+    (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
+    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is no whole number", "seed=0,1"]),
+    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is no whole number", "seed=x is no whole number"]),
+    (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep.dir", "did you mean 'hydra.sweep.dir'"]),
+    (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
 ]
 
 

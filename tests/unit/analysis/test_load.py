@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_vit.analysis import load
 from lora_vit.analysis.load import SummaryError, find_records, load_trials, row
 from lora_vit.config import IDENTITY
 from lora_vit.records import PREDICTIONS, RecordError, TrialRecord, write_predictions
+from lora_vit.sweep import ledger
 
 HERE = Path("there")
 
@@ -262,3 +264,22 @@ def test_predictions_are_sorted_by_image(tmp_path):
     with pytest.raises(SummaryError) as caught:
         load.correct(str(tmp_path), "test")
     assert str(caught.value) == f"{tmp_path / PREDICTIONS} has no split 'test'"
+
+
+def test_what_a_sweep_was_asked_for_and_has_no_record_is_told(tmp_path):
+    assert load.PLAN == ledger.PLAN
+    make_sweep(tmp_path / "s", [{}], np.array([[0.9, 0.8]]))
+    there = [p.name for p in find_records(tmp_path / "s")]
+    plan = {"trials": dict.fromkeys([*there, "aaaa", "bbbb"]), "command": "again"}
+    for text, lines in (
+        (json.dumps(plan), ["2 of 4 trials asked for have no record (aaaa, bbbb); the sweep's command trains what is "
+                            "missing: again"]),
+        (json.dumps({"trials": dict.fromkeys(there)}), []),
+        ("{", [f"{tmp_path}/s/sweep.json cannot be read"]),
+        ("[]", [f"{tmp_path}/s/sweep.json cannot be read"]),
+    ):  # fmt: skip
+        (tmp_path / "s" / "sweep.json").write_text(text)
+        for folder in (tmp_path / "s", tmp_path):
+            got = load_trials([folder]).problems
+            assert len(got) == len(lines)
+            assert all(a.startswith(b) for a, b in zip(got, lines, strict=True))

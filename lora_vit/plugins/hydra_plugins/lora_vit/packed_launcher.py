@@ -7,11 +7,14 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, idle_settings, sweep_from_omegaconf
 from lora_vit.config import ConfigError
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import this_command
 
 # Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_vit")
@@ -55,28 +58,27 @@ class PackedLauncher(BasicLauncher):
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, without composing every trial once more than the launcher does."""
-
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """The packed launcher validates; for another launcher, as Hydra does."""
-        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_sweep")):
-            super().validate_batch_is_legal(batch)
+    """Hydra's basic sweeper for our task: every trial is validated and in the plan before any launcher begins."""
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the grid. Called by Hydra. Raises the first trial's failure once all are done."""
-        if not (isinstance(self.launcher, PackedLauncher) and hasattr(self.launcher.task_function, "run_sweep")):
+        if not hasattr(getattr(self.launcher, "task_function", None), "run_sweep"):
             return super().sweep(arguments)
-        from hydra.core.override_parser.overrides_parser import OverridesParser
-
+        assert self.config is not None
         assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        assert self.launcher is not None
+        loader = self.hydra_context.config_loader
+        overrides = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
         for override in overrides:
             if override.is_sweep_override() and override.key_or_group.startswith(("sweep.", "hydra.")):
                 raise ConfigError(f"{override.key_or_group} is the sweep's own and cannot be swept: give it one value")
         batches = self.split_arguments(overrides, self.max_batch_size)
         if not any(batches):
             raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
+        if not isinstance(self.launcher, PackedLauncher) or len(batches) > 1:
+            jobs = compose_all(loader, self.config, [line for batch in batches for line in batch])
+            if not self.config.sweep.dry_run:
+                Ledger(Path(str(self.config.hydra.sweep.dir))).add(jobs, this_command())
         returns: list[Sequence[JobReturn]] = []
         for batch in batches:
             done = self.launcher.launch(batch, initial_job_idx=sum(map(len, returns)))

@@ -1,0 +1,123 @@
+"""The documented Python API: its examples run, in a script without a guard and from standard input."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import SMALL, trial_config
+
+import lora_vit
+from lora_vit import ConfigError, api
+from lora_vit.config import trial_id
+from lora_vit.stopping import SIGNALS
+
+WHAT_STAYS = """
+import logging, os, random, signal, sys
+import numpy, torch
+import lora_vit.api
+logging.getLogger().addHandler(logging.NullHandler())
+print("RUNS", flush=True)
+def state():
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    main = vars(sys.modules["__main__"])
+    return dict(
+        cwd=os.getcwd(), argv=list(sys.argv), environ=dict(os.environ), hook=sys.excepthook, main=main.get("__file__"),
+        spec=main.get("__spec__"), handlers={s: signal.getsignal(s) for s in range(1, 30)},
+        blocked=signal.pthread_sigmask(signal.SIG_BLOCK, []), generators=(random.getstate(),
+        torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()), threads=torch.get_num_threads(),
+        logging=(logging.getLogger().handlers[:], logging.getLogger().level, logging.root.manager.disable),
+        hydra=(GlobalHydra.instance().hydra, id(ConfigStore.instance().repo["hydra"]["config.yaml"])))
+before = state()
+"""
+AND_STAYED = """
+for name, value in state().items():
+    if name == "environ":
+        value.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch's own, once it is used
+    assert value == before[name], (name, before[name], value)
+print("AS IT WAS")
+"""
+
+
+def examples(project_root: Path) -> str:
+    found = re.findall(r"```python\n(.*?)```", (project_root / "docs/python.md").read_text(), flags=re.DOTALL)
+    assert len(found) == 3
+    return "\n".join(found)
+
+
+def run(line: list[str], cwd: Path, text: str | None = None) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=cwd, input=text, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_examples_in_a_script_leave_the_process_as_it_was(project_root, tmp_path):
+    (tmp_path / "script.py").write_text(WHAT_STAYS + examples(project_root) + AND_STAYED)
+    out = run([sys.executable, "script.py"], tmp_path)
+    assert out.count("RUNS") == 1, "workers do not run the script again"
+    assert out.count("'completed', ") == 5
+    assert "lora.rank=0 is impossible" in out
+    assert "AS IT WAS" in out
+
+
+@pytest.mark.slow
+def test_from_standard_input_twice_in_one_process_and_in_two_processes(tmp_path):
+    script = f"""
+from lora_vit import api
+print("RUNS", flush=True)
+small = {list(SMALL)!r} + ["trainer.epochs=1"]
+for place in ("a=1", "b (2)"):
+    sweep = api.sweep([*small, "lora.rank=1,2", "sweep.workers=2", "sweep.pack_size=1"], folder=place)
+    print("FOUND", sweep.folder, [record.config["lora"]["rank"] for record in sweep.records])
+record = api.train(api.compose([*small, "trainer.devices=2"]), "two")
+print("TOGETHER", record.environment["world_size"])
+assert api.train(api.compose(small), "two").finished == record.finished
+"""
+    out = run([sys.executable, "-"], tmp_path, script)
+    assert out.count("RUNS") == 1
+    assert "FOUND a=1 [1, 2]\n" in out
+    assert "FOUND b (2) [1, 2]\n" in out
+    assert "TOGETHER 2" in out
+
+
+def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    for overrides, words in (
+        (["lora.rank=0"], "lora.rank=0 is impossible"),
+        (["lora.rnk=1"], "did you mean 'lora.rank'"),
+        (["lora.rank=[1"], "cannot read the override"),
+        (["lora=qkv"], "'lora/qkv' does not exist"),
+    ):
+        for function in (api.compose, api.sweep):
+            with pytest.raises(ConfigError, match=re.escape(words)):
+                function([*SMALL, *overrides])
+    with pytest.raises(ConfigError, match="several values"):
+        api.compose([*SMALL, "seed=0,1"])
+    for override in ("sweep.dry_run=true", "-m", "hydra/launcher=basic"):
+        with pytest.raises(ConfigError, match=f"{override} is for the command"):
+            api.sweep([override])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="without torchrun"):
+        api.train(api.compose(SMALL), "run")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        api.sweep([*SMALL, "seed=0,1"])
+    assert list(tmp_path.iterdir()) == []
+    assert SIGNALS
+
+
+def test_it_is_found_lazily_and_composes_what_the_command_does():
+    assert lora_vit.api is api
+    assert "api" in dir(lora_vit)
+    ranks = [*SMALL, "lora.rank=3"]
+    assert trial_id(api.compose(ranks)) == trial_id(trial_config("lora.rank=3"))
+    assert api.compose([*ranks, "data.root=2024_11"]).data.root == "2024_11"
