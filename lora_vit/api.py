@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig, to_dict
+from lora_vit.data.dataset import forget
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.start import started_by_torchrun
 
@@ -114,6 +115,7 @@ def _hydras_state(arguments: Sequence[str] = ()) -> Iterator[None]:
     nodes, argv = ConfigStore.instance().repo["hydra"], sys.argv
     hydras_own = nodes["config.yaml"]
     GlobalHydra.instance().clear()
+    forget()  # files may have changed since the last call
     try:
         register_schema()
         sys.argv = ["lora_vit.train", *quote_paths(arguments)]

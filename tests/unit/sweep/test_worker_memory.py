@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
 import weakref
 
 import pytest
 from plain_trials import plain_trial
+from sweeps import options
 
-from lora_vit.config import SweepConfig
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.pack import Pack
 
-OPTIONS = SweepConfig(name="s", pack_size="2", workers="auto", retry_failed=False, on_failure="continue", dry_run=False)
-
 
 def jobs_of(*seeds, **changes):
     return [Job(plain_trial({"trainer.epochs": 1} | changes | {"seed": s}), [], label=str(s)) for s in seeds]
 
 
-def work(folder, jobs, **options) -> None:
-    run = SweepRun(tuple(jobs), folder, dataclasses.replace(OPTIONS, **options), time.time())
+def work(folder, jobs, **changes) -> None:
+    run = SweepRun(tuple(jobs), folder, options(**{"pack_size": "2", **changes}), time.time())
     with StopRequest() as stop:
         Worker(run, lambda kind, **fields: None, stop).work()
 
