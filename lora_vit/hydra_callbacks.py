@@ -67,7 +67,7 @@ class NameSweep(Callback):
         base = OmegaConf.to_container(config, resolve=False)
         assert isinstance(base, dict)
         config.sweep.name = default_name({str(k): v for k, v in base.items()}, swept, fixed)
-        also += quote_paths([f"sweep.name={config.sweep.name}"])
+        also.extend(quote_paths([f"sweep.name={config.sweep.name}"]))
 
 
 def _refuse_without_effect(config: DictConfig) -> None:

@@ -22,7 +22,7 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
 INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("start", "config"), ("stopping", "start")}
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "hydra_callbacks", "plugins"},
-    "omegaconf": {"compose", "train", "hydra_callbacks", "plugins"},
+    "omegaconf": {"api", "compose", "train", "hydra_callbacks", "plugins"},
     "pandas": {"analysis", "summarize"},
     "torch.utils.tensorboard": {"training"},
 }

@@ -14,7 +14,6 @@ from helpers import SMALL, trial_config
 import lora_vit
 from lora_vit import ConfigError, api
 from lora_vit.config import trial_id
-from lora_vit.stopping import SIGNALS
 
 WHAT_STAYS = """
 import logging, os, random, signal, sys
@@ -37,8 +36,9 @@ before = state()
 """
 AND_STAYED = """
 for name, value in state().items():
-    if name == "environ":
-        value.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch's own, once it is used
+    if name == "environ":  # what packages add for themselves when they are first used does not count
+        assert "HYDRA_FULL_ERROR" not in value
+        value = {key: value.get(key) for key in before[name]}
     assert value == before[name], (name, before[name], value)
 print("AS IT WAS")
 """
@@ -52,7 +52,7 @@ def examples(project_root: Path) -> str:
 
 def run(line: list[str], cwd: Path, text: str | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=cwd, input=text, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(line, cwd=cwd, input=text, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -112,7 +112,6 @@ def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="without torchrun"):
         api.sweep([*SMALL, "seed=0,1"])
     assert list(tmp_path.iterdir()) == []
-    assert SIGNALS
 
 
 def test_it_is_found_lazily_and_composes_what_the_command_does():
