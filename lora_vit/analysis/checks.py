@@ -142,7 +142,7 @@ def _sameness(done: pd.DataFrame) -> list[str]:
     }
     out = []
     for column, what in told.items():
-        counts = done[column].value_counts()
+        counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
         if len(counts) > 1:
             shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
             more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
