@@ -122,12 +122,12 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
     trial = from_dict(plain)
     _find_from_anywhere(trial)
     validate(trial)
-    identify(trial)
+    identify(trial, fetch=not cfg["sweep"]["dry_run"])
     return trial
 
 
-def identify(trial: TrialConfig) -> None:
-    """Fill in what its files contain, or compare it with what is given.
+def identify(trial: TrialConfig, fetch: bool) -> None:
+    """Fill in what its files contain, or compare it with what is given; without ``fetch`` only what is known already.
 
     Raises:
         ConfigError: a file cannot be read, or its content is not the given one.
@@ -135,13 +135,14 @@ def identify(trial: TrialConfig) -> None:
     weights, given = trial.model.weights, trial.model.weights_sha256
     if weights is not None and is_weights_file(weights):
         trial.model.weights_sha256 = file_sha256(Path(weights).expanduser())
+    content = known_content(trial.data, fetch)
     for key, wanted, found in (
         ("model.weights_sha256", given, trial.model.weights_sha256),
-        ("data.content", trial.data.content, known_content(trial.data)),
+        ("data.content", trial.data.content, content),
     ):
         if wanted is not None and wanted != found:
             raise ConfigError(f"{key}={wanted} is asked for, but what is there has {found}: give the same files")
-    trial.data.content = known_content(trial.data)
+    trial.data.content = content
 
 
 def _find_from_anywhere(trial: TrialConfig) -> None:

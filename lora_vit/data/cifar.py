@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_vit.data.dataset import DataError, Found, content_of
+from lora_vit.data.dataset import DataError, Found, NotFetchedError, content_of
 from lora_vit.data.files import locked_in
 
 
-def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
     """50,000 images for train and val; the official 10,000 test images are ``test``. Downloaded if absent.
 
     Raises:
@@ -27,7 +27,10 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) 
     try:
         try:
             train, test = (kind(str(folder), train=part) for part in (True, False))
-        except RuntimeError:  # not there yet; several processes of one run come here together
+        except RuntimeError:
+            if not fetch:
+                raise NotFetchedError(f"data={name} is not below data.root={root} yet") from None
+            # not there yet; several processes of one run come here together
             with locked_in(Path(cache_dir), f"{name} {folder.resolve()}"), contextlib.redirect_stdout(io.StringIO()):
                 train, test = (kind(str(folder), train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:

@@ -34,6 +34,10 @@ class DataError(ConfigError):
     """A data set that cannot be used; the message says in one line what is wrong, where and what to do."""
 
 
+class NotFetchedError(DataError):
+    """What would have to be downloaded or read first."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What a data set consists of, before it is decoded and divided.
@@ -116,15 +120,21 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     return ImageData(images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range)
 
 
-def known_content(config: DataConfig) -> str | None:
+def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """What ``data.content`` is for this data set: None where the package itself has the images.
 
-    Each process lists and reads the files once, until :func:`forget`.
+    Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
+    and the content is None where that would be needed.
 
     Raises:
         DataError: in one line, why it cannot be told.
     """
-    return None if config.name in IN_PACKAGES else _find(config, False).content
+    if config.name in IN_PACKAGES:
+        return None
+    try:
+        return _find(config, False, fetch).content
+    except NotFetchedError:
+        return None
 
 
 _FOUND: dict[tuple[object, ...], Found] = {}
@@ -135,7 +145,7 @@ def forget() -> None:
     _FOUND.clear()
 
 
-def _find(config: DataConfig, quiet: bool) -> Found:
+def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
     size = config.cache_size if config.name == "fake" else None
     key = (config.name, config.root, config.official_val, config.cache_dir, size)
     if key not in _FOUND:
@@ -146,7 +156,7 @@ def _find(config: DataConfig, quiet: bool) -> Found:
         else:
             assert config.root is not None
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
-            _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val)
+            _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
     return _FOUND[key]
 
 

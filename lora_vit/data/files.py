@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.data.dataset import DataError, shown
+from lora_vit.data.dataset import DataError, NotFetchedError, shown
 from lora_vit.records import CHECKPOINT, RECORD, locked, replacing
 
 _OWN_FILES = (RECORD, "sweep.json", ".lock", CHECKPOINT)
@@ -125,17 +125,20 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
     return sorted(found)
 
 
-def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool) -> np.ndarray:
+def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
     Raises:
         DataError: a file that cannot be read, or a ``cache_dir`` that cannot be written.
+        NotFetchedError: files would have to be read, and ``fetch`` is false.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     stats = _stats(root, names)
     found, known = _kept(store, names, stats)
     if known.all():
         return found
+    if not fetch:
+        raise NotFetchedError(f"the images below {shown(str(root))} have not been read yet")
     try:
         with locked_in(cache_dir, store.name):
             found, known = _kept(store, names, stats)  # perhaps another run has just read them

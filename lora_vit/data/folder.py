@@ -14,7 +14,7 @@ _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 """What the folder of each part may be called."""
 
 
-def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
     Raises:
@@ -45,7 +45,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) 
             )
         parts[part] = np.arange(first, len(names))
     label_array, class_names = np.array(labels, dtype=np.int64), [shown(c) for c in classes]
-    digests = digests_of(top, names, cache, quiet)
+    digests = digests_of(top, names, cache, quiet, fetch)
 
     def decode(size: int | None) -> Decoded:
         return decoded(top, names, digests, size, cache, quiet)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_vit.data.cache import decoded
-from lora_vit.data.dataset import DataError, Decoded, Found, content_of
+from lora_vit.data.dataset import DataError, Decoded, Found, NotFetchedError, content_of
 from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
 from lora_vit.terminal import Progress
 
@@ -47,14 +47,14 @@ class Source:
 PUBLISHED = Source("http://cs231n.stanford.edu/tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de")
 
 
-def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) -> Found:
+def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
     """The data set at ``root`` (folder or zip), downloaded first if it is not there.
 
     Raises:
         DataError: no network, a damaged archive, a class without images.
     """
     cache, passed = Path(cache_dir), PassedOver()
-    folder = find_folder(Path(root), cache, quiet, PUBLISHED)
+    folder = find_folder(Path(root), cache, quiet, PUBLISHED if fetch else None)
     wnids = _lines(folder / "wnids.txt")
     if len(set(wnids)) != len(wnids) or len(wnids) < 2:
         raise DataError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
@@ -65,7 +65,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) 
         parts["official_val"] = np.arange(len(names), len(names) + len(more))
         names, labels = names + more, labels + classes
     label_array, class_names = np.array(labels, dtype=np.int64), _class_names(folder, wnids)
-    digests = digests_of(folder, names, cache, quiet)
+    digests = digests_of(folder, names, cache, quiet, fetch)
 
     def decode(size: int | None) -> Decoded:
         return decoded(folder, names, digests, size, cache, quiet)
@@ -74,7 +74,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool) 
     return Found(label_array, class_names, parts, content, decode, passed.lines())
 
 
-def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source) -> Path:
+def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None) -> Path:
     """The extracted folder: at or in ``root``, from a zip there, or downloaded into it.
 
     Raises:
@@ -95,6 +95,8 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source) -> Pat
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
         return target
+    if source is None:
+        raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
     try:
         with locked_in(cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
             if archive is not None:

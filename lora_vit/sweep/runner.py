@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.config import SweepConfig
+from lora_vit.data.dataset import IN_PACKAGES
 from lora_vit.records import RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
@@ -54,7 +56,7 @@ def run_sweep(
     if twice:
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
-    ledger.read()  # refuses a folder of another version before anything is written
+    _tell_changed(jobs, ledger.read()["trials"])  # refuses a folder of another version before anything is written
     all_jobs = SweepRun(tuple(jobs), folder, options, launched)
     states = {job.trial_id: all_jobs.state_of(job) for job in jobs}
     ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
@@ -63,6 +65,8 @@ def run_sweep(
     if options.measure or not options.dry_run:
         prepare([job.config for job in todo])
     if options.dry_run:
+        if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in jobs):
+            print("note: the images have not been read yet, so all trials count as open")
         print_plan(run, states)
         return None
     ledger.add(jobs, this_command())
@@ -74,6 +78,19 @@ def run_sweep(
     train_open(run, view)
     view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
     return finish(all_jobs, {row.job.trial_id: row.message for row in view.rows.values()})
+
+
+def _tell_changed(jobs: Sequence[Job], planned: dict[str, Any]) -> None:
+    """Say where settings that were asked for earlier are other trials now: their images or weights have changed."""
+    ids = {job.trial_id for job in jobs}
+    earlier = {tuple(plan["overrides"]): trial_id for trial_id, plan in planned.items() if trial_id not in ids}
+    changed = [job for job in jobs if tuple(job.overrides) in earlier and job.trial_id not in planned]
+    if changed:
+        before = ", ".join(earlier[tuple(job.overrides)] for job in changed[:3]) + (", ..." if len(changed) > 3 else "")
+        print(
+            f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
+            "they are trained anew, and the summary does not mix the two"
+        )
 
 
 def train_open(run: SweepRun, view: View) -> None:

@@ -286,3 +286,23 @@ def test_a_cache_follows_the_models_size(pets, trial):
     assert size("model.image_size=384", "data.cache_size=128") == 128
     assert "8x8 px, enlarged to 16 px" in loaded(trial(pets)).line(16)
     assert "enlarged" not in loaded(trial(pets)).line(8)
+
+
+def test_without_fetching_only_what_is_known_is_told(pets, trial, monkeypatch):
+    """As a dry run wants it: nothing is read or downloaded."""
+    monkeypatch.setattr(files, "_UNSETTLED", -(10**9))
+    overrides = ("data=imagefolder", f"data.root='{pets}'", f"data.cache_dir={pets.parent / 'cache'}")
+    forget()
+    assert trial_config(*overrides, "sweep.dry_run=true").data.content is None
+    assert not (pets.parent / "cache").exists()
+    content = trial(pets).data.content
+    forget()
+    assert trial_config(*overrides, "sweep.dry_run=true").data.content == content
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "cifar10", "cifar100"])
+def test_without_fetching_nothing_is_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
+    overrides = [f"data={name}", f"data.root={tmp_path / 'none'}", f"data.cache_dir={tmp_path}", "sweep.dry_run=true"]
+    cache_size = "data.cache_size=null"
+    assert trial_config(*overrides, cache_size).data.content is None
