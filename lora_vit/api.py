@@ -55,7 +55,7 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
     """Train a trial in a folder, or go on where it was stopped there; what is completed is returned as it is.
 
     Raises:
-        ConfigError, DataError: nothing was trained; the message is one line.
+        ConfigError: nothing was trained; the message is one line.
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """

@@ -217,7 +217,7 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
     """Fetch and decode, with progress, what trials will need, and check that their weights are there.
 
     Raises:
-        ConfigError, DataError: what the first trial that cannot run lacks.
+        ConfigError: what the first trial that cannot run lacks.
     """
     ready: list[object] = []
     for config in configs:

@@ -41,7 +41,7 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         wait: for another process that is training this very trial, instead of refusing.
 
     Raises:
-        ConfigError, DataError: nothing was trained; the message is one line.
+        ConfigError: nothing was trained; the message is one line.
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """

@@ -123,7 +123,6 @@ def through_hydra(task_function: Any) -> None:
 def _in_group() -> None:
     """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
     from lora_vit import distributed
-    from lora_vit.data.dataset import DataError
     from lora_vit.run import OtherFailed, TrialFailed, check_group, not_left_empty, run_in_group
 
     composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
@@ -154,7 +153,7 @@ def _in_group() -> None:
             _end(error, single=True)
         if isinstance(error, Interrupted):
             sys.exit(error.exit_code)
-        if isinstance(error, (ConfigError, DataError, OtherFailed, TrialFailed)):
+        if isinstance(error, (ConfigError, OtherFailed, TrialFailed)):
             sys.exit(1)  # rank 0 says why
         raise
     finally:

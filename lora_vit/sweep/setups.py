@@ -22,7 +22,7 @@ class Setups:
         self._data: tuple[str, ImageData] | None = None
 
     def of(self, job: Job) -> Setup:
-        """Data and backbone for a trial. Raises ConfigError, DataError."""
+        """Data and backbone for a trial. Raises ConfigError."""
         key = setup_key(job.config)
         if self._setup is None or self._setup[0] != key:
             self._setup = None
