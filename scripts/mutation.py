@@ -105,6 +105,7 @@ def find_mutants(wrapper: MetadataWrapper) -> list[Mutant]:
         place = positions[node]
         if isinstance(node, cst.BaseSmallStatement | cst.BaseCompoundStatement):
             statement = place.start.line
+        statement = min(statement, place.start.line)  # a decorator stands above its statement
         end = place.start.line if isinstance(node, cst.BaseCompoundStatement) else place.end.line
         for replacement in changes(node):
             found.append(Mutant(len(found), node, replacement, range(statement, end + 1)))
