@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -34,6 +35,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each mutant would load them anew; no test needs one
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
 import coverage
@@ -319,6 +321,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     for package in HEAVY:
         importlib.import_module(package)
+    gc.freeze()  # what a fork inherits is no garbage: a collection there would take longer than most tests
     scratch = Path(tempfile.mkdtemp())
     try:
         baseline = measure([p for p in paths if p.stem != "__main__"], tests, args.marks, scratch)
