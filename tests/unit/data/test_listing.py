@@ -243,9 +243,10 @@ def test_a_file_that_is_gone_or_cannot_be_read(tmp_path):
     root = fill(tmp_path / "top", "a.png")
     (root / "folder").mkdir()
     for name, reason in (("gone.png", "No such file or directory"), ("folder", "Is a directory")):
-        with pytest.raises(DataError) as caught:
-            digests(root, ["a.png", name])
-        assert str(caught.value) == f"{root}/{name} cannot be read ({reason}): mend or remove it"
+        for names in (["a.png", name], [name, "a.png"]):
+            with pytest.raises(DataError) as caught:
+                digests(root, names)
+            assert str(caught.value) == f"{root}/{name} cannot be read ({reason}): mend or remove it"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
