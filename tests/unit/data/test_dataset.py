@@ -13,6 +13,7 @@ from plain_trials import PLAIN
 from lora_vit.config import DataConfig
 from lora_vit.data import dataset
 from lora_vit.data.dataset import DataError, Found, ImageData, content_of, forget, known_content, load_data, shown
+from lora_vit.data.splits import fingerprint
 
 
 def image_data(**changes: Any) -> ImageData:
@@ -33,6 +34,7 @@ def test_what_a_record_says_of_the_data():
 
 
 def test_the_line_of_a_data_set():
+    assert (image_data().passed_over, image_data().value_range) == ((), None)
     start = "data: 2,010 images of 2 classes: train 2,000, val 4, test 6"
     left = "; 490 training images left out by data.train_per_class"
     assert image_data().line(20) == start + left
@@ -145,6 +147,7 @@ def test_loading_takes_everything_from_the_list(listed):
     assert (data.class_names, data.labels.tolist()) == (["a", "b"], [0, 0, 1, 1])
     assert (data.passed_over, data.value_range) == (("1 hidden (x)",), (0.0, 9.0))
     assert data.splits["val"].tolist() == [0]
+    assert data.fingerprint == fingerprint("content 1", data.splits)
     with pytest.raises(DataError) as caught:
         load_data(config(content="7 images"))
     assert str(caught.value) == (
