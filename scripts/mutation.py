@@ -63,7 +63,7 @@ def extra_operators(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         yield cst.Pass()
     if isinstance(node, cst.Assign) and not isinstance(node.targets[0].target, cst.Name):
         yield cst.Pass()
-    if isinstance(node, cst.Return) and node.value is not None:
+    if isinstance(node, cst.Return) and node.value is not None and not node.value.deep_equals(cst.Name("None")):
         yield node.with_changes(value=cst.Name("None"), whitespace_after_return=cst.SimpleWhitespace(" "))
     if isinstance(node, cst.FunctionDef | cst.ClassDef):
         for i in range(len(node.decorators)):
