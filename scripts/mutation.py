@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -34,6 +35,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each mutant would load them anew; no test needs one
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
 import coverage
@@ -61,7 +63,7 @@ def extra_operators(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         yield cst.Pass()
     if isinstance(node, cst.Assign) and not isinstance(node.targets[0].target, cst.Name):
         yield cst.Pass()
-    if isinstance(node, cst.Return) and node.value is not None:
+    if isinstance(node, cst.Return) and node.value is not None and not node.value.deep_equals(cst.Name("None")):
         yield node.with_changes(value=cst.Name("None"), whitespace_after_return=cst.SimpleWhitespace(" "))
     if isinstance(node, cst.FunctionDef | cst.ClassDef):
         for i in range(len(node.decorators)):
@@ -105,6 +107,7 @@ def find_mutants(wrapper: MetadataWrapper) -> list[Mutant]:
         place = positions[node]
         if isinstance(node, cst.BaseSmallStatement | cst.BaseCompoundStatement):
             statement = place.start.line
+        statement = min(statement, place.start.line)  # a decorator stands above its statement
         end = place.start.line if isinstance(node, cst.BaseCompoundStatement) else place.end.line
         for replacement in changes(node):
             found.append(Mutant(len(found), node, replacement, range(statement, end + 1)))
@@ -318,6 +321,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     for package in HEAVY:
         importlib.import_module(package)
+    gc.freeze()  # what a fork inherits is no garbage: a collection there would take longer than most tests
     scratch = Path(tempfile.mkdtemp())
     try:
         baseline = measure([p for p in paths if p.stem != "__main__"], tests, args.marks, scratch)

@@ -56,7 +56,6 @@ def image_endings() -> frozenset[str]:
     """Endings, in small letters, of all files that Pillow opens."""
     from PIL import Image
 
-    Image.init()
     return frozenset(
         ending
         for ending, kind in Image.registered_extensions().items()

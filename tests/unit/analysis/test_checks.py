@@ -119,6 +119,9 @@ def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines)
         ("epoch", [5.0, 4.0, 3.0, 6.0], "2 completed trials have fewer epochs than their config asks for."),
         ("environment.device", ["a", "b", "b", None],
          "The trials ran on 2 kinds of device: seconds, images/s and memory do not compare."),
+        ("pack_size", [4.0, 1.0, math.nan, 4.0],
+         "The trials ran in packs of different size (1, 4): a trial's seconds are its share of its pack's, and "
+         "memory is the whole pack's."),
         ("pack_size", [4.0, 1.0, math.nan, 2.0],
          "The trials ran in packs of different size (1, 2, 4): a trial's seconds are its share of its pack's, and "
          "memory is the whole pack's."),

@@ -124,6 +124,14 @@ def test_what_the_design_can_find(tmp_path: Path, cells: int) -> None:
     assert got.design.optimism == pytest.approx(sd / math.sqrt(3) * largest_of_normals)
 
 
+def test_a_missing_seed_costs_the_design_a_degree_of_freedom(tmp_path: Path) -> None:
+    y = Y.copy()
+    y[0, 2] = NAN
+    got = summarize(make_sweep(tmp_path, RANKS, y, curve=False), spreads="equal")
+    sd, repeats = got.comparison.sd, got.comparison.repeats
+    assert power(got.design.detectable, sd, 3, repeats, df=8 - 3 - 2) == pytest.approx(0.8, abs=1e-4)  # rtol 1e-6
+
+
 def test_one_cell_has_no_design(tmp_path: Path) -> None:
     make_sweep(tmp_path, RANKS[:1], Y[:1], curve=False)
     design = summarize(tmp_path).design

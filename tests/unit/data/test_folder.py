@@ -10,6 +10,7 @@ from PIL import Image
 from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
+from lora_vit.data import folder
 from lora_vit.data.dataset import DataError, ImageData, forget, load_data
 
 
@@ -147,3 +148,102 @@ def test_a_broken_image_is_named_with_its_folder(parts, tmp_path):
     (parts / "val" / "dog" / "1.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"1 broken image below .*val/dog/1\.png"):
         load(tmp_path)
+
+
+# --- what cannot be used, word by word
+
+
+def refused(tmp_path: Path, **changes) -> str:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, **changes)
+    return str(caught.value)
+
+
+def test_a_root_that_is_no_folder(tmp_path):
+    (tmp_path / "pets").write_text("x")
+    assert refused(tmp_path) == (
+        f"data.root={tmp_path}/pets is not a folder: give the folder that holds your class folders"
+    )
+
+
+@pytest.mark.parametrize("below", [".", "train"])
+def test_a_class_without_images_is_named(below, tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(5):
+            paint(tmp_path / "pets" / below / name / f"{i}.png", i)
+    (tmp_path / "pets" / below / "bird").mkdir()
+    place = (tmp_path / "pets" / below / "bird").resolve()
+    assert refused(tmp_path) == f"class folder {place} holds no images: add some, or take it away"
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_part_without_any_class(part, parts, tmp_path):
+    for path in sorted((parts / part).rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert refused(tmp_path) == (
+        f"{parts}/{part} holds no images in class folders: sort its images by class, or rename it"
+    )
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_train_lacks(part, parts, tmp_path):
+    for name in ("emu", "bird"):
+        paint(parts / part / name / "0.png", 1)
+    assert refused(tmp_path) == (
+        f"{parts}/{part} has the class 'bird', which {parts}/train has not: take it away, or add it there"
+    )
+
+
+def test_two_folders_of_one_part(parts, tmp_path):
+    (parts / "training").mkdir()
+    assert refused(tmp_path) == f"{parts} has train/ and training/: keep one of them"
+    (parts / "training").rmdir()
+    (parts / "valid").mkdir()
+    (parts / "validation").mkdir()
+    assert refused(tmp_path) == f"{parts} has val/ and valid/ and validation/: keep one of them"
+
+
+def test_no_class_and_one_class(tmp_path):
+    needs = "a classifier needs two or more, each with its images"
+    (tmp_path / "pets").mkdir()
+    assert refused(tmp_path) == f"{tmp_path}/pets holds no class folders: {needs}"
+    (tmp_path / "pets" / "inner" / "cat").mkdir(parents=True)
+    assert refused(tmp_path) == f"{tmp_path}/pets holds one class folder (inner): {needs}"
+    (tmp_path / "pets" / "inner" / "dog").mkdir()
+    assert refused(tmp_path) == (
+        f"{tmp_path}/pets holds one class folder (inner): {needs}; did you mean data.root={tmp_path}/pets/inner?"
+    )
+
+
+def test_folders_beside_the_parts_are_told_and_val_alone_is_a_class(parts, tmp_path):
+    for name in ("unlabelled", "more"):
+        (parts / name).mkdir()
+    assert load(tmp_path).passed_over == ("2 folders beside train/ (more, unlabelled)",)
+    for name in ("unlabelled", "more", "train", "test"):
+        (parts / name).rename(tmp_path / name)
+    for i in range(5):
+        paint(parts / "val" / f"{i}.png", i)
+        paint(parts / "cat" / f"{i}.png", i)
+    data = load(tmp_path)
+    assert data.class_names == ["cat", "val"]
+    assert len(data.labels) == 5 + 4 + 5
+
+
+def test_labels_and_names(parts, tmp_path):
+    data = load(tmp_path)
+    assert data.class_names == ["cat", "dog"]
+    assert data.labels.dtype == np.int64
+    assert data.images.shape == (20, 3, 8, 8)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_it_is_as_quiet_as_it_is_told_to_be(quiet, parts, tmp_path, monkeypatch):
+    heard = []
+    for name in ("digests_of", "decoded"):
+        whole = getattr(folder, name)
+        monkeypatch.setattr(folder, name, lambda *a, whole=whole: heard.append(a[-1]) or whole(*a))
+    found = folder.find("imagefolder", str(parts), str(tmp_path / "cache"), quiet, False)
+    images, value_range = found.decode(8)
+    assert (heard, images.shape, value_range) == ([quiet] * 2, (20, 3, 8, 8), None)
+    assert found.decode(None)[0].shape == (20, 3, 10, 12)
+    assert list(found.parts) == ["train", "val", "test"]
