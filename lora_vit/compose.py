@@ -37,7 +37,7 @@ from lora_vit.config import (
     validate,
     validate_sweep,
 )
-from lora_vit.data.dataset import known_content
+from lora_vit.data.dataset import IN_PACKAGES, known_content
 from lora_vit.sweep.plan import Job, label
 from lora_vit.terminal import Every
 
@@ -135,6 +135,10 @@ def identify(trial: TrialConfig, fetch: bool) -> None:
     weights, given = trial.model.weights, trial.model.weights_sha256
     if weights is not None and is_weights_file(weights):
         trial.model.weights_sha256 = file_sha256(Path(weights).expanduser())
+    elif weights is not None and trial.data.name not in IN_PACKAGES:
+        from lora_vit.models.weights import check_weights  # imports torch
+
+        check_weights(trial.model.name, weights)  # before data is fetched for it
     content = known_content(trial.data, fetch)
     for key, wanted, found in (
         ("model.weights_sha256", given, trial.model.weights_sha256),

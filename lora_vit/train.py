@@ -200,7 +200,7 @@ def _end(error: Exception, single: bool = False, composing: bool = False) -> Non
         fail(str(error))
     if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
         what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fail(f"{what}: make room, then the same command goes on")
         fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
     raise error

@@ -119,4 +119,4 @@ def test_it_is_found_lazily_and_composes_what_the_command_does():
     assert "api" in dir(lora_vit)
     ranks = [*SMALL, "lora.rank=3"]
     assert trial_id(api.compose(ranks)) == trial_id(trial_config("lora.rank=3"))
-    assert api.compose([*ranks, "data.root=2024_11"]).data.root == "2024_11"
+    assert api.compose([*ranks, "data.root=2024_11"]).data.root == str(Path("2024_11").absolute())

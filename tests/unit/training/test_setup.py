@@ -32,6 +32,6 @@ def test_streams_are_of_the_trial_and_of_this_process(rank):
 
 def test_a_setup_tells_nothing_of_another():
     made = [Setup(lambda configs: None, None, None, torch.device("cpu"), Process(), False) for _ in range(2)]
-    assert made[0].environment == made[0].base_weights == {}
+    assert made[0].environment == made[0].base == {}
     assert made[0].environment is not made[1].environment
-    assert made[0].base_weights is not made[1].base_weights
+    assert made[0].base is not made[1].base
