@@ -69,7 +69,7 @@ def test_a_cell_has_the_figures_of_its_trials(by_rank):
         "adapter_bytes": np.array([4, 16, 1]) * 110_592 + 6000, SCALING: [8, 2, 32],
     }.items():  # fmt: skip
         np.testing.assert_allclose(got[name].astype(float), want, err_msg=name)
-    assert "pack_size" not in got
+    assert not {"pack_size", "index"} & set(got)
     assert "vs_probe" not in got
     order = np.argsort([list(tables.matrix(by_rank, ACCURACY).index).index(cell) for cell in got["cell"]])
     result = compare(tables.matrix(by_rank, ACCURACY).to_numpy())

@@ -485,3 +485,19 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     (folder / "record.json").write_text("{")
     with pytest.raises(AdapterError, match=r"record\.json is not whole JSON"):
         load_adapter(model, folder)
+
+
+def test_no_blocks_are_all_blocks():
+    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places()]
+    places = ("self_attention.q", "mlp.3")
+    assert found == [f"encoder.layers.encoder_layer_{i}.{place}" for i in range(2) for place in places]
+
+
+def test_what_of_the_base_is_another(model):
+    adapter, base = Adapter({}, card("fc1")), base_of(model)
+    assert len(base["positions"]) == 4
+    bind(adapter, base)
+    with pytest.raises(AdapterError, match=r"^the model's weights are not those"):
+        bind(adapter, {**base, "sha256": "another"})
+    with pytest.raises(AdapterError, match=r"^the model's position embedding and perhaps other weights are not those"):
+        bind(adapter, {**base, "positions": [0.0] * 4})
