@@ -126,27 +126,27 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
     return trial
 
 
-def identify(trial: TrialConfig, fetch: bool) -> None:
+def identify(trial: TrialConfig, fetch: bool = True) -> None:
     """Fill in what its files contain, or compare it with what is given; without ``fetch`` only what is known already.
 
     Raises:
         ConfigError: a file cannot be read, or its content is not the given one.
     """
-    weights, given = trial.model.weights, trial.model.weights_sha256
+    weights, digest = trial.model.weights, None
     if weights is not None and is_weights_file(weights):
-        trial.model.weights_sha256 = file_sha256(Path(weights).expanduser())
+        digest = file_sha256(Path(weights).expanduser())
     elif weights is not None and trial.data.name not in IN_PACKAGES:
         from lora_vit.models.weights import check_weights  # imports torch
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
     content = known_content(trial.data, fetch)
-    for key, wanted, found in (
-        ("model.weights_sha256", given, trial.model.weights_sha256),
+    for key, given, found in (
+        ("model.weights_sha256", trial.model.weights_sha256, digest),
         ("data.content", trial.data.content, content),
     ):
-        if wanted is not None and wanted != found:
-            raise ConfigError(f"{key}={wanted} is asked for, but what is there has {found}: give the same files")
-    trial.data.content = content
+        if given is not None and given != found:
+            raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
+    trial.model.weights_sha256, trial.data.content = digest, content
 
 
 def _find_from_anywhere(trial: TrialConfig) -> None:

@@ -114,8 +114,8 @@ def config(**changes: Any) -> DataConfig:
     [("imagefolder", "folder"), ("tiny_imagenet", "tiny_imagenet"), ("cifar10", "cifar"), ("cifar100", "cifar")],
 )
 def test_each_data_set_is_listed_by_its_module(name, module, listed, tmp_path):
-    known_content(config(name=name, official_val=True))
-    assert listed == [(f"lora_vit.data.{module}", name, f"{tmp_path}/pets", f"{tmp_path}/cache", False, True)]
+    known_content(config(name=name, official_val=True), fetch=False)
+    assert listed == [(f"lora_vit.data.{module}", name, f"{tmp_path}/pets", f"{tmp_path}/cache", False, True, False)]
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", None), ("fake", 8)])
@@ -142,7 +142,7 @@ def test_files_are_listed_once_for_each_place_and_way(listed):
 
 def test_loading_takes_everything_from_the_list(listed):
     data = load_data(config(content="content 1"), quiet=True)
-    assert listed[0][-2] is True, "quiet"
+    assert listed[0][-3:] == (True, False, True), "quiet"
     assert (data.images == 8).all()
     assert (data.class_names, data.labels.tolist()) == (["a", "b"], [0, 0, 1, 1])
     assert (data.passed_over, data.value_range) == (("1 hidden (x)",), (0.0, 9.0))
@@ -155,4 +155,4 @@ def test_loading_takes_everything_from_the_list(listed):
     )
     forget()
     load_data(config())
-    assert listed[-1][-2] is False
+    assert listed[-1][-3] is False

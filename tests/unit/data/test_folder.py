@@ -239,10 +239,10 @@ def test_labels_and_names(parts, tmp_path):
 @pytest.mark.parametrize("quiet", [True, False])
 def test_it_is_as_quiet_as_it_is_told_to_be(quiet, parts, tmp_path, monkeypatch):
     heard = []
-    for name in ("digests_of", "decoded"):
+    for name, place in (("digests_of", 3), ("decoded", 5)):
         whole = getattr(folder, name)
-        monkeypatch.setattr(folder, name, lambda *a, whole=whole: heard.append(a[-1]) or whole(*a))
-    found = folder.find("imagefolder", str(parts), str(tmp_path / "cache"), quiet, False)
+        monkeypatch.setattr(folder, name, lambda *a, whole=whole, place=place: heard.append(a[place]) or whole(*a))
+    found = folder.find("imagefolder", str(parts), str(tmp_path / "cache"), quiet, False, True)
     images, value_range = found.decode(8)
     assert (heard, images.shape, value_range) == ([quiet] * 2, (20, 3, 8, 8), None)
     assert found.decode(None)[0].shape == (20, 3, 10, 12)

@@ -183,17 +183,20 @@ def test_weights_are_known_by_their_content(tmp_path, monkeypatch):
         f"model.weights_sha256={given} is asked for, but what is there has {file_sha256(path)}: give the same files"
     )
     trial = trial_config()
-    trial.model.weights_sha256 = given  # of random weights there is none
-    identify(trial)
-    assert trial.model.weights_sha256 == given
+    trial.model.weights_sha256 = given
+    with pytest.raises(ConfigError, match="but what is there has None"):  # of random weights there is none
+        identify(trial)
 
 
 def test_content_that_is_not_the_given_one(monkeypatch):
-    monkeypatch.setattr(compose, "known_content", lambda data: "60 images")
+    monkeypatch.setattr(compose, "known_content", lambda data, fetch: "60 images" if fetch else None)
     trial = trial_config()
     trial.data.content = None
     identify(trial)
     assert trial.data.content == "60 images"
+    trial.data.content = None
+    identify(trial, fetch=False)
+    assert trial.data.content is None
     trial.data.content = "7 images"
     with pytest.raises(ConfigError) as caught:
         identify(trial)
