@@ -23,10 +23,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lora_vit.config import IDENTITY, SCHEMA_VERSION, ConfigError, TrialConfig, cell_id, from_dict, to_dict, trial_id
+from lora_vit.config import IDENTITY, SCHEMA_VERSION, ConfigError, TrialConfig, from_dict, ids, to_dict, trial_id
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
+PLAN = "sweep.json"
+"""A sweep's plan: what it was asked for, whether or not it left a record."""
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
@@ -217,7 +219,7 @@ def read_record(folder: Path) -> TrialRecord:
     record = TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
     try:
         config = from_dict(record.config)
-        own = (trial_id(config), cell_id(config))
+        own = ids(config)
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"{path} was edited: its config is not whole ({error})") from None
     if own != (record.trial_id, record.cell_id):

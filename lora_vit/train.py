@@ -29,6 +29,8 @@ from lora_vit.stopping import Interrupted
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, label
 
+_FAILURES = ("OtherFailed", "SweepFailed", "TrialFailed", "WorkerFailed")
+"""Errors that say all in one line, by name: their modules import torch."""
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -188,7 +190,7 @@ def _end(error: Exception, single: bool = False, composing: bool = False) -> Non
         raise error
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         fail(explain(error))
-    if isinstance(error, ConfigError) or type(error).__name__ in ("SweepFailed", "WorkerFailed"):
+    if isinstance(error, (ConfigError, RecordError)) or type(error).__name__ in _FAILURES:
         fail(str(error))
     if str(error).startswith("Config group override must be a string"):
         fail("a group has no option 'null': leave it out, or choose one (see --help)")
@@ -196,8 +198,6 @@ def _end(error: Exception, single: bool = False, composing: bool = False) -> Non
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
-    if isinstance(error, RecordError) or type(error).__name__ in ("OtherFailed", "TrialFailed"):
-        fail(str(error))
     if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
         what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

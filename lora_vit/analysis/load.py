@@ -14,13 +14,10 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY
-from lora_vit.records import PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
+from lora_vit.records import PLAN, PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
 
 OUTPUT = "summary"
 """Name of the folder that a summary is written into; never searched."""
-
-PLAN = "sweep.json"
-"""A sweep's plan: what it was asked for, whether or not it left a record."""
 
 FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")

@@ -41,14 +41,20 @@ def _digest(values: dict[str, Any]) -> str:
 
 def trial_id(trial: TrialConfig) -> str:
     """First 10 hex digits of the sha256 over the canonical config."""
-    return _digest(canonical(trial))
+    return ids(trial)[0]
 
 
 def cell_id(trial: TrialConfig) -> str:
     """The trial id without the seed: trials of one cell are repeats of each other."""
+    return ids(trial)[1]
+
+
+def ids(trial: TrialConfig) -> tuple[str, str]:
+    """Trial id and cell id."""
     values = canonical(trial)
+    whole = _digest(values)
     del values["seed"]
-    return _digest(values)
+    return whole, _digest(values)
 
 
 def is_weights_file(weights: str | None) -> bool:

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_vit.data.dataset import DataError, NotFetchedError, shown
-from lora_vit.records import CHECKPOINT, RECORD, locked, replacing
+from lora_vit.records import CHECKPOINT, PLAN, RECORD, locked, replacing
 
-_OWN_FILES = (RECORD, "sweep.json", ".lock", CHECKPOINT)
+_OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
 """What tells a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
@@ -160,6 +160,10 @@ def cannot_write(cache_dir: Path, error: OSError) -> DataError:
     )
 
 
+def _cannot_read(root: Path, name: str, error: OSError) -> DataError:
+    return DataError(f"{shown(str(root / name))} cannot be read ({error.strerror}): mend or remove it")
+
+
 def _stats(root: Path, names: Sequence[str]) -> np.ndarray:
     """Size, time of writing, time of change and inode of each file, int64 [N, 4]."""
     rows = np.empty((len(names), 4), np.int64)
@@ -167,7 +171,7 @@ def _stats(root: Path, names: Sequence[str]) -> np.ndarray:
         try:
             stat = os.stat(os.path.join(root, name))
         except OSError as error:
-            raise DataError(f"{shown(str(root / name))} cannot be read ({error.strerror}): mend or remove it") from None
+            raise _cannot_read(root, name, error) from None
         row[:] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino & 0x7FFF_FFFF_FFFF_FFFF)
     return rows
 
@@ -239,7 +243,7 @@ def _sha256(root: Path, name: str) -> bytes:
         with open(os.path.join(root, name), "rb") as file:
             return hashlib.sha256(file.read()).digest()
     except OSError as error:
-        raise DataError(f"{shown(str(root / name))} cannot be read ({error.strerror}): mend or remove it") from None
+        raise _cannot_read(root, name, error) from None
 
 
 def cores() -> int:

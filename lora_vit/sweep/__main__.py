@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lora_vit.commands import run_command
 from lora_vit.config import ConfigError
-from lora_vit.records import state_of
-from lora_vit.sweep.ledger import PLAN, Ledger, trial_folders
+from lora_vit.records import PLAN, state_of
+from lora_vit.sweep.ledger import Ledger, trial_folders
 from lora_vit.terminal import make_console, print_table
 
 

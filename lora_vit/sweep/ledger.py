@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit.config import ConfigError
-from lora_vit.records import RECORD, locked, write_json
+from lora_vit.records import PLAN, RECORD, locked, write_json
 from lora_vit.sweep.plan import Job
 
-PLAN = "sweep.json"
 PLAN_SCHEMA = 1
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_vit.build import choose_device, device_name
-from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.config import ConfigError, TrialConfig, ids, to_dict
 from lora_vit.records import NO_SPACE, TrialRecord
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
@@ -182,7 +182,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
 
 
 def _fresh(config: TrialConfig) -> Trial:
-    record = TrialRecord(trial_id(config), cell_id(config), "running", to_dict(config))
+    record = TrialRecord(*ids(config), "running", to_dict(config))
     return Trial(config, record, TrialState())
 
 

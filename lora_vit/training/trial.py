@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_vit import records
-from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.config import ConfigError, TrialConfig, ids, to_dict
 from lora_vit.records import RecordError, TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
@@ -72,7 +72,7 @@ class Trial:
         record = there.record
         if record is None or _begins_anew(record, config, launched):
             _remove_own_files(folder, tensorboard)
-            record = TrialRecord(trial_id(config), cell_id(config), "running", to_dict(config), started=time.time())
+            record = TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
             state = TrialState()
         else:
             state = _last_state(folder, record, setup)

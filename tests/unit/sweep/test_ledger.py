@@ -9,9 +9,9 @@ import pytest
 from sweeps import plain_job
 
 from lora_vit.config import ConfigError
-from lora_vit.records import locked
+from lora_vit.records import PLAN, locked
 from lora_vit.sweep import ledger as ledger_module
-from lora_vit.sweep.ledger import PLAN, PLAN_SCHEMA, Ledger, trial_folders
+from lora_vit.sweep.ledger import PLAN_SCHEMA, Ledger, trial_folders
 
 
 @pytest.fixture

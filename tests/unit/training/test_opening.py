@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import time
@@ -133,14 +134,17 @@ def test_what_failed_at_a_step_begins_anew(step, anew, tmp_path):
     trial.close()
 
 
-def test_an_error_that_names_no_step_goes_on(tmp_path):
+def goes_on_with(tmp_path, **fields) -> None:
+    """A stopped trial whose record says this goes on."""
     stopped(tmp_path / "a")
-    record = read_record(tmp_path / "a")
-    record.status, record.error = "failed", {"message": "x"}
-    records.write_record(tmp_path / "a", record)
+    records.write_record(tmp_path / "a", dataclasses.replace(read_record(tmp_path / "a"), **fields))
     trial = begin(tmp_path / "a")
     assert trial.state.epoch == 1
     trial.close()
+
+
+def test_an_error_that_names_no_step_goes_on(tmp_path):
+    goes_on_with(tmp_path, status="failed", error={"message": "x"})
 
 
 def test_beginning_anew_removes_what_a_trial_writes_and_nothing_else(tmp_path):
@@ -191,13 +195,7 @@ def test_other_data_are_refused_and_the_folder_stays(tmp_path):
 
 def test_a_record_that_names_no_data_goes_on(tmp_path):
     """As one that was refused before its data were known."""
-    stopped(tmp_path / "a")
-    record = read_record(tmp_path / "a")
-    record.data = {}
-    records.write_record(tmp_path / "a", record)
-    trial = begin(tmp_path / "a")
-    assert trial.state.epoch == 1
-    trial.close()
+    goes_on_with(tmp_path, data={})
 
 
 def test_another_trials_folder_and_checkpoint_are_refused(tmp_path):
