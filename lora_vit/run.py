@@ -27,6 +27,10 @@ Asked = tuple[TrialConfig, Path, dict[str, str]]
 """A trial's config, its folder, and what goes into ``.hydra/``."""
 
 
+AFTER_CAUSE = 2.0
+"""Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
+
+
 class TrialFailed(Exception):  # noqa: N818  (its name is the status)
     """The trial ended as failed; the reason is in the record and in the message."""
 
@@ -259,6 +263,8 @@ def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) ->
         if process.is_main:
             print(f"error: {error}", file=sys.stderr)
         code = 1
+        if isinstance(error, OtherFailed):
+            time.sleep(AFTER_CAUSE)
     finally:
         distributed.leave_process_group()
     if code:

@@ -111,7 +111,10 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
     workers = [p for p in children(process.pid) if "resource_tracker" not in Path(f"/proc/{p}/cmdline").read_text()]
+    os.kill(process.pid, signal.SIGSTOP)  # the other has time to notice before the launcher looks
     os.kill(max(workers), signal.SIGKILL)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1, out
     record = read_record(tmp_path / "run")
