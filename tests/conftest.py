@@ -18,6 +18,19 @@ def project_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def fake_cuda() -> None:
+    """Fake tensors on "cuda" without a GPU, which torch had to learn."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            torch.ones(1).to("cuda")
+    except RuntimeError:
+        pytest.skip(f"torch {torch.__version__} needs a driver to move fake tensors to cuda")
+
+
+@pytest.fixture(scope="session")
 def tiny_imagenet_zip(project_root: Path) -> Path:
     """Real Tiny-ImageNet images (a subset in the original layout), where they lie beside the checkout."""
     path = project_root.parent / "shared" / "data" / "tiny-imagenet-200-subset.zip"

@@ -178,6 +178,7 @@ def test_weights_of_a_row_sum_to_one():
     assert float(matrix[1, :, :5].abs().max()) == 0  # nothing from outside the box
 
 
+@pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
 @pytest.mark.parametrize("size", [8, 12])
 def test_everything_lies_on_the_device(size, augment, monkeypatch):

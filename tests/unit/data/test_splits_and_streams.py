@@ -187,6 +187,7 @@ def test_an_evaluation_batch_likewise(samples):
     torch.testing.assert_close(torch.cat([b.images for b in batches]), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize(("share", "resident"), [(0.2499, True), (0.25, False), (0.9, False)])
 def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_free(share, resident, monkeypatch):
     data = load_data(trial_config().data)

@@ -132,7 +132,10 @@ class Evaluated(Exception):  # noqa: N818  (not an error)
     [("meta", 0), ("cuda", 1 << 40), ("cuda", 0)],
     ids=["with backward", "images on the GPU", "images on the host"],
 )
-def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, monkeypatch):
+def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, monkeypatch, request):
+    if device == "cuda":
+        request.getfixturevalue("fake_cuda")
+
     def stop(result):
         assert (result.device.type, len(result)) == (device, 3)
         raise Evaluated
