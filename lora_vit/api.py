@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
-from lora_vit.config import ConfigError, SweepConfig, TrialConfig, to_dict
+from lora_vit.config import ConfigError, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.start import started_by_torchrun
@@ -78,10 +78,10 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     _refuse_torchrun()
     done: dict[str, Any] = {}
 
-    def run_sweep(jobs: list[Any], where: Path, options: SweepConfig, idle: list[str]) -> Any:
-        done.setdefault("folder", where)
-        outcomes = command.run_sweep(jobs, where, options, idle)
-        done.setdefault("trials", {}).update(dict.fromkeys(job.trial_id for job in jobs))
+    def run_sweep(asked: Any) -> Any:
+        done.setdefault("folder", asked.folder)
+        outcomes = command.run_sweep(asked)
+        done.setdefault("trials", {}).update(dict.fromkeys(job.trial_id for job in asked.jobs))
         return outcomes
 
     def task(cfg: Any) -> float:

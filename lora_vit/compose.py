@@ -276,7 +276,6 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     """
     composer = Composer(loader, master)
     constant = not_swept(master.hydra, all_overrides)
-    hydra_yaml = OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(master.hydra, resolve=False)}))
     jobs: list[Job] = []
     refused: dict[str, list[str]] = {}
     began, plain = time.monotonic(), Every(5.0)
@@ -284,14 +283,9 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
         named = label(overrides, constant)
         try:
             config = composer(overrides)
-            files = {
-                "config.yaml": OmegaConf.to_yaml(config),
-                "overrides.yaml": OmegaConf.to_yaml(list(overrides)),
-                "hydra.yaml": hydra_yaml,
-            }
             trial = from_omegaconf(config, in_sweep=True)
             with_effect = [line for line in overrides if not is_idle(trial, line)]
-            jobs.append(Job(trial, list(overrides), files, label(with_effect, constant)))
+            jobs.append(Job(trial, list(overrides), label(with_effect, constant)))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(named)
         if plain.due():

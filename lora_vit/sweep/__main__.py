@@ -1,8 +1,9 @@
-"""``python -m lora_vit.sweep NAME``: a sweep's trials with status, progress and metric."""
+"""``python -m lora_vit.sweep NAME``: a sweep's trials as they stand; ``... work FOLDER``: one more worker for it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +16,31 @@ from lora_vit.terminal import make_console, print_table
 
 def main(arguments: list[str] | None = None) -> None:
     """Command-line entry."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["work"] and len(given) > 1:
+        run_command(lambda: _work(given[1:]))
+        return
     parser = argparse.ArgumentParser(
         prog="python -m lora_vit.sweep",
-        description="List a sweep's trials: status, epochs trained, validation accuracy.",
+        description="List a sweep's trials: status, epochs trained, validation accuracy. "
+        "`python -m lora_vit.sweep work FOLDER` trains what is open and nobody has, on one device of this machine.",
     )
     parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(given)
     run_command(lambda: show(find(args.sweep)))
+
+
+def _work(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_vit.sweep work",
+        description="Train packs of a sweep's open trials on one device, until nothing is open that nobody has.",
+    )
+    parser.add_argument("folder", help="of the sweep, on this machine")
+    parser.add_argument("--run", default="", help="of the folder's runs, instead of the newest (engines give it)")
+    args = parser.parse_args(arguments)
+    from lora_vit.sweep.worker import work_alone  # imports torch
+
+    return work_alone(Path(args.folder), args.run)
 
 
 def find(text: str) -> Path:

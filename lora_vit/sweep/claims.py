@@ -1,12 +1,15 @@
 """Who trains which trial, where several processes or machines share a sweep's folder.
 
-A claim is a file ``.claims/TRIAL.N`` that appears whole or not at all. The highest N of a trial is its owner; who
-finds that one released or dead makes N + 1, which only one process can. Nothing is removed, so nothing can be
-removed by mistake; a few hundred bytes a trial stay behind.
+An owner's file ``.claims/TOKEN.owner`` says who it is, and when it last gave a sign of life. A claim is a hard link to
+it, ``.claims/TRIAL.N``, which only one process can make. The highest N of a trial is its owner, until a second link
+``TRIAL.N.free`` or ``TRIAL.N.ended`` says that it is done with it; who finds the trial free, or its owner dead, makes
+N + 1. So the names in one folder tell how all trials stand, a claim costs one operation, and a sign of life is one for
+all claims. Nothing is removed, so nothing can be removed by mistake; two names a trial stay behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -17,13 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_vit.records import repeating, replacing
+from lora_vit.records import repeating, write_json
 
 BEAT_EVERY = 10.0
 """Seconds between signs of life of an owner."""
 
 DEAD_AFTER = 120.0
 """Seconds without a sign of life, seen by our own clock, after which another host's claim counts as dead."""
+
+FREE, HELD, ENDED = "free", "held", "ended"
 
 
 @dataclass
@@ -70,56 +75,95 @@ def _is_running(pid: int, born: str) -> bool:
 
 
 class Claims:
-    """This process's claims in one sweep's folder."""
+    """This process's claims in one sweep's folder, and how those of others stood at the last look."""
 
     def __init__(self, folder: Path, owner: Owner | None = None):
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.owner = owner or Owner()
         self.lost: set[str] = set()  # claims of ours that another took over
+        self._file = self.folder / f"{self.owner.token}.owner"
         self._held: dict[str, int] = {}
-        self._seen: dict[Path, tuple[Any, float]] = {}  # of other owners: last sign of life, when we saw it first
+        self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
+        self._owners: dict[tuple[str, int], dict[str, Any]] = {}
+        self._signs: dict[str, tuple[int, float]] = {}  # of other owners: last sign of life, when we saw it first
+        self._beat = 0
         self._lock = threading.Lock()
         self._life = repeating(self.beat, BEAT_EVERY)
 
-    def take(self, trial_id: str) -> bool:
-        """Claim a trial; False where another living process has it."""
-        number = self._highest(trial_id)
-        if number and not self._free(self._path(trial_id, number)):
-            return False
-        if not self._create(self._path(trial_id, number + 1)):
-            return False
-        with self._lock:
-            self._held[trial_id] = number + 1
-            self.lost.discard(trial_id)
-        return True
+    def look(self) -> None:
+        """See how all trials stand now: one look at the folder."""
+        last: dict[str, tuple[int, str]] = {}
+        for name in os.listdir(self.folder):
+            trial_id, _, rest = name.partition(".")
+            number, _, mark = rest.partition(".")
+            if number.isdecimal():
+                last[trial_id] = max(last.get(trial_id, (0, "")), (int(number), mark))
+        self._last = last
 
-    def release(self, trial_id: str) -> None:
-        """Give a claim back: the trial is finished or saved."""
+    def state(self, trial_id: str) -> str:
+        """``free``, ``held`` by a living process, or ``ended``: as of the last look."""
+        number, mark = self._last.get(trial_id, (0, FREE))
+        if not mark:
+            mark = FREE if trial_id not in self._held and self._is_dead(trial_id, number) else HELD
+            self._last[trial_id] = (number, mark)  # asked once a look
+        return mark
+
+    def take(self, trial_id: str) -> bool:
+        """Claim a trial; False where it was not free at the last look, or another was faster."""
+        if self.state(trial_id) != FREE:
+            return False
+        number = self._last.get(trial_id, (0, FREE))[0] + 1
+        taken = self._link(trial_id, number)
+        self._last[trial_id] = (number, HELD)
+        if taken:
+            with self._lock:
+                self._held[trial_id] = number
+                self.lost.discard(trial_id)
+        return taken
+
+    def release(self, trial_id: str, ended: bool = False, why: str = "") -> None:
+        """Give a claim back: the trial has ended (``why`` where no record tells), or is free to be gone on with."""
         with self._lock:
             number = self._held.pop(trial_id, None)
         if number is not None and trial_id not in self.lost:
-            with replacing(self._path(trial_id, number)) as file:
-                file.write(json.dumps({**vars(self.owner), "released": True}).encode())
+            mark = ENDED if ended else FREE
+            path = self._path(trial_id, number, mark)
+            with contextlib.suppress(OSError):  # a full disk: free once we have ended
+                if why:
+                    write_json(path, {"why": why})
+                else:
+                    os.link(self._file, path)
+            self._last[trial_id] = (number, mark)
 
-    def is_taken(self, trial_id: str) -> bool:
-        """Whether a living process, perhaps this one, has the trial."""
-        number = self._highest(trial_id)
-        return bool(number) and not self._free(self._path(trial_id, number))
+    def why(self, trial_id: str) -> str:
+        """What was said of a trial that has ended without a record."""
+        try:
+            text = self._path(trial_id, *self._last[trial_id]).read_text()
+            return str(json.loads(text).get("why", ""))
+        except (OSError, ValueError):
+            return ""
+
+    def reopen(self, trial_id: str) -> None:
+        """Make a trial free that has ended."""
+        if self.state(trial_id) == ENDED:
+            self._last[trial_id] = (self._last[trial_id][0], FREE)
+            if self.take(trial_id):
+                self.release(trial_id)
 
     def beat(self) -> None:
-        """Give a sign of life for each claim, and notice those that were taken over."""
+        """Give a sign of life; after a long silence look for claims that others have taken over meanwhile."""
+        try:
+            os.utime(self._file)
+            now = os.stat(self._file).st_mtime_ns  # by the clock of whoever keeps the folder
+        except OSError:
+            return  # no claim yet; a full or absent disk ends the training itself
+        silence, self._beat = now - self._beat, now
+        if silence < DEAD_AFTER / 2 * 1e9:
+            return
         with self._lock:
             held = dict(self._held)
-        for trial_id, number in held.items():
-            if self._highest(trial_id) > number:
-                with self._lock:
-                    self.lost.add(trial_id)
-                continue
-            try:
-                os.utime(self._path(trial_id, number))
-            except OSError:
-                continue  # a full or absent disk ends the training itself
+        self.lost |= {trial_id for trial_id, number in held.items() if self._path(trial_id, number + 1).exists()}
 
     def __enter__(self) -> Claims:
         self._life.__enter__()
@@ -130,42 +174,38 @@ class Claims:
         for trial_id in list(self._held):
             self.release(trial_id)
 
-    def _path(self, trial_id: str, number: int) -> Path:
-        return self.folder / f"{trial_id}.{number}"
+    def _path(self, trial_id: str, number: int, mark: str = "") -> Path:
+        return self.folder / f"{trial_id}.{number}{mark and '.'}{mark}"
 
-    def _highest(self, trial_id: str) -> int:
-        number = 0
-        while self._path(trial_id, number + 1).exists():
-            number += 1
-        return number
-
-    def _create(self, path: Path) -> bool:
-        """Make the claim's file, whole, unless it is there: a hard link is atomic on shared folders too."""
-        temporary = self.folder / f".{self.owner.token}.{threading.get_ident()}"
-        temporary.write_text(json.dumps(vars(self.owner)))
+    def _link(self, trial_id: str, number: int) -> bool:
+        """Make the claim unless it is there: a hard link is atomic on shared folders too."""
+        if not self._beat:
+            self._file.write_text(json.dumps(vars(self.owner)))
+            self.beat()
+        path = self._path(trial_id, number)
         try:
-            os.link(temporary, path)
+            os.link(self._file, path)
         except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
+            return path.samefile(self._file)  # a file server may have done what it was asked twice
         return True
 
-    def _free(self, path: Path) -> bool:
-        """Whether the claim is released or its owner dead. Clocks of other hosts are never compared with ours."""
+    def _is_dead(self, trial_id: str, number: int) -> bool:
+        """Whether a claim's owner is. Clocks of other hosts are never compared with ours."""
+        path = self._path(trial_id, number)
         try:
-            values = json.loads(path.read_text())
-            beat = path.stat().st_mtime_ns
+            if (trial_id, number) not in self._owners:
+                self._owners[trial_id, number] = json.loads(path.read_text())
+            owner, beat = self._owners[trial_id, number], 0
+            if owner.get("host") != self.owner.host:
+                beat = path.stat().st_mtime_ns
         except (OSError, ValueError):
-            values, beat = {}, 0  # damaged: free once nobody has touched it for long
-        if values.get("released"):
-            return True
-        if values.get("token") == self.owner.token:
+            owner, beat = {"token": str(path)}, 0  # damaged: free once nobody has touched it for long
+        if owner["token"] == self.owner.token:
             return False
-        if values.get("host") == self.owner.host:
-            return not _is_running(int(values["pid"]), str(values.get("born", "")))
-        last, since = self._seen.get(path, (None, 0.0))
+        if owner.get("host") == self.owner.host:
+            return not _is_running(int(owner["pid"]), str(owner.get("born", "")))
+        last, since = self._signs.get(owner["token"], (None, 0.0))
         if last != beat:
-            self._seen[path] = (beat, time.monotonic())
+            self._signs[owner["token"]] = (beat, time.monotonic())
             return False
         return time.monotonic() - since > DEAD_AFTER

@@ -1,18 +1,26 @@
-"""A sweep's plan file: every trial ever asked for, and measured pack sizes. Knows no torch."""
+"""A sweep's files: the plan (every trial ever asked for, and measured pack sizes), and its runs. Knows no torch.
+
+A run is what one command has asked for: which trials, in which order, and how. Workers read plan and run, on whichever
+machine they are, and need nothing else.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import ConfigError
+from lora_vit import __version__
+from lora_vit.config import ConfigError, SweepConfig, from_dict, ids, to_dict
 from lora_vit.records import PLAN, RECORD, locked, write_json
-from lora_vit.sweep.plan import Job
+from lora_vit.sweep.plan import Job, SweepRun
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
+RUNS = ".runs"
 
 
 class Ledger:
@@ -31,7 +39,7 @@ class Ledger:
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return {"schema": PLAN_SCHEMA, "created": time.time(), "trials": {}, "pack_sizes": {}}
+            return {"schema": PLAN_SCHEMA, "created": time.time(), "base": None, "trials": {}, "pack_sizes": {}}
         except NotADirectoryError:
             raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
         except OSError as error:
@@ -67,11 +75,48 @@ class Ledger:
 
         def change(plan: dict[str, Any]) -> None:
             for job in jobs:
-                plan["trials"].setdefault(job.trial_id, {"cell": job.cell_id, "overrides": job.overrides})
-                plan["trials"][job.trial_id]["label"] = job.label
+                values = to_dict(job.config)
+                plan["base"] = plan["base"] or values
+                trial = {"cell": job.cell_id, "overrides": job.overrides, "board": job.board,
+                         "differs": _differences(plan["base"], values)}  # fmt: skip
+                plan["trials"].setdefault(job.trial_id, trial)["label"] = job.label
             plan["command"] = command or plan.get("command")
 
         return self.update(change)
+
+    def begin(self, run: SweepRun) -> SweepRun:
+        """Write down what a command asks for, all of it in the plan already; returns it as workers will read it."""
+        values = {"version": __version__, "launched": run.launched, "workers": run.workers, "hydra": run.hydra,
+                  "options": asdict(run.options), "trials": [job.trial_id for job in run.jobs]}  # fmt: skip
+        (self.folder / RUNS).mkdir(exist_ok=True)
+        write_json(self.folder / RUNS / f"{run.name}.json", values)
+        return self.open_run(run.name)
+
+    def open_run(self, name: str = "") -> SweepRun:
+        """A run as its command wrote it down; the newest where none is named.
+
+        Raises:
+            ConfigError: there is none, of this version of lora_vit, or its files were edited.
+        """
+        found = sorted((self.folder / RUNS).glob(f"{name or '*'}.json"))
+        if not found:
+            raise ConfigError(
+                f"{self.folder} has no run to work on: give the folder of a packed sweep, as seen from here"
+            )
+        plan, values = self.read(), json.loads(found[-1].read_text(encoding="utf-8"))
+        if values["version"] != __version__:
+            raise ConfigError(
+                f"{self.folder} was begun by lora_vit {values['version']}, here is {__version__}: install the same"
+            )
+        jobs = []
+        for trial_id in values["trials"]:
+            trial = plan["trials"][trial_id]
+            config = from_dict(_with_differences(plan["base"], trial["differs"]))
+            if ids(config) != (trial_id, trial["cell"]):
+                raise ConfigError(f"{self.folder / PLAN} was edited: trial {trial_id} is another one in it")
+            jobs.append(Job(config, trial["overrides"], trial["label"], trial_id, trial["board"]))
+        options = SweepConfig(**values["options"])
+        return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
 
     def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
         """The size measured for a group on this kind of machine, and the figures behind it.
@@ -87,6 +132,25 @@ class Ledger:
     def keep_pack_size(self, key: str, figures: dict[str, Any]) -> None:
         """Remember a size and the figures behind it for the next time."""
         self.update(lambda plan: plan["pack_sizes"].update({key: figures}))
+
+
+def _differences(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key to value, where a config differs from another one."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found.update({f"{key}.{inner}": v for inner, v in value.items() if v != base[key][inner]})
+        elif value != base[key]:
+            found[key] = value
+    return found
+
+
+def _with_differences(base: dict[str, Any], differs: dict[str, Any]) -> dict[str, Any]:
+    values = copy.deepcopy(base)
+    for key, value in differs.items():
+        section, _, inner = key.rpartition(".")
+        (values[section] if section else values)[inner] = value
+    return values
 
 
 def trial_folders(folder: Path) -> list[Path]:

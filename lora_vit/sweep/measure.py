@@ -19,7 +19,7 @@ from lora_vit.records import NO_SPACE, TrialRecord
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Group, Job, SweepRun, digest
+from lora_vit.sweep.plan import Group, SweepRun, digest
 from lora_vit.sweep.schedule import Emit
 from lora_vit.sweep.setups import Setups
 from lora_vit.training.checkpoint import TrialState
@@ -46,20 +46,14 @@ class PackSizes:
         self.ledger = Ledger(run.folder)
         self._sizes: dict[str, int] = {}
 
-    def of(self, group: Group, jobs: Sequence[Job], planned: int, claims: Claims) -> int | None:
-        """The group's pack size; None while another process measures it.
-
-        Args:
-            group: of trials that may train together.
-            jobs: its open trials.
-            planned: how many were open when the command began; all workers are to have some.
-            claims: so that one process measures, and the others wait.
-        """
+    def of(self, group: Group, claims: Claims) -> int | None:
+        """The size for a group of trials, of which all workers are to have some; None while another measures it."""
+        planned = len(group.jobs)
         if group.alone:
             return 1
         wanted = self.run.options.pack_size
         if group.key not in self._sizes:
-            size = int(wanted) if wanted != "auto" else self._measured(group, jobs, planned, claims)
+            size = int(wanted) if wanted != "auto" else self._measured(group, claims)
             if size is None:
                 return None
             self._sizes[group.key] = size
@@ -78,18 +72,18 @@ class PackSizes:
         device = choose_device(group.jobs[0].config.trainer.accelerator, self.setups.process)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.run.workers])
 
-    def _measured(self, group: Group, jobs: Sequence[Job], planned: int, claims: Claims) -> int | None:
-        if planned == 1:
+    def _measured(self, group: Group, claims: Claims) -> int | None:
+        if len(group.jobs) == 1:
             return 1
-        figures = self.known(group, planned)
+        figures = self.known(group, len(group.jobs))
         if figures is None:
             kind = self._kind(group)
             if not claims.take(f"size-{kind}"):
                 return None
             try:
-                figures = self.known(group, planned)  # perhaps just now by another
+                figures = self.known(group, len(group.jobs))  # perhaps just now by another
                 if figures is None:
-                    figures = self._measure(group, jobs)
+                    figures = self._measure(group)
                     if figures is None:
                         return 1
                     self.ledger.keep_pack_size(kind, figures)
@@ -97,12 +91,12 @@ class PackSizes:
                 claims.release(f"size-{kind}")
         return int(figures["size"])
 
-    def _measure(self, group: Group, jobs: Sequence[Job]) -> dict[str, Any] | None:
+    def _measure(self, group: Group) -> dict[str, Any] | None:
         """Measure now: ``size`` and the figures behind it; None where a trial cannot be trained at all."""
         self.emit("say", text=f"measuring the pack size for {group.title}")
         try:
             size, measured = choose_pack_size(
-                [job.config for job in jobs], self.setups.of(jobs[0]), self.run.workers, self.stop
+                [job.config for job in group.jobs], self.setups.of(group.jobs[0]), self.run.workers, self.stop
             )
         except (Interrupted, ConfigError):
             raise

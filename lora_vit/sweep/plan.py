@@ -7,9 +7,11 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, cell_id, to_dict, trial_id
 from lora_vit.records import CHECKPOINT, State, state_of
@@ -22,19 +24,20 @@ class Job:
     Attributes:
         config: validated.
         overrides: what makes it this trial, as on the command line.
-        files: name to text of what goes into the trial's ``.hydra/``.
         label: the swept settings, short.
         trial_id: of the config.
+        board: name of the trial's folder in the sweep's TensorBoard folder, which it keeps when the grid grows.
     """
 
     config: TrialConfig
     overrides: list[str]
-    files: dict[str, str] = field(default_factory=dict)
     label: str = ""
     trial_id: str = ""
+    board: str = ""
 
     def __post_init__(self) -> None:
         self.trial_id = self.trial_id or trial_id(self.config)
+        self.board = self.board or "_".join([*self.label.replace("/", "_").split(), self.trial_id])
 
     @property
     def cell_id(self) -> str:
@@ -52,6 +55,7 @@ class SweepRun:
         options: how it runs.
         launched: when the command began (seconds since 1970): what ended before may be trained again if asked for.
         workers: processes that train side by side.
+        hydra: Hydra's own part of the composed configuration, as YAML.
     """
 
     jobs: tuple[Job, ...]
@@ -59,16 +63,29 @@ class SweepRun:
     options: SweepConfig
     launched: float
     workers: int = 1
+    hydra: str = ""
+
+    @property
+    def name(self) -> str:
+        """Names the run among those of its folder; a later run's name sorts behind it."""
+        return f"{self.launched:.6f}"
 
     def folder_of(self, job: Job) -> Path:
         """The trial's folder."""
         return self.folder / job.trial_id
 
     def board_of(self, job: Job) -> Path:
-        """The trial's folder in the sweep's TensorBoard folder; it keeps its name when the grid grows."""
-        root = self.folder / "tensorboard"
-        name = job.label.replace("/", "_").replace(" ", "_")
-        return next(root.glob(f"*{job.trial_id}"), root / f"{name}_{job.trial_id}".lstrip("_"))
+        """The trial's folder of event files."""
+        return self.folder / "tensorboard" / job.board
+
+    def hydra_files(self, job: Job) -> dict[str, str]:
+        """Name to text of what goes into the trial's ``.hydra/``."""
+        config = {**to_dict(job.config), "sweep": asdict(self.options)}
+        return {
+            "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)),
+            "overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(job.overrides)),
+            "hydra.yaml": self.hydra,
+        }
 
     def state_of(self, job: Job) -> State:
         """Where the trial stands."""
@@ -78,9 +95,16 @@ class SweepRun:
         """Whether a trial that stands so needs no (more) training."""
         return state.is_ended(job.config.trainer.resume == "restart", self.launched, self.options.retry_failed)
 
-    def is_begun(self, job: Job) -> bool:
-        """Whether the trial left a checkpoint."""
-        return (self.folder_of(job) / CHECKPOINT).exists()
+    def in_order(self) -> SweepRun:
+        """The run with its trials in the order of training: begun ones first, they were promised before; then by seed.
+
+        Trials with one seed share images and the frozen stem, and a sweep that is stopped early has whole seeds.
+        """
+
+        def place(job: Job) -> tuple[bool, int]:
+            return not (self.folder_of(job) / CHECKPOINT).exists(), job.config.seed
+
+        return replace(self, jobs=tuple(sorted(self.jobs, key=place)))
 
 
 @dataclass
@@ -135,16 +159,11 @@ def group_key(config: TrialConfig) -> str:
 
 
 def make_groups(jobs: Sequence[Job]) -> list[Group]:
-    """Trials that may share packs, cheapest structure first met first; equal seeds side by side.
-
-    Trials with one seed share images and the frozen stem, and a sweep that is stopped early has whole seeds.
-    """
+    """Trials that may share packs; groups and trials in the order in which they are first met."""
     groups: dict[str, Group] = {}
     for job in jobs:
         key = group_key(job.config)
         groups.setdefault(key, Group(key, [], trains_trunk(job.config))).jobs.append(job)
-    for group in groups.values():
-        group.jobs.sort(key=lambda job: job.config.seed)  # stable: the grid's order within a seed
     return list(groups.values())
 
 

@@ -16,13 +16,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
 from lora_vit.start import not_importing_main
 from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep.follow import LOOK_EVERY, Follower
+from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.progress import View
+from lora_vit.terminal import Every
 
 MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
@@ -82,6 +86,8 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
     """How many processes train side by side. Raises ConfigError where the settings ask for what cannot be."""
     import torch
 
+    from lora_vit.sweep.setups import uses_gpus
+
     for job in jobs:
         devices = job.config.trainer.devices
         if devices not in ("auto", "1"):
@@ -97,13 +103,6 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
     if on_gpu and wanted > visible:
         raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
     return wanted
-
-
-def uses_gpus(jobs: Sequence[Job]) -> bool:
-    """Whether any trial runs on a GPU, so that there is one worker for each GPU at most."""
-    import torch
-
-    return any(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
 
 
 def threads_each(workers: int) -> int:
@@ -142,26 +141,21 @@ def run_workers(run: SweepRun, view: View, stop: StopRequest) -> None:
     if run.workers > 1:
         _run_processes(run, view, stop)
         return
-    from lora_vit.sweep.worker import Worker
+    from lora_vit.sweep.worker import stopping, work
 
-    def emit(kind: str, **fields: Any) -> None:
-        view.emit(kind, **fields)
-        if kind == "stop":
-            stop.signum = signal.SIGTERM
-
-    Worker(run, emit, stop).work()
+    work(run, stopping(view.emit, stop), stop)
 
 
 def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     context = worker_context()
     events: Any = context.Queue()
-    shared = (run, events, threads_each(run.workers))
+    shared = (run.folder, run.name, events, threads_each(run.workers))
     processes = [context.Process(target=_work, args=(i, *shared), name=f"worker {i}") for i in range(run.workers)]
     try:
         with _deaf_to_ctrl_c(), not_importing_main():
             for process in processes:
                 process.start()
-        _watch(processes, events, view, stop)
+        _watch(processes, events, view, stop, Follower(run, view))
     except KeyboardInterrupt:  # the second one
         for process in processes:
             process.kill()
@@ -179,15 +173,16 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
         print(f"note: {message}; the others did their work", file=sys.stderr)
 
 
-def _watch(processes: Sequence[BaseProcess], events: Any, view: View, stop: StopRequest) -> None:
-    """Show what the workers report until they have ended; ask them to stop when we are asked."""
-    asked = False
+def _watch(processes: Sequence[BaseProcess], events: Any, view: View, stop: StopRequest, others: Follower) -> None:
+    """Show what the workers and others report until ours have ended; ask ours to stop when we are asked."""
+    asked, now_and_then = False, Every(LOOK_EVERY)
     while any(p.is_alive() for p in processes) or not events.empty():
         try:
             kind, fields = events.get(timeout=0.2)
             view.emit(kind, **fields)
         except queue.Empty:
-            pass
+            if now_and_then.due():
+                others.look()
         if (stop.signum or view.stop_asked) and not asked:
             asked = True
             for process in processes:
@@ -197,11 +192,11 @@ def _watch(processes: Sequence[BaseProcess], events: Any, view: View, stop: Stop
         process.join()
 
 
-def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
+def _work(index: int, folder: Path, name: str, events: Any, threads: int) -> None:
     """A worker process."""
     import torch
 
-    from lora_vit.sweep.worker import Worker
+    from lora_vit.sweep.worker import work
 
     torch.set_num_threads(threads)
     command = multiprocessing.parent_process()
@@ -214,9 +209,7 @@ def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
     code = 0
     with StopRequest() as stop:
         try:
-            if uses_gpus(run.jobs):
-                torch.cuda.set_device(index)
-            Worker(run, emit, stop, index).work()
+            work(Ledger(folder).open_run(name), emit, stop)
         except Interrupted as error:
             code = error.exit_code
         except (ConfigError, OSError) as error:

@@ -114,9 +114,13 @@ class View:
     def _on_stop(self) -> None:
         self.stop_asked = True
 
+    def is_ended(self, job: Job) -> bool:
+        """Whether the trial needs no more training."""
+        return self.rows[job.trial_id].status not in ("waiting", "running")
+
     def ended(self) -> int:
         """Trials that need no more training."""
-        return sum(row.status not in ("waiting", "running") for row in self.rows.values())
+        return sum(self.is_ended(row.job) for row in self.rows.values())
 
     def _trial_line(self, row: Row) -> str:
         end = f"val accuracy {row.val_accuracy:.2%}" if row.val_accuracy is not None else ""

@@ -6,23 +6,27 @@ import shlex
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lora_vit.build import prepare
-from lora_vit.config import SweepConfig
 from lora_vit.data.dataset import IN_PACKAGES
 from lora_vit.records import RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.dryrun import print_plan
+from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, this_command, without_duplicates
-from lora_vit.sweep.processes import number_of_workers, run_workers
+from lora_vit.sweep.processes import GOES_ON, WorkerFailed, number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import make_console, print_table
 
+POLL_EVERY = 1.0
+"""Seconds between looks at trials that others have."""
 SHOWN = 30
 """Rows of a table on the terminal."""
 
@@ -31,16 +35,8 @@ class SweepFailed(Exception):  # noqa: N818  (its trials did)
     """Some trials have failed; every record is written and the message says how many."""
 
 
-def run_sweep(
-    jobs: Sequence[Job], folder: Path, options: SweepConfig, idle: Sequence[str] = ()
-) -> dict[str, float | Exception] | None:
-    """Train a sweep's trials, each once; skip what is finished.
-
-    Args:
-        jobs: composed and validated.
-        folder: of the sweep.
-        options: how it runs.
-        idle: settings without effect in some trials, to be told.
+def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
+    """Train the trials that a command asks for, each once; skip what is finished.
 
     Returns:
         The validation accuracy or the failure of each trial id; None after a dry run.
@@ -49,19 +45,17 @@ def run_sweep(
         ConfigError: nothing was trained.
         Interrupted: everything is saved.
     """
-    launched = time.time()
-    jobs, twice = without_duplicates(jobs)
-    if idle:
-        print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
+    folder, options = asked.folder, asked.options
+    jobs, twice = without_duplicates(asked.jobs)
     if twice:
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
     _tell_changed(jobs, ledger.read()["trials"])  # refuses a folder of another version before anything is written
-    all_jobs = SweepRun(tuple(jobs), folder, options, launched)
+    all_jobs = replace(asked, jobs=tuple(jobs))
     states = {job.trial_id: all_jobs.state_of(job) for job in jobs}
     ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
     todo = tuple(job for job in jobs if job.trial_id not in ended)
-    run = SweepRun(todo, folder, options, launched, number_of_workers(todo or jobs, options))
+    run = replace(asked, jobs=todo, workers=number_of_workers(todo or jobs, options))
     if options.measure or not options.dry_run:
         prepare([job.config for job in todo])
     if options.dry_run:
@@ -70,6 +64,7 @@ def run_sweep(
         print_plan(run, states)
         return None
     ledger.add(jobs, this_command())
+    run = _begin(run, ledger) if todo else run
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
@@ -93,12 +88,32 @@ def _tell_changed(jobs: Sequence[Job], planned: dict[str, Any]) -> None:
         )
 
 
+def _begin(run: SweepRun, ledger: Ledger) -> SweepRun:
+    """Write the run down for its workers; what ended earlier is free again."""
+    claims = Claims(run.folder)
+    claims.look()
+    for job in run.jobs:
+        claims.reopen(job.trial_id)
+    return ledger.begin(run.in_order())
+
+
 def train_open(run: SweepRun, view: View) -> None:
-    """Train what is open, here or in worker processes."""
+    """Train what is open, here or in worker processes, and wait for what others have."""
+    others, waited = Follower(run, view), False
     try:
         with StopRequest() as stop:
-            if run.jobs:
-                run_workers(run, view, stop)
+            while (standing := others.look()) != ENDED:
+                ended = view.ended()
+                if standing == FREE:
+                    run_workers(run, view, stop)
+                    if others.look() == FREE and view.ended() == ended:
+                        raise WorkerFailed(f"trials are open, and no worker could take them: {GOES_ON}")
+                    continue
+                if not waited:
+                    view.emit("say", text="another process has the remaining trials: waiting for it")
+                    waited = True
+                stop.heed()
+                time.sleep(POLL_EVERY)
     except Interrupted:
         if not view.stop_asked:
             raise

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from lora_vit.build import build_setup
+from lora_vit.config import ConfigError
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.distributed import Process
-from lora_vit.sweep.plan import Job, digest, setup_key
+from lora_vit.records import locked
+from lora_vit.sweep.plan import Job, SweepRun, digest, setup_key
 from lora_vit.training.setup import Setup
 
 
@@ -32,6 +36,37 @@ class Setups:
                 self._data = (data_key, load_data(job.config.data, quiet=True))
             self._setup = (key, build_setup(job.config, self.process, self._data[1]))
         return self._setup[1]
+
+
+def uses_gpus(jobs: Sequence[Job]) -> bool:
+    """Whether any trial runs on a GPU, of which each worker has one to itself."""
+    return any(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
+
+
+@contextlib.contextmanager
+def own_device(run: SweepRun) -> Iterator[int]:
+    """The first visible GPU that no other worker of the sweep has; 0 on a CPU, which workers share.
+
+    Raises:
+        ConfigError: every visible GPU has a worker.
+    """
+    if not uses_gpus(run.jobs):
+        yield 0
+        return
+    for index in range(torch.cuda.device_count()):
+        lock = run.folder / ".claims" / f"gpu-{torch.cuda.get_device_properties(index).uuid}"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(lock, wait=False))
+            except BlockingIOError:
+                continue
+            torch.cuda.set_device(index)
+            yield index
+            return
+    raise ConfigError(
+        f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep already: start one "
+        "worker for each GPU"
+    )
 
 
 def free_memory() -> None:

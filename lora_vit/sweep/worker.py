@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +17,19 @@ from lora_vit.records import NO_SPACE
 from lora_vit.run import one_line
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.measure import PackSizes
 from lora_vit.sweep.plan import Group, Job, SweepRun
 from lora_vit.sweep.schedule import Emit, Schedule
-from lora_vit.sweep.setups import Setups, free_memory
-from lora_vit.terminal import Every
+from lora_vit.sweep.setups import Setups, free_memory, own_device
+from lora_vit.terminal import Every, make_console
 from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import Trial, locked_folder
 
 POLL_EVERY = 0.5
-"""Seconds between looks at the trials that other processes have claimed."""
+"""Seconds between looks while another process claims a pack or measures its size."""
 
 
 class ClaimLost(Exception):  # noqa: N818  (not an error)
@@ -72,65 +76,116 @@ class PackReporter:
         message = trial.record.error["message"] if failed and trial.record.error else ""
         accuracy = trial.record.metrics.get("val_accuracy")
         self.emit("left", id=trial.name, status=trial.record.status, val_accuracy=accuracy, message=message)
-        self.claims.release(trial.name)
+        self.claims.release(trial.name, ended=True)
         if failed and self.stop_on_failure:
             self.emit("stop")
+
+
+def work(run: SweepRun, emit: Emit, stop: StopRequest) -> None:
+    """Be a worker of the run on a device of one's own, until nothing is open that nobody has.
+
+    Raises:
+        ConfigError: there is no device.
+        Interrupted: everything is saved.
+    """
+    with own_device(run) as index:
+        Worker(run, emit, stop, index).work()
+
+
+def stopping(emit: Emit, stop: StopRequest) -> Emit:
+    """Events as before, of which ``stop`` also asks this process to stop."""
+
+    def passing(kind: str, **fields: Any) -> None:
+        emit(kind, **fields)
+        if kind == "stop":
+            stop.signum = signal.SIGTERM
+
+    return passing
+
+
+def work_alone(folder: Path, name: str = "") -> int:
+    """Be a worker that was started by itself; plain lines say what it does. Returns the exit code.
+
+    Args:
+        folder: of the sweep.
+        name: of the run; the newest where none is named.
+
+    Raises:
+        ConfigError: there is no such run here, or no device.
+    """
+    console = make_console()
+    run = Ledger(folder).open_run(name)
+    labels = {job.trial_id: job.label for job in run.jobs}
+
+    def say(kind: str, **fields: Any) -> None:
+        if kind == "pack":
+            console.print(f"training {', '.join(fields['ids'])}", markup=False)
+        elif kind == "left":
+            end = fields["message"] if fields["val_accuracy"] is None else f"val accuracy {fields['val_accuracy']:.2%}"
+            console.print(f"{fields['id']} {labels[fields['id']]}  {fields['status']}  {end}", markup=False)
+        elif kind == "say":
+            console.print(fields["text"], markup=False)
+
+    console.print(f"a worker of {folder}: {len(run.jobs)} trials were asked for", markup=False)
+    try:
+        with StopRequest() as stop:
+            work(run, stopping(say, stop), stop)
+    except Interrupted as error:
+        console.print(f"{error}: saved; any other worker goes on")
+        return error.exit_code
+    console.print("nothing is open that nobody has")
+    return 0
 
 
 class Worker:
     """Trains a sweep's open trials until none is left. One for each device."""
 
     def __init__(self, run: SweepRun, emit: Emit, stop: StopRequest, index: int = 0):
-        """``emit`` takes events for the view; ``index``: which worker of the run, and on GPUs which device."""
+        """``emit`` takes events for the view; ``index``: of the GPU."""
         self.run, self.emit, self.stop = run, emit, stop
         self.setups = Setups(Process(local_rank=index))
 
     def work(self) -> None:
-        """Train until every trial has ended, here or elsewhere. Raises Interrupted once all is saved."""
+        """Train until nothing is open that nobody has. Raises Interrupted once all is saved."""
         with Claims(self.run.folder) as claims:
+            self.claims = claims
             self.schedule = Schedule(self.run, claims, self.emit)
             self.sizes = PackSizes(self.run, self.setups, self.stop, self.emit)
             self.reporter = PackReporter(self.emit, claims, self.run.options.on_failure == "stop")
-            waited = False
-            while not self.stop.signum:
-                looks = [self.train_group(group) for group in self.schedule.groups]
-                if any(worked for worked, _ in looks):
-                    continue
-                if not any(open_elsewhere for _, open_elsewhere in looks):
+            groups, waited = self.schedule.groups, False
+            while True:
+                claims.look()
+                if any(self.train_group(group, waited) for group in groups):
+                    waited = False
+                elif waited or not any(map(self.schedule.is_free, groups)):
                     return
-                if not waited:
-                    self.emit("say", text="another process has the remaining trials: waiting for it")
+                else:  # the rest of a pack whose owner is about to take it, or never will
                     waited = True
-                time.sleep(POLL_EVERY)
-            raise Interrupted(self.stop.signum)
+                    time.sleep(POLL_EVERY)
 
-    def train_group(self, group: Group) -> tuple[bool, bool]:
-        """Train what nobody has: whether anything was trained, and whether others have what is left."""
+    def train_group(self, group: Group, strays: bool) -> bool:
+        """Train what of a group is free as of the last look; whether another look is worth it."""
         worked = False
-        while not self.stop.signum:
-            jobs = self.schedule.open_jobs(group)
+        while self.schedule.is_free(group):
+            self.stop.heed()
+            taken: list[Job] = []
             try:
-                taken = self.take_pack(group, jobs)
+                size = self.sizes.of(group, self.claims)
+                if size is None:
+                    time.sleep(POLL_EVERY)
+                    return True
+                taken = self.schedule.take_pack(group, size, strays)
                 if not taken:
-                    return worked, bool(jobs)
-                setup = self.setups.of(taken[0])
+                    break
+                self.train_taken(group, taken, self.setups.of(taken[0]))
             except ConfigError as error:  # nothing of the group can be built
-                for job in jobs:
-                    self.schedule.refuse(job, error)
-                break
-            worked = True
-            try:
-                self.train_taken(group, taken, setup)
+                for job in taken or group.jobs:
+                    if taken or self.claims.take(job.trial_id):
+                        self.schedule.refuse(job, error)
             finally:
                 self.schedule.give_back(taken)
-        return worked, False
-
-    def take_pack(self, group: Group, jobs: list[Job]) -> list[Job]:
-        """Claim the next pack of these open trials; empty while others have them, or measure how many fit."""
-        if self.schedule.all_taken(jobs):
-            return []
-        size = self.sizes.of(group, jobs, self.schedule.planned(group), self.schedule.claims)
-        return [] if size is None else self.schedule.take_pack(group, jobs, size)
+            worked = True
+        return worked
 
     def train_taken(self, group: Group, jobs: Sequence[Job], setup: Setup) -> None:
         """Train claimed trials in their folders."""
@@ -198,7 +253,7 @@ class Worker:
         for job in jobs:
             place, board = self.run.folder_of(job), self.run.board_of(job)
             try:
-                trial = Trial.open(job.config, place, setup, self.run.launched, job.files, board)
+                trial = Trial.open(job.config, place, setup, self.run.launched, self.run.hydra_files(job), board)
             except ConfigError as error:
                 self.schedule.refuse(job, error)
             else:

@@ -1,5 +1,6 @@
 """Hydra's doors to the packed sweep: a launcher, and a grid sweeper that composes each trial once."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, idle_settings, sweep_from_omegaconf
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import this_command
+from lora_vit.sweep.plan import SweepRun, this_command
 
 # Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_vit")
@@ -35,11 +36,13 @@ class PackedLauncher(BasicLauncher):
             return super().launch(job_overrides, initial_job_idx)
         assert self.config is not None
         assert self.hydra_context is not None
-        options = sweep_from_omegaconf(self.config.sweep)
+        options, launched = sweep_from_omegaconf(self.config.sweep), time.time()
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
-        idle = idle_settings(jobs, job_overrides)
+        if idle := idle_settings(jobs, job_overrides):
+            print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
         folder = Path(str(self.config.hydra.sweep.dir))
-        outcomes = run_sweep(jobs, folder, options, idle)
+        hydra = OmegaConf.to_yaml(OmegaConf.masked_copy(self.config, ["hydra"]))
+        outcomes = run_sweep(SweepRun(tuple(jobs), folder, options, launched, hydra=hydra))
         if outcomes is None:  # a dry run
             return []
         # One copy for all: sweepers read what a trial came to, and a copy for each takes seconds for a thousand.
