@@ -87,7 +87,7 @@ class Claims:
         self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
         self._owners: dict[tuple[str, int], dict[str, Any]] = {}
         self._signs: dict[str, tuple[int, float]] = {}  # of other owners: last sign of life, when we saw it first
-        self._beat = 0
+        self._beat = self._inode = 0
         self._lock = threading.Lock()
         self._life = repeating(self.beat, BEAT_EVERY)
 
@@ -181,12 +181,13 @@ class Claims:
         """Make the claim unless it is there: a hard link is atomic on shared folders too."""
         if not self._beat:
             self._file.write_text(json.dumps(vars(self.owner)))
+            self._inode = os.stat(self._file).st_ino
             self.beat()
         path = self._path(trial_id, number)
         try:
             os.link(self._file, path)
         except FileExistsError:
-            return path.samefile(self._file)  # a file server may have done what it was asked twice
+            return os.stat(path).st_ino == self._inode  # a file server may have done what it was asked twice
         return True
 
     def _is_dead(self, trial_id: str, number: int) -> bool:

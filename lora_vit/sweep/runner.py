@@ -64,7 +64,7 @@ def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
         print_plan(run, states)
         return None
     ledger.add(jobs, this_command())
-    run = _begin(run, ledger) if todo else run
+    run = begin(run) if todo else run
     finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
@@ -88,13 +88,13 @@ def _tell_changed(jobs: Sequence[Job], planned: dict[str, Any]) -> None:
         )
 
 
-def _begin(run: SweepRun, ledger: Ledger) -> SweepRun:
+def begin(run: SweepRun) -> SweepRun:
     """Write the run down for its workers; what ended earlier is free again."""
     claims = Claims(run.folder)
     claims.look()
     for job in run.jobs:
         claims.reopen(job.trial_id)
-    return ledger.begin(run.in_order())
+    return Ledger(run.folder).begin(run.in_order())
 
 
 def train_open(run: SweepRun, view: View) -> None:

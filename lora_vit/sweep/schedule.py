@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_vit.sweep.claims import ENDED, FREE, Claims
+from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.plan import Group, Job, SweepRun, make_groups
 
 Emit = Callable[..., None]
@@ -26,18 +26,25 @@ class Schedule:
         return any(self.claims.state(job.trial_id) == FREE for job in group.jobs)
 
     def take_pack(self, group: Group, size: int, strays: bool = False) -> list[Job]:
-        """Claim the open trials of the next pack; empty where none is free as of the last look.
+        """Claim the open trials of a pack, the first that can be had; empty where none is free as of the last look.
 
-        ``strays``: also what is left of packs whose first trial another has.
+        ``strays``: every free trial, also of packs whose first one another has.
         """
+        skip, step = 0, 1
         for first in range(0, len(group.jobs), size):
             taken: list[Job] = []
             for job in group.jobs[first : first + size]:
-                if self.claims.state(job.trial_id) == ENDED:
+                state = self.claims.state(job.trial_id)
+                if state == ENDED:
                     continue
-                if not self.claims.take(job.trial_id):
+                if state == FREE and skip:
+                    skip -= 1
+                    break
+                if state == HELD or not self.claims.take(job.trial_id):
                     if strays:
                         continue
+                    if state == FREE:  # taken since we looked, and so, probably, are the next ones: ever fewer tries
+                        skip, step = step, 2 * step
                     break
                 if self.run.is_ended(job, self.run.state_of(job)):  # by a command that knows no claims
                     self.claims.release(job.trial_id, ended=True)
