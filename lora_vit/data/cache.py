@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from lora_vit.data.dataset import DataError, Decoded, shown
-from lora_vit.data.files import cannot_write, cores
-from lora_vit.records import locked, write_json
+from lora_vit.data.dataset import DataError, Decoded, Found, content_of, shown
+from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
+from lora_vit.records import write_json
 
 _FORMAT = 2
 _NAMED = 20
@@ -150,8 +150,7 @@ def decoded(
     images = _open(path, len(names))
     if images is None:
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with locked(cache_dir / f"{path.name}.lock"):
+            with locked_in(cache_dir, path.name):
                 images = _open(path, len(names))  # perhaps another run has just made it
                 if images is None:
                     _build(root, names, digests, size, path, quiet)
@@ -160,6 +159,33 @@ def decoded(
             raise cannot_write(cache_dir, error) from None
     beside = path.with_suffix(".json")
     return images, (tuple(json.loads(beside.read_text())) if beside.exists() else None)
+
+
+def found_in(
+    root: Path,
+    class_names: list[str],
+    parts: dict[str, list[tuple[str, int]]],
+    passed: PassedOver,
+    cache_dir: Path,
+    quiet: bool,
+    fetch: bool,
+) -> Found:
+    """The data set of image files: for each part, their paths below ``root`` and their labels.
+
+    Raises:
+        DataError: as :func:`~lora_vit.data.files.digests_of`.
+    """
+    names = [name for images in parts.values() for name, _ in images]
+    labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
+    ends = np.cumsum([len(images) for images in parts.values()])
+    ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
+    digests = digests_of(root, names, cache_dir, quiet, fetch)
+
+    def decode_all(size: int | None) -> Decoded:
+        return decoded(root, names, digests, size, cache_dir, quiet)
+
+    content = content_of(class_names, labels, ids, digests)
+    return Found(labels, class_names, ids, content, decode_all, passed.lines())
 
 
 def _open(path: Path, count: int) -> np.ndarray | None:
