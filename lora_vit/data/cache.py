@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -63,28 +64,26 @@ class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
         super().__init__(f"its values are {values[0]:g} .. {values[1]:g}, not 8-bit as those trained on")
 
 
-def decode(file: Path | str | bytes, size: int | None, value_range: Range | None = None) -> np.ndarray:
+def decode(file: Path, size: int | None, value_range: Range | None = None) -> np.ndarray:
     """An image file as RGB, uint8 [3, h, w]; with ``size`` its short side resized (antialiased) and centre-cropped.
 
     Turned upright where its EXIF data says so. Transparency is dropped. Pixels of 16 or 32 bits are mapped from
     ``value_range`` to 0 .. 255.
 
-    Args:
-        file: its path, or its bytes.
-        size: pixels of each side, None for its own.
-        value_range: of the data set.
-
     Raises:
         DataError: it cannot be read as an image, or is deep and there is no range.
     """
     try:
-        return _decode(io.BytesIO(file) if isinstance(file, bytes) else file, size, value_range)
+        return _decode(file, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-        name = "the image" if isinstance(file, bytes) else shown(str(file))
-        raise DataError(f"{name} cannot be read as an image ({str(error) or type(error).__name__})") from error
+        raise DataError(f"{shown(str(file))} cannot be read as an image ({_reason(error)})") from None
 
 
-def _decode(file: io.BytesIO | Path | str, size: int | None, value_range: Range | None) -> np.ndarray:
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _decode(file: io.BytesIO | Path, size: int | None, value_range: Range | None) -> np.ndarray:
     # The user's own files: large ones are no attack.
     Image.MAX_IMAGE_PIXELS = None
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
@@ -216,14 +215,13 @@ class _Job:
             try:
                 content = Path(self.root, name).read_bytes()
                 if hashlib.sha256(content).digest() != digest.tobytes():
-                    raise DataError("it was changed in this moment")
-                image = decode(content, self.size, self.value_range)
-            except DataError as error:
-                deep = error.__cause__
-                if isinstance(deep, DeepImage):
-                    problems.append(Problem(name, "deep", values=deep.values))
-                else:
-                    problems.append(Problem(name, "broken", str(deep or error) or type(deep).__name__))
+                    raise ValueError("it was changed in this moment")
+                image = _decode(io.BytesIO(content), self.size, self.value_range)
+            except DeepImage as error:
+                problems.append(Problem(name, "deep", values=error.values))
+                continue
+            except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
+                problems.append(Problem(name, "broken", _reason(error)))
                 continue
             if image.shape == row.shape:
                 row[:] = image
@@ -250,29 +248,24 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         self._job = job
-        self._told = False
 
-    def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
+    def run(self, *chunk: Any) -> list[Problem]:
         """As the job's; errors of the process are raised here."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            if not self._told:
-                pickle.dump(self._job, self._process.stdin)
-                self._told = True
-            pickle.dump((start, names, digests), self._process.stdin)
+            pickle.dump((self._job, chunk), self._process.stdin)
             self._process.stdin.flush()
-            answer = pickle.load(self._process.stdout)
+            answer: list[Problem] | OSError = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            code = self._process.wait()
+            code, (_, names, _) = self._process.wait(), chunk
             raise DataError(
                 f"a process that decodes images ended with code {code} between {shown(names[0])} and "
                 f"{shown(names[-1])} of {shown(self._job.root)}: is there enough memory, are these images sound?"
             ) from None
-        if isinstance(answer, Exception):
+        if isinstance(answer, OSError):
             raise answer
-        problems: list[Problem] = answer
-        return problems
+        return answer
 
     def stop(self) -> None:
         self._process.kill()
@@ -280,20 +273,16 @@ class _Worker:
 
 
 def serve() -> None:
-    """A worker's side: read the job, then chunks, from stdin until it closes, and answer each."""
-    job: _Job = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
-            chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer: list[Problem] | OSError
-        try:
-            answer = job.run(*chunk)
-        except OSError as error:
-            answer = error
-        pickle.dump(answer, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    """A worker's side: read a job and a chunk of it from stdin and answer, until stdin closes."""
+    with contextlib.suppress(EOFError):
+        while True:
+            job, chunk = pickle.load(sys.stdin.buffer)
+            try:
+                answer = job.run(*chunk)
+            except OSError as error:
+                answer = error
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
 
 def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
@@ -308,11 +297,7 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
         )
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
-        with partial.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            offset = file.tell()
-            file.truncate(offset + needed)
+        offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = _Job(str(root), size, shape, str(partial), offset)
         problems = _run(job, names, digests, quiet)
         deep = [p.values for p in problems if p.kind == "deep"]
@@ -340,30 +325,24 @@ def _run(job: _Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[
     chunks = [(i, names[i : i + length], digests[i : i + length]) for i in range(0, len(names), length)]
     problems: list[Problem] = []
     with Progress("decoding images", len(names), quiet) as bar, contextlib.ExitStack() as stack:
+        answers: Iterator[list[Problem]] = (job.run(*chunk) for chunk in chunks)
+        if count > 1:
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            idle = [_Worker(job) for _ in range(count)]
+            for worker in idle:
+                stack.callback(worker.stop)  # before the pool is left, so that its threads end
 
-        def collect(found: list[Problem], done: int) -> None:
-            problems.extend(found)
-            bar.advance(done)
+            def feed(chunk: tuple[int, list[str], np.ndarray]) -> list[Problem]:
+                worker = idle.pop()  # there are as many workers as threads
+                try:
+                    return worker.run(*chunk)
+                finally:
+                    idle.append(worker)
 
-        if count < 2:
-            for chunk in chunks:
-                collect(job.run(*chunk), len(chunk[1]))
-            return problems
-        pool = stack.enter_context(ThreadPoolExecutor(count))
-        workers = [_Worker(job) for _ in range(count)]
-        for worker in workers:
-            stack.callback(worker.stop)  # before the pool is left, so that its threads end
-        idle = list(workers)
-
-        def feed(chunk: tuple[int, list[str], np.ndarray]) -> list[Problem]:
-            worker = idle.pop()  # there are as many workers as threads
-            try:
-                return worker.run(*chunk)
-            finally:
-                idle.append(worker)
-
-        for chunk, found in zip(chunks, pool.map(feed, chunks), strict=True):
-            collect(found, len(chunk[1]))
+            answers = pool.map(feed, chunks)
+        for chunk, found in zip(chunks, answers, strict=True):
+            problems += found
+            bar.advance(len(chunk[1]))
     return problems
 
 
