@@ -103,15 +103,13 @@ def _format_of(weights: str) -> str:
 
 def _read_file(weights: str) -> Any:
     """What a file holds, without running code that it may hold."""
-    path = Path(weights).expanduser()
+    path, kind = Path(weights).expanduser(), _format_of(weights)
     try:
-        if _format_of(weights) == "safetensors":
+        if kind == "safetensors":
             return load_file(path)
         # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
