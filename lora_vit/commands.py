@@ -78,10 +78,6 @@ def run_command(action: Callable[[], int]) -> None:
     except BrokenPipeError:
         os._exit(0)
     except (ConfigError, RecordError, OSError) as error:
-        code = _fail(error)
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     sys.exit(code)
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1

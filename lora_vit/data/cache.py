@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -40,28 +40,19 @@ Range = tuple[float, float]
 """The values that become 0 and 255 where pixels have more than 8 bits."""
 
 
-class Problem(NamedTuple):
-    """An image that cannot be used as it is.
-
-    Attributes:
-        name: of its file.
-        kind: broken, size or deep (more than 8 bits, and no range given).
-        why: the reader's reason, or width and height.
-        values: smallest and largest value of a deep one.
-    """
-
-    name: str
-    kind: str
-    why: str = ""
-    values: Range = (0.0, 0.0)
+Problem = tuple[str, Exception]
+"""A file's name and why it cannot be used as it is: DeepImage, OtherSize or, where it is broken, ValueError."""
 
 
 class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
-    """An image of more than 8 bits, for which no range was given."""
+    """An image of more than 8 bits, for which no range was given; its smallest and its largest value."""
 
-    def __init__(self, values: Range):
-        self.values = values
-        super().__init__(f"its values are {values[0]:g} .. {values[1]:g}, not 8-bit as those trained on")
+    def __str__(self) -> str:
+        return "its values are {:g} .. {:g}, not 8-bit as those trained on".format(*self.args)
+
+
+class OtherSize(Exception):  # noqa: N818  (not an error where there is ``data.cache_size``)
+    """An image of another size than the first."""
 
 
 def decode(file: Path, size: int | None, value_range: Range | None = None) -> np.ndarray:
@@ -115,7 +106,7 @@ def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
     if not np.isfinite(grey).all():
         raise ValueError("it has values that are not finite")
     if value_range is None:
-        raise DeepImage((float(grey.min()), float(grey.max())))
+        raise DeepImage(float(grey.min()), float(grey.max()))
     low, high = value_range
     scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
@@ -210,23 +201,20 @@ class _Job:
     def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
         """Decode the files into rows ``start`` and on; what cannot be used is returned."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        problems = []
+        problems: list[Problem] = []
         for row, name, digest in zip(rows, names, digests, strict=True):
             try:
                 content = Path(self.root, name).read_bytes()
                 if hashlib.sha256(content).digest() != digest.tobytes():
                     raise ValueError("it was changed in this moment")
                 image = _decode(io.BytesIO(content), self.size, self.value_range)
-            except DeepImage as error:
-                problems.append(Problem(name, "deep", values=error.values))
-                continue
-            except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-                problems.append(Problem(name, "broken", _reason(error)))
-                continue
-            if image.shape == row.shape:
+                if image.shape != row.shape:
+                    raise OtherSize(f"{image.shape[2]}x{image.shape[1]}")
                 row[:] = image
-            else:
-                problems.append(Problem(name, "size", f"{image.shape[2]}x{image.shape[1]}"))
+            except (DeepImage, OtherSize) as error:
+                problems.append((name, error))
+            except Exception as error:  # of Pillow's many kinds not all can be sent to another process
+                problems.append((name, ValueError(_reason(error))))
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
@@ -300,9 +288,9 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = _Job(str(root), size, shape, str(partial), offset)
         problems = _run(job, names, digests, quiet)
-        deep = [p.values for p in problems if p.kind == "deep"]
+        deep = [error.args for _, error in problems if isinstance(error, DeepImage)]
         if deep:  # one range for all, so that equal values stay equal
-            job = replace(job, value_range=(min(v[0] for v in deep), max(v[1] for v in deep)))
+            job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
             problems = _run(job, names, digests, quiet)
         _refuse(root, problems, f"{first.shape[2]}x{first.shape[1]}")
         with partial.open("rb") as file:
@@ -348,17 +336,18 @@ def _run(job: _Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[
 
 def _refuse(root: Path, problems: list[Problem], usual: str) -> None:
     """Raise the one error that tells all broken images, or an image of another size."""
-    broken = sorted(f"{shown(p.name)} ({p.why})" for p in problems if p.kind == "broken")
+    broken = sorted(f"{shown(name)} ({error})" for name, error in problems if isinstance(error, ValueError))
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
         raise DataError(
             f"{count} below {shown(str(root))}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away"
         )
-    for problem in sorted(problems):
+    if problems:
+        name, size = min(problems, key=lambda problem: problem[0])
         raise DataError(
-            f"{shown(str(root / problem.name))} is {problem.why}, other images are {usual}: give data.cache_size to "
-            "bring all to one size"
+            f"{shown(str(root / name))} is {size}, other images are {usual}: give data.cache_size to bring all to one "
+            "size"
         )
 
 
