@@ -190,14 +190,13 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     if config.model.weights is not None:
         check_weights(config.model.name, config.model.weights)  # before data is fetched or decoded
     data = data or load_data(config.data, quiet=not process.is_main)
-    transform = Transform(config.model.image_size, config.data.augment, device, dtype)
     factory = ModelFactory(config, len(data.class_names), device, dtype)
     if factory.note and process.is_main:
         print(factory.note)
     return Setup(
         build_model=factory,
         samples=Samples(data, device),
-        transform=transform,
+        transform=Transform(config.model.image_size, config.data.augment, device, dtype),
         device=device,
         process=process,
         compile=config.trainer.compile,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import csv
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_vit.commands import add_common, check_out, completed_record, recorded_config, run_command
+from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
 from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.records import replacing
 from lora_vit.terminal import Progress
@@ -131,8 +130,7 @@ def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
 
 def main() -> None:
     """Command-line entry."""
-    parser = argparse.ArgumentParser(prog="python -m lora_vit.predict", description=__doc__)
-    add_common(parser)
+    parser = trial_parser("predict", __doc__)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
     parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")

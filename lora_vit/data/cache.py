@@ -40,6 +40,8 @@ Range = tuple[float, float]
 """The values that become 0 and 255 where pixels have more than 8 bits."""
 
 
+Parts = dict[str, list[tuple[str, int]]]
+"""The images of each part: their paths below the data set's folder, and their labels."""
 Problem = tuple[str, Exception]
 """A file's name and why it cannot be used as it is: DeepImage, OtherSize or, where it is broken, ValueError."""
 
@@ -152,15 +154,9 @@ def decoded(
 
 
 def found_in(
-    root: Path,
-    class_names: list[str],
-    parts: dict[str, list[tuple[str, int]]],
-    passed: PassedOver,
-    cache_dir: Path,
-    quiet: bool,
-    fetch: bool,
+    root: Path, class_names: list[str], parts: Parts, passed: PassedOver, cache_dir: Path, quiet: bool, fetch: bool
 ) -> Found:
-    """The data set of image files: for each part, their paths below ``root`` and their labels.
+    """The data set of the images in ``parts``, which lie below ``root``.
 
     Raises:
         DataError: as :func:`~lora_vit.data.files.digests_of`.

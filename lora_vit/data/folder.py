@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_vit.data.cache import found_in
+from lora_vit.data.cache import Parts, found_in
 from lora_vit.data.dataset import DataError, Found, shown
 from lora_vit.data.files import PassedOver, folders_in, images_below
 
@@ -24,7 +24,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
-    parts: dict[str, list[tuple[str, int]]] = {}
+    parts: Parts = {}
     for part, folder in folders.items():
         others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
         if others:

@@ -255,14 +255,12 @@ def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOve
         raise DataError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
     rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
     named = [(f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows if wnid in wnids]
-    if not named:
-        raise DataError(f"{annotations} names no image of the classes of wnids.txt: extract the archive anew")
     there = images_below(folder, "val/images", cache, passed) if images.is_dir() else []
-    missing = sorted({name for name, _ in named} - set(there))
-    if missing:
+    missing = {name for name, _ in named} - set(there)
+    if missing or not named:
         raise DataError(
-            f"{annotations} names {len(missing)} images that are not in {images}, for example {missing[0]}: "
-            "extract the archive anew"
+            f"{annotations} names {len(named)} images of the classes of wnids.txt, of which {images} lacks "
+            f"{len(missing)}: extract the archive anew"
         )
     return named
 
