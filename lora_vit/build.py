@@ -27,7 +27,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import check_weights, is_published, load_trunk_weights, read_state_dict
+from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -216,9 +216,8 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         name, weights = config.model.name, config.model.weights
         if weights is not None and (name, weights) not in ready:
             ready.append((name, weights))
-            check_weights(name, weights)
-            if is_published(name, weights):
-                read_state_dict(name, weights)
+            fetch = check_weights if is_weights_file(weights) else read_state_dict  # which downloads
+            fetch(name, weights)
         if config.data not in ready:
             ready.append(config.data)
             line = load_data(config.data).line(config.model.image_size)

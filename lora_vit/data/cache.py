@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from lora_vit.data.dataset import DataError, Decoded, Found, content_of, shown
+from lora_vit.data.dataset import DataError, Decoded, Found, Range, content_of, shown
 from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
 from lora_vit.records import write_json
 
@@ -35,9 +35,6 @@ _BYTES_PER_WORKER = 4 << 20
 
 _DARK = 16
 """Upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer."""
-
-Range = tuple[float, float]
-"""The values that become 0 and 255 where pixels have more than 8 bits."""
 
 
 Parts = dict[str, list[tuple[str, int]]]
@@ -69,7 +66,7 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
     try:
         return _decode(file, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-        raise DataError(f"{shown(str(file))} cannot be read as an image ({_reason(error)})") from None
+        raise DataError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
@@ -336,14 +333,11 @@ def _refuse(root: Path, problems: list[Problem], usual: str) -> None:
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-        raise DataError(
-            f"{count} below {shown(str(root))}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away"
-        )
+        raise DataError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away")
     if problems:
         name, size = min(problems, key=lambda problem: problem[0])
         raise DataError(
-            f"{shown(str(root / name))} is {size}, other images are {usual}: give data.cache_size to bring all to one "
-            "size"
+            f"{shown(root / name)} is {size}, other images are {usual}: give data.cache_size to bring all to one size"
         )
 
 
@@ -355,4 +349,4 @@ def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarra
             return decode(root / name, size, (0.0, 1.0))
         except DataError as error:
             why = why or str(error)
-    raise DataError(f"none of the {len(names)} images below {shown(str(root))} can be read: {why}")
+    raise DataError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")

@@ -143,7 +143,7 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
 
     if unread():
         if not fetch:
-            raise NotFetchedError(f"the images below {shown(str(root))} have not been read yet")
+            raise NotFetchedError(f"the images below {shown(root)} have not been read yet")
         try:
             with locked_in(cache_dir, store.name):
                 known = _kept(store)  # perhaps another run has just read them
@@ -160,12 +160,12 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
 def cannot_write(cache_dir: Path, error: OSError) -> DataError:
     """The error for a cache that cannot be written."""
     return DataError(
-        f"data.cache_dir={shown(str(cache_dir))} cannot be written ({error.strerror or error}): give another folder"
+        f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
     )
 
 
 def _cannot_read(root: Path, name: str, error: OSError) -> DataError:
-    return DataError(f"{shown(str(root / name))} cannot be read ({error.strerror}): mend or remove it")
+    return DataError(f"{shown(root / name)} cannot be read ({error.strerror}): mend or remove it")
 
 
 def _stat(root: Path, name: str) -> bytes:

@@ -29,19 +29,19 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
         others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
         if others:
             raise DataError(
-                f"{shown(str(top / folder))} has the class '{shown(min(others))}', which "
-                f"{shown(str(top / folders['train']))} has not: take it away, or add it there"
+                f"{shown(top / folder)} has the class '{shown(min(others))}', which "
+                f"{shown(top / folders['train'])} has not: take it away, or add it there"
             )
         parts[part] = []
         for label, class_name in enumerate(classes):
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise DataError(f"class folder {shown(str(top / place))} holds no images: add some, or take it away")
+                raise DataError(f"class folder {shown(top / place)} holds no images: add some, or take it away")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise DataError(
-                f"{shown(str(top / folder))} holds no images in class folders: sort its images by class, or rename it"
+                f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
             )
     return found_in(top, [shown(c) for c in classes], parts, passed, cache, quiet, fetch)
 
@@ -52,7 +52,7 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
     for part, called in _NAMES.items():
         there = [name for name in called if (top / name).is_dir()]
         if len(there) > 1:
-            raise DataError(f"{shown(str(top))} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
+            raise DataError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
         if there:
             found[part] = there[0]
     if "train" not in found:
@@ -69,8 +69,6 @@ def _class_folders(folder: Path, cache: Path, passed: PassedOver) -> list[str]:
     if len(found) < 2:
         count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
         lower = [name for name in found if len(folders_in(folder / name, cache, PassedOver())) > 1]
-        hint = f"; did you mean data.root={shown(str(folder / lower[0]))}?" if lower else ""
-        raise DataError(
-            f"{shown(str(folder))} holds {count}: a classifier needs two or more, each with its images{hint}"
-        )
+        hint = f"; did you mean data.root={shown(folder / lower[0])}?" if lower else ""
+        raise DataError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
     return found

@@ -7,7 +7,6 @@ further test set.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import shutil
@@ -103,12 +102,11 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
 
 
 def _beside(archive: Path, cache_dir: Path) -> Path:
-    """Where an archive is unpacked: next to it, or in the cache if that is read-only (then named by its content)."""
+    """Where an archive is unpacked: next to it, or in the cache if that is read-only."""
     if os.access(archive.parent, os.W_OK):
         return archive.parent / archive.stem
     stat = archive.stat()
-    key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    return cache_dir / f"{archive.stem}-{key}"
+    return cache_dir / f"{archive.stem}-{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def _is_whole(folder: Path) -> bool:

@@ -33,11 +33,6 @@ def available_weights(model: str) -> list[str]:
     return list(SHIPPED[model]) if model in SHIPPED else [w.name for w in get_model_weights(model)]
 
 
-def is_published(model: str, weights: str) -> bool:
-    """Whether the weights are torchvision's, which downloads them at first use."""
-    return model not in SHIPPED and not is_weights_file(weights)
-
-
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
