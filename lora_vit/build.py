@@ -100,16 +100,12 @@ class ModelFactory:
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
         m = config.model
         self.classes, self.device, self.dtype = classes, device, dtype
+        self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
         self.original = build_trunk(m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.note = "" if m.weights is None else load_trunk_weights(self.original, m.name, m.weights)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original)}
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """Of what is trained: full precision also under bf16."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @functools.cached_property
     def frozen_trunk(self) -> VisionTransformer:
