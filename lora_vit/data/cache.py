@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from lora_vit.data.dataset import DataError, Decoded, Found, Range, content_of, shown
 from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
@@ -70,6 +70,8 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
+        return "no format that Pillow knows"
     return str(error) or type(error).__name__
 
 

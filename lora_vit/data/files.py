@@ -107,9 +107,12 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
     """Sorted paths, relative to ``root``, of the images in a folder and its sub-folders; links are followed."""
     found: list[str] = []
 
+    def identity(path: Path | str) -> tuple[int, int]:
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+
     def walk(place: str, above: frozenset[tuple[int, int]]) -> None:
-        stat = os.stat(os.path.join(root, place))
-        here = (stat.st_dev, stat.st_ino)
+        here = identity(root / place)
         if here in above:
             passed.add("links that lead back", place)
             return
@@ -120,7 +123,8 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
                 found.append(name)
 
     try:
-        walk(folder, frozenset())
+        top = root / folder
+        walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
     except OSError as error:
         where = shown(error.filename or str(root / folder))
         raise DataError(f"{where} cannot be read ({error.strerror}): mend its permissions or links") from None
