@@ -35,12 +35,7 @@ class Predictions:
 
     def fields(self) -> dict[str, np.ndarray]:
         """The columns that go into ``predictions.npz``."""
-        return {
-            "ids": self.ids,
-            "labels": self.labels,
-            "predicted": self.predicted,
-            "true_probability": self.true_probability,
-        }
+        return {name: getattr(self, name) for name in ("ids", "labels", "predicted", "true_probability")}
 
 
 @torch.no_grad()
