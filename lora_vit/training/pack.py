@@ -38,10 +38,8 @@ class Pack:
             if isinstance(module, (LoRAAdapters, PackedHead)):
                 for leaf, _ in module.named_parameters(recurse=False):
                     self._owners[f"{prefix}.{leaf}"] = (module, leaf)
-        per_trial = set(self._owners)
-        self.flat = FlatParameters(named, per_trial, self.K)
-        decay_mask_P = self.flat.decay_mask(named, per_trial)
-        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs], decay_mask_P)
+        self.flat = FlatParameters(named, set(self._owners), self.K)
+        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._open_streams(configs)
         self.schedules: list[Schedule] = [
             schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs
