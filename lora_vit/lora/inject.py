@@ -220,11 +220,10 @@ def mark_lora_and_head_as_trainable(
         raise ValueError(f"no parameter's name contains head_substring='{head_substring}' (top level: {top})")
     adapted = adapted_bias_names(model)
     for name, parameter in model.named_parameters():
-        is_bias = name.endswith("bias") and head_substring not in name
         parameter.requires_grad = (
             ".lora_" in name
             or head_substring in name
-            or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
+            or (name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted)))
         )
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
