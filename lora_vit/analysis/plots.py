@@ -97,9 +97,9 @@ def _shorten(text: str, most: int = LONGEST) -> str:
 
 
 def _error_bars(frame: pd.DataFrame, scale: float) -> np.ndarray:
-    """Distances below and above the mean [2, n]; NaN where a cell has no interval."""
-    mean = frame["mean"].to_numpy(float)
-    return scale * np.array([mean - frame["low"].to_numpy(float), frame["high"].to_numpy(float) - mean])
+    """Distances below and above the mean [2, n]; 0 where a cell has no interval."""
+    low, mean, high = frame[["low", "mean", "high"]].to_numpy(float).T
+    return np.nan_to_num(scale * np.array([mean - low, high - mean]))
 
 
 def cells(summary: Summary) -> Figure:
@@ -113,7 +113,7 @@ def cells(summary: Summary) -> Figure:
         here = (shown["mark"] == mark).to_numpy()
         if here.any():
             axes.errorbar(
-                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=np.nan_to_num(bars[:, here]), fmt=marker,
+                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=bars[:, here], fmt=marker,
                 color=colour, ecolor=colour, elinewidth=1.4, capsize=2.5, markersize=5, label=mark,
             )  # fmt: skip
     axes.set_yticks(y, [_shorten(t) for t in shown["label"]])
@@ -144,13 +144,13 @@ def _what_is_shown(frame: pd.DataFrame) -> str:
 def _limit(axes: Axes, summary: Summary, shown: pd.DataFrame, bars: np.ndarray) -> None:
     """Keep one huge interval (two seeds: t = 12.7) from squeezing everything else: cut it at the axis."""
     mean = _scale(summary) * shown["mean"].to_numpy(float)
-    reach = np.nan_to_num(bars).max(0)
+    below, above = bars
+    reach = bars.max(0)
     if len(mean) < 2 or not reach.any():
         return
     spread = max(float(np.ptp(mean)), 1e-9)
     typical = min(float(np.median(reach[reach > 0])), 1.5 * spread)
     low, high = float(mean.min()) - 1.3 * typical, float(mean.max()) + 1.3 * typical
-    below, above = np.nan_to_num(bars)
     whole = float((mean - below).min()), float((mean + above).max())
     if whole[1] - whole[0] < 1.5 * (high - low):  # nothing is squeezed
         margin = 0.03 * (whole[1] - whole[0])
@@ -200,7 +200,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         group = group.sort_values(x)
         at = np.array([place[v] for v in group[x]]) + 0.05 * (k - (len(groups) - 1) / 2)
         axes.errorbar(
-            at, scale * group["mean"], yerr=np.nan_to_num(_error_bars(group, scale)), color=COLOURS[k % 7],
+            at, scale * group["mean"], yerr=_error_bars(group, scale), color=COLOURS[k % 7],
             marker=MARKERS[k % 7], capsize=3, linewidth=1.6, elinewidth=1.1, markersize=5,
             label=None if line is None else _shorten(f"{short[line]} {value_text(value)}"),
         )  # fmt: skip
@@ -248,10 +248,9 @@ def _baseline_lines(axes: Axes, summary: Summary) -> None:
 def heat_maps(summary: Summary) -> dict[str, Figure]:
     """rank x dropout and rank x lr, else the first two numeric settings."""
     numeric = _numeric_settings(summary)
-    pairs = [("lora.rank", "lora.dropout"), ("lora.rank", LR)]
-    pairs = [p for p in pairs if p[0] in numeric and p[1] in numeric] or (
-        [(numeric[0], numeric[1])] if len(numeric) > 1 else []
-    )
+    pairs = [pair for pair in (["lora.rank", "lora.dropout"], ["lora.rank", LR]) if set(pair) <= set(numeric)]
+    if not pairs and len(numeric) > 1:
+        pairs = [numeric[:2]]
     short = short_names(summary.settings)
     return {f"heat_{short[a]}_{short[b]}".replace(".", "_"): heat_map(summary, a, b) for a, b in pairs}
 
@@ -293,9 +292,9 @@ def curves(folders: list[str], metric: str) -> pd.DataFrame:
         except (RecordError, OSError, UnicodeDecodeError):
             continue
         values = {r["epoch"]: as_float(r.get(metric)) for r in rows if isinstance(r.get("epoch"), int)}
-        values = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
-        if values:
-            columns[folder] = pd.Series(values, dtype=float)
+        known = pd.Series(values, dtype=float).dropna()
+        if len(known):
+            columns[folder] = known
     return pd.DataFrame(columns).sort_index()
 
 
