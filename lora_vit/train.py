@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, quote_paths, register_schema
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
-from lora_vit.records import NO_SPACE, RECORD, RecordError, TrialRecord, state_of
+from lora_vit.records import NO_ACCURACY, NO_SPACE, RECORD, RecordError, TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, label
+from lora_vit.terminal import from_here
 
 _FAILURES = ("OtherFailed", "SweepFailed", "TrialFailed", "WorkerFailed")
 """Errors that say all in one line, by name: their modules import torch."""
@@ -35,7 +36,7 @@ _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def task(cfg: DictConfig, process: Any = None) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction). ``process``: see :func:`lora_vit.run.run`."""
+    """Train the composed trial; returns its validation accuracy (a fraction). ``process``: as ``run`` takes it."""
     hydra_cfg = HydraConfig.get()
     in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
     config, folder = from_omegaconf(cfg, in_sweep), Path(hydra_cfg.runtime.output_dir)
@@ -72,8 +73,8 @@ def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
-        raise RecordError(f"{folder / RECORD} has no val_accuracy: remove it, then the same command trains anew")
-    shown = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
+        raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
+    shown = from_here(folder)
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return float(accuracy)
 
