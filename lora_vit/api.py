@@ -78,9 +78,9 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     _refuse_torchrun()
     done: dict[str, Any] = {}
 
-    def run_sweep(jobs: list[Any], where: Path, options: SweepConfig, idle: list[str]) -> Any:
+    def run_sweep(jobs: list[Any], where: Path, options: SweepConfig) -> Any:
         done.setdefault("folder", where)
-        outcomes = command.run_sweep(jobs, where, options, idle)
+        outcomes = command.run_sweep(jobs, where, options)
         done.setdefault("trials", {}).update(dict.fromkeys(job.trial_id for job in jobs))
         return outcomes
 

@@ -38,7 +38,7 @@ from lora_vit.config import (
     validate_sweep,
 )
 from lora_vit.data.dataset import IN_PACKAGES, known_content
-from lora_vit.sweep.plan import Job, label
+from lora_vit.sweep.plan import Job, key_of, label
 from lora_vit.terminal import Every
 
 
@@ -84,14 +84,6 @@ def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
     if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
         return f"${{rank_times:{scaling}}}"
     return None if _parent_.rank is None else scaling * _parent_.rank
-
-
-def refuse_impossible(config: Any) -> None:
-    """End the program in one line if the composed trial is impossible (before Hydra makes its folder)."""
-    try:
-        from_omegaconf(config)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
@@ -289,9 +281,9 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
                 "overrides.yaml": OmegaConf.to_yaml(list(overrides)),
                 "hydra.yaml": hydra_yaml,
             }
-            trial = from_omegaconf(config, in_sweep=True)
-            with_effect = [line for line in overrides if not is_idle(trial, line)]
-            jobs.append(Job(trial, list(overrides), files, label(with_effect, constant)))
+            job = Job(from_omegaconf(config, in_sweep=True), list(overrides), files)
+            job.label = label(overrides, constant.union(job.idle()))
+            jobs.append(job)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(named)
         if plain.due():
@@ -299,7 +291,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     if time.monotonic() - began > 5:
         print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if refused:
-        swept = {o.partition("=")[0].lstrip("+") for overrides in all_overrides for o in overrides if o not in constant}
+        swept = {key_of(line) for overrides in all_overrides for line in overrides if line not in constant}
         comma = [f"  ({key}: a comma separates values; a name with a comma needs Hydra's quotes, \"{key}='a,b'\")"
                  for key in PATHS if key in swept]  # fmt: skip
         raise ConfigError("\n".join([_refusal(refused, len(all_overrides)), *comma]))
@@ -322,20 +314,6 @@ def _refusal(refused: dict[str, list[str]], total: int) -> str:
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         lines.append(f"  {message}   [{labels[0] or 'as given'}{more}]")
     return "\n".join(lines)
-
-
-def idle_settings(jobs: Sequence[Job], given: Sequence[Sequence[str]]) -> list[str]:
-    """Keys that were given but have no effect in some trials (``lora.rank`` under ``lora=none``)."""
-    idle: dict[str, None] = {}
-    for job, overrides in zip(jobs, given, strict=True):
-        idle.update((line.partition("=")[0].lstrip("+"), None) for line in overrides if is_idle(job.config, line))
-    return list(idle)
-
-
-def is_idle(config: TrialConfig, override: str) -> bool:
-    """Whether an override has no effect in a trial: ``lora.rank`` of a baseline."""
-    key = override.partition("=")[0].lstrip("+")
-    return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
 
 
 def hydra_keys() -> list[str]:

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, quote_paths, register_schema
+from lora_vit.compose import explain, from_omegaconf, not_swept, quote_paths, register_schema
 from lora_vit.config import ConfigError, SweepConfig, TrialConfig
 from lora_vit.records import NO_ACCURACY, NO_SPACE, RECORD, RecordError, TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
@@ -57,8 +57,8 @@ def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
     """What a packed sweep does for its trials: the plan has them, and one that failed is not tried again unasked."""
     hydra_cfg = HydraConfig.get()
     given = [str(line) for line in hydra_cfg.overrides.task]
-    with_effect = [line for line in given if not is_idle(config, line)]
-    job = Job(config, given, label=label(with_effect, not_swept(hydra_cfg, [given])))
+    job = Job(config, given)
+    job.label = label(given, not_swept(hydra_cfg, [given]).union(job.idle()))
     Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
     state = state_of(folder, config, job.trial_id)
     ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
@@ -79,16 +79,14 @@ def report(record: TrialRecord, folder: Path) -> float:
     return float(accuracy)
 
 
-def run_sweep(
-    jobs: list[Any], folder: Path, options: SweepConfig, idle: list[str]
-) -> dict[str, float | Exception] | None:
+def run_sweep(jobs: list[Job], folder: Path, options: SweepConfig) -> dict[str, float | Exception] | None:
     """Train the trials of a sweep together; the packed launcher calls this."""
     from lora_vit.sweep.processes import start_early
 
     start_early(jobs, options)  # before torch is imported here
     from lora_vit.sweep import runner
 
-    return runner.run_sweep(jobs, folder, options, idle)
+    return runner.run_sweep(jobs, folder, options)
 
 
 task.run_sweep = run_sweep  # type: ignore[attr-defined]

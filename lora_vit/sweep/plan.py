@@ -41,6 +41,11 @@ class Job:
         """The trial's cell."""
         return cell_id(self.config)
 
+    def idle(self) -> list[str]:
+        """The overrides that have no effect: ``lora.rank`` of a baseline."""
+        given = self.overrides if self.config.lora.method != "lora" else []
+        return [line for line in given if (key := key_of(line)).startswith("lora.") and key != "lora.method"]
+
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -154,6 +159,11 @@ def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
     for job in jobs:
         once.setdefault(job.trial_id, job)
     return list(once.values()), len(jobs) - len(once)
+
+
+def key_of(override: str) -> str:
+    """``lora.rank`` of ``+lora.rank=4``."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def short_key(key: str) -> str:

@@ -18,7 +18,7 @@ from lora_vit.records import NO_ACCURACY, RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun, this_command, without_duplicates
+from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_duplicates
 from lora_vit.sweep.processes import number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import from_here, make_console, print_table
@@ -31,16 +31,13 @@ class SweepFailed(Exception):  # noqa: N818  (its trials did)
     """Some trials have failed; every record is written and the message says how many."""
 
 
-def run_sweep(
-    jobs: Sequence[Job], folder: Path, options: SweepConfig, idle: Sequence[str] = ()
-) -> dict[str, float | Exception] | None:
+def run_sweep(jobs: Sequence[Job], folder: Path, options: SweepConfig) -> dict[str, float | Exception] | None:
     """Train a sweep's trials, each once; skip what is finished.
 
     Args:
         jobs: composed and validated.
         folder: of the sweep.
         options: how it runs.
-        idle: settings without effect in some trials, to be told.
 
     Returns:
         The validation accuracy or the failure of each trial id; None after a dry run.
@@ -50,6 +47,7 @@ def run_sweep(
         Interrupted: everything is saved.
     """
     launched = time.time()
+    idle = dict.fromkeys(key_of(line) for job in jobs for line in job.idle())
     jobs, twice = without_duplicates(jobs)
     if idle:
         print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
