@@ -84,10 +84,7 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
         done.setdefault("trials", {}).update(dict.fromkeys(job.trial_id for job in jobs))
         return outcomes
 
-    def task(cfg: Any) -> float:
-        return command.task(cfg)
-
-    functools.update_wrapper(task, command.task)
+    task = functools.wraps(command.task)(lambda cfg: command.task(cfg))
     task.run_sweep = run_sweep  # type: ignore[attr-defined]
     place = [] if folder is None else [f"hydra.sweep.dir={os.fspath(folder)}"]
     with _hydras_state(["-m", *overrides, *place]):

@@ -107,8 +107,6 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    if not isinstance(plain["seed"], int):  # a copy of the composed root has no types of its own
-        raise ConfigError(f"seed={plain['seed']} is no whole number: give one, or several as seed=0,1 in a sweep")
     if in_sweep:
         drop_idle(plain)
     trial = from_dict(plain)
@@ -228,7 +226,9 @@ class Composer:
             ours, all_have = (OmegaConf.to_container(c.hydra[part], resolve=False) for c in (config, self.master))
             if ours != all_have:
                 raise ConfigError(f"hydra.{part} cannot differ between trials: name it for all, as hydra/{part}=...")
-        return self._trial_part(config)
+        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+        OmegaConf.set_struct(trial, True)
+        return trial
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
@@ -252,12 +252,6 @@ class Composer:
             self._is_value[key] = not key.startswith("hydra") and not self.loader.get_group_options(key)
         plain = not (override.is_add() or override.is_delete() or override.is_force_add() or override.package)
         return plain and self._is_value[key]
-
-    @staticmethod
-    def _trial_part(config: DictConfig) -> DictConfig:
-        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-        OmegaConf.set_struct(trial, True)
-        return trial
 
 
 def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Job]:

@@ -196,7 +196,7 @@ def from_dict(values: dict[str, Any]) -> TrialConfig:
         sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
     seed = values.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed={seed} is no whole number")
+        raise ConfigError(f"seed={seed} is no whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
 
 

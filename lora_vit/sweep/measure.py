@@ -164,7 +164,8 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    pack = Pack([_fresh(c) for c in configs], setup)
+    records = [TrialRecord(*ids(config), "running", to_dict(config)) for config in configs]
+    pack = Pack([Trial(*of, TrialState()) for of in zip(configs, records, strict=True)], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:
@@ -179,11 +180,6 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
     return seconds / len(configs), _peak_memory(setup.device)
-
-
-def _fresh(config: TrialConfig) -> Trial:
-    record = TrialRecord(*ids(config), "running", to_dict(config))
-    return Trial(config, record, TrialState())
 
 
 def _timed(setup: Setup, action: Callable[[], Any]) -> float:
