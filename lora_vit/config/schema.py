@@ -212,9 +212,8 @@ def _typed(value: Any, annotation: str) -> Any:
 
 def known_keys() -> list[str]:
     """Every dotted key of a trial config, for suggestions."""
-    sections = {**SECTIONS, "sweep": SweepConfig}
-    keys = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
-    return [*keys, *SECTIONS, "seed"]
+    sweep = [f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)]
+    return [*_SETTINGS, *sweep, *SECTIONS, "seed"]
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ def print_plan(run: SweepRun, states: dict[str, State]) -> None:
         states: of all trials.
     """
     torch.set_num_threads(threads_each(run.workers))  # as each worker will have
-    sizes = PackSizes(run, Setups(Process()), StopRequest(), _ignore)
+    sizes = PackSizes(run, Setups(Process()), StopRequest(), lambda kind, **fields: None)
     rows, seconds_in_all, guesses = [], 0.0, 0
     for group in make_groups(run.jobs):
         size, seconds, memory, measured = _expected(sizes, group)
@@ -120,7 +120,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _ignore(kind: str, **fields: object) -> None:
-    """Takes events that nobody shows."""

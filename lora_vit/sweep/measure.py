@@ -87,12 +87,10 @@ class PackSizes:
             if not claims.take(f"size-{kind}"):
                 return None
             try:
-                figures = self.known(group, planned)  # perhaps just now by another
+                figures = self.known(group, planned) or self._measure(group, jobs)  # another may just have
                 if figures is None:
-                    figures = self._measure(group, jobs)
-                    if figures is None:
-                        return 1
-                    self.ledger.keep_pack_size(kind, figures)
+                    return 1
+                self.ledger.keep_pack_size(kind, figures)
             finally:
                 claims.release(f"size-{kind}")
         return int(figures["size"])
@@ -140,8 +138,8 @@ def choose_pack_size(
         began = time.perf_counter()
         try:
             seconds[size], memory[size] = measure(configs[:size], setup, stop)
-        except (MemoryError, RuntimeError) as error:
-            if size == 1 or "memory" not in str(error).lower() + type(error).__name__.lower():
+        except Exception as error:
+            if size == 1 or not out_of_memory(error):
                 raise
             break
         if size > 1:
@@ -155,6 +153,16 @@ def choose_pack_size(
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},
     }
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
