@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import math
 import os
 import tempfile
 import threading
@@ -153,13 +152,8 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+    """The value with None for NaN and infinities, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_record(folder: Path, record: TrialRecord) -> TrialRecord:

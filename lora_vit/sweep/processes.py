@@ -207,11 +207,9 @@ def _work(index: int, run: SweepRun, events: Any, threads: int) -> None:
             Worker(run, emit, stop, index).work()
         except Interrupted as error:
             code = error.exit_code
-        except (ConfigError, OSError) as error:
-            emit("say", text=f"worker {index}: {error}")
-            code = 1
-        except Exception:
-            emit("say", text=f"worker {index}:\n{traceback.format_exc()}")
+        except Exception as error:
+            users = isinstance(error, (ConfigError, OSError))
+            emit("say", text=f"worker {index}: {error}" if users else f"worker {index}:\n{traceback.format_exc()}")
             code = 1
     events.close()
     events.join_thread()
