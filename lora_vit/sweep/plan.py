@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, cell_id, to_dict, trial_id
+from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
 from lora_vit.records import CHECKPOINT, State, state_of
 
 
@@ -25,21 +25,23 @@ class Job:
         files: name to text of what goes into the trial's ``.hydra/``.
         label: the swept settings, short.
         trial_id: of the config.
+        cell_id: of the config.
     """
 
     config: TrialConfig
     overrides: list[str]
     files: dict[str, str] = field(default_factory=dict)
     label: str = ""
-    trial_id: str = ""
+    trial_id: str = field(init=False)
+    cell_id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trial_id = self.trial_id or trial_id(self.config)
+        self.trial_id, self.cell_id = ids(self.config)
 
-    @property
-    def cell_id(self) -> str:
-        """The trial's cell."""
-        return cell_id(self.config)
+    def idle(self) -> list[str]:
+        """The overrides that have no effect: ``lora.rank`` of a baseline."""
+        given = self.overrides if self.config.lora.method != "lora" else []
+        return [line for line in given if (key := key_of(line)).startswith("lora.") and key != "lora.method"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,11 @@ def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
     for job in jobs:
         once.setdefault(job.trial_id, job)
     return list(once.values()), len(jobs) - len(once)
+
+
+def key_of(override: str) -> str:
+    """``lora.rank`` of ``+lora.rank=4``."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def short_key(key: str) -> str:

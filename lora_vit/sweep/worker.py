@@ -6,15 +6,13 @@ import contextlib
 import time
 from collections.abc import Sequence
 
-import torch
-
 from lora_vit.config import ConfigError
 from lora_vit.distributed import Process
 from lora_vit.records import NO_SPACE
 from lora_vit.run import one_line
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.measure import PackSizes
+from lora_vit.sweep.measure import PackSizes, out_of_memory
 from lora_vit.sweep.plan import Group, Job, SweepRun
 from lora_vit.sweep.schedule import Emit, Schedule
 from lora_vit.sweep.setups import Setups, free_memory
@@ -210,13 +208,3 @@ class Worker:
         trial.fail(one_line(error), error=error)
         error.with_traceback(None)  # whose frames hold the pack, and the error
         self.reporter.left(trial)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )

@@ -161,12 +161,11 @@ def test_duplicates():
 # --- a trial of a run
 
 
-def test_a_job_is_its_trial_unless_it_is_said_which():
+def test_a_job_is_its_trial():
     config = plain_trial({"seed": 3})
     job = Job(config, ["seed=3"])
     assert (job.trial_id, job.cell_id) == (trial_id(config), cell_id(config))
     assert (job.files, job.label) == ({}, "")
-    assert Job(config, [], trial_id="0123456789").trial_id == "0123456789"
 
 
 def test_where_a_trial_lies(tmp_path):

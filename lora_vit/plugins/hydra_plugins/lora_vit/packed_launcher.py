@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, idle_settings, sweep_from_omegaconf
+from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, sweep_from_omegaconf
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import this_command
@@ -37,9 +37,8 @@ class PackedLauncher(BasicLauncher):
         assert self.hydra_context is not None
         options = sweep_from_omegaconf(self.config.sweep)
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
-        idle = idle_settings(jobs, job_overrides)
         folder = Path(str(self.config.hydra.sweep.dir))
-        outcomes = run_sweep(jobs, folder, options, idle)
+        outcomes = run_sweep(jobs, folder, options)
         if outcomes is None:  # a dry run
             return []
         # One copy for all: sweepers read what a trial came to, and a copy for each takes seconds for a thousand.
