@@ -24,7 +24,6 @@ from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.trial import Trial, ended_record, locked_folder
 
-
 AFTER_CAUSE = 2.0
 """Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
 
@@ -74,20 +73,26 @@ def run(
 
 
 def follow(process: Process) -> int:
-    """Train in a process of a rank above 0 what rank 0 trains, until it has nothing more; returns the exit code.
+    """Train in a process of a rank above 0 what rank 0 trains, if anything; returns the exit code.
 
     It writes nothing, and leaves it to rank 0 to say what is wrong.
     """
     try:
         with StopRequest() as stop:
-            while (config := distributed.from_main(None)) is not None:
+            config = distributed.from_main(None)
+            if config is OtherFailed:
+                return 1
+            if config is not None:
                 setup = distributed.on_all(functools.partial(build_setup, config, process))
                 trial = Trial(config, *distributed.from_main(None))
                 train_trials([trial], setup, RunReporter(False), stop)
                 _unless_failed(trial.record)
     except Interrupted as error:
         return error.exit_code
-    except (ConfigError, OtherFailed, TrialFailed):
+    except (ConfigError, TrialFailed):
+        return 1
+    except OtherFailed:
+        time.sleep(AFTER_CAUSE)
         return 1
     return 0
 
@@ -116,6 +121,7 @@ def _train(
 ) -> TrialRecord:
     with StopRequest() as stop:
         distributed.from_main(config)
+        process.has_led = True
         setup = distributed.on_all(functools.partial(build_setup, config, process))
         trial = Trial.open(config, folder, setup, launched, hydra_files)
         distributed.from_main((trial.record, trial.state))
@@ -227,8 +233,8 @@ def _worker(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> N
     code = 0
     try:
         if process.is_main:
-            run(config, folder, hydra_files, process=process)
-            distributed.from_main(None)
+            with distributed.leading(process):
+                run(config, folder, hydra_files, process=process)
         else:
             code = follow(process)
     except Interrupted as stop:

@@ -135,8 +135,8 @@ def _in_group() -> None:
         if len(different) > 1:
             sys.exit(1)
         if process.is_main:
-            _lead(process)
-            distributed.from_main(None)
+            with distributed.leading(process):
+                _lead(process)
         else:
             from lora_vit.run import follow
 
