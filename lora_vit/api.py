@@ -76,23 +76,19 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     if wrong := [o for o in overrides if o.startswith(("-", "hydra/launcher", "hydra/sweeper", "sweep.dry_run"))]:
         raise ConfigError(f"{wrong[0]} is for the command: sweep() takes settings, and trains in packs")
     _refuse_torchrun()
-    done: dict[str, Any] = {}
+    trained: dict[Path, None] = {}
 
     def run_sweep(asked: Any) -> Any:
-        done.setdefault("folder", asked.folder)
         outcomes = command.run_sweep(asked)
-        done.setdefault("trials", {}).update(dict.fromkeys(job.trial_id for job in asked.jobs))
+        trained.update(dict.fromkeys(map(asked.folder_of, asked.jobs)))
         return outcomes
 
-    def task(cfg: Any) -> float:
-        return command.task(cfg)
-
-    functools.update_wrapper(task, command.task)
+    task = functools.wraps(command.task)(lambda cfg: command.task(cfg))
     task.run_sweep = run_sweep  # type: ignore[attr-defined]
     place = [] if folder is None else [f"hydra.sweep.dir={os.fspath(folder)}"]
     with _hydras_state(["-m", *overrides, *place]):
         command.through_hydra(task)
-    return Sweep(done["folder"], [read_record(done["folder"] / trial) for trial in done["trials"]])
+    return Sweep(next(iter(trained)).parent, [read_record(trial) for trial in trained])
 
 
 def _refuse_torchrun() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import check_weights, is_published, load_trunk_weights, read_state_dict
+from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -57,10 +58,9 @@ def choose_world_size(config: TrialConfig) -> tuple[int, str]:
         check_world_size(config, wanted)
         return wanted, ""
     chosen = max(n for n in range(1, visible + 1) if batch % n == 0)
-    note = ""
-    if chosen < visible:
-        note = f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
-    return chosen, note
+    if chosen == visible:
+        return chosen, ""
+    return chosen, f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
 
 
 def check_world_size(config: TrialConfig, world_size: int) -> None:
@@ -79,16 +79,16 @@ def choose_precision(requested: str, device: torch.device) -> str:
         return requested
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    return "bf16" if _cpu_has_fast_bf16() else "fp32"
+    # a CPU that does not multiply bf16 natively takes several times longer than for fp32
+    return "bf16" if re.search("avx512_bf16|amx_bf16", _cpuinfo()) else "fp32"
 
 
-def _cpu_has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively: without, bf16 is several times slower than fp32."""
+def _cpuinfo() -> str:
+    """What Linux says of the CPU; elsewhere nothing."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return ""
 
 
 class ModelFactory:
@@ -100,23 +100,17 @@ class ModelFactory:
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
         m = config.model
         self.classes, self.device, self.dtype = classes, device, dtype
+        self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
         self.original = build_trunk(m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.note = "" if m.weights is None else load_trunk_weights(self.original, m.name, m.weights)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original)}
-        self._frozen: VisionTransformer | None = None
 
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """Of what is trained: full precision also under bf16."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
+    @functools.cached_property
     def frozen_trunk(self) -> VisionTransformer:
         """The shared trunk on the device, cast once to the compute precision."""
-        if self._frozen is None:
-            self._frozen = copy.deepcopy(self.original).to(self.device, self.dtype)
-        return self._frozen
+        return copy.deepcopy(self.original).to(self.device, self.dtype)
 
     def __call__(self, configs: list[TrialConfig]) -> PackedViT:
         """The model of a pack, freshly initialised from the trials' seeds."""
@@ -125,7 +119,7 @@ class ModelFactory:
         if trains_trunk:
             trunk = copy.deepcopy(self.original).to(self.device, self.parameter_dtype)
         else:
-            trunk = self.frozen_trunk()
+            trunk = self.frozen_trunk
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.method == "lora":
@@ -140,17 +134,12 @@ class ModelFactory:
             trunk.hidden_dim,
             self.classes,
             state,
-        ).to(self.device)
-        head.to(self.parameter_dtype)
+        ).to(self.device, self.parameter_dtype)
         _mark_trainable(trunk, lora.method, lora.bias or "none")
-        if trains_trunk:
-            self._cast_frozen(trunk)
-        return PackedViT(trunk, head, len(configs), _first_trained_block(trunk))
-
-    def _cast_frozen(self, trunk: VisionTransformer) -> None:
         for p in trunk.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(self.dtype)
+        return PackedViT(trunk, head, len(configs), _first_trained_block(trunk))
 
 
 def _adapter_spec(config: TrialConfig) -> AdapterSpec:
@@ -197,14 +186,13 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     if config.model.weights is not None:
         check_weights(config.model.name, config.model.weights)  # before data is fetched or decoded
     data = data or load_data(config.data, quiet=not process.is_main)
-    transform = Transform(config.model.image_size, config.data.augment, device, dtype)
     factory = ModelFactory(config, len(data.class_names), device, dtype)
     if factory.note and process.is_main:
         print(factory.note)
     return Setup(
         build_model=factory,
         samples=Samples(data, device),
-        transform=transform,
+        transform=Transform(config.model.image_size, config.data.augment, device, dtype),
         device=device,
         process=process,
         compile=config.trainer.compile,
@@ -224,9 +212,8 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         name, weights = config.model.name, config.model.weights
         if weights is not None and (name, weights) not in ready:
             ready.append((name, weights))
-            check_weights(name, weights)
-            if is_published(name, weights):
-                read_state_dict(name, weights)
+            fetch = check_weights if is_weights_file(weights) else read_state_dict  # which downloads
+            fetch(name, weights)
         if config.data not in ready:
             ready.append(config.data)
             line = load_data(config.data).line(config.model.image_size)
@@ -256,10 +243,7 @@ def device_name(device: torch.device) -> str:
     """The model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
+    found = re.search(r"^model name\s*: (.+)$", _cpuinfo(), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine() or "cpu"
 
 
@@ -269,12 +253,9 @@ def _git_state() -> tuple[str | None, bool | None]:
     if not (folder / ".git").exists():
         return None, None
 
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", os.fspath(folder), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+    command = ["git", "-C", os.fspath(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None, None
+    return lines[0].removeprefix("# branch.oid "), not all(line.startswith("#") for line in lines)

@@ -14,14 +14,6 @@ from lora_vit.config import ConfigError, TrialConfig, from_dict, is_weights_file
 from lora_vit.records import RecordError, TrialRecord, read_record
 
 
-def trial_folder(text: str) -> Path:
-    """Argument type: an existing folder."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder")
-    return path
-
-
 def completed_record(folder: Path) -> TrialRecord:
     """The record of a completed trial. Raises RecordError otherwise."""
     try:
@@ -53,11 +45,13 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     return config
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command on a trial."""
-    parser.add_argument("folder", type=trial_folder, help="folder of a completed trial")
+def trial_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """With the arguments of every command on a trial."""
+    parser = argparse.ArgumentParser(prog=f"python -m lora_vit.{command}", description=description)
+    parser.add_argument("folder", type=Path, help="folder of a completed trial")
     parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    return parser
 
 
 def check_out(path: Path, option: str) -> None:
@@ -78,10 +72,6 @@ def run_command(action: Callable[[], int]) -> None:
     except BrokenPipeError:
         os._exit(0)
     except (ConfigError, RecordError, OSError) as error:
-        code = _fail(error)
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     sys.exit(code)
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1

@@ -38,7 +38,7 @@ from lora_vit.config import (
     validate_sweep,
 )
 from lora_vit.data.dataset import IN_PACKAGES, known_content
-from lora_vit.sweep.plan import Job, label
+from lora_vit.sweep.plan import Job, key_of, label
 from lora_vit.terminal import Every
 
 
@@ -86,14 +86,6 @@ def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
     return None if _parent_.rank is None else scaling * _parent_.rank
 
 
-def refuse_impossible(config: Any) -> None:
-    """End the program in one line if the composed trial is impossible (before Hydra makes its folder)."""
-    try:
-        from_omegaconf(config)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
     """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out).
 
@@ -115,8 +107,6 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    if not isinstance(plain["seed"], int):  # a copy of the composed root has no types of its own
-        raise ConfigError(f"seed={plain['seed']} is no whole number: give one, or several as seed=0,1 in a sweep")
     if in_sweep:
         drop_idle(plain)
     trial = from_dict(plain)
@@ -236,7 +226,9 @@ class Composer:
             ours, all_have = (OmegaConf.to_container(c.hydra[part], resolve=False) for c in (config, self.master))
             if ours != all_have:
                 raise ConfigError(f"hydra.{part} cannot differ between trials: name it for all, as hydra/{part}=...")
-        return self._trial_part(config)
+        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+        OmegaConf.set_struct(trial, True)
+        return trial
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
@@ -261,12 +253,6 @@ class Composer:
         plain = not (override.is_add() or override.is_delete() or override.is_force_add() or override.package)
         return plain and self._is_value[key]
 
-    @staticmethod
-    def _trial_part(config: DictConfig) -> DictConfig:
-        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-        OmegaConf.set_struct(trial, True)
-        return trial
-
 
 def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Job]:
     """Every trial of the sweep, validated.
@@ -283,9 +269,9 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
         named = label(overrides, constant)
         try:
             config = composer(overrides)
-            trial = from_omegaconf(config, in_sweep=True)
-            with_effect = [line for line in overrides if not is_idle(trial, line)]
-            jobs.append(Job(trial, list(overrides), label(with_effect, constant)))
+            job = Job(from_omegaconf(config, in_sweep=True), list(overrides))
+            job.label = label(overrides, constant.union(job.idle()))
+            jobs.append(job)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(named)
         if plain.due():
@@ -293,7 +279,7 @@ def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequenc
     if time.monotonic() - began > 5:
         print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if refused:
-        swept = {o.partition("=")[0].lstrip("+") for overrides in all_overrides for o in overrides if o not in constant}
+        swept = {key_of(line) for overrides in all_overrides for line in overrides if line not in constant}
         comma = [f"  ({key}: a comma separates values; a name with a comma needs Hydra's quotes, \"{key}='a,b'\")"
                  for key in PATHS if key in swept]  # fmt: skip
         raise ConfigError("\n".join([_refusal(refused, len(all_overrides)), *comma]))
@@ -316,20 +302,6 @@ def _refusal(refused: dict[str, list[str]], total: int) -> str:
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         lines.append(f"  {message}   [{labels[0] or 'as given'}{more}]")
     return "\n".join(lines)
-
-
-def idle_settings(jobs: Sequence[Job], given: Sequence[Sequence[str]]) -> list[str]:
-    """Keys that were given but have no effect in some trials (``lora.rank`` under ``lora=none``)."""
-    idle: dict[str, None] = {}
-    for job, overrides in zip(jobs, given, strict=True):
-        idle.update((line.partition("=")[0].lstrip("+"), None) for line in overrides if is_idle(job.config, line))
-    return list(idle)
-
-
-def is_idle(config: TrialConfig, override: str) -> bool:
-    """Whether an override has no effect in a trial: ``lora.rank`` of a baseline."""
-    key = override.partition("=")[0].lstrip("+")
-    return config.lora.method != "lora" and key.startswith("lora.") and key != "lora.method"
 
 
 def hydra_keys() -> list[str]:

@@ -20,13 +20,21 @@ class OtherFailed(Exception):  # noqa: N818
     """Another process cannot go on or has ended; rank 0 tells the reason where it knows one, the others nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Process:
-    """This process among those that train together; alone it is rank 0 of 1."""
+    """This process among those that train together; alone it is rank 0 of 1.
+
+    Attributes:
+        rank: among all.
+        world_size: of how many.
+        local_rank: among those of this machine.
+        has_led: as rank 0 it has told the others what to train.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    has_led: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +107,22 @@ def on_all(action: Callable[[], T]) -> T:
         if problem is not None:
             raise OtherFailed(f"process {rank}: {problem}")
     return result[0]
+
+
+@contextlib.contextmanager
+def leading(process: Process) -> Iterator[None]:
+    """Rank 0's part. Where it ends without having told the others what to train: they end too, as failed if it has."""
+    failed = True
+    try:
+        yield
+        failed = False
+    except SystemExit as end:
+        failed = bool(end.code)
+        raise
+    finally:
+        if not process.has_led:
+            with contextlib.suppress(OtherFailed):
+                from_main(OtherFailed if failed else None)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_vit.commands import add_common, completed_record, recorded_config, run_command
+from lora_vit.commands import completed_record, recorded_config, run_command, trial_parser
 from lora_vit.config import ConfigError, TrialConfig
 
 
@@ -49,8 +48,7 @@ def trained_pack(folder: Path, config: TrialConfig) -> Any:
 
 def main() -> None:
     """Command-line entry."""
-    parser = argparse.ArgumentParser(prog="python -m lora_vit.evaluate", description=__doc__)
-    add_common(parser)
+    parser = trial_parser("evaluate", __doc__)
     parser.add_argument("--data-root", help="where the data set is, if not where it was trained from")
     parser.add_argument("--split", default="test", help="val, test, train or official_val")
     args = parser.parse_args()

@@ -8,7 +8,8 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.compose import quote_paths, refuse_impossible
+from lora_vit.compose import from_omegaconf, quote_paths
+from lora_vit.config import ConfigError
 from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
 
@@ -25,7 +26,10 @@ class RefuseImpossible(Callback):
         """Called by Hydra with the composed config."""
         if idle := _given(config, SWEEPS_OWN):
             raise SystemExit(f"error: {idle[0]} has no effect on a single run: add -m for a sweep, or leave it out")
-        refuse_impossible(config)
+        try:
+            from_omegaconf(config)
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 def _given(config: DictConfig, prefixes: Sequence[str]) -> list[str]:

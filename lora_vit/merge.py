@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from lora_vit.commands import add_common, check_out, completed_record, recorded_config, run_command
+from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
 from lora_vit.records import RecordError, replacing
 
 TOLERANCE = 1e-3
@@ -65,8 +64,7 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
 
 def main() -> None:
     """Command-line entry."""
-    parser = argparse.ArgumentParser(prog="python -m lora_vit.merge", description=__doc__)
-    add_common(parser)
+    parser = trial_parser("merge", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     args = parser.parse_args()
     run_command(lambda: merge_folder(args.folder, args.out, args.weights, args.device))

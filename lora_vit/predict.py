@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import codecs
 import csv
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_vit.commands import add_common, check_out, completed_record, recorded_config, run_command
+from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
 from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.records import replacing
 from lora_vit.terminal import Progress
@@ -21,8 +20,13 @@ NAMED = 20
 """Unreadable images that are named; the rest is counted."""
 
 
-def predict(folder: Path, given: list[Path], top: int | None, out: Path | None, config: TrialConfig) -> int:
+def predict_folder(
+    folder: Path, given: list[Path], top: int | None, out: Path | None, weights: str | None, device: str
+) -> int:
     """Print (and write) the ``top`` classes of each image; exit code 1 where some could not be read."""
+    if out is not None:
+        check_out(out, "--csv")
+    config = recorded_config(completed_record(folder), device, weights)
     from lora_vit.lora.adapter import read_adapter
 
     adapter = read_adapter(folder)
@@ -113,33 +117,25 @@ def _printable(name: str) -> str:
 def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Write the rows, then print them (the reader of a pipe may leave early)."""
     if out is not None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["image", "rank", "class", "probability"])
-        writer.writeheader()
-        writer.writerows(rows)
         with replacing(out) as file:
-            file.write(text.getvalue().encode(errors="backslashreplace"))
+            text = codecs.getwriter("utf-8")(file, "backslashreplace")
+            writer = csv.DictWriter(text, ["image", "rank", "class", "probability"])
+            writer.writeheader()
+            writer.writerows(rows)
     for row in rows:
         if row["rank"] == 1:
             print(_printable(row["image"]))
         print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
 
 
-def _predict_folder(args: argparse.Namespace) -> int:
-    if args.csv is not None:
-        check_out(args.csv, "--csv")
-    config = recorded_config(completed_record(args.folder), args.device, args.weights)
-    return predict(args.folder, args.images, args.top, args.csv, config)
-
-
 def main() -> None:
     """Command-line entry."""
-    parser = argparse.ArgumentParser(prog="python -m lora_vit.predict", description=__doc__)
-    add_common(parser)
+    parser = trial_parser("predict", __doc__)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
     parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    run_command(lambda: _predict_folder(parser.parse_args()))
+    args = parser.parse_args()
+    run_command(lambda: predict_folder(args.folder, args.images, args.top, args.csv, args.weights, args.device))
 
 
 if __name__ == "__main__":

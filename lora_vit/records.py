@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import io
 import json
 import os
 import tempfile
@@ -32,6 +31,8 @@ PLAN = "sweep.json"
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
+NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains anew"
+"""What is wrong with the record of a completed trial that was edited."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
 
@@ -151,13 +152,8 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+    """The value with None for NaN and infinities, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
@@ -168,22 +164,15 @@ def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
     return TrialRecord(**values)
 
 
-_TYPES: dict[str, Any] = {
-    "trial_id": str,
-    "cell_id": str,
-    "status": str,
-    "config": dict,
-    "metrics": dict,
-    "best": dict,
-    "parameters": dict,
-    "cost": dict,
-    "environment": dict,
-    "data": dict,
-    "started": (int, float),
-    "heartbeat": (int, float),
-    "finished": (int, float, type(None)),
-    "error": (dict, type(None)),
+_JSON_TYPES: dict[Any, Any] = {
+    "str": str,
+    "dict[str, Any]": dict,
+    "dict[str, int]": dict,
+    "dict[str, Any] | None": (dict, type(None)),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
 }
+"""What JSON gives for a record's field, by its type as written above."""
 
 
 def read_record(folder: Path) -> TrialRecord:
@@ -209,17 +198,17 @@ def read_record(folder: Path) -> TrialRecord:
             f"{path} has record schema {values['schema']}, this version reads {SCHEMA_VERSION}: use the matching "
             "version of lora_vit"
         )
-    for name, types in _TYPES.items():
+    fields = dataclasses.fields(TrialRecord)
+    for name, kind in ((f.name, f.type) for f in fields if f.name != "schema"):
         if name not in values:
             raise RecordError(f"{path} lacks '{name}'")
-        if not isinstance(values[name], types):
+        if not isinstance(values[name], _JSON_TYPES[kind]):
             raise RecordError(f"{path}: '{name}' is a {type(values[name]).__name__}")
     if values["status"] not in STATUSES:
         raise RecordError(f"{path}: status '{values['status']}' is unknown")
-    record = TrialRecord(**{f.name: values[f.name] for f in dataclasses.fields(TrialRecord)})
+    record = TrialRecord(**{f.name: values[f.name] for f in fields})
     try:
-        config = from_dict(record.config)
-        own = ids(config)
+        own = ids(from_dict(record.config))
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"{path} was edited: its config is not whole ({error})") from None
     if own != (record.trial_id, record.cell_id):
@@ -275,11 +264,8 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
         expected_id = expected_id or trial_id(config)
         if record.trial_id != expected_id:
             difference = _first_difference(record.config, to_dict(config))
-            return State(
-                "refused",
-                problem=f"{folder} holds trial {record.trial_id}, this is trial {expected_id}: give another folder "
-                f"({difference})",
-            )
+            problem = f"{folder} holds trial {record.trial_id}, this is trial {expected_id}: give another folder"
+            return State("refused", problem=f"{problem} ({difference})")
     return State(record.shown_status(), record)
 
 
@@ -320,12 +306,10 @@ class JsonLines:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a ``.jsonl`` file; a last line cut off by a crash is left out, a missing file is empty."""
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for line in text.split("\n")[:-1]:
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -342,11 +326,9 @@ def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) ->
     Arrays are stored as ``SPLIT.FIELD``, e.g. ``val.predicted``. The zip carries no clock, so that equal
     predictions give equal bytes.
     """
-    buffer = io.BytesIO()
     arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     with replacing(folder / PREDICTIONS) as file:
-        file.write(buffer.getvalue())
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
-from lora_vit.config import ConfigError, TrialConfig, from_dict, to_dict
+from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.distributed import OtherFailed, Process
 from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.start import not_importing_main
@@ -22,10 +23,6 @@ from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.trial import Trial, ended_record, locked_folder
-
-Asked = tuple[TrialConfig, Path, dict[str, str]]
-"""A trial's config, its folder, and what goes into ``.hydra/``."""
-
 
 AFTER_CAUSE = 2.0
 """Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
@@ -35,7 +32,13 @@ class TrialFailed(Exception):  # noqa: N818  (its name is the status)
     """The trial ended as failed; the reason is in the record and in the message."""
 
 
-def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bool = False) -> TrialRecord:
+def run(
+    config: TrialConfig,
+    folder: Path,
+    hydra_files: dict[str, str],
+    wait: bool = False,
+    process: Process | None = None,
+) -> TrialRecord:
     """Train the trial to its end, or report that it is finished already.
 
     Args:
@@ -43,54 +46,59 @@ def run(config: TrialConfig, folder: Path, hydra_files: dict[str, str], wait: bo
         folder: the trial's.
         hydra_files: name to text of what goes into ``.hydra/`` once the run is accepted.
         wait: for another process that is training this very trial, instead of refusing.
+        process: rank 0 of a group that stands, whose others :func:`follow`; None: as many are started as are asked for.
 
     Raises:
         ConfigError: nothing was trained; the message is one line.
         TrialFailed: the trial's record says why.
+        OtherFailed: another process of the group cannot go on.
         Interrupted: everything is saved.
     """
-    launched = time.time()
-    world_size, note = choose_world_size(config)
-    if note:
-        print(note)
-    with not_left_empty(folder):
-        if world_size == 1:
-            return run_here(config, folder, hydra_files, Process(), launched, wait)
-        ended = ended_record(folder, config, launched)
-        return ended if ended is not None else _launch(config, folder, hydra_files, world_size)
+    launched, to_start = time.time(), 1
+    with _not_left_empty(folder):
+        if process is not None:
+            _check_group(config, process.world_size)
+        else:
+            to_start, note = choose_world_size(config)
+            if note:
+                print(note)
+        ended = ended_record(folder, config, launched)  # refuses before anything is written
+        if ended is not None:
+            return ended
+        if to_start > 1:
+            return _launch(config, folder, hydra_files, to_start)
+        with locked_folder(folder, wait):
+            ended = ended_record(folder, config, launched)  # as another process has left it
+            return ended or _train(config, folder, hydra_files, process or Process(), launched)
 
 
-def run_in_group(process: Process, ask: Callable[[], Asked | None]) -> TrialRecord | None:
-    """Train in a process of a group that torchrun started.
+def follow(process: Process) -> int:
+    """Train in a process of a rank above 0 what rank 0 trains, if anything; returns the exit code.
 
-    ``ask`` is called by rank 0 alone and says itself what is wrong, for torchrun ends all when one ends; the others
-    wait for what it gives, and end with it. Returns rank 0's record.
-
-    Raises:
-        OtherFailed: another process cannot go on.
-        and what :func:`run` raises.
+    It writes nothing, and leaves it to rank 0 to say what is wrong.
     """
-    launched = time.time()
-    if not process.is_main:
-        failed, values = distributed.from_main(None)
-        if failed:
-            raise OtherFailed("rank 0 has ended")
-        if values is not None:
-            run_follower(from_dict(values), process)
-        return None
-    asked, failed = None, True
     try:
-        asked, failed = ask(), False
-    finally:
-        distributed.from_main((failed, None if asked is None else to_dict(asked[0])))
-    if asked is None:
-        return None
-    with not_left_empty(asked[1]):
-        return run_here(*asked, process, launched)
+        with StopRequest() as stop:
+            config = distributed.from_main(None)
+            if config is OtherFailed:
+                return 1
+            if config is not None:
+                setup = distributed.on_all(functools.partial(build_setup, config, process))
+                trial = Trial(config, *distributed.from_main(None))
+                train_trials([trial], setup, RunReporter(False), stop)
+                _unless_failed(trial.record)
+    except Interrupted as error:
+        return error.exit_code
+    except (ConfigError, TrialFailed):
+        return 1
+    except OtherFailed:
+        time.sleep(AFTER_CAUSE)
+        return 1
+    return 0
 
 
-def check_group(config: TrialConfig, world_size: int) -> None:
-    """Raise ConfigError where the trial cannot train in so many processes that torchrun has started."""
+def _check_group(config: TrialConfig, world_size: int) -> None:
+    """Raise ConfigError where the trial cannot train in so many processes that stand already."""
     check_world_size(config, world_size)
     devices = config.trainer.devices
     if devices not in ("auto", str(world_size)):
@@ -98,7 +106,7 @@ def check_group(config: TrialConfig, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def not_left_empty(folder: Path) -> Iterator[None]:
+def _not_left_empty(folder: Path) -> Iterator[None]:
     """Remove the folder that Hydra made where the run was refused at once."""
     try:
         yield
@@ -108,31 +116,13 @@ def not_left_empty(folder: Path) -> Iterator[None]:
         raise
 
 
-def run_here(
-    config: TrialConfig,
-    folder: Path,
-    hydra_files: dict[str, str],
-    process: Process,
-    launched: float,
-    wait: bool = False,
-) -> TrialRecord:
-    """Train in this process, rank 0 of ``process.world_size``."""
-    ended = ended_record(folder, config, launched)  # refuses before anything is written
-    if ended is None:
-        with locked_folder(folder, wait):
-            ended = ended_record(folder, config, launched)  # as another process has left it
-            if ended is None:
-                return _train(config, folder, hydra_files, process, launched)
-    distributed.from_main(False)
-    return ended
-
-
 def _train(
     config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, launched: float
 ) -> TrialRecord:
     with StopRequest() as stop:
-        distributed.from_main(True)  # there is something to train
-        setup = distributed.on_all(lambda: build_setup(config, process))
+        distributed.from_main(config)
+        process.has_led = True
+        setup = distributed.on_all(functools.partial(build_setup, config, process))
         trial = Trial.open(config, folder, setup, launched, hydra_files)
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
@@ -151,17 +141,6 @@ def _train(
         finally:
             reporter.close()
     return _unless_failed(trial.record)
-
-
-def run_follower(config: TrialConfig, process: Process) -> None:
-    """Train in this process, of a rank above 0: it writes nothing."""
-    with StopRequest() as stop:
-        if not distributed.from_main(None):  # rank 0 found the trial ended
-            return
-        setup = distributed.on_all(lambda: build_setup(config, process))
-        trial = Trial(config, *distributed.from_main(None))
-        train_trials([trial], setup, RunReporter(False), stop)
-    _unless_failed(trial.record)
 
 
 def _unless_failed(record: TrialRecord) -> TrialRecord:
@@ -204,7 +183,7 @@ def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], worl
             for signum in SIGNALS:
                 if signal.getsignal(signum) is signal.SIG_DFL and signum != signal.SIGTERM:
                     signal.signal(signum, pass_on)
-            elastic_launch(launch, _worker)(to_dict(config), str(folder), hydra_files)
+            elastic_launch(launch, _worker)(config, folder, hydra_files)
     except SignalException as error:
         raise Interrupted(int(error.sigval)) from None
     except ChildFailedError as error:
@@ -248,20 +227,20 @@ def _failure_of_processes(folder: Path, error: Any) -> str:
     return reason
 
 
-def _worker(values: dict[str, Any], folder: str, hydra_files: dict[str, str]) -> None:
+def _worker(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> None:
     """A started process: join the others and train."""
     process = distributed.join_process_group()
     code = 0
     try:
         if process.is_main:
-            run_here(from_dict(values), Path(folder), hydra_files, process, time.time())
+            with distributed.leading(process):
+                run(config, folder, hydra_files, process=process)
         else:
-            run_follower(from_dict(values), process)
+            code = follow(process)
     except Interrupted as stop:
         code = stop.exit_code
     except (ConfigError, OtherFailed, TrialFailed) as error:
-        if process.is_main:
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = 1
         if isinstance(error, OtherFailed):
             time.sleep(AFTER_CAUSE)

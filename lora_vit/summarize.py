@@ -41,14 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         out = Path(args.out) if args.out else Path(args.folders[0]) / OUTPUT
-        summary = summarize(
-            args.folders,
-            metric=args.metric,
-            where=args.where,
-            pivot=tuple(args.pivot) if args.pivot else None,
-            compare_trials=tuple(args.compare) if args.compare else None,
-            spreads=args.spreads,
-        )
+        summary = summarize(args.folders, args.metric, args.where, args.pivot, args.compare, args.spreads)
         files = render_files(summary, "python -m lora_vit.summarize " + shlex.join(given), not args.no_plots)
         write_files(out, files)
     except SummaryError as error:

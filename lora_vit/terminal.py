@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -82,9 +83,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close()
         if kind is None:
             seconds = time.perf_counter() - self._start
@@ -97,11 +96,21 @@ def make_console(quiet: bool = False) -> Console:
     return Console(highlight=False, soft_wrap=True, width=width, quiet=quiet)
 
 
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table under a title."""
+def from_here(folder: Path) -> str:
+    """A folder as short as a shell can name it from here."""
+    full, here = folder.absolute(), Path.cwd()
+    return shlex.quote(str(full.relative_to(here) if full.is_relative_to(here) else folder))
+
+
+def print_table(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None
+) -> None:
+    """A plain table under a title, of so many rows at most."""
     table = Table(*header, box=None, pad_edge=False)
-    for row in rows:
+    for row in rows[:most]:
         table.add_row(*map(escape, row))
     if title:
         console.print(f"[bold]{title}[/bold]")
     console.print(table)
+    if most is not None and len(rows) > most:
+        console.print(f"... {len(rows) - most} more")

@@ -21,48 +21,44 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import explain, from_omegaconf, is_idle, not_swept, quote_paths, register_schema
+from lora_vit.compose import explain, from_omegaconf, not_swept, quote_paths, register_schema
 from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.records import NO_SPACE, RECORD, RecordError, TrialRecord, state_of
+from lora_vit.records import NO_ACCURACY, NO_SPACE, RECORD, RecordError, TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
 from lora_vit.stopping import Interrupted
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, label
+from lora_vit.terminal import from_here
 
 _FAILURES = ("OtherFailed", "SweepFailed", "TrialFailed", "WorkerFailed")
 """Errors that say all in one line, by name: their modules import torch."""
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def asked(cfg: DictConfig) -> tuple[TrialConfig, Path, dict[str, str]]:
-    """The trial that Hydra composed, its folder, and the files of ``.hydra/``."""
+def task(cfg: DictConfig, process: Any = None) -> float:
+    """Train the composed trial; returns its validation accuracy (a fraction). ``process``: as ``run`` takes it."""
     hydra_cfg = HydraConfig.get()
+    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
+    config, folder = from_omegaconf(cfg, in_sweep), Path(hydra_cfg.runtime.output_dir)
     files = {
         "config.yaml": OmegaConf.to_yaml(cfg),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
-    config = from_omegaconf(cfg, hydra_cfg.mode == RunMode.MULTIRUN)
-    return config, Path(hydra_cfg.runtime.output_dir), files
-
-
-def task(cfg: DictConfig) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction)."""
-    config, folder, files = asked(cfg)
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if in_sweep:
         _begin_in_sweep(cfg, config, folder)
     from lora_vit.run import run
 
-    return report(run(config, folder, files, wait=in_sweep), folder)  # two settings of a sweep may name one trial
+    # In a sweep we wait, for two settings may name one trial.
+    return report(run(config, folder, files, in_sweep, process), folder)
 
 
 def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
     """What a packed sweep does for its trials: the plan has them, and one that failed is not tried again unasked."""
     hydra_cfg = HydraConfig.get()
     given = [str(line) for line in hydra_cfg.overrides.task]
-    with_effect = [line for line in given if not is_idle(config, line)]
-    job = Job(config, given, label(with_effect, not_swept(hydra_cfg, [given])))
+    job = Job(config, given)
+    job.label = label(given, not_swept(hydra_cfg, [given]).union(job.idle()))
     Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
     state = state_of(folder, config, job.trial_id)
     ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
@@ -77,8 +73,8 @@ def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
-        raise RecordError(f"{folder / RECORD} has no val_accuracy: remove it, then the same command trains anew")
-    shown = shlex.quote(str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder))
+        raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
+    shown = from_here(folder)
     print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return float(accuracy)
 
@@ -97,10 +93,10 @@ task.run_sweep = run_sweep  # type: ignore[attr-defined]
 
 
 @functools.wraps(task)
-def one_line_task(cfg: DictConfig) -> float:
+def one_line_task(cfg: DictConfig, process: Any = None) -> float:
     """The task with user errors as one line; Hydra would add lines of its own to an exception."""
     try:
-        return task(cfg)
+        return task(cfg, process)
     except Exception as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
@@ -112,7 +108,14 @@ def main() -> None:
     """Command-line entry: errors that a user can cause end in one line and exit code 1."""
     register_schema()
     sys.argv[1:] = quote_paths(sys.argv[1:])
-    _guarded(lambda: _in_group() if started_by_torchrun() else through_hydra(one_line_task))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
+    try:
+        if started_by_torchrun():
+            _in_group()
+        else:
+            through_hydra(one_line_task)
+    except Exception as error:
+        _end(error)
 
 
 def through_hydra(task_function: Any) -> None:
@@ -123,67 +126,44 @@ def through_hydra(task_function: Any) -> None:
 def _in_group() -> None:
     """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
     from lora_vit import distributed
-    from lora_vit.run import OtherFailed, TrialFailed, check_group, not_left_empty, run_in_group
-
-    composed: list[tuple[TrialConfig, Path, dict[str, str]]] = []
-
-    def ask() -> tuple[TrialConfig, Path, dict[str, str]] | None:
-        try:
-            through_hydra(functools.wraps(task)(lambda cfg: composed.append(asked(cfg))))
-            for config, folder, _ in composed:
-                with not_left_empty(folder):
-                    check_group(config, process.world_size)
-        except SystemExit as end:
-            if isinstance(end.code, str):
-                fail(end.code.removeprefix("error: "))
-            if end.code:
-                raise
-        except Exception as error:
-            _end(error, single=True, composing=True)
-        return composed[0] if composed else None
 
     process = distributed.join_process_group()
     try:
-        _refuse_different_commands(distributed.from_all(sys.argv[1:]), process.local_rank)
-        record = run_in_group(process, ask)
-        if record is not None:
-            report(record, composed[0][1])
-    except Exception as error:
+        different = list(dict.fromkeys(map(shlex.join, distributed.from_all(sys.argv[1:]))))
+        if len(different) > 1 and process.local_rank == 0:
+            fail(f"nodes were started differently, give the same overrides on each: {' | '.join(different)}")
+        if len(different) > 1:
+            sys.exit(1)
         if process.is_main:
-            _end(error, single=True)
-        if isinstance(error, Interrupted):
-            sys.exit(error.exit_code)
-        if isinstance(error, (ConfigError, OtherFailed, TrialFailed)):
-            sys.exit(1)  # rank 0 says why
-        raise
+            with distributed.leading(process):
+                _lead(process)
+        else:
+            from lora_vit.run import follow
+
+            sys.exit(follow(process))
+    except distributed.OtherFailed:
+        if process.is_main:
+            raise
+        sys.exit(1)
     finally:
         distributed.leave_process_group()
 
 
-def _refuse_different_commands(commands: list[list[str]], local_rank: int) -> None:
-    """End every process where the nodes were started with different overrides; the first of each node says so."""
-    different = list(dict.fromkeys(map(shlex.join, commands)))
-    if len(different) > 1:
-        if local_rank == 0:
-            print(f"error: nodes were started differently, give the same overrides on each: {' | '.join(different)}",
-                  file=sys.stderr)  # fmt: skip
-        sys.exit(1)
-
-
-def _guarded(action: Any) -> None:
-    """Run; turn user errors into one line. HYDRA_FULL_ERROR=1 shows the traceback instead."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
+def _lead(process: Any) -> None:
+    """Rank 0's part, which says itself what is wrong: once it has left the group, torchrun ends it."""
     try:
-        action()
+        through_hydra(functools.wraps(task)(lambda cfg: one_line_task(cfg, process)))
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            fail(end.code.removeprefix("error: "))
+        if end.code:
+            raise
     except Exception as error:
-        _end(error, composing="lora_vit.run" not in sys.modules)
+        _end(error)
 
 
-def _end(error: Exception, single: bool = False, composing: bool = False) -> None:
-    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all.
-
-    ``composing``: nothing is trained yet, and Hydra makes the folder.
-    """
+def _end(error: Exception, single: bool = False) -> None:
+    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all."""
     if _FULL_ERROR:
         raise error
     if isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -196,6 +176,7 @@ def _end(error: Exception, single: bool = False, composing: bool = False) -> Non
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
+    composing = "lora_vit.run" not in sys.modules  # Hydra makes the folder
     if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
         what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -108,29 +108,23 @@ def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
 
     def named(match: re.Match[str]) -> str:
         word = match.group(2)
-        if word is None:
-            return match.group(1)
-        return f"`{aliases[word]}`" if word in aliases else word
+        if word in aliases:
+            return f"`{aliases[word]}`"
+        if word and word not in ("and", "or", "not", "in", "is", "True", "False", "None"):
+            raise SummaryError(f"--where '{where}': there is no column '{word}'{nearest(word, sorted(aliases))}")
+        return match.group()
 
     if "@" in where:
         raise SummaryError(f"--where '{where}' cannot be read: @ is not allowed")
-    words = [m.group(2) for m in _WORD.finditer(where) if m.group(2)]
-    unknown = [w for w in words if w not in aliases and w not in _KNOWN_WORDS]
-    if unknown:
-        raise SummaryError(
-            f"--where '{where}': there is no column '{unknown[0]}'{nearest(unknown[0], sorted(aliases))}"
-        )
+    condition = _WORD.sub(named, where)
     try:
-        kept = trials.query(_WORD.sub(named, where), engine="python")
+        kept = trials.query(condition, engine="python")
     except Exception as error:  # pandas raises many kinds here, SyntaxError among them
         text = str(error).split("\n")[0][:120]
         raise SummaryError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
     if not isinstance(kept, pd.DataFrame) or kept.empty:
         raise SummaryError(f"--where '{where}' leaves none of the {len(trials)} trials")
     return kept.reset_index(drop=True)
-
-
-_KNOWN_WORDS = {"and", "or", "not", "in", "is", "True", "False", "None"}
 
 
 def _effects(done: pd.DataFrame, settings: list[str], metric: Metric) -> Effects:

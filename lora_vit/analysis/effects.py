@@ -29,7 +29,7 @@ COLUMNS = ["setting", "level", "against", "effect", "low", "high", "p", "trials"
 class Effects:
     """``table`` has COLUMNS (effect in units of the metric; p: F test of the whole setting)."""
 
-    table: pd.DataFrame
+    table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS))
     notes: list[str] = field(default_factory=list)
     lack_of_fit_p: float = math.nan
 
@@ -43,17 +43,14 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
     counts = frame.groupby("cell")["seed"].nunique()
     if (counts >= 2).sum() < 2:
-        return Effects(pd.DataFrame(columns=COLUMNS))
-    y = frame[metric].to_numpy(float)
+        return Effects()
     if frame["seed"].nunique() > MOST_SEEDS:
-        return Effects(pd.DataFrame(columns=COLUMNS), [f"more than {MOST_SEEDS} seeds: no main effects"])
-    base = _indicators(frame["seed"])
-    design, terms, notes = _design(frame, settings, base)
-    if not terms:
-        return Effects(pd.DataFrame(columns=COLUMNS), notes)
+        return Effects(notes=[f"more than {MOST_SEEDS} seeds: no main effects"])
+    y = frame[metric].to_numpy(float)
+    design, terms, notes = _design(frame, settings, _indicators(frame["seed"]))
     error, df, lack_p = _error(y, design, *_pure_error(frame, y))
-    if df < 1:
-        return Effects(pd.DataFrame(columns=COLUMNS), notes)
+    if not terms or df < 1:
+        return Effects(notes=notes)
     inverse = np.linalg.inv(design.T @ design)
     coefficients = inverse @ design.T @ y
     t = float(special.stdtrit(df, 0.975))
@@ -83,7 +80,6 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
     """Columns of the block and of every setting that can be separated from those before it."""
     design, terms, notes = base, [], []
     taken: list[str] = []
-    rank = np.linalg.matrix_rank(design)
     for name in settings:
         values = frame[name]
         levels = sorted(values.dropna().unique(), key=lambda v: (isinstance(v, str), v))
@@ -93,24 +89,22 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
             x = values.to_numpy(float)
             double = name.split(".")[-1] in DOUBLING and bool((x > 0).all())
             new = (np.log2(x) if double else x)[:, None]
-            unit, against, trials = ("per doubling" if double else "per unit"), "", [len(frame)]
-            labels: list[object] = [unit]
+            labels: list[object] = ["per doubling" if double else "per unit"]
+            against, trials = "", [len(frame)]
         elif len(levels) > MOST_LEVELS:
             notes.append(f"{name} has {len(levels)} levels: too many for an effect each")
             continue
         else:
-            new = np.column_stack([(values == level).to_numpy(float) for level in levels[1:]])
-            labels, against = list(levels[1:]), levels[0]
-            trials = [int((values == level).sum()) for level in levels[1:]]
+            against, *labels = levels
+            new = np.column_stack([values == level for level in labels]).astype(float)
+            trials = new.sum(0).astype(int).tolist()
         wider = np.column_stack([design, new])
-        found = np.linalg.matrix_rank(wider / np.linalg.norm(wider, axis=0))
-        if found < wider.shape[1]:
+        if np.linalg.matrix_rank(wider / np.linalg.norm(wider, axis=0)) < wider.shape[1]:
             notes.append(f"{name} cannot be separated from {' and '.join(taken) or 'the seeds'}: no effect is shown")
             continue
         terms.append((name, np.arange(design.shape[1], wider.shape[1]), labels, against, trials))
-        design, rank = wider, found
+        design = wider
         taken.append(name)
-    assert rank == design.shape[1] or not terms
     return design, terms, notes
 
 

@@ -177,20 +177,8 @@ def latex_escape(text: object) -> str:
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A table for the LaTeX package booktabs."""
     align = "".join("r" if numeric(table[c]) else "l" for c in table.columns)
-    lines = [
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{latex_escape(caption)}}}",
-        f"\\begin{{tabular}}{{{align}}}",
-        "\\toprule",
-        " & ".join(latex_escape(c) for c in table.columns) + " \\\\",
-        "\\midrule",
-        *(" & ".join(latex_escape(v) for v in row) + " \\\\" for row in table.itertuples(index=False)),
-        "\\bottomrule",
-        "\\end{tabular}",
-        "\\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
+    return style.to_latex(hrules=True, column_format=align, caption=latex_escape(caption), position_float="centering")
 
 
 def table_md(summary: Summary) -> str:

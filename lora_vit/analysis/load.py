@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY
+from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY, LoraConfig
 from lora_vit.records import PLAN, PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
 
 OUTPUT = "summary"
@@ -140,13 +140,14 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     """
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is no time")
+    lora = LoraConfig(**record.config["lora"])
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
         "status": record.shown_status(),
         "seed": record.config["seed"],
         **_settings(record.config),
-        "lora.effective_scaling": _effective_scaling(record.config["lora"]),
+        "lora.effective_scaling": lora.effective_scaling() if lora.rank else math.nan,
         "epoch": as_float(record.metrics.get("epoch")),
     }
     for name in FIGURES:
@@ -194,14 +195,6 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return str(value)
     return value
-
-
-def _effective_scaling(lora: dict[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; NaN without adapters."""
-    rank, alpha = as_float(lora.get("rank")), as_float(lora.get("alpha"))
-    if not rank > 0:
-        return math.nan
-    return alpha / (math.sqrt(rank) if lora.get("scaling") == "rslora" else rank)
 
 
 def as_float(value: Any) -> float:

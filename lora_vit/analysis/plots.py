@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
-from lora_vit.analysis.tables import BASELINES, LR, METHOD, short_names, value_text
+from lora_vit.analysis.tables import BASELINES, LR, METHOD, preferred, short_names, value_text
 from lora_vit.records import METRICS, RecordError, read_rows
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,6 +28,11 @@ MARK_STYLE = {
 MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
 LONG_CURVE = 8  # validated epochs
 LONGEST = 68  # characters of a name
+PARETO = {
+    "pareto_parameters": ("trainable_parameters", "Trainable parameters"),
+    "pareto_seconds": ("seconds", "Seconds per trial"),
+}
+"""Fronts of the cells table: the cost and its name."""
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -47,12 +53,10 @@ STYLE: Any = {
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(STYLE):
-        figures: dict[str, Figure | None] = {"cells": cells(summary), **_by_setting(summary), **heat_maps(summary)}
+        figures: dict[str, Figure | None] = {"cells": cells(summary), **by_setting(summary), **heat_maps(summary)}
         figures["learning_curves"] = learning_curves(summary)
-        figures["pareto_parameters"] = pareto(
-            summary, "trainable_parameters", "Trainable parameters", "pareto_parameters"
-        )
-        figures["pareto_seconds"] = pareto(summary, "seconds", "Seconds per trial", "pareto_seconds")
+        for name, (cost, title) in PARETO.items():
+            figures[name] = pareto(summary, cost, title, name)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -93,20 +97,15 @@ def _shorten(text: str, most: int = LONGEST) -> str:
 
 
 def _error_bars(frame: pd.DataFrame, scale: float) -> np.ndarray:
-    """Distances below and above the mean [2, n]; NaN where a cell has no interval."""
-    mean = frame["mean"].to_numpy(float)
-    return scale * np.array([mean - frame["low"].to_numpy(float), frame["high"].to_numpy(float) - mean])
+    """Distances below and above the mean [2, n]; 0 where a cell has no interval."""
+    low, mean, high = frame[["low", "mean", "high"]].to_numpy(float).T
+    return np.nan_to_num(scale * np.array([mean - low, high - mean]))
 
 
 def cells(summary: Summary) -> Figure:
     """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
     frame = summary.cells
-    shown = frame.head(MOST_ROWS)
-    more = f" (best {MOST_ROWS} of {len(frame)})" if len(frame) > MOST_ROWS else ""
-    rest = frame.iloc[MOST_ROWS:]
-    if METHOD in summary.settings and (rest[METHOD] != "lora").any():
-        shown = pd.concat([shown, rest[rest[METHOD] != "lora"].head(4)])
-        more = f" (best {MOST_ROWS} of {len(frame)}, and baselines)"
+    shown, more = _best_and_baselines(frame, MOST_ROWS, 4)
     figure, axes = _axes(_width(shown["label"]), 1.3 + 0.26 * max(len(shown), 3))
     scale, y = _scale(summary), np.arange(len(shown))
     bars = _error_bars(shown, scale)
@@ -114,7 +113,7 @@ def cells(summary: Summary) -> Figure:
         here = (shown["mark"] == mark).to_numpy()
         if here.any():
             axes.errorbar(
-                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=np.nan_to_num(bars[:, here]), fmt=marker,
+                scale * shown["mean"].to_numpy(float)[here], y[here], xerr=bars[:, here], fmt=marker,
                 color=colour, ecolor=colour, elinewidth=1.4, capsize=2.5, markersize=5, label=mark,
             )  # fmt: skip
     axes.set_yticks(y, [_shorten(t) for t in shown["label"]])
@@ -123,13 +122,19 @@ def cells(summary: Summary) -> Figure:
     axes.set_title(f"Cells{more}", loc="left")
     figure.legend(loc="outside lower center", ncols=5, fontsize=9)
     _limit(axes, summary, shown, bars)
-    low, high = axes.get_xlim()
-    cut = (scale * shown[["low", "high"]].to_numpy(float) < low) | (
-        scale * shown[["low", "high"]].to_numpy(float) > high
-    )
-    without = "\n(bars without ends are longer than shown)" if cut.any() else ""
+    ends, (low, high) = scale * shown[["low", "high"]], axes.get_xlim()
+    without = "\n(bars without ends are longer than shown)" if ((ends < low) | (ends > high)).any(axis=None) else ""
     axes.set_xlabel(f"{_title(summary)}, {_what_is_shown(frame)}{without}")
     return figure
+
+
+def _best_and_baselines(frame: pd.DataFrame, best: int, baselines: int) -> tuple[pd.DataFrame, str]:
+    """The first cells, baselines from among the others, and what a title says of the choice."""
+    shown, rest = frame.head(best), frame.iloc[best:]
+    if rest.empty:
+        return shown, ""
+    others = rest[rest[METHOD] != "lora"].head(baselines) if METHOD in frame else rest[:0]
+    return pd.concat([shown, others]), f" (best {best} of {len(frame)}{', and baselines' if len(others) else ''})"
 
 
 def _what_is_shown(frame: pd.DataFrame) -> str:
@@ -139,13 +144,13 @@ def _what_is_shown(frame: pd.DataFrame) -> str:
 def _limit(axes: Axes, summary: Summary, shown: pd.DataFrame, bars: np.ndarray) -> None:
     """Keep one huge interval (two seeds: t = 12.7) from squeezing everything else: cut it at the axis."""
     mean = _scale(summary) * shown["mean"].to_numpy(float)
-    reach = np.nan_to_num(bars).max(0)
+    below, above = bars
+    reach = bars.max(0)
     if len(mean) < 2 or not reach.any():
         return
     spread = max(float(np.ptp(mean)), 1e-9)
     typical = min(float(np.median(reach[reach > 0])), 1.5 * spread)
     low, high = float(mean.min()) - 1.3 * typical, float(mean.max()) + 1.3 * typical
-    below, above = np.nan_to_num(bars)
     whole = float((mean - below).min()), float((mean + above).max())
     if whole[1] - whole[0] < 1.5 * (high - low):  # nothing is squeezed
         margin = 0.03 * (whole[1] - whole[0])
@@ -160,8 +165,7 @@ def _numeric_settings(summary: Summary) -> list[str]:
     """Varying numeric settings, rank first, lr and dropout next."""
     adapted = _adapted(summary)
     found = [c for c in summary.settings if pd.api.types.is_numeric_dtype(adapted[c]) and adapted[c].nunique() > 1]
-    first = ["lora.rank", LR, "lora.dropout", "lora.alpha"]
-    return sorted(found, key=lambda c: first.index(c) if c in first else len(first))
+    return preferred(found, ["lora.rank", LR, "lora.dropout", "lora.alpha"])
 
 
 def _adapted(summary: Summary) -> pd.DataFrame:
@@ -170,23 +174,19 @@ def _adapted(summary: Summary) -> pd.DataFrame:
     return frame.infer_objects()
 
 
-def _by_setting(summary: Summary) -> dict[str, Figure]:
-    """The metric by rank (or the first numeric setting) with a line for each value of one other setting."""
+def by_setting(summary: Summary) -> dict[str, Figure]:
+    """The metric by rank (or the first numeric setting) with a line for each value of one other setting.
+
+    Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
+    """
     numeric = _numeric_settings(summary)
     if not numeric:
         return {}
-    short = short_names(summary.settings)
-    return {f"by_{short[numeric[0]].replace('.', '_')}": by_setting(summary, numeric[0])}
-
-
-def by_setting(summary: Summary, x: str) -> Figure:
-    """Means with seed intervals; what neither axis nor lines show is held at the best cell's values."""
-    short, frame, scale = short_names(summary.settings), _adapted(summary), _scale(summary)
+    x, short, frame, scale = numeric[0], short_names(summary.settings), _adapted(summary), _scale(summary)
     others = [c for c in summary.settings if c not in (x, METHOD) and frame[c].nunique() > 1]
     others = [c for c in others if frame.groupby(x)[c].nunique().max() > 1]  # not alpha, where it is tied to the rank
     lines = [c for c in others if 2 <= frame[c].nunique() <= MOST_LINES]
-    order = ["lora.alpha", "lora.dropout", LR]
-    line = min(lines, key=lambda c: order.index(c) if c in order else len(order)) if lines else None
+    line = next(iter(preferred(lines, ["lora.alpha", "lora.dropout", LR])), None)
     best, held = frame.iloc[0], []
     for c in others:
         if c != line:
@@ -200,13 +200,12 @@ def by_setting(summary: Summary, x: str) -> Figure:
         group = group.sort_values(x)
         at = np.array([place[v] for v in group[x]]) + 0.05 * (k - (len(groups) - 1) / 2)
         axes.errorbar(
-            at, scale * group["mean"], yerr=np.nan_to_num(_error_bars(group, scale)), color=COLOURS[k % 7],
+            at, scale * group["mean"], yerr=_error_bars(group, scale), color=COLOURS[k % 7],
             marker=MARKERS[k % 7], capsize=3, linewidth=1.6, elinewidth=1.1, markersize=5,
             label=None if line is None else _shorten(f"{short[line]} {value_text(value)}"),
         )  # fmt: skip
     _baseline_lines(axes, summary)
-    step = max(1, math.ceil(len(ticks) / 14))
-    axes.set_xticks(range(0, len(ticks), step), [value_text(v) for v in ticks[::step]])
+    _name_ticks(axes.set_xticks, ticks, 14)
     axes.set_xlabel(_axis_name(short[x]))
     axes.set_ylabel(_title(summary))
     _robust_y(axes, summary, frame)
@@ -214,7 +213,13 @@ def by_setting(summary: Summary, x: str) -> Figure:
     axes.set_title(title + (f"\n{_shorten('at ' + ', '.join(held), 72)}" if held else ""))
     if line is not None or METHOD in summary.settings:
         figure.legend(loc="outside lower center", ncols=4, fontsize=9)
-    return figure
+    return {f"by_{short[x].replace('.', '_')}": figure}
+
+
+def _name_ticks(set_ticks: Callable[..., object], values: Sequence[object], most: int) -> None:
+    """Name the values at 0, 1, ..., or each second, third, ... where they are more than ``most``."""
+    step = math.ceil(len(values) / most)
+    set_ticks(range(0, len(values), step), [value_text(v) for v in values[::step]])
 
 
 def _robust_y(axes: Axes, summary: Summary, frame: pd.DataFrame) -> None:
@@ -243,10 +248,9 @@ def _baseline_lines(axes: Axes, summary: Summary) -> None:
 def heat_maps(summary: Summary) -> dict[str, Figure]:
     """rank x dropout and rank x lr, else the first two numeric settings."""
     numeric = _numeric_settings(summary)
-    pairs = [("lora.rank", "lora.dropout"), ("lora.rank", LR)]
-    pairs = [p for p in pairs if p[0] in numeric and p[1] in numeric] or (
-        [(numeric[0], numeric[1])] if len(numeric) > 1 else []
-    )
+    pairs = [pair for pair in (["lora.rank", "lora.dropout"], ["lora.rank", LR]) if set(pair) <= set(numeric)]
+    if not pairs and len(numeric) > 1:
+        pairs = [numeric[:2]]
     short = short_names(summary.settings)
     return {f"heat_{short[a]}_{short[b]}".replace(".", "_"): heat_map(summary, a, b) for a, b in pairs}
 
@@ -254,16 +258,14 @@ def heat_maps(summary: Summary) -> dict[str, Figure]:
 def heat_map(summary: Summary, row: str, column: str) -> Figure:
     """Mean of the cells with each pair of values; a number in each field while there is room."""
     short = short_names(summary.settings)
-    frame = _adapted(summary)
-    table = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="mean") * _scale(summary)
-    counts = frame.pivot_table(index=row, columns=column, values="mean", aggfunc="count")
+    pairs = _adapted(summary).groupby([row, column])["mean"]
+    table, most = pairs.mean().unstack() * _scale(summary), int(pairs.count().max())
     rows, columns = table.shape
     figure, axes = _axes(min(2.6 + 0.75 * columns, 10), min(2.0 + 0.42 * rows, 9))
     image = axes.imshow(table.to_numpy(float), aspect="auto", cmap="cividis")
     axes.grid(visible=False)
-    for set_ticks, values in ((axes.set_yticks, table.index), (axes.set_xticks, table.columns)):
-        step = max(1, math.ceil(len(values) / 16))
-        set_ticks(range(0, len(values), step), [value_text(v) for v in values[::step]])
+    _name_ticks(axes.set_yticks, list(table.index), 16)
+    _name_ticks(axes.set_xticks, list(table.columns), 16)
     axes.set_ylabel(_axis_name(short[row]))
     axes.set_xlabel(_axis_name(short[column]))
     if rows * columns <= 120 and columns <= 10:
@@ -275,7 +277,6 @@ def heat_map(summary: Summary, row: str, column: str) -> Figure:
                     j, i, text, ha="center", va="center", fontsize=9, color="white" if value < middle else "black"
                 )
     figure.colorbar(image, ax=axes, label=_title(summary))
-    most = int(np.nanmax(counts.to_numpy(float)))
     over = "seeds" if most == 1 else f"up to {most} cells"
     title = f"{summary.metric.title} by {short[row]} and {short[column]}\n(mean over {over})"
     axes.set_title(title, loc="left", fontsize=10)
@@ -291,21 +292,15 @@ def curves(folders: list[str], metric: str) -> pd.DataFrame:
         except (RecordError, OSError, UnicodeDecodeError):
             continue
         values = {r["epoch"]: as_float(r.get(metric)) for r in rows if isinstance(r.get("epoch"), int)}
-        values = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
-        if values:
-            columns[folder] = pd.Series(values, dtype=float)
+        known = pd.Series(values, dtype=float).dropna()
+        if len(known):
+            columns[folder] = known
     return pd.DataFrame(columns).sort_index()
 
 
 def learning_curves(summary: Summary) -> Figure | None:
     """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
-    frame = summary.cells
-    shown = frame.head(MOST_CURVES)
-    more = f" (best {MOST_CURVES})" if len(frame) > MOST_CURVES else ""
-    if METHOD in frame:
-        rest = frame[(frame[METHOD] != "lora") & ~frame["cell"].isin(shown["cell"])]
-        shown = pd.concat([shown, rest.head(MOST_LINES - len(shown))])
-        more = f" (best {MOST_CURVES}, and baselines)" if len(rest) else more
+    shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
     done = summary.trials[summary.trials["status"] == "completed"]
     figure, axes = _axes()
     scale, drawn = _scale(summary), 0
@@ -335,13 +330,9 @@ def _from_later_epochs(axes: Axes, summary: Summary) -> None:
     """Let the epochs after the first third set the range of long curves, where they lie close together."""
     if max(len(line.get_xdata()) for line in axes.lines) < LONG_CURVE:  # type: ignore[arg-type]
         return
-    parts = [
-        np.column_stack([np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)])
-        for line in axes.lines
-    ]
-    points = np.concatenate(parts)
+    points = np.concatenate([line.get_xydata() for line in axes.lines])
     later = points[points[:, 0] > points[:, 0].min() + np.ptp(points[:, 0]) / 3, 1]
-    if len(later) == 0 or len(parts) < 2:
+    if len(later) == 0 or len(axes.lines) < 2:
         return
     room = 0.25 * max(float(np.ptp(later)), 1e-9)
     low, high = axes.get_ylim()

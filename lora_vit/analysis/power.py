@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -42,15 +43,12 @@ def seeds_needed(difference: float, sd: float, cells: int, wanted: float = 0.8) 
     """Fewest seeds with which :func:`power` reaches ``wanted``; None above ``MOST_SEEDS``."""
     if cells < 2 or not math.isfinite(sd):
         return None
-    low, high = 1, 2
-    while power(difference, sd, cells, high) < wanted:
-        low, high = high, high * 2
-        if low >= MOST_SEEDS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(difference, sd, cells, middle) >= wanted else (middle, high)
-    return high if high <= MOST_SEEDS else None
+    high = 2
+    while high < MOST_SEEDS and power(difference, sd, cells, high) < wanted:
+        high *= 2
+    counts = range(min(high, MOST_SEEDS) + 1)
+    fewest = bisect.bisect_left(counts, wanted, high // 2, key=lambda seeds: power(difference, sd, cells, seeds))
+    return fewest if fewest in counts else None
 
 
 def expected_maximum(count: int) -> float:

@@ -50,11 +50,9 @@ def t_interval(values: np.ndarray, resolution: float = 0.0, confidence: float = 
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
     n = len(x)
-    if n == 0:
-        return Interval(math.nan, math.nan, 0, math.nan, math.nan)
-    mean = float(x.mean())
-    if n == 1:
-        return Interval(mean, math.nan, 1, math.nan, math.nan)
+    mean = float(x.mean()) if n else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
     half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
     return Interval(mean, sd, n, mean - half, mean + half)
@@ -325,11 +323,7 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_val
     if keep.sum() < 2:
         return result
     part = y[keep][:, np.isfinite(y[keep]).any(0)]
-    if part.shape[1] > MOST_SEEDS:
-        part = _packed(part)
-        fit = fit_blocks(part, block=False)
-    else:
-        fit = fit_blocks(part)
+    fit = fit_blocks(_packed(part), block=False) if part.shape[1] > MOST_SEEDS else fit_blocks(part)
     if fit.df < 1:
         return result
     result.spread_p = spread_test(fit)
@@ -355,7 +349,7 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_val
     result.df, result.sd, result.pooled_sd = fit.df, math.sqrt(common), math.sqrt(max(fit.mse, 0.0))
     result.wide, result.blocked = wide and (k > 2 or not fit.blocked), fit.blocked
     result.repeats = float(k / (1 / fit.counts).sum())
-    result.complete, result.seeds = bool(np.isfinite(part).all()), part.shape[1]
+    result.complete, result.seeds = bool(np.isfinite(fit.y).all()), fit.y.shape[1]
     return result
 
 

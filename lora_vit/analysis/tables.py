@@ -49,14 +49,18 @@ def _is_setting(column: str) -> bool:
 
 def varying(trials: pd.DataFrame) -> list[str]:
     """Settings that differ between trials. What a baseline leaves empty (its rank) does not make one differ."""
-    order = {name: k for k, name in enumerate((METHOD, "lora.rank", "lora.alpha", "lora.scaling", "lora.dropout"))}
-    found = [c for c in trials.columns if _is_setting(c) and _levels(trials, c) > 1]
-    return sorted(found, key=lambda c: (order.get(c, len(order)), SECTIONS[::-1].index(c.split(".")[0]), c))
+    found = []
+    for c in filter(_is_setting, trials.columns):
+        lora_only = c.startswith("lora.") and c != METHOD
+        if trials[c].nunique(dropna=lora_only) > 1:
+            found.append(c)
+    found.sort(key=lambda c: (SECTIONS[::-1].index(c.split(".")[0]), c))
+    return preferred(found, [METHOD, "lora.rank", "lora.alpha", "lora.scaling", "lora.dropout"])
 
 
-def _levels(trials: pd.DataFrame, column: str) -> int:
-    lora_only = column.startswith("lora.") and column != METHOD
-    return trials[column].nunique(dropna=lora_only)
+def preferred(columns: Sequence[str], first: list[str]) -> list[str]:
+    """The columns, those that ``first`` names before the others, in its order."""
+    return sorted(columns, key=lambda c: first.index(c) if c in first else len(first))
 
 
 def _last_part(column: str) -> str:
@@ -116,9 +120,8 @@ def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
     there = [c for c in settings if c != METHOD and adapted[c].nunique() > 1]
     scaled = "lora.rank" in there and SCALING in adapted and adapted[SCALING].nunique() > 1
     drop = {"lora.alpha", "lora.scaling"} if scaled else set()
-    order = ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR]
-    chosen = [c for c in there if c not in drop] + ([SCALING] if scaled else [])
-    return sorted(chosen, key=lambda c: (order.index(c) if c in order else len(order), c))
+    chosen = sorted([c for c in there if c not in drop] + ([SCALING] if scaled else []))
+    return preferred(chosen, ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
 
 
 def matrix(done: pd.DataFrame, metric: Metric) -> pd.DataFrame:
@@ -239,20 +242,16 @@ def learning_rates(cells: pd.DataFrame, settings: list[str], metric: Metric) -> 
     return pd.DataFrame(rows)
 
 
-def resolve(name: str, columns: list[str], option: str) -> str:
-    """The column that a user calls ``name``; SummaryError with the nearest one otherwise."""
-    known = aliases([c for c in columns if _is_setting(c) or c == SCALING])
-    if name not in known:
-        raise SummaryError(f"{option} {name}: there is no such setting{nearest(name, sorted(known))}")
-    return known[name]
-
-
 def pivot(cells: pd.DataFrame, trials: pd.DataFrame, wanted: tuple[str, str]) -> pd.DataFrame:
     """Mean over cells of one setting (rows) against another (columns)."""
-    row, column = (resolve(name, list(trials.columns), "--pivot") for name in wanted)
+    known = aliases([c for c in trials.columns if _is_setting(c) or c == SCALING])
+    for name in wanted:
+        if name not in known:
+            raise SummaryError(f"--pivot {name}: there is no such setting{nearest(name, sorted(known))}")
+    row, column = (known[name] for name in wanted)
     if row == column:
         raise SummaryError(f"--pivot {' '.join(wanted)}: give two different settings")
-    first = trials.groupby("cell").head(1).set_index("cell")
+    first = trials.drop_duplicates("cell").set_index("cell")
     frame = cells.assign(_row=cells["cell"].map(first[row]), _column=cells["cell"].map(first[column]))
     result = frame.pivot_table(index="_row", columns="_column", values="mean", aggfunc="mean")
     if result.empty:

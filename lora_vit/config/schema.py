@@ -196,7 +196,7 @@ def from_dict(values: dict[str, Any]) -> TrialConfig:
         sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
     seed = values.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed={seed} is no whole number")
+        raise ConfigError(f"seed={seed} is no whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
 
 
@@ -212,9 +212,8 @@ def _typed(value: Any, annotation: str) -> Any:
 
 def known_keys() -> list[str]:
     """Every dotted key of a trial config, for suggestions."""
-    sections = {**SECTIONS, "sweep": SweepConfig}
-    keys = [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
-    return [*keys, *SECTIONS, "seed"]
+    sweep = [f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)]
+    return [*_SETTINGS, *sweep, *SECTIONS, "seed"]
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:

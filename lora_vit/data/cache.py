@@ -12,17 +12,18 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from lora_vit.data.dataset import DataError, Decoded, shown
-from lora_vit.data.files import cannot_write, cores
-from lora_vit.records import locked, write_json
+from lora_vit.data.dataset import DataError, Decoded, Found, Range, content_of, shown
+from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
+from lora_vit.records import write_json
 
 _FORMAT = 2
 _NAMED = 20
@@ -35,56 +36,46 @@ _BYTES_PER_WORKER = 4 << 20
 _DARK = 16
 """Upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer."""
 
-Range = tuple[float, float]
-"""The values that become 0 and 255 where pixels have more than 8 bits."""
 
-
-class Problem(NamedTuple):
-    """An image that cannot be used as it is.
-
-    Attributes:
-        name: of its file.
-        kind: broken, size or deep (more than 8 bits, and no range given).
-        why: the reader's reason, or width and height.
-        values: smallest and largest value of a deep one.
-    """
-
-    name: str
-    kind: str
-    why: str = ""
-    values: Range = (0.0, 0.0)
+Parts = dict[str, list[tuple[str, int]]]
+"""The images of each part: their paths below the data set's folder, and their labels."""
+Problem = tuple[str, Exception]
+"""A file's name and why it cannot be used as it is: DeepImage, OtherSize or, where it is broken, ValueError."""
 
 
 class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
-    """An image of more than 8 bits, for which no range was given."""
+    """An image of more than 8 bits, for which no range was given; its smallest and its largest value."""
 
-    def __init__(self, values: Range):
-        self.values = values
-        super().__init__(f"its values are {values[0]:g} .. {values[1]:g}, not 8-bit as those trained on")
+    def __str__(self) -> str:
+        return "its values are {:g} .. {:g}, not 8-bit as those trained on".format(*self.args)
 
 
-def decode(file: Path | str | bytes, size: int | None, value_range: Range | None = None) -> np.ndarray:
+class OtherSize(Exception):  # noqa: N818  (not an error where there is ``data.cache_size``)
+    """An image of another size than the first."""
+
+
+def decode(file: Path, size: int | None, value_range: Range | None = None) -> np.ndarray:
     """An image file as RGB, uint8 [3, h, w]; with ``size`` its short side resized (antialiased) and centre-cropped.
 
     Turned upright where its EXIF data says so. Transparency is dropped. Pixels of 16 or 32 bits are mapped from
     ``value_range`` to 0 .. 255.
 
-    Args:
-        file: its path, or its bytes.
-        size: pixels of each side, None for its own.
-        value_range: of the data set.
-
     Raises:
         DataError: it cannot be read as an image, or is deep and there is no range.
     """
     try:
-        return _decode(io.BytesIO(file) if isinstance(file, bytes) else file, size, value_range)
+        return _decode(file, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-        name = "the image" if isinstance(file, bytes) else shown(str(file))
-        raise DataError(f"{name} cannot be read as an image ({str(error) or type(error).__name__})") from error
+        raise DataError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
 
 
-def _decode(file: io.BytesIO | Path | str, size: int | None, value_range: Range | None) -> np.ndarray:
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
+        return "no format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
+def _decode(file: io.BytesIO | Path, size: int | None, value_range: Range | None) -> np.ndarray:
     # The user's own files: large ones are no attack.
     Image.MAX_IMAGE_PIXELS = None
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
@@ -116,7 +107,7 @@ def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
     if not np.isfinite(grey).all():
         raise ValueError("it has values that are not finite")
     if value_range is None:
-        raise DeepImage((float(grey.min()), float(grey.max())))
+        raise DeepImage(float(grey.min()), float(grey.max()))
     low, high = value_range
     scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
@@ -150,8 +141,7 @@ def decoded(
     images = _open(path, len(names))
     if images is None:
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with locked(cache_dir / f"{path.name}.lock"):
+            with locked_in(cache_dir, path.name):
                 images = _open(path, len(names))  # perhaps another run has just made it
                 if images is None:
                     _build(root, names, digests, size, path, quiet)
@@ -160,6 +150,27 @@ def decoded(
             raise cannot_write(cache_dir, error) from None
     beside = path.with_suffix(".json")
     return images, (tuple(json.loads(beside.read_text())) if beside.exists() else None)
+
+
+def found_in(
+    root: Path, class_names: list[str], parts: Parts, passed: PassedOver, cache_dir: Path, quiet: bool, fetch: bool
+) -> Found:
+    """The data set of the images in ``parts``, which lie below ``root``.
+
+    Raises:
+        DataError: as :func:`~lora_vit.data.files.digests_of`.
+    """
+    names = [name for images in parts.values() for name, _ in images]
+    labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
+    ends = np.cumsum([len(images) for images in parts.values()])
+    ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
+    digests = digests_of(root, names, cache_dir, quiet, fetch)
+
+    def decode_all(size: int | None) -> Decoded:
+        return decoded(root, names, digests, size, cache_dir, quiet)
+
+    content = content_of(class_names, labels, ids, digests)
+    return Found(labels, class_names, ids, content, decode_all, passed.lines())
 
 
 def _open(path: Path, count: int) -> np.ndarray | None:
@@ -185,24 +196,20 @@ class _Job:
     def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
         """Decode the files into rows ``start`` and on; what cannot be used is returned."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        problems = []
+        problems: list[Problem] = []
         for row, name, digest in zip(rows, names, digests, strict=True):
             try:
                 content = Path(self.root, name).read_bytes()
                 if hashlib.sha256(content).digest() != digest.tobytes():
-                    raise DataError("it was changed in this moment")
-                image = decode(content, self.size, self.value_range)
-            except DataError as error:
-                deep = error.__cause__
-                if isinstance(deep, DeepImage):
-                    problems.append(Problem(name, "deep", values=deep.values))
-                else:
-                    problems.append(Problem(name, "broken", str(deep or error) or type(deep).__name__))
-                continue
-            if image.shape == row.shape:
+                    raise ValueError("it was changed in this moment")
+                image = _decode(io.BytesIO(content), self.size, self.value_range)
+                if image.shape != row.shape:
+                    raise OtherSize(f"{image.shape[2]}x{image.shape[1]}")
                 row[:] = image
-            else:
-                problems.append(Problem(name, "size", f"{image.shape[2]}x{image.shape[1]}"))
+            except (DeepImage, OtherSize) as error:
+                problems.append((name, error))
+            except Exception as error:  # of Pillow's many kinds not all can be sent to another process
+                problems.append((name, ValueError(_reason(error))))
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
@@ -224,29 +231,24 @@ class _Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
         self._job = job
-        self._told = False
 
-    def run(self, start: int, names: list[str], digests: np.ndarray) -> list[Problem]:
+    def run(self, *chunk: Any) -> list[Problem]:
         """As the job's; errors of the process are raised here."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            if not self._told:
-                pickle.dump(self._job, self._process.stdin)
-                self._told = True
-            pickle.dump((start, names, digests), self._process.stdin)
+            pickle.dump((self._job, chunk), self._process.stdin)
             self._process.stdin.flush()
-            answer = pickle.load(self._process.stdout)
+            answer: list[Problem] | OSError = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            code = self._process.wait()
+            code, (_, names, _) = self._process.wait(), chunk
             raise DataError(
                 f"a process that decodes images ended with code {code} between {shown(names[0])} and "
                 f"{shown(names[-1])} of {shown(self._job.root)}: is there enough memory, are these images sound?"
             ) from None
-        if isinstance(answer, Exception):
+        if isinstance(answer, OSError):
             raise answer
-        problems: list[Problem] = answer
-        return problems
+        return answer
 
     def stop(self) -> None:
         self._process.kill()
@@ -254,20 +256,16 @@ class _Worker:
 
 
 def serve() -> None:
-    """A worker's side: read the job, then chunks, from stdin until it closes, and answer each."""
-    job: _Job = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
-            chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        answer: list[Problem] | OSError
-        try:
-            answer = job.run(*chunk)
-        except OSError as error:
-            answer = error
-        pickle.dump(answer, sys.stdout.buffer)
-        sys.stdout.buffer.flush()
+    """A worker's side: read a job and a chunk of it from stdin and answer, until stdin closes."""
+    with contextlib.suppress(EOFError):
+        while True:
+            job, chunk = pickle.load(sys.stdin.buffer)
+            try:
+                answer = job.run(*chunk)
+            except OSError as error:
+                answer = error
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
 
 def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
@@ -282,16 +280,12 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
         )
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
-        with partial.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            offset = file.tell()
-            file.truncate(offset + needed)
+        offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = _Job(str(root), size, shape, str(partial), offset)
         problems = _run(job, names, digests, quiet)
-        deep = [p.values for p in problems if p.kind == "deep"]
+        deep = [error.args for _, error in problems if isinstance(error, DeepImage)]
         if deep:  # one range for all, so that equal values stay equal
-            job = replace(job, value_range=(min(v[0] for v in deep), max(v[1] for v in deep)))
+            job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
             problems = _run(job, names, digests, quiet)
         _refuse(root, problems, f"{first.shape[2]}x{first.shape[1]}")
         with partial.open("rb") as file:
@@ -314,46 +308,38 @@ def _run(job: _Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[
     chunks = [(i, names[i : i + length], digests[i : i + length]) for i in range(0, len(names), length)]
     problems: list[Problem] = []
     with Progress("decoding images", len(names), quiet) as bar, contextlib.ExitStack() as stack:
+        answers: Iterator[list[Problem]] = (job.run(*chunk) for chunk in chunks)
+        if count > 1:
+            pool = stack.enter_context(ThreadPoolExecutor(count))
+            idle = [_Worker(job) for _ in range(count)]
+            for worker in idle:
+                stack.callback(worker.stop)  # before the pool is left, so that its threads end
 
-        def collect(found: list[Problem], done: int) -> None:
-            problems.extend(found)
-            bar.advance(done)
+            def feed(chunk: tuple[int, list[str], np.ndarray]) -> list[Problem]:
+                worker = idle.pop()  # there are as many workers as threads
+                try:
+                    return worker.run(*chunk)
+                finally:
+                    idle.append(worker)
 
-        if count < 2:
-            for chunk in chunks:
-                collect(job.run(*chunk), len(chunk[1]))
-            return problems
-        pool = stack.enter_context(ThreadPoolExecutor(count))
-        workers = [_Worker(job) for _ in range(count)]
-        for worker in workers:
-            stack.callback(worker.stop)  # before the pool is left, so that its threads end
-        idle = list(workers)
-
-        def feed(chunk: tuple[int, list[str], np.ndarray]) -> list[Problem]:
-            worker = idle.pop()  # there are as many workers as threads
-            try:
-                return worker.run(*chunk)
-            finally:
-                idle.append(worker)
-
-        for chunk, found in zip(chunks, pool.map(feed, chunks), strict=True):
-            collect(found, len(chunk[1]))
+            answers = pool.map(feed, chunks)
+        for chunk, found in zip(chunks, answers, strict=True):
+            problems += found
+            bar.advance(len(chunk[1]))
     return problems
 
 
 def _refuse(root: Path, problems: list[Problem], usual: str) -> None:
     """Raise the one error that tells all broken images, or an image of another size."""
-    broken = sorted(f"{shown(p.name)} ({p.why})" for p in problems if p.kind == "broken")
+    broken = sorted(f"{shown(name)} ({error})" for name, error in problems if isinstance(error, ValueError))
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
+        raise DataError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away")
+    if problems:
+        name, size = min(problems, key=lambda problem: problem[0])
         raise DataError(
-            f"{count} below {shown(str(root))}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away"
-        )
-    for problem in sorted(problems):
-        raise DataError(
-            f"{shown(str(root / problem.name))} is {problem.why}, other images are {usual}: give data.cache_size to "
-            "bring all to one size"
+            f"{shown(root / name)} is {size}, other images are {usual}: give data.cache_size to bring all to one size"
         )
 
 
@@ -365,4 +351,4 @@ def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarra
             return decode(root / name, size, (0.0, 1.0))
         except DataError as error:
             why = why or str(error)
-    raise DataError(f"none of the {len(names)} images below {shown(str(root))} can be read: {why}")
+    raise DataError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")

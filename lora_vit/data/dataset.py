@@ -26,8 +26,10 @@ _MODULES = {
 IN_PACKAGES = ("digits", "fake")
 """Data sets that need no download and no decoding, and are what their version makes them."""
 
-Decoded = tuple[np.ndarray, "tuple[float, float] | None"]
-"""Images uint8 [N, 3, h, w], and the range of values that became 0 .. 255 where files have more than 8 bits."""
+Range = tuple[float, float]
+"""The values that become 0 and 255 where pixels have more than 8 bits."""
+Decoded = tuple[np.ndarray, "Range | None"]
+"""Images uint8 [N, 3, h, w], and the range where files have more than 8 bits."""
 
 
 class DataError(ConfigError):
@@ -79,7 +81,7 @@ class ImageData:
     splits: dict[str, np.ndarray]
     fingerprint: str
     passed_over: tuple[str, ...] = ()
-    value_range: tuple[float, float] | None = None
+    value_range: Range | None = None
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
@@ -178,6 +180,6 @@ def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.n
     return f"{len(labels)} images, {len(class_names)} classes, sha256 {digest.hexdigest()[:16]}"
 
 
-def shown(name: str) -> str:
-    """A file name as text, whatever its bytes are."""
+def shown(name: str | os.PathLike[str]) -> str:
+    """A file's name or path as text, whatever its bytes are."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

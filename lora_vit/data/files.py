@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _UNSETTLED = 2_000_000_000
 """Nanoseconds for which a file that was just changed may change again without its time showing it."""
+_STAT = struct.Struct("=qqqQ")
 _CHUNK = 256
 _NAMED = 3
 """Files of a kind that one line names."""
@@ -71,22 +73,33 @@ def is_own(folder: Path | str, cache_dir: Path) -> bool:
     return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 
+def _entries(root: Path, place: str, cache_dir: Path, passed: PassedOver) -> Iterator[tuple[str, bool]]:
+    """Paths from ``root`` of the folders (true) and images in ``place``, sorted; links are followed."""
+    for entry in sorted(os.scandir(os.path.join(root, place)), key=lambda e: e.name):
+        name = os.path.join(place, entry.name)
+        if entry.name.startswith("."):
+            passed.add("hidden", name)
+        elif entry.is_dir():
+            if is_own(entry.path, cache_dir):
+                passed.add("of lora_vit's own", name)
+            else:
+                yield name, True
+        elif not entry.is_file():
+            passed.add("broken links", name)
+        elif os.path.splitext(name)[1].lower() in image_endings():
+            yield name, False
+        else:
+            passed.add("no images", name)
+
+
 def folders_in(root: Path, cache_dir: Path, passed: PassedOver) -> list[str]:
     """Sorted names of the folders in ``root`` (links too) that are neither hidden nor our own."""
     found = []
-    for entry in sorted(os.scandir(root), key=lambda e: e.name):
-        if entry.name.startswith("."):
-            passed.add("hidden", entry.name)
-        elif entry.is_dir():
-            if is_own(entry.path, cache_dir):
-                passed.add("of lora_vit's own", entry.name)
-            else:
-                found.append(entry.name)
-        elif not entry.is_file():
-            passed.add("broken links", entry.name)
+    for name, is_folder in _entries(root, "", cache_dir, passed):
+        if is_folder:
+            found.append(name)
         else:
-            image = os.path.splitext(entry.name)[1].lower() in image_endings()
-            passed.add("images outside the class folders" if image else "no images", entry.name)
+            passed.add("images outside the class folders", name)
     return found
 
 
@@ -94,30 +107,24 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
     """Sorted paths, relative to ``root``, of the images in a folder and its sub-folders; links are followed."""
     found: list[str] = []
 
+    def identity(path: Path | str) -> tuple[int, int]:
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+
     def walk(place: str, above: frozenset[tuple[int, int]]) -> None:
-        stat = os.stat(os.path.join(root, place))
-        here = (stat.st_dev, stat.st_ino)
+        here = identity(root / place)
         if here in above:
             passed.add("links that lead back", place)
             return
-        for entry in os.scandir(os.path.join(root, place)):
-            name = os.path.join(place, entry.name)
-            if entry.name.startswith("."):
-                passed.add("hidden", name)
-            elif entry.is_dir():
-                if is_own(entry.path, cache_dir):
-                    passed.add("of lora_vit's own", name)
-                else:
-                    walk(name, above | {here})
-            elif not entry.is_file():
-                passed.add("broken links", name)
-            elif os.path.splitext(entry.name)[1].lower() in image_endings():
-                found.append(name)
+        for name, is_folder in _entries(root, place, cache_dir, passed):
+            if is_folder:
+                walk(name, above | {here})
             else:
-                passed.add("no images", name)
+                found.append(name)
 
     try:
-        walk(folder, frozenset())
+        top = root / folder
+        walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
     except OSError as error:
         where = shown(error.filename or str(root / folder))
         raise DataError(f"{where} cannot be read ({error.strerror}): mend its permissions or links") from None
@@ -132,110 +139,83 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
         NotFetchedError: files would have to be read, and ``fetch`` is false.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    stats = _stats(root, names)
-    found, known = _kept(store, names, stats)
-    if known.all():
-        return found
-    if not fetch:
-        raise NotFetchedError(f"the images below {shown(str(root))} have not been read yet")
-    try:
-        with locked_in(cache_dir, store.name):
-            found, known = _kept(store, names, stats)  # perhaps another run has just read them
-            now = time.time_ns()
-            missing = np.flatnonzero(~known)
-            found[missing] = _read(root, [names[i] for i in missing.tolist()], quiet)
-            settled = stats[:, 2] < now - _UNSETTLED
-            _keep(
-                store, [name for name, good in zip(names, settled, strict=True) if good], stats[settled], found[settled]
-            )
-    except OSError as error:
-        raise cannot_write(cache_dir, error) from None
-    return found
+    stats = {name: _stat(root, name) for name in names}
+    known = _kept(store)
+
+    def unread() -> list[str]:
+        return [name for name, stat in stats.items() if known.get(name, b"")[:32] != stat]
+
+    if unread():
+        if not fetch:
+            raise NotFetchedError(f"the images below {shown(root)} have not been read yet")
+        try:
+            with locked_in(cache_dir, store.name):
+                known = _kept(store)  # perhaps another run has just read them
+                settled = time.time_ns() - _UNSETTLED
+                missing = unread()
+                for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
+                    known[name] = stats[name] + digest
+                _keep(store, {name: row for name, row in known.items() if _STAT.unpack(row[:32])[2] < settled})
+        except OSError as error:
+            raise cannot_write(cache_dir, error) from None
+    return np.frombuffer(b"".join(known[name][32:] for name in names), np.uint8).reshape(-1, 32)
 
 
 def cannot_write(cache_dir: Path, error: OSError) -> DataError:
     """The error for a cache that cannot be written."""
     return DataError(
-        f"data.cache_dir={shown(str(cache_dir))} cannot be written ({error.strerror or error}): give another folder"
+        f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
     )
 
 
 def _cannot_read(root: Path, name: str, error: OSError) -> DataError:
-    return DataError(f"{shown(str(root / name))} cannot be read ({error.strerror}): mend or remove it")
+    return DataError(f"{shown(root / name)} cannot be read ({error.strerror}): mend or remove it")
 
 
-def _stats(root: Path, names: Sequence[str]) -> np.ndarray:
-    """Size, time of writing, time of change and inode of each file, int64 [N, 4]."""
-    rows = np.empty((len(names), 4), np.int64)
-    for row, name in zip(rows, names, strict=True):
-        try:
-            stat = os.stat(os.path.join(root, name))
-        except OSError as error:
-            raise _cannot_read(root, name, error) from None
-        row[:] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino & 0x7FFF_FFFF_FFFF_FFFF)
-    return rows
+def _stat(root: Path, name: str) -> bytes:
+    """Size, time of writing, time of change and inode of a file, 32 bytes."""
+    try:
+        stat = os.stat(os.path.join(root, name))
+    except OSError as error:
+        raise _cannot_read(root, name, error) from None
+    return _STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _kept(store: Path, names: Sequence[str], stats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Digests [N, 32] of an earlier run, and which of them still hold, bool [N]."""
-    found, known = np.zeros((len(names), 32), np.uint8), np.zeros(len(names), bool)
-    there = _open_store(store)
-    if there is None:
-        return found, known
-    kept_names, kept_stats, kept_digests = there
-    if kept_names != list(names):
-        place = {name: i for i, name in enumerate(kept_names)}
-        order = np.array([place.get(name, -1) for name in names], dtype=np.int64)
-    else:
-        order = np.arange(len(names))
-    at = np.flatnonzero(order >= 0)
-    at = at[(kept_stats[order[at]] == stats[at]).all(1)]
-    found[at], known[at] = kept_digests[order[at]], True
-    return found, known
-
-
-def _open_store(store: Path) -> tuple[list[str], np.ndarray, np.ndarray] | None:
+def _kept(store: Path) -> dict[str, bytes]:
+    """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
     try:
         with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = [os.fsdecode(name) for name in arrays["names"].tobytes().split(b"\0")[:-1]]
-            stats, found = arrays["stats"], arrays["digests"]
+            names = arrays["names"].tobytes().split(b"\0")[:-1]
+            rows = np.hstack([arrays["stats"], arrays["digests"]]).view("V64")[:, 0].tolist()
+            return dict(zip(map(os.fsdecode, names), rows, strict=True))
     except Exception:  # absent, or damaged in one of many ways: the files are read again
-        return None
-    return (names, stats, found) if stats.shape == (len(names), 4) and found.shape == (len(names), 32) else None
+        return {}
 
 
-def _keep(store: Path, names: list[str], stats: np.ndarray, found: np.ndarray) -> None:
-    """Keep digests, and those of other files of the folder (another data set may share it)."""
-    there = _open_store(store)
-    if there is not None:
-        ours = set(names)
-        others = [i for i, name in enumerate(there[0]) if name not in ours]
-        names = [*names, *(there[0][i] for i in others)]
-        stats = np.concatenate([stats, there[1][others]])
-        found = np.concatenate([found, there[2][others]])
-    joined = b"".join(os.fsencode(name) + b"\0" for name in names)
+def _keep(store: Path, known: dict[str, bytes]) -> None:
+    names = b"".join(os.fsencode(name) + b"\0" for name in known)
+    rows = np.frombuffer(b"".join(known.values()), np.uint8).reshape(-1, 64)
     with replacing(store) as file:
-        np.savez(file, names=np.frombuffer(joined, np.uint8), stats=stats, digests=found)
+        np.savez(file, names=np.frombuffer(names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
 
 
-def _read(root: Path, names: list[str], quiet: bool) -> np.ndarray:
-    """Sha256 of files, uint8 [N, 32], read side by side."""
+def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
+    """Sha256 of files, read side by side."""
     from lora_vit.terminal import Progress
 
+    def read(chunk: list[str]) -> list[bytes]:
+        return [_sha256(root, name) for name in chunk]
+
+    digests: list[bytes] = []
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
-
-    def read(chunk: list[str]) -> bytes:
-        return b"".join(_sha256(root, name) for name in chunk)
-
     with (
         Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar,
         ThreadPoolExecutor(cores()) as pool,
     ):
-        parts = []
-        for chunk, part in zip(chunks, pool.map(read, chunks), strict=True):
-            parts.append(part)
-            bar.advance(len(chunk))
-    return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 32)
+        for part in pool.map(read, chunks):
+            digests += part
+            bar.advance(len(part))
+    return digests
 
 
 def _sha256(root: Path, name: str) -> bytes:

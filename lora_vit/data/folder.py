@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from lora_vit.data.cache import decoded
-from lora_vit.data.dataset import DataError, Decoded, Found, content_of, shown
-from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below
+from lora_vit.data.cache import Parts, found_in
+from lora_vit.data.dataset import DataError, Found, shown
+from lora_vit.data.files import PassedOver, folders_in, images_below
 
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """What the folder of each part may be called."""
@@ -26,32 +24,26 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
-    names: list[str] = []
-    labels: list[int] = []
-    parts: dict[str, np.ndarray] = {}
+    parts: Parts = {}
     for part, folder in folders.items():
-        first = len(names)
-        _refuse_other_classes(top, folders["train"], folder, classes, cache, passed)
+        others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
+        if others:
+            raise DataError(
+                f"{shown(top / folder)} has the class '{shown(min(others))}', which "
+                f"{shown(top / folders['train'])} has not: take it away, or add it there"
+            )
+        parts[part] = []
         for label, class_name in enumerate(classes):
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise DataError(f"class folder {shown(str(top / place))} holds no images: add some, or take it away")
-            names += found
-            labels += [label] * len(found)
-        if len(names) == first:
+                raise DataError(f"class folder {shown(top / place)} holds no images: add some, or take it away")
+            parts[part] += [(name, label) for name in found]
+        if not parts[part]:
             raise DataError(
-                f"{shown(str(top / folder))} holds no images in class folders: sort its images by class, or rename it"
+                f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
             )
-        parts[part] = np.arange(first, len(names))
-    label_array, class_names = np.array(labels, dtype=np.int64), [shown(c) for c in classes]
-    digests = digests_of(top, names, cache, quiet, fetch)
-
-    def decode(size: int | None) -> Decoded:
-        return decoded(top, names, digests, size, cache, quiet)
-
-    content = content_of(class_names, label_array, parts, digests)
-    return Found(label_array, class_names, parts, content, decode, passed.lines())
+    return found_in(top, [shown(c) for c in classes], parts, passed, cache, quiet, fetch)
 
 
 def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
@@ -60,7 +52,7 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
     for part, called in _NAMES.items():
         there = [name for name in called if (top / name).is_dir()]
         if len(there) > 1:
-            raise DataError(f"{shown(str(top))} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
+            raise DataError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
         if there:
             found[part] = there[0]
     if "train" not in found:
@@ -77,22 +69,6 @@ def _class_folders(folder: Path, cache: Path, passed: PassedOver) -> list[str]:
     if len(found) < 2:
         count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
         lower = [name for name in found if len(folders_in(folder / name, cache, PassedOver())) > 1]
-        hint = f"; did you mean data.root={shown(str(folder / lower[0]))}?" if lower else ""
-        raise DataError(
-            f"{shown(str(folder))} holds {count}: a classifier needs two or more, each with its images{hint}"
-        )
+        hint = f"; did you mean data.root={shown(folder / lower[0])}?" if lower else ""
+        raise DataError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
     return found
-
-
-def _refuse_other_classes(
-    top: Path, train: str, folder: str, classes: list[str], cache: Path, passed: PassedOver
-) -> None:
-    """Raise DataError where a part has a class that train/ lacks."""
-    if folder == train:
-        return
-    extra = sorted(set(folders_in(top / folder, cache, passed)) - set(classes))
-    if extra:
-        raise DataError(
-            f"{shown(str(top / folder))} has the class '{shown(extra[0])}', which {shown(str(top / train))} has not: "
-            "take it away, or add it there"
-        )

@@ -39,11 +39,9 @@ def split_per_class(
                 f"class '{class_names[label]}' has {len(of_class)} images, too few to be in train, "
                 f"{', '.join(fractions)}: add images, or drop the class"
             )
-        start = 0
-        for name, count in counts.items():
-            parts[name].append(shuffled[start : start + count])
-            start += count
-        parts["train"].append(shuffled[start:])
+        divided = np.split(shuffled, np.cumsum(list(counts.values())))  # what is left is for train
+        for found, samples in zip(parts.values(), divided, strict=True):
+            found.append(samples)
     return {name: np.sort(np.concatenate(found)) for name, found in parts.items()}
 
 

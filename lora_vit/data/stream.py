@@ -90,13 +90,7 @@ class EvalStream:
     """Every sample of a split once, in order, divided among the processes; nothing is padded or dropped."""
 
     def __init__(
-        self,
-        samples: Samples,
-        transform: Transform,
-        split: str,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, samples: Samples, transform: Transform, split: str, batch_size: int, rank: int = 0, world_size: int = 1
     ):
         self.samples, self.transform, self.batch_size = samples, transform, batch_size
         self.ids = samples.data.splits[split][rank::world_size]

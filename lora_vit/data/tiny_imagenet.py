@@ -6,7 +6,7 @@ further test set.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import http.client
 import os
 import shutil
@@ -18,11 +18,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from lora_vit.data.cache import decoded
-from lora_vit.data.dataset import DataError, Decoded, Found, NotFetchedError, content_of
-from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
+from lora_vit.data.cache import found_in
+from lora_vit.data.dataset import DataError, Found, NotFetchedError
+from lora_vit.data.files import PassedOver, folders_in, images_below, locked_in
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
@@ -31,7 +29,7 @@ _TIMEOUT = 30.0
 """Seconds without an answer after which the network counts as absent."""
 _BROKEN_OFF = (TimeoutError, ConnectionError, http.client.HTTPException)
 _NETWORK = (urllib.error.URLError, *_BROKEN_OFF)
-_DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError)
+_DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError)
 """What ``zipfile`` raises for archives that are cut off, altered, encrypted or compressed in another way."""
 
 
@@ -58,20 +56,10 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     wnids = _lines(folder / "wnids.txt")
     if len(set(wnids)) != len(wnids) or len(wnids) < 2:
         raise DataError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
-    names, labels = _train_index(folder, wnids, cache, passed)
-    parts = {"train": np.arange(len(names))}
+    parts = {"train": _train(folder, wnids, cache, passed)}
     if official_val:
-        more, classes = _official_val(folder, wnids, cache, passed)
-        parts["official_val"] = np.arange(len(names), len(names) + len(more))
-        names, labels = names + more, labels + classes
-    label_array, class_names = np.array(labels, dtype=np.int64), _class_names(folder, wnids)
-    digests = digests_of(folder, names, cache, quiet, fetch)
-
-    def decode(size: int | None) -> Decoded:
-        return decoded(folder, names, digests, size, cache, quiet)
-
-    content = content_of(class_names, label_array, parts, digests)
-    return Found(label_array, class_names, parts, content, decode, passed.lines())
+        parts["official_val"] = _official_val(folder, wnids, cache, passed)
+    return found_in(folder, _class_names(folder, wnids), parts, passed, cache, quiet, fetch)
 
 
 def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None) -> Path:
@@ -99,27 +87,26 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
         raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
     try:
         with locked_in(cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
-            if archive is not None:
-                extract(archive, target, quiet)
-            elif not _is_whole(target):
-                archive = download(root, source, quiet)
-                extract(archive, target, quiet)
-                archive.unlink()
+            if not _is_whole(target):
+                given = archive or download(root, source, quiet)
+                extract(given, target, quiet)
+                if archive is None:
+                    given.unlink()
     except OSError as error:
-        raise DataError(
-            f"{error.filename or root} cannot be written ({error.strerror or error}): give another data.root or "
-            "data.cache_dir"
-        ) from None
+        if not _is_whole(target):  # else another run, which has its cache elsewhere, was first
+            raise DataError(
+                f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another "
+                "data.root or data.cache_dir"
+            ) from None
     return target
 
 
 def _beside(archive: Path, cache_dir: Path) -> Path:
-    """Where an archive is unpacked: next to it, or in the cache if that is read-only (then named by its content)."""
+    """Where an archive is unpacked: next to it, or in the cache if that is read-only."""
     if os.access(archive.parent, os.W_OK):
         return archive.parent / archive.stem
     stat = archive.stat()
-    key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    return cache_dir / f"{archive.stem}-{key}"
+    return cache_dir / f"{archive.stem}-{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -147,6 +134,8 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
         DataError: no network, cut off (the part stays for the next try), or not the published file (nothing is left).
         OSError: ``root`` cannot be written.
     """
+    from torchvision.datasets.utils import calculate_md5
+
     target, part = root / f"{FOLDER}.zip", root / f"{FOLDER}.zip.part"
     remedy = (
         f"put {FOLDER}.zip or {FOLDER}/ into {root.resolve()}, or run experiment=quickstart, which needs no download"
@@ -155,7 +144,7 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
     have = part.stat().st_size if part.exists() else 0
     if have < source.size:
         try:
-            whole = _fetch(source, part, have, quiet)
+            _fetch(source, part, have, quiet)
         except _NETWORK as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
@@ -164,27 +153,24 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
                 f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded ({reason}): {remedy}"
             ) from None
         have = part.stat().st_size
-        if not whole:
+        if have < source.size:
             raise DataError(
                 f"the download of {source.url} broke off at {have:,} of {source.size:,} bytes: the same command goes "
                 f"on from there, or {remedy}"
             )
-    digest = hashlib.md5(usedforsecurity=False)
-    with part.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if have != source.size or digest.hexdigest() != source.md5:
+    md5 = calculate_md5(part)
+    if have != source.size or md5 != source.md5:
         part.unlink()
         raise DataError(
-            f"the file at {source.url} has {have:,} bytes and md5 {digest.hexdigest()}, expected {source.size:,} and "
+            f"the file at {source.url} has {have:,} bytes and md5 {md5}, expected {source.size:,} and "
             f"{source.md5}: try again, or {remedy}"
         )
     os.replace(part, target)
     return target
 
 
-def _fetch(source: Source, part: Path, have: int, quiet: bool) -> bool:
-    """Append what the server sends to ``part``; False where it stopped before the end."""
+def _fetch(source: Source, part: Path, have: int, quiet: bool) -> None:
+    """Append what the server sends to ``part``, until it stops."""
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
         goes_on = answer.status == 206
@@ -194,50 +180,39 @@ def _fetch(source: Source, part: Path, have: int, quiet: bool) -> bool:
             raise urllib.error.URLError(f"{source.url} has {int(length):,} bytes, expected {source.size:,}")
         with (
             part.open("ab" if goes_on else "wb") as file,
-            Progress("downloading Tiny-ImageNet", source.size, quiet, "bytes") as bar,
+            Progress("downloading Tiny-ImageNet", source.size, quiet, "bytes", have if goes_on else 0) as bar,
+            contextlib.suppress(*_BROKEN_OFF),
         ):
-            if goes_on:
-                bar.advance(have)
-            while True:
-                try:
-                    block = answer.read(_BLOCK)
-                except _BROKEN_OFF:
-                    break
-                if not block:
-                    break
+            while block := answer.read(_BLOCK):
                 file.write(block)
                 bar.advance(len(block))
-    return part.stat().st_size >= source.size
 
 
-def extract(archive: Path, target: Path, quiet: bool) -> Path:
+def extract(archive: Path, target: Path, quiet: bool) -> None:
     """Unpack beside ``target`` and move into place: it is whole or absent.
 
     Raises:
         DataError: damaged, with a path outside its folder, or without wnids.txt and train/.
+        OSError: it cannot be read, or ``target`` not be written.
     """
-    if _is_whole(target):
-        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-            inner = _unpack(archive, Path(temporary), quiet)
-            try:
-                os.replace(inner, target)
-            except OSError:
-                if not _is_whole(target):  # another run was first
-                    raise
+            into = Path(temporary, FOLDER)
+            into.mkdir()
+            _unpack(archive, into, quiet)
+            whole = [folder for folder in (into, *sorted(into.iterdir())) if _is_whole(folder)]
+            if not whole:
+                raise DataError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
+            os.replace(whole[0], target)
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{archive} is damaged ({reason}): fetch it anew, or give another data.root to have it downloaded"
         ) from None
-    except OSError as error:
-        raise DataError(f"{archive} cannot be unpacked into {target.parent} ({error.strerror or error})") from None
-    return target
 
 
-def _unpack(archive: Path, into: Path, quiet: bool) -> Path:
+def _unpack(archive: Path, into: Path, quiet: bool) -> None:
     with zipfile.ZipFile(archive) as opened:
         members = [m for m in opened.infolist() if not m.is_dir()]
         needed = sum(m.file_size for m in members)
@@ -251,15 +226,6 @@ def _unpack(archive: Path, into: Path, quiet: bool) -> Path:
                     raise DataError(f"{archive} holds the unsafe path {member.filename!r}: it is not Tiny-ImageNet")
                 opened.extract(member, into)
                 bar.advance(1)
-    for inner in (into / FOLDER, into, *sorted(p for p in into.iterdir() if p.is_dir())):
-        if _is_whole(inner):
-            if inner == into:
-                inner = into / FOLDER
-                inner.mkdir()
-                for child in [c for c in into.iterdir() if c != inner]:
-                    child.rename(inner / child.name)
-            return inner
-    raise DataError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
 
 
 def _lines(path: Path) -> list[str]:
@@ -267,41 +233,34 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _train_index(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> tuple[list[str], list[int]]:
-    known = set(wnids)
+def _train(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> list[tuple[str, int]]:
     for name in folders_in(folder / "train", cache, passed):
-        if name not in known:
+        if name not in wnids:
             passed.add("folders of train/ that wnids.txt does not name", name)
-    names: list[str] = []
-    labels: list[int] = []
+    images = []
     for label, wnid in enumerate(wnids):
-        images = f"train/{wnid}/images"
-        found = images_below(folder, images, cache, passed) if (folder / images).is_dir() else []
+        place = f"train/{wnid}/images"
+        found = images_below(folder, place, cache, passed) if (folder / place).is_dir() else []
         if not found:
-            raise DataError(f"class {wnid} of wnids.txt has no images in {folder / images}: extract the archive anew")
-        names += found
-        labels += [label] * len(found)
-    return names, labels
+            raise DataError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive anew")
+        images += [(name, label) for name in found]
+    return images
 
 
-def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> tuple[list[str], list[int]]:
-    annotations = folder / "val" / "val_annotations.txt"
+def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> list[tuple[str, int]]:
+    annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
     if not annotations.is_file():
         raise DataError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
-    place = {wnid: label for label, wnid in enumerate(wnids)}
     rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
-    rows = [row for row in rows if row[1] in place]
-    images = folder / "val" / "images"
+    named = [(f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows if wnid in wnids]
     there = images_below(folder, "val/images", cache, passed) if images.is_dir() else []
-    missing = sorted({f"val/images/{name}" for name, _ in rows} - set(there))
-    if not rows:
-        raise DataError(f"{annotations} names no image of the classes of wnids.txt: extract the archive anew")
-    if missing:
+    missing = {name for name, _ in named} - set(there)
+    if missing or not named:
         raise DataError(
-            f"{annotations} names {len(missing)} images that are not in {images}, for example {missing[0]}: "
-            "extract the archive anew"
+            f"{annotations} names {len(named)} images of the classes of wnids.txt, of which {images} lacks "
+            f"{len(missing)}: extract the archive anew"
         )
-    return [f"val/images/{name}" for name, _ in rows], [place[wnid] for _, wnid in rows]
+    return named
 
 
 def _class_names(folder: Path, wnids: list[str]) -> list[str]:

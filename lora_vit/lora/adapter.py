@@ -30,15 +30,6 @@ POSITIONS = "encoder.pos_embedding"
 POSITIONS_TOLERANCE = 1e-4
 """Of a projection of the position embedding: interpolated on another kind of CPU it differs in its last bits."""
 
-_WEIGHT_OF = {  # target -> the base's weight and which third of it
-    "q": ("self_attention.in_proj_weight", 0),
-    "k": ("self_attention.in_proj_weight", 1),
-    "v": ("self_attention.in_proj_weight", 2),
-    "o": ("self_attention.out_proj.weight", None),
-    "fc1": ("mlp.0.weight", None),
-    "fc2": ("mlp.3.weight", None),
-}
-
 
 class AdapterError(ConfigError):
     """An adapter that cannot be read or does not belong to what it is put on; the message is one line."""
@@ -64,8 +55,11 @@ class Adapter:
         for i in range(self.card["base"]["num_layers"]) if lora["blocks"] is None else sorted(lora["blocks"]):
             block = f"encoder.layers.encoder_layer_{i}"
             for target in lora["targets"]:
-                weight, third = _WEIGHT_OF[target]
-                yield projection_name(block, target), f"{block}.{weight}", third
+                name = projection_name(block, target)
+                if target in "qkv":
+                    yield name, f"{block}.self_attention.in_proj_weight", "qkv".index(target)
+                else:
+                    yield name, f"{name}.weight", None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""

@@ -220,25 +220,21 @@ def mark_lora_and_head_as_trainable(
         raise ValueError(f"no parameter's name contains head_substring='{head_substring}' (top level: {top})")
     adapted = adapted_bias_names(model)
     for name, parameter in model.named_parameters():
-        is_bias = name.endswith("bias") and head_substring not in name
         parameter.requires_grad = (
             ".lora_" in name
             or head_substring in name
-            or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
+            or (name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted)))
         )
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def adapted_bias_names(model: nn.Module) -> set[str]:
     """Names of the biases of the layers that have adapters."""
-    names = set()
-    for prefix, block in model.named_modules():
-        if isinstance(block, EncoderBlock):
-            places = {
-                "self_attention.in_proj_bias": block.self_attention.in_proj_lora,
-                "self_attention.out_proj.bias": block.self_attention.out_proj_lora,
-                "mlp.0.bias": block.fc1_lora,
-                "mlp.3.bias": block.fc2_lora,
-            }
-            names |= {f"{prefix}.{name}" for name, adapters in places.items() if adapters is not None}
-    return names
+    biases = {
+        "in_proj_lora": "in_proj_bias",
+        "out_proj_lora": "out_proj.bias",
+        "fc1_lora": "mlp.0.bias",
+        "fc2_lora": "mlp.3.bias",
+    }
+    adapted = [name.rpartition(".") for name, module in model.named_modules() if isinstance(module, LoRAAdapters)]
+    return {f"{owner}.{biases[attribute]}" for owner, _, attribute in adapted}

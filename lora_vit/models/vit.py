@@ -26,14 +26,7 @@ def build_trunk(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trunk = VisionTransformer(
-            image_size=image_size,
-            patch_size=patch_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            hidden_dim=hidden_dim,
-            mlp_dim=mlp_dim,
-        )
+        trunk = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim)
     trunk.heads = nn.Sequential()
     use_adaptable_blocks(trunk)
     return trunk.requires_grad_(False)

@@ -33,11 +33,6 @@ def available_weights(model: str) -> list[str]:
     return list(SHIPPED[model]) if model in SHIPPED else [w.name for w in get_model_weights(model)]
 
 
-def is_published(model: str, weights: str) -> bool:
-    """Whether the weights are torchvision's, which downloads them at first use."""
-    return model not in SHIPPED and not is_weights_file(weights)
-
-
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
@@ -103,15 +98,13 @@ def _format_of(weights: str) -> str:
 
 def _read_file(weights: str) -> Any:
     """What a file holds, without running code that it may hold."""
-    path = Path(weights).expanduser()
+    path, kind = Path(weights).expanduser(), _format_of(weights)
     try:
-        if _format_of(weights) == "safetensors":
+        if kind == "safetensors":
             return load_file(path)
         # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"

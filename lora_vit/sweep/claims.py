@@ -37,7 +37,7 @@ class Owner:
 
     host: str = field(default_factory=lambda: f"{platform.node()}/{_boot_id()}")
     pid: int = field(default_factory=os.getpid)
-    born: str = field(default_factory=lambda: _process_birth(os.getpid()))
+    born: str = field(default_factory=lambda: "".join(_process(os.getpid())[19:20]))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -50,21 +50,18 @@ def _boot_id() -> str:
         return ""
 
 
-def _process_birth(pid: int) -> str:
-    """Start time of a process: process ids are used again."""
+def _process(pid: int) -> list[str]:
+    """What Linux says of a process: its state first, when it started (for ids are used again) as the 20th."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _is_running(pid: int, born: str) -> bool:
     if Path("/proc/self").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return False
-        return fields[0] != "Z" and (not born or fields[19] == born)
+        fields = _process(pid)
+        return bool(fields) and fields[0] != "Z" and (not born or fields[19] == born)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

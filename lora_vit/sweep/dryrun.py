@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,6 @@ IMAGES = {"tiny_imagenet": (100_000, 200), "cifar10": (50_000, 10), "cifar100": 
 """Images that are divided into splits, and classes."""
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a group's packs are expected to be: trials in each, seconds of a trial's epoch, bytes, and how we know."""
-
-    size: int
-    seconds: float
-    memory: int
-    measured: bool
-
-
 def print_plan(run: SweepRun, states: dict[str, State]) -> None:
     """Print what ``sweep.dry_run=false`` would train, and how long that may take.
 
@@ -49,17 +38,17 @@ def print_plan(run: SweepRun, states: dict[str, State]) -> None:
         states: of all trials.
     """
     torch.set_num_threads(threads_each(run.workers))  # as each worker will have
-    sizes = PackSizes(run, Setups(Process()), StopRequest(), _ignore)
+    sizes = PackSizes(run, Setups(Process()), StopRequest(), lambda kind, **fields: None)
     rows, seconds_in_all, guesses = [], 0.0, 0
     for group in make_groups(run.jobs):
-        expected = _expected(sizes, group)
-        guesses += not expected.measured
-        size = max(1, min(expected.size, -(-len(group.jobs) // run.workers)))
+        size, seconds, memory, measured = _expected(sizes, group)
+        guesses += not measured
+        size = max(1, min(size, -(-len(group.jobs) // run.workers)))
         epochs = sum(_epochs_left(job, states[job.trial_id]) for job in group.jobs)
-        seconds_in_all += expected.seconds * epochs
-        about = "" if expected.measured else "~ "
+        seconds_in_all += seconds * epochs
+        about = "" if measured else "~ "
         packs = f"{-(-len(group.jobs) // size)} of up to {size}"
-        held, lasts = f"{expected.memory / 2**20:,.0f} MB", _duration(expected.seconds * epochs)
+        held, lasts = f"{memory / 2**20:,.0f} MB", _duration(seconds * epochs)
         rows.append((group.title, str(len(group.jobs)), packs, about + held, about + lasts))
     console = make_console()
     console.print(f"plan of {run.folder}: {len(states)} trials, {len(states) - len(run.jobs)} of them finished")
@@ -71,20 +60,21 @@ def print_plan(run: SweepRun, states: dict[str, State]) -> None:
                   + (how if guesses else "measured on a few steps"))  # fmt: skip
 
 
-def _expected(sizes: PackSizes, group: Group) -> Expected:
+def _expected(sizes: PackSizes, group: Group) -> tuple[int, float, int, bool]:
+    """Trials in a pack of the group, seconds of a trial's epoch in it, its bytes, and whether that was measured."""
     wanted, configs = sizes.run.options.pack_size, [job.config for job in group.jobs]
     fixed = 1 if group.alone else None if wanted == "auto" else min(int(wanted), len(configs))
     figures: dict[str, Any] | None = sizes.known(group, len(configs)) if fixed is None else None
     if figures is None and not sizes.run.options.measure:
         size = fixed or 1
-        return Expected(size, _estimated_seconds(configs[0]), expected_bytes(configs[0], size), False)
+        return size, _estimated_seconds(configs[0]), expected_bytes(configs[0], size), False
     if fixed is not None:
-        return Expected(fixed, *measure(configs[:fixed], sizes.setups.of(group.jobs[0]), sizes.stop), True)
+        return fixed, *measure(configs[:fixed], sizes.setups.of(group.jobs[0]), sizes.stop), True
     if figures is None:
         size, measured = choose_pack_size(configs, sizes.setups.of(group.jobs[0]), sizes.run.workers, sizes.stop)
         figures = {"size": size, **measured}
     size = int(figures["size"])
-    return Expected(size, figures["seconds_per_trial_epoch"][str(size)], figures["memory_bytes"][str(size)], True)
+    return size, figures["seconds_per_trial_epoch"][str(size)], figures["memory_bytes"][str(size)], True
 
 
 def _estimated_seconds(config: TrialConfig) -> float:
@@ -130,7 +120,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _ignore(kind: str, **fields: object) -> None:
-    """Takes events that nobody shows."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import __version__
-from lora_vit.config import ConfigError, SweepConfig, from_dict, ids, to_dict
+from lora_vit.config import ConfigError, SweepConfig, from_dict, to_dict
 from lora_vit.records import PLAN, RECORD, locked, write_json
-from lora_vit.sweep.plan import Job, SweepRun
+from lora_vit.sweep.plan import Job, SweepRun, board_name
 
 PLAN_SCHEMA = 2
 RUNS = ".runs"
@@ -77,7 +77,7 @@ class Ledger:
             for job in jobs:
                 values = to_dict(job.config)
                 plan["base"] = plan["base"] or values
-                trial = {"cell": job.cell_id, "overrides": job.overrides, "board": job.board,
+                trial = {"cell": job.cell_id, "overrides": job.overrides, "board": board_name(job),
                          "differs": _differences(plan["base"], values)}  # fmt: skip
                 plan["trials"].setdefault(job.trial_id, trial)["label"] = job.label
             plan["command"] = command or plan.get("command")
@@ -112,9 +112,10 @@ class Ledger:
         for trial_id in values["trials"]:
             trial = plan["trials"][trial_id]
             config = from_dict(_with_differences(plan["base"], trial["differs"]))
-            if ids(config) != (trial_id, trial["cell"]):
+            job = Job(config, trial["overrides"], trial["label"], trial["board"])
+            if job.trial_id != trial_id:
                 raise ConfigError(f"{self.folder / PLAN} was edited: trial {trial_id} is another one in it")
-            jobs.append(Job(config, trial["overrides"], trial["label"], trial_id, trial["board"]))
+            jobs.append(job)
         options = SweepConfig(**values["options"])
         return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
 

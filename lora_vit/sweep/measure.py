@@ -81,12 +81,11 @@ class PackSizes:
             if not claims.take(f"size-{kind}"):
                 return None
             try:
-                figures = self.known(group, len(group.jobs))  # perhaps just now by another
+                # another may just have
+                figures = self.known(group, len(group.jobs)) or self._measure(group)
                 if figures is None:
-                    figures = self._measure(group)
-                    if figures is None:
-                        return 1
-                    self.ledger.keep_pack_size(kind, figures)
+                    return 1
+                self.ledger.keep_pack_size(kind, figures)
             finally:
                 claims.release(f"size-{kind}")
         return int(figures["size"])
@@ -134,8 +133,8 @@ def choose_pack_size(
         began = time.perf_counter()
         try:
             seconds[size], memory[size] = measure(configs[:size], setup, stop)
-        except (MemoryError, RuntimeError) as error:
-            if size == 1 or "memory" not in str(error).lower() + type(error).__name__.lower():
+        except Exception as error:
+            if size == 1 or not out_of_memory(error):
                 raise
             break
         if size > 1:
@@ -151,6 +150,16 @@ def choose_pack_size(
     }
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )
+
+
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
     """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile.
 
@@ -158,7 +167,8 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    pack = Pack([_fresh(c) for c in configs], setup)
+    records = [TrialRecord(*ids(config), "running", to_dict(config)) for config in configs]
+    pack = Pack([Trial(*of, TrialState()) for of in zip(configs, records, strict=True)], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:
@@ -173,11 +183,6 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
     return seconds / len(configs), _peak_memory(setup.device)
-
-
-def _fresh(config: TrialConfig) -> Trial:
-    record = TrialRecord(*ids(config), "running", to_dict(config))
-    return Trial(config, record, TrialState())
 
 
 def _timed(setup: Setup, action: Callable[[], Any]) -> float:

@@ -7,13 +7,13 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, cell_id, to_dict, trial_id
+from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
 from lora_vit.records import CHECKPOINT, State, state_of
 
 
@@ -25,24 +25,25 @@ class Job:
         config: validated.
         overrides: what makes it this trial, as on the command line.
         label: the swept settings, short.
+        board: name of its folder of event files, where an earlier command has given it one.
         trial_id: of the config.
-        board: name of the trial's folder in the sweep's TensorBoard folder, which it keeps when the grid grows.
+        cell_id: of the config.
     """
 
     config: TrialConfig
     overrides: list[str]
     label: str = ""
-    trial_id: str = ""
     board: str = ""
+    trial_id: str = field(init=False)
+    cell_id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trial_id = self.trial_id or trial_id(self.config)
-        self.board = self.board or "_".join([*self.label.replace("/", "_").split(), self.trial_id])
+        self.trial_id, self.cell_id = ids(self.config)
 
-    @property
-    def cell_id(self) -> str:
-        """The trial's cell."""
-        return cell_id(self.config)
+    def idle(self) -> list[str]:
+        """The overrides that have no effect: ``lora.rank`` of a baseline."""
+        given = self.overrides if self.config.lora.method != "lora" else []
+        return [line for line in given if (key := key_of(line)).startswith("lora.") and key != "lora.method"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class SweepRun:
     @property
     def name(self) -> str:
         """Names the run among those of its folder; a later run's name sorts behind it."""
-        return f"{self.launched:.6f}"
+        return f"{self.launched:017.6f}"
 
     def folder_of(self, job: Job) -> Path:
         """The trial's folder."""
@@ -76,7 +77,7 @@ class SweepRun:
 
     def board_of(self, job: Job) -> Path:
         """The trial's folder of event files."""
-        return self.folder / "tensorboard" / job.board
+        return self.folder / "tensorboard" / (job.board or board_name(job))
 
     def hydra_files(self, job: Job) -> dict[str, str]:
         """Name to text of what goes into the trial's ``.hydra/``."""
@@ -133,6 +134,11 @@ class Group:
         return f"{c.model.name} {c.model.image_size} px, {c.data.name}, batch {c.data.batch_size}, {where}"
 
 
+def board_name(job: Job) -> str:
+    """A trial's folder among those of event files, called after its settings."""
+    return "_".join([*job.label.replace("/", "_").split(), job.trial_id])
+
+
 def digest(value: Any, length: int = 10) -> str:
     """Hex digits of the sha256 over a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
@@ -173,6 +179,11 @@ def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
     for job in jobs:
         once.setdefault(job.trial_id, job)
     return list(once.values()), len(jobs) - len(once)
+
+
+def key_of(override: str) -> str:
+    """``lora.rank`` of ``+lora.rank=4``."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def short_key(key: str) -> str:

@@ -6,7 +6,6 @@ torch is imported only where it is needed: the server imports it while the comma
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import queue
@@ -49,14 +48,11 @@ def worker_context() -> SpawnContext | ForkServerContext:
 
 
 def start_early(jobs: Sequence[Job], options: SweepConfig) -> None:
-    """Start the server if there will probably be several workers. A wrong guess costs time, nothing else."""
-    if sys.platform != "linux" or options.dry_run or len(jobs) < 2:
+    """Start the server if there may be several workers. A wrong guess costs time, nothing else."""
+    if sys.platform != "linux" or options.dry_run or len(jobs) < 2 or options.workers == "1":
         return
-    several = options.workers not in ("auto", "1")
-    if options.workers == "auto":
-        on_cpu = all(job.config.trainer.accelerator == "cpu" for job in jobs) or not _has_nvidia_driver()
-        several = on_cpu and len(os.sched_getaffinity(0)) > 1 and os.environ.get("OMP_NUM_THREADS") != "1"
-    if several:
+    several_threads = len(os.sched_getaffinity(0)) > 1 and os.environ.get("OMP_NUM_THREADS") != "1"
+    if several_threads or options.workers != "auto":
         from multiprocessing import forkserver
 
         worker_context()
@@ -72,14 +68,6 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _has_nvidia_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
@@ -212,11 +200,9 @@ def _work(index: int, folder: Path, name: str, events: Any, threads: int) -> Non
             work(Ledger(folder).open_run(name), emit, stop)
         except Interrupted as error:
             code = error.exit_code
-        except (ConfigError, OSError) as error:
-            emit("say", text=f"worker {index}: {error}")
-            code = 1
-        except Exception:
-            emit("say", text=f"worker {index}:\n{traceback.format_exc()}")
+        except Exception as error:
+            users = isinstance(error, (ConfigError, OSError))
+            emit("say", text=f"worker {index}: {error}" if users else f"worker {index}:\n{traceback.format_exc()}")
             code = 1
     events.close()
     events.join_thread()

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.data.dataset import IN_PACKAGES
-from lora_vit.records import RECORD, State
+from lora_vit.records import NO_ACCURACY, RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun, this_command, without_duplicates
+from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_duplicates
 from lora_vit.sweep.processes import GOES_ON, WorkerFailed, number_of_workers, run_workers
 from lora_vit.sweep.progress import View
-from lora_vit.terminal import make_console, print_table
+from lora_vit.terminal import from_here, make_console, print_table
 
 POLL_EVERY = 1.0
 """Seconds between looks at trials that others have."""
@@ -46,7 +45,10 @@ def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
         Interrupted: everything is saved.
     """
     folder, options = asked.folder, asked.options
+    idle = dict.fromkeys(key_of(line) for job in asked.jobs for line in job.idle())
     jobs, twice = without_duplicates(asked.jobs)
+    if idle:
+        print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
     if twice:
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
     ledger = Ledger(folder)
@@ -65,7 +67,8 @@ def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
         return None
     ledger.add(jobs, this_command())
     run = begin(run) if todo else run
-    finished = ", ".join(f"{n} {status}" for status, n in count(states).items() if status != "new")
+    counts = Counter(state.status for state in states.values())
+    finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
     print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(jobs)
     for trial_id in ended:
@@ -121,78 +124,46 @@ def train_open(run: SweepRun, view: View) -> None:
         view.close()
 
 
-def count(states: dict[str, State]) -> dict[str, int]:
-    """How many trials have each status."""
-    counts: dict[str, int] = {}
-    for state in states.values():
-        counts[state.status] = counts.get(state.status, 0) + 1
-    return counts
-
-
 def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Exception]:
     """Print the tables and give Hydra its values; ``messages`` say why trials left, where no record does."""
-    jobs, states = run.jobs, {job.trial_id: run.state_of(job) for job in run.jobs}
+    states = {job.trial_id: run.state_of(job) for job in run.jobs}
     outcomes: dict[str, float | Exception] = {}
-    failed = []
-    for job in jobs:
-        state = states[job.trial_id]
-        accuracy = _accuracy(state)
-        if accuracy is not None:
-            outcomes[job.trial_id] = accuracy
-        else:
-            failed.append((job, state))
+    for trial_id, state in states.items():
+        if state.status == "completed" and state.record and state.record.metrics.get("val_accuracy") is not None:
+            outcomes[trial_id] = state.record.metrics["val_accuracy"]
+    failed = [(job, states[job.trial_id]) for job in run.jobs if job.trial_id not in outcomes]
     console = make_console()
-    print_cells(console, jobs, states)
+    print_cells(console, run.jobs, outcomes)
     if failed:
         print_failures(console, failed, messages)
         retry = not run.options.retry_failed and any(state.status == "failed" for _, state in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
-        error = SweepFailed(f"{len(failed)} of {len(jobs)} trials did not complete{again}")
+        error = SweepFailed(f"{len(failed)} of {len(run.jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
-    where = shlex.quote(shown(run.folder))
+    where = from_here(run.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
 
 
-def _accuracy(state: State) -> float | None:
-    """The validation accuracy of a completed trial, where its record has one."""
-    return state.record.metrics.get("val_accuracy") if state.status == "completed" and state.record else None
-
-
-def shown(folder: Path) -> str:
-    """A folder as short as it can be named from here."""
-    here = Path.cwd()
-    full = folder.absolute()
-    return str(full.relative_to(here)) if full.is_relative_to(here) else str(folder)
-
-
-def print_cells(console: Console, jobs: Sequence[Job], states: dict[str, State]) -> None:
+def print_cells(console: Console, jobs: Sequence[Job], accuracies: dict[str, Any]) -> None:
     """Cells by mean validation accuracy, best first."""
     cells: dict[str, list[Job]] = {}
     for job in jobs:
         cells.setdefault(job.cell_id, []).append(job)
     rows = []
     for members in cells.values():
-        values = []
-        for job in members:
-            accuracy = _accuracy(states[job.trial_id])
-            if accuracy is not None:
-                values.append(accuracy)
+        values = [accuracies[job.trial_id] for job in members if job.trial_id in accuracies]
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
-            name = name or members[0].trial_id
-            rows.append((statistics.fmean(values), (name, f"{len(values)}/{len(members)}", spread)))
-    if not rows:
-        return
+            seeds = f"{len(values)}/{len(members)}"
+            rows.append((statistics.fmean(values), name or members[0].trial_id, spread, seeds))
     rows.sort(key=lambda row: -row[0])
-    lines = [
-        (str(i + 1), name, f"{100 * mean:.2f}", spread, n) for i, (mean, (name, n, spread)) in enumerate(rows[:SHOWN])
-    ]
+    lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
     header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
-    print_table(console, "Cells by mean validation accuracy (which differences are real: see below)", header, lines)
-    if len(rows) > SHOWN:
-        console.print(f"... {len(rows) - SHOWN} more cells")
+    title = "Cells by mean validation accuracy (which differences are real: see below)"
+    if lines:
+        print_table(console, title, header, lines, SHOWN)
 
 
 def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messages: dict[str, str]) -> None:
@@ -201,10 +172,8 @@ def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messag
     for job, state in failed:
         why = state.problem or messages[job.trial_id]
         if state.status == "completed":
-            why = f"{RECORD} has no val_accuracy: remove it, then the same command trains anew"
+            why = f"{RECORD} {NO_ACCURACY}"
         if state.record is not None and state.record.error:
             why = str(state.record.error.get("message") or "")
         lines.append((job.trial_id, job.label, "not started" if state.status == "new" else state.status, why))
-    print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines[:SHOWN])
-    if len(lines) > SHOWN:
-        console.print(f"... {len(lines) - SHOWN} more")
+    print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines, SHOWN)

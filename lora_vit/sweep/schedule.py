@@ -20,6 +20,12 @@ class Schedule:
     def __init__(self, run: SweepRun, claims: Claims, emit: Emit):
         self.run, self.claims, self.emit = run, claims, emit
         self.groups = make_groups(run.jobs)
+        self._place: dict[str, int] = {}  # in each group, behind the last pack that we took since we looked
+
+    def look(self) -> None:
+        """See what others have taken, freed and ended."""
+        self.claims.look()
+        self._place.clear()
 
     def is_free(self, group: Group) -> bool:
         """Whether a trial of the group was open, and nobody had it, at the last look."""
@@ -31,7 +37,7 @@ class Schedule:
         ``strays``: every free trial, also of packs whose first one another has.
         """
         skip, step = 0, 1
-        for first in range(0, len(group.jobs), size):
+        for first in range(self._place.get(group.key, 0), len(group.jobs), size):
             taken: list[Job] = []
             for job in group.jobs[first : first + size]:
                 state = self.claims.state(job.trial_id)
@@ -44,13 +50,14 @@ class Schedule:
                     if strays:
                         continue
                     if state == FREE:  # taken since we looked, and so, probably, are the next ones: ever fewer tries
-                        skip, step = step, 2 * step
+                        skip, step = step - 1, 2 * step
                     break
                 if self.run.is_ended(job, self.run.state_of(job)):  # by a command that knows no claims
                     self.claims.release(job.trial_id, ended=True)
                 else:
                     taken.append(job)
             if taken:
+                self._place[group.key] = first + size
                 return taken
         return []
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_vit.config import ConfigError
 from lora_vit.distributed import Process
 from lora_vit.records import NO_SPACE
@@ -18,7 +16,7 @@ from lora_vit.run import one_line
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.measure import PackSizes
+from lora_vit.sweep.measure import PackSizes, out_of_memory
 from lora_vit.sweep.plan import Group, Job, SweepRun
 from lora_vit.sweep.schedule import Emit, Schedule
 from lora_vit.sweep.setups import Setups, free_memory, own_device
@@ -154,7 +152,7 @@ class Worker:
             self.reporter = PackReporter(self.emit, claims, self.run.options.on_failure == "stop")
             groups, waited = self.schedule.groups, False
             while True:
-                claims.look()
+                self.schedule.look()
                 if any(self.train_group(group, waited) for group in groups):
                     waited = False
                 elif waited or not any(map(self.schedule.is_free, groups)):
@@ -265,13 +263,3 @@ class Worker:
         trial.fail(one_line(error), error=error)
         error.with_traceback(None)  # whose frames hold the pack, and the error
         self.reporter.left(trial)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,8 +35,7 @@ class TrialState:
 def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
     """Replace the folder's checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
     buffer = io.BytesIO()
-    shallow = {name: getattr(state, name) for name in asdict(TrialState())}
-    torch.save({"trial_id": trial_id, **shallow}, buffer)
+    torch.save({"trial_id": trial_id, **vars(state)}, buffer)
     with replacing(folder / CHECKPOINT) as file:
         file.write(buffer.getbuffer())
 

@@ -35,12 +35,7 @@ class Predictions:
 
     def fields(self) -> dict[str, np.ndarray]:
         """The columns that go into ``predictions.npz``."""
-        return {
-            "ids": self.ids,
-            "labels": self.labels,
-            "predicted": self.predicted,
-            "true_probability": self.true_probability,
-        }
+        return {name: getattr(self, name) for name in ("ids", "labels", "predicted", "true_probability")}
 
 
 @torch.no_grad()
@@ -71,15 +66,8 @@ def evaluate(
         predicted_KN[:, where] = logits_KBC.argmax(-1)
         log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()
     model.train(was_training)
-    predicted = distributed.sum_over_processes_(predicted_KN).cpu().numpy()
-    log_p = distributed.sum_over_processes_(log_p_KN).cpu().numpy()
+    summed = (distributed.sum_over_processes_(x_KN).cpu().numpy() for x_KN in (predicted_KN, log_p_KN))
     return [
-        Predictions(
-            split_ids,
-            labels[split_ids],
-            predicted[k],
-            np.exp(log_p[k]).astype(np.float32),
-            float(-log_p[k].mean()),
-        )
-        for k in range(K)
+        Predictions(split_ids, labels[split_ids], predicted, np.exp(log_p).astype(np.float32), -float(log_p.mean()))
+        for predicted, log_p in zip(*summed, strict=True)
     ]

@@ -11,7 +11,6 @@ import torch
 
 from lora_vit.records import repeating
 from lora_vit.stopping import Interrupted, StopRequest
-from lora_vit.training.evaluate import Predictions
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import HEARTBEAT_EVERY
@@ -270,9 +269,7 @@ def peak_memory(device: torch.device) -> int:
 def finish_trials(pack: Pack, finished: list[Trial]) -> None:
     """Test the finished trials, write their results, and mark them completed."""
     assert pack.padding_is_zero(), "padded ranks have moved"
-    splits: dict[str, list[Predictions]] = {
-        name: pack.predict(name) for name in pack.setup.data.splits if name != "train"
-    }
+    splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in enumerate(pack.trials):
         if trial not in finished:
             continue

@@ -56,12 +56,11 @@ class FlatParameters:
         """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
         return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
 
-    def decay_mask(self, named: dict[str, nn.Parameter], per_trial: set[str]) -> Tensor:
+    def decay_mask(self) -> Tensor:
         """[P]: 1 where weight decay applies if biases and norms are exempt (matrices), 0 elsewhere."""
-        mask_P = torch.zeros(self.P, dtype=self.values_KP.dtype, device=self.values_KP.device)
-        for name, p in named.items():
-            is_matrix = p.ndim - (name in per_trial) >= 2
-            mask_P[self.slices[name][0]] = float(is_matrix)
+        mask_P = torch.zeros_like(self.values_KP[0])
+        for where, shape in self.slices.values():
+            mask_P[where] = float(len(shape) >= 2)
         return mask_P
 
 
@@ -72,7 +71,7 @@ class PackedAdamW:
     weight decay, betas, eps and clip norm. A row's result equals torch's on that row alone.
     """
 
-    def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig], decay_mask_P: Tensor):
+    def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig]):
         like = flat.values_KP
 
         def column(values: list[float]) -> Tensor:
@@ -88,11 +87,10 @@ class PackedAdamW:
         self.clip_K1 = column([math.inf if c.clip_norm is None else c.clip_norm for c in configs])
         self.clips = any(c.clip_norm is not None for c in configs)
         decay_K1 = column([c.weight_decay for c in configs])
-        exempt_K1 = column([float(not c.decay_bias_and_norm) for c in configs])
-        if any(not c.decay_bias_and_norm for c in configs):
-            self.decay_KP = decay_K1 * torch.where(exempt_K1 > 0, decay_mask_P, torch.ones_like(decay_mask_P))
-        else:
-            self.decay_KP = decay_K1  # [K, 1]
+        self.decay_KP = decay_K1  # [K, 1] where none is exempt
+        if not all(c.decay_bias_and_norm for c in configs):
+            everywhere_K1 = column([float(c.decay_bias_and_norm) for c in configs])
+            self.decay_KP = decay_K1 * torch.maximum(everywhere_K1, flat.decay_mask())
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:

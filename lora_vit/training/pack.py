@@ -10,7 +10,7 @@ from lora_vit.data.stream import TrainStream
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
-from lora_vit.training.optim import FlatParameters, PackedAdamW, Schedule, schedule
+from lora_vit.training.optim import FlatParameters, PackedAdamW, schedule
 from lora_vit.training.setup import Setup
 from lora_vit.training.step import StepState, train_step
 from lora_vit.training.trial import Trial
@@ -38,14 +38,10 @@ class Pack:
             if isinstance(module, (LoRAAdapters, PackedHead)):
                 for leaf, _ in module.named_parameters(recurse=False):
                     self._owners[f"{prefix}.{leaf}"] = (module, leaf)
-        per_trial = set(self._owners)
-        self.flat = FlatParameters(named, per_trial, self.K)
-        decay_mask_P = self.flat.decay_mask(named, per_trial)
-        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs], decay_mask_P)
+        self.flat = FlatParameters(named, set(self._owners), self.K)
+        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._open_streams(configs)
-        self.schedules: list[Schedule] = [
-            schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs
-        ]
+        self.schedules = [schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs]
         self._init_step_state(configs)
         for k, trial in enumerate(trials):
             if trial.state.values:

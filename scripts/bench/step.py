@@ -46,7 +46,7 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     per_trial = {n for n in named if "lora_" in n or n.startswith("head.")}
     flat = FlatParameters(named, per_trial, 1)
-    optimizer = PackedAdamW(flat, [config.optimizer], flat.decay_mask(named, per_trial))
+    optimizer = PackedAdamW(flat, [config.optimizer])
     device = images.device
     state = StepState(
         model=model,

@@ -242,6 +242,13 @@ def test_a_merged_model_that_computes_something_else_is_not_written(copy, call, 
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.parametrize("module", ["evaluate", "predict", "merge"])
+def test_a_folder_without_a_record_or_none_at_all(module, copy, call):
+    for place in (copy / "images", copy / "nowhere"):
+        code, out, err = call(module, place, *every_command(copy)[module][1:])
+        assert (code, out, err) == (1, "", f"error: {place} has no record.json: give the folder of a trial\n")
+
+
 @pytest.mark.parametrize("option", ["predict --csv", "merge --out"])
 @pytest.mark.parametrize("where", ["no folder", "a folder"])
 def test_the_outputs_place_is_tested_before_any_work(option, where, copy, call):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import time
 
 import pytest
 from plain_trials import plain_trial
 
-from lora_vit.distributed import Process
+from lora_vit import run as single
 from lora_vit.records import read_record
-from lora_vit.run import TrialFailed, run_here
+from lora_vit.run import TrialFailed
 from lora_vit.stopping import Interrupted
 from lora_vit.training import step
 from lora_vit.training.checkpoint import load_checkpoint
@@ -22,7 +21,7 @@ CONFIG = plain_trial({"trainer.log_every": 3})
 
 
 def run(folder):
-    return run_here(CONFIG, folder, {}, Process(), time.time())
+    return single.run(CONFIG, folder, {})
 
 
 @pytest.fixture

@@ -239,9 +239,9 @@ def test_versions_that_are_no_table_are_none(versions):
 
 def test_a_config_without_a_section_lacks_its_settings():
     record = make_record()
-    del record.config["optimizer"], record.config["lora"]["method"], record.config["lora"]["blocks"]
+    del record.config["optimizer"]
     got, _ = read(record)
-    assert got["optimizer.lr"] is got["lora.method"] is got["lora.blocks"] is None
+    assert got["optimizer.lr"] is None
     assert got["lora.effective_scaling"] == 8
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
-from lora_vit.data import folder
+from lora_vit.data import cache, folder
 from lora_vit.data.dataset import DataError, ImageData, forget, load_data
 
 
@@ -240,8 +240,8 @@ def test_labels_and_names(parts, tmp_path):
 def test_it_is_as_quiet_as_it_is_told_to_be(quiet, parts, tmp_path, monkeypatch):
     heard = []
     for name, place in (("digests_of", 3), ("decoded", 5)):
-        whole = getattr(folder, name)
-        monkeypatch.setattr(folder, name, lambda *a, whole=whole, place=place: heard.append(a[place]) or whole(*a))
+        whole = getattr(cache, name)
+        monkeypatch.setattr(cache, name, lambda *a, whole=whole, place=place: heard.append(a[place]) or whole(*a))
     found = folder.find("imagefolder", str(parts), str(tmp_path / "cache"), quiet, False, True)
     images, value_range = found.decode(8)
     assert (heard, images.shape, value_range) == ([quiet] * 2, (20, 3, 8, 8), None)

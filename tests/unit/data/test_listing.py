@@ -112,6 +112,7 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
         "cat/notes.txt", "dog/d.png",
     )  # fmt: skip
     (root / "cat" / "deep" / "back").symlink_to(root / "cat")
+    (root / "cat" / "deep" / "up").symlink_to(tmp_path)  # with the dogs, and what lies beside the data
     (root / "cat" / "also").symlink_to(root / "dog")
     (root / "cat" / "twice").symlink_to(root / "dog")
     (root / "cat" / "gone").symlink_to(tmp_path / "nowhere")
@@ -122,7 +123,7 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     assert passed.names == {
         "hidden": ["cat/.x.png"],
         "of lora_vit's own": ["cat/deep/own"],
-        "links that lead back": ["cat/deep/back"],
+        "links that lead back": ["cat/deep/back", "cat/deep/up"],
         "broken links": ["cat/gone"],
         "no images": ["cat/notes.txt"],
     }

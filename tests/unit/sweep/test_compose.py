@@ -26,12 +26,12 @@ from lora_vit.compose import (
     explain,
     from_omegaconf,
     identify,
-    idle_settings,
-    refuse_impossible,
     register_schema,
     sweep_from_omegaconf,
 )
 from lora_vit.config import ConfigError, file_sha256, trial_id
+from lora_vit.hydra_callbacks import RefuseImpossible
+from lora_vit.sweep.plan import Job
 
 register_schema()
 from hydra.core.plugins import Plugins  # noqa: E402  (after the plugin's folder is on the path)
@@ -121,6 +121,9 @@ def test_resolvers_of_ids_and_sizes(loader, small):
     assert changed.hydra.name == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
 
 
+COMMAND = {"hydra": {"overrides": {"task": [], "hydra": []}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -140,9 +143,10 @@ def test_an_impossible_trial_ends_in_a_line(small, changes, line):
         from_omegaconf(broken)
     assert str(caught.value) == line
     with pytest.raises(SystemExit) as ended:
-        refuse_impossible(broken)
+        RefuseImpossible().on_run_start(OmegaConf.merge(broken, COMMAND))
     assert str(ended.value) == f"error: {line}"
-    refuse_impossible(small)
+    OmegaConf.set_struct(small, False)
+    RefuseImpossible().on_run_start(OmegaConf.merge(small, COMMAND))
 
 
 def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(loader):
@@ -272,9 +276,8 @@ def test_all_trials_with_their_files_and_labels(hydra):
     assert files["overrides.yaml"] == [*SMALL, *swept[1]]
     assert list(files["hydra.yaml"]) == ["hydra"]
     assert "${trial_id:" in jobs[1].files["hydra.yaml"], "as it is written, not what it comes to"
-    assert idle_settings(jobs, [job.overrides for job in jobs]) == ["lora.rank", "lora.alpha", "lora.dropout"]
-    assert idle_settings(jobs[:1], [["lora.rank=2"]]) == []
-    assert idle_settings(jobs[1:], [["lora.method=none", "lora=none"], ["optimizer.lr=1"]]) == []
+    assert [job.idle() for job in jobs] == [[], ["lora.rank=2"], ["lora.alpha=2.0", "+lora.dropout=0.1"]]
+    assert Job(jobs[1].config, ["lora.method=none", "lora=none", "optimizer.lr=1"]).idle() == []
     (alone,) = composed(hydra, ["seed=0"])
     assert alone.label.endswith("log_every=1 seed=0"), "of one trial all is told"
 

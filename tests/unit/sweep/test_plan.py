@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
-from sweeps import LAUNCHED, leave_record, plain_job, seed_jobs, sweep_run
+from sweeps import LAUNCHED, leave_record, plain_job, sweep_run
 
 from lora_vit.config import cell_id, trial_id
 from lora_vit.records import CHECKPOINT
@@ -104,7 +104,7 @@ def test_the_same_places_written_otherwise_share_a_pack():
     assert key == group_key(plain_trial({"lora.targets": ["q", "v"]})), "there are two blocks"
 
 
-def test_groups_in_the_order_of_the_grid_with_equal_seeds_together():
+def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
     full = {**BASELINE, "lora.method": "full"}
     grid = [
         {"seed": 1, "lora.rank": 1},
@@ -115,7 +115,7 @@ def test_groups_in_the_order_of_the_grid_with_equal_seeds_together():
     ]
     jobs = [plain_job(changes) for changes in grid]
     first, second = make_groups(jobs)
-    assert first.jobs == [jobs[2], jobs[4], jobs[0], jobs[3]]
+    assert first.jobs == [jobs[0], jobs[2], jobs[3], jobs[4]]
     assert second.jobs == [jobs[1]]
     assert (first.key, second.key) == (group_key(jobs[0].config), group_key(jobs[1].config))
     assert (first.alone, second.alone) == (False, True)
@@ -161,26 +161,22 @@ def test_duplicates():
 # --- a trial of a run
 
 
-def test_a_job_is_its_trial_unless_it_is_said_which():
+def test_a_job_is_its_trial():
     config = plain_trial({"seed": 3})
     job = Job(config, ["seed=3"])
     assert (job.trial_id, job.cell_id) == (trial_id(config), cell_id(config))
-    assert (job.files, job.label) == ({}, "")
-    assert Job(config, [], trial_id="0123456789").trial_id == "0123456789"
+    assert (job.board, job.label) == ("", "")
 
 
 def test_where_a_trial_lies(tmp_path):
-    """Its TensorBoard folder is called after the settings, and keeps its name when they are called otherwise."""
+    """Its TensorBoard folder is called after the settings, unless it has a name already."""
     plain, named = plain_job(), plain_job({"seed": 1}, label="X=4 weights=a/b.pt")
     run = sweep_run(tmp_path, [plain, named])
     assert run.folder_of(plain) == tmp_path / plain.trial_id
     assert run.board_of(plain) == tmp_path / "tensorboard" / plain.trial_id
-    board = tmp_path / "tensorboard" / f"X=4_weights=a_b.pt_{named.trial_id}"
-    assert run.board_of(named) == board
-    board.mkdir(parents=True)
-    (tmp_path / "tensorboard" / f"other_{plain.trial_id}").mkdir()
-    named.label = "X=4 weights=a/b.pt seed=1"
-    assert run.board_of(named) == board
+    assert run.board_of(named) == tmp_path / "tensorboard" / f"X=4_weights=a_b.pt_{named.trial_id}"
+    named.board = "as before"
+    assert run.board_of(named) == tmp_path / "tensorboard" / "as before"
 
 
 def test_a_trials_state_is_of_the_trial_that_is_meant(tmp_path):
@@ -216,13 +212,16 @@ def test_what_failed_is_open_again_where_it_is_asked_for(again, tmp_path):
     assert run.is_ended(job, run.state_of(job)) is not again
 
 
-def test_a_trial_is_begun_once_it_has_a_checkpoint(tmp_path):
-    jobs = seed_jobs(2)
+def test_the_order_of_training(tmp_path):
+    """What was begun was promised before; then whole seeds, as the grid has them."""
+    grid = [{"seed": seed, "lora.rank": rank} for rank in (1, 2) for seed in (1, 0, 10)]
+    jobs = [plain_job(changes) for changes in grid]
     run = sweep_run(tmp_path, jobs)
-    leave_record(run, jobs[0], "running")
-    leave_record(run, jobs[1], "running")
-    (run.folder_of(jobs[1]) / CHECKPOINT).touch()
-    assert [run.is_begun(job) for job in jobs] == [False, True]
+    for job in (jobs[4], jobs[2], jobs[0]):
+        leave_record(run, job, "running")
+        if job is not jobs[0]:
+            (run.folder_of(job) / CHECKPOINT).touch()
+    assert run.in_order().jobs == tuple(jobs[i] for i in (4, 2, 1, 0, 3, 5))
     assert SweepRun(run.jobs, run.folder, run.options, run.launched).workers == 1
 
 

@@ -35,12 +35,12 @@ def test_each_group_has_its_own_packs(tmp_path):
     schedule, _ = schedule_of(sweep_run(tmp_path, jobs))
     first, second = schedule.groups
     assert (first.jobs, second.jobs) == (jobs[:3], jobs[3:])
-    assert schedule.take_pack(second, 3) == jobs[3:]
+    assert schedule.take_pack(second, 2) == jobs[3:]
     assert schedule.is_free(first)
     assert not schedule.is_free(second)
     assert schedule.take_pack(first, 2) == jobs[:2]
     assert schedule.is_free(first)
-    assert schedule.take_pack(first, 2) == jobs[2:]
+    assert schedule.take_pack(first, 2) == jobs[2:3]
     assert schedule.take_pack(first, 2) == []
     assert not schedule.is_free(first)
 
@@ -54,27 +54,47 @@ def test_packs_are_cut_from_what_was_asked_for(tmp_path):
         assert other.take(job.trial_id)
         other.release(job.trial_id, ended=True)
     schedule, _ = schedule_of(run)
-    schedule.claims.look()
+    schedule.look()
     (group,) = schedule.groups
     assert [schedule.take_pack(group, 3) for _ in range(4)] == [[jobs[1], jobs[2]], [jobs[3], jobs[5]], [jobs[6]], []]
 
 
 @pytest.mark.parametrize("looked", [False, True])
 def test_what_trains_together_does_not_depend_on_who_is_faster(looked, tmp_path):
-    """Another process has begun to claim the first pack: it is left to it, whole. Also where we have not seen it yet."""
+    """Another process has begun to claim the first pack: it is left to it, whole, also where we have not seen it."""
     jobs = seed_jobs(6)
     schedule, _ = schedule_of(sweep_run(tmp_path, jobs))
     (group,) = schedule.groups
     other = somebody(tmp_path)
     assert other.take(jobs[0].trial_id)
     if looked:
-        schedule.claims.look()
+        schedule.look()
     assert schedule.take_pack(group, 3) == jobs[3:]
     assert schedule.take_pack(group, 3) == []
     assert schedule.is_free(group), "of two trials nobody has claimed yet"
     other.release(jobs[0].trial_id)
-    schedule.claims.look()
+    schedule.look()
     assert schedule.take_pack(group, 3) == jobs[:3]
+
+
+def test_where_others_were_faster_ever_fewer_packs_are_tried(tmp_path):
+    """They take packs in the same order, so the next are gone too; what is passed over is found at the next look."""
+    jobs = seed_jobs(20)
+    schedule, _ = schedule_of(sweep_run(tmp_path, jobs))
+    (group,) = schedule.groups
+    other = somebody(tmp_path)
+    schedule.look()
+    for job in jobs[:7]:
+        assert other.take(job.trial_id)
+    tried: list[str] = []
+    take = schedule.claims.take
+    schedule.claims.take = lambda trial: tried.append(trial) or take(trial)  # type: ignore[func-returns-value]
+    assert schedule.take_pack(group, 1) == [jobs[7]]
+    assert tried == [jobs[i].trial_id for i in (0, 1, 3, 7)]
+    assert schedule.take_pack(group, 1) == [jobs[8]]
+    other.release(jobs[5].trial_id)
+    schedule.look()
+    assert schedule.take_pack(group, 1) == [jobs[5]]
 
 
 def test_a_pack_ends_before_a_trial_that_another_has(tmp_path):
@@ -93,7 +113,7 @@ def test_strays_are_the_rest_of_packs_whose_first_trial_another_has(tmp_path):
     other = somebody(tmp_path)
     for job in (jobs[0], jobs[3], jobs[4]):
         assert other.take(job.trial_id)
-    schedule.claims.look()
+    schedule.look()
     assert schedule.take_pack(group, 3) == []
     assert schedule.take_pack(group, 3, strays=True) == jobs[1:3]
     assert schedule.take_pack(group, 3, strays=True) == [jobs[5]]

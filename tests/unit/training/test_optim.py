@@ -33,7 +33,7 @@ def packed():
     per_trial = set(named)
     alone = [{n: nn.Parameter(p[k].detach().clone()) for n, p in named.items()} for k in range(K)]
     flat = FlatParameters(named, per_trial, K)
-    return named, alone, flat, PackedAdamW(flat, CONFIGS, flat.decay_mask(named, per_trial))
+    return named, alone, flat, PackedAdamW(flat, CONFIGS)
 
 
 def torch_optimizer(parameters: dict[str, nn.Parameter], c: OptimizerConfig) -> torch.optim.AdamW:
@@ -156,10 +156,10 @@ def test_decay_of_a_trunks_matrices_and_biases(exempt):
             "trunk.conv": nn.Parameter(torch.ones(2, 1, 2, 2)),
         }
         flat = FlatParameters(named, {"head.bias"}, 1)
-        mask = flat.decay_mask(named, {"head.bias"})
+        mask = flat.decay_mask()
         assert mask.tolist() == [0.0] * 7 + [1.0] * 14
         c = config(weight_decay=0.5, decay_bias_and_norm=decay_all)
-        optimizer = PackedAdamW(flat, [c], mask)
+        optimizer = PackedAdamW(flat, [c])
         optimizer.step(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1))
         small = 0.5 if decay_all else 1.0
         assert flat.values_KP.tolist() == [[small] * 7 + [0.5] * 14]
@@ -185,8 +185,8 @@ def test_clipping_equals_torchs_at_and_around_its_border():
 
 @pytest.mark.parametrize("clip", [0.5, None])
 def test_all_trials_clip_or_none_does(clip):
-    named, _, flat, _ = packed()
-    optimizer = PackedAdamW(flat, [config(clip_norm=clip)] * K, flat.decay_mask(named, set(named)))
+    _, _, flat, _ = packed()
+    optimizer = PackedAdamW(flat, [config(clip_norm=clip)] * K)
     flat.grads_KP.normal_(generator=torch.Generator().manual_seed(3))
     norm = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
     assert (norm > 1).all()
@@ -203,8 +203,8 @@ def test_everything_lies_where_the_parameters_do_in_their_precision():
             "bias": nn.Parameter(torch.zeros(K, 4, device="meta", dtype=torch.float64)),
         }
         flat = FlatParameters(named, set(named), K)
-        mask_P = flat.decay_mask(named, set(named))
-        optimizer = PackedAdamW(flat, [config(clip_norm=1.0, decay_bias_and_norm=not exempt)] * K, mask_P)
+        mask_P = flat.decay_mask()
+        optimizer = PackedAdamW(flat, [config(clip_norm=1.0, decay_bias_and_norm=not exempt)] * K)
         column = torch.zeros(K, 1, device="meta", dtype=torch.float64)
         optimizer.step(column, column > 0, column)
         tensors = [mask_P, *flat.gradients, *flat.views(flat.values_KP[0]).values()]

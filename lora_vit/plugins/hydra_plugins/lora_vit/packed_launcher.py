@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, idle_settings, sweep_from_omegaconf
+from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, sweep_from_omegaconf
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import SweepRun, this_command
@@ -38,8 +38,6 @@ class PackedLauncher(BasicLauncher):
         assert self.hydra_context is not None
         options, launched = sweep_from_omegaconf(self.config.sweep), time.time()
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
-        if idle := idle_settings(jobs, job_overrides):
-            print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
         folder = Path(str(self.config.hydra.sweep.dir))
         hydra = OmegaConf.to_yaml(OmegaConf.masked_copy(self.config, ["hydra"]))
         outcomes = run_sweep(SweepRun(tuple(jobs), folder, options, launched, hydra=hydra))
