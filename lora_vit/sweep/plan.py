@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
 from lora_vit.records import CHECKPOINT, State, state_of
@@ -83,8 +83,8 @@ class SweepRun:
         """Name to text of what goes into the trial's ``.hydra/``."""
         config = {**to_dict(job.config), "sweep": asdict(self.options)}
         return {
-            "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)),
-            "overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(job.overrides)),
+            "config.yaml": yaml.safe_dump(config, sort_keys=False),
+            "overrides.yaml": yaml.safe_dump(job.overrides),
             "hydra.yaml": self.hydra,
         }
 

@@ -44,8 +44,10 @@ class Sizes:
         self.measured.append(given)
         return 4, FIGURES
 
-    def of(self, planned: int = 10, jobs: list[Job] | None = None) -> int | None:
-        return self.sizes.of(self.group, self.jobs if jobs is None else jobs, planned, self.claims)
+    def of(self, trials: int = 10) -> int | None:
+        self.group.jobs = self.jobs[:trials]
+        self.claims.look()
+        return self.sizes.of(self.group, self.claims)
 
     def said(self) -> list[str]:
         return [fields["text"] for fields in self.events.of("say")]
@@ -69,7 +71,7 @@ def test_a_trial_that_needs_a_pack_of_its_own_gets_it(size, tmp_path, monkeypatc
     assert sizes.measured == []
 
 
-@pytest.mark.parametrize(("planned", "size"), [(10, 4), (4, 4), (3, 3), (1, 1), (0, 1)])
+@pytest.mark.parametrize(("planned", "size"), [(10, 4), (4, 4), (3, 3), (1, 1)])
 def test_the_size_that_is_asked_for(planned, size, tmp_path, monkeypatch):
     """Whatever the number of workers: packs are as large as they were asked to be."""
     sizes = Sizes(tmp_path, monkeypatch, workers=3, size="4")
@@ -83,11 +85,11 @@ def test_a_measured_size_leaves_something_for_each_worker(workers, planned, size
 
 
 def test_a_size_is_measured_once_and_kept(tmp_path, monkeypatch):
-    """With the trials that are open, for this run and the next ones."""
+    """With the trials that the run asks for, for it and the next ones."""
     sizes = Sizes(tmp_path, monkeypatch, workers=2)
-    assert sizes.of(jobs=sizes.jobs[2:]) == 4
-    configs = [job.config for job in sizes.jobs[2:]]
-    assert sizes.measured == [(configs, ("setup of", sizes.jobs[2]), 2, sizes.stop)]
+    assert sizes.of(8) == 4
+    configs = [job.config for job in sizes.jobs[:8]]
+    assert sizes.measured == [(configs, ("setup of", sizes.jobs[0]), 2, sizes.stop)]
     assert sizes.said() == [
         f"measuring the pack size for {sizes.group.title}",
         "packs of 4 (one epoch of one trial in packs of 1: 500 ms, 4: 250 ms)",
@@ -130,13 +132,15 @@ def test_one_process_measures_and_the_others_wait(tmp_path, monkeypatch):
     choose = mine.choose
 
     def watched(*given: Any):
-        (claim,) = (path.name for path in theirs.folder.iterdir())
-        assert not theirs.take(claim.removesuffix(".1"))
+        theirs.look()
+        (claim,) = theirs.folder.glob("size-*")
+        assert not theirs.take(claim.name.removesuffix(".1"))
         return choose(*given)
 
     monkeypatch.setattr(measure, "choose_pack_size", watched)
     assert mine.of() == 4
-    (claim,) = (path.name.removesuffix(".1") for path in theirs.folder.iterdir())
+    (claim,) = (path.stem for path in theirs.folder.glob("size-*.1"))
+    theirs.look()
     assert theirs.take(claim), "given back"
     other = Sizes(tmp_path / "next", monkeypatch)
     their_next = Claims(tmp_path / "next", Owner(host="elsewhere", token="other"))
@@ -158,8 +162,8 @@ def test_what_another_measured_meanwhile_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(Claims, "take", late)
     assert mine.of() == 2
     assert mine.measured == []
-    (claim,) = (path.name.removesuffix(".1") for path in mine.claims.folder.iterdir())
-    assert not mine.claims.is_taken(claim)
+    (claim,) = (path.stem for path in mine.claims.folder.glob("size-*.1"))
+    assert mine.claims.state(claim) == "free"
 
 
 def test_a_group_that_cannot_be_measured_trains_alone_until_it_tells_why(tmp_path, monkeypatch):
@@ -181,8 +185,8 @@ def test_what_is_no_trials_own_ends_the_measuring(error, tmp_path, monkeypatch):
     with pytest.raises(type(error)):
         sizes.of()
     assert len(sizes.said()) == 1
-    (claim,) = (path.name.removesuffix(".1") for path in sizes.claims.folder.iterdir())
-    assert not sizes.claims.is_taken(claim)
+    (claim,) = (path.stem for path in sizes.claims.folder.glob("size-*.1"))
+    assert sizes.claims.state(claim) == "free"
 
 
 def test_another_error_of_the_system_is_a_trials_own(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -194,11 +193,12 @@ def test_a_claim_that_was_taken_over_ends_the_pack(tmp_path, monkeypatch):
 
     def step(pack: Pack, *args: object) -> torch.Tensor:
         if pack.K == 2 and pack.step_in_epoch == 3 and not mine[0].lost:
-            assert other._create(other._path(jobs[0].trial_id, 2))
+            assert other._link(jobs[0].trial_id, 2)
             other._held[jobs[0].trial_id] = 2
+            mine[0]._beat = 0  # silent for long
             mine[0].beat()
             assert mine[0].lost == {jobs[0].trial_id}
-            threading.Timer(0.5, other.release, [jobs[0].trial_id]).start()
+            other.release(jobs[0].trial_id)
         return whole(pack, *args)
 
     monkeypatch.setattr(Claims, "__enter__", remember)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweeps import LAUNCHED, Events, leave_record, plain_job, seed_jobs, sweep_run
+from sweeps import LAUNCHED, Events, plain_job, seed_jobs, sweep_run
 
 from lora_vit import terminal
 from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict
@@ -19,7 +19,7 @@ from lora_vit.data.dataset import DataError
 from lora_vit.records import TrialRecord, locked, read_record, write_record
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep import worker as worker_module
-from lora_vit.sweep.claims import Claims, Owner
+from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
 from lora_vit.sweep.measure import PackSizes
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.setups import Setups
@@ -102,7 +102,14 @@ def bench(tmp_path, monkeypatch) -> Bench:
 
 
 def somebody(folder: Path) -> Claims:
-    return Claims(folder, Owner(host="elsewhere", token="other"))
+    """Another process, that has just looked."""
+    other = Claims(folder, Owner(host="elsewhere", token="other"))
+    other.look()
+    return other
+
+
+def states(folder: Path, jobs: list[Job]) -> list[str]:
+    return [somebody(folder).state(job.trial_id) for job in jobs]
 
 
 def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0):
@@ -121,14 +128,14 @@ def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_t
 def test_all_groups_are_trained_in_packs(bench):
     """Each trial in its folder, with its files, and what its command is."""
     jobs = [*seed_jobs(3), *seed_jobs(1, trainer__epochs=3)]
-    jobs[0].files, jobs[0].label = {"config.yaml": "x"}, "seed=0"
+    jobs[0].label = "seed=0"
     run = bench.work(jobs, pack_size="2")
     assert bench.packs == [[0, 1], [2], [0]]
     assert bench.statuses(jobs) == ["completed"] * 4
     board = bench.folder / "tensorboard" / f"seed=0_{jobs[0].trial_id}"
-    assert bench.opened[0] == (0, run.folder_of(jobs[0]), "setup", LAUNCHED, {"config.yaml": "x"}, board)
+    assert bench.opened[0] == (0, run.folder_of(jobs[0]), "setup", LAUNCHED, run.hydra_files(jobs[0]), board)
     assert [fields["id"] for fields in bench.events.of("left")] == [job.trial_id for job in jobs]
-    assert somebody(bench.folder).take(jobs[0].trial_id), "the claims are given back"
+    assert states(bench.folder, jobs) == [ENDED] * 4
     assert bench.said() == []
 
 
@@ -284,7 +291,7 @@ def test_a_disk_that_cannot_be_written_ends_the_worker(trials, bench):
         bench.work(jobs)
     assert len(bench.packs) == 1
     assert bench.events.of("left") == []
-    assert all(somebody(bench.folder).take(job.trial_id) for job in jobs)
+    assert states(bench.folder, jobs) == [FREE] * trials
     assert list((bench.folder / jobs[0].trial_id).iterdir()) == [], "unlocked"
 
 
@@ -323,37 +330,47 @@ def test_what_says_that_memory_ran_out(error, ran_out):
 # --- others, and requests to stop
 
 
-def test_a_worker_waits_for_what_others_have(bench, monkeypatch):
-    """It says so once, and takes what they leave."""
+def test_a_worker_ends_where_others_have_the_rest(bench, monkeypatch):
+    """It does not wait idly: what they leave is the command's to see."""
     jobs = seed_jobs(2)
+    assert somebody(bench.folder).take(jobs[0].trial_id)
+    monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
+    bench.work(jobs, pack_size="1")
+    assert bench.packs == [[1]]
+    assert states(bench.folder, jobs) == [HELD, ENDED]
+
+
+@pytest.mark.parametrize("its_owner_goes_on", [False, True])
+def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on, bench, monkeypatch):
+    """Its owner may be about to claim it; if it does not, it is taken."""
+    jobs = seed_jobs(3)
     other = somebody(bench.folder)
     assert other.take(jobs[0].trial_id)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        if len(slept) == 3:
-            other.release(jobs[0].trial_id)
+        if its_owner_goes_on:
+            assert other.take(jobs[1].trial_id)
+            assert other.take(jobs[2].trial_id)
 
     monkeypatch.setattr(worker_module.time, "sleep", sleep)
-    asked: list[int] = []
-    of = PackSizes.of
-    monkeypatch.setattr(PackSizes, "of", lambda sizes, *rest: asked.append(len(rest[1])) or of(sizes, *rest))
+    bench.work(jobs, pack_size="3")
+    assert bench.packs == ([] if its_owner_goes_on else [[1, 2]])
+    assert slept == [worker_module.POLL_EVERY]
+
+
+def test_what_is_freed_while_we_train_is_trained_too(bench):
+    jobs = seed_jobs(2)
+    other = somebody(bench.folder)
+    assert other.take(jobs[0].trial_id)
+
+    def act(trials: list[Trial], reporter: PackReporter) -> None:
+        other.release(jobs[0].trial_id)
+
+    bench.act = act
     bench.work(jobs, pack_size="1")
     assert bench.packs == [[1], [0]]
-    assert slept == [0.5] * 3
-    assert bench.said() == ["another process has the remaining trials: waiting for it"]
-    assert asked == [2, 1], "no size is asked for where nothing can be taken"
-
-
-def test_a_worker_ends_when_others_have_ended_the_rest(bench, monkeypatch):
-    jobs = seed_jobs(1)
-    run = sweep_run(bench.folder, jobs)
-    assert somebody(bench.folder).take(jobs[0].trial_id)
-    monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: leave_record(run, jobs[0], "completed"))
-    bench.work(jobs)
-    assert bench.packs == []
-    assert [f["id"] for f in bench.events.of("ended")] == [jobs[0].trial_id]
 
 
 def test_who_measures_the_pack_size_is_waited_for(bench, monkeypatch):
@@ -374,7 +391,9 @@ def test_a_lost_claim_ends_the_pack_without_blame(bench):
     def act(trials: list[Trial], reporter: PackReporter) -> None:
         if len(bench.packs) > 1:
             return
-        (bench.folder / ".claims" / f"{jobs[0].trial_id}.2").write_text('{"released": true}')
+        for mark in ("", ".free"):
+            (bench.folder / ".claims" / f"{jobs[0].trial_id}.2{mark}").touch()
+        reporter.claims._beat = 0  # silent for long
         reporter.claims.beat()
         reporter.advance(SimpleNamespace(trials=trials, K=2, steps_per_epoch=4))  # type: ignore[arg-type]
         pytest.fail("the pack goes on")
@@ -408,7 +427,7 @@ def test_a_pack_that_was_interrupted_is_given_back(bench):
         bench.work(jobs)
     assert bench.packs == [[0, 1]]
     assert bench.events.of("left") == []
-    assert all(somebody(bench.folder).take(job.trial_id) for job in jobs)
+    assert states(bench.folder, jobs) == [FREE] * 2
 
 
 def test_who_is_asked_to_stop_begins_nothing(bench):
@@ -469,7 +488,7 @@ def test_an_epoch_is_reported_with_its_accuracy_if_it_has_one(tmp_path):
 
 
 @pytest.mark.parametrize("stop_on_failure", [False, True])
-def test_a_trial_that_left_is_reported_and_free(stop_on_failure, tmp_path):
+def test_a_trial_that_left_is_reported_and_has_ended(stop_on_failure, tmp_path):
     reporter, events, claims = reporter_of(tmp_path, stop_on_failure)
     completed = some_trial(plain_job(), metrics={"val_accuracy": 0.75})
     failed = some_trial(plain_job({"seed": 1}))
@@ -487,4 +506,4 @@ def test_a_trial_that_left_is_reported_and_free(stop_on_failure, tmp_path):
         ("left", {"id": failed.name, "status": "failed", "val_accuracy": None, "message": "why"}),
         *([("stop", {})] if stop_on_failure else []),
     ]
-    assert [somebody(tmp_path).take(trial.name) for trial in (completed, failed)] == [True, True]
+    assert states(tmp_path, [plain_job(), plain_job({"seed": 1})]) == [ENDED, ENDED]
