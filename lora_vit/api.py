@@ -78,8 +78,8 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     _refuse_torchrun()
     trained: dict[Path, None] = {}
 
-    def run_sweep(asked: Any) -> Any:
-        outcomes = command.run_sweep(asked)
+    def run_sweep(asked: Any, engine: Any = None) -> Any:
+        outcomes = command.run_sweep(asked, engine)
         trained.update(dict.fromkeys(map(asked.folder_of, asked.jobs)))
         return outcomes
 

@@ -50,6 +50,60 @@ class PackedLauncherConf:
 
 
 @dataclass
+class PackedSlurmConf:
+    """``hydra/launcher=packed_slurm``: each worker is a job. The names are submitit's, and mean what they mean there.
+
+    Attributes:
+        timeout_min: minutes of a job; a worker that has not ended by then saves, and is queued again.
+        gpus_per_node: of a job; a worker trains on one.
+        signal_delay_s: seconds before the limit at which it is asked to save.
+        max_num_timeout: how often it is queued again.
+    """
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedSlurmLauncher"
+    name: str = "lora_vit"
+    timeout_min: int = 60
+    cpus_per_task: int | None = None
+    gpus_per_node: int | None = None
+    mem_gb: int | None = None
+    partition: str | None = None
+    qos: str | None = None
+    account: str | None = None
+    comment: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    gres: str | None = None
+    cpus_per_gpu: int | None = None
+    mem_per_gpu: str | None = None
+    mem_per_cpu: str | None = None
+    signal_delay_s: int = 120
+    max_num_timeout: int = 100
+    array_parallelism: int = 256
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] | None = None
+
+
+@dataclass
+class PackedRayConf:
+    """``hydra/launcher=packed_ray``: each worker is a task.
+
+    Attributes:
+        address: of a running cluster, or ``auto``; None: a cluster of its own on this machine.
+        num_cpus: of a task.
+        num_gpus: of a task; None: 1 where the cluster has GPUs.
+        resources: further ones of a task, by name.
+        runtime_env: as Ray's.
+    """
+
+    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedRayLauncher"
+    address: str | None = None
+    num_cpus: float = 1
+    num_gpus: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class GridSweeperConf:
     """``hydra/sweeper=grid``: every combination, as with ``basic``. ``params``: the same as overrides."""
 

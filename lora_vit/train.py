@@ -79,14 +79,15 @@ def report(record: TrialRecord, folder: Path) -> float:
     return float(accuracy)
 
 
-def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
-    """Train the trials of a sweep together; the packed launcher calls this."""
+def run_sweep(asked: SweepRun, engine: Any = None) -> dict[str, float | Exception] | None:
+    """Train the trials of a sweep together, on workers of our own or of an engine; the packed launcher calls this."""
     from lora_vit.sweep.processes import start_early
 
-    start_early(asked.jobs, asked.options)  # before torch is imported here
+    if engine is None:
+        start_early(asked.jobs, asked.options)  # before torch is imported here
     from lora_vit.sweep import runner
 
-    return runner.run_sweep(asked)
+    return runner.run_sweep(asked, engine)
 
 
 task.run_sweep = run_sweep  # type: ignore[attr-defined]

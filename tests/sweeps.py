@@ -19,7 +19,14 @@ LAUNCHED = 1000.0
 def options(**changes: object) -> SweepConfig:
     """How a sweep runs: packs of four, unless changed."""
     plain = SweepConfig(
-        name="s", pack_size="4", workers="auto", retry_failed=False, on_failure="continue", dry_run=False, measure=False
+        name="s",
+        pack_size="4",
+        workers="auto",
+        retry_failed=False,
+        on_failure="continue",
+        dry_run=False,
+        measure=False,
+        wait=True,
     )
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 

@@ -144,6 +144,7 @@ class SweepConfig:
         on_failure: continue with the other trials, or stop (they are saved).
         dry_run: print the plan and train nothing.
         measure: in the plan, time what would be estimated.
+        wait: follow workers that an engine has started until they have ended; else return at once.
     """
 
     name: str | None
@@ -153,6 +154,7 @@ class SweepConfig:
     on_failure: str
     dry_run: bool
     measure: bool
+    wait: bool
 
 
 @dataclass

@@ -70,7 +70,7 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
+def number_of_workers(jobs: Sequence[Job], options: SweepConfig, engine: Any = None) -> int:
     """How many processes train side by side. Raises ConfigError where the settings ask for what cannot be."""
     import torch
 
@@ -83,6 +83,8 @@ def number_of_workers(jobs: Sequence[Job], options: SweepConfig) -> int:
                 f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
                 f"give sweep.workers={devices} instead (or hydra/launcher=basic, one trial after another)"
             )
+    if engine is not None:
+        return int(engine.number_of_workers(options.workers))
     on_gpu = uses_gpus(jobs)
     visible = torch.cuda.device_count() if on_gpu else _on_cpu(jobs)
     if options.workers == "auto":

@@ -17,6 +17,7 @@ from lora_vit.records import NO_ACCURACY, RECORD, State
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.dryrun import print_plan
+from lora_vit.sweep.engine import Engine, run_on
 from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_duplicates
@@ -34,11 +35,15 @@ class SweepFailed(Exception):  # noqa: N818  (its trials did)
     """Some trials have failed; every record is written and the message says how many."""
 
 
-def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
+def run_sweep(asked: SweepRun, engine: Engine | None = None) -> dict[str, float | Exception] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
+    Args:
+        asked: by the command.
+        engine: starts the workers; None: they are this process, or its children.
+
     Returns:
-        The validation accuracy or the failure of each trial id; None after a dry run.
+        The validation accuracy or the failure of each trial id; None after a dry run, and where nobody waits.
 
     Raises:
         ConfigError: nothing was trained.
@@ -57,7 +62,7 @@ def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
     states = {job.trial_id: all_jobs.state_of(job) for job in jobs}
     ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
     todo = tuple(job for job in jobs if job.trial_id not in ended)
-    run = replace(asked, jobs=todo, workers=number_of_workers(todo or jobs, options))
+    run = replace(asked, jobs=todo, workers=number_of_workers(todo or jobs, options, engine))
     if options.measure or not options.dry_run:
         prepare([job.config for job in todo])
     if options.dry_run:
@@ -73,7 +78,8 @@ def run_sweep(asked: SweepRun) -> dict[str, float | Exception] | None:
     view = View(jobs)
     for trial_id in ended:
         view.emit("ended", id=trial_id, state=states[trial_id])
-    train_open(run, view)
+    if not train_open(run, view, engine):
+        return None
     view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
     return finish(all_jobs, {row.job.trial_id: row.message for row in view.rows.values()})
 
@@ -100,11 +106,13 @@ def begin(run: SweepRun) -> SweepRun:
     return Ledger(run.folder).begin(run.in_order())
 
 
-def train_open(run: SweepRun, view: View) -> None:
-    """Train what is open, here or in worker processes, and wait for what others have."""
+def train_open(run: SweepRun, view: View, engine: Engine | None) -> bool:
+    """Train what is open, and wait for what others have; whether that was waited for."""
     others, waited = Follower(run, view), False
     try:
         with StopRequest() as stop:
+            if engine is not None:
+                return run_on(engine, run, view, stop)
             while (standing := others.look()) != ENDED:
                 ended = view.ended()
                 if standing == FREE:
@@ -122,6 +130,7 @@ def train_open(run: SweepRun, view: View) -> None:
             raise
     finally:
         view.close()
+    return True
 
 
 def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Exception]:

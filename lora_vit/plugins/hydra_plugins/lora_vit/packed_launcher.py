@@ -12,14 +12,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from lora_vit.compose import GridSweeperConf, PackedLauncherConf, compose_all, sweep_from_omegaconf
+from lora_vit.compose import (
+    GridSweeperConf,
+    PackedLauncherConf,
+    PackedRayConf,
+    PackedSlurmConf,
+    compose_all,
+    sweep_from_omegaconf,
+)
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import SweepRun, this_command
 
 # Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
-ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf, provider="lora_vit")
-ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="lora_vit")
+for group, name, node in (
+    ("launcher", "packed", PackedLauncherConf),
+    ("launcher", "packed_slurm", PackedSlurmConf),
+    ("launcher", "packed_ray", PackedRayConf),
+    ("sweeper", "grid", GridSweeperConf),
+):
+    ConfigStore.instance().store(group=f"hydra/{group}", name=name, node=node, provider="lora_vit")
 
 
 class PackedLauncher(BasicLauncher):
@@ -28,6 +40,10 @@ class PackedLauncher(BasicLauncher):
     It packs when the task function offers ``run_sweep``; any other task runs one after another, as with
     ``hydra/launcher=basic``.
     """
+
+    def engine(self, folder: Path) -> Any:
+        """What starts the workers, where it is not the command itself."""
+        return None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose and validate all, then hand plain configs to ``run_sweep``. Called by Hydra."""
@@ -40,8 +56,8 @@ class PackedLauncher(BasicLauncher):
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
         folder = Path(str(self.config.hydra.sweep.dir))
         hydra = OmegaConf.to_yaml(OmegaConf.masked_copy(self.config, ["hydra"]))
-        outcomes = run_sweep(SweepRun(tuple(jobs), folder, options, launched, hydra=hydra))
-        if outcomes is None:  # a dry run
+        outcomes = run_sweep(SweepRun(tuple(jobs), folder, options, launched, hydra=hydra), self.engine(folder))
+        if outcomes is None:  # a dry run, or workers that are not waited for
             return []
         # One copy for all: sweepers read what a trial came to, and a copy for each takes seconds for a thousand.
         hydra_cfg = OmegaConf.masked_copy(self.config, ["hydra"])
@@ -56,6 +72,34 @@ class PackedLauncher(BasicLauncher):
             )
             for job in jobs
         ]
+
+
+class PackedSlurmLauncher(PackedLauncher):
+    """The packed launcher with workers that are Slurm jobs."""
+
+    def __init__(self, **parameters: Any):
+        super().__init__()
+        self.parameters: Any = OmegaConf.to_container(OmegaConf.create(parameters), resolve=True)
+
+    def engine(self, folder: Path) -> Any:
+        """Slurm through submitit. Raises ConfigError where one of them is missing."""
+        try:
+            from lora_vit.sweep.slurm import Slurm
+        except ImportError:
+            raise ConfigError("hydra/launcher=packed_slurm needs submitit: pip install 'lora_vit[slurm]'") from None
+        return Slurm(self.parameters, folder)
+
+
+class PackedRayLauncher(PackedSlurmLauncher):
+    """The packed launcher with workers that are Ray tasks."""
+
+    def engine(self, folder: Path) -> Any:
+        """Ray. Raises ConfigError where it is missing."""
+        try:
+            from lora_vit.sweep.ray_cluster import Ray
+        except ImportError:
+            raise ConfigError("hydra/launcher=packed_ray needs Ray: pip install 'lora_vit[ray]'") from None
+        return Ray(self.parameters)
 
 
 class GridSweeper(BasicSweeper):

@@ -1,0 +1,103 @@
+"""Workers as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from lora_vit.config import ConfigError
+from lora_vit.sweep.plan import SweepRun
+
+
+def _worker(folder: str, name: str) -> int:
+    """What a task runs; its output goes into a file of the folder."""
+    from lora_vit.sweep.worker import work_alone
+
+    logs = Path(folder) / ".ray"
+    logs.mkdir(exist_ok=True)
+    path = logs / f"{platform.node()}-{os.getpid()}.log"
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            return work_alone(Path(folder), name)
+        except ConfigError as error:
+            raise RuntimeError(f"{error} ({path})") from None
+
+
+class Ray:
+    """Engine of ``hydra/launcher=packed_ray``. The tasks end with the command: they are its own."""
+
+    outlives_us = False
+
+    def __init__(self, parameters: dict[str, Any]):
+        """``parameters``: the fields of PackedRayConf. Raises ConfigError where there is no cluster."""
+        self.parameters = parameters
+        try:
+            if not ray.is_initialized():
+                ray.init(address=parameters["address"], log_to_driver=False, logging_level=logging.ERROR,
+                         runtime_env=parameters["runtime_env"] or None)  # fmt: skip
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"hydra.launcher.address={parameters['address']}: no Ray cluster ({str(error).splitlines()[0]}): start "
+                "one with `ray start --head`, or leave the address out"
+            ) from None
+        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
+        self.tasks: dict[Any, str] = {}
+
+    def number_of_workers(self, asked: str) -> int:
+        """As many as are asked for, or as the cluster has room for."""
+        if asked != "auto":
+            return int(asked)
+        total = ray.cluster_resources()
+        fit = [int(total.get("CPU", 0) // self.parameters["num_cpus"])] if self.parameters["num_cpus"] else []
+        fit += [int(total.get("GPU", 0) // self.gpus)] if self.gpus else []
+        return max(1, min(fit, default=1))
+
+    def start(self, run: SweepRun, count: int) -> str:
+        """Ask for tasks; they wait where the cluster has no room."""
+        task = ray.remote(_worker).options(
+            num_cpus=self.parameters["num_cpus"],
+            num_gpus=self.gpus,
+            resources=self.parameters["resources"] or None,
+            max_retries=0,
+            name="lora_vit worker",
+        )
+        folder = run.folder.resolve()
+        self.tasks.update({task.remote(str(folder), run.name): "asked for" for _ in range(count)})
+        return f"{count} workers: Ray tasks, logs in {folder / '.ray'}"
+
+    def alive(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._running())
+
+    def news(self) -> list[str]:
+        """Of tasks that have failed: why, in a line."""
+        running, texts = self._running(), []
+        for task in [task for task in self.tasks if task not in running]:
+            del self.tasks[task]
+            try:
+                code = ray.get(task)
+                if code:
+                    texts.append(f"a worker ended with code {code}")
+            except ray.exceptions.TaskCancelledError:
+                pass
+            except ray.exceptions.RayTaskError as error:
+                texts.append(f"a worker failed: {error.cause}")
+            except ray.exceptions.RayError as error:
+                texts.append(f"a worker was lost: {str(error).strip().splitlines()[0]}")
+        return texts
+
+    def stop(self) -> None:
+        """Ray interrupts the tasks, which save."""
+        for task in self._running():
+            ray.cancel(task)
+
+    def _running(self) -> list[Any]:
+        tasks = list(self.tasks)
+        return ray.wait(tasks, num_returns=len(tasks), timeout=0)[1] if tasks else []

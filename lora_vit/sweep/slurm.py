@@ -1,0 +1,120 @@
+"""Workers as an array of Slurm jobs, through submitit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from lora_vit.config import ConfigError
+from lora_vit.sweep.plan import SweepRun
+from lora_vit.sweep.worker import work_alone
+
+GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
+           "stderr_to_stdout")  # fmt: skip
+"""Parameters that submitit names alike for every engine; the others are Slurm's own."""
+LOG_LINES = 5
+
+
+class Worker:
+    """What a job runs. On its time limit or preemption it saves, and submitit queues it again."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+
+    def __call__(self) -> int:
+        """Be a worker; returns its exit code."""
+        try:
+            return work_alone(self.folder, self.name)
+        except ConfigError as error:
+            print(f"error: {error}", flush=True)
+            return 1
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit when the job is to be queued again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class Slurm:
+    """Engine of ``hydra/launcher=packed_slurm``."""
+
+    outlives_us = True
+
+    def __init__(self, parameters: dict[str, Any], folder: Path):
+        """``parameters``: submitit's, by its names. Raises ConfigError where there is no Slurm."""
+        parameters = dict(parameters)
+        digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        self.name = f"{parameters.pop('name')}-{digest}"  # tells a sweep's workers, also those of an earlier command
+        self.logs = folder.resolve() / ".slurm"
+        self.jobs: list[Any] = []
+        self._told: set[str] = set()
+        try:
+            self.executor = submitit.AutoExecutor(
+                self.logs, cluster="slurm", slurm_max_num_timeout=parameters.pop("max_num_timeout")
+            )
+            self.executor.update_parameters(
+                name=self.name, **{k if k in GENERAL else f"slurm_{k}": v for k, v in parameters.items()}
+            )
+        except RuntimeError:
+            raise ConfigError(
+                "hydra/launcher=packed_slurm: no Slurm here (no srun): start it on a login node"
+            ) from None
+
+    def number_of_workers(self, asked: str) -> int:
+        """As many as are asked for: Slurm does not say how many there could be."""
+        if asked == "auto":
+            raise ConfigError("sweep.workers=auto: say how many jobs Slurm is to run side by side, as sweep.workers=4")
+        return int(asked)
+
+    def start(self, run: SweepRun, count: int) -> str:
+        """Submit an array of jobs."""
+        try:
+            with self.executor.batch():  # one array of jobs
+                jobs = [self.executor.submit(Worker(run.folder.resolve(), run.name)) for _ in range(count)]
+        except FailedJobError as error:
+            said = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
+            raise ConfigError(f"Slurm refuses the workers ({said[-1].strip()}): mend hydra.launcher.*") from None
+        self.jobs += jobs
+        array = jobs[0].job_id.partition("_")[0]
+        return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
+
+    def alive(self) -> int:
+        """Jobs of the sweep that Slurm still has, whichever command has started them."""
+        return len(self._queue())
+
+    def news(self) -> list[str]:
+        """Of jobs that are gone and have not ended well: which, why, and the end of their logs."""
+        queue, texts = self._queue(), []
+        for job in self.jobs:
+            if job.job_id in queue or job.job_id in self._told:
+                continue
+            self._told.add(job.job_id)
+            outcome, result = "lost", "it was killed, or its node died"
+            with contextlib.suppress(Exception):  # no result, or half of one
+                outcome, result = job._get_outcome_and_result()
+            if outcome == "success" and result == 0:
+                continue
+            if outcome == "success":
+                result = f"ended with code {result}"
+            lines = str(result).strip().splitlines()[-1:]
+            for path in (job.paths.stdout, job.paths.stderr):
+                with contextlib.suppress(OSError):
+                    lines += path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            if not job.paths.stdout.exists():
+                lines.append(f"it left no log: do the nodes see {self.logs}?")
+            texts.append("\n  ".join([f"worker {job.job_id} ({job.paths.stdout}):", *lines]))
+        return texts
+
+    def stop(self) -> None:
+        """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""
+        subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)
+
+    def _queue(self) -> set[str]:
+        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return set(done.stdout.split()) if done.returncode == 0 else {job.job_id for job in self.jobs}  # Slurm is away
