@@ -78,7 +78,8 @@ def _refuse_without_effect(config: DictConfig) -> None:
     """End in one line where a setting of Hydra's or of the sweep's would do nothing."""
     if idle := _given(config, ("hydra.run.",)):
         raise SystemExit(f"error: {idle[0]} has no effect on a sweep: give sweep.name or hydra.sweep.dir")
-    packed = "PackedLauncher" in str(config.hydra.launcher.get("_target_"))
+    launcher = str(config.hydra.launcher.get("_target_"))
+    packed = launcher.startswith("hydra_plugins.lora_vit.")
     if not packed and (idle := _given(config, PACKED_ONLY)):
         raise SystemExit(f"error: {idle[0]} has no effect under another launcher than hydra/launcher=packed")
     grid = "GridSweeper" in str(config.hydra.sweeper.get("_target_"))
@@ -86,6 +87,8 @@ def _refuse_without_effect(config: DictConfig) -> None:
         raise SystemExit("error: sweep.dry_run=true needs hydra/launcher=packed and hydra/sweeper=grid")
     if config.sweep.measure and not config.sweep.dry_run:
         raise SystemExit("error: sweep.measure=true has no effect without sweep.dry_run=true: a sweep measures anyway")
+    if not config.sweep.wait and "Slurm" not in launcher:
+        raise SystemExit("error: sweep.wait=false: only workers on Slurm (packed_slurm) outlive the command")
     if packed:
         for key, only in NOT_WHEN_PACKED.items():
             value: Any = OmegaConf.to_container(config.hydra, resolve=False)
