@@ -119,7 +119,7 @@ def command(*overrides: str, module: str = "lora_vit.train") -> list[str]:
 
 
 def run_command(
-    *overrides: str, cwd: Path, code: int = 0, env: dict[str, str] | None = None
+    *overrides: str, cwd: Path, code: int = 0, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run the small trial as a command in ``cwd`` and check its exit code."""
     done = subprocess.run(
@@ -127,7 +127,7 @@ def run_command(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )
     assert done.returncode == code, done.stdout + done.stderr

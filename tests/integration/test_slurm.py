@@ -1,0 +1,121 @@
+"""Workers that a real Slurm runs (scripts/one_node_slurm.sh brings one up)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import command, run_command
+
+from lora_vit.records import read_record
+
+pytest.importorskip("submitit")
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+PACKED_SLURM = (
+    "-m",
+    "hydra/launcher=packed_slurm",
+    "sweep.name=s",
+    "sweep.pack_size=2",
+    "hydra.launcher.cpus_per_task=1",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def slurm() -> None:
+    if shutil.which("sinfo") is None:
+        pytest.skip("no Slurm: scripts/one_node_slurm.sh brings one up")
+    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"Slurm does not answer: {done.stderr.strip()}")
+
+
+def trials(folder: Path) -> dict[str, str]:
+    """Status of each trial of the sweep."""
+    return {p.parent.name: read_record(p.parent).status for p in (folder / "outputs/sweeps/s").glob("*/record.json")}
+
+
+def queue() -> list[str]:
+    """Jobs of the workers, as Slurm has them: id and state."""
+    done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %T %j"], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "lora_vit-" in line]
+
+
+def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
+    """Its claims pass on, a worker is asked for in its place, and every trial is trained to its end."""
+    settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
+    process = subprocess.Popen(
+        command(*PACKED_SLURM, *settings), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    place = tmp_path / "outputs/sweeps/s"
+    until = time.monotonic() + 240
+    while not list(place.glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    found = subprocess.run(
+        ["pgrep", "-f", f"python.* -m submitit.core._submit {place}"], capture_output=True, text=True
+    )
+    workers = [int(pid) for pid in found.stdout.split() if "python" in os.readlink(f"/proc/{pid}/exe")]
+    pid = max(workers)
+    os.kill(pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out
+    assert list(trials(tmp_path).values()) == ["completed"] * 6
+    assert "it was killed, or its node died" in out
+    assert f"logs in {place}/.slurm" in out
+    assert "6 of 6 trials ended" in out
+    assert queue() == []
+
+
+def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path):
+    """The workers of the first command are not asked for again."""
+    arguments = (*PACKED_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=30")
+    done = run_command(*arguments, "sweep.wait=false", cwd=tmp_path)
+    assert "1 workers: Slurm job" in done.stdout
+    assert len(queue()) == 1
+    done = run_command(*arguments, cwd=tmp_path, timeout=400)
+    assert "Slurm job" not in done.stdout
+    assert "2 of 2 trials ended" in done.stdout
+    assert list(trials(tmp_path).values()) == ["completed"] * 2
+
+
+def test_a_worker_whose_time_is_over_saves_and_is_queued_again(tmp_path):
+    """Slurm counts in minutes: of one minute, the worker is asked to save after about ten seconds."""
+    done = run_command(
+        *PACKED_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=2500", "hydra.launcher.timeout_min=1",
+        "hydra.launcher.signal_delay_s=50", cwd=tmp_path, timeout=580,
+    )  # fmt: skip
+    assert list(trials(tmp_path).values()) == ["completed"] * 2, done.stdout
+    logs = "".join(p.read_text() for p in (tmp_path / "outputs/sweeps/s/.slurm").glob("*.out"))
+    assert logs.count("a worker of ") > 1, "it came again"
+    for folder in (tmp_path / "outputs/sweeps/s").glob("*/record.json"):
+        rows = (folder.parent / "metrics.jsonl").read_text().splitlines()
+        assert sum("val_accuracy" in row for row in rows) == 2500, "gone on with"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("sweep.workers=1", "hydra.launcher.partition=none"), "Slurm refuses the workers (sbatch: error:"),
+        ((), "sweep.workers=auto: say how many jobs Slurm is to run side by side"),
+    ],
+)
+def test_what_slurm_refuses_is_told_in_one_line(settings, said, tmp_path):
+    done = run_command(*PACKED_SLURM, "seed=0,1", *settings, cwd=tmp_path, code=1)
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    assert trials(tmp_path) == {}
+
+
+def test_where_there_is_no_slurm_it_is_told_in_one_line(tmp_path):
+    path = str(Path(sys.executable).parent)
+    done = run_command(*PACKED_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
+    assert done.stderr == "error: hydra/launcher=packed_slurm: no Slurm here (no srun): start it on a login node\n"
