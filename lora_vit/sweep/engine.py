@@ -18,7 +18,7 @@ from lora_vit.sweep.processes import GOES_ON, WorkerFailed
 from lora_vit.sweep.progress import View
 
 TRIES = 3
-"""So many workers in a row may end without that a trial has ended."""
+"""So often in a row workers are started without that a trial ends."""
 
 
 class Engine(Protocol):
@@ -57,12 +57,13 @@ def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool
             view.emit("say", text=text)
         if stop.signum or view.stop_asked:
             _end(engine, view, stop)
+        if view.ended() > ended:
+            tries, ended = 0, view.ended()
         missing = wanted - engine.alive()
-        if standing == FREE and missing > 0:
-            tries = 0 if view.ended() > ended else tries + 1
-            if tries == TRIES:
-                raise WorkerFailed(f"{tries} times workers were started and ended no trial, see above: {GOES_ON}")
-            ended = view.ended()
+        if standing == FREE and missing == wanted and tries == TRIES:
+            raise WorkerFailed(f"{tries} times workers were started and ended no trial, see above: {GOES_ON}")
+        if standing == FREE and missing > 0 and tries < TRIES:
+            tries += 1
             view.emit("say", text=engine.start(run, missing))
             if not run.options.wait:
                 return False

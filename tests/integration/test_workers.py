@@ -176,7 +176,7 @@ def test_workers_that_end_no_trial_are_not_started_for_ever(tmp_path):
     engine = Processes(arguments=("--run", "of another folder"))
     with StopRequest() as stop, pytest.raises(WorkerFailed, match="3 times workers were started and ended no trial"):
         run_on(engine, run, View(run.jobs), stop)
-    assert engine.started == [1 if run.workers == 1 else 2] * 3
+    assert len(engine.started) == 3
     for worker in engine.workers:
         assert "has no run to work on" in worker.communicate(timeout=60)[0]
 
