@@ -1,0 +1,188 @@
+"""``sweep=search``: Optuna suggests, packs train, the sweep's folder remembers. Options of hydra-optuna-sweeper."""
+
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lora_vit.compose import compose_all, sweep_from_omegaconf
+from lora_vit.config import ConfigError
+from lora_vit.records import state_of
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import digest, label
+from lora_vit.sweep.processes import number_of_workers, start_early
+
+ROUNDS = 5
+"""Optuna learns between batches, so a search has at least so many unless the packs' size is given."""
+MOST_REPEATS = 100
+"""Suggestions for one batch, after which the space is taken to hold nothing new."""
+COMPARED = 3
+"""Settings that the last line compares by other seeds than the one that chose them."""
+
+
+class Search(Sweeper):
+    """Looks for the settings of the highest validation accuracy; the launcher trains ``n_jobs`` of them at a time.
+
+    ``n_trials`` counts different trials over all commands that share the folder. With ``sampler.seed`` each suggestion
+    has a seed of its own: a search that was stopped does not draw the first ones again.
+    """
+
+    def __init__(self, **options: Any):
+        self.options = SimpleNamespace(**options)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.config, self.loader = config, hydra_context.config_loader
+        self.run, self.folder = sweep_from_omegaconf(config.sweep), Path(str(config.hydra.sweep.dir))
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Search. Called by Hydra. Raises ConfigError, and a trial's failure where it ends the search."""
+        self._read_space(arguments)
+        ends = {key: getattr(d, "choices", None) or (d.low, d.high) for key, d in self.space.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        corners = [self._overrides({**first, key: value}) for key, values in ends.items() for value in values]
+        jobs = compose_all(self.loader, self.config, corners)
+        self._open_study(jobs[0].trial_id)
+        most_failures = 0 if self.run.on_failure == "stop" else self.options.max_failure_rate
+        batch = {trial_id: self._overrides(t.params) for trial_id, t in self._by_id().items()}  # of earlier commands
+        launched = 0
+        while batch := batch or self._suggest(self._at_once(jobs)):
+            returns = self.launcher.launch(list(batch.values()), initial_job_idx=launched)
+            launched += len(returns)
+            failed = [job for trial_id, job in zip(batch, returns, strict=True) if self._tell(trial_id, job)]
+            if len(failed) > most_failures * len(batch):
+                raise failed[0]._return_value
+            batch = {}
+        self._report()
+
+    def _read_space(self, arguments: list[str]) -> None:
+        """Optuna's distributions, and what is fixed; the command line replaces a preset's."""
+        from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+        given = [*(f"{key}={value}" for key, value in (self.options.params or {}).items()), *arguments]
+        last = {line.partition("=")[0]: line for line in given}
+        self.space, self.fixed = create_params_from_overrides(list(last.values()))
+        if wrong := [key for key in self.space if key == "seed" or key.startswith(("sweep.", "hydra."))]:
+            raise ConfigError(f"{wrong[0]} cannot be searched (the best seed is luck): give it one value")
+        if not self.space:
+            raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
+
+    def _overrides(self, params: dict[str, Any], fixed: bool = True) -> list[str]:
+        """A suggestion as on the command line; of a number between two ends, four digits."""
+        drawn = {key for key, d in self.space.items() if isinstance(getattr(d, "low", None), float)}
+        shown = {key: f"{value:.4g}" if key in drawn else value for key, value in params.items()}
+        return [f"{key}={value}" for key, value in {**shown, **(self.fixed if fixed else {})}.items()]
+
+    def _open_study(self, trial_id: str) -> None:
+        """The study of this space and of what is fixed (a trial of it stands for that), new or as it was left."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        o, direction = self.options, getattr(self.options.direction, "name", self.options.direction)
+        if direction != "maximize" or o.search_space or o.custom_search_space or callable(o.sampler):
+            raise ConfigError("sweep=search maximizes over hydra.sweeper.params: choose hydra/sweeper=optuna instead "
+                              "for another direction, search_space, custom_search_space or sampler=grid")  # fmt: skip
+        name = o.study_name or digest([self.space, trial_id])
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.study = optuna.create_study(
+                storage=o.storage, study_name=name, direction=direction, load_if_exists=True
+            )
+        except Exception as error:  # of the folder, of Optuna or of the database's driver
+            raise ConfigError(f"hydra.sweeper.storage={o.storage} cannot be opened ({type(error).__name__}): "
+                              "pip install lora_vit[search] brings what it needs") from None  # fmt: skip
+
+    def _by_id(self) -> dict[str, Any]:
+        """Optuna's trials by the ids of ours; of several that name one, a completed one."""
+        named = [t for t in self.study.trials if "trial_id" in t.user_attrs]
+        return {t.user_attrs["trial_id"]: t for t in sorted(named, key=lambda t: t.value is not None)}
+
+    def _at_once(self, jobs: list[Any]) -> int:
+        """Trials of a batch: what the workers train side by side, as far as that is known."""
+        if self.options.n_jobs > 0:
+            return int(self.options.n_jobs)
+        start_early(jobs, self.run)
+        workers, most = number_of_workers(jobs * self.options.n_trials, self.run), self.options.n_trials // ROUNDS
+        if self.run.pack_size != "auto":
+            return workers * int(self.run.pack_size)
+        measured = [figures["size"] for figures in Ledger(self.folder).read()["pack_sizes"].values()]
+        return max(workers, min(workers * max(measured, default=most), most))
+
+    def _suggest(self, at_once: int) -> dict[str, list[str]]:
+        """The next batch: overrides of trials that are new, by their ids; known ones are answered at once."""
+        known, batch, sampler = self._by_id(), dict[str, list[str]](), self.config.hydra.sweeper.sampler
+        for number in range(len(self.study.trials), len(self.study.trials) + MOST_REPEATS):
+            if len(batch) >= min(at_once, self.options.n_trials - len(known)):
+                break
+            seeded = sampler.get("seed") is not None
+            self.study.sampler = instantiate(sampler, seed=sampler.seed + number) if seeded else self.options.sampler
+            trial = self.study.ask(self.space)
+            overrides = self._overrides(trial.params)
+            try:
+                (job,) = compose_all(self.loader, self.config, [overrides])
+            except ConfigError as error:
+                self._fail(trial, str(error))
+                continue
+            trial.set_user_attr("trial_id", job.trial_id)
+            if job.trial_id in known:
+                self.study.tell(trial, known[job.trial_id].value, known[job.trial_id].state)
+            else:
+                batch[job.trial_id] = overrides
+        return batch
+
+    def _tell(self, trial_id: str, job: JobReturn) -> bool:
+        """Tell Optuna what a trial came to; whether it failed, and Optuna did not know."""
+        from optuna.trial import Trial, TrialState, create_trial
+
+        state, failed = state_of(Path(str(job.working_dir))), job.status == JobStatus.FAILED
+        if failed and self.run.on_failure == "stop" and state.status != "failed":
+            return True  # saved or not begun: the same command goes on with it
+        same = [t for t in self.study.trials if t.user_attrs.get("trial_id") == trial_id]
+        untold = [Trial(self.study, t._trial_id) for t in same if not t.state.is_finished()]
+        for trial in untold:
+            if failed:
+                recorded = (state.record.error or {}).get("message") if state.record else state.problem
+                self._fail(trial, recorded or str(job._return_value))
+            else:
+                self.study.tell(trial, job.return_value)
+        if not failed and all(t.state == TrialState.FAIL for t in same):  # it was tried again
+            again = {"params": same[0].params, "distributions": self.space, "user_attrs": {"trial_id": trial_id}}
+            self.study.add_trial(create_trial(value=job.return_value, **again))
+        return failed and bool(untold)
+
+    def _fail(self, trial: Any, why: str) -> None:
+        from optuna.trial import TrialState
+
+        trial.set_user_attr("error", why)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _report(self) -> None:
+        """Print what was found, and the command that says whether it holds. Raises ConfigError: all failed."""
+        trials = self._by_id().values()
+        best = sorted((t for t in trials if t.value is not None), key=lambda t: -t.value)
+        if not best:
+            raise ConfigError(f"no trial completed: python -m lora_vit.sweep {shlex.quote(str(self.folder))} says why")
+        print(f"searched {len(trials)} trials ({len(trials) - len(best)} failed) with one seed, which tells none apart "
+              "and flatters the best:")  # fmt: skip
+        ours = ("-m", "--multirun", "seed", "sweep", "sweep.name", "hydra.sweep.dir", *self.space)
+        given = [a for a in sys.argv[1:] if a.partition("=")[0] not in ours and not a.startswith("hydra.sweeper")]
+        seeds, new = ",".join(str(self.config.seed + 1 + i) for i in range(3)), f"{self.folder}-best"
+        commands = []
+        for trial in best[:COMPARED]:
+            found = self._overrides(trial.params, fixed=False)
+            print(f"  {trial.value:.2%}  {label(found, set())}")
+            line = ["-m", *given, *found, f"seed={seeds}", f"hydra.sweep.dir={new}"]
+            commands.append("python -m lora_vit.train " + shlex.join(line))
+        print("other seeds say what holds of that:")
+        print(" && \\\n".join([*commands, f"python -m lora_vit.summarize {shlex.quote(new)}"]))
