@@ -31,20 +31,26 @@ COMPARED = 3
 class Search(Sweeper):
     """Looks for the settings of the highest validation accuracy; the launcher trains ``n_jobs`` of them at a time.
 
-    ``n_trials`` counts different trials over all commands that share the folder. With ``sampler.seed`` each suggestion
-    has a seed of its own: a search that was stopped does not draw the first ones again.
+    ``n_trials`` counts different trials over all commands that share the folder. Suggestions are drawn with seeds of
+    their own, from ``sampler.seed`` on: a search that was stopped does not draw its first ones again.
     """
 
     def __init__(self, **options: Any):
         self.options = SimpleNamespace(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra."""
-        self.config, self.loader = config, hydra_context.config_loader
+        """Called by Hydra. Raises ConfigError: an option has no meaning here."""
+        self.config: Any = config
+        self.loader = hydra_context.config_loader
         self.run, self.folder = sweep_from_omegaconf(config.sweep), Path(str(config.hydra.sweep.dir))
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+        o, direction = self.options, getattr(self.options.direction, "name", self.options.direction)
+        if direction != "maximize" or o.search_space or o.custom_search_space or callable(o.sampler):
+            raise ConfigError("sweep=search maximizes over hydra.sweeper.params: choose hydra/sweeper=optuna instead "
+                              "for another direction, search_space, custom_search_space or sampler=grid")  # fmt: skip
 
     def sweep(self, arguments: list[str]) -> None:
         """Search. Called by Hydra. Raises ConfigError, and a trial's failure where it ends the search."""
@@ -72,6 +78,7 @@ class Search(Sweeper):
 
         given = [*(f"{key}={value}" for key, value in (self.options.params or {}).items()), *arguments]
         last = {line.partition("=")[0]: line for line in given}
+        self.space: dict[str, Any]
         self.space, self.fixed = create_params_from_overrides(list(last.values()))
         if wrong := [key for key in self.space if key == "seed" or key.startswith(("sweep.", "hydra."))]:
             raise ConfigError(f"{wrong[0]} cannot be searched (the best seed is luck): give it one value")
@@ -85,19 +92,19 @@ class Search(Sweeper):
         return [f"{key}={value}" for key, value in {**shown, **(self.fixed if fixed else {})}.items()]
 
     def _open_study(self, trial_id: str) -> None:
-        """The study of this space and of what is fixed (a trial of it stands for that), new or as it was left."""
+        """The study of this space and of what is fixed (a trial of it stands for that), new or as it was left.
+
+        Raises ConfigError.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        o, direction = self.options, getattr(self.options.direction, "name", self.options.direction)
-        if direction != "maximize" or o.search_space or o.custom_search_space or callable(o.sampler):
-            raise ConfigError("sweep=search maximizes over hydra.sweeper.params: choose hydra/sweeper=optuna instead "
-                              "for another direction, search_space, custom_search_space or sampler=grid")  # fmt: skip
+        o = self.options
         name = o.study_name or digest([self.space, trial_id])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.study = optuna.create_study(
-                storage=o.storage, study_name=name, direction=direction, load_if_exists=True
+                study_name=name, storage=o.storage, sampler=o.sampler, direction="maximize", load_if_exists=True
             )
         except Exception as error:  # of the folder, of Optuna or of the database's driver
             raise ConfigError(f"hydra.sweeper.storage={o.storage} cannot be opened ({type(error).__name__}): "
@@ -125,8 +132,8 @@ class Search(Sweeper):
         for number in range(len(self.study.trials), len(self.study.trials) + MOST_REPEATS):
             if len(batch) >= min(at_once, self.options.n_trials - len(known)):
                 break
-            seeded = sampler.get("seed") is not None
-            self.study.sampler = instantiate(sampler, seed=sampler.seed + number) if seeded else self.options.sampler
+            if "seed" in sampler:
+                self.study.sampler = instantiate(sampler, seed=(sampler.seed or 0) + number)
             trial = self.study.ask(self.space)
             overrides = self._overrides(trial.params)
             try:
