@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lora_vit.compose import compose_all, sweep_from_omegaconf
-from lora_vit.config import ConfigError
+from lora_vit.compose import Composer, compose_all, from_omegaconf, sweep_from_omegaconf
+from lora_vit.config import ConfigError, trial_id
 from lora_vit.records import state_of
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import digest, label
@@ -41,7 +42,7 @@ class Search(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra. Raises ConfigError: an option has no meaning here."""
         self.config: Any = config
-        self.loader = hydra_context.config_loader
+        self.composer = Composer(hydra_context.config_loader, config)
         self.run, self.folder = sweep_from_omegaconf(config.sweep), Path(str(config.hydra.sweep.dir))
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -58,15 +59,15 @@ class Search(Sweeper):
         ends = {key: getattr(d, "choices", None) or (d.low, d.high) for key, d in self.space.items()}
         first = {key: values[0] for key, values in ends.items()}
         corners = [self._overrides({**first, key: value}) for key, values in ends.items() for value in values]
-        jobs = compose_all(self.loader, self.config, corners)
+        jobs = compose_all(self.composer.loader, self.config, corners)
         self._open_study(jobs[0].trial_id)
         most_failures = 0 if self.run.on_failure == "stop" else self.options.max_failure_rate
-        batch = {trial_id: self._overrides(t.params) for trial_id, t in self._by_id().items()}  # of earlier commands
+        batch = {name: self._overrides(t.params) for name, t in self._by_id().items()}  # of earlier commands
         launched = 0
         while batch := batch or self._suggest(self._at_once(jobs)):
             returns = self.launcher.launch(list(batch.values()), initial_job_idx=launched)
             launched += len(returns)
-            failed = [job for trial_id, job in zip(batch, returns, strict=True) if self._tell(trial_id, job)]
+            failed = [job for name, job in zip(batch, returns, strict=True) if self._tell(name, job)]
             if len(failed) > most_failures * len(batch):
                 raise failed[0]._return_value
             batch = {}
@@ -91,8 +92,8 @@ class Search(Sweeper):
         shown = {key: f"{value:.4g}" if key in drawn else value for key, value in params.items()}
         return [f"{key}={value}" for key, value in {**shown, **(self.fixed if fixed else {})}.items()]
 
-    def _open_study(self, trial_id: str) -> None:
-        """The study of this space and of what is fixed (a trial of it stands for that), new or as it was left.
+    def _open_study(self, example: str) -> None:
+        """The study of this space and of what is fixed (the trial ``example`` stands for that), new or as it was left.
 
         Raises ConfigError.
         """
@@ -100,11 +101,11 @@ class Search(Sweeper):
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         o = self.options
-        name = o.study_name or digest([self.space, trial_id])
+        study = o.study_name or digest([self.space, example])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.study = optuna.create_study(
-                study_name=name, storage=o.storage, sampler=o.sampler, direction="maximize", load_if_exists=True
+                study_name=study, storage=o.storage, sampler=o.sampler, direction="maximize", load_if_exists=True
             )
         except Exception as error:  # of the folder, of Optuna or of the database's driver
             raise ConfigError(f"hydra.sweeper.storage={o.storage} cannot be opened ({type(error).__name__}): "
@@ -137,25 +138,25 @@ class Search(Sweeper):
             trial = self.study.ask(self.space)
             overrides = self._overrides(trial.params)
             try:
-                (job,) = compose_all(self.loader, self.config, [overrides])
+                name = trial_id(from_omegaconf(self.composer(overrides), in_sweep=True))
             except ConfigError as error:
                 self._fail(trial, str(error))
                 continue
-            trial.set_user_attr("trial_id", job.trial_id)
-            if job.trial_id in known:
-                self.study.tell(trial, known[job.trial_id].value, known[job.trial_id].state)
+            trial.set_user_attr("trial_id", name)
+            if name in known:
+                self.study.tell(trial, known[name].value, known[name].state)
             else:
-                batch[job.trial_id] = overrides
+                batch[name] = overrides
         return batch
 
-    def _tell(self, trial_id: str, job: JobReturn) -> bool:
+    def _tell(self, name: str, job: JobReturn) -> bool:
         """Tell Optuna what a trial came to; whether it failed, and Optuna did not know."""
         from optuna.trial import Trial, TrialState, create_trial
 
         state, failed = state_of(Path(str(job.working_dir))), job.status == JobStatus.FAILED
         if failed and self.run.on_failure == "stop" and state.status != "failed":
             return True  # saved or not begun: the same command goes on with it
-        same = [t for t in self.study.trials if t.user_attrs.get("trial_id") == trial_id]
+        same = [t for t in self.study.trials if t.user_attrs.get("trial_id") == name]
         untold = [Trial(self.study, t._trial_id) for t in same if not t.state.is_finished()]
         for trial in untold:
             if failed:
@@ -164,8 +165,10 @@ class Search(Sweeper):
             else:
                 self.study.tell(trial, job.return_value)
         if not failed and all(t.state == TrialState.FAIL for t in same):  # it was tried again
-            again = {"params": same[0].params, "distributions": self.space, "user_attrs": {"trial_id": trial_id}}
-            self.study.add_trial(create_trial(value=job.return_value, **again))
+            again = {"params": same[0].params, "distributions": self.space, "user_attrs": {"trial_id": name}}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # to Optuna 2 it is an experiment
+                self.study.add_trial(create_trial(value=job.return_value, **again))
         return failed and bool(untold)
 
     def _fail(self, trial: Any, why: str) -> None:
