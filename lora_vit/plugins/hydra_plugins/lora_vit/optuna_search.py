@@ -185,14 +185,17 @@ class Search(Sweeper):
             raise ConfigError(f"no trial completed: python -m lora_vit.sweep {shlex.quote(str(self.folder))} says why")
         print(f"searched {len(trials)} trials ({len(trials) - len(best)} failed) with one seed, which tells none apart "
               "and flatters the best:")  # fmt: skip
-        ours = ("-m", "--multirun", "seed", "sweep", "sweep.name", "hydra.sweep.dir", *self.space)
-        given = [a for a in sys.argv[1:] if a.partition("=")[0] not in ours and not a.startswith("hydra.sweeper")]
+        ours = ("-m", "--multirun", "seed", "sweep", "sweep.name", "hydra.sweep.dir")
+        fixed = {key: value for key, value in self.fixed.items() if key not in ours}
+        given = {a.partition("=")[0]: a for a in sys.argv[1:] if not a.startswith(("hydra.sweeper", "hydra/sweeper"))}
+        others = [a for key, a in given.items() if key not in (*ours, *self.space, *self.fixed)]
+        same = [*others, *(f"{key}={value}" for key, value in fixed.items())]
         seeds, new = ",".join(str(self.config.seed + 1 + i) for i in range(3)), f"{self.folder}-best"
         commands = []
         for trial in best[:COMPARED]:
             found = self._overrides(trial.params, fixed=False)
             print(f"  {trial.value:.2%}  {label(found, set())}")
-            line = ["-m", *given, *found, f"seed={seeds}", f"hydra.sweep.dir={new}"]
+            line = ["-m", *same, *found, f"seed={seeds}", f"hydra.sweep.dir={new}"]
             commands.append("python -m lora_vit.train " + shlex.join(line))
         print("other seeds say what holds of that:")
         print(" && \\\n".join([*commands, f"python -m lora_vit.summarize {shlex.quote(new)}"]))
