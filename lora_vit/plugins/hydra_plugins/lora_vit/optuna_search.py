@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
@@ -29,6 +30,21 @@ COMPARED = 3
 """Settings that the last line compares by other seeds than the one that chose them."""
 
 
+# Drawn jointly and away from what the batch holds already: each key for itself stays with the first rank that did well.
+ConfigStore.instance().store(
+    group="hydra/sweeper/sampler",
+    name="joint_tpe",
+    node={
+        "_target_": "optuna.samplers.TPESampler",
+        "_partial_": True,  # made for each suggestion
+        "seed": 0,
+        "multivariate": True,
+        "constant_liar": True,
+    },
+    provider="lora_vit",
+)
+
+
 class Search(Sweeper):
     """Looks for the settings of the highest validation accuracy; the launcher trains ``n_jobs`` of them at a time.
 
@@ -47,9 +63,9 @@ class Search(Sweeper):
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-
         o, direction = self.options, getattr(self.options.direction, "name", self.options.direction)
-        if direction != "maximize" or o.search_space or o.custom_search_space or callable(o.sampler):
+        is_grid = "Grid" in config.hydra.sweeper.sampler._target_
+        if direction != "maximize" or o.search_space or o.custom_search_space or is_grid:
             raise ConfigError("sweep=search maximizes over hydra.sweeper.params: choose hydra/sweeper=optuna instead "
                               "for another direction, search_space, custom_search_space or sampler=grid")  # fmt: skip
 
@@ -100,12 +116,13 @@ class Search(Sweeper):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of what later versions have for good
         o = self.options
         study = o.study_name or digest([self.space, example])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.study = optuna.create_study(
-                study_name=study, storage=o.storage, sampler=o.sampler, direction="maximize", load_if_exists=True
+                study_name=study, storage=o.storage, direction="maximize", load_if_exists=True
             )
         except Exception as error:  # of the folder, of Optuna or of the database's driver
             raise ConfigError(f"hydra.sweeper.storage={o.storage} cannot be opened ({type(error).__name__}): "
@@ -133,8 +150,8 @@ class Search(Sweeper):
         for number in range(len(self.study.trials), len(self.study.trials) + MOST_REPEATS):
             if len(batch) >= min(at_once, self.options.n_trials - len(known)):
                 break
-            if "seed" in sampler:
-                self.study.sampler = instantiate(sampler, seed=(sampler.seed or 0) + number)
+            seed = {"seed": (sampler.seed or 0) + number} if "seed" in sampler else {}
+            self.study.sampler = instantiate(sampler, _partial_=False, **seed)
             trial = self.study.ask(self.space)
             overrides = self._overrides(trial.params)
             try:
@@ -166,9 +183,7 @@ class Search(Sweeper):
                 self.study.tell(trial, job.return_value)
         if not failed and all(t.state == TrialState.FAIL for t in same):  # it was tried again
             again = {"params": same[0].params, "distributions": self.space, "user_attrs": {"trial_id": name}}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # to Optuna 2 it is an experiment
-                self.study.add_trial(create_trial(value=job.return_value, **again))
+            self.study.add_trial(create_trial(value=job.return_value, **again))
         return failed and bool(untold)
 
     def _fail(self, trial: Any, why: str) -> None:
