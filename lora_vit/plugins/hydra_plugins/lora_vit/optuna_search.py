@@ -98,7 +98,7 @@ class Search(Sweeper):
         self.space: dict[str, Any]
         self.space, self.fixed = create_params_from_overrides(list(last.values()))
         if wrong := [key for key in self.space if key == "seed" or key.startswith(("sweep.", "hydra."))]:
-            raise ConfigError(f"{wrong[0]} cannot be searched (the best seed is luck): give it one value")
+            raise ConfigError(f"{wrong[0]} cannot be searched, the best seed is luck: give it one value")
         if not self.space:
             raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
 
