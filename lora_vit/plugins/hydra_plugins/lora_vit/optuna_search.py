@@ -97,8 +97,9 @@ class Search(Sweeper):
         last = {line.partition("=")[0]: line for line in given}
         self.space: dict[str, Any]
         self.space, self.fixed = create_params_from_overrides(list(last.values()))
+        # the best seed is luck, and the rest is the command's
         if wrong := [key for key in self.space if key == "seed" or key.startswith(("sweep.", "hydra."))]:
-            raise ConfigError(f"{wrong[0]} cannot be searched, the best seed is luck: give it one value")
+            raise ConfigError(f"{wrong[0]} cannot be searched: give it one value")
         if not self.space:
             raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
 
