@@ -113,6 +113,7 @@ def test_it_finds_at_least_what_a_grid_of_the_same_size_finds_and_says_so(bench,
     assert f"which tells none apart and flatters the best:\n  {bench.best():.2%}  rank=4 lr=0.00" in found
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_as_if_never_stopped(bench, monkeypatch, tmp_path):
     whole = Bench(monkeypatch)
     whole(*search(n=18, name="whole"))
@@ -133,6 +134,7 @@ def test_a_stopped_search_goes_on_as_if_never_stopped(bench, monkeypatch, tmp_pa
     assert None not in values
 
 
+@pytest.mark.slow
 def test_a_trial_counts_once_however_often_it_is_suggested(bench, tmp_path):
     few = ("lora.rank=choice(1,2,4)", "optimizer.lr=choice(1e-3,2e-3)")
     bench(*search(*few, n=5))
@@ -192,6 +194,7 @@ def test_a_batch_is_what_the_workers_train_at_once(given, size, bench):
     assert {len(batch) for batch in bench.batches[:-1]} == {size}
 
 
+@pytest.mark.slow
 def test_another_space_or_another_setting_is_another_study_in_the_same_folder(bench):
     bench(*search(n=4))
     bench(*search("lora.rank=choice(1,2,4,8,16,32)", n=4))
@@ -267,8 +270,8 @@ def test_a_real_search_tells_why_trials_failed_and_its_last_command_compares_the
 def test_a_search_on_digits_that_was_killed_finds_at_least_what_a_grid_finds(tmp_path):
     """Few images and epochs: the rank and the learning rate decide how far the training comes."""
     common = [
-        "experiment=quickstart", "trainer.epochs=4", "trainer.validate_every=4", "data.train_per_class=5",
-        "data.val_fraction=0.15", "data.test_fraction=0.05", "sweep.workers=1",
+        "experiment=quickstart", "trainer.epochs=3", "trainer.validate_every=3", "data.train_per_class=5",
+        "data.val_fraction=0.12", "data.test_fraction=0.05", "sweep.workers=1",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     python = [sys.executable, "-m", "lora_vit.train"]

@@ -24,7 +24,7 @@ from lora_vit.sweep.processes import number_of_workers, start_early
 
 ROUNDS = 5
 """Optuna learns between batches, so a search has at least so many unless the packs' size is given."""
-MOST_REPEATS = 100
+MOST_REPEATS = 50
 """Suggestions for one batch, after which the space is taken to hold nothing new."""
 COMPARED = 3
 """Settings that the last line compares by other seeds than the one that chose them."""
