@@ -396,6 +396,8 @@ def explain(error: BaseException) -> str:
         ):
             options = [o.strip() for o in found[2].split("\n") if o.strip()]
             choice = found[1].rpartition("/")[2]
+            if found[1].startswith("hydra/sweeper/optuna"):
+                return f"{found[1]} is not installed: pip install lora_vit[search]"
             return f"'{found[1]}' does not exist{nearest(choice, options)} (one of: {', '.join(options)})"
     for text in texts:
         if found := re.search(r"full_key: (\S+)", text):
