@@ -105,7 +105,8 @@ def test_what_cannot_be_worked_on_is_told_in_one_line(tmp_path):
     worker = start_worker(tmp_path / "empty")
     out = worker.communicate(timeout=120)[0]
     assert worker.returncode == 1
-    assert out == f"error: {tmp_path}/empty has no run to work on: give the folder of a packed sweep, as seen from here\n"
+    said = "has no run to work on: give the folder of a packed sweep, as seen from here"
+    assert out == f"error: {tmp_path}/empty {said}\n"
 
 
 # --- workers that are watched
