@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Slurm:
     def start(self, run: SweepRun, count: int) -> str:
         """Submit an array of jobs."""
         try:
-            with self.executor.batch():  # one array of jobs
+            with contextlib.redirect_stderr(io.StringIO()), self.executor.batch():  # one array of jobs
                 jobs = [self.executor.submit(Worker(run.folder.resolve(), run.name)) for _ in range(count)]
         except FailedJobError as error:
             said = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
