@@ -18,6 +18,7 @@ from lora_vit import train
 from lora_vit.compose import register_schema
 from lora_vit.config import ConfigError
 from lora_vit.records import TrialRecord, read_record
+from lora_vit.sweep.plan import SweepRun
 
 EXTRA = "pip install lora_vit[search]"
 optuna = pytest.importorskip("optuna", reason=f"needs {EXTRA}")
@@ -57,12 +58,12 @@ class Bench:
     def __call__(self, *overrides: str) -> None:
         """The command. Raises what ``lora_vit.train`` shows as one line."""
 
-        def run_sweep(jobs: list[Any], folder: Path, options: Any, idle: list[str]) -> dict[str, float | Exception]:
+        def run_sweep(asked: SweepRun, engine: None) -> dict[str, float | Exception]:
             if len(self.batches) >= self.stops_after:
                 raise KeyboardInterrupt
-            folder.mkdir(parents=True, exist_ok=True)
-            self.batches.append({job.trial_id: job for job in jobs})
-            return {job.trial_id: self.outcome(job.config) for job in jobs}
+            asked.folder.mkdir(parents=True, exist_ok=True)
+            self.batches.append({job.trial_id: job for job in asked.jobs})
+            return {job.trial_id: self.outcome(job.config) for job in asked.jobs}
 
         def task(cfg: Any) -> float:
             raise AssertionError("these trials train in packs")

@@ -205,5 +205,5 @@ def test_a_trial(changes, message):
 
 @pytest.mark.parametrize(("changes", "message"), [({}, OK), *SWEEP], ids=case_name)
 def test_a_sweep(changes, message):
-    sweep = dataclasses.replace(SweepConfig("s", "4", "auto", False, "continue", False, False), **changes)
+    sweep = dataclasses.replace(SweepConfig("s", "4", "auto", False, "continue", False, False, True), **changes)
     assert refusal(validate_sweep, sweep) == message
