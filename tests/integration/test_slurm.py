@@ -30,9 +30,9 @@ PACKED_SLURM = (
 def slurm() -> None:
     if shutil.which("sinfo") is None:
         pytest.skip("no Slurm: scripts/one_node_slurm.sh brings one up")
-    done = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"Slurm does not answer: {done.stderr.strip()}")
+    done = subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True)
+    if not {"idle", "mixed", "allocated"} & set(done.stdout.split()):
+        pytest.skip(f"Slurm has no node to give: {done.stdout.strip()}{done.stderr.strip()}")
 
 
 def trials(folder: Path) -> dict[str, str]:
@@ -84,20 +84,6 @@ def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path
     assert "Slurm job" not in done.stdout
     assert "2 of 2 trials ended" in done.stdout
     assert list(trials(tmp_path).values()) == ["completed"] * 2
-
-
-def test_a_worker_whose_time_is_over_saves_and_is_queued_again(tmp_path):
-    """Slurm counts in minutes: of one minute, the worker is asked to save after about ten seconds."""
-    done = run_command(
-        *PACKED_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=2500", "hydra.launcher.timeout_min=1",
-        "hydra.launcher.signal_delay_s=50", cwd=tmp_path, timeout=580,
-    )  # fmt: skip
-    assert list(trials(tmp_path).values()) == ["completed"] * 2, done.stdout
-    logs = "".join(p.read_text() for p in (tmp_path / "outputs/sweeps/s/.slurm").glob("*.out"))
-    assert logs.count("a worker of ") > 1, "it came again"
-    for folder in (tmp_path / "outputs/sweeps/s").glob("*/record.json"):
-        rows = (folder.parent / "metrics.jsonl").read_text().splitlines()
-        assert sum("val_accuracy" in row for row in rows) == 2500, "gone on with"
 
 
 @pytest.mark.parametrize(
