@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import subprocess
 from pathlib import Path
@@ -13,11 +12,10 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from lora_vit.config import ConfigError
-from lora_vit.sweep.plan import SweepRun
+from lora_vit.sweep.plan import SweepRun, digest
 from lora_vit.sweep.worker import work_alone
 
-GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
-           "stderr_to_stdout")  # fmt: skip
+GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
 """Parameters that submitit names alike for every engine; the others are Slurm's own."""
 LOG_LINES = 5
 
@@ -49,8 +47,8 @@ class Slurm:
     def __init__(self, parameters: dict[str, Any], folder: Path):
         """``parameters``: submitit's, by its names. Raises ConfigError where there is no Slurm."""
         parameters = dict(parameters)
-        digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        self.name = f"{parameters.pop('name')}-{digest}"  # tells a sweep's workers, also those of an earlier command
+        # tells a sweep's workers, also those of an earlier command
+        self.name = f"{parameters.pop('name')}-{digest(str(folder.resolve()), 8)}"
         self.logs = folder.resolve() / ".slurm"
         self.jobs: list[Any] = []
         self._told: set[str] = set()

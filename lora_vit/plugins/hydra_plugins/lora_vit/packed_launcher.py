@@ -55,16 +55,15 @@ class PackedLauncher(BasicLauncher):
         options, launched = sweep_from_omegaconf(self.config.sweep), time.time()
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
         folder = Path(str(self.config.hydra.sweep.dir))
-        hydra = OmegaConf.to_yaml(OmegaConf.masked_copy(self.config, ["hydra"]))
-        outcomes = run_sweep(SweepRun(tuple(jobs), folder, options, launched, hydra=hydra), self.engine(folder))
+        hydra_cfg = OmegaConf.masked_copy(self.config, ["hydra"])
+        run = SweepRun(tuple(jobs), folder, options, launched, hydra=OmegaConf.to_yaml(hydra_cfg))
+        outcomes = run_sweep(run, self.engine(folder))
         if outcomes is None:  # a dry run, or workers that are not waited for
             return []
-        # One copy for all: sweepers read what a trial came to, and a copy for each takes seconds for a thousand.
-        hydra_cfg = OmegaConf.masked_copy(self.config, ["hydra"])
         return [
             JobReturn(
                 overrides=job.overrides,
-                hydra_cfg=hydra_cfg,
+                hydra_cfg=hydra_cfg,  # one for all: a copy for each takes seconds for a thousand
                 working_dir=str(folder / job.trial_id),
                 task_name=self.config.hydra.job.name,
                 status=JobStatus.FAILED if isinstance(outcomes[job.trial_id], Exception) else JobStatus.COMPLETED,
