@@ -2,9 +2,9 @@
 
 An owner's file ``.claims/TOKEN.owner`` says who it is, and when it last gave a sign of life. A claim is a hard link to
 it, ``.claims/TRIAL.N``, which only one process can make. The highest N of a trial is its owner, until a second link
-``TRIAL.N.free`` or ``TRIAL.N.ended`` says that it is done with it; who finds the trial free, or its owner dead, makes
-N + 1. So the names in one folder tell how all trials stand, a claim costs one operation, and a sign of life is one for
-all claims. Nothing is removed, so nothing can be removed by mistake; two names a trial stay behind.
+``TRIAL.N.free``, ``.ended`` or ``.failed`` says that it is done with it; who finds the trial free, or its owner dead,
+makes N + 1. So the names in one folder tell how all trials stand, a claim costs one operation, and a sign of life is
+one for all claims. Nothing is removed, so nothing can be removed by mistake; two names a trial stay behind.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BEAT_EVERY = 10.0
 DEAD_AFTER = 120.0
 """Seconds without a sign of life, seen by our own clock, after which another host's claim counts as dead."""
 
-FREE, HELD, ENDED = "free", "held", "ended"
+FREE, HELD, ENDED, FAILED = "free", "held", "ended", "failed"
 
 
 @dataclass
@@ -104,7 +104,11 @@ class Claims:
         if not mark:
             mark = FREE if trial_id not in self._held and self._is_dead(trial_id, number) else HELD
             self._last[trial_id] = (number, mark)  # asked once a look
-        return mark
+        return ENDED if mark == FAILED else mark
+
+    def has_failed(self, trial_id: str) -> bool:
+        """Whether a trial has ended as failed, or could not be trained: as of the last look."""
+        return self._last.get(trial_id, (0, FREE))[1] == FAILED
 
     def take(self, trial_id: str) -> bool:
         """Claim a trial; False where it was not free at the last look, or another was faster."""
@@ -119,12 +123,11 @@ class Claims:
                 self.lost.discard(trial_id)
         return taken
 
-    def release(self, trial_id: str, ended: bool = False, why: str = "") -> None:
-        """Give a claim back: the trial has ended (``why`` where no record tells), or is free to be gone on with."""
+    def release(self, trial_id: str, mark: str = FREE, why: str = "") -> None:
+        """Give a claim back: the trial is free to be gone on with, ended or failed (``why`` where no record tells)."""
         with self._lock:
             number = self._held.pop(trial_id, None)
         if number is not None and trial_id not in self.lost:
-            mark = ENDED if ended else FREE
             path = self._path(trial_id, number, mark)
             with contextlib.suppress(OSError):  # a full disk: free once we have ended
                 if why:

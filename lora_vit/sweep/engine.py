@@ -33,11 +33,8 @@ class Engine(Protocol):
     def start(self, run: SweepRun, count: int) -> str:
         """Ask for workers; returns where they are told of, and how to stop them. Raises ConfigError."""
 
-    def alive(self) -> int:
-        """Workers that run, or wait for their turn."""
-
-    def news(self) -> list[str]:
-        """What is to be said of workers that have failed, once."""
+    def look(self) -> tuple[int, list[str]]:
+        """Workers that run, or wait for their turn; and what is to be said of those that have failed, once."""
 
     def stop(self) -> None:
         """Ask all workers to save and to end."""
@@ -53,13 +50,14 @@ def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool
     """
     wanted, others, tries, ended = min(run.workers, len(run.jobs)), Follower(run, view), 0, -1
     while (standing := others.look()) != ENDED:
-        for text in engine.news():
+        alive, news = engine.look()
+        for text in news:
             view.emit("say", text=text)
         if stop.signum or view.stop_asked:
             _end(engine, view, stop)
         if view.ended() > ended:
             tries, ended = 0, view.ended()
-        missing = wanted - engine.alive()
+        missing = wanted - alive
         if standing == FREE and missing == wanted and tries == TRIES:
             raise WorkerFailed(f"{tries} times workers were started and ended no trial, see above: {GOES_ON}")
         if standing == FREE and missing > 0 and tries < TRIES:
@@ -79,7 +77,7 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
         raise Interrupted(signum)
     view.emit("say", text="asking the workers to save and to end")
     engine.stop()
-    while engine.alive():
+    while engine.look()[0]:
         time.sleep(LOOK_EVERY)
     raise Interrupted(signum)
 

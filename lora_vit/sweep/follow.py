@@ -6,6 +6,7 @@ from lora_vit.records import RECORD
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.progress import View
+from lora_vit.sweep.schedule import stops
 
 LOOK_EVERY = 2.0
 """Seconds between looks."""
@@ -20,6 +21,8 @@ class Follower:
     def look(self) -> str:
         """Tell the view what is new; ``free`` where a trial is that nobody has, else ``held`` or ``ended``."""
         self.claims.look()
+        if stops(self.run, self.claims):
+            self.view.emit("stop")
         found = {ENDED}
         for job in self.run.jobs:
             if not self.view.is_ended(job):

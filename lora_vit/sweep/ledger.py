@@ -130,6 +130,10 @@ class Ledger:
             return found if trials < 2 * largest else None
         return found
 
+    def largest_pack(self) -> int:
+        """The largest pack size measured so far; 0 where none was."""
+        return max((figures["size"] for figures in self.read()["pack_sizes"].values()), default=0)
+
     def keep_pack_size(self, key: str, figures: dict[str, Any]) -> None:
         """Remember a size and the figures behind it for the next time."""
         self.update(lambda plan: plan["pack_sizes"].update({key: figures}))

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import platform
+import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,21 @@ class Ray:
     def __init__(self, parameters: dict[str, Any]):
         """``parameters``: the fields of PackedRayConf. Raises ConfigError where there is no cluster."""
         self.parameters = parameters
+        ours = signal.getsignal(signal.SIGTERM)
         try:
+            host, _, port = (parameters["address"] or "").rpartition(":")
+            if port.isdecimal():  # Ray tries for minutes
+                socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
             if not ray.is_initialized():
                 ray.init(address=parameters["address"], log_to_driver=False, logging_level=logging.ERROR,
                          runtime_env=parameters["runtime_env"] or None)  # fmt: skip
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"hydra.launcher.address={parameters['address']}: no Ray cluster ({str(error).splitlines()[0]}): start "
                 "one with `ray start --head`, or leave the address out"
             ) from None
+        finally:
+            signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
         self.tasks: dict[Any, str] = {}
@@ -72,12 +80,8 @@ class Ray:
         self.tasks.update({task.remote(str(folder), run.name): "asked for" for _ in range(count)})
         return f"{count} workers: Ray tasks, logs in {folder / '.ray'}"
 
-    def alive(self) -> int:
-        """Tasks that have not ended."""
-        return len(self._running())
-
-    def news(self) -> list[str]:
-        """Of tasks that have failed: why, in a line."""
+    def look(self) -> tuple[int, list[str]]:
+        """Tasks that have not ended; of those that have failed, why, in a line."""
         running, texts = self._running(), []
         for task in [task for task in self.tasks if task not in running]:
             del self.tasks[task]
@@ -91,7 +95,7 @@ class Ray:
                 texts.append(f"a worker failed: {error.cause}")
             except ray.exceptions.RayError as error:
                 texts.append(f"a worker was lost: {str(error).strip().splitlines()[0]}")
-        return texts
+        return len(running), texts
 
     def stop(self) -> None:
         """Ray interrupts the tasks, which save."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
+from lora_vit.sweep.claims import ENDED, FAILED, FREE, HELD, Claims
 from lora_vit.sweep.plan import Group, Job, SweepRun, make_groups
 
 Emit = Callable[..., None]
+
+
+def stops(run: SweepRun, claims: Claims) -> bool:
+    """Whether a trial has failed where that is to stop all: as of the last look."""
+    return run.options.on_failure == "stop" and any(claims.has_failed(job.trial_id) for job in run.jobs)
 
 
 class Schedule:
@@ -23,9 +28,11 @@ class Schedule:
         self._place: dict[str, int] = {}  # in each group, behind the last pack that we took since we looked
 
     def look(self) -> None:
-        """See what others have taken, freed and ended."""
+        """See what others have taken, freed and ended; where a failure is to stop all, so does one of theirs."""
         self.claims.look()
         self._place.clear()
+        if stops(self.run, self.claims):
+            self.emit("stop")
 
     def is_free(self, group: Group) -> bool:
         """Whether a trial of the group was open, and nobody had it, at the last look."""
@@ -53,7 +60,7 @@ class Schedule:
                         skip, step = step - 1, 2 * step
                     break
                 if self.run.is_ended(job, self.run.state_of(job)):  # by a command that knows no claims
-                    self.claims.release(job.trial_id, ended=True)
+                    self.claims.release(job.trial_id, ENDED)
                 else:
                     taken.append(job)
             if taken:
@@ -68,7 +75,15 @@ class Schedule:
 
     def refuse(self, job: Job, error: Exception) -> None:
         """Leave a trial's folder as it is, and say why; it has ended for this run."""
-        self.claims.release(job.trial_id, ended=True, why=str(error))
-        self.emit("left", id=job.trial_id, status="refused", val_accuracy=None, message=str(error))
-        if self.run.options.on_failure == "stop":
+        self.left(job.trial_id, "refused", None, str(error), why=str(error))
+
+    def left(self, trial_id: str, status: str, val_accuracy: float | None, message: str, why: str = "") -> None:
+        """A trial has ended: its claim says how, the view is told, and a failure stops all where it is to.
+
+        ``why`` goes into the claim, where no record tells.
+        """
+        failed = status in ("failed", "refused")
+        self.claims.release(trial_id, FAILED if failed else ENDED, why)
+        self.emit("left", id=trial_id, status=status, val_accuracy=val_accuracy, message=message)
+        if stops(self.run, self.claims):
             self.emit("stop")

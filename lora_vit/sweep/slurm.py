@@ -82,12 +82,11 @@ class Slurm:
         array = jobs[0].job_id.partition("_")[0]
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
-    def alive(self) -> int:
-        """Jobs of the sweep that Slurm still has, whichever command has started them."""
-        return len(self._queue())
+    def look(self) -> tuple[int, list[str]]:
+        """Jobs of the sweep that Slurm still has, whichever command has started them.
 
-    def news(self) -> list[str]:
-        """Of jobs that are gone and have not ended well: which, why, and the end of their logs."""
+        Of those that are gone and have not ended well: which, why, and the end of their logs.
+        """
         queue, texts = self._queue(), []
         for job in self.jobs:
             if job.job_id in queue or job.job_id in self._told:
@@ -107,7 +106,7 @@ class Slurm:
             if not job.paths.stdout.exists():
                 lines.append(f"it left no log: do the nodes see {self.logs}?")
             texts.append("\n  ".join([f"worker {job.job_id} ({job.paths.stdout}):", *lines]))
-        return texts
+        return len(queue), texts
 
     def stop(self) -> None:
         """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""

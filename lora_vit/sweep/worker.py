@@ -37,8 +37,8 @@ class ClaimLost(Exception):  # noqa: N818  (not an error)
 class PackReporter:
     """Turns what the loop reports into events; ends the pack if a claim of it was lost."""
 
-    def __init__(self, emit: Emit, claims: Claims, stop_on_failure: bool):
-        self.emit, self.claims, self.stop_on_failure = emit, claims, stop_on_failure
+    def __init__(self, schedule: Schedule):
+        self.schedule, self.emit, self.claims = schedule, schedule.emit, schedule.claims
         self._epochs, self._now_and_then = 0.0, Every(0.25)
 
     def started(self, pack: Pack) -> None:
@@ -70,13 +70,9 @@ class PackReporter:
     def left(self, trial: Trial) -> None:
         """Called when a trial is completed or failed."""
         self.flush()
-        failed = trial.record.status == "failed"
-        message = trial.record.error["message"] if failed and trial.record.error else ""
-        accuracy = trial.record.metrics.get("val_accuracy")
-        self.emit("left", id=trial.name, status=trial.record.status, val_accuracy=accuracy, message=message)
-        self.claims.release(trial.name, ended=True)
-        if failed and self.stop_on_failure:
-            self.emit("stop")
+        record = trial.record
+        message = record.error["message"] if record.status == "failed" and record.error else ""
+        self.schedule.left(trial.name, record.status, record.metrics.get("val_accuracy"), message)
 
 
 def work(run: SweepRun, emit: Emit, stop: StopRequest) -> None:
@@ -149,7 +145,7 @@ class Worker:
             self.claims = claims
             self.schedule = Schedule(self.run, claims, self.emit)
             self.sizes = PackSizes(self.run, self.setups, self.stop, self.emit)
-            self.reporter = PackReporter(self.emit, claims, self.run.options.on_failure == "stop")
+            self.reporter = PackReporter(self.schedule)
             groups, waited = self.schedule.groups, False
             while True:
                 self.schedule.look()

@@ -28,6 +28,7 @@ from lora_vit.config import SweepConfig, to_dict
 from lora_vit.records import TrialRecord, write_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import claims as claims_module
+from lora_vit.sweep.claims import ENDED
 from lora_vit.sweep.follow import LOOK_EVERY, Follower
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Group, Job, SweepRun
@@ -113,7 +114,7 @@ class SimulatedWorker(Worker):
                 record.metrics = {"val_accuracy": 0.5, "epoch": job.config.trainer.epochs}
                 record.started = record.finished = time.time()
                 write_record(place, record)
-            self.claims.release(job.trial_id, ended=True)
+            self.claims.release(job.trial_id, ENDED)
 
 
 def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float, delay: float) -> dict[str, float]:

@@ -128,11 +128,8 @@ class Processes:
         self.workers += [start_worker(run.folder, *self.arguments) for _ in range(count)]
         return f"{count} workers"
 
-    def alive(self) -> int:
-        return sum(worker.poll() is None for worker in self.workers)
-
-    def news(self) -> list[str]:
-        return []
+    def look(self) -> tuple[int, list[str]]:
+        return sum(worker.poll() is None for worker in self.workers), []
 
     def stop(self) -> None:
         for worker in self.workers:

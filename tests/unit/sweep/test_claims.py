@@ -19,7 +19,7 @@ from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
 WORKER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.claims import ENDED, Claims
 folder, index, trials, dies_after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 chance = random.Random(index)
 order = [f"{i:04d}" for i in range(trials)]
@@ -44,7 +44,7 @@ with Claims(folder) as claims:
             os.close(os.open(folder / f"{trial}.done", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             os.unlink(folder / f"{trial}.running")
             os.close(running)
-            claims.release(trial, ended=True)
+            claims.release(trial, ENDED)
             done += 1
         time.sleep(0.01)
 print(done)
@@ -201,7 +201,7 @@ def test_what_has_ended_is_not_taken_before_it_is_opened_again(tmp_path):
     mine, theirs = Claims(tmp_path, Owner(token="mine")), Claims(tmp_path, another_host())
     for trial in ("a", "b"):
         assert take(mine, trial)
-    mine.release("a", ended=True)
+    mine.release("a", ENDED)
     assert names(tmp_path)[:3] == ["a.1", "a.1.ended", "b.1"]
     assert [mine.state("a"), theirs.state("a")] == [ENDED, FREE], "theirs is as of its last look"
     assert take(theirs, "a") is False
@@ -230,7 +230,7 @@ def test_why_a_trial_has_ended_without_a_record_is_kept(tmp_path):
     mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
     for trial in ("a", "b"):
         assert take(mine, trial)
-        mine.release(trial, ended=True, why="its folder is another's" if trial == "a" else "")
+        mine.release(trial, ENDED, why="its folder is another's" if trial == "a" else "")
     theirs.look()
     assert [theirs.why(trial) for trial in ("a", "b")] == ["its folder is another's", ""]
     assert theirs.state("a") == ENDED
@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_a_claim_until_its_owner_ends(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", full)
-        mine.release("a", ended=True)
+        mine.release("a", ENDED)
     assert held(theirs, "a")
 
 
@@ -460,7 +460,7 @@ def test_a_lost_trial_can_be_won_again(tmp_path):
     (tmp_path / ".claims/a.2").touch()
     mine.beat()
     assert mine.lost == {"a"}
-    mine.release("a", ended=True)
+    mine.release("a", ENDED)
     assert "a.1.ended" not in names(tmp_path), "it is another's to say"
     (tmp_path / ".claims/a.2.free").touch()
     assert take(mine, "a")

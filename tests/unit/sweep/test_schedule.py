@@ -7,7 +7,9 @@ from sweeps import LAUNCHED, Events, leave_record, plain_job, seed_jobs, sweep_r
 
 from lora_vit.config import ConfigError
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
+from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.plan import Job, SweepRun
+from lora_vit.sweep.progress import View
 from lora_vit.sweep.schedule import Schedule
 
 
@@ -52,7 +54,7 @@ def test_packs_are_cut_from_what_was_asked_for(tmp_path):
     other = somebody(tmp_path)
     for job in (jobs[0], jobs[4]):
         assert other.take(job.trial_id)
-        other.release(job.trial_id, ended=True)
+        other.release(job.trial_id, ENDED)
     schedule, _ = schedule_of(run)
     schedule.look()
     (group,) = schedule.groups
@@ -148,7 +150,7 @@ def test_given_back_is_free_unless_it_has_ended(tmp_path):
     schedule, _ = schedule_of(sweep_run(tmp_path, jobs))
     (group,) = schedule.groups
     assert schedule.take_pack(group, 2) == jobs[:2]
-    schedule.claims.release(jobs[0].trial_id, ended=True)
+    schedule.claims.release(jobs[0].trial_id, ENDED)
     schedule.give_back(jobs)
     assert states(tmp_path, jobs) == [ENDED, FREE, FREE]
 
@@ -176,3 +178,31 @@ def test_a_refused_trial_has_ended_and_is_told(on_failure, tmp_path):
     other.look()
     assert other.why(jobs[0].trial_id) == "its folder is another's"
     assert not run.folder_of(jobs[0]).exists()
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+@pytest.mark.parametrize("how", ["failed", "refused"])
+def test_a_failure_elsewhere_stops_a_worker_and_whoever_follows(how, on_failure, tmp_path):
+    """Where it is to: at the next look, told by the claim alone. One of an earlier run that is tried again does not."""
+    jobs = seed_jobs(3)
+    run = sweep_run(tmp_path, jobs, on_failure=on_failure)
+    mine, theirs = Events(), Events()
+    here, there = Schedule(run, Claims(tmp_path, Owner()), mine), Schedule(run, Claims(tmp_path, Owner()), theirs)
+    there.look()
+    assert there.claims.take(jobs[1].trial_id)
+    here.look()
+    assert mine == []
+    there.left(jobs[1].trial_id, how, None, "why")
+    here.look()
+    asked = [("stop", {})] if on_failure == "stop" else []
+    assert mine == asked
+    assert theirs == [("left", {"id": jobs[1].trial_id, "status": how, "val_accuracy": None, "message": "why"}), *asked]
+    view = View(jobs)
+    Follower(run, view).look()
+    assert view.stop_asked == (on_failure == "stop")
+    assert here.claims.state(jobs[1].trial_id) == ENDED
+    here.claims.reopen(jobs[1].trial_id)
+    mine.clear()
+    here.look()
+    assert mine == []
+    assert here.claims.state(jobs[1].trial_id) == FREE

@@ -142,8 +142,7 @@ class Search(Sweeper):
         workers, most = number_of_workers(jobs * self.options.n_trials, self.run), self.options.n_trials // ROUNDS
         if self.run.pack_size != "auto":
             return workers * int(self.run.pack_size)
-        measured = [figures["size"] for figures in Ledger(self.folder).read()["pack_sizes"].values()]
-        return max(workers, min(workers * max(measured, default=most), most))
+        return max(workers, min(workers * (Ledger(self.folder).largest_pack() or most), most))
 
     def _suggest(self, at_once: int) -> dict[str, list[str]]:
         """The next batch: overrides of trials that are new, by their ids; known ones are answered at once."""

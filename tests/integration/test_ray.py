@@ -1,0 +1,99 @@
+"""Workers as tasks of a real Ray cluster of two nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import command, run_command
+
+from lora_vit.records import read_record
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'lora_vit[ray]'")
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+PACKED_RAY = ("-m", "hydra/launcher=packed_ray", "sweep.name=s", "sweep.pack_size=2")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a cluster of two nodes with a core each; where its processes look for Python modules is theirs to find."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves them beside other tests
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        try:
+            cluster.add_node(num_cpus=1)
+            cluster.wait_for_nodes()
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+
+
+def statuses(folder: Path) -> list[str]:
+    return [read_record(path.parent).status for path in (folder / "outputs/sweeps/s").glob("*/record.json")]
+
+
+def workers_of(place: Path) -> list[int]:
+    """The processes that train the sweep, as their logs name them."""
+    return [int(re.findall(r"(\d+)\.log", path.name)[0]) for path in place.glob(".ray/*.log")]
+
+
+def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
+    """A worker a node; what the killed one had is gone on with, and all is told as by a local sweep."""
+    settings = (f"hydra.launcher.address={address}", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
+    process = subprocess.Popen(
+        command(*PACKED_RAY, *settings, "seed=range(8)"), cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    place, until = tmp_path / "outputs/sweeps/s", time.monotonic() + 240
+    while len(workers_of(place)) < 2 or not list(place.glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.kill(workers_of(place)[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, out
+    assert f"2 workers: Ray tasks, logs in {place}/.ray" in out
+    assert "a worker was lost: " in out
+    assert f"1 workers: Ray tasks, logs in {place}/.ray" in out
+    assert "8 of 8 trials ended" in out
+    assert statuses(tmp_path) == ["completed"] * 8
+    for path in place.glob("*/metrics.jsonl"):
+        epochs = [line for line in path.read_text().splitlines() if "val_accuracy" in line]
+        assert len(epochs) == 40, "gone on with, nothing twice"
+
+
+def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_path):
+    """They are the command's own; the same command goes on."""
+    settings = (*PACKED_RAY, f"hydra.launcher.address={address}", "seed=0,1", "trainer.epochs=100",
+                "trainer.checkpoint_every=0.001")  # fmt: skip
+    process = subprocess.Popen(
+        command(*settings), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    place, until = tmp_path / "outputs/sweeps/s", time.monotonic() + 240
+    while not list(place.glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    assert "asking the workers to save and to end" in out
+    assert statuses(tmp_path) == ["interrupted"] * 2
+    done = run_command(*settings, cwd=tmp_path, timeout=400)
+    assert "2 of 2 trials ended" in done.stdout
+    assert statuses(tmp_path) == ["completed"] * 2
+
+
+def test_what_ray_refuses_is_told_in_one_line(tmp_path):
+    done = run_command(*PACKED_RAY, "seed=0,1", "hydra.launcher.address=127.0.0.1:1", cwd=tmp_path, code=1)
+    assert re.fullmatch(r"error: hydra.launcher.address=127.0.0.1:1: no Ray cluster \(.*\): start one with `ray start "
+                        r"--head`, or leave the address out\n", done.stderr)  # fmt: skip
+    assert statuses(tmp_path) == []
