@@ -3,10 +3,13 @@
     python scripts/bench/sweep.py ways [--rounds 1]
     python scripts/bench/sweep.py curve [--rounds 5] [--sizes 1,2,4,8]
     python scripts/bench/sweep.py compose
+    python scripts/bench/sweep.py engines [--rounds 1]
 
 ``ways`` runs the 24 trials of ``sweep=quickstart`` as a user would: packed (in as many processes as it takes by
 itself, and in one), by Hydra's basic launcher, by its joblib launcher (``pip install hydra-joblib-launcher``; two
-processes) and as one process for each trial, taking turns.
+processes) and as one process for each trial, taking turns. ``engines`` runs them in two workers: local ones, jobs of a
+Slurm that is there (``scripts/one_node_slurm.sh``) and tasks of a Ray of its own, and as one job or task for each trial
+by Hydra's launchers for these two.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.sweep.measure import _fresh
 from lora_vit.training.pack import Pack
+
+TRIALS = 24
+"""Of ``sweep=quickstart``."""
 
 MODELS = {
     "vit_tiny 32 px (17 tokens, width 128), batch 20, fp32": ["experiment=quickstart"],
@@ -76,25 +82,42 @@ def ways(rounds: int) -> list[dict[str, Any]]:
             for rank in (1, 8):
                 commands["separate processes"].append([*train, *shared, f"lora.rank={rank}", f"lora.alpha={4 * rank}"])
             commands["separate processes"] += [[*train, *shared, "lora=none"], [*train, *shared, "lora=full"]]
+        return in_turns(commands, scratch, rounds)
 
-        def call(name: str) -> None:
+
+def engines(rounds: int) -> list[dict[str, Any]]:
+    """The same for workers and trials that a cluster starts."""
+    train = [sys.executable, "-m", "lora_vit.train", "sweep=quickstart", "sweep.name=s"]
+    slurm, ray = ["hydra.launcher.cpus_per_task=1"], ["+hydra.launcher.ray.init.num_cpus=2"]
+    commands = {
+        "2 local workers": [[*train, "sweep.workers=2"]],
+        "packed_slurm, 2 workers": [[*train, "sweep.workers=2", "hydra/launcher=packed_slurm", *slurm]],
+        "packed_ray, 2 workers": [[*train, "sweep.workers=2", "hydra/launcher=packed_ray"]],
+        "submitit_slurm, a job a trial": [[*train, "hydra/launcher=submitit_slurm", *slurm]],
+        "ray, a task a trial": [[*train, "hydra/launcher=ray", *ray]],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        return in_turns(commands, scratch, rounds)
+
+
+def in_turns(commands: dict[str, list[list[str]]], scratch: str, rounds: int) -> list[dict[str, Any]]:
+    """Run each way's commands in a folder of its own, one way after the other; compared with the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, lines in commands.items():
+            start = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                for line in commands[name]:
+                for line in lines:
                     subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(rounds):
-            for name in commands:
-                start = time.perf_counter()
-                call(name)
-                seconds[name].append(time.perf_counter() - start)
-    packed = seconds["packed"]
+            seconds[name].append(time.perf_counter() - start)
+    base, *_ = seconds.values()
     return [
         {
             "way": name,
             "min s": min(values),
             "median s": statistics.median(values),
-            "of packed": statistics.median(a / b for a, b in zip(values, packed, strict=True)),
+            "of the first": statistics.median(a / b for a, b in zip(values, base, strict=True)),
+            "s more a trial": statistics.median((a - b) / TRIALS for a, b in zip(values, base, strict=True)),
         }
         for name, values in seconds.items()
     ]
@@ -169,14 +192,14 @@ def composing() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ways", "curve", "compose"))
+    parser.add_argument("what", choices=("ways", "curve", "compose", "engines"))
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--sizes", default="1,2,4,8")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     register_schema()
-    if args.what == "ways":
-        rows = ways(args.rounds or 1)
+    if args.what in ("ways", "engines"):
+        rows = (ways if args.what == "ways" else engines)(args.rounds or 1)
     elif args.what == "curve":
         rows = curve(args.rounds or 5, [int(k) for k in args.sizes.split(",")])
     else:

@@ -1,0 +1,26 @@
+"""What a sweep costs beside the training does not grow with its size (scripts/bench/scale.py has it at full size)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "scripts/bench/scale.py"
+
+
+@pytest.mark.slow
+def test_operations_a_trial(tmp_path):
+    """Four times the trials on four times the workers: at most 30 operations a trial, and hardly more for each."""
+    found = {}
+    for trials, workers in ((100, 2), (400, 8)):
+        command = [sys.executable, str(SCRIPT), "--trials", str(trials), "--workers", str(workers)]
+        done = subprocess.run([*command, "--pack", "5", "--seconds", "0.02", "--milliseconds", "0"], cwd=tmp_path,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        figures = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
+        found[trials] = float(figures["operations a trial"])
+        assert float(figures["names a trial"]) < 3.5, "a claim, its end, the trial"
+    assert 5 < found[400] < 30
+    assert found[400] < 1.5 * found[100]
