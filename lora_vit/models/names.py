@@ -167,7 +167,7 @@ def _grid(name: str, tensors: dict[str, Tensor]) -> int:
     """Side of the square grid of the positions, which may begin with those of the class or of all tokens."""
     shape = tensors["pos_embed"].shape
     tokens = sum(tensors[name].shape[1] for name in _TOKENS if name in tensors)
-    for extra in (tokens, 0, min(tokens, 1)) if len(shape) == 3 and shape[0] == 1 else ():
+    for extra in (0, min(tokens, 1), tokens) if len(shape) == 3 and shape[0] == 1 else ():
         side = math.isqrt(max(shape[1] - extra, 0))
         if side > (extra < tokens) and side**2 == shape[1] - extra:
             return side
