@@ -345,7 +345,7 @@ UNFIT = {
     "registers": (
         lambda: hf("Dinov2 with registers"),
         lambda: timm_for("Dinov2"),
-        "it has the unknown embeddings.register_tokens (the file is HF's Dinov2WithRegisters, 2 blocks of width 32, patch 8, 4 reg",
+        "it has the unknown embeddings.register_tokens (the file is HF's Dinov2WithReg",
     ),
     "no registers": (
         lambda: hf("Dinov2"),
