@@ -36,7 +36,7 @@ def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: 
     except ImportError:
         raise ConfigError("model=timm needs the package timm: pip install 'lora_vit[timm]'") from None
     try:
-        size = {} if image_size is None else {"img_size": image_size}
+        size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:
         near = [] if timm.is_model(name.split(".")[0]) else timm.list_models(f"*{name.split('.')[0][:12]}*")

@@ -58,7 +58,7 @@ def places_of(model: nn.Module) -> dict[str, list[Place]]:
     return found
 
 
-def plain_models() -> tuple[type, ...]:
+def plain_models() -> Any:
     """The classes of backbones; timm's once timm is imported."""
     return (VisionTransformer, *_timm_classes("models"))
 

@@ -50,8 +50,10 @@ def trunk_of(m: ModelConfig) -> Any:
     Raises:
         ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
     """
-    return build_trunk(*(getattr(m, key) for key in SIZES)) if m.library == "torchvision" else timm_trunk(
-        m.name, m.image_size
+    return (
+        build_trunk(*(getattr(m, key) for key in SIZES))
+        if m.library == "torchvision"
+        else timm_trunk(m.name, m.image_size)
     )
 
 
