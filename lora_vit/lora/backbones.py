@@ -93,7 +93,7 @@ def last_layer(model: Any) -> nn.Linear | None:
         names = [name for name, _ in model.heads.named_children()]
         if type(model.heads) is nn.Sequential and not names:
             return None
-        head = model.heads.head if names == ["head"] else model.heads
+        head = model.heads.head if names == ["head"] else None
     elif isinstance(model.head, nn.Identity):
         return None
     else:

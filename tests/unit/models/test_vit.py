@@ -148,8 +148,9 @@ def test_only_the_last_block_is_cut_to_the_class_token(first_trained):
     assert lengths == [17, 17, 1]
 
 
-def test_the_trunk_follows_the_images_dtype():
+def test_a_trained_trunk_computes_in_the_images_dtype():
     model = ours(theirs())
+    model = PackedViT(model.trunk.requires_grad_(True), model.head, 1).eval()
     x = torch.randn(4, 3, 32, 32)
     seen = []
     model.trunk.encoder.layers[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
