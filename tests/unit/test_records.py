@@ -270,7 +270,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
         ("[]", " is not a trial record"),
         ('["schema"]', " is not a trial record"),
         ("{}", " is not a trial record"),
-        ('{"schema": 1}', " has record schema 1, this version reads 2: use the matching version of lora_vit"),
+        ('{"schema": 1}', " has record schema 1, this version reads 3: use the matching version of lora_vit"),
     ],
 )
 def test_a_record_that_is_none_is_refused(text, said, tmp_path):
