@@ -16,7 +16,7 @@ from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT
+from lora_vit.models.vit import PackedViT, cast
 
 timm = pytest.importorskip("timm")
 
@@ -301,3 +301,17 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     adapted.patch_embed.proj.bias.requires_grad_()
     replace_linear_with_lora(adapted, 1).double()
     assert kept_for_backward(adapted, x) < 1.1 * kept_for_backward(frozen, x)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_bf16_is_the_same_but_for_its_precision(family, trained):
+    """Also where parameters of the trunk are trained, which are kept in fp32."""
+    full, low = (packed(family, SPECS[:1], None)[0].eval() for _ in range(2))
+    x = images_for(full.trunk, 2)
+    expected = full(x, [0])
+    cast(low.trunk, torch.float32 if trained else torch.bfloat16)
+    low = PackedViT(low.trunk.requires_grad_(trained), low.head, 1).eval()
+    found = low(x.bfloat16(), [0])
+    # 8 significant bits through two blocks of large weights
+    assert float(((found - expected).norm() / expected.norm()).detach()) < 0.1
+    assert not trained or all(p.dtype == torch.float32 for p in low.trunk.parameters())
