@@ -184,7 +184,7 @@ def packed(family: str, specs: list[AdapterSpec], blocks: list[int] | None) -> t
     return PackedViT(model, head, len(specs)).train(), seeds
 
 
-@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 1, 0]), ([1], [0, 1, 2])])
+@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 0, 1]), ([1], [0, 1, 2])])
 def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
     pack, _ = packed(family, SPECS, blocks)
     x = images_for(pack.trunk, 2 * (max(streams) + 1))
@@ -300,7 +300,7 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     frozen.patch_embed.proj.bias.requires_grad_()
     adapted.patch_embed.proj.bias.requires_grad_()
     replace_linear_with_lora(adapted, 1).double()
-    assert kept_for_backward(adapted, x) < 1.1 * kept_for_backward(frozen, x)
+    assert kept_for_backward(adapted, x) < 1.03 * kept_for_backward(frozen, x)  # 1.008; with one norm of two kept, 1.07
 
 
 @pytest.mark.parametrize("trained", [False, True])
