@@ -1,4 +1,4 @@
-"""Merge a trained adapter into plain torchvision weights: ``python -m lora_vit.merge FOLDER --out FILE``."""
+"""Merge a trained adapter into weights of the backbone's names: ``python -m lora_vit.merge FOLDER --out FILE``."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     config = recorded_config(completed_record(folder), device, weights)
     import torch
     from safetensors.torch import save
-    from torchvision.models import VisionTransformer
 
     from lora_vit import randomness
     from lora_vit.build import ModelFactory, choose_device
-    from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
     from lora_vit.distributed import Process
-    from lora_vit.lora.adapter import SIZES, bind, merged_state_dict, put_on, read_adapter
+    from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
+    from lora_vit.lora.backbones import SIZES, TORCHVISION, new_backbone
 
     where = choose_device(device, Process())
     adapter = read_adapter(folder)
@@ -38,12 +37,12 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     bind(adapter, factory.base)
     if factory.note:
         print(factory.note)
-    state = merged_state_dict(factory.original.state_dict(), adapter)
-    sizes = {key: factory.base[key] for key in SIZES}
-    merged = VisionTransformer(**sizes, num_classes=len(names))
+    state = merged_state_dict(factory.original, adapter)
+    merged = new_backbone(factory.base, len(names))
     merged.load_state_dict(state)
     put_on(factory.original, adapter)
-    images = torch.rand(CHECKED, 3, *2 * [sizes["image_size"]], generator=randomness.generator("merge")) * 4 - 2
+    side = factory.inputs["image_size"]
+    images = torch.rand(CHECKED, 3, side, side, generator=randomness.generator("merge")) * 4 - 2
     with torch.no_grad():
         apart, together = (m.to(where).eval()(images.to(where)) for m in (factory.original, merged))
     largest = float((apart - together).abs().max())
@@ -51,13 +50,18 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
     if not largest <= TOLERANCE * max(1.0, float(apart.abs().max())):
         raise RecordError(f"{folder}: the merged model differs by {largest:.2e}; nothing written")
-    about = {"class_names": names, "image_size": sizes["image_size"], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    about = {"class_names": names, "model": config.model.name, **factory.inputs}
     metadata = {"lora_vit": json.dumps(about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(out) as file:
         file.write(save({name: t.contiguous() for name, t in state.items()}, metadata))
+    of_torchvision = factory.base["architecture"] == TORCHVISION
+    sizes = {key: factory.base[key] for key in (SIZES if of_torchvision else ("image_size",))}
     arguments = ", ".join(f"{key}={value}" for key, value in {**sizes, "num_classes": len(names)}.items())
-    print("import safetensors.torch, torchvision")
-    print(f"model = torchvision.models.VisionTransformer({arguments})")
+    print(f"import safetensors.torch, {config.model.library}")
+    if of_torchvision:
+        print(f"model = torchvision.models.VisionTransformer({arguments})")
+    else:
+        print(f"model = timm.create_model({config.model.name!r}, {arguments.replace('image_size', 'img_size')})")
     print(f"model.load_state_dict(safetensors.torch.load_file({str(out)!r}))")
     return 0
 

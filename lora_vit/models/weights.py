@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import re
 import urllib.error
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torchvision.models import VisionTransformer, get_model_weights
-from torchvision.models.vision_transformer import interpolate_embeddings
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from lora_vit.config import ConfigError, is_weights_file
-from lora_vit.lora.adapter import POSITIONS
+from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
 """Weights that travel in the package."""
 WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
-_ANCHOR = "class_token"
-"""The name that tells where in a file, and behind which prefix, a Vision Transformer's tensors are."""
+FOLDER_FILES = tuple(
+    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
+"""What ``save_pretrained`` writes; the first that a folder has is taken."""
 
 
 def available_weights(model: str) -> list[str]:
@@ -36,25 +36,28 @@ def available_weights(model: str) -> list[str]:
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        _format_of(weights)
+        for file in _files(weights):
+            _format_of(file)
         return
     names = available_weights(model)
     if weights not in names:
         raise ConfigError(
-            f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth or "
-            ".safetensors file, or null for random weights"
+            f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth, .bin "
+            "or .safetensors file or to a folder of save_pretrained, or null for random weights"
         )
 
 
 def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The state dict behind ``model.weights``, under torchvision's names, and a note on where a file had it.
+    """The state dict behind ``model.weights``, under the names that it has there, and where a file had it.
 
     Raises:
         ConfigError: unknown name, no network, or a file that is not a state dict of weights.
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        return _unwrapped(_read_file(weights), model, weights)
+        files = [_read_file(file) for file in _files(weights)]
+        parts = [file for file in files if isinstance(file, dict)]
+        return _unwrapped({name: held for part in parts for name, held in part.items()}, weights)
     if model in SHIPPED:
         return load_file(Path(__file__).with_name(SHIPPED[model][weights])), ""
     published = get_model_weights(model)[weights]
@@ -69,6 +72,23 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
             f"model.weights={weights} of {model} cannot be downloaded ({reason}): connect to the network, give "
             "model.weights=FILE.pth, or run experiment=quickstart, which needs no download"
         ) from None
+
+
+def _files(weights: str) -> list[str]:
+    """The file, or the files that a folder has the weights in. Raises ConfigError where it has none."""
+    folder = Path(weights).expanduser()
+    if not folder.is_dir():
+        return [weights]
+    there = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    if not there:
+        raise ConfigError(f"model.weights={weights}: the folder has none of {', '.join(FOLDER_FILES)}")
+    if there[0].suffix != ".json":
+        return [str(there[0])]
+    try:
+        parts = json.loads(there[0].read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({str(folder / Path(part).name) for part in parts})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"model.weights={there[0]} is damaged: get it again") from None
 
 
 def _format_of(weights: str) -> str:
@@ -112,17 +132,20 @@ def _read_file(weights: str) -> Any:
         raise ConfigError(f"model.weights={weights} {held}: {remedy}") from None
 
 
-def _unwrapped(held: Any, model: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The Vision Transformer's tensors in what a training script saved, and a note where they were wrapped."""
+def _unwrapped(held: dict[str, Any], weights: str) -> tuple[dict[str, Tensor], str]:
+    """The Vision Transformer's tensors in what somebody saved, and where they were if they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
-        what = "no Vision Transformer under torchvision's names"
-        raise ConfigError(f"model.weights={weights} does not fit {model}: it lacks a {_ANCHOR} ({what})")
+        first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
+        raise ConfigError(
+            f"model.weights={weights} holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name "
+            f"it (but {first}): give another file"
+        )
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
     where, state = found[0]
     others = f" (it also has {', '.join(other for other, _ in found[1:])})" if found[1:] else ""
-    return state, f"model.weights={weights}: taken from '{where}'{others}" if where else ""
+    return state, f", taken from '{where}'{others}" if where else ""
 
 
 def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -131,50 +154,42 @@ def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[s
         return
     tensors = {name: t for name, t in held.items() if isinstance(t, Tensor) and isinstance(name, str)}
     for name in tensors:
-        if f".{name}".endswith(f".{_ANCHOR}"):
-            prefix = name.removesuffix(_ANCHOR)
+        if patches := PATCHES.search(name):
+            prefix = name[: patches.start()]
             inside = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             yield ".".join((*path, prefix)).rstrip("."), inside
     for key, value in held.items():
         yield from _state_dicts(value, (*path, str(key)))
 
 
-def load_trunk_weights(trunk: VisionTransformer, model: str, weights: str) -> str:
-    """Load weights into the trunk, in fp32, with the position embedding interpolated to its image size.
+def load_trunk_weights(trunk: nn.Module, model: str, weights: str) -> str:
+    """Load weights into the trunk, in fp32, with the position embedding brought to its grid.
+
+    Args:
+        trunk: torchvision's or timm's, without a head.
+        model: its name, for messages.
+        weights: published weights of torchvision, a file, or a folder.
 
     Returns:
-        A line that says where a file had them, if they were wrapped; else ``""``.
+        A line that says what a file was recognised as; else ``""``.
 
     Raises:
         ConfigError: as :func:`read_state_dict`, or names, shapes or values do not fit the model.
     """
-    state, note = read_state_dict(model, weights)
-    state = {_current_name(k): v for k, v in state.items() if not k.startswith("heads.")}
+    state, where = read_state_dict(model, weights)
     own = trunk.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or unexpected:
-        wrong = f"lacks {missing[0]}" if missing else f"has the unknown {unexpected[0]}"
-        raise ConfigError(f"model.weights={weights} does not fit {model}: it {wrong}")
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"model.weights={weights}: {name} is of {tensor.dtype}, not of floating point")
-        state[name] = tensor.float()
-        if not torch.isfinite(state[name]).all():
-            raise ConfigError(f"model.weights={weights}: {name} holds NaN or infinite values")
-    shape = state[POSITIONS].shape
-    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
-        raise ConfigError(f"model.weights={weights}: {POSITIONS} {list(shape)} is not for a square grid of patches")
-    state = dict(interpolate_embeddings(trunk.image_size, trunk.patch_size, OrderedDict(state)))
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            raise ConfigError(
-                f"model.weights={weights} does not fit {model}: {name} is {list(tensor.shape)}, expected "
-                f"{list(own[name].shape)}"
-            )
-    trunk.load_state_dict(state)
-    return note
-
-
-def _current_name(name: str) -> str:
-    """torchvision's files from before 0.13 call the MLP's layers linear_1 and linear_2."""
-    return name.replace("mlp.linear_1.", "mlp.0.").replace("mlp.linear_2.", "mlp.3.")
+    try:
+        translated, recognised = translate(state, own)
+    except ValueError as error:
+        raise ConfigError(f"model.weights={weights}: {error}") from None
+    wrong = [f"it lacks {name}" for name in sorted(own.keys() - translated.keys())]
+    wrong += [f"it has the unknown {name}" for name in sorted(translated.keys() - own.keys())]
+    wrong = wrong or [
+        f"{name} is {list(t.shape)}, expected {list(own[name].shape)}"
+        for name, t in translated.items()
+        if t.shape != own[name].shape
+    ]
+    if wrong:
+        raise ConfigError(f"model.weights={weights} does not fit {model}: {wrong[0]} (the file is {describe(state)})")
+    trunk.load_state_dict(translated)
+    return f"model.weights={weights}: {recognised}{where}" if is_weights_file(weights) else ""

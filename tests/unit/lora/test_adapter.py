@@ -99,7 +99,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 def test_each_projection_merges_into_its_own_weight(model, target):
     base = model.state_dict()
     adapter = Adapter(tensors(target), card(target))
-    merged = merged_state_dict(base, adapter)
+    merged = merged_state_dict(model, adapter)
     place, _, _, weight, rows = PLACES[target]
     for name, tensor in merged.items():
         expected = adapter.tensors[name] if name.startswith("heads.") else base[name].clone()
@@ -114,7 +114,7 @@ def test_each_projection_merges_into_its_own_weight(model, target):
 def test_merging_does_not_change_what_it_is_given(model):
     base, adapter = model.state_dict(), Adapter(tensors(*EVERY), card(*EVERY))
     copies = [{n: t.clone() for n, t in d.items()} for d in (base, adapter.tensors)]
-    merged = merged_state_dict(base, adapter)
+    merged = merged_state_dict(model, adapter)
     for t in merged.values():
         t.zero_()
     for now, before in zip((base, adapter.tensors), copies, strict=True):
@@ -124,7 +124,7 @@ def test_merging_does_not_change_what_it_is_given(model):
 def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
     model.bfloat16()
     adapter = Adapter(tensors("fc1"), card("fc1"))
-    merged = merged_state_dict(model.state_dict(), adapter)
+    merged = merged_state_dict(model, adapter)
     assert {t.dtype for t in merged.values()} == {torch.float32}
     a, b = (adapter.tensors[f"{BLOCK}.mlp.0.lora_{m}"].double() for m in "AB")
     exact = model.state_dict()[f"{BLOCK}.mlp.0.weight"].double() + SCALING * b @ a
@@ -324,7 +324,7 @@ def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
         given = nn.DataParallel(model)
     else:
         given = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(AdapterError, match=r"not a plain torchvision VisionTransformer \(\w+\): wrap or compile it"):
+    with pytest.raises(AdapterError, match=r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"):
         place(given, folder)
 
 
@@ -488,7 +488,7 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
 
 
 def test_no_blocks_are_all_blocks():
-    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places()]
+    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places(new_model())]
     places = ("self_attention.q", "mlp.3")
     assert found == [f"encoder.layers.encoder_layer_{i}.{place}" for i in range(2) for place in places]
 

@@ -23,6 +23,7 @@ from lora_vit.models.vit import build_trunk
 from lora_vit.models.weights import check_weights, load_trunk_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
+RECOGNISED = "torchvision's vit, 2 blocks of width 32, patch 8, left out: heads"
 
 
 def theirs(seed: int = 1, **changes: int) -> VisionTransformer:
@@ -69,7 +70,7 @@ def test_a_file_is_what_it_holds_not_what_its_name_says(content, name, tmp_path)
         torch.save(state, tmp_path / name, _use_new_zipfile_serialization=content == "torch")
     trunk, note = loaded(tmp_path / name)
     assert_has(trunk, state)
-    assert note == ""
+    assert note == f"model.weights={tmp_path / name}: {RECOGNISED}"
     assert base_of(trunk) == base_of(theirs())
 
 
@@ -99,7 +100,7 @@ def test_wrapped_weights_are_found_and_told(where, tmp_path):
     torch.save(WRAPPED[where](state), path)
     trunk, note = loaded(path)
     assert_has(trunk, state)
-    assert note == f"model.weights={path}: taken from '{where}'"
+    assert note == f"model.weights={path}: {RECOGNISED}, taken from '{where}'"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_of_several_models_one_is_taken_and_the_others_are_told(held, taken, oth
     torch.save(held(state, theirs(seed=2).state_dict()), path)
     trunk, note = loaded(path)
     assert_has(trunk, state)
-    assert note == f"model.weights={path}: taken from '{taken}' (it also has {other})"
+    assert note == f"model.weights={path}: {RECOGNISED}, taken from '{taken}' (it also has {other})"
 
 
 def test_a_training_scripts_arguments_are_no_hindrance(tmp_path):
@@ -147,12 +148,13 @@ def test_other_floating_points_become_fp32(dtype, tmp_path):
         ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
         ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64, not of floating"),
         ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
-        ("class_token", None, "does not fit vit_tiny: it lacks a class_token (no Vision"),
+        ("class_token", None, "does not fit vit_tiny: it lacks class_token (the file is torchvision's vit, 2"),
         ("encoder.ln.bias", None, "does not fit vit_tiny: it lacks encoder.ln.bias"),
         ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
         ("encoder.pos_embedding", torch.zeros(1, 13, 32), "[1, 13, 32] is not for a square grid of patches"),
         ("encoder.pos_embedding", torch.zeros(1, 1, 32), "[1, 1, 32] is not for a square grid"),
-        ("encoder.pos_embedding", torch.zeros(17, 32), "[17, 32] is not for a square grid"),
+        ("encoder.pos_embedding", torch.zeros(1, 2, 17, 32), "[1, 2, 17, 32] is not for a square grid"),
+        ("conv_proj.weight", None, "holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"),
         ("encoder.pos_embedding", torch.zeros(1, 17, 16), "encoder.pos_embedding is [1, 17, 16], expected [1, 17, 32]"),
     ],
 )
@@ -186,9 +188,10 @@ FILES = {
     "a number in it": (lambda: torch_bytes({"best": np.float64(1)}), "holds Python objects (numpy"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut early": (lambda: save(theirs().state_dict())[:30], "is damaged or cut off"),
-    "list": (lambda: torch_bytes([torch.ones(2)]), "lacks a class_token"),
-    "tensor": (lambda: torch_bytes(torch.ones(2)), "lacks a class_token"),
-    "nothing": (lambda: torch_bytes({}), "lacks a class_token"),
+    "list": (lambda: torch_bytes([torch.ones(2)]), "holds no Vision Transformer"),
+    "tensor": (lambda: torch_bytes(torch.ones(2)), "holds no Vision Transformer"),
+    "nothing": (lambda: torch_bytes({}), "(but nothing)"),
+    "resnet": (lambda: torch_bytes({"conv1.weight": torch.ones(2), "bn1.bias": torch.ones(2)}), "conv1.weight, bn1"),
 }
 
 
@@ -208,7 +211,7 @@ def test_what_the_first_bytes_tell_is_told_before_anything_is_loaded(kind, tmp_p
 
 
 def test_a_folder_or_nothing_there(tmp_path):
-    assert "is not a file: check the path" in refusal(tmp_path)
+    assert "the folder has none of model.safetensors, model.safetensors.index.json, py" in refusal(tmp_path)
     assert "is not a file: check the path" in refusal(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"model\.weights=GLYPHS is unknown for vit_tiny: one of GLYPHS_V1, a path"):
         check_weights("vit_tiny", "GLYPHS")

@@ -1,0 +1,196 @@
+"""A Vision Transformer's weights under others' names, brought to those of the model that is to be filled.
+
+Torchvision, timm, HF transformers and the original DINO, DINOv2 and MAE name and arrange the same tensors differently.
+Both sides are brought to timm's names here, and the model's own follow from what each of its names became.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HF_PREFIX = r"(?:vit|deit|dinov2|dinov2_with_registers|vision_model)\."
+PATCHES = re.compile(
+    rf"(?<![^.])(?:conv_proj|patch_embed\.proj|(?:{_HF_PREFIX})?embeddings\.patch_embeddings?(?:\.projection)?)\.weight$"
+)
+"""The projection of the patches tells where in a file, and behind which prefix, a Vision Transformer's tensors are."""
+_TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
+    ("^" + _HF_PREFIX[:-2], ""),
+    (r"conv_proj|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding", "patch_embed.proj"),
+    (r"class_token|embeddings\.class_embedding|embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.distillation_token", "dist_token"),
+    (r"(?:embeddings\.)?register_tokens", "reg_token"),
+    (r"embeddings\.mask_token", "mask_token"),
+    (r"encoder\.pos_embedding|embeddings\.position_embeddings|embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"encoder\.layers\.encoder_layer_(\d+)|blocks\.\d+\.(\d+)", r"blocks.\1\2"),  # DINOv2 trains in chunks of blocks
+    (r"encoder\.layers?|layers", "blocks"),
+    (r"head\.attention\.in_proj_(weight|bias)", r"attn_pool.qkv.\1"),
+    (r"head\.attention\.out_proj", "attn_pool.proj"),
+    (r"head\.layernorm", "attn_pool.norm"),
+    (r"head\.probe", "attn_pool.latent"),
+    (r"head\.mlp\.fc([12])", r"attn_pool.mlp.fc\1"),
+    (r"self_attention\.in_proj_(weight|bias)", r"attn.qkv.\1"),
+    (r"(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)", r"attn.\1"),
+    (r"(?:self_attention|self_attn)\.out_proj|attention\.(?:output\.dense|o_proj)", "attn.proj"),
+    (r"mlp\.(?:0|linear_1|weights_in|w12)|intermediate\.dense", "mlp.fc1"),
+    (r"mlp\.(?:3|linear_2|weights_out|w3)|output\.dense", "mlp.fc2"),
+    (r"(?:ln_|layer_norm)([12])", r"norm\1"),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    (r"(?:layer_scale|gamma_)([12])(?:\.lambda1)?", r"ls\1.gamma"),
+    ("pre_layrnorm", "norm_pre"),
+    (r"encoder\.ln|layernorm|post_layernorm", "norm"),
+)
+_KINDS = (  # parts of names that tell what a file is, the first that has them all
+    (("encoder_layer_",), "torchvision's vit"),
+    (("embeddings.", "register_tokens"), "HF's Dinov2WithRegisters"),
+    (("embeddings.", "layer_scale1."), "HF's Dinov2"),
+    (("embeddings.", "distillation_token"), "HF's DeiT"),
+    (("embeddings.", "decoder_embed"), "HF's ViTMAE"),
+    (("embeddings.", "head.probe"), "HF's Siglip"),
+    (("embeddings.", "class_embedding"), "HF's CLIP"),
+    (("embeddings.",), "HF's ViT"),
+    (("decoder_embed",), "the original MAE"),
+    (("register_tokens",), "the original DINOv2 with registers"),
+    (("mask_token",), "the original DINOv2"),
+    ((), "timm's (or the original DINO's)"),
+)
+_LEFT_OUT = re.compile(
+    r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
+    r"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.relative_position_index$"
+)
+"""What has no part in features: heads of other tasks, tokens of the pretraining, another modality."""
+_SIZES = {
+    (192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1152, 27): "so400m",
+    (1280, 32): "huge", (1536, 40): "giant",
+}  # fmt: skip
+_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+
+def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Weights under the names, and in the arrangement, of the model to be filled; fp32.
+
+    Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
+    library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
+
+    Args:
+        state: tensors as a file has them, without a wrapper's prefix (see :data:`PATCHES`).
+        own: state dict of the model, without head.
+
+    Returns:
+        The tensors, of which some may be missing, unexpected or of another shape; and what was recognised, in one
+        line, with what was left out.
+
+    Raises:
+        ValueError: a tensor is not of floating point or not finite, or positions are not for a square grid.
+    """
+    names = {_timm_name(name): name for name in own}
+    theirs = {_timm_name(name): name for name in state}
+    left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
+    found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
+    line = describe(state)
+    if left_out:
+        line += ", left out: " + ", ".join(sorted({name.split(".")[0] for name in left_out}))
+    _stack(found, names)
+    if "pos_embed" in found and found.keys() == names.keys():
+        wanted = {name: own[there] for name, there in names.items() if name in (*_TOKENS, "pos_embed")}
+        sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
+        # each library's own way, which its users' numbers come from
+        mode = {"align_corners": True} if "class_token" in own else {"antialias": True}
+        _resample(found, wanted, *sides, mode)
+        if sides[0] != sides[1]:
+            line += ", positions {0}x{0} resampled to {1}x{1}".format(*sides)
+    return {names.get(name, theirs.get(name, name)): t for name, t in found.items()}, line
+
+
+def describe(state: dict[str, Tensor]) -> str:
+    """What a state dict is, in a few words, and which of timm's models has its sizes."""
+    every = "\n".join(state)
+    kind = next(kind for parts, kind in _KINDS if all(part in every for part in parts))
+    found = {_timm_name(name): t for name, t in state.items()}
+    depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
+    line = f"{kind}, {depth} blocks of width {width}, patch {patch}"
+    name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
+    if "reg_token" in found:
+        line += f", {found['reg_token'].shape[1]} registers"
+        name += f"_reg{found['reg_token'].shape[1]}"
+    if "blocks.0.ls1.gamma" in found:
+        line += ", layer scale"
+        name = f"{name}_dinov2" if patch == 14 else name.replace("vit", "deit3") + "_224"
+    elif "dist_token" in found:
+        name = name.replace("vit", "deit").replace("patch", "distilled_patch") + "_224"
+    else:
+        name += "_clip_224" if "norm_pre.weight" in found else "_224" if "cls_token" in found else "_siglip_224"
+    return line + (f", as model=timm model.name={name}" if (width, depth) in _SIZES else "")
+
+
+def _timm_name(name: str) -> str:
+    """A tensor's name in timm's VisionTransformer; what is unknown stays as it is."""
+    for theirs, timms in _TO_TIMM:
+        name = re.sub(rf"(?<![^.])(?:{theirs})(?![^.])", timms, name).lstrip(".")
+    return name
+
+
+def _checked(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is of {tensor.dtype}, not of floating point")
+    tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    is_token = _timm_name(name) in (*_TOKENS, "pos_embed") and tensor.ndim in (1, 2)  # CLIP has them without batch
+    return tensor.reshape(1, -1, tensor.shape[-1]) if is_token else tensor
+
+
+def _stack(found: dict[str, Tensor], names: dict[str, str]) -> None:
+    """Take query, key and value apart, or put them together, in place, as the model with ``names`` has them."""
+    for name, whole, parts in _stacked(found):
+        if name not in names and any(part in names for part in parts):
+            found |= dict(zip(parts, found.pop(name).chunk(len(whole)), strict=False))
+    for name, _, parts in _stacked(names):
+        if name not in found and all(part in found for part in parts):
+            found[name] = torch.cat([found.pop(part) for part in parts])
+
+
+def _stacked(names: Iterable[str]) -> list[tuple[str, str, list[str]]]:
+    """Of names of stacked projections: the name, which they are, and the names that they have alone."""
+    matches = [re.fullmatch(r"(.*\.)(qkv|kv)(\.\w+)", name) for name in names]
+    return [(m[0], m[2], [f"{m[1]}{part}{m[3]}" for part in m[2]]) for m in matches if m]
+
+
+def _grid(name: str, tensors: dict[str, Tensor]) -> int:
+    """Side of the square grid of the positions, which may begin with those of the class or of all tokens."""
+    shape = tensors["pos_embed"].shape
+    tokens = sum(tensors[name].shape[1] for name in _TOKENS if name in tensors)
+    for extra in (0, min(tokens, 1), tokens) if len(shape) == 3 and shape[0] == 1 else ():
+        side = math.isqrt(max(shape[1] - extra, 0))
+        if side > (extra < tokens) and side**2 == shape[1] - extra:
+            return side
+    raise ValueError(f"{name} {list(shape)} is not for a square grid of patches")
+
+
+def _resample(
+    found: dict[str, Tensor], own: dict[str, Tensor], side: int, own_side: int, mode: dict[str, bool]
+) -> None:
+    """Bring positions to the model's grid and tokens, in place."""
+    positions = found["pos_embed"]
+    ahead, grid = positions[:, : -(side**2)], positions[:, -(side**2) :]
+    if side != own_side:
+        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(own_side, own_side), mode="bicubic", **mode)
+        grid = grid.flatten(2).transpose(1, 2)
+    wanted = own["pos_embed"].shape[1] - own_side**2
+    if ahead.shape[1] != wanted:  # what counts is the sum of a token and its position
+        for name in _TOKENS:
+            if name in found:
+                token = found[name].clone()
+                n = min(token.shape[1], ahead.shape[1])
+                token[:, :n] += ahead[:, :n]
+                found[name], ahead = token, ahead[:, n:]
+        ahead = grid.new_zeros(1, wanted, grid.shape[2])
+    found["pos_embed"] = torch.cat([ahead, grid], 1)

@@ -1,0 +1,392 @@
+"""Weights under others' names: their own models, saved as they save them, give the same features in ours."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer as TorchvisionViT
+
+from lora_vit.config import ConfigError
+from lora_vit.models.names import describe, translate
+from lora_vit.models.vit import build_trunk
+from lora_vit.models.weights import check_weights, load_trunk_weights
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+timm_layers = pytest.importorskip("timm.layers")
+
+SIZES: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTH, MLP = 32, 64
+NORM_EPS = 1e-6
+GATED_MLP = 88  # two thirds of 128, rounded up to a multiple of 8, as HF does
+
+
+def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Every parameter drawn anew, so that none stays at a one or zero that would hide its loss."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=generator)
+    return model.eval()
+
+
+def hf(kind: str, **changes: Any) -> nn.Module:
+    name, model = {
+        "ViT": ("ViT", "ViTForImageClassification"),
+        "ViT masked": ("ViT", "ViTForMaskedImageModeling"),
+        "DeiT": ("DeiT", "DeiTForImageClassificationWithTeacher"),
+        "Dinov2": ("Dinov2", "Dinov2ForImageClassification"),
+        "Dinov2 gated": ("Dinov2", "Dinov2Model"),
+        "Dinov2 with registers": ("Dinov2WithRegisters", "Dinov2WithRegistersModel"),
+        "ViTMAE": ("ViTMAE", "ViTMAEForPreTraining"),
+        "CLIP": ("CLIPVision", "CLIPVisionModel"),
+        "Siglip": ("SiglipVision", "SiglipVisionModel"),
+    }[kind]
+    sizes = {**SIZES, "hidden_size": WIDTH, "intermediate_size": MLP, "layer_norm_eps": NORM_EPS, **changes}
+    if "inov2" in name:
+        sizes |= {"mlp_ratio": 4 if kind == "Dinov2 gated" else 2, "use_swiglu_ffn": kind == "Dinov2 gated"}
+    if name == "ViT" and "masked" in kind:
+        sizes |= {"encoder_stride": 8}
+    if name == "ViTMAE":
+        sizes |= {"mask_ratio": 0.0, "decoder_hidden_size": 16, "decoder_num_attention_heads": 2}
+        sizes |= {"decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}
+    if name in ("CLIPVision", "SiglipVision"):
+        sizes |= {"hidden_act": "gelu"}
+    return randomised(getattr(transformers, model)(getattr(transformers, f"{name}Config")(**sizes)))
+
+
+def timm_vit(**changes: Any) -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    return randomised(timm.models.VisionTransformer(**{**sizes, "num_classes": 0, **changes}), seed=2)
+
+
+def timm_for(kind: str, **changes: Any) -> nn.Module:
+    """What timm builds for such weights."""
+    special: dict[str, Any] = {
+        "DeiT": {"reg_tokens": 1},
+        "Dinov2": {"init_values": 1e-5},
+        "Dinov2 gated": {"init_values": 1e-5, "mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU}
+        | {"mlp_ratio": 2 * GATED_MLP / WIDTH},
+        "Dinov2 with registers": {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True},
+        "CLIP": {"pre_norm": True},
+        "Siglip": {"class_token": False, "global_pool": "map"},
+    }.get(kind, {})
+    if kind == "DeiT":
+        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+        return randomised(timm.models.deit.VisionTransformerDistilled(**{**sizes, "num_classes": 0, **changes}), seed=2)
+    return timm_vit(**{**special, **changes})
+
+
+def images(size: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def hf_features(model: nn.Module, x: Tensor, kind: str) -> Tensor:
+    """Normed tokens; of CLIP, whose last norm is for the class token alone, that; of Siglip what is pooled."""
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    with torch.no_grad():
+        if kind == "ViTMAE":  # which shuffles the patches
+            noise = torch.arange(16.0).expand(len(x), -1)
+            return inner(x, noise=noise).last_hidden_state
+        out = inner(x)
+    return out.pooler_output if kind in ("CLIP", "Siglip") else out.last_hidden_state
+
+
+def timm_features(model: Any, x: Tensor, kind: str) -> Tensor:
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        if kind == "Siglip":
+            return model.pool(tokens)
+    return tokens[:, 0] if kind == "CLIP" else tokens
+
+
+SEEN = "2 blocks of width 32, patch 8"
+KINDS = {
+    "ViT": f"HF's ViT, {SEEN}, left out: classifier",
+    "ViT masked": f"HF's ViT, {SEEN}, left out: decoder, mask_token",
+    "DeiT": f"HF's DeiT, {SEEN}, left out: cls_classifier, distillation_classifier",
+    "Dinov2": f"HF's Dinov2, {SEEN}, layer scale, left out: classifier, mask_token",
+    "Dinov2 gated": f"HF's Dinov2, {SEEN}, layer scale, left out: mask_token",
+    "Dinov2 with registers": f"HF's Dinov2WithRegisters, {SEEN}, 4 registers, layer scale, left out: mask_token",
+    "ViTMAE": f"HF's ViTMAE, {SEEN}, left out: decoder",
+    "CLIP": f"HF's CLIP, {SEEN}",
+    "Siglip": f"HF's Siglip, {SEEN}",
+}
+
+
+def assert_same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """Up to a share of the largest feature; which is not zero."""
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_hf_models_give_the_same_features_in_timm(kind, dtype, tmp_path):
+    theirs, ours = hf(kind), timm_for(kind)
+    theirs.save_pretrained(tmp_path)
+    note = load_trunk_weights(ours, "it", str(tmp_path))
+    assert note == f"model.weights={tmp_path}: {KINDS[kind]}"
+    x = images(dtype=dtype)
+    # both round each of some twenty products, in another order; with registers the class token's position is added
+    # to the token in fp32, which rounds it
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-7 if kind == "Dinov2 with registers" else 1e-12
+    assert_same(timm_features(ours.to(dtype), x, kind), hf_features(theirs.to(dtype), x, kind), tolerance)
+
+
+SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": WIDTH, "mlp_dim": MLP}
+
+
+def torchvision_features(model: TorchvisionViT, x: Tensor) -> Tensor:
+    """Normed tokens."""
+    with torch.no_grad():
+        tokens = model._process_input(x)
+        return model.encoder(torch.cat([model.class_token.expand(len(x), -1, -1), tokens], 1))
+
+
+def torchvision_trunk(state: dict[str, Tensor]) -> TorchvisionViT:
+    """torchvision's own model, with the weights of a trunk."""
+    model = TorchvisionViT(**SHAPE).eval()
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ViT masked", "ViTMAE"])
+def test_hf_models_give_the_same_features_in_torchvision(kind, tmp_path):
+    theirs, trunk = hf(kind), build_trunk(*SHAPE.values())
+    theirs.save_pretrained(tmp_path)
+    assert load_trunk_weights(trunk, "vit_tiny", str(tmp_path)) == f"model.weights={tmp_path}: {KINDS[kind]}"
+    ours = torchvision_trunk(trunk.state_dict())
+    assert_same(torchvision_features(ours, images()), hf_features(theirs, images(), kind), 1e-5)
+
+
+def test_torchvision_and_timm_both_ways(tmp_path):
+    timms = timm_vit(num_classes=7)
+    torch.save({"model": timms.state_dict()}, tmp_path / "timm.pth")
+    trunk = build_trunk(*SHAPE.values())
+    note = load_trunk_weights(trunk, "vit_tiny", str(tmp_path / "timm.pth"))
+    assert note.endswith(f"/timm.pth: timm's (or the original DINO's), {SEEN}, left out: head, taken from 'model'")
+    ours = torchvision_trunk(trunk.state_dict())
+    assert_same(torchvision_features(ours, images()), timm_features(timms, images(), ""), 1e-5)
+    torch.save(ours.state_dict(), tmp_path / "back.pth")
+    back = timm_vit()
+    load_trunk_weights(back, "it", str(tmp_path / "back.pth"))
+    assert all(torch.equal(t, timms.state_dict()[name]) for name, t in back.state_dict().items())
+
+
+def test_names_in_memory_are_recognised_as_well(tmp_path):
+    """transformers 5 has other names in memory than in the files that it writes."""
+    theirs, ours = hf("ViT"), timm_vit()
+    assert "vit.layers.0.attention.q_proj.weight" in theirs.state_dict()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+    assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_folders_with_an_index(as_bin, tmp_path):
+    theirs, ours = hf("ViT"), timm_vit()
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(parts) > 1
+    if as_bin:
+        for part in parts:
+            torch.save(load_file(tmp_path / part), tmp_path / part.replace("safetensors", "bin"))
+            (tmp_path / part).unlink()
+        text = index.read_text().replace(".safetensors", ".bin")
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(text)
+    load_trunk_weights(ours, "it", str(tmp_path))
+    assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
+    missing = tmp_path / (parts[-1].replace("safetensors", "bin") if as_bin else parts[-1])
+    missing.unlink()
+    with pytest.raises(ConfigError, match=f"^model.weights={missing} is not a file: check the path$"):
+        check_weights("it", str(tmp_path))
+    index.write_text("{")
+    with pytest.raises(ConfigError, match=f"^model.weights={index} is damaged: get it again$"):
+        check_weights("it", str(tmp_path))
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "here").mkdir()
+    torch.save(timm_vit().state_dict(), tmp_path / "w.bin")
+    (tmp_path / "here" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../w.bin"}}))
+    with pytest.raises(ConfigError, match=r"here/w\.bin is not a file"):
+        check_weights("it", str(tmp_path / "here"))
+
+
+class TestOriginalFiles:
+    """Made from timm's model, whose names their authors took over, as their scripts write them."""
+
+    def test_dino(self, tmp_path):
+        timms, ours = timm_vit(), timm_vit()
+        head = {"head.mlp.0.weight": torch.ones(2), "head.last_layer.weight_g": torch.ones(2)}
+        teacher = {f"backbone.{name}": t for name, t in timms.state_dict().items()} | head
+        student = {f"module.{name}": t + 1 for name, t in teacher.items()}
+        torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "w.pth")
+        note = load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+        assert note.endswith(
+            f"timm's (or the original DINO's), {SEEN}, taken from 'teacher.backbone' (it also has "
+            "student.module.backbone)"
+        )
+        assert all(torch.equal(t, timms.state_dict()[name]) for name, t in ours.state_dict().items())
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    @pytest.mark.parametrize("registers", [0, 4])
+    def test_dinov2(self, registers, chunked, tmp_path):
+        """DINOv2 keeps a position for the class token also with registers, which timm adds to the token."""
+        plain = timm_vit(init_values=1.0, reg_tokens=registers)  # which has positions for the registers as well
+        state = dict(plain.state_dict())
+        if registers:
+            state["register_tokens"] = state.pop("reg_token") + state["pos_embed"][:, 1:5]
+            state["pos_embed"] = state["pos_embed"][:, [0, *range(5, 21)]]
+        if chunked:
+            state = {name.replace("blocks.1.", "blocks.1.1.").replace("blocks.0.", "blocks.0.0."): t
+                     for name, t in state.items()}  # fmt: skip
+        torch.save(state | {"mask_token": torch.zeros(1, WIDTH)}, tmp_path / "w.pth")
+        ours = timm_vit(init_values=1.0, reg_tokens=registers, no_embed_class=bool(registers))
+        note = load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+        kind = f"DINOv2 with registers, {SEEN}, 4 registers" if registers else f"DINOv2, {SEEN}"
+        assert note.endswith(f"the original {kind}, layer scale, left out: mask_token")
+        assert_same(timm_features(ours, images(), ""), timm_features(plain, images(), ""), 1e-5)
+
+    def test_dinov2_with_a_gated_mlp(self, tmp_path):
+        changes = {"init_values": 1.0, "mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU}
+        timms, ours = timm_vit(**changes), timm_vit(**changes)
+        state = {n.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): t for n, t in timms.state_dict().items()}
+        torch.save(state | {"mask_token": torch.zeros(1, WIDTH)}, tmp_path / "w.pth")
+        load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+        assert all(torch.equal(t, timms.state_dict()[name]) for name, t in ours.state_dict().items())
+
+    def test_mae(self, tmp_path):
+        timms, ours = timm_vit(), timm_vit()
+        decoder = {f"decoder_blocks.0.{name}": torch.ones(2) for name in ("norm1.weight", "attn.qkv.weight")}
+        decoder |= {"decoder_pos_embed": torch.ones(1, 17, 16), "decoder_embed.weight": torch.ones(2)}
+        torch.save({"model": timms.state_dict() | decoder | {"mask_token": torch.ones(1, 1, 16)}}, tmp_path / "w.pth")
+        note = load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+        left_out = "decoder_blocks, decoder_embed, decoder_pos_embed, mask_token"
+        assert note.endswith(f"the original MAE, {SEEN}, left out: {left_out}, taken from 'model'")
+        assert all(torch.equal(t, timms.state_dict()[name]) for name, t in ours.state_dict().items())
+
+    def test_deit3(self):
+        timms = timm_vit(init_values=1.0, no_embed_class=True)
+        state = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t
+                 for name, t in timms.state_dict().items()}  # fmt: skip
+        translated, _ = translate(state, timm_vit(init_values=1.0, no_embed_class=True).state_dict())
+        assert translated.keys() == timms.state_dict().keys()
+        assert all(torch.equal(t, timms.state_dict()[name]) for name, t in translated.items())
+
+
+@pytest.mark.parametrize("family", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_timms_other_families_keep_their_names(family):
+    model = timm.create_model(family, depth=1, embed_dim=48, num_heads=3, img_size=64, num_classes=0)
+    state = randomised(model).state_dict()
+    translated, _ = translate(dict(state), state)
+    assert translated.keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in translated.items())
+
+
+class TestPositions:
+    """Of another grid: as the library of the model that is filled resamples them."""
+
+    @pytest.mark.parametrize("size", [24, 48])
+    @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2 with registers", "Siglip"])
+    def test_as_timm_does(self, kind, size):
+        theirs, ours = hf(kind), timm_for(kind, img_size=size)
+        state = theirs.state_dict()
+        translated, note = translate(state, ours.state_dict())
+        assert note.endswith(f", positions 4x4 resampled to {size // 8}x{size // 8}")
+        name = next(name for name in state if "position_embedding" in name)
+        positions = state[name].reshape(1, -1, WIDTH)
+        ahead = positions.shape[1] - 16
+        expected = timm_layers.resample_abs_pos_embed(positions, [size // 8] * 2, num_prefix_tokens=ahead)
+        if kind == "Dinov2 with registers":
+            torch.testing.assert_close(
+                translated["cls_token"], state[name.replace("position_embeddings", "cls_token")] + expected[:, :1]
+            )
+            expected = expected[:, 1:]
+        assert torch.equal(translated["pos_embed"], expected)
+
+    def test_as_torchvision_does(self):
+        theirs = hf("ViT")
+        own = build_trunk(48, 8, 2, 4, WIDTH, MLP).state_dict()
+        translated, _ = translate(theirs.state_dict(), own)
+        positions = theirs.state_dict()["vit.embeddings.position_embeddings"]
+        grid = positions[:, 1:].permute(0, 2, 1).reshape(1, WIDTH, 4, 4)
+        grid = nn.functional.interpolate(grid, size=6, mode="bicubic", align_corners=True)
+        expected = torch.cat([positions[:, :1], grid.reshape(1, WIDTH, 36).permute(0, 2, 1)], 1)
+        assert torch.equal(translated["encoder.pos_embedding"], expected)
+
+    def test_rows_and_columns_stay_apart(self):
+        """Positions that depend on the column alone still do after resampling."""
+        state = dict(timm_vit().state_dict())
+        columns = torch.linspace(-1, 1, 4).repeat(4)[None, :, None].expand(1, 16, WIDTH)
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, WIDTH), columns], 1)
+        translated, _ = translate(state, timm_vit(img_size=64).state_dict())
+        grid = translated["pos_embed"][0, 1:, 0].view(8, 8)
+        torch.testing.assert_close(grid, grid[:1].expand(8, 8))
+        assert float(grid[0].diff().min()) > 0.05
+
+    def test_a_model_with_positions_for_tokens_takes_weights_without(self):
+        """timm's with no_embed_class into one that has positions for its class token: zeros there."""
+        theirs, ours = timm_vit(no_embed_class=True), timm_vit()
+        translated, _ = translate(theirs.state_dict(), ours.state_dict())
+        ours.load_state_dict(translated)
+        assert_same(timm_features(ours, images(), ""), timm_features(theirs, images(), ""), 1e-6)
+
+
+UNFIT = {
+    "registers": (
+        lambda: hf("Dinov2 with registers"),
+        lambda: timm_for("Dinov2"),
+        "it has the unknown embeddings.register_tokens (the file is HF's Dinov2WithReg",
+    ),
+    "no registers": (
+        lambda: hf("Dinov2"),
+        lambda: timm_for("Dinov2 with registers"),
+        "it lacks reg_token (the file is HF's Dinov2, 2",
+    ),
+    "layer scale": (
+        lambda: hf("Dinov2"),
+        lambda: build_trunk(*SHAPE.values()),
+        "it has the unknown dinov2.encoder.layer.0.layer_scale1.lambda1 (the file is HF's Dinov2,",
+    ),
+    "more blocks": (lambda: hf("ViT", num_hidden_layers=3), timm_vit, "it has the unknown vit.encoder.layer.2.att"),
+    "fewer blocks": (lambda: hf("ViT", num_hidden_layers=1), timm_vit, "it lacks blocks.1.attn.proj.bias (the file"),
+    "wider": (lambda: hf("ViT", hidden_size=64), timm_vit, "cls_token is [1, 1, 64], expected [1, 1, 32] (the file is"),
+    "patches": (lambda: hf("ViT", patch_size=4), timm_vit, "patch_embed.proj.weight is [32, 3, 4, 4], expected [32, 3"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_what_cannot_be_mapped_says_what_the_file_is(what, tmp_path):
+    theirs, ours, message = UNFIT[what]
+    theirs().save_pretrained(tmp_path)
+    trunk = ours()
+    before = {name: t.clone() for name, t in trunk.state_dict().items()}
+    with pytest.raises(ConfigError) as error:
+        load_trunk_weights(trunk, "it", str(tmp_path))
+    assert str(error.value).startswith(f"model.weights={tmp_path} does not fit it: {message}")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in trunk.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224", "vit_base_patch32_224", "vit_large_patch16_224", "vit_huge_patch14_224",
+        "deit_small_distilled_patch16_224", "deit3_base_patch16_224", "vit_small_patch14_dinov2",
+        "vit_large_patch14_reg4_dinov2", "vit_giant_patch14_dinov2", "vit_base_patch16_clip_224",
+        "vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_224",
+    ],
+)  # fmt: skip
+def test_the_model_that_is_named_is_one_that_fits(name):
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    assert describe(state).endswith(f", as model=timm model.name={name}")
