@@ -158,8 +158,9 @@ def timm_model(trial: Trial, state: dict[str, Tensor], out: Path) -> None:
     model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
     size, names = about["image_size"], about["class_names"]
     shown = {"mean": about["mean"], "std": about["std"], "interpolation": "bilinear", "input_size": (3, size, size)}
-    shown |= {"crop_pct": 1.0, "crop_mode": "center" if about["crop"] else "squash", "label_names": names}
-    timm.models.save_for_hf(model, str(out), {"pretrained_cfg": shown}, sizes, safe_serialization=True)
+    shown |= {"crop_pct": 1.0, "crop_mode": "center" if about["crop"] else "squash"}
+    described = {"pretrained_cfg": shown, "label_names": names}
+    timm.models.save_for_hf(model, str(out), described, sizes, safe_serialization=True)
 
 
 def write_timm(trial: Trial, out: Path) -> str:
