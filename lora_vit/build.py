@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torchvision.models import VisionTransformer
+from torch import nn
 
 from lora_vit import randomness
 from lora_vit.config import ConfigError, TrialConfig, file_sha256, is_weights_file
@@ -23,11 +24,12 @@ from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.lora.adapter import base_of
+from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import adapted_bias_names, inject_adapters, remove_adapters
+from lora_vit.lora.inject import adapted_bias_names, chosen_places, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
-from lora_vit.models.vit import PackedViT, build_trunk
-from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
+from lora_vit.models.pretrained import fetch_weights, load_weights
+from lora_vit.models.vit import PackedViT, cast, inputs_of, shape_of, trunk_of, width_of
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -95,29 +97,33 @@ class ModelFactory:
     """Builds the packed model of any trials that share model, data and adapter places.
 
     The frozen trunk is loaded once and shared; trials that train trunk parameters get a copy.
+
+    Raises ConfigError where model, weights and adapter places do not fit together.
     """
 
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
         m = config.model
         self.classes, self.device, self.dtype = classes, device, dtype
         self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
-        self.original = build_trunk(m.image_size, m.patch_size, m.num_layers, m.num_heads, m.hidden_dim, m.mlp_dim)
+        self.original = trunk_of(m)
+        check_places(self.original, config)
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
-        self.note = "" if m.weights is None else load_trunk_weights(self.original, m.name, m.weights)
-        self.base = {"model": m.name, "weights": m.weights, **base_of(self.original)}
+        self.inputs = inputs_of(m, self.original)
+        self.note = load_weights(self.original, m)
+        self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property
-    def frozen_trunk(self) -> VisionTransformer:
+    def frozen_trunk(self) -> Any:
         """The shared trunk on the device, cast once to the compute precision."""
-        return copy.deepcopy(self.original).to(self.device, self.dtype)
+        return cast(copy.deepcopy(self.original).to(self.device), self.dtype)
 
     def __call__(self, configs: list[TrialConfig]) -> PackedViT:
         """The model of a pack, freshly initialised from the trials' seeds."""
         lora = configs[0].lora
         trains_trunk = lora.method == "full" or (lora.bias or "none") != "none"
         if trains_trunk:
-            trunk = copy.deepcopy(self.original).to(self.device, self.parameter_dtype)
+            trunk = cast(copy.deepcopy(self.original).to(self.device), self.parameter_dtype)
         else:
             trunk = self.frozen_trunk
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
@@ -131,15 +137,41 @@ class ModelFactory:
         head = PackedHead(
             [c.seed for c in configs],
             [c.model.head_dropout for c in configs],
-            trunk.hidden_dim,
+            width_of(trunk),
             self.classes,
             state,
+            head_name(trunk),
         ).to(self.device, self.parameter_dtype)
         _mark_trainable(trunk, lora.method, lora.bias or "none")
         for p in trunk.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(self.dtype)
-        return PackedViT(trunk, head, len(configs), _first_trained_block(trunk))
+        return PackedViT(trunk, head, len(configs))
+
+    def transform(self, augment: str) -> Transform:
+        """What makes the model's input of images."""
+        i = self.inputs
+        return Transform(
+            i["image_size"], augment, self.device, self.dtype, i["mean"], i["std"], i["interpolation"] == "bicubic"
+        )
+
+
+def check_places(trunk: nn.Module, config: TrialConfig) -> None:
+    """Raise ConfigError where the model has no such blocks, or layers too narrow for the rank."""
+    lora = config.lora
+    if lora.method != "lora":
+        return
+    assert lora.targets is not None
+    assert lora.rank is not None
+    try:
+        places = chosen_places(trunk, lora.targets, lora.blocks)
+    except ValueError as error:
+        raise ConfigError(f"lora.blocks={lora.blocks} for {config.model.name}: {error}") from None
+    for place in places:
+        if set(lora.targets) & set(place.names):
+            rows, columns = trunk.get_parameter(place.weight).shape
+            if lora.rank > (width := min(rows // len(place.names), columns)):
+                raise ConfigError(f"lora.rank={lora.rank} is impossible: {place.layer} is {width} wide")
 
 
 def _adapter_spec(config: TrialConfig) -> AdapterSpec:
@@ -150,7 +182,7 @@ def _adapter_spec(config: TrialConfig) -> AdapterSpec:
     return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, lora.init, config.seed)
 
 
-def _mark_trainable(trunk: VisionTransformer, method: str, bias: str) -> None:
+def _mark_trainable(trunk: nn.Module, method: str, bias: str) -> None:
     adapted = adapted_bias_names(trunk)
     for name, p in trunk.named_parameters():
         is_bias = name.endswith("bias")
@@ -159,18 +191,6 @@ def _mark_trainable(trunk: VisionTransformer, method: str, bias: str) -> None:
             or method == "full"
             or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
         )
-
-
-def _first_trained_block(trunk: VisionTransformer) -> int:
-    """Index of the first encoder block with a trained parameter, -1 for the stem, the count for none."""
-    blocks = list(trunk.encoder.layers)
-    stem = [trunk.conv_proj.bias, trunk.conv_proj.weight, trunk.class_token, trunk.encoder.pos_embedding]
-    if any(isinstance(p, torch.Tensor) and p.requires_grad for p in stem):
-        return -1
-    for i, block in enumerate(blocks):
-        if any(p.requires_grad for p in block.parameters()):
-            return i
-    return len(blocks)
 
 
 def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
@@ -183,8 +203,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     dtype = DTYPES[precision]
-    if config.model.weights is not None:
-        check_weights(config.model.name, config.model.weights)  # before data is fetched or decoded
+    fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = data or load_data(config.data, quiet=not process.is_main)
     factory = ModelFactory(config, len(data.class_names), device, dtype)
     if factory.note and process.is_main:
@@ -192,7 +211,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     return Setup(
         build_model=factory,
         samples=Samples(data, device),
-        transform=Transform(config.model.image_size, config.data.augment, device, dtype),
+        transform=factory.transform(config.data.augment),
         device=device,
         process=process,
         compile=config.trainer.compile,
@@ -209,14 +228,16 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
     """
     ready: list[object] = []
     for config in configs:
-        name, weights = config.model.name, config.model.weights
-        if weights is not None and (name, weights) not in ready:
-            ready.append((name, weights))
-            fetch = check_weights if is_weights_file(weights) else read_state_dict  # which downloads
-            fetch(name, weights)
+        if config.model not in ready:
+            ready.append(config.model)
+            fetch_weights(config.model, download=True)
+        if config.model.library == "timm" and (config.model, config.lora) not in ready:
+            ready.append((config.model, config.lora))
+            with torch.device("meta"):
+                check_places(trunk_of(config.model), config)
         if config.data not in ready:
             ready.append(config.data)
-            line = load_data(config.data).line(config.model.image_size)
+            line = load_data(config.data).line(shape_of(config.model).image_size)
             if line not in ready:
                 ready.append(line)
                 print(line)

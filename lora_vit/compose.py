@@ -179,7 +179,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     weights, digest = trial.model.weights, None
     if weights is not None and is_weights_file(weights):
         digest = file_sha256(Path(weights).expanduser())
-    elif weights is not None and trial.data.name not in IN_PACKAGES:
+    elif weights is not None and trial.model.library == "torchvision" and trial.data.name not in IN_PACKAGES:
         from lora_vit.models.weights import check_weights  # imports torch
 
         check_weights(trial.model.name, weights)  # before data is fetched for it

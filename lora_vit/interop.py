@@ -1,10 +1,11 @@
-"""A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and their logits from these.
+"""A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and its logits from these.
 
 Each format has a writer, which returns the lines that load its files, and a reader, which uses the other library alone.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,88 +14,138 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
+from lora_vit import randomness
 from lora_vit.build import ModelFactory
 from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from lora_vit.lora.adapter import SIZES, Adapter, bind, merged_state_dict, put_on, read_adapter
+from lora_vit.lora.adapter import Adapter, bind, merged_state_dict, put_on, read_adapter
+from lora_vit.lora.backbones import OF_HEADS, SIZES, TORCHVISION, last_layer, new_backbone
 from lora_vit.models.names import timm_name, translate
 
 OPSET = 20
 """Of ONNX: the first with GELU as one operator."""
+TOLERANCE = 1e-3
+"""Largest difference of a logit, in fp32, relative to the largest logit (or 1): both sides round each product."""
+CHECKED = 16
+"""Made images that are classified both ways before anything is written."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial on the CPU, in fp32.
+    """A trial in fp32.
 
     Attributes:
         adapter: what was trained.
-        base: the weights without it, under the backbone's names, without head.
+        base: sizes of the base, as the adapter's card has them.
+        plain: the backbone's own model with the base's weights and the trial's head.
+        merged: the same with the adapter in its weights.
         adapted: base and adapter apart, as it was trained.
-        merged: the backbone's own class, with the adapter in its weights.
-        about: class names, image size, mean, std, and ``crop``: whether images are cropped to a square.
+        about: class names, name of the model, and how images are prepared.
     """
 
     adapter: Adapter
-    base: dict[str, Tensor]
-    adapted: nn.Module
+    base: dict[str, Any]
+    plain: nn.Module
     merged: nn.Module
+    adapted: nn.Module
     about: dict[str, Any]
 
+    @property
+    def of_torchvision(self) -> bool:
+        """Whether the backbone is torchvision's; else it is timm's."""
+        return self.base["architecture"] == TORCHVISION
 
-def open_trial(folder: Path, config: TrialConfig) -> Trial:
+
+def open_trial(folder: Path, config: TrialConfig, device: torch.device) -> Trial:
     """Read a trial's adapter and bind it to its base. Raises AdapterError where they do not belong together."""
     adapter = read_adapter(folder)
     names = adapter.card["class_names"]
-    factory = ModelFactory(config, len(names), torch.device("cpu"), torch.float32)
+    factory = ModelFactory(config, len(names), device, torch.float32)
     bind(adapter, factory.base)
     if factory.note:
         print(factory.note)
-    base = {name: t.clone() for name, t in factory.original.state_dict().items()}
-    merged = VisionTransformer(**{key: factory.base[key] for key in SIZES}, num_classes=len(names))
-    merged.load_state_dict(merged_state_dict(base, adapter))
+    state = merged_state_dict(factory.original, adapter)
+    heads = {name: t for name, t in state.items() if name.startswith(OF_HEADS)}
+    merged, plain = (new_backbone(factory.base, len(names)) for _ in range(2))
+    merged.load_state_dict(state)
+    plain.load_state_dict({**factory.original.state_dict(), **heads})
     put_on(factory.original, adapter)
-    about = {"class_names": names, "image_size": factory.base["image_size"], "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    about["crop"] = adapter.card["decoded_size"] is not None
-    return Trial(adapter, base, factory.original.eval(), merged.eval(), about)
+    about = {"class_names": names, "model": config.model.name, **factory.inputs}
+    plain, merged, adapted = (model.to(device).eval() for model in (plain, merged, factory.original))
+    return Trial(adapter, factory.base, plain, merged, adapted, about)
 
 
-def hf_model(trial: Trial, state: dict[str, Tensor]) -> Any:
-    """HF's classifier with the weights of a state dict under the backbone's names, and the trial's head.
+def compare(trial: Trial, others: Callable[[Tensor], Tensor], folder: Path) -> None:
+    """Print how far another model's logits are from the trial's on made images. Raises ConfigError where too far."""
+    side, device = trial.about["image_size"], next(trial.adapted.parameters()).device
+    images = torch.rand(CHECKED, 3, side, side, generator=randomness.generator("merge")).to(device) * 4 - 2
+    with torch.no_grad():
+        ours, theirs = trial.adapted(images), others(images)
+    largest = float((ours - theirs).abs().max())
+    changed = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+    print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
+    if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
+        raise ConfigError(f"{folder}: what was made of it differs by {largest:.2e}; nothing written")
 
-    Raises:
-        ConfigError: HF has no class with such parts.
-    """
+
+def _save(trial: Trial, model: Any, out: Path) -> Any:
+    """Write a model of HF or timm as its library does, with class names and how images are prepared; returns it."""
+    about, side = trial.about, trial.about["image_size"]
+    cropped = trial.adapter.card["decoded_size"] is not None
+    if hasattr(model, "pretrained_cfg"):
+        from timm.models import save_for_hf
+
+        shown = {key: about[key] for key in ("mean", "std", "interpolation")}
+        shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
+        described = {"pretrained_cfg": shown, "label_names": about["class_names"]}
+        save_for_hf(model, str(out), described, safe_serialization=True)
+        return model
+    from transformers import ViTImageProcessor
+
+    square = {"height": side, "width": side}
+    crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    model.save_pretrained(out)
+    ViTImageProcessor(
+        **(crop if cropped else {"size": square}),
+        image_mean=about["mean"],
+        image_std=about["std"],
+        resample={"bilinear": 2, "bicubic": 3}[about["interpolation"]],
+        do_convert_rgb=True,
+    ).save_pretrained(out)
+    return model
+
+
+def _hf_model(trial: Trial, source: nn.Module) -> Any:
+    """HF's classifier with the weights of ``source``. Raises ConfigError where HF has no class with such parts."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    head, about = _head(trial), trial.about
-    state = {name: t for name, t in state.items() if timm_name(name).split(".")[0] not in ("head", "heads")}
+    state = {name: t for name, t in source.state_dict().items() if not name.startswith(OF_HEADS)}
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
-    width, _, patch, _ = found["patch_embed.proj.weight"].shape
+    width, _, _, patch = found["patch_embed.proj.weight"].shape
     mlp = found["blocks.0.mlp.fc1.weight"].shape[0]
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=width,
-        num_hidden_layers=len([name for name in found if name.endswith(".norm1.weight")]),
-        num_attention_heads=trial.adapter.card["base"]["num_heads"],
-        image_size=about["image_size"],
+        num_hidden_layers=sum(name.endswith(".norm1.weight") for name in found),
+        num_attention_heads=next(m.num_heads for m in source.modules() if hasattr(m, "num_heads")),
+        image_size=trial.about["image_size"],
         patch_size=patch,
-        layer_norm_eps=next(m.eps for m in trial.merged.modules() if isinstance(m, nn.LayerNorm)),
-        id2label=dict(enumerate(about["class_names"])),
-        label2id={name: i for i, name in enumerate(about["class_names"])},
+        qkv_bias="blocks.0.attn.qkv.bias" in found,
+        layer_norm_eps=next(m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)),
+        id2label=dict(enumerate(trial.about["class_names"])),
+        label2id={name: i for i, name in enumerate(trial.about["class_names"])},
         **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp / width}),
         **({"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}),
     )
     model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
     own = {n: t for n, t in model.state_dict().items() if not n.startswith("classifier.") and "mask_token" not in n}
     translated, _ = translate(state, own)
-    odd = sorted({*translated} ^ {*own})
-    if odd or getattr(trial.merged, "global_pool", "token") != "token":
-        what = f"parts as {odd[0]}" if odd else "such a pooling"
-        raise ConfigError(f"HF's {kind} has no {what}: give --format timm, onnx or torch_export")
+    odd = sorted(translated.keys() ^ own.keys())
+    if odd or getattr(source, "global_pool", "token") != "token":
+        what = f"{kind} with such a {odd[0]}" if odd else f"{kind} that pools so"
+        raise ConfigError(f"HF has no {what} as {trial.about['model']}: give --format timm, onnx or torch_export")
+    head: Any = last_layer(source)
     weight = head.weight
     if kind != "ViT":  # its classifier reads the mean of the patches as well
         weight = torch.cat([weight, torch.zeros_like(weight)], 1)
@@ -102,129 +153,119 @@ def hf_model(trial: Trial, state: dict[str, Tensor]) -> Any:
     return model
 
 
-def _head(trial: Trial) -> nn.Linear:
-    """The classifier's linear layer."""
-    return next(m for name, m in reversed(list(trial.merged.named_modules())) if isinstance(m, nn.Linear))
+def _timm_model(trial: Trial, source: nn.Module) -> Any:
+    """timm's model with the weights of ``source``: itself, or a ViT with torchvision's sizes."""
+    if not trial.of_torchvision:
+        return source
+    import timm
+
+    size, patch, depth, heads, width, mlp = (trial.base[key] for key in SIZES)
+    sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    classes = len(trial.about["class_names"])
+    model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=classes)
+    own = {name: t for name, t in model.state_dict().items() if not name.startswith(OF_HEADS)}
+    translated, _ = translate({n: t for n, t in source.state_dict().items() if not n.startswith(OF_HEADS)}, own)
+    head: Any = last_layer(source)
+    model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
+    return model.eval()
 
 
-def _save_hf(trial: Trial, state: dict[str, Tensor], out: Path) -> Any:
-    """HF's model of a state dict, saved together with its image processor."""
-    from transformers import ViTImageProcessor
+def _read_model(folder: Path) -> Any:
+    """HF's or timm's model from its folder."""
+    if "architectures" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        from transformers import AutoModelForImageClassification
 
-    model = hf_model(trial, state)
-    model.save_pretrained(out)
-    square = {"height": trial.about["image_size"], "width": trial.about["image_size"]}
-    cropped = {"size": {"shortest_edge": square["height"]}, "do_center_crop": True, "crop_size": square}
-    ViTImageProcessor(
-        **(cropped if trial.about["crop"] else {"size": square}),
-        image_mean=list(trial.about["mean"]),
-        image_std=list(trial.about["std"]),
-        resample=2,  # bilinear
-        do_convert_rgb=True,
-    ).save_pretrained(out)
-    return model
+        return AutoModelForImageClassification.from_pretrained(folder)
+    import timm
+
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def write_hf(trial: Trial, out: Path) -> str:
-    """A folder for ``AutoModelForImageClassification`` and ``AutoImageProcessor``."""
-    _save_hf(trial, trial.merged.state_dict(), out)
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _write_hf(trial: Trial, out: Path) -> str:
+    _save(trial, _hf_model(trial, trial.merged), out)
     return 'from transformers import pipeline\nclassify = pipeline("image-classification", "DIR")'
 
 
-def read_hf(out: Path, images: Tensor) -> Tensor:
-    """Logits of what :func:`write_hf` wrote."""
-    from transformers import AutoModelForImageClassification
-
-    return AutoModelForImageClassification.from_pretrained(out)(images).logits
-
-
-def timm_model(trial: Trial, state: dict[str, Tensor], out: Path) -> None:
-    """Write timm's folder, ``config.json`` and ``model.safetensors``, with weights under the backbone's names."""
-    import timm
-
-    about, base = trial.about, trial.adapter.card["base"]
-    sizes = {
-        "img_size": about["image_size"],
-        "patch_size": base["patch_size"],
-        "embed_dim": base["hidden_dim"],
-        "depth": base["num_layers"],
-        "num_heads": base["num_heads"],
-        "mlp_ratio": base["mlp_dim"] / base["hidden_dim"],
-    }
-    model = timm.create_model("vit_base_patch16_224", **sizes, num_classes=len(about["class_names"]))
-    own = {name: t for name, t in model.state_dict().items() if not name.startswith("head.")}
-    translated, _ = translate({n: t for n, t in state.items() if not n.startswith("heads.")}, own)
-    head = _head(trial)
-    model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
-    size, names = about["image_size"], about["class_names"]
-    shown = {"mean": about["mean"], "std": about["std"], "interpolation": "bilinear", "input_size": (3, size, size)}
-    shown |= {"crop_pct": 1.0, "crop_mode": "center" if about["crop"] else "squash"}
-    described = {"pretrained_cfg": shown, "label_names": names}
-    timm.models.save_for_hf(model, str(out), described, sizes, safe_serialization=True)
-
-
-def write_timm(trial: Trial, out: Path) -> str:
-    """A folder for ``timm.create_model``."""
-    timm_model(trial, trial.merged.state_dict(), out)
+def _write_timm(trial: Trial, out: Path) -> str:
+    _save(trial, _timm_model(trial, trial.merged), out)
     return 'import timm\nmodel = timm.create_model("local-dir:DIR", pretrained=True)'
 
 
-def read_timm(out: Path, images: Tensor) -> Tensor:
-    """Logits of what :func:`write_timm` wrote."""
-    import timm
-
-    return timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images)
-
-
-def write_peft(trial: Trial, out: Path) -> str:
-    """An adapter folder for PEFT, with the base that it belongs to beside it."""
+def _write_peft(trial: Trial, out: Path) -> str:
+    """The adapter, and under ``base/`` HF's model that it is for, or timm's where the backbone is timm's."""
     import peft
 
     lora = trial.adapter.card["lora"]
     if lora["method"] != "lora" or lora["bias"] != "none":
         what = f"lora={lora['method']}" if lora["method"] != "lora" else f"lora.bias={lora['bias']}"
-        raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format hf")
-    base = _save_hf(trial, trial.base, out / "base")
-    modules = {timm_name(name): name.removesuffix(".weight") for name in base.state_dict()}
-    tensors, scaling = trial.adapter.tensors, trial.adapter.scaling
-    state = {f"base_model.model.classifier.{name}": t for name, t in base.classifier.state_dict().items()}
-    targets = []
-    for name, weight, third in trial.adapter.places():
-        part = timm_name(weight) if third is None else timm_name(weight).replace("qkv", "qkv"[third])
-        targets.append(modules[part])
-        state |= {f"base_model.model.{modules[part]}.lora_{m}.weight": tensors[f"{name}.lora_{m}"] for m in "AB"}
+        raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format timm or hf")
+    base = (_hf_model if trial.of_torchvision else _timm_model)(trial, trial.plain)
+    _save(trial, base, out / "base")
+    state: dict[str, Tensor] = {}
+    rank, alphas = {}, {}
+    for layer, parts in _by_layer(trial, base).items():
+        rows = base.get_submodule(layer).weight.shape[0]
+        lora_B = torch.zeros(rows, len(parts) * lora["rank"])
+        for i, (_, start, B) in enumerate(parts):
+            lora_B[start : start + len(B), i * lora["rank"] : (i + 1) * lora["rank"]] = B
+        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.cat([A for A, _, _ in parts]), lora_B
+        rank[layer], alphas[layer] = lora_B.shape[1], trial.adapter.scaling * lora_B.shape[1]
+    heads = [name for name, m in base.named_children() if isinstance(m, nn.Linear)]
+    state |= {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
+    several = {layer for layer in rank if rank[layer] != lora["rank"]}
     config = peft.LoraConfig(
         r=lora["rank"],
-        lora_alpha=scaling * lora["rank"],
+        lora_alpha=trial.adapter.scaling * lora["rank"],
         lora_dropout=lora["dropout"],
-        target_modules=targets,
-        modules_to_save=["classifier"],
+        target_modules=list(rank),
+        rank_pattern={layer: rank[layer] for layer in several},
+        alpha_pattern={layer: alphas[layer] for layer in several},
+        modules_to_save=heads,
     )
-    model = peft.get_peft_model(base, config)
-    peft.set_peft_model_state_dict(model, state)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
     model.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForImageClassification\n"
-        'model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained("DIR/base"), "DIR")'
-    )
+    module, create = "transformers", 'AutoModelForImageClassification.from_pretrained("DIR/base")'
+    if not trial.of_torchvision:
+        module, create = "timm", 'create_model("local-dir:DIR/base", pretrained=True)'
+    imported = create.replace("(", ".").split(".")[0]
+    lines = f"from peft import PeftModel\nfrom {module} import {imported}"
+    return f'{lines}\nmodel = PeftModel.from_pretrained({create}, "DIR")'
 
 
-def read_peft(out: Path, images: Tensor) -> Tensor:
-    """Logits of what :func:`write_peft` wrote."""
+def _by_layer(trial: Trial, base: Any) -> dict[str, list[tuple[Tensor, int, Tensor]]]:
+    """By linear layer of the base: of each adapter in it lora_A, the first row of its output, and lora_B."""
+    modules = {timm_name(name): name.removesuffix(".weight") for name in base.state_dict()}
+    found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+    for name, place, part in trial.adapter.places(trial.plain):
+        if len(place.names) > 1 and any(bias.endswith("q_bias") for bias in place.biases):
+            raise ConfigError(
+                f"PEFT never calls {place.layer} of {trial.about['model']}, whose bias is apart "
+                "(docs/peft_pitfalls.md): give --format timm, or train without q, k and v"
+            )
+        A, B = (trial.adapter.tensors[f"{name}.lora_{m}"] for m in "AB")
+        alone = modules.get(timm_name(place.weight).replace("qkv", "qkv"[part])) if len(place.names) > 1 else None
+        layer = alone or modules[timm_name(place.weight)]
+        found.setdefault(layer, []).append((A, 0 if alone else part * len(B), B))
+    return found
+
+
+def _read_peft(out: Path, images: Tensor) -> Tensor:
     from peft import PeftModel
-    from transformers import AutoModelForImageClassification
 
-    base = AutoModelForImageClassification.from_pretrained(out / "base")
-    return PeftModel.from_pretrained(base, out).eval()(images).logits
+    return _logits(PeftModel.from_pretrained(_read_model(out / "base"), out).eval()(images))
 
 
-def write_onnx(trial: Trial, out: Path) -> str:
-    """``model.onnx`` for any number of images, with class names and preprocessing in its metadata."""
-    example = torch.zeros(2, 3, *2 * [trial.about["image_size"]])
-    program = torch.onnx.export(
+def _write_onnx(trial: Trial, out: Path) -> str:
+    side = trial.about["image_size"]
+    program: Any = torch.onnx.export(
         trial.merged,
-        (example,),
+        (torch.zeros(2, 3, side, side),),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -232,37 +273,30 @@ def write_onnx(trial: Trial, out: Path) -> str:
         dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
-    assert program is not None
     program.model.metadata_props["lora_vit"] = json.dumps(trial.about)
     program.save(out / "model.onnx")
     return 'import onnxruntime\nsession = onnxruntime.InferenceSession("DIR/model.onnx")'
 
 
-def read_onnx(out: Path, images: Tensor) -> Tensor:
-    """Logits of what :func:`write_onnx` wrote."""
+def _read_onnx(out: Path, images: Tensor) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def write_torch_export(trial: Trial, out: Path) -> str:
-    """``model.pt2`` for any number of images, with class names and preprocessing as an extra file."""
+def _write_torch_export(trial: Trial, out: Path) -> str:
     example = torch.zeros(2, 3, *2 * [trial.about["image_size"]])
     program = torch.export.export(trial.merged, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trial.about)})
     return 'import torch\nmodel = torch.export.load("DIR/model.pt2").module()'
 
 
-def read_torch_export(out: Path, images: Tensor) -> Tensor:
-    """Logits of what :func:`write_torch_export` wrote."""
-    return torch.export.load(out / "model.pt2").module()(images)
-
-
-WRITERS: dict[str, tuple[Callable[[Trial, Path], str], Callable[[Path, Tensor], Tensor]]] = {
-    "peft": (write_peft, read_peft),
-    "hf": (write_hf, read_hf),
-    "timm": (write_timm, read_timm),
-    "onnx": (write_onnx, read_onnx),
-    "torch_export": (write_torch_export, read_torch_export),
+FORMATS: dict[str, tuple[Callable[[Trial, Path], str], Callable[[Path, Tensor], Tensor]]] = {
+    "peft": (_write_peft, _read_peft),
+    "hf": (_write_hf, lambda out, images: _read_model(out)(images).logits),
+    "timm": (_write_timm, lambda out, images: _read_model(out)(images)),
+    "onnx": (_write_onnx, _read_onnx),
+    "torch_export": (_write_torch_export, lambda out, images: torch.export.load(out / "model.pt2").module()(images)),
 }
+"""Writer and reader of each format."""

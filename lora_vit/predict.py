@@ -77,7 +77,6 @@ def classified(
     import torch
 
     from lora_vit.build import ModelFactory, choose_device
-    from lora_vit.data.augment import Transform
     from lora_vit.data.cache import decode
     from lora_vit.data.dataset import DataError
     from lora_vit.distributed import Process
@@ -93,7 +92,7 @@ def classified(
     put_on(model, adapter)
     model.to(where).eval()
     for start in range(0, len(images), BATCH):
-        transform = Transform(config.model.image_size, "none", where, torch.float32)  # keeps matrices for each size
+        transform = factory.transform("none")  # keeps matrices for each size
         paths, inputs = [], []
         for path in images[start : start + BATCH]:
             try:

@@ -127,7 +127,7 @@ def _train(
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
         env = setup.environment
-        reporter.console.print(setup.data.line(config.model.image_size), markup=False)
+        reporter.console.print(setup.data.line(setup.transform.image_size), markup=False)
         reporter.console.print(
             f"trial {trial.name} on {env['device']}, {env['precision']}, {process.world_size} process(es)"
         )

@@ -10,6 +10,7 @@ from lora_vit.config import TrialConfig, from_dict
 PLAIN: dict[str, Any] = {
     "model": {
         "name": "vit_tiny",
+        "library": "torchvision",
         "weights": None,
         "image_size": 16,
         "patch_size": 8,
@@ -17,6 +18,9 @@ PLAIN: dict[str, Any] = {
         "num_heads": 2,
         "hidden_dim": 32,
         "mlp_dim": 48,
+        "mean": None,
+        "std": None,
+        "interpolation": None,
         "head_dropout": 0.1,
         "weights_sha256": None,
     },

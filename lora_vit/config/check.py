@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from lora_vit.config.identity import is_weights_file
 from lora_vit.config.schema import (
     TARGETS,
     ConfigError,
@@ -21,6 +23,7 @@ from lora_vit.config.schema import (
 )
 
 MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
+SIZES = ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 DATASETS = ("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake")
 
 
@@ -64,10 +67,32 @@ def _range(key: str, value: float | None, good: bool, remedy: str) -> None:
 
 
 def _validate_model(m: ModelConfig) -> None:
-    _choice("model.name", m.name, MODELS)
-    for key in ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+    _choice("model.library", m.library, ("torchvision", "timm"))
+    for key in ("image_size", *SIZES):
         value = getattr(m, key)
-        _range(f"model.{key}", value, value >= 1, "give a whole number from 1 up")
+        _range(f"model.{key}", value, value is None or value >= 1, "give a whole number from 1 up")
+    (_validate_sizes if m.library == "torchvision" else _validate_timm)(m)
+    for key in ("mean", "std"):
+        value = getattr(m, key)
+        if value is not None and len(value) != 3:
+            raise ConfigError(f"model.{key}={value} is impossible: give one number for each of red, green and blue")
+        for number in value or ():
+            _range(f"model.{key}", number, key == "mean" or number > 0, "give numbers as of colours in [0, 1]")
+    if m.interpolation is not None:
+        _choice("model.interpolation", m.interpolation, ("bilinear", "bicubic"))
+    _range("model.head_dropout", m.head_dropout, 0 <= m.head_dropout < 1, "give a probability in [0, 1)")
+
+
+def _validate_sizes(m: ModelConfig) -> None:
+    """Of torchvision's models, which are made from their sizes."""
+    _choice("model.name", m.name, MODELS)
+    for key in ("image_size", *SIZES):
+        if getattr(m, key) is None:
+            raise ConfigError(f"model.{key}=null: {m.name} is made from its sizes, give a whole number from 1 up")
+    assert m.image_size is not None
+    assert m.patch_size is not None
+    assert m.hidden_dim is not None
+    assert m.num_heads is not None
     if m.image_size % m.patch_size:
         below = max(m.patch_size, m.image_size // m.patch_size * m.patch_size)
         raise ConfigError(
@@ -76,7 +101,21 @@ def _validate_model(m: ModelConfig) -> None:
         )
     if m.hidden_dim % m.num_heads:
         raise ConfigError(f"model.hidden_dim={m.hidden_dim} is not a multiple of model.num_heads={m.num_heads}")
-    _range("model.head_dropout", m.head_dropout, 0 <= m.head_dropout < 1, "give a probability in [0, 1)")
+
+
+def _validate_timm(m: ModelConfig) -> None:
+    """What can be said of timm's models without timm."""
+    for key in SIZES:
+        value = getattr(m, key)
+        if value is not None:
+            raise ConfigError(f"model.{key}={value} has no effect with model=timm: its name says it, leave it null")
+    if not re.fullmatch(r"[\w.]+", m.name):
+        raise ConfigError(f"model.name={m.name} is no name of timm's: give one as vit_small_patch14_dinov2.lvd142m")
+    if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
+        raise ConfigError(
+            f"model.weights={m.weights} is unknown for {m.name}: give DEFAULT (those of the name's tag), a file, or "
+            "null for random weights"
+        )
 
 
 def _validate_data(d: DataConfig) -> None:
@@ -156,10 +195,10 @@ def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
     assert lora.dropout is not None
     assert lora.targets is not None
     _range("lora.rank", lora.rank, lora.rank >= 1, "give 1 or more (lora=none trains the head alone)")
-    width = min(model.hidden_dim, model.mlp_dim)
-    _range(
-        "lora.rank", lora.rank, lora.rank <= width, f"the layers of {model.name} are {width} wide, give at most that"
-    )
+    if model.hidden_dim is not None and model.mlp_dim is not None:
+        width = min(model.hidden_dim, model.mlp_dim)
+        remedy = f"the layers of {model.name} are {width} wide, give at most that"
+        _range("lora.rank", lora.rank, lora.rank <= width, remedy)
     _range("lora.alpha", lora.alpha, lora.alpha > 0, "give a number above 0")
     _range("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "give a probability in [0, 1)")
     if not lora.targets:
@@ -169,11 +208,11 @@ def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
     if len(set(lora.targets)) != len(lora.targets):
         raise ConfigError(f"lora.targets={lora.targets} names a target twice")
     if lora.blocks is not None:
-        last = model.num_layers - 1
         if not lora.blocks or len(set(lora.blocks)) != len(lora.blocks):
             raise ConfigError(f"lora.blocks={lora.blocks} must name at least one block, each once (null: all)")
         for block in lora.blocks:
-            if not 0 <= block <= last:
+            if block < 0 or (model.num_layers is not None and block >= model.num_layers):
+                last = "" if model.num_layers is None else model.num_layers - 1
                 raise ConfigError(f"lora.blocks={lora.blocks}: block {block} is not in 0 .. {last} of {model.name}")
     _choice("lora.scaling", lora.scaling, ("standard", "rslora"))
     _choice("lora.init", lora.init, ("kaiming_uniform", "gaussian"))

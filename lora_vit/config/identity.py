@@ -24,7 +24,7 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
         values["lora"]["targets"] = [t for t in TARGETS if t in trial.lora.targets]
     if trial.lora.blocks is not None:
         blocks = sorted(trial.lora.blocks)
-        values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers)) else blocks
+        values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
     digest = values["model"].pop("weights_sha256")
     if digest is not None:
         values["model"]["weights"] = "sha256:" + digest

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the trial's configuration and record; part of the trial id."""
 
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
@@ -30,17 +30,28 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted.
 
-    ``weights_sha256``: of the file that ``weights`` names, found out when the trial is composed.
+    Attributes:
+        name: in its library.
+        library: torchvision or timm; timm's names say the sizes, which are then None.
+        image_size: pixels; None: timm's own for the model.
+        mean: of each colour in [0, 1], subtracted; None: the model's own.
+        std: of each colour, divided by; None: the model's own.
+        interpolation: of images to the model's size, bilinear or bicubic; None: the model's own.
+        weights_sha256: of the file that ``weights`` names, found out when the trial is composed.
     """
 
     name: str
+    library: str
     weights: str | None
-    image_size: int
-    patch_size: int
-    num_layers: int
-    num_heads: int
-    hidden_dim: int
-    mlp_dim: int
+    image_size: int | None
+    patch_size: int | None
+    num_layers: int | None
+    num_heads: int | None
+    hidden_dim: int | None
+    mlp_dim: int | None
+    mean: list[float] | None
+    std: list[float] | None
+    interpolation: str | None
     head_dropout: float
     weights_sha256: str | None = None
 
@@ -207,7 +218,7 @@ def _typed(value: Any, annotation: str) -> Any:
         return None
     if annotation in ("float", "float | None"):
         return float(value)
-    if annotation == "list[float]":
+    if annotation.startswith("list[float]"):
         return [float(v) for v in value]
     return list(value) if isinstance(value, (list, tuple)) else value
 

@@ -10,6 +10,7 @@ Shapes: B image, h w source pixels, S target pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,11 +28,13 @@ CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
 
 
-def resampling_matrix(start_B: Tensor, length_B: Tensor, flip_B: Tensor, source: int, target: int) -> Tensor:
-    """Antialiased bilinear resampling of ``[start, start + length)`` to ``target`` pixels, [B, target, source].
+def resampling_matrix(
+    start_B: Tensor, length_B: Tensor, flip_B: Tensor, source: int, target: int, bicubic: bool = False
+) -> Tensor:
+    """Antialiased resampling of ``[start, start + length)`` to ``target`` pixels, [B, target, source].
 
-    A triangle filter whose support grows with the scale when shrinking, weights normalised over the pixels
-    inside the box, as in PIL and torchvision's ``resized_crop(antialias=True)``.
+    A triangle filter, or Keys's cubic one with a = -0.5 (1981), whose support grows with the scale when shrinking,
+    weights normalised over the pixels inside the box, as in PIL and torchvision's ``resized_crop(antialias=True)``.
 
     Args:
         start_B: first pixel of the box.
@@ -39,6 +42,7 @@ def resampling_matrix(start_B: Tensor, length_B: Tensor, flip_B: Tensor, source:
         flip_B: whether the output is mirrored, bool.
         source: pixels of the image along this axis.
         target: pixels of the output.
+        bicubic: the cubic filter.
     """
     device = start_B.device
     start, length = start_B.double()[:, None, None], length_B.double()[:, None, None]
@@ -46,7 +50,10 @@ def resampling_matrix(start_B: Tensor, length_B: Tensor, flip_B: Tensor, source:
     support = scale.clamp(min=1.0)
     centre = start + (torch.arange(target, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(source, device=device, dtype=torch.float64)
-    weight = (1 - ((pixel + 0.5 - centre) / support).abs()).clamp(min=0)
+    x = ((pixel + 0.5 - centre) / support).abs()
+    weight = (1 - x).clamp(min=0)
+    if bicubic:
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
     weight = weight * ((pixel >= start) & (pixel < start + length))
     weight = weight / weight.sum(-1, keepdim=True)
     return torch.where(flip_B[:, None, None], weight.flip(1), weight)
@@ -82,14 +89,26 @@ class Transform:
         augment: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``.
         device: where it runs and returns.
         dtype: of the result; the arithmetic is float32 (float64 for a float64 result).
+        mean: of each colour in [0, 1], subtracted.
+        std: of each colour, divided by.
+        bicubic: resampled so, not bilinearly.
     """
 
-    def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype):
-        self.image_size, self.augment = image_size, augment
+    def __init__(
+        self,
+        image_size: int,
+        augment: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        bicubic: bool = False,
+    ):
+        self.image_size, self.augment, self.bicubic = image_size, augment, bicubic
         self.device, self.dtype = device, dtype
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = 1 / (255 * torch.tensor(IMAGENET_STD, dtype=torch.float64))
-        shift = -torch.tensor(IMAGENET_MEAN, dtype=torch.float64) * 255 * scale
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
         self._scale = scale.to(device, self.work_dtype)[:, None, None]
         self._shift = shift.to(device, self.work_dtype)[:, None, None]
         self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -111,8 +130,8 @@ class Transform:
         h, w = images.shape[-2:]
         boxes = to_device(crop_boxes(ids, h, w, seed, epoch), self.device)
         never = torch.zeros_like(flip_B)
-        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], never, h, self.image_size)
-        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flip_B, w, self.image_size)
+        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], never, h, self.image_size, self.bicubic)
+        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flip_B, w, self.image_size, self.bicubic)
         return self._resample(images, rows, columns)
 
     def eval(self, images: Tensor) -> Tensor:
@@ -123,8 +142,8 @@ class Transform:
         if (h, w) not in self._whole:
             zero, no = torch.zeros(1, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device)
             self._whole[h, w] = (
-                resampling_matrix(zero, zero + h, no, h, self.image_size),
-                resampling_matrix(zero, zero + w, no, w, self.image_size),
+                resampling_matrix(zero, zero + h, no, h, self.image_size, self.bicubic),
+                resampling_matrix(zero, zero + w, no, w, self.image_size, self.bicubic),
             )
         return self._resample(images, *self._whole[h, w])
 

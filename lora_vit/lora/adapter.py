@@ -1,4 +1,4 @@
-"""Adapters on disk, bound to their base, put on a plain torchvision model, and merged into its weights.
+"""Adapters on disk, bound to their base, put on a plain model, and merged into its weights.
 
 Merging is a pure function on state dicts: W' = W + s B A for each adapted projection (Hu et al., 2021, section 4).
 """
@@ -10,29 +10,27 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from lora_vit import randomness
-from lora_vit.config import SCHEMA_VERSION, ConfigError
-from lora_vit.lora.inject import adapt, projection_name
-from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
+from lora_vit.config import SCHEMA_VERSION
+from lora_vit.lora.backbones import OF_HEADS, SIZES, AdapterError, head_name, new_backbone, put_head, sizes_of
+from lora_vit.lora.inject import adapt, chosen_places
+from lora_vit.lora.layers import AdapterSpec
+from lora_vit.lora.places import Place
 from lora_vit.records import state_of
 
-SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
-"""torchvision's arguments that make the model that an adapter is for."""
-POSITIONS = "encoder.pos_embedding"
+INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")
+"""How the parameters' names end that are interpolated to the image size, torchvision's and timm's."""
 POSITIONS_TOLERANCE = 1e-4
-"""Of a projection of the position embedding: interpolated on another kind of CPU it differs in its last bits."""
-
-
-class AdapterError(ConfigError):
-    """An adapter that cannot be read or does not belong to what it is put on; the message is one line."""
+"""Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
+INPUTS = ("image_size", "mean", "std", "interpolation")
+"""What the card says of the images that the model gets."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +45,33 @@ class Adapter:
         """Factor of every adapter's output; 1 where there are none."""
         return float(self.card["effective_scaling"] or 1.0)
 
-    def places(self) -> Iterator[tuple[str, str, int | None]]:
-        """Each adapted projection: its name, the base's weight that it is (a part of), and which third of that."""
+    def places(self, model: nn.Module) -> Iterator[tuple[str, Place, int]]:
+        """Each adapted projection of the base: its name, its place, and which part of the place's weight it is."""
         lora = self.card["lora"]
-        if lora["method"] != "lora":
-            return
-        for i in range(self.card["base"]["num_layers"]) if lora["blocks"] is None else sorted(lora["blocks"]):
-            block = f"encoder.layers.encoder_layer_{i}"
-            for target in lora["targets"]:
-                name = projection_name(block, target)
-                if target in "qkv":
-                    yield name, f"{block}.self_attention.in_proj_weight", "qkv".index(target)
-                else:
-                    yield name, f"{name}.weight", None
+        if lora["method"] == "lora":
+            for place in chosen_places(model, lora["targets"], lora["blocks"]):
+                for part, (target, name) in enumerate(place.names.items()):
+                    if target in lora["targets"]:
+                        yield name, place, part
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""
-        sizes, lora = {key: self.card["base"][key] for key in SIZES}, self.card["lora"]
+        lora = self.card["lora"]
         with torch.device("meta"):
-            model = VisionTransformer(**sizes, num_classes=len(self.card["class_names"]))
+            model = new_backbone(self.card["base"], len(self.card["class_names"]))
         every = {name: tuple(p.shape) for name, p in model.named_parameters()}
         adapted: dict[str, tuple[int, ...]] = {}
-        biases = set()
-        for name, weight, third in self.places():
-            rows, columns = every[weight]
+        biases: set[str] = set()
+        for name, place, _ in self.places(model):
+            rows, columns = every[place.weight]
             adapted[f"{name}.lora_A"] = (lora["rank"], columns)
-            adapted[f"{name}.lora_B"] = (rows if third is None else rows // 3, lora["rank"])
-            biases.add(weight.removesuffix("weight") + "bias")
+            adapted[f"{name}.lora_B"] = (rows // len(place.names), lora["rank"])
+            biases.update(place.biases)
 
         def is_trained(name: str) -> bool:
-            if lora["method"] == "full" or name.startswith("heads."):
+            if name.startswith(OF_HEADS):
+                return name.startswith(f"{head_name(model)}.")
+            if lora["method"] == "full":
                 return True
             return name.endswith("bias") if lora["bias"] == "all" else lora["bias"] == "lora_only" and name in biases
 
@@ -123,28 +118,16 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     """A model as the base of adapters: its sizes, and its weights without head by content, as ``adapter.json`` has it.
 
     Returns:
-        :data:`SIZES`; ``sha256`` over names, shapes and fp32 values of the weights, and the norms' eps; ``positions``:
-        projections of the position embedding, which is left out of the digest.
+        Of :func:`~lora_vit.lora.backbones.sizes_of`; ``sha256`` over names, shapes and fp32 values of the weights, and
+        the norms' eps; ``positions``: projections of the interpolated parameters, which are left out of the digest.
 
     Raises:
-        AdapterError: it is no plain torchvision model with a head that can be replaced, or has adapters.
+        AdapterError: it is no plain backbone with a head that can be replaced, or has adapters.
     """
-    if not isinstance(model, VisionTransformer) or getattr(model, "_compiled_call_impl", None) is not None:
-        kind = type(model).__name__
-        raise AdapterError(f"not a plain torchvision VisionTransformer ({kind}): wrap or compile it afterwards")
-    if any(isinstance(m, LoRAAdapters) for m in model.modules()):
-        raise AdapterError("the model has adapters already: begin with its base")
-    _last_layer(model)
-    sizes = {
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "num_layers": len(model.encoder.layers),
-        "num_heads": model.encoder.layers[0].self_attention.num_heads,
-        "hidden_dim": model.hidden_dim,
-        "mlp_dim": model.mlp_dim,
-    }
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith("heads.")}
-    positions = state.pop(POSITIONS).double().flatten().cpu().numpy()
+    sizes = sizes_of(model)
+    state = {name: t for name, t in model.state_dict().items() if not name.startswith(OF_HEADS)}
+    interpolated = [state.pop(name).double().flatten().cpu() for name in sorted(state) if name.endswith(INTERPOLATED)]
+    positions = torch.cat([torch.empty(0), *interpolated]).numpy()
     signs = randomness.uniforms(np.arange(len(positions)), 4, "positions") < 0.5
     norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
     digest = hashlib.sha256(str(sorted(norms)).encode())
@@ -170,9 +153,9 @@ def bind(
         data: what that data's record says: fingerprint and number of images.
     """
     card, trained_on = adapter.card, adapter.card["base"]
-    for key in SIZES:
-        if base[key] != trained_on[key]:
-            raise AdapterError(f"the adapter is for a model with {key}={trained_on[key]}, here {key}={base[key]}")
+    for key in ("architecture", *SIZES, *INPUTS):
+        if key in base and base[key] != trained_on.get(key):
+            raise AdapterError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
     theirs, ours = np.array(trained_on["positions"]), np.array(base["positions"])
     same_positions = np.abs(theirs - ours).max() <= POSITIONS_TOLERANCE * np.abs(theirs).max()
     if base["sha256"] != trained_on["sha256"] or not same_positions:
@@ -192,59 +175,28 @@ def bind(
         raise AdapterError(f"the data is not what the adapter was trained and tested on: {what}")
 
 
-def merged_state_dict(base: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The plain torchvision state dict of base and adapter together, in fp32.
+def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The plain state dict of base and adapter together, under the model's own names, in fp32, on the CPU.
 
     Args:
-        base: state dict of the adapter's base under torchvision's names; its head is replaced.
+        model: the adapter's base, plain; it is not changed, and its head is replaced.
         adapter: every tensor of it is used.
     """
-    state = {name: t.float().clone() for name, t in base.items() if not name.startswith("heads.")}
+    state = {n: t.float().cpu().clone() for n, t in model.state_dict().items() if not n.startswith(OF_HEADS)}
     state |= {name: t.float().clone() for name, t in adapter.tensors.items() if ".lora_" not in name}
-    for name, weight_name, third in adapter.places():
+    if hasattr(model, "head_dist"):
+        state |= {f"head_dist.{leaf}": state[f"head.{leaf}"].clone() for leaf in ("weight", "bias")}
+    for name, place, part in adapter.places(model):
         lora_A, lora_B = (adapter.tensors[f"{name}.lora_{m}"].double() for m in "AB")
-        weight = state[weight_name]
-        part = weight if third is None else weight.view(3, -1, weight.shape[1])[third]
-        part.copy_((part.double() + adapter.scaling * (lora_B @ lora_A)).float())
+        rows = state[place.weight].chunk(len(place.names))[part]
+        rows.copy_((rows.double() + adapter.scaling * (lora_B @ lora_A)).float())
     return state
 
 
-def _last_layer(model: VisionTransformer) -> nn.Linear | None:
-    """The classifier's linear layer; None where the model has no head. Raises AdapterError for other heads."""
-    names = [name for name, _ in model.heads.named_children()]
-    if type(model.heads) is nn.Sequential and not names:
-        return None
-    if names == ["head"]:
-        head = model.heads.head
-        *before, last = head if type(head) is nn.Sequential and len(head) else [head]
-        if type(last) is nn.Linear and last.bias is not None and all(type(m) is nn.Dropout for m in before):
-            return last
-    raise AdapterError(
-        "the model's heads are not one linear layer with bias, alone or after dropout: give it such a heads.head"
-    )
-
-
-def put_head(model: VisionTransformer, adapter: Adapter) -> None:
-    """Give the model the adapter's head: a layer of another size is made anew, dropout before it stays."""
-    weight, bias = adapter.tensors["heads.head.weight"], adapter.tensors["heads.head.bias"]
-    last = _last_layer(model)
-    if last is None or last.weight.shape != weight.shape:
-        like = model.class_token
-        new = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
-        if last is not None and isinstance(model.heads.head, nn.Sequential):
-            model.heads.head[-1] = new
-        else:
-            model.heads.add_module("head", new)
-        last = new
-    with torch.no_grad():
-        last.weight.copy_(weight)
-        last.bias.copy_(bias)
-
-
-def put_on(model: VisionTransformer, adapter: Adapter) -> None:
+def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
-    put_head(model, adapter)
-    rest = {name: t for name, t in adapter.tensors.items() if not name.startswith("heads.")}
+    rest = dict(adapter.tensors)
+    put_head(model, *(rest.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
     lora = adapter.card["lora"]
     with torch.no_grad():
         if lora["method"] == "lora":
@@ -258,13 +210,13 @@ def put_on(model: VisionTransformer, adapter: Adapter) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a trained adapter and its head on a plain torchvision model, in place.
+    """Put a trained adapter and its head on a plain model, in place.
 
     Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass).
 
     Args:
-        model: ``torchvision.models.VisionTransformer`` with the weights that the adapter was trained on, in fp32, at
-            the adapter's image size; on any device.
+        model: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that the
+            adapter was trained on, in fp32, at the adapter's image size; on any device.
         folder: of a completed trial.
 
     Returns:
@@ -275,18 +227,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     adapter = read_adapter(folder)
     bind(adapter, base_of(model))
-    put_on(cast(VisionTransformer, model), adapter)
+    put_on(model, adapter)
     return model
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge a trained adapter and its head into a plain torchvision model's weights, in place.
+    """Merge a trained adapter and its head into a plain model's weights, in place.
 
-    Unlike :func:`load_adapter` this leaves no extra layer: the model stays torchvision's own. Raises as that does.
+    Unlike :func:`load_adapter` this leaves no extra layer: the model stays the library's own. Raises as that does.
     """
     adapter = read_adapter(folder)
     bind(adapter, base_of(model))
-    state = merged_state_dict({name: t.cpu() for name, t in model.state_dict().items()}, adapter)
-    put_head(cast(VisionTransformer, model), adapter)
-    model.load_state_dict({name: t for name, t in state.items() if not name.startswith("heads.")}, strict=False)
+    state = merged_state_dict(model, adapter)
+    put_head(model, *(state.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
+    model.load_state_dict(state, strict=False)
     return model

@@ -1,4 +1,4 @@
-"""Put adapters into a torchvision Vision Transformer, and choose what is trained.
+"""Put adapters into a Vision Transformer of torchvision or timm, and choose what is trained.
 
 The public pair for a plain model is :func:`replace_linear_with_lora` and :func:`mark_lora_and_head_as_trainable`;
 :func:`inject_adapters` does the same for a pack of K trials.
@@ -6,65 +6,33 @@ The public pair for a plain model is :func:`replace_linear_with_lora` and :func:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
 from lora_vit.config import TARGETS
-from lora_vit.lora.attention import EncoderBlock
+from lora_vit.lora.attention import AdaptedLinear, Attention, PassedGELU, PassedNorm, become, become_again
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
-
-_PROJECTIONS = {
-    "q": "self_attention.q",
-    "k": "self_attention.k",
-    "v": "self_attention.v",
-    "o": "self_attention.out_proj",
-    "fc1": "mlp.0",
-    "fc2": "mlp.3",
-}
+from lora_vit.lora.places import Place, places_of
 
 
-def projection_name(block: str, target: str) -> str:
-    """Name of a target in the block called ``block``, e.g. ``encoder.layers.encoder_layer_0.self_attention.q``."""
-    return f"{block}.{_PROJECTIONS[target]}"
+def use_own_attention(model: nn.Module) -> None:
+    """Have every projection of the encoder called as a layer: torchvision's attention becomes ours, with equal results.
 
-
-def use_adaptable_blocks(model: nn.Module) -> None:
-    """Replace each torchvision encoder block by ours (same parameters). Raises as :func:`_adaptable_blocks`."""
-    _use(model, _adaptable_blocks(model))
-
-
-def _use(model: nn.Module, blocks: dict[str, EncoderBlock]) -> None:
-    for name, block in blocks.items():
-        parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._modules[leaf] = block
-
-
-def _adaptable_blocks(model: nn.Module) -> dict[str, EncoderBlock]:
-    """The encoder blocks by name, in order; torchvision's as ours over the same parameters.
-
-    Raises:
-        ValueError: there is none (the message lists the linear layers), or one that cannot take adapters.
+    timm's attention adds its bias of q, k and v after the layer, where it would else read the layer's weight.
     """
-    from torchvision.models.vision_transformer import EncoderBlock as TorchvisionBlock
-
-    blocks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, TorchvisionBlock):
-            blocks[name] = EncoderBlock(module).train(module.training)
-        elif isinstance(module, EncoderBlock):
-            blocks[name] = module
-    if not blocks:
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        shown = ", ".join(linears[:20]) or "none"
-        raise ValueError(
-            f"no target matches: the model has no torchvision ViT encoder block to adapt (its linear layers: {shown})"
-        )
-    return blocks
+    for module in model.modules():
+        if isinstance(module, EncoderBlock) and not isinstance(module.self_attention, Attention):
+            become(module.self_attention, Attention)
+            module.self_attention.lora, module.self_attention.front = None, ()
+        elif hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
 
 
 def inject_adapters(
@@ -77,7 +45,7 @@ def inject_adapters(
     """Give the targeted projections adapters of K trials.
 
     Args:
-        model: a torchvision VisionTransformer, changed in place.
+        model: a Vision Transformer of torchvision or timm, changed in place.
         specs: one per trial.
         targets: some of q, k, v, o, fc1, fc2.
         blocks: indices of the encoder blocks, or None for all.
@@ -89,42 +57,57 @@ def inject_adapters(
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
-    found = _adaptable_blocks(model)
-    wanted = [t for t in TARGETS if t in targets]
+    chosen = chosen_places(model, targets, blocks)
+    made: dict[str, LoRAAdapters] = {}
+    for place in chosen:
+        names = list(place.names)
+        group = [t for t in names if t in targets]
+        if group:
+            weight = model.get_parameter(place.weight)
+            sizes = weight.shape[1], weight.shape[0] // len(names)
+            files, slots = [place.names[t] for t in group], [names.index(t) for t in group]
+            adapters = LoRAAdapters(list(specs), files, slots, place.reads, *sizes, state)
+            made[place.layer] = adapters.to(weight.device).train(model.training)
+    use_own_attention(model)
+    passed = {place.front for place in chosen if place.layer in made and place.front is not None}
+    for place in chosen:
+        if place.layer in made or place.front in passed:
+            layer = model.get_submodule(place.layer)
+            if not isinstance(layer, Attention):
+                become(layer, AdaptedLinear)
+            layer.lora = made.get(place.layer)
+            layer.front = (model.get_submodule(place.front),) if place.front in passed else ()
+    for name in passed:
+        front = model.get_submodule(name)
+        become(front, PassedNorm if isinstance(front, nn.LayerNorm) else PassedGELU)
+    return list(made.values())
+
+
+def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None) -> list[Place]:
+    """All places of the blocks that are to get adapters.
+
+    Raises:
+        ValueError: a target or block does not exist; the message lists those that do.
+    """
+    found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
-    if not wanted or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
+    if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
         raise ValueError(
             f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
             f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
         )
-    made = []
-    for name, block in (list(found.items())[index] for index in chosen):
-        attention, fc1, fc2 = block.self_attention, block.fc1, block.fc2
-        D = attention.out_proj.in_features
-        qkv = [t for t in wanted if t in "qkv"]
-        places: list[tuple[nn.Module, str, list[str], list[int], str, int, int]] = [
-            (attention, "in_proj_lora", qkv, ["qkv".index(t) for t in qkv], "self_attention.in_proj", D, D),
-            (attention, "out_proj_lora", ["o"], [0], "self_attention.out_proj", D, D),
-            (block, "fc1_lora", ["fc1"], [0], "mlp.0", fc1.in_features, fc1.out_features),
-            (block, "fc2_lora", ["fc2"], [0], "mlp.3", fc2.in_features, fc2.out_features),
-        ]
-        for owner, attribute, group, slots, input_name, width_in, width_out in places:
-            if group and group[0] in wanted:
-                names = [projection_name(name, t) for t in group]
-                adapters = LoRAAdapters(list(specs), names, slots, f"{name}.{input_name}", width_in, width_out, state)
-                made.append((owner, attribute, adapters.to(fc1.weight.device).train(model.training)))
-    _use(model, found)
-    for owner, attribute, adapters in made:
-        setattr(owner, attribute, adapters)
-    return [adapters for _, _, adapters in made]
+    return [place for index in chosen for place in found[index]]
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Take all adapters out again; the base model is unchanged."""
     for module in list(model.modules()):
-        for attribute, child in list(module.named_children()):
-            if isinstance(child, LoRAAdapters):
-                setattr(module, attribute, None)
+        if isinstance(module, Attention):
+            module.lora, module.front = None, ()
+        elif isinstance(module, AdaptedLinear):
+            del module.lora, module.front
+        if isinstance(module, (AdaptedLinear, PassedNorm, PassedGELU)):
+            become_again(module)
 
 
 def replace_linear_with_lora(
@@ -138,10 +121,10 @@ def replace_linear_with_lora(
     init: str = "kaiming_uniform",
     seed: int = 0,
 ) -> nn.Module:
-    """Give the linear layers of a plain torchvision ViT's encoder LoRA adapters (Hu et al., 2021), in place.
+    """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place.
 
     Args:
-        model: a ``torchvision.models.VisionTransformer``.
+        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.places` lists them).
         rank: of the update, from 1 to the layers' width.
         alpha: see ``scaling``.
         dropout: probability in [0, 1) on the adapters' input, in train mode.
@@ -230,11 +213,6 @@ def mark_lora_and_head_as_trainable(
 
 def adapted_bias_names(model: nn.Module) -> set[str]:
     """Names of the biases of the layers that have adapters."""
-    biases = {
-        "in_proj_lora": "in_proj_bias",
-        "out_proj_lora": "out_proj.bias",
-        "fc1_lora": "mlp.0.bias",
-        "fc2_lora": "mlp.3.bias",
-    }
-    adapted = [name.rpartition(".") for name, module in model.named_modules() if isinstance(module, LoRAAdapters)]
-    return {f"{owner}.{biases[attribute]}" for owner, _, attribute in adapted}
+    adapted = {name.rpartition(".")[0] for name, m in model.named_modules() if isinstance(m, LoRAAdapters)}
+    places = itertools.chain.from_iterable(places_of(model).values()) if adapted else ()
+    return {bias for place in places if place.layer in adapted for bias in place.biases}

@@ -150,19 +150,28 @@ class PackedHead(nn.Module):
     seed (torchvision's own head starts at zero, and then no adapter gets a gradient at the first step).
     """
 
-    NAME = "heads.head"
+    KEY = "heads.head"
 
     keep_K: Tensor
     threshold_K: Tensor
     feature_I: Tensor
 
-    def __init__(self, seeds: list[int], dropouts: list[float], in_features: int, classes: int, state: DropoutState):
+    def __init__(
+        self,
+        seeds: list[int],
+        dropouts: list[float],
+        in_features: int,
+        classes: int,
+        state: DropoutState,
+        name: str = KEY,
+    ):
+        """``name``: of the layer in adapter files."""
         super().__init__()
-        self.state = state
+        self.state, self.name = state, name
         bound = 1 / math.sqrt(in_features)
         weights, biases = [], []
         for seed in seeds:
-            generator = randomness.generator(self.NAME, seed)
+            generator = randomness.generator(self.KEY, seed)
             weights.append(torch.empty(classes, in_features).uniform_(-bound, bound, generator=generator))
             biases.append(torch.empty(classes).uniform_(-bound, bound, generator=generator))
         self.weight = nn.Parameter(torch.stack(weights))
@@ -172,10 +181,10 @@ class PackedHead(nn.Module):
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         self.register_buffer("threshold_K", thresholds, persistent=False)
         self.register_buffer("feature_I", feature_keys(in_features), persistent=False)
-        self._module_key = randomness.name_key(self.NAME)
+        self._module_key = randomness.name_key(self.KEY)
 
     def forward(self, x_KBI: Tensor) -> Tensor:
-        """Class token features [K, B, I] to logits [K, B, C], in the dtype of the weights."""
+        """Features of images [K, B, I] to logits [K, B, C], in the dtype of the weights."""
         x_KBI = x_KBI.to(self.weight.dtype)
         if self.training and self.any_dropout:
             K, B, width = x_KBI.shape

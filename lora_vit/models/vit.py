@@ -1,57 +1,182 @@
-"""torchvision's Vision Transformer for a pack of K trials over one frozen trunk.
+"""A Vision Transformer of torchvision or timm for a pack of K trials over one frozen trunk.
 
 Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
-from lora_vit.lora.attention import EncoderBlock
-from lora_vit.lora.inject import use_adaptable_blocks
+from lora_vit.config import ConfigError, ModelConfig
+from lora_vit.lora.attention import FirstTokenBlock, become
+from lora_vit.lora.backbones import SIZES, timm_model
+from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import PackedHead
+from lora_vit.lora.places import places_of, plain_models
+
+OF_TORCHVISION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
+"""How images are prepared for torchvision's models."""
 
 
 def build_trunk(
     image_size: int, patch_size: int, num_layers: int, num_heads: int, hidden_dim: int, mlp_dim: int
 ) -> VisionTransformer:
-    """torchvision's VisionTransformer without its head, with adaptable encoder blocks; nothing is trainable.
+    """torchvision's VisionTransformer without its head, with projections that take adapters; nothing is trainable.
 
-    The random weights are the same in every process (drawn under a fixed seed; weights are usually loaded over
-    them). The global generator is left as it was.
+    Its last block computes the class token alone. The random weights are the same in every process (drawn under a fixed
+    seed; weights are usually loaded over them). The global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         trunk = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim)
     trunk.heads = nn.Sequential()
-    use_adaptable_blocks(trunk)
+    use_own_attention(trunk)
+    become(trunk.encoder.layers[-1], FirstTokenBlock)
+    trunk.encoder.layers[-1].self_attention.first_token_only = True
     return trunk.requires_grad_(False)
+
+
+def trunk_of(m: ModelConfig) -> Any:
+    """The trunk of a config: :func:`build_trunk`'s, or the same of timm.
+
+    Raises:
+        ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
+    """
+    return (
+        build_trunk(*(getattr(m, key) for key in SIZES))
+        if m.library == "torchvision"
+        else timm_trunk(m.name, m.image_size)
+    )
+
+
+def timm_trunk(name: str, image_size: int | None) -> Any:
+    """timm's model as :func:`build_trunk` gives torchvision's; all its tokens go through the last block.
+
+    Raises:
+        ConfigError: as :func:`trunk_of`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk = timm_model(name, image_size)
+    try:
+        places_of(trunk)
+    except ValueError as error:
+        raise ConfigError(f"model.name={name}: {error}") from None
+    if not isinstance(trunk, plain_models()) or not trunk.global_pool:
+        raise ConfigError(f"model.name={name} ({type(trunk).__name__}) gives no one vector for an image")
+    (height, width), patch = trunk.patch_embed.img_size, max(trunk.patch_embed.patch_size)
+    if height != width or height % patch:
+        raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
+    use_own_attention(trunk)
+    return trunk.requires_grad_(False)
+
+
+def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
+    """How images are prepared: image_size, mean, std and interpolation, as set or else the model's own."""
+    if m.library == "torchvision":
+        own = {**OF_TORCHVISION, "image_size": m.image_size}
+    else:
+        own = {**trunk.pretrained_cfg, "image_size": trunk.patch_embed.img_size[0]}
+    given = {key: getattr(m, key) for key in ("image_size", "mean", "std", "interpolation")}
+    found = {key: own[key] if value is None else value for key, value in given.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+
+
+class Shape(NamedTuple):
+    """The sizes that a model's cost depends on: pixels, tokens, blocks, widths of a token and within the MLP."""
+
+    image_size: int
+    tokens: int
+    layers: int
+    width: int
+    mlp: int
+
+
+def shape_of(m: ModelConfig) -> Shape:
+    """The sizes of a config's model, without its weights. Raises ConfigError as :func:`trunk_of`."""
+    return _shape(m.library, m.name, m.image_size, *(getattr(m, key) for key in SIZES[1:]))
+
+
+@functools.cache
+def _shape(library: str, name: str, image_size: int | None, *sizes: int) -> Shape:
+    if library == "torchvision" and image_size is not None:
+        patch_size, num_layers, _, hidden_dim, mlp_dim = sizes
+        return Shape(image_size, (image_size // patch_size) ** 2 + 1, num_layers, hidden_dim, mlp_dim)
+    with torch.device("meta"):
+        trunk = timm_trunk(name, image_size)
+    places = list(places_of(trunk).values())
+    pixels, mlp = trunk.patch_embed.img_size[0], trunk.get_parameter(places[0][-1].weight).shape[1]
+    tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
+    return Shape(pixels, tokens, len(places), trunk.num_features, mlp)
+
+
+def width_of(trunk: Any) -> int:
+    """Width of what the trunk gives for an image."""
+    return trunk.hidden_dim if isinstance(trunk, VisionTransformer) else trunk.num_features
+
+
+def cast(trunk: Any, dtype: torch.dtype) -> Any:
+    """Cast a trunk in place; rotary embeddings keep their precision, and what they rotate its dtype."""
+    rope = copy.deepcopy(getattr(trunk, "rope", None))
+    trunk.to(dtype)
+    if rope is not None:
+        trunk.rope = rope
+    return trunk
+
+
+class _Repeat:
+    """Forward pre-hook: repeats each stream's activations for the trials of ``order``, stacked along the batch."""
+
+    def __init__(self) -> None:
+        self.order: Sequence[int] | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args if self.order is None else (repeated(args[0], self.order), *args[1:])
+
+
+def repeated(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The streams of x, [G*B, ...], in the given order."""
+    streams = x.chunk(max(order) + 1)
+    return torch.cat([streams[g] for g in order])  # an index would have to travel to the device
 
 
 class PackedViT(nn.Module):
     """K trials' logits from the images of G streams.
 
-    The stem and all blocks below the first adapter see each stream once; then the activations are repeated for
-    the trials of a stream and stacked along the batch, ``[K*B, S, D]``. Without adapters (a linear probe) only
-    the heads are per trial. The last block computes the class token alone.
+    The stem and all blocks below the first that is trained see each stream once; then the activations are repeated for
+    the trials of a stream and stacked along the batch, ``[K*B, S, D]``. Without adapters (a linear probe) only the
+    heads are per trial.
     """
 
-    def __init__(self, trunk: VisionTransformer, head: PackedHead, K: int, first_trained: int):
+    def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
         """Build from a trunk and heads.
 
         Args:
-            trunk: from :func:`build_trunk`, adapters injected where wanted.
+            trunk: from :func:`trunk_of`, adapters injected where wanted, and marked what is trained. It serves one
+                model at a time.
             head: the heads of K trials.
             K: number of trials.
-            first_trained: index of the first block with a trained parameter; ``-1`` if the stem has one, the
-                number of blocks if none has.
         """
         super().__init__()
-        self.trunk, self.head, self.K, self.first_trained = trunk, head, K, first_trained
+        self.trunk, self.head, self.K = trunk, head, K
+        blocks = [trunk.get_submodule(name) for name in places_of(trunk)]
+        for block in blocks:
+            for key in [key for key, hook in block._forward_pre_hooks.items() if isinstance(hook, _Repeat)]:
+                del block._forward_pre_hooks[key]
+        self._repeat = _Repeat()
+        first_trained = next((b for b in blocks if any(p.requires_grad for p in b.parameters())), None)
+        self._shares_trunk = first_trained is None
+        if first_trained is not None:
+            first_trained.register_forward_pre_hook(self._repeat)
+        self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
         """Normalised images [G*B, 3, H, W] to logits [K, B, C] in the head's dtype.
@@ -60,31 +185,12 @@ class PackedViT(nn.Module):
             images: of all streams, stream by stream.
             stream_of_trial: for each trial, which stream it sees.
         """
-        G = max(stream_of_trial) + 1
-        blocks: list[EncoderBlock] = list(self.trunk.encoder.layers)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.first_trained < 0):
-            x = self._embed(images)
-            for block in blocks[: max(self.first_trained, 0)]:
-                x = block(x, first_token_only=block is blocks[-1])
-        if list(stream_of_trial) != list(range(G)):
-            streams = x.chunk(G)
-            x = torch.cat([streams[g] for g in stream_of_trial])  # an index would have to travel to the device
-        for block in blocks[max(self.first_trained, 0) :]:
-            x = block(x, first_token_only=block is blocks[-1])
-        norm: nn.LayerNorm = self.trunk.encoder.ln
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad | norm.weight.requires_grad):
-            weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-            x = nn.functional.layer_norm(x[:, 0], norm.normalized_shape, weight, bias, norm.eps)
+        order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
+        self._repeat.order = order
+        own = {name: self.trunk.get_parameter(name) for name in self._trained}
+        computed = {name: p.to(images.dtype) for name, p in own.items() if p.dtype != images.dtype}
+        x = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
+        self._repeat.order = None
+        if self._shares_trunk and order is not None:
+            x = repeated(x, order)
         return self.head(x.view(self.K, -1, x.shape[-1]))
-
-    def _embed(self, images: Tensor) -> Tensor:
-        """Patches, class token and position embedding: [B, 3, H, W] to [B, S, D]."""
-        trunk = self.trunk
-        conv: nn.Conv2d = trunk.conv_proj
-        dtype = images.dtype
-        bias = None if conv.bias is None else conv.bias.to(dtype)
-        x = nn.functional.conv2d(images, conv.weight.to(dtype), bias, stride=conv.stride)
-        x = x.flatten(2).transpose(1, 2)
-        token = trunk.class_token.to(dtype).expand(len(x), -1, -1)
-        x = torch.cat([token, x], dim=1) + trunk.encoder.pos_embedding.to(dtype)
-        return trunk.encoder.dropout(x)

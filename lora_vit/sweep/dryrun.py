@@ -13,6 +13,7 @@ import torch
 from lora_vit.build import DTYPES, choose_device, choose_precision
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
+from lora_vit.models.vit import shape_of
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.measure import PackSizes, choose_pack_size, measure
@@ -79,9 +80,8 @@ def _expected(sizes: PackSizes, group: Group) -> tuple[int, float, int, bool]:
 
 def _estimated_seconds(config: TrialConfig) -> float:
     """Seconds of one epoch of a trial: its multiplications at the rate that a matrix product has here."""
-    m, d = config.model, config.data
-    tokens = (m.image_size // m.patch_size) ** 2 + 1
-    forward = 2 * m.num_layers * tokens * m.hidden_dim * (4 * m.hidden_dim + 2 * m.mlp_dim + 2 * tokens)
+    m, d = shape_of(config.model), config.data
+    forward = 2 * m.layers * m.tokens * m.width * (4 * m.width + 2 * m.mlp + 2 * m.tokens)
     passes = {"none": 1, "lora": 2, "full": 3}[config.lora.method]  # backward: of inputs, and of weights if trained
     images, classes = IMAGES.get(d.name) or _files(Path(d.root or "").expanduser())
     train = images * (1 - (d.val_fraction or 0) - (d.test_fraction or 0))

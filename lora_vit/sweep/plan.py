@@ -131,7 +131,8 @@ class Group:
             blocks = "" if c.lora.blocks is None else f" in blocks {','.join(map(str, c.lora.blocks))}"
             where = "LoRA on " + " ".join(c.lora.targets or []) + blocks
             where += f", bias {c.lora.bias}" if c.lora.bias != "none" else ""
-        return f"{c.model.name} {c.model.image_size} px, {c.data.name}, batch {c.data.batch_size}, {where}"
+        size = "" if c.model.image_size is None else f" {c.model.image_size} px"
+        return f"{c.model.name}{size}, {c.data.name}, batch {c.data.batch_size}, {where}"
 
 
 def board_name(job: Job) -> str:

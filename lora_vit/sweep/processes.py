@@ -119,11 +119,13 @@ def expected_bytes(config: TrialConfig, trials: int = 1) -> int:
     The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
     seven vectors of the width and one of the MLP's.
     """
-    m = config.model
-    tokens = trials * config.data.batch_size * ((m.image_size // m.patch_size) ** 2 + 1)
-    weights = m.num_layers * m.hidden_dim * (4 * m.hidden_dim + 2 * m.mlp_dim)
+    from lora_vit.models.vit import shape_of  # imports torch
+
+    m = shape_of(config.model)
+    tokens = trials * config.data.batch_size * m.tokens
+    weights = m.layers * m.width * (4 * m.width + 2 * m.mlp)
     trained = 4 if config.lora.method == "full" else 2
-    return PROCESS_BYTES + 4 * (trained * weights + m.num_layers * tokens * (7 * m.hidden_dim + m.mlp_dim))
+    return PROCESS_BYTES + 4 * (trained * weights + m.layers * tokens * (7 * m.width + m.mlp))
 
 
 def run_workers(run: SweepRun, view: View, stop: StopRequest) -> None:

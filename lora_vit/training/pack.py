@@ -171,7 +171,7 @@ class Pack:
                     part = view[g, :rank] if leaf == "lora_A" else view[g, :, :rank]
                     views[f"{projection}.{leaf}"] = part
             elif isinstance(owner, PackedHead):
-                views[f"{owner.NAME}.{leaf}"] = view
+                views[f"{owner.name}.{leaf}"] = view
             else:
                 views[name.removeprefix("trunk.")] = view
         return views
@@ -194,7 +194,7 @@ class Pack:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""
         views = self._views(k, self.flat.values_KP[k])
         adapter = sum(v.numel() for n, v in views.items() if ".lora_" in n)
-        head = sum(v.numel() for n, v in views.items() if n.startswith(PackedHead.NAME))
+        head = sum(v.numel() for n, v in views.items() if n.startswith(f"{self.model.head.name}."))
         shared = sum(p.numel() for n, p in self.model.trunk.named_parameters() if ".lora_" not in n)
         trainable = sum(v.numel() for v in views.values())
         return {"trainable": trainable, "adapter": adapter, "head": head, "total": shared + adapter + head}

@@ -36,7 +36,8 @@ def config(values: tuple[float, ...], seed: int) -> dict[str, object]:
     rank, alpha, dropout, lr, decay = values
     return {
         "model": {"name": "vit_tiny", "weights": "GLYPHS_V1", "image_size": 32, "patch_size": 8, "num_layers": 6,
-                  "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1, "weights_sha256": None},
+                  "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1, "weights_sha256": None,
+                  "library": "torchvision", "mean": None, "std": None, "interpolation": None},
         "data": {"name": "digits", "root": None, "batch_size": 20, "augment": "none", "split_seed": 0, "val_fraction": 0.4,
                  "test_fraction": 0.4, "train_per_class": 10, "official_val": False, "cache_size": None,
                  "cache_dir": "", "content": None},

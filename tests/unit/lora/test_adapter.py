@@ -99,7 +99,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
 def test_each_projection_merges_into_its_own_weight(model, target):
     base = model.state_dict()
     adapter = Adapter(tensors(target), card(target))
-    merged = merged_state_dict(base, adapter)
+    merged = merged_state_dict(model, adapter)
     place, _, _, weight, rows = PLACES[target]
     for name, tensor in merged.items():
         expected = adapter.tensors[name] if name.startswith("heads.") else base[name].clone()
@@ -114,7 +114,7 @@ def test_each_projection_merges_into_its_own_weight(model, target):
 def test_merging_does_not_change_what_it_is_given(model):
     base, adapter = model.state_dict(), Adapter(tensors(*EVERY), card(*EVERY))
     copies = [{n: t.clone() for n, t in d.items()} for d in (base, adapter.tensors)]
-    merged = merged_state_dict(base, adapter)
+    merged = merged_state_dict(model, adapter)
     for t in merged.values():
         t.zero_()
     for now, before in zip((base, adapter.tensors), copies, strict=True):
@@ -124,7 +124,7 @@ def test_merging_does_not_change_what_it_is_given(model):
 def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
     model.bfloat16()
     adapter = Adapter(tensors("fc1"), card("fc1"))
-    merged = merged_state_dict(model.state_dict(), adapter)
+    merged = merged_state_dict(model, adapter)
     assert {t.dtype for t in merged.values()} == {torch.float32}
     a, b = (adapter.tensors[f"{BLOCK}.mlp.0.lora_{m}"].double() for m in "AB")
     exact = model.state_dict()[f"{BLOCK}.mlp.0.weight"].double() + SCALING * b @ a

@@ -1,0 +1,127 @@
+"""torchvision's and timm's Vision Transformers as bases of adapters: made, described, and given a classifier."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from lora_vit.config import ConfigError
+from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.lora.places import plain_models
+
+SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
+"""torchvision's arguments that make the model that an adapter is for."""
+TORCHVISION = "torchvision's VisionTransformer"
+OF_HEADS = ("heads.", "head.", "head_dist.")
+"""What the classifiers' parameters begin with, torchvision's and timm's."""
+
+
+class AdapterError(ConfigError):
+    """An adapter that cannot be read or does not belong to what it is put on; the message is one line."""
+
+
+def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
+    """timm's model, with random weights unless ``pretrained``; ``image_size`` None: its own.
+
+    Raises:
+        ConfigError: there is no timm, no such model, or it cannot have this size.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise ConfigError("model=timm needs the package timm: pip install 'lora_vit[timm]'") from None
+    try:
+        size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+        return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
+    except Exception as error:
+        near = [] if timm.is_model(name.split(".")[0]) else timm.list_models(f"*{name.split('.')[0][:12]}*")
+        hint = f" (there are, for example, {', '.join(near[:5])})" if near else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model.name={name} cannot be made by timm {timm.__version__}: {reason}{hint}") from None
+
+
+def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
+    """A plain model with random weights, of the kind that an adapter's card says; without head for no classes."""
+    if base["architecture"] != TORCHVISION:
+        return timm_model(base["model"], base["image_size"], classes)
+    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes)
+    if not classes:
+        model.heads = nn.Sequential()
+    return model
+
+
+def sizes_of(model: Any) -> dict[str, Any]:
+    """What kind of model a plain backbone is: timm's name for it, or torchvision's arguments.
+
+    Raises:
+        AdapterError: it is no plain backbone with a head that can be replaced, or has adapters.
+    """
+    if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
+        kind = type(model).__name__
+        raise AdapterError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
+    if any(isinstance(m, LoRAAdapters) for m in model.modules()):
+        raise AdapterError("the model has adapters already: begin with its base")
+    last_layer(model)
+    if not isinstance(model, VisionTransformer):
+        height, width = model.patch_embed.img_size
+        size = height if height == width else [height, width]
+        return {"architecture": model.pretrained_cfg["architecture"], "image_size": size}
+    return {
+        "architecture": TORCHVISION,
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "num_layers": len(model.encoder.layers),
+        "num_heads": model.encoder.layers[0].self_attention.num_heads,
+        "hidden_dim": model.hidden_dim,
+        "mlp_dim": model.mlp_dim,
+    }
+
+
+def head_name(model: nn.Module) -> str:
+    """Name of the classifier's linear layer."""
+    return "heads.head" if isinstance(model, VisionTransformer) else "head"
+
+
+def last_layer(model: Any) -> nn.Linear | None:
+    """The classifier's linear layer; None where the model has no head. Raises AdapterError for other heads."""
+    if isinstance(model, VisionTransformer):
+        names = [name for name, _ in model.heads.named_children()]
+        if type(model.heads) is nn.Sequential and not names:
+            return None
+        head = model.heads.head if names == ["head"] else model.heads
+    elif isinstance(model.head, nn.Identity):
+        return None
+    else:
+        head = model.head
+    *before, last = head if type(head) is nn.Sequential and len(head) else [head]
+    if type(last) is nn.Linear and last.bias is not None and all(type(m) is nn.Dropout for m in before):
+        return last
+    name = head_name(model)
+    raise AdapterError(
+        f"the model's heads are not one linear layer with bias, alone or after dropout: give it such a {name}"
+    )
+
+
+def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
+    """Give the model a classifier: a layer of another size is made anew, dropout before it stays."""
+    last = last_layer(model)
+    if last is None or last.weight.shape != weight.shape:
+        like = next(model.parameters())
+        new = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
+        owner, name = (model.heads, "head") if isinstance(model, VisionTransformer) else (model, "head")
+        head = getattr(owner, name, None)
+        if isinstance(head, nn.Sequential):
+            head[-1] = new
+        else:
+            setattr(owner, name, new)
+        last = new
+    with torch.no_grad():
+        last.weight.copy_(weight)
+        last.bias.copy_(bias)
+    if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
+        model.head_dist = copy.deepcopy(last)

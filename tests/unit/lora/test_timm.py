@@ -1,0 +1,303 @@
+"""Adapters in timm's Vision Transformers, family by family, against timm's own forward with explicit weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
+from lora_vit.config import TARGETS
+from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
+from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.inject import inject_adapters, remove_adapters
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
+from lora_vit.models.vit import PackedViT
+
+timm = pytest.importorskip("timm")
+
+D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
+SMALL = {"depth": 2, "embed_dim": D, "num_heads": 3, "img_size": 32, "num_classes": CLASSES}
+FUSED = {t: ("attn.qkv", f"attn.{t}", slice(i * D, (i + 1) * D)) for i, t in enumerate("qkv")}
+SPLIT = {t: (f"attn.{t}_proj", f"attn.{t}_proj", slice(None)) for t in "qkv"}
+PLAIN_MLP = {"fc1": ["mlp.fc1"]}
+GATED_MLP = {"fc1": ["mlp.fc1_g", "mlp.fc1_x"]}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, list[str]]]] = {
+    # family: timm's name, arguments for a small one, where q, k and v are, where fc1 is
+    "AugReg": ("vit_tiny_patch16_224", {}, FUSED, PLAIN_MLP),
+    "DeiT": ("deit_tiny_patch16_224", {}, FUSED, PLAIN_MLP),
+    "DeiT distilled": ("deit_tiny_distilled_patch16_224", {}, FUSED, PLAIN_MLP),
+    "DeiT-III": ("deit3_small_patch16_224", {}, FUSED, PLAIN_MLP),
+    "DINO": ("vit_small_patch16_224.dino", {}, FUSED, PLAIN_MLP),
+    "DINOv2": ("vit_small_patch14_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
+    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
+    "DINOv2 giant": ("vit_giant_patch14_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
+    "MAE": ("vit_base_patch16_224.mae", {}, FUSED, PLAIN_MLP),
+    "CLIP": ("vit_base_patch16_clip_224", {}, FUSED, PLAIN_MLP),
+    "CLIP with quick GELU": ("vit_base_patch16_clip_quickgelu_224", {}, FUSED, PLAIN_MLP),
+    "SigLIP": ("vit_base_patch16_siglip_224", {}, FUSED, PLAIN_MLP),
+    "SigLIP, averaged": ("vit_base_patch16_siglip_gap_224", {}, FUSED, PLAIN_MLP),
+    "EVA": ("eva_giant_patch14_224", {"img_size": 28}, FUSED, PLAIN_MLP),
+    "EVA-02": ("eva02_base_patch14_224", {"img_size": 28}, SPLIT, GATED_MLP),
+    "EVA-02 tiny": ("eva02_tiny_patch14_224", {"img_size": 28}, FUSED, PLAIN_MLP),
+    "DINOv3": ("vit_small_patch16_dinov3", {}, FUSED, PLAIN_MLP),
+    "DINOv3 with qkv bias": ("vit_small_patch16_dinov3_qkvb", {}, FUSED, PLAIN_MLP),
+    "DINOv3 7B": ("vit_7b_patch16_dinov3", {}, FUSED, GATED_MLP),
+    "PE": ("vit_pe_core_tiny_patch16_384", {}, FUSED, PLAIN_MLP),
+    "BEiT": ("beit_base_patch16_224", {}, FUSED, PLAIN_MLP),
+    "BEiTv2": ("beitv2_base_patch16_224", {}, FUSED, PLAIN_MLP),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def plain(family: str) -> Any:
+    """A small fp64 model of the family with weights that are all away from zero and one."""
+    name, changes, _, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **changes})
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, 0.1, 0.2, generator=generator)
+    return model.double().eval()
+
+
+def images_for(model: Any, count: int = 4) -> Tensor:
+    side = model.patch_embed.img_size[0]
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def make_nonzero(model: nn.Module, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(p, std=0.2, generator=generator)
+
+
+def adapters_of(model: nn.Module, k: int = 0) -> dict[str, Tensor]:
+    return {n: t for m in model.modules() if isinstance(m, LoRAAdapters) for n, t in m.trial_tensors(k).items()}
+
+
+def places(family: str, targets: list[str]) -> list[tuple[str, str, slice]]:
+    """Of both blocks: the weight, the adapter's name and the weight's rows, as the table above has them."""
+    _, _, qkv, fc1 = FAMILIES[family]
+    found = [qkv[t] for t in targets if t in "qkv"]
+    names = [n for t in targets if t not in "qkv" for n in {"o": ["attn.proj"], "fc2": ["mlp.fc2"], **fc1}[t]]
+    found += [(name, name, slice(None)) for name in names]
+    return [(f"blocks.{i}.{w}.weight", f"blocks.{i}.{n}", rows) for i in range(2) for w, n, rows in found]
+
+
+def explicit(family: str, model: nn.Module, tensors: dict[str, Tensor], targets: list[str]) -> dict[str, Tensor]:
+    """The weights that the adapters stand for: W + s B A in their rows."""
+    weights: dict[str, Tensor] = {}
+    for weight, name, rows in places(family, targets):
+        w = weights.get(weight, model.get_parameter(weight).detach().clone())
+        update = torch.zeros_like(w)
+        update[rows] = SCALING * tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+        weights[weight] = w + update
+    return weights
+
+
+@pytest.mark.parametrize("targets", [list(TARGETS), ["q", "v"], ["k", "fc2"], ["o", "fc1"]], ids=" ".join)
+def test_output_and_gradient_are_those_of_explicit_weights(family, targets):
+    model = plain(family)
+    x, names = images_for(model), list(model.state_dict())
+    adapted = replace_linear_with_lora(copy.deepcopy(model), RANK, SCALING * RANK, targets=targets).double()
+    # sums in another order where timm adds the bias of q, k and v with its product; fp64
+    torch.testing.assert_close(adapted(x), model(x), rtol=1e-10, atol=1e-10)
+    make_nonzero(adapted)
+    tensors = adapters_of(adapted)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+    expected = functional_call(model, explicit(family, model, leaves, targets), (x,))
+    assert float((expected - model(x)).detach().abs().max()) > 1e-3
+    torch.testing.assert_close(adapted(x), expected, rtol=1e-9, atol=1e-9)
+    wanted = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
+    found = gradients(adapted, adapted(x).square().sum())
+    assert found.keys() == leaves.keys()
+    for name, gradient in zip(leaves, wanted, strict=True):
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-8, atol=1e-8 * largest
+        )  # fp64, sums over 5 to 20 tokens
+    remove_adapters(adapted)
+    assert list(adapted.state_dict()) == names
+    assert [type(m) for m in adapted.modules()] == [type(m) for m in model.modules()]
+    torch.testing.assert_close(adapted(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Of a lone trial's adapters, by their names in files."""
+    model.zero_grad()
+    loss.backward()
+    found = {}
+    for m in (m for m in model.modules() if isinstance(m, LoRAAdapters)):
+        for g, name in enumerate(m.names):
+            found |= {f"{name}.lora_A": m.lora_A.grad[0, g], f"{name}.lora_B": m.lora_B.grad[0, g]}
+    return found
+
+
+def test_every_adapter_learns(family):
+    """lora_B has a gradient after one step, and lora_A has moved after two."""
+    model = replace_linear_with_lora(plain(family), RANK, dropout=0.1).double().train()
+    trained = mark_lora_and_head_as_trainable(model, head_substring="head.")
+    assert all(".lora_" in name or name.startswith("head.") for name in trained)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    start = {name: t.detach().clone() for name, t in adapters_of(model).items()}
+    assert start.keys() == {f"{name}.lora_{m}" for _, name, _ in places(family, list(TARGETS)) for m in "AB"}
+    labels = torch.arange(4) % CLASSES
+    for step in range(2):
+        optimizer.zero_grad()
+        found = gradients(model, nn.functional.cross_entropy(model(images_for(model)), labels))
+        dead = [n for n, g in found.items() if not g.any() and (step == 1 or n.endswith("lora_B"))]
+        assert not dead
+        optimizer.step()
+    assert not [n for n, t in adapters_of(model).items() if torch.equal(t, start[n])]
+
+
+SPECS = [
+    AdapterSpec(r, s, p, "gaussian", seed) for r, s, p, seed in [(2, 1.0, 0.0, 5), (4, 0.5, 0.3, 6), (3, 2.0, 0.1, 7)]
+]
+
+
+def packed(family: str, specs: list[AdapterSpec], blocks: list[int] | None) -> tuple[PackedViT, list[int]]:
+    model = plain(family)
+    model.reset_classifier(0)
+    state, seeds = DropoutState([s.seed for s in specs]), [s.seed for s in specs]
+    model.requires_grad_(False)
+    for adapters in inject_adapters(model, specs, TARGETS, blocks, state):
+        adapters.double()
+        for k, spec in enumerate(specs):  # as it would be alone
+            generator = torch.Generator().manual_seed(spec.seed)
+            with torch.no_grad():
+                adapters.lora_B[k, :, :, : spec.rank] = torch.randn(
+                    *adapters.lora_B.shape[1:3], spec.rank, generator=generator, dtype=torch.float64
+                )
+    head = PackedHead(seeds, [0.0] * len(specs), D, CLASSES, state, "head").double()
+    return PackedViT(model, head, len(specs)).train(), seeds
+
+
+@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 1, 0]), ([1], [0, 1, 2])])
+def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
+    pack, _ = packed(family, SPECS, blocks)
+    x = images_for(pack.trunk, 2 * (max(streams) + 1))
+    pack.head.state.set(torch.tensor([0, 1, 2]), torch.arange(2))
+    seen: list[int] = []
+    pack.trunk.blocks[0].register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    together = pack(x, streams)
+    together.square().sum().backward()
+    assert seen == [len(x) if blocks else 2 * len(SPECS)]  # the stem, and the blocks before the first adapters, once
+    for k, (spec, stream) in enumerate(zip(SPECS, streams, strict=True)):
+        alone, _ = packed(family, [spec], blocks)
+        alone.head.state.set(torch.tensor([k]), torch.arange(2))
+        logits = alone(x[2 * stream : 2 * stream + 2], [0])
+        torch.testing.assert_close(together[k], logits[0], rtol=1e-9, atol=1e-9)
+        logits.square().sum().backward()
+        for mine, its in zip(lora_modules(pack), lora_modules(alone), strict=True):
+            for ours, theirs in (
+                (mine.lora_A.grad[k, :, : spec.rank], its.lora_A.grad[0]),
+                (mine.lora_B.grad[k, ..., : spec.rank], its.lora_B.grad[0]),
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.abs().max()))
+
+
+def lora_modules(model: nn.Module) -> list[LoRAAdapters]:
+    return [m for m in model.modules() if isinstance(m, LoRAAdapters)]
+
+
+@pytest.mark.parametrize("targets", [list(TARGETS), ["q", "v", "fc1"]], ids=" ".join)
+def test_merged_is_unmerged_and_loads_strictly(family, targets):
+    model = plain(family).float()
+    names = list(model.state_dict())
+    generator = torch.Generator().manual_seed(4)
+    tensors = {"head.weight": torch.randn(3, D, generator=generator), "head.bias": torch.randn(3, generator=generator)}
+    for weight, name, rows in places(family, targets):
+        width_out, width_in = model.get_parameter(weight)[rows].shape
+        tensors[f"{name}.lora_A"] = torch.randn(RANK, width_in, generator=generator) * 0.1
+        tensors[f"{name}.lora_B"] = torch.randn(width_out, RANK, generator=generator)
+    lora = {"method": "lora", "rank": RANK, "targets": targets, "blocks": None, "dropout": 0.0, "init": "gaussian"}
+    adapter = Adapter(tensors, {"lora": lora, "effective_scaling": 0.5})
+    merged, base = merged_state_dict(model, adapter), model.state_dict()
+    name, changes, _, _ = FAMILIES[family]
+    plain_again = timm.create_model(name, **{**SMALL, **changes, "num_classes": 3}).eval()
+    plain_again.load_state_dict(merged, strict=True)
+    assert list(plain_again.state_dict()) == names
+    changed = {n for n, t in merged.items() if not n.startswith("head") and not torch.equal(t, base[n])}
+    assert changed == {weight for weight, _, _ in places(family, targets)}
+    before = base_of(model)
+    put_on(model, adapter)
+    x = images_for(model).float()
+    expected = plain_again(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))  # fp32
+    remove_adapters(model)
+    assert base_of(model) == before
+    model.blocks[1].attn.proj.weight.data[0, 0] += 1e-3
+    assert base_of(model)["sha256"] != before["sha256"]
+
+
+def test_layers_with_one_input_share_its_dropout(family):
+    model = replace_linear_with_lora(plain(family), dropout=0.5)
+    keys = {name: m._module_key for name, m in model.named_modules() if isinstance(m, LoRAAdapters)}
+    for i in range(2):
+        of_block = {n: key for n, key in keys.items() if n.startswith(f"blocks.{i}.")}
+        shared = [{key for n, key in of_block.items() if part in n} for part in (".q", ".fc1")]
+        assert all(len(found) == 1 for found in shared)
+        assert len(set(of_block.values())) == 4
+
+
+@pytest.mark.parametrize("targets", [["q"], ["fc1"], ["o"], list(TARGETS)], ids=" ".join)
+def test_biases_of_adapted_layers(family, targets):
+    model = replace_linear_with_lora(plain(family), targets=targets)
+    trained = mark_lora_and_head_as_trainable(model, head_substring="head.", bias="lora_only")
+    found = {n for n in trained if n.endswith("bias") and not n.startswith("head")}
+    layers = {weight.removesuffix("weight") for weight, _, _ in places(family, targets)}
+    expected = {f"{layer}bias" for layer in layers}
+    expected |= {layer.replace("qkv.", f"{t}_bias") for layer in layers for t in "qv" if "qkv." in layer}
+    assert found == expected & {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "swin_tiny_patch4_window7_224", "convnext_atto", "vit_base_patch16_rpn_224"]
+)
+def test_other_models_are_refused_with_what_fits(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=r"no encoder block of torchvision's ViT, and timm's ViT .*DINOv2.*BEiT"):
+        replace_linear_with_lora(model)
+
+
+def test_an_attention_of_another_kind_is_refused():
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, attn_layer="diff")
+    with pytest.raises(ValueError, match=r"blocks\.0 has DiffAttention and Mlp: no adapters for these"):
+        replace_linear_with_lora(model)
+
+
+def kept_for_backward(model: nn.Module, x: Tensor) -> int:
+    """Bytes, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        sizes.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x)
+    return sum(size for where, size in sizes.items() if where not in own)
+
+
+def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
+    """Adapters add their h, of the rank's width, alone."""
+    frozen, adapted = (plain("DINOv2").requires_grad_(False) for _ in range(2))
+    x = images_for(frozen, 8)
+    frozen.patch_embed.proj.bias.requires_grad_()
+    adapted.patch_embed.proj.bias.requires_grad_()
+    replace_linear_with_lora(adapted, 1).double()
+    assert kept_for_backward(adapted, x) < 1.1 * kept_for_backward(frozen, x)
