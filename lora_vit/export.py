@@ -43,7 +43,7 @@ def export_folder(folder: Path, form: str, out: Path, weights: str | None) -> in
         written = Path(place, out.name)
         written.mkdir()
         usage = write(trial, written)
-        compare(trial, lambda images: read(written, images), folder)
+        compare(trial, lambda images: read(written, images), f"{folder}: the export")
         written.replace(out)
     print(usage.replace("DIR", str(out)))
     return 0

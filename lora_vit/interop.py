@@ -75,8 +75,8 @@ def open_trial(folder: Path, config: TrialConfig, device: torch.device) -> Trial
     return Trial(adapter, factory.base, plain, merged, adapted, about)
 
 
-def compare(trial: Trial, others: Callable[[Tensor], Tensor], folder: Path) -> None:
-    """Print how far another model's logits are from the trial's on made images. Raises ConfigError where too far."""
+def compare(trial: Trial, others: Callable[[Tensor], Tensor], what: str) -> None:
+    """Print how far the logits of ``what`` are from the trial's on made images. Raises ConfigError where too far."""
     side, device = trial.about["image_size"], next(trial.adapted.parameters()).device
     images = torch.rand(CHECKED, 3, side, side, generator=randomness.generator("merge")).to(device) * 4 - 2
     with torch.no_grad():
@@ -85,7 +85,7 @@ def compare(trial: Trial, others: Callable[[Tensor], Tensor], folder: Path) -> N
     changed = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
     print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
     if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
-        raise ConfigError(f"{folder}: what was made of it differs by {largest:.2e}; nothing written")
+        raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")
 
 
 def _save(trial: Trial, model: Any, out: Path) -> Any:
@@ -135,16 +135,18 @@ def _hf_model(trial: Trial, source: nn.Module) -> Any:
         layer_norm_eps=next(m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)),
         id2label=dict(enumerate(trial.about["class_names"])),
         label2id={name: i for i, name in enumerate(trial.about["class_names"])},
-        **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp / width}),
+        **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}),
         **({"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}),
     )
     model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
     own = {n: t for n, t in model.state_dict().items() if not n.startswith("classifier.") and "mask_token" not in n}
     translated, _ = translate(state, own)
-    odd = sorted(translated.keys() ^ own.keys())
+    odd = sorted(
+        name for name, _ in {(n, t.shape) for n, t in translated.items()} ^ {(n, t.shape) for n, t in own.items()}
+    )
     if odd or getattr(source, "global_pool", "token") != "token":
-        what = f"{kind} with such a {odd[0]}" if odd else f"{kind} that pools so"
-        raise ConfigError(f"HF has no {what} as {trial.about['model']}: give --format timm, onnx or torch_export")
+        what = f"{kind} differs in {odd[0]}" if odd else f"{kind} reads the class token"
+        raise ConfigError(f"HF has no {trial.about['model']} ({what}): give --format timm, onnx or torch_export")
     head: Any = last_layer(source)
     weight = head.weight
     if kind != "ViT":  # its classifier reads the mean of the patches as well

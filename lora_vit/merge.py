@@ -23,7 +23,7 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     from lora_vit.lora.backbones import SIZES
 
     trial = open_trial(folder, config, choose_device(device, Process()))
-    compare(trial, trial.merged, folder)
+    compare(trial, trial.merged, f"{folder}: the merged model")
     metadata = {"lora_vit": json.dumps(trial.about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(out) as file:
         file.write(save({name: t.contiguous() for name, t in trial.merged.state_dict().items()}, metadata))

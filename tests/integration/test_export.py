@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import train_together, trial_config
+from hydra import compose, initialize_config_module
 from PIL import Image
 from torch import Tensor
 from torchvision.models import VisionTransformer
 
 from lora_vit import interop, load_adapter, predict
+from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.export import NEEDS
-from lora_vit.models.vit import build_trunk
+from lora_vit.models.vit import build_trunk, timm_trunk
 
 for package in ("transformers", "timm", "peft", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -59,6 +61,17 @@ def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return ended.value.code, *capsys.readouterr()
 
     return run
+
+
+def timm_trial(folder: Path, name: str, *overrides: str) -> Path:
+    """A trial on a model of timm with random weights."""
+    register_schema()
+    settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "trainer.epochs=2"]
+    settings += ["trainer.precision=fp32", "trainer.accelerator=cpu", "optimizer.lr=3e-2", "lora.rank=3"]
+    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+        config = from_omegaconf(compose("config", overrides=[*settings, *overrides]))
+    train_together([config], folder)
+    return folder / "0"
 
 
 def images(count: int = 3, size: int = 16) -> Tensor:
@@ -111,7 +124,7 @@ def read(form: str, folder: Path, x: Tensor) -> Tensor:
 def test_an_export_gives_the_trials_logits(form, trial, tmp_path, call):
     code, out, _ = call("export", trial, "--format", form, "--out", tmp_path / "out")
     assert code == 0
-    assert re.search(r"^largest logit difference \d\.\d\de-0\d on 5 made images, loaded from the files$", out, re.M)
+    assert re.search(r"^largest logit difference \d\.\d\de-0\d, 0 of 16 predictions changed on made images$", out, re.M)
     assert str(tmp_path / "out") in out
     expected = trials_logits(trial)
     # each product is rounded in another order
@@ -188,16 +201,86 @@ def test_what_is_no_adapter_goes_to_hf_only(overrides, reason, tmp_path, call):
     settings = ("trainer.precision=fp32", "optimizer.lr=3e-3")
     train_together([trial_config(*settings, *overrides)], tmp_path)
     code, _, err = call("export", tmp_path / "0", "--format", "peft", "--out", tmp_path / "peft")
-    assert (code, err) == (1, f"error: {reason}, which PEFT's files hold: give --format hf\n")
+    assert (code, err) == (1, f"error: {reason}, which PEFT's files hold: give --format timm or hf\n")
     assert not (tmp_path / "peft").exists()
     assert call("export", tmp_path / "0", "--format", "hf", "--out", tmp_path / "hf")[0] == 0
     found = read("hf", tmp_path / "hf", images())
     torch.testing.assert_close(found, trials_logits(tmp_path / "0"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def of_timm(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("timm")
+    return timm_trial(folder, "test_vit", "model.image_size=32", "lora.targets=[q,v,o,fc2]", "lora.blocks=[1,4]")
+
+
+def of_timm_logits(folder: Path, name: str, x: Tensor) -> Tensor:
+    """timm's own model with the base's weights, and the adapter put on it."""
+    import timm
+
+    side = x.shape[-1]
+    model = timm.create_model(name, num_classes=4, img_size=side)
+    model.load_state_dict(timm_trunk(name, side).state_dict(), strict=False)
+    with torch.no_grad():
+        return load_adapter(model, folder).eval()(x)
+
+
+@pytest.mark.parametrize("form", TRACED)
+def test_timms_models_as_well(form, of_timm, tmp_path, call):
+    code, _, err = call("export", of_timm, "--format", form, "--out", tmp_path / "out")
+    assert code == 0, err
+    expected = of_timm_logits(of_timm, "test_vit", images(size=32))
+    if form == "peft":
+        import timm
+        from peft import PeftModel
+
+        base = timm.create_model(f"local-dir:{tmp_path}/out/base", pretrained=True)
+        model = PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True).eval()
+        adapted = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n}
+        parts = {name.partition(".lora_")[0][17:] for name in adapted}
+        assert parts == {f"blocks.{i}.{part}" for i in (1, 4) for part in ("attn.qkv", "attn.proj", "mlp.fc2")}
+        assert {shape[0] for n, shape in adapted.items() if "qkv.lora_A" in n} == {6}  # q and v, rank 3 each
+        with torch.no_grad():
+            found = model(images(size=32))
+            keys = dict(model.named_parameters())["base_model.model.blocks.1.attn.qkv.lora_B.default.weight"]
+            assert not keys[64:128].any()
+    else:
+        found = read(form, tmp_path / "out", images(size=32))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_dinov2_with_registers_becomes_hfs(tmp_path, call):
+    name = "vit_small_patch14_reg4_dinov2"
+    folder = timm_trial(tmp_path, name, "model.image_size=42", "lora.rank=8", "trainer.epochs=1")
+    for form in ("hf", "timm"):
+        code, _, err = call("export", folder, "--format", form, "--out", tmp_path / form)
+        assert code == 0, err
+        found = read(form, tmp_path / form, images(size=42))
+        torch.testing.assert_close(found, of_timm_logits(folder, name, images(size=42)), rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "dinov2_with_registers"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "reason"),
+    [
+        ("vit_tiny_patch16_dinov3_qkvb", "peft", "PEFT never calls blocks.0.attn.qkv of vit_tiny_patch16_dinov3_qkvb"),
+        ("test_vit2", "hf", "HF has no test_vit2 (Dinov2WithRegisters differs in "),
+        ("vit_tiny_patch16_dinov3_qkvb", "hf", "HF has no vit_tiny_patch16_dinov3_qkvb (Dinov2With"),
+    ],
+)
+def test_what_another_library_has_not_is_refused(name, form, reason, tmp_path, call):
+    folder = timm_trial(tmp_path, name, "model.image_size=32", "trainer.epochs=1")
+    code, _, err = call("export", folder, "--format", form, "--out", tmp_path / "out")
+    assert code == 1
+    assert err.startswith(f"error: {reason}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_kept_of_an_export_that_differs(trial, tmp_path, call, monkeypatch):
-    write, load = interop.WRITERS["hf"]
-    monkeypatch.setitem(interop.WRITERS, "hf", (write, lambda out, x: load(out, x) + 0.1))
+    write, load = interop.FORMATS["hf"]
+    monkeypatch.setitem(interop.FORMATS, "hf", (write, lambda out, x: load(out, x) + 0.1))
     code, _, err = call("export", trial, "--format", "hf", "--out", tmp_path / "new" / "out")
     assert (code, err) == (1, f"error: {trial}: the export differs by 1.00e-01; nothing written\n")
     assert not list((tmp_path / "new").iterdir())
