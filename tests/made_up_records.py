@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "model": {
         "name": "vit_tiny", "weights": "GLYPHS_V1", "image_size": 32, "patch_size": 8, "num_layers": 6, "num_heads": 4,
         "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1, "weights_sha256": None,
+        "library": "torchvision", "mean": None, "std": None, "interpolation": None,
     },
     "data": {
         "name": "digits", "root": None, "batch_size": 20, "augment": "none", "split_seed": 0, "val_fraction": 0.4,

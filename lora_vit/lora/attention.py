@@ -55,7 +55,7 @@ class Attention(nn.MultiheadAttention):
 class FirstTokenBlock(EncoderBlock):
     """torchvision's last block, [B, S, D] to [B, 1, D]: no more than the class token is used of its output."""
 
-    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BSD: Tensor) -> Tensor:
         """The class token alone."""
         mixed, _ = self.self_attention(self.ln_1(x_BSD))
         x_B1D = x_BSD[:, :1] + self.dropout(mixed)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import ConfigError
+from lora_vit.config import ConfigError, nearest
 from lora_vit.lora.layers import LoRAAdapters
-from lora_vit.lora.places import plain_models
+from lora_vit.lora.places import FAMILIES, plain_models
 
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 """torchvision's arguments that make the model that an adapter is for."""
@@ -39,9 +39,8 @@ def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: 
         size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:
-        near = [] if timm.is_model(name.split(".")[0]) else timm.list_models(f"*{name.split('.')[0][:12]}*")
-        hint = f" (there are, for example, {', '.join(near[:5])})" if near else ""
         reason = " ".join(str(error).split()) or type(error).__name__
+        hint = nearest(name, timm.list_models()) or f" (wanted: {FAMILIES})"
         raise ConfigError(f"model.name={name} cannot be made by timm {timm.__version__}: {reason}{hint}") from None
 
 
@@ -93,7 +92,7 @@ def last_layer(model: Any) -> nn.Linear | None:
         names = [name for name, _ in model.heads.named_children()]
         if type(model.heads) is nn.Sequential and not names:
             return None
-        head = model.heads.head if names == ["head"] else model.heads
+        head = model.heads.head if names == ["head"] else None
     elif isinstance(model.head, nn.Identity):
         return None
     else:

@@ -27,6 +27,7 @@ def use_own_attention(model: nn.Module) -> None:
 
     timm's attention adds its bias of q, k and v after the layer, where it would else read the layer's weight.
     """
+    module: Any
     for module in model.modules():
         if isinstance(module, EncoderBlock) and not isinstance(module.self_attention, Attention):
             become(module.self_attention, Attention)
@@ -72,7 +73,7 @@ def inject_adapters(
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
     for place in chosen:
         if place.layer in made or place.front in passed:
-            layer = model.get_submodule(place.layer)
+            layer: Any = model.get_submodule(place.layer)
             if not isinstance(layer, Attention):
                 become(layer, AdaptedLinear)
             layer.lora = made.get(place.layer)

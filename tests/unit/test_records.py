@@ -185,7 +185,7 @@ def test_what_a_new_record_says():
     empty: dict[str, Any] = {key: {} for key in ("metrics", "best", "parameters", "cost", "environment", "data")}
     times = {"started": 0.0, "heartbeat": 0.0, "finished": None}
     said = {"trial_id": "id", "cell_id": "cell", "status": "running", "config": {}}
-    assert fields == {**said, **empty, **times, "error": None, "schema": 2}
+    assert fields == {**said, **empty, **times, "error": None, "schema": 3}
 
 
 def test_a_record_is_read_as_it_was_written(clock, tmp_path):
@@ -200,7 +200,7 @@ def test_a_record_is_read_as_it_was_written(clock, tmp_path):
     )
     written = write_record(tmp_path, record)
     assert (record.heartbeat, written.heartbeat) == (NOW, NOW)
-    on_disk = {**dataclasses.asdict(record), "metrics": {"epoch": 2, "val_loss": None}, "schema": 2}
+    on_disk = {**dataclasses.asdict(record), "metrics": {"epoch": 2, "val_loss": None}, "schema": 3}
     assert json.loads((tmp_path / "record.json").read_text()) == on_disk
     assert dataclasses.asdict(read_record(tmp_path)) == on_disk
     record.metrics["epoch"] = 3
@@ -270,7 +270,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
         ("[]", " is not a trial record"),
         ('["schema"]', " is not a trial record"),
         ("{}", " is not a trial record"),
-        ('{"schema": 1}', " has record schema 1, this version reads 2: use the matching version of lora_vit"),
+        ('{"schema": 1}', " has record schema 1, this version reads 3: use the matching version of lora_vit"),
     ],
 )
 def test_a_record_that_is_none_is_refused(text, said, tmp_path):

@@ -18,7 +18,7 @@ CANONICAL = {
     "lora": PLAIN["lora"],
     "trainer": {"epochs": 2, "precision": "fp64", "compile": False},
     "seed": 0,
-    "schema": 2,
+    "schema": 3,
 }
 # every setting, another value of it, and whether that is another trial
 OTHER = {
@@ -30,6 +30,10 @@ OTHER = {
     "model.num_heads": (4, True),
     "model.hidden_dim": (64, True),
     "model.mlp_dim": (64, True),
+    "model.library": ("timm", True),
+    "model.mean": ([0.5, 0.5, 0.5], True),
+    "model.std": ([0.5, 0.5, 0.5], True),
+    "model.interpolation": ("bicubic", True),
     "model.head_dropout": (0.2, True),
     "model.weights_sha256": ("0" * 64, True),
     "data.name": ("digits", True),
@@ -89,8 +93,8 @@ def test_the_canonical_form_is_what_is_hashed():
 
 
 def test_ids_on_disk_stay_what_they_are():
-    assert trial_id(plain_trial()) == "da7a8c152b"
-    assert cell_id(plain_trial()) == "cbddd1b013"
+    assert trial_id(plain_trial()) == "2e18b1cf72"
+    assert cell_id(plain_trial()) == "a8b665e937"
 
 
 def test_the_table_has_every_setting():

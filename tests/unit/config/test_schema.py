@@ -119,7 +119,7 @@ def test_what_decides_the_numbers_is_fixed():
     assert set(IDENTITY) == everything - without
     assert IDENTITY["lora.rank"] == "int | None"
     assert IDENTITY["optimizer.betas"] == "list[float]"
-    assert (SCHEMA_VERSION, TARGETS) == (2, ("q", "k", "v", "o", "fc1", "fc2"))
+    assert (SCHEMA_VERSION, TARGETS) == (3, ("q", "k", "v", "o", "fc1", "fc2"))
 
 
 def test_the_factor_of_an_adapter():

@@ -324,7 +324,7 @@ def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
         given = nn.DataParallel(model)
     else:
         given = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(AdapterError, match=r"not a plain torchvision VisionTransformer \(\w+\): wrap or compile it"):
+    with pytest.raises(AdapterError, match=r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"):
         place(given, folder)
 
 
@@ -488,7 +488,7 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
 
 
 def test_no_blocks_are_all_blocks():
-    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places()]
+    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places(new_model())]
     places = ("self_attention.q", "mlp.3")
     assert found == [f"encoder.layers.encoder_layer_{i}.{place}" for i in range(2) for place in places]
 

@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
 from lora_vit.config import TARGETS
-from lora_vit.lora.attention import EncoderBlock
+from lora_vit.lora.attention import Attention
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
@@ -138,7 +138,7 @@ def test_blocks_are_found_at_any_depth_and_keep_their_order(model, images):
     expected = model.eval()(images)
     wrapped = nn.ModuleDict({"vit": model, "other": nn.Linear(2, 2)})
     assert replace_linear_with_lora(wrapped) is wrapped
-    layers = [m for m in model.encoder.layers if isinstance(m, EncoderBlock)]
+    layers = [m for m in model.encoder.layers if isinstance(m.self_attention, Attention)]
     assert [n for n, _ in model.encoder.layers.named_children()] == ["encoder_layer_0", "encoder_layer_1"]
     assert len(layers) == 2
     torch.testing.assert_close(model.double()(images), expected, rtol=1e-12, atol=1e-12)
@@ -274,7 +274,7 @@ def test_bias_choices(model, images, bias, targets):
 def test_state_dict_of_the_base_is_torchvisions(model):
     names = set(model.state_dict())
     replace_linear_with_lora(model)
-    assert {n for n in model.state_dict() if "_lora." not in n} == names
+    assert {n for n in model.state_dict() if ".lora." not in n} == names
 
 
 @pytest.mark.parametrize(

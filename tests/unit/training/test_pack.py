@@ -120,7 +120,7 @@ def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pac
     take_steps(pack, 2)
     assert pack.padding_is_zero()
     assert pack.finite_K().tolist() == [True, True, True]
-    lora_A = pack.model.trunk.encoder.layers[1].fc1_lora.lora_A
+    lora_A = pack.model.trunk.encoder.layers[1].mlp[0].lora.lora_A
     with torch.no_grad():
         for value in (math.inf, math.nan):
             lora_A[1, 0, 4, 0] = value  # the last of rank 5, nothing padded

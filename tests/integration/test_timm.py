@@ -1,0 +1,207 @@
+"""Trials on timm's backbones from configuration to merged file, by every command on the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import train_together
+from hydra import compose, initialize_config_module
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_vit import commands, evaluate, load_adapter, merge, merge_adapter, predict
+from lora_vit.build import build_setup, prepare
+from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.config import ConfigError, TrialConfig, trial_id
+from lora_vit.distributed import Process
+from lora_vit.lora.adapter import AdapterError
+
+timm = pytest.importorskip("timm")
+
+NAMES = {"ViT": "vit_tiny_patch16_224", "Eva": "eva02_tiny_patch14_224"}
+SIDES = {"ViT": 32, "Eva": 28}
+
+
+def timm_config(*overrides: str, name: str = NAMES["ViT"], side: int | None = 32) -> TrialConfig:
+    """A trial of seconds on adapters of the last block."""
+    settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "data.cache_size=16"]
+    settings += [] if side is None else [f"model.image_size={side}"]
+    settings += ["trainer.epochs=1", "trainer.precision=fp32", "trainer.accelerator=cpu", "trainer.log_every=1"]
+    register_schema()
+    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+        return from_omegaconf(compose("config", overrides=[*settings, *overrides]))
+
+
+def run(command, *arguments: object, monkeypatch, capsys) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    return int(ended.value.code or 0), *capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(
+    "settings", [("lora.blocks=[11]", "lora.dropout=0.1"), ("lora=none",), ("lora=full",)], ids=" ".join
+)
+def test_a_trial_comes_back_from_every_command(family, settings, tmp_path, monkeypatch, capsys):
+    """Evaluated, predicted, loaded and merged it says what it said when it was trained."""
+    config = timm_config("optimizer.lr=1e-3", *settings, name=NAMES[family], side=SIDES[family])
+    (outcome,) = train_together([config], tmp_path)
+    folder = tmp_path / "0"
+    assert run(evaluate, folder, "--split", "val", monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+    code, said, _ = run(merge, folder, "--out", tmp_path / "m.safetensors", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    scope: dict[str, object] = {}
+    exec("\n".join(said.splitlines()[-3:]), scope)  # what it says is how the file is loaded
+    about = json.loads(safe_open(tmp_path / "m.safetensors", "pt").metadata()["lora_vit"])
+    assert {key: about[key] for key in ("image_size", "model")} == {"image_size": SIDES[family], "model": NAMES[family]}
+    own = timm.get_pretrained_cfg(NAMES[family])
+    assert (about["mean"], about["std"], about["interpolation"]) == (list(own.mean), list(own.std), own.interpolation)
+    torch.manual_seed(0)  # the random base of a config without weights
+    models = [scope["model"]]
+    for put in (load_adapter, merge_adapter):
+        torch.manual_seed(0)
+        base = timm.create_model(NAMES[family], img_size=SIDES[family], num_classes=0)
+        models.append(put(base, folder))
+    setup = build_setup(config, Process())
+    for model in models:
+        assert isinstance(model, torch.nn.Module)
+        with torch.no_grad():
+            found = torch.cat([model.eval()(b.images).argmax(-1) for b in setup.eval_stream("val", 7)])
+        assert np.array_equal(found.numpy(), outcome.predicted)
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.png")
+    code, said, _ = run(predict, folder, tmp_path / "a.png", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert "%" in said
+
+
+@pytest.mark.slow
+def test_a_pack_on_timm_is_its_trials_alone(tmp_path):
+    changes = [("lora.rank=2", "seed=0"), ("lora.rank=4", "seed=1", "lora.dropout=0.2")]
+    configs = [timm_config("trainer.precision=fp64", "lora.blocks=[10,11]", *c) for c in changes]
+    together = train_together(configs, tmp_path / "pack")
+    for config, one in zip(configs, together, strict=True):
+        (alone,) = train_together([config], tmp_path / str(config.seed))
+        assert alone.tensors.keys() == one.tensors.keys()
+        assert {n.split(".lora_")[0] for n in alone.tensors if n.startswith("blocks.11.attn")} == {
+            f"blocks.11.attn.{part}" for part in ("q", "k", "v", "proj")
+        }
+        torch.testing.assert_close(one.losses, alone.losses, rtol=1e-9, atol=1e-9)
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(one.tensors[name], tensor, rtol=1e-6, atol=1e-8)  # stored as fp32
+
+
+def test_another_model_or_other_images_are_refused(tmp_path, monkeypatch, capsys):
+    train_together([timm_config("lora=none")], tmp_path)
+    other = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=0)
+    with pytest.raises(AdapterError, match=r"architecture=vit_tiny_patch16_224, here architecture=deit_tiny_patch16"):
+        load_adapter(other, tmp_path / "0")
+    kept = commands.recorded_config
+
+    def with_another_mean(*arguments: object) -> TrialConfig:
+        config = kept(*arguments)  # type: ignore[arg-type]
+        config.model.mean = [0.1, 0.2, 0.3]
+        return config
+
+    monkeypatch.setattr(evaluate, "recorded_config", with_another_mean)
+    code, _, said = run(evaluate, tmp_path / "0", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 1
+    assert "mean=[0.5, 0.5, 0.5], here mean=[0.1, 0.2, 0.3]" in said
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_how_images_are_prepared_reaches_the_model(key):
+    own, other = timm_config("lora=none"), timm_config("lora=none", f"model.{key}=[0.2,0.3,0.4]")
+    assert trial_id(own) != trial_id(other)
+    pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)
+    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5)
+    (mean if key == "mean" else std)[:] = torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    setup = build_setup(other, Process())
+    sized = torch.nn.functional.interpolate(pixels / 255, (32, 32), mode="bicubic", antialias=True)
+    # torch resizes in fp32 with rounded weights
+    torch.testing.assert_close(setup.transform.eval(pixels)[0], (sized[0] - mean) / std, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_timms_names_is_loaded_and_another_refused(tmp_path):
+    torch.manual_seed(5)
+    model = timm.create_model(NAMES["ViT"], img_size=32)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    setup = build_setup(timm_config("lora=none", f"model.weights={tmp_path}/w.safetensors"), Process())
+    trunk = setup.build_model([timm_config("lora=none")]).trunk
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in trunk.state_dict().items())
+    state = load_file(tmp_path / "w.safetensors")
+    del state["blocks.3.mlp.fc1.weight"]
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"does not fit vit_tiny_patch16_224: it lacks blocks\.3\.mlp\.fc1\.weight"):
+        build_setup(timm_config("lora=none", f"model.weights={tmp_path}/w.safetensors"), Process())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            {"name": "vit_tinny_patch16_224"},
+            r"model.name=vit_tinny_patch16_224 .* timm .*Unknown model.*, did you mean 'vit_tiny_patch16_224'",
+        ),
+        ({"name": "resnet18"}, r"model.name=resnet18 cannot be made .*DINOv2"),
+        ({"name": "convnext_atto", "side": None}, r"model.name=convnext_atto: no target matches.*DINOv2"),
+        ({"side": 40}, r"model.image_size=40: give a multiple of vit_tiny_patch16_224's patch size 16"),
+        ({"more": "lora.rank=300"}, r"lora.rank=300 is impossible: blocks\.0\.attn\.qkv is 192 wide"),
+        ({"more": "lora.blocks=[12]"}, r"lora.blocks=\[12\].*blocks 0 to 11"),
+    ],
+)
+def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(overrides, said):
+    arguments = {key: value for key, value in overrides.items() if key != "more"}
+    config = timm_config(*([overrides["more"]] if "more" in overrides else []), **arguments)
+    for check in (lambda: prepare([config]), lambda: build_setup(config, Process())):
+        with pytest.raises(ConfigError, match=said) as caught:
+            check()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.num_layers=6", r"model\.num_layers=6 has no effect with model=timm"),
+        (
+            "model.weights=IMAGENET1K_V1",
+            r"model\.weights=IMAGENET1K_V1 is unknown for vit_tiny_patch16_224: give DEFAULT",
+        ),
+        ("model.std=[0,1,1]", r"model\.std=0\.0 is impossible"),
+        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] is impossible: give one number for each"),
+        ("model.interpolation=nearest", r"model\.interpolation=nearest is unknown"),
+    ],
+)
+def test_what_is_wrong_without_asking_timm(override, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # an import of it fails
+    with pytest.raises(ConfigError, match=said):
+        timm_config(override)
+
+
+def test_without_timm_a_line_says_what_to_install(monkeypatch):
+    config = timm_config()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match=r"^model=timm needs the package timm: pip install 'lora_vit\[timm\]'$"):
+        prepare([config])
+
+
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
+    def offline(*arguments: object, **_: object) -> None:
+        raise OSError("no network\nat all")
+
+    config = timm_config("model.weights=DEFAULT", name="vit_small_patch14_dinov2.lvd142m", side=28)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(ConfigError, match=r"model\.weights=DEFAULT.*no network at all.*fetch .*model\.safetensors"):
+        prepare([config])
+
+
+def test_the_models_own_size_is_taken(tmp_path: Path):
+    setup = build_setup(timm_config("lora=none", name="vit_tiny_patch16_224", side=None), Process())
+    assert setup.transform.image_size == 224
