@@ -1,6 +1,6 @@
 """A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and its logits from these.
 
-Each format has a writer, which returns the lines that load its files, and a reader, which uses the other library alone.
+Each format has a writer and a reader, which uses the other library and the files alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Trial:
 
     Attributes:
         adapter: what was trained.
-        base: sizes of the base, as the adapter's card has them.
         plain: the backbone's own model with the base's weights and the trial's head.
         merged: the same with the adapter in its weights.
         adapted: base and adapter apart, as it was trained.
@@ -44,7 +43,6 @@ class Trial:
     """
 
     adapter: Adapter
-    base: dict[str, Any]
     plain: nn.Module
     merged: nn.Module
     adapted: nn.Module
@@ -53,7 +51,7 @@ class Trial:
     @property
     def of_torchvision(self) -> bool:
         """Whether the backbone is torchvision's; else it is timm's."""
-        return self.base["architecture"] == TORCHVISION
+        return self.adapter.card["base"]["architecture"] == TORCHVISION
 
 
 def open_trial(folder: Path, config: TrialConfig, device: torch.device) -> Trial:
@@ -72,7 +70,7 @@ def open_trial(folder: Path, config: TrialConfig, device: torch.device) -> Trial
     put_on(factory.original, adapter)
     about = {"class_names": names, "model": config.model.name, **factory.inputs}
     plain, merged, adapted = (model.to(device).eval() for model in (plain, merged, factory.original))
-    return Trial(adapter, factory.base, plain, merged, adapted, about)
+    return Trial(adapter, plain, merged, adapted, about)
 
 
 def compare(trial: Trial, others: Callable[[Tensor], Tensor], what: str) -> None:
@@ -88,8 +86,8 @@ def compare(trial: Trial, others: Callable[[Tensor], Tensor], what: str) -> None
         raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")
 
 
-def _save(trial: Trial, model: Any, out: Path) -> Any:
-    """Write a model of HF or timm as its library does, with class names and how images are prepared; returns it."""
+def _save(trial: Trial, model: Any, out: Path) -> None:
+    """Write a model of HF or timm as its library does, with class names and how images are prepared."""
     about, side = trial.about, trial.about["image_size"]
     cropped = trial.adapter.card["decoded_size"] is not None
     if hasattr(model, "pretrained_cfg"):
@@ -99,7 +97,7 @@ def _save(trial: Trial, model: Any, out: Path) -> Any:
         shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
         described = {"pretrained_cfg": shown, "label_names": about["class_names"]}
         save_for_hf(model, str(out), described, safe_serialization=True)
-        return model
+        return
     from transformers import ViTImageProcessor
 
     square = {"height": side, "width": side}
@@ -112,7 +110,6 @@ def _save(trial: Trial, model: Any, out: Path) -> Any:
         resample={"bilinear": 2, "bicubic": 3}[about["interpolation"]],
         do_convert_rgb=True,
     ).save_pretrained(out)
-    return model
 
 
 def _hf_model(trial: Trial, source: nn.Module) -> Any:
@@ -161,7 +158,7 @@ def _timm_model(trial: Trial, source: nn.Module) -> Any:
         return source
     import timm
 
-    size, patch, depth, heads, width, mlp = (trial.base[key] for key in SIZES)
+    size, patch, depth, heads, width, mlp = (trial.adapter.card["base"][key] for key in SIZES)
     sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     classes = len(trial.about["class_names"])
     model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=classes)
@@ -183,61 +180,46 @@ def _read_model(folder: Path) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def _write_hf(trial: Trial, out: Path) -> str:
+def _write_hf(trial: Trial, out: Path) -> None:
     _save(trial, _hf_model(trial, trial.merged), out)
-    return 'from transformers import pipeline\nclassify = pipeline("image-classification", "DIR")'
 
 
-def _write_timm(trial: Trial, out: Path) -> str:
+def _write_timm(trial: Trial, out: Path) -> None:
     _save(trial, _timm_model(trial, trial.merged), out)
-    return 'import timm\nmodel = timm.create_model("local-dir:DIR", pretrained=True)'
 
 
-def _write_peft(trial: Trial, out: Path) -> str:
+def _write_peft(trial: Trial, out: Path) -> None:
     """The adapter, and under ``base/`` HF's model that it is for, or timm's where the backbone is timm's."""
     import peft
 
-    lora = trial.adapter.card["lora"]
+    lora, scaling = trial.adapter.card["lora"], trial.adapter.scaling
     if lora["method"] != "lora" or lora["bias"] != "none":
         what = f"lora={lora['method']}" if lora["method"] != "lora" else f"lora.bias={lora['bias']}"
         raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format timm or hf")
     base = (_hf_model if trial.of_torchvision else _timm_model)(trial, trial.plain)
     _save(trial, base, out / "base")
-    state: dict[str, Tensor] = {}
-    rank, alphas = {}, {}
-    for layer, parts in _by_layer(trial, base).items():
-        rows = base.get_submodule(layer).weight.shape[0]
-        lora_B = torch.zeros(rows, len(parts) * lora["rank"])
-        for i, (_, start, B) in enumerate(parts):
-            lora_B[start : start + len(B), i * lora["rank"] : (i + 1) * lora["rank"]] = B
+    layers, r = _by_layer(trial, base), lora["rank"]
+    heads = [name for name, module in base.named_children() if isinstance(module, nn.Linear)]
+    state = {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
+    for layer, parts in layers.items():
+        lora_B = torch.zeros(base.get_submodule(layer).out_features, len(parts) * r)
+        for i, (_, row, B) in enumerate(parts):
+            lora_B[row : row + len(B), i * r : (i + 1) * r] = B
         state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.cat([A for A, _, _ in parts]), lora_B
-        rank[layer], alphas[layer] = lora_B.shape[1], trial.adapter.scaling * lora_B.shape[1]
-    heads = [name for name, m in base.named_children() if isinstance(m, nn.Linear)]
-    state |= {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
-    several = {layer for layer in rank if rank[layer] != lora["rank"]}
+    wider = {layer: len(parts) * r for layer, parts in layers.items() if len(parts) > 1}
     config = peft.LoraConfig(
-        r=lora["rank"],
-        lora_alpha=trial.adapter.scaling * lora["rank"],
+        r=r,
+        lora_alpha=scaling * r,
         lora_dropout=lora["dropout"],
-        target_modules=list(rank),
-        rank_pattern={layer: rank[layer] for layer in several},
-        alpha_pattern={layer: alphas[layer] for layer in several},
+        target_modules=list(layers),
+        rank_pattern=wider,
+        alpha_pattern={layer: scaling * rank for layer, rank in wider.items()},
         modules_to_save=heads,
     )
     model = peft.get_peft_model(copy.deepcopy(base), config)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
     model.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
-    module, create = "transformers", 'AutoModelForImageClassification.from_pretrained("DIR/base")'
-    if not trial.of_torchvision:
-        module, create = "timm", 'create_model("local-dir:DIR/base", pretrained=True)'
-    imported = create.replace("(", ".").split(".")[0]
-    lines = f"from peft import PeftModel\nfrom {module} import {imported}"
-    return f'{lines}\nmodel = PeftModel.from_pretrained({create}, "DIR")'
 
 
 def _by_layer(trial: Trial, base: Any) -> dict[str, list[tuple[Tensor, int, Tensor]]]:
@@ -245,29 +227,31 @@ def _by_layer(trial: Trial, base: Any) -> dict[str, list[tuple[Tensor, int, Tens
     modules = {timm_name(name): name.removesuffix(".weight") for name in base.state_dict()}
     found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
     for name, place, part in trial.adapter.places(trial.plain):
-        if len(place.names) > 1 and any(bias.endswith("q_bias") for bias in place.biases):
+        fused = len(place.names) > 1
+        if fused and any(bias.endswith("q_bias") for bias in place.biases):
             raise ConfigError(
                 f"PEFT never calls {place.layer} of {trial.about['model']}, whose bias is apart "
                 "(docs/peft_pitfalls.md): give --format timm, or train without q, k and v"
             )
         A, B = (trial.adapter.tensors[f"{name}.lora_{m}"] for m in "AB")
-        alone = modules.get(timm_name(place.weight).replace("qkv", "qkv"[part])) if len(place.names) > 1 else None
-        layer = alone or modules[timm_name(place.weight)]
-        found.setdefault(layer, []).append((A, 0 if alone else part * len(B), B))
+        whole = timm_name(place.weight)
+        alone = whole.replace("qkv", "qkv"[part]) if fused else whole
+        row = part * len(B) if alone not in modules else 0
+        found.setdefault(modules.get(alone) or modules[whole], []).append((A, row, B))
     return found
 
 
 def _read_peft(out: Path, images: Tensor) -> Tensor:
     from peft import PeftModel
 
-    return _logits(PeftModel.from_pretrained(_read_model(out / "base"), out).eval()(images))
+    logits = PeftModel.from_pretrained(_read_model(out / "base"), out).eval()(images)
+    return logits if isinstance(logits, Tensor) else logits.logits
 
 
-def _write_onnx(trial: Trial, out: Path) -> str:
-    side = trial.about["image_size"]
+def _write_onnx(trial: Trial, out: Path) -> None:
     program: Any = torch.onnx.export(
         trial.merged,
-        (torch.zeros(2, 3, side, side),),
+        _example(trial),
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
@@ -277,7 +261,6 @@ def _write_onnx(trial: Trial, out: Path) -> str:
     )
     program.model.metadata_props["lora_vit"] = json.dumps(trial.about)
     program.save(out / "model.onnx")
-    return 'import onnxruntime\nsession = onnxruntime.InferenceSession("DIR/model.onnx")'
 
 
 def _read_onnx(out: Path, images: Tensor) -> Tensor:
@@ -287,14 +270,17 @@ def _read_onnx(out: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_torch_export(trial: Trial, out: Path) -> str:
-    example = torch.zeros(2, 3, *2 * [trial.about["image_size"]])
-    program = torch.export.export(trial.merged, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+def _write_torch_export(trial: Trial, out: Path) -> None:
+    program = torch.export.export(trial.merged, _example(trial), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trial.about)})
-    return 'import torch\nmodel = torch.export.load("DIR/model.pt2").module()'
 
 
-FORMATS: dict[str, tuple[Callable[[Trial, Path], str], Callable[[Path, Tensor], Tensor]]] = {
+def _example(trial: Trial) -> tuple[Tensor]:
+    """Two images: of one, a graph would take the number for a constant."""
+    return (torch.zeros(2, 3, *2 * [trial.about["image_size"]]),)
+
+
+FORMATS: dict[str, tuple[Callable[[Trial, Path], None], Callable[[Path, Tensor], Tensor]]] = {
     "peft": (_write_peft, _read_peft),
     "hf": (_write_hf, lambda out, images: _read_model(out)(images).logits),
     "timm": (_write_timm, lambda out, images: _read_model(out)(images)),

@@ -27,7 +27,7 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     metadata = {"lora_vit": json.dumps(trial.about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(out) as file:
         file.write(save({name: t.contiguous() for name, t in trial.merged.state_dict().items()}, metadata))
-    sizes = {key: trial.base[key] for key in (SIZES if trial.of_torchvision else ("image_size",))}
+    sizes = {key: trial.adapter.card["base"][key] for key in (SIZES if trial.of_torchvision else ("image_size",))}
     sizes["num_classes"] = len(trial.about["class_names"])
     arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
     print(f"import safetensors.torch, {config.model.library}")

@@ -21,7 +21,7 @@ from torchvision.models import VisionTransformer
 
 from lora_vit import interop, load_adapter, predict
 from lora_vit.compose import from_omegaconf, register_schema
-from lora_vit.export import NEEDS
+from lora_vit.export import FORMATS
 from lora_vit.models.vit import build_trunk, timm_trunk
 
 for package in ("transformers", "timm", "peft", "onnxscript", "onnxruntime"):
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-TRACED = [pytest.param(form, marks=pytest.mark.slow if form in ("onnx", "torch_export") else ()) for form in NEEDS]
+TRACED = [pytest.param(form, marks=pytest.mark.slow if form in ("onnx", "torch_export") else ()) for form in FORMATS]
 SIZES = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
 ROOT = Path(__file__).parents[2]
 
@@ -301,11 +301,11 @@ def test_refusals_before_any_work(trial, tmp_path, call, monkeypatch):
 def test_the_snippets_of_the_page_run(trial, tmp_path, call, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "image.png")
-    for form in NEEDS:
+    for form in FORMATS:
         assert call("export", trial, "--format", form, "--out", f"exported/{form}")[0] == 0
     page = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
-    assert {form for form in NEEDS if f"exported/{form}" in "".join(snippets)} == set(NEEDS)
+    assert {form for form in FORMATS if f"exported/{form}" in "".join(snippets)} == set(FORMATS)
     for snippet in snippets:
         exec(compile(snippet, "docs/interop.md", "exec"), {})
     assert "trainable params: " in capsys.readouterr().out
