@@ -40,7 +40,7 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     config.data.root = root or config.data.root
     config.model.weights = weights or config.model.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not Path(str(config.model.weights)).expanduser().is_file():
+    if is_weights_file(config.model.weights) and not Path(str(config.model.weights)).expanduser().exists():
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return config
 

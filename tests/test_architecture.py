@@ -13,10 +13,10 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"lora", "models", "data", "analysis"},
     {"training"},
     {"build"},
-    {"run", "commands"},
+    {"run", "commands", "interop"},
     {"sweep"},
     {"compose"},
-    {"train", "evaluate", "predict", "merge", "summarize", "hydra_callbacks"},
+    {"train", "evaluate", "predict", "merge", "export", "summarize", "hydra_callbacks"},
     {"api", "plugins"},
 ]
 INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("start", "config"), ("stopping", "start")}

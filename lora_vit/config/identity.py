@@ -13,6 +13,11 @@ from typing import Any
 
 from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, WITHOUT_IDENTITY, ConfigError, TrialConfig, to_dict
 
+FOLDER_FILES = tuple(
+    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
+"""Of what ``save_pretrained`` writes, the first that is there is taken."""
+
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
     """What decides a trial's numbers, in one fixed form: no paths, files by content, targets in fixed order."""
@@ -58,19 +63,41 @@ def ids(trial: TrialConfig) -> tuple[str, str]:
 
 
 def is_weights_file(weights: str | None) -> bool:
-    """Whether ``model.weights`` is a path rather than the name of published weights; a file that exists is one."""
+    """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
     if weights is None:
         return False
-    return weights.endswith((".pth", ".pt", ".safetensors")) or "/" in weights or Path(weights).is_file()
+    return weights.endswith((".pth", ".pt", ".bin", ".safetensors")) or "/" in weights or Path(weights).exists()
+
+
+def weights_files(path: Path) -> list[Path]:
+    """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
+    if not path.is_dir():
+        return [path]
+    there = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    if not there:
+        raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
+    if there[0].suffix != ".json":
+        return there[:1]
+    try:
+        parts = json.loads(there[0].read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({path / Path(part).name for part in parts})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(f"model.weights={there[0]} is damaged: get it again") from None
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes, read once while it stays as it is. Raises ConfigError where it cannot be read."""
-    try:
-        stat = path.stat()
-        return _sha256(path, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
-    except OSError as error:
-        raise ConfigError(f"model.weights={path} cannot be read ({error.strerror}): check the path") from None
+    """Sha256 of a file's bytes, read once while it stays as it is; of a folder's files if the weights are in several.
+
+    Raises ConfigError where they cannot be read.
+    """
+    digests = []
+    for file in weights_files(path):
+        try:
+            stat = file.stat()
+            digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
+        except OSError as error:
+            raise ConfigError(f"model.weights={file} cannot be read ({error.strerror}): check the path") from None
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=64)

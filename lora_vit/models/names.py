@@ -89,8 +89,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     Raises:
         ValueError: a tensor is not of floating point or not finite, or positions are not for a square grid.
     """
-    names = {_timm_name(name): name for name in own}
-    theirs = {_timm_name(name): name for name in state}
+    names = {timm_name(name): name for name in own}
+    theirs = {timm_name(name): name for name in state}
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
     line = describe(state)
@@ -112,7 +112,7 @@ def describe(state: dict[str, Tensor]) -> str:
     """What a state dict is, in a few words, and which of timm's models has its sizes."""
     every = "\n".join(state)
     kind = next(kind for parts, kind in _KINDS if all(part in every for part in parts))
-    found = {_timm_name(name): t for name, t in state.items()}
+    found = {timm_name(name): t for name, t in state.items()}
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
     line = f"{kind}, {depth} blocks of width {width}, patch {patch}"
@@ -130,7 +130,7 @@ def describe(state: dict[str, Tensor]) -> str:
     return line + (f", as model=timm model.name={name}" if (width, depth) in _SIZES else "")
 
 
-def _timm_name(name: str) -> str:
+def timm_name(name: str) -> str:
     """A tensor's name in timm's VisionTransformer; what is unknown stays as it is."""
     for theirs, timms in _TO_TIMM:
         name = re.sub(rf"(?<![^.])(?:{theirs})(?![^.])", timms, name).lstrip(".")
@@ -143,7 +143,7 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")
-    is_token = _timm_name(name) in (*_TOKENS, "pos_embed") and tensor.ndim in (1, 2)  # CLIP has them without batch
+    is_token = timm_name(name) in (*_TOKENS, "pos_embed") and tensor.ndim in (1, 2)  # CLIP has them without batch
     return tensor.reshape(1, -1, tensor.shape[-1]) if is_token else tensor
 
 

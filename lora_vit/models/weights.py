@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import urllib.error
 from collections.abc import Iterator
@@ -15,17 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from lora_vit.config import ConfigError, is_weights_file
+from lora_vit.config import ConfigError, is_weights_file, weights_files
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
 """Weights that travel in the package."""
 WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
-FOLDER_FILES = tuple(
-    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
-)
-"""What ``save_pretrained`` writes; the first that a folder has is taken."""
 
 
 def available_weights(model: str) -> list[str]:
@@ -36,7 +31,7 @@ def available_weights(model: str) -> list[str]:
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        for file in _files(weights):
+        for file in weights_files(Path(weights).expanduser()):
             _format_of(file)
         return
     names = available_weights(model)
@@ -55,7 +50,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        files = [_read_file(file) for file in _files(weights)]
+        files = [_read_file(file) for file in weights_files(Path(weights).expanduser())]
         parts = [file for file in files if isinstance(file, dict)]
         return _unwrapped({name: held for part in parts for name, held in part.items()}, weights)
     if model in SHIPPED:
@@ -74,33 +69,15 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
         ) from None
 
 
-def _files(weights: str) -> list[str]:
-    """The file, or the files that a folder has the weights in. Raises ConfigError where it has none."""
-    folder = Path(weights).expanduser()
-    if not folder.is_dir():
-        return [weights]
-    there = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
-    if not there:
-        raise ConfigError(f"model.weights={weights}: the folder has none of {', '.join(FOLDER_FILES)}")
-    if there[0].suffix != ".json":
-        return [str(there[0])]
-    try:
-        parts = json.loads(there[0].read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({str(folder / Path(part).name) for part in parts})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"model.weights={there[0]} is damaged: get it again") from None
-
-
-def _format_of(weights: str) -> str:
+def _format_of(path: Path) -> str:
     """``safetensors`` or ``torch``, by a file's first bytes. Raises ConfigError where they are something else."""
-    path = Path(weights).expanduser()
     if not path.is_file():
-        raise ConfigError(f"model.weights={weights} is not a file: check the path")
+        raise ConfigError(f"model.weights={path} is not a file: check the path")
     try:
         with path.open("rb") as file:
             first = file.read(64)
     except OSError as error:
-        raise ConfigError(f"model.weights={weights} cannot be read ({error.strerror})") from None
+        raise ConfigError(f"model.weights={path} cannot be read ({error.strerror})") from None
     if first[8:9] == b"{":
         return "safetensors"
     if first.startswith((b"PK", b"\x80")):
@@ -113,12 +90,12 @@ def _format_of(weights: str) -> str:
         what = "is a web page"
     else:
         what = "is neither a PyTorch nor a safetensors file"
-    raise ConfigError(f"model.weights={weights} {what}: give the file of the weights")
+    raise ConfigError(f"model.weights={path} {what}: give the file of the weights")
 
 
-def _read_file(weights: str) -> Any:
+def _read_file(path: Path) -> Any:
     """What a file holds, without running code that it may hold."""
-    path, kind = Path(weights).expanduser(), _format_of(weights)
+    kind = _format_of(path)
     try:
         if kind == "safetensors":
             return load_file(path)
@@ -129,7 +106,7 @@ def _read_file(weights: str) -> Any:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
         remedy = "get it again, or save model.state_dict() and give that"
-        raise ConfigError(f"model.weights={weights} {held}: {remedy}") from None
+        raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
 
 
 def _unwrapped(held: dict[str, Any], weights: str) -> tuple[dict[str, Tensor], str]:

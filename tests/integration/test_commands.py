@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lora_vit import load_adapter, merge_adapter, predict
+from lora_vit import interop, load_adapter, merge_adapter, predict
 from lora_vit.build import build_setup
 from lora_vit.config import cell_id, from_dict, trial_id
 from lora_vit.distributed import Process
@@ -230,13 +230,13 @@ def test_the_merged_file_and_the_printed_lines_are_all_one_needs(copy, call):
 
 
 def test_a_merged_model_that_computes_something_else_is_not_written(copy, call, monkeypatch):
-    def a_little_off(base: dict[str, torch.Tensor], bound: adapter.Adapter) -> dict[str, torch.Tensor]:
+    def a_little_off(base: torch.nn.Module, bound: adapter.Adapter) -> dict[str, torch.Tensor]:
         state = merged_state_dict(base, bound)
         state["heads.head.bias"] += 0.01
         return state
 
-    merged_state_dict = adapter.merged_state_dict
-    monkeypatch.setattr(adapter, "merged_state_dict", a_little_off)
+    merged_state_dict = interop.merged_state_dict
+    monkeypatch.setattr(interop, "merged_state_dict", a_little_off)
     code, _, err = call("merge", copy / "trial", "--out", "m.safetensors")
     assert code == 1
     assert "the merged model differs by 1.00e-02; nothing written" in err

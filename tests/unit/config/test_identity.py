@@ -166,8 +166,27 @@ def test_a_file_that_cannot_be_read(tmp_path):
     message = rf"^model\.weights={absent} cannot be read \(No such file or directory\): check the path$"
     with pytest.raises(ConfigError, match=message):
         file_sha256(absent)
-    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ConfigError, match=r"the folder has none of model\.safetensors, model\.safe"):
         file_sha256(tmp_path)
+
+
+def test_a_folders_weights_count_by_content(tmp_path):
+    """In one file as that file; in several by all of them, wherever the folder lies and whatever else is in it."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    assert file_sha256(tmp_path) == hashlib.sha256(b"weights").hexdigest()
+    index = json.dumps({"weight_map": {"a": "1.bin", "b": "2.bin", "c": "1.bin"}})
+    found = []
+    for name, second in (("one", b"y"), ("two", b"y"), ("other", b"z")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin.index.json").write_text(index)
+        (tmp_path / name / "1.bin").write_bytes(b"x")
+        (tmp_path / name / "2.bin").write_bytes(second)
+        found.append(file_sha256(tmp_path / name))
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "two" / "2.bin").unlink()
+    with pytest.raises(ConfigError, match=r"2\.bin cannot be read"):
+        file_sha256(tmp_path / "two")
 
 
 def test_a_file_is_read_once_and_in_blocks(tmp_path, monkeypatch):
@@ -191,6 +210,7 @@ def test_a_file_is_read_once_and_in_blocks(tmp_path, monkeypatch):
         ("a.pth", True),
         ("a.pt", True),
         ("a.safetensors", True),
+        ("a.bin", True),
         ("folder/a", True),
     ],
 )
@@ -204,4 +224,4 @@ def test_a_file_that_exists_is_a_file_whatever_its_suffix(tmp_path, monkeypatch)
     (tmp_path / "folder").mkdir()
     assert is_weights_file("a.ckpt")
     assert not is_weights_file("b.ckpt")
-    assert not is_weights_file("folder")
+    assert is_weights_file("folder")
