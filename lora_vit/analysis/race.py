@@ -36,7 +36,7 @@ class Rules:
     """``margin``: what difference matters. Every cell gets ``first_seeds`` (>= 2), none more than ``most_seeds``."""
 
     margin: float
-    first_seeds: int = 3
+    first_seeds: int = 5
     most_seeds: int = 30
     alpha: float = 0.05
 
