@@ -36,8 +36,8 @@ class Rules:
     """``margin``: what difference matters. Every cell gets ``first_seeds`` (>= 2), none more than ``most_seeds``."""
 
     margin: float
-    first_seeds: int = 5
-    most_seeds: int = 30
+    first_seeds: int
+    most_seeds: int
     alpha: float = 0.05
 
     def __post_init__(self) -> None:

@@ -136,4 +136,4 @@ def test_idle_workers_get_the_survivors_next_seeds() -> None:
 @pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}, {"alpha": 0.6}])
 def test_rules_that_cannot_be_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a race"):
-        Rules(**{"margin": 0.005, **bad})  # type: ignore[arg-type]
+        Rules(**{"margin": 0.005, "first_seeds": 3, "most_seeds": 30, **bad})  # type: ignore[arg-type]
