@@ -54,6 +54,10 @@ def test_the_most_spread_half_and_the_pair_decide_the_variance() -> None:
     y[0] += [0.03, -0.03, 0.0]
     bound = boundary(y, RULES)
     assert bound[0, 1:].min() > bound[1:, 1:].max(), "the noisy cell's own pairs are wider"
+    df = 3 * 5 * 2 / 6  # three of the six cells, which share (6 - 1) * (3 - 1) degrees of freedom
+    eta = ((2 * 0.05 / 5) ** (-2 / df) - 1) / 2
+    paired = (y[0] - y[1]).var(ddof=1)
+    np.testing.assert_allclose(bound[0, 1], 2 * eta * df * paired / RULES.margin, rtol=1e-9)  # float noise
     assert boundary(np.full((4, 3), 0.9), RULES, 0.001)[0, 1] > 0, "rounding leaves an error"
 
 
