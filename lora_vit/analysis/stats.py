@@ -277,7 +277,8 @@ def _interpolated(x: np.ndarray, tail) -> np.ndarray:  # type: ignore[no-untyped
 class Comparison:
     """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``).
 
-    ``difference`` is best minus cell (never negative), ``half`` its simultaneous 95 % half width.
+    ``difference`` is best minus cell (never negative), ``half`` its simultaneous 95 % half width. ``below``: with 95 %
+    for all cells at once, no other cell's true mean is more than this above the cell's (Hsu's bounds, never negative).
     """
 
     compared: np.ndarray
@@ -288,6 +289,7 @@ class Comparison:
     worse: np.ndarray
     p_candidate: np.ndarray
     candidate: np.ndarray
+    below: np.ndarray
     best: int | None = None
     df: int = 0
     sd: float = math.nan  # error sd of one trial, as used
@@ -318,7 +320,9 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_val
     """
     m = len(y)
     nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-    result = Comparison(no.copy(), nan.copy(), nan.copy(), nan.copy(), nan.copy(), no.copy(), nan.copy(), no.copy())
+    result = Comparison(
+        no.copy(), nan.copy(), nan.copy(), nan.copy(), nan.copy(), no.copy(), nan.copy(), no.copy(), nan.copy()
+    )
     keep = np.isfinite(y).sum(1) >= 2
     if keep.sum() < 2:
         return result
@@ -334,13 +338,14 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_val
     error = _errors(fit, np.array([best]), common, wide)[0]
     difference = fit.means[best] - fit.means
     k = len(fit.means)
-    q, t = _ratio(difference, error) * math.sqrt(2), _exclusion(fit, common, wide)
+    q, critical = _ratio(difference, error) * math.sqrt(2), dunnett_critical(k - 1, fit.df)
+    t, result.below[keep] = _against_others(fit, common, wide, critical)
     half = tukey_critical(k, fit.df) / math.sqrt(2) * error
     half[best] = np.nan
     result.compared = keep
     result.means[keep], result.difference[keep], result.half[keep] = fit.means, difference, half
     result.worse[keep] = q > tukey_critical(k, fit.df)
-    result.candidate[keep] = t <= dunnett_critical(k - 1, fit.df)
+    result.candidate[keep] = t <= critical
     if p_values:
         p = tukey_p(q, k, fit.df)
         p[best] = np.nan
@@ -371,13 +376,17 @@ def _ratio(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
         return np.where(difference == 0, 0.0, difference / error)
 
 
-def _exclusion(fit: Blocked, common: float, wide: bool) -> np.ndarray:
-    """For each cell the largest t by which another cell lies above it (0 or less for the best)."""
+def _against_others(fit: Blocked, common: float, wide: bool, critical: float) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell the largest t by which another cell lies above it (0 or less for the best), and how far above it
+    another may lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+    """
     m = len(fit.means)
-    out = np.empty(m)
+    t, below = np.empty(m), np.empty(m)
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        t = _ratio(fit.means - fit.means[rows][:, None], _errors(fit, rows, common, wide))
-        t[np.arange(len(rows)), rows] = -np.inf
-        out[rows] = t.max(1)
-    return out
+        own = (np.arange(len(rows)), rows)
+        lead, errors = fit.means - fit.means[rows][:, None], _errors(fit, rows, common, wide)
+        ratio, bound = _ratio(lead, errors), lead + critical * errors
+        ratio[own], bound[own] = -np.inf, 0.0
+        t[rows], below[rows] = ratio.max(1), np.maximum(bound, 0.0).max(1)
+    return t, below

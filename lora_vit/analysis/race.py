@@ -1,0 +1,152 @@
+"""A race: which cells go on to more seeds, which are out, and which one is selected. A function of the records alone.
+
+Fully sequential elimination (Paulson, 1964; Kim & Nelson, 2001, ACM TOMACS 11:251-273, with c = 1). With r seeds a
+cell i leaves when a survivor l has ``mean_l - mean_i > W(r)``,
+
+    W(r) = max(0, margin / (2 r) * (h2 * S2 / margin^2 - r)),    h2 = 2 * eta * df,
+    eta = ((2 * alpha / (k - 1))^(-2 / df) - 1) / 2,
+
+S2 the variance of the paired differences in the first seeds, df its degrees of freedom, k the cells that have them.
+A cell within ``margin`` of the best is then selected with probability 1 - alpha. Kim and Nelson take each pair's own
+variance, which costs many trials, or a common one, which fails where spreads differ. Here S2 is twice the variance of
+that half of the cells that spreads most, or the pair's own where that is larger, as :mod:`.stats` does for fixed
+sweeps; how often it errs is in docs/statistics.md.
+
+The rule, precisely: the race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... all cells that
+are still in must have their first r seeds (in the race's order), or have failed there; else the race stands still and
+these are the trials it waits for. Cells that failed at one of the r seeds leave, then those that are behind by more
+than W(r), all at once. Trials beyond r, and those of cells that have left, decide nothing. So neither the order in
+which trials end nor the number of workers changes a decision; a changed margin or grid is another replay of the same
+records, in which a cell that had left may be in again.
+
+Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %). Nothing here reads files or prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_vit.analysis.stats import fit_blocks, pair_variance, wide_variance
+
+
+@dataclass(frozen=True)
+class Rules:
+    """``margin``: what difference matters. Every cell gets ``first_seeds`` (>= 2), none more than ``most_seeds``."""
+
+    margin: float
+    first_seeds: int
+    most_seeds: int
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise ValueError(f"a race's margin must be above 0, not {self.margin}")
+        if not 2 <= self.first_seeds <= self.most_seeds:
+            raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"a race's alpha must lie between 0 and 0.5, not {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Why a cell left: with how many seeds, and behind which cell (None: its trial of that seed failed)."""
+
+    seeds: int
+    behind: int | None
+
+
+@dataclass
+class Race:
+    """Where a race stands (see the module's rule).
+
+    ``seeds``: the last r that was decided (0: first seeds are missing). ``room`` [m]: by how much each survivor's mean
+    may still fall against the others before it leaves (NaN: has left, or undecided); ``means`` [m] over its seeds when
+    last judged. ``selected``: the one that is left. ``ended`` without it: most_seeds came first, or all failed.
+    """
+
+    means: np.ndarray
+    room: np.ndarray
+    survivors: list[int]
+    exits: dict[int, Exit] = field(default_factory=dict)
+    seeds: int = 0
+    selected: int | None = None
+    ended: bool = False
+
+
+def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
+    """``h2 * S2 / margin`` [m, m], so that ``W(r) = max(0, boundary / (2 r) - margin / 2)``; ``first`` [m, n], no NaN.
+
+    ``resolution``: step of the accuracy (1 / images); its rounding variance is the least error variance used.
+    """
+    m, n = first.shape
+    fit = fit_blocks(first)
+    if m == 2:
+        variance, df = fit.mse, float(n - 1)
+    else:
+        variance, df = wide_variance(fit), (m - 1) * (n - 1) / m * ((m + 1) // 2)
+    floor = max(variance, resolution**2 / 12)
+    s2 = 2 * np.fmax(floor, pair_variance(first, np.arange(m), blocked=True))
+    eta = ((2 * rules.alpha / (m - 1)) ** (-2 / df) - 1) / 2
+    return 2 * eta * df * s2 / rules.margin
+
+
+def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
+    """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
+    y = np.where(failed, np.nan, y)
+    there = np.isfinite(y)
+    race = Race(np.full(len(y), np.nan), np.full(len(y), np.nan), list(range(len(y))))
+    sums = np.where(there, y, 0.0).cumsum(1)
+    bounds = np.zeros((len(y), len(y)))
+    for r in range(rules.first_seeds, rules.most_seeds + 1):
+        known = (there | failed)[race.survivors, :r]
+        if known.shape[1] < r or not known.all():
+            return race
+        for cell in [i for i in race.survivors if failed[i, :r].any()]:
+            race.exits[cell] = Exit(int(np.argmax(failed[cell])) + 1, None)
+        alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
+        if r == rules.first_seeds and len(alive) > 1:
+            bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
+        race.means[alive], race.seeds = sums[alive, r - 1] / r, r
+        _eliminate(race, alive, np.maximum(0.0, bounds[np.ix_(alive, alive)] / (2 * r) - rules.margin / 2))
+        if len(race.survivors) <= 1:
+            break
+    race.ended = True
+    race.selected = race.survivors[0] if len(race.survivors) == 1 else None
+    return race
+
+
+def _eliminate(race: Race, alive: np.ndarray, width: np.ndarray) -> None:
+    """Take out who is behind by more than ``width`` [n, n]; where all widths are 0, all but the first of the best."""
+    race.room[:] = np.nan
+    means = race.means[alive]
+    room = width - (means[None, :] - means[:, None])
+    np.fill_diagonal(room, np.inf)
+    if len(alive) > 1:
+        race.room[alive] = room.min(1)
+    out = (room < -1e-12).any(1)
+    if len(alive) > 1 and not width.any():
+        out[:] = True
+        out[np.argmax(means)] = False
+    for i in np.flatnonzero(out):
+        race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
+        race.room[alive[i]] = np.nan
+    race.survivors = [int(i) for i in alive[~out]]
+
+
+def wanted(race: Race, y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int = 1) -> list[tuple[int, int]]:
+    """The trials (cell, index of the seed) that the race waits for, equal seeds side by side; those under way count.
+
+    Where they are fewer than ``workers``, the survivors' next seeds follow, seed by seed, until all are busy.
+    """
+    there = np.isfinite(y) | failed
+    trials: list[tuple[int, int]] = []
+    if race.ended:
+        return trials
+    first = max(race.seeds + 1, rules.first_seeds)
+    for seed in range(rules.most_seeds):
+        if seed >= first and len(trials) >= workers:
+            break
+        trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
+    return trials
