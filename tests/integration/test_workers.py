@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -180,9 +181,16 @@ def test_workers_that_end_no_trial_are_not_started_for_ever(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("outlives_us", [False, True])
-def test_a_command_that_is_asked_to_end(outlives_us, tmp_path):
-    """Its own workers save and end with it; those of a batch system go on unless the user says otherwise."""
+@pytest.mark.parametrize(("outlives_us", "answer"), [(False, ""), (True, ""), (True, "n"), (True, "y")])
+def test_a_command_that_is_asked_to_end(outlives_us, answer, tmp_path, monkeypatch):
+    """Its own workers save and end with it; those of a batch system go on unless the user says otherwise, who is asked
+    on a terminal.
+    """
+    if answer:
+        ours, terminal = pty.openpty()
+        os.write(ours, f"{answer}\n".encode())
+        monkeypatch.setattr(sys, "stdin", os.fdopen(terminal, "r", closefd=False))
+        monkeypatch.setattr(sys, "stderr", os.fdopen(terminal, "w", closefd=False))
     run = begun(tmp_path / "s", 2, "trainer.epochs=60", "trainer.checkpoint_every=0.001", workers=1)
     engine = Processes(outlives_us)
     with StopRequest() as stop:
@@ -197,7 +205,7 @@ def test_a_command_that_is_asked_to_end(outlives_us, tmp_path):
             run_on(engine, run, Stopper(run.jobs), stop)
         stop.signum = 0
     (worker,) = engine.workers
-    if outlives_us:
+    if outlives_us and answer != "y":
         assert worker.poll() is None
         worker.terminate()
     assert "saved" in worker.communicate(timeout=60)[0]
