@@ -25,6 +25,7 @@ from lora_vit.config import DataConfig
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.cache import decoded
 from lora_vit.data.dataset import load_data
+from lora_vit.data.files import digests_of
 from lora_vit.data.stream import Samples, TrainStream
 
 BATCH = 64
@@ -96,7 +97,8 @@ def main() -> None:
         folder = next(p.parent for p in sorted(args.root.rglob("wnids.txt"))) / "train"
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.JPEG"))]
         start = time.perf_counter()
-        decoded(folder, names, None, f"{cache}/second", True)
+        second = Path(cache) / "second"
+        decoded(folder, names, digests_of(folder, names, second, True), None, second, True)
         build = time.perf_counter() - start
         start = time.perf_counter()
         for _ in DataLoader(ImageFolder(str(folder), v2.PILToTensor()), BATCH, num_workers=torch.get_num_threads()):
