@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lora_vit import randomness
-from lora_vit.config import ConfigError, TrialConfig, file_sha256, is_weights_file
-from lora_vit.data.augment import Transform
+from lora_vit.config import ConfigError, ModelConfig, TrialConfig, file_sha256, is_weights_file
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
@@ -29,7 +29,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import adapted_bias_names, chosen_places, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.pretrained import fetch_weights, load_weights
-from lora_vit.models.vit import PackedViT, cast, inputs_of, shape_of, trunk_of, width_of
+from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -154,6 +154,19 @@ class ModelFactory:
         return Transform(
             i["image_size"], augment, self.device, self.dtype, i["mean"], i["std"], i["interpolation"] == "bicubic"
         )
+
+
+def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
+    """How images are prepared: image_size, mean, std and interpolation, as set or else the model's own."""
+    if m.library == "torchvision":
+        own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "image_size": m.image_size}
+    else:
+        own = {**trunk.pretrained_cfg, "image_size": trunk.patch_embed.img_size[0]}
+    given = {key: getattr(m, key) for key in ("image_size", "mean", "std", "interpolation")}
+    found = {key: own[key] if value is None else value for key, value in given.items()}
+    if found["interpolation"] not in ("bilinear", "bicubic"):
+        raise ConfigError(f"{m.name} wants interpolation={found['interpolation']}: give model.interpolation=bicubic")
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def check_places(trunk: nn.Module, config: TrialConfig) -> None:

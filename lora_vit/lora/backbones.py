@@ -40,7 +40,8 @@ def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: 
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        hint = nearest(name, timm.list_models()) or f" (wanted: {FAMILIES})"
+        known = timm.is_model(name.partition(".")[0])
+        hint = f" (adapters are for {FAMILIES})" if known else nearest(name, timm.list_models())
         raise ConfigError(f"model.name={name} cannot be made by timm {timm.__version__}: {reason}{hint}") from None
 
 

@@ -22,9 +22,6 @@ from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import PackedHead
 from lora_vit.lora.places import places_of, plain_models
 
-OF_TORCHVISION = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"}
-"""How images are prepared for torchvision's models."""
-
 
 def build_trunk(
     image_size: int, patch_size: int, num_layers: int, num_heads: int, hidden_dim: int, mlp_dim: int
@@ -45,16 +42,14 @@ def build_trunk(
 
 
 def trunk_of(m: ModelConfig) -> Any:
-    """The trunk of a config: :func:`build_trunk`'s, or the same of timm.
+    """The trunk of a config: :func:`build_trunk`'s, or :func:`timm_trunk`'s.
 
     Raises:
         ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
     """
-    return (
-        build_trunk(*(getattr(m, key) for key in SIZES))
-        if m.library == "torchvision"
-        else timm_trunk(m.name, m.image_size)
-    )
+    if m.library == "torchvision":
+        return build_trunk(*(getattr(m, key) for key in SIZES))
+    return timm_trunk(m.name, m.image_size)
 
 
 def timm_trunk(name: str, image_size: int | None) -> Any:
@@ -77,17 +72,6 @@ def timm_trunk(name: str, image_size: int | None) -> Any:
         raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
     use_own_attention(trunk)
     return trunk.requires_grad_(False)
-
-
-def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
-    """How images are prepared: image_size, mean, std and interpolation, as set or else the model's own."""
-    if m.library == "torchvision":
-        own = {**OF_TORCHVISION, "image_size": m.image_size}
-    else:
-        own = {**trunk.pretrained_cfg, "image_size": trunk.patch_embed.img_size[0]}
-    given = {key: getattr(m, key) for key in ("image_size", "mean", "std", "interpolation")}
-    found = {key: own[key] if value is None else value for key, value in given.items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 class Shape(NamedTuple):

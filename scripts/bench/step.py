@@ -100,17 +100,17 @@ class PlainBlock(nn.Module):
     def __init__(self, block: nn.Module):
         super().__init__()
         attention = block.self_attention
-        self.heads = attention.num_heads
+        self.heads, self.first_token_only = attention.num_heads, attention.first_token_only
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.qkv = PlainLoRA(attention.in_proj_weight, attention.in_proj_bias, 3)
         self.out = PlainLoRA(attention.out_proj.weight, attention.out_proj.bias, 1)
         self.fc1 = PlainLoRA(block.mlp[0].weight, block.mlp[0].bias, 1)
         self.fc2 = PlainLoRA(block.mlp[3].weight, block.mlp[3].bias, 1)
 
-    def forward(self, x: Tensor, first_token_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, self.ln_1.normalized_shape, self.ln_1.weight.to(x), self.ln_1.bias.to(x), self.ln_1.eps)
         q, k, v = self.qkv(y).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if first_token_only:
+        if self.first_token_only:
             q, x = q[:, :, :1], x[:, :1]
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         y = F.layer_norm(x, self.ln_2.normalized_shape, self.ln_2.weight.to(x), self.ln_2.bias.to(x), self.ln_2.eps)
@@ -168,7 +168,6 @@ def contenders(batch: int, precision: str, names: list[str]) -> dict[str, Callab
 
             remove_adapters(model.trunk)
             model.trunk.class_token.requires_grad_()
-            model.first_trained = -1
             steps[name] = our_step(model, config, x, y)
         elif name in ("ours", "ours, dropout 0.1", "full fine-tuning"):
             extra = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",)}[name]

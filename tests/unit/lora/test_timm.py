@@ -16,7 +16,7 @@ from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT
+from lora_vit.models.vit import PackedViT, cast
 
 timm = pytest.importorskip("timm")
 
@@ -184,7 +184,7 @@ def packed(family: str, specs: list[AdapterSpec], blocks: list[int] | None) -> t
     return PackedViT(model, head, len(specs)).train(), seeds
 
 
-@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 1, 0]), ([1], [0, 1, 2])])
+@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 0, 1]), ([1], [0, 1, 2])])
 def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
     pack, _ = packed(family, SPECS, blocks)
     x = images_for(pack.trunk, 2 * (max(streams) + 1))
@@ -300,4 +300,18 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     frozen.patch_embed.proj.bias.requires_grad_()
     adapted.patch_embed.proj.bias.requires_grad_()
     replace_linear_with_lora(adapted, 1).double()
-    assert kept_for_backward(adapted, x) < 1.1 * kept_for_backward(frozen, x)
+    assert kept_for_backward(adapted, x) < 1.03 * kept_for_backward(frozen, x)  # 1.008; with one norm of two kept, 1.07
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_bf16_is_the_same_but_for_its_precision(family, trained):
+    """Also where parameters of the trunk are trained, which are kept in fp32."""
+    full, low = (packed(family, SPECS[:1], None)[0].eval() for _ in range(2))
+    x = images_for(full.trunk, 2)
+    expected = full(x, [0])
+    cast(low.trunk, torch.float32 if trained else torch.bfloat16)
+    low = PackedViT(low.trunk.requires_grad_(trained), low.head, 1).eval()
+    found = low(x.bfloat16(), [0])
+    # 8 significant bits through two blocks of large weights
+    assert float(((found - expected).norm() / expected.norm()).detach()) < 0.1
+    assert not trained or all(p.dtype == torch.float32 for p in low.trunk.parameters())
