@@ -141,8 +141,8 @@ def _hf_model(trial: Trial, source: nn.Module) -> Any:
     odd = sorted(
         name for name, _ in {(n, t.shape) for n, t in translated.items()} ^ {(n, t.shape) for n, t in own.items()}
     )
-    if odd or getattr(source, "global_pool", "token") != "token":
-        what = f"{kind} differs in {odd[0]}" if odd else f"{kind} reads the class token"
+    if odd:
+        what = f"{kind} differs in {odd[0]}"
         raise ConfigError(f"HF has no {trial.about['model']} ({what}): give --format timm, onnx or torch_export")
     head: Any = last_layer(source)
     weight = head.weight

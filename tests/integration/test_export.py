@@ -156,12 +156,13 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
         read_adapter = interop.read_adapter
         monkeypatch.setattr(interop, "read_adapter", lambda folder: interop.Adapter(read_adapter(folder).tensors, card))
         monkeypatch.setattr("lora_vit.lora.adapter.read_adapter", interop.read_adapter)
-    image = picture(tmp_path / "image.png")
+    image = picture(tmp_path / "image.png")  # on which bilinear and bicubic hardly differ
     assert predict.predict_folder(trial, [image], None, tmp_path / "p.csv", None, "cpu") == 0
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     expected = {name: float(p) for _, _, name, p in rows}
     for form in ("hf", "timm"):
         assert call("export", trial, "--format", form, "--out", tmp_path / form)[0] == 0
+    assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["resample"] == 2  # bilinear
     found = {one["label"]: one["score"] for one in pipeline("image-classification", str(tmp_path / "hf"))(str(image))}
     assert found == pytest.approx(expected, abs=0.02)
     model = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
@@ -246,6 +247,8 @@ def test_timms_models_as_well(form, of_timm, tmp_path, call):
             assert not keys[64:128].any()
     else:
         found = read(form, tmp_path / "out", images(size=32))
+    if form == "hf":
+        assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["resample"] == 3  # bicubic
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
