@@ -28,6 +28,8 @@ RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.j
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 PLAN = "sweep.json"
 """A sweep's plan: what it was asked for, whether or not it left a record."""
+SEARCH = "search.db"
+"""Beside it, of a search: what Optuna knows."""
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""

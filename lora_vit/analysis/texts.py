@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pandas as pd
 
 from lora_vit.analysis.stats import MOST_SEEDS
 from lora_vit.analysis.summary import Chosen, Metric, Summary
 from lora_vit.analysis.tables import best_cell
+from lora_vit.records import SEARCH
 
 LEGEND = (
     "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
@@ -75,9 +77,12 @@ def verdict(summary: Summary) -> str:
         seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
         return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(metric, best)} ({seeds})."
     if not c.possible:
+        again = "Repeat the sweep with seed=0,1,2."
+        if any((Path(folder) / SEARCH).is_file() for folder in summary.folders):
+            again = "The search's command, given again, names the commands that repeat its best cells with other seeds."
         return (
             f"{best['label']} has the {extreme} {what}, {number(metric, best['mean'])}, but too few cells "
-            "have two or more seeds: whether the difference is real cannot be said. Repeat the sweep with seed=0,1,2."
+            f"have two or more seeds: whether the difference is real cannot be said. {again}"
         )
     others = int(c.compared.sum()) - 1
     worse = int((cells["mark"] == "worse").sum())

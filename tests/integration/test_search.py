@@ -15,6 +15,7 @@ from helpers import SMALL, run_command
 from hydra.core.global_hydra import GlobalHydra
 
 from lora_vit import train
+from lora_vit.analysis import summarize
 from lora_vit.compose import register_schema
 from lora_vit.config import ConfigError
 from lora_vit.records import TrialRecord, read_record
@@ -257,6 +258,8 @@ def test_a_real_search_tells_why_trials_failed_and_its_last_command_compares_the
     own = read_record(folder / failed.user_attrs["trial_id"]).error
     assert own is not None
     assert failed.user_attrs["error"] == own["message"]
+    summary = summarize([folder])
+    assert "The search's command, given again, names the commands that repeat its best" in summary.verdict
     commands = done.stdout.partition("other seeds say what holds of that:\n")[2]
     shell = commands.replace("python -m", f"{sys.executable} -m")
     compared = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -34,6 +34,7 @@ def summary(frame: pd.DataFrame, metric: Any = ACCURACY, **comparison: Any) -> A
         "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432, "repeats": 3.0, **comparison,
     }  # fmt: skip
     return SimpleNamespace(
+        folders=[],
         cells=frame,
         metric=metric,
         comparison=SimpleNamespace(**values),
@@ -112,6 +113,14 @@ def test_the_verdict_says_what_the_means_are_of():
 )  # fmt: skip
 def test_the_verdict_on_one_cell(n, low, want):
     assert texts.verdict(summary(cells(("no verdict", 0.9), n=n).assign(low=low))) == want
+
+
+def test_the_verdict_on_a_search(tmp_path):
+    found = summary(cells(("no verdict", 0.9), ("no verdict", 0.8), n=1))
+    found.folders = [str(tmp_path)]
+    assert texts.verdict(found).endswith("Repeat the sweep with seed=0,1,2.")
+    (tmp_path / "search.db").touch()
+    assert texts.verdict(found).endswith("names the commands that repeat its best cells with other seeds.")
 
 
 def test_the_verdict_on_cells_with_one_seed():
