@@ -52,7 +52,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     if is_weights_file(weights):
         files = [_read_file(file) for file in weights_files(Path(weights).expanduser())]
         parts = [file for file in files if isinstance(file, dict)]
-        return _unwrapped({name: held for part in parts for name, held in part.items()}, weights)
+        return _unwrapped({name: held for part in parts for name, held in part.items()}, model, weights)
     if model in SHIPPED:
         return load_file(Path(__file__).with_name(SHIPPED[model][weights])), ""
     published = get_model_weights(model)[weights]
@@ -109,14 +109,14 @@ def _read_file(path: Path) -> Any:
         raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
 
 
-def _unwrapped(held: dict[str, Any], weights: str) -> tuple[dict[str, Tensor], str]:
+def _unwrapped(held: dict[str, Any], model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in what somebody saved, and where they were if they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
         raise ConfigError(
-            f"model.weights={weights} holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name "
-            f"it (but {first}): give another file"
+            f"model.weights={weights} does not fit {model}: it holds no Vision Transformer as torchvision, timm, HF, "
+            f"DINO, DINOv2 or MAE name it (but {first}): give another file"
         )
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))

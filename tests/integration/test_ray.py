@@ -6,12 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import command, run_command
+from helpers import command, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -20,20 +20,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 PACKED_RAY = ("-m", "hydra/launcher=packed_ray", "sweep.name=s", "sweep.pack_size=2")
 
 
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a cluster of two nodes with a core each; where its processes look for Python modules is theirs to find."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves them beside other tests
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        try:
-            cluster.add_node(num_cpus=1)
-            cluster.wait_for_nodes()
-            yield cluster.address
-        finally:
-            cluster.shutdown()
+    """Of a cluster of two nodes with a core each, in a process of its own: Ray changes the one that it runs in."""
+    env = {**os.environ, "RAY_worker_niceness": "0"}  # Ray's 15 starves them beside other tests
+    line = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(line, text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield next(text.split()[1] for text in process.stdout if text.startswith("address "))
+        process.communicate(timeout=60)
 
 
 def statuses(folder: Path) -> list[str]:
@@ -48,15 +55,8 @@ def workers_of(place: Path) -> list[int]:
 def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
     """A worker a node; what the killed one had is gone on with, and all is told as by a local sweep."""
     settings = (f"hydra.launcher.address={address}", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
-    process = subprocess.Popen(
-        command(*PACKED_RAY, *settings, "seed=range(8)"), cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    place, until = tmp_path / "outputs/sweeps/s", time.monotonic() + 240
-    while len(workers_of(place)) < 2 or not list(place.glob("*/checkpoint.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    process, place = start(command(*PACKED_RAY, *settings, "seed=range(8)"), tmp_path), tmp_path / "outputs/sweeps/s"
+    wait_until(lambda: len(workers_of(place)) >= 2 and list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     os.kill(workers_of(place)[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out
@@ -74,14 +74,8 @@ def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_
     """They are the command's own; the same command goes on."""
     settings = (*PACKED_RAY, f"hydra.launcher.address={address}", "seed=0,1", "trainer.epochs=100",
                 "trainer.checkpoint_every=0.001")  # fmt: skip
-    process = subprocess.Popen(
-        command(*settings), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    place, until = tmp_path / "outputs/sweeps/s", time.monotonic() + 240
-    while not list(place.glob("*/checkpoint.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    process, place = start(command(*settings), tmp_path), tmp_path / "outputs/sweeps/s"
+    wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, out
