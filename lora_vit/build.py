@@ -240,14 +240,17 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         ConfigError: what the first trial that cannot run lacks.
     """
     ready: list[object] = []
+    checked: set[tuple[object, ...]] = set()
     for config in configs:
         if config.model not in ready:
             ready.append(config.model)
             fetch_weights(config.model, download=True)
-        if config.model.library == "timm" and (config.model, config.lora) not in ready:
-            ready.append((config.model, config.lora))
+        m, lora = config.model, config.lora
+        needs = (m.name, m.image_size, *map(str, (lora.method, lora.targets, lora.blocks, lora.rank)))
+        if m.library == "timm" and needs not in checked:
+            checked.add(needs)
             with torch.device("meta"):
-                check_places(trunk_of(config.model), config)
+                check_places(trunk_of(m), config)
         if config.data not in ready:
             ready.append(config.data)
             line = load_data(config.data).line(shape_of(config.model).image_size)

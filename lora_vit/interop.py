@@ -19,7 +19,7 @@ from lora_vit import randomness
 from lora_vit.build import ModelFactory
 from lora_vit.config import ConfigError, TrialConfig
 from lora_vit.lora.adapter import Adapter, bind, merged_state_dict, put_on, read_adapter
-from lora_vit.lora.backbones import OF_HEADS, SIZES, TORCHVISION, last_layer, new_backbone
+from lora_vit.lora.backbones import OF_HEADS, SIZES, TORCHVISION, last_layer, new_backbone, trunk_state
 from lora_vit.models.names import timm_name, translate
 
 OPSET = 20
@@ -117,7 +117,7 @@ def _hf_model(trial: Trial, source: nn.Module) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    state = {name: t for name, t in source.state_dict().items() if not name.startswith(OF_HEADS)}
+    state = trunk_state(source)
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
@@ -162,8 +162,7 @@ def _timm_model(trial: Trial, source: nn.Module) -> Any:
     sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     classes = len(trial.about["class_names"])
     model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=classes)
-    own = {name: t for name, t in model.state_dict().items() if not name.startswith(OF_HEADS)}
-    translated, _ = translate({n: t for n, t in source.state_dict().items() if not n.startswith(OF_HEADS)}, own)
+    translated, _ = translate(trunk_state(source), trunk_state(model))
     head: Any = last_layer(source)
     model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
     return model.eval()

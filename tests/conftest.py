@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,17 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is not beside the checkout")
     return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run a command's entry in this process; its exit code and what it printed."""
+
+    def run(module: str, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"lora_vit.{module}", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"lora_vit.{module}").main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return run

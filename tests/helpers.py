@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,28 @@ def run_command(
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def start(line: list[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """A command that goes on while the test does; what it prints is one stream."""
+    return subprocess.Popen(line, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})  # fmt: skip
+
+
+def wait_until(
+    reached: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120, every: float = 0.05
+) -> None:
+    """Until something is so that a running command brings about; fails where the command has ended, or time is up."""
+    until = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(every)
+
+
+def rows_of(*files: Path) -> int:
+    """Rows in all that these ``metrics.jsonl`` have by now."""
+    return sum(path.read_bytes().count(b"\n") for path in files if path.exists())
 
 
 def is_running(pid: int) -> bool:

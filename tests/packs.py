@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from lora_vit.build import build_setup
-from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
-from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import Trial
@@ -14,7 +12,7 @@ from lora_vit.training.trial import Trial
 
 def new_trials(configs: list[TrialConfig]) -> list[Trial]:
     """Trials that have not begun and write nothing."""
-    return [Trial(c, TrialRecord(trial_id(c), cell_id(c), "running", to_dict(c)), TrialState()) for c in configs]
+    return [Trial.without_files(config) for config in configs]
 
 
 def new_pack(configs: list[TrialConfig], setup: Setup | None = None) -> Pack:

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import SCHEMA_VERSION
-from lora_vit.lora.backbones import OF_HEADS, SIZES, AdapterError, head_name, new_backbone, put_head, sizes_of
+from lora_vit.lora.backbones import (
+    OF_HEADS,
+    SIZES,
+    AdapterError,
+    head_name,
+    new_backbone,
+    put_head,
+    sizes_of,
+    trunk_state,
+)
 from lora_vit.lora.inject import adapt, chosen_places
 from lora_vit.lora.layers import AdapterSpec
 from lora_vit.lora.places import Place
@@ -125,7 +134,7 @@ def base_of(model: nn.Module) -> dict[str, Any]:
         AdapterError: it is no plain backbone with a head that can be replaced, or has adapters.
     """
     sizes = sizes_of(model)
-    state = {name: t for name, t in model.state_dict().items() if not name.startswith(OF_HEADS)}
+    state = trunk_state(model)
     interpolated = [state.pop(name).double().flatten().cpu() for name in sorted(state) if name.endswith(INTERPOLATED)]
     positions = torch.cat([torch.empty(0), *interpolated]).numpy()
     signs = randomness.uniforms(np.arange(len(positions)), 4, "positions") < 0.5
@@ -182,7 +191,7 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         model: the adapter's base, plain; it is not changed, and its head is replaced.
         adapter: every tensor of it is used.
     """
-    state = {n: t.float().cpu().clone() for n, t in model.state_dict().items() if not n.startswith(OF_HEADS)}
+    state = {name: t.float().cpu().clone() for name, t in trunk_state(model).items()}
     state |= {name: t.float().clone() for name, t in adapter.tensors.items() if ".lora_" not in name}
     if hasattr(model, "head_dist"):
         state |= {f"head_dist.{leaf}": state[f"head.{leaf}"].clone() for leaf in ("weight", "bias")}

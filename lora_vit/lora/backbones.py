@@ -82,6 +82,11 @@ def sizes_of(model: Any) -> dict[str, Any]:
     }
 
 
+def trunk_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without its classifiers."""
+    return {name: t for name, t in model.state_dict().items() if not name.startswith(OF_HEADS)}
+
+
 def head_name(model: nn.Module) -> str:
     """Name of the classifier's linear layer."""
     return "heads.head" if isinstance(model, VisionTransformer) else "head"

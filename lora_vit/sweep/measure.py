@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from lora_vit.build import choose_device, device_name
-from lora_vit.config import ConfigError, TrialConfig, ids, to_dict
-from lora_vit.records import NO_SPACE, TrialRecord
+from lora_vit.config import ConfigError, TrialConfig
+from lora_vit.records import NO_SPACE
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Group, SweepRun, digest
 from lora_vit.sweep.schedule import Emit
 from lora_vit.sweep.setups import Setups
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import EVAL_BATCH, Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import Trial
@@ -167,8 +166,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    records = [TrialRecord(*ids(config), "running", to_dict(config)) for config in configs]
-    pack = Pack([Trial(*of, TrialState()) for of in zip(configs, records, strict=True)], setup)
+    pack = Pack([Trial.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:

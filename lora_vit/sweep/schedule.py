@@ -75,15 +75,15 @@ class Schedule:
 
     def refuse(self, job: Job, error: Exception) -> None:
         """Leave a trial's folder as it is, and say why; it has ended for this run."""
-        self.left(job.trial_id, "refused", None, str(error), why=str(error))
+        self.left(job.trial_id, "refused", None, str(error))
 
-    def left(self, trial_id: str, status: str, val_accuracy: float | None, message: str, why: str = "") -> None:
+    def left(self, trial_id: str, status: str, val_accuracy: float | None, message: str) -> None:
         """A trial has ended: its claim says how, the view is told, and a failure stops all where it is to.
 
-        ``why`` goes into the claim, where no record tells.
+        The claim of one that was refused says why as well: no record does.
         """
-        failed = status in ("failed", "refused")
-        self.claims.release(trial_id, FAILED if failed else ENDED, why)
+        mark = FAILED if status in ("failed", "refused") else ENDED
+        self.claims.release(trial_id, mark, message if status == "refused" else "")
         self.emit("left", id=trial_id, status=status, val_accuracy=val_accuracy, message=message)
         if stops(self.run, self.claims):
             self.emit("stop")

@@ -41,6 +41,11 @@ class Trial:
     files: TrialFiles | None = None
 
     @classmethod
+    def without_files(cls, config: TrialConfig) -> Trial:
+        """A new trial that nothing remembers."""
+        return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
+
+    @classmethod
     def open(
         cls,
         config: TrialConfig,

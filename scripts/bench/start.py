@@ -37,11 +37,9 @@ from lora_vit.distributed import Process
 mark("import lora_vit")
 setup = build_setup(config, Process())
 mark("data and weights")
-from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Trial
-pack = Pack([Trial(config, TrialRecord("", "", "running", {}), TrialState())], setup)
+pack = Pack([Trial.without_files(config)], setup)
 mark("adapters, optimizer")
 pack.step(pack.learning_rates()[0], False)
 mark("first step")

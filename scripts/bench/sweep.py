@@ -32,10 +32,8 @@ from hydra.types import RunMode
 
 from lora_vit.build import build_setup
 from lora_vit.compose import from_omegaconf, register_schema
-from lora_vit.config import TrialConfig, ids, to_dict
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
-from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Trial
 
@@ -60,11 +58,6 @@ MODELS = {
 def composed(*overrides: str) -> TrialConfig:
     with initialize_config_module("lora_vit.conf", version_base="1.3"):
         return from_omegaconf(compose("config", overrides=list(overrides)))
-
-
-def new_trial(config: TrialConfig) -> Trial:
-    """One that leaves no files."""
-    return Trial(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
 
 def ways(rounds: int) -> list[dict[str, Any]]:
@@ -139,7 +132,7 @@ def curve(rounds: int, sizes: list[int]) -> list[dict[str, Any]]:
         setup = build_setup(configs[0], Process())
 
         def step_of(k: int, setup: Any = setup, configs: list[TrialConfig] = configs) -> Any:
-            pack = Pack([new_trial(c) for c in configs[:k]], setup)
+            pack = Pack([Trial.without_files(c) for c in configs[:k]], setup)
             rates = pack.learning_rates()
 
             def step() -> None:

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import SMALL, command, largest_difference, run_command, train_together, trial_config
+from helpers import (
+    SMALL,
+    command,
+    largest_difference,
+    rows_of,
+    run_command,
+    start,
+    train_together,
+    trial_config,
+    wait_until,
+)
 
 from lora_vit.records import read_record, read_rows
 
@@ -68,14 +78,8 @@ def test_torchrun(one_process, tmp_path):
 def test_asked_to_stop_all_processes_end_and_the_same_command_goes_on(signum, one_process, tmp_path):
     """The command is asked; the processes that it started finish their step, save and end."""
     arguments = (*NOISY, "trainer.devices=2", "trainer.epochs=400", "hydra.run.dir=run")
-    process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    rows, until = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
-    while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    process = start(command(*arguments), tmp_path)
+    wait_until(lambda: rows_of(tmp_path / "run/metrics.jsonl") >= 10, process, every=0.01)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, out
@@ -96,20 +100,8 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
-    process = subprocess.Popen(
-        command("trainer.devices=2", "trainer.epochs=2000", "hydra.run.dir=run"),
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    process = start(command("trainer.devices=2", "trainer.epochs=2000", "hydra.run.dir=run"), tmp_path)
+    wait_until(lambda: rows_of(tmp_path / "run/metrics.jsonl") >= 5, process)
     workers = [p for p in children(process.pid) if "resource_tracker" not in Path(f"/proc/{p}/cmdline").read_text()]
     os.kill(process.pid, signal.SIGSTOP)  # the other has time to notice before the launcher looks
     os.kill(max(workers), signal.SIGKILL)

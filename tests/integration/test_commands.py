@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import shutil
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -76,20 +74,6 @@ def copy(trained, tmp_path, monkeypatch) -> Path:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return place
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command; its exit code and what it printed."""
-
-    def run(module: str, *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"lora_vit.{module}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"lora_vit.{module}").main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 def every_command(place: Path) -> dict[str, list[str | Path]]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +44,6 @@ def train(folder: Path, *overrides: str) -> Path:
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("trial"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command; its exit code and what it printed."""
-
-    def run(module: str, *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"lora_vit.{module}", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"lora_vit.{module}").main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 def timm_trial(folder: Path, name: str, *overrides: str) -> Path:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import command, contents, run_command
+from helpers import command, contents, rows_of, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -25,37 +25,25 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*LONG, *overrides, "hydra.run.dir=run"),
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start_long(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
+    return start(command(*LONG, *overrides, "hydra.run.dir=run"), cwd)
 
 
 def wait_for_rows(process: subprocess.Popen[str], folder: Path, rows: int) -> None:
     """Until ``metrics.jsonl`` has that many rows."""
-    path = folder / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not path.exists() or path.read_bytes().count(b"\n") < rows:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.002)
+    wait_until(lambda: rows_of(folder / "metrics.jsonl") >= rows, process, every=0.002)
 
 
 @pytest.mark.slow
 def test_killed_at_several_points_and_finished_by_the_same_command(uninterrupted, tmp_path):
     chance = random.Random(4)
     for rows in (1, 9, 20, 33):
-        process = start(tmp_path)
+        process = start_long(tmp_path)
         wait_for_rows(process, tmp_path / "run", rows)
         time.sleep(chance.random() * 0.03)  # somewhere in a step, a checkpoint's writing or a validation
         process.kill()
         process.communicate()
-    process = start(tmp_path)
+    process = start_long(tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert contents(tmp_path / "run") == contents(uninterrupted)
@@ -68,14 +56,14 @@ def test_killed_at_several_points_and_finished_by_the_same_command(uninterrupted
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
 )
 def test_asked_to_stop(signum, code, uninterrupted, tmp_path):
-    process = start(tmp_path)
+    process = start_long(tmp_path)
     wait_for_rows(process, tmp_path / "run", 10)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
     assert "Traceback" not in out
     assert read_record(tmp_path / "run").status == "interrupted"
-    process = start(tmp_path)
+    process = start_long(tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert contents(tmp_path / "run") == contents(uninterrupted)
@@ -125,7 +113,7 @@ def _small_files_only() -> None:
 
 @pytest.mark.slow
 def test_no_room_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
-    process = start(tmp_path)
+    process = start_long(tmp_path)
     wait_for_rows(process, tmp_path / "run", 12)
     process.kill()
     process.communicate()
@@ -143,7 +131,7 @@ def test_no_room_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "make room" in done.stderr
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
-    process = start(tmp_path)
+    process = start_long(tmp_path)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert contents(tmp_path / "run") == contents(uninterrupted)

@@ -6,12 +6,11 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SMALL, run_command
+from helpers import SMALL, run_command, start, wait_until
 from hydra.core.global_hydra import GlobalHydra
 
 from lora_vit import train
@@ -281,12 +280,9 @@ def test_a_search_on_digits_that_was_killed_finds_at_least_what_a_grid_finds(tmp
     python = [sys.executable, "-m", "lora_vit.train"]
     line = [*python, "sweep=search", *common, *SPACE, "sweep.name=s", "sweep.pack_size=6"]
     folder = tmp_path / "outputs/sweeps/s"
-    first = subprocess.Popen(line, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until = time.monotonic() + 240
-    while sum(1 for _ in folder.glob("*/record.json")) < 14:  # two of the third batch are begun
-        assert first.poll() is None, first.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    first = start(line, tmp_path)
+    # two of the third batch are begun
+    wait_until(lambda: sum(1 for _ in folder.glob("*/record.json")) >= 14, first, 240, 0.02)
     first.kill()
     first.communicate()
     finished = {name: r.finished for name, r in records_of(folder).items() if r.status == "completed"}

@@ -7,11 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import command, run_command
+from helpers import command, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -49,16 +48,8 @@ def queue() -> list[str]:
 def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     """Its claims pass on, a worker is asked for in its place, and every trial is trained to its end."""
     settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
-    process = subprocess.Popen(
-        command(*PACKED_SLURM, *settings), cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    place = tmp_path / "outputs/sweeps/s"
-    until = time.monotonic() + 240
-    while not list(place.glob("*/checkpoint.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    process, place = start(command(*PACKED_SLURM, *settings), tmp_path), tmp_path / "outputs/sweeps/s"
+    wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     found = subprocess.run(
         ["pgrep", "-f", f"python.* -m submitit.core._submit {place}"], capture_output=True, text=True
     )

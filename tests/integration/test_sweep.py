@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sabotages
-from helpers import command, contents, is_running, run_command
+from helpers import command, contents, is_running, rows_of, run_command, start, wait_until
 from safetensors.numpy import load_file
 
 from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows, write_predictions
@@ -62,18 +62,9 @@ def records_of(sweep: Path) -> dict[str, TrialRecord]:
     return {p.parent.name: read_record(p.parent) for p in sorted(sweep.glob("*/record.json"))}
 
 
-def start(line: list[str], cwd: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-
-
 def wait_for_rows(process: subprocess.Popen[str], sweep: Path, rows: int) -> None:
     """Until all trials of the sweep together have logged that many rows."""
-    until = time.monotonic() + 120
-    while sum(p.read_bytes().count(b"\n") for p in sweep.glob("*/metrics.jsonl")) < rows:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.002)
+    wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")) >= rows, process, every=0.002)
 
 
 def assert_equal_trials(a: Path, b: Path) -> float:

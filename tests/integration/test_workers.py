@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import trial_config
+from helpers import start, trial_config, wait_until
 from sweeps import options
 
 from lora_vit.records import read_record
@@ -42,9 +42,7 @@ def start_worker(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "lora_vit.sweep", "work", str(folder.resolve()), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=elsewhere, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    return start(command, elsewhere)
 
 
 def completed_by(outputs: list[str]) -> collections.Counter[str]:
@@ -71,20 +69,12 @@ def test_two_workers_share_a_folder(tmp_path):
     assert not completed_by([out])
 
 
-def begun_training(run: SweepRun, worker: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not list(run.folder.glob("*/checkpoint.pt")):
-        assert worker.poll() is None, worker.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_a_worker_leaves_another_goes_on_with(how, tmp_path):
     """Killed, its claims are void; asked to end, it saves and gives them back."""
     run = begun(tmp_path / "s", 2, "trainer.epochs=40", "trainer.checkpoint_every=0.001")
     first = start_worker(run.folder)
-    begun_training(run, first)
+    wait_until(lambda: list(run.folder.glob("*/checkpoint.pt")), first)
     first.send_signal(how)
     out = first.communicate(timeout=120)[0]
     assert first.returncode == (-9 if how == signal.SIGKILL else 128 + how), out

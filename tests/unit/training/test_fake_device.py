@@ -20,11 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import lora_vit
 from lora_vit import build, distributed, randomness
-from lora_vit.config import cell_id, to_dict, trial_id
 from lora_vit.data.dataset import load_data
 from lora_vit.distributed import Process
-from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Trial
@@ -119,8 +116,7 @@ def three_trials() -> Pack:
     with unset_fake_temporarily():
         data = load_data(configs[0].data)
     setup = build.build_setup(configs[0], Process(), data)
-    records = [TrialRecord(trial_id(c), cell_id(c), "running", to_dict(c)) for c in configs]
-    return Pack([Trial(c, r, TrialState()) for c, r in zip(configs, records, strict=True)], setup)
+    return Pack([Trial.without_files(config) for config in configs], setup)
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)
