@@ -40,16 +40,17 @@ class Ray:
         """``parameters``: the fields of PackedRayConf. Raises ConfigError where there is no cluster."""
         self.parameters = parameters
         ours = signal.getsignal(signal.SIGTERM)
+        address = parameters["address"] or os.environ.get("RAY_ADDRESS", "local")  # Ray's None joins any cluster here
         try:
-            host, _, port = (parameters["address"] or "").rpartition(":")
+            host, _, port = address.rpartition(":")
             if port.isdecimal():  # Ray tries for minutes
                 socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
             if not ray.is_initialized():
-                ray.init(address=parameters["address"], log_to_driver=False, logging_level=logging.ERROR,
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
                          runtime_env=parameters["runtime_env"] or None)  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"hydra.launcher.address={parameters['address']}: no Ray cluster ({str(error).splitlines()[0]}): start "
+                f"hydra.launcher.address={address}: no Ray cluster ({str(error).splitlines()[0]}): start "
                 "one with `ray start --head`, or leave the address out"
             ) from None
         finally:

@@ -48,7 +48,11 @@ def test_another_launcher_leaves_the_same_trials(launcher, package, tmp_path):
     settings = ("lora.rank=1,2", "seed=3", "trainer.epochs=1", "sweep.name=s")
     run_command("-m", *settings, cwd=tmp_path)
     (tmp_path / "other").mkdir()
-    environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    environment = {
+        "RAY_ADDRESS": "local",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
     run_command("-m", f"hydra/launcher={launcher}", *settings, cwd=tmp_path / "other", env=environment)
     one, other = (trials(folder / "outputs/sweeps/s") for folder in (tmp_path, tmp_path / "other"))
     assert list(one) == list(other)

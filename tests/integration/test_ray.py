@@ -86,8 +86,11 @@ def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_
     assert statuses(tmp_path) == ["completed"] * 2
 
 
-def test_what_ray_refuses_is_told_in_one_line(tmp_path):
-    done = run_command(*PACKED_RAY, "seed=0,1", "hydra.launcher.address=127.0.0.1:1", cwd=tmp_path, code=1)
+@pytest.mark.parametrize("environment", [False, True])
+def test_what_ray_refuses_is_told_in_one_line(environment, tmp_path):
+    where = [] if environment else ["hydra.launcher.address=127.0.0.1:1"]
+    env = {"RAY_ADDRESS": "127.0.0.1:1" if environment else "local"}
+    done = run_command(*PACKED_RAY, "seed=0,1", *where, cwd=tmp_path, code=1, env=env)
     assert re.fullmatch(r"error: hydra.launcher.address=127.0.0.1:1: no Ray cluster \(.*\): start one with `ray start "
                         r"--head`, or leave the address out\n", done.stderr)  # fmt: skip
     assert statuses(tmp_path) == []
