@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_vit.analysis.summary import Metric, Summary
 from lora_vit.analysis.tables import BASELINES, METHOD, SCALING, short_names, value_text
-from lora_vit.analysis.texts import LEGEND, count, duration, number, plain, signed, size
+from lora_vit.analysis.texts import LEGEND, RACE_LEGEND, count, duration, number, plain, signed, size
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
@@ -33,15 +33,17 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         out["cell"] = cells["label"]
     out[metric.title.lower() + (" %" if metric.accuracy else "")] = _values(metric, cells["mean"])
     out["95 % interval"] = _intervals(metric, cells["low"], cells["high"])
-    if summary.comparison.blocked and not summary.comparison.complete:
+    if summary.comparison.blocked and not summary.comparison.complete and summary.race is None:
         out["adjusted"] = _values(metric, cells["adjusted"])
     if wide:
         out["sd"] = _values(metric, cells["sd"])
     out["n"] = cells["n"].astype(str)
     out["mark"] = cells["mark"]
-    difference = cells["difference"].where(cells["mark"] != "best")
+    if summary.within is not None:
+        out[f"within {plain(metric, summary.within.margin)}"] = np.where(cells["within"], "yes", "")
+    difference = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
     out["vs best" + (" (points)" if metric.accuracy and wide else "")] = _values(metric, difference, signed)
-    if wide:
+    if wide and summary.race is None:
         out["interval of it"] = _intervals(metric, cells["difference_low"], cells["difference_high"], signed)
     for key, title in (("vs_probe", "vs linear probe"), ("vs_full", "vs full fine-tuning")):
         if key in cells:
@@ -54,6 +56,11 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         out["peak memory"] = _each(size, cells["peak_memory_bytes"])
         out["adapter"] = _each(size, cells["adapter_bytes"])
     return out
+
+
+def legend(summary: Summary) -> str:
+    """What the marks of its cells mean."""
+    return LEGEND if summary.race is None else RACE_LEGEND
 
 
 def _each(text: Callable[[Any], str], column: Iterable) -> pd.Series:
@@ -187,7 +194,7 @@ def table_md(summary: Summary) -> str:
         f"**{markdown_escape(summary.verdict)}**",
         *(f"> Warning: {markdown_escape(w)}" for w in summary.warnings),
         markdown(readable(summary)),
-        LEGEND,
+        legend(summary),
     ]
     for title, table in more_tables(summary).items():
         parts += [f"### {title}", markdown(table), *(summary.effects.notes if title == "Main effects" else [])]
