@@ -20,10 +20,10 @@ LEGEND = (
 )
 """What the cells table's marks mean, in Markdown."""
 RACE_LEGEND = (
-    "A race: *selected* is the cell that was left; *left* ones were not told apart; *out* ones fell behind after n seeds "
-    "(later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. Cells ran as long as they "
-    "did because of their results: a mean and its interval describe the trials and claim nothing. A star marks the "
-    "Pareto front of the metric against that cost."
+    "A race: *selected* is the cell that was left; *left* ones were not told apart; *out* ones fell behind after n "
+    "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. Cells ran as long "
+    "as they did because of their results: a mean and its interval describe the trials and claim nothing. A star marks "
+    "the Pareto front of the metric against that cost."
 )
 """The same for a race."""
 

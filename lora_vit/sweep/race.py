@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import asdict, replace
+import math
+from dataclasses import replace
 
 import numpy as np
 from rich.console import Console
 
 from lora_vit.analysis.race import Race, Rules, decide, typical_trials, wanted
-from lora_vit.config import ConfigError
 from lora_vit.records import State
 from lora_vit.sweep.plan import Job, SweepRun, key_of
 from lora_vit.terminal import print_table
@@ -73,7 +72,9 @@ class SweepRace:
                 y[place], failed[place] = (np.nan, True) if accuracy is None else (accuracy, False)
                 images.append(record.data["val"])
         self.race = decide(y, failed, self.rules, 1 / min(images) if images else 0.0)
-        self.spread = float(np.sqrt(np.nanmean(np.nanvar(y, 1, ddof=1)))) if (np.isfinite(y).sum(1) > 1).any() else 0.0
+        known = [row[np.isfinite(row)] for row in y]
+        spreads = [float(row.var(ddof=1)) for row in known if len(row) > 1]
+        self.spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0
         return [self.job(*place) for place in wanted(self.race, y, failed, self.rules, workers)]
 
     def ended_jobs(self) -> list[Job]:
@@ -130,13 +131,3 @@ class SweepRace:
         return (f"a race of {k} cells takes at least {k * rules.first_seeds} trials, at most {k * rules.most_seeds}, "
                 f"typically about {typical} (where trials of a cell spread by {100 * spread:.2f} points, as they "
                 f"{whose}); {len(self.states)} have ended")  # fmt: skip
-
-
-def refuse_seed_dependent(jobs: list[Job], others: list[Job]) -> None:
-    """Raise ConfigError where a setting follows the seed (``others``: the same trials, composed with another seed)."""
-    for one, other in zip(jobs, others, strict=True):
-        a, b = asdict(one.config), asdict(replace(other.config, seed=one.config.seed))
-        for section in dataclasses.fields(one.config):
-            if a[section.name] != b[section.name]:
-                raise ConfigError(f"{section.name} depends on the seed: a race compares cells over seeds, so give each "
-                                  "setting but `seed` a value of its own")  # fmt: skip

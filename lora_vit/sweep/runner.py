@@ -8,11 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lora_vit.analysis import SummaryError, summarize
 from lora_vit.build import prepare
 from lora_vit.data.dataset import IN_PACKAGES
 from lora_vit.records import NO_ACCURACY, RECORD, State
@@ -25,8 +24,10 @@ from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_duplicates
 from lora_vit.sweep.processes import GOES_ON, WorkerFailed, number_of_workers, run_workers
 from lora_vit.sweep.progress import View
-from lora_vit.sweep.race import SweepRace
 from lora_vit.terminal import from_here, make_console, print_table
+
+if TYPE_CHECKING:
+    from lora_vit.sweep.race import SweepRace
 
 POLL_EVERY = 1.0
 """Seconds between looks at trials that others have."""
@@ -63,6 +64,8 @@ def run_sweep(asked: SweepRun, engine: Engine | None = None) -> dict[str, float 
     _tell_changed(jobs, plan["trials"])
     run, race = replace(asked, jobs=tuple(jobs)), None
     if options.margin is not None:
+        from lora_vit.sweep.race import SweepRace  # imports scipy
+
         raced = (plan["race"] or {}).get("cells", ())
         race = SweepRace(run, ledger.jobs(plan, [name for name, t in plan["trials"].items() if t["cell"] in raced]))
         workers = number_of_workers(race.cells, options, engine)
@@ -190,6 +193,8 @@ def finish(run: SweepRun, messages: dict[str, str], race: SweepRace | None = Non
     else:
         race.show(console, SHOWN)
         if race.race.ended:
+            from lora_vit.analysis import SummaryError, summarize  # imports pandas
+
             with contextlib.suppress(SummaryError):  # all have failed
                 console.print(summarize(run.folder).verdict, markup=False)
     if failed:

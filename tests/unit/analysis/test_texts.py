@@ -43,6 +43,8 @@ def summary(frame: pd.DataFrame, metric: Any = ACCURACY, **comparison: Any) -> A
         trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"]}),
         effects=SimpleNamespace(table=pd.DataFrame()),
         pair=None,
+        race=None,
+        within=None,
     )
 
 

@@ -22,8 +22,7 @@ from lora_vit.compose import (
 )
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import SweepRun, key_of, this_command
-from lora_vit.sweep.race import refuse_seed_dependent
+from lora_vit.sweep.plan import SweepRun, key_of, refuse_seed_dependent, this_command
 
 # Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
 for group, name, node in (
