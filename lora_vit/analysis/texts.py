@@ -88,7 +88,7 @@ def verdict(summary: Summary) -> str:
     if not c.possible:
         again = "Repeat the sweep with seed=0,1,2."
         if any((Path(folder) / SEARCH).is_file() for folder in summary.folders):
-            again = "The search's command, given again, names the commands that repeat its best cells with other seeds."
+            again = "The search's command, given again, names the commands that race its best cells over other seeds."
         return (
             f"{best['label']} has the {extreme} {what}, {number(metric, best['mean'])}, but too few cells "
             f"have two or more seeds: whether the difference is real cannot be said. {again}"
