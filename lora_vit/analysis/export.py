@@ -182,10 +182,13 @@ def latex_escape(text: object) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """A table for the LaTeX package booktabs."""
+    """A table for the LaTeX packages booktabs and graphicx, in small type, shrunk where it is wider than the page."""
     align = "".join("r" if numeric(table[c]) else "l" for c in table.columns)
     style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
-    return style.to_latex(hrules=True, column_format=align, caption=latex_escape(caption), position_float="centering")
+    rows = style.to_latex(hrules=True, column_format=align)
+    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+    head = "\\begin{table}\n\\centering\n\\caption{" + latex_escape(caption) + "}\n\\footnotesize\n"
+    return f"{head}\\setlength{{\\tabcolsep}}{{4pt}}\n{fits}{rows.rstrip()}}}\n\\end{{table}}\n"
 
 
 def table_md(summary: Summary) -> str:
@@ -201,10 +204,26 @@ def table_md(summary: Summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+COST_COLUMNS = ("parameters", "seconds", "images/s", "peak memory", "adapter")
+LATEX_ROWS = 40
+"""Of a table, so that it fits a page."""
+
+
 def table_tex(summary: Summary) -> str:
-    """``table.tex``: the cells table, the warnings as comments."""
+    """``table.tex``: the columns that answer in one table, costs in a second, the warnings as comments."""
+    table = readable(summary)
+    more = f" The first {LATEX_ROWS} of {len(table)} cells." if len(table) > LATEX_ROWS else ""
     comments = "".join(f"% {' '.join(w.split())}\n" for w in [summary.verdict, *summary.warnings])
-    return comments + latex(readable(summary), summary.verdict)
+    table = table.head(LATEX_ROWS)
+    named = list(table.columns[: table.columns.get_loc("95 % interval") - 1])
+    costs = [c for c in table.columns if c in COST_COLUMNS or c.removeprefix("vs ") in BASELINES.values()]
+    answers = table.drop(columns=[*costs, "interval of it"], errors="ignore")
+    return (
+        comments
+        + latex(answers, summary.verdict + more)
+        + "\n"
+        + latex(table[named + costs], "The same cells: costs." + more)
+    )
 
 
 LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
