@@ -145,6 +145,15 @@ def test_a_changed_margin_goes_on_from_the_records(tmp_path):
     assert narrow.look(1)
 
 
+def test_accuracies_that_count_images_have_a_rounding_error(tmp_path):
+    """Of 720 images: no spread over seeds does not mean that half a thousandth is real."""
+    race = race_of(tmp_path, (1, 2), margin=0.01)
+    for wanted in race.look(1):
+        leave(tmp_path, wanted, 0.9005 if wanted.config.lora.rank == 2 else 0.9)
+    race.look(1)
+    assert (race.race.seeds, race.race.exits) == (3, {})
+
+
 def test_what_one_sees_of_it(tmp_path):
     race = race_of(tmp_path)
     race.look(1)
@@ -193,6 +202,12 @@ def test_the_summary_of_a_race(tmp_path):
     assert np.isfinite(got.chosen.test), "of the selected cell"
     assert got.within is not None
     assert got.within.margin == pytest.approx(0.01)
+    says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
+    assert got.verdict.endswith(f"No smaller one is shown to be {says}")
+    wide = summarize(tmp_path, margin=8.0)
+    assert wide.within is not None
+    assert wide.within.smallest == "rank 1"
+    assert "By the first seeds alone, rank 1 (28,938 parameters) is at most 8.00 points below the best" in wide.verdict
 
 
 def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
