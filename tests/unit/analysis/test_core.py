@@ -342,3 +342,13 @@ def test_the_cheapest_of_those_that_are_good_enough(sweep: Path) -> None:
     assert loss.within is not None
     assert loss.within.smallest == "rank 1"
     assert "is at most 0.4000 below the best" in loss.verdict
+
+
+def test_the_fastest_that_is_good_enough_need_not_be_the_smallest(tmp_path: Path) -> None:
+    def slower_with_fewer(record: TrialRecord) -> None:
+        record.cost["seconds"] = 20.0 - record.config["lora"]["rank"]
+
+    make_sweep(tmp_path, RANKS, Y, curve=False, edit=slower_with_fewer)
+    got = summarize(tmp_path, margin=50.0)
+    assert "rank 1 (28,938 parameters) is at most 50.00 points below the best, and so is the fastest" in got.verdict
+    assert got.verdict.endswith("such cell, rank 16 (4.0 s a trial).")
