@@ -1,23 +1,34 @@
 """The race against other ways to select a cell: share within the margin of the best, and trials.
 
     python scripts/bench/race.py peers [--runs 500]
+    python scripts/bench/race.py digits
+    python scripts/bench/race.py truth [--runs 40]
 
 ``peers``: simulated cells (30, error sd 0.3 points, margin 0.5) raced by us, by Optuna's WilcoxonPruner and by SMAC's
 intensifier, the real libraries. They need ``pip install "optuna>=3.6" smac`` in an environment of their own, because
-Hydra's Optuna sweeper holds Optuna at 2.10.
+Hydra's Optuna sweeper holds Optuna at 2.10. ``digits``: the commands of ``sweep=race`` and of one stage with the same
+guarantee; what they select is compared with ``race_truth.csv``, the cells' means over seeds that neither of them has,
+which ``truth`` trains.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import report
+import pandas as pd
+from common import machine, report
 
+from lora_vit.analysis import Summary, summarize
 from lora_vit.analysis.race import Rules, decide
 
 CELLS, MARGIN, SD, IMAGES = 30, 0.005, 0.003, 10_000
@@ -114,16 +125,54 @@ def peers(runs: int) -> None:
     report(rows, {"runs": runs, "optuna": optuna.__version__, "smac": version}, None)
 
 
-MODES = {"peers": peers}
+TRUTH, FIRST_OF_TRUTH = Path(__file__).with_name("race_truth.csv"), 1000
+
+
+def trained(*overrides: str) -> tuple[Summary, float]:
+    """The summary of ``sweep=race`` so changed, run in an empty folder, and its seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "lora_vit.train", "sweep=race", *overrides, "hydra.sweep.dir=s"]
+        began = time.perf_counter()
+        subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        return summarize(Path(folder) / "s"), time.perf_counter() - began
+
+
+def truth(seeds: int) -> None:
+    """Write each cell's mean over so many seeds."""
+    summary, _ = trained("sweep.margin=null", f"seed=range({FIRST_OF_TRUTH},{FIRST_OF_TRUTH + seeds})")
+    summary.cells[["label", "mean", "sd", "n"]].to_csv(TRUTH, index=False, float_format="%.5f")
+
+
+def digits(runs: int) -> None:
+    """Print trials, seconds and what was selected, for the race and for one stage."""
+    true = pd.read_csv(TRUTH).set_index("label")["mean"]
+    raced, seconds = trained()
+    assert raced.race is not None
+    seeds = raced.race.one_stage // len(raced.race.cells)
+    fixed, longer = trained("sweep.margin=null", f"seed=range({seeds})")
+    rows = [
+        {
+            "way": way,
+            "trials": len(summary.trials),
+            "s": took,
+            "selected": summary.cells["label"][0],
+            "below the best, points": round(100 * (true.max() - true[summary.cells["label"][0]]), 2),
+        }
+        for way, summary, took in (("race", raced, seconds), (f"one stage, {seeds} seeds", fixed, longer))
+    ]
+    report(rows, machine(), None)
+
+
+MODES = {"peers": peers, "digits": digits, "truth": truth}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--runs", type=int, default=500, help="simulated sweeps")
+    parser.add_argument("--runs", type=int, help="simulated sweeps (500); seeds of the truth (40)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    MODES[args.mode](args.runs)
+    MODES[args.mode](args.runs or (40 if args.mode == "truth" else 500))
 
 
 if __name__ == "__main__":
