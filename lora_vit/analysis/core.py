@@ -144,6 +144,7 @@ def _within(cells: pd.DataFrame, result: Comparison, margin: float) -> Within:
     """The cheapest cells that are good enough, or how many seeds it would take to find one."""
     cells["within"] = cells["below"] <= margin
     found, k = cells[cells["within"]], int(result.compared.sum())
+    cells["within"] |= cells["mark"] == "selected"
     seeds = seeds_within(margin, result.sd, k)
     if found.empty:
         return Within(margin, seeds=seeds)

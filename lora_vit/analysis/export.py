@@ -215,7 +215,7 @@ def table_tex(summary: Summary) -> str:
     more = f" The first {LATEX_ROWS} of {len(table)} cells." if len(table) > LATEX_ROWS else ""
     comments = "".join(f"% {' '.join(w.split())}\n" for w in [summary.verdict, *summary.warnings])
     table = table.head(LATEX_ROWS)
-    named = list(table.columns[: table.columns.get_loc("95 % interval") - 1])
+    named = list(table.columns)[: list(table.columns).index("95 % interval") - 1]
     costs = [c for c in table.columns if c in COST_COLUMNS or c.removeprefix("vs ") in BASELINES.values()]
     answers = table.drop(columns=[*costs, "interval of it"], errors="ignore")
     return (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,8 @@ def test_a_race_that_is_killed_comes_to_the_same_end(tmp_path):
     again = run_command(*RACE, RATES, cwd=cut)
     assert records(cut) == records(whole)
     assert ending(again.stdout) == ending(done.stdout)
+    shown = subprocess.run([sys.executable, "-m", "lora_vit.sweep", "r"], cwd=cut, capture_output=True, text=True)
+    assert ending(done.stdout).strip().endswith(shown.stdout.splitlines()[-1])
     once_more = run_command(*RACE, RATES, cwd=cut)
     assert "training" not in once_more.stdout
     assert ending(once_more.stdout) == ending(done.stdout)
@@ -53,6 +57,18 @@ def test_a_race_that_is_killed_comes_to_the_same_end(tmp_path):
     assert (plan["race"]["margin"], plan["race"]["seed"], len(plan["race"]["cells"])) == (40.0, 3, 3)
     said = run_command(*RACE, "optimizer.lr=1e-2,1e-9,3e-3", "sweep.margin=30", "sweep.dry_run=true", cwd=cut)
     assert "a race of 3 cells takes at least 9 trials, at most 18, typically about " in said.stdout
+
+
+def test_two_commands_at_once_run_one_race(tmp_path):
+    """As from two machines that share the folder: each trial is trained once, and both come to the same end."""
+    both = [start(command(*RACE, RATES, "lora.rank=1,2"), tmp_path) for _ in range(2)]
+    outs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    ends = [ending(out) for out in outs]
+    assert ends[0] == ends[1]
+    assert "selected: with 95 % no other of 4 cells" in ends[0] or "Not resolved: " in ends[0]
+    for path in tmp_path.glob("outputs/sweeps/r/*/metrics.jsonl"):
+        assert path.read_text().count("val_accuracy") == 2, "two epochs, each once"
 
 
 def test_a_cell_that_fails_is_out_and_told(tmp_path):

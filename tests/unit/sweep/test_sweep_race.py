@@ -204,6 +204,7 @@ def test_the_summary_of_a_race(tmp_path):
     assert got.within.margin == pytest.approx(0.01)
     says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
     assert got.verdict.endswith(f"No smaller one is shown to be {says}")
+    assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
     wide = summarize(tmp_path, margin=8.0)
     assert wide.within is not None
     assert wide.within.smallest == "rank 1"
