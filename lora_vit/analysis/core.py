@@ -106,7 +106,7 @@ def summarize(
         problems=loaded.problems,
         where=where,
         race=raced,
-        within=None if margin is None else _within(cells, result, margin / 100 if by.accuracy else margin),
+        within=None if margin is None else _within(cells, result, margin / 100 if by.accuracy else margin, raced),
     )
     summary.warnings = checks.warnings(done, summary)
     summary.verdict = texts.verdict(summary)
@@ -140,11 +140,12 @@ def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float, sd: fl
     return Raced(rules, race, cells, plan["seed"], y, stage * len(cells), plan.get("command"))
 
 
-def _within(cells: pd.DataFrame, result: Comparison, margin: float) -> Within:
+def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced | None) -> Within:
     """The cheapest cells that are good enough, or how many seeds it would take to find one."""
     cells["within"] = cells["below"] <= margin
     found, k = cells[cells["within"]], int(result.compared.sum())
-    cells["within"] |= cells["mark"] == "selected"
+    if raced is not None and raced.shows(margin):
+        cells["within"] |= cells["mark"] == "selected"
     seeds = seeds_within(margin, result.sd, k)
     if found.empty:
         return Within(margin, seeds=seeds)

@@ -53,6 +53,10 @@ class Raced:
         """The selected cell's id."""
         return None if self.race.selected is None else self.cells[self.race.selected]
 
+    def shows(self, margin: float) -> bool:
+        """Whether the race has shown the selected cell to be so close to the best."""
+        return self.selected is not None and margin >= self.rules.margin - 1e-12
+
     @property
     def seeds_of(self) -> dict[str, int]:
         """How many of its seeds count, for each cell: until it left or the race ended, else as many as may come."""

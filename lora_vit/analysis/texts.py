@@ -145,7 +145,7 @@ def within_text(summary: Summary) -> str:
     if within is None or not summary.comparison.possible:
         return ""
     margin = points(metric, within.margin)
-    selected = summary.cells.iloc[0] if summary.race is not None and summary.race.selected is not None else None
+    selected = summary.cells.iloc[0] if summary.race is not None and summary.race.shows(within.margin) else None
     if within.smallest is None or (selected is not None and within.smallest == selected["label"]):
         if selected is not None and selected["trainable_parameters"] <= summary.cells["trainable_parameters"].min():
             return ""

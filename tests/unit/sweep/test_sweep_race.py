@@ -205,6 +205,9 @@ def test_the_summary_of_a_race(tmp_path):
     says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
     assert got.verdict.endswith(f"No smaller one is shown to be {says}")
     assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
+    narrow = summarize(tmp_path, margin=0.1)
+    assert not narrow.cells["within"].any(), "the race says nothing about less than its margin"
+    assert "No cell is shown to be at most 0.10 points below the best" in narrow.verdict
     wide = summarize(tmp_path, margin=8.0)
     assert wide.within is not None
     assert wide.within.smallest == "rank 1"
