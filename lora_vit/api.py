@@ -80,7 +80,7 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
 
     def run_sweep(asked: Any, engine: Any = None) -> Any:
         outcomes = command.run_sweep(asked, engine)
-        trained.update(dict.fromkeys(map(asked.folder_of, asked.jobs)))
+        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes or ()))
         return outcomes
 
     task = functools.wraps(command.task)(lambda cfg: command.task(cfg))

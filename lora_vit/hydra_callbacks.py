@@ -62,6 +62,8 @@ class NameSweep(Callback):
             return  # the sweeper says what is wrong
         values = {o.get_key_element(): o for o in overrides}  # the command line replaces a preset's values
         swept = [key for key, o in values.items() if o.is_sweep_override()]
+        if config.sweep.margin is not None and "seed" in swept:
+            raise SystemExit("error: a race (sweep.margin) chooses its seeds itself: give seed one value, its first")
         config.hydra.callbacks.name_sweep.swept = swept
         also = config.hydra.overrides.hydra  # the trials' configs are composed anew
         also.append(f"hydra.callbacks.name_sweep.swept=[{','.join(swept)}]")
@@ -85,6 +87,14 @@ def _refuse_without_effect(config: DictConfig) -> None:
     grid = "GridSweeper" in str(config.hydra.sweeper.get("_target_"))
     if config.sweep.dry_run and not (packed and grid):
         raise SystemExit("error: sweep.dry_run=true needs hydra/launcher=packed and hydra/sweeper=grid")
+    if config.sweep.margin is None and (idle := _given(config, ("sweep.first_seeds", "sweep.most_seeds"))):
+        raise SystemExit(f"error: {idle[0]} has no effect without sweep.margin, which makes the sweep a race")
+    batches = OmegaConf.select(config, "hydra.sweeper.max_batch_size")
+    if config.sweep.margin is not None and not (packed and grid and config.sweep.wait and batches is None):
+        raise SystemExit(
+            "error: a race (sweep.margin) decides what trains next: it needs hydra/launcher=packed, "
+            "packed_slurm or packed_ray, hydra/sweeper=grid, sweep.wait=true, no max_batch_size"
+        )
     if config.sweep.measure and not config.sweep.dry_run:
         raise SystemExit("error: sweep.measure=true has no effect without sweep.dry_run=true: a sweep measures anyway")
     if not config.sweep.wait and "Slurm" not in launcher:

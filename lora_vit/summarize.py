@@ -14,7 +14,7 @@ from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.report import html_report
 from lora_vit.records import replacing
 
-PICTURES = ("cells", "by_", "heat_", "learning_curves", "pareto_")
+PICTURES = ("cells", "race", "by_", "heat_", "learning_curves", "pareto_")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", nargs=2, metavar="TRIAL", help="McNemar's test of two trained models on the val images")
     p.add_argument("--spreads", choices=("auto", "equal", "unequal"), default="auto",
                    help="whether cells are taken to spread equally over seeds (default: tested)")  # fmt: skip
+    p.add_argument("--margin", type=float, metavar="POINTS",
+                   help="what difference matters: names the cheapest cell shown to be at most that far below the best "
+                        "(percentage points, for a loss its units; default: a race's own)")  # fmt: skip
     p.add_argument("--top", type=int, default=30, metavar="N", help="rows of each table on the terminal (default 30)")
     p.add_argument("--no-plots", action="store_true", help="tables and report without pictures")
     return p
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         out = Path(args.out) if args.out else Path(args.folders[0]) / OUTPUT
-        summary = summarize(args.folders, args.metric, args.where, args.pivot, args.compare, args.spreads)
+        summary = summarize(args.folders, args.metric, args.where, args.pivot, args.compare, args.spreads, args.margin)
         files = render_files(summary, "python -m lora_vit.summarize " + shlex.join(given), not args.no_plots)
         write_files(out, files)
     except SummaryError as error:

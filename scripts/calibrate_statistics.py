@@ -1,31 +1,39 @@
-"""How often do the report's marks err, and what do they find? Simulated sweeps through the report's own functions.
+"""How often do the report's claims err, and what do they find? Simulated sweeps through the report's own functions.
 
-    python scripts/calibrate_statistics.py              # the table of docs/statistics.md, several minutes
-    python scripts/calibrate_statistics.py --small      # seconds
+    python scripts/calibrate_statistics.py marks        # *worse* and *candidate*, several minutes
+    python scripts/calibrate_statistics.py race         # the race: is the selected cell within the margin?
+    python scripts/calibrate_statistics.py margin       # the mark *within margin*
+    python scripts/calibrate_statistics.py race --small # seconds to a minute
 
-A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/10,000 (10,000 validation images). The seed
-effect (sd 0.5 points) is shared by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the
-cells spread three times as much; "one 10x": a single cell spreads ten times as much.
+A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
+by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the cells spread three times as much;
+"one 10x": a single cell spreads ten times as much.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import optimize, special
 
-from lora_vit.analysis.stats import compare
+from lora_vit.analysis.race import Race, Rules, decide, wanted
+from lora_vit.analysis.stats import chi_nodes, compare, dunnett_critical
 
 IMAGES = 10_000
+LONG = 1000
+"""Seeds of a race that is let run on, to see what its limit hides."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One design; ``sd`` and ``lead`` in points, ``lead`` of the first cell over all others.
 
-    ``spread``: equal, half 3x or one 10x; the cells that spread more are the last.
+    ``spread``: equal, half 3x or one 10x; the cells that spread more are the last, or with ", best" the first.
+    ``means``: one ahead (by ``lead``), three tied (the rest behind, 1 point on average), or spread (normal, sd 0.6).
     """
 
     cells: int
@@ -33,6 +41,34 @@ class Case:
     sd: float
     spread: str = "equal"
     lead: float = 0.0
+    means: str = "one ahead"
+    images: int = IMAGES
+
+    @property
+    def sds(self) -> np.ndarray:
+        """Error sd of each cell, fraction."""
+        sd = np.full(self.cells, self.sd / 100)
+        many, factor = {"equal": (0, 1), "half 3x": (self.cells // 2, 3), "one 10x": (1, 10)}[
+            self.spread.removesuffix(", best")
+        ]
+        sd[slice(many) if self.spread.endswith("best") else slice(self.cells - many, None)] *= factor
+        return sd
+
+    def true_means(self, rng: np.random.Generator) -> np.ndarray:
+        """True accuracy of each cell, fraction."""
+        mean = np.zeros(self.cells)
+        if self.means == "spread":
+            mean = rng.normal(0, 0.6, self.cells)
+        elif self.means == "three tied":
+            mean[3:] = np.minimum(rng.normal(-1, 0.5, self.cells - 3), -0.05)
+        else:
+            mean[0] = self.lead
+        return 0.88 + mean / 100
+
+    def draw(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Accuracies [cells, seeds]."""
+        y = rng.normal(0, 0.005, self.seeds) + rng.normal(size=(self.cells, self.seeds)) * self.sds[:, None]
+        return np.round((mean[:, None] + y) * self.images) / self.images
 
 
 @dataclass(frozen=True)
@@ -56,16 +92,10 @@ class Rates:
 
 def simulate(case: Case, runs: int, rng: np.random.Generator, spreads: str = "auto") -> Rates:
     """Error and power rates over ``runs`` simulated sweeps; Monte Carlo error is sqrt(p (1 - p) / runs)."""
-    sd = np.full(case.cells, case.sd / 100)
-    if case.spread == "half 3x":
-        sd[case.cells - case.cells // 2 :] *= 3
-    elif case.spread == "one 10x":
-        sd[-1] *= 10
     totals = np.zeros(5)
     for _ in range(runs):
-        y = 0.88 + rng.normal(0, 0.005, case.seeds) + rng.normal(size=(case.cells, case.seeds)) * sd[:, None]
-        y[0] += case.lead / 100
-        result = compare(np.round(y * IMAGES) / IMAGES, resolution=1 / IMAGES, spreads=spreads, p_values=False)
+        y = case.draw(case.true_means(rng), rng)
+        result = compare(y, resolution=1 / case.images, spreads=spreads, p_values=False)
         found = result.worse[1:].mean() if result.best == 0 else 0.0
         excluded = (~result.candidate[1:]).mean()
         totals += [result.worse.any(), result.candidate[0], result.candidate[-1], found, excluded]
@@ -86,16 +116,7 @@ def power_cases() -> list[Case]:
     return [Case(m, n, 0.3, lead=lead) for lead in (0.5, 1.0) for m in (2, 10, 30) for n in (2, 3, 5)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="300 sweeps per line instead of 4,000")
-    parser.add_argument("--runs", type=int, help="simulated sweeps per line")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    runs = args.runs or (300 if args.small else 4000)
-    rng = np.random.default_rng(args.seed)
-    error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
-    print(f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n")
+def print_marks(runs: int, rng: np.random.Generator) -> None:
     print("| spreads | seed sd | cells | seeds | 'worse' errs % | candidates keep the best % | pooled error: errs % |")
     print("|---|---|---|---|---|---|---|")
     for case in null_cases():
@@ -115,6 +136,194 @@ def main() -> None:
             f"| {100 * pooled.found:.0f} |",
             flush=True,
         )
+
+
+def is_within(mean: np.ndarray, margin: float) -> np.ndarray:
+    """Which cells truly lie less than ``margin`` below the best (just that much below is wrong)."""
+    return mean > mean.max() - margin + 1e-9
+
+
+@dataclass(frozen=True)
+class RaceRates:
+    """Of simulated races; the shares are of all races.
+
+    Attributes:
+        right: a cell within the margin of the true best is selected or, where the race ends unresolved, survives.
+        unresolved: most_seeds came first.
+        right_long: as ``right``, where unresolved races go on to LONG seeds (with ``long``).
+        trials: trials a cell.
+    """
+
+    right: float
+    unresolved: float
+    right_long: float
+    trials: float
+
+
+def run_race(y: np.ndarray, rules: Rules, resolution: float, workers: int = 1) -> tuple[Race, int]:
+    """A race over the true ``y`` and the trials it takes; ``workers`` trials start and end together.
+
+    One worker trains what the replay looks at and nothing else.
+    """
+    none = np.zeros(y.shape, dtype=bool)
+    if workers == 1:
+        race = decide(y, none, rules, resolution)
+        return race, sum(race.exits[i].seeds if i in race.exits else race.seeds for i in range(len(y)))
+    seen = np.full(y.shape, np.nan)
+    while not (race := decide(seen, none, rules, resolution)).ended:
+        for trial in wanted(race, seen, none, rules, workers)[:workers]:
+            seen[trial] = y[trial]
+    return race, int(np.isfinite(seen).sum())
+
+
+def simulate_race(
+    case: Case, rules: Rules, runs: int, rng: np.random.Generator, workers: int = 1, long: bool = False
+) -> RaceRates:
+    """Error rates and trials over ``runs`` simulated races of at most ``case.seeds`` seeds."""
+    totals = np.zeros(4)
+    for _ in range(runs):
+        mean = case.true_means(rng)
+        within = is_within(mean, rules.margin)
+        y = case.draw(mean, rng)
+        race, trials = run_race(y, rules, 1 / case.images, workers)
+        right = bool(within[race.survivors].any())
+        on = right
+        if long and race.selected is None:
+            more = np.hstack([y, replace(case, seeds=LONG - case.seeds).draw(mean, rng)])
+            on = bool(within[run_race(more, replace(rules, most_seeds=LONG), 1 / case.images)[0].survivors].any())
+        totals += [right, race.selected is None, on, trials / case.cells]
+    return RaceRates(*(totals / runs))
+
+
+def bechhofer(case: Case, margin: float) -> float:
+    """Trials a cell of Bechhofer's single stage (1954), every cell's spread known beforehand."""
+    h = dunnett_critical(case.cells - 1, 1e6)
+    return float(np.maximum(1, np.ceil(2 * (h * case.sds / margin) ** 2)).mean())
+
+
+def rinott(case: Case, margin: float, first: int, rng: np.random.Generator) -> float:
+    """Expected trials a cell of Rinott's two stages (1978), spreads unknown, without the seed effect in them."""
+    s, weights = chi_nodes(first - 1)
+    each = np.sqrt(1 / s[:, None] ** 2 + 1 / s**2)
+
+    def right(h: float) -> float:
+        return float(weights @ (special.ndtr(h / each) @ weights) ** (case.cells - 1))
+
+    h = optimize.brentq(lambda x: right(x) - 0.95, 0.0, 1e4)
+    variance = case.sds**2 * rng.chisquare(first - 1, (4000, case.cells)) / (first - 1)
+    return float(np.maximum(first, np.ceil(h**2 * variance / margin**2)).mean())
+
+
+def race_cases() -> Iterator[tuple[Case, float]]:
+    """Designs and margins (points)."""
+    case = Case(10, 30, 0.3, lead=0.5)
+    spreads = ("equal", "half 3x", "half 3x, best", "one 10x", "one 10x, best")
+    yield from ((replace(case, cells=k, spread=spread), 0.5) for spread in spreads for k in (2, 4, 10, 30, 100))
+    yield from ((replace(case, cells=k, images=719, spread=spread), 0.5) for spread in spreads[:2] for k in (2, 10, 30))
+    yield from ((replace(case, cells=k, lead=0.0), 0.5) for k in (2, 4, 10, 30, 100))
+    for means in ("three tied", "spread"):
+        yield from ((replace(case, cells=k, means=means), 0.5) for k in (4, 10, 30, 100))
+        yield from ((replace(case, cells=30, means=means, spread=spread), 0.5) for spread in ("half 3x", "one 10x"))
+    for means in ("one ahead", "three tied", "spread"):
+        yield replace(case, cells=30, means=means, lead=0.25), 0.25
+    yield replace(case, cells=30, means="spread", seeds=100), 0.25
+
+
+def print_race(runs: int, rng: np.random.Generator) -> None:
+    firsts = (2, 3, 5)
+    print("With 2 / 3 / 5 first seeds, at most 30; seed sd 0.3.\n")
+    print(
+        "| means | spreads | cells | right % | without limit % | not resolved % | trials a cell | Bechhofer | Rinott |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case, margin in race_cases():
+        rates = [simulate_race(case, Rules(margin / 100, n, case.seeds), runs, rng, long=True) for n in firsts]
+        means = "tied" if case.means == "one ahead" and not case.lead else case.means
+        notes = (
+            [f"margin {margin}"] * (margin != 0.5)
+            + [f"at most {case.seeds}"] * (case.seeds != 30)
+            + [f"{case.images} images"] * (case.images != IMAGES)
+        )
+        columns = [
+            " / ".join(f"{100 * x:.1f}" for x in (getattr(r, name) for r in rates))
+            for name in ("right", "right_long", "unresolved")
+        ]
+        trials = " / ".join(f"{r.trials:.1f}" for r in rates)
+        stages = f"{bechhofer(case, margin / 100):.0f} | {rinott(case, margin / 100, 5, rng):.0f}"
+        design = f"{', '.join([means, *notes])} | {case.spread} | {case.cells}"
+        print(f"| {design} | {' | '.join(columns)} | {trials} | {stages} |", flush=True)
+    print("\nIdle workers: the same races by 1 and by 16 workers, 5 first seeds.\n")
+    print("| means | cells | workers | right % | not resolved % | trials a cell |\n|---|---|---|---|---|---|")
+    for case in (Case(10, 30, 0.3, lead=0.5), Case(30, 30, 0.3, means="spread")):
+        for workers in (1, 16):
+            r = simulate_race(case, Rules(0.005, 5, 30), max(1, runs // 4), np.random.default_rng(1), workers)
+            print(
+                f"| {case.means} | {case.cells} | {workers} | {100 * r.right:.1f} | {100 * r.unresolved:.1f} "
+                f"| {r.trials:.1f} |",
+                flush=True,
+            )
+
+
+@dataclass(frozen=True)
+class MarginRates:
+    """Of the mark *within margin*: share of sweeps with a false one, share found of the cells that truly are within."""
+
+    errs: float
+    found: float
+
+
+def simulate_margin(case: Case, margin: float, runs: int, rng: np.random.Generator) -> MarginRates:
+    """``margin`` in points."""
+    errs, found, within_all = 0, 0, 0
+    for _ in range(runs):
+        mean = case.true_means(rng)
+        within = is_within(mean, margin / 100)
+        y = case.draw(mean, rng)
+        marked = compare(y, resolution=1 / case.images, p_values=False).below <= margin / 100
+        errs += bool((marked & ~within).any())
+        found += int((marked & within).sum())
+        within_all += int(within.sum())
+    return MarginRates(errs / runs, found / within_all)
+
+
+def print_margin(runs: int, rng: np.random.Generator) -> None:
+    print("With 3 / 5 / 10 seeds; seed sd 0.3, margin 0.5.\n")
+    print("| spreads | cells | errs %, one ahead | errs %, means spread | finds %, tied | finds %, means spread |")
+    print("|---|---|---|---|---|---|")
+    for spread in ("equal", "half 3x", "half 3x, best", "one 10x", "one 10x, best"):
+        for cells in (2, 10, 30):
+            rates = []
+            for n in (3, 5, 10):
+                case = Case(cells, n, 0.3, spread)
+                beyond, spread_out, tied = (
+                    simulate_margin(c, 0.5, runs, rng)
+                    for c in (replace(case, lead=0.5), replace(case, means="spread"), case)
+                )
+                rates.append([f"{100 * beyond.errs:.1f}", f"{100 * spread_out.errs:.1f}"])
+                rates[-1] += [f"{100 * tied.found:.0f}", f"{100 * spread_out.found:.0f}"]
+            columns = " | ".join(" / ".join(column) for column in zip(*rates, strict=True))
+            print(f"| {spread} | {cells} | {columns} |", flush=True)
+
+
+MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
+    "marks": (print_marks, 4000),
+    "race": (print_race, 2000),
+    "margin": (print_margin, 4000),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--small", action="store_true", help="few simulated sweeps per line")
+    parser.add_argument("--runs", type=int, help="simulated sweeps per line")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    show, many = MODES[args.mode]
+    runs = args.runs or (many // 13 if args.small else many)
+    error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
+    print(f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n")
+    show(runs, np.random.default_rng(args.seed))
 
 
 if __name__ == "__main__":

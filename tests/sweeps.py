@@ -27,6 +27,9 @@ def options(**changes: object) -> SweepConfig:
         dry_run=False,
         measure=False,
         wait=True,
+        margin=None,
+        first_seeds=5,
+        most_seeds=30,
     )
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 

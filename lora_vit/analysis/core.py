@@ -6,12 +6,14 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.analysis import checks, tables, texts
 from lora_vit.analysis.effects import Effects, main_effects
-from lora_vit.analysis.load import SummaryError, correct, load_trials
+from lora_vit.analysis.load import Loaded, SummaryError, correct, load_trials
 from lora_vit.analysis.power import (
     PairedImages,
     detectable,
@@ -19,9 +21,11 @@ from lora_vit.analysis.power import (
     mcnemar,
     proportion_error,
     seeds_needed,
+    seeds_within,
 )
+from lora_vit.analysis.race import Rules, decide, one_stage
 from lora_vit.analysis.stats import SPREADS, Comparison, compare, t_interval
-from lora_vit.analysis.summary import Chosen, Design, Metric, Summary
+from lora_vit.analysis.summary import Chosen, Design, Metric, Raced, Summary, Within
 from lora_vit.config import nearest
 
 HALF_POINT = 0.005
@@ -34,6 +38,7 @@ def summarize(
     pivot: tuple[str, str] | None = None,
     compare_trials: tuple[str, str] | None = None,
     spreads: str = "auto",
+    margin: float | None = None,
 ) -> Summary:
     """Compare the trials below the folders.
 
@@ -44,6 +49,11 @@ def summarize(
         pivot: two settings, for a table of one against the other.
         compare_trials: two trial ids (or unique beginnings) for McNemar's test on the val images.
         spreads: see :func:`lora_vit.analysis.stats.compare`.
+        margin: cells shown to be at most so far below the best are *within margin* (percentage points of an accuracy,
+            else units of the metric); None: a race's own.
+
+    Of a race, all that is no race's own (``comparison``, effects) is computed from the first seeds, which every cell
+    has whatever came out; and with ``where`` or another metric than its own, nothing else is looked at.
 
     Raises:
         SummaryError: nothing to summarize, an unknown name, or records that must not be compared.
@@ -52,38 +62,95 @@ def summarize(
         raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
     by = tables.metric(metric)
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    if margin is not None and not margin > 0:
+        raise SummaryError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     loaded = load_trials(listed)
     trials = select(loaded.trials, where) if where else loaded.trials
+    race = None
+    if len(loaded.races) == len(listed) == 1 and not where and by.name == "val_accuracy":
+        race = loaded.races[0]
+    elif loaded.races:
+        trials = _first_seeds(trials, loaded)
     checks.refuse(trials)
     settings = tables.varying(trials)
     trials = trials.assign(label=tables.labels(trials, settings))
     done = _done(trials, by, loaded.problems)
-    values = tables.matrix(done, by)
+    first = done if race is None else done[done["seed"] < race["seed"] + race["first_seeds"]]
     images = done["data.val"].dropna()
     resolution = 1 / float(images.min()) if by.accuracy and len(images) and images.min() > 0 else 0.0
-    result = compare(by.sign * values.to_numpy(float), resolution, spreads)
+    of_first = tables.matrix(first, by).reindex(sorted(done["cell"].unique()))
+    result = compare(by.sign * of_first.to_numpy(float), resolution, spreads)
+    raced = None if race is None else _raced(race, trials, resolution, result.sd)
+    if raced is not None:
+        done = done[done["seed"] < raced.first + done["cell"].map(raced.seeds_of).fillna(raced.rules.first_seeds)]
+    values = tables.matrix(done, by)
     cells = tables.cells_table(done, values, result, by, settings, resolution)
+    if raced is not None:
+        cells = tables.by_race(cells, values, raced)
+        margin = 100 * raced.rules.margin if margin is None else margin
     summary = Summary(
         metric=by,
         folders=[str(f) for f in listed],
         trials=tables.trials_table(trials, by, settings),
         cells=cells,
-        unfinished=checks.unfinished(trials, by),
+        unfinished=checks.unfinished(trials, by, raced is not None),
         settings=settings,
         comparison=result,
-        effects=_effects(done, settings, by),
-        learning_rates=tables.learning_rates(cells, settings, by),
+        effects=_effects(first, settings, by),
+        learning_rates=pd.DataFrame() if raced else tables.learning_rates(cells, settings, by),
         pivot=None if pivot is None else tables.pivot(cells, trials, pivot),
         design=_design(result, by),
-        chosen=_chosen(tables.best_cell(cells), done),
+        chosen=_chosen(tables.best_cell(cells), done[[raced is None or raced.selected is not None] * len(done)]),
         environment=checks.environment(done),
         pair=None if compare_trials is None else _pair(trials, compare_trials, loaded.problems),
         problems=loaded.problems,
         where=where,
+        race=raced,
+        within=None if margin is None else _within(cells, result, margin / 100 if by.accuracy else margin, raced),
     )
     summary.warnings = checks.warnings(done, summary)
     summary.verdict = texts.verdict(summary)
     return summary
+
+
+def _first_seeds(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
+    """The trials that a race's results did not ask for. Raises SummaryError where they are not known."""
+    rules = {(race["seed"], race["first_seeds"]) for race in loaded.races}
+    if len(rules) > 1:
+        raise SummaryError("these races began with different seeds: summarize one folder at a time")
+    ((first, count),) = rules
+    loaded.problems.append(
+        f"a race: only the first {count} seeds are compared here, later ones were trained where results asked for them"
+    )
+    return trials[trials["seed"] < first + count]
+
+
+def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float, sd: float) -> Raced:
+    """The race again, from the records."""
+    rules, cells = Rules.of(plan), plan["cells"]
+    of_race = trials[trials["cell"].isin(cells) & trials["status"].isin(["completed", "failed"])]
+    seeds = range(plan["seed"], plan["seed"] + rules.most_seeds)
+    of_race = of_race[of_race["seed"].isin(seeds)]
+    y, failed = np.full((len(cells), len(seeds)), np.nan), np.zeros((len(cells), len(seeds)), dtype=bool)
+    for cell, seed, status, accuracy in of_race[["cell", "seed", "status", "val_accuracy"]].itertuples(index=False):
+        place = cells.index(cell), seed - plan["seed"]
+        y[place], failed[place] = accuracy, status == "failed" or math.isnan(accuracy)
+    race = decide(y, failed, rules, resolution)
+    stage = one_stage(sd, len(cells), rules) if len(cells) > 1 and math.isfinite(sd) else 0
+    return Raced(rules, race, cells, plan["seed"], y, stage * len(cells), plan.get("command"))
+
+
+def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced | None) -> Within:
+    """The cheapest cells that are good enough, or how many seeds it would take to find one."""
+    cells["within"] = cells["below"] <= margin
+    found, k = cells[cells["within"]], int(result.compared.sum())
+    if raced is not None and raced.shows(margin):
+        cells["within"] |= cells["mark"] == "selected"
+    seeds = seeds_within(margin, result.sd, k)
+    if found.empty:
+        return Within(margin, seeds=seeds)
+    small, fast = (found.sort_values(cost, kind="stable").iloc[0] for cost in ("trainable_parameters", "seconds"))
+    return Within(margin, small["label"], small["trainable_parameters"], fast["label"], fast["seconds"], seeds)
 
 
 def _done(trials: pd.DataFrame, metric: Metric, problems: list[str]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_vit.analysis.summary import Metric, Summary
 from lora_vit.analysis.tables import BASELINES, METHOD, SCALING, short_names, value_text
-from lora_vit.analysis.texts import LEGEND, count, duration, number, plain, signed, size
+from lora_vit.analysis.texts import LEGEND, RACE_LEGEND, count, duration, number, plain, signed, size
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
@@ -33,15 +33,17 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         out["cell"] = cells["label"]
     out[metric.title.lower() + (" %" if metric.accuracy else "")] = _values(metric, cells["mean"])
     out["95 % interval"] = _intervals(metric, cells["low"], cells["high"])
-    if summary.comparison.blocked and not summary.comparison.complete:
+    if summary.comparison.blocked and not summary.comparison.complete and summary.race is None:
         out["adjusted"] = _values(metric, cells["adjusted"])
     if wide:
         out["sd"] = _values(metric, cells["sd"])
     out["n"] = cells["n"].astype(str)
     out["mark"] = cells["mark"]
-    difference = cells["difference"].where(cells["mark"] != "best")
+    if summary.within is not None:
+        out[f"within {plain(metric, summary.within.margin)}"] = np.where(cells["within"], "yes", "")
+    difference = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
     out["vs best" + (" (points)" if metric.accuracy and wide else "")] = _values(metric, difference, signed)
-    if wide:
+    if wide and summary.race is None:
         out["interval of it"] = _intervals(metric, cells["difference_low"], cells["difference_high"], signed)
     for key, title in (("vs_probe", "vs linear probe"), ("vs_full", "vs full fine-tuning")):
         if key in cells:
@@ -54,6 +56,11 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         out["peak memory"] = _each(size, cells["peak_memory_bytes"])
         out["adapter"] = _each(size, cells["adapter_bytes"])
     return out
+
+
+def legend(summary: Summary) -> str:
+    """What the marks of its cells mean."""
+    return LEGEND if summary.race is None else RACE_LEGEND
 
 
 def _each(text: Callable[[Any], str], column: Iterable) -> pd.Series:
@@ -175,10 +182,13 @@ def latex_escape(text: object) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """A table for the LaTeX package booktabs."""
+    """A table for the LaTeX packages booktabs and graphicx, in small type, shrunk where it is wider than the page."""
     align = "".join("r" if numeric(table[c]) else "l" for c in table.columns)
     style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
-    return style.to_latex(hrules=True, column_format=align, caption=latex_escape(caption), position_float="centering")
+    rows = style.to_latex(hrules=True, column_format=align)
+    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+    head = "\\begin{table}\n\\centering\n\\caption{" + latex_escape(caption) + "}\n\\footnotesize\n"
+    return f"{head}\\setlength{{\\tabcolsep}}{{4pt}}\n{fits}{rows.rstrip()}}}\n\\end{{table}}\n"
 
 
 def table_md(summary: Summary) -> str:
@@ -187,17 +197,33 @@ def table_md(summary: Summary) -> str:
         f"**{markdown_escape(summary.verdict)}**",
         *(f"> Warning: {markdown_escape(w)}" for w in summary.warnings),
         markdown(readable(summary)),
-        LEGEND,
+        legend(summary),
     ]
     for title, table in more_tables(summary).items():
         parts += [f"### {title}", markdown(table), *(summary.effects.notes if title == "Main effects" else [])]
     return "\n\n".join(parts) + "\n"
 
 
+COST_COLUMNS = ("parameters", "seconds", "images/s", "peak memory", "adapter")
+LATEX_ROWS = 40
+"""Of a table, so that it fits a page."""
+
+
 def table_tex(summary: Summary) -> str:
-    """``table.tex``: the cells table, the warnings as comments."""
+    """``table.tex``: the columns that answer in one table, costs in a second, the warnings as comments."""
+    table = readable(summary)
+    more = f" The first {LATEX_ROWS} of {len(table)} cells." if len(table) > LATEX_ROWS else ""
     comments = "".join(f"% {' '.join(w.split())}\n" for w in [summary.verdict, *summary.warnings])
-    return comments + latex(readable(summary), summary.verdict)
+    table = table.head(LATEX_ROWS)
+    named = list(table.columns)[: list(table.columns).index("95 % interval") - 1]
+    costs = [c for c in table.columns if c in COST_COLUMNS or c.removeprefix("vs ") in BASELINES.values()]
+    answers = table.drop(columns=[*costs, "interval of it"], errors="ignore")
+    return (
+        comments
+        + latex(answers, summary.verdict + more)
+        + "\n"
+        + latex(table[named + costs], "The same cells: costs." + more)
+    )
 
 
 LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")

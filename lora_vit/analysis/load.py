@@ -34,10 +34,14 @@ class SummaryError(Exception):
 
 @dataclass
 class Loaded:
-    """``trials``: one row per trial id (columns: see :func:`row`); ``problems``: lines for the user."""
+    """``trials``: one row per trial id (columns: see :func:`row`); ``problems``: lines for the user.
+
+    ``races``: what the folders' ``sweep.json`` say of their race, with the sweep's ``command``.
+    """
 
     trials: pd.DataFrame
     problems: list[str] = field(default_factory=list)
+    races: list[dict[str, Any]] = field(default_factory=list)
 
 
 def find_records(folder: Path) -> list[Path]:
@@ -97,18 +101,22 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
         rows[new["trial"]] = new
     if not rows:
         raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
-    problems += [line for name in folders for line in _without_record(Path(name), {*rows, *(p.name for p in paths)})]
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
-    return Loaded(frame, problems)
+    loaded = Loaded(frame, problems)
+    for name in folders:
+        _read_plans(Path(name), {*rows, *(p.name for p in paths)}, loaded)
+    return loaded
 
 
-def _without_record(folder: Path, found: set[str]) -> list[str]:
-    """A line for each sweep at or below the folder that was asked for trials which left no record."""
-    lines = []
+def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
+    """Note the races of the sweeps at or below the folder, and which trials asked for have left no record."""
+    lines = loaded.problems
     for path in (folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))):
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             planned, command = list(plan["trials"]), plan.get("command")
+            if plan.get("race"):
+                loaded.races.append({**plan["race"], "command": command})
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -120,7 +128,6 @@ def _without_record(folder: Path, found: set[str]) -> list[str]:
             again = f": {command}" if command else ""
             lines.append(f"{len(missing)} of {len(planned)} trials asked for have no record ({shown}); the sweep's "
                          f"command trains what is missing{again}")  # fmt: skip
-    return lines
 
 
 def _age(values: dict[str, Any]) -> tuple[float, str]:

@@ -23,7 +23,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARK_STYLE = {
     "best": ("#0072B2", "D"), "candidate": ("#56B4E9", "o"), "open": ("#E69F00", "^"), "worse": ("#D55E00", "v"),
-    "no verdict": ("#777777", "s"),
+    "no verdict": ("#777777", "s"), "selected": ("#0072B2", "D"), "left": ("#56B4E9", "o"), "out": ("#D55E00", "v"),
+    "failed": ("#000000", "X"), "not raced": ("#777777", "s"),
 }  # fmt: skip
 MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
 LONG_CURVE = 8  # validated epochs
@@ -53,7 +54,12 @@ STYLE: Any = {
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(STYLE):
-        figures: dict[str, Figure | None] = {"cells": cells(summary), **by_setting(summary), **heat_maps(summary)}
+        figures: dict[str, Figure | None] = {
+            "cells": cells(summary),
+            "race": race(summary),
+            **by_setting(summary),
+            **heat_maps(summary),
+        }
         figures["learning_curves"] = learning_curves(summary)
         for name, (cost, title) in PARETO.items():
             figures[name] = pareto(summary, cost, title, name)
@@ -125,6 +131,35 @@ def cells(summary: Summary) -> Figure:
     ends, (low, high) = scale * shown[["low", "high"]], axes.get_xlim()
     without = "\n(bars without ends are longer than shown)" if ((ends < low) | (ends > high)).any(axis=None) else ""
     axes.set_xlabel(f"{_title(summary)}, {_what_is_shown(frame)}{without}")
+    return figure
+
+
+def race(summary: Summary) -> Figure | None:
+    """The mean of each cell by number of seeds, until it left the race."""
+    raced = summary.race
+    if raced is None or not raced.race.seeds:
+        return None
+    labels = dict(zip(summary.cells["cell"], summary.cells["label"], strict=True))
+    order = [raced.cells.index(c) for c in summary.cells["cell"] if c in raced.cells]
+    figure, axes = _axes(8.0, 4.6)
+    for k, i in enumerate(order):
+        out = raced.race.exits.get(i)
+        n = out.seeds if out is not None else raced.race.seeds
+        values = raced.y[i, :n]
+        means = 100 * np.cumsum(values) / np.arange(1, n + 1)
+        named = k < MOST_LINES
+        colour = COLOURS[k % 7] if named else "#bbbbbb"
+        axes.plot(np.arange(1, n + 1), means, color=colour, linewidth=2.4 if i == raced.race.selected else 1.2,
+                  label=_shorten(labels[raced.cells[i]]) if named else None, zorder=1 if named else 0)  # fmt: skip
+        if out is not None:
+            axes.plot(n, means[-1], marker="x", color=colour, markersize=7, markeredgewidth=1.8)
+    axes.axvline(raced.rules.first_seeds, color="#999999", linestyle=":", linewidth=1)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("Seeds (dotted: the first that a decision was made with; a cross: the cell left)")
+    axes.set_ylabel(f"Mean {_title(summary).lower()}")
+    more = f", {MOST_LINES} of {len(order)} cells named" if len(order) > MOST_LINES else ""
+    axes.set_title(f"The race: mean of each cell so far{more}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.stats import CONFIDENCE, MOST_SEEDS, chi_nodes, tukey_critical
+from lora_vit.analysis.stats import CONFIDENCE, MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
 
 def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
@@ -41,13 +42,32 @@ def detectable(sd: float, cells: int, seeds: float, df: float | None = None, wan
 
 def seeds_needed(difference: float, sd: float, cells: int, wanted: float = 0.8) -> int | None:
     """Fewest seeds with which :func:`power` reaches ``wanted``; None above ``MOST_SEEDS``."""
+    return _fewest(lambda seeds: power(difference, sd, cells, seeds), sd, cells, wanted)
+
+
+def seeds_within(margin: float, sd: float, cells: int, wanted: float = 0.8) -> int | None:
+    """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin; None above MOST_SEEDS.
+
+    ``P(D + critical * error <= margin)``, D normal with the error ``sd sqrt(2 / seeds)``, the sd taken as it is.
+    """
+
+    def found(seeds: int) -> float:
+        if seeds < 2:
+            return 0.0
+        critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1))
+        return float(special.ndtr(margin / (sd * math.sqrt(2 / seeds)) - critical)) if sd > 0 else 1.0
+
+    return _fewest(found, sd, cells, wanted)
+
+
+def _fewest(found: Callable[[int], float], sd: float, cells: int, wanted: float) -> int | None:
     if cells < 2 or not math.isfinite(sd):
         return None
     high = 2
-    while high < MOST_SEEDS and power(difference, sd, cells, high) < wanted:
+    while high < MOST_SEEDS and found(high) < wanted:
         high *= 2
     counts = range(min(high, MOST_SEEDS) + 1)
-    fewest = bisect.bisect_left(counts, wanted, high // 2, key=lambda seeds: power(difference, sd, cells, seeds))
+    fewest = bisect.bisect_left(counts, wanted, high // 2, key=found)
     return fewest if fewest in counts else None
 
 

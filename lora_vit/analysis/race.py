@@ -24,11 +24,13 @@ Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from lora_vit.analysis.stats import fit_blocks, pair_variance, wide_variance
+from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Rules:
     first_seeds: int
     most_seeds: int
     alpha: float = 0.05
+
+    @classmethod
+    def of(cls, plan: dict[str, Any]) -> Rules:
+        """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
+        return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"])
 
     def __post_init__(self) -> None:
         if not self.margin > 0:
@@ -73,6 +80,20 @@ class Race:
     seeds: int = 0
     selected: int | None = None
     ended: bool = False
+    bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [m, m] of boundary()
+
+    def expected(self, rules: Rules) -> int:
+        """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
+        if self.ended or not self.seeds:
+            return 0
+        means = self.means[self.survivors]
+        lead = np.maximum(means[None, :] - means[:, None], 0.0)
+        until = self.bounds[np.ix_(self.survivors, self.survivors)] / (2 * lead + rules.margin)
+        np.fill_diagonal(until, np.inf)
+        seeds = until.min(1)
+        best = int(np.argmax(means))
+        seeds[best] = np.delete(seeds, best).max()
+        return int(np.clip(np.floor(seeds) + 1 - self.seeds, 1, rules.most_seeds - self.seeds).sum())
 
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
@@ -96,9 +117,9 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     y = np.where(failed, np.nan, y)
     there = np.isfinite(y)
-    race = Race(np.full(len(y), np.nan), np.full(len(y), np.nan), list(range(len(y))))
+    nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
+    race = Race(nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
     sums = np.where(there, y, 0.0).cumsum(1)
-    bounds = np.zeros((len(y), len(y)))
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
@@ -150,3 +171,22 @@ def wanted(race: Race, y: np.ndarray, failed: np.ndarray, rules: Rules, workers:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
     return trials
+
+
+def one_stage(sd: float, cells: int, rules: Rules) -> int:
+    """Seeds of each cell with which one stage gives the race's guarantee, the seeds' spread ``sd`` known beforehand.
+
+    ``P(the best has the highest mean) >= 1 - alpha`` where it leads by the margin (Bechhofer, 1954).
+    """
+    known = 1e6  # degrees of freedom
+    return math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2)
+
+
+def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
+    """Trials of a race whose seeds spread by ``sd`` and whose cells' true means by twice that: the median."""
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(draws):
+        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, rules.most_seeds))
+        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
+        counts.append(sum(e.seeds for e in race.exits.values()) + len(race.survivors) * race.seeds)
+    return int(np.median(counts))

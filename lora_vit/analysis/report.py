@@ -75,7 +75,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
         summary=summary,
         facts=texts.facts(summary),
         cells=page_table(export.readable(summary)),
-        legend=texts.LEGEND,
+        legend=export.legend(summary),
         rates=page_table(export.readable_rates(summary)),
         effects=page_table(export.readable_effects(summary)),
         pivot=page_table(export.readable_pivot(summary)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
 from lora_vit.analysis.power import PairedImages
+from lora_vit.analysis.race import Race, Rules
 from lora_vit.analysis.stats import Comparison
 
 
@@ -29,6 +31,58 @@ class Design:
     detectable: float = math.nan
     seeds_for_half_a_point: int | None = None
     optimism: float = math.nan
+
+
+@dataclass
+class Raced:
+    """A race as its records say: rows of ``y`` [m, S] are ``cells`` (ids), columns the seeds from ``first`` on.
+
+    ``one_stage``: trials that a single stage with the same guarantee would take, the spread known beforehand.
+    """
+
+    rules: Rules
+    race: Race
+    cells: list[str]
+    first: int
+    y: np.ndarray
+    one_stage: int
+    command: str | None
+
+    @property
+    def selected(self) -> str | None:
+        """The selected cell's id."""
+        return None if self.race.selected is None else self.cells[self.race.selected]
+
+    def shows(self, margin: float) -> bool:
+        """Whether the race has shown the selected cell to be so close to the best."""
+        return self.selected is not None and margin >= self.rules.margin - 1e-12
+
+    @property
+    def seeds_of(self) -> dict[str, int]:
+        """How many of its seeds count, for each cell: until it left or the race ended, else as many as may come."""
+        last = self.race.seeds if self.race.ended else self.rules.most_seeds
+        return {cell: self.race.exits[i].seeds if i in self.race.exits else last for i, cell in enumerate(self.cells)}
+
+    @property
+    def trials(self) -> int:
+        """Trials that count."""
+        return sum(int(np.isfinite(self.y[i, :n]).sum()) for i, n in enumerate(self.seeds_of.values()))
+
+
+@dataclass
+class Within:
+    """What is *good enough*: cells shown to lie at most ``margin`` (in units of the metric) below the best.
+
+    ``smallest`` and ``fastest``: labels of the cheapest of them by parameters and by seconds; None: there is none.
+    ``seeds``: of each cell, with which a cell as good as the best would be found with 80 % (None: too many).
+    """
+
+    margin: float
+    smallest: str | None = None
+    parameters: float = math.nan
+    fastest: str | None = None
+    seconds: float = math.nan
+    seeds: int | None = None
 
 
 @dataclass
@@ -65,3 +119,5 @@ class Summary:
     problems: list[str] = field(default_factory=list)
     verdict: str = ""
     where: str | None = None
+    race: Raced | None = None
+    within: Within | None = None

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_vit.analysis.load import COSTS, SummaryError
 from lora_vit.analysis.stats import Comparison, t_interval
-from lora_vit.analysis.summary import Metric
+from lora_vit.analysis.summary import Metric, Raced
 from lora_vit.config import nearest
 
 LR, METHOD, SCALING = "optimizer.lr", "lora.method", "lora.effective_scaling"
@@ -84,8 +84,8 @@ def averaged(trials: pd.DataFrame, metric: Metric) -> pd.Series:
 
 
 def best_cell(cells: pd.DataFrame) -> pd.Series:
-    """The cell marked best; the first one where no cells could be compared."""
-    marked = cells[cells["mark"] == "best"]
+    """The cell marked best or selected; the first one where no cells could be compared."""
+    marked = cells[cells["mark"].isin(["best", "selected"])]
     return marked.iloc[0] if len(marked) else cells.iloc[0]
 
 
@@ -155,12 +155,36 @@ def cells_table(
     frame["p_worse"], frame["worse"] = result.p_worse, result.worse
     frame["p_candidate"], frame["candidate"] = result.p_candidate, result.candidate
     frame["mark"] = _marks(result)
+    frame["below"] = result.below
     _baseline_columns(frame, y, first[METHOD].to_numpy(), metric, resolution)
     frame = frame.join(done.groupby("cell")[list(CELL_COSTS)].mean(), on="cell")
     score = metric.sign * frame["adjusted"].to_numpy(float)
     for name, cost in (("pareto_parameters", "trainable_parameters"), ("pareto_seconds", "seconds")):
         frame[name] = pareto_front(score, frame[cost].to_numpy(float))
     return frame.iloc[np.argsort(-score, kind="stable")].reset_index(drop=True)
+
+
+def by_race(cells: pd.DataFrame, values: pd.DataFrame, raced: Raced) -> pd.DataFrame:
+    """The cells table of a race: marks, order and differences are the race's; claims of fixed sweeps go.
+
+    ``mark``: selected, left (in the race, or not resolved), out, failed, not raced; ``seeds_raced``: when it left.
+    ``difference``: over the seeds that it shares with the first row.
+    """
+    race, frame = raced.race, cells.set_index("cell")
+    claims = ["difference_low", "difference_high", "p_worse", "p_candidate"]
+    frame = frame.drop(columns=["worse", "candidate"]).assign(adjusted=frame["mean"], **dict.fromkeys(claims, math.nan))
+    frame["mark"], frame["seeds_raced"] = "not raced", 0
+    for i, cell in enumerate(raced.cells):
+        if cell in frame.index:
+            out = race.exits.get(i)
+            mark = ("selected" if i == race.selected else "left") if out is None else "out"
+            frame.loc[cell, "mark"] = "failed" if out is not None and out.behind is None else mark
+            frame.loc[cell, "seeds_raced"] = out.seeds if out is not None else race.seeds
+    rank = frame["mark"].map({"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4})
+    frame = frame.assign(rank=rank, seeds=-frame["seeds_raced"], score=-frame["mean"])
+    frame = frame.sort_values(["rank", "seeds", "score"], kind="stable").drop(columns=["rank", "seeds", "score"])
+    frame["difference"] = (values.loc[frame.index] - values.loc[frame.index[0]]).mean(axis=1)
+    return frame.reset_index()
 
 
 def _scaling_shown(first: pd.DataFrame, settings: list[str]) -> list[str]:

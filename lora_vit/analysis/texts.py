@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lora_vit.analysis.stats import MOST_SEEDS
-from lora_vit.analysis.summary import Chosen, Metric, Summary
+from lora_vit.analysis.summary import Chosen, Metric, Raced, Summary
 from lora_vit.analysis.tables import best_cell
 from lora_vit.records import SEARCH
 
@@ -19,6 +19,13 @@ LEGEND = (
     "against that cost."
 )
 """What the cells table's marks mean, in Markdown."""
+RACE_LEGEND = (
+    "A race: *selected* is the cell that was left; *left* ones were not told apart; *out* ones fell behind after n "
+    "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. Cells ran as long "
+    "as they did because of their results: a mean and its interval describe the trials and claim nothing. A star marks "
+    "the Pareto front of the metric against that cost."
+)
+"""The same for a race."""
 
 
 def plain(metric: Metric, value: float) -> str:
@@ -76,10 +83,12 @@ def verdict(summary: Summary) -> str:
     if len(cells) == 1:
         seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
         return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(metric, best)} ({seeds})."
+    if summary.race is not None:
+        return " ".join(filter(None, [_race_verdict(summary, summary.race), within_text(summary)]))
     if not c.possible:
         again = "Repeat the sweep with seed=0,1,2."
         if any((Path(folder) / SEARCH).is_file() for folder in summary.folders):
-            again = "The search's command, given again, names the commands that repeat its best cells with other seeds."
+            again = "The search's command, given again, names the commands that race its best cells over other seeds."
         return (
             f"{best['label']} has the {extreme} {what}, {number(metric, best['mean'])}, but too few cells "
             f"have two or more seeds: whether the difference is real cannot be said. {again}"
@@ -92,15 +101,64 @@ def verdict(summary: Summary) -> str:
     start = (
         f"{best['label']} has the {extreme} {what}{above}, {_with_interval(metric, best)} over {int(best['n'])} seeds"
     )
+    within = " " * bool(summary.within) + within_text(summary)
     if worse == others:
-        return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse."
+        return f"{start}, and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse.{within}"
     if worse > 0:
         middle = f"; {worse} of {others} other cells {'is' if worse == 1 else 'are'} worse"
     elif others > 1:
         middle = f", but none of the {others} other cells is shown to be worse"
     else:
         middle = ", but the other cell is not shown to be worse"
-    return f"{start}{middle}; {_candidates(cells, others)}."
+    return f"{start}{middle}; {_candidates(cells, others)}.{within}"
+
+
+def _race_verdict(summary: Summary, raced: Raced) -> str:
+    """What the race has come to; what is not decided yet is not said."""
+    race, rules, metric, k = raced.race, raced.rules, summary.metric, len(raced.cells)
+    margin, best = points(metric, rules.margin), best_cell(summary.cells)
+    failed = sum(out.behind is None for out in race.exits.values())
+    out = f" {failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed." * bool(failed)
+    if race.selected is not None:
+        return (
+            f"{best['label']} selected: with 95 % no other of {k} cells is better by more than {margin}. "
+            f"{raced.trials} trials; one stage with the same guarantee would take {raced.one_stage}.{out}"
+        )
+    left = summary.cells.loc[summary.cells["mark"] == "left", "label"]
+    names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+    if race.ended:
+        if left.empty:
+            return f"Nothing is selected: a trial of each cell failed.{out}"
+        return (
+            f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}): which of "
+            f"them is best to within {margin} takes more than sweep.most_seeds={rules.most_seeds}.{out}"
+        )
+    seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
+    again = f": {raced.command}" if raced.command else ""
+    return (f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {raced.trials} trials so "
+            f"far. Nothing is selected yet; the sweep's command goes on with it{again}.{out}")  # fmt: skip
+
+
+def within_text(summary: Summary) -> str:
+    """Which cheapest cells are good enough, or that none can be named yet; empty where no margin was given."""
+    within, metric = summary.within, summary.metric
+    if within is None or not summary.comparison.possible:
+        return ""
+    margin = points(metric, within.margin)
+    selected = summary.cells.iloc[0] if summary.race is not None and summary.race.shows(within.margin) else None
+    if within.smallest is None or (selected is not None and within.smallest == selected["label"]):
+        if selected is not None and selected["trainable_parameters"] <= summary.cells["trainable_parameters"].min():
+            return ""
+        none = "No cell" if selected is None else "No smaller one"
+        seeds = within.seeds or f"more than {MOST_SEEDS}"
+        return f"{none} is shown to be at most {margin} below the best: that would take about {seeds} seeds per cell."
+    text = (
+        "By the first seeds alone, " * (summary.race is not None)
+        + f"{within.smallest} ({within.parameters:,.0f} parameters) is at most {margin} below the best"
+    )
+    if within.fastest != within.smallest:
+        text += f", and so is the fastest such cell, {within.fastest} ({duration(within.seconds)} s a trial)"
+    return text + "."
 
 
 def _candidates(cells: pd.DataFrame, others: int) -> str:
@@ -133,8 +191,8 @@ def errors_of_test(chosen: Chosen) -> str:
 
 
 def power_text(summary: Summary) -> str:
-    """What the design can find; empty where nothing was compared."""
-    if not summary.comparison.possible:
+    """What the design can find; empty where nothing was compared, and of a race."""
+    if not summary.comparison.possible or summary.race is not None:
         return ""
     smallest = points(summary.metric, summary.design.detectable)
     half = f"; half a point would take {_seeds_needed(summary)} seeds per cell" if summary.metric.accuracy else ""
@@ -160,7 +218,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
     rows = [(number(metric, best["mean"]), f"{metric.title.lower()} of {best['label']}, n = {int(best['n'])}")]
     if math.isfinite(chosen.test):
         rows.append((f"{100 * chosen.test:.2f} %", f"test accuracy of that cell alone ({errors_of_test(chosen)})"))
-    if summary.comparison.possible:
+    if summary.comparison.possible and summary.race is None:
         smallest = points(metric, summary.design.detectable)
         rows.append((smallest, "smallest true difference that this design finds with 80 %"))
         if metric.accuracy:
@@ -189,6 +247,8 @@ def methods(summary: Summary) -> list[str]:
         f"Every figure is the {metric.title.lower()} after the last epoch, never the best epoch. Trials that differ "
         "only in their seed are repeats of one cell; the interval of a cell is a t interval over its seeds.",
     ]
+    if summary.race is not None:
+        return lines + _race_methods(summary.race, metric)
     if not c.possible:
         return [*lines, "No cells were compared: at least two cells with two seeds each are needed."]
     block = (
@@ -222,3 +282,20 @@ def methods(summary: Summary) -> list[str]:
             "is compared with the setting's first level; intervals are 95 % each for itself, not together."
         )
     return lines
+
+
+def _race_methods(raced: Raced, metric: Metric) -> list[str]:
+    rules = raced.rules
+    return [
+        f"A race (Paulson, 1964; Kim and Nelson, 2001): every cell got the same {rules.first_seeds} seeds, and those "
+        f"that stayed got more, up to {rules.most_seeds}. A cell left when another that was still in was ahead by "
+        "more than a boundary, which the spread of the paired differences over the first seeds sets and which falls "
+        f"with each seed. A cell that is at most {points(metric, rules.margin)} below the best is then selected with "
+        "95 %, however often one looks; how often that errs where cells spread unequally: docs/statistics.md.",
+        "How long a cell ran depended on its results. The mean of the selected cell is therefore a little too high, "
+        "that of one which left a little too low, and the t intervals are not adjusted for it. Main effects, and which "
+        "cells besides the selected one are within the margin, come from the first seeds alone, which every cell has. "
+        "The test figure was not used to choose and has no such bias.",
+        f"One stage with the same guarantee would take {raced.one_stage:,} trials if the spread that was seen had been "
+        "known beforehand (Bechhofer, 1954).",
+    ]

@@ -52,6 +52,15 @@ def validate_sweep(sweep: SweepConfig) -> None:
         if value != "auto" and not (value.isdecimal() and int(value) >= 1):
             raise ConfigError(f"sweep.{key}={value} is impossible: give a number from 1 up, or auto")
     _choice("sweep.on_failure", sweep.on_failure, ("continue", "stop"))
+    _range(
+        "sweep.margin",
+        sweep.margin,
+        sweep.margin is None or 0 < sweep.margin < 100,
+        "give points above 0, or null: no race",
+    )
+    _range("sweep.first_seeds", sweep.first_seeds, sweep.first_seeds >= 2, "a race needs 2 seeds to begin with")
+    most = f"give at least sweep.first_seeds={sweep.first_seeds}"
+    _range("sweep.most_seeds", sweep.most_seeds, sweep.most_seeds >= sweep.first_seeds, most)
     if sweep.name is not None and (not sweep.name or "/" in sweep.name or sweep.name.startswith(".")):
         raise ConfigError(f"sweep.name={sweep.name} cannot be a folder's name: give a word without '/'")
 

@@ -156,6 +156,9 @@ class SweepConfig:
         dry_run: print the plan and train nothing.
         measure: in the plan, time what would be estimated.
         wait: follow workers that an engine has started until they have ended; else return at once.
+        margin: percentage points of val accuracy that matter; makes the sweep a race (:mod:`lora_vit.analysis.race`).
+        first_seeds: that every cell of a race gets.
+        most_seeds: that a cell of a race gets.
     """
 
     name: str | None
@@ -166,6 +169,9 @@ class SweepConfig:
     dry_run: bool
     measure: bool
     wait: bool
+    margin: float | None
+    first_seeds: int
+    most_seeds: int
 
 
 @dataclass

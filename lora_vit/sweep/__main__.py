@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -56,7 +57,8 @@ def find(text: str) -> Path:
 
 def show(folder: Path) -> int:
     """Print the trials, those with the highest validation accuracy first within each status."""
-    plan = Ledger(folder).read()["trials"]
+    whole = Ledger(folder).read()
+    plan = whole["trials"]
     ids = {**dict.fromkeys(plan), **{p.name: None for p in trial_folders(folder)}}
     order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "refused", "new"))}
     rows = []
@@ -81,6 +83,11 @@ def show(folder: Path) -> int:
     print_table(console, "", header, [row for _, row in rows])
     total = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
+    if whole["race"]:
+        from lora_vit.analysis import SummaryError, summarize  # imports pandas
+
+        with contextlib.suppress(SummaryError):  # none has completed
+            console.print(summarize(folder).verdict, markup=False)
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lora_vit.config import ConfigError, SweepConfig, from_dict, to_dict
 from lora_vit.records import PLAN, RECORD, locked, write_json
 from lora_vit.sweep.plan import Job, SweepRun, board_name
 
-PLAN_SCHEMA = 2
+PLAN_SCHEMA = 3
 RUNS = ".runs"
 
 
@@ -39,7 +39,8 @@ class Ledger:
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return {"schema": PLAN_SCHEMA, "created": time.time(), "base": None, "trials": {}, "pack_sizes": {}}
+            return {"schema": PLAN_SCHEMA, "created": time.time(), "base": None, "trials": {}, "pack_sizes": {},
+                    "race": None}  # fmt: skip
         except NotADirectoryError:
             raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
         except OSError as error:
@@ -70,8 +71,13 @@ class Ledger:
             ) from None
         return plan
 
-    def add(self, jobs: Sequence[Job], command: str | None = None) -> dict[str, Any]:
-        """Note the trials that are asked for now, and by which command where it is ours to know; earlier ones stay."""
+    def add(
+        self, jobs: Sequence[Job], command: str | None = None, race: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Note the trials that are asked for now, and by which command where it is ours to know; earlier ones stay.
+
+        ``race``: its rules, where the sweep is one.
+        """
 
         def change(plan: dict[str, Any]) -> None:
             for job in jobs:
@@ -81,6 +87,7 @@ class Ledger:
                          "differs": _differences(plan["base"], values)}  # fmt: skip
                 plan["trials"].setdefault(job.trial_id, trial)["label"] = job.label
             plan["command"] = command or plan.get("command")
+            plan["race"] = race or plan["race"]
 
         return self.update(change)
 
@@ -108,16 +115,20 @@ class Ledger:
             raise ConfigError(
                 f"{self.folder} was begun by lora_vit {values['version']}, here is {__version__}: install the same"
             )
+        jobs, options = self.jobs(plan, values["trials"]), SweepConfig(**values["options"])
+        return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
+
+    def jobs(self, plan: dict[str, Any], trial_ids: Iterable[str]) -> list[Job]:
+        """Trials as the plan has them. Raises ConfigError where the file was edited."""
         jobs = []
-        for trial_id in values["trials"]:
+        for trial_id in trial_ids:
             trial = plan["trials"][trial_id]
             config = from_dict(_with_differences(plan["base"], trial["differs"]))
             job = Job(config, trial["overrides"], trial["label"], trial["board"])
             if job.trial_id != trial_id:
                 raise ConfigError(f"{self.folder / PLAN} was edited: trial {trial_id} is another one in it")
             jobs.append(job)
-        options = SweepConfig(**values["options"])
-        return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
+        return jobs
 
     def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
         """The size measured for a group on this kind of machine, and the figures behind it.

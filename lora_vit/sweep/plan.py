@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
+from lora_vit.config import WITHOUT_IDENTITY, ConfigError, SweepConfig, TrialConfig, canonical, ids, to_dict
 from lora_vit.records import CHECKPOINT, State, state_of
 
 
@@ -180,6 +180,15 @@ def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
     for job in jobs:
         once.setdefault(job.trial_id, job)
     return list(once.values()), len(jobs) - len(once)
+
+
+def refuse_seed_dependent(jobs: Sequence[Job], others: Sequence[Job]) -> None:
+    """Raise ConfigError where a setting follows the seed (``others``: the same trials, composed with another seed)."""
+    for one, other in zip(jobs, others, strict=True):
+        ours, theirs = to_dict(one.config), to_dict(other.config)
+        if wrong := [key for key in ours if key != "seed" and ours[key] != theirs[key]]:
+            raise ConfigError(f"{wrong[0]} depends on the seed: a race compares cells over its seeds, so give every "
+                              "setting but seed a value of its own")  # fmt: skip
 
 
 def key_of(override: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,6 +25,9 @@ from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_dup
 from lora_vit.sweep.processes import GOES_ON, WorkerFailed, number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import from_here, make_console, print_table
+
+if TYPE_CHECKING:
+    from lora_vit.sweep.race import SweepRace
 
 POLL_EVERY = 1.0
 """Seconds between looks at trials that others have."""
@@ -49,39 +53,78 @@ def run_sweep(asked: SweepRun, engine: Engine | None = None) -> dict[str, float 
         ConfigError: nothing was trained.
         Interrupted: everything is saved.
     """
-    folder, options = asked.folder, asked.options
+    options, ledger = asked.options, Ledger(asked.folder)
     idle = dict.fromkeys(key_of(line) for job in asked.jobs for line in job.idle())
     jobs, twice = without_duplicates(asked.jobs)
     if idle:
         print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
     if twice:
         print(f"note: {twice} of the {len(jobs) + twice} settings name a trial that another one names: each runs once")
-    ledger = Ledger(folder)
-    _tell_changed(jobs, ledger.read()["trials"])  # refuses a folder of another version before anything is written
-    all_jobs = replace(asked, jobs=tuple(jobs))
-    states = {job.trial_id: all_jobs.state_of(job) for job in jobs}
-    ended = {job.trial_id for job in jobs if all_jobs.is_ended(job, states[job.trial_id])}
-    todo = tuple(job for job in jobs if job.trial_id not in ended)
-    run = replace(asked, jobs=todo, workers=number_of_workers(todo or jobs, options, engine))
-    if options.measure or not options.dry_run:
-        prepare([job.config for job in todo])
+    plan = ledger.read()  # refuses a folder of another version before anything is written
+    _tell_changed(jobs, plan["trials"])
+    run, race = replace(asked, jobs=tuple(jobs)), None
+    if options.margin is not None:
+        from lora_vit.sweep.race import SweepRace  # imports scipy
+
+        raced = (plan["race"] or {}).get("cells", ())
+        race = SweepRace(run, ledger.jobs(plan, [name for name, t in plan["trials"].items() if t["cell"] in raced]))
+        workers = number_of_workers(race.cells, options, engine)
+        run = replace(run, jobs=tuple(race.look(workers)))
     if options.dry_run:
-        if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in jobs):
-            print("note: the images have not been read yet, so all trials count as open")
-        print_plan(run, states)
+        _dry_run(run, race, engine)
         return None
-    ledger.add(jobs, this_command())
-    run = begin(run) if todo else run
+    if race is None:
+        messages = train(run, engine)
+        return None if messages is None else finish(run, messages)
+    ledger.add([race.job(cell, 0) for cell in range(len(race.cells))], this_command(), race.plan)
+    return _run_race(run, race, workers, engine)
+
+
+def _run_race(run: SweepRun, race: SweepRace, workers: int, engine: Engine | None) -> dict[str, float | Exception]:
+    """Train what the race wants, round by round, until it wants no more or a round leaves trials open."""
+    console, messages = make_console(), dict[str, str]()
+    while run.jobs:
+        race.show(console, SHOWN)
+        messages |= train(run, engine) or {}
+        trained = {job.trial_id for job in run.jobs}
+        run = replace(run, jobs=tuple(race.look(workers)))
+        stopped = run.options.on_failure == "stop" and not trained.isdisjoint(race.failed())
+        if stopped or any(job.trial_id in trained for job in run.jobs):
+            break
+    return finish(replace(run, jobs=tuple(race.ended_jobs()) + run.jobs), messages, race)
+
+
+def train(run: SweepRun, engine: Engine | None) -> dict[str, str] | None:
+    """Train what is open of the run's trials; why trials left where no record says it, None where nobody waits."""
+    states = {job.trial_id: run.state_of(job) for job in run.jobs}
+    ended = {job.trial_id for job in run.jobs if run.is_ended(job, states[job.trial_id])}
+    todo = tuple(job for job in run.jobs if job.trial_id not in ended)
+    asked = replace(run, jobs=todo, workers=number_of_workers(todo or run.jobs, run.options, engine))
+    prepare([job.config for job in todo])
+    Ledger(run.folder).add(run.jobs, this_command())
+    asked = begin(asked) if todo else asked
     counts = Counter(state.status for state in states.values())
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
-    print(f"sweep {folder}: {len(jobs)} trials" + (f" ({finished})" if finished else ""))
-    view = View(jobs)
+    print(f"sweep {run.folder}: {len(run.jobs)} trials" + (f" ({finished})" if finished else ""))
+    view = View(run.jobs)
     for trial_id in ended:
         view.emit("ended", id=trial_id, state=states[trial_id])
-    if not train_open(run, view, engine):
+    if not train_open(asked, view, engine):
         return None
-    view.console.print(f"{view.ended()} of {len(jobs)} trials ended")
-    return finish(all_jobs, {row.job.trial_id: row.message for row in view.rows.values()})
+    view.console.print(f"{view.ended()} of {len(run.jobs)} trials ended")
+    return {row.job.trial_id: row.message for row in view.rows.values()}
+
+
+def _dry_run(run: SweepRun, race: SweepRace | None, engine: Engine | None) -> None:
+    states = {job.trial_id: run.state_of(job) for job in run.jobs}
+    todo = tuple(job for job in run.jobs if not run.is_ended(job, states[job.trial_id]))
+    if run.options.measure:
+        prepare([job.config for job in todo])
+    if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in run.jobs):
+        print("note: the images have not been read yet, so all trials count as open")
+    if race is not None:
+        print(race.sizes() + "; the trials that it wants now:")
+    print_plan(replace(run, jobs=todo, workers=number_of_workers(todo or run.jobs, run.options, engine)), states)
 
 
 def _tell_changed(jobs: Sequence[Job], planned: dict[str, Any]) -> None:
@@ -133,8 +176,11 @@ def train_open(run: SweepRun, view: View, engine: Engine | None) -> bool:
     return True
 
 
-def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Exception]:
-    """Print the tables and give Hydra its values; ``messages`` say why trials left, where no record does."""
+def finish(run: SweepRun, messages: dict[str, str], race: SweepRace | None = None) -> dict[str, float | Exception]:
+    """Print the tables and give Hydra its values; ``messages`` say why trials left, where no record does.
+
+    Of a race, a cell's first trial fails with any of the cell's.
+    """
     states = {job.trial_id: run.state_of(job) for job in run.jobs}
     outcomes: dict[str, float | Exception] = {}
     for trial_id, state in states.items():
@@ -142,13 +188,23 @@ def finish(run: SweepRun, messages: dict[str, str]) -> dict[str, float | Excepti
             outcomes[trial_id] = state.record.metrics["val_accuracy"]
     failed = [(job, states[job.trial_id]) for job in run.jobs if job.trial_id not in outcomes]
     console = make_console()
-    print_cells(console, run.jobs, outcomes)
+    if race is None:
+        print_cells(console, run.jobs, outcomes)
+    else:
+        race.show(console, SHOWN)
+        if race.race.ended:
+            from lora_vit.analysis import SummaryError, summarize  # imports pandas
+
+            with contextlib.suppress(SummaryError):  # all have failed
+                console.print(summarize(run.folder).verdict, markup=False)
     if failed:
         print_failures(console, failed, messages)
         retry = not run.options.retry_failed and any(state.status == "failed" for _, state in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = SweepFailed(f"{len(failed)} of {len(run.jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
+        if race is not None:
+            outcomes.update(dict.fromkeys(race.failed(), error))
     where = from_here(run.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
@@ -179,7 +235,7 @@ def print_failures(console: Console, failed: Sequence[tuple[Job, State]], messag
     """Which trials did not complete, and why."""
     lines = []
     for job, state in failed:
-        why = state.problem or messages[job.trial_id]
+        why = state.problem or messages.get(job.trial_id, "")
         if state.status == "completed":
             why = f"{RECORD} {NO_ACCURACY}"
         if state.record is not None and state.record.error:

@@ -121,7 +121,7 @@ def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float,
     """Run a sweep; returns seconds, operations a trial, and bytes and names left behind a trial."""
     base = compose(["experiment=quickstart"])
     jobs = [Job(dataclasses.replace(base, seed=seed), [f"seed={seed}"]) for seed in range(trials)]
-    options = SweepConfig("s", str(pack), str(workers), False, "continue", False, False, True)
+    options = SweepConfig("s", str(pack), str(workers), False, "continue", False, False, True, None, 5, 30)
     run = SweepRun(tuple(jobs), folder, options, time.time(), workers)
     operations = Operations(folder, delay)
     began = time.perf_counter()

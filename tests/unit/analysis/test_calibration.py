@@ -10,6 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from lora_vit.analysis.race import Rules
+
 RUNS = 400
 ERROR = 3 * np.sqrt(0.05 * 0.95 / RUNS)
 """Three Monte Carlo errors; the draws are keyed, so that a passing test stays one."""
@@ -58,3 +60,41 @@ def test_a_true_lead_is_found(script: ModuleType) -> None:
 def test_one_common_error_would_err_too_often_where_spreads_differ(script: ModuleType) -> None:
     rates = script.simulate(script.Case(30, 3, 0.3, "half 3x"), RUNS, np.random.default_rng(7), "equal")
     assert rates.worse > 0.15
+
+
+@pytest.mark.parametrize(
+    ("cells", "sd", "spread", "most", "runs"), [(2, 2.0, "equal", 300, 1000), (10, 0.3, "half 3x, best", 60, 400)]
+)
+def test_a_race_selects_within_the_margin(
+    script: ModuleType, cells: int, sd: float, spread: str, most: int, runs: int
+) -> None:
+    """Two cells that spread much use the 5 % up (a boundary of half the width errs in 8.5 %); the others test S2."""
+    case = script.Case(cells, most, sd, spread, lead=0.5)
+    rates = script.simulate_race(case, Rules(0.005, 5, most), runs, np.random.default_rng(7))
+    assert rates.right >= 0.95 - ERROR * np.sqrt(RUNS / runs)
+    assert rates.trials < script.rinott(case, 0.005, 5, np.random.default_rng(0))
+
+
+def test_idle_workers_change_the_trials_of_a_race_and_no_decision(script: ModuleType) -> None:
+    case = script.Case(6, 30, 0.3, means="spread")
+    one, many = (script.simulate_race(case, Rules(0.005, 5, 30), 40, np.random.default_rng(7), w) for w in (1, 16))
+    assert (one.right, one.unresolved) == (many.right, many.unresolved)
+    assert one.trials < many.trials < 2 * one.trials
+
+
+def test_the_single_stage_designs_give_the_published_figures(script: ModuleType) -> None:
+    """h sqrt(2) of Bechhofer (1954) is 3.4182 for 10 cells; Rinott's h of 2 cells, 20 first seeds 2.453."""
+    assert script.bechhofer(script.Case(10, 1, 1.0), 0.001) == np.ceil((3.4182 * 10) ** 2)
+    mean = script.rinott(script.Case(2, 1, 1.0), 0.001, 20, np.random.default_rng(0))
+    assert mean == pytest.approx((2.453 * 10) ** 2, rel=0.015)  # four Monte Carlo errors of 8,000 variances
+
+
+@pytest.mark.parametrize("spread", ["equal", "half 3x"])
+@pytest.mark.parametrize(("cells", "seeds"), [(2, 3), (10, 5)])
+def test_cells_marked_within_the_margin_are(script: ModuleType, cells: int, seeds: int, spread: str) -> None:
+    case = script.Case(cells, seeds, 0.3, spread, lead=0.5)
+    assert script.simulate_margin(case, 0.5, RUNS, np.random.default_rng(7)).errs <= 0.05 + ERROR
+
+
+def test_cells_within_the_margin_are_found(script: ModuleType) -> None:
+    assert script.simulate_margin(script.Case(10, 10, 0.3), 0.5, 100, np.random.default_rng(7)).found > 0.3

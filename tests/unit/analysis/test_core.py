@@ -319,3 +319,36 @@ def test_predictions_that_do_not_fit_together_are_told(sweep: Path, tmp_path: Pa
     assert got.pair is None
     assert len(got.problems) == 1
     assert got.problems[0].startswith(f"--compare {one} {two}: {reason}")
+
+
+def test_the_cheapest_of_those_that_are_good_enough(sweep: Path) -> None:
+    """By Hsu's upper bounds, computed here anew; the best's own bound is that by which another may lie above it."""
+    y = Y - Y.mean(0) - Y.mean(1, keepdims=True) + Y.mean()
+    error = math.sqrt((y**2).sum() / 4 * 2 / 3)
+    critical = 2.6104  # of the bivariate t with correlation 1/2 and 4 degrees of freedom, 95 %
+    means = Y.mean(1)
+    bounds = [max(0.0, *(means[j] - means[i] + critical * error for j in range(3) if j != i)) for i in range(3)]
+    got = summarize(sweep, margin=100 * (bounds[2] + 1e-5), spreads="equal")
+    assert got.cells.set_index("lora.rank")["below"][[1, 4, 16]].to_numpy() == pytest.approx(bounds, rel=1e-3)
+    assert got.cells.set_index("lora.rank")["within"].to_dict() == {1: False, 4: True, 16: True}
+    assert got.within is not None
+    assert (got.within.smallest, got.within.fastest) == ("rank 4", "rank 4")
+    assert f"rank 4 (111,882 parameters) is at most {100 * bounds[2] + 0.001:.2f} points below the best." in got.verdict
+    narrow = summarize(sweep, margin=100 * (min(bounds[1:]) - 1e-5), spreads="equal")
+    assert narrow.within is not None
+    assert narrow.within.smallest is None
+    assert f"that would take about {narrow.within.seeds} seeds per cell." in narrow.verdict
+    loss = summarize(sweep, metric="val_loss", margin=0.4)
+    assert loss.within is not None
+    assert loss.within.smallest == "rank 1"
+    assert "is at most 0.4000 below the best" in loss.verdict
+
+
+def test_the_fastest_that_is_good_enough_need_not_be_the_smallest(tmp_path: Path) -> None:
+    def slower_with_fewer(record: TrialRecord) -> None:
+        record.cost["seconds"] = 20.0 - record.config["lora"]["rank"]
+
+    make_sweep(tmp_path, RANKS, Y, curve=False, edit=slower_with_fewer)
+    got = summarize(tmp_path, margin=50.0)
+    assert "rank 1 (28,938 parameters) is at most 50.00 points below the best, and so is the fastest" in got.verdict
+    assert got.verdict.endswith("such cell, rank 16 (4.0 s a trial).")

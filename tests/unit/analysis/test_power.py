@@ -16,7 +16,9 @@ from lora_vit.analysis.power import (
     power,
     proportion_error,
     seeds_needed,
+    seeds_within,
 )
+from lora_vit.analysis.stats import compare
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,24 @@ def test_mcnemar_counts_and_p(first: int, second: int) -> None:
 def test_mcnemar_needs_two_vectors(a: list, b: list) -> None:
     with pytest.raises(ValueError, match=r"^need two equally long vectors, got .* and "):
         mcnemar(np.array(a), np.array(b))
+
+
+def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
+    """Two cells that are equally good: how often the first is within the margin. 2,000 draws: two errors are 2 %.
+
+    The formula takes the sd as known, which it is not: with as many seeds as here the share moves by a few percent.
+    """
+    rng, sd, margin = np.random.default_rng(0), 0.006, 0.005
+    seeds = seeds_within(margin, sd, 2)
+    assert seeds is not None
+
+    def share(n: int) -> float:
+        draws = rng.normal(0, sd, (2000, 2, n))
+        return float(np.mean([compare(y, p_values=False).below[0] <= margin for y in draws]))
+
+    assert 0.75 < share(seeds) < 0.87
+    assert share(seeds - 4) < 0.75
+    assert seeds_within(margin, sd, 20) > seeds
+    assert seeds_within(1e-6, sd, 20) is None
+    assert seeds_within(margin, math.nan, 20) is None
+    assert seeds_within(margin, 0.0, 20) == 2

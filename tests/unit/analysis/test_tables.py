@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,27 @@ def test_names_in_markdown_and_formulas_in_pictures(tmp_path):
     assert "*x*" not in export.table_md(summary)
     assert all(line.startswith("%") for line in export.table_tex(summary).split("\\begin")[0].splitlines())
     assert all(render(figure, "svg") for figure in draw_all(summary).values())
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_the_latex_tables_fit_a_page(tmp_path):
+    """Nine columns of settings, two baselines, more cells than a page has lines: nothing sticks out of the text."""
+    rng = np.random.default_rng(0)
+    settings, y = grid(rng, (1, 2, 4, 8), (0.0, 0.1), RATES, 3)
+    long = {"data__augment": "crop_flip", "optimizer__schedule": "cosine", "lora__targets": ["q", "v"]}
+    settings += [{**cell, **long} for cell in settings if cell.get("lora__method", "lora") == "lora"]
+    make_sweep(tmp_path / "sweep", settings, np.vstack([y, y[: len(settings) - len(y)]]), curve=False)
+    summary = summarize(tmp_path / "sweep", margin=2.0)
+    assert len(summary.cells) > export.LATEX_ROWS
+    text = export.table_tex(summary)
+    assert text.count("The first 40 of ") == 2
+    assert "adapter" not in text[: text.index("The same cells")]
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+    (tmp_path / "a.tex").write_text(head + text + r"\end{document}")
+    subprocess.run(["pdflatex", "-interaction=batchmode", "-halt-on-error", "a.tex"], cwd=tmp_path, check=True)
+    log = (tmp_path / "a.log").read_text(errors="replace")
+    assert "Overfull" not in log
+    assert "Float too large" not in log
 
 
 @pytest.mark.parametrize(

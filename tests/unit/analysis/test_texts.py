@@ -43,6 +43,8 @@ def summary(frame: pd.DataFrame, metric: Any = ACCURACY, **comparison: Any) -> A
         trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"]}),
         effects=SimpleNamespace(table=pd.DataFrame()),
         pair=None,
+        race=None,
+        within=None,
     )
 
 
@@ -120,7 +122,7 @@ def test_the_verdict_on_a_search(tmp_path):
     found.folders = [str(tmp_path)]
     assert texts.verdict(found).endswith("Repeat the sweep with seed=0,1,2.")
     (tmp_path / "search.db").touch()
-    assert texts.verdict(found).endswith("names the commands that repeat its best cells with other seeds.")
+    assert texts.verdict(found).endswith("names the commands that race its best cells over other seeds.")
 
 
 def test_the_verdict_on_cells_with_one_seed():

@@ -179,6 +179,12 @@ SWEEP = [
     *((one(key, value), f"sweep.{key}={value} {NUMBER}") for key in ("pack_size", "workers") for value in NO_NUMBERS),
     (one("on_failure", "stop"), OK),
     (one("on_failure", "retry"), "sweep.on_failure=retry is unknown (one of: continue, stop)"),
+    *((one("margin", value), OK) for value in (None, 0.01, 99.0)),
+    *((one("margin", value), f"sweep.margin={value} is impossible: give points above 0, or null: no race")
+      for value in (0.0, -1.0, 100.0, math.inf, math.nan)),
+    ({"first_seeds": 2, "most_seeds": 2}, OK),
+    (one("first_seeds", 1), "sweep.first_seeds=1 is impossible: a race needs 2 seeds to begin with"),
+    (one("most_seeds", 4), "sweep.most_seeds=4 is impossible: give at least sweep.first_seeds=5"),
     (one("name", None), OK),
     (one("name", "a.b"), OK),
     *((one("name", value), f"sweep.name={value} {FOLDER}") for value in ("", "a/b", "/a", ".", "..", ".a")),
@@ -205,5 +211,7 @@ def test_a_trial(changes, message):
 
 @pytest.mark.parametrize(("changes", "message"), [({}, OK), *SWEEP], ids=case_name)
 def test_a_sweep(changes, message):
-    sweep = dataclasses.replace(SweepConfig("s", "4", "auto", False, "continue", False, False, True), **changes)
+    sweep = dataclasses.replace(
+        SweepConfig("s", "4", "auto", False, "continue", False, False, True, None, 5, 30), **changes
+    )
     assert refusal(validate_sweep, sweep) == message

@@ -88,7 +88,8 @@ def test_a_seed_is_a_whole_number(seed):
 def test_known_keys():
     keys = known_keys()
     sections = ("model", "data", "optimizer", "lora", "trainer")
-    sweep = ("name", "pack_size", "workers", "retry_failed", "on_failure", "dry_run", "measure", "wait")
+    sweep = ("name", "pack_size", "workers", "retry_failed", "on_failure", "dry_run", "measure", "wait",
+             "margin", "first_seeds", "most_seeds")  # fmt: skip
     expected = {f"{section}.{key}" for section in sections for key in PLAIN[section]}
     assert set(keys) == {*expected, *(f"sweep.{key}" for key in sweep), *sections, "seed"}
     assert len(set(keys)) == len(keys)

@@ -25,7 +25,9 @@ def noon(monkeypatch):
 def test_the_plan_file_holds_every_trial_ever_asked_for(noon, tmp_path):
     """Their cells, how they were asked for first, how they are called now, and the last command."""
     ledger = Ledger(tmp_path / "deep/sweep")
-    assert ledger.read() == {"schema": 2, "created": 43200.0, "base": None, "trials": {}, "pack_sizes": {}}
+    assert ledger.read() == {
+        "schema": 3, "created": 43200.0, "base": None, "trials": {}, "pack_sizes": {}, "race": None,
+    }  # fmt: skip
     assert not ledger.folder.exists(), "reading makes nothing"
     first = plain_job({"lora.rank": 8}, label="rank=8")
     other = plain_job({"lora.rank": 2}, label="rank=2")
@@ -35,7 +37,8 @@ def test_the_plan_file_holds_every_trial_ever_asked_for(noon, tmp_path):
     plan = ledger.add([again], "second command")
     assert json.loads((tmp_path / "deep/sweep/sweep.json").read_text()) == plan
     assert plan == {
-        "schema": 2,
+        "schema": 3,
+        "race": None,
         "created": 43200.0,
         "command": "second command",
         "base": json.loads(json.dumps(to_dict(first.config))),
@@ -119,9 +122,9 @@ def test_the_largest_size_tried_is_the_largest_number(tmp_path):
     [
         ("", "is not whole JSON (Expecting value: line 1 column 1 (char 0)): remove it, the trials' records stay"),
         ('{"schema"', "is not whole JSON"),
-        ("[]", "is of sweep version None, this program writes 2"),
-        ("{}", "is of sweep version None, this program writes 2"),
-        ('{"schema": 99}', "is of sweep version 99, this program writes 2: use the matching version of lora_vit"),
+        ("[]", "is of sweep version None, this program writes 3"),
+        ("{}", "is of sweep version None, this program writes 3"),
+        ('{"schema": 99}', "is of sweep version 99, this program writes 3: use the matching version of lora_vit"),
     ],
 )
 def test_a_plan_of_another_version_or_cut_in_half_is_refused(text, said, tmp_path):
@@ -132,7 +135,7 @@ def test_a_plan_of_another_version_or_cut_in_half_is_refused(text, said, tmp_pat
         assert f"{tmp_path / PLAN} {said}" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert (tmp_path / PLAN).read_text() == text
-    assert PLAN_SCHEMA == 2
+    assert PLAN_SCHEMA == 3
 
 
 def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path):

@@ -26,8 +26,8 @@ ROUNDS = 5
 """Optuna learns between batches, so a search has at least so many unless the packs' size is given."""
 MOST_REPEATS = 50
 """Suggestions for one batch, after which the space is taken to hold nothing new."""
-COMPARED = 3
-"""Settings that the last line compares by other seeds than the one that chose them."""
+COMPARED, MARGIN = 3, 0.5
+"""So many settings race at the end, over other seeds than the one that chose them, and to within so many points."""
 
 
 # Drawn jointly and away from what the batch holds already: each key for itself stays with the first rank that did well.
@@ -205,12 +205,12 @@ class Search(Sweeper):
         given = {a.partition("=")[0]: a for a in sys.argv[1:] if not a.startswith(("hydra.sweeper", "hydra/sweeper"))}
         others = [a for key, a in given.items() if key not in (*ours, *self.space, *self.fixed)]
         same = [*others, *(f"{key}={value}" for key, value in fixed.items())]
-        seeds, new = ",".join(str(self.config.seed + 1 + i) for i in range(3)), f"{self.folder}-best"
+        race, new = [f"seed={self.config.seed + 1}", f"sweep.margin={MARGIN}"], f"{self.folder}-best"
         commands = []
         for trial in best[:COMPARED]:
             found = self._overrides(trial.params, fixed=False)
             print(f"  {trial.value:.2%}  {label(found, set())}")
-            line = ["-m", *same, *found, f"seed={seeds}", f"hydra.sweep.dir={new}"]
+            line = ["-m", *same, *found, *race, f"hydra.sweep.dir={new}"]
             commands.append("python -m lora_vit.train " + shlex.join(line))
-        print("other seeds say what holds of that:")
+        print(f"a race over other seeds says which of them is best, to within {MARGIN} points (each command joins it):")
         print(" && \\\n".join([*commands, f"python -m lora_vit.summarize {shlex.quote(new)}"]))

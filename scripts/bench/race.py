@@ -1,0 +1,179 @@
+"""The race against other ways to select a cell: share within the margin of the best, and trials.
+
+    python scripts/bench/race.py peers [--runs 500]
+    python scripts/bench/race.py digits
+    python scripts/bench/race.py truth [--runs 40]
+
+``peers``: simulated cells (30, error sd 0.3 points, margin 0.5) raced by us, by Optuna's WilcoxonPruner and by SMAC's
+intensifier, the real libraries. They need ``pip install "optuna>=3.6" smac`` in an environment of their own, because
+Hydra's Optuna sweeper holds Optuna at 2.10. ``digits``: the commands of ``sweep=race`` and of one stage with the same
+guarantee; what they select is compared with ``race_truth.csv``, the cells' means over seeds that neither of them has,
+which ``truth`` trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import machine, report
+
+from lora_vit.analysis import Summary, summarize
+from lora_vit.analysis.race import Rules, decide
+
+CELLS, MARGIN, SD, IMAGES = 30, 0.005, 0.003, 10_000
+
+Selected = tuple[int | None, int]  # cell and trials
+
+
+def ours(y: np.ndarray, rng: np.random.Generator, first: int) -> Selected:
+    race = decide(y, np.zeros(y.shape, dtype=bool), Rules(MARGIN, first, y.shape[1]), 1 / IMAGES)
+    return race.selected, sum(race.exits[i].seeds if i in race.exits else race.seeds for i in range(len(y)))
+
+
+def wilcoxon(y: np.ndarray, rng: np.random.Generator, seeds: int) -> Selected:
+    """As Optuna's documentation says: each cell a trial, each seed a step, shuffled; a pruned trial gives its mean."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    trials = 0
+
+    def objective(trial: Any) -> float:
+        nonlocal trials
+        cell, values = trial.suggest_int("cell", 0, len(y) - 1), []
+        for seed in rng.permutation(seeds):
+            values.append(float(y[cell, seed]))
+            trial.report(values[-1], int(seed))
+            trials += 1
+            if trial.should_prune():
+                break
+        return sum(values) / len(values)
+
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1))
+    for cell in rng.permutation(len(y)):
+        study.enqueue_trial({"cell": int(cell)})
+    study.optimize(objective, n_trials=len(y))
+    return study.best_params["cell"], trials
+
+
+def smac(y: np.ndarray, rng: np.random.Generator, most: int) -> Selected:
+    """SMAC's intensifier over the shuffled cells until it wants no more trials; ``most`` is its max_config_calls."""
+    from ConfigSpace import Configuration, ConfigurationSpace
+    from smac import Scenario
+    from smac.intensifier import Intensifier
+    from smac.runhistory import RunHistory
+
+    logging.disable(logging.WARNING)
+    space = ConfigurationSpace({"cell": (0, len(y) - 1)})
+    scenario = Scenario(space, deterministic=False, n_trials=10**6, seed=int(rng.integers(2**31)))
+    intensifier = Intensifier(scenario, max_config_calls=most, max_incumbents=1)
+    intensifier.runhistory = RunHistory()
+    intensifier.config_selector = [Configuration(space, {"cell": int(i)}) for i in rng.permutation(len(y))]
+    columns: dict[int, int] = {}
+    trials = 0
+    for trial in intensifier:
+        cell, column = trial.config["cell"], columns.setdefault(trial.seed, len(columns))
+        intensifier.runhistory.add_running_trial(trial)
+        intensifier.runhistory.add(trial.config, cost=1 - float(y[cell, column]), seed=trial.seed, force_update=True)
+        intensifier.update_incumbents(trial.config)
+        trials += 1
+    best = intensifier.get_incumbent()
+    return (None if best is None else best["cell"]), trials
+
+
+def peers(runs: int) -> None:
+    """Print one line for each contender and arrangement of the true means."""
+    import optuna
+    from smac import version
+
+    contenders: dict[str, Callable[[np.ndarray, np.random.Generator], Selected]] = {
+        **{f"race, {n} first seeds": lambda y, rng, n=n: ours(y, rng, n) for n in (3, 5)},
+        **{f"WilcoxonPruner, {n} seeds": lambda y, rng, n=n: wilcoxon(y, rng, n) for n in (5, 10)},
+        **{f"SMAC, at most {n} seeds": lambda y, rng, n=n: smac(y, rng, n) for n in (3, 30)},
+    }
+    rows = []
+    for means in ("one ahead by 0.5", "spread, sd 0.6"):
+        good, trials = dict.fromkeys(contenders, 0), dict.fromkeys(contenders, 0)
+        for run in range(runs):
+            rng = np.random.default_rng(run)
+            true = np.r_[MARGIN, np.zeros(CELLS - 1)] if means.startswith("one") else rng.normal(0, 0.006, CELLS)
+            y = 0.88 + true[:, None] + rng.normal(0, 0.005, 30) + rng.normal(0, SD, (CELLS, 30))
+            y = np.round(y * IMAGES) / IMAGES
+            for name, select in contenders.items():
+                cell, count = select(y, np.random.default_rng([run, 1]))
+                good[name] += cell is not None and bool(true[cell] > true.max() - MARGIN + 1e-9)
+                trials[name] += count
+        for name in contenders:
+            rows.append(
+                {
+                    "means": means,
+                    "way": name,
+                    "within the margin %": round(100 * good[name] / runs, 1),
+                    "trials a cell": round(trials[name] / runs / CELLS, 1),
+                }
+            )
+    report(rows, {"runs": runs, "optuna": optuna.__version__, "smac": version}, None)
+
+
+TRUTH, FIRST_OF_TRUTH = Path(__file__).with_name("race_truth.csv"), 1000
+
+
+def trained(*overrides: str) -> tuple[Summary, float]:
+    """The summary of ``sweep=race`` so changed, run in an empty folder, and its seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, "-m", "lora_vit.train", "sweep=race", *overrides, "hydra.sweep.dir=s"]
+        began = time.perf_counter()
+        subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        return summarize(Path(folder) / "s"), time.perf_counter() - began
+
+
+def truth(seeds: int) -> None:
+    """Write each cell's mean over so many seeds."""
+    summary, _ = trained("sweep.margin=null", f"seed=range({FIRST_OF_TRUTH},{FIRST_OF_TRUTH + seeds})")
+    summary.cells[["label", "mean", "sd", "n"]].to_csv(TRUTH, index=False, float_format="%.5f")
+
+
+def digits(runs: int) -> None:
+    """Print trials, seconds and what was selected, for the race and for one stage."""
+    true = pd.read_csv(TRUTH).set_index("label")["mean"]
+    raced, seconds = trained()
+    assert raced.race is not None
+    seeds = raced.race.one_stage // len(raced.race.cells)
+    fixed, longer = trained("sweep.margin=null", f"seed=range({seeds})")
+    rows = [
+        {
+            "way": way,
+            "trials": len(summary.trials),
+            "s": took,
+            "selected": summary.cells["label"][0],
+            "below the best, points": round(100 * (true.max() - true[summary.cells["label"][0]]), 2),
+        }
+        for way, summary, took in (("race", raced, seconds), (f"one stage, {seeds} seeds", fixed, longer))
+    ]
+    report(rows, machine(), None)
+
+
+MODES = {"peers": peers, "digits": digits, "truth": truth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--runs", type=int, help="simulated sweeps (500); seeds of the truth (40)")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    MODES[args.mode](args.runs or (40 if args.mode == "truth" else 500))
+
+
+if __name__ == "__main__":
+    main()

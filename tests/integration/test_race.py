@@ -1,0 +1,91 @@
+"""A race as a command: killed and gone on with, grown, narrowed, with a cell that fails, and from Python."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import command, rows_of, run_command, start, wait_until
+
+from lora_vit import api
+from lora_vit.records import read_record
+
+pytestmark = pytest.mark.slow
+RACE = ("-m", "sweep.name=r", "seed=3", "sweep.margin=40", "sweep.first_seeds=3", "sweep.most_seeds=6",
+        "sweep.pack_size=2", "sweep.workers=1")  # fmt: skip
+RATES = "optimizer.lr=1e-2,1e-9"
+
+
+def records(folder: Path) -> dict[tuple[float, int], tuple[str, float]]:
+    """Trial id and accuracy by learning rate and seed."""
+    found = [read_record(path.parent) for path in (folder / "outputs/sweeps/r").glob("*/record.json")]
+    return {(r.config["optimizer"]["lr"], r.config["seed"]): (r.trial_id, r.metrics["val_accuracy"]) for r in found}
+
+
+def ending(output: str) -> str:
+    """The last table and the verdict."""
+    return output[output.rindex("race: ") : output.index("outputs/sweeps/r\n")]
+
+
+def test_a_race_that_is_killed_comes_to_the_same_end(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    done = run_command(*RACE, RATES, cwd=whole)
+    assert "selected: with 95 % no other of 2 cells is better by more than 40.00 points." in done.stdout
+    assert {seed for _, seed in records(whole)} >= {3, 4, 5}
+    process = start(command(*RACE, RATES), cut)
+    wait_until(lambda: rows_of(*cut.glob("outputs/sweeps/r/*/metrics.jsonl")) > 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    again = run_command(*RACE, RATES, cwd=cut)
+    assert records(cut) == records(whole)
+    assert ending(again.stdout) == ending(done.stdout)
+    shown = subprocess.run([sys.executable, "-m", "lora_vit.sweep", "r"], cwd=cut, capture_output=True, text=True)
+    assert ending(done.stdout).strip().endswith(shown.stdout.splitlines()[-1])
+    once_more = run_command(*RACE, RATES, cwd=cut)
+    assert "training" not in once_more.stdout
+    assert ending(once_more.stdout) == ending(done.stdout)
+    grown = run_command(*RACE, "optimizer.lr=3e-3", cwd=cut)
+    assert "of 3 cells" in grown.stdout
+    assert {lr for lr, _ in records(cut)} == {1e-2, 1e-9, 3e-3}
+    plan = json.loads((cut / "outputs/sweeps/r/sweep.json").read_text())
+    assert (plan["race"]["margin"], plan["race"]["seed"], len(plan["race"]["cells"])) == (40.0, 3, 3)
+    said = run_command(*RACE, "optimizer.lr=1e-2,1e-9,3e-3", "sweep.margin=30", "sweep.dry_run=true", cwd=cut)
+    assert "a race of 3 cells takes at least 9 trials, at most 18, typically about " in said.stdout
+
+
+def test_two_commands_at_once_run_one_race(tmp_path):
+    """As from two machines that share the folder: each trial is trained once, and both come to the same end."""
+    both = [start(command(*RACE, RATES, "lora.rank=1,2"), tmp_path) for _ in range(2)]
+    outs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    ends = [ending(out) for out in outs]
+    assert ends[0] == ends[1]
+    assert "selected: with 95 % no other of 4 cells" in ends[0] or "Not resolved: " in ends[0]
+    for path in tmp_path.glob("outputs/sweeps/r/*/metrics.jsonl"):
+        assert path.read_text().count("val_accuracy") == 2, "two epochs, each once"
+
+
+def test_a_cell_that_fails_is_out_and_told(tmp_path):
+    done = run_command(*RACE, "optimizer.lr=1e-2,1e300,1e-9", cwd=tmp_path, code=1)
+    assert "out: failed at seed 3" in done.stdout
+    assert "selected: with 95 % no other of 3 cells is better by more than 40.00 points." in done.stdout
+    assert "1 of the cells is out because a trial failed." in done.stdout
+    assert "did not complete; sweep.retry_failed=true tries the failed ones again" in done.stderr
+    stopped = run_command(*RACE, "optimizer.lr=1e-2,1e300,1e-9", "sweep.name=s", "sweep.on_failure=stop",
+                          cwd=tmp_path, code=1)  # fmt: skip
+    assert "selected" not in stopped.stdout
+
+
+def test_from_python_a_race_returns_all_its_trials(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    race = api.sweep([*(o for o in command(*RACE, RATES)[4:] if "sweep.name" not in o)], "here")
+    assert len(race.records) == len({r.trial_id for r in race.records}) >= 4
+    assert {r.config["seed"] for r in race.records} >= {3, 4, 5}
+    summary = api.summarize("here")
+    assert summary.race.selected == next(r.cell_id for r in race.records if r.config["optimizer"]["lr"] == 1e-2)

@@ -1,0 +1,245 @@
+"""A sweep's race: which trials it wants, what it makes of their records, and that the summary sees the same race."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up_records import make_config, make_trial
+from rich.console import Console
+from sweeps import LAUNCHED, options
+
+from lora_vit.analysis import SummaryError, summarize
+from lora_vit.config import ConfigError, from_dict
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
+from lora_vit.sweep.race import SweepRace
+
+RANKS = (1, 2, 4, 8)
+FIRST = 7  # the race's first seed
+
+
+def job(rank: int, seed: int = FIRST, **more: Any) -> Job:
+    config = from_dict(make_config({"lora.rank": rank, "seed": seed, **more}))
+    return Job(config, ["trainer.epochs=5", f"lora.rank={rank}", f"seed={seed}"], f"rank={rank}")
+
+
+def race_of(folder: Path, ranks: tuple[int, ...] = RANKS, joined: list[Job] | None = None, **changes: Any) -> SweepRace:
+    how = options(**{"margin": 1.0, "first_seeds": 3, "most_seeds": 6, **changes})
+    return SweepRace(SweepRun(tuple(map(job, ranks)), folder, how, LAUNCHED + 100), joined or [])
+
+
+def accuracies(means: dict[int, float], sd: float = 0.003) -> dict[tuple[int, int], float]:
+    rng = np.random.default_rng(1)
+    seeds = rng.normal(0, 0.004, 6)
+    return {(rank, FIRST + s): mean + seeds[s] + rng.normal(0, sd) for rank, mean in means.items() for s in range(6)}
+
+
+def leave(folder: Path, wanted: Job, accuracy: float | None, status: str = "completed", **more: Any) -> None:
+    settings = {"lora__rank": wanted.config.lora.rank, "seed": wanted.config.seed}
+    assert make_trial(folder, accuracy, status, curve=False, **settings, **more).trial_id == wanted.trial_id
+
+
+def run_to_its_end(race: SweepRace, folder: Path, values: dict[tuple[int, int], float], workers: int = 1) -> None:
+    Ledger(folder).add(race.cells, "the command", race.plan)
+    while jobs := race.look(workers):
+        Ledger(folder).add(jobs, "the command")
+        for wanted in jobs:
+            leave(folder, wanted, values[wanted.config.lora.rank or 0, wanted.config.seed])
+
+
+GAP = accuracies({1: 0.90, 2: 0.94, 4: 0.932, 8: 0.85})
+TIES = accuracies({1: 0.9, 2: 0.9, 4: 0.9, 8: 0.9}, sd=0.02)
+
+
+def test_it_begins_with_the_first_seeds_of_every_cell(tmp_path):
+    """Seed by seed, from the seed that was given; each trial is what the command would have asked for."""
+    wanted = race_of(tmp_path).look(1)
+    assert [w.config.seed for w in wanted] == [7] * 4 + [8] * 4 + [9] * 4
+    assert {w.config.lora.rank for w in wanted[:4]} == set(RANKS)
+    assert len({w.trial_id for w in wanted}) == 12
+    one = next(w for w in wanted if w.config.seed == 8 and w.config.lora.rank == 2)
+    assert (one.overrides, one.label) == (["trainer.epochs=5", "lora.rank=2", "seed=8"], "rank=2 seed=8")
+    assert one.trial_id == job(2, 8).trial_id
+
+
+@pytest.mark.parametrize("workers", [1, 9])
+@pytest.mark.parametrize("values", [GAP, TIES], ids=["gap", "ties"])
+def test_the_summary_sees_the_race_that_was_run(values, workers, tmp_path):
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, values, workers)
+    got = summarize(tmp_path)
+    assert got.race is not None
+    assert got.race.cells == [cell.cell_id for cell in race.cells]
+    assert (got.race.race.exits, got.race.race.selected) == (race.race.exits, race.race.selected)
+    assert (got.race.race.seeds, got.race.race.ended) == (race.race.seeds, True)
+    np.testing.assert_array_equal(got.race.race.means, race.race.means)
+    if values is GAP:
+        assert race.race.selected is not None
+        assert race.cells[race.race.selected].config.lora.rank == 2
+        assert f"is selected after {race.race.seeds} seeds" in race.standing()
+        assert got.race.trials == 4 * 3 + sum(e.seeds - 3 for e in race.race.exits.values()) + race.race.seeds - 3
+    else:
+        assert (race.race.selected, race.race.seeds) == (None, 6)
+        assert got.verdict.startswith(f"Not resolved: {len(race.race.survivors)} of 4 cells are left after 6 seeds (")
+
+
+def test_a_race_that_was_cut_goes_on_from_the_records(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    race = race_of(whole)
+    run_to_its_end(race, whole, GAP)
+    first = race_of(cut)
+    for wanted in first.look(1)[:5]:
+        leave(cut, wanted, GAP[wanted.config.lora.rank or 0, wanted.config.seed])
+    second = race_of(cut)
+    assert len(second.look(1)) == 12 - 5
+    run_to_its_end(second, cut, GAP)
+    assert second.race.exits == race.race.exits
+    assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_trial_that_failed_puts_its_cell_out_until_it_is_tried_again(tmp_path):
+    race = race_of(tmp_path)
+    for wanted in race.look(1):
+        bad = wanted.config.lora.rank == 2 and wanted.config.seed == 8
+        value = GAP[wanted.config.lora.rank or 0, wanted.config.seed]
+        leave(tmp_path, wanted, None if bad else value, "failed" if bad else "completed")
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    wanted = race.look(1)
+    cell = [c.config.lora.rank for c in race.cells].index(2)
+    assert (race.race.exits[cell].seeds, race.race.exits[cell].behind) == (2, None)
+    assert not [w for w in wanted if w.config.lora.rank == 2]
+    assert race.failed() == [job(2, 8).trial_id, job(2, 7).trial_id]
+    assert "1 of the cells is out because a trial failed." in summarize(tmp_path).verdict
+    again = race_of(tmp_path, retry_failed=True)
+    assert [w.trial_id for w in again.look(1)] == [job(2, 8).trial_id]
+
+
+def test_values_that_are_added_race_against_those_that_are_left(tmp_path):
+    """Also where the second command names the new ones alone: the sweep is its folder."""
+    race = race_of(tmp_path, (1, 2, 8))
+    run_to_its_end(race, tmp_path, GAP)
+    plan = Ledger(tmp_path).read()
+    old = Ledger(tmp_path).jobs(plan, plan["trials"])
+    later = race_of(tmp_path, (4,), old)
+    assert [w.config.lora.rank for w in later.look(1)] == [4, 4, 4]
+    assert sorted(c.config.lora.rank or 0 for c in later.cells) == [1, 2, 4, 8]
+    run_to_its_end(later, tmp_path, GAP)
+    assert later.race.selected is not None
+    assert later.cells[later.race.selected].config.lora.rank == 2
+    other_images = job(16, **{"data.content": "0" * 16})
+    changed_weights = job(4, **{"optimizer.eps": 1e-7})  # asked for in the same words
+    kept = race_of(tmp_path, (4,), [*old, other_images, changed_weights])
+    assert sorted(c.config.lora.rank or 0 for c in kept.cells) == [1, 2, 4, 8]
+
+
+def test_a_changed_margin_goes_on_from_the_records(tmp_path):
+    run_to_its_end(race_of(tmp_path), tmp_path, GAP)
+    wide = race_of(tmp_path, margin=5.0)
+    assert wide.look(1) == []
+    assert wide.race.seeds == 3
+    narrow = race_of(tmp_path, margin=0.01)
+    assert narrow.look(1)
+
+
+def test_accuracies_that_count_images_have_a_rounding_error(tmp_path):
+    """Of 720 images: no spread over seeds does not mean that half a thousandth is real."""
+    race = race_of(tmp_path, (1, 2), margin=0.01)
+    for wanted in race.look(1):
+        leave(tmp_path, wanted, 0.9005 if wanted.config.lora.rank == 2 else 0.9)
+    race.look(1)
+    assert (race.race.seeds, race.race.exits) == (3, {})
+
+
+def test_what_one_sees_of_it(tmp_path):
+    race = race_of(tmp_path)
+    race.look(1)
+    assert race.standing() == "race: 4 cells, 0 trials so far, at least 12"
+    assert "takes at least 12 trials, at most 24, typically about " in race.sizes()
+    assert "by 0.60 points, as they may have); 0 have ended" in race.sizes()
+    run_to_its_end(race, tmp_path, GAP)
+    console = Console(record=True, width=160)
+    race.show(console, 30)
+    lines = console.export_text().splitlines()
+    assert lines[0] == race.standing()
+    assert lines[2].split()[0] == "rank=2"
+    assert lines[2].rstrip().endswith("selected")
+    assert lines[-1].split()[:3] == ["rank=8", f"{100 * np.mean([GAP[8, 7 + s] for s in range(3)]):.2f}", "3"]
+    assert lines[-1].rstrip().endswith("out after 3 seeds: behind rank=2")
+    assert f"{race.spread * 100:.2f} points, as they have here); {len(race.states)} have ended" in race.sizes()
+
+
+def test_a_setting_that_follows_the_seed_is_refused():
+    one, other = job(4, 0), job(4, 1)
+    refuse_seed_dependent([one], [other])
+    other.config = dataclasses.replace(other.config, data=dataclasses.replace(other.config.data, split_seed=1))
+    with pytest.raises(ConfigError, match=r"^data depends on the seed: a race compares cells over its seeds"):
+        refuse_seed_dependent([one], [other])
+
+
+def test_the_summary_of_a_race(tmp_path):
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, GAP)
+    for seed in (10, 11):  # of a cell that has left: trained ahead, or under another margin
+        leave(tmp_path, job(8, seed), 0.99)
+    got = summarize(tmp_path)
+    cells = got.cells.set_index("lora.rank")
+    assert got.cells["mark"][0] == "selected"
+    assert cells["mark"].to_dict() == {1: "out", 2: "selected", 4: "out", 8: "out"}
+    assert cells["n"][8] == 3, "later seeds of a cell that has left do not count"
+    assert list(got.cells["seeds_raced"]) == sorted(got.cells["seeds_raced"], reverse=True)
+    assert not {"worse", "candidate"} & set(got.cells.columns)
+    assert cells["difference_low"].isna().all()
+    shared = [GAP[8, 7 + s] - GAP[2, 7 + s] for s in range(3)]
+    assert cells["difference"][8] == pytest.approx(np.mean(shared))
+    says = (
+        f"is better by more than 1.00 points. {got.race.trials} trials; one stage with the same guarantee would take "
+    )
+    assert got.verdict.startswith(f"rank 2 selected: with 95 % no other of 4 cells {says}")
+    assert np.isfinite(got.chosen.test), "of the selected cell"
+    assert got.within is not None
+    assert got.within.margin == pytest.approx(0.01)
+    says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
+    assert got.verdict.endswith(f"No smaller one is shown to be {says}")
+    assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
+    narrow = summarize(tmp_path, margin=0.1)
+    assert not narrow.cells["within"].any(), "the race says nothing about less than its margin"
+    assert "No cell is shown to be at most 0.10 points below the best" in narrow.verdict
+    wide = summarize(tmp_path, margin=8.0)
+    assert wide.within is not None
+    assert wide.within.smallest == "rank 1"
+    assert "By the first seeds alone, rank 1 (28,938 parameters) is at most 8.00 points below the best" in wide.verdict
+
+
+def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
+    race = race_of(tmp_path)
+    Ledger(tmp_path).add(race.look(1), "the command", race.plan)
+    for wanted in race.look(1)[:9]:
+        leave(tmp_path, wanted, GAP[wanted.config.lora.rank or 0, wanted.config.seed])
+    got = summarize(tmp_path)
+    assert got.verdict.startswith("The race has not ended: 4 of 4 cells are in it before all have their first seeds, 9")
+    assert "the sweep's command goes on with it: the command." in got.verdict
+    assert not np.isfinite(got.chosen.test)
+    assert set(got.cells["mark"]) == {"left"}
+    assert "3 of 12 trials asked for have no record" in got.problems[0]
+
+
+def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
+    run_to_its_end(race_of(tmp_path, margin=0.01), tmp_path, GAP)
+    assert summarize(tmp_path).cells["n"].max() > 3
+    for how in ({"where": "rank > 1"}, {"metric": "val_loss"}):
+        got = summarize(tmp_path, **how)
+        assert got.race is None
+        assert set(got.cells["n"]) == {3}
+        (said,) = got.problems
+        assert said.startswith("a race: only the first 3 seeds are compared here")
+        assert "best" in set(got.cells["mark"])
+
+
+def test_a_margin_that_cannot_be_is_refused(tmp_path):
+    run_to_its_end(race_of(tmp_path), tmp_path, GAP)
+    with pytest.raises(SummaryError, match=r"^--margin 0 is impossible"):
+        summarize(tmp_path, margin=0.0)
