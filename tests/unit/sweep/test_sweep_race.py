@@ -205,13 +205,20 @@ def test_the_summary_of_a_race(tmp_path):
     says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
     assert got.verdict.endswith(f"No smaller one is shown to be {says}")
     assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
-    narrow = summarize(tmp_path, margin=0.1)
-    assert not narrow.cells["within"].any(), "the race says nothing about less than its margin"
-    assert "No cell is shown to be at most 0.10 points below the best" in narrow.verdict
     wide = summarize(tmp_path, margin=8.0)
     assert wide.within is not None
     assert wide.within.smallest == "rank 1"
     assert "By the first seeds alone, rank 1 (28,938 parameters) is at most 8.00 points below the best" in wide.verdict
+
+
+def test_a_race_says_nothing_about_less_than_its_margin(tmp_path):
+    run_to_its_end(race_of(tmp_path, margin=2.0), tmp_path, accuracies({1: 0.90, 2: 0.94, 4: 0.9385, 8: 0.85}))
+    assert summarize(tmp_path).cells["within"].sum() == 1, "the selected one"
+    narrow = summarize(tmp_path, margin=0.05)
+    assert narrow.race is not None
+    assert narrow.race.selected is not None
+    assert not narrow.cells["within"].any()
+    assert "No cell is shown to be at most 0.05 points below the best" in narrow.verdict
 
 
 def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
