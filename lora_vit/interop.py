@@ -248,6 +248,9 @@ def _read_peft(out: Path, images: Tensor) -> Tensor:
 
 
 def _write_onnx(trial: Trial, out: Path) -> None:
+    for module in trial.merged.modules():
+        if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
+            module.fused_attn = False
     program: Any = torch.onnx.export(
         trial.merged,
         _example(trial),

@@ -236,6 +236,16 @@ def test_timms_models_as_well(form, of_timm, tmp_path, call):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "side"), [("beit_base_patch16_224", 32), ("eva02_tiny_patch14_224", 28)])
+def test_attention_with_a_bias_or_rotations_becomes_a_graph(name, side, tmp_path, call):
+    folder = timm_trial(tmp_path, name, f"model.image_size={side}", "lora.rank=2", "trainer.epochs=1")
+    code, _, err = call("export", folder, "--format", "onnx", "--out", tmp_path / "onnx")
+    assert code == 0, err
+    found = read("onnx", tmp_path / "onnx", images(size=side))
+    torch.testing.assert_close(found, of_timm_logits(folder, name, images(size=side)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_dinov2_with_registers_becomes_hfs(tmp_path, call):
     name = "vit_small_patch14_reg4_dinov2"
     folder = timm_trial(tmp_path, name, "model.image_size=42", "lora.rank=8", "trainer.epochs=1")
