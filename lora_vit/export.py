@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_vit.commands import completed_record, recorded_config, run_command, trial_parser
+from lora_vit.config import ConfigError
 from lora_vit.records import RecordError
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -43,7 +44,15 @@ def export_folder(folder: Path, form: str, out: Path, weights: str | None) -> in
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         written = Path(place, out.name)
         written.mkdir()
-        write(trial, written)
+        try:
+            write(trial, written)
+        except (ConfigError, RecordError, OSError):
+            raise
+        except Exception as error:  # of the other library: torch's exporters do not take every model
+            raise ConfigError(
+                f"--format {form} cannot be written for {trial.about['model']} ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:200]}): give another format"
+            ) from error
         interop.compare(trial, lambda images: read(written, images), f"{folder}: the export")
         written.replace(out)
     print(f"{opens.format(str(out))} opens it (docs/interop.md)")

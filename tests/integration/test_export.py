@@ -282,6 +282,17 @@ def test_nothing_is_kept_of_an_export_that_differs(trial, tmp_path, call, monkey
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_a_model_that_the_other_library_cannot_write_is_told_in_one_line(trial, tmp_path, call, monkeypatch):
+    def write(trial: object, out: Path) -> None:
+        raise ValueError("strides are lost\nand so on")
+
+    monkeypatch.setitem(interop.FORMATS, "hf", (write, interop.FORMATS["hf"][1]))
+    code, _, err = call("export", trial, "--format", "hf", "--out", tmp_path / "out")
+    what = "cannot be written for vit_tiny (ValueError: strides are lost): give another format"
+    assert (code, err) == (1, f"error: --format hf {what}\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_refusals_before_any_work(trial, tmp_path, call, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
