@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,7 +248,8 @@ def _read_peft(out: Path, images: Tensor) -> Tensor:
 
 
 def _write_onnx(trial: Trial, out: Path) -> None:
-    for module in trial.merged.modules():
+    modules: Iterable[Any] = trial.merged.modules()
+    for module in modules:
         if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
             module.fused_attn = False
     program: Any = torch.onnx.export(
