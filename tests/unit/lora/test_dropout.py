@@ -138,9 +138,8 @@ def kept_by_integers(seed: int, step: int, module: int, image: int, token: int, 
     x = lowbias32(x ^ step)
     x = lowbias32(x ^ lowbias32((image + golden) & low))
     x = lowbias32(x ^ lowbias32((token * golden + module) & low))
-    x ^= lowbias32((feature + 1) * 0x7FEB352D & low)
-    x = signed(x * 0x7FEB352D)
-    return signed((x ^ x >> 15) * 0x846CA68B) >= round((p - 0.5) * 2**31) * 2
+    x = (x | 1) * (lowbias32((feature + 1) * 0x7FEB352D & low) | 1)
+    return signed(x * (2 * x + 1)) >= round((p - 0.5) * 2**31) * 2
 
 
 def signed(x: int) -> int:
