@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from lora_vit.lora.functional import Prologue
 from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.lora.places import plain_models
 
 
 class AdaptedLinear(nn.Linear):
@@ -62,6 +64,33 @@ class FirstTokenBlock(EncoderBlock):
         return x_B1D + self.mlp(self.ln_2(x_B1D))
 
 
+class TimmFirstTokenAttention(nn.Module):
+    """timm's ``Attention``, ``AttentionRope`` or ``EvaAttention``, [B, S, D] to [B, 1, D], with one query.
+
+    Of a rotary embedding it needs the keys' part: tokens ahead of the patches are not turned.
+    """
+
+    def forward(self: Any, x_BSD: Tensor, rope: Tensor | None = None, **_: Any) -> Any:
+        """Attention of the first token over all."""
+        if self.qkv is None:
+            parts = [self.q_proj(x_BSD[:, :1]), self.k_proj(x_BSD), self.v_proj(x_BSD)]
+        else:
+            qkv = self.qkv(x_BSD)
+            if getattr(self, "q_bias", None) is not None:
+                qkv += torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            parts = qkv.chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)  # each [B, H, S, E]
+        q, k = self.q_norm(q[:, :, :1]), self.k_norm(k)
+        if rope is not None:
+            from timm.layers import apply_rot_embed_cat
+
+            ahead, turned = k.tensor_split([self.num_prefix_tokens], dim=2)
+            turned = apply_rot_embed_cat(turned, rope, half=self.rotate_half)
+            q, k = q.type_as(v), torch.cat([ahead, turned], dim=2).type_as(v)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return self.proj_drop(self.proj(self.norm(mixed.transpose(1, 2).flatten(2))))
+
+
 class PassedNorm(nn.LayerNorm):
     """A norm that the layers behind it compute."""
 
@@ -76,6 +105,28 @@ class PassedGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What it gets."""
         return x
+
+
+def use_first_token_alone(model: Any) -> None:
+    """Have the last block compute no more than the class token, if the model's output needs no more of it.
+
+    timm's models that pool otherwise, or whose attention is not one of :class:`TimmFirstTokenAttention`'s, stay.
+    """
+    if isinstance(model, VisionTransformer):
+        become(model.encoder.layers[-1], FirstTokenBlock)
+        model.encoder.layers[-1].self_attention.first_token_only = True
+    elif type(model) in plain_models() and model.global_pool == "token":
+        block = model.blocks[-1]
+        groups, gate = getattr(block.attn, "num_kv_groups", 1), getattr(block.attn, "gate", None)
+        if hasattr(block.attn, "q_norm") and groups == 1 and gate is None:
+            become(block.attn, TimmFirstTokenAttention)
+            block.norm2.register_forward_pre_hook(_first_token)
+            block.register_forward_hook(_first_token)
+
+
+def _first_token(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> Tensor:
+    """Forward hook, before or behind a module: the first token alone."""
+    return (args[0] if output is None else output)[:, :1]
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -82,13 +82,11 @@ def threshold(p: float) -> int:
 def _hashed(rows: Tensor, feature_D: Tensor) -> Tensor:
     """One uniform int32 for each element, [..., D].
 
-    Both inputs are well mixed already, so one multiply-xorshift-multiply round between them is enough for the
-    high bits, which alone decide the comparison. The unmasked arithmetic shift only costs the lost top bit.
+    Both inputs are well mixed, and odd here. The high bits alone decide the comparison: RC6's permutation
+    x (2 x + 1), one pass over memory, has them depend on all bits of the product, and not linearly.
     """
-    x = rows[..., None] ^ feature_D
-    x.mul_(_C1)
-    x.bitwise_xor_(x >> 15)
-    return x.mul_(_C2)
+    x = (rows[..., None] | 1) * (feature_D | 1)
+    return x.addcmul_(x, x, value=2)
 
 
 def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:

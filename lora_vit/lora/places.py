@@ -89,8 +89,9 @@ def _linear(
 
 def _of_timm(name: str, block: Any) -> list[Place]:
     attention, mlp = block.attn, block.mlp
-    if type(attention) not in _timm_classes("attentions") or type(mlp) not in _timm_classes("mlps"):
-        raise ValueError(f"{name} has {type(attention).__name__} and {type(mlp).__name__}: no adapters for these")
+    kind = vars(attention).get("original_class", type(attention))
+    if kind not in _timm_classes("attentions") or type(mlp) not in _timm_classes("mlps"):
+        raise ValueError(f"{name} has {kind.__name__} and {type(mlp).__name__}: no adapters for these")
     gated = getattr(attention, "gate", None) is not None  # it reads the norm as well
     norm1 = f"{name}.norm1" if _is_plain_norm(block.norm1) and not gated else None
     norm2 = f"{name}.norm2" if _is_plain_norm(block.norm2) else None

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
 from lora_vit.config import ConfigError, ModelConfig
-from lora_vit.lora.attention import FirstTokenBlock, become
+from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.backbones import SIZES, timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import PackedHead
@@ -36,8 +36,7 @@ def build_trunk(
         trunk = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim)
     trunk.heads = nn.Sequential()
     use_own_attention(trunk)
-    become(trunk.encoder.layers[-1], FirstTokenBlock)
-    trunk.encoder.layers[-1].self_attention.first_token_only = True
+    use_first_token_alone(trunk)
     return trunk.requires_grad_(False)
 
 
@@ -53,7 +52,7 @@ def trunk_of(m: ModelConfig) -> Any:
 
 
 def timm_trunk(name: str, image_size: int | None) -> Any:
-    """timm's model as :func:`build_trunk` gives torchvision's; all its tokens go through the last block.
+    """timm's model as :func:`build_trunk` gives torchvision's; the last block too, where pooling takes the class token.
 
     Raises:
         ConfigError: as :func:`trunk_of`.
@@ -71,6 +70,7 @@ def timm_trunk(name: str, image_size: int | None) -> Any:
     if height != width or height % patch:
         raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
     use_own_attention(trunk)
+    use_first_token_alone(trunk)
     return trunk.requires_grad_(False)
 
 

@@ -1,19 +1,23 @@
-"""One training step of ViT-B/16: ours against the frozen floor, plain LoRA modules, full fine-tuning, HF + PEFT.
+"""One training step: ours against the frozen floor, plain LoRA modules, full fine-tuning and PEFT.
 
     pip install -e ".[bench]"
     python scripts/bench/step.py --batch 4 --rounds 10
+    python scripts/bench/step.py --model timm:vit_small_patch14_dinov2 --precision bf16
 
-Every contender has the same weights, threads, images and trained tensors (PEFT adapts q, k, v, o and both MLP
-layers of HF's own ViT, where it is right); the frozen logits of all are compared first. The *floor* is our trunk
-without adapters and with the gradient through all blocks: what any adapter method on this trunk has to pay.
+Every contender has the same weights, threads, images and trained tensors (PEFT adapts q, k, v, o and both MLP layers
+of HF's own ViT, or timm's fused qkv and the others, where it is right); the frozen logits are compared first. The
+*floor* is our trunk without adapters and with the gradient through all blocks: what any adapter method on this trunk
+has to pay.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +29,14 @@ from torchvision.models import VisionTransformer
 from lora_vit.build import DTYPES, ModelFactory
 from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
+from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.models.vit import PackedViT
+from lora_vit.lora.inject import remove_adapters
+from lora_vit.models.vit import PackedViT, width_of
 from lora_vit.training.optim import FlatParameters, PackedAdamW
 from lora_vit.training.step import StepState, train_step
 
-CLASSES = 200
+CLASSES, SIZE = 200, 224
 RANK, ALPHA = 8, 32.0
 
 
@@ -146,28 +152,39 @@ def hf_peft(trunk: VisionTransformer, head: nn.Linear) -> tuple[nn.Module, nn.Mo
     return hf, get_peft_model(copy.deepcopy(hf), lora)
 
 
-def contenders(batch: int, precision: str, names: list[str]) -> dict[str, Callable[[], object]]:
-    """Steps by name; the first compares the frozen logits of ours and HF's."""
+def timm_peft(name: str, trunk: nn.Module, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+    """timm's own model with the same weights, and PEFT on its blocks' qkv, proj, fc1 and fc2."""
+    from peft import LoraConfig, get_peft_model
+
+    model = timm_model(name, SIZE, CLASSES)
+    model.load_state_dict({**trunk.state_dict(), **{f"head.{leaf}": t for leaf, t in head.state_dict().items()}})
+    targets = r"blocks\..*\.(qkv|proj|fc1|fc2)"  # not patch_embed.proj
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["head"])
+    return model, get_peft_model(copy.deepcopy(model), lora)
+
+
+def contenders(model_name: str, batch: int, precision: str, names: list[str]) -> dict[str, Callable[[], object]]:
+    """Steps by name; PEFT's first compares its frozen logits with ours."""
+    of_timm = model_name.removeprefix("timm:") if model_name.startswith("timm:") else None
+    kind = [f"model={model_name}"] if of_timm is None else ["model=timm", f"model.name={of_timm}"]
+    kind += [f"model.image_size={SIZE}", "model.weights=null"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[precision]
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+    x = torch.randn(batch, 3, SIZE, SIZE, device=device, dtype=dtype)
     y = torch.randint(CLASSES, (batch,), device=device)
 
     def ours(*overrides: str) -> tuple[PackedViT, TrialConfig]:
-        config = trial(
-            "model.weights=null", f"lora.rank={RANK}" if "lora=full" not in overrides else "seed=0", *overrides
-        )
+        config = trial(*kind, f"lora.rank={RANK}" if "lora=full" not in overrides else "seed=0", *overrides)
         return ModelFactory(config, CLASSES, device, dtype)([config]), config
 
     steps: dict[str, Callable[[], object]] = {}
     for name in names:
         if name == "floor":
             model, config = ours()
-            from lora_vit.lora.inject import remove_adapters
-
             remove_adapters(model.trunk)
-            model.trunk.class_token.requires_grad_()
+            token: Any = model.trunk.class_token if of_timm is None else model.trunk.cls_token
+            token.requires_grad_()
             steps[name] = our_step(model, config, x, y)
         elif name in ("ours", "ours, dropout 0.1", "full fine-tuning"):
             extra = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",)}[name]
@@ -181,18 +198,22 @@ def contenders(batch: int, precision: str, names: list[str]) -> dict[str, Callab
             steps[name] = torch_step(model, lambda im, m=model: _reset(m, im, y)[0], x, y)
         else:
             model, config = ours()
-            head = nn.Linear(768, CLASSES, device=device, dtype=dtype)
-            from lora_vit.lora.inject import remove_adapters
-
+            head = nn.Linear(width_of(model.trunk), CLASSES, device=device, dtype=dtype)
             remove_adapters(model.trunk)
-            hf, peft = hf_peft(model.trunk.float(), head.float())
+            trunk, head = model.trunk.float(), head.float()
+            plain, peft = hf_peft(trunk, head) if of_timm is None else timm_peft(of_timm, trunk, head)
             with torch.no_grad():
                 features = model.trunk(x[:2].float())
-                mine, theirs = head(features), hf.to(device).eval()(x[:2].float()).logits
+                mine, theirs = head(features), _logits(plain.to(device).eval(), x[:2].float())
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
             peft.to(device, dtype)
-            steps[name] = torch_step(peft, lambda im, m=peft: m(im).logits, x, y)
+            steps[name] = torch_step(peft, lambda im, m=peft: _logits(m, im), x, y)
     return steps
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    out = model(images)
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def _reset(model: PackedViT, images: Tensor, y: Tensor) -> Tensor:
@@ -201,37 +222,44 @@ def _reset(model: PackedViT, images: Tensor, y: Tensor) -> Tensor:
     return model(images, [0])
 
 
-NAMES = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "HF ViT + PEFT"]
+NAMES = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "PEFT"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="vit_b_16", metavar="NAME", help="vit_b_16 or timm:NAME")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="the process's own seconds: for one thread on a shared machine"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     register_schema()
-    names = list(dict.fromkeys(["floor", *args.only]))
-    steps = contenders(args.batch, args.precision, names)
+    left_out = () if args.model == "vit_b_16" else ("plain LoRA modules",)  # written for torchvision's block
+    names = [name for name in NAMES if name in ("floor", "ours", *args.only) and name not in left_out]
+    steps = contenders(args.model, args.batch, args.precision, names)
     memory = {name: peak_memory(step) / 2**20 for name, step in steps.items()}
-    seconds = interleaved(steps, args.rounds)
+    seconds = interleaved(steps, args.rounds, clock=time.process_time if args.cpu_seconds else time.perf_counter)
     rows = [
         {
             "contender": name,
             "min s": min(seconds[name]),
             "median s": sorted(seconds[name])[len(seconds[name]) // 2],
             "time / floor": paired_ratio(seconds, name, "floor"),
+            "time / ours": paired_ratio(seconds, name, "ours"),
             "peak MiB over the model": memory[name],
             "memory / floor": memory[name] / memory["floor"],
+            "memory / ours": memory[name] / memory["ours"],
         }
         for name in names
     ]
     facts = {
         **machine(),
-        "model": "vit_b_16",
-        "px": 224,
+        "model": args.model,
+        "px": SIZE,
         "batch": args.batch,
         "rank": RANK,
         "precision": args.precision,

@@ -147,12 +147,15 @@ def test_q_k_and_v_share_one_mask_and_other_inputs_have_others():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
-    """Roundings of activations to bf16 average out over many tokens; a rounded factor, 0.2 % off, would not."""
+    """Roundings of activations to bf16 average out over many tokens; a rounded factor, 0.2 % off, would not.
+
+    Activations and gradients have a mean, or the adapters' gradients would be sums of noise as the roundings are.
+    """
     adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, "kaiming_uniform", 0), names=("fc1",), slots=(0,)).train()
     adapters.lora_A.data, adapters.lora_B.data = (p.data.bfloat16().float() for p in adapters.parameters())
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(B, 10000, I, generator=generator).bfloat16()
-    upstream = torch.randn(B, 10000, O, generator=generator).bfloat16()
+    z = (1 + torch.randn(B, 10000, I, generator=generator)).bfloat16()
+    upstream = (1 + torch.randn(B, 10000, O, generator=generator)).bfloat16()
     zero = torch.zeros(O, I)
 
     def run(dtype):
@@ -161,7 +164,7 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
 
     for low, full in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         ratio = float((low.double() * full.double()).sum() / full.double().square().sum())
-        assert ratio == pytest.approx(1, abs=5e-4)
+        assert ratio == pytest.approx(1, abs=1e-3)
 
 
 def test_a_norm_in_front_follows_the_inputs_dtype():

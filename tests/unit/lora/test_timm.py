@@ -13,10 +13,11 @@ from torch.func import functional_call
 from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
 from lora_vit.config import TARGETS
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
+from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT, cast
+from lora_vit.models.vit import PackedViT, cast, timm_trunk
 
 timm = pytest.importorskip("timm")
 
@@ -59,8 +60,11 @@ def family(request) -> str:
 
 
 def plain(family: str) -> Any:
-    """A small fp64 model of the family with weights that are all away from zero and one."""
-    name, changes, _, _ = FAMILIES[family]
+    return small(*FAMILIES[family][:2])
+
+
+def small(name: str, changes: dict[str, Any]) -> Any:
+    """A small fp64 model with weights that are all away from zero and one."""
     torch.manual_seed(0)
     model = timm.create_model(name, **{**SMALL, **changes})
     generator = torch.Generator().manual_seed(1)
@@ -160,6 +164,99 @@ def test_every_adapter_learns(family):
         assert not dead
         optimizer.step()
     assert not [n for n, t in adapters_of(model).items() if torch.equal(t, start[n])]
+
+
+def tokens_in_last_block(model: Any) -> list[int]:
+    """Of its query, output projection and MLP, and of what it gives; filled by each pass."""
+    seen: list[int] = []
+    block = model.blocks[-1]
+    for module in (block.attn.q_norm, block.attn.proj, block.mlp.fc2, model.norm):
+        module.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[-2]))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"qk_norm": True, "norm_layer": "layernorm", "scale_attn_norm": True}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),
+        ("vit_giant_patch14_dinov2", {"img_size": 28}),
+        ("vit_base_patch16_clip_224", {}),
+        ("vit_base_patch16_rope_224", {}),  # Eva with AttentionRope
+        ("vit_base_patch16_rope_mixed_224", {}),
+        ("vit_base_patch16_sapiens2", {"num_kv_heads": (1, 3)}),
+        ("vit_small_patch16_lingbot", {}),  # Eva with its own attention, registers, rotation of halves
+        ("eva_giant_patch14_clip_224", {"img_size": 28}),
+        ("eva02_base_patch16_clip_224", {}),
+        ("vit_small_patch16_dinov3_qkvb", {"global_pool": "token"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_last_block_of_the_class_token_alone_is_exact(name, changes, dropout):
+    """Against timm's own block, which computes all tokens: frozen, and with the gradients of adapters."""
+    model = small(name, changes)
+    x, frozen = images_for(model), copy.deepcopy(model)
+    use_first_token_alone(frozen)
+    expected = model(x)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+    frozen.load_state_dict(model.state_dict(), strict=True)
+    whole, alone = model, frozen
+    for adapted in (whole, alone):
+        replace_linear_with_lora(adapted, RANK, SCALING * RANK, dropout).double().train()
+        make_nonzero(adapted)
+    seen, everything = tokens_in_last_block(alone), tokens_in_last_block(whole)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # Sapiens2 rotates by drawn frequencies in training
+        logits = alone(x)
+        torch.manual_seed(0)
+        expected = whole(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12 * float(expected.detach().abs().max()))
+    assert seen == [1, 1, 1, 1]
+    assert len(everything) == 4
+    assert min(everything) > 4
+    found, wanted = gradients(alone, logits.square().sum()), gradients(whole, expected.square().sum())
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        # fp64; sums with the zeros of the other tokens, and without
+        torch.testing.assert_close(found[key], gradient, rtol=1e-10, atol=1e-12 * largest)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("vit_base_patch16_sapiens2", {"num_kv_heads": (3, 1)}), ("beit_base_patch16_224", {"global_pool": "token"})],
+)
+def test_a_last_block_with_another_attention_stays(name, changes):
+    model = small(name, changes)
+    expected = model(images_for(model))
+    use_first_token_alone(model)
+    assert torch.equal(model(images_for(model)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens"),
+    [
+        ("vit_tiny_patch16_224", 32, 1),
+        ("vit_small_patch14_reg4_dinov2", 28, 1),
+        ("vit_base_patch16_rope_224", 32, 1),
+        ("eva02_base_patch16_clip_224", 32, 1),
+        ("vit_base_patch16_siglip_224", 32, 4),  # attention pooling
+        ("vit_base_patch16_siglip_gap_224", 32, 4),  # average
+        ("vit_small_patch16_dinov3_qkvb", 32, 9),
+        ("beit_base_patch16_224", 32, 5),
+        ("deit_tiny_distilled_patch16_224", 32, 6),  # a head on the second token
+    ],
+)
+def test_a_trunk_computes_in_its_last_block_what_its_pooling_takes(name, size, tokens):
+    with torch.device("meta"):
+        trunk = timm_trunk(name, size)
+        seen: list[int] = []
+        trunk.blocks[-1].mlp.fc2.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+        assert trunk(torch.empty(2, 3, size, size)).shape == (2, trunk.num_features)
+    assert seen == [tokens]
 
 
 SPECS = [
