@@ -63,7 +63,7 @@ class NameSweep(Callback):
         values = {o.get_key_element(): o for o in overrides}  # the command line replaces a preset's values
         swept = [key for key, o in values.items() if o.is_sweep_override()]
         if config.sweep.margin is not None and "seed" in swept:
-            raise SystemExit("error: a race (sweep.margin) chooses its seeds itself: give seed one value, its first")
+            raise SystemExit("error: a race (sweep.margin) chooses its seeds itself: give its first one, seed=0")
         config.hydra.callbacks.name_sweep.swept = swept
         also = config.hydra.overrides.hydra  # the trials' configs are composed anew
         also.append(f"hydra.callbacks.name_sweep.swept=[{','.join(swept)}]")
