@@ -168,7 +168,7 @@ def run_race(y: np.ndarray, rules: Rules, resolution: float, workers: int = 1) -
     none = np.zeros(y.shape, dtype=bool)
     if workers == 1:
         race = decide(y, none, rules, resolution)
-        return race, sum(race.exits[i].seeds if i in race.exits else race.seeds for i in range(len(y)))
+        return race, race.trials
     seen = np.full(y.shape, np.nan)
     while not (race := decide(seen, none, rules, resolution)).ended:
         for trial in wanted(race, seen, none, rules, workers)[:workers]:

@@ -144,7 +144,7 @@ def race(summary: Summary) -> Figure | None:
     figure, axes = _axes(8.0, 4.6)
     for k, i in enumerate(order):
         out = raced.race.exits.get(i)
-        n = out.seeds if out is not None else raced.race.seeds
+        n = raced.race.seeds_of(i)
         values = raced.y[i, :n]
         means = 100 * np.cumsum(values) / np.arange(1, n + 1)
         named = k < MOST_LINES

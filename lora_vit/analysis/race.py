@@ -82,6 +82,15 @@ class Race:
     ended: bool = False
     bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [m, m] of boundary()
 
+    def seeds_of(self, cell: int) -> int:
+        """Seeds of the cell that count: until it left, or as many as were decided."""
+        return self.exits[cell].seeds if cell in self.exits else self.seeds
+
+    @property
+    def trials(self) -> int:
+        """Trials that decided the race so far."""
+        return sum(map(self.seeds_of, range(len(self.means))))
+
     def expected(self, rules: Rules) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
         if self.ended or not self.seeds:
@@ -187,6 +196,5 @@ def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
     rng, counts = np.random.default_rng(0), []
     for _ in range(draws):
         y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, rules.most_seeds))
-        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
-        counts.append(sum(e.seeds for e in race.exits.values()) + len(race.survivors) * race.seeds)
+        counts.append(decide(y, np.zeros(y.shape, dtype=bool), rules).trials)
     return int(np.median(counts))

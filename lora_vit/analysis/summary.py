@@ -60,8 +60,9 @@ class Raced:
     @property
     def seeds_of(self) -> dict[str, int]:
         """How many of its seeds count, for each cell: until it left or the race ended, else as many as may come."""
-        last = self.race.seeds if self.race.ended else self.rules.most_seeds
-        return {cell: self.race.exits[i].seeds if i in self.race.exits else last for i, cell in enumerate(self.cells)}
+        going_on = () if self.race.ended else self.race.survivors
+        return {cell: self.rules.most_seeds if i in going_on else self.race.seeds_of(i)
+                for i, cell in enumerate(self.cells)}  # fmt: skip
 
     @property
     def trials(self) -> int:

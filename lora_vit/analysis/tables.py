@@ -179,7 +179,7 @@ def by_race(cells: pd.DataFrame, values: pd.DataFrame, raced: Raced) -> pd.DataF
             out = race.exits.get(i)
             mark = ("selected" if i == race.selected else "left") if out is None else "out"
             frame.loc[cell, "mark"] = "failed" if out is not None and out.behind is None else mark
-            frame.loc[cell, "seeds_raced"] = out.seeds if out is not None else race.seeds
+            frame.loc[cell, "seeds_raced"] = race.seeds_of(i)
     rank = frame["mark"].map({"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4})
     frame = frame.assign(rank=rank, seeds=-frame["seeds_raced"], score=-frame["mean"])
     frame = frame.sort_values(["rank", "seeds", "score"], kind="stable").drop(columns=["rank", "seeds", "score"])

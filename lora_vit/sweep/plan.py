@@ -40,6 +40,16 @@ class Job:
     def __post_init__(self) -> None:
         self.trial_id, self.cell_id = ids(self.config)
 
+    @property
+    def cell_label(self) -> str:
+        """The swept settings of its cell, short."""
+        return " ".join(without_seed(self.label.split())) or self.trial_id
+
+    def with_seed(self, seed: int) -> Job:
+        """The cell's trial with another seed (its settings do not depend on it: :func:`refuse_seed_dependent`)."""
+        overrides, label = ([*without_seed(lines), f"seed={seed}"] for lines in (self.overrides, self.label.split()))
+        return Job(replace(self.config, seed=seed), overrides, " ".join(label))
+
     def idle(self) -> list[str]:
         """The overrides that have no effect: ``lora.rank`` of a baseline."""
         given = self.overrides if self.config.lora.method != "lora" else []
@@ -189,6 +199,11 @@ def refuse_seed_dependent(jobs: Sequence[Job], others: Sequence[Job]) -> None:
         if wrong := [key for key in ours if key != "seed" and ours[key] != theirs[key]]:
             raise ConfigError(f"{wrong[0]} depends on the seed: a race compares cells over its seeds, so give every "
                               "setting but seed a value of its own")  # fmt: skip
+
+
+def without_seed(overrides: Sequence[str]) -> list[str]:
+    """The overrides, or the words of a label, that are the cell's."""
+    return [line for line in overrides if key_of(line) != "seed"]
 
 
 def key_of(override: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 from rich.console import Console
 
 from lora_vit.analysis.race import Race, Rules, decide, typical_trials, wanted
 from lora_vit.records import State
-from lora_vit.sweep.plan import Job, SweepRun, key_of
+from lora_vit.sweep.plan import Job, SweepRun, without_seed
 from lora_vit.terminal import print_table
 
 
@@ -28,9 +27,9 @@ class SweepRace:
         self.run, options = run, run.options
         self.first = run.jobs[0].config.seed
         asked, images = {job.cell_id: job for job in run.jobs}, {job.config.data.content for job in run.jobs}
-        settings = [self._settings(job) for job in run.jobs]
+        settings = [set(without_seed(job.overrides)) for job in run.jobs]
         for job in joined:  # not what has become another cell, whose weights or images have changed
-            if job.config.data.content in images and self._settings(job) not in settings:
+            if job.config.data.content in images and set(without_seed(job.overrides)) not in settings:
                 asked.setdefault(job.cell_id, job)
         self.cells = [asked[cell] for cell in sorted(asked)]
         self.plan = {"margin": options.margin, "first_seeds": options.first_seeds, "most_seeds": options.most_seeds,
@@ -40,19 +39,10 @@ class SweepRace:
         self.states: dict[tuple[int, int], State] = {}
         self.race = Race(np.zeros(0), np.zeros(0), [])
 
-    @staticmethod
-    def _settings(job: Job) -> set[str]:
-        return {line for line in job.overrides if key_of(line) != "seed"}
-
     def job(self, cell: int, number: int) -> Job:
         """The cell's trial with the race's ``number``-th seed."""
         if (cell, number) not in self.jobs:
-            job, seed = self.cells[cell], self.first + number
-            words = [word for word in job.label.split() if not word.startswith("seed=")]
-            overrides = [line for line in job.overrides if key_of(line) != "seed"]
-            self.jobs[cell, number] = Job(
-                replace(job.config, seed=seed), [*overrides, f"seed={seed}"], " ".join([*words, f"seed={seed}"])
-            )
+            self.jobs[cell, number] = self.cells[cell].with_seed(self.first + number)
         return self.jobs[cell, number]
 
     def look(self, workers: int) -> list[Job]:
@@ -86,11 +76,6 @@ class SweepRace:
         places = [place for place, state in self.states.items() if state.status != "completed"]
         return [job.trial_id for cell, number in places for job in (self.jobs[cell, number], self.jobs[cell, 0])]
 
-    def name(self, cell: int) -> str:
-        """The cell's settings, short."""
-        job = self.cells[cell]
-        return " ".join(w for w in job.label.split() if not w.startswith("seed=")) or job.trial_id
-
     def standing(self) -> str:
         """Where the race stands, in a line."""
         race, trials, k = self.race, len(self.states), len(self.cells)
@@ -99,7 +84,7 @@ class SweepRace:
         if not race.ended:
             return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
                     f"far, about {race.expected(self.rules)} more if the means stay")  # fmt: skip
-        end = f"{self.name(race.selected)} is selected" if race.selected is not None else "not resolved"
+        end = f"{self.cells[race.selected].cell_label} is selected" if race.selected is not None else "not resolved"
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
     def show(self, console: Console, most: int) -> None:
@@ -113,10 +98,10 @@ class SweepRace:
             elif exit.behind is None:
                 state = f"out: failed at seed {self.first + exit.seeds - 1}"
             else:
-                state = f"out after {exit.seeds} seeds: behind {self.name(exit.behind)}"
-            order = (exit is not None, -exit.seeds if exit else 0, -mean if np.isfinite(mean) else 0.0)
+                state = f"out after {exit.seeds} seeds: behind {self.cells[exit.behind].cell_label}"
+            order = (exit is not None, -race.seeds_of(i), -mean if np.isfinite(mean) else 0.0)
             text = f"{100 * mean:.2f}" if np.isfinite(mean) else "-"
-            rows.append((order, (self.name(i), text, str(exit.seeds if exit else race.seeds), room, state)))
+            rows.append((order, (self.cells[i].cell_label, text, str(race.seeds_of(i)), room, state)))
         rows.sort(key=lambda row: row[0])
         header = ("cell", "mean val accuracy", "seeds", "may fall by", "")
         print_table(console, self.standing(), header, [row for _, row in rows], most)

@@ -220,9 +220,8 @@ def print_cells(console: Console, jobs: Sequence[Job], accuracies: dict[str, Any
         values = [accuracies[job.trial_id] for job in members if job.trial_id in accuracies]
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-            name = " ".join(word for word in members[0].label.split() if not word.startswith("seed="))
             seeds = f"{len(values)}/{len(members)}"
-            rows.append((statistics.fmean(values), name or members[0].trial_id, spread, seeds))
+            rows.append((statistics.fmean(values), members[0].cell_label, spread, seeds))
     rows.sort(key=lambda row: -row[0])
     lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
     header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")

@@ -22,7 +22,7 @@ from lora_vit.compose import (
 )
 from lora_vit.config import ConfigError
 from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import SweepRun, key_of, refuse_seed_dependent, this_command
+from lora_vit.sweep.plan import SweepRun, refuse_seed_dependent, this_command, without_seed
 
 # Options of lora_vit.compose: what Hydra's launchers pickle must load in a Python that lacks this folder.
 for group, name, node in (
@@ -56,7 +56,7 @@ class PackedLauncher(BasicLauncher):
         jobs = compose_all(self.hydra_context.config_loader, self.config, job_overrides)
         if options.margin is not None:
             seed = f"seed={jobs[0].config.seed + 1}"
-            again = [[*(line for line in lines if key_of(line) != "seed"), seed] for lines in job_overrides]
+            again = [[*without_seed(lines), seed] for lines in job_overrides]
             refuse_seed_dependent(jobs, compose_all(self.hydra_context.config_loader, self.config, again))
         folder = Path(str(self.config.hydra.sweep.dir))
         hydra_cfg = OmegaConf.masked_copy(self.config, ["hydra"])
