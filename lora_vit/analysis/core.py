@@ -66,16 +66,14 @@ def summarize(
         raise SummaryError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     loaded = load_trials(listed)
     trials = select(loaded.trials, where) if where else loaded.trials
-    race = None
-    if len(loaded.races) == len(listed) == 1 and not where and by.name == "val_accuracy":
-        race = loaded.races[0]
-    elif loaded.races:
-        trials = _first_seeds(trials, loaded)
+    race = loaded.races[0] if len(loaded.races) == len(listed) == 1 and not where and by == tables.RACED_BY else None
+    if loaded.races and race is None:
+        trials = _first_seeds_alone(trials, loaded)
     checks.refuse(trials)
     settings = tables.varying(trials)
     trials = trials.assign(label=tables.labels(trials, settings))
     done = _done(trials, by, loaded.problems)
-    first = done if race is None else done[done["seed"] < race["seed"] + race["first_seeds"]]
+    first = done if race is None else _first_seeds(done, race)
     images = done["data.val"].dropna()
     resolution = 1 / float(images.min()) if by.accuracy and len(images) and images.min() > 0 else 0.0
     of_first = tables.matrix(first, by).reindex(sorted(done["cell"].unique()))
@@ -100,7 +98,7 @@ def summarize(
         learning_rates=pd.DataFrame() if raced else tables.learning_rates(cells, settings, by),
         pivot=None if pivot is None else tables.pivot(cells, trials, pivot),
         design=_design(result, by),
-        chosen=_chosen(tables.best_cell(cells), done[[raced is None or raced.selected is not None] * len(done)]),
+        chosen=_chosen(tables.best_cell(cells), done if raced is None or raced.selected else done[:0]),
         environment=checks.environment(done),
         pair=None if compare_trials is None else _pair(trials, compare_trials, loaded.problems),
         problems=loaded.problems,
@@ -113,16 +111,19 @@ def summarize(
     return summary
 
 
-def _first_seeds(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
-    """The trials that a race's results did not ask for. Raises SummaryError where they are not known."""
-    rules = {(race["seed"], race["first_seeds"]) for race in loaded.races}
-    if len(rules) > 1:
+def _first_seeds(trials: pd.DataFrame, race: dict[str, Any]) -> pd.DataFrame:
+    """The trials that the race's results did not ask for."""
+    return trials[trials["seed"] < race["seed"] + race["first_seeds"]]
+
+
+def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
+    """What of races can be compared like fixed sweeps. Raises SummaryError where they began differently."""
+    race = loaded.races[0]
+    if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in loaded.races):
         raise SummaryError("these races began with different seeds: summarize one folder at a time")
-    ((first, count),) = rules
-    loaded.problems.append(
-        f"a race: only the first {count} seeds are compared here, later ones were trained where results asked for them"
-    )
-    return trials[trials["seed"] < first + count]
+    loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds are compared here, later ones were "
+                           "trained where results asked for them")  # fmt: skip
+    return _first_seeds(trials, race)
 
 
 def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float, sd: float) -> Raced:

@@ -32,6 +32,10 @@ COMPARABLE = {
 }
 
 
+RACED_BY = COMPARABLE["val_accuracy"]
+"""What decides a race."""
+
+
 def metric(name: str) -> Metric:
     """The metric of that name. Raises SummaryError; test metrics are refused with their reason."""
     if name in COMPARABLE:

@@ -67,7 +67,8 @@ def run_sweep(asked: SweepRun, engine: Engine | None = None) -> dict[str, float 
         from lora_vit.sweep.race import SweepRace  # imports scipy
 
         raced = (plan["race"] or {}).get("cells", ())
-        race = SweepRace(run, ledger.jobs(plan, [name for name, t in plan["trials"].items() if t["cell"] in raced]))
+        one_each = {trial["cell"]: name for name, trial in plan["trials"].items() if trial["cell"] in raced}
+        race = SweepRace(run, ledger.jobs(plan, one_each.values()))
         workers = number_of_workers(race.cells, options, engine)
         run = replace(run, jobs=tuple(race.look(workers)))
     if options.dry_run:
@@ -96,18 +97,16 @@ def _run_race(run: SweepRun, race: SweepRace, workers: int, engine: Engine | Non
 
 def train(run: SweepRun, engine: Engine | None) -> dict[str, str] | None:
     """Train what is open of the run's trials; why trials left where no record says it, None where nobody waits."""
-    states = {job.trial_id: run.state_of(job) for job in run.jobs}
-    ended = {job.trial_id for job in run.jobs if run.is_ended(job, states[job.trial_id])}
-    todo = tuple(job for job in run.jobs if job.trial_id not in ended)
-    asked = replace(run, jobs=todo, workers=number_of_workers(todo or run.jobs, run.options, engine))
-    prepare([job.config for job in todo])
+    states, asked = _open_part(run, engine)
+    prepare([job.config for job in asked.jobs])
     Ledger(run.folder).add(run.jobs, this_command())
+    todo = {job.trial_id for job in asked.jobs}
     asked = begin(asked) if todo else asked
     counts = Counter(state.status for state in states.values())
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
     print(f"sweep {run.folder}: {len(run.jobs)} trials" + (f" ({finished})" if finished else ""))
     view = View(run.jobs)
-    for trial_id in ended:
+    for trial_id in states.keys() - todo:
         view.emit("ended", id=trial_id, state=states[trial_id])
     if not train_open(asked, view, engine):
         return None
@@ -115,16 +114,22 @@ def train(run: SweepRun, engine: Engine | None) -> dict[str, str] | None:
     return {row.job.trial_id: row.message for row in view.rows.values()}
 
 
-def _dry_run(run: SweepRun, race: SweepRace | None, engine: Engine | None) -> None:
+def _open_part(run: SweepRun, engine: Engine | None) -> tuple[dict[str, State], SweepRun]:
+    """Where each trial stands, and the run of those that are open, with its number of workers."""
     states = {job.trial_id: run.state_of(job) for job in run.jobs}
     todo = tuple(job for job in run.jobs if not run.is_ended(job, states[job.trial_id]))
+    return states, replace(run, jobs=todo, workers=number_of_workers(todo or run.jobs, run.options, engine))
+
+
+def _dry_run(run: SweepRun, race: SweepRace | None, engine: Engine | None) -> None:
+    states, asked = _open_part(run, engine)
     if run.options.measure:
-        prepare([job.config for job in todo])
+        prepare([job.config for job in asked.jobs])
     if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in run.jobs):
         print("note: the images have not been read yet, so all trials count as open")
     if race is not None:
         print(race.sizes() + "; the trials that it wants now:")
-    print_plan(replace(run, jobs=todo, workers=number_of_workers(todo or run.jobs, run.options, engine)), states)
+    print_plan(asked, states)
 
 
 def _tell_changed(jobs: Sequence[Job], planned: dict[str, Any]) -> None:
