@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -358,14 +358,18 @@ def _refusal(refused: dict[str, list[str]], total: int) -> str:
     return "\n".join(lines)
 
 
-def hydra_keys() -> list[str]:
-    """Hydra's dotted keys and its groups, for suggestions."""
+def _hydras_nodes() -> dict[str, Any]:
+    """Hydra's dotted keys, those of our launchers among them, each with its default."""
 
-    def below(prefix: str, value: Any) -> list[str]:
-        inner = [key for k, v in value.items() for key in below(f"{prefix}.{k}", v)] if isinstance(value, dict) else []
-        return [prefix, *inner]
+    def below(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        yield prefix, value
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            yield from below(f"{prefix}.{key}", inner)
 
-    return ["hydra/launcher", "hydra/sweeper", *below("hydra", OmegaConf.to_container(OmegaConf.structured(HydraConf)))]
+    confs = (("hydra", HydraConf), ("hydra.launcher", PackedSlurmConf), ("hydra.launcher", PackedRayConf))
+    return dict(
+        node for prefix, conf in confs for node in below(prefix, OmegaConf.to_container(OmegaConf.structured(conf)))
+    )
 
 
 def explain(error: BaseException) -> str:
@@ -387,7 +391,11 @@ def explain(error: BaseException) -> str:
             if key.startswith("hydra.sweeper.params"):
                 return f"{key} has to be added: +{key}=..., or give what is swept itself, as lora.rank=1,2"
             if key.startswith("hydra"):
-                return f"unknown key '{key}'{nearest(key, hydra_keys()) or ' (see --cfg hydra)'}"
+                nodes = _hydras_nodes()
+                if empty := [free for free in (key, key.rpartition(".")[0]) if nodes.get(free) == {}]:
+                    return f"{empty[0]} has no keys yet, and one is added with a plus: +{empty[0]}.KEY=VALUE"
+                known = ["hydra/launcher", "hydra/sweeper", *nodes]
+                return f"unknown key '{key}'{nearest(key, known) or ' (see --cfg hydra)'}"
             return f"unknown key '{key}'{nearest(key, known_keys()) or ' (see --help)'}"
         if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
             return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"

@@ -44,6 +44,9 @@ class Process:
 
 def join_process_group() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
+    # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
+    import torch.distributed.nn.functional
+
     process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
     backend = "gloo"
     if torch.cuda.is_available() and process.local_rank < torch.cuda.device_count():

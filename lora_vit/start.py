@@ -19,7 +19,8 @@ LOSE_EXCEPTIONS = ("_frozen_importlib", "importlib", "hydra", "omegaconf", "antl
 
 def begin_command() -> None:
     """For ``python -m lora_vit...``: end in one line on Ctrl-C, and where the package is not installed."""
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # so a shell tells what is started behind &
+        signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = _one_line_interrupt
     if find_spec("lora_vit.conf") is None:
         clone = Path(__file__).resolve().parent.parent

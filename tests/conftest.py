@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers share the cores, also their commands
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+for told_to_ignore in (signal.SIGINT, signal.SIGHUP):  # behind `&` or nohup; the commands under test would inherit it
+    if signal.getsignal(told_to_ignore) is signal.SIG_IGN:
+        signal.signal(told_to_ignore, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,9 @@ class Engine(Protocol):
     def stop(self) -> None:
         """Ask all workers to save and to end."""
 
+    def withdraw(self) -> None:
+        """Take back the workers whose turn has not come: nothing is left for them. Those that run end by themselves."""
+
 
 def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool:
     """Have workers train until every trial has ended, or until none of the rest can be; whether all have ended.
@@ -66,6 +69,7 @@ def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool
             if not run.options.wait:
                 return False
         time.sleep(LOOK_EVERY)
+    engine.withdraw()
     return True
 
 

@@ -21,6 +21,7 @@ def _worker(folder: str, name: str) -> int:
     """What a task runs; its output goes into a file of the folder."""
     from lora_vit.sweep.worker import work_alone
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's way to cancel; a command behind & has it ignored
     logs = Path(folder) / ".ray"
     logs.mkdir(exist_ok=True)
     path = logs / f"{platform.node()}-{os.getpid()}.log"
@@ -102,6 +103,9 @@ class Ray:
         """Ray interrupts the tasks, which save."""
         for task in self._running():
             ray.cancel(task)
+
+    def withdraw(self) -> None:
+        """Tasks end with the command, whether their turn has come or not."""
 
     def _running(self) -> list[Any]:
         tasks = list(self.tasks)

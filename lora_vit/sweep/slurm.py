@@ -112,7 +112,14 @@ class Slurm:
         """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""
         subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)
 
-    def _queue(self) -> set[str]:
-        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
+    def withdraw(self) -> None:
+        """Those of every command for this folder: they could wait for days, and then start for nothing."""
+        waiting = self._queue("--states=PENDING")
+        self._told |= waiting
+        if waiting:
+            subprocess.run(["scancel", *waiting], check=False)
+
+    def _queue(self, *options: str) -> set[str]:
+        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return set(done.stdout.split()) if done.returncode == 0 else {job.job_id for job in self.jobs}  # Slurm is away

@@ -64,6 +64,11 @@ def test_each_process_takes_its_own_device(local_rank, devices, backend, chosen,
     assert devices_set == chosen
 
 
+def threads() -> list[str]:
+    """Names of this process's threads, also of those that are not Python's (where the system shows them)."""
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+
+
 def _two(rank: int, ports: list[int], folder: str) -> None:
     """A spawned process: what it is told, then joining and leaving again and again."""
     torch.set_num_threads(1)
@@ -80,11 +85,14 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
             seen["summed"], seen["counts"] = summed, distributed.sum_over_processes_(counts)
             seen["from main"] = distributed.from_main(FROM_MAIN if rank == 0 else "not this")
             seen["none"] = distributed.from_main(None if rank == 0 else "not this")
+            import torchvision  # noqa: F401  (as every command does)
+
             torch.save(seen, Path(folder) / f"{rank}.pt")
         distributed.sum_over_processes_(torch.ones(5))
         distributed.from_main(rank)
         distributed.leave_process_group()
         assert not dist.is_initialized()
+        assert [name for name in threads() if "gloo" in name] == [], "one that lives when Python ends may abort it"
 
 
 @pytest.mark.distributed

@@ -21,7 +21,9 @@ PACKED_RAY = ("-m", "hydra/launcher=packed_ray", "sweep.name=s", "sweep.pack_siz
 
 
 CLUSTER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script, behind &; Ray's workers inherit it
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=1)

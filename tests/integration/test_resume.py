@@ -56,8 +56,6 @@ def test_killed_at_several_points_and_finished_by_the_same_command(uninterrupted
     [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
 )
 def test_asked_to_stop(signum, code, uninterrupted, tmp_path):
-    if signal.getsignal(signum) is signal.SIG_IGN:
-        pytest.skip("these tests were told to ignore the signal, and so is what they start (nohup)")
     process = start_long(tmp_path)
     wait_for_rows(process, tmp_path / "run", 10)
     process.send_signal(signum)

@@ -51,6 +51,12 @@ CASES = [
     (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is no whole number", "seed=0,1"]),
     (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is no whole number", "seed=x is no whole number"]),
     (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep.dir", "did you mean 'hydra.sweep.dir'"]),
+    (["hydra.job.env_set={A: 1}", "seed=0,1"], ["with a plus: +hydra.job.env_set.KEY=VALUE"]),
+    (["hydra/launcher=packed_slurm", "hydra.launcher.partiton=x", "seed=0,1"], ["'hydra.launcher.partition'?"]),
+    (
+        ["hydra/launcher=packed_slurm", "hydra.launcher.additional_parameters.x=1", "seed=0,1"],
+        ["hydra.launcher.additional_parameters has no keys yet"],
+    ),
     (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
 ]
 

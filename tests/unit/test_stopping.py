@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 
 import pytest
 
+from lora_vit.start import begin_command, interrupt
 from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
 
 
@@ -87,6 +89,19 @@ def test_what_is_ignored_stays_ignored(signum):
         signal.raise_signal(other)
         assert stop.signum == other
     assert signal.getsignal(signum) is signal.SIG_IGN
+
+
+def test_a_command_behind_an_ampersand_ignores_ctrl_c():
+    """So a shell tells it, for Ctrl-C is then meant for the script that has started it."""
+    hook = sys.excepthook
+    try:
+        begin_command()
+        assert signal.getsignal(signal.SIGINT) is interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        begin_command()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        sys.excepthook = hook
 
 
 @pytest.mark.parametrize("first", SIGNALS)
