@@ -201,6 +201,8 @@ def _find_from_anywhere(trial: TrialConfig) -> None:
         trial.model.weights = to_absolute_path(str(Path(str(trial.model.weights)).expanduser()))
     if trial.data.root is not None:
         trial.data.root = to_absolute_path(str(Path(trial.data.root).expanduser()))
+    if not trial.data.cache_dir.startswith("~"):  # each machine's own home
+        trial.data.cache_dir = to_absolute_path(trial.data.cache_dir)
 
 
 def drop_idle(values: dict[str, Any]) -> list[str]:

@@ -120,3 +120,5 @@ def test_it_is_found_lazily_and_composes_what_the_command_does():
     ranks = [*SMALL, "lora.rank=3"]
     assert trial_id(api.compose(ranks)) == trial_id(trial_config("lora.rank=3"))
     assert api.compose([*ranks, "data.root=2024_11"]).data.root == str(Path("2024_11").absolute())
+    for given, is_kept in {"cache": str(Path("cache").absolute()), "~/cache": "~/cache", "/cache": "/cache"}.items():
+        assert api.compose([*ranks, f"data.cache_dir={given}"]).data.cache_dir == is_kept
