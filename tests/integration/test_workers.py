@@ -110,6 +110,7 @@ class Processes:
         self.outlives_us, self.arguments = outlives_us, arguments
         self.workers: list[subprocess.Popen[str]] = []
         self.started: list[int] = []
+        self.withdrawn = False
 
     def number_of_workers(self, asked: str) -> int:
         return int(asked)
@@ -125,6 +126,9 @@ class Processes:
     def stop(self) -> None:
         for worker in self.workers:
             worker.terminate()
+
+    def withdraw(self) -> None:
+        self.withdrawn = True
 
 
 @pytest.fixture
@@ -150,6 +154,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
     with StopRequest() as stop:
         assert run_on(engine, run, view, stop)
     assert statuses(run) == ["completed"] * 4
+    assert engine.withdrawn
     assert engine.started[0] == 2
     assert sum(engine.started) <= 4
     assert view.ended() == 4
