@@ -26,6 +26,8 @@ _OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
 """What tells a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
+_SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders that file systems and file servers make, some with thumbnails of the images."""
 _UNSETTLED = 2_000_000_000
 """Nanoseconds for which a file that was just changed may change again without its time showing it."""
 _STAT = struct.Struct("=qqqQ")
@@ -79,6 +81,8 @@ def _entries(root: Path, place: str, cache_dir: Path, passed: PassedOver) -> Ite
         name = os.path.join(place, entry.name)
         if entry.name.startswith("."):
             passed.add("hidden", name)
+        elif entry.name in _SYSTEM:
+            passed.add("of the file system", name)
         elif entry.is_dir():
             if is_own(entry.path, cache_dir):
                 passed.add("of lora_vit's own", name)
