@@ -27,12 +27,12 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
-    for place in classes if folders["train"] == "." else ():
-        lower = folders_in(top / place, cache, PassedOver())
-        parts_in = [f"{place}/{name}" for name in lower if any(name.lower() in called for called in _NAMES.values())]
-        if parts_in or (lower and _LIKE_A_PART.search(place)):
+    for name in classes if folders["train"] == "." else ():
+        lower = folders_in(top / name, cache, PassedOver())
+        parts_in = [f"{name}/{low}" for low in lower if any(low.lower() in called for called in _NAMES.values())]
+        if parts_in or (lower and _LIKE_A_PART.search(name)):
             raise DataError(
-                f"{shown(top / [place, *parts_in][-1])} looks like a split, not a class: name the splits train/, val/ "
+                f"{shown(top / [name, *parts_in][-1])} looks like a split, not a class: name the splits train/, val/ "
                 "and test/, at the top of data.root, with the classes in each"
             )
     parts: Parts = {}
@@ -70,7 +70,7 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
     if not found:
         return {"train": "."}
     if "train" not in found:
-        raise DataError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename a class of that name")
+        raise DataError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
     for name in folders_in(top, cache, passed):
         if name not in found.values():
             passed.add("folders beside train/", name)

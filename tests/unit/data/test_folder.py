@@ -226,7 +226,10 @@ def test_parts_in_capitals(parts, tmp_path):
     for part in ("train", "val", "test"):
         (parts / part).rename(parts / part.capitalize())
     data = load(tmp_path)
-    assert (data.class_names, {k: len(v) for k, v in data.splits.items()}) == (names, {"train": 10, "val": 4, "test": 6})
+    assert (data.class_names, {k: len(v) for k, v in data.splits.items()}) == (
+        names,
+        {"train": 10, "val": 4, "test": 6},
+    )
 
 
 @pytest.mark.parametrize(
