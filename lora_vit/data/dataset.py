@@ -158,7 +158,13 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
         else:
             assert config.root is not None
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
-            _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
+            try:
+                _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
+            except OSError as error:
+                where = shown(error.filename or root)
+                raise DataError(
+                    f"{where} cannot be read ({error.strerror or error}): mend its permissions or links"
+                ) from None
     return _FOUND[key]
 
 

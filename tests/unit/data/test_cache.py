@@ -129,6 +129,24 @@ def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
     np.testing.assert_array_equal(decoded(root, names, None, folder_of(tmp_path), True), whole)
 
 
+@pytest.mark.parametrize("harm", ["header", "range gone", "range cut", "range of another kind"])
+def test_a_cache_of_deep_images_that_is_damaged_in_part_is_made_anew(harm, tmp_path):
+    """Without its range the images would pass for 8-bit ones, and predict would refuse their like."""
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "a.png")
+    place = tmp_path / "cache"
+    digests = digests_of(tmp_path, ["a.png"], place, True)
+    for _ in range(2):
+        images, value_range = cache.decoded(tmp_path, ["a.png"], digests, None, place, True)
+        assert (images[0, 0].tolist(), value_range) == ([[0, 255]], (0.0, 4095.0))
+        (array,), (beside,) = place.glob("*.npy"), place.glob("*.json")
+        if harm == "header":
+            array.write_bytes(array.read_bytes().replace(b"False", b"Fals{"))
+        elif harm == "range gone":
+            beside.unlink()
+        else:
+            beside.write_text("[1.0" if harm == "range cut" else "{}")
+
+
 def test_a_file_in_the_place_of_the_cache_is_not_taken_for_it(pictures, tmp_path):
     root, names = pictures
     whole = np.array(decoded(root, names, None, folder_of(tmp_path), True))
@@ -350,9 +368,20 @@ def test_a_file_that_changes_between_reading_and_decoding(pictures, tmp_path):
     root, names = pictures
     digests = digests_of(root, names, tmp_path / "cache", True)
     (root / names[3]).write_bytes((root / names[4]).read_bytes())
-    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment\)"):
+    with pytest.raises(
+        DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment: start again"
+    ):
         cache.decoded(root, names, digests, None, tmp_path / "cache", True)
     assert left_in(tmp_path) == set()
+
+
+def test_a_file_that_is_gone_when_it_is_decoded_is_named(pictures, tmp_path):
+    """It is not the cache's fault."""
+    root, names = pictures
+    digests = digests_of(root, names, tmp_path / "cache", True)
+    (root / names[3]).unlink()
+    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(.*No such file"):
+        cache.decoded(root, names, digests, None, tmp_path / "cache", True)
 
 
 def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):

@@ -253,6 +253,20 @@ def test_a_file_changed_a_moment_ago_is_read_again(pets, trial, monkeypatch):
     assert len(read) == 40
 
 
+def test_a_folder_that_may_not_be_read_is_told_as_such(pets, trial, monkeypatch):
+    """Not as an output folder that cannot be written, which is what an OSError means in training."""
+    listed = os.scandir
+
+    def forbidden(path):
+        if Path(path) == pets:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listed(path)
+
+    monkeypatch.setattr(files.os, "scandir", forbidden)
+    with pytest.raises(DataError, match=rf"^{pets}/? cannot be read \(Permission denied\): mend its permissions"):
+        trial(pets)
+
+
 def test_files_are_listed_once_for_many_trials(pets, trial, monkeypatch):
     listed = []
     whole = files.images_below
