@@ -169,7 +169,7 @@ def found_in(
         return decoded(root, names, digests, size, cache_dir, quiet)
 
     content = content_of(class_names, labels, ids, digests)
-    return Found(labels, class_names, ids, content, decode_all, passed.lines())
+    return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
 def _open(path: Path, count: int) -> Decoded | None:

@@ -260,6 +260,8 @@ def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOve
             f"{annotations} names {len(named)} images of the classes of wnids.txt, of which {images} lacks "
             f"{len(missing)}: extract the archive anew"
         )
+    for name in sorted(set(there) - {name for name, _ in named}):
+        passed.add(f"of val/images without a class in {annotations.name}", name)
     return named
 
 

@@ -267,6 +267,20 @@ def test_a_folder_that_may_not_be_read_is_told_as_such(pets, trial, monkeypatch)
         trial(pets)
 
 
+def test_images_that_are_in_train_too_are_counted(pets, trial):
+    """A copy of the training folder as val/ would pass for an honest accuracy; so would copies within a class."""
+    assert "in train too" not in loaded(trial(pets)).line(8)
+    (pets / "train").mkdir()
+    for name in ("cat", "dog"):
+        (pets / name).rename(pets / "train" / name)
+    shutil.copytree(pets / "train" / "cat", pets / "val" / "cat")
+    paint(pets / "val" / "cat" / "new.bmp", 50)
+    data = loaded(trial(pets))
+    expected = np.isin(range(10), data.splits["train"]).sum()  # the others are in test
+    assert f"; {expected} images of val are in train too" in data.line(8)
+    assert "of test are" not in data.line(8)
+
+
 def test_files_are_listed_once_for_many_trials(pets, trial, monkeypatch):
     listed = []
     whole = files.images_below

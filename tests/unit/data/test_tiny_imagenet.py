@@ -347,6 +347,16 @@ def test_official_val_must_be_whole(harm: Callable[[Path], None], tmp_path):
     assert len(load(tmp_path, folder).images) == 8  # without it, nothing of that matters
 
 
+def test_official_images_without_a_class_are_told(tmp_path):
+    """Of a list that was cut off, or whose other classes are not in wnids.txt."""
+    folder = make(tmp_path / FOLDER)
+    annotations = folder / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().splitlines()[1] + "\n")
+    data = load(tmp_path, folder, official_val=True)
+    (left,) = {"val_0.JPEG", "val_1.JPEG"} - {annotations.read_text().split("\t")[0]}
+    assert data.passed_over == (f"1 of val/images without a class in val_annotations.txt (val/images/{left})",)
+
+
 @pytest.mark.parametrize("content", ["", "n1\n", "n1\nn2\nn1\n"])
 def test_a_list_of_classes_that_cannot_be(content, tmp_path):
     folder = make(tmp_path / FOLDER)
