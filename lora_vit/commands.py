@@ -40,7 +40,7 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     config.data.root = root or config.data.root
     config.model.weights = weights or config.model.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not Path(str(config.model.weights)).expanduser().exists():
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return config
 
@@ -54,8 +54,12 @@ def trial_parser(command: str, description: str | None) -> argparse.ArgumentPars
     return parser
 
 
-def check_out(path: Path, option: str) -> None:
-    """Raise RecordError, before any work, where a result could not be written."""
+def check_out(path: Path, option: str, *inputs: Path) -> None:
+    """Raise RecordError, before any work, where a result could not be written, or would take an input's place."""
+    if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):  # /dev/stdout would be replaced
+        raise RecordError(f"{option} {path} is a link or a device: give a plain file")
+    if path.exists() and any(path.samefile(one) for one in inputs if one.exists()):
+        raise RecordError(f"{option} {path} is an input of this command: give another file")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
+from lora_vit.config import is_weights_file, weights_files
 from lora_vit.records import RecordError, replacing
 
 
@@ -13,8 +15,11 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     """Write the merged weights after comparing them, on made images, with base and adapter apart."""
     if out.suffix != ".safetensors":
         raise RecordError(f"--out {out}: give a file name that ends in .safetensors")
-    check_out(out, "--out")
-    config = recorded_config(completed_record(folder), device, weights)
+    record = completed_record(folder)
+    base = weights or str(record.config["model"]["weights"])
+    files = weights_files(Path(os.path.expanduser(base))) if is_weights_file(base) else []
+    check_out(out, "--out", folder / "adapter.safetensors", *files)
+    config = recorded_config(record, device, weights)
     from safetensors.torch import save
 
     from lora_vit.build import choose_device

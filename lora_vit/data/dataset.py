@@ -169,7 +169,8 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
         if config.name in IN_PACKAGES:
             _FOUND[key] = find(config.name, size)
         else:
-            assert config.root is not None
+            if not config.root:
+                raise DataError(f"data.root has no value: give the folder of data={config.name}")
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
             try:
                 _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)

@@ -126,12 +126,8 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
             else:
                 found.append(name)
 
-    try:
-        top = root / folder
-        walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
-    except OSError as error:
-        where = shown(error.filename or str(root / folder))
-        raise DataError(f"{where} cannot be read ({error.strerror}): mend its permissions or links") from None
+    top = root / folder
+    walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
     return sorted(found)
 
 

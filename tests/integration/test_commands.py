@@ -234,6 +234,26 @@ def test_a_folder_without_a_record_or_none_at_all(module, copy, call):
         assert (code, out, err) == (1, "", f"error: {place} has no record.json: give the folder of a trial\n")
 
 
+@pytest.mark.parametrize("what", ["image", "adapter", "base", "link", "pipe"])
+def test_a_result_takes_no_inputs_place(what, copy, call):
+    """As root, ``--csv /dev/stdout`` replaced the link that it is."""
+    image, name = copy / "images" / "ant" / "00.png", "--csv" if what == "image" else "--out"
+    out = {"image": image, "adapter": copy / "trial" / "adapter.safetensors"}.get(what, copy / f"{what}.safetensors")
+    if what == "base":
+        os.link(copy / "base.pth", out)
+    elif what == "link":
+        out.symlink_to(image)
+    elif what == "pipe":
+        os.mkfifo(out)
+    before = os.lstat(out)
+    arguments = ["predict", copy / "trial", image] if what == "image" else ["merge", copy / "trial"]
+    told = "is a link or a device: give a plain file"
+    if what not in ("link", "pipe"):
+        told = "is an input of this command: give another file"
+    assert call(*arguments, name, out) == (1, "", f"error: {name} {out} {told}\n")
+    assert (os.lstat(out).st_ino, os.lstat(out).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 @pytest.mark.parametrize("option", ["predict --csv", "merge --out"])
 @pytest.mark.parametrize("where", ["no folder", "a folder"])
 def test_the_outputs_place_is_tested_before_any_work(option, where, copy, call):

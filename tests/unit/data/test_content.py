@@ -253,17 +253,22 @@ def test_a_file_changed_a_moment_ago_is_read_again(pets, trial, monkeypatch):
     assert len(read) == 40
 
 
-def test_a_folder_that_may_not_be_read_is_told_as_such(pets, trial, monkeypatch):
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("name", ["", "dog"])
+def test_a_folder_that_may_not_be_read_is_told_as_such(name, named, pets, trial, monkeypatch):
     """Not as an output folder that cannot be written, which is what an OSError means in training."""
     listed = os.scandir
 
     def forbidden(path):
-        if Path(path) == pets:
-            raise PermissionError(13, "Permission denied", os.fspath(path))
+        if Path(path) == pets / name:
+            raise PermissionError(13, "Permission denied", *[os.fspath(path)] * named)
         return listed(path)
 
     monkeypatch.setattr(files.os, "scandir", forbidden)
-    with pytest.raises(DataError, match=rf"^{pets}/? cannot be read \(Permission denied\): mend its permissions"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{pets / name if named else pets}/? cannot be read \(Permission denied\): mend its permissions",
+    ):
         trial(pets)
 
 

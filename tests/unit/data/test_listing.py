@@ -139,24 +139,6 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     }
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
-    with pytest.raises(DataError) as caught:
-        images_below(tmp_path, "cat", tmp_path, PassedOver())
-    assert str(caught.value) == (
-        f"{tmp_path}/cat cannot be read (No such file or directory): mend its permissions or links"
-    )
-
-
-def test_an_error_without_a_name_is_of_the_folder(tmp_path, monkeypatch):
-    def scandir(path: str) -> None:
-        raise OSError(5, "Input/output error")
-
-    fill(tmp_path, "cat/0.png")
-    monkeypatch.setattr(files.os, "scandir", scandir)
-    with pytest.raises(DataError, match=rf"^{tmp_path}/cat cannot be read \(Input/output error\)"):
-        images_below(tmp_path, "cat", tmp_path, PassedOver())
-
-
 def digests(root: Path, names: list[str]) -> np.ndarray:
     return digests_of(root, names, root.parent / "cache", True)
 
