@@ -58,9 +58,9 @@ def check_out(path: Path, option: str, *inputs: Path) -> None:
     """Raise RecordError, before any work, where a result could not be written, or would take an input's place."""
     if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):  # /dev/stdout would be replaced
         raise RecordError(f"{option} {path} is a link or a device: give a plain file")
-    if path.exists() and any(path.samefile(one) for one in inputs if one.exists()):
-        raise RecordError(f"{option} {path} is an input of this command: give another file")
     try:
+        if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
+            raise RecordError(f"{option} {path} is an input of this command: give another file")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):

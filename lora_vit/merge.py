@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
-from lora_vit.config import is_weights_file, weights_files
 from lora_vit.records import RecordError, replacing
 
 
@@ -16,9 +14,7 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     if out.suffix != ".safetensors":
         raise RecordError(f"--out {out}: give a file name that ends in .safetensors")
     record = completed_record(folder)
-    base = weights or str(record.config["model"]["weights"])
-    files = weights_files(Path(os.path.expanduser(base))) if is_weights_file(base) else []
-    check_out(out, "--out", folder / "adapter.safetensors", *files)
+    check_out(out, "--out", folder / "adapter.safetensors", Path(weights or str(record.config["model"]["weights"])))
     config = recorded_config(record, device, weights)
     from safetensors.torch import save
 

@@ -109,6 +109,8 @@ def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
     if value_range is None:
         raise DeepImage(float(grey.min()), float(grey.max()))
     low, high = value_range
+    if np.mean((grey < low) | (grey > high)) > 0.5:
+        raise ValueError(f"its values are {grey.min():g} .. {grey.max():g}, those trained on {low:g} .. {high:g}")
     scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
 
@@ -353,7 +355,7 @@ def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarra
     why = ""
     for name in names:
         try:
-            return decode(root / name, size, (0.0, 1.0))
+            return decode(root / name, size, (-1e39, 1e39))
         except DataError as error:
             why = why or str(error)
     raise DataError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")

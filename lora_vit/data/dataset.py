@@ -75,7 +75,7 @@ class ImageData:
         fingerprint: hex digest of content, labels and splits.
         passed_over: what lies among the files and is not used.
         value_range: what became 0 and 255 where the files have more than 8 bits.
-        also_in_train: images of each other split whose file ``train`` has too.
+        also_in_train: images of each split whose file ``train`` has too.
     """
 
     images: np.ndarray
@@ -105,7 +105,7 @@ class ImageData:
         if self.value_range is not None:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.value_range)
         for name, count in self.also_in_train.items():
-            text += f"; {count:,} images of {name} are in train too"
+            text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 
@@ -125,14 +125,11 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         )
     splits, fingerprint = divide(found, config)
     images, value_range = found.decode(config.cache_size)
-    shared = {}
+    also = {}
     if found.digests is not None:
         first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
-        counts = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
-        shared = {name: count for name, count in counts.items() if count and name != "train"}
-    return ImageData(
-        images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range, shared
-    )
+        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
+    return ImageData(images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range, also)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:

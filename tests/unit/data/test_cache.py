@@ -333,6 +333,15 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
         decode(tmp_path / "a.tif", None)
 
 
+def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
+    """As one of another camera is given to predict: it would be white all over. A few brighter pixels may be."""
+    for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
+        Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
+        decode(tmp_path / "other.png", None, (0.0, 2900.0))
+    assert decode(tmp_path / "like.png", None, (0.0, 2900.0))[0].tolist() == [[255, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(("largest", "told"), [(4095, True), (4096, False), (65535, False)])
 def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, told, tmp_path):
     """Pillow keeps the upper eight of sixteen bits of colour: a PNG of one pixel, written by hand."""
