@@ -108,6 +108,18 @@ def test_the_published_name_goes_before_a_subset(tmp_path):
     assert abs(int(load(tmp_path, tmp_path / "data").images[0, 0, 0, 0]) - 10) <= 2
 
 
+def test_a_zip_that_was_replaced_since_it_was_unpacked(tmp_path):
+    """Else the old images would be used without a word."""
+    archive = zipped(make(tmp_path / "a"), tmp_path / "data" / "my.zip")
+    first = load(tmp_path, archive).fingerprint
+    assert load(tmp_path, archive).fingerprint == first
+    zipped(make(tmp_path / "b", shade=5), archive)
+    with pytest.raises(DataError, match=r"my\.zip is newer than .*data/my, unpacked from it before: remove that"):
+        load(tmp_path, archive)
+    shutil.rmtree(tmp_path / "data" / "my")
+    assert load(tmp_path, archive).fingerprint != first
+
+
 def test_two_zips_of_other_names_are_not_guessed_between(tmp_path):
     for name in ("a", "b"):
         zipped(make(tmp_path / name), tmp_path / "data" / f"{FOLDER}-{name}.zip")
