@@ -72,6 +72,8 @@ def is_own(folder: Path | str, cache_dir: Path) -> bool:
     folder = Path(folder)
     if folder.resolve() == cache_dir.resolve() or any((folder / name).exists() for name in _OWN_FILES):
         return True
+    if folder.name in ("tensorboard", "summary"):  # of a run or a sweep whose folder is that of the images
+        return any((folder.parent / name).exists() for name in (RECORD, PLAN))
     return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 

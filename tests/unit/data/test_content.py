@@ -151,12 +151,15 @@ def test_dirt_and_our_own_files_do_not_count(pets, trial, tmp_path):
     paint(pets / "dog" / "trial" / "plot.bmp", 1)
     (pets / "dog" / "trial" / "checkpoint.pt").write_text("")
     paint(pets / "loose.bmp", 1)
+    paint(pets / "summary" / "plot.bmp", 1)  # as of hydra.sweep.dir=pets
+    (pets / "tensorboard").mkdir()
+    (pets / "sweep.json").write_text("{}")
     second = trial(pets)
     assert trial_id(second) == trial_id(first)
     told = loaded(second).line(8)
     for part in (
-        "1 hidden (.DS_Store)", "1 no images (cat/Thumbs.db)", "1 broken links (cat/gone.bmp)",
-        "1 links that lead back (cat/deeper/back)", "3 of lora_vit's own (outputs, run, dog/trial)",
+        "1 hidden (.DS_Store)", "2 no images (sweep.json, cat/Thumbs.db)", "1 broken links (cat/gone.bmp)",
+        "1 links that lead back (cat/deeper/back)", "5 of lora_vit's own (outputs, run, summary, ...)",
         "1 images outside the class folders (loose.bmp)",
     ):  # fmt: skip
         assert part in told, told
