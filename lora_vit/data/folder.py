@@ -27,13 +27,13 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
-    for name in classes if folders["train"] == "." else ():
-        lower = folders_in(top / name, cache, PassedOver())
-        parts_in = [f"{name}/{low}" for low in lower if any(low.lower() in called for called in _NAMES.values())]
-        if parts_in or (lower and _LIKE_A_PART.search(name)):
+    inside = {c: folders_in(top / c, cache, PassedOver()) for c in classes} if folders["train"] == "." else {}
+    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
+        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
+        if len(like) > 1:
             raise DataError(
-                f"{shown(top / [name, *parts_in][-1])} looks like a split, not a class: name the splits train/, val/ "
-                "and test/, at the top of data.root, with the classes in each"
+                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
+                "train/, val/ and test/, at the top of data.root, with the classes in each"
             )
     parts: Parts = {}
     for part, folder in folders.items():

@@ -83,9 +83,7 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
         if archive is not None and archive.stat().st_mtime > target.stat().st_mtime:
-            raise DataError(
-                f"{archive} is newer than {target}, unpacked from it before: remove that, or give it as data.root"
-            )
+            raise DataError(f"{archive} is newer than {target}, unpacked from it before: remove that folder")
         return target
     if source is None:
         raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
