@@ -171,10 +171,9 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
             try:
                 _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
-            except OSError as error:
-                where = shown(error.filename or root)
+            except OSError as e:
                 raise DataError(
-                    f"{where} cannot be read ({error.strerror or error}): mend its permissions or links"
+                    f"{shown(e.filename or root)} cannot be read ({e.strerror}): mend or remove it"
                 ) from None
     return _FOUND[key]
 

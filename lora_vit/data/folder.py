@@ -48,9 +48,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise DataError(
-                    f"class folder {shown(top / place)} holds no images that Pillow opens: add some, or take it away"
-                )
+                raise DataError(f"class folder {shown(top / place)} holds nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise DataError(

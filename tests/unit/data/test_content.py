@@ -270,7 +270,7 @@ def test_a_folder_that_may_not_be_read_is_told_as_such(name, named, pets, trial,
     monkeypatch.setattr(files.os, "scandir", forbidden)
     with pytest.raises(
         DataError,
-        match=rf"^{pets / name if named else pets}/? cannot be read \(Permission denied\): mend its permissions",
+        match=rf"^{pets / name if named else pets}/? cannot be read \(Permission denied\): mend or remove it",
     ):
         trial(pets)
 

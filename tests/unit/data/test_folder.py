@@ -173,7 +173,7 @@ def test_a_class_without_images_is_named(below, tmp_path):
             paint(tmp_path / "pets" / below / name / f"{i}.png", i)
     (tmp_path / "pets" / below / "bird").mkdir()
     place = (tmp_path / "pets" / below / "bird").resolve()
-    assert refused(tmp_path) == f"class folder {place} holds no images that Pillow opens: add some, or take it away"
+    assert refused(tmp_path) == f"class folder {place} holds nothing that Pillow opens: fill or remove it"
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
