@@ -37,8 +37,8 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     config.trainer.precision = str(record.environment["precision"])
     config.trainer.accelerator = device
     config.trainer.compile = False
-    config.data.root = root or config.data.root
-    config.model.weights = weights or config.model.weights
+    config.data.root = config.data.root if root is None else root
+    config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
     if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")

@@ -177,6 +177,15 @@ def test_evaluate_refuses_other_data(change, message, copy, call):
     assert "Accuracy" not in out
 
 
+@pytest.mark.parametrize(
+    ("option", "told"), [("--data-root", "data.root has no value"), ("--weights", " is not there")]
+)
+def test_an_empty_place_is_not_the_recorded_one(option, told, copy, call):
+    """As of a shell's variable that is not set."""
+    code, out, err = call("evaluate", copy / "trial", option, "")
+    assert (code, out, told in err) == (1, "", True)
+
+
 def test_a_data_root_that_could_have_no_effect_is_refused(copy, call):
     record = json.loads((copy / "trial" / "record.json").read_text())
     record["config"]["data"] |= {"name": "digits", "root": None}
