@@ -37,10 +37,10 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     config.trainer.precision = str(record.environment["precision"])
     config.trainer.accelerator = device
     config.trainer.compile = False
-    config.data.root = root or config.data.root
-    config.model.weights = weights or config.model.weights
+    config.data.root = config.data.root if root is None else root
+    config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not Path(str(config.model.weights)).expanduser().exists():
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return config
 
@@ -54,9 +54,13 @@ def trial_parser(command: str, description: str | None) -> argparse.ArgumentPars
     return parser
 
 
-def check_out(path: Path, option: str) -> None:
-    """Raise RecordError, before any work, where a result could not be written."""
+def check_out(path: Path, option: str, *inputs: Path) -> None:
+    """Raise RecordError, before any work, where a result could not be written, or would take an input's place."""
+    if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):  # /dev/stdout would be replaced
+        raise RecordError(f"{option} {path} is a link or a device: give a plain file")
     try:
+        if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
+            raise RecordError(f"{option} {path} is an input of this command: give another file")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):

@@ -178,7 +178,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     """
     weights, digest = trial.model.weights, None
     if weights is not None and is_weights_file(weights):
-        digest = file_sha256(Path(weights).expanduser())
+        digest = file_sha256(Path(os.path.expanduser(weights)))
     elif weights is not None and trial.model.library == "torchvision" and trial.data.name not in IN_PACKAGES:
         from lora_vit.models.weights import check_weights  # imports torch
 
@@ -198,9 +198,9 @@ def _find_from_anywhere(trial: TrialConfig) -> None:
     if str(trial.model.weights).lower() in ("none", "null"):
         trial.model.weights = None
     if is_weights_file(trial.model.weights):
-        trial.model.weights = to_absolute_path(str(Path(str(trial.model.weights)).expanduser()))
-    if trial.data.root is not None:
-        trial.data.root = to_absolute_path(str(Path(trial.data.root).expanduser()))
+        trial.model.weights = to_absolute_path(os.path.expanduser(str(trial.model.weights)))
+    if trial.data.root:
+        trial.data.root = to_absolute_path(os.path.expanduser(trial.data.root))
     if not trial.data.cache_dir.startswith("~"):  # each machine's own home
         trial.data.cache_dir = to_absolute_path(trial.data.cache_dir)
 

@@ -13,8 +13,9 @@ def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> i
     """Write the merged weights after comparing them, on made images, with base and adapter apart."""
     if out.suffix != ".safetensors":
         raise RecordError(f"--out {out}: give a file name that ends in .safetensors")
-    check_out(out, "--out")
-    config = recorded_config(completed_record(folder), device, weights)
+    record = completed_record(folder)
+    check_out(out, "--out", folder / "adapter.safetensors", Path(weights or str(record.config["model"]["weights"])))
+    config = recorded_config(record, device, weights)
     from safetensors.torch import save
 
     from lora_vit.build import choose_device

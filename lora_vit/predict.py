@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def predict_folder(
 ) -> int:
     """Print (and write) the ``top`` classes of each image; exit code 1 where some could not be read."""
     if out is not None:
-        check_out(out, "--csv")
+        check_out(out, "--csv", *given)
     config = recorded_config(completed_record(folder), device, weights)
     from lora_vit.lora.adapter import read_adapter
 
@@ -33,7 +34,7 @@ def predict_folder(
     class_names = adapter.card["class_names"]
     if top is not None and not 1 <= top <= len(class_names):
         raise ConfigError(f"--top {top} is impossible: give a number from 1 to {len(class_names)}")
-    images = found_images(given, Path(config.data.cache_dir).expanduser())
+    images = found_images(given, Path(os.path.expanduser(config.data.cache_dir)))
     rows, unreadable = [], []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
         for path, found in classified(adapter, images, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,8 @@ def begin_command() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # so a shell tells what is started behind &
         signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = _one_line_interrupt
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     if find_spec("lora_vit.conf") is None:
         clone = Path(__file__).resolve().parent.parent
         sys.exit(f"error: lora_vit is not installed in this Python: run `{sys.executable} -m pip install -e {clone}`")

@@ -109,6 +109,8 @@ def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
     if value_range is None:
         raise DeepImage(float(grey.min()), float(grey.max()))
     low, high = value_range
+    if np.mean((grey < low) | (grey > high)) > 0.5:
+        raise ValueError(f"its values are {grey.min():g} .. {grey.max():g}, those trained on {low:g} .. {high:g}")
     scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8)).convert("RGB")
 
@@ -138,18 +140,17 @@ def decoded(
     """
     key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
-    images = _open(path, len(names))
-    if images is None:
+    found = _open(path, len(names))
+    if found is None:
         try:
             with locked_in(cache_dir, path.name):
-                images = _open(path, len(names))  # perhaps another run has just made it
-                if images is None:
-                    _build(root, names, digests, size, path, quiet)
-                    images = np.load(path, mmap_mode="r")
+                found = _open(path, len(names))  # perhaps another run has just made it
+                if found is None:
+                    value_range = _build(root, names, digests, size, path, quiet)
+                    found = np.load(path, mmap_mode="r"), value_range
         except OSError as error:
             raise cannot_write(cache_dir, error) from None
-    beside = path.with_suffix(".json")
-    return images, (tuple(json.loads(beside.read_text())) if beside.exists() else None)
+    return found
 
 
 def found_in(
@@ -170,16 +171,18 @@ def found_in(
         return decoded(root, names, digests, size, cache_dir, quiet)
 
     content = content_of(class_names, labels, ids, digests)
-    return Found(labels, class_names, ids, content, decode_all, passed.lines())
+    return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
-def _open(path: Path, count: int) -> np.ndarray | None:
+def _open(path: Path, count: int) -> Decoded | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:
         images: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+        low_high = json.loads(path.with_suffix(".json").read_text())
+        value_range = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+        return (images, value_range) if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+    except Exception:  # damaged in one of many ways
         return None
-    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class _Job:
             try:
                 content = Path(self.root, name).read_bytes()
                 if hashlib.sha256(content).digest() != digest.tobytes():
-                    raise ValueError("it was changed in this moment")
+                    raise ValueError("it was changed in this moment: start again")
                 image = _decode(io.BytesIO(content), self.size, self.value_range)
                 if image.shape != row.shape:
                     raise OtherSize(f"{image.shape[2]}x{image.shape[1]}")
@@ -268,7 +271,10 @@ def serve() -> None:
             sys.stdout.buffer.flush()
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
+def _build(
+    root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool
+) -> Range | None:
+    """Make the cache; returns the range that it scaled."""
     first = _first_readable(root, names, size)
     shape = (len(names), *first.shape)
     needed = int(np.prod(shape))
@@ -290,10 +296,9 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
         _refuse(root, problems, f"{first.shape[2]}x{first.shape[1]}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        path.with_suffix(".json").unlink(missing_ok=True)
-        if job.value_range is not None:
-            write_json(path.with_suffix(".json"), job.value_range)
+        write_json(path.with_suffix(".json"), job.value_range)
         os.replace(partial, path)
+        return job.value_range
     finally:
         partial.unlink(missing_ok=True)
 
@@ -302,7 +307,9 @@ def _run(job: _Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[
     """Decode all files: here if there are few, else in several workers, each with a thread that feeds it."""
     from lora_vit.terminal import Progress  # not in the workers: it doubles the time they take to start
 
-    file_bytes = sum(os.path.getsize(os.path.join(job.root, name)) for name in names)
+    file_bytes = 0
+    with contextlib.suppress(OSError):  # one that is gone by now is named below
+        file_bytes = sum(os.path.getsize(os.path.join(job.root, name)) for name in names)
     count = min(cores(), file_bytes // _BYTES_PER_WORKER)
     length = max(1, min(_CHUNK, len(names) // (8 * max(count, 1))))
     chunks = [(i, names[i : i + length], digests[i : i + length]) for i in range(0, len(names), length)]
@@ -348,7 +355,7 @@ def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarra
     why = ""
     for name in names:
         try:
-            return decode(root / name, size, (0.0, 1.0))
+            return decode(root / name, size, (-1e39, 1e39))
         except DataError as error:
             why = why or str(error)
     raise DataError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")

@@ -58,7 +58,7 @@ def _around(root: Path, kind: Any) -> Path:
     held = (kind.base_folder, kind.filename)
     if any((root / name).exists() for name in held):
         return root
-    if root.name == kind.base_folder:
+    if root.name in held:
         return root.parent
     below = sorted(p for p in root.glob("*") if any((p / name).exists() for name in held))
     return below[0] if len(below) == 1 else root

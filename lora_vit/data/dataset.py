@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -51,6 +51,7 @@ class Found:
         content: which images with which classes, as :func:`content_of` says it.
         decode: the images at a number of pixels (None: their own).
         passed_over: what lies among them and is not used, a line for each kind.
+        digests: sha256 of each image's file, uint8 [N, 32], where there are files.
     """
 
     labels: np.ndarray
@@ -59,6 +60,7 @@ class Found:
     content: str
     decode: Callable[[int | None], Decoded]
     passed_over: tuple[str, ...] = ()
+    digests: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ImageData:
         fingerprint: hex digest of content, labels and splits.
         passed_over: what lies among the files and is not used.
         value_range: what became 0 and 255 where the files have more than 8 bits.
+        also_in_train: images of each split whose file ``train`` has too.
     """
 
     images: np.ndarray
@@ -82,6 +85,7 @@ class ImageData:
     fingerprint: str
     passed_over: tuple[str, ...] = ()
     value_range: Range | None = None
+    also_in_train: dict[str, int] = field(default_factory=dict)
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
@@ -100,6 +104,8 @@ class ImageData:
             text += f"; {width}x{height} px, enlarged to {image_size} px"
         if self.value_range is not None:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.value_range)
+        for name, count in self.also_in_train.items():
+            text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 
@@ -119,7 +125,11 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         )
     splits, fingerprint = divide(found, config)
     images, value_range = found.decode(config.cache_size)
-    return ImageData(images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range)
+    also = {}
+    if found.digests is not None:
+        first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
+        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
+    return ImageData(images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range, also)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
@@ -156,9 +166,15 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
         if config.name in IN_PACKAGES:
             _FOUND[key] = find(config.name, size)
         else:
-            assert config.root is not None
+            if not config.root:
+                raise DataError(f"data.root has no value: give the folder of data={config.name}")
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
-            _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
+            try:
+                _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
+            except OSError as e:
+                raise DataError(
+                    f"{shown(e.filename or root)} cannot be read ({e.strerror}): mend or remove it"
+                ) from None
     return _FOUND[key]
 
 

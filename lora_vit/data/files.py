@@ -26,6 +26,8 @@ _OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
 """What tells a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
+_SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders that file systems and file servers make, some with thumbnails of the images."""
 _UNSETTLED = 2_000_000_000
 """Nanoseconds for which a file that was just changed may change again without its time showing it."""
 _STAT = struct.Struct("=qqqQ")
@@ -70,6 +72,8 @@ def is_own(folder: Path | str, cache_dir: Path) -> bool:
     folder = Path(folder)
     if folder.resolve() == cache_dir.resolve() or any((folder / name).exists() for name in _OWN_FILES):
         return True
+    if folder.name in ("tensorboard", "summary"):  # of a run or a sweep whose folder is that of the images
+        return any((folder.parent / name).exists() for name in (RECORD, PLAN))
     return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 
@@ -79,6 +83,8 @@ def _entries(root: Path, place: str, cache_dir: Path, passed: PassedOver) -> Ite
         name = os.path.join(place, entry.name)
         if entry.name.startswith("."):
             passed.add("hidden", name)
+        elif entry.name in _SYSTEM:
+            passed.add("of the file system", name)
         elif entry.is_dir():
             if is_own(entry.path, cache_dir):
                 passed.add("of lora_vit's own", name)
@@ -122,12 +128,8 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
             else:
                 found.append(name)
 
-    try:
-        top = root / folder
-        walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
-    except OSError as error:
-        where = shown(error.filename or str(root / folder))
-        raise DataError(f"{where} cannot be read ({error.strerror}): mend its permissions or links") from None
+    top = root / folder
+    walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
     return sorted(found)
 
 

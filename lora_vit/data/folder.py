@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora_vit.data.cache import Parts, found_in
@@ -9,14 +10,16 @@ from lora_vit.data.dataset import DataError, Found, shown
 from lora_vit.data.files import PassedOver, folders_in, images_below
 
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""What the folder of each part may be called."""
+"""What the folder of each part may be called, in small letters or capitals."""
+_LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
 
 
 def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
     Raises:
-        DataError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part.
+        DataError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
+            a part in the place of a class.
     """
     top, cache = Path(root), Path(cache_dir)
     if not top.is_dir():
@@ -24,6 +27,14 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
+    inside = {c: folders_in(top / c, cache, PassedOver()) for c in classes} if folders["train"] == "." else {}
+    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
+        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
+        if len(like) > 1:
+            raise DataError(
+                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
+                "train/, val/ and test/, at the top of data.root, with the classes in each"
+            )
     parts: Parts = {}
     for part, folder in folders.items():
         others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
@@ -37,7 +48,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise DataError(f"class folder {shown(top / place)} holds no images: add some, or take it away")
+                raise DataError(f"class folder {shown(top / place)} holds nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise DataError(
@@ -49,14 +60,17 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
 def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
     """Folder of each part that is there; ``train`` is ``.`` where the class folders are at the top."""
     found = {}
+    folders = sorted(path.name for path in top.iterdir() if path.is_dir())
     for part, called in _NAMES.items():
-        there = [name for name in called if (top / name).is_dir()]
+        there = [name for name in folders if name.lower() in called]
         if len(there) > 1:
             raise DataError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
         if there:
             found[part] = there[0]
-    if "train" not in found:
+    if not found:
         return {"train": "."}
+    if "train" not in found:
+        raise DataError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
     for name in folders_in(top, cache, passed):
         if name not in found.values():
             passed.add("folders beside train/", name)

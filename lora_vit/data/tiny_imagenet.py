@@ -82,6 +82,8 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     archive = _archive(root)
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
+        if archive is not None and archive.stat().st_mtime > target.stat().st_mtime:
+            raise DataError(f"{archive} is newer than {target}, unpacked from it before: remove that folder")
         return target
     if source is None:
         raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
@@ -260,6 +262,8 @@ def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOve
             f"{annotations} names {len(named)} images of the classes of wnids.txt, of which {images} lacks "
             f"{len(missing)}: extract the archive anew"
         )
+    for name in sorted(set(there) - {name for name, _ in named}):
+        passed.add(f"of val/images without a class in {annotations.name}", name)
     return named
 
 

@@ -87,7 +87,7 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
         line, with what was left out.
 
     Raises:
-        ValueError: a tensor is not of floating point or not finite, or positions are not for a square grid.
+        ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
@@ -138,8 +138,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} is of {tensor.dtype}, not of floating point")
+    if not tensor.is_floating_point() or tensor.is_meta:
+        raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not values of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")

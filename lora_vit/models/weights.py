@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import urllib.error
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def available_weights(model: str) -> list[str]:
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        for file in weights_files(Path(weights).expanduser()):
+        for file in weights_files(Path(os.path.expanduser(weights))):
             _format_of(file)
         return
     names = available_weights(model)
@@ -50,7 +51,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        files = [_read_file(file) for file in weights_files(Path(weights).expanduser())]
+        files = [_read_file(file) for file in weights_files(Path(os.path.expanduser(weights)))]
         parts = [file for file in files if isinstance(file, dict)]
         return _unwrapped({name: held for part in parts for name, held in part.items()}, model, weights)
     if model in SHIPPED:

@@ -44,7 +44,7 @@ class TrialFiles:
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
-        with (self.folder / records.LOG).open("a") as log:
+        with (self.folder / records.LOG).open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     @property

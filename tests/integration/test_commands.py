@@ -177,6 +177,15 @@ def test_evaluate_refuses_other_data(change, message, copy, call):
     assert "Accuracy" not in out
 
 
+@pytest.mark.parametrize(
+    ("option", "told"), [("--data-root", "data.root has no value"), ("--weights", " is not there")]
+)
+def test_an_empty_place_is_not_the_recorded_one(option, told, copy, call):
+    """As of a shell's variable that is not set."""
+    code, out, err = call("evaluate", copy / "trial", option, "")
+    assert (code, out, told in err) == (1, "", True)
+
+
 def test_a_data_root_that_could_have_no_effect_is_refused(copy, call):
     record = json.loads((copy / "trial" / "record.json").read_text())
     record["config"]["data"] |= {"name": "digits", "root": None}
@@ -232,6 +241,26 @@ def test_a_folder_without_a_record_or_none_at_all(module, copy, call):
     for place in (copy / "images", copy / "nowhere"):
         code, out, err = call(module, place, *every_command(copy)[module][1:])
         assert (code, out, err) == (1, "", f"error: {place} has no record.json: give the folder of a trial\n")
+
+
+@pytest.mark.parametrize("what", ["image", "adapter", "base", "link", "pipe"])
+def test_a_result_takes_no_inputs_place(what, copy, call):
+    """As root, ``--csv /dev/stdout`` replaced the link that it is."""
+    image, name = copy / "images" / "ant" / "00.png", "--csv" if what == "image" else "--out"
+    out = {"image": image, "adapter": copy / "trial" / "adapter.safetensors"}.get(what, copy / f"{what}.safetensors")
+    if what == "base":
+        os.link(copy / "base.pth", out)
+    elif what == "link":
+        out.symlink_to(image)
+    elif what == "pipe":
+        os.mkfifo(out)
+    before = os.lstat(out)
+    arguments = ["predict", copy / "trial", image] if what == "image" else ["merge", copy / "trial"]
+    told = "is a link or a device: give a plain file"
+    if what not in ("link", "pipe"):
+        told = "is an input of this command: give another file"
+    assert call(*arguments, name, out) == (1, "", f"error: {name} {out} {told}\n")
+    assert (os.lstat(out).st_ino, os.lstat(out).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.mark.parametrize("option", ["predict --csv", "merge --out"])

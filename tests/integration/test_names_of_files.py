@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -23,6 +24,20 @@ def test_a_run_goes_on_by_its_recorded_overrides(tmp_path):
     again = [*command()[:3], *overrides, f"hydra.run.dir={folder}"]
     subprocess.run(again, cwd=tmp_path, check=True, capture_output=True, timeout=300)
     assert read_record(tmp_path / folder).finished == record.finished
+
+
+def test_what_the_terminals_encoding_lacks_is_escaped(tmp_path):
+    """As of cp1252 or of Latin-1, which has no dash of the summary's tables either."""
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = run_command("-m", "sweep.name=猫", "seed=0,1", "trainer.epochs=1", cwd=tmp_path, env=ascii_only)
+    assert "python -m lora_vit.summarize 'outputs/sweeps/\\u732b'\n" in done.stdout
+    for module, told in (
+        ("summarize", "Report: outputs/sweeps/\\u732b/"),
+        ("sweep", "outputs/sweeps/\\u732b: 2 trials"),
+    ):
+        line = [*command(module=f"lora_vit.{module}")[:3], "outputs/sweeps/猫"]
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **ascii_only})
+        assert (done.returncode, told in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["packed", "joblib"])

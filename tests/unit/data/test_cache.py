@@ -129,6 +129,24 @@ def test_a_damaged_cache_is_made_anew(pictures, tmp_path):
     np.testing.assert_array_equal(decoded(root, names, None, folder_of(tmp_path), True), whole)
 
 
+@pytest.mark.parametrize("harm", ["header", "range gone", "range cut", "range of another kind"])
+def test_a_cache_of_deep_images_that_is_damaged_in_part_is_made_anew(harm, tmp_path):
+    """Without its range the images would pass for 8-bit ones, and predict would refuse their like."""
+    Image.fromarray(np.array([[0, 4095]], np.uint16)).save(tmp_path / "a.png")
+    place = tmp_path / "cache"
+    digests = digests_of(tmp_path, ["a.png"], place, True)
+    for _ in range(2):
+        images, value_range = cache.decoded(tmp_path, ["a.png"], digests, None, place, True)
+        assert (images[0, 0].tolist(), value_range) == ([[0, 255]], (0.0, 4095.0))
+        (array,), (beside,) = place.glob("*.npy"), place.glob("*.json")
+        if harm == "header":
+            array.write_bytes(array.read_bytes().replace(b"False", b"Fals{"))
+        elif harm == "range gone":
+            beside.unlink()
+        else:
+            beside.write_text("[1.0" if harm == "range cut" else "{}")
+
+
 def test_a_file_in_the_place_of_the_cache_is_not_taken_for_it(pictures, tmp_path):
     root, names = pictures
     whole = np.array(decoded(root, names, None, folder_of(tmp_path), True))
@@ -315,6 +333,15 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
         decode(tmp_path / "a.tif", None)
 
 
+def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
+    """As one of another camera is given to predict: it would be white all over. A few brighter pixels may be."""
+    for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
+        Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
+        decode(tmp_path / "other.png", None, (0.0, 2900.0))
+    assert decode(tmp_path / "like.png", None, (0.0, 2900.0))[0].tolist() == [[255, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(("largest", "told"), [(4095, True), (4096, False), (65535, False)])
 def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, told, tmp_path):
     """Pillow keeps the upper eight of sixteen bits of colour: a PNG of one pixel, written by hand."""
@@ -350,9 +377,20 @@ def test_a_file_that_changes_between_reading_and_decoding(pictures, tmp_path):
     root, names = pictures
     digests = digests_of(root, names, tmp_path / "cache", True)
     (root / names[3]).write_bytes((root / names[4]).read_bytes())
-    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment\)"):
+    with pytest.raises(
+        DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment: start again"
+    ):
         cache.decoded(root, names, digests, None, tmp_path / "cache", True)
     assert left_in(tmp_path) == set()
+
+
+def test_a_file_that_is_gone_when_it_is_decoded_is_named(pictures, tmp_path):
+    """It is not the cache's fault."""
+    root, names = pictures
+    digests = digests_of(root, names, tmp_path / "cache", True)
+    (root / names[3]).unlink()
+    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(.*No such file"):
+        cache.decoded(root, names, digests, None, tmp_path / "cache", True)
 
 
 def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):

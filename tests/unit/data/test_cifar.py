@@ -109,9 +109,10 @@ def test_no_network(name, tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("given", ["data/cifar-100-python", "."])
+@pytest.mark.parametrize("given", ["data/cifar-100-python", "data/cifar-100-python.tar.gz", "."])
 def test_one_level_off(given, cifar100, tmp_path):
     cifar100()
+    (tmp_path / "data" / CIFAR100.filename).touch()
     expected = fresh(config(tmp_path)).fingerprint
     assert fresh(config(tmp_path, root=str(tmp_path / given))).fingerprint == expected
 

@@ -151,12 +151,15 @@ def test_dirt_and_our_own_files_do_not_count(pets, trial, tmp_path):
     paint(pets / "dog" / "trial" / "plot.bmp", 1)
     (pets / "dog" / "trial" / "checkpoint.pt").write_text("")
     paint(pets / "loose.bmp", 1)
+    paint(pets / "summary" / "plot.bmp", 1)  # as of hydra.sweep.dir=pets
+    (pets / "tensorboard").mkdir()
+    (pets / "sweep.json").write_text("{}")
     second = trial(pets)
     assert trial_id(second) == trial_id(first)
     told = loaded(second).line(8)
     for part in (
-        "1 hidden (.DS_Store)", "1 no images (cat/Thumbs.db)", "1 broken links (cat/gone.bmp)",
-        "1 links that lead back (cat/deeper/back)", "3 of lora_vit's own (outputs, run, dog/trial)",
+        "1 hidden (.DS_Store)", "2 no images (sweep.json, cat/Thumbs.db)", "1 broken links (cat/gone.bmp)",
+        "1 links that lead back (cat/deeper/back)", "5 of lora_vit's own (outputs, run, summary, ...)",
         "1 images outside the class folders (loose.bmp)",
     ):  # fmt: skip
         assert part in told, told
@@ -251,6 +254,39 @@ def test_a_file_changed_a_moment_ago_is_read_again(pets, trial, monkeypatch):
     trial(pets)
     trial(pets)
     assert len(read) == 40
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("name", ["", "dog"])
+def test_a_folder_that_may_not_be_read_is_told_as_such(name, named, pets, trial, monkeypatch):
+    """Not as an output folder that cannot be written, which is what an OSError means in training."""
+    listed = os.scandir
+
+    def forbidden(path):
+        if Path(path) == pets / name:
+            raise PermissionError(13, "Permission denied", *[os.fspath(path)] * named)
+        return listed(path)
+
+    monkeypatch.setattr(files.os, "scandir", forbidden)
+    with pytest.raises(
+        DataError,
+        match=rf"^{pets / name if named else pets}/? cannot be read \(Permission denied\): mend or remove it",
+    ):
+        trial(pets)
+
+
+def test_images_that_are_in_train_too_are_counted(pets, trial):
+    """A copy of the training folder as val/ would pass for an honest accuracy; so would copies within a class."""
+    assert "in train too" not in loaded(trial(pets)).line(8)
+    (pets / "train").mkdir()
+    for name in ("cat", "dog"):
+        (pets / name).rename(pets / "train" / name)
+    shutil.copytree(pets / "train" / "cat", pets / "val" / "cat")
+    paint(pets / "val" / "cat" / "new.bmp", 50)
+    data = loaded(trial(pets))
+    expected = np.isin(range(10), data.splits["train"]).sum()  # the others are in test
+    assert f"; {expected} images of val are in train too" in data.line(8)
+    assert "of test are" not in data.line(8)
 
 
 def test_files_are_listed_once_for_many_trials(pets, trial, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_class_without_images_is_named(below, tmp_path):
             paint(tmp_path / "pets" / below / name / f"{i}.png", i)
     (tmp_path / "pets" / below / "bird").mkdir()
     place = (tmp_path / "pets" / below / "bird").resolve()
-    assert refused(tmp_path) == f"class folder {place} holds no images: add some, or take it away"
+    assert refused(tmp_path) == f"class folder {place} holds nothing that Pillow opens: fill or remove it"
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
@@ -215,18 +215,45 @@ def test_no_class_and_one_class(tmp_path):
     )
 
 
-def test_folders_beside_the_parts_are_told_and_val_alone_is_a_class(parts, tmp_path):
+def test_folders_beside_the_parts_are_told(parts, tmp_path):
     for name in ("unlabelled", "more"):
         (parts / name).mkdir()
     assert load(tmp_path).passed_over == ("2 folders beside train/ (more, unlabelled)",)
-    for name in ("unlabelled", "more", "train", "test"):
-        (parts / name).rename(tmp_path / name)
-    for i in range(5):
-        paint(parts / "val" / f"{i}.png", i)
-        paint(parts / "cat" / f"{i}.png", i)
+
+
+def test_parts_in_capitals(parts, tmp_path):
+    names = load(tmp_path).class_names
+    for part in ("train", "val", "test"):
+        (parts / part).rename(parts / part.capitalize())
     data = load(tmp_path)
-    assert data.class_names == ["cat", "val"]
-    assert len(data.labels) == 5 + 4 + 5
+    assert (data.class_names, {k: len(v) for k, v in data.splits.items()}) == (
+        names,
+        {"train": 10, "val": 4, "test": 6},
+    )
+
+
+@pytest.mark.parametrize(
+    ("folders", "told"),
+    [
+        (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set and training_set in "),
+        (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test and seg_train in "),
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test and cat/train in "),
+        (("cat", "dog", "test/cat", "test/dog"), "has test/ but no train/"),
+        (("cat", "dog", "Test"), "has Test/ but no train/"),
+    ],
+)
+def test_a_part_is_not_taken_for_a_class(folders, told, tmp_path):
+    for folder_name in folders:
+        for i in range(5):
+            paint(tmp_path / "pets" / folder_name / f"{i}.png", i)
+    assert told in refused(tmp_path)
+
+
+def test_classes_whose_names_have_such_words_in_them(tmp_path):
+    for name in ("test tube", "valley/deep", "latest/old", "train station/platform", "vehicle/bus", "vehicle/train"):
+        for i in range(5):
+            paint(tmp_path / "pets" / name / f"{i}.png", i)
+    assert load(tmp_path).class_names == ["latest", "test tube", "train station", "valley", "vehicle"]
 
 
 def test_labels_and_names(parts, tmp_path):

@@ -106,6 +106,16 @@ def test_folders_of_classes_in_order(tmp_path):
     }
 
 
+def test_folders_of_file_servers_are_passed_over(tmp_path):
+    """Their thumbnails of the same images would be in train and val."""
+    root = fill(tmp_path / "top", "cat/0.png", "cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg", "__MACOSX/cat/._0.png")
+    (root / "lost+found").mkdir()
+    passed = PassedOver()
+    assert folders_in(root, tmp_path, passed) == ["cat"]
+    assert images_below(root, "cat", tmp_path, passed) == ["cat/0.png"]
+    assert passed.names == {"of the file system": ["__MACOSX", "lost+found", "cat/@eaDir"]}
+
+
 def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     root = fill(
         tmp_path / "top", "cat/b.png", "cat/a.JPG", "cat/deep/er/c.gif", "cat/.x.png", "cat/deep/own/record.json",
@@ -127,24 +137,6 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
         "broken links": ["cat/gone"],
         "no images": ["cat/notes.txt"],
     }
-
-
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
-    with pytest.raises(DataError) as caught:
-        images_below(tmp_path, "cat", tmp_path, PassedOver())
-    assert str(caught.value) == (
-        f"{tmp_path}/cat cannot be read (No such file or directory): mend its permissions or links"
-    )
-
-
-def test_an_error_without_a_name_is_of_the_folder(tmp_path, monkeypatch):
-    def scandir(path: str) -> None:
-        raise OSError(5, "Input/output error")
-
-    fill(tmp_path, "cat/0.png")
-    monkeypatch.setattr(files.os, "scandir", scandir)
-    with pytest.raises(DataError, match=rf"^{tmp_path}/cat cannot be read \(Input/output error\)"):
-        images_below(tmp_path, "cat", tmp_path, PassedOver())
 
 
 def digests(root: Path, names: list[str]) -> np.ndarray:

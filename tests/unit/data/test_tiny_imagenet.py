@@ -108,6 +108,18 @@ def test_the_published_name_goes_before_a_subset(tmp_path):
     assert abs(int(load(tmp_path, tmp_path / "data").images[0, 0, 0, 0]) - 10) <= 2
 
 
+def test_a_zip_that_was_replaced_since_it_was_unpacked(tmp_path):
+    """Else the old images would be used without a word."""
+    archive = zipped(make(tmp_path / "a"), tmp_path / "data" / "my.zip")
+    first = load(tmp_path, archive).fingerprint
+    assert load(tmp_path, archive).fingerprint == first
+    zipped(make(tmp_path / "b", shade=5), archive)
+    with pytest.raises(DataError, match=r"my\.zip is newer than .*data/my, unpacked from it before: remove that"):
+        load(tmp_path, archive)
+    shutil.rmtree(tmp_path / "data" / "my")
+    assert load(tmp_path, archive).fingerprint != first
+
+
 def test_two_zips_of_other_names_are_not_guessed_between(tmp_path):
     for name in ("a", "b"):
         zipped(make(tmp_path / name), tmp_path / "data" / f"{FOLDER}-{name}.zip")
@@ -345,6 +357,16 @@ def test_official_val_must_be_whole(harm: Callable[[Path], None], tmp_path):
     with pytest.raises(DataError, match=r"val_annotations\.txt.*: extract the archive anew"):
         load(tmp_path, folder, official_val=True)
     assert len(load(tmp_path, folder).images) == 8  # without it, nothing of that matters
+
+
+def test_official_images_without_a_class_are_told(tmp_path):
+    """Of a list that was cut off, or whose other classes are not in wnids.txt."""
+    folder = make(tmp_path / FOLDER)
+    annotations = folder / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().splitlines()[1] + "\n")
+    data = load(tmp_path, folder, official_val=True)
+    (left,) = {"val_0.JPEG", "val_1.JPEG"} - {annotations.read_text().split("\t")[0]}
+    assert data.passed_over == (f"1 of val/images without a class in val_annotations.txt (val/images/{left})",)
 
 
 @pytest.mark.parametrize("content", ["", "n1\n", "n1\nn2\nn1\n"])
