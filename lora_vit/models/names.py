@@ -60,9 +60,10 @@ _KINDS = (  # parts of names that tell what a file is, the first that has them a
     (("mask_token",), "the original DINOv2"),
     ((), "timm's (or the original DINO's)"),
 )
+_COUNTED = r"(?:relative_position_index|position_ids)"  # buffers of whole numbers, which follow from the sizes
 _LEFT_OUT = re.compile(
     r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
-    r"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.relative_position_index$"
+    rf"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.{_COUNTED}$"
 )
 """What has no part in features: heads of other tasks, tokens of the pretraining, another modality."""
 _SIZES = {
@@ -94,8 +95,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
     line = describe(state)
-    if left_out:
-        line += ", left out: " + ", ".join(sorted({name.split(".")[0] for name in left_out}))
+    if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
+        line += ", left out: " + ", ".join(named)
     _stack(found, names)
     if "pos_embed" in found and found.keys() == names.keys():
         wanted = {name: own[there] for name, there in names.items() if name in (*_TOKENS, "pos_embed")}
@@ -138,7 +139,7 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
         raise ValueError(f"{name} is of {tensor.dtype}, not of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():

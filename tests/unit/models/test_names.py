@@ -187,6 +187,21 @@ def test_names_in_memory_are_recognised_as_well(tmp_path):
     assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
 
 
+def test_whole_numbers_beside_the_weights_are_no_hindrance(tmp_path):
+    """OpenAI's CLIP on the hub has the numbers of its positions, and batch norms count."""
+    theirs, ours = hf("CLIP"), timm_for("CLIP")
+    prefixed = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in theirs.state_dict().items()}
+    torch.save({**prefixed, "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "w.pth")
+    assert load_trunk_weights(ours, "it", str(tmp_path / "w.pth")).endswith(f"w.pth: {KINDS['CLIP']}")
+    assert_same(timm_features(ours, images(), "CLIP"), hf_features(theirs, images(), "CLIP"), 1e-5)
+    sizes: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+    timms, other = (timm.create_model("vit_base_resnet26d_224", **sizes) for _ in range(2))
+    timms.train()(images(64))
+    torch.save(timms.state_dict(), tmp_path / "w.pth")
+    load_trunk_weights(other, "it", str(tmp_path / "w.pth"))
+    assert all(torch.equal(t, timms.state_dict()[name]) for name, t in other.state_dict().items())
+
+
 @pytest.mark.parametrize("as_bin", [False, True])
 def test_folders_with_an_index(as_bin, tmp_path):
     theirs, ours = hf("ViT"), timm_vit()
