@@ -21,7 +21,7 @@ PATCHES = re.compile(
 """The projection of the patches tells where in a file, and behind which prefix, a Vision Transformer's tensors are."""
 _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
     ("^" + _HF_PREFIX[:-2], ""),
-    (r"conv_proj|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding", "patch_embed.proj"),
+    (r"conv_proj|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
     (r"class_token|embeddings\.class_embedding|embeddings\.cls_token", "cls_token"),
     (r"embeddings\.distillation_token", "dist_token"),
     (r"(?:embeddings\.)?register_tokens", "reg_token"),
@@ -48,6 +48,7 @@ _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls 
 )
 _KINDS = (  # parts of names that tell what a file is, the first that has them all
     (("encoder_layer_",), "torchvision's vit"),
+    (("embeddings.patch_embeddings.weight",), "HF's DINOv3"),
     (("embeddings.", "register_tokens"), "HF's Dinov2WithRegisters"),
     (("embeddings.", "layer_scale1."), "HF's Dinov2"),
     (("embeddings.", "distillation_token"), "HF's DeiT"),
@@ -92,6 +93,9 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
+    if hidden := [name for name in state if theirs[timm_name(name)] != name]:
+        one = f"{hidden[0]} and {theirs[timm_name(hidden[0])]} are one tensor"
+        raise ValueError(f"{one}: the file holds parts of two models, save one alone")
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
     line = describe(state)

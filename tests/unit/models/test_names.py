@@ -43,6 +43,7 @@ def hf(kind: str, **changes: Any) -> nn.Module:
         "Dinov2 gated": ("Dinov2", "Dinov2Model"),
         "Dinov2 with registers": ("Dinov2WithRegisters", "Dinov2WithRegistersModel"),
         "ViTMAE": ("ViTMAE", "ViTMAEForPreTraining"),
+        "DINOv3": ("DINOv3ViT", "DINOv3ViTModel"),
         "CLIP": ("CLIPVision", "CLIPVisionModel"),
         "Siglip": ("SiglipVision", "SiglipVisionModel"),
     }[kind]
@@ -200,6 +201,26 @@ def test_whole_numbers_beside_the_weights_are_no_hindrance(tmp_path):
     torch.save(timms.state_dict(), tmp_path / "w.pth")
     load_trunk_weights(other, "it", str(tmp_path / "w.pth"))
     assert all(torch.equal(t, timms.state_dict()[name]) for name, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blocks.0.0.norm1.weight", torch.zeros(WIDTH), "blocks.0.norm1.weight and blocks.0.0.norm1.weight are one"),
+        (
+            "encoder.layer.1.layernorm_after.bias",
+            torch.zeros(WIDTH),
+            "are one tensor: the file holds parts of two models",
+        ),
+        ("blocks.1.norm1.weight", torch.zeros(WIDTH, device="meta"), "cannot be called on meta tensors"),
+    ],
+    ids=["twice", "in two languages", "no values"],
+)
+def test_tensors_that_cannot_be_taken_are_told_in_one_line(name, tensor, message, tmp_path):
+    torch.save({**timm_vit().state_dict(), name: tensor}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_trunk_weights(timm_vit(), "it", str(tmp_path / "w.pth"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("as_bin", [False, True])
@@ -375,6 +396,11 @@ UNFIT = {
     "more blocks": (lambda: hf("ViT", num_hidden_layers=3), timm_vit, "it has the unknown vit.encoder.layer.2.att"),
     "fewer blocks": (lambda: hf("ViT", num_hidden_layers=1), timm_vit, "it lacks blocks.1.attn.proj.bias (the file"),
     "wider": (lambda: hf("ViT", hidden_size=64), timm_vit, "cls_token is [1, 1, 64], expected [1, 1, 32] (the file is"),
+    "DINOv3": (
+        lambda: hf("DINOv3"),
+        lambda: timm_for("Dinov2 with registers"),
+        "it lacks blocks.0.attn.proj.bias (the file is HF's DINOv3, ",
+    ),
     "patches": (lambda: hf("ViT", patch_size=4), timm_vit, "patch_embed.proj.weight is [32, 3, 4, 4], expected [32, 3"),
 }
 
