@@ -32,9 +32,11 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
         RecordError: the weights' file is not there, or ``root`` is given for data that lie in the package.
     """
     config = from_dict(record.config)
+    if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp64"):
+        raise RecordError(f"record.json was edited: its environment.precision is {precision}")
     if root is not None and config.data.root is None:
         raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
-    config.trainer.precision = str(record.environment["precision"])
+    config.trainer.precision = str(precision)
     config.trainer.accelerator = device
     config.trainer.compile = False
     config.data.root = config.data.root if root is None else root
@@ -54,13 +56,11 @@ def trial_parser(command: str, description: str | None) -> argparse.ArgumentPars
     return parser
 
 
-def check_out(path: Path, option: str, *inputs: Path) -> None:
-    """Raise RecordError, before any work, where a result could not be written, or would take an input's place."""
-    if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):  # /dev/stdout would be replaced
-        raise RecordError(f"{option} {path} is a link or a device: give a plain file")
+def check_out(path: Path, option: str, suffix: str) -> None:
+    """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
+    if path.suffix != suffix:
+        raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
     try:
-        if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
-            raise RecordError(f"{option} {path} is an input of this command: give another file")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):

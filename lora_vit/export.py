@@ -46,14 +46,15 @@ def export_folder(folder: Path, form: str, out: Path, weights: str | None) -> in
         written.mkdir()
         try:
             write(trial, written)
+            interop.compare(trial, lambda images: read(written, images), f"{folder}: the export")
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
+            first = str(error).strip().partition("\n")[0][:200]
             raise ConfigError(
-                f"--format {form} cannot be written for {trial.about['model']} ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0][:200]}): give another format"
+                f"--format {form} cannot be written for {trial.about['model']} ({type(error).__name__}: {first}): "
+                "give another format"
             ) from error
-        interop.compare(trial, lambda images: read(written, images), f"{folder}: the export")
         written.replace(out)
     print(f"{opens.format(str(out))} opens it (docs/interop.md)")
     return 0

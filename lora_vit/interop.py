@@ -129,7 +129,7 @@ def _hf_model(trial: Trial, source: nn.Module) -> Any:
         image_size=trial.about["image_size"],
         patch_size=patch,
         qkv_bias="blocks.0.attn.qkv.bias" in found,
-        layer_norm_eps=next(m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)),
+        layer_norm_eps=next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6),
         id2label=dict(enumerate(trial.about["class_names"])),
         label2id={name: i for i, name in enumerate(trial.about["class_names"])},
         **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}),

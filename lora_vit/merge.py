@@ -11,11 +11,10 @@ from lora_vit.records import RecordError, replacing
 
 def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> int:
     """Write the merged weights after comparing them, on made images, with base and adapter apart."""
-    if out.suffix != ".safetensors":
-        raise RecordError(f"--out {out}: give a file name that ends in .safetensors")
-    record = completed_record(folder)
-    check_out(out, "--out", folder / "adapter.safetensors", Path(weights or str(record.config["model"]["weights"])))
-    config = recorded_config(record, device, weights)
+    check_out(out, "--out", ".safetensors")
+    if out.exists():  # perhaps the adapter, or the base
+        raise RecordError(f"--out {out} is there already: give a new file")
+    config = recorded_config(completed_record(folder), device, weights)
     from safetensors.torch import save
 
     from lora_vit.build import choose_device

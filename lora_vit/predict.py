@@ -26,7 +26,7 @@ def predict_folder(
 ) -> int:
     """Print (and write) the ``top`` classes of each image; exit code 1 where some could not be read."""
     if out is not None:
-        check_out(out, "--csv", *given)
+        check_out(out, "--csv", ".csv")
     config = recorded_config(completed_record(folder), device, weights)
     from lora_vit.lora.adapter import read_adapter
 

@@ -5,6 +5,7 @@ Merging is a pure function on state dicts: W' = W + s B A for each adapted proje
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")
 """How the parameters' names end that are interpolated to the image size, torchvision's and timm's."""
 POSITIONS_TOLERANCE = 1e-4
 """Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
+SAME = 1e-4
+"""Largest difference between two models with the same weights, relative to the largest logit: kernels differ."""
 INPUTS = ("image_size", "mean", "std", "interpolation")
 """What the card says of the images that the model gets."""
 
@@ -120,6 +123,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise AdapterError(f"{folder}: the adapter's {name} is {there}, expected {wanted}")
         if not torch.isfinite(tensors[name]).all():
             raise AdapterError(f"{folder}: the adapter's {name} holds NaN or infinite values")
+    if "sha256" in card and card["sha256"] != sha256_of(tensors):
+        raise AdapterError(f"{folder}: values in adapter.safetensors are not those that were trained: copy it anew")
     return adapter
 
 
@@ -139,12 +144,17 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     positions = torch.cat([torch.empty(0), *interpolated]).numpy()
     signs = randomness.uniforms(np.arange(len(positions)), 4, "positions") < 0.5
     norms = [(name, m.eps) for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    digest = hashlib.sha256(str(sorted(norms)).encode())
-    for name in sorted(state):
-        digest.update(f"{name} {list(state[name].shape)}\n".encode())
-        digest.update(np.ascontiguousarray(state[name].float().cpu().numpy()).data)
     projections = np.where(signs, positions[:, None], -positions[:, None]).sum(0)
-    return {**sizes, "sha256": digest.hexdigest(), "positions": projections.tolist()}
+    return {**sizes, "sha256": sha256_of(state, str(sorted(norms))), "positions": projections.tolist()}
+
+
+def sha256_of(tensors: dict[str, Tensor], begin: str = "") -> str:
+    """Digest of names, shapes and fp32 values."""
+    digest = hashlib.sha256(begin.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
+        digest.update(np.ascontiguousarray(tensors[name].float().cpu().numpy()).data)
+    return digest.hexdigest()
 
 
 def bind(
@@ -218,6 +228,26 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
             parameters[name].copy_(tensor)
 
 
+def _bound(model: nn.Module, folder: str | Path) -> Adapter:
+    """The folder's adapter. Raises AdapterError unless the model is its base, also in what no weight tells."""
+    adapter = read_adapter(folder)
+    base, like = adapter.card["base"], next(model.parameters())
+    bind(adapter, base_of(model))
+    if torch.finfo(like.dtype).bits < 32:
+        raise AdapterError(f"the model is of {like.dtype}, which would round the update away: give it in fp32")
+    given, named = copy.deepcopy(model).eval(), new_backbone(base, 1).to(like).eval()
+    named.load_state_dict(trunk_state(model), strict=False)
+    image = torch.rand(1, 3, *2 * [base["image_size"]], generator=randomness.generator("base")).to(like) * 4 - 2
+    for one in (given, named):
+        put_on(one, adapter)
+    with torch.no_grad():
+        theirs, ours = given(image), named(image)
+    if not (theirs - ours).abs().max() <= SAME * ours.abs().max():
+        what = f"the model has the weights of {base['model']}, but computes something else with them"
+        raise AdapterError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
+    return adapter
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put a trained adapter and its head on a plain model, in place.
 
@@ -234,8 +264,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         AdapterError: the adapter is unreadable or belongs to another model; the model is left as it was.
     """
-    adapter = read_adapter(folder)
-    bind(adapter, base_of(model))
+    adapter = _bound(model, folder)
     put_on(model, adapter)
     return model
 
@@ -245,8 +274,7 @@ def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Unlike :func:`load_adapter` this leaves no extra layer: the model stays the library's own. Raises as that does.
     """
-    adapter = read_adapter(folder)
-    bind(adapter, base_of(model))
+    adapter = _bound(model, folder)
     state = merged_state_dict(model, adapter)
     put_head(model, *(state.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
     model.load_state_dict(state, strict=False)

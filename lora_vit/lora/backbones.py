@@ -70,7 +70,7 @@ def sizes_of(model: Any) -> dict[str, Any]:
     if not isinstance(model, VisionTransformer):
         height, width = model.patch_embed.img_size
         size = height if height == width else [height, width]
-        return {"architecture": model.pretrained_cfg["architecture"], "image_size": size}
+        return {"architecture": getattr(model, "pretrained_cfg", {}).get("architecture"), "image_size": size}
     return {
         "architecture": TORCHVISION,
         "image_size": model.image_size,

@@ -21,7 +21,7 @@ PATCHES = re.compile(
 """The projection of the patches tells where in a file, and behind which prefix, a Vision Transformer's tensors are."""
 _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
     ("^" + _HF_PREFIX[:-2], ""),
-    (r"conv_proj|embeddings\.patch_embeddings\.projection|embeddings\.patch_embedding", "patch_embed.proj"),
+    (r"conv_proj|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
     (r"class_token|embeddings\.class_embedding|embeddings\.cls_token", "cls_token"),
     (r"embeddings\.distillation_token", "dist_token"),
     (r"(?:embeddings\.)?register_tokens", "reg_token"),
@@ -48,6 +48,7 @@ _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls 
 )
 _KINDS = (  # parts of names that tell what a file is, the first that has them all
     (("encoder_layer_",), "torchvision's vit"),
+    (("embeddings.patch_embeddings.weight",), "HF's DINOv3"),
     (("embeddings.", "register_tokens"), "HF's Dinov2WithRegisters"),
     (("embeddings.", "layer_scale1."), "HF's Dinov2"),
     (("embeddings.", "distillation_token"), "HF's DeiT"),
@@ -60,9 +61,10 @@ _KINDS = (  # parts of names that tell what a file is, the first that has them a
     (("mask_token",), "the original DINOv2"),
     ((), "timm's (or the original DINO's)"),
 )
+_COUNTED = r"(?:relative_position_index|position_ids)"  # buffers of whole numbers, which follow from the sizes
 _LEFT_OUT = re.compile(
     r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
-    r"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.relative_position_index$"
+    rf"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.{_COUNTED}$"
 )
 """What has no part in features: heads of other tasks, tokens of the pretraining, another modality."""
 _SIZES = {
@@ -91,11 +93,14 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
+    if hidden := [name for name in state if theirs[timm_name(name)] != name]:
+        one = f"{hidden[0]} and {theirs[timm_name(hidden[0])]} are one tensor"
+        raise ValueError(f"{one}: the file holds parts of two models, save one alone")
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
     line = describe(state)
-    if left_out:
-        line += ", left out: " + ", ".join(sorted({name.split(".")[0] for name in left_out}))
+    if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
+        line += ", left out: " + ", ".join(named)
     _stack(found, names)
     if "pos_embed" in found and found.keys() == names.keys():
         wanted = {name: own[there] for name, there in names.items() if name in (*_TOKENS, "pos_embed")}
@@ -138,8 +143,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or tensor.is_meta:
-        raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not values of floating point")
+    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
+        raise ValueError(f"{name} is of {tensor.dtype}, not of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")

@@ -19,7 +19,7 @@ from lora_vit.config import ConfigError, ModelConfig
 from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.backbones import SIZES, timm_model
 from lora_vit.lora.inject import use_own_attention
-from lora_vit.lora.layers import PackedHead
+from lora_vit.lora.layers import LoRAAdapters, PackedHead
 from lora_vit.lora.places import places_of, plain_models
 
 
@@ -161,6 +161,13 @@ class PackedViT(nn.Module):
         if first_trained is not None:
             first_trained.register_forward_pre_hook(self._repeat)
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
+
+    def train(self, mode: bool = True) -> PackedViT:
+        """As ever, but a trunk draws nothing of its own in training, and batch norms keep their statistics."""
+        super().train(mode)
+        for module in self.trunk.modules():
+            module.training = mode and isinstance(module, LoRAAdapters)
+        return self
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
         """Normalised images [G*B, 3, H, W] to logits [K, B, C] in the head's dtype.

@@ -158,8 +158,8 @@ def load_trunk_weights(trunk: nn.Module, model: str, weights: str) -> str:
     own = trunk.state_dict()
     try:
         translated, recognised = translate(state, own)
-    except ValueError as error:
-        raise ConfigError(f"model.weights={weights}: {error}") from None
+    except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
+        raise ConfigError(f"model.weights={weights}: {str(error).splitlines()[0]}") from None
     wrong = [f"it lacks {name}" for name in sorted(own.keys() - translated.keys())]
     wrong += [f"it has the unknown {name}" for name in sorted(translated.keys() - own.keys())]
     wrong = wrong or [

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import repeating
 from lora_vit.stopping import Interrupted, StopRequest
 from lora_vit.training.pack import Pack
@@ -282,7 +283,8 @@ def finish_trials(pack: Pack, finished: list[Trial]) -> None:
         if trial.files is not None:
             columns = {name: predictions[k].fields() for name, predictions in splits.items()}
             tensors = pack.export(k, pack.flat.values_KP)
-            trial.files.write_results(columns, tensors, adapter_card(pack.setup, trial))
+            card = adapter_card(pack.setup, trial) | {"sha256": sha256_of(tensors)}
+            trial.files.write_results(columns, tensors, card)
             trial.files.log_hparams()
         trial.complete()
 

@@ -243,32 +243,12 @@ def test_a_folder_without_a_record_or_none_at_all(module, copy, call):
         assert (code, out, err) == (1, "", f"error: {place} has no record.json: give the folder of a trial\n")
 
 
-@pytest.mark.parametrize("what", ["image", "adapter", "base", "link", "pipe"])
-def test_a_result_takes_no_inputs_place(what, copy, call):
-    """As root, ``--csv /dev/stdout`` replaced the link that it is."""
-    image, name = copy / "images" / "ant" / "00.png", "--csv" if what == "image" else "--out"
-    out = {"image": image, "adapter": copy / "trial" / "adapter.safetensors"}.get(what, copy / f"{what}.safetensors")
-    if what == "base":
-        os.link(copy / "base.pth", out)
-    elif what == "link":
-        out.symlink_to(image)
-    elif what == "pipe":
-        os.mkfifo(out)
-    before = os.lstat(out)
-    arguments = ["predict", copy / "trial", image] if what == "image" else ["merge", copy / "trial"]
-    told = "is a link or a device: give a plain file"
-    if what not in ("link", "pipe"):
-        told = "is an input of this command: give another file"
-    assert call(*arguments, name, out) == (1, "", f"error: {name} {out} {told}\n")
-    assert (os.lstat(out).st_ino, os.lstat(out).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
 @pytest.mark.parametrize("option", ["predict --csv", "merge --out"])
 @pytest.mark.parametrize("where", ["no folder", "a folder"])
 def test_the_outputs_place_is_tested_before_any_work(option, where, copy, call):
     module, name = option.split()
     (copy / "base.pth").unlink()  # so that work would end in another line
-    out = Path("nowhere/x.safetensors" if where == "no folder" else "x.safetensors")
+    out = Path("nowhere" if where == "no folder" else "", "x.csv" if module == "predict" else "x.safetensors")
     if where == "a folder":
         out.mkdir()
     arguments = [*every_command(copy)[module][:2], name, out] if module == "predict" else [copy / "trial", name, out]
@@ -276,6 +256,27 @@ def test_the_outputs_place_is_tested_before_any_work(option, where, copy, call):
     assert code == 1
     assert f"{name} {out} cannot be written" in err
     assert err.count("\n") == 1
+
+
+def test_a_result_takes_no_other_files_place(copy, call):
+    adapter = copy / "trial" / "adapter.safetensors"
+    before = adapter.read_bytes()
+    code, _, err = call("merge", copy / "trial", "--out", adapter)
+    assert (code, err) == (1, f"error: --out {adapter} is there already: give a new file\n")
+    assert adapter.read_bytes() == before
+    image = next((copy / "images").rglob("*.png"))  # --csv *.png
+    before = image.read_bytes()
+    code, _, err = call("predict", copy / "trial", image, "--csv", image)
+    assert (code, err) == (1, f"error: --csv {image}: give a file name that ends in .csv\n")
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("module", ["evaluate", "predict", "merge"])
+def test_a_record_that_lost_its_environment_is_told(module, copy, call):
+    path = copy / "trial" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {}}))
+    code, _, err = call(module, *every_command(copy)[module])
+    assert (code, err) == (1, "error: record.json was edited: its environment.precision is None\n")
 
 
 def read_csv(path: str) -> list[dict[str, str]]:

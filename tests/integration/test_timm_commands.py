@@ -21,6 +21,7 @@ from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import ConfigError, TrialConfig, trial_id
 from lora_vit.distributed import Process
 from lora_vit.lora.adapter import AdapterError
+from lora_vit.models.vit import timm_trunk
 
 timm = pytest.importorskip("timm")
 
@@ -114,6 +115,36 @@ def test_another_model_or_other_images_are_refused(tmp_path, monkeypatch, capsys
     code, _, said = run(evaluate, tmp_path / "0", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert "mean=[0.5, 0.5, 0.5], here mean=[0.1, 0.2, 0.3]" in said
+
+
+def pooled_otherwise(model):
+    model.reset_classifier(0, "avg")
+
+
+@pytest.mark.parametrize(
+    ("changes", "change"),
+    [({"num_heads": 4}, None), ({"act_layer": "quick_gelu"}, None), ({}, pooled_otherwise)],
+    ids=["heads", "activation", "pooling"],
+)
+def test_the_same_weights_in_another_model_of_the_name_are_refused(changes, change, tmp_path):
+    train_together([timm_config("lora.blocks=[1]", name="test_vit")], tmp_path)
+
+    def model(**changes: object) -> torch.nn.Module:
+        made = timm.create_model("test_vit", img_size=32, num_classes=0, **changes)
+        made.load_state_dict(timm_trunk("test_vit", 32).state_dict())
+        return made
+
+    same = model(drop_path_rate=0.1, dynamic_img_size=True).train()  # no matter in evaluation
+    assert load_adapter(same, tmp_path / "0").training
+    other = model(**changes)
+    if change:
+        change(other)
+    for put in (load_adapter, merge_adapter):
+        with pytest.raises(AdapterError, match="has the weights of test_vit, but computes something else with them"):
+            put(other, tmp_path / "0")
+    del other.pretrained_cfg  # as of a model that timm's class was called for
+    with pytest.raises(AdapterError, match="architecture=test_vit, here architecture=None"):
+        load_adapter(other, tmp_path / "0")
 
 
 @pytest.mark.parametrize("key", ["mean", "std"])

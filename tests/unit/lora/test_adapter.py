@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer
 
 from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapter, replace_linear_with_lora
 from lora_vit.config import SCHEMA_VERSION
-from lora_vit.lora.adapter import Adapter, AdapterError, base_of, bind, merged_state_dict, read_adapter
+from lora_vit.lora.adapter import Adapter, AdapterError, base_of, bind, merged_state_dict, read_adapter, sha256_of
 from lora_vit.records import write_record
 from lora_vit.training.trackers import write_adapter
 
@@ -245,6 +245,8 @@ def other_model(which: str, model: VisionTransformer) -> nn.Module:
             model.encoder.ln.bias[0] = 0.5
         elif which == "positions":
             model.encoder.pos_embedding[0, 2] += 0.01
+        elif which == "activation":
+            model.encoder.layers[1].mlp[1] = nn.ReLU()
         elif which == "eps":
             model.encoder.layers[1].ln_2.eps = 1e-5
     return model.bfloat16() if which == "bf16" else model
@@ -265,6 +267,7 @@ def other_model(which: str, model: VisionTransformer) -> nn.Module:
         ("one bias", WEIGHTS),
         ("positions", "position embedding and perhaps other weights are not those"),
         ("eps", WEIGHTS),
+        ("activation", "the model has the weights of vit_tiny, but computes something else with them: make it by"),
         ("bf16", WEIGHTS),
     ],
 )
@@ -276,6 +279,15 @@ def test_another_base_is_refused_and_left_as_it_was(place, which, message, model
         place(other, folder)
     assert "\n" not in str(error.value)
     assert_untouched(other, before)
+
+
+@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
+def test_weights_of_half_precision_take_no_adapter_though_they_are_the_bases(place, model, tmp_path):
+    low = model.half()
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1", base=low))
+    with pytest.raises(AdapterError, match=r"the model is of torch\.float16, which would round the update away"):
+        place(low, folder)
+    place(low.float(), folder)
 
 
 @pytest.mark.parametrize("second", [load_adapter, merge_adapter])
@@ -463,6 +475,17 @@ def test_what_is_damaged_is_refused(change, message, model, tmp_path):
         load_adapter(model, str(folder))
     assert "\n" not in str(error.value)
     assert_untouched(model, before)
+
+
+def test_a_value_that_has_changed_is_noticed(model, tmp_path):
+    found = tensors("fc1")
+    folder = folder_of(tmp_path, found, {**card("fc1"), "sha256": sha256_of(found)})
+    load_adapter(copy.deepcopy(model), folder)
+    written = bytearray((folder / "adapter.safetensors").read_bytes())
+    written[-6] ^= 1  # within the last number
+    (folder / "adapter.safetensors").write_bytes(written)
+    with pytest.raises(AdapterError, match=r"values in adapter\.safetensors are not those that were trained"):
+        load_adapter(model, folder)
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "stopped", "interrupted", "completed"])

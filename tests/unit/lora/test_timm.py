@@ -259,6 +259,24 @@ def test_a_trunk_computes_in_its_last_block_what_its_pooling_takes(name, size, t
     assert seen == [tokens]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_base_resnet26d_224", {"img_size": 64, "depth": 1}),  # batch norms in front
+        ("vit_base_patch16_sapiens2", {"num_kv_heads": (1, 3)}),  # frequencies that are drawn in training
+    ],
+)
+def test_training_neither_draws_nor_notes_anything_in_a_trunk(name, changes):
+    trunk = small(name, {**changes, "num_classes": 0}).requires_grad_(False)
+    x, before = images_for(trunk, 3), copy.deepcopy(trunk.state_dict())
+    replace_linear_with_lora(trunk, RANK)
+    pack = PackedViT(trunk.double(), PackedHead([0], [0.0], D, CLASSES, DropoutState([0]), "head").double(), 1).train()
+    assert all(m.training for m in lora_modules(pack))
+    assert torch.equal(pack(x, [0]), pack(x, [0]))
+    assert all(torch.equal(t, before[n]) for n, t in trunk.state_dict().items() if n in before)
+    assert not any(m.training for m in lora_modules(pack.eval()))
+
+
 SPECS = [
     AdapterSpec(r, s, p, "gaussian", seed) for r, s, p, seed in [(2, 1.0, 0.0, 5), (4, 0.5, 0.3, 6), (3, 2.0, 0.1, 7)]
 ]

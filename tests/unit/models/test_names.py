@@ -43,6 +43,7 @@ def hf(kind: str, **changes: Any) -> nn.Module:
         "Dinov2 gated": ("Dinov2", "Dinov2Model"),
         "Dinov2 with registers": ("Dinov2WithRegisters", "Dinov2WithRegistersModel"),
         "ViTMAE": ("ViTMAE", "ViTMAEForPreTraining"),
+        "DINOv3": ("DINOv3ViT", "DINOv3ViTModel"),
         "CLIP": ("CLIPVision", "CLIPVisionModel"),
         "Siglip": ("SiglipVision", "SiglipVisionModel"),
     }[kind]
@@ -185,6 +186,41 @@ def test_names_in_memory_are_recognised_as_well(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
     assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
+
+
+def test_whole_numbers_beside_the_weights_are_no_hindrance(tmp_path):
+    """OpenAI's CLIP on the hub has the numbers of its positions, and batch norms count."""
+    theirs, ours = hf("CLIP"), timm_for("CLIP")
+    prefixed = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in theirs.state_dict().items()}
+    torch.save({**prefixed, "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "w.pth")
+    assert load_trunk_weights(ours, "it", str(tmp_path / "w.pth")).endswith(f"w.pth: {KINDS['CLIP']}")
+    assert_same(timm_features(ours, images(), "CLIP"), hf_features(theirs, images(), "CLIP"), 1e-5)
+    sizes: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
+    timms, other = (timm.create_model("vit_base_resnet26d_224", **sizes) for _ in range(2))
+    timms.train()(images(64))
+    torch.save(timms.state_dict(), tmp_path / "w.pth")
+    load_trunk_weights(other, "it", str(tmp_path / "w.pth"))
+    assert all(torch.equal(t, timms.state_dict()[name]) for name, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("blocks.0.0.norm1.weight", torch.zeros(WIDTH), "blocks.0.norm1.weight and blocks.0.0.norm1.weight are one"),
+        (
+            "encoder.layer.1.layernorm_after.bias",
+            torch.zeros(WIDTH),
+            "are one tensor: the file holds parts of two models",
+        ),
+        ("blocks.1.norm1.weight", torch.zeros(WIDTH, device="meta"), "cannot be called on meta tensors"),
+    ],
+    ids=["twice", "in two languages", "no values"],
+)
+def test_tensors_that_cannot_be_taken_are_told_in_one_line(name, tensor, message, tmp_path):
+    torch.save({**timm_vit().state_dict(), name: tensor}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_trunk_weights(timm_vit(), "it", str(tmp_path / "w.pth"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("as_bin", [False, True])
@@ -360,6 +396,11 @@ UNFIT = {
     "more blocks": (lambda: hf("ViT", num_hidden_layers=3), timm_vit, "it has the unknown vit.encoder.layer.2.att"),
     "fewer blocks": (lambda: hf("ViT", num_hidden_layers=1), timm_vit, "it lacks blocks.1.attn.proj.bias (the file"),
     "wider": (lambda: hf("ViT", hidden_size=64), timm_vit, "cls_token is [1, 1, 64], expected [1, 1, 32] (the file is"),
+    "DINOv3": (
+        lambda: hf("DINOv3"),
+        lambda: timm_for("Dinov2 with registers"),
+        "it lacks blocks.0.attn.proj.bias (the file is HF's DINOv3, ",
+    ),
     "patches": (lambda: hf("ViT", patch_size=4), timm_vit, "patch_embed.proj.weight is [32, 3, 4, 4], expected [32, 3"),
 }
 
