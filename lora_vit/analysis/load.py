@@ -42,6 +42,7 @@ class Loaded:
     trials: pd.DataFrame
     problems: list[str] = field(default_factory=list)
     races: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: int = 0
 
 
 def find_records(folder: Path) -> list[Path]:
@@ -115,6 +116,7 @@ def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             planned, command = list(plan["trials"]), plan.get("command")
+            loaded.sweeps += 1
             if plan.get("race"):
                 loaded.races.append({**plan["race"], "command": command})
         except FileNotFoundError:

@@ -188,7 +188,7 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int:
     ``P(the best has the highest mean) >= 1 - alpha`` where it leads by the margin (Bechhofer, 1954).
     """
     known = 1e6  # degrees of freedom
-    return math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2)
+    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
 
 
 def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:

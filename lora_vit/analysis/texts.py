@@ -80,7 +80,7 @@ def verdict(summary: Summary) -> str:
     cells, c, metric = summary.cells, summary.comparison, summary.metric
     best = best_cell(cells)
     what, extreme = metric.title.lower(), "highest" if metric.sign > 0 else "lowest"
-    if len(cells) == 1:
+    if len(cells) == 1 and (summary.race is None or len(summary.race.cells) == 1):
         seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
         return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(metric, best)} ({seeds})."
     if summary.race is not None:
@@ -120,9 +120,10 @@ def _race_verdict(summary: Summary, raced: Raced) -> str:
     failed = sum(out.behind is None for out in race.exits.values())
     out = f" {failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed." * bool(failed)
     if race.selected is not None:
+        stage = f"; one stage with the same guarantee would take {raced.one_stage}" if raced.one_stage else ""
         return (
             f"{best['label']} selected: with 95 % no other of {k} cells is better by more than {margin}. "
-            f"{raced.trials} trials; one stage with the same guarantee would take {raced.one_stage}.{out}"
+            f"{raced.trials} trials{stage}.{out}"
         )
     left = summary.cells.loc[summary.cells["mark"] == "left", "label"]
     names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
@@ -286,7 +287,7 @@ def methods(summary: Summary) -> list[str]:
 
 def _race_methods(raced: Raced, metric: Metric) -> list[str]:
     rules = raced.rules
-    return [
+    lines = [
         f"A race (Paulson, 1964; Kim and Nelson, 2001): every cell got the same {rules.first_seeds} seeds, and those "
         f"that stayed got more, up to {rules.most_seeds}. A cell left when another that was still in was ahead by "
         "more than a boundary, which the spread of the paired differences over the first seeds sets and which falls "
@@ -296,6 +297,8 @@ def _race_methods(raced: Raced, metric: Metric) -> list[str]:
         "that of one which left a little too low, and the t intervals are not adjusted for it. Main effects, and which "
         "cells besides the selected one are within the margin, come from the first seeds alone, which every cell has. "
         "The test figure was not used to choose and has no such bias.",
-        f"One stage with the same guarantee would take {raced.one_stage:,} trials if the spread that was seen had been "
-        "known beforehand (Bechhofer, 1954).",
     ]
+    if raced.one_stage:
+        lines.append(f"One stage with the same guarantee would take {raced.one_stage:,} trials if the spread that was "
+                     "seen had been known beforehand (Bechhofer, 1954).")  # fmt: skip
+    return lines

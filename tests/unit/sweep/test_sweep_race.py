@@ -242,7 +242,7 @@ def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
         assert got.race is None
         assert set(got.cells["n"]) == {3}
         (said,) = got.problems
-        assert said.startswith("a race: only the first 3 seeds are compared here")
+        assert said.startswith("a race: only the first 3 seeds, from 7 on, are compared here (")
         assert "best" in set(got.cells["mark"])
 
 
@@ -250,3 +250,97 @@ def test_a_margin_that_cannot_be_is_refused(tmp_path):
     run_to_its_end(race_of(tmp_path), tmp_path, GAP)
     with pytest.raises(SummaryError, match=r"^--margin 0 is impossible"):
         summarize(tmp_path, margin=0.0)
+
+
+def test_a_cell_that_failed_at_its_first_seed_stands_with_the_others(tmp_path):
+    """The accuracy that a failed trial had reached is no trial's."""
+    race = race_of(tmp_path)
+    bad = {(2, 7), (8, 8)}
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    while jobs := race.look(1):
+        for wanted in jobs:
+            key = (wanted.config.lora.rank or 0, wanted.config.seed)
+            leave(tmp_path, wanted, GAP[key], "failed" if key in bad else "completed")
+    got = summarize(tmp_path)
+    cells = got.cells.set_index("lora.rank")
+    assert cells["mark"].to_dict() == {4: "selected", 1: "out", 2: "failed", 8: "failed"}
+    assert (cells["n"][2], cells["n"][8]) == (2, 2)
+    assert cells["mean"][8] == pytest.approx((GAP[8, 7] + GAP[8, 9]) / 2)
+    assert got.race is not None
+    assert got.race.trials == got.cells["n"].sum()
+    for rank in RANKS:  # all others that count fail too
+        for seed in (8, 9):
+            leave(tmp_path, job(rank, seed), None, "failed")
+        leave(tmp_path, job(rank, 7), None, "failed")
+        leave(tmp_path, job(rank, 12), 0.9)
+    with pytest.raises(SummaryError, match=r"^no completed trial with a val_accuracy"):
+        summarize(tmp_path)
+
+
+def test_one_cell_that_is_left_of_several_is_no_single_cell(tmp_path):
+    """Nor does one stage take 0 trials where the spread is not known."""
+    race = race_of(tmp_path, (1, 2))
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    leave(tmp_path, job(1, 7), 0.9)
+    assert summarize(tmp_path).verdict.startswith("The race has not ended: 2 of 2 cells are in it before all have")
+    for seed in (7, 8, 9):
+        leave(tmp_path, job(1, seed), GAP[1, seed])
+        leave(tmp_path, job(2, seed), None, "failed")
+    assert summarize(tmp_path).verdict == (
+        "rank 1 selected: with 95 % no other of 2 cells is better by more than 1.00 points. 3 trials. "
+        "1 of the cells is out because a trial failed."
+    )
+    alone = race_of(tmp_path / "alone", (1,))
+    run_to_its_end(alone, tmp_path / "alone", GAP)
+    assert summarize(tmp_path / "alone").verdict.startswith("One cell, nothing to compare: ")
+
+
+def test_what_another_first_seed_has_asked_for_does_not_count(tmp_path):
+    """A race's later seeds were trained where results asked for them, whichever race comes after it."""
+    run_to_its_end(race_of(tmp_path, margin=0.01), tmp_path, GAP)
+    values = {(rank, FIRST + 100 + s): GAP[rank, FIRST + s] for rank in RANKS for s in range(6)}
+    how = options(margin=1.0, first_seeds=3, most_seeds=6)
+    run = SweepRun(tuple(job(rank, FIRST + 100) for rank in RANKS), tmp_path, how, LAUNCHED + 100)
+    run_to_its_end(SweepRace(run, []), tmp_path, values)
+    got = summarize(tmp_path)
+    assert got.race is not None
+    assert set(got.cells["n"]) == {3}
+    assert got.race.trials == got.cells["n"].sum()
+    assert got.comparison.df == 3 * 2
+    part = summarize(tmp_path, where="rank < 8")
+    assert set(part.cells["n"]) == {3}
+    assert part.problems[0].startswith("a race: only the first 3 seeds, from 107 on, are compared here (")
+
+
+def test_what_no_record_says_decides_neither_here_nor_there(tmp_path):
+    """Accuracies that cannot be are failures; a record that cannot be read is waited for, and the race stands still."""
+    race = race_of(tmp_path)
+    for wanted in race.look(1):
+        leave(tmp_path, wanted, GAP[wanted.config.lora.rank or 0, wanted.config.seed])
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    edit = tmp_path / job(2, 8).trial_id / "record.json"
+    whole = edit.read_text()
+    for broken in ("NaN", "1.5", '"high"'):
+        edit.write_text(whole.replace(f'"val_accuracy": {GAP[2, 8]}', f'"val_accuracy": {broken}'))
+        again, got = race_of(tmp_path), summarize(tmp_path).race
+        again.look(1)
+        assert got is not None
+        assert [again.cells[i].config.lora.rank for i, out in again.race.exits.items() if out.behind is None] == [2]
+        assert (again.race.exits, again.race.seeds) == (got.race.exits, got.race.seeds)
+    edit.write_text(whole.replace('"val": 720', '"val": null'))
+    race_of(tmp_path).look(1)
+    edit.write_text("{")
+    again, got = race_of(tmp_path), summarize(tmp_path).race
+    assert got is not None
+    assert [w.trial_id for w in again.look(1)] == [job(2, 8).trial_id]
+    assert again.race.exits == got.race.exits == {}
+
+
+def test_a_fixed_sweep_beside_a_race_makes_it_no_part_of_it(tmp_path):
+    run_to_its_end(race_of(tmp_path / "a"), tmp_path / "a", GAP)
+    assert summarize(tmp_path).race is not None, "the folder above a race alone"
+    Ledger(tmp_path / "b").add([job(4, seed) for seed in range(7, 13)], "the other command")
+    for seed in range(7, 13):
+        leave(tmp_path / "b", job(4, seed), 0.99)
+    assert summarize(tmp_path).race is None
+    assert summarize([tmp_path / "a", tmp_path / "b"]).race is None
