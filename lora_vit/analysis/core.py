@@ -62,7 +62,7 @@ def summarize(
         raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
     by = tables.metric(metric)
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-    if margin is not None and not margin > 0:
+    if margin is not None and not 0 < margin < math.inf:
         raise SummaryError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     loaded = load_trials(listed)
     trials = select(loaded.trials, where) if where else loaded.trials

@@ -145,17 +145,20 @@ def within_text(summary: Summary) -> str:
     within, metric = summary.within, summary.metric
     if within is None or not summary.comparison.possible:
         return ""
-    margin = points(metric, within.margin)
+    compared = "" if summary.comparison.compared.all() else " of the cells with two or more seeds"
+    below = f"at most {points(metric, within.margin)} below the best{compared}"
     selected = summary.cells.iloc[0] if summary.race is not None and summary.race.shows(within.margin) else None
     if within.smallest is None or (selected is not None and within.smallest == selected["label"]):
         if selected is not None and selected["trainable_parameters"] <= summary.cells["trainable_parameters"].min():
             return ""
         none = "No cell" if selected is None else "No smaller one"
+        if within.seeds is not None and within.seeds <= summary.comparison.repeats:  # as many are there already
+            return f"{none} is shown to be {below}."
         seeds = within.seeds or f"more than {MOST_SEEDS}"
-        return f"{none} is shown to be at most {margin} below the best: that would take about {seeds} seeds per cell."
+        return f"{none} is shown to be {below}: that would take about {seeds} seeds per cell."
     text = (
         "By the first seeds alone, " * (summary.race is not None)
-        + f"{within.smallest} ({within.parameters:,.0f} parameters) is at most {margin} below the best"
+        + f"{within.smallest} ({within.parameters:,.0f} parameters) is {below}"
     )
     if within.fastest != within.smallest:
         text += f", and so is the fastest such cell, {within.fastest} ({duration(within.seconds)} s a trial)"

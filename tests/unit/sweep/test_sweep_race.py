@@ -202,8 +202,7 @@ def test_the_summary_of_a_race(tmp_path):
     assert np.isfinite(got.chosen.test), "of the selected cell"
     assert got.within is not None
     assert got.within.margin == pytest.approx(0.01)
-    says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
-    assert got.verdict.endswith(f"No smaller one is shown to be {says}")
+    assert got.verdict.endswith("No smaller one is shown to be at most 1.00 points below the best.")
     assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
     wide = summarize(tmp_path, margin=8.0)
     assert wide.within is not None
@@ -219,6 +218,15 @@ def test_a_race_says_nothing_about_less_than_its_margin(tmp_path):
     assert narrow.race.selected is not None
     assert not narrow.cells["within"].any()
     assert "No cell is shown to be at most 0.05 points below the best" in narrow.verdict
+
+
+def test_seeds_that_are_there_are_not_asked_for(tmp_path):
+    """The smaller cell is far behind: no number of seeds shows it to be good enough, least of all one that it has."""
+    run_to_its_end(race_of(tmp_path, margin=3.0), tmp_path, accuracies({1: 0.85, 2: 0.94, 4: 0.85, 8: 0.8}, sd=0.001))
+    got = summarize(tmp_path)
+    assert got.within is not None
+    assert got.within.seeds == 2
+    assert got.verdict.endswith(" No smaller one is shown to be at most 3.00 points below the best.")
 
 
 def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
