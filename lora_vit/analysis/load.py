@@ -118,7 +118,7 @@ def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
             planned, command = list(plan["trials"]), plan.get("command")
             loaded.sweeps += 1
             if plan.get("race"):
-                loaded.races.append({**plan["race"], "command": command})
+                loaded.races.append({"command": command, **plan["race"]})
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -122,13 +122,15 @@ def _open_part(run: SweepRun, engine: Engine | None) -> tuple[dict[str, State], 
 
 
 def _dry_run(run: SweepRun, race: SweepRace | None, engine: Engine | None) -> None:
+    if race is not None:
+        print(race.sizes() + "; the trials that it wants now:" * bool(run.jobs))
+    if not run.jobs:
+        return
     states, asked = _open_part(run, engine)
     if run.options.measure:
         prepare([job.config for job in asked.jobs])
     if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in run.jobs):
         print("note: the images have not been read yet, so all trials count as open")
-    if race is not None:
-        print(race.sizes() + "; the trials that it wants now:")
     print_plan(asked, states)
 
 

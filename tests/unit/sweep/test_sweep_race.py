@@ -17,6 +17,7 @@ from lora_vit.config import ConfigError, from_dict
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
 from lora_vit.sweep.race import SweepRace
+from lora_vit.sweep.runner import run_sweep
 
 RANKS = (1, 2, 4, 8)
 FIRST = 7  # the race's first seed
@@ -172,6 +173,13 @@ def test_what_one_sees_of_it(tmp_path):
     assert f"{race.spread * 100:.2f} points, as they have here); {len(race.states)} have ended" in race.sizes()
 
 
+def test_a_dry_run_of_a_race_that_has_ended(tmp_path, capsys):
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, GAP)
+    assert run_sweep(dataclasses.replace(race.run, options=dataclasses.replace(race.run.options, dry_run=True))) is None
+    assert f"typically about {len(race.states)} (where" in capsys.readouterr().out
+
+
 def test_a_setting_that_follows_the_seed_is_refused():
     one, other = job(4, 0), job(4, 1)
     refuse_seed_dependent([one], [other])
@@ -237,6 +245,8 @@ def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
     got = summarize(tmp_path)
     assert got.verdict.startswith("The race has not ended: 4 of 4 cells are in it before all have their first seeds, 9")
     assert "the sweep's command goes on with it: the command." in got.verdict
+    Ledger(tmp_path).add([job(1, 30)], "a fixed sweep's command")
+    assert "the sweep's command goes on with it: the command." in summarize(tmp_path).verdict
     assert not np.isfinite(got.chosen.test)
     assert set(got.cells["mark"]) == {"left"}
     assert "3 of 12 trials asked for have no record" in got.problems[0]
