@@ -92,6 +92,7 @@ def _run_race(run: SweepRun, race: SweepRace, workers: int, engine: Engine | Non
         stopped = run.options.on_failure == "stop" and not trained.isdisjoint(race.failed())
         if stopped or any(job.trial_id in trained for job in run.jobs):
             break
+    Ledger(run.folder).add([], this_command(), race.plan)  # another command may have begun a race of other rules
     return finish(replace(run, jobs=tuple(race.ended_jobs()) + run.jobs), messages, race)
 
 

@@ -14,10 +14,10 @@ from sweeps import LAUNCHED, options
 
 from lora_vit.analysis import SummaryError, summarize
 from lora_vit.config import ConfigError, from_dict
+from lora_vit.sweep import runner
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
 from lora_vit.sweep.race import SweepRace
-from lora_vit.sweep.runner import run_sweep
 
 RANKS = (1, 2, 4, 8)
 FIRST = 7  # the race's first seed
@@ -176,8 +176,18 @@ def test_what_one_sees_of_it(tmp_path):
 def test_a_dry_run_of_a_race_that_has_ended(tmp_path, capsys):
     race = race_of(tmp_path)
     run_to_its_end(race, tmp_path, GAP)
-    assert run_sweep(dataclasses.replace(race.run, options=dataclasses.replace(race.run.options, dry_run=True))) is None
+    dry = dataclasses.replace(race.run.options, dry_run=True)
+    assert runner.run_sweep(dataclasses.replace(race.run, options=dry)) is None
     assert f"typically about {len(race.states)} (where" in capsys.readouterr().out
+
+
+def test_the_verdict_is_that_of_the_command_that_ends(tmp_path, capsys):
+    """Another one began a race of other rules in the folder meanwhile."""
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, GAP)
+    Ledger(tmp_path).add([], "the other command", {**race.plan, "margin": 9.0, "cells": race.plan["cells"][:2]})
+    runner._run_race(dataclasses.replace(race.run, jobs=()), race, 1, None)
+    assert "no other of 4 cells is better by more than 1.00 points." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_setting_that_follows_the_seed_is_refused():
