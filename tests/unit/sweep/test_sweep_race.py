@@ -13,6 +13,7 @@ from rich.console import Console
 from sweeps import LAUNCHED, options
 
 from lora_vit.analysis import SummaryError, summarize
+from lora_vit.analysis.race import one_stage
 from lora_vit.config import ConfigError, from_dict
 from lora_vit.sweep import runner
 from lora_vit.sweep.ledger import Ledger
@@ -114,6 +115,9 @@ def test_a_trial_that_failed_puts_its_cell_out_until_it_is_tried_again(tmp_path)
     assert (race.race.exits[cell].seeds, race.race.exits[cell].behind) == (2, None)
     assert not [w for w in wanted if w.config.lora.rank == 2]
     assert race.failed() == [job(2, 8).trial_id, job(2, 7).trial_id]
+    console = Console(record=True, width=160)
+    race.show(console, 30)
+    assert "out: failed at seed 8" in console.export_text()
     assert "1 of the cells is out because a trial failed." in summarize(tmp_path).verdict
     again = race_of(tmp_path, retry_failed=True)
     assert [w.trial_id for w in again.look(1)] == [job(2, 8).trial_id]
@@ -167,10 +171,15 @@ def test_what_one_sees_of_it(tmp_path):
     lines = console.export_text().splitlines()
     assert lines[0] == race.standing()
     assert lines[2].split()[0] == "rank=2"
+    assert lines[0].startswith("race: rank=2 is selected after ")
     assert lines[2].rstrip().endswith("selected")
+    assert f"  {100 * race.race.room[race.race.selected or 0]:.2f}  " in lines[2]
     assert lines[-1].split()[:3] == ["rank=8", f"{100 * np.mean([GAP[8, 7 + s] for s in range(3)]):.2f}", "3"]
     assert lines[-1].rstrip().endswith("out after 3 seeds: behind rank=2")
-    assert f"{race.spread * 100:.2f} points, as they have here); {len(race.states)} have ended" in race.sizes()
+    of_cells = [np.var([GAP[rank, 7 + s] for s in range(race.race.seeds)], ddof=1) for rank in RANKS]
+    assert race.spread == pytest.approx(np.sqrt(np.mean(of_cells)))
+    said = f"typically about {len(race.states)} (where trials of a cell spread by {race.spread * 100:.2f} points"
+    assert f"{said}, as they have here); {len(race.states)} have ended" in race.sizes()
 
 
 def test_a_dry_run_of_a_race_that_has_ended(tmp_path, capsys):
@@ -238,6 +247,38 @@ def test_a_race_says_nothing_about_less_than_its_margin(tmp_path):
     assert "No cell is shown to be at most 0.05 points below the best" in narrow.verdict
 
 
+def test_the_cells_of_a_race_that_left_one_after_the_other(tmp_path):
+    """After 3, 4 and 5 seeds; each was ahead of others when it left. More trials are there than decided anything."""
+    values = accuracies({1: 0.93, 4: 0.94, 2: 0.928, 8: 0.85}, sd=0.006)
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, values)
+    seeds = {race.cells[i].config.lora.rank: race.race.seeds_of(i) for i in range(4)}
+    assert sorted(seeds.values()) == [3, 4, 5, 5]
+    assert race.race.trials == 3 + 4 + 5 + 5
+    for rank in RANKS:
+        leave(tmp_path, job(rank, 12), 0.5)
+    got = summarize(tmp_path)
+    assert got.race is not None
+    assert got.cells["lora.rank"][0] == 4
+    assert "rank=4 is selected" in race.standing()
+    cells = got.cells.set_index("lora.rank")
+    assert cells["seeds_raced"].to_dict() == cells["n"].to_dict() == seeds
+    assert got.race.trials == 17
+    means = {rank: np.mean([values[rank, 7 + s] for s in range(n)]) for rank, n in seeds.items()}
+    assert cells["adjusted"].to_dict() == cells["mean"].to_dict() == pytest.approx(means)
+    for rank in (1, 2, 8):
+        shared = [values[rank, 7 + s] - values[4, 7 + s] for s in range(seeds[rank])]
+        assert cells["difference"][rank] == pytest.approx(np.mean(shared))
+    assert got.race.one_stage == 4 * one_stage(got.comparison.sd, 4, race.rules)
+
+
+def test_cells_that_are_left_stand_by_their_means(tmp_path):
+    run_to_its_end(race_of(tmp_path), tmp_path, TIES)
+    left = summarize(tmp_path).cells.query("mark == 'left'")
+    assert len(left) > 2
+    assert left["mean"].is_monotonic_decreasing
+
+
 def test_seeds_that_are_there_are_not_asked_for(tmp_path):
     """The smaller cell is far behind: no number of seeds shows it to be good enough, least of all one that it has."""
     run_to_its_end(race_of(tmp_path, margin=3.0), tmp_path, accuracies({1: 0.85, 2: 0.94, 4: 0.85, 8: 0.8}, sd=0.001))
@@ -259,6 +300,8 @@ def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
     assert "the sweep's command goes on with it: the command." in summarize(tmp_path).verdict
     assert not np.isfinite(got.chosen.test)
     assert set(got.cells["mark"]) == {"left"}
+    assert got.race is not None
+    assert not got.race.shows(got.race.rules.margin)
     assert "3 of 12 trials asked for have no record" in got.problems[0]
 
 
@@ -318,6 +361,7 @@ def test_one_cell_that_is_left_of_several_is_no_single_cell(tmp_path):
         "rank 1 selected: with 95 % no other of 2 cells is better by more than 1.00 points. 3 trials. "
         "1 of the cells is out because a trial failed."
     )
+    assert summarize(tmp_path).cells["within"].tolist() == [True], "as the race says: no cells could be compared"
     alone = race_of(tmp_path / "alone", (1,))
     run_to_its_end(alone, tmp_path / "alone", GAP)
     assert summarize(tmp_path / "alone").verdict.startswith("One cell, nothing to compare: ")
