@@ -68,7 +68,7 @@ def summarize(
     trials = select(loaded.trials, where) if where else loaded.trials
     alone = len(listed) == len(loaded.races) == loaded.sweeps == 1
     race = loaded.races[0] if alone and not where and by == tables.RACED_BY else None
-    if loaded.races and race is None:
+    if loaded.races and race is None and len(trials) > 1:
         trials = _first_seeds_alone(trials, loaded)
     checks.refuse(trials)
     settings = tables.varying(trials)
@@ -146,7 +146,7 @@ def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced
     """The cheapest cells that are good enough, or how many seeds it would take to find one."""
     cells["within"] = cells["below"] <= margin
     found, k = cells[cells["within"]], int(result.compared.sum())
-    if raced is not None and raced.shows(margin):
+    if raced is not None and raced.shows(margin) and not (cells["mark"] == "not raced").any():
         cells["within"] |= cells["mark"] == "selected"
     seeds = seeds_within(margin, result.sd, k)
     if found.empty:

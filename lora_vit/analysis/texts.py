@@ -119,6 +119,8 @@ def _race_verdict(summary: Summary, raced: Raced) -> str:
     margin, best = points(metric, rules.margin), best_cell(summary.cells)
     failed = sum(out.behind is None for out in race.exits.values())
     out = f" {failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed." * bool(failed)
+    others = int((summary.cells["mark"] == "not raced").sum())
+    out += f" {others} more cell{'s' * (others > 1)} took no part in the race." * bool(others)
     if race.selected is not None:
         stage = f"; one stage with the same guarantee would take {raced.one_stage}" if raced.one_stage else ""
         return (
@@ -147,7 +149,8 @@ def within_text(summary: Summary) -> str:
         return ""
     compared = "" if summary.comparison.compared.all() else " of the cells with two or more seeds"
     below = f"at most {points(metric, within.margin)} below the best{compared}"
-    selected = summary.cells.iloc[0] if summary.race is not None and summary.race.shows(within.margin) else None
+    shown = summary.race is not None and summary.race.shows(within.margin) and summary.cells["within"][0]
+    selected = summary.cells.iloc[0] if shown else None
     if within.smallest is None or (selected is not None and within.smallest == selected["label"]):
         if selected is not None and selected["trainable_parameters"] <= summary.cells["trainable_parameters"].min():
             return ""

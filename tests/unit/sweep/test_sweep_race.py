@@ -317,6 +317,31 @@ def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
         assert "best" in set(got.cells["mark"])
 
 
+def test_trials_of_a_race_given_one_by_one_are_still_those_of_a_race(tmp_path):
+    run_to_its_end(race_of(tmp_path, margin=0.01), tmp_path, GAP)
+    (tmp_path / "sweep.json").rename(tmp_path / "kept")
+    assert summarize(tmp_path).problems == []
+    (tmp_path / "kept").rename(tmp_path / "sweep.json")
+    trials = [path.parent for path in tmp_path.glob("*/record.json")]
+    got = summarize(trials)
+    assert set(got.cells["n"]) == {3}
+    assert [line[:38] for line in got.problems] == ["a race: only the first 3 seeds, from 7"]
+    alone = summarize(tmp_path / job(2, 12).trial_id)
+    assert (alone.problems, len(alone.cells)) == ([], 1)
+
+
+def test_a_cell_that_was_not_raced_is_told_and_nothing_is_claimed_about_it(tmp_path):
+    """Of a fixed sweep in the same folder, and better than the selected one."""
+    run_to_its_end(race_of(tmp_path), tmp_path, GAP)
+    for seed in (7, 8, 9):
+        leave(tmp_path, job(16, seed), GAP[2, seed] + 0.05)
+    got = summarize(tmp_path)
+    assert "no other of 4 cells is better by more than 1.00 points." in got.verdict
+    assert "1 more cell took no part in the race." in got.verdict
+    assert got.cells.set_index("mark")["within"].to_dict() == {"selected": False, "out": False, "not raced": True}
+    assert "By the first seeds alone, rank 16 (443,658 parameters) is at most 1.00 points below the best" in got.verdict
+
+
 def test_a_margin_that_cannot_be_is_refused(tmp_path):
     run_to_its_end(race_of(tmp_path), tmp_path, GAP)
     with pytest.raises(SummaryError, match=r"^--margin 0 is impossible"):
