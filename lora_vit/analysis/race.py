@@ -124,7 +124,6 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
 
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    y = np.where(failed, np.nan, y)
     there = np.isfinite(y)
     nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
     race = Race(nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)

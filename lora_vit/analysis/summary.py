@@ -66,6 +66,11 @@ class Raced:
                 for i, cell in enumerate(self.cells)}  # fmt: skip
 
     @property
+    def completed(self) -> int:
+        """Trials that are there, also those that were trained ahead or under other rules."""
+        return int(np.isfinite(self.y).sum())
+
+    @property
     def trials(self) -> int:
         """Trials that count."""
         return sum(int(np.isfinite(self.y[i, :n]).sum()) for i, n in enumerate(self.seeds_of.values()))

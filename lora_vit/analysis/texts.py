@@ -122,10 +122,11 @@ def _race_verdict(summary: Summary, raced: Raced) -> str:
     others = int((summary.cells["mark"] == "not raced").sum())
     out += f" {others} more cell{'s' * (others > 1)} took no part in the race." * bool(others)
     if race.selected is not None:
+        ahead = f" of {raced.completed} decided it" if raced.completed > raced.trials else ""
         stage = f"; one stage with the same guarantee would take {raced.one_stage}" if raced.one_stage else ""
         return (
             f"{best['label']} selected: with 95 % no other of {k} cells is better by more than {margin}. "
-            f"{raced.trials} trials{stage}.{out}"
+            f"{raced.trials} trials{ahead}{stage}.{out}"
         )
     left = summary.cells.loc[summary.cells["mark"] == "left", "label"]
     names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
