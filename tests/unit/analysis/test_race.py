@@ -194,6 +194,21 @@ def test_what_the_race_still_takes_if_the_means_stay() -> None:
         assert end.expected(rules) == 0
 
 
+@pytest.mark.parametrize("seed", [4, 14, 18, 74])
+def test_what_it_still_takes_where_cells_leave_that_others_were_behind(seed: int) -> None:
+    """Pairs differ in their bars: a cell puts others out only while it is in itself."""
+    rng = np.random.default_rng(seed)
+    y = table([0.9] * 10, seeds=3, sd=0.003, seed=seed) + rng.normal(0, 0.006, (10, 1))
+    y[-1] += rng.normal(0, 0.02, 3)
+    whole = np.hstack([y, np.repeat(y.mean(1, keepdims=True), 25, axis=1)])
+    rules = Rules(0.02, 3, 28)
+    race = decide(np.where(np.arange(28) < 3, whole, np.nan), none_failed(whole), rules)
+    before = (race.survivors, dict(race.exits), race.room.copy(), race.seeds)
+    assert race.expected(rules) == decide(whole, none_failed(whole), rules).trials - race.trials
+    assert (race.survivors, race.exits, race.seeds) == (before[0], before[1], before[3])
+    np.testing.assert_array_equal(race.room, before[2])
+
+
 def test_one_stage_takes_as_many_seeds_as_select_the_best_with_95_percent() -> None:
     """Simulated: the best of ten, ahead by the margin. 20,000 draws: two Monte Carlo errors are 0.3 %."""
     rules, sd, rng = Rules(0.005, 3, 30), 0.006, np.random.default_rng(0)
