@@ -62,26 +62,26 @@ def summarize(
         raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
     by = tables.metric(metric)
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else folders
-    if margin is not None and not margin > 0:
+    if margin is not None and not 0 < margin < math.inf:
         raise SummaryError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     loaded = load_trials(listed)
     trials = select(loaded.trials, where) if where else loaded.trials
-    race = loaded.races[0] if len(loaded.races) == len(listed) == 1 and not where and by == tables.RACED_BY else None
-    if loaded.races and race is None:
+    alone = len(listed) == len(loaded.races) == loaded.sweeps == 1
+    race = loaded.races[0] if alone and not where and by == tables.RACED_BY else None
+    if loaded.races and race is None and len(trials) > 1:
         trials = _first_seeds_alone(trials, loaded)
     checks.refuse(trials)
     settings = tables.varying(trials)
     trials = trials.assign(label=tables.labels(trials, settings))
-    done = _done(trials, by, loaded.problems)
-    first = done if race is None else _first_seeds(done, race)
-    images = done["data.val"].dropna()
+    images = trials.loc[tables.averaged(trials, by), "data.val"].dropna()
     resolution = 1 / float(images.min()) if by.accuracy and len(images) and images.min() > 0 else 0.0
-    of_first = tables.matrix(first, by).reindex(sorted(done["cell"].unique()))
-    result = compare(by.sign * of_first.to_numpy(float), resolution, spreads)
-    raced = None if race is None else _raced(race, trials, resolution, result.sd)
-    if raced is not None:
-        done = done[done["seed"] < raced.first + done["cell"].map(raced.seeds_of).fillna(raced.rules.first_seeds)]
+    raced = None if race is None else _raced(race, trials, resolution)
+    done = _done(trials, by, loaded.problems, raced)
+    first = done if race is None else _first_seeds(done, race)
     values = tables.matrix(done, by)
+    result = compare(by.sign * tables.matrix(first, by).reindex(values.index).to_numpy(float), resolution, spreads)
+    if raced is not None and len(raced.cells) > 1 and math.isfinite(result.sd):
+        raced.one_stage = len(raced.cells) * one_stage(result.sd, len(raced.cells), raced.rules)
     cells = tables.cells_table(done, values, result, by, settings, resolution)
     if raced is not None:
         cells = tables.by_race(cells, values, raced)
@@ -113,7 +113,7 @@ def summarize(
 
 def _first_seeds(trials: pd.DataFrame, race: dict[str, Any]) -> pd.DataFrame:
     """The trials that the race's results did not ask for."""
-    return trials[trials["seed"] < race["seed"] + race["first_seeds"]]
+    return trials[trials["seed"].between(race["seed"], race["seed"] + race["first_seeds"] - 1)]
 
 
 def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
@@ -121,12 +121,14 @@ def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
     race = loaded.races[0]
     if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in loaded.races):
         raise SummaryError("these races began with different seeds: summarize one folder at a time")
-    loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds are compared here, later ones were "
-                           "trained where results asked for them")  # fmt: skip
-    return _first_seeds(trials, race)
+    kept = _first_seeds(trials, race)
+    loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds, from {race['seed']} on, are compared "
+                           f"here ({len(trials) - len(kept)} trials are left out): later ones were trained where "
+                           "results asked for them")  # fmt: skip
+    return kept
 
 
-def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float, sd: float) -> Raced:
+def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float) -> Raced:
     """The race again, from the records."""
     rules, cells = Rules.of(plan), plan["cells"]
     of_race = trials[trials["cell"].isin(cells) & trials["status"].isin(["completed", "failed"])]
@@ -136,16 +138,15 @@ def _raced(plan: dict[str, Any], trials: pd.DataFrame, resolution: float, sd: fl
     for cell, seed, status, accuracy in of_race[["cell", "seed", "status", "val_accuracy"]].itertuples(index=False):
         place = cells.index(cell), seed - plan["seed"]
         y[place], failed[place] = accuracy, status == "failed" or math.isnan(accuracy)
-    race = decide(y, failed, rules, resolution)
-    stage = one_stage(sd, len(cells), rules) if len(cells) > 1 and math.isfinite(sd) else 0
-    return Raced(rules, race, cells, plan["seed"], y, stage * len(cells), plan.get("command"))
+    y[failed] = np.nan
+    return Raced(rules, decide(y, failed, rules, resolution), cells, plan["seed"], y, plan.get("command"))
 
 
 def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced | None) -> Within:
     """The cheapest cells that are good enough, or how many seeds it would take to find one."""
     cells["within"] = cells["below"] <= margin
     found, k = cells[cells["within"]], int(result.compared.sum())
-    if raced is not None and raced.shows(margin):
+    if raced is not None and raced.shows(margin) and not (cells["mark"] == "not raced").any():
         cells["within"] |= cells["mark"] == "selected"
     seeds = seeds_within(margin, result.sd, k)
     if found.empty:
@@ -154,9 +155,12 @@ def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced
     return Within(margin, small["label"], small["trainable_parameters"], fast["label"], fast["seconds"], seeds)
 
 
-def _done(trials: pd.DataFrame, metric: Metric, problems: list[str]) -> pd.DataFrame:
+def _done(trials: pd.DataFrame, metric: Metric, problems: list[str], raced: Raced | None) -> pd.DataFrame:
     """The trials that count. Raises SummaryError where there is none."""
     done = trials[tables.averaged(trials, metric)]
+    if raced is not None:
+        seeds = done["cell"].map(raced.seeds_of).fillna(raced.rules.first_seeds)
+        done = done[done["seed"].between(raced.first, raced.first + seeds - 1)]
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]

@@ -42,6 +42,7 @@ class Loaded:
     trials: pd.DataFrame
     problems: list[str] = field(default_factory=list)
     races: list[dict[str, Any]] = field(default_factory=list)
+    sweeps: int = 0
 
 
 def find_records(folder: Path) -> list[Path]:
@@ -111,18 +112,21 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
 def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
     """Note the races of the sweeps at or below the folder, and which trials asked for have left no record."""
     lines = loaded.problems
-    for path in (folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))):
+    inside = (folder / RECORD).is_file()  # one trial of a sweep, whose others need not be here
+    for path in [folder.parent / PLAN] if inside else [folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))]:
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
             planned, command = list(plan["trials"]), plan.get("command")
+            loaded.sweeps += not inside
             if plan.get("race"):
-                loaded.races.append({**plan["race"], "command": command})
+                loaded.races.append({"command": command, **plan["race"]})
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:
-            lines.append(f"{path} cannot be read ({error}): whether all trials asked for have a record is not known")
+            lines.append(f"{path} cannot be read ({error}): whether all trials asked for have a record is not known, "
+                         "nor whether they raced")  # fmt: skip
             continue
-        missing = [trial for trial in planned if trial not in found]
+        missing = [trial for trial in planned if trial not in found and not inside]
         if missing:
             shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
             again = f": {command}" if command else ""

@@ -24,6 +24,7 @@ Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %)
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,16 +94,16 @@ class Race:
 
     def expected(self, rules: Rules) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
-        if self.ended or not self.seeds:
-            return 0
-        means = self.means[self.survivors]
-        lead = np.maximum(means[None, :] - means[:, None], 0.0)
-        until = self.bounds[np.ix_(self.survivors, self.survivors)] / (2 * lead + rules.margin)
-        np.fill_diagonal(until, np.inf)
-        seeds = until.min(1)
-        best = int(np.argmax(means))
-        seeds[best] = np.delete(seeds, best).max()
-        return int(np.clip(np.floor(seeds) + 1 - self.seeds, 1, rules.most_seeds - self.seeds).sum())
+        later, trials = copy.deepcopy(self), 0
+        for r in range(self.seeds + 1, rules.most_seeds + 1) if self.seeds and not self.ended else ():
+            alive = np.array(later.survivors)
+            trials += len(alive) * (len(alive) > 1)
+            _eliminate(later, alive, self.widths(alive, r, rules))
+        return trials
+
+    def widths(self, cells: np.ndarray, r: int, rules: Rules) -> np.ndarray:
+        """W(r) of each pair of these cells [n, n]."""
+        return np.maximum(0.0, self.bounds[np.ix_(cells, cells)] / (2 * r) - rules.margin / 2)
 
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
@@ -124,7 +125,6 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
 
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    y = np.where(failed, np.nan, y)
     there = np.isfinite(y)
     nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
     race = Race(nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
@@ -139,7 +139,7 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
         if r == rules.first_seeds and len(alive) > 1:
             bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
-        _eliminate(race, alive, np.maximum(0.0, bounds[np.ix_(alive, alive)] / (2 * r) - rules.margin / 2))
+        _eliminate(race, alive, race.widths(alive, r, rules))
         if len(race.survivors) <= 1:
             break
     race.ended = True
@@ -188,7 +188,7 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int:
     ``P(the best has the highest mean) >= 1 - alpha`` where it leads by the margin (Bechhofer, 1954).
     """
     known = 1e6  # degrees of freedom
-    return math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2)
+    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
 
 
 def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:

@@ -37,7 +37,8 @@ class Design:
 class Raced:
     """A race as its records say: rows of ``y`` [m, S] are ``cells`` (ids), columns the seeds from ``first`` on.
 
-    ``one_stage``: trials that a single stage with the same guarantee would take, the spread known beforehand.
+    ``one_stage``: trials that a single stage with the same guarantee would take, the spread known beforehand (None: the
+    spread is not known).
     """
 
     rules: Rules
@@ -45,8 +46,8 @@ class Raced:
     cells: list[str]
     first: int
     y: np.ndarray
-    one_stage: int
     command: str | None
+    one_stage: int | None = None
 
     @property
     def selected(self) -> str | None:
@@ -61,8 +62,13 @@ class Raced:
     def seeds_of(self) -> dict[str, int]:
         """How many of its seeds count, for each cell: until it left or the race ended, else as many as may come."""
         going_on = () if self.race.ended else self.race.survivors
-        return {cell: self.rules.most_seeds if i in going_on else self.race.seeds_of(i)
+        return {cell: self.rules.most_seeds if i in going_on else max(self.rules.first_seeds, self.race.seeds_of(i))
                 for i, cell in enumerate(self.cells)}  # fmt: skip
+
+    @property
+    def completed(self) -> int:
+        """Trials that are there, also those that were trained ahead or under other rules."""
+        return int(np.isfinite(self.y).sum())
 
     @property
     def trials(self) -> int:

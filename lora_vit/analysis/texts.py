@@ -80,7 +80,7 @@ def verdict(summary: Summary) -> str:
     cells, c, metric = summary.cells, summary.comparison, summary.metric
     best = best_cell(cells)
     what, extreme = metric.title.lower(), "highest" if metric.sign > 0 else "lowest"
-    if len(cells) == 1:
+    if len(cells) == 1 and (summary.race is None or len(summary.race.cells) == 1):
         seeds = f"{int(best['n'])} seeds" if best["n"] > 1 else "one seed"
         return f"One cell, nothing to compare: {best['label']} has {what} {_with_interval(metric, best)} ({seeds})."
     if summary.race is not None:
@@ -119,10 +119,14 @@ def _race_verdict(summary: Summary, raced: Raced) -> str:
     margin, best = points(metric, rules.margin), best_cell(summary.cells)
     failed = sum(out.behind is None for out in race.exits.values())
     out = f" {failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed." * bool(failed)
+    others = int((summary.cells["mark"] == "not raced").sum())
+    out += f" {others} more cell{'s' * (others > 1)} took no part in the race." * bool(others)
     if race.selected is not None:
+        ahead = f" of {raced.completed} decided it" if raced.completed > raced.trials else ""
+        stage = f"; one stage with the same guarantee would take {raced.one_stage}" if raced.one_stage else ""
         return (
             f"{best['label']} selected: with 95 % no other of {k} cells is better by more than {margin}. "
-            f"{raced.trials} trials; one stage with the same guarantee would take {raced.one_stage}.{out}"
+            f"{raced.trials} trials{ahead}{stage}.{out}"
         )
     left = summary.cells.loc[summary.cells["mark"] == "left", "label"]
     names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
@@ -144,17 +148,21 @@ def within_text(summary: Summary) -> str:
     within, metric = summary.within, summary.metric
     if within is None or not summary.comparison.possible:
         return ""
-    margin = points(metric, within.margin)
-    selected = summary.cells.iloc[0] if summary.race is not None and summary.race.shows(within.margin) else None
+    compared = "" if summary.comparison.compared.all() else " of the cells with two or more seeds"
+    below = f"at most {points(metric, within.margin)} below the best{compared}"
+    shown = summary.race is not None and summary.race.shows(within.margin) and summary.cells["within"][0]
+    selected = summary.cells.iloc[0] if shown else None
     if within.smallest is None or (selected is not None and within.smallest == selected["label"]):
         if selected is not None and selected["trainable_parameters"] <= summary.cells["trainable_parameters"].min():
             return ""
         none = "No cell" if selected is None else "No smaller one"
+        if within.seeds is not None and within.seeds <= summary.comparison.repeats:  # as many are there already
+            return f"{none} is shown to be {below}."
         seeds = within.seeds or f"more than {MOST_SEEDS}"
-        return f"{none} is shown to be at most {margin} below the best: that would take about {seeds} seeds per cell."
+        return f"{none} is shown to be {below}: that would take about {seeds} seeds per cell."
     text = (
         "By the first seeds alone, " * (summary.race is not None)
-        + f"{within.smallest} ({within.parameters:,.0f} parameters) is at most {margin} below the best"
+        + f"{within.smallest} ({within.parameters:,.0f} parameters) is {below}"
     )
     if within.fastest != within.smallest:
         text += f", and so is the fastest such cell, {within.fastest} ({duration(within.seconds)} s a trial)"
@@ -286,7 +294,7 @@ def methods(summary: Summary) -> list[str]:
 
 def _race_methods(raced: Raced, metric: Metric) -> list[str]:
     rules = raced.rules
-    return [
+    lines = [
         f"A race (Paulson, 1964; Kim and Nelson, 2001): every cell got the same {rules.first_seeds} seeds, and those "
         f"that stayed got more, up to {rules.most_seeds}. A cell left when another that was still in was ahead by "
         "more than a boundary, which the spread of the paired differences over the first seeds sets and which falls "
@@ -296,6 +304,8 @@ def _race_methods(raced: Raced, metric: Metric) -> list[str]:
         "that of one which left a little too low, and the t intervals are not adjusted for it. Main effects, and which "
         "cells besides the selected one are within the margin, come from the first seeds alone, which every cell has. "
         "The test figure was not used to choose and has no such bias.",
-        f"One stage with the same guarantee would take {raced.one_stage:,} trials if the spread that was seen had been "
-        "known beforehand (Bechhofer, 1954).",
     ]
+    if raced.one_stage:
+        lines.append(f"One stage with the same guarantee would take {raced.one_stage:,} trials if the spread that was "
+                     "seen had been known beforehand (Bechhofer, 1954).")  # fmt: skip
+    return lines

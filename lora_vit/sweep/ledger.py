@@ -87,7 +87,7 @@ class Ledger:
                          "differs": _differences(plan["base"], values)}  # fmt: skip
                 plan["trials"].setdefault(job.trial_id, trial)["label"] = job.label
             plan["command"] = command or plan.get("command")
-            plan["race"] = race or plan["race"]
+            plan["race"] = {**race, "command": command} if race else plan["race"]
 
         return self.update(change)
 

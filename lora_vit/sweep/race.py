@@ -7,6 +7,7 @@ import math
 import numpy as np
 from rich.console import Console
 
+from lora_vit.analysis.load import as_float
 from lora_vit.analysis.race import Race, Rules, decide, typical_trials, wanted
 from lora_vit.records import State
 from lora_vit.sweep.plan import Job, SweepRun, without_seed
@@ -48,20 +49,20 @@ class SweepRace:
     def look(self, workers: int) -> list[Job]:
         """Read the records and decide; the trials that are wanted next, none where the race has ended."""
         shape = (len(self.cells), self.rules.most_seeds)
-        y, failed, images = np.full(shape, np.nan), np.zeros(shape, dtype=bool), []
+        y, failed, images = np.full(shape, np.nan), np.zeros(shape, dtype=bool), [math.inf]
         for place in np.ndindex(shape):
             job = self.job(*place)
             if place not in self.states:
                 state = self.run.state_of(job)
-                if not self.run.is_ended(job, state):
+                if state.record is None or not self.run.is_ended(job, state):
                     continue
                 self.states[place] = state
             record, failed[place] = self.states[place].record, True
             if record is not None and record.status == "completed":
-                accuracy = record.metrics.get("val_accuracy")
-                y[place], failed[place] = (np.nan, True) if accuracy is None else (accuracy, False)
-                images.append(record.data["val"])
-        self.race = decide(y, failed, self.rules, 1 / min(images) if images else 0.0)
+                accuracy = as_float(record.metrics.get("val_accuracy"))
+                y[place], failed[place] = (accuracy, False) if 0 <= accuracy <= 1 else (np.nan, True)
+                images.append(record.data.get("val") or math.inf)
+        self.race = decide(y, failed, self.rules, 1 / min(images))
         known = [row[np.isfinite(row)] for row in y]
         spreads = [float(row.var(ddof=1)) for row in known if len(row) > 1]
         self.spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.0

@@ -92,6 +92,7 @@ def _run_race(run: SweepRun, race: SweepRace, workers: int, engine: Engine | Non
         stopped = run.options.on_failure == "stop" and not trained.isdisjoint(race.failed())
         if stopped or any(job.trial_id in trained for job in run.jobs):
             break
+    Ledger(run.folder).add([], this_command(), race.plan)  # another command may have begun a race of other rules
     return finish(replace(run, jobs=tuple(race.ended_jobs()) + run.jobs), messages, race)
 
 
@@ -122,13 +123,15 @@ def _open_part(run: SweepRun, engine: Engine | None) -> tuple[dict[str, State], 
 
 
 def _dry_run(run: SweepRun, race: SweepRace | None, engine: Engine | None) -> None:
+    if race is not None:
+        print(race.sizes() + "; the trials that it wants now:" * bool(run.jobs))
+    if not run.jobs:
+        return
     states, asked = _open_part(run, engine)
     if run.options.measure:
         prepare([job.config for job in asked.jobs])
     if any(job.config.data.content is None and job.config.data.name not in IN_PACKAGES for job in run.jobs):
         print("note: the images have not been read yet, so all trials count as open")
-    if race is not None:
-        print(race.sizes() + "; the trials that it wants now:")
     print_plan(asked, states)
 
 

@@ -352,3 +352,13 @@ def test_the_fastest_that_is_good_enough_need_not_be_the_smallest(tmp_path: Path
     got = summarize(tmp_path, margin=50.0)
     assert "rank 1 (28,938 parameters) is at most 50.00 points below the best, and so is the fastest" in got.verdict
     assert got.verdict.endswith("such cell, rank 16 (4.0 s a trial).")
+
+
+def test_good_enough_is_said_of_the_cells_that_were_compared(tmp_path: Path) -> None:
+    """The cell with the highest mean has one seed and takes no part."""
+    y = np.vstack([Y, [[0.99, NAN, NAN]]])
+    got = summarize(make_sweep(tmp_path, [*RANKS, {"lora__rank": 8}], y, curve=False), margin=5.0)
+    below = "is at most 5.00 points below the best of the cells with two or more seeds."
+    assert got.verdict.endswith(f"rank 4 (111,882 parameters) {below}")
+    for margin in (math.inf, NAN, -1.0):
+        assert message(tmp_path, margin=margin).startswith(f"--margin {margin:g} is impossible")

@@ -159,8 +159,8 @@ def test_fits_without_blocks_and_without_degrees_of_freedom() -> None:
     assert plain.df == 13 - 4
 
 
-def expected(y: np.ndarray, common: float, wide: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Difference to the best, its half width, worse and candidate, by loops over the pairs."""
+def expected(y: np.ndarray, common: float, wide: bool) -> tuple[np.ndarray, ...]:
+    """Difference to the best, its half width, worse, candidate and below, by loops over the pairs."""
     fit = fit_blocks(y)
     m, best = len(y), int(np.argmax(fit.means))
     variance = fit.difference_variance(np.arange(m))
@@ -179,7 +179,9 @@ def expected(y: np.ndarray, common: float, wide: bool) -> tuple[np.ndarray, np.n
     candidate = [
         all(fit.means[j] - fit.means[i] <= d * error[i, j] for j in range(m) if j != i) for i in range(m)
     ]  # fmt: skip
-    return difference, half, difference > np.nan_to_num(half, nan=math.inf), np.array(candidate)
+    bounds = fit.means - fit.means[:, None] + d * error
+    below = [max(0.0, *np.delete(bounds[i], i)) for i in range(m)]
+    return difference, half, difference > np.nan_to_num(half, nan=math.inf), np.array(candidate), np.array(below)
 
 
 @pytest.mark.parametrize("spreads", ["equal", "unequal"])
@@ -189,8 +191,9 @@ def test_a_whole_comparison_by_loops(missing: bool, spreads: str) -> None:
     fit, wide = fit_blocks(y), spreads == "unequal"
     common = stats.wide_variance(fit) if wide else fit.mse
     got = compare(y, spreads=spreads)
-    difference, half, worse, candidate = expected(y, common, wide)
+    difference, half, worse, candidate, below = expected(y, common, wide)
     np.testing.assert_allclose(got.difference, difference, atol=1e-12)
+    np.testing.assert_allclose(got.below, below, atol=1e-12)
     np.testing.assert_allclose(got.half, half, rtol=1e-4)
     assert got.worse.tolist() == worse.tolist()
     assert got.candidate.tolist() == candidate.tolist()
@@ -206,8 +209,9 @@ def test_a_pair_that_spreads_more_than_the_wide_error_has_its_own() -> None:
     y = np.array([[9.0, 1.0, 5.5, 6.0], [1.0, 9.0, 4.0, 5.0], [3.0, 3.1, 3.0, 3.2], [2.0, 2.1, 2.2, 2.1]])
     common = stats.wide_variance(fit_blocks(y))
     got = compare(y, spreads="unequal")
-    _, half, worse, candidate = expected(y, common, True)
+    _, half, worse, candidate, below = expected(y, common, True)
     np.testing.assert_allclose(got.half, half, rtol=1e-4)
+    np.testing.assert_allclose(got.below, below, atol=1e-12)
     assert half[1] > 1.2 * expected(y, common, False)[1][1]
     assert got.worse.tolist() == worse.tolist()
     assert got.candidate.tolist() == candidate.tolist()

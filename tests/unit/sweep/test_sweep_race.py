@@ -13,7 +13,9 @@ from rich.console import Console
 from sweeps import LAUNCHED, options
 
 from lora_vit.analysis import SummaryError, summarize
+from lora_vit.analysis.race import one_stage
 from lora_vit.config import ConfigError, from_dict
+from lora_vit.sweep import runner
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
 from lora_vit.sweep.race import SweepRace
@@ -113,6 +115,9 @@ def test_a_trial_that_failed_puts_its_cell_out_until_it_is_tried_again(tmp_path)
     assert (race.race.exits[cell].seeds, race.race.exits[cell].behind) == (2, None)
     assert not [w for w in wanted if w.config.lora.rank == 2]
     assert race.failed() == [job(2, 8).trial_id, job(2, 7).trial_id]
+    console = Console(record=True, width=160)
+    race.show(console, 30)
+    assert "out: failed at seed 8" in console.export_text()
     assert "1 of the cells is out because a trial failed." in summarize(tmp_path).verdict
     again = race_of(tmp_path, retry_failed=True)
     assert [w.trial_id for w in again.look(1)] == [job(2, 8).trial_id]
@@ -166,10 +171,32 @@ def test_what_one_sees_of_it(tmp_path):
     lines = console.export_text().splitlines()
     assert lines[0] == race.standing()
     assert lines[2].split()[0] == "rank=2"
+    assert lines[0].startswith("race: rank=2 is selected after ")
     assert lines[2].rstrip().endswith("selected")
+    assert f"  {100 * race.race.room[race.race.selected or 0]:.2f}  " in lines[2]
     assert lines[-1].split()[:3] == ["rank=8", f"{100 * np.mean([GAP[8, 7 + s] for s in range(3)]):.2f}", "3"]
     assert lines[-1].rstrip().endswith("out after 3 seeds: behind rank=2")
-    assert f"{race.spread * 100:.2f} points, as they have here); {len(race.states)} have ended" in race.sizes()
+    of_cells = [np.var([GAP[rank, 7 + s] for s in range(race.race.seeds)], ddof=1) for rank in RANKS]
+    assert race.spread == pytest.approx(np.sqrt(np.mean(of_cells)))
+    said = f"typically about {len(race.states)} (where trials of a cell spread by {race.spread * 100:.2f} points"
+    assert f"{said}, as they have here); {len(race.states)} have ended" in race.sizes()
+
+
+def test_a_dry_run_of_a_race_that_has_ended(tmp_path, capsys):
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, GAP)
+    dry = dataclasses.replace(race.run.options, dry_run=True)
+    assert runner.run_sweep(dataclasses.replace(race.run, options=dry)) is None
+    assert f"typically about {len(race.states)} (where" in capsys.readouterr().out
+
+
+def test_the_verdict_is_that_of_the_command_that_ends(tmp_path, capsys):
+    """Another one began a race of other rules in the folder meanwhile."""
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, GAP)
+    Ledger(tmp_path).add([], "the other command", {**race.plan, "margin": 9.0, "cells": race.plan["cells"][:2]})
+    runner._run_race(dataclasses.replace(race.run, jobs=()), race, 1, None)
+    assert "no other of 4 cells is better by more than 1.00 points." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_setting_that_follows_the_seed_is_refused():
@@ -196,14 +223,13 @@ def test_the_summary_of_a_race(tmp_path):
     shared = [GAP[8, 7 + s] - GAP[2, 7 + s] for s in range(3)]
     assert cells["difference"][8] == pytest.approx(np.mean(shared))
     says = (
-        f"is better by more than 1.00 points. {got.race.trials} trials; one stage with the same guarantee would take "
+        "is better by more than 1.00 points. 12 trials of 14 decided it; one stage with the same guarantee would take "
     )
     assert got.verdict.startswith(f"rank 2 selected: with 95 % no other of 4 cells {says}")
     assert np.isfinite(got.chosen.test), "of the selected cell"
     assert got.within is not None
     assert got.within.margin == pytest.approx(0.01)
-    says = f"at most 1.00 points below the best: that would take about {got.within.seeds} seeds per cell."
-    assert got.verdict.endswith(f"No smaller one is shown to be {says}")
+    assert got.verdict.endswith("No smaller one is shown to be at most 1.00 points below the best.")
     assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
     wide = summarize(tmp_path, margin=8.0)
     assert wide.within is not None
@@ -221,6 +247,47 @@ def test_a_race_says_nothing_about_less_than_its_margin(tmp_path):
     assert "No cell is shown to be at most 0.05 points below the best" in narrow.verdict
 
 
+def test_the_cells_of_a_race_that_left_one_after_the_other(tmp_path):
+    """After 3, 4 and 5 seeds; each was ahead of others when it left. More trials are there than decided anything."""
+    values = accuracies({1: 0.93, 4: 0.94, 2: 0.928, 8: 0.85}, sd=0.006)
+    race = race_of(tmp_path)
+    run_to_its_end(race, tmp_path, values)
+    seeds = {race.cells[i].config.lora.rank: race.race.seeds_of(i) for i in range(4)}
+    assert sorted(seeds.values()) == [3, 4, 5, 5]
+    assert race.race.trials == 3 + 4 + 5 + 5
+    for rank in RANKS:
+        leave(tmp_path, job(rank, 12), 0.5)
+    got = summarize(tmp_path)
+    assert got.race is not None
+    assert got.cells["lora.rank"][0] == 4
+    assert "rank=4 is selected" in race.standing()
+    cells = got.cells.set_index("lora.rank")
+    assert cells["seeds_raced"].to_dict() == cells["n"].to_dict() == seeds
+    assert got.race.trials == 17
+    means = {rank: np.mean([values[rank, 7 + s] for s in range(n)]) for rank, n in seeds.items()}
+    assert cells["adjusted"].to_dict() == cells["mean"].to_dict() == pytest.approx(means)
+    for rank in (1, 2, 8):
+        shared = [values[rank, 7 + s] - values[4, 7 + s] for s in range(seeds[rank])]
+        assert cells["difference"][rank] == pytest.approx(np.mean(shared))
+    assert got.race.one_stage == 4 * one_stage(got.comparison.sd, 4, race.rules)
+
+
+def test_cells_that_are_left_stand_by_their_means(tmp_path):
+    run_to_its_end(race_of(tmp_path), tmp_path, TIES)
+    left = summarize(tmp_path).cells.query("mark == 'left'")
+    assert len(left) > 2
+    assert left["mean"].is_monotonic_decreasing
+
+
+def test_seeds_that_are_there_are_not_asked_for(tmp_path):
+    """The smaller cell is far behind: no number of seeds shows it to be good enough, least of all one that it has."""
+    run_to_its_end(race_of(tmp_path, margin=3.0), tmp_path, accuracies({1: 0.85, 2: 0.94, 4: 0.85, 8: 0.8}, sd=0.001))
+    got = summarize(tmp_path)
+    assert got.within is not None
+    assert got.within.seeds == 2
+    assert got.verdict.endswith(" No smaller one is shown to be at most 3.00 points below the best.")
+
+
 def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
     race = race_of(tmp_path)
     Ledger(tmp_path).add(race.look(1), "the command", race.plan)
@@ -229,8 +296,12 @@ def test_a_race_that_has_not_ended_selects_nothing(tmp_path):
     got = summarize(tmp_path)
     assert got.verdict.startswith("The race has not ended: 4 of 4 cells are in it before all have their first seeds, 9")
     assert "the sweep's command goes on with it: the command." in got.verdict
+    Ledger(tmp_path).add([job(1, 30)], "a fixed sweep's command")
+    assert "the sweep's command goes on with it: the command." in summarize(tmp_path).verdict
     assert not np.isfinite(got.chosen.test)
     assert set(got.cells["mark"]) == {"left"}
+    assert got.race is not None
+    assert not got.race.shows(got.race.rules.margin)
     assert "3 of 12 trials asked for have no record" in got.problems[0]
 
 
@@ -242,11 +313,131 @@ def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
         assert got.race is None
         assert set(got.cells["n"]) == {3}
         (said,) = got.problems
-        assert said.startswith("a race: only the first 3 seeds are compared here")
+        assert said.startswith("a race: only the first 3 seeds, from 7 on, are compared here (")
         assert "best" in set(got.cells["mark"])
+
+
+def test_trials_of_a_race_given_one_by_one_are_still_those_of_a_race(tmp_path):
+    run_to_its_end(race_of(tmp_path, margin=0.01), tmp_path, GAP)
+    (tmp_path / "sweep.json").rename(tmp_path / "kept")
+    assert summarize(tmp_path).problems == []
+    (tmp_path / "kept").rename(tmp_path / "sweep.json")
+    trials = [path.parent for path in tmp_path.glob("*/record.json")]
+    got = summarize(trials)
+    assert set(got.cells["n"]) == {3}
+    assert [line[:38] for line in got.problems] == ["a race: only the first 3 seeds, from 7"]
+    alone = summarize(tmp_path / job(2, 12).trial_id)
+    assert (alone.problems, len(alone.cells)) == ([], 1)
+
+
+def test_a_cell_that_was_not_raced_is_told_and_nothing_is_claimed_about_it(tmp_path):
+    """Of a fixed sweep in the same folder, and better than the selected one."""
+    run_to_its_end(race_of(tmp_path), tmp_path, GAP)
+    for seed in (7, 8, 9):
+        leave(tmp_path, job(16, seed), GAP[2, seed] + 0.05)
+    got = summarize(tmp_path)
+    assert "no other of 4 cells is better by more than 1.00 points." in got.verdict
+    assert "1 more cell took no part in the race." in got.verdict
+    assert got.cells.set_index("mark")["within"].to_dict() == {"selected": False, "out": False, "not raced": True}
+    assert "By the first seeds alone, rank 16 (443,658 parameters) is at most 1.00 points below the best" in got.verdict
 
 
 def test_a_margin_that_cannot_be_is_refused(tmp_path):
     run_to_its_end(race_of(tmp_path), tmp_path, GAP)
     with pytest.raises(SummaryError, match=r"^--margin 0 is impossible"):
         summarize(tmp_path, margin=0.0)
+
+
+def test_a_cell_that_failed_at_its_first_seed_stands_with_the_others(tmp_path):
+    """The accuracy that a failed trial had reached is no trial's."""
+    race = race_of(tmp_path)
+    bad = {(2, 7), (8, 8)}
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    while jobs := race.look(1):
+        for wanted in jobs:
+            key = (wanted.config.lora.rank or 0, wanted.config.seed)
+            leave(tmp_path, wanted, GAP[key], "failed" if key in bad else "completed")
+    got = summarize(tmp_path)
+    cells = got.cells.set_index("lora.rank")
+    assert cells["mark"].to_dict() == {4: "selected", 1: "out", 2: "failed", 8: "failed"}
+    assert (cells["n"][2], cells["n"][8]) == (2, 2)
+    assert cells["mean"][8] == pytest.approx((GAP[8, 7] + GAP[8, 9]) / 2)
+    assert got.race is not None
+    assert got.race.trials == got.cells["n"].sum()
+    for rank in RANKS:  # all others that count fail too
+        for seed in (8, 9):
+            leave(tmp_path, job(rank, seed), None, "failed")
+        leave(tmp_path, job(rank, 7), None, "failed")
+        leave(tmp_path, job(rank, 12), 0.9)
+    with pytest.raises(SummaryError, match=r"^no completed trial with a val_accuracy"):
+        summarize(tmp_path)
+
+
+def test_one_cell_that_is_left_of_several_is_no_single_cell(tmp_path):
+    """Nor does one stage take 0 trials where the spread is not known."""
+    race = race_of(tmp_path, (1, 2))
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    leave(tmp_path, job(1, 7), 0.9)
+    assert summarize(tmp_path).verdict.startswith("The race has not ended: 2 of 2 cells are in it before all have")
+    for seed in (7, 8, 9):
+        leave(tmp_path, job(1, seed), GAP[1, seed])
+        leave(tmp_path, job(2, seed), None, "failed")
+    assert summarize(tmp_path).verdict == (
+        "rank 1 selected: with 95 % no other of 2 cells is better by more than 1.00 points. 3 trials. "
+        "1 of the cells is out because a trial failed."
+    )
+    assert summarize(tmp_path).cells["within"].tolist() == [True], "as the race says: no cells could be compared"
+    alone = race_of(tmp_path / "alone", (1,))
+    run_to_its_end(alone, tmp_path / "alone", GAP)
+    assert summarize(tmp_path / "alone").verdict.startswith("One cell, nothing to compare: ")
+
+
+def test_what_another_first_seed_has_asked_for_does_not_count(tmp_path):
+    """A race's later seeds were trained where results asked for them, whichever race comes after it."""
+    run_to_its_end(race_of(tmp_path, margin=0.01), tmp_path, GAP)
+    values = {(rank, FIRST + 100 + s): GAP[rank, FIRST + s] for rank in RANKS for s in range(6)}
+    how = options(margin=1.0, first_seeds=3, most_seeds=6)
+    run = SweepRun(tuple(job(rank, FIRST + 100) for rank in RANKS), tmp_path, how, LAUNCHED + 100)
+    run_to_its_end(SweepRace(run, []), tmp_path, values)
+    got = summarize(tmp_path)
+    assert got.race is not None
+    assert set(got.cells["n"]) == {3}
+    assert got.race.trials == got.cells["n"].sum()
+    assert got.comparison.df == 3 * 2
+    part = summarize(tmp_path, where="rank < 8")
+    assert set(part.cells["n"]) == {3}
+    assert part.problems[0].startswith("a race: only the first 3 seeds, from 107 on, are compared here (")
+
+
+def test_what_no_record_says_decides_neither_here_nor_there(tmp_path):
+    """Accuracies that cannot be are failures; a record that cannot be read is waited for, and the race stands still."""
+    race = race_of(tmp_path)
+    for wanted in race.look(1):
+        leave(tmp_path, wanted, GAP[wanted.config.lora.rank or 0, wanted.config.seed])
+    Ledger(tmp_path).add(race.cells, "the command", race.plan)
+    edit = tmp_path / job(2, 8).trial_id / "record.json"
+    whole = edit.read_text()
+    for broken in ("NaN", "1.5", '"high"'):
+        edit.write_text(whole.replace(f'"val_accuracy": {GAP[2, 8]}', f'"val_accuracy": {broken}'))
+        again, got = race_of(tmp_path), summarize(tmp_path).race
+        again.look(1)
+        assert got is not None
+        assert [again.cells[i].config.lora.rank for i, out in again.race.exits.items() if out.behind is None] == [2]
+        assert (again.race.exits, again.race.seeds) == (got.race.exits, got.race.seeds)
+    edit.write_text(whole.replace('"val": 720', '"val": null'))
+    race_of(tmp_path).look(1)
+    edit.write_text("{")
+    again, got = race_of(tmp_path), summarize(tmp_path).race
+    assert got is not None
+    assert [w.trial_id for w in again.look(1)] == [job(2, 8).trial_id]
+    assert again.race.exits == got.race.exits == {}
+
+
+def test_a_fixed_sweep_beside_a_race_makes_it_no_part_of_it(tmp_path):
+    run_to_its_end(race_of(tmp_path / "a"), tmp_path / "a", GAP)
+    assert summarize(tmp_path).race is not None, "the folder above a race alone"
+    Ledger(tmp_path / "b").add([job(4, seed) for seed in range(7, 13)], "the other command")
+    for seed in range(7, 13):
+        leave(tmp_path / "b", job(4, seed), 0.99)
+    assert summarize(tmp_path).race is None
+    assert summarize([tmp_path / "a", tmp_path / "b"]).race is None
