@@ -143,8 +143,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
-        raise ValueError(f"{name} is of {tensor.dtype}, not of floating point")
+    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")) or tensor.is_meta:
+        raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not values of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")
