@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers import SMALL, run_command, start, wait_until
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 
 from lora_vit import train
 from lora_vit.analysis import summarize
@@ -196,6 +199,15 @@ def test_a_batch_is_what_the_workers_train_at_once(given, size, bench):
 
 
 @pytest.mark.slow
+def test_a_batch_is_what_the_workers_of_an_engine_train_at_once(bench, monkeypatch):
+    engine = SimpleNamespace(number_of_workers=lambda asked: {"auto": 7}[asked])
+    register_schema()  # the launcher is found from here on
+    (packed,) = (kind for kind in Plugins.instance().discover(Launcher) if kind.__name__ == "PackedLauncher")
+    monkeypatch.setattr(packed, "engine", lambda self, folder: engine)
+    bench(*search("sweep.pack_size=1", "hydra.sweeper.n_jobs=-1", n=14))
+    assert [len(batch) for batch in bench.batches] == [7, 7]
+
+
 def test_another_space_or_another_setting_is_another_study_in_the_same_folder(bench):
     bench(*search(n=4))
     bench(*search("lora.rank=choice(1,2,4,8,16,32)", n=4))

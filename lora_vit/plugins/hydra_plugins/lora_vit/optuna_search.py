@@ -138,8 +138,11 @@ class Search(Sweeper):
         """Trials of a batch: what the workers train side by side, as far as that is known."""
         if self.options.n_jobs > 0:
             return int(self.options.n_jobs)
-        start_early(jobs, self.run)
-        workers, most = number_of_workers(jobs * self.options.n_trials, self.run), self.options.n_trials // ROUNDS
+        engine = self.launcher.engine(self.folder) if hasattr(self.launcher, "engine") else None
+        if engine is None:
+            start_early(jobs, self.run)
+        workers = number_of_workers(jobs * self.options.n_trials, self.run, engine)
+        most = self.options.n_trials // ROUNDS
         if self.run.pack_size != "auto":
             return workers * int(self.run.pack_size)
         return max(workers, min(workers * (Ledger(self.folder).largest_pack() or most), most))
