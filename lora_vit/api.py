@@ -79,11 +79,16 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     trained: dict[Path, None] = {}
 
     def run_sweep(asked: Any, engine: Any = None) -> Any:
-        outcomes = command.run_sweep(asked, engine)
-        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes or ()))
+        if asked.options.dry_run or not asked.options.wait:
+            raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
+        outcomes: Any = command.run_sweep(asked, engine)
+        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes))
         return outcomes
 
-    task = functools.wraps(command.task)(lambda cfg: command.task(cfg))
+    @functools.wraps(command.task)
+    def task(cfg: Any) -> Any:
+        raise ConfigError("sweep() trains in packs: leave out launchers other than the packed ones")
+
     task.run_sweep = run_sweep  # type: ignore[attr-defined]
     place = [] if folder is None else [f"hydra.sweep.dir={os.fspath(folder)}"]
     with _hydras_state(["-m", *overrides, *place]):

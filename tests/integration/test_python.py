@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
     for override in ("sweep.dry_run=true", "-m", "hydra/launcher=basic"):
         with pytest.raises(ConfigError, match=f"{override} is for the command"):
             api.sweep([override])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/one.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: basic\n"
+    )
+    one = ["experiment=one", f"hydra.searchpath=[file://{tmp_path}]"]
+    for given, words in (
+        (["++sweep.dry_run=true"], "are for the command"),
+        (one, "trains in packs"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            api.sweep([*SMALL, "seed=0", *given], folder=tmp_path / "experiment")
+    shutil.rmtree(tmp_path / "experiment")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="without torchrun"):
