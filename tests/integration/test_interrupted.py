@@ -65,6 +65,26 @@ def test_while_it_imports(name, tmp_path):
     assert_interrupted(process)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_while_the_process_that_forks_the_workers_imports(tmp_path):
+    """A terminal's Ctrl-C reaches both; the command alone answers."""
+    (tmp_path / "torch.py").write_text("import time; print('there', flush=True); time.sleep(8)")
+    process = subprocess.Popen(
+        command("-m", "seed=0,1", "sweep.workers=2"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["there\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_while_it_looks_at_what_is_there(name, tmp_path):
