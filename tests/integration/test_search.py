@@ -212,8 +212,12 @@ def test_another_space_or_another_setting_is_another_study_in_the_same_folder(be
     bench(*search(n=4))
     bench(*search("lora.rank=choice(1,2,4,8,16,32)", n=4))
     bench(*search("trainer.epochs=1", n=4))
+    bench(*search("trainer.epochs=1", "hydra.sweeper.study_name=mine", n=4))
     assert len(bench.ids()) == 12
-    assert len(optuna.get_all_study_summaries("sqlite:///outputs/sweeps/s/search.db")) == 3
+    bench(*search("trainer.epochs=2", "hydra.sweeper.study_name=mine", n=4))
+    bench(*search("lora.rank=choice(1,2)", "hydra.sweeper.study_name=mine", n=4))
+    assert len(bench.ids()) == 20, "a name of one's own mixes no settings"
+    assert len(optuna.get_all_study_summaries("sqlite:///outputs/sweeps/s/search.db")) == 6
 
 
 @pytest.mark.parametrize(
@@ -225,6 +229,7 @@ def test_another_space_or_another_setting_is_another_study_in_the_same_folder(be
         ("lora.rank=choice(0,2)", "lora.rank=0 is impossible"),
         ("lora.rnk=choice(1,2)", "unknown key 'lora.rnk'"),
         ("hydra.sweeper.direction=minimize", "sweep=search maximizes"),
+        ("hydra.sweeper.n_trials=0", r"hydra\.sweeper\.n_trials=0 is impossible: give 1 or more"),
         ("hydra/sweeper/sampler=grid", "sweep=search maximizes"),
         ("hydra.sweeper.storage=nosuch://x", "nosuch://x cannot be opened"),
     ],
