@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
-from lora_vit.config import ConfigError, TrialConfig, to_dict
+from lora_vit.config import ConfigError, RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.start import started_by_torchrun
@@ -62,6 +62,11 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
     from lora_vit.run import run
 
     _refuse_torchrun()
+    given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
+    try:  # its fields may have been changed
+        config = from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given, {"sweep": {"dry_run": False}}))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
     return run(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
