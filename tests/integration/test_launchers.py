@@ -85,6 +85,15 @@ def test_another_launcher_tries_a_failed_trial_again_where_it_is_asked_to(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("on_failure", "ended"), [("continue", 2), ("stop", 1)])
+def test_a_failure_ends_the_batches_only_where_it_is_to(on_failure, ended, tmp_path):
+    arguments = ("-m", "optimizer.lr=1e300,1e-3", "hydra.sweeper.max_batch_size=1", "sweep.name=s")
+    done = run_command(*arguments, f"sweep.on_failure={on_failure}", cwd=tmp_path, code=1)
+    assert "error: 1 of 1 trials did not complete" in done.stderr
+    assert len(trials(tmp_path / "outputs/sweeps/s")) == ended
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sweeper", ["grid", "basic"])
 def test_who_is_asked_to_stop_between_trials_begins_no_other(sweeper, tmp_path):
     choices = ("hydra/launcher=basic", f"hydra/sweeper={sweeper}", "sweep.name=s")
