@@ -190,6 +190,8 @@ def _end(error: Exception, single: bool = False) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fail(f"{what}: make room, then the same command goes on")
         fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
+    if isinstance(error, FileNotFoundError):
+        fail(f"{error.filename} is gone: was a folder moved or removed meanwhile?")
     raise error
 
 
