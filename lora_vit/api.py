@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
-from lora_vit.config import ConfigError, TrialConfig, to_dict
+from lora_vit.config import ConfigError, RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.start import started_by_torchrun
@@ -62,6 +62,11 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
     from lora_vit.run import run
 
     _refuse_torchrun()
+    given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
+    try:  # its fields may have been changed
+        config = from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given, {"sweep": {"dry_run": False}}))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
     return run(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
@@ -79,11 +84,16 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
     trained: dict[Path, None] = {}
 
     def run_sweep(asked: Any, engine: Any = None) -> Any:
-        outcomes = command.run_sweep(asked, engine)
-        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes or ()))
+        if asked.options.dry_run or not asked.options.wait:
+            raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
+        outcomes: Any = command.run_sweep(asked, engine)
+        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes))
         return outcomes
 
-    task = functools.wraps(command.task)(lambda cfg: command.task(cfg))
+    @functools.wraps(command.task)
+    def task(cfg: Any) -> Any:
+        raise ConfigError("sweep() trains in packs: leave out launchers other than the packed ones")
+
     task.run_sweep = run_sweep  # type: ignore[attr-defined]
     place = [] if folder is None else [f"hydra.sweep.dir={os.fspath(folder)}"]
     with _hydras_state(["-m", *overrides, *place]):

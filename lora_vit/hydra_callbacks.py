@@ -8,7 +8,7 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.compose import from_omegaconf, quote_paths
+from lora_vit.compose import explain, from_omegaconf, quote_paths
 from lora_vit.config import ConfigError
 from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
@@ -34,8 +34,8 @@ class RefuseImpossible(Callback):
 
 def _given(config: DictConfig, prefixes: Sequence[str]) -> list[str]:
     """The command line's overrides of keys that begin so."""
-    overrides = [*config.hydra.overrides.task, *config.hydra.overrides.hydra]
-    return [line for line in map(str, overrides) if line.lstrip("+~").startswith(tuple(prefixes))]
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)  # as given: ${...} is the trials'
+    return [line for part in overrides.values() for line in part if line.lstrip("+~").startswith(tuple(prefixes))]
 
 
 class NameSweep(Callback):
@@ -49,6 +49,12 @@ class NameSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra with the config of what is not swept."""
+        try:
+            self._begin(config)
+        except Exception as error:  # of which Hydra would only warn, and go on without a name
+            raise SystemExit(f"error: {explain(error)}") from error
+
+    def _begin(self, config: DictConfig) -> None:
         if started_by_torchrun():
             raise SystemExit("error: a sweep starts its own processes: give the same command without torchrun")
         _refuse_without_effect(config)

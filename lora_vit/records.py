@@ -124,8 +124,9 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             try:
                 yield
             finally:
-                if os.listdir(path.parent) == [path.name]:
-                    path.unlink()
+                with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile
+                    if os.listdir(path.parent) == [path.name]:
+                        path.unlink()
             return
 
 

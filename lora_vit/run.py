@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,9 @@ def one_line(error: BaseException) -> str:
 
 def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world_size: int) -> TrialRecord:
     """Start the processes through torch's elastic launcher and wait for them."""
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError(f"trainer.devices={config.trainer.devices}: processes are started from the main thread "
+                          "alone, so give 1 or call from there")  # fmt: skip
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -23,8 +23,15 @@ def begin_command() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # so a shell tells what is started behind &
         signal.signal(signal.SIGINT, interrupt)
     sys.excepthook = _one_line_interrupt
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as >&- does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        os.getcwd()
+    except OSError as error:
+        sys.exit(f"error: the folder that this is started in is gone ({error.strerror}): cd to one that is there")
     if find_spec("lora_vit.conf") is None:
         clone = Path(__file__).resolve().parent.parent
         sys.exit(f"error: lora_vit is not installed in this Python: run `{sys.executable} -m pip install -e {clone}`")

@@ -49,8 +49,13 @@ def task(cfg: DictConfig, process: Any = None) -> float:
         _begin_in_sweep(cfg, config, folder)
     from lora_vit.run import run
 
-    # In a sweep we wait, for two settings may name one trial.
-    return report(run(config, folder, files, in_sweep, process), folder)
+    try:  # In a sweep we wait, for two settings may name one trial.
+        record = run(config, folder, files, in_sweep, process)
+    except Interrupted as stop:
+        if in_sweep and "BasicLauncher" in hydra_cfg.launcher._target_:
+            _end(stop)  # which, unlike an exception, also ends the launcher that would begin the next trial
+        raise
+    return report(record, folder)
 
 
 def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
@@ -177,12 +182,16 @@ def _end(error: Exception, single: bool = False) -> None:
         same = "the same command with the same hydra.run.dir" if single else "the same command"
         print(f"{error}: saved; {same} goes on", file=sys.stderr)
         sys.exit(error.exit_code)
+    if isinstance(error, BrokenPipeError):  # nobody reads any more
+        os._exit(1)
     composing = "lora_vit.run" not in sys.modules  # Hydra makes the folder
     if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
         what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fail(f"{what}: make room, then the same command goes on")
         fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
+    if isinstance(error, FileNotFoundError):
+        fail(f"{error.filename} is gone: was a folder moved or removed meanwhile?")
     raise error
 
 

@@ -110,13 +110,18 @@ class Ledger:
             raise ConfigError(
                 f"{self.folder} has no run to work on: give the folder of a packed sweep, as seen from here"
             )
-        plan, values = self.read(), json.loads(found[-1].read_text(encoding="utf-8"))
-        if values["version"] != __version__:
-            raise ConfigError(
-                f"{self.folder} was begun by lora_vit {values['version']}, here is {__version__}: install the same"
-            )
-        jobs, options = self.jobs(plan, values["trials"]), SweepConfig(**values["options"])
-        return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
+        plan = self.read()
+        try:
+            values = json.loads(found[-1].read_text(encoding="utf-8"))
+            if values["version"] != __version__:
+                raise ConfigError(
+                    f"{self.folder} was begun by lora_vit {values['version']}, here is {__version__}: install the same"
+                )
+            jobs, options = self.jobs(plan, values["trials"]), SweepConfig(**values["options"])
+            return SweepRun(tuple(jobs), self.folder, options, values["launched"], values["workers"], values["hydra"])
+        except (LookupError, TypeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{found[-1]} is not whole, or {PLAN} beside it lacks a trial of it ({error!r}): give "
+                              "the sweep's command again") from None  # fmt: skip
 
     def jobs(self, plan: dict[str, Any], trial_ids: Iterable[str]) -> list[Job]:
         """Trials as the plan has them. Raises ConfigError where the file was edited."""

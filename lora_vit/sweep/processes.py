@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -63,6 +64,7 @@ def start_early(jobs: Sequence[Job], options: SweepConfig) -> None:
 @contextlib.contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
     """What is started meanwhile does not get the terminal's Ctrl-C: the command does, and asks its workers to stop."""
+    resource_tracker.ensure_running()  # which lets Ctrl-C through again, once it has started
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

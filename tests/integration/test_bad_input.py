@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import command
+from made_up_records import make_trial
 
 from lora_vit import train
 
@@ -146,3 +149,32 @@ def test_commands_name_a_folder_that_is_no_trial(module, tmp_path: Path):
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_without_open_streams_or_a_terminal_for_its_signs(tmp_path):
+    make_trial(tmp_path / "s")
+    line = [sys.executable, "-m", "lora_vit.summarize", "s", "--no-plots"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, cwd=tmp_path, env=ascii_only, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u2013" in done.stdout
+    closed = f"exec {shlex.quote(sys.executable)} -m lora_vit.sweep s <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, timeout=120, check=False).returncode == 0
+
+
+def test_a_command_whose_reader_or_folder_is_gone(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = command("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 's'}")
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        line, cwd=tmp_path, env=env, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+    shell = f"mkdir gone; cd gone; rmdir ../gone; exec {shlex.join(line)}"
+    done = subprocess.run(["sh", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the folder that this is started in is gone (No such file or directory): cd to one that is there\n"
+    )

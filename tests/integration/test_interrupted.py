@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import command, wait_until
+from helpers import command, rows_of, wait_until
 from made_up_records import make_trial
 
 STUCK = "import time; print('there', flush=True); time.sleep(60)"
@@ -63,6 +64,39 @@ def test_while_it_imports(name, tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     assert_interrupted(process)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_folder_is_moved_away_says_so(tmp_path):
+    line = command("-m", "seed=0,1", "trainer.epochs=5000", "trainer.checkpoint_every=1", "sweep.workers=1",
+                   "sweep.pack_size=1", "sweep.name=s")  # fmt: skip
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    sweep = tmp_path / "outputs/sweeps/s"
+    wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")), process)
+    sweep.rename(tmp_path / "elsewhere")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r"error: outputs/sweeps/s\S* is gone: was a folder moved .*", err.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are not forked")
+def test_while_the_process_that_forks_the_workers_imports(tmp_path):
+    """A terminal's Ctrl-C reaches both; the command alone answers."""
+    (tmp_path / "torch.py").write_text("import time; print('there', flush=True); time.sleep(8)")
+    process = subprocess.Popen(
+        command("-m", "seed=0,1", "sweep.workers=2"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["there\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import run_command
+from helpers import command, rows_of, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -81,6 +82,29 @@ def test_another_launcher_tries_a_failed_trial_again_where_it_is_asked_to(tmp_pa
     assert read_record(folder).finished > first.finished
     plan = json.loads((tmp_path / "outputs/sweeps/s/sweep.json").read_text())
     assert list(plan["trials"]) == [folder.name], "another sweeper's trials are noted as they begin"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("on_failure", "ended"), [("continue", 2), ("stop", 1)])
+def test_a_failure_ends_the_batches_only_where_it_is_to(on_failure, ended, tmp_path):
+    arguments = ("-m", "optimizer.lr=1e300,1e-3", "hydra.sweeper.max_batch_size=1", "sweep.name=s")
+    done = run_command(*arguments, f"sweep.on_failure={on_failure}", cwd=tmp_path, code=1)
+    assert "error: 1 of 1 trials did not complete" in done.stderr
+    assert len(trials(tmp_path / "outputs/sweeps/s")) == ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweeper", ["grid", "basic"])
+def test_who_is_asked_to_stop_between_trials_begins_no_other(sweeper, tmp_path):
+    choices = ("hydra/launcher=basic", f"hydra/sweeper={sweeper}", "sweep.name=s")
+    process = start(command("-m", "seed=0,1", "trainer.epochs=5000", *choices), tmp_path)
+    sweep = tmp_path / "outputs/sweeps/s"
+    wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out.endswith("interrupted by SIGTERM: saved; the same command goes on\n")
+    assert [read_record(folder).status for folder in trials(sweep).values()] == ["interrupted"]
 
 
 def trials(sweep: Path) -> dict[str, Path]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,18 @@ def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
     for override in ("sweep.dry_run=true", "-m", "hydra/launcher=basic"):
         with pytest.raises(ConfigError, match=f"{override} is for the command"):
             api.sweep([override])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/one.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: basic\n"
+    )
+    one = ["experiment=one", f"hydra.searchpath=[file://{tmp_path}]"]
+    for given, words in (
+        (["++sweep.dry_run=true"], "are for the command"),
+        (one, "trains in packs"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            api.sweep([*SMALL, "seed=0", *given], folder=tmp_path / "experiment")
+    shutil.rmtree(tmp_path / "experiment")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="without torchrun"):
@@ -112,6 +126,42 @@ def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="without torchrun"):
         api.sweep([*SMALL, "seed=0,1"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optimizer.schedule", "cosin", "optimizer.schedule=cosin"),
+        ("lora.dropout", 1.5, "lora.dropout=1.5 is impossible"),
+        ("lora.rnk", 8, "lora.rnk"),
+        ("lora.rank", "four", "lora.rank: Value 'four'"),
+        ("seed", -1, "seed=-1 is impossible"),
+    ],
+)
+def test_a_field_that_was_changed_is_checked_before_anything_is_trained(key, value, words, tmp_path):
+    config = api.compose(SMALL)
+    section, _, name = key.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        api.train(config, tmp_path / "trial")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_in_another_thread(tmp_path):
+    config, errors = api.compose([*SMALL, "trainer.devices=2"]), []
+
+    def train() -> None:
+        try:
+            api.train(config, tmp_path / "trial")
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    (error,) = errors
+    assert isinstance(error, ConfigError)
+    assert str(error).startswith("trainer.devices=2: processes are started from the main thread alone")
 
 
 def test_it_is_found_lazily_and_composes_what_the_command_does():

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers import SMALL, run_command, start, wait_until
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 
 from lora_vit import train
 from lora_vit.analysis import summarize
@@ -196,12 +199,25 @@ def test_a_batch_is_what_the_workers_train_at_once(given, size, bench):
 
 
 @pytest.mark.slow
+def test_a_batch_is_what_the_workers_of_an_engine_train_at_once(bench, monkeypatch):
+    engine = SimpleNamespace(number_of_workers=lambda asked: {"auto": 7}[asked])
+    register_schema()  # the launcher is found from here on
+    (packed,) = (kind for kind in Plugins.instance().discover(Launcher) if kind.__name__ == "PackedLauncher")
+    monkeypatch.setattr(packed, "engine", lambda self, folder: engine)
+    bench(*search("sweep.pack_size=1", "hydra.sweeper.n_jobs=-1", n=14))
+    assert [len(batch) for batch in bench.batches] == [7, 7]
+
+
 def test_another_space_or_another_setting_is_another_study_in_the_same_folder(bench):
     bench(*search(n=4))
     bench(*search("lora.rank=choice(1,2,4,8,16,32)", n=4))
     bench(*search("trainer.epochs=1", n=4))
+    bench(*search("trainer.epochs=1", "hydra.sweeper.study_name=mine", n=4))
     assert len(bench.ids()) == 12
-    assert len(optuna.get_all_study_summaries("sqlite:///outputs/sweeps/s/search.db")) == 3
+    bench(*search("trainer.epochs=2", "hydra.sweeper.study_name=mine", n=4))
+    bench(*search("lora.rank=choice(1,2)", "hydra.sweeper.study_name=mine", n=4))
+    assert len(bench.ids()) == 20, "a name of one's own mixes no settings"
+    assert len(optuna.get_all_study_summaries("sqlite:///outputs/sweeps/s/search.db")) == 6
 
 
 @pytest.mark.parametrize(
@@ -213,6 +229,7 @@ def test_another_space_or_another_setting_is_another_study_in_the_same_folder(be
         ("lora.rank=choice(0,2)", "lora.rank=0 is impossible"),
         ("lora.rnk=choice(1,2)", "unknown key 'lora.rnk'"),
         ("hydra.sweeper.direction=minimize", "sweep=search maximizes"),
+        ("hydra.sweeper.n_trials=0", r"hydra\.sweeper\.n_trials=0 is impossible: give 1 or more"),
         ("hydra/sweeper/sampler=grid", "sweep=search maximizes"),
         ("hydra.sweeper.storage=nosuch://x", "nosuch://x cannot be opened"),
     ],

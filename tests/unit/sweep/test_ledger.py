@@ -231,3 +231,18 @@ def test_what_no_worker_can_read_is_told_in_one_line(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace('"lr": 0.001', '"lr": 0.002'))
     with pytest.raises(ConfigError, match=f"was edited: trial {job.trial_id} is another one"):
         Ledger(tmp_path).open_run()
+
+
+def test_a_folder_that_was_copied_in_part_is_told_in_one_line(tmp_path):
+    run, _ = begun(tmp_path, seed_jobs(2))
+    plan, file = tmp_path / PLAN, tmp_path / ".runs" / f"{run.name}.json"
+    whole, values = plan.read_text(), json.loads(plan.read_text())
+    del values["trials"][run.jobs[0].trial_id]
+    plan.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"lacks a trial of it .*{run.jobs[0].trial_id}.*: give the sweep's command"):
+        Ledger(tmp_path).open_run()
+    plan.write_text(whole)
+    for text in (file.read_text()[:-5], "{}", "[]"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="is not whole, or sweep"):
+            Ledger(tmp_path).open_run()

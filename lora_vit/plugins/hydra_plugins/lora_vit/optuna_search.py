@@ -69,6 +69,9 @@ class Search(Sweeper):
             raise ConfigError("sweep=search maximizes over hydra.sweeper.params: choose hydra/sweeper=optuna instead "
                               "for another direction, search_space, custom_search_space or sampler=grid")  # fmt: skip
 
+        if o.n_trials < 1:
+            raise ConfigError(f"hydra.sweeper.n_trials={o.n_trials} is impossible: give 1 or more")
+
     def sweep(self, arguments: list[str]) -> None:
         """Search. Called by Hydra. Raises ConfigError, and a trial's failure where it ends the search."""
         self._read_space(arguments)
@@ -106,7 +109,7 @@ class Search(Sweeper):
     def _overrides(self, params: dict[str, Any], fixed: bool = True) -> list[str]:
         """A suggestion as on the command line; of a number between two ends, four digits."""
         drawn = {key for key, d in self.space.items() if isinstance(getattr(d, "low", None), float)}
-        shown = {key: f"{value:.4g}" if key in drawn else value for key, value in params.items()}
+        shown = {key: f"{params[key]:.4g}" if key in drawn else params[key] for key in self.space}
         return [f"{key}={value}" for key, value in {**shown, **(self.fixed if fixed else {})}.items()]
 
     def _open_study(self, example: str) -> None:
@@ -119,7 +122,7 @@ class Search(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of what later versions have for good
         o = self.options
-        study = o.study_name or digest([self.space, example])
+        study = "-".join(filter(None, (o.study_name, digest([self.space, example]))))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.study = optuna.create_study(
@@ -138,8 +141,11 @@ class Search(Sweeper):
         """Trials of a batch: what the workers train side by side, as far as that is known."""
         if self.options.n_jobs > 0:
             return int(self.options.n_jobs)
-        start_early(jobs, self.run)
-        workers, most = number_of_workers(jobs * self.options.n_trials, self.run), self.options.n_trials // ROUNDS
+        engine = self.launcher.engine(self.folder) if hasattr(self.launcher, "engine") else None
+        if engine is None:
+            start_early(jobs, self.run)
+        workers = number_of_workers(jobs * self.options.n_trials, self.run, engine)
+        most = self.options.n_trials // ROUNDS
         if self.run.pack_size != "auto":
             return workers * int(self.run.pack_size)
         return max(workers, min(workers * (Ledger(self.folder).largest_pack() or most), most))

@@ -109,7 +109,7 @@ class GridSweeper(BasicSweeper):
     """Hydra's basic sweeper for our task: every trial is validated and in the plan before any launcher begins."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the grid. Called by Hydra. Raises the first trial's failure once all are done."""
+        """Run the grid. Called by Hydra. Raises the first trial's failure once all are done, or are to stop."""
         if not hasattr(getattr(self.launcher, "task_function", None), "run_sweep"):
             return super().sweep(arguments)
         assert self.config is not None
@@ -131,7 +131,7 @@ class GridSweeper(BasicSweeper):
         for batch in batches:
             done = self.launcher.launch(batch, initial_job_idx=sum(map(len, returns)))
             returns.append(done)
-            for job in done:
-                if job.status == JobStatus.FAILED:
-                    raise job._return_value
+            failed = [job for done in returns for job in done if job.status == JobStatus.FAILED]
+            if failed and (len(returns) == len(batches) or self.config.sweep.on_failure == "stop"):
+                raise failed[0]._return_value
         return returns
