@@ -221,6 +221,7 @@ def test_one_stage_takes_as_many_seeds_as_select_the_best_with_95_percent() -> N
     tables = {2: 1.645, 4: 2.062, 10: 2.417}  # of the largest of k - 1 normals with correlation 1/2, 95 %
     for k, point in tables.items():
         assert one_stage(sd, k, rules) == math.ceil(2 * (point * sd / rules.margin) ** 2)
+    assert one_stage(0.0, 4, rules) == 1
     assert right[n - 1] < 0.953
     assert right[n] > 0.947
 

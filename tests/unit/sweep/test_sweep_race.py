@@ -327,7 +327,7 @@ def test_trials_of_a_race_given_one_by_one_are_still_those_of_a_race(tmp_path):
     assert set(got.cells["n"]) == {3}
     assert [line[:38] for line in got.problems] == ["a race: only the first 3 seeds, from 7"]
     alone = summarize(tmp_path / job(2, 12).trial_id)
-    assert (alone.problems, len(alone.cells)) == ([], 1)
+    assert (alone.problems, len(alone.cells), alone.race) == ([], 1, None)
 
 
 def test_a_cell_that_was_not_raced_is_told_and_nothing_is_claimed_about_it(tmp_path):
@@ -390,6 +390,9 @@ def test_one_cell_that_is_left_of_several_is_no_single_cell(tmp_path):
     alone = race_of(tmp_path / "alone", (1,))
     run_to_its_end(alone, tmp_path / "alone", GAP)
     assert summarize(tmp_path / "alone").verdict.startswith("One cell, nothing to compare: ")
+    for seed in (7, 8, 9):
+        leave(tmp_path / "alone", job(2, seed), GAP[2, seed])
+    assert "3 trials. 1 more cell took no part in the race." in summarize(tmp_path / "alone").verdict
 
 
 def test_what_another_first_seed_has_asked_for_does_not_count(tmp_path):
