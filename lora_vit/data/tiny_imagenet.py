@@ -18,12 +18,15 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_vit.config.identity import file_sha256
 from lora_vit.data.cache import found_in
 from lora_vit.data.dataset import DataError, Found, NotFetchedError
 from lora_vit.data.files import PassedOver, folders_in, images_below, locked_in
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
+_ORIGIN = ".sha256-of-zip"
+"""In a folder that we unpacked: of what. Times tell nothing of it, for unzip and copies set them."""
 _BLOCK = 1 << 20
 _TIMEOUT = 30.0
 """Seconds without an answer after which the network counts as absent."""
@@ -82,8 +85,8 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     archive = _archive(root)
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
-        if archive is not None and archive.stat().st_mtime > target.stat().st_mtime:
-            raise DataError(f"{archive} is newer than {target}, unpacked from it before: remove that folder")
+        if archive is not None and (origin := target / _ORIGIN).exists() and origin.read_text() != file_sha256(archive):
+            raise DataError(f"{archive} is another one than {target} was unpacked from: remove that folder")
         return target
     if source is None:
         raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
@@ -206,6 +209,7 @@ def extract(archive: Path, target: Path, quiet: bool) -> None:
             whole = [folder for folder in (into, *sorted(into.iterdir())) if _is_whole(folder)]
             if not whole:
                 raise DataError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
+            (whole[0] / _ORIGIN).write_text(file_sha256(archive))
             os.replace(whole[0], target)
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
