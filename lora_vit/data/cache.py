@@ -25,7 +25,7 @@ from lora_vit.data.dataset import DataError, Decoded, Found, Range, content_of, 
 from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
 from lora_vit.records import write_json
 
-_FORMAT = 2
+_FORMAT = 3
 _NAMED = 20
 """Broken files that one message names."""
 _CHUNK = 64
@@ -40,7 +40,7 @@ _DARK = 16
 Parts = dict[str, list[tuple[str, int]]]
 """The images of each part: their paths below the data set's folder, and their labels."""
 Problem = tuple[str, Exception]
-"""A file's name and why it cannot be used as it is: DeepImage, OtherSize or, where it is broken, ValueError."""
+"""A file's name and why it cannot be used as it is: DeepImage, OtherSize, MorePictures or, if broken, ValueError."""
 
 
 class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
@@ -52,6 +52,10 @@ class DeepImage(Exception):  # noqa: N818  (not an error: a range is wanted)
 
 class OtherSize(Exception):  # noqa: N818  (not an error where there is ``data.cache_size``)
     """An image of another size than the first."""
+
+
+class MorePictures(Exception):  # noqa: N818  (not an error: it is told)
+    """A file with several pages or frames, of which the first is used."""
 
 
 def decode(file: Path, size: int | None, value_range: Range | None = None) -> np.ndarray:
@@ -95,6 +99,13 @@ def _decode(file: io.BytesIO | Path, size: int | None, value_range: Range | None
         if size is not None:
             pixels = ImageOps.fit(pixels, (size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+
+
+def _has_more(content: bytes) -> bool:
+    with contextlib.suppress(Exception), warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+        warnings.simplefilter("ignore")
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: a photo with its preview
+    return False  # what follows the first picture is damaged
 
 
 def _rgb(image: Image.Image, value_range: Range | None) -> Image.Image:
@@ -146,8 +157,8 @@ def decoded(
             with locked_in(cache_dir, path.name):
                 found = _open(path, len(names))  # perhaps another run has just made it
                 if found is None:
-                    value_range = _build(root, names, digests, size, path, quiet)
-                    found = np.load(path, mmap_mode="r"), value_range
+                    beside = _build(root, names, digests, size, path, quiet)
+                    found = np.load(path, mmap_mode="r"), *beside
         except OSError as error:
             raise cannot_write(cache_dir, error) from None
     return found
@@ -178,9 +189,10 @@ def _open(path: Path, count: int) -> Decoded | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:
         images: np.ndarray = np.load(path, mmap_mode="r")
-        low_high = json.loads(path.with_suffix(".json").read_text())
+        low_high, more = json.loads(path.with_suffix(".json").read_text())
         value_range = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        return (images, value_range) if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+        whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
+        return (images, value_range, int(more)) if whole else None
     except Exception:  # damaged in one of many ways
         return None
 
@@ -209,7 +221,9 @@ class _Job:
                 if image.shape != row.shape:
                     raise OtherSize(f"{image.shape[2]}x{image.shape[1]}")
                 row[:] = image
-            except (DeepImage, OtherSize) as error:
+                if _has_more(content):
+                    raise MorePictures
+            except (DeepImage, OtherSize, MorePictures) as error:
                 problems.append((name, error))
             except Exception as error:  # of Pillow's many kinds not all can be sent to another process
                 problems.append((name, ValueError(_reason(error))))
@@ -273,8 +287,8 @@ def serve() -> None:
 
 def _build(
     root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool
-) -> Range | None:
-    """Make the cache; returns the range that it scaled."""
+) -> tuple[Range | None, int]:
+    """Make the cache; returns the range that it scaled, and how many files have further pictures."""
     first = _first_readable(root, names, size)
     shape = (len(names), *first.shape)
     needed = int(np.prod(shape))
@@ -293,12 +307,14 @@ def _build(
         if deep:  # one range for all, so that equal values stay equal
             job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
             problems = _run(job, names, digests, quiet)
-        _refuse(root, problems, f"{first.shape[2]}x{first.shape[1]}")
+        unused = [problem for problem in problems if not isinstance(problem[1], MorePictures)]
+        _refuse(root, unused, f"{first.shape[2]}x{first.shape[1]}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(path.with_suffix(".json"), job.value_range)
+        beside = job.value_range, len(problems) - len(unused)
+        write_json(path.with_suffix(".json"), beside)
         os.replace(partial, path)
-        return job.value_range
+        return beside
     finally:
         partial.unlink(missing_ok=True)
 

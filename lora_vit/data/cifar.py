@@ -50,7 +50,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     parts = {"train": np.arange(first), "test": np.arange(first, len(labels))}
     digest = np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8)
     content = content_of(list(train.classes), labels, parts, digest)
-    return Found(labels, list(train.classes), parts, content, lambda _: (images, None))
+    return Found(labels, list(train.classes), parts, content, lambda _: (images, None, 0))
 
 
 def _around(root: Path, kind: Any) -> Path:

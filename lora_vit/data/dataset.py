@@ -28,8 +28,8 @@ IN_PACKAGES = ("digits", "fake")
 
 Range = tuple[float, float]
 """The values that become 0 and 255 where pixels have more than 8 bits."""
-Decoded = tuple[np.ndarray, "Range | None"]
-"""Images uint8 [N, 3, h, w], and the range where files have more than 8 bits."""
+Decoded = tuple[np.ndarray, "Range | None", int]
+"""Images uint8 [N, 3, h, w], the range where files have more than 8 bits, and how many files have further pictures."""
 
 
 class DataError(ConfigError):
@@ -76,6 +76,7 @@ class ImageData:
         passed_over: what lies among the files and is not used.
         value_range: what became 0 and 255 where the files have more than 8 bits.
         also_in_train: images of each split whose file ``train`` has too.
+        with_more: files of which only the first picture (page, frame) is used.
     """
 
     images: np.ndarray
@@ -86,6 +87,7 @@ class ImageData:
     passed_over: tuple[str, ...] = ()
     value_range: Range | None = None
     also_in_train: dict[str, int] = field(default_factory=dict)
+    with_more: int = 0
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
@@ -106,6 +108,7 @@ class ImageData:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.value_range)
         for name, count in self.also_in_train.items():
             text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
+        text += f"; of {self.with_more:,} files with several pictures the first is used" if self.with_more else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 
@@ -124,12 +127,13 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
             f"not {config.content}"
         )
     splits, fingerprint = divide(found, config)
-    images, value_range = found.decode(config.cache_size)
+    images, value_range, more = found.decode(config.cache_size)
     also = {}
     if found.digests is not None:
         first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
         also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
-    return ImageData(images, found.labels, found.class_names, splits, fingerprint, found.passed_over, value_range, also)
+    names, passed = found.class_names, found.passed_over
+    return ImageData(images, found.labels, names, splits, fingerprint, passed, value_range, also, more)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:

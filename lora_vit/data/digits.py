@@ -15,7 +15,7 @@ def find(name: str, size: int | None) -> Found:
     images, labels, names = _digits() if name == "digits" else _fake(size or 32)
     parts = {"train": np.arange(len(labels))}
     content = content_of(names, labels, parts, np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8))
-    return Found(labels, names, parts, content, lambda _: (images, None))
+    return Found(labels, names, parts, content, lambda _: (images, None, 0))
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -136,8 +136,8 @@ def test_a_cache_of_deep_images_that_is_damaged_in_part_is_made_anew(harm, tmp_p
     place = tmp_path / "cache"
     digests = digests_of(tmp_path, ["a.png"], place, True)
     for _ in range(2):
-        images, value_range = cache.decoded(tmp_path, ["a.png"], digests, None, place, True)
-        assert (images[0, 0].tolist(), value_range) == ([[0, 255]], (0.0, 4095.0))
+        images, *beside_them = cache.decoded(tmp_path, ["a.png"], digests, None, place, True)
+        assert (images[0, 0].tolist(), beside_them) == ([[0, 255]], [(0.0, 4095.0), 0])
         (array,), (beside,) = place.glob("*.npy"), place.glob("*.json")
         if harm == "header":
             array.write_bytes(array.read_bytes().replace(b"False", b"Fals{"))
@@ -145,6 +145,22 @@ def test_a_cache_of_deep_images_that_is_damaged_in_part_is_made_anew(harm, tmp_p
             beside.unlink()
         else:
             beside.write_text("[1.0" if harm == "range cut" else "{}")
+
+
+def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path):
+    """A photo with a preview of itself (MPO) is one picture."""
+    shades = [Image.new("L", (2, 1), shade) for shade in (10, 200)]
+    for name in ("a.gif", "b.tif", "c.webp", "d.png", "e.mpo"):
+        shades[0].save(tmp_path / name, save_all=True, append_images=shades[1:])
+    shades[0].save(tmp_path / "f.tif")
+    whole = (tmp_path / "b.tif").read_bytes()
+    (tmp_path / "g.tif").write_bytes(whole[: len(whole) // 2 + 20])  # cut in its second page
+    names = sorted(path.name for path in tmp_path.iterdir())
+    digests = digests_of(tmp_path, names, tmp_path / "cache", True)
+    for _ in range(2):
+        images, _, more = cache.decoded(tmp_path, names, digests, None, tmp_path / "cache", True)
+        assert (abs(images.astype(int) - 10) <= 2).all()
+        assert more == 5
 
 
 def test_a_file_in_the_place_of_the_cache_is_not_taken_for_it(pictures, tmp_path):
@@ -194,7 +210,7 @@ from lora_vit.data.files import digests_of
 build = cache._build
 def counted(*args):
     print("built", flush=True)
-    build(*args)
+    return build(*args)
 cache._build = counted
 root = Path(sys.argv[1])
 names, place = sorted(p.name for p in root.iterdir()), Path(sys.argv[2])
@@ -324,7 +340,7 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
     names, place = ["a.tif", "b.tif"], tmp_path / "cache"
     digests = digests_of(tmp_path, names, place, True)
     for _ in range(2):
-        images, value_range = cache.decoded(tmp_path, names, digests, None, place, True)
+        images, value_range, _ = cache.decoded(tmp_path, names, digests, None, place, True)
         assert images[:, :, 0].tolist() == [[row] * 3 for row in expected]
         assert value_range == (np.min(values), np.max(values))
     for name, row in zip(names, expected, strict=True):

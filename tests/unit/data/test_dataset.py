@@ -42,6 +42,7 @@ def test_the_line_of_a_data_set():
     assert image_data(labels=np.zeros(2011)).line(20) == start + left.replace("490", "1")
     assert image_data().line(21) == f"{start}{left}; 30x20 px, enlarged to 21 px"
     assert image_data(images=np.zeros((1, 3, 30, 20))).line(21) == f"{start}{left}; 20x30 px, enlarged to 21 px"
+    assert image_data(with_more=2).line(8) == f"{start}{left}; of 2 files with several pictures the first is used"
     assert image_data(value_range=(0.5, 4095.0)).line(8) == f"{start}{left}; values 0.5 .. 4095 scaled to 0 .. 255"
     assert image_data(passed_over=("1 hidden (a)", "2 no images (b, c)")).line(8) == (
         f"{start}{left}; passed over: 1 hidden (a), 2 no images (b, c)"
@@ -93,7 +94,7 @@ def listed(monkeypatch, tmp_path) -> list[tuple[Any, ...]]:
             ids, labels = np.arange(4), np.array([0, 0, 1, 1])
             images = np.zeros((4, 3, 2, 2), np.uint8)
             parts = {"train": ids, "val": ids[:1], "test": ids[1:2]}
-            decode = lambda size: (images + (size or 0), (0.0, 9.0))  # noqa: E731
+            decode = lambda size: (images + (size or 0), (0.0, 9.0), 0)  # noqa: E731
             return Found(labels, ["a", "b"], parts, f"content {len(calls)}", decode, ("1 hidden (x)",))
 
         return SimpleNamespace(find=find)

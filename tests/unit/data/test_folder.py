@@ -270,7 +270,7 @@ def test_it_is_as_quiet_as_it_is_told_to_be(quiet, parts, tmp_path, monkeypatch)
         whole = getattr(cache, name)
         monkeypatch.setattr(cache, name, lambda *a, whole=whole, place=place: heard.append(a[place]) or whole(*a))
     found = folder.find("imagefolder", str(parts), str(tmp_path / "cache"), quiet, False, True)
-    images, value_range = found.decode(8)
+    images, value_range, _ = found.decode(8)
     assert (heard, images.shape, value_range) == ([quiet] * 2, (20, 3, 8, 8), None)
     assert found.decode(None)[0].shape == (20, 3, 10, 12)
     assert list(found.parts) == ["train", "val", "test"]
