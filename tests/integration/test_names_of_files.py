@@ -19,7 +19,10 @@ def test_a_run_goes_on_by_its_recorded_overrides(tmp_path):
     done = run_command(f"hydra.run.dir={folder}", "data.root=2024_11", "data.cache_dir=[c]", cwd=tmp_path)
     assert f"tensorboard --logdir '{folder}'/tensorboard\n" in done.stdout
     record = read_record(tmp_path / folder)
-    assert (record.config["data"]["root"], record.config["data"]["cache_dir"]) == (str(tmp_path / "2024_11"), "[c]")
+    assert (record.config["data"]["root"], record.config["data"]["cache_dir"]) == (
+        str(tmp_path / "2024_11"),
+        str(tmp_path / "[c]"),
+    )
     overrides = OmegaConf.to_container(OmegaConf.load(tmp_path / folder / ".hydra/overrides.yaml"))
     again = [*command()[:3], *overrides, f"hydra.run.dir={folder}"]
     subprocess.run(again, cwd=tmp_path, check=True, capture_output=True, timeout=300)
@@ -48,5 +51,5 @@ def test_a_sweep_under_any_launcher(launcher, tmp_path):
     records = [read_record(p.parent) for p in (tmp_path / "outputs/sweeps/2024_11").glob("*/record.json")]
     assert [r.status for r in records] == ["completed"] * 2
     assert {(r.config["data"]["root"], r.config["data"]["cache_dir"]) for r in records} == {
-        (str(tmp_path / "a,b"), "it's (1)")
+        (str(tmp_path / "a,b"), str(tmp_path / "it's (1)"))
     }

@@ -26,6 +26,8 @@ order = [f"{i:04d}" for i in range(trials)]
 chance.shuffle(order)
 done = 0
 with Claims(folder) as claims:
+    print("ready", flush=True)
+    sys.stdin.readline()  # all begin at once, or the first could leave nothing for the last
     while True:
         left = [t for t in order if not (folder / f"{t}.done").exists()]
         if not left:
@@ -58,12 +60,17 @@ def test_sixteen_processes_run_a_thousand_trials_once_each(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tmp_path), str(i), str(trials), "5" if i < 2 else "-1"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(16)
     ]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 16
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
     done = 10  # by the two that were killed
     for i, process in enumerate(processes):
         out, err = process.communicate(timeout=240)
