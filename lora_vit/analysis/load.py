@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lora_vit.analysis.race import Rules
 from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY, LoraConfig
 from lora_vit.records import PLAN, PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
 
@@ -118,8 +119,10 @@ def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
             plan = json.loads(path.read_text(encoding="utf-8"))
             planned, command = list(plan["trials"]), plan.get("command")
             loaded.sweeps += not inside
-            if plan.get("race"):
-                loaded.races.append({"command": command, **plan["race"]})
+            if race := plan.get("race"):
+                Rules.of(race)  # refuses what was edited
+                race = {**race, "seed": int(race["seed"]), "cells": list(race["cells"])}
+                loaded.races.append({"command": command, **race})
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -271,12 +271,15 @@ def test_what_a_sweep_was_asked_for_and_has_no_record_is_told(tmp_path):
     make_sweep(tmp_path / "s", [{}], np.array([[0.9, 0.8]]))
     there = [p.name for p in find_records(tmp_path / "s")]
     plan = {"trials": dict.fromkeys([*there, "aaaa", "bbbb"]), "command": "again"}
+    race = {"margin": 1.0, "first_seeds": 2, "most_seeds": 3, "seed": 0, "cells": ["a"]}
+    edited = [{**race, "margin": 0}, {**race, "margin": "x"}, {**race, "seed": None}, {"margin": 1.0}, "x"]
     for text, lines in (
         (json.dumps(plan), ["2 of 4 trials asked for have no record (aaaa, bbbb); the sweep's command trains what is "
                             "missing: again"]),
         (json.dumps({"trials": dict.fromkeys(there)}), []),
         ("{", [f"{tmp_path}/s/sweep.json cannot be read"]),
         ("[]", [f"{tmp_path}/s/sweep.json cannot be read"]),
+        *((json.dumps({**plan, "race": one}), [f"{tmp_path}/s/sweep.json cannot be read"]) for one in edited),
     ):  # fmt: skip
         (tmp_path / "s" / "sweep.json").write_text(text)
         for folder in (tmp_path / "s", tmp_path):
