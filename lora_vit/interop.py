@@ -217,7 +217,7 @@ def _write_peft(trial: Trial, out: Path) -> None:
     )
     model = peft.get_peft_model(copy.deepcopy(base), config)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
-    model.save_pretrained(str(out))
+    model.save_pretrained(str(out), save_embedding_layers=False)  # "auto" looks for a vocabulary
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 

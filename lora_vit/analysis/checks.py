@@ -80,7 +80,7 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for column in (*VAL_SET[:2], "data.fingerprint", "data.train", "data.val", "data.test", *ENVIRONMENT, *MACHINE):
         values = done[column].astype(object).where(done[column].notna(), None)
-        rows += [[column, value_text(value), count] for value, count in values.value_counts(dropna=False).items()]
+        rows += [[column, text, count] for text, count in values.map(value_text).value_counts().items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 

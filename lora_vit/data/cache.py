@@ -88,6 +88,7 @@ def _decode(file: io.BytesIO | Path, size: int | None, value_range: Range | None
         if size is not None:
             image.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
         kept_upper_bits = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
+        image.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
         image.load()
         if kept_upper_bits and (brightest := int(np.asarray(image)[..., :3].max())) < _DARK:
             raise ValueError(
