@@ -18,10 +18,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_vit.config.identity import file_sha256
 from lora_vit.data.cache import found_in
 from lora_vit.data.dataset import DataError, Found, NotFetchedError
-from lora_vit.data.files import PassedOver, folders_in, images_below, locked_in
+from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
@@ -85,7 +84,8 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     archive = _archive(root)
     target = root / FOLDER if archive is None else _beside(archive, cache_dir)
     if _is_whole(target):
-        if archive is not None and (origin := target / _ORIGIN).exists() and origin.read_text() != file_sha256(archive):
+        origin = target / _ORIGIN
+        if archive is not None and origin.exists() and origin.read_text() != _sha256(archive, cache_dir, quiet):
             raise DataError(f"{archive} is another one than {target} was unpacked from: remove that folder")
         return target
     if source is None:
@@ -97,6 +97,8 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
                 extract(given, target, quiet)
                 if archive is None:
                     given.unlink()
+                else:
+                    (target / _ORIGIN).write_text(_sha256(archive, cache_dir, quiet))
     except OSError as error:
         if not _is_whole(target):  # else another run, which has its cache elsewhere, was first
             raise DataError(
@@ -104,6 +106,10 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
                 "data.root or data.cache_dir"
             ) from None
     return target
+
+
+def _sha256(archive: Path, cache_dir: Path, quiet: bool) -> str:
+    return digests_of(archive.parent, [archive.name], cache_dir, quiet)[0].tobytes().hex()
 
 
 def _beside(archive: Path, cache_dir: Path) -> Path:
@@ -209,7 +215,6 @@ def extract(archive: Path, target: Path, quiet: bool) -> None:
             whole = [folder for folder in (into, *sorted(into.iterdir())) if _is_whole(folder)]
             if not whole:
                 raise DataError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
-            (whole[0] / _ORIGIN).write_text(file_sha256(archive))
             os.replace(whole[0], target)
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
