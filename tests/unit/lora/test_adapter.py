@@ -306,6 +306,7 @@ def test_a_position_embedding_interpolated_elsewhere_is_the_same(model, tmp_path
     with torch.no_grad():
         model.encoder.pos_embedding *= 1 + 1e-6
     load_adapter(model, folder)
+    assert any("lora" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

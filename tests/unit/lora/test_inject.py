@@ -320,6 +320,7 @@ def test_a_block_that_cannot_be_adapted_leaves_the_others_alone(model):
 
 def test_the_rank_may_fill_the_narrowest_layer(model):
     replace_linear_with_lora(model, rank=16)
+    assert max(a.shape[-2] for name, a in model.named_parameters() if name.endswith("lora_A")) == 16
 
 
 def test_a_model_without_encoder_blocks_lists_its_linear_layers():
