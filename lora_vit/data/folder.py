@@ -27,14 +27,8 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
-    inside = {c: folders_in(top / c, cache, PassedOver()) for c in classes} if folders["train"] == "." else {}
-    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
-        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
-        if len(like) > 1:
-            raise DataError(
-                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
-                "train/, val/ and test/, at the top of data.root, with the classes in each"
-            )
+    if folders["train"] == ".":
+        _refuse_splits(top, classes, cache)
     parts: Parts = {}
     for part, folder in folders.items():
         others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
@@ -55,6 +49,18 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
                 f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
             )
     return found_in(top, [shown(c) for c in classes], parts, passed, cache, quiet, fetch)
+
+
+def _refuse_splits(top: Path, classes: list[str], cache: Path) -> None:
+    """Raise DataError where two class folders that hold folders, or two folders in one class, are named like parts."""
+    inside = {name: folders_in(top / name, cache, PassedOver()) for name in classes}
+    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
+        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
+        if len(like) > 1:
+            raise DataError(
+                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
+                "train/, val/ and test/, at the top of data.root, with the classes in each"
+            )
 
 
 def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
