@@ -32,8 +32,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
-from lora_vit.config import ConfigError, RootConfig, TrialConfig, to_dict
+from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
+from lora_vit.errors import ConfigError
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.start import started_by_torchrun
 
@@ -75,7 +76,7 @@ def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None
 
     Raises:
         ConfigError: nothing was trained; the message says which trials cannot run, and why.
-        SweepFailed: some trials failed; the records say why.
+        TrialFailed: some trials failed; the records say why.
         Interrupted: everything is saved.
     """
     if wrong := [o for o in overrides if o.startswith(("-", "hydra/launcher", "hydra/sweeper", "sweep.dry_run"))]:
@@ -107,7 +108,7 @@ def _refuse_torchrun() -> None:
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
-    """:func:`lora_vit.analysis.summarize` of the folders: tables as DataFrames. Raises SummaryError."""
+    """:func:`lora_vit.analysis.summarize` of the folders: tables as DataFrames. Raises RecordError."""
     from lora_vit.analysis import summarize as compare
 
     return compare(folders, **choices)

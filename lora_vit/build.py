@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from lora_vit import randomness
-from lora_vit.config import ConfigError, ModelConfig, TrialConfig, file_sha256, is_weights_file
+from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
+from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
@@ -211,7 +212,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
 
     Raises:
         ConfigError: device, precision, weights.
-        DataError: the data set.
+        ConfigError: the data set.
     """
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from lora_vit.config import ConfigError, TrialConfig, from_dict, is_weights_file
-from lora_vit.records import RecordError, TrialRecord, read_record
+from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.errors import RecordError
+from lora_vit.records import TrialRecord, read_record
 
 
 def completed_record(folder: Path) -> TrialRecord:
@@ -67,15 +66,3 @@ def check_out(path: Path, option: str, suffix: str) -> None:
             pass
     except OSError as error:
         raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None
-
-
-def run_command(action: Callable[[], int]) -> None:
-    """Run; errors that a user can cause end in one line and exit code 1."""
-    try:
-        code = action()
-    except BrokenPipeError:
-        os._exit(0)
-    except (ConfigError, RecordError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    sys.exit(code)

@@ -24,7 +24,6 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import (
-    ConfigError,
     RootConfig,
     SweepConfig,
     TrialConfig,
@@ -38,6 +37,7 @@ from lora_vit.config import (
     validate_sweep,
 )
 from lora_vit.data.dataset import IN_PACKAGES, known_content
+from lora_vit.errors import ConfigError
 from lora_vit.sweep.plan import Job, key_of, label
 from lora_vit.terminal import Every
 

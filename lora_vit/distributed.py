@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lora_vit.errors import TrialFailed
+
 T = TypeVar("T")
 
 
-class OtherFailed(Exception):  # noqa: N818
-    """Another process cannot go on or has ended; rank 0 tells the reason where it knows one, the others nothing."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def from_all(value: T) -> list[T]:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """The action's result, once it has succeeded on every process. Raises its error here, OtherFailed elsewhere."""
+    """The action's result, once it has succeeded on every process. Raises its error here, TrialFailed elsewhere."""
     result, error = [], None
     try:
         result.append(action())
@@ -108,7 +108,7 @@ def on_all(action: Callable[[], T]) -> T:
         raise error
     for rank, problem in enumerate(problems):
         if problem is not None:
-            raise OtherFailed(f"process {rank}: {problem}")
+            raise TrialFailed(f"process {rank}: {problem}")
     return result[0]
 
 
@@ -124,8 +124,8 @@ def leading(process: Process) -> Iterator[None]:
         raise
     finally:
         if not process.has_led:
-            with contextlib.suppress(OtherFailed):
-                from_main(OtherFailed if failed else None)
+            with contextlib.suppress(TrialFailed):
+                from_main(TrialFailed if failed else None)
 
 
 @contextlib.contextmanager
@@ -136,5 +136,5 @@ def _expecting_others() -> Iterator[None]:
     except RuntimeError as error:
         words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
         if any(word in str(error) for word in words):
-            raise OtherFailed("another process has ended, see what it said") from None
+            raise TrialFailed("another process has ended, see what it said") from None
         raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lora_vit.commands import completed_record, recorded_config, run_command, trial_parser
-from lora_vit.config import ConfigError, TrialConfig
+from lora_vit.commands import completed_record, recorded_config, trial_parser
+from lora_vit.config import TrialConfig
+from lora_vit.errors import ConfigError, run_command
 
 
 def evaluate_folder(folder: Path, split: str, root: str | None, weights: str | None, device: str) -> int:
@@ -28,7 +29,7 @@ def trained_pack(folder: Path, config: TrialConfig) -> Any:
     """A :class:`~lora_vit.training.pack.Pack` of one with the folder's adapter, on the trial's own base and data.
 
     Raises:
-        AdapterError: base or data are others.
+        ConfigError: base or data are others.
     """
     from lora_vit.build import build_setup
     from lora_vit.distributed import Process

@@ -6,9 +6,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_vit.commands import completed_record, recorded_config, run_command, trial_parser
-from lora_vit.config import ConfigError
-from lora_vit.records import RecordError
+from lora_vit.commands import completed_record, recorded_config, trial_parser
+from lora_vit.errors import ConfigError, RecordError, run_command
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (("peft", "transformers"), "peft.PeftModel.from_pretrained(MODEL_OF_BASE, {0!r})"),

@@ -9,7 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from lora_vit.compose import explain, from_omegaconf, quote_paths
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import default_name
 

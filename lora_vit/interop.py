@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.build import ModelFactory
-from lora_vit.config import ConfigError, TrialConfig
+from lora_vit.config import TrialConfig
+from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import Adapter, bind, merged_state_dict, put_on, read_adapter
 from lora_vit.lora.backbones import OF_HEADS, SIZES, TORCHVISION, last_layer, new_backbone, trunk_state
 from lora_vit.models.names import timm_name, translate
@@ -55,7 +56,7 @@ class Trial:
 
 
 def open_trial(folder: Path, config: TrialConfig, device: torch.device) -> Trial:
-    """Read a trial's adapter and bind it to its base. Raises AdapterError where they do not belong together."""
+    """Read a trial's adapter and bind it to its base. Raises ConfigError where they do not belong together."""
     adapter = read_adapter(folder)
     names = adapter.card["class_names"]
     factory = ModelFactory(config, len(names), device, torch.float32)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
-from lora_vit.records import RecordError, replacing
+from lora_vit.commands import check_out, completed_record, recorded_config, trial_parser
+from lora_vit.errors import RecordError, run_command
+from lora_vit.files import replacing
 
 
 def merge_folder(folder: Path, out: Path, weights: str | None, device: str) -> int:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_vit.commands import check_out, completed_record, recorded_config, run_command, trial_parser
-from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.records import replacing
+from lora_vit.commands import check_out, completed_record, recorded_config, trial_parser
+from lora_vit.config import TrialConfig
+from lora_vit.errors import ConfigError, run_command
+from lora_vit.files import replacing
 from lora_vit.terminal import Progress
 
 BATCH = 64
@@ -74,13 +75,13 @@ def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
 def classified(
     adapter: Any, images: list[Path], config: TrialConfig
 ) -> Iterator[tuple[Path, list[float] | ValueError]]:
-    """Each image with its probability of each class, a list, or with the DataError that reading it gave."""
+    """Each image with its probability of each class, a list, or with the ConfigError that reading it gave."""
     import torch
 
     from lora_vit.build import ModelFactory, choose_device
     from lora_vit.data.cache import decode
-    from lora_vit.data.dataset import DataError
     from lora_vit.distributed import Process
+    from lora_vit.errors import ConfigError
     from lora_vit.lora.adapter import bind, put_on
 
     card = adapter.card
@@ -98,7 +99,7 @@ def classified(
         for path in images[start : start + BATCH]:
             try:
                 pixels = torch.from_numpy(decode(path, card["decoded_size"], card["value_range"]))
-            except DataError as error:
+            except ConfigError as error:
                 yield path, error
                 continue
             paths.append(path)

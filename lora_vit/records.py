@@ -6,23 +6,18 @@ knows nothing else. Every file is replaced atomically, so that a reader never se
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
-import os
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from lora_vit.config import IDENTITY, SCHEMA_VERSION, ConfigError, TrialConfig, from_dict, ids, to_dict, trial_id
+from lora_vit.config import IDENTITY, SCHEMA_VERSION, TrialConfig, from_dict, ids, to_dict, trial_id
+from lora_vit.errors import ConfigError, RecordError
+from lora_vit.files import replacing, write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
@@ -35,12 +30,8 @@ STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
 NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains anew"
 """What is wrong with the record of a completed trial that was edited."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-"""Errors of a disk that cannot be written, whatever is trained."""
 
 
-class RecordError(ValueError):
-    """A record that cannot be read or is not valid; the message names the file and the reason, in one line."""
 
 
 @dataclass
@@ -85,78 +76,12 @@ class TrialRecord:
         return "interrupted" if self.status == "running" and age > STALE_AFTER else self.status
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file so that it appears whole or not at all: temporary file, fsync, rename."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
-
-    The file stays, unless it is alone in its folder.
-
-    Raises:
-        BlockingIOError: another process holds it, and we do not wait.
-        OSError: the file cannot be made.
-    """
-    while True:
-        with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            try:
-                ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                ours = False
-            if not ours:  # its last holder removed it while we waited
-                continue
-            try:
-                yield
-            finally:
-                with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile
-                    if os.listdir(path.parent) == [path.name]:
-                        path.unlink()
-            return
 
 
-@contextlib.contextmanager
-def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
-    """Call ``action`` every so many seconds in a thread of its own while the context lasts."""
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.wait(every):
-            action()
-
-    thread = threading.Thread(target=run, daemon=True, name="signs of life")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
-    with replacing(path) as file:
-        file.write((json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON lacks."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
@@ -282,42 +207,8 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return f"model.weights is {theirs['model']['weights']} there, {ours['model']['weights']} here"
 
 
-class JsonLines:
-    """An append-only file of JSON rows that a resumed run cuts back to a known length.
-
-    Raises OSError from :meth:`write` when the disk is full or the folder unwritable.
-    """
-
-    def __init__(self, path: Path, keep_bytes: int = 0):
-        self.path = path
-        self._file = path.open("ab")
-        self._file.truncate(keep_bytes)
-
-    def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(_finite(row), sort_keys=True, allow_nan=False) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
-
-    def length(self) -> int:
-        """Bytes written so far, synced to disk: what a checkpoint remembers."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a ``.jsonl`` file; a last line cut off by a crash is left out, a missing file is empty."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise RecordError(f"{path}: row {len(rows) + 1} is not JSON") from None
-    return rows
 
 
 PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")

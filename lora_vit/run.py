@@ -16,11 +16,12 @@ from typing import Any
 
 from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
-from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.distributed import OtherFailed, Process
+from lora_vit.config import TrialConfig
+from lora_vit.distributed import Process
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed, one_line
 from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.start import not_importing_main
-from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
+from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.trial import Trial, ended_record, locked_folder
@@ -29,8 +30,6 @@ AFTER_CAUSE = 2.0
 """Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
 
 
-class TrialFailed(Exception):  # noqa: N818  (its name is the status)
-    """The trial ended as failed; the reason is in the record and in the message."""
 
 
 def run(
@@ -52,7 +51,7 @@ def run(
     Raises:
         ConfigError: nothing was trained; the message is one line.
         TrialFailed: the trial's record says why.
-        OtherFailed: another process of the group cannot go on.
+        TrialFailed: another process of the group cannot go on.
         Interrupted: everything is saved.
     """
     launched, to_start = time.time(), 1
@@ -81,7 +80,7 @@ def follow(process: Process) -> int:
     try:
         with StopRequest() as stop:
             config = distributed.from_main(None)
-            if config is OtherFailed:
+            if config is TrialFailed:
                 return 1
             if config is not None:
                 setup = distributed.on_all(functools.partial(build_setup, config, process))
@@ -92,7 +91,7 @@ def follow(process: Process) -> int:
         return error.exit_code
     except (ConfigError, TrialFailed):
         return 1
-    except OtherFailed:
+    except TrialFailed:
         time.sleep(AFTER_CAUSE)
         return 1
     return 0
@@ -150,10 +149,6 @@ def _unless_failed(record: TrialRecord) -> TrialRecord:
     return record
 
 
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world_size: int) -> TrialRecord:
@@ -243,10 +238,10 @@ def _worker(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> N
             code = follow(process)
     except Interrupted as stop:
         code = stop.exit_code
-    except (ConfigError, OtherFailed, TrialFailed) as error:
+    except (ConfigError, TrialFailed, TrialFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
-        if isinstance(error, OtherFailed):
+        if isinstance(error, TrialFailed):
             time.sleep(AFTER_CAUSE)
     finally:
         distributed.leave_process_group()

@@ -76,7 +76,7 @@ def started_by_torchrun() -> bool:
     Raises:
         ConfigError: the description of a group of several is not whole.
     """
-    from lora_vit.config import ConfigError  # its dataclasses are slow to make, and Ctrl-C is to be caught before
+    from lora_vit.errors import ConfigError
 
     given = {name: os.environ[name] for name in GROUP if os.environ.get(name)}
     missing = [name for name in GROUP if name not in given]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from lora_vit.errors import Interrupted
 from lora_vit.start import interrupt
 
 SIGNALS = tuple(
@@ -17,12 +20,6 @@ SIGNALS = tuple(
 """What terminals, schedulers and launchers ask with: batch systems let a site choose the signal."""
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error)
-    """The process was asked to stop; everything is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum, self.exit_code = signum, 128 + signum
 
 
 class StopRequest:
@@ -59,3 +56,21 @@ class StopRequest:
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+
+
+@contextlib.contextmanager
+def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
+    """Call ``action`` every so many seconds in a thread of its own while the context lasts."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(every):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True, name="signs of life")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_vit.analysis import Summary, SummaryError, export, summarize, texts
+from lora_vit.analysis import Summary, export, summarize, texts
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.report import html_report
-from lora_vit.records import replacing
+from lora_vit.errors import RecordError
+from lora_vit.files import replacing
 
 PICTURES = ("cells", "race", "by_", "heat_", "learning_curves", "pareto_")
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = summarize(args.folders, args.metric, args.where, args.pivot, args.compare, args.spreads, args.margin)
         files = render_files(summary, "python -m lora_vit.summarize " + shlex.join(given), not args.no_plots)
         write_files(out, files)
-    except SummaryError as error:
+    except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _print(summary, args.top, out)
@@ -79,7 +80,7 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
     """Write each file atomically; pictures of an earlier summary that this one does not have are removed.
 
     Raises:
-        SummaryError: the folder cannot be made or written.
+        RecordError: the folder cannot be made or written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
             if ours and old.name not in files:
                 old.unlink()
     except OSError as error:
-        raise SummaryError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
+        raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
 
 
 def _print(summary: Summary, top: int, out: Path) -> None:

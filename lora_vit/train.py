@@ -22,15 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.compose import explain, from_omegaconf, not_swept, quote_paths, register_schema
-from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.records import NO_ACCURACY, NO_SPACE, RECORD, RecordError, TrialRecord, state_of
+from lora_vit.config import TrialConfig
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, RecordError
+from lora_vit.records import NO_ACCURACY, RECORD, TrialRecord, state_of
 from lora_vit.start import started_by_torchrun
-from lora_vit.stopping import Interrupted
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, label
 from lora_vit.terminal import from_here
 
-_FAILURES = ("OtherFailed", "SweepFailed", "TrialFailed", "WorkerFailed")
+_FAILURES = ("TrialFailed", "TrialFailed", "TrialFailed", "TrialFailed")
 """Errors that say all in one line, by name: their modules import torch."""
 _FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -68,7 +68,7 @@ def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
     state = state_of(folder, config, job.trial_id)
     ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
     if state.status == "failed" and state.record is not None and ended:
-        from lora_vit.run import TrialFailed
+        from lora_vit.errors import TrialFailed
 
         why = (state.record.error or {}).get("message", "failed")
         raise TrialFailed(f"{why} (trial {job.trial_id}, recorded earlier); sweep.retry_failed=true tries it again")
@@ -147,7 +147,7 @@ def _in_group() -> None:
             from lora_vit.run import follow
 
             sys.exit(follow(process))
-    except distributed.OtherFailed:
+    except distributed.TrialFailed:
         if process.is_main:
             raise
         sys.exit(1)

@@ -23,7 +23,8 @@ from safetensors.numpy import load_file
 
 from lora_vit.config import TrialConfig, from_dict
 from lora_vit.evaluate import trained_pack
-from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
+from lora_vit.files import read_rows
+from lora_vit.records import TrialRecord, read_predictions, read_record
 from lora_vit.run import run
 from lora_vit.sweep.ledger import trial_folders
 from lora_vit.training.pack import EVAL_BATCH

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lora_vit.commands import run_command
 from lora_vit.compose import register_schema
 from lora_vit.config import DataConfig
 from lora_vit.data.dataset import load_data
+from lora_vit.errors import run_command
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data"
 

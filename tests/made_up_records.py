@@ -13,7 +13,8 @@ import pandas as pd
 from lora_vit import records
 from lora_vit.analysis import load
 from lora_vit.config import cell_id, from_dict, trial_id
-from lora_vit.records import JsonLines, TrialRecord, write_predictions, write_record
+from lora_vit.files import JsonLines
+from lora_vit.records import TrialRecord, write_predictions, write_record
 
 CONFIG: dict[str, Any] = {
     "model": {

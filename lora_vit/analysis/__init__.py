@@ -6,7 +6,8 @@
 """
 
 from lora_vit.analysis.core import summarize
-from lora_vit.analysis.load import SummaryError, load_trials
+from lora_vit.analysis.load import load_trials
 from lora_vit.analysis.summary import Summary
+from lora_vit.errors import RecordError
 
-__all__ = ["Summary", "SummaryError", "load_trials", "summarize"]
+__all__ = ["Summary", "RecordError", "load_trials", "summarize"]

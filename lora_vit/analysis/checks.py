@@ -6,9 +6,9 @@ import math
 
 import pandas as pd
 
-from lora_vit.analysis.load import SummaryError
 from lora_vit.analysis.summary import Metric, Summary
 from lora_vit.analysis.tables import FACTS, LR, SCALING, averaged, value_text
+from lora_vit.errors import RecordError
 
 VAL_SET = (
     "data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val",
@@ -21,7 +21,7 @@ MACHINE = ("environment.device", "environment.host", "environment.world_size")
 
 
 def refuse(trials: pd.DataFrame) -> None:
-    """Raise SummaryError where the trials were not validated on the same images."""
+    """Raise RecordError where the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
         values = counted[column].dropna()
@@ -31,7 +31,7 @@ def refuse(trials: pd.DataFrame) -> None:
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
             counts = counts.drop("null", errors="ignore")  # which no condition can name
-            raise SummaryError(
+            raise RecordError(
                 f"trials with different {column} ({told}) were validated on different images and cannot be compared: "
                 f'choose with --where "{column} == {_quoted(counts.index[0])}"'
             )
@@ -39,7 +39,7 @@ def refuse(trials: pd.DataFrame) -> None:
     same = counted.groupby([counted[c].map(str) for c in content])["data.fingerprint"].nunique()
     if (same > 1).any():
         first = counted["data.fingerprint"].value_counts().index[0]
-        raise SummaryError(
+        raise RecordError(
             "trials of one data config have different data fingerprints: the files changed between the runs; "
             f"choose with --where \"data.fingerprint == '{first}'\""
         )

@@ -13,7 +13,7 @@ import pandas as pd
 
 from lora_vit.analysis import checks, tables, texts
 from lora_vit.analysis.effects import Effects, main_effects
-from lora_vit.analysis.load import Loaded, SummaryError, correct, load_trials
+from lora_vit.analysis.load import Loaded, correct, load_trials
 from lora_vit.analysis.power import (
     PairedImages,
     detectable,
@@ -27,6 +27,7 @@ from lora_vit.analysis.race import Rules, decide, one_stage
 from lora_vit.analysis.stats import SPREADS, Comparison, compare, t_interval
 from lora_vit.analysis.summary import Chosen, Design, Metric, Raced, Summary, Within
 from lora_vit.config import nearest
+from lora_vit.errors import RecordError
 
 HALF_POINT = 0.005
 
@@ -56,14 +57,14 @@ def summarize(
     has whatever came out; and with ``where`` or another metric than its own, nothing else is looked at.
 
     Raises:
-        SummaryError: nothing to summarize, an unknown name, or records that must not be compared.
+        RecordError: nothing to summarize, an unknown name, or records that must not be compared.
     """
     if spreads not in SPREADS:
-        raise SummaryError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
+        raise RecordError(f"spreads={spreads} is unknown (one of: {', '.join(SPREADS)})")
     by = tables.metric(metric)
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else folders
     if margin is not None and not 0 < margin < math.inf:
-        raise SummaryError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
+        raise RecordError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     loaded = load_trials(listed)
     trials = select(loaded.trials, where) if where else loaded.trials
     alone = len(listed) == len(loaded.races) == loaded.sweeps == 1
@@ -117,10 +118,10 @@ def _first_seeds(trials: pd.DataFrame, race: dict[str, Any]) -> pd.DataFrame:
 
 
 def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
-    """What of races can be compared like fixed sweeps. Raises SummaryError where they began differently."""
+    """What of races can be compared like fixed sweeps. Raises RecordError where they began differently."""
     race = loaded.races[0]
     if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in loaded.races):
-        raise SummaryError("these races began with different seeds: summarize one folder at a time")
+        raise RecordError("these races began with different seeds: summarize one folder at a time")
     kept = _first_seeds(trials, race)
     loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds, from {race['seed']} on, are compared "
                            f"here ({len(trials) - len(kept)} trials are left out): later ones were trained where "
@@ -156,7 +157,7 @@ def _within(cells: pd.DataFrame, result: Comparison, margin: float, raced: Raced
 
 
 def _done(trials: pd.DataFrame, metric: Metric, problems: list[str], raced: Raced | None) -> pd.DataFrame:
-    """The trials that count. Raises SummaryError where there is none."""
+    """The trials that count. Raises RecordError where there is none."""
     done = trials[tables.averaged(trials, metric)]
     if raced is not None:
         seeds = done["cell"].map(raced.seeds_of).fillna(raced.rules.first_seeds)
@@ -165,7 +166,7 @@ def _done(trials: pd.DataFrame, metric: Metric, problems: list[str], raced: Race
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
         why += [f"; {problem}" for problem in problems[:1]]
-        raise SummaryError(
+        raise RecordError(
             f"no completed trial with a {metric.name} ({counts}): nothing to summarize yet{''.join(why)}"
         )
     return done
@@ -183,19 +184,19 @@ def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
         if word in aliases:
             return f"`{aliases[word]}`"
         if word and word not in ("and", "or", "not", "in", "is", "True", "False", "None"):
-            raise SummaryError(f"--where '{where}': there is no column '{word}'{nearest(word, sorted(aliases))}")
+            raise RecordError(f"--where '{where}': there is no column '{word}'{nearest(word, sorted(aliases))}")
         return match.group()
 
     if "@" in where:
-        raise SummaryError(f"--where '{where}' cannot be read: @ is not allowed")
+        raise RecordError(f"--where '{where}' cannot be read: @ is not allowed")
     condition = _WORD.sub(named, where)
     try:
         kept = trials.query(condition, engine="python")
     except Exception as error:  # pandas raises many kinds here, SyntaxError among them
         text = str(error).split("\n")[0][:120]
-        raise SummaryError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
+        raise RecordError(f"--where '{where}' cannot be read ({text}); for example --where \"rank >= 4\"") from None
     if not isinstance(kept, pd.DataFrame) or kept.empty:
-        raise SummaryError(f"--where '{where}' leaves none of the {len(trials)} trials")
+        raise RecordError(f"--where '{where}' leaves none of the {len(trials)} trials")
     return kept.reset_index(drop=True)
 
 
@@ -239,13 +240,13 @@ def _pair(trials: pd.DataFrame, wanted: tuple[str, str], problems: list[str]) ->
         found = trials[trials["trial"].str.startswith(name)] if name else trials[:0]
         if len(found) != 1:
             many = f"{len(found)} trials begin so" if len(found) else "there is no such trial"
-            raise SummaryError(f"--compare {name}: {many}{nearest(name, trials['trial'].tolist())}")
+            raise RecordError(f"--compare {name}: {many}{nearest(name, trials['trial'].tolist())}")
         rows.append(found.iloc[0])
     try:
         (ids_a, a), (ids_b, b) = (correct(r["folder"], "val") for r in rows)
         if len(ids_a) == 0 or len(ids_a) != len(ids_b) or (ids_a != ids_b).any():
-            raise SummaryError("the two trials have predictions of different val images, or of none")
-    except SummaryError as error:
+            raise RecordError("the two trials have predictions of different val images, or of none")
+    except RecordError as error:
         problems.append(f"--compare {' '.join(wanted)}: {error}")
         return None
     first, second = (f"{r['label']}, seed {r['seed']} ({r['trial']})" for r in rows)

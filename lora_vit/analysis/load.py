@@ -15,7 +15,8 @@ import pandas as pd
 
 from lora_vit.analysis.race import Rules
 from lora_vit.config import IDENTITY, TARGETS, WITHOUT_IDENTITY, LoraConfig
-from lora_vit.records import PLAN, PREDICTIONS, RECORD, RecordError, TrialRecord, read_predictions, read_record
+from lora_vit.errors import RecordError
+from lora_vit.records import PLAN, PREDICTIONS, RECORD, TrialRecord, read_predictions, read_record
 
 OUTPUT = "summary"
 """Name of the folder that a summary is written into; never searched."""
@@ -29,8 +30,6 @@ _TARGET_NAMES = {
 }
 
 
-class SummaryError(Exception):
-    """Nothing can be summarized, or a comparison would be wrong; the message is one line for the user."""
 
 
 @dataclass
@@ -69,7 +68,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     """Read every record of the folders; of records with one trial id the newest counts.
 
     Raises:
-        SummaryError: a folder does not exist, or there is no readable record at all.
+        RecordError: a folder does not exist, or there is no readable record at all.
     """
     problems: list[str] = []
     rows: dict[str, dict[str, Any]] = {}
@@ -78,13 +77,13 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
-            raise SummaryError(f"{folder} is not a folder: give the folder of a sweep or of a run")
+            raise RecordError(f"{folder} is not a folder: give the folder of a sweep or of a run")
         try:
             paths.update((p, None) for p in find_records(folder))
         except OSError as error:
-            raise SummaryError(f"{error.filename} cannot be read: {error.strerror}") from None
+            raise RecordError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not paths:
-        raise SummaryError(f"no trial in {', '.join(map(str, folders))}: no {RECORD} there or up to two folders below")
+        raise RecordError(f"no trial in {', '.join(map(str, folders))}: no {RECORD} there or up to two folders below")
     for path in paths:
         try:
             new = row(read_record(path), path, problems)
@@ -102,7 +101,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
             )
         rows[new["trial"]] = new
     if not rows:
-        raise SummaryError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
+        raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
     loaded = Loaded(frame, problems)
     for name in folders:
@@ -242,14 +241,14 @@ def correct(folder: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Sample ids and whether each was classified correctly, sorted by id, from ``predictions.npz``.
 
     Raises:
-        SummaryError: the file or the split is missing or broken.
+        RecordError: the file or the split is missing or broken.
     """
     try:
         splits = read_predictions(Path(folder))
     except RecordError as error:
-        raise SummaryError(str(error)) from None
+        raise RecordError(str(error)) from None
     if split not in splits:
-        raise SummaryError(f"{Path(folder) / PREDICTIONS} has no split '{split}'")
+        raise RecordError(f"{Path(folder) / PREDICTIONS} has no split '{split}'")
     fields = splits[split]
     order = np.argsort(fields["ids"], kind="stable")
     return fields["ids"][order], (fields["labels"] == fields["predicted"])[order]

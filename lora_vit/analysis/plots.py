@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import BASELINES, LR, METHOD, preferred, short_names, value_text
-from lora_vit.records import METRICS, RecordError, read_rows
+from lora_vit.errors import RecordError
+from lora_vit.files import read_rows
+from lora_vit.records import METRICS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

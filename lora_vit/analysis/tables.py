@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.load import COSTS, SummaryError
+from lora_vit.analysis.load import COSTS
 from lora_vit.analysis.stats import Comparison, t_interval
 from lora_vit.analysis.summary import Metric, Raced
 from lora_vit.config import nearest
+from lora_vit.errors import RecordError
 
 LR, METHOD, SCALING = "optimizer.lr", "lora.method", "lora.effective_scaling"
 SECTIONS = ("model", "data", "optimizer", "lora", "trainer")
@@ -37,14 +38,14 @@ RACED_BY = COMPARABLE["val_accuracy"]
 
 
 def metric(name: str) -> Metric:
-    """The metric of that name. Raises SummaryError; test metrics are refused with their reason."""
+    """The metric of that name. Raises RecordError; test metrics are refused with their reason."""
     if name in COMPARABLE:
         return COMPARABLE[name]
     if name.startswith("test"):
-        raise SummaryError(
+        raise RecordError(
             f"--metric {name}: cells are chosen on val only; the report shows test accuracy of the chosen cell"
         )
-    raise SummaryError(f"--metric {name} is unknown{nearest(name, list(COMPARABLE))} (one of: {', '.join(COMPARABLE)})")
+    raise RecordError(f"--metric {name} is unknown{nearest(name, list(COMPARABLE))} (one of: {', '.join(COMPARABLE)})")
 
 
 def _is_setting(column: str) -> bool:
@@ -275,13 +276,13 @@ def pivot(cells: pd.DataFrame, trials: pd.DataFrame, wanted: tuple[str, str]) ->
     known = aliases([c for c in trials.columns if _is_setting(c) or c == SCALING])
     for name in wanted:
         if name not in known:
-            raise SummaryError(f"--pivot {name}: there is no such setting{nearest(name, sorted(known))}")
+            raise RecordError(f"--pivot {name}: there is no such setting{nearest(name, sorted(known))}")
     row, column = (known[name] for name in wanted)
     if row == column:
-        raise SummaryError(f"--pivot {' '.join(wanted)}: give two different settings")
+        raise RecordError(f"--pivot {' '.join(wanted)}: give two different settings")
     first = trials.drop_duplicates("cell").set_index("cell")
     frame = cells.assign(_row=cells["cell"].map(first[row]), _column=cells["cell"].map(first[column]))
     result = frame.pivot_table(index="_row", columns="_column", values="mean", aggfunc="mean")
     if result.empty:
-        raise SummaryError(f"--pivot {' '.join(wanted)}: no cell has both")
+        raise RecordError(f"--pivot {' '.join(wanted)}: no cell has both")
     return result.rename_axis(index=wanted[0], columns=wanted[1])

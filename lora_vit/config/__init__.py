@@ -8,7 +8,6 @@ from lora_vit.config.schema import (
     SECTIONS,
     TARGETS,
     WITHOUT_IDENTITY,
-    ConfigError,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -22,6 +21,7 @@ from lora_vit.config.schema import (
     nearest,
     to_dict,
 )
+from lora_vit.errors import ConfigError
 
 __all__ = [
     "IDENTITY", "SCHEMA_VERSION", "SECTIONS", "TARGETS", "WITHOUT_IDENTITY", "ConfigError", "DataConfig",

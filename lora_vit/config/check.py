@@ -11,7 +11,6 @@ from typing import Any
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.schema import (
     TARGETS,
-    ConfigError,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -21,6 +20,7 @@ from lora_vit.config.schema import (
     TrialConfig,
     nearest,
 )
+from lora_vit.errors import ConfigError
 
 MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
 SIZES = ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")

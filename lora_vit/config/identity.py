@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, WITHOUT_IDENTITY, ConfigError, TrialConfig, to_dict
+from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, WITHOUT_IDENTITY, TrialConfig, to_dict
+from lora_vit.errors import ConfigError
 
 FOLDER_FILES = tuple(
     name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")

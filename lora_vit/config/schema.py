@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_vit.errors import ConfigError
+
 SCHEMA_VERSION = 3
 """Version of the trial's configuration and record; part of the trial id."""
 
@@ -22,8 +24,6 @@ _NO_IDENTITY = {"identity": False}
 """Metadata of a field that does not decide a trial's numbers: no part of the trial id."""
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key, the value and the remedy, in one line."""
 
 
 @dataclass

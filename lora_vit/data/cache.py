@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from lora_vit.data.dataset import DataError, Decoded, Found, Range, content_of, shown
+from lora_vit.data.dataset import Decoded, Found, Range, content_of, shown
 from lora_vit.data.files import PassedOver, cannot_write, cores, digests_of, locked_in
-from lora_vit.records import write_json
+from lora_vit.errors import ConfigError
+from lora_vit.files import write_json
 
 _FORMAT = 3
 _NAMED = 20
@@ -65,12 +66,12 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
     ``value_range`` to 0 .. 255.
 
     Raises:
-        DataError: it cannot be read as an image, or is deep and there is no range.
+        ConfigError: it cannot be read as an image, or is deep and there is no range.
     """
     try:
         return _decode(file, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-        raise DataError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
+        raise ConfigError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
@@ -147,7 +148,7 @@ def decoded(
         The map, and the range of values that became 0 .. 255 where files have more than 8 bits.
 
     Raises:
-        DataError: broken images (all named at once), images of several sizes, no space, or a folder that
+        ConfigError: broken images (all named at once), images of several sizes, no space, or a folder that
             cannot be written.
     """
     key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
@@ -171,7 +172,7 @@ def found_in(
     """The data set of the images in ``parts``, which lie below ``root``.
 
     Raises:
-        DataError: as :func:`~lora_vit.data.files.digests_of`.
+        ConfigError: as :func:`~lora_vit.data.files.digests_of`.
     """
     names = [name for images in parts.values() for name, _ in images]
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
@@ -260,7 +261,7 @@ class _Worker:
             answer: list[Problem] | OSError = pickle.load(self._process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code, (_, names, _) = self._process.wait(), chunk
-            raise DataError(
+            raise ConfigError(
                 f"a process that decodes images ended with code {code} between {shown(names[0])} and "
                 f"{shown(names[-1])} of {shown(self._job.root)}: is there enough memory, are these images sound?"
             ) from None
@@ -295,7 +296,7 @@ def _build(
     needed = int(np.prod(shape))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise DataError(
+        raise ConfigError(
             f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB: "
             "give another data.cache_dir, or a smaller data.cache_size"
         )
@@ -359,10 +360,10 @@ def _refuse(root: Path, problems: list[Problem], usual: str) -> None:
     if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-        raise DataError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away")
+        raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away")
     if problems:
         name, size = min(problems, key=lambda problem: problem[0])
-        raise DataError(
+        raise ConfigError(
             f"{shown(root / name)} is {size}, other images are {usual}: give data.cache_size to bring all to one size"
         )
 
@@ -373,6 +374,6 @@ def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarra
     for name in names:
         try:
             return decode(root / name, size, (-1e39, 1e39))
-        except DataError as error:
+        except ConfigError as error:
             why = why or str(error)
-    raise DataError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")
+    raise ConfigError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")

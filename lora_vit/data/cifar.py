@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_vit.data.dataset import DataError, Found, NotFetchedError, content_of
+from lora_vit.data.dataset import Found, NotFetchedError, content_of
 from lora_vit.data.files import locked_in
+from lora_vit.errors import ConfigError
 
 
 def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
     """50,000 images for train and val; the official 10,000 test images are ``test``. Downloaded if absent.
 
     Raises:
-        DataError: damaged, or not there and not to be downloaded.
+        ConfigError: damaged, or not there and not to be downloaded.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -36,11 +37,11 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if (folder / kind.base_folder).exists() or (folder / kind.filename).exists():
-            raise DataError(
+            raise ConfigError(
                 f"data={name}: {kind.base_folder}/ or {kind.filename} in {folder} is damaged or not whole, and cannot "
                 f"be fetched anew ({reason}): unpack {kind.filename} (md5 {kind.tgz_md5}) there"
             ) from None
-        raise DataError(
+        raise ConfigError(
             f"data={name} is not below data.root={root} and cannot be downloaded ({reason}): put "
             f"{kind.filename} or {kind.base_folder}/ there, or run experiment=quickstart, which needs no download"
         ) from None

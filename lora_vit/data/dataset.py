@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_vit.config import ConfigError, DataConfig
+from lora_vit.config import DataConfig
+from lora_vit.errors import ConfigError
 
 _MODULES = {
     "tiny_imagenet": "tiny_imagenet",
@@ -32,11 +33,9 @@ Decoded = tuple[np.ndarray, "Range | None", int]
 """Images uint8 [N, 3, h, w], the range where files have more than 8 bits, and how many files have further pictures."""
 
 
-class DataError(ConfigError):
-    """A data set that cannot be used; the message says in one line what is wrong, where and what to do."""
 
 
-class NotFetchedError(DataError):
+class NotFetchedError(ConfigError):
     """What would have to be downloaded or read first."""
 
 
@@ -116,13 +115,13 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     """The decoded and divided data set of a config; downloads and caches what is not there.
 
     Raises:
-        DataError: in one line, what is wrong with it; also where its content is not ``data.content``.
+        ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
     """
     from lora_vit.data.splits import divide
 
     found = _find(config, quiet)
     if config.content is not None and config.content != found.content:
-        raise DataError(
+        raise ConfigError(
             f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
             f"not {config.content}"
         )
@@ -143,7 +142,7 @@ def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     and the content is None where that would be needed.
 
     Raises:
-        DataError: in one line, why it cannot be told.
+        ConfigError: in one line, why it cannot be told.
     """
     if config.name in IN_PACKAGES:
         return None
@@ -171,12 +170,12 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
             _FOUND[key] = find(config.name, size)
         else:
             if not config.root:
-                raise DataError(f"data.root has no value: give the folder of data={config.name}")
+                raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
             root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
             try:
                 _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
             except OSError as e:
-                raise DataError(
+                raise ConfigError(
                     f"{shown(e.filename or root)} cannot be read ({e.strerror}): mend or remove it"
                 ) from None
     return _FOUND[key]

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.data.dataset import DataError, NotFetchedError, shown
-from lora_vit.records import CHECKPOINT, PLAN, RECORD, locked, replacing
+from lora_vit.data.dataset import NotFetchedError, shown
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked, replacing
+from lora_vit.records import CHECKPOINT, PLAN, RECORD
 
 _OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
 """What tells a folder of ours: a trial's or a sweep's."""
@@ -137,7 +139,7 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
     Raises:
-        DataError: a file that cannot be read, or a ``cache_dir`` that cannot be written.
+        ConfigError: a file that cannot be read, or a ``cache_dir`` that cannot be written.
         NotFetchedError: files would have to be read, and ``fetch`` is false.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
@@ -163,15 +165,15 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
     return np.frombuffer(b"".join(known[name][32:] for name in names), np.uint8).reshape(-1, 32)
 
 
-def cannot_write(cache_dir: Path, error: OSError) -> DataError:
+def cannot_write(cache_dir: Path, error: OSError) -> ConfigError:
     """The error for a cache that cannot be written."""
-    return DataError(
+    return ConfigError(
         f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
     )
 
 
-def _cannot_read(root: Path, name: str, error: OSError) -> DataError:
-    return DataError(f"{shown(root / name)} cannot be read ({error.strerror}): mend or remove it")
+def _cannot_read(root: Path, name: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{shown(root / name)} cannot be read ({error.strerror}): mend or remove it")
 
 
 def _stat(root: Path, name: str) -> bytes:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from lora_vit.data.cache import Parts, found_in
-from lora_vit.data.dataset import DataError, Found, shown
+from lora_vit.data.dataset import Found, shown
 from lora_vit.data.files import PassedOver, folders_in, images_below
+from lora_vit.errors import ConfigError
 
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """What the folder of each part may be called, in small letters or capitals."""
@@ -18,12 +19,12 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
     Raises:
-        DataError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
+        ConfigError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
             a part in the place of a class.
     """
     top, cache = Path(root), Path(cache_dir)
     if not top.is_dir():
-        raise DataError(f"data.root={shown(root)} is not a folder: give the folder that holds your class folders")
+        raise ConfigError(f"data.root={shown(root)} is not a folder: give the folder that holds your class folders")
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
@@ -33,7 +34,7 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     for part, folder in folders.items():
         others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
         if others:
-            raise DataError(
+            raise ConfigError(
                 f"{shown(top / folder)} has the class '{shown(min(others))}', which "
                 f"{shown(top / folders['train'])} has not: take it away, or add it there"
             )
@@ -42,22 +43,22 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise DataError(f"class folder {shown(top / place)} holds nothing that Pillow opens: fill or remove it")
+                raise ConfigError(f"class folder {shown(top / place)} holds nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise DataError(
+            raise ConfigError(
                 f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
             )
     return found_in(top, [shown(c) for c in classes], parts, passed, cache, quiet, fetch)
 
 
 def _refuse_splits(top: Path, classes: list[str], cache: Path) -> None:
-    """Raise DataError where two class folders that hold folders, or two folders in one class, are named like parts."""
+    """Raise ConfigError where two class folders that hold folders, or two folders in one class, are named like parts."""
     inside = {name: folders_in(top / name, cache, PassedOver()) for name in classes}
     for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
         like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
         if len(like) > 1:
-            raise DataError(
+            raise ConfigError(
                 f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
                 "train/, val/ and test/, at the top of data.root, with the classes in each"
             )
@@ -70,13 +71,13 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
     for part, called in _NAMES.items():
         there = [name for name in folders if name.lower() in called]
         if len(there) > 1:
-            raise DataError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
+            raise ConfigError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
         if there:
             found[part] = there[0]
     if not found:
         return {"train": "."}
     if "train" not in found:
-        raise DataError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
+        raise ConfigError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
     for name in folders_in(top, cache, passed):
         if name not in found.values():
             passed.add("folders beside train/", name)
@@ -84,11 +85,11 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
 
 
 def _class_folders(folder: Path, cache: Path, passed: PassedOver) -> list[str]:
-    """Sorted names of the class folders. Raises DataError for fewer than two."""
+    """Sorted names of the class folders. Raises ConfigError for fewer than two."""
     found = folders_in(folder, cache, passed)
     if len(found) < 2:
         count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
         lower = [name for name in found if len(folders_in(folder / name, cache, PassedOver())) > 1]
         hint = f"; did you mean data.root={shown(folder / lower[0])}?" if lower else ""
-        raise DataError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
+        raise ConfigError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
     return found

@@ -8,7 +8,8 @@ import numpy as np
 
 from lora_vit import randomness
 from lora_vit.config import DataConfig
-from lora_vit.data.dataset import DataError, Found
+from lora_vit.data.dataset import Found
+from lora_vit.errors import ConfigError
 
 
 def split_per_class(
@@ -27,7 +28,7 @@ def split_per_class(
         Sorted sample ids for each name and ``train``. Numbers are rounded to the nearest whole, at least 1.
 
     Raises:
-        DataError: a class with too few samples to be in every split.
+        ConfigError: a class with too few samples to be in every split.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
     for label in np.unique(labels[ids]):
@@ -35,7 +36,7 @@ def split_per_class(
         shuffled = of_class[randomness.permutation(len(of_class), "split", seed, int(label))]
         counts = {name: max(1, round(len(of_class) * f)) for name, f in fractions.items()}
         if sum(counts.values()) >= len(of_class):
-            raise DataError(
+            raise ConfigError(
                 f"class '{class_names[label]}' has {len(of_class)} images, too few to be in train, "
                 f"{', '.join(fractions)}: add images, or drop the class"
             )
@@ -49,13 +50,13 @@ def keep_per_class(labels: np.ndarray, ids: np.ndarray, count: int, seed: int) -
     """Keep ``count`` samples of each class; fewer are always a subset of more. Sorted ids.
 
     Raises:
-        DataError: a class has fewer.
+        ConfigError: a class has fewer.
     """
     kept = []
     for label in np.unique(labels[ids]):
         of_class = np.sort(ids[labels[ids] == label])
         if len(of_class) < count:
-            raise DataError(
+            raise ConfigError(
                 f"data.train_per_class={count}: class {label} has only {len(of_class)} training images, "
                 "give at most that, or null for all"
             )
@@ -76,14 +77,14 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
     """The splits of a data set, by the parts that it has and the config's fractions, and its fingerprint.
 
     Raises:
-        DataError: a part that neither is there nor has a fraction, too few images for the batch or for
+        ConfigError: a part that neither is there nor has a fraction, too few images for the batch or for
             ``data.train_per_class``.
     """
     wanted = {}
     for part in ("val", "test"):
         fraction = getattr(config, f"{part}_fraction")
         if part not in found.parts and fraction is None:
-            raise DataError(
+            raise ConfigError(
                 f"data.root={config.root} has no {part}/ and data.{part}_fraction is null: give one of them"
             )
         if part not in found.parts:
@@ -93,7 +94,7 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
     if config.train_per_class is not None:
         splits["train"] = keep_per_class(found.labels, splits["train"], config.train_per_class, config.split_seed)
     if len(splits["train"]) < config.batch_size:
-        raise DataError(
+        raise ConfigError(
             f"data.batch_size={config.batch_size} is more than the {len(splits['train'])} training images: "
             "give at most that"
         )

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_vit.data.cache import found_in
-from lora_vit.data.dataset import DataError, Found, NotFetchedError
+from lora_vit.data.dataset import Found, NotFetchedError
 from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
+from lora_vit.errors import ConfigError
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
@@ -51,13 +52,13 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
     """The data set at ``root`` (folder or zip), downloaded first if it is not there.
 
     Raises:
-        DataError: no network, a damaged archive, a class without images.
+        ConfigError: no network, a damaged archive, a class without images.
     """
     cache, passed = Path(cache_dir), PassedOver()
     folder = find_folder(Path(root), cache, quiet, PUBLISHED if fetch else None)
     wnids = _lines(folder / "wnids.txt")
     if len(set(wnids)) != len(wnids) or len(wnids) < 2:
-        raise DataError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
+        raise ConfigError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive anew")
     parts = {"train": _train(folder, wnids, cache, passed)}
     if official_val:
         parts["official_val"] = _official_val(folder, wnids, cache, passed)
@@ -68,7 +69,7 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     """The extracted folder: at or in ``root``, from a zip there, or downloaded into it.
 
     Raises:
-        DataError: as :func:`download` and :func:`extract`.
+        ConfigError: as :func:`download` and :func:`extract`.
     """
     below = [folder for folder in sorted(root.glob("*")) if _is_whole(folder)]
     one_off = below if len(below) == 1 else []
@@ -77,7 +78,7 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
         if _is_whole(folder):
             return folder
     if (root / FOLDER).exists():
-        raise DataError(
+        raise ConfigError(
             f"{root / FOLDER} is not whole, it lacks wnids.txt or train/: unpack {FOLDER}.zip anew, or give another "
             "data.root"
         )
@@ -86,7 +87,7 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
     if _is_whole(target):
         origin = target / _ORIGIN
         if archive is not None and origin.exists() and origin.read_text() != _sha256(archive, cache_dir, quiet):
-            raise DataError(f"{archive} is another one than {target} was unpacked from: remove that folder")
+            raise ConfigError(f"{archive} is another one than {target} was unpacked from: remove that folder")
         return target
     if source is None:
         raise NotFetchedError(f"Tiny-ImageNet is not unpacked below data.root={root} yet")
@@ -101,7 +102,7 @@ def find_folder(root: Path, cache_dir: Path, quiet: bool, source: Source | None)
                     (target / _ORIGIN).write_text(_sha256(archive, cache_dir, quiet))
     except OSError as error:
         if not _is_whole(target):  # else another run, which has its cache elsewhere, was first
-            raise DataError(
+            raise ConfigError(
                 f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another "
                 "data.root or data.cache_dir"
             ) from None
@@ -129,12 +130,12 @@ def _archive(root: Path) -> Path | None:
     if root.is_file():
         return root
     if root.suffix == ".zip" and not root.exists():
-        raise DataError(f"data.root={root} does not exist: give a zip, or a folder to download to")
+        raise ConfigError(f"data.root={root} does not exist: give a zip, or a folder to download to")
     if (root / f"{FOLDER}.zip").is_file():
         return root / f"{FOLDER}.zip"
     found = sorted(root.glob(f"{FOLDER}*.zip"))
     if len(found) > 1:
-        raise DataError(f"{root} holds {', '.join(p.name for p in found)}: give one of them as data.root")
+        raise ConfigError(f"{root} holds {', '.join(p.name for p in found)}: give one of them as data.root")
     return found[0] if found else None
 
 
@@ -142,7 +143,7 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
     """Fetch the archive into ``root``; goes on with a part that an earlier try left.
 
     Raises:
-        DataError: no network, cut off (the part stays for the next try), or not the published file (nothing is left).
+        ConfigError: no network, cut off (the part stays for the next try), or not the published file (nothing is left).
         OSError: ``root`` cannot be written.
     """
     from torchvision.datasets.utils import calculate_md5
@@ -160,19 +161,19 @@ def download(root: Path, source: Source, quiet: bool) -> Path:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-            raise DataError(
+            raise ConfigError(
                 f"Tiny-ImageNet is not below data.root={root} and cannot be downloaded ({reason}): {remedy}"
             ) from None
         have = part.stat().st_size
         if have < source.size:
-            raise DataError(
+            raise ConfigError(
                 f"the download of {source.url} broke off at {have:,} of {source.size:,} bytes: the same command goes "
                 f"on from there, or {remedy}"
             )
     md5 = calculate_md5(part)
     if have != source.size or md5 != source.md5:
         part.unlink()
-        raise DataError(
+        raise ConfigError(
             f"the file at {source.url} has {have:,} bytes and md5 {md5}, expected {source.size:,} and "
             f"{source.md5}: try again, or {remedy}"
         )
@@ -203,7 +204,7 @@ def extract(archive: Path, target: Path, quiet: bool) -> None:
     """Unpack beside ``target`` and move into place: it is whole or absent.
 
     Raises:
-        DataError: damaged, with a path outside its folder, or without wnids.txt and train/.
+        ConfigError: damaged, with a path outside its folder, or without wnids.txt and train/.
         OSError: it cannot be read, or ``target`` not be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,11 +215,11 @@ def extract(archive: Path, target: Path, quiet: bool) -> None:
             _unpack(archive, into, quiet)
             whole = [folder for folder in (into, *sorted(into.iterdir())) if _is_whole(folder)]
             if not whole:
-                raise DataError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
+                raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
             os.replace(whole[0], target)
     except _DAMAGED as error:
         reason = str(error) or type(error).__name__
-        raise DataError(
+        raise ConfigError(
             f"{archive} is damaged ({reason}): fetch it anew, or give another data.root to have it downloaded"
         ) from None
 
@@ -228,13 +229,13 @@ def _unpack(archive: Path, into: Path, quiet: bool) -> None:
         members = [m for m in opened.infolist() if not m.is_dir()]
         needed = sum(m.file_size for m in members)
         if needed > shutil.disk_usage(into).free:
-            raise DataError(f"{archive} needs {needed / 2**30:.1f} GiB unpacked, more than is free in {into.parent}")
+            raise ConfigError(f"{archive} needs {needed / 2**30:.1f} GiB unpacked, more than is free in {into.parent}")
         with Progress(f"unpacking {archive.name}", len(members), quiet, "files") as bar:
             for member in members:
                 goal = (into / member.filename).resolve()
                 link = (member.external_attr >> 16) & 0o170000 == 0o120000
                 if not goal.is_relative_to(into.resolve()) or link:
-                    raise DataError(f"{archive} holds the unsafe path {member.filename!r}: it is not Tiny-ImageNet")
+                    raise ConfigError(f"{archive} holds the unsafe path {member.filename!r}: it is not Tiny-ImageNet")
                 opened.extract(member, into)
                 bar.advance(1)
 
@@ -253,7 +254,7 @@ def _train(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> l
         place = f"train/{wnid}/images"
         found = images_below(folder, place, cache, passed) if (folder / place).is_dir() else []
         if not found:
-            raise DataError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive anew")
+            raise ConfigError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive anew")
         images += [(name, label) for name in found]
     return images
 
@@ -261,13 +262,13 @@ def _train(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> l
 def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> list[tuple[str, int]]:
     annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
     if not annotations.is_file():
-        raise DataError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
+        raise ConfigError(f"data.official_val=true, but there is no {annotations}: extract the archive anew")
     rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
     named = [(f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows if wnid in wnids]
     there = images_below(folder, "val/images", cache, passed) if images.is_dir() else []
     missing = {name for name, _ in named} - set(there)
     if missing or not named:
-        raise DataError(
+        raise ConfigError(
             f"{annotations} names {len(named)} images of the classes of wnids.txt, of which {images} lacks "
             f"{len(missing)}: extract the archive anew"
         )

@@ -20,16 +20,8 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import SCHEMA_VERSION
-from lora_vit.lora.backbones import (
-    OF_HEADS,
-    SIZES,
-    AdapterError,
-    head_name,
-    new_backbone,
-    put_head,
-    sizes_of,
-    trunk_state,
-)
+from lora_vit.errors import ConfigError
+from lora_vit.lora.backbones import OF_HEADS, SIZES, head_name, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, chosen_places
 from lora_vit.lora.layers import AdapterSpec
 from lora_vit.lora.places import Place
@@ -94,13 +86,13 @@ def read_adapter(folder: str | Path) -> Adapter:
     """Read ``adapter.safetensors`` and ``adapter.json``.
 
     Raises:
-        AdapterError: they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder of a
+        ConfigError: they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder of a
             trial that is not completed.
     """
     folder = Path(folder)
     trial = state_of(folder)
     if trial.status not in ("completed", "new"):  # new: the adapter's own two files may have been copied elsewhere
-        raise AdapterError(trial.problem or f"{folder}: the trial is {trial.status}, not completed")
+        raise ConfigError(trial.problem or f"{folder}: the trial is {trial.status}, not completed")
     try:
         card = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter.safetensors", "pt") as file:
@@ -108,23 +100,23 @@ def read_adapter(folder: str | Path) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
     except FileNotFoundError as error:
         name = error.filename or folder / "adapter.safetensors"
-        raise AdapterError(f"{name} does not exist: give the folder of a completed trial") from None
+        raise ConfigError(f"{name} does not exist: give the folder of a completed trial") from None
     except Exception as error:
-        raise AdapterError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from None
     if not card or card != own or (trial.record and trial.record.trial_id != card["trial_id"]):
-        raise AdapterError(f"{folder}: adapter.json and adapter.safetensors are not of one trial, or were edited")
+        raise ConfigError(f"{folder}: adapter.json and adapter.safetensors are not of one trial, or were edited")
     if card["schema"] != SCHEMA_VERSION:
-        raise AdapterError(f"{folder}: the adapter is of version {card['schema']}, this one reads {SCHEMA_VERSION}")
+        raise ConfigError(f"{folder}: the adapter is of version {card['schema']}, this one reads {SCHEMA_VERSION}")
     adapter = Adapter(tensors, card)
     expected, found = adapter.shapes(), {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             there, wanted = (d.get(name, "absent") for d in (found, expected))
-            raise AdapterError(f"{folder}: the adapter's {name} is {there}, expected {wanted}")
+            raise ConfigError(f"{folder}: the adapter's {name} is {there}, expected {wanted}")
         if not torch.isfinite(tensors[name]).all():
-            raise AdapterError(f"{folder}: the adapter's {name} holds NaN or infinite values")
+            raise ConfigError(f"{folder}: the adapter's {name} holds NaN or infinite values")
     if "sha256" in card and card["sha256"] != sha256_of(tensors):
-        raise AdapterError(f"{folder}: values in adapter.safetensors are not those that were trained: copy it anew")
+        raise ConfigError(f"{folder}: values in adapter.safetensors are not those that were trained: copy it anew")
     return adapter
 
 
@@ -136,7 +128,7 @@ def base_of(model: nn.Module) -> dict[str, Any]:
         the norms' eps; ``positions``: projections of the interpolated parameters, which are left out of the digest.
 
     Raises:
-        AdapterError: it is no plain backbone with a head that can be replaced, or has adapters.
+        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
     """
     sizes = sizes_of(model)
     state = trunk_state(model)
@@ -163,7 +155,7 @@ def bind(
     class_names: Sequence[str] | None = None,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Raise AdapterError, which says what differs, unless adapter, base and data belong together.
+    """Raise ConfigError, which says what differs, unless adapter, base and data belong together.
 
     Args:
         adapter: whose card says what it was trained on.
@@ -174,24 +166,24 @@ def bind(
     card, trained_on = adapter.card, adapter.card["base"]
     for key in ("architecture", *SIZES, *INPUTS):
         if key in base and base[key] != trained_on.get(key):
-            raise AdapterError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
+            raise ConfigError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
     theirs, ours = np.array(trained_on["positions"]), np.array(base["positions"])
     same_positions = np.abs(theirs - ours).max() <= POSITIONS_TOLERANCE * np.abs(theirs).max()
     if base["sha256"] != trained_on["sha256"] or not same_positions:
         what = "weights" if same_positions else "position embedding and perhaps other weights"
-        raise AdapterError(
+        raise ConfigError(
             f"the model's {what} are not those that the adapter was trained on ({trained_on['weights'] or 'random'}): "
             "give these, in fp32, with no adapter merged into them"
         )
     if class_names is not None and list(class_names) != card["class_names"]:
         gone = [f"lacks '{c}'" for c in card["class_names"] if c not in class_names]
         new = [f"has '{c}' in addition" for c in class_names if c not in card["class_names"]]
-        raise AdapterError(f"the data has other classes than the adapter: it {(gone + new or ['orders them anew'])[0]}")
+        raise ConfigError(f"the data has other classes than the adapter: it {(gone + new or ['orders them anew'])[0]}")
     if data is not None and data["fingerprint"] != card["data"]["fingerprint"]:
         then = {**card["data"], "fingerprint": data["fingerprint"]}
         changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items() if now != then.get(key)]
         what = ", ".join(changed) or "other contents or splits of as many images"
-        raise AdapterError(f"the data is not what the adapter was trained and tested on: {what}")
+        raise ConfigError(f"the data is not what the adapter was trained and tested on: {what}")
 
 
 def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -229,12 +221,12 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
-    """The folder's adapter. Raises AdapterError unless the model is its base, also in what no weight tells."""
+    """The folder's adapter. Raises ConfigError unless the model is its base, also in what no weight tells."""
     adapter = read_adapter(folder)
     base, like = adapter.card["base"], next(model.parameters())
     bind(adapter, base_of(model))
     if torch.finfo(like.dtype).bits < 32:
-        raise AdapterError(f"the model is of {like.dtype}, which would round the update away: give it in fp32")
+        raise ConfigError(f"the model is of {like.dtype}, which would round the update away: give it in fp32")
     given, named = copy.deepcopy(model).eval(), new_backbone(base, 1).to(like).eval()
     named.load_state_dict(trunk_state(model), strict=False)
     image = torch.rand(1, 3, *2 * [base["image_size"]], generator=randomness.generator("base")).to(like) * 4 - 2
@@ -244,7 +236,7 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
         theirs, ours = given(image), named(image)
     if not (theirs - ours).abs().max() <= SAME * ours.abs().max():
         what = f"the model has the weights of {base['model']}, but computes something else with them"
-        raise AdapterError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
+        raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
     return adapter
 
 
@@ -262,7 +254,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         The model.
 
     Raises:
-        AdapterError: the adapter is unreadable or belongs to another model; the model is left as it was.
+        ConfigError: the adapter is unreadable or belongs to another model; the model is left as it was.
     """
     adapter = _bound(model, folder)
     put_on(model, adapter)

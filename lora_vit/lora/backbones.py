@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import ConfigError, nearest
+from lora_vit.config import nearest
+from lora_vit.errors import ConfigError
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.lora.places import FAMILIES, plain_models
 
@@ -21,8 +22,6 @@ OF_HEADS = ("heads.", "head.", "head_dist.")
 """What the classifiers' parameters begin with, torchvision's and timm's."""
 
 
-class AdapterError(ConfigError):
-    """An adapter that cannot be read or does not belong to what it is put on; the message is one line."""
 
 
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
@@ -59,13 +58,13 @@ def sizes_of(model: Any) -> dict[str, Any]:
     """What kind of model a plain backbone is: timm's name for it, or torchvision's arguments.
 
     Raises:
-        AdapterError: it is no plain backbone with a head that can be replaced, or has adapters.
+        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
     """
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
-        raise AdapterError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
+        raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
     if any(isinstance(m, LoRAAdapters) for m in model.modules()):
-        raise AdapterError("the model has adapters already: begin with its base")
+        raise ConfigError("the model has adapters already: begin with its base")
     last_layer(model)
     if not isinstance(model, VisionTransformer):
         height, width = model.patch_embed.img_size
@@ -93,7 +92,7 @@ def head_name(model: nn.Module) -> str:
 
 
 def last_layer(model: Any) -> nn.Linear | None:
-    """The classifier's linear layer; None where the model has no head. Raises AdapterError for other heads."""
+    """The classifier's linear layer; None where the model has no head. Raises ConfigError for other heads."""
     if isinstance(model, VisionTransformer):
         names = [name for name, _ in model.heads.named_children()]
         if type(model.heads) is nn.Sequential and not names:
@@ -107,7 +106,7 @@ def last_layer(model: Any) -> nn.Linear | None:
     if type(last) is nn.Linear and last.bias is not None and all(type(m) is nn.Dropout for m in before):
         return last
     name = head_name(model)
-    raise AdapterError(
+    raise ConfigError(
         f"the model's heads are not one linear layer with bias, alone or after dropout: give it such a {name}"
     )
 

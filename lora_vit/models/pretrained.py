@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_vit.config import ConfigError, ModelConfig, is_weights_file
+from lora_vit.config import ModelConfig, is_weights_file
+from lora_vit.errors import ConfigError
 from lora_vit.lora.backbones import timm_model
 from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
 

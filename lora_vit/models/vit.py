@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import ConfigError, ModelConfig
+from lora_vit.config import ModelConfig
+from lora_vit.errors import ConfigError
 from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.backbones import SIZES, timm_model
 from lora_vit.lora.inject import use_own_attention

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from lora_vit.config import ConfigError, is_weights_file, weights_files
+from lora_vit.config import is_weights_file, weights_files
+from lora_vit.errors import ConfigError
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}

@@ -8,8 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from lora_vit.commands import run_command
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError, run_command
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.ledger import Ledger, trial_folders
 from lora_vit.terminal import make_console, print_table
@@ -84,9 +83,10 @@ def show(folder: Path) -> int:
     total = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
     if whole["race"]:
-        from lora_vit.analysis import SummaryError, summarize  # imports pandas
+        from lora_vit.analysis import summarize
+        from lora_vit.errors import RecordError
 
-        with contextlib.suppress(SummaryError):  # none has completed
+        with contextlib.suppress(RecordError):  # none has completed
             console.print(summarize(folder).verdict, markup=False)
     return 0
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_vit.records import repeating, write_json
+from lora_vit.files import write_json
+from lora_vit.stopping import repeating
 
 BEAT_EVERY = 10.0
 """Seconds between signs of life of an owner."""

@@ -10,11 +10,12 @@ import sys
 import time
 from typing import Protocol
 
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.errors import Interrupted, TrialFailed
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE
 from lora_vit.sweep.follow import LOOK_EVERY, Follower
 from lora_vit.sweep.plan import SweepRun
-from lora_vit.sweep.processes import GOES_ON, WorkerFailed
+from lora_vit.sweep.processes import GOES_ON
 from lora_vit.sweep.progress import View
 
 TRIES = 3
@@ -49,7 +50,7 @@ def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool
     Raises:
         ConfigError: the engine refuses.
         Interrupted: workers were asked to stop and have saved, or go on by themselves.
-        WorkerFailed: workers end, and no trial does.
+        TrialFailed: workers end, and no trial does.
     """
     wanted, others, tries, ended = min(run.workers, len(run.jobs)), Follower(run, view), 0, -1
     while (standing := others.look()) != ENDED:
@@ -62,7 +63,7 @@ def run_on(engine: Engine, run: SweepRun, view: View, stop: StopRequest) -> bool
             tries, ended = 0, view.ended()
         missing = wanted - alive
         if standing == FREE and missing == wanted and tries == TRIES:
-            raise WorkerFailed(f"{tries} times workers were started and ended no trial, see above: {GOES_ON}")
+            raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: {GOES_ON}")
         if standing == FREE and missing > 0 and tries < TRIES:
             tries += 1
             view.emit("say", text=engine.start(run, missing))

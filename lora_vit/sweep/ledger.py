@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import __version__
-from lora_vit.config import ConfigError, SweepConfig, from_dict, to_dict
-from lora_vit.records import PLAN, RECORD, locked, write_json
+from lora_vit.config import SweepConfig, from_dict, to_dict
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked, write_json
+from lora_vit.records import PLAN, RECORD
 from lora_vit.sweep.plan import Job, SweepRun, board_name
 
 PLAN_SCHEMA = 3

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from lora_vit.build import choose_device, device_name
-from lora_vit.config import ConfigError, TrialConfig
-from lora_vit.records import NO_SPACE
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.config import TrialConfig
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Group, SweepRun, digest

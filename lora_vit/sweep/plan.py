@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from lora_vit.config import WITHOUT_IDENTITY, ConfigError, SweepConfig, TrialConfig, canonical, ids, to_dict
+from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
+from lora_vit.errors import ConfigError
 from lora_vit.records import CHECKPOINT, State, state_of
 
 

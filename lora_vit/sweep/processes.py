@@ -19,9 +19,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import ConfigError, SweepConfig, TrialConfig
+from lora_vit.config import SweepConfig, TrialConfig
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.start import not_importing_main
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep.follow import LOOK_EVERY, Follower
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun
@@ -35,8 +36,6 @@ PROCESS_BYTES = 400 << 20
 GOES_ON = "what is saved stays, and the same command goes on"
 
 
-class WorkerFailed(Exception):  # noqa: N818
-    """A worker process ended by itself; what it had claimed is free again."""
 
 
 def worker_context() -> SpawnContext | ForkServerContext:
@@ -155,7 +154,7 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
             process.kill()
         raise
     except (EOFError, ConnectionError) as error:  # the server that forks them was killed
-        raise WorkerFailed(f"worker processes cannot be started ({type(error).__name__}): {GOES_ON}") from None
+        raise TrialFailed(f"worker processes cannot be started ({type(error).__name__}): {GOES_ON}") from None
     events.close()
     if stop.signum or view.stop_asked:
         raise Interrupted(stop.signum or signal.SIGTERM)
@@ -163,7 +162,7 @@ def _run_processes(run: SweepRun, view: View, stop: StopRequest) -> None:
     if any(codes):
         message = f"worker processes ended with codes {codes}"
         if all(codes):
-            raise WorkerFailed(f"{message}: {GOES_ON}")
+            raise TrialFailed(f"{message}: {GOES_ON}")
         print(f"note: {message}; the others did their work", file=sys.stderr)
 
 

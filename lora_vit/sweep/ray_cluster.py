@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.sweep.plan import SweepRun
 
 

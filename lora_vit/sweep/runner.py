@@ -14,15 +14,16 @@ from rich.console import Console
 
 from lora_vit.build import prepare
 from lora_vit.data.dataset import IN_PACKAGES
+from lora_vit.errors import Interrupted, TrialFailed
 from lora_vit.records import NO_ACCURACY, RECORD, State
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.dryrun import print_plan
 from lora_vit.sweep.engine import Engine, run_on
 from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, key_of, this_command, without_duplicates
-from lora_vit.sweep.processes import GOES_ON, WorkerFailed, number_of_workers, run_workers
+from lora_vit.sweep.processes import GOES_ON, number_of_workers, run_workers
 from lora_vit.sweep.progress import View
 from lora_vit.terminal import from_here, make_console, print_table
 
@@ -35,8 +36,6 @@ SHOWN = 30
 """Rows of a table on the terminal."""
 
 
-class SweepFailed(Exception):  # noqa: N818  (its trials did)
-    """Some trials have failed; every record is written and the message says how many."""
 
 
 def run_sweep(asked: SweepRun, engine: Engine | None = None) -> dict[str, float | Exception] | None:
@@ -169,7 +168,7 @@ def train_open(run: SweepRun, view: View, engine: Engine | None) -> bool:
                 if standing == FREE:
                     run_workers(run, view, stop)
                     if others.look() == FREE and view.ended() == ended:
-                        raise WorkerFailed(f"trials are open, and no worker could take them: {GOES_ON}")
+                        raise TrialFailed(f"trials are open, and no worker could take them: {GOES_ON}")
                     continue
                 if not waited:
                     view.emit("say", text="another process has the remaining trials: waiting for it")
@@ -201,15 +200,16 @@ def finish(run: SweepRun, messages: dict[str, str], race: SweepRace | None = Non
     else:
         race.show(console, SHOWN)
         if race.race.ended:
-            from lora_vit.analysis import SummaryError, summarize  # imports pandas
+            from lora_vit.analysis import summarize
+            from lora_vit.errors import RecordError
 
-            with contextlib.suppress(SummaryError):  # all have failed
+            with contextlib.suppress(RecordError):  # all have failed
                 console.print(summarize(run.folder).verdict, markup=False)
     if failed:
         print_failures(console, failed, messages)
         retry = not run.options.retry_failed and any(state.status == "failed" for _, state in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
-        error = SweepFailed(f"{len(failed)} of {len(run.jobs)} trials did not complete{again}")
+        error = TrialFailed(f"{len(failed)} of {len(run.jobs)} trials did not complete{again}")
         outcomes.update(dict.fromkeys((job.trial_id for job, _ in failed), error))
         if race is not None:
             outcomes.update(dict.fromkeys(race.failed(), error))

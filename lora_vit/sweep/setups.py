@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lora_vit.build import build_setup
-from lora_vit.config import ConfigError
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.distributed import Process
-from lora_vit.records import locked
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked
 from lora_vit.sweep.plan import Job, SweepRun, digest, setup_key
 from lora_vit.training.setup import Setup
 

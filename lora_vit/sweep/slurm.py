@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.sweep.plan import SweepRun, digest
 from lora_vit.sweep.worker import work_alone
 

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config import ConfigError
 from lora_vit.distributed import Process
-from lora_vit.records import NO_SPACE
-from lora_vit.run import one_line
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, one_line
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.measure import PackSizes, out_of_memory

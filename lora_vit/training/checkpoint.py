@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_vit.records import CHECKPOINT, RecordError, replacing
+from lora_vit.errors import RecordError
+from lora_vit.files import replacing
+from lora_vit.records import CHECKPOINT
 
 
 @dataclass

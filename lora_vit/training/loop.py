@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_vit.errors import Interrupted
 from lora_vit.lora.adapter import sha256_of
-from lora_vit.records import repeating
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.stopping import StopRequest, repeating
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import HEARTBEAT_EVERY

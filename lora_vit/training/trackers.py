@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lora_vit import records
-from lora_vit.records import JsonLines, TrialRecord
+from lora_vit import files, records
+from lora_vit.files import JsonLines
+from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, save_checkpoint
 
 HEARTBEAT_EVERY = 30.0
@@ -154,6 +155,6 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]
 
     metadata = {"lora_vit": json.dumps(card, sort_keys=True)}
     data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
-    with records.replacing(folder / "adapter.safetensors") as file:
+    with files.replacing(folder / "adapter.safetensors") as file:
         file.write(data)
-    records.write_json(folder / "adapter.json", card)
+    files.write_json(folder / "adapter.json", card)

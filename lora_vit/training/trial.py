@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_vit import records
-from lora_vit.config import ConfigError, TrialConfig, ids, to_dict
-from lora_vit.records import RecordError, TrialRecord
+from lora_vit import files, records
+from lora_vit.config import TrialConfig, ids, to_dict
+from lora_vit.errors import ConfigError, RecordError
+from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import TrialFiles
@@ -174,7 +175,7 @@ def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
     if files:
         (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in files.items():
-        with records.replacing(folder / ".hydra" / name) as file:
+        with files.replacing(folder / ".hydra" / name) as file:
             file.write(text.encode())
 
 
@@ -199,7 +200,7 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(records.locked(folder / ".lock", wait))
+            stack.enter_context(files.locked(folder / ".lock", wait))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:

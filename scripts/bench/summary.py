@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.records import METRICS, RECORD, JsonLines, TrialRecord, write_json
+from lora_vit.files import JsonLines, write_json
+from lora_vit.records import METRICS, RECORD, TrialRecord
 
 LEVELS = {
     "rank": [1, 2, 4, 8, 16, 32, 64],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import SMALL
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.start import started_by_torchrun
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -24,7 +24,8 @@ from helpers import (
     wait_until,
 )
 
-from lora_vit.records import read_record, read_rows
+from lora_vit.files import read_rows
+from lora_vit.records import read_record
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -19,7 +19,7 @@ from hydra.plugins.launcher import Launcher
 from lora_vit import train
 from lora_vit.analysis import summarize
 from lora_vit.compose import register_schema
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.sweep.plan import SweepRun
 

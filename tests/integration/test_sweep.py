@@ -16,7 +16,8 @@ import sabotages
 from helpers import command, contents, is_running, rows_of, run_command, start, wait_until
 from safetensors.numpy import load_file
 
-from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows, write_predictions
+from lora_vit.files import read_rows
+from lora_vit.records import TrialRecord, read_predictions, read_record, write_predictions
 from lora_vit.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from lora_vit import commands, evaluate, load_adapter, merge, merge_adapter, predict
 from lora_vit.build import build_setup, prepare
 from lora_vit.compose import from_omegaconf, register_schema
-from lora_vit.config import ConfigError, TrialConfig, trial_id
+from lora_vit.config import TrialConfig, trial_id
 from lora_vit.distributed import Process
-from lora_vit.lora.adapter import AdapterError
+from lora_vit.errors import ConfigError
 from lora_vit.models.vit import timm_trunk
 
 timm = pytest.importorskip("timm")
@@ -102,7 +102,7 @@ def test_a_pack_on_timm_is_its_trials_alone(tmp_path):
 def test_another_model_or_other_images_are_refused(tmp_path, monkeypatch, capsys):
     train_together([timm_config("lora=none")], tmp_path)
     other = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=0)
-    with pytest.raises(AdapterError, match=r"architecture=vit_tiny_patch16_224, here architecture=deit_tiny_patch16"):
+    with pytest.raises(ConfigError, match=r"architecture=vit_tiny_patch16_224, here architecture=deit_tiny_patch16"):
         load_adapter(other, tmp_path / "0")
     kept = commands.recorded_config
 
@@ -140,10 +140,10 @@ def test_the_same_weights_in_another_model_of_the_name_are_refused(changes, chan
     if change:
         change(other)
     for put in (load_adapter, merge_adapter):
-        with pytest.raises(AdapterError, match="has the weights of test_vit, but computes something else with them"):
+        with pytest.raises(ConfigError, match="has the weights of test_vit, but computes something else with them"):
             put(other, tmp_path / "0")
     del other.pretrained_cfg  # as of a model that timm's class was called for
-    with pytest.raises(AdapterError, match="architecture=test_vit, here architecture=None"):
+    with pytest.raises(ConfigError, match="architecture=test_vit, here architecture=None"):
         load_adapter(other, tmp_path / "0")
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
 
-from lora_vit.records import read_predictions, read_record, read_rows
+from lora_vit.files import read_rows
+from lora_vit.records import read_predictions, read_record
 
 SHAPE = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
 

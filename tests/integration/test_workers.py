@@ -17,13 +17,13 @@ import pytest
 from helpers import start, trial_config, wait_until
 from sweeps import options
 
+from lora_vit.errors import Interrupted, TrialFailed
 from lora_vit.records import read_record
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep import engine as engine_module
 from lora_vit.sweep.engine import run_on
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.processes import WorkerFailed
 from lora_vit.sweep.progress import View
 from lora_vit.sweep.runner import begin
 
@@ -168,7 +168,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path):
 def test_workers_that_end_no_trial_are_not_started_for_ever(tmp_path):
     run = begun(tmp_path / "s", 2)
     engine = Processes(arguments=("--run", "of another folder"))
-    with StopRequest() as stop, pytest.raises(WorkerFailed, match="3 times workers were started and ended no trial"):
+    with StopRequest() as stop, pytest.raises(TrialFailed, match="3 times workers were started and ended no trial"):
         run_on(engine, run, View(run.jobs), stop)
     assert len(engine.started) == 3
     for worker in engine.workers:

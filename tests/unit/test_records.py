@@ -19,22 +19,18 @@ from plain_trials import PLAIN, plain_trial
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.errors import RecordError
+from lora_vit.files import JsonLines, locked, read_rows, replacing, write_json
 from lora_vit.records import (
-    JsonLines,
-    RecordError,
     State,
     TrialRecord,
-    locked,
     read_predictions,
     read_record,
-    read_rows,
-    repeating,
-    replacing,
     state_of,
-    write_json,
     write_predictions,
     write_record,
 )
+from lora_vit.stopping import repeating
 
 NOW = 1000.0
 

@@ -10,9 +10,8 @@ import pytest
 from plain_trials import plain_trial
 
 from lora_vit import run as single
+from lora_vit.errors import Interrupted, TrialFailed
 from lora_vit.records import read_record
-from lora_vit.run import TrialFailed
-from lora_vit.stopping import Interrupted
 from lora_vit.training import step
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.pack import Pack

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from lora_vit.errors import Interrupted
 from lora_vit.start import begin_command, interrupt
-from lora_vit.stopping import SIGNALS, Interrupted, StopRequest
+from lora_vit.stopping import SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)

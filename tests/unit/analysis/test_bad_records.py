@@ -11,8 +11,8 @@ from made_up_records import make_sweep, make_trial
 
 from lora_vit.analysis import export
 from lora_vit.analysis.core import summarize
-from lora_vit.analysis.load import SummaryError
 from lora_vit.analysis.report import html_report
+from lora_vit.errors import RecordError
 from lora_vit.records import PREDICTIONS, write_predictions
 
 
@@ -102,7 +102,7 @@ def test_where_nothing_completed_the_reason_is_told(tmp_path):
 
     for seed in range(2):
         make_trial(tmp_path, None, status="failed", seed=seed, edit=why)
-    with pytest.raises(SummaryError, match=r"2 failed.*loss is not finite"):
+    with pytest.raises(RecordError, match=r"2 failed.*loss is not finite"):
         summarize(tmp_path)
 
 
@@ -123,18 +123,18 @@ def test_predictions_that_cannot_be_compared_are_told_and_the_rest_is_summarized
     assert summary.pair is None
     assert len(summary.cells) == 2
     assert sum("--compare" in line for line in summary.problems) == 1
-    with pytest.raises(SummaryError, match="no such trial"):
+    with pytest.raises(RecordError, match="no such trial"):
         summarize(tmp_path, compare_trials=(a.name, "nowhere"))
 
 
 def test_other_classes_are_refused(sweep):
     edit(sweep, "data.classes", 11)
-    with pytest.raises(SummaryError, match=r"data\.classes == 10"):
+    with pytest.raises(RecordError, match=r"data\.classes == 10"):
         summarize(sweep)
 
 
 def test_files_that_changed_between_the_runs_are_refused(sweep):
     edit(sweep, "data.fingerprint", "beef")
     edit(sweep, "data.test", 700)
-    with pytest.raises(SummaryError, match="files changed between the runs"):
+    with pytest.raises(RecordError, match="files changed between the runs"):
         summarize(sweep)

@@ -12,9 +12,9 @@ from made_up_records import make_frame
 from scipy import stats as scipy_stats
 
 from lora_vit.analysis import tables
-from lora_vit.analysis.load import SummaryError
 from lora_vit.analysis.stats import compare
 from lora_vit.analysis.tables import COMPARABLE, LR, METHOD, SCALING
+from lora_vit.errors import RecordError
 
 ACCURACY, LOSS = COMPARABLE["val_accuracy"], COMPARABLE["val_loss"]
 
@@ -44,12 +44,12 @@ def test_the_metrics():
         ("train_loss", "Training loss", False, -1),
     ]
     assert tables.metric("val_loss") is LOSS
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         tables.metric("test_accuracy")
     assert str(caught.value) == (
         "--metric test_accuracy: cells are chosen on val only; the report shows test accuracy of the chosen cell"
     )
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         tables.metric("val_acuracy")
     assert str(caught.value).startswith("--metric val_acuracy is unknown")
     assert str(caught.value).endswith(" (one of: val_accuracy, val_loss, train_loss)")
@@ -382,7 +382,7 @@ def test_a_pivot_averages_over_what_it_does_not_show():
     ],
 )
 def test_pivots_that_cannot_be(wanted, line):
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         pivoted(wanted)
     assert str(caught.value).startswith(line)
 

@@ -12,8 +12,8 @@ import pytest
 from made_up_records import make_frame
 
 from lora_vit.analysis import checks
-from lora_vit.analysis.load import SummaryError
 from lora_vit.analysis.tables import COMPARABLE
+from lora_vit.errors import RecordError
 
 ACCURACY = COMPARABLE["val_accuracy"]
 TWO = np.array([[0.80, 0.81], [0.90, 0.91]])
@@ -195,7 +195,7 @@ def test_trials_validated_on_other_images_are_refused(trials, column):
     other[0] = "other" if column == "data.name" else 3
     usual = trials[column][1]
     quoted = f"'{usual}'" if isinstance(usual, str) else str(usual)
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         checks.refuse(trials.assign(**{column: other}))
     assert str(caught.value) == (
         f"trials with different {column} ({usual}: 3 trials, {other[0]}: 1 trials) were validated on different images "
@@ -206,7 +206,7 @@ def test_trials_validated_on_other_images_are_refused(trials, column):
 
 def test_a_missing_setting_is_another_one_and_a_missing_fact_is_not(trials):
     with pytest.raises(
-        SummaryError, match=r'null: 3 trials, 0.4: 1 trials\).*choose with --where "data.val_fraction == 0.4"'
+        RecordError, match=r'null: 3 trials, 0.4: 1 trials\).*choose with --where "data.val_fraction == 0.4"'
     ):
         checks.refuse(trials.assign(**{"data.val_fraction": [0.4, None, None, None]}))
     checks.refuse(trials.assign(**{"data.val": [720, None, None, None]}))
@@ -214,7 +214,7 @@ def test_a_missing_setting_is_another_one_and_a_missing_fact_is_not(trials):
 
 
 def test_files_that_changed_between_runs_of_one_config_are_refused(trials):
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         checks.refuse(trials.assign(**{"data.fingerprint": ["f", "g", "g", "g"]}))
     assert str(caught.value) == (
         "trials of one data config have different data fingerprints: the files changed between the runs; "
@@ -225,7 +225,7 @@ def test_files_that_changed_between_runs_of_one_config_are_refused(trials):
 @pytest.mark.parametrize("column", ["data.batch_size", "data.augment", "data.cache_size"])
 def test_settings_of_training_do_not_make_it_another_data_config(trials, column):
     frame = trials.assign(**{"data.fingerprint": ["f", "g", "g", "g"], column: [1, 2, 2, 2]})
-    with pytest.raises(SummaryError, match="files changed"):
+    with pytest.raises(RecordError, match="files changed"):
         checks.refuse(frame)
 
 
@@ -290,7 +290,7 @@ def test_the_environment_is_counted(trials):
 
 def test_one_changed_data_config_among_several_is_enough(trials):
     frame = trials.assign(**{"data.fingerprint": ["f", "g", "h", "h"], "data.train_per_class": [9, 9, 10, 10]})
-    with pytest.raises(SummaryError, match="files changed"):
+    with pytest.raises(RecordError, match="files changed"):
         checks.refuse(frame)
 
 

@@ -15,8 +15,9 @@ from scipy import stats as scipy_stats
 
 from lora_vit.analysis import checks, tables
 from lora_vit.analysis.core import select, summarize
-from lora_vit.analysis.load import SummaryError, load_trials
+from lora_vit.analysis.load import load_trials
 from lora_vit.analysis.power import power
+from lora_vit.errors import RecordError
 from lora_vit.records import PREDICTIONS, TrialRecord, read_predictions, write_predictions
 
 Y = np.array([[0.800, 0.803, 0.801], [0.930, 0.932, 0.931], [0.927, 0.933, 0.930]])
@@ -32,7 +33,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def message(folder: Any, **options: Any) -> str:
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         summarize(folder, **options)
     return str(caught.value)
 
@@ -248,7 +249,7 @@ def test_conditions_keep(trials: pd.DataFrame, where: str, ranks: list[int]) -> 
     ],
 )  # fmt: skip
 def test_conditions_that_keep_nothing_or_cannot_be_read(trials: pd.DataFrame, where: str, line: str) -> None:
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         select(trials, where)
     assert str(caught.value) == line
 
@@ -257,11 +258,11 @@ def test_a_long_reason_is_cut_to_one_line_of_120_characters(trials: pd.DataFrame
     where = f"`{'a' * 200}` > 1"
     with pytest.raises(Exception, match="is not defined") as reason:
         trials.query(where, engine="python")
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         select(trials, where)
     assert f" cannot be read ({str(reason.value)[:120]}); for" in str(caught.value)
     many = pd.concat([trials] * 20, ignore_index=True).assign(seed=range(1000, 1060))
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         select(many, "seed")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("--where 'seed' cannot be read (\"None of [Index([1000, 1001, 1002,")

@@ -12,9 +12,10 @@ import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
 from lora_vit.analysis import load
-from lora_vit.analysis.load import SummaryError, find_records, load_trials, row
+from lora_vit.analysis.load import find_records, load_trials, row
 from lora_vit.config import IDENTITY
-from lora_vit.records import PREDICTIONS, RecordError, TrialRecord, write_predictions
+from lora_vit.errors import RecordError
+from lora_vit.records import PREDICTIONS, TrialRecord, write_predictions
 from lora_vit.sweep import ledger
 
 HERE = Path("there")
@@ -193,15 +194,15 @@ def test_trials_are_sorted_by_cell_and_seed(tmp_path):
 
 
 def test_folders_without_a_trial(tmp_path):
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         load_trials([tmp_path / "no"])
     assert str(caught.value) == f"{tmp_path}/no is not a folder: give the folder of a sweep or of a run"
     (tmp_path / "a").mkdir()
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         load_trials([tmp_path, tmp_path / "a"])
     assert str(caught.value) == f"no trial in {tmp_path}, {tmp_path}/a: no record.json there or up to two folders below"
     (tmp_path / "a" / "record.json").write_text("{")
-    with pytest.raises(SummaryError, match=rf"^none of the 1 records can be read; the first: {tmp_path}/a/record.json"):
+    with pytest.raises(RecordError, match=rf"^none of the 1 records can be read; the first: {tmp_path}/a/record.json"):
         load_trials([tmp_path])
 
 
@@ -210,7 +211,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(load.os, "scandir", scandir)
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         load_trials([str(tmp_path)])
     assert str(caught.value) == f"{tmp_path} cannot be read: Permission denied"
 
@@ -261,7 +262,7 @@ def test_predictions_are_sorted_by_image(tmp_path):
     ids, right = load.correct(str(tmp_path), "val")
     assert ids.tolist() == [1, 2, 3]
     assert right.tolist() == [True, False, True]
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         load.correct(str(tmp_path), "test")
     assert str(caught.value) == f"{tmp_path / PREDICTIONS} has no split 'test'"
 

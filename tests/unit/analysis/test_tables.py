@@ -17,7 +17,8 @@ from rich.console import Console
 
 from lora_vit.analysis import export, report, tables, texts
 from lora_vit.analysis.core import select, summarize
-from lora_vit.analysis.load import SummaryError, load_trials
+from lora_vit.analysis.load import load_trials
+from lora_vit.errors import RecordError
 
 RATES = (1e-4, 1e-3, 1e-2)
 
@@ -75,7 +76,7 @@ def test_a_pivot_holds_means(by_rate):
     assert table is not None
     assert table.loc[1, 1e-2] == pytest.approx(0.85)
     assert table.loc[8, 1e-4] == pytest.approx(0.70)
-    with pytest.raises(SummaryError, match="no such setting"):
+    with pytest.raises(RecordError, match="no such setting"):
         summarize(by_rate, pivot=("rank", "lrr"))
 
 
@@ -168,7 +169,7 @@ def test_what_is_not_the_same_is_told(tmp_path, change, words):
 def test_other_images_are_refused(tmp_path, change):
     make_sweep(tmp_path, [{"lora__rank": 1}], np.array([[0.8, 0.81]]))
     make_trial(tmp_path, 0.9, lora__rank=2, **change)
-    with pytest.raises(SummaryError, match=r"--where"):
+    with pytest.raises(RecordError, match=r"--where"):
         summarize(tmp_path)
     key = next(iter(change)).replace("__", ".")
     value = change[next(iter(change))]
@@ -247,7 +248,7 @@ def test_conditions(by_rate, where, ranks):
 
 @pytest.mark.parametrize("where", ["rank.shape", "@pd", "__import__('os')", "rank", "rank >= ", "[x for x in rank]"])
 def test_conditions_that_are_none_are_one_line(by_rate, where):
-    with pytest.raises(SummaryError) as caught:
+    with pytest.raises(RecordError) as caught:
         summarize(by_rate, where=where)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250

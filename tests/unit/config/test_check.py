@@ -8,7 +8,8 @@ import math
 import pytest
 from plain_trials import BASELINE, plain_trial
 
-from lora_vit.config import ConfigError, SweepConfig, validate, validate_sweep
+from lora_vit.config import SweepConfig, validate, validate_sweep
+from lora_vit.errors import ConfigError
 
 OK = None
 NO_ADAPTERS = {**BASELINE, "lora.method": "none"}

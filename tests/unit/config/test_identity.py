@@ -9,7 +9,8 @@ import os
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 
-from lora_vit.config import ConfigError, canonical, cell_id, file_sha256, is_weights_file, trial_id
+from lora_vit.config import canonical, cell_id, file_sha256, is_weights_file, trial_id
+from lora_vit.errors import ConfigError
 
 CANONICAL = {
     "model": {key: value for key, value in PLAIN["model"].items() if key != "weights_sha256"},

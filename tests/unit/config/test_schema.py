@@ -12,13 +12,13 @@ from lora_vit.config import (
     SCHEMA_VERSION,
     TARGETS,
     WITHOUT_IDENTITY,
-    ConfigError,
     LoraConfig,
     from_dict,
     known_keys,
     nearest,
     to_dict,
 )
+from lora_vit.errors import ConfigError
 
 
 def test_values_go_in_and_come_out():

@@ -19,8 +19,8 @@ from PIL import Image
 
 from lora_vit.data import cache
 from lora_vit.data.cache import decode
-from lora_vit.data.dataset import DataError
 from lora_vit.data.files import digests_of
+from lora_vit.errors import ConfigError
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers, tmp_path
     root, names = pictures
     for name in names[10:35]:
         (root / name).write_bytes((root / name).read_bytes()[:200])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ConfigError) as error:
         decoded(root, names, None, folder_of(tmp_path), True)
     message = str(error.value)
     assert all(name in message for name in names[10:30])
@@ -93,7 +93,7 @@ def test_a_worker_that_dies_ends_the_build(pictures, two_workers, tmp_path, monk
         os.kill(self._process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(cache._Worker, "__init__", start_and_kill)
-    with pytest.raises(DataError, match=r"ended with code -9 .*memory"):
+    with pytest.raises(ConfigError, match=r"ended with code -9 .*memory"):
         decoded(root, names, None, folder_of(tmp_path), True)
     assert left_in(tmp_path) == set()
 
@@ -107,7 +107,7 @@ def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, mo
         return run(dataclasses.replace(job, out="/dev/full"), names, digests, quiet)
 
     monkeypatch.setattr(cache, "_run", on_full_disk)
-    with pytest.raises(DataError, match="No space left") as error:
+    with pytest.raises(ConfigError, match="No space left") as error:
         decoded(root, names, None, folder_of(tmp_path), True)
     assert "data.cache_dir" in str(error.value)
     assert "\n" not in str(error.value)
@@ -117,7 +117,7 @@ def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, tmp_path, mo
 def test_an_unwritable_cache_dir(pictures, tmp_path):
     root, names = pictures
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"data\.cache_dir"):
+    with pytest.raises(ConfigError, match=r"data\.cache_dir"):
         decoded(root, names, None, str(tmp_path / "file" / "cache"), True)
 
 
@@ -345,7 +345,7 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
         assert value_range == (np.min(values), np.max(values))
     for name, row in zip(names, expected, strict=True):
         assert decode(tmp_path / name, None, value_range)[:, 0].tolist() == [row] * 3
-    with pytest.raises(DataError, match=r"a\.tif cannot be read as an image \(its values are .* not 8-bit"):
+    with pytest.raises(ConfigError, match=r"a\.tif cannot be read as an image \(its values are .* not 8-bit"):
         decode(tmp_path / "a.tif", None)
 
 
@@ -353,7 +353,7 @@ def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
     """As one of another camera is given to predict: it would be white all over. A few brighter pixels may be."""
     for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
         Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
-    with pytest.raises(DataError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
+    with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
         decode(tmp_path / "other.png", None, (0.0, 2900.0))
     assert decode(tmp_path / "like.png", None, (0.0, 2900.0))[0].tolist() == [[255, 0, 0, 0]]
 
@@ -371,7 +371,7 @@ def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, told, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b""))
     if told:
-        with pytest.raises(DataError, match=r"16-bit RGB with values up to 4095 of 65535"):
+        with pytest.raises(ConfigError, match=r"16-bit RGB with values up to 4095 of 65535"):
             decode(path, None)
     else:
         assert decode(path, None)[:, 0, 0].tolist() == [0, largest >> 8, 0]
@@ -379,13 +379,13 @@ def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, told, tmp_path):
 
 def test_values_that_are_not_finite(tmp_path):
     Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"none of the 1 images below .*a\.tif .*it has values that are not finite"):
+    with pytest.raises(ConfigError, match=r"none of the 1 images below .*a\.tif .*it has values that are not finite"):
         decoded(tmp_path, ["a.tif"], None, folder_of(tmp_path))
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"hello")
-    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.png cannot be read as an image \(no format that"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/a\.png cannot be read as an image \(no format that"):
         decode(tmp_path / "a.png", None)
 
 
@@ -394,7 +394,7 @@ def test_a_file_that_changes_between_reading_and_decoding(pictures, tmp_path):
     digests = digests_of(root, names, tmp_path / "cache", True)
     (root / names[3]).write_bytes((root / names[4]).read_bytes())
     with pytest.raises(
-        DataError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment: start again"
+        ConfigError, match=r"1 broken image below .*003\.jpg \(it was changed in this moment: start again"
     ):
         cache.decoded(root, names, digests, None, tmp_path / "cache", True)
     assert left_in(tmp_path) == set()
@@ -405,7 +405,7 @@ def test_a_file_that_is_gone_when_it_is_decoded_is_named(pictures, tmp_path):
     root, names = pictures
     digests = digests_of(root, names, tmp_path / "cache", True)
     (root / names[3]).unlink()
-    with pytest.raises(DataError, match=r"1 broken image below .*003\.jpg \(.*No such file"):
+    with pytest.raises(ConfigError, match=r"1 broken image below .*003\.jpg \(.*No such file"):
         cache.decoded(root, names, digests, None, tmp_path / "cache", True)
 
 

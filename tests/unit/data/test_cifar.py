@@ -12,7 +12,8 @@ import pytest
 from torchvision.datasets import CIFAR100
 
 from lora_vit.config import DataConfig
-from lora_vit.data.dataset import DataError, ImageData, forget, load_data
+from lora_vit.data.dataset import ImageData, forget, load_data
+from lora_vit.errors import ConfigError
 
 
 def config(tmp_path: Path, name: str = "cifar100", **changes) -> DataConfig:
@@ -101,7 +102,7 @@ def test_no_network(name, tmp_path, monkeypatch):
         raise urllib.error.URLError(OSError(-2, "Name or service not known"))
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(DataError, match="experiment=quickstart") as error:
+    with pytest.raises(ConfigError, match="experiment=quickstart") as error:
         fresh(config(tmp_path, name))
     message = str(error.value)
     assert str(tmp_path / "data") in message
@@ -125,6 +126,6 @@ def test_damage_is_told_as_damage(cifar100, tmp_path, monkeypatch):
         raise urllib.error.URLError(OSError(-2, "Name or service not known"))
 
     monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
-    with pytest.raises(DataError, match=r"cifar-100-python/ or .* is damaged or not whole, .* unpack") as error:
+    with pytest.raises(ConfigError, match=r"cifar-100-python/ or .* is damaged or not whole, .* unpack") as error:
         fresh(config(tmp_path))
     assert "remove" not in str(error.value)

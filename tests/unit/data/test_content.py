@@ -16,7 +16,8 @@ from PIL import Image
 from lora_vit.compose import register_schema
 from lora_vit.config import trial_id
 from lora_vit.data import files
-from lora_vit.data.dataset import DataError, ImageData, content_of, forget, load_data
+from lora_vit.data.dataset import ImageData, content_of, forget, load_data
+from lora_vit.errors import ConfigError
 
 
 def paint(path: Path, shade: int) -> Path:
@@ -87,7 +88,7 @@ def test_other_pixels_under_the_same_names_and_sizes(times, pets, trial):
     after = loaded(second)
     assert after.images[3, 0, 0, 0] == 77
     assert after.fingerprint != before.fingerprint
-    with pytest.raises(DataError, match="holds other images, labels or class names than asked for: 20 images"):
+    with pytest.raises(ConfigError, match="holds other images, labels or class names than asked for: 20 images"):
         loaded(first)
 
 
@@ -202,7 +203,7 @@ def test_other_names_of_parts(name, part, pets, trial):
     assert len(data.splits[part]) == 20
     assert "1 folders beside train/ (unlabelled)" in data.passed_over
     shutil.copytree(pets / name, pets / part)
-    with pytest.raises(DataError, match=rf"has {part}/ and {name}/: keep one of them"):
+    with pytest.raises(ConfigError, match=rf"has {part}/ and {name}/: keep one of them"):
         trial(pets)
 
 
@@ -223,7 +224,7 @@ def test_names_that_are_not_text(pets, trial):
 def test_one_level_off(pets, trial):
     (pets.parent / "above").mkdir()
     pets.rename(pets.parent / "above" / "pets")
-    with pytest.raises(DataError, match=r"one class folder \(pets\).* did you mean data\.root=.*/pets\?"):
+    with pytest.raises(ConfigError, match=r"one class folder \(pets\).* did you mean data\.root=.*/pets\?"):
         trial(pets.parent / "above")
 
 
@@ -269,7 +270,7 @@ def test_a_folder_that_may_not_be_read_is_told_as_such(name, named, pets, trial,
 
     monkeypatch.setattr(files.os, "scandir", forbidden)
     with pytest.raises(
-        DataError,
+        ConfigError,
         match=rf"^{pets / name if named else pets}/? cannot be read \(Permission denied\): mend or remove it",
     ):
         trial(pets)

@@ -12,8 +12,9 @@ from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
 from lora_vit.data import dataset
-from lora_vit.data.dataset import DataError, Found, ImageData, content_of, forget, known_content, load_data, shown
+from lora_vit.data.dataset import Found, ImageData, content_of, forget, known_content, load_data, shown
 from lora_vit.data.splits import fingerprint
+from lora_vit.errors import ConfigError
 
 
 def image_data(**changes: Any) -> ImageData:
@@ -149,7 +150,7 @@ def test_loading_takes_everything_from_the_list(listed):
     assert (data.passed_over, data.value_range) == (("1 hidden (x)",), (0.0, 9.0))
     assert data.splits["val"].tolist() == [0]
     assert data.fingerprint == fingerprint("content 1", data.splits)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_data(config(content="7 images"))
     assert str(caught.value) == (
         "data.root=~/pets holds other images, labels or class names than asked for: content 1, not 7 images"

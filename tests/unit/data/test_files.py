@@ -17,8 +17,9 @@ from PIL import Image
 
 from lora_vit.data import tiny_imagenet
 from lora_vit.data.cache import decode
-from lora_vit.data.dataset import DataError, ImageData, forget, load_data
+from lora_vit.data.dataset import ImageData, forget, load_data
 from lora_vit.data.tiny_imagenet import Source
+from lora_vit.errors import ConfigError
 
 WNIDS = ["n01", "n02", "n03"]
 
@@ -80,7 +81,7 @@ def test_official_val_is_a_further_test_set(tiny, tmp_path):
     assert len(data.splits["official_val"]) == 6
     assert data.labels[data.splits["official_val"]].tolist() == [0, 1, 2, 0, 1, 2]
     (tiny / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(DataError, match="official_val"):
+    with pytest.raises(ConfigError, match="official_val"):
         load_tiny(tmp_path, official_val=True)
 
 
@@ -94,7 +95,7 @@ def test_an_extra_class_is_passed_over_with_a_word(tiny, tmp_path):
 def test_a_class_without_images(tiny, tmp_path):
     for path in (tiny / "train" / "n03" / "images").glob("*.JPEG"):
         path.unlink()
-    with pytest.raises(DataError, match="n03"):
+    with pytest.raises(ConfigError, match="n03"):
         load_tiny(tmp_path)
 
 
@@ -102,7 +103,7 @@ def test_broken_images_are_named_together(tiny, tmp_path):
     for name in ("n01/images/n01_2.JPEG", "n03/images/n03_7.JPEG"):
         whole = (tiny / "train" / name).read_bytes()
         (tiny / "train" / name).write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(DataError, match="2 broken images") as error:
+    with pytest.raises(ConfigError, match="2 broken images") as error:
         load_tiny(tmp_path)
     assert "n01_2.JPEG" in str(error.value)
     assert "n03_7.JPEG" in str(error.value)
@@ -131,7 +132,7 @@ def test_an_archive_with_a_path_outside_is_refused(name, tiny, tmp_path):
     path = zip_of(tiny, tmp_path / "zipped" / "tiny-imagenet-200.zip")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, "x")
-    with pytest.raises(DataError, match="unsafe path"):
+    with pytest.raises(ConfigError, match="unsafe path"):
         load_tiny(tmp_path, root=str(path.parent))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert not (tmp_path / "outside.txt").exists()
@@ -140,7 +141,7 @@ def test_an_archive_with_a_path_outside_is_refused(name, tiny, tmp_path):
 def test_a_damaged_archive(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tiny-imagenet-200.zip").write_bytes(b"PK not a zip")
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(ConfigError, match="damaged"):
         load_tiny(tmp_path)
 
 
@@ -183,7 +184,7 @@ def test_download_goes_on_where_it_broke_off(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_imagenet, "PUBLISHED", source)
     root = tmp_path / "fresh"
     absent = config(tmp_path, name="tiny_imagenet", root=str(root), val_fraction=0.2)
-    with pytest.raises(DataError, match="broke off"):
+    with pytest.raises(ConfigError, match="broke off"):
         fresh(absent)
     assert [p.name for p in root.iterdir()] == ["tiny-imagenet-200.zip.part"]
     data = fresh(absent)
@@ -196,14 +197,14 @@ def test_a_wrong_file_is_not_kept(server, tmp_path):
     source, ranges = server
     ranges.append("whole from now on")
     wrong = dataclasses.replace(source, md5="0" * 32)
-    with pytest.raises(DataError, match="md5"):
+    with pytest.raises(ConfigError, match="md5"):
         tiny_imagenet.download(tmp_path / "fresh", wrong, True)
     assert list((tmp_path / "fresh").iterdir()) == []
 
 
 def test_no_network_says_what_to_do(tmp_path):
     nowhere = Source("http://127.0.0.1:9/x.zip", 1, "")
-    with pytest.raises(DataError, match="experiment=quickstart") as error:
+    with pytest.raises(ConfigError, match="experiment=quickstart") as error:
         tiny_imagenet.download(tmp_path / "fresh", nowhere, True)
     assert "tiny-imagenet-200.zip" in str(error.value)
 
@@ -243,7 +244,7 @@ def test_given_splits_are_kept(tmp_path):
     data = fresh(config(tmp_path, name="imagefolder", root=str(root), cache_size=16))
     assert {k: len(v) for k, v in data.splits.items()} == {"train": 16, "val": 6, "test": 4}
     picture(root / "val" / "bird" / "0.png", 0)
-    with pytest.raises(DataError, match="'bird'"):
+    with pytest.raises(ConfigError, match="'bird'"):
         fresh(config(tmp_path, name="imagefolder", root=str(root), cache_size=16))
 
 
@@ -256,7 +257,7 @@ def test_folders_that_cannot_be_used(kind, tmp_path):
         picture(root / "cat" / "0.png", 0)
     if kind == "empty class":
         (root / "dog").mkdir()
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ConfigError) as error:
         fresh(config(tmp_path, name="imagefolder", root=str(root), cache_size=16))
     assert "images" in str(error.value)
     assert "\n" not in str(error.value)
@@ -282,7 +283,7 @@ def test_cache_is_shared_and_follows_the_files(tmp_path):
 def test_images_of_several_sizes_need_a_cache_size(tmp_path):
     picture(tmp_path / "a" / "0.png", 0, (12, 12))
     picture(tmp_path / "a" / "1.png", 0, (14, 12))
-    with pytest.raises(DataError, match="cache_size"):
+    with pytest.raises(ConfigError, match="cache_size"):
         decoded(tmp_path / "a", ["0.png", "1.png"], None, str(tmp_path / "cache"), True)
 
 
@@ -294,7 +295,7 @@ def test_a_cache_larger_than_the_disk_is_refused_with_its_size(tmp_path, monkeyp
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage(100, 0, 100))
-    with pytest.raises(DataError, match=r"need 0\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"need 0\.0 GiB"):
         decoded(tmp_path / "a", ["0.png"], None, str(tmp_path / "cache"), True)
 
 
@@ -305,7 +306,7 @@ def test_decode_honours_orientation_and_names_a_broken_file(tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert decode(tmp_path / "turned.jpg", None).shape == (3, 20, 10)
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(DataError, match=r"text\.jpg"):
+    with pytest.raises(ConfigError, match=r"text\.jpg"):
         decode(tmp_path / "text.jpg", 16)
 
 

@@ -11,7 +11,8 @@ from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
 from lora_vit.data import cache, folder
-from lora_vit.data.dataset import DataError, ImageData, forget, load_data
+from lora_vit.data.dataset import ImageData, forget, load_data
+from lora_vit.errors import ConfigError
 
 
 def paint(path: Path, shade: int) -> None:
@@ -62,7 +63,7 @@ def test_given_parts_need_no_fractions(parts, tmp_path):
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_part_without_folder_and_fraction(part, parts, tmp_path):
     (parts / part).rename(parts / f"unused_{part}")
-    with pytest.raises(DataError, match=rf"no {part}/ and data\.{part}_fraction is null"):
+    with pytest.raises(ConfigError, match=rf"no {part}/ and data\.{part}_fraction is null"):
         load(tmp_path, val_fraction=None, test_fraction=None)
 
 
@@ -85,7 +86,7 @@ def test_a_part_whose_images_are_not_sorted_by_class(parts, tmp_path):
     """As the test folder of ImageNet is published."""
     for i, path in enumerate(sorted((parts / "test").rglob("*.png"))):
         path.rename(parts / "test" / f"{i}.png")
-    with pytest.raises(DataError, match="sort its images by class"):
+    with pytest.raises(ConfigError, match="sort its images by class"):
         load(tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_classes_alone(tmp_path):
 
 def test_one_class_is_named(tmp_path):
     paint(tmp_path / "pets" / "cat" / "0.png", 1)
-    with pytest.raises(DataError, match=r"one class folder \(cat\)"):
+    with pytest.raises(ConfigError, match=r"one class folder \(cat\)"):
         load(tmp_path)
 
 
@@ -140,13 +141,13 @@ def test_a_class_too_small_to_split(tmp_path):
     for name, count in (("cat", 5), ("dog", 2)):
         for i in range(count):
             paint(tmp_path / "pets" / name / f"{i}.png", i)
-    with pytest.raises(DataError, match="'dog' has 2 images"):
+    with pytest.raises(ConfigError, match="'dog' has 2 images"):
         load(tmp_path)
 
 
 def test_a_broken_image_is_named_with_its_folder(parts, tmp_path):
     (parts / "val" / "dog" / "1.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"1 broken image below .*val/dog/1\.png"):
+    with pytest.raises(ConfigError, match=r"1 broken image below .*val/dog/1\.png"):
         load(tmp_path)
 
 
@@ -154,7 +155,7 @@ def test_a_broken_image_is_named_with_its_folder(parts, tmp_path):
 
 
 def refused(tmp_path: Path, **changes) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load(tmp_path, **changes)
     return str(caught.value)
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from lora_vit.data import files
-from lora_vit.data.dataset import DataError
 from lora_vit.data.files import (
     PassedOver,
     cannot_write,
@@ -24,7 +23,8 @@ from lora_vit.data.files import (
     is_own,
     locked_in,
 )
-from lora_vit.records import locked
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_a_file_that_is_gone_or_cannot_be_read(tmp_path):
     (root / "folder").mkdir()
     for name, reason in (("gone.png", "No such file or directory"), ("folder", "Is a directory")):
         for names in (["a.png", name], [name, "a.png"]):
-            with pytest.raises(DataError) as caught:
+            with pytest.raises(ConfigError) as caught:
                 digests(root, names)
             assert str(caught.value) == f"{root}/{name} cannot be read ({reason}): mend or remove it"
 
@@ -245,7 +245,7 @@ def test_a_file_that_is_gone_or_cannot_be_read(tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path):
     root = fill(tmp_path / "top", "a.png")
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         digests(root, ["a.png"])
     assert str(caught.value) == f"data.cache_dir={tmp_path}/cache cannot be written (File exists): give another folder"
     assert "(no reason)" in str(cannot_write(tmp_path, OSError("no reason")))

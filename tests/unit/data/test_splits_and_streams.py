@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import DataError, Found, load_data
+from lora_vit.data.dataset import Found, load_data
 from lora_vit.data.splits import divide, fingerprint, keep_per_class, split_per_class
 from lora_vit.data.stream import EvalStream, Samples, TrainStream
+from lora_vit.errors import ConfigError
 
 LABELS = np.repeat(np.arange(5), 40)
 NAMES = list("abcde")
@@ -48,9 +49,9 @@ def test_fewer_per_class_are_a_subset():
 
 
 def test_too_few_images_name_the_class():
-    with pytest.raises(DataError, match="class 'c' has 2 images"):
+    with pytest.raises(ConfigError, match="class 'c' has 2 images"):
         split_per_class(LABELS, np.delete(IDS, slice(82, 120)), {"val": 0.1, "test": 0.1}, 0, NAMES)
-    with pytest.raises(DataError, match=r"data\.train_per_class=29"):
+    with pytest.raises(ConfigError, match=r"data\.train_per_class=29"):
         keep_per_class(LABELS, splits()["train"], 29, 0)
 
 
@@ -99,7 +100,7 @@ def test_a_batch_of_all_training_images_is_the_largest(batch_size):
         LABELS, NAMES, {"train": IDS, "val": IDS[:3], "test": IDS[3:5]}, "content", lambda _: pytest.fail("decoded")
     )
     if batch_size == 101:
-        with pytest.raises(DataError, match=r"data\.batch_size=101 is more than the 100 training images"):
+        with pytest.raises(ConfigError, match=r"data\.batch_size=101 is more than the 100 training images"):
             divide(found, config)
         return
     splits, digest = divide(found, config)

@@ -20,8 +20,9 @@ from PIL import Image
 
 from lora_vit.config import DataConfig
 from lora_vit.data import tiny_imagenet
-from lora_vit.data.dataset import DataError, ImageData, forget, load_data
+from lora_vit.data.dataset import ImageData, forget, load_data
 from lora_vit.data.tiny_imagenet import FOLDER, Source
+from lora_vit.errors import ConfigError
 
 ARCHIVE = f"{FOLDER}.zip"
 
@@ -115,7 +116,7 @@ def test_a_zip_that_was_replaced_since_it_was_unpacked(tmp_path):
     os.utime(tmp_path / "data" / "my", (0, 0))  # as unzip sets it, and copies
     assert load(tmp_path, archive).fingerprint == first
     zipped(make(tmp_path / "b", shade=5), archive)
-    with pytest.raises(DataError, match=r"my\.zip is another one than .*data/my was unpacked from: remove that"):
+    with pytest.raises(ConfigError, match=r"my\.zip is another one than .*data/my was unpacked from: remove that"):
         load(tmp_path, archive)
     shutil.rmtree(tmp_path / "data" / "my")
     assert load(tmp_path, archive).fingerprint != first
@@ -124,7 +125,7 @@ def test_a_zip_that_was_replaced_since_it_was_unpacked(tmp_path):
 def test_two_zips_of_other_names_are_not_guessed_between(tmp_path):
     for name in ("a", "b"):
         zipped(make(tmp_path / name), tmp_path / "data" / f"{FOLDER}-{name}.zip")
-    with pytest.raises(DataError, match=r"-a\.zip, .*-b\.zip"):
+    with pytest.raises(ConfigError, match=r"-a\.zip, .*-b\.zip"):
         load(tmp_path, tmp_path / "data")
 
 
@@ -142,7 +143,7 @@ def test_a_zip_in_a_read_only_folder_is_unpacked_in_the_cache(tmp_path, monkeypa
 
 
 def test_a_zip_that_does_not_exist(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.zip does not exist"):
+    with pytest.raises(ConfigError, match=r"nowhere\.zip does not exist"):
         load(tmp_path, tmp_path / "nowhere.zip")
     assert names_in(tmp_path) == []
 
@@ -155,7 +156,7 @@ def test_one_level_off(given, tmp_path):
 
 def test_half_a_folder_is_not_taken_for_the_data(tmp_path):
     (make(tmp_path / "data" / FOLDER) / "wnids.txt").unlink()
-    with pytest.raises(DataError, match=r"is not whole, it lacks wnids\.txt or train/: unpack"):
+    with pytest.raises(ConfigError, match=r"is not whole, it lacks wnids\.txt or train/: unpack"):
         load(tmp_path, tmp_path / "data")
 
 
@@ -208,7 +209,7 @@ def encrypted(path: Path) -> None:
 def test_an_archive_that_cannot_be_used_leaves_nothing(harm, words, tmp_path):
     archive = zipped(make(tmp_path / "made"), tmp_path / "data" / ARCHIVE)
     harm(archive)
-    with pytest.raises(DataError, match=words) as error:
+    with pytest.raises(ConfigError, match=words) as error:
         load(tmp_path, tmp_path / "data")
     assert str(archive) in str(error.value)
     assert "\n" not in str(error.value)
@@ -284,7 +285,7 @@ def test_download(server, tmp_path):
 @pytest.mark.parametrize("then", ["good", "knows no ranges"])
 def test_an_interrupted_download_goes_on(break_off, then, server, tmp_path):
     server.behaviour = break_off
-    with pytest.raises(DataError, match="the same command goes on") as error:
+    with pytest.raises(ConfigError, match="the same command goes on") as error:
         load(tmp_path, tmp_path / "data", server.source)
     half = len(server.content) // 2
     assert f"{half:,} of {len(server.content):,}" in str(error.value)
@@ -300,7 +301,7 @@ def test_a_server_without_the_file(behaviour, server, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{ARCHIVE}.part").write_bytes(server.content[:50])
     server.behaviour = behaviour
-    with pytest.raises(DataError, match="experiment=quickstart") as error:
+    with pytest.raises(ConfigError, match="experiment=quickstart") as error:
         load(tmp_path, tmp_path / "data", server.source)
     assert "\n" not in str(error.value)
     assert (tmp_path / "data" / f"{ARCHIVE}.part").read_bytes() == server.content[:50]
@@ -313,7 +314,7 @@ def test_a_wrong_file_is_refused_and_not_kept(wrong, server, tmp_path):
         server.behaviour = "breaks off, no length"  # of a content twice as long
         server.content *= 2
         source = dataclasses.replace(source, size=len(server.content) // 2 - 10)
-    with pytest.raises(DataError, match="md5"):
+    with pytest.raises(ConfigError, match="md5"):
         load(tmp_path, tmp_path / "data", source)
     assert names_in(tmp_path / "data") == []
 
@@ -355,7 +356,7 @@ def test_official_val_must_be_whole(harm: Callable[[Path], None], tmp_path):
     assert load(tmp_path, folder, official_val=True).splits["official_val"].tolist() == [8, 9]
     assert load(tmp_path, folder, official_val=True).labels[8:].tolist() == [1, 0]
     harm(folder)
-    with pytest.raises(DataError, match=r"val_annotations\.txt.*: extract the archive anew"):
+    with pytest.raises(ConfigError, match=r"val_annotations\.txt.*: extract the archive anew"):
         load(tmp_path, folder, official_val=True)
     assert len(load(tmp_path, folder).images) == 8  # without it, nothing of that matters
 
@@ -374,7 +375,7 @@ def test_official_images_without_a_class_are_told(tmp_path):
 def test_a_list_of_classes_that_cannot_be(content, tmp_path):
     folder = make(tmp_path / FOLDER)
     (folder / "wnids.txt").write_text(content)
-    with pytest.raises(DataError, match=r"wnids\.txt must name two or more different"):
+    with pytest.raises(ConfigError, match=r"wnids\.txt must name two or more different"):
         load(tmp_path, folder)
 
 

@@ -16,7 +16,8 @@ from torchvision.models import VisionTransformer
 
 from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapter, replace_linear_with_lora
 from lora_vit.config import SCHEMA_VERSION
-from lora_vit.lora.adapter import Adapter, AdapterError, base_of, bind, merged_state_dict, read_adapter, sha256_of
+from lora_vit.errors import ConfigError
+from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of
 from lora_vit.records import write_record
 from lora_vit.training.trackers import write_adapter
 
@@ -150,7 +151,7 @@ def test_full_fine_tuning_replaces_everything_and_once_only(model, images, tmp_p
     folder = folder_of(tmp_path, dict(tuned.state_dict()), about)
     load_adapter(model, folder)
     assert all(torch.equal(t, tuned.state_dict()[n]) for n, t in model.state_dict().items())
-    with pytest.raises(AdapterError, match="are not those that the adapter was trained on"):
+    with pytest.raises(ConfigError, match="are not those that the adapter was trained on"):
         load_adapter(model, folder)
 
 
@@ -275,7 +276,7 @@ def test_another_base_is_refused_and_left_as_it_was(place, which, message, model
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     other = other_model(which, model)
     before = states(other)
-    with pytest.raises(AdapterError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         place(other, folder)
     assert "\n" not in str(error.value)
     assert_untouched(other, before)
@@ -285,7 +286,7 @@ def test_another_base_is_refused_and_left_as_it_was(place, which, message, model
 def test_weights_of_half_precision_take_no_adapter_though_they_are_the_bases(place, model, tmp_path):
     low = model.half()
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1", base=low))
-    with pytest.raises(AdapterError, match=r"the model is of torch\.float16, which would round the update away"):
+    with pytest.raises(ConfigError, match=r"the model is of torch\.float16, which would round the update away"):
         place(low, folder)
     place(low.float(), folder)
 
@@ -295,7 +296,7 @@ def test_weights_of_half_precision_take_no_adapter_though_they_are_the_bases(pla
 def test_an_update_is_applied_once(first, second, model, images, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     once = first(model.eval(), folder)(images)
-    with pytest.raises(AdapterError, match="has adapters already" if first is load_adapter else WEIGHTS):
+    with pytest.raises(ConfigError, match="has adapters already" if first is load_adapter else WEIGHTS):
         second(model, folder)
     assert torch.equal(model(images), once)
 
@@ -337,7 +338,7 @@ def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
         given = nn.DataParallel(model)
     else:
         given = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(AdapterError, match=r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"):
+    with pytest.raises(ConfigError, match=r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"):
         place(given, folder)
 
 
@@ -368,7 +369,7 @@ def test_another_kind_of_head_is_refused(place, head, model, tmp_path):
     else:
         model.heads = nn.Linear(D, CLASSES)
     before = states(model)
-    with pytest.raises(AdapterError, match="the model's heads are not one linear layer with bias, alone or after"):
+    with pytest.raises(ConfigError, match="the model's heads are not one linear layer with bias, alone or after"):
         place(model, folder)
     assert_untouched(model, before)
 
@@ -400,7 +401,7 @@ def test_other_data_is_refused(change, message, model):
         data = {"fingerprint": "g", "classes": CLASSES, "train": 68, "val": 24}
     elif change == "other images":
         data = {**data, "fingerprint": "g"}
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises(ConfigError, match=message):
         bind(adapter, base, names, data)
 
 
@@ -472,7 +473,7 @@ def test_what_is_damaged_is_refused(change, message, model, tmp_path):
     elif change == "half a card":
         (folder / "adapter.json").write_text('{"base": {')
     before = states(model)
-    with pytest.raises(AdapterError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         load_adapter(model, str(folder))
     assert "\n" not in str(error.value)
     assert_untouched(model, before)
@@ -485,7 +486,7 @@ def test_a_value_that_has_changed_is_noticed(model, tmp_path):
     written = bytearray((folder / "adapter.safetensors").read_bytes())
     written[-6] ^= 1  # within the last number
     (folder / "adapter.safetensors").write_bytes(written)
-    with pytest.raises(AdapterError, match=r"values in adapter\.safetensors are not those that were trained"):
+    with pytest.raises(ConfigError, match=r"values in adapter\.safetensors are not those that were trained"):
         load_adapter(model, folder)
 
 
@@ -497,17 +498,17 @@ def test_only_a_completed_trials_adapter_is_used(status, model, tmp_path):
     if status == "completed":
         load_adapter(model, folder)
         return
-    with pytest.raises(AdapterError, match=f"the trial is {status}, not completed"):
+    with pytest.raises(ConfigError, match=f"the trial is {status}, not completed"):
         load_adapter(model, folder)
 
 
 def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     write_record(folder, make_record())
-    with pytest.raises(AdapterError, match="not of one trial"):
+    with pytest.raises(ConfigError, match="not of one trial"):
         load_adapter(model, folder)
     (folder / "record.json").write_text("{")
-    with pytest.raises(AdapterError, match=r"record\.json is not whole JSON"):
+    with pytest.raises(ConfigError, match=r"record\.json is not whole JSON"):
         load_adapter(model, folder)
 
 
@@ -521,7 +522,7 @@ def test_what_of_the_base_is_another(model):
     adapter, base = Adapter({}, card("fc1")), base_of(model)
     assert len(base["positions"]) == 4
     bind(adapter, base)
-    with pytest.raises(AdapterError, match=r"^the model's weights are not those"):
+    with pytest.raises(ConfigError, match=r"^the model's weights are not those"):
         bind(adapter, {**base, "sha256": "another"})
-    with pytest.raises(AdapterError, match=r"^the model's position embedding and perhaps other weights are not those"):
+    with pytest.raises(ConfigError, match=r"^the model's position embedding and perhaps other weights are not those"):
         bind(adapter, {**base, "positions": [0.0] * 4})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.models.names import describe, translate
 from lora_vit.models.vit import build_trunk
 from lora_vit.models.weights import check_weights, load_trunk_weights

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.models import weights
 from lora_vit.models.vit import build_trunk

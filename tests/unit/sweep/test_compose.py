@@ -29,7 +29,8 @@ from lora_vit.compose import (
     register_schema,
     sweep_from_omegaconf,
 )
-from lora_vit.config import ConfigError, file_sha256, trial_id
+from lora_vit.config import file_sha256, trial_id
+from lora_vit.errors import ConfigError
 from lora_vit.hydra_callbacks import RefuseImpossible
 from lora_vit.sweep.plan import Job
 

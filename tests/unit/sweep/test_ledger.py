@@ -10,8 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 from sweeps import plain_job, seed_jobs, sweep_run
 
-from lora_vit.config import ConfigError, to_dict
-from lora_vit.records import PLAN, locked
+from lora_vit.config import to_dict
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked
+from lora_vit.records import PLAN
 from lora_vit.sweep import ledger as ledger_module
 from lora_vit.sweep.ledger import PLAN_SCHEMA, Ledger, trial_folders
 

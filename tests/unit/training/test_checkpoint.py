@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from lora_vit.records import RecordError
+from lora_vit.errors import RecordError
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 TENSORS = [{"a": torch.full((2, 3), float(i), dtype=torch.float64), "b": torch.tensor(i)} for i in (1, 2, 3)]

@@ -11,7 +11,8 @@ import torch
 from paper import SETUP, STEPS, asked, spoilt, train, trials_of
 
 from lora_vit.distributed import Process
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.errors import Interrupted
+from lora_vit.stopping import StopRequest
 from lora_vit.training import loop
 from lora_vit.training.loop import stop_requested
 

@@ -13,9 +13,11 @@ import torch
 from packs import new_trials
 from plain_trials import plain_trial
 
-from lora_vit import records
-from lora_vit.config import ConfigError, cell_id, to_dict, trial_id
-from lora_vit.records import TrialRecord, read_record, read_rows
+from lora_vit import files, records
+from lora_vit.config import cell_id, to_dict, trial_id
+from lora_vit.errors import ConfigError
+from lora_vit.files import read_rows
+from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.trial import OWN_FILES, Trial, ended_record, locked_folder, write_hydra_files
 
@@ -359,7 +361,7 @@ def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
 
 def test_who_waits_for_a_locked_folder_gets_it(tmp_path, monkeypatch):
     asked = []
-    lock = records.locked
+    lock = files.locked
     monkeypatch.setattr(records, "locked", lambda path, wait: asked.append((path, wait)) or lock(path, wait))
     for wait in (True, False):
         with locked_folder(tmp_path / "a", wait):

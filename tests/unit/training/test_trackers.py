@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lora_vit import records
 from lora_vit.config import cell_id, to_dict, trial_id
-from lora_vit.records import TrialRecord, read_predictions, read_record, read_rows
+from lora_vit.files import read_rows
+from lora_vit.records import TrialRecord, read_predictions, read_record
 from lora_vit.training import trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.trackers import (
@@ -192,8 +193,8 @@ def test_a_full_disk_is_left_to_the_training(files, tmp_path, monkeypatch):
 
 
 def test_all_logs_are_closed(tmp_path, monkeypatch):
-    closed, close = [], records.JsonLines.close
-    monkeypatch.setattr(records.JsonLines, "close", lambda rows: closed.append(rows.path.name) or close(rows))
+    closed, close = [], files.JsonLines.close
+    monkeypatch.setattr(files.JsonLines, "close", lambda rows: closed.append(rows.path.name) or close(rows))
     files_in(tmp_path).close()
     assert closed == ["metrics.jsonl", "timing.jsonl"]
 

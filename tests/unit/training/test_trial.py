@@ -18,10 +18,12 @@ from helpers import Recorder, train_together, trial_config
 
 from lora_vit import records
 from lora_vit.build import build_setup
-from lora_vit.config import ConfigError, trial_id
+from lora_vit.config import trial_id
 from lora_vit.distributed import Process
-from lora_vit.records import RECORD, TrialRecord, locked, read_record, read_rows, state_of
-from lora_vit.stopping import Interrupted, StopRequest
+from lora_vit.errors import ConfigError, Interrupted
+from lora_vit.files import locked, read_rows
+from lora_vit.records import RECORD, TrialRecord, read_record, state_of
+from lora_vit.stopping import StopRequest
 from lora_vit.training import loop, step, trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.loop import train_trials

@@ -16,7 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lora_vit.compose import Composer, compose_all, from_omegaconf, sweep_from_omegaconf
-from lora_vit.config import ConfigError, trial_id
+from lora_vit.config import trial_id
+from lora_vit.errors import ConfigError
 from lora_vit.records import state_of
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import digest, label

@@ -20,7 +20,7 @@ from lora_vit.compose import (
     compose_all,
     sweep_from_omegaconf,
 )
-from lora_vit.config import ConfigError
+from lora_vit.errors import ConfigError
 from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import SweepRun, refuse_seed_dependent, this_command, without_seed
 
