@@ -21,6 +21,7 @@ from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups
 from lora_vit.sweep.trial import Group, digest
+from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import EVAL_BATCH, Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
@@ -39,9 +40,10 @@ MOST_MISSES, LONG = 2, 5.0
 class PackSizes:
     """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
 
-    def __init__(self, sweep: Sweep, workers: int, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
-        """``workers``: how many share the sweep (and on a CPU its cores); ``say`` takes lines for the user."""
-        self.sweep, self.workers, self.setups, self.stop, self.say = sweep, workers, setups, stop, say
+    def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
+        """``say`` takes lines for the user."""
+        self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
+        self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
 
     def of(self, group: Group, claims: Claims) -> int | None:
@@ -179,7 +181,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     trainer = configs[0].trainer
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
-    return seconds / len(configs), _peak_memory(setup.device)
+    return seconds / len(configs), peak_memory(setup.device)
 
 
 def _timed(setup: Setup, action: Callable[[], Any]) -> float:
@@ -215,11 +217,6 @@ def _reset_peak_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes held since the reset: on the GPU, or by the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
 
 
 def attainable_memory(device: torch.device, workers: int = 1) -> int:

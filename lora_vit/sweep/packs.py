@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.plan import Sweep
@@ -24,20 +24,23 @@ class Packs:
         self._open: list[Group] = []  # with a trial that was free at the last look
         self._place = 0  # in the first of them, behind the last pack that was taken
 
-    def look(self) -> str:
-        """See what others have taken, freed and ended: ``free`` if anything is, else ``held``, else ``ended``."""
+    def look(self, skip: Container[str]) -> str:
+        """See what others have taken, freed and ended: ``free`` if anything is, else ``held``, else ``ended``.
+
+        ``skip``: ids of trials that this process cannot train.
+        """
         self.claims.look()
         self.sweep.refresh()
         if self._planned is not self.sweep.batches:
             self._planned = self.sweep.batches
             self._groups = [group for batch in self._planned for group in make_groups(batch)]
-        states = [{self.claims.state(trial.trial_id) for trial in group.trials} for group in self._groups]
+        states = [{self.claims.state(t.trial_id) for t in group.trials if t.trial_id not in skip} for group in self._groups]
         self._open = [group for group, found in zip(self._groups, states, strict=True) if FREE in found]
         self._place = 0
         return FREE if self._open else HELD if any(HELD in found for found in states) else ENDED
 
     def take(
-        self, size_of: Callable[[Group], int | None], skip: set[str], strays: bool = False
+        self, size_of: Callable[[Group], int | None], skip: Container[str], strays: bool = False
     ) -> tuple[Group, list[Trial]] | None:
         """Claim the next pack that was free at the last look; None if there is none left.
 
@@ -56,7 +59,7 @@ class Packs:
             self._place = 0
         return None
 
-    def _take_from(self, group: Group, size: int, skip: set[str], strays: bool) -> list[Trial]:
+    def _take_from(self, group: Group, size: int, skip: Container[str], strays: bool) -> list[Trial]:
         passes, step = 0, 1
         for first in range(self._place, len(group.trials), size):
             taken: list[Trial] = []

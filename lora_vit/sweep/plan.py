@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,31 @@ from lora_vit.records import CHECKPOINT, PLAN, RECORD, State, state_of
 from lora_vit.sweep.trial import Trial, digest
 
 PLAN_SCHEMA = 4
+
+
+@dataclass
+class Request:
+    """What one command asks of a sweep.
+
+    Attributes:
+        folder: of the sweep.
+        options: how it runs.
+        trials: validated; none for a search.
+        engine: starts the workers (one of :data:`lora_vit.sweep.engines.ENGINES`).
+        command: as the user gave it.
+        hydra: Hydra's own part of the configuration, as YAML.
+        search: the space of a search.
+        ended: called with each trial that has ended since the command began, and how it stands.
+    """
+
+    folder: Path
+    options: SweepConfig
+    trials: list[Trial] = field(default_factory=list)
+    engine: Any = None
+    command: str = ""
+    hydra: str = ""
+    search: dict[str, Any] | None = None
+    ended: Callable[[Trial, State], None] = lambda trial, state: None
 
 
 class Sweep:
@@ -126,23 +151,26 @@ class Sweep:
                 remedy = "its file system has no locks (flock): mount it with them, or give another hydra.sweep.dir"
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): {remedy}") from None
 
-    def ask(self, trials: Sequence[Trial], options: SweepConfig, command: str, hydra: str, **source: Any) -> None:
-        """Write down what a command asks for: its trials come first, with its settings; earlier ones stay.
+    def ask(
+        self, new: Sequence[Trial], asked: Sequence[Trial], is_open: set[str], options: SweepConfig, **about: Any
+    ) -> None:
+        """Write down what a command asks for: its trials train first, with its settings; earlier ones stay.
 
         Args:
-            trials: each once.
+            new: trials as the command has them, each once.
+            asked: those that it waits for.
+            is_open: ids of the trials, also of earlier commands, that need training.
             options: how the sweep runs.
-            command: as the user gave it.
-            hydra: Hydra's own part of the configuration, as YAML.
-            source: ``race`` or ``search``, where the sweep is one.
+            about: ``command`` as the user gave it, number of ``workers``, ``hydra``'s own part of the configuration as
+                YAML, and ``race`` or ``search`` if the sweep is one.
         """
         with self.changing() as plan:
-            self._add(trials)
-            now = {trial.trial_id for trial in trials}
-            earlier = [[name for name in batch if name not in now] for batch in plan["batches"]]
-            first = [trial.trial_id for trial in self._in_order(trials)]
-            plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(options),
-                        command=command, hydra=hydra, version=__version__, **source)  # fmt: skip
+            self._add(new)
+            now = {trial.trial_id for trial in asked}
+            first = [trial.trial_id for trial in self._in_order(asked) if trial.trial_id in is_open]
+            earlier = [[name for name in batch if name in is_open and name not in now] for batch in plan["batches"]]
+            batches = [batch for batch in (first, *earlier) if batch]
+            plan.update(batches=batches, options=asdict(options), version=__version__, **about)
 
     def extend(self, trials: Sequence[Trial]) -> None:
         """Append trials that a race or a search wants next; the caller holds the plan (:meth:`changing`)."""
@@ -167,12 +195,6 @@ class Sweep:
             return not (self.folder_of(trial) / CHECKPOINT).exists(), trial.config.seed
 
         return sorted(trials, key=place)
-
-    def drop(self, trial_ids: set[str]) -> None:
-        """Take trials out of the order of training; the plan still knows them."""
-        with self.changing() as plan:
-            batches = [[name for name in batch if name not in trial_ids] for batch in plan["batches"]]
-            plan["batches"] = [batch for batch in batches if batch]
 
     def folder_of(self, trial: Trial) -> Path:
         """The trial's folder."""
@@ -212,7 +234,7 @@ _NO_LOCKS = (38, 37, 95)  # ENOSYS, ENOLCK, EOPNOTSUPP
 
 def _empty() -> dict[str, Any]:
     return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "options": None,
-            "race": None, "search": None, "trials": {}, "batches": [], "pack_sizes": {}}  # fmt: skip
+            "workers": 1, "race": None, "search": None, "trials": {}, "batches": [], "pack_sizes": {}}  # fmt: skip
 
 
 def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
