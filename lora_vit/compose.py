@@ -28,7 +28,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.resolve import from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, default_name, label
-from lora_vit.sweep.trial import Trial, key_of, without_seed
+from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
 HYDRA = {"version_base": "1.3"}
@@ -236,8 +236,7 @@ def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]
     """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
     node = composer([*fixed, *swept])
     config = from_omegaconf(node, in_sweep=True, cwd=Path(str(node.hydra.runtime.cwd)))
-    shown = [line for line in swept if config.lora.method == "lora" or not key_of(line).startswith("lora.")]
-    return Trial(config, [*fixed, *swept], label(shown))
+    return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 
 def _refusal(refused: dict[str, list[str]], total: int) -> str:

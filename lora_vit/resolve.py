@@ -45,7 +45,7 @@ def _known_trial_id(_root_: Any) -> str:
         return UNKNOWN_ID  # whoever uses the path says what is wrong
 
 
-def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
+def _rank_times(scaling: Any, _parent_: Any) -> Any:
     """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
     if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
         return f"${{rank_times:{scaling}}}"
