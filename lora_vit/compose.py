@@ -31,8 +31,8 @@ from lora_vit.sweep.plan import Request, default_name, label
 from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-HYDRA = {"version_base": "1.3"}
-"""How Hydra is asked to behave."""
+HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+"""How Hydra is asked to behave; from 1.4 on it behaves so by itself."""
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
 ELSEWHERE = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
