@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_vit.config import TrialConfig
 from lora_vit.data.stream import TrainStream
-from lora_vit.lora.layers import LoRAAdapters, PackedHead
+from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, schedule
@@ -33,12 +33,10 @@ class Pack:
         self.model = setup.build_model(configs).train()
         self._forward = torch.compile(self.model) if setup.compile else self.model
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._owners: dict[str, tuple[nn.Module, str]] = {}
-        for prefix, module in self.model.named_modules():
-            if isinstance(module, (LoRAAdapters, PackedHead)):
-                for leaf, _ in module.named_parameters(recurse=False):
-                    self._owners[f"{prefix}.{leaf}"] = (module, leaf)
-        self.flat = FlatParameters(named, set(self._owners), self.K)
+        self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
+        owners = {*self._adapters, "head"}
+        per_trial = {name for name in named if name.rpartition(".")[0] in owners}
+        self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._open_streams(configs)
         self.schedules = [schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs]
@@ -162,19 +160,13 @@ class Pack:
 
     def _views(self, k: int, row_P: Tensor) -> dict[str, Tensor]:
         """A row as unpadded views under the names of trial k's adapter file."""
+        row = self.flat.views(row_P)
         views: dict[str, Tensor] = {}
-        for name, view in self.flat.views(row_P).items():
-            owner, leaf = self._owners.get(name, (None, ""))
-            if isinstance(owner, LoRAAdapters):
-                rank = owner.specs[k].rank
-                for g, projection in enumerate(owner.names):
-                    part = view[g, :rank] if leaf == "lora_A" else view[g, :, :rank]
-                    views[f"{projection}.{leaf}"] = part
-            elif isinstance(owner, PackedHead):
-                views[f"{owner.name}.{leaf}"] = view
-            else:
-                views[name.removeprefix("trunk.")] = view
-        return views
+        for prefix, adapters in self._adapters.items():
+            views |= adapters.trial_tensors(k, row.pop(f"{prefix}.lora_A"), row.pop(f"{prefix}.lora_B"))
+        for leaf in ("weight", "bias"):
+            views[f"{self.model.head.name}.{leaf}"] = row.pop(f"head.{leaf}")
+        return views | {name.removeprefix("trunk."): view for name, view in row.items()}
 
     def padding_is_zero(self) -> bool:
         """Whether padded ranks are still exactly zero (they get no gradient), where a trial's values are finite."""

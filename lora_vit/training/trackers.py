@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +23,12 @@ HEARTBEAT_EVERY = 30.0
 EPOCH_CHECKPOINT_EVERY = 5.0
 """Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
 
-
 ROWS_ASK_EVERY = 10.0
 """Seconds after which a training step's row asks whether the trial is still ours."""
 
 
-class ClaimLost(Exception):  # noqa: N818  (it tells what has happened)
-    """Another process has taken the trial over: this one writes nothing any more."""
+class ClaimLost(Exception):  # noqa: N818  (not an error)
+    """Another process has taken over the trial with this id: this one writes nothing any more."""
 
 
 class TrialFiles:
@@ -59,8 +56,7 @@ class TrialFiles:
         self._tensorboard_folder = tensorboard or folder / "tensorboard"
         self._tensorboard: Any = None
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
-        timing = folder / records.TIMING
-        self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._timing = JsonLines(folder / records.TIMING)
         self._saved = -math.inf
 
     def _ask(self, every: float = 0.0) -> None:
@@ -91,12 +87,6 @@ class TrialFiles:
         """Replace ``record.json``."""
         self._ask()
         records.write_record(self.folder, self.record)
-
-    def beat(self) -> None:
-        """Give a sign of life, the time of ``record.json``; another thread may call this."""
-        if self.record.status == "running":
-            with contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
-                os.utime(self.folder / records.RECORD)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
