@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
 
-    The file stays, unless it is alone in its folder.
+    The lock file is deleted only if the folder is otherwise empty.
 
     Raises:
         BlockingIOError: another process holds it, and we do not wait.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import signal
 import sys
@@ -191,11 +190,13 @@ def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
     """
     to_save = trials if pack is None else [] if pack.step_state.updating else pull(pack)
     for trial in trials:
-        with contextlib.suppress(ClaimLost):  # another process trains it
+        try:
             if trial in to_save:
                 trial.save()
             if trial.record.status == "running":
                 trial.interrupt()
+        except ClaimLost:  # another process trains it
+            trial.close()
 
 
 def pull(pack: Pack) -> list[TrialRun]:

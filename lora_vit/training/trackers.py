@@ -44,12 +44,8 @@ class TrialFiles:
     ):
         """Open the folder's logs, cut back to what the state knows of.
 
-        Args:
-            folder: of the trial.
-            record: of the trial, as it is to be written.
-            state: of the trial, as it is to be saved.
-            tensorboard: where the event files go (``folder/tensorboard`` by default).
-            mine: whether the trial is still this process's. Methods that write ask before they do, and raise ClaimLost.
+        Event files go to ``tensorboard`` (``folder/tensorboard`` by default). ``mine``: whether the trial is still this
+        process's; methods that write ask first, and raise ClaimLost if it is not.
         """
         self.folder, self.record, self.state = folder, record, state
         self._mine, self._asked = mine, -math.inf
@@ -131,10 +127,6 @@ class TrialFiles:
         write_adapter(self.folder, tensors, adapter)
         self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
 
-    def remove_checkpoint(self) -> None:
-        """Remove the checkpoint of a trial whose completed record is written."""
-        (self.folder / records.CHECKPOINT).unlink(missing_ok=True)
-
     def log_hparams(self) -> None:
         """Fill TensorBoard's hparams view: what a sweep varies, and the final metric.
 
@@ -142,11 +134,9 @@ class TrialFiles:
         """
         c = self.record.config
         hparams = {
-            "alpha": c["lora"]["alpha"] or 0.0,
-            "dropout": c["lora"]["dropout"] or 0.0,
+            **{key: c["lora"][key] or 0 for key in ("alpha", "dropout", "rank")},
             "lr": c["optimizer"]["lr"],
             "method": c["lora"]["method"],
-            "rank": c["lora"]["rank"] or 0,
             "seed": c["seed"],
             "targets": " ".join(c["lora"]["targets"] or []),
             "weight_decay": c["optimizer"]["weight_decay"],

@@ -163,13 +163,10 @@ class TrialRun:
 
 def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
+    precision = "another precision (trainer.precision=auto is"
     for what, there, here in (
         ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
-        (
-            "another precision (trainer.precision=auto is",
-            record.environment.get("precision"),
-            setup.environment.get("precision"),
-        ),
+        (precision, record.environment.get("precision"), setup.environment.get("precision")),
     ):
         if there not in (None, here):
             raise ConfigError(
@@ -210,9 +207,7 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise ConfigError(
-                    f"{folder} cannot be locked ({error.strerror}): mount its file system with locks (Lustre: -o flock), "
-                    "or give a folder on another one"
-                ) from None
+                remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
+                raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
             raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
         yield
