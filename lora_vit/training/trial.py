@@ -183,7 +183,9 @@ def _remove_own_files(folder: Path, tensorboard: Path | None) -> None:
     """Remove what a trial writes, and nothing else."""
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(tensorboard or folder / "tensorboard", ignore_errors=True)
+    for board in filter(None, (folder / "tensorboard", tensorboard)):
+        if board.is_dir():
+            shutil.rmtree(board)
 
 
 def _remove_temporary_files(folder: Path) -> None:
