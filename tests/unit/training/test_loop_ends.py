@@ -15,6 +15,7 @@ from stage import STEPS, asked, raised, setup_of, spoilt
 
 from lora_vit.distributed import Process
 from lora_vit.errors import Interrupted
+from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.training import loop, step
@@ -90,21 +91,28 @@ def test_no_checkpoint_hides_a_bad_step(bad, stage):
 
 
 def test_a_pack_is_freed_when_trials_leave_it(stage):
-    """Before the next one takes its memory."""
-    packs: list[weakref.ref[Pack]] = []
-    alive = []
+    """Before the next one takes its memory, and without the collector: until that runs, a GPU's memory is held."""
+    parts: list[weakref.ref] = []
+    alive: list[list[str]] = []
 
     def spoil(pack: Pack) -> None:
-        packs.append(weakref.ref(pack))
+        adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
+        tensors = (pack.flat.values_KP, pack.optimizer.exp_avg_KP)
+        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, pack.step_state, *adapters, *tensors)))
+        pack.predict("val")
         spoilt(0, 1)(pack)
 
-    def look(_: object) -> None:
-        gc.collect()
-        alive.append(packs[0]() is not None)
-
-    stage.after[3], stage.making[2] = spoil, look
-    stage.train(stage.trials(1, 2))
-    assert alive == [False]
+    stage.after[3] = spoil
+    stage.making[2] = lambda _: alive.append([type(part()).__name__ for part in parts if part() is not None])
+    trials = stage.trials(1, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        stage.train(trials)
+    finally:
+        gc.enable()
+    assert len(parts) > 10
+    assert alive == [[]]
 
 
 # --- asked to stop
@@ -246,7 +254,7 @@ def test_who_looks_at_the_sum_knows_of_logging_steps(stage, monkeypatch):
     seen = []
     monkeypatch.setattr(loop, "stop_requested", lambda pack, stop, logging: seen.append(logging))
     stage.train(stage.trials(1, trainer__epochs=2))
-    assert seen == [False, False, True, True, True] + [False, False, True, True]
+    assert seen == [False, False, True, True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize(
