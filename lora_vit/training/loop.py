@@ -45,9 +45,14 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
     Raises Interrupted when asked to stop, after the trials are saved. Any other error is left to the caller, with the
     last checkpoints.
     """
+
+    def beat() -> None:
+        for trial in trials:
+            trial.beat()
+
     staying = trials
     pack: Pack | None = start(trials, setup, reporter)
-    with repeating(lambda: give_signs_of_life(trials), HEARTBEAT_EVERY):
+    with repeating(beat, HEARTBEAT_EVERY):
         try:
             while pack is not None:
                 ended = train_epoch(pack, reporter, stop) or complete(pack)
@@ -164,12 +169,12 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     for k, trial in enumerate(pack.trials):
         if first_bad[k] < 0 and finite[k]:
             continue
-        what, step = "the loss or its gradient is", first_bad[k] + 1
+        what, step = "the loss or its gradient", first_bad[k] + 1
         if first_bad[k] < 0:
-            what, step = "a parameter is", pack.step_of(trial)
+            what, step = "a parameter", pack.step_of(trial)
         o = trial.config.optimizer
         remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
-        trial.fail(f"{what} not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
+        trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         bad.append(trial)
     return bad
 
@@ -207,12 +212,6 @@ def pull(pack: Pack) -> list[TrialRun]:
     pack.pull()
     bad_steps = pack.step_state.first_bad_step_K.tolist()
     return [trial for trial, bad_step in zip(pack.trials, bad_steps, strict=True) if bad_step < 0]
-
-
-def give_signs_of_life(trials: list[TrialRun]) -> None:
-    """For other processes that look at the folders; called from another thread."""
-    for trial in trials:
-        trial.beat()
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
@@ -290,10 +289,9 @@ def write_results(pack: Pack, k: int, splits: dict[str, Predictions]) -> None:
             trial.record.metrics[f"{name}_accuracy"] = predictions.accuracy
             trial.record.metrics[f"{name}_loss"] = predictions.loss
     if trial.files is not None:
-        columns = {name: predictions.fields() for name, predictions in splits.items()}
         tensors = pack.export(k, pack.flat.values_KP)
         card = adapter_card(pack.setup, trial) | {"sha256": sha256_of(tensors)}
-        trial.files.write_results(columns, tensors, card)
+        trial.files.write_results(splits, tensors, card)
         trial.files.log_hparams()
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from lora_vit import files, records
 from lora_vit.files import JsonLines
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, save_checkpoint
+from lora_vit.training.evaluate import Predictions
 
 HEARTBEAT_EVERY = 30.0
 """Seconds between signs of life of a running trial."""
@@ -115,16 +115,11 @@ class TrialFiles:
         every = min(EPOCH_CHECKPOINT_EVERY, self.record.config["trainer"]["checkpoint_every"])
         return time.monotonic() - self._saved >= every
 
-    def write_results(
-        self,
-        predictions: dict[str, dict[str, np.ndarray]],
-        tensors: dict[str, Tensor],
-        adapter: dict[str, Any],
-    ) -> None:
+    def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
         """Write ``predictions.npz``, ``adapter.safetensors`` and ``adapter.json``."""
         self._ask()
-        records.write_predictions(self.folder, predictions)
-        write_adapter(self.folder, tensors, adapter)
+        records.write_predictions(self.folder, {name: split.fields() for name, split in splits.items()})
+        write_adapter(self.folder, tensors, card)
         self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
 
     def log_hparams(self) -> None:

@@ -162,9 +162,9 @@ def test_trials_in_different_epochs_are_validated_and_leave_each_in_its_own(stag
 def test_results_are_each_trials_own(stage):
     trials = stage.trials(1, 2, 3)
     stage.train(trials)
-    for trial, (seed, columns, tensors, card) in zip(trials, stage.of("write_results"), strict=True):
+    for trial, (seed, splits, tensors, card) in zip(trials, stage.of("write_results"), strict=True):
         assert (seed, card["trial_id"]) == (trial.config.seed, trial.name)
-        assert columns.keys() == {"val", "test"}
+        assert splits.keys() == {"val", "test"}
         assert tensors.keys() == trial.state.values.keys()
         assert all(torch.equal(tensors[name], trial.state.values[name]) for name in tensors)
     assert len({t.record.metrics["test_loss"] for t in trials}) == 3

@@ -14,8 +14,6 @@ from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
 from lora_vit import distributed
-from lora_vit.build import build_setup
-from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
 from lora_vit.training.step import sample_losses
 

@@ -21,6 +21,7 @@ from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_predictions
 from lora_vit.training import trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
+from lora_vit.training.evaluate import Predictions
 from lora_vit.training.trackers import EPOCH_CHECKPOINT_EVERY, TrialFiles, epoch_figures, write_adapter
 
 
@@ -159,8 +160,8 @@ def test_all_logs_are_closed(tmp_path):
 
 
 def test_results(files, tmp_path):
-    columns = {name: np.arange(3) + i for i, name in enumerate(records.PREDICTION_FIELDS)}
-    files.write_results({"val": columns, "test": columns}, {"b": torch.ones(2, 3)}, {"rank": 4})
+    predictions = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0)
+    files.write_results({"val": predictions, "test": predictions}, {"b": torch.ones(2, 3)}, {"rank": 4})
     found = read_predictions(tmp_path)
     assert found.keys() == {"val", "test"}
     assert {name: column.tolist() for name, column in found["test"].items()} == {
