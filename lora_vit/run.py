@@ -19,12 +19,12 @@ from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed, one_line
-from lora_vit.records import TrialRecord, read_record, state_of, write_record
+from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.start import not_importing_main
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.trial import TrialRun, locked_folder
+from lora_vit.training.trial import TrialRun, completed_record, locked_folder
 
 AFTER_CAUSE = 2.0
 """Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
@@ -62,14 +62,15 @@ def run(
             to_start, note = choose_world_size(config)
             if note:
                 print(note)
+        completed = completed_record(folder, config)  # refuses before anything is written
+        if completed is not None and not restart:
+            return completed
         if to_start > 1:
             return _launch(config, folder, hydra_files, to_start)
         with locked_folder(folder, wait):
-            there = state_of(folder, config)
-            if there.problem:
-                raise ConfigError(there.problem)
-            if there.record is not None and there.status == "completed" and not restart:
-                return there.record
+            completed = completed_record(folder, config)  # as another process has left it
+            if completed is not None and not restart:
+                return completed
             return _train(config, folder, hydra_files, process or Process(), restart)
 
 

@@ -195,6 +195,17 @@ def _remove_temporary_files(folder: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
+    """The record of a trial that is completed; None: there is something to train.
+
+    Raises ConfigError where the folder holds another trial, or a record that cannot be read.
+    """
+    there = records.state_of(folder, config)
+    if there.problem:
+        raise ConfigError(there.problem)
+    return there.record if there.status == "completed" else None
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a trial's folder, made if need be.

@@ -23,7 +23,7 @@ from lora_vit.files import locked, read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.trackers import ClaimLost
-from lora_vit.training.trial import OWN_FILES, TrialRun, locked_folder
+from lora_vit.training.trial import OWN_FILES, TrialRun, completed_record, locked_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}
@@ -181,6 +181,17 @@ def test_who_is_refused_leaves_the_folder_as_it_is(change, how, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         opened(tmp_path / "a", **how)
     assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("status", ["running", "completed", "failed", "stopped", "interrupted"])
+def test_the_record_of_a_completed_trial(status, tmp_path):
+    assert completed_record(tmp_path / "a", plain_trial()) is None
+    stopped(tmp_path / "a")
+    edit(tmp_path / "a", status=status)
+    record = read_record(tmp_path / "a")
+    assert completed_record(tmp_path / "a", plain_trial()) == (record if status == "completed" else None)
+    with pytest.raises(ConfigError, match="holds trial"):
+        completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
 
 def test_a_failed_trial_that_is_trained_again_is_whole(tmp_path, monkeypatch):
