@@ -34,9 +34,9 @@ from lora_vit import train as command
 from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
+from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
 from lora_vit.records import TrialRecord, read_record
-from lora_vit.start import started_by_torchrun
 
 
 class Sweep(NamedTuple):
@@ -60,7 +60,7 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """
-    from lora_vit.run import run
+    from lora_vit import run
 
     _refuse_torchrun()
     given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
@@ -68,7 +68,7 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
         config = from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given, {"sweep": {"dry_run": False}}))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
-    return run(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
+    return run.train(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
 def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None) -> Sweep:

@@ -125,12 +125,24 @@ def register_schema() -> None:
     store = ConfigStore.instance().store
     store(name="schema", node=RootConfig)
     store(group="hydra", name="config", node=_hydras_config(), provider="lora_vit")
-    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
+    OmegaConf.register_new_resolver("trial_id", _known_trial_id, replace=True)
     OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
     OmegaConf.register_new_resolver("at_least", lambda *values: max(map(int, values)), replace=True)
     plugins = str(Path(__file__).parent / "plugins")
     if plugins not in sys.path:  # Hydra finds the packed launcher there
         sys.path.append(plugins)
+
+
+UNKNOWN_ID = "TRIAL"
+"""Stands for a trial id in a path, while files would have to be read to know it, or the config is not valid."""
+
+
+def _known_trial_id(_root_: Any) -> str:
+    try:
+        trial = from_omegaconf(_root_, True, fetch=False)
+    except (ConfigError, OmegaConfBaseException):  # whoever uses the path says what is wrong
+        return UNKNOWN_ID
+    return UNKNOWN_ID if trial.data.content is None and trial.data.name not in IN_PACKAGES else trial_id(trial)
 
 
 def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
@@ -140,10 +152,11 @@ def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
     return None if _parent_.rank is None else scaling * _parent_.rank
 
 
-def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
+def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True) -> TrialConfig:
     """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out).
 
     ``in_sweep``: settings without effect, such as ``lora.rank`` under ``lora=none``, are dropped rather than refused.
+    ``fetch``: download and read what decides the trial's identity, unless this is a dry run.
     """
     wanted = [f.name for f in dataclasses.fields(TrialConfig)]
     plain = {}
@@ -166,7 +179,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
     trial = from_dict(plain)
     _find_from_anywhere(trial)
     validate(trial)
-    identify(trial, fetch=not cfg["sweep"]["dry_run"])
+    identify(trial, fetch=fetch and not cfg["sweep"]["dry_run"])
     return trial
 
 

@@ -8,28 +8,13 @@ from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_vit.compose import explain, from_omegaconf, quote_paths
-from lora_vit.errors import ConfigError
-from lora_vit.start import started_by_torchrun
+from lora_vit.compose import explain, quote_paths
+from lora_vit.distributed import started_by_torchrun
 from lora_vit.sweep.plan import default_name
 
-SWEEPS_OWN = ("sweep.", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
 PACKED_ONLY = ("sweep.pack_size", "sweep.workers", "sweep.on_failure")
 NOT_WHEN_PACKED = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
 """Settings of Hydra for each job, with the only values that the packed launcher has."""
-
-
-class RefuseImpossible(Callback):
-    """Validate the trial before Hydra makes its folder; SystemExit passes through Hydra's own handling."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra with the composed config."""
-        if idle := _given(config, SWEEPS_OWN):
-            raise SystemExit(f"error: {idle[0]} has no effect on a single run: add -m for a sweep, or leave it out")
-        try:
-            from_omegaconf(config)
-        except ConfigError as error:
-            raise SystemExit(f"error: {error}") from None
 
 
 def _given(config: DictConfig, prefixes: Sequence[str]) -> list[str]:

@@ -21,7 +21,6 @@ from typing import Any
 
 from lora_vit.config import SweepConfig, TrialConfig
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.start import not_importing_main
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.follow import LOOK_EVERY, Follower
 from lora_vit.sweep.ledger import Ledger
@@ -36,6 +35,18 @@ PROCESS_BYTES = 400 << 20
 GOES_ON = "what is saved stays, and the same command goes on"
 
 
+
+
+@contextlib.contextmanager
+def not_importing_main() -> Iterator[None]:
+    """Processes started meanwhile leave alone the script that we run in, which to import could mean to run again."""
+    main = vars(sys.modules["__main__"])
+    before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(before)
 
 
 def worker_context() -> SpawnContext | ForkServerContext:
