@@ -1,4 +1,4 @@
-"""Processes that torchrun starts: who we are, exact sums, and agreement on values. torch is imported in a group alone."""
+"""Processes that torchrun starts: who we are, exact sums, and agreement on values. Only a group imports torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets for each process, and what a process group cannot do without."""
 OWN_RUN = "lora_vit"
-"""torchrun's run id where one of our commands has started itself again, see :mod:`lora_vit.launch`."""
+"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.launch`."""
 PEER_ENDED = "another process has ended"
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that train together; alone it is rank 0 of 1.
-
-    Attributes:
-        rank: among all.
-        world_size: of how many.
-        local_rank: among those of this machine.
-    """
+    """This process among those that train together: its rank among all and on this machine. Alone it is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
@@ -46,68 +38,62 @@ class Process:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment describes a process group that this process belongs to.
+    """Whether the environment describes a group of processes that this one belongs to.
 
     Raises:
         ConfigError: the description of a group of several is not whole.
     """
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    shown = " ".join(f"{name}={value}" for name, value in given.items())
-    if missing := [name for name in VARIABLES if name not in given]:
-        alone = given.get("WORLD_SIZE", "1") == "1" or "RANK" not in given
-        if alone and "TORCHELASTIC_RUN_ID" not in os.environ:
-            return False  # left over by a scheduler
-        raise ConfigError(f"{shown} without {' and '.join(missing)}: start with torchrun, or unset RANK")
-    rank, size, port = given["RANK"], given["WORLD_SIZE"], given["MASTER_PORT"]
-    if not (rank.isdecimal() and size.isdecimal() and port.isdecimal() and int(rank) < int(size)):
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    rank, size = given.get("RANK", ""), given.get("WORLD_SIZE", "1")
+    if len(given) < len(names) and (size == "1" or not rank) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False  # left over by a scheduler
+    numbers = rank.isdecimal() and size.isdecimal() and given.get("MASTER_PORT", "").isdecimal()
+    if len(given) < len(names) or not numbers or int(rank) >= int(size):
+        shown = " ".join(f"{name}={given.get(name, '')}" for name in names)
         raise ConfigError(f"{shown} describe no process group: start with torchrun, or unset RANK")
     return True
 
 
 def started_by_ourselves() -> bool:
-    """Whether a command of ours has started this process, and reports how it ends."""
+    """Whether a command of ours has started this process. That command reports how it ends."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN
 
 
 @contextlib.contextmanager
 def group() -> Iterator[Process]:
-    """Join the processes that torchrun has started, if it started this one; leave them at the end.
+    """Join the processes that torchrun has started, if it started this one, and leave them at the end.
 
     Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
-    (see :func:`on_all`); any other error is a rank's own, and it prints it. Errors end the process: SystemExit.
+    (see :func:`on_all`); any other error is a rank's own, and it prints it. In a group, errors end in SystemExit.
     """
     if not started_by_torchrun():
         yield Process()
         return
-    is_main = os.environ["RANK"] == "0"
+    speaks = os.environ["RANK"] == "0" and not started_by_ourselves()
     with contextlib.ExitStack() as stack:
-        if not is_main:
+        if os.environ["RANK"] != "0":
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         if started_by_ourselves():
-            stack.enter_context(_ending_with(os.getppid()))
-        stack.callback(leave_process_group)
+            stack.enter_context(_ending_with_parent())
+        stack.callback(_leave)
         try:
-            yield join_process_group()
+            yield _join()
         except (Exception, KeyboardInterrupt) as error:  # printed before we leave: torchrun then ends the other ranks
-            shared = isinstance(error, (UserError, KeyboardInterrupt))
-            if shared and started_by_ourselves():
+            known = isinstance(error, (UserError, KeyboardInterrupt))
+            if known and started_by_ourselves():
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=shared and (started_by_ourselves() or not is_main)))
+            sys.exit(report(error, quiet=known and not speaks))
 
 
-def _ending_with(parent: int) -> contextlib.AbstractContextManager[None]:
-    """Ask this process to stop once the one that started it is gone."""
-
-    def look() -> None:
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return repeating(look, every=1.0)
+def _ending_with_parent() -> contextlib.AbstractContextManager[None]:
+    parent = os.getppid()
+    return repeating(lambda: os.kill(os.getpid(), signal.SIGTERM) if os.getppid() != parent else None, every=1.0)
 
 
-def join_process_group() -> Process:
+def _join() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
     import torch
     import torch.distributed as dist
@@ -115,18 +101,16 @@ def join_process_group() -> Process:
     # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
     import torch.distributed.nn.functional
 
-    process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "gloo"
-    if torch.cuda.is_available() and process.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(process.local_rank)
+    backend, local_rank = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     with _expecting_others():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return process
+    return this_process()
 
 
-def leave_process_group() -> None:
-    """Leave the group, if there is one."""
+def _leave() -> None:
     if (dist := _joined()) is not None:
         group = dist.group.WORLD
         # Held until the end: a gloo thread may still need the GIL to let go of its last tensor, and of the group and
@@ -160,41 +144,38 @@ def sum_over_processes_(tensor: Tensor) -> Tensor:
 
 def from_main(value: T) -> T:
     """Rank 0's value, on every process."""
-    if (dist := _joined()) is None:
-        return value
     box = [value]
-    with _expecting_others():
-        dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
+    if (dist := _joined()) is not None:
+        with _expecting_others():
+            dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
     return box[0]
 
 
 def from_all(value: T) -> list[T]:
     """The values of all processes by rank, on every process."""
-    if (dist := _joined()) is None:
-        return [value]
-    values = [value] * dist.get_world_size()
-    with _expecting_others():
-        dist.all_gather_object(values, value)
+    values = [value] * this_process().world_size
+    if (dist := _joined()) is not None:
+        with _expecting_others():
+            dist.all_gather_object(values, value)
     return values
 
 
 def on_all(action: Callable[[], T]) -> T:
     """The action's result, once it has succeeded on every process.
 
-    Raises the action's error where it failed, and TrialFailed on the other processes, which names the first of those.
+    Raises the action's error where it failed, and TrialFailed on the other processes, with the first rank and error.
     """
-    results: list[T] = []
-    error = None
+    results, errors = [], []
     try:
         results.append(action())
     except Exception as caught:
-        error = caught
-    problems = from_all(None if error is None else str(error))
-    if error is not None:
-        raise error
+        errors.append(caught)
+    problems = from_all([str(error) for error in errors])
+    if errors:
+        raise errors[0]
     for rank, problem in enumerate(problems):
-        if problem is not None:
-            raise TrialFailed(f"process {rank}: {problem}")
+        if problem:
+            raise TrialFailed(f"process {rank}: {problem[0]}")
     return results[0]
 
 
