@@ -158,7 +158,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
         fixed = [_line(o) for o in overrides.values() if not o.is_sweep_override()]
         refuse_without_effect(master, options, list(swept), [*map(str, given), *fixed])
-        refuse_misread_paths(overrides.values())
+        refuse_misread_paths([*map(str, given), *(str(o.input_line) for o in parsed)])
         folder = _folder(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
         request = Request(folder, options, engine=OmegaConf.to_object(master.engine),
                           hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
@@ -332,10 +332,10 @@ def refuse_without_effect(master: Any, options: SweepConfig, swept: Sequence[str
             raise ConfigError(f"{wrong} {why}")
 
 
-def refuse_misread_paths(overrides: Any) -> None:
+def refuse_misread_paths(lines: Sequence[str]) -> None:
     """Raise ConfigError if Hydra reads something else than the text that was given as the name of a file or folder."""
-    for override in overrides:
-        if override.key_or_group in PATHS and not override.is_sweep_override() and override.input_line:
+    for override in OverridesParser.create().parse_overrides([line for line in lines if key_of(line) in PATHS]):
+        if not override.is_sweep_override():
             value, text = override.value(), override.get_value_string()
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")
