@@ -112,7 +112,7 @@ def _report_changed(trials: Sequence[Trial], sweep: Sweep) -> None:
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in ids}
     changed = [t for t in trials if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
     if changed:
-        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + (", ..." if len(changed) > 3 else "")
+        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
 
@@ -144,7 +144,8 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
             asked.setdefault(trial.cell_id, trial.with_seed(trials[0].config.seed))
     rules = {key: getattr(request.options, key) for key in ("margin", "first_seeds", "most_seeds")}
     cells = [asked[cell] for cell in sorted(asked)]
-    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": request.command or this_command()}
+    command = request.command or this_command()
+    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
 
 
 def _reopened(sweep: Sweep, trial: Trial, retry_failed: bool) -> State:
@@ -205,8 +206,8 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     if not request.options.wait:
                         return False
                 elif missing > 0 and not alive:
-                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is saved "
-                                      "stays, and the same command resumes")  # fmt: skip
+                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
+                                      "saved stays, and the same command resumes")  # fmt: skip
                 time.sleep(engine.poll_every)
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
@@ -352,5 +353,6 @@ def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pac
         time_in_all = "" if seconds is None else f"{seconds * epochs / about['workers']:,.0f} s"
         rows.append((group.title, str(len(group.trials)), size or "measured at the start", time_in_all))
     finished = len(trials) - len(open_ones)
-    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished, {about['workers']} workers")
+    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished; {about['workers']} workers",
+                  markup=False)  # fmt: skip
     print_table(console, "", ("trials that share a backbone", "trials", "pack size", "time, as measured here"), rows)

@@ -205,8 +205,8 @@ class SearchSource:
             if record is None or theirs.state == TrialState.COMPLETE or (theirs.state.is_finished() and value is None):
                 continue
             if theirs.state.is_finished():  # it had failed, and was tried again
-                again = {"params": theirs.params, "distributions": theirs.distributions, "user_attrs": theirs.user_attrs}
-                study.add_trial(create_trial(value=value, **again))
+                study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
+                                             user_attrs=theirs.user_attrs))  # fmt: skip
             elif value is not None:
                 study.tell(theirs.number, value)
             else:
