@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -52,7 +55,9 @@ def run_command(action: Callable[[], int | None], quiet: bool = False) -> NoRetu
     """
     code: int | None = 1
     try:
+        _check_process()
         code = action()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os._exit(0)
     except (UserError, OSError) as error:
@@ -66,6 +71,24 @@ def run_command(action: Callable[[], int | None], quiet: bool = False) -> NoRetu
             print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _check_process() -> None:
+    """Let streams that were closed or lack a sign take what is printed; raise ConfigError where nothing can start."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as >&- does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        os.getcwd()
+    except OSError as error:
+        gone = f"the folder that this is started in is gone ({error.strerror})"
+        raise ConfigError(f"{gone}: cd to one that is there") from None
+    if find_spec("lora_vit.conf") is None:
+        clone = Path(__file__).resolve().parent.parent
+        install = f"run `{sys.executable} -m pip install -e {clone}`"
+        raise ConfigError(f"lora_vit is not installed in this Python: {install}")
 
 
 def _text(error: UserError | OSError) -> str:
