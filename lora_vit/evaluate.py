@@ -48,12 +48,12 @@ def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack
     from lora_vit.lora.adapter import bind, read_adapter
     from lora_vit.training.checkpoint import TrialState
     from lora_vit.training.pack import Pack
-    from lora_vit.training.trial import Trial
+    from lora_vit.training.trial import TrialRun
 
     adapter = read_adapter(folder)
     setup = build_setup(config, Process())
     bind(adapter, setup.base, setup.data.class_names, setup.data.card())
-    return Pack([Trial(config, record, TrialState(values=adapter.tensors))], setup)
+    return Pack([TrialRun(config, record, TrialState(values=adapter.tensors))], setup)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import functools
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
     job.label = label(given, not_swept(hydra_cfg, [given]).union(job.idle()))
     Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
     state = state_of(folder, config, job.trial_id)
-    ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
+    ended = state.ended
     if state.status == "failed" and state.record is not None and ended:
         from lora_vit.errors import TrialFailed
 

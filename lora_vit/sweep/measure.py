@@ -24,7 +24,7 @@ from lora_vit.sweep.schedule import Emit
 from lora_vit.sweep.setups import Setups
 from lora_vit.training.pack import EVAL_BATCH, Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 LARGEST = 64
 MEMORY_SHARE = 0.8
@@ -166,7 +166,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    pack = Pack([Trial.without_files(config) for config in configs], setup)
+    pack = Pack([TrialRun.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:

@@ -105,7 +105,7 @@ class SweepRun:
 
     def is_ended(self, job: Job, state: State) -> bool:
         """Whether a trial that stands so needs no (more) training."""
-        return state.is_ended(job.config.trainer.resume == "restart", self.launched, self.options.retry_failed)
+        return state.ended
 
     def in_order(self) -> SweepRun:
         """The run with its trials in the order of training: begun ones first, they were promised before; then by seed.

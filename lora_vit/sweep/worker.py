@@ -22,7 +22,7 @@ from lora_vit.terminal import Every, make_console
 from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial, locked_folder
+from lora_vit.training.trial import TrialRun, locked_folder
 
 POLL_EVERY = 0.5
 """Seconds between looks while another process claims a pack or measures its size."""
@@ -61,11 +61,11 @@ class PackReporter:
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
         """Called at logging steps."""
 
-    def epoch(self, trial: Trial, row: dict[str, float]) -> None:
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
         """Called after each epoch of each trial."""
         self.emit("epoch", id=trial.name, epoch=trial.state.epoch, val_accuracy=row.get("val_accuracy"))
 
-    def left(self, trial: Trial) -> None:
+    def left(self, trial: TrialRun) -> None:
         """Called when a trial is completed or failed."""
         self.flush()
         record = trial.record
@@ -196,7 +196,7 @@ class Worker:
 
         Down to the trial that has the error, which alone is recorded as failed.
         """
-        by_offset: dict[int, list[tuple[Job, Trial]]] = {}
+        by_offset: dict[int, list[tuple[Job, TrialRun]]] = {}
         for job, trial in self.open_all(jobs, setup):
             by_offset.setdefault(trial.state.step_in_epoch, []).append((job, trial))
         for members in by_offset.values():
@@ -220,7 +220,7 @@ class Worker:
                 if part:
                     self.train_pack(group, part, setup)
 
-    def attempt(self, trials: list[Trial], setup: Setup) -> Exception | None:
+    def attempt(self, trials: list[TrialRun], setup: Setup) -> Exception | None:
         """Train a pack; returns what went wrong, for another try with fewer."""
         try:
             train_trials(trials, setup, self.reporter, self.stop)
@@ -239,20 +239,20 @@ class Worker:
             self.reporter.flush()
         return None
 
-    def open_all(self, jobs: list[Job], setup: Setup) -> list[tuple[Job, Trial]]:
+    def open_all(self, jobs: list[Job], setup: Setup) -> list[tuple[Job, TrialRun]]:
         """Open the trials; those that cannot be are refused."""
         opened = []
         for job in jobs:
             place, board = self.run.folder_of(job), self.run.board_of(job)
             try:
-                trial = Trial.open(job.config, place, setup, self.run.launched, self.run.hydra_files(job), board)
+                trial = TrialRun.open(job.config, place, setup, self.run.hydra_files(job), board)
             except ConfigError as error:
                 self.schedule.refuse(job, error)
             else:
                 opened.append((job, trial))
         return opened
 
-    def fail(self, trial: Trial, error: Exception) -> None:
+    def fail(self, trial: TrialRun, error: Exception) -> None:
         """Record an error that is a trial's own."""
         trial.fail(one_line(error), error=error)
         error.with_traceback(None)  # whose frames hold the pack, and the error
