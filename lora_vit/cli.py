@@ -1,19 +1,28 @@
 """``lora-vit COMMAND ...``: one parser for all commands. ``python -m lora_vit.COMMAND ...`` is the same.
 
 Only the module of the command that is given is imported. It offers ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code; or ``main(arguments)``, where another library reads the command line.
+returns the exit code; or ``main()``, which reads ``sys.argv`` itself, as Hydra does. What the commands on a
+trained trial share is here, too. No torch, no numpy.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_vit import __version__
-from lora_vit.errors import run_command
+from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.errors import RecordError, run_command
+
+if TYPE_CHECKING:
+    from lora_vit.records import TrialRecord
 
 COMMANDS = {
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
@@ -27,15 +36,13 @@ COMMANDS = {
 """Module of each command, and what it does."""
 
 
-def main(command: str | None = None, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit with its code.
+def main(command: str | None = None) -> NoReturn:
+    """Run a command with the arguments in ``sys.argv`` and exit with its code; without ``command`` the first names it.
 
-    Args:
-        command: one of ``COMMANDS``; None: the first argument names it.
-        arguments: those after it; None: what the process was started with.
+    The console script calls it, and with a name ``python -m lora_vit.NAME``.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    run_command(lambda: _run(given if command is None else [command, *given]))
+    given = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+    run_command(lambda: _run(given))
 
 
 def _run(given: list[str]) -> int | None:
@@ -43,7 +50,8 @@ def _run(given: list[str]) -> int | None:
     if name in COMMANDS:
         module = import_module(COMMANDS[name][0])
         if not hasattr(module, "add_arguments"):
-            return module.main(given[1:])
+            sys.argv = [f"lora-vit {name}", *given[1:]]
+            return module.main()
     args = _parser(name, module).parse_args(given)
     return args.run(args)
 
@@ -61,3 +69,56 @@ def _parser(chosen: str, module: Any) -> argparse.ArgumentParser:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
+    """Add the arguments of every command on a trial."""
+    parser.add_argument("folder", type=Path, help="folder of a completed trial")
+    parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
+    parser.add_argument("--device", choices=devices, default="auto")
+
+
+def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
+    """The record and the config of the trial that :func:`add_trial`'s arguments name.
+
+    The config has the precision that the trial ran in, and weights and data where they are now.
+
+    Raises:
+        RecordError: the trial is not completed, the weights' file is not there, or ``root`` is given for data that lie
+            in a package.
+    """
+    from lora_vit.records import read_record
+
+    try:
+        record = read_record(args.folder)
+    except FileNotFoundError:
+        raise RecordError(f"{args.folder} has no record.json: give the folder of a trial") from None
+    if record.status != "completed":
+        raise RecordError(f"{args.folder}: the trial is {record.shown_status()}, not completed")
+    config = from_dict(record.config)
+    if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp64"):
+        raise RecordError(f"record.json was edited: its environment.precision is {precision}")
+    if root is not None and config.data.root is None:
+        raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
+    config.trainer.precision = str(precision)
+    config.trainer.accelerator = args.device
+    config.trainer.compile = False
+    config.data.root = config.data.root if root is None else root
+    config.model.weights = config.model.weights if args.weights is None else args.weights
+    config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
+        raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
+    return record, config
+
+
+def check_out(path: Path, option: str, suffix: str) -> None:
+    """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
+    if path.suffix != suffix:
+        raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_vit.commands import add_trial, completed_trial
+from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.config import TrialConfig
 from lora_vit.errors import ConfigError
 
@@ -57,6 +57,4 @@ def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack
 
 
 if __name__ == "__main__":
-    from lora_vit.cli import main
-
     main("evaluate")

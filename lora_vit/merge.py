@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lora_vit.commands import add_trial, check_out, completed_trial
+from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
@@ -38,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
     metadata = {"lora_vit": json.dumps(trained.about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(args.out) as file:
         file.write(save({name: t.contiguous() for name, t in trained.merged.state_dict().items()}, metadata))
-    sizes = {key: trained.adapter.card["base"][key] for key in (SIZES if trained.of_torchvision else ("image_size",))}
+    of_torchvision = config.model.library == "torchvision"
+    sizes = {key: trained.adapter.card["base"][key] for key in (SIZES if of_torchvision else ("image_size",))}
     sizes["num_classes"] = len(trained.class_names)
     arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
     print(f"import safetensors.torch, {config.model.library}")
-    if trained.of_torchvision:
+    if of_torchvision:
         print(f"model = torchvision.models.VisionTransformer({arguments})")
     else:
         print(f"model = timm.create_model({config.model.name!r}, {arguments.replace('image_size', 'img_size')})")
@@ -51,6 +52,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from lora_vit.cli import main
-
     main("merge")

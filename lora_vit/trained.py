@@ -20,7 +20,7 @@ from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
-from lora_vit.lora.backbones import TORCHVISION, head_name, new_backbone, put_head, trunk_state
+from lora_vit.lora.backbones import new_backbone
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32, relative to the largest logit (or 1): both sides round each product."""
@@ -34,21 +34,20 @@ class TrainedModel:
     Raises ConfigError where the adapter cannot be read; the first model that is asked for raises ConfigError where the
     base is another than the adapter was trained on.
 
-    Attributes:
-        adapter: what was trained.
+    Args:
+        folder: of the trial.
+        config: as :func:`~lora_vit.cli.completed_trial` gives it.
     """
 
     def __init__(self, folder: Path, config: TrialConfig):
-        """``config``: as :func:`~lora_vit.commands.completed_trial` gives it."""
-        self.adapter = read_adapter(folder)
+        self.config, self.adapter = config, read_adapter(folder)
         self.class_names: list[str] = self.adapter.card["class_names"]
-        self._config = config
 
     @cached_property
     def factory(self) -> ModelFactory:
         """Has the base, to which the adapter is bound."""
-        device = choose_device(self._config.trainer.accelerator, Process())
-        factory = ModelFactory(self._config, len(self.class_names), device, torch.float32)
+        device = choose_device(self.config.trainer.accelerator, Process())
+        factory = ModelFactory(self.config, len(self.class_names), device, torch.float32)
         bind(self.adapter, factory.base)
         if factory.note:
             print(factory.note)
@@ -57,12 +56,7 @@ class TrainedModel:
     @property
     def about(self) -> dict[str, Any]:
         """What every written file says: class names, the model's name, and how images are prepared."""
-        return {"class_names": self.class_names, "model": self._config.model.name, **self.factory.inputs}
-
-    @property
-    def of_torchvision(self) -> bool:
-        """Whether the backbone is torchvision's; else it is timm's."""
-        return self.adapter.card["base"]["architecture"] == TORCHVISION
+        return {"class_names": self.class_names, "model": self.config.model.name, **self.factory.inputs}
 
     @cached_property
     def adapted(self) -> nn.Module:
@@ -76,14 +70,6 @@ class TrainedModel:
         """The library's own model with the adapter in its weights."""
         model = new_backbone(self.factory.base, len(self.class_names))
         model.load_state_dict(merged_state_dict(self.factory.original, self.adapter))
-        return model.to(self.factory.device).eval()
-
-    @cached_property
-    def plain(self) -> nn.Module:
-        """The library's own model with the base's weights and the trial's head."""
-        model = new_backbone(self.factory.base, len(self.class_names))
-        model.load_state_dict(trunk_state(self.factory.original), strict=False)
-        put_head(model, *(self.adapter.tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")))
         return model.to(self.factory.device).eval()
 
     def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
