@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
 from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lora_vit import load_adapter
 from lora_vit.compose import from_omegaconf, register_schema
@@ -30,12 +32,15 @@ def timm_config(*overrides: str, name: str = "vit_tiny_patch16_224", side: int |
 
 
 def plain_model(folder: Path, classes: int = 4) -> Any:
-    """The own model of the trial's library, with the random weights of a trial without weights; a head of zeros."""
+    """The own model of the trial's library with the base's weights; its head is not the trial's."""
     m = from_dict(read_record(folder).config).model
     if m.library == "torchvision":
         sizes = {name: getattr(m, name) for name in SIZES}
         model: Any = VisionTransformer(**sizes, num_classes=classes)
-        model.load_state_dict(build_trunk(*sizes.values()).state_dict(), strict=False)
+        state = build_trunk(*sizes.values()).state_dict()
+        if m.weights is not None:
+            state = interpolate_embeddings(m.image_size, m.patch_size, OrderedDict(torch.load(m.weights)["model"]))
+        model.load_state_dict({n: t for n, t in state.items() if not n.startswith("heads.")}, strict=False)
         return model.eval()
     import timm
 

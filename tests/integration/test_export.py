@@ -66,40 +66,19 @@ def trial(trial_of) -> Path:
 
 @torch.no_grad()
 def read(form: str, folder: Path, x: Tensor) -> Tensor:
-    """Logits of an export by its library alone."""
-    if form == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(folder / "model.onnx")
-        return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-    if form == "torch_export":
-        return torch.export.load(folder / "model.pt2").module()(x)
-    if form == "timm":
-        import timm
-
-        settings = json.loads((folder / "config.json").read_text())
-        model = timm.create_model(
-            settings["architecture"], **settings["model_args"], checkpoint_path=folder / "model.safetensors"
-        )
-        return model.eval()(x)
-    if form == "hf":
-        return hf(folder)(x).logits
-    found = peft(folder).eval()(x)
-    return found if isinstance(found, Tensor) else found.logits
-
-
-def hf(folder: Path) -> Any:
-    from transformers import AutoModelForImageClassification
-
-    return AutoModelForImageClassification.from_pretrained(folder)
+    """Logits of an export by its library alone (docs/interop.md's snippets, which are run below, know no reader)."""
+    return getattr(interop, f"read_{form}")(folder, x)
 
 
 def peft(folder: Path) -> Any:
     import timm
     from peft import PeftModel
+    from transformers import AutoModelForImageClassification
 
-    of_hf = "architectures" in json.loads((folder / "base" / "config.json").read_text())
-    base = hf(folder / "base") if of_hf else timm.create_model(f"local-dir:{folder}/base", pretrained=True)
+    if "architectures" in json.loads((folder / "base" / "config.json").read_text()):
+        base = AutoModelForImageClassification.from_pretrained(folder / "base")
+    else:
+        base = timm.create_model(f"local-dir:{folder}/base", pretrained=True)
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
