@@ -75,7 +75,7 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
     """Add the arguments of every command on a trial."""
     parser.add_argument("folder", type=Path, help="folder of a completed trial")
     parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
-    parser.add_argument("--device", choices=devices, default="auto")
+    parser.add_argument("--device", choices=devices, default=devices[0])
 
 
 def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:

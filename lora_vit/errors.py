@@ -58,15 +58,17 @@ def exit_code(action: Callable[[], int | None], quiet: bool = False) -> int:
 
     ``quiet``: print nothing, for a process whose errors another one reports. ``HYDRA_FULL_ERROR=1`` shows tracebacks.
     """
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"  # the action may set it, to get Hydra's exceptions
+    code = 1
     try:
         _check_process()
         code = action() or 0
-        sys.stdout.flush()  # here a reader that has gone ends us in silence
+        sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has gone, as with `| head`
-        os._exit(0)
+        os._exit(code)
     except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (text := _text(error)):
+        if traceback or not (text := _text(error)):
             raise
         if not quiet:
             print(text, file=sys.stderr)

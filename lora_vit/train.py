@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("train")
+
 import os
 import sys
 from pathlib import Path
@@ -37,7 +42,3 @@ def command() -> None:
 def main() -> None:
     """Command-line entry."""
     run_command(command)
-
-
-if __name__ == "__main__":
-    main()

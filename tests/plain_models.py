@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from lora_vit import load_adapter
-from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit import api, load_adapter
 from lora_vit.config import TrialConfig, from_dict
 from lora_vit.models.vit import build_trunk, timm_trunk
 from lora_vit.records import read_record
@@ -26,9 +24,7 @@ def timm_config(*overrides: str, name: str = "vit_tiny_patch16_224", side: int |
     settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "data.cache_size=16"]
     settings += [] if side is None else [f"model.image_size={side}"]
     settings += ["trainer.epochs=1", "trainer.precision=fp32", "trainer.accelerator=cpu", "trainer.log_every=1"]
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=[*settings, *overrides]))
+    return api.compose([*settings, *overrides])
 
 
 def plain_model(folder: Path, classes: int = 4) -> Any:

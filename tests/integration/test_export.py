@@ -253,6 +253,12 @@ def test_refusals_before_any_work(trial, tmp_path, call, monkeypatch):
     assert (code, err) == (1, f"error: --format onnx needs {libraries}: pip install 'lora_vit[onnx]'\n")
 
 
+def test_an_export_is_made_on_the_cpu(trial, tmp_path, call, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert call("export", trial, "--format", "timm", "--out", tmp_path / "out")[0] == 0
+    assert call("export", trial, "--format", "timm", "--out", tmp_path / "gpu", "--device", "gpu")[0] == 2
+
+
 @pytest.mark.slow
 def test_the_snippets_of_the_page_run(trial, project_root, tmp_path, call, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
