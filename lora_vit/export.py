@@ -17,7 +17,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnxruntime.InferenceSession('{0}/model.onnx')"),
     "torch_export": ((), "torch.export.load('{0}/model.pt2').module()"),
 }
-"""The libraries that write and read each format, and what opens it; ``interop`` has its writer and its reader."""
+"""The libraries that write and read each format, and what opens it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +44,14 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit import interop
     from lora_vit.trained import TrainedModel
 
-    write, read = (getattr(interop, f"{verb}_{args.format}") for verb in ("write", "read"))
     trained = TrainedModel(args.folder, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         written = Path(place, out.name)
         written.mkdir()
         try:
-            write(trained, written)
-            trained.compare(lambda images: read(written, images), f"{args.folder}: the export")
+            interop.write(args.format, trained, written)
+            trained.compare(lambda images: interop.logits(args.format, written, images), f"{args.folder}: the export")
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
@@ -61,18 +60,11 @@ def run(args: argparse.Namespace) -> int:
                 f"--format {args.format} cannot be written for {config.model.name} ({type(error).__name__}: {first}): "
                 "give another format"
             ) from error
-        _give_usual_modes(written)
+        for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
+            file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)
     print(f"{opens.format(str(out))} opens it (docs/interop.md)")
     return 0
-
-
-def _give_usual_modes(folder: Path) -> None:
-    """Some libraries write files for their owner alone; give those the modes of any new file in the folder."""
-    modes = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(modes)
 
 
 if __name__ == "__main__":

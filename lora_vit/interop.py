@@ -1,8 +1,4 @@
-"""A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and its logits from these.
-
-For each format of ``lora_vit.export`` there is ``write_FORMAT``, and ``read_FORMAT``, which uses the other library and
-the files alone.
-"""
+"""A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and its logits from these."""
 
 from __future__ import annotations
 
@@ -23,24 +19,42 @@ OPSET = 20
 """Of ONNX: the first with GELU as one operator."""
 
 
-def write_hf(trained: TrainedModel, out: Path) -> None:
-    """HF's model and its image processor."""
-    _save(trained, _hf_model(trained, trained.merged), out)
+def write(form: str, trained: TrainedModel, out: Path) -> None:
+    """Write a trial in one of ``lora_vit.export``'s formats into a folder that is there.
+
+    Raises:
+        ConfigError: the other library has no such model.
+        Exception: of the other library.
+    """
+    if form == "peft":
+        _write_peft(trained, out)
+    elif form == "onnx":
+        _write_onnx(trained, out)
+    elif form == "torch_export":
+        any_number = ({0: torch.export.Dim.DYNAMIC},)
+        program = torch.export.export(trained.merged, _example(trained), dynamic_shapes=any_number)
+        torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trained.about)})
+    else:
+        _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
 
 
-def read_hf(out: Path, images: Tensor) -> Tensor:
-    """Logits of HF's model."""
-    return _read_model(out)(images).logits
+def logits(form: str, out: Path, images: Tensor) -> Tensor:
+    """What the other library makes of images, [B, C], by the files that :func:`write` left and nothing else."""
+    if form == "onnx":
+        import onnxruntime
 
+        session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if form == "torch_export":
+        return torch.export.load(out / "model.pt2").module()(images)
+    if form == "peft":
+        from peft import PeftModel
 
-def write_timm(trained: TrainedModel, out: Path) -> None:
-    """timm's model with its configuration."""
-    _save(trained, _timm_model(trained, trained.merged), out)
-
-
-def read_timm(out: Path, images: Tensor) -> Tensor:
-    """Logits of timm's model."""
-    return _read_model(out)(images)
+        model: Any = PeftModel.from_pretrained(_read_model(out / "base"), out).eval()
+    else:
+        model = _read_model(out)
+    found = model(images)
+    return found if isinstance(found, Tensor) else found.logits
 
 
 def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
@@ -97,7 +111,7 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
     return model.eval()
 
 
-def write_peft(trained: TrainedModel, out: Path) -> None:
+def _write_peft(trained: TrainedModel, out: Path) -> None:
     """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's.
 
     Raises:
@@ -157,14 +171,6 @@ def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple
     return found
 
 
-def read_peft(out: Path, images: Tensor) -> Tensor:
-    """Logits of PEFT's model on its base."""
-    from peft import PeftModel
-
-    logits = PeftModel.from_pretrained(_read_model(out / "base"), out).eval()(images)
-    return logits if isinstance(logits, Tensor) else logits.logits
-
-
 def _save(trained: TrainedModel, model: Any, out: Path) -> None:
     """Write a model of HF or timm as its library does, with class names and how images are prepared."""
     about, side = trained.about, trained.about["image_size"]
@@ -202,7 +208,7 @@ def _read_model(folder: Path) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def write_onnx(trained: TrainedModel, out: Path) -> None:
+def _write_onnx(trained: TrainedModel, out: Path) -> None:
     """``model.onnx``, for any number of images."""
     module: Any
     for module in trained.merged.modules():
@@ -220,25 +226,6 @@ def write_onnx(trained: TrainedModel, out: Path) -> None:
     )
     program.model.metadata_props["lora_vit"] = json.dumps(trained.about)
     program.save(out / "model.onnx")
-
-
-def read_onnx(out: Path, images: Tensor) -> Tensor:
-    """Logits of onnxruntime."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def write_torch_export(trained: TrainedModel, out: Path) -> None:
-    """``model.pt2``, for any number of images."""
-    program = torch.export.export(trained.merged, _example(trained), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trained.about)})
-
-
-def read_torch_export(out: Path, images: Tensor) -> Tensor:
-    """Logits of the exported program."""
-    return torch.export.load(out / "model.pt2").module()(images)
 
 
 def _example(trained: TrainedModel) -> tuple[Tensor]:

@@ -15,7 +15,6 @@ from helpers import train_together, trial_config
 from PIL import Image
 from plain_models import images, plain_model, timm_config, trials_logits
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lora_vit import interop, trained
 from lora_vit.export import FORMATS
@@ -64,12 +63,6 @@ def trial(trial_of) -> Path:
     return trial_of("torchvision")
 
 
-@torch.no_grad()
-def read(form: str, folder: Path, x: Tensor) -> Tensor:
-    """Logits of an export by its library alone (docs/interop.md's snippets, which are run below, know no reader)."""
-    return getattr(interop, f"read_{form}")(folder, x)
-
-
 def peft(folder: Path) -> Any:
     import timm
     from peft import PeftModel
@@ -104,7 +97,7 @@ def test_an_export_gives_the_trials_logits(kind, form, trial_of, tmp_path, call)
     assert str(tmp_path / "out") in out
     expected = trials_logits(folder, images(side))
     # each product is rounded in another order
-    torch.testing.assert_close(read(form, tmp_path / "out", images(side)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interop.logits(form, tmp_path / "out", images(side)), expected, rtol=1e-4, atol=1e-4)
     without = plain_model(folder)
     head = load_file(folder / "adapter.safetensors")
     put_head(without, *(head[f"{head_name(without)}.{leaf}"] for leaf in ("weight", "bias")))
@@ -199,7 +192,7 @@ def test_what_is_no_adapter_goes_to_hf_only(setting, tmp_path, call):
     assert all(word in err for word in (f"error: {setting} ", "PEFT", "--format timm or hf"))
     assert not (tmp_path / "peft").exists()
     assert call("export", tmp_path / "0", "--format", "hf", "--out", tmp_path / "hf")[0] == 0
-    found = read("hf", tmp_path / "hf", images(16))
+    found = interop.logits("hf", tmp_path / "hf", images(16))
     torch.testing.assert_close(found, trials_logits(tmp_path / "0", images(16)), rtol=1e-4, atol=1e-4)
 
 
@@ -221,7 +214,7 @@ def test_what_another_library_has_not_is_refused(name, form, reason, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("function", ["read_hf", "write_hf"])
+@pytest.mark.parametrize("function", ["write", "logits"])
 @pytest.mark.parametrize("said", ["strides are lost\nand so on", ""])
 def test_a_model_that_the_other_library_cannot_write_or_read(said, function, trial, tmp_path, call, monkeypatch):
     def fail(*_: object) -> None:
@@ -235,8 +228,8 @@ def test_a_model_that_the_other_library_cannot_write_or_read(said, function, tri
 
 
 def test_nothing_is_kept_of_an_export_that_differs(trial, tmp_path, call, monkeypatch):
-    read_hf = interop.read_hf
-    monkeypatch.setattr(interop, "read_hf", lambda out, x: read_hf(out, x) + 0.1)
+    logits = interop.logits
+    monkeypatch.setattr(interop, "logits", lambda *given: logits(*given) + 0.1)
     code, _, err = call("export", trial, "--format", "hf", "--out", tmp_path / "new" / "out")
     assert (code, err) == (1, f"error: {trial}: the export differs by 1.00e-01; nothing written\n")
     assert not list((tmp_path / "new").iterdir())
