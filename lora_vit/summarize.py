@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("summarize")
+
 import argparse
 import os
 import shlex
@@ -119,7 +124,3 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     for line in texts.closing(summary):
         say(line)
     say(f"Report: {escape(str(out / 'report.html'))}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
+from lora_vit import api
 from lora_vit.build import build_setup
-from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
@@ -48,9 +47,7 @@ SMALL = (
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+    return api.compose([*SMALL, *overrides])
 
 
 @dataclasses.dataclass

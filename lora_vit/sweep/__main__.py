@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("sweep")
+
 import argparse
 import sys
 from collections import Counter
@@ -90,7 +95,3 @@ def show(folder: Path) -> int:
 
         print_race(console, sweep, RaceSource(sweep))
     return 0
-
-
-if __name__ == "__main__":
-    main()
