@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_vit.analysis.race import Exit, Race, Rules, boundary, decide, one_stage, standing, wanted
+from lora_vit.analysis.race import Exit, Race, Rules, boundary, decide, one_stage, standing, typical_trials, wanted
 
 RULES = Rules(margin=0.005, first_seeds=3, most_seeds=12)
 
@@ -255,3 +255,10 @@ def test_one_stage_takes_as_many_seeds_as_select_the_best_with_95_percent() -> N
     assert one_stage(math.nan, 4, rules) is one_stage(0.1, 1, rules) is None
     assert right[n - 1] < 0.953
     assert right[n] > 0.947
+
+
+def test_a_typical_race_takes_more_the_more_the_seeds_spread() -> None:
+    counts = [typical_trials(10, sd, Rules(0.005, 5, 30)) for sd in (1e-6, 0.003, 0.01)]
+    assert counts[0] == 50
+    assert 50 < counts[1] < counts[2] <= 300
+    assert counts[2] < typical_trials(10, 0.01, Rules(0.005, 5, 1_000_000)) < 10_000, "not all seeds are drawn"
