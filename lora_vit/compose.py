@@ -353,7 +353,8 @@ _HYDRAS = (
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
-    (r"Config group override must be a string", "a group has no option 'null': leave it out, or choose one (see --help)"),
+    (r"Config group override must be a string",
+     "a group has no option 'null': leave it out, or choose one (see --help)"),
 )  # fmt: skip
 """What Hydra's messages say, and what ours say."""
 
