@@ -24,6 +24,7 @@ def drawn(folder, **options):
 def quick(tmp_path_factory):
     """Rank x dropout x learning rate with baselines, one cell under a long name."""
     cells, y = grid(np.random.default_rng(3), (1, 2, 8), (0.0, 0.1), (3e-4, 1e-3), 3)
+    y[-2] -= 0.2  # the linear probe, far below
     folder = make_sweep(tmp_path_factory.mktemp("quick"), cells, y)
     return make_sweep(folder, [{"lora__rank": 16, "model__weights": LONG}], np.array([[0.99, 0.995, 0.985]]))
 
@@ -51,11 +52,15 @@ def words(figure):
 
 
 def test_every_word_lies_inside_its_picture_and_on_no_other(quick, tmp_path):
-    figures = {**drawn(quick), "race": drawn(race(tmp_path))["race"]}
-    assert set(figures) == {"cells", "by_rank", "learning_curves", "pareto_parameters", "race"}
+    rates = [{"optimizer__lr": float(f"{lr:.3g}")} for lr in np.geomspace(1e-4, 1e-2, 40)]
+    figures = {**drawn(quick), "race": drawn(race(tmp_path / "race"))["race"],
+               "by_lr": drawn(make_sweep(tmp_path / "rates", rates, np.full((40, 1), 0.9), curve=False))["by_lr"]}  # fmt: skip
+    assert set(figures) == {"cells", "by_rank", "by_lr", "learning_curves", "pareto_parameters", "race"}
     for name, figure in figures.items():
         figure.draw_without_rendering()
-        inside = figure.bbox.padded(1)
+        inside, picture = figure.bbox.padded(1), figure.axes[0].bbox
+        assert picture.width > figure.bbox.width / 3, "the names leave room for the picture"
+        assert picture.height > figure.bbox.height / 3
         boxes = [(t.get_text(), t.get_window_extent()) for t in words(figure)]
         for text, box in boxes:
             assert inside.contains(box.x0, box.y0), (name, text)
