@@ -27,8 +27,8 @@ MARK_STYLE = {
     "no verdict": ("#777777", "s"), "selected": ("#0072B2", "D"), "left": ("#56B4E9", "o"), "out": ("#D55E00", "v"),
     "failed": ("#000000", "X"), "not raced": ("#777777", "s"),
 }  # fmt: skip
-MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_TICKS, MOST_NAMES = 7, 30, 5, 14, 12
-LONGEST = 68  # characters of a name
+MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
+LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture
 ACCURACY = "Val accuracy (%)"
 STYLE: Any = {
     "font.size": 10,
@@ -146,8 +146,9 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     for row, colour in zip(baselines, ("#777777", "#000000"), strict=False):
         for _, cell in row.iterrows():
             axes.axhline(100 * cell["mean"], color=colour, ls="--", lw=1.2, label=BASELINES[cell[METHOD]])
-    every = math.ceil(len(ticks) / MOST_TICKS)
-    axes.set_xticks(range(0, len(ticks), every), [value_text(v) for v in ticks[::every]])
+    names = [value_text(v) for v in ticks]
+    every = math.ceil(len(ticks) * (max(map(len, names)) + 2) / TICKS)
+    axes.set_xticks(range(0, len(ticks), every), names[::every])
     axes.set_xlabel("Learning rate" if short[x] == "lr" else short[x].replace("_", " ").capitalize())
     axes.set_ylabel(ACCURACY)
     axes.set_ylim(_limits(pd.concat([frame, *(row.assign(low=math.nan) for row in baselines)])))
