@@ -87,7 +87,7 @@ def one_of(key: str, value: Any, names: Sequence[str]) -> None:
 
 def refuse(key: str, value: Any, why: str) -> NoReturn:
     """Raise ConfigError: the setting as one would give it, why it cannot work and what to do."""
-    shown = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else value
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
     raise ConfigError(f"{key}={shown} {why}")
 
 

@@ -179,8 +179,8 @@ SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).ite
 """The parts of a trial's config by name: model, data, optimizer, lora, trainer."""
 
 _SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-IDENTITY = {name: str(f.type) for name, f in _SETTINGS.items() if f.metadata.get("identity", True)}
-"""Every setting that decides a trial's numbers, by dotted name, with its type as written here."""
+IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
+"""Every setting that decides a trial's numbers, by dotted name."""
 WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 """The other ones."""
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
