@@ -149,7 +149,7 @@ class Clock:
 
 
 def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> None:
-    """Read this step's figures from the device and write those of the trials that go on."""
+    """Read this step's figures from the device and write those of the trials that continue."""
     losses, lrs = losses_K.tolist(), lr_K1[:, 0].tolist()
     speed = clock.images_per_second()
     for k, trial in enumerate(pack.trials):

@@ -104,7 +104,7 @@ class Pack:
         return self._predictions[split]
 
     def end_epoch(self) -> None:
-        """Begin the next epoch for every trial."""
+        """Start the next epoch for every trial."""
         for trial in self.trials:
             trial.state.epoch += 1
             trial.state.step_in_epoch = 0
