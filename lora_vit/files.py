@@ -62,6 +62,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             return
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder if it is empty, and then the folders around it that are empty and not around the current one."""
+    with contextlib.suppress(OSError):
+        os.removedirs(os.path.relpath(folder))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
     with replacing(path) as file:

@@ -23,9 +23,8 @@ from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
 from lora_vit.stopping import StopRequest
-from lora_vit.training.loop import train_trials
+from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.progress import RunReporter
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
@@ -64,11 +63,10 @@ class Outcome:
     predicted: np.ndarray
 
 
-class Recorder(RunReporter):
+class Recorder(Reporter):
     """Collects the losses of logging steps."""
 
     def __init__(self) -> None:
-        super().__init__(False)
         self.losses: dict[str, list[float]] = {}
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:

@@ -22,7 +22,7 @@ from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
-from lora_vit.sweep.trial import Trial, key_of, make_groups, without_seed
+from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import View
 from lora_vit.terminal import from_here, make_console, print_table
 
@@ -74,7 +74,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     source = source_of(sweep)
     counts = Counter(states[trial.trial_id].status for trial in asked)
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
-    print(f"sweep {sweep.folder}: {len(asked) or options.trials} trials" + (f" ({finished})" if finished else ""))
+    size = f"a race of {len(trials)} cells" if about["race"] else f"{options.trials or len(asked)} trials"
+    print(f"sweep {sweep.folder}: {size}" + (f" ({finished})" if finished else ""))
     if left := is_open.difference(trial.trial_id for trial in asked):
         print(f"note: {len(left)} trials of earlier commands are open too: they train after these")
     view = View(sweep, [(trial, states[trial.trial_id]) for trial in asked if trial.trial_id not in is_open])
@@ -96,8 +97,8 @@ def _each_once(trials: Sequence[Trial]) -> list[Trial]:
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
-    baselines = [trial for trial in trials if trial.config.lora.method != "lora"]
-    idle = dict.fromkeys(key for t in baselines for key in map(key_of, t.overrides) if key.startswith("lora."))
+    idle = dict.fromkeys(key_of(line) for trial in trials for line in trial.overrides
+                         if line not in without_idle(trial.config, trial.overrides))  # fmt: skip
     if idle:
         print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
     if twice := len(trials) - len(once):
@@ -189,7 +190,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     request.ended(trial, state)
                     ended, tries = ended + 1, 0
                 if not view.open():
-                    if source.extend():
+                    if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
                 alive, news = engine.look()

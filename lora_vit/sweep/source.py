@@ -18,8 +18,8 @@ from lora_vit.analysis.race import Race, Rules, decide, typical_trials, wanted
 from lora_vit.errors import ConfigError
 from lora_vit.records import SEARCH, State
 from lora_vit.resolve import from_omegaconf
-from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.trial import Trial, digest
+from lora_vit.sweep.plan import Sweep, label
+from lora_vit.sweep.trial import Trial, digest, without_idle
 
 BATCHES = 5
 """A search asks for at most this part of its trials at once, unless the packs' size is given: it learns in between."""
@@ -270,6 +270,6 @@ def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
         if not of.get("group"):
             value = dict(map(tuple, of["choices"]))[texts[key]] if "choices" in of else type(params[key])(texts[key])
             OmegaConf.update(config, key, value)
+    trial = from_omegaconf(config, in_sweep=True)
     lines = [f"{key}={texts[key]}" for key in space]
-    label = " ".join(f"{key.rpartition('.')[2]}={texts[key]}" for key in space)
-    return Trial(from_omegaconf(config, in_sweep=True), [*search["fixed"], *lines], label)
+    return Trial(trial, [*search["fixed"], *lines], label(without_idle(trial, lines)))

@@ -107,8 +107,9 @@ class View:
         return sum(not row.ended and row.status != "running" for row in self.rows.values())
 
     def open(self) -> list[Trial]:
-        """Trials that have not ended."""
-        return [row.trial for row in self.rows.values() if not row.ended]
+        """Trials of the plan that have not ended, as far as we have seen."""
+        planned = (trial for batch in self.sweep.batches for trial in batch)
+        return [trial for trial in planned if trial.trial_id not in self.rows or not self.rows[trial.trial_id].ended]
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -108,20 +108,21 @@ class Worker:
 
     def next_pack(self) -> tuple[Group, list[Trial]] | None:
         """Claim the next pack; wait while others hold what is left. None if nothing is left for anybody, or for us."""
-        in_vain = 0
+        if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
+            return pack
+        in_vain = 0  # looks in a row that found free trials, of which we could take none
         while True:
             self.stop.heed()
-            if pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 1):
-                return pack
-            if in_vain:
-                time.sleep(POLL_EVERY)
             standing = self.packs.look(self.cannot)
-            if standing != FREE and self.source.extend():
-                in_vain = 0
-                continue
+            if standing != FREE:  # ask for more; another worker may just have done so
+                is_new = self.source.extend()
+                standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
             if standing == ENDED:
                 return None
-            in_vain += 1
+            if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
+                return pack
+            in_vain = in_vain + 1 if standing == FREE else 0
+            time.sleep(POLL_EVERY)
 
     def size_of(self, group: Group) -> int | None:
         """How many trials of a group train together; None while another process measures it, or if none can here."""
