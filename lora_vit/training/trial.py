@@ -207,15 +207,15 @@ def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold a trial's folder, made if need be.
 
-    Raises ConfigError where another process holds it (unless we wait for it) or it cannot be written.
+    Raises ConfigError if another process holds it or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock", wait))
+            stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:
