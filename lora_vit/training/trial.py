@@ -21,17 +21,10 @@ from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import ClaimLost, TrialFiles
 
-HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra"))
 OWN_FILES = (
-    records.RECORD,
-    records.METRICS,
-    records.TIMING,
-    records.LOG,
-    records.PREDICTIONS,
-    "adapter.safetensors",
-    "adapter.json",
-    records.CHECKPOINT,
-    *HYDRA_FILES,
+    *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
+    *("adapter.safetensors", "adapter.json"),
+    *(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")),
 )
 """What a trial writes, beside its folder ``tensorboard``."""
 
