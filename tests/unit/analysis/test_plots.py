@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
 from made_up_records import grid, make_record, make_sweep, make_trial
+from matplotlib.text import Text
 
 from lora_vit.analysis import plots, summarize
 from lora_vit.records import METRICS, PLAN
