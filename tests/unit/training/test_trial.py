@@ -84,6 +84,7 @@ def test_a_new_trial(tmp_path):
     assert trial.state == TrialState()
     assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
+    trial.beat()
     assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
     trial.close()
 
