@@ -5,6 +5,11 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("train")
+
 import functools
 import os
 import shlex
@@ -152,7 +157,3 @@ def _refuse(error: BaseException) -> None:
 def main() -> None:
     """Command-line entry."""
     run_command(compose_and_train)
-
-
-if __name__ == "__main__":
-    main()
