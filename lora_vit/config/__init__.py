@@ -4,6 +4,7 @@ from lora_vit.config.check import validate, validate_sweep
 from lora_vit.config.identity import canonical, cell_id, file_sha256, ids, is_weights_file, trial_id, weights_files
 from lora_vit.config.schema import (
     IDENTITY,
+    SCALINGS,
     SCHEMA_VERSION,
     SECTIONS,
     TARGETS,
@@ -16,6 +17,7 @@ from lora_vit.config.schema import (
     SweepConfig,
     TrainerConfig,
     TrialConfig,
+    effective_scaling,
     from_dict,
     known_keys,
     nearest,
@@ -24,8 +26,8 @@ from lora_vit.config.schema import (
 from lora_vit.errors import ConfigError
 
 __all__ = [
-    "IDENTITY", "SCHEMA_VERSION", "SECTIONS", "TARGETS", "WITHOUT_IDENTITY", "ConfigError", "DataConfig",
+    "IDENTITY", "SCALINGS", "SCHEMA_VERSION", "SECTIONS", "TARGETS", "WITHOUT_IDENTITY", "ConfigError", "DataConfig",
     "LoraConfig", "ModelConfig", "OptimizerConfig", "RootConfig", "SweepConfig", "TrainerConfig", "TrialConfig",
-    "canonical", "cell_id", "file_sha256", "from_dict", "ids", "is_weights_file", "known_keys", "nearest", "to_dict",
+    "canonical", "cell_id", "effective_scaling", "file_sha256", "from_dict", "ids", "is_weights_file", "known_keys", "nearest", "to_dict",
     "trial_id", "validate", "validate_sweep", "weights_files",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.schema import (
+    SCALINGS,
     TARGETS,
     DataConfig,
     LoraConfig,
@@ -223,8 +224,8 @@ def _validate_lora(lora: LoraConfig, model: ModelConfig) -> None:
             if block < 0 or (model.num_layers is not None and block >= model.num_layers):
                 last = "" if model.num_layers is None else model.num_layers - 1
                 raise ConfigError(f"lora.blocks={lora.blocks}: block {block} is not in 0 .. {last} of {model.name}")
-    _choice("lora.scaling", lora.scaling, ("standard", "rslora"))
-    _choice("lora.init", lora.init, ("kaiming_uniform", "gaussian"))
+    _choice("lora.scaling", lora.scaling, SCALINGS)
+    _choice("lora.init", lora.init, ("kaiming_uniform",))
     _choice("lora.bias", lora.bias, ("none", "lora_only", "all"))
 
 

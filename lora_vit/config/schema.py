@@ -20,6 +20,9 @@ SCHEMA_VERSION = 3
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 """The linear projections of an encoder block that can get an adapter, in canonical order."""
 
+SCALINGS = ("standard", "rslora")
+"""Rules for the factor of an adapter's output (:func:`effective_scaling`)."""
+
 _NO_IDENTITY = {"identity": False}
 """Metadata of a field that does not decide a trial's numbers: no part of the trial id."""
 
@@ -106,11 +109,21 @@ class LoraConfig:
     init: str | None
     bias: str | None
 
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether parameters of the trunk are trained, so that trials cannot share it."""
+        return self.method == "full" or (self.bias or "none") != "none"
+
     def effective_scaling(self) -> float:
-        """Factor of the adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        """Factor of the adapter's output."""
         assert self.rank is not None
         assert self.alpha is not None
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return effective_scaling(self.alpha, self.rank, self.scaling)
+
+
+def effective_scaling(alpha: float, rank: int, scaling: str | None) -> float:
+    """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
 @dataclass

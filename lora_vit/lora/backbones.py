@@ -22,8 +22,6 @@ OF_HEADS = ("heads.", "head.", "head_dist.")
 """What the classifiers' parameters begin with, torchvision's and timm's."""
 
 
-
-
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
     """timm's model, with random weights unless ``pretrained``; ``image_size`` None: its own.
 
