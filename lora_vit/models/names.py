@@ -103,7 +103,7 @@ def describe(state: dict[str, Tensor]) -> str:
     found = {timm_name(name): t for name, t in state.items()}
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
-    line = f"{depth} blocks of width {width}, patch {patch}"
+    line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
     name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
     if "reg_token" in found:
         line += f", {found['reg_token'].shape[1]} registers"
