@@ -169,9 +169,10 @@ def bind(
             "give these, in fp32, with no adapter merged into them"
         )
     if class_names is not None and list(class_names) != card["class_names"]:
-        differing = ", ".join(sorted(set(class_names) ^ set(card["class_names"]))[:3])
-        what = f"not both have {differing}" if differing else "their order differs"
-        raise ConfigError(f"the data's classes are not those that the adapter was trained on: {what}")
+        gone = [f"lacks '{c}'" for c in card["class_names"] if c not in class_names]
+        new = [f"has '{c}' in addition" for c in class_names if c not in card["class_names"]]
+        what = (gone + new or ["has them in another order"])[0]
+        raise ConfigError(f"the data has other classes than the adapter: it {what}")
     if data is not None and data["fingerprint"] != card["data"]["fingerprint"]:
         then = {**card["data"], "fingerprint": data["fingerprint"]}
         changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items() if now != then.get(key)]

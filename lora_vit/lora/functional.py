@@ -98,18 +98,10 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
-        ln_weight: Tensor | None,
-        ln_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a_KGRI: Tensor,
-        b_KGOR: Tensor,
-        scale_K: Tensor,
-        prologue: Prologue,
-        slots: tuple[int, ...],
-        mask: MaskKey | None,
-    ) -> Tensor:
+        z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+        a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+        prologue: Prologue, slots: tuple[int, ...], mask: MaskKey | None,
+    ) -> Tensor:  # fmt: skip
         K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
         mean = rstd = None
@@ -191,16 +183,10 @@ def _rows(x: Tensor, K: int) -> Tensor:
 
 
 def adapted_linear(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_KGRI: Tensor,
-    b_KGOR: Tensor,
-    scale_K: Tensor,
-    slots: tuple[int, ...],
-    mask: MaskKey | None = None,
-    prologue: Prologue = Prologue(),
-) -> Tensor:
+    z: Tensor, weight: Tensor, bias: Tensor | None,
+    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = Prologue(),
+) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula).
 
     Args:
@@ -222,16 +208,10 @@ def adapted_linear(
 
 
 def adapted_linear_reference(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_KGRI: Tensor,
-    b_KGOR: Tensor,
-    scale_K: Tensor,
-    slots: tuple[int, ...],
-    mask: MaskKey | None = None,
-    prologue: Prologue = Prologue(),
-) -> Tensor:
+    z: Tensor, weight: Tensor, bias: Tensor | None,
+    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = Prologue(),
+) -> Tensor:  # fmt: skip
     """The same in plain operations, trial by trial: what :func:`adapted_linear` is tested against."""
     x = prologue(z)
     y_trials = F.linear(x, weight, bias).chunk(len(a_KGRI))

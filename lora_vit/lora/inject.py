@@ -39,11 +39,8 @@ def use_own_attention(model: nn.Module) -> None:
 
 def inject_adapters(
     model: nn.Module,
-    specs: Sequence[AdapterSpec],
-    targets: Sequence[str],
-    blocks: Sequence[int] | None,
-    state: DropoutState,
-) -> list[LoRAAdapters]:
+    specs: Sequence[AdapterSpec], targets: Sequence[str], blocks: Sequence[int] | None, state: DropoutState,
+) -> list[LoRAAdapters]:  # fmt: skip
     """Give the targeted projections adapters of K trials.
 
     Args:

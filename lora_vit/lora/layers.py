@@ -89,14 +89,9 @@ class LoRAAdapters(_KeyedDropout):
 
     def __init__(
         self,
-        specs: Sequence[AdapterSpec],
-        names: Sequence[str],
-        slots: Sequence[int],
-        input_name: str,
-        in_features: int,
-        out_features: int,
-        state: DropoutState,
-    ):
+        specs: Sequence[AdapterSpec], names: Sequence[str], slots: Sequence[int],
+        input_name: str, in_features: int, out_features: int, state: DropoutState,
+    ):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
         if min(in_features, out_features) < R:
@@ -143,13 +138,9 @@ class PackedHead(_KeyedDropout):
 
     def __init__(
         self,
-        seeds: Sequence[int],
-        dropouts: Sequence[float],
-        in_features: int,
-        classes: int,
-        state: DropoutState,
-        name: str = KEY,
-    ):
+        seeds: Sequence[int], dropouts: Sequence[float],
+        in_features: int, classes: int, state: DropoutState, name: str = KEY,
+    ):  # fmt: skip
         """``name``: of the layer in adapter files."""
         super().__init__(dropouts, in_features, self.KEY, state)
         self.name = name

@@ -105,7 +105,7 @@ def test_a_command_runs_from_anywhere(module, trained, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     code, out, err = call(module, *every_command(trained)[module])
     assert (code, err) == (0, "")
-    assert f"model.weights={trained}/base.pth: torchvision's vit, " in out
+    assert f"model.weights={trained}/base.pth: 2 blocks of width 32, patch 8" in out
     assert ", taken from 'model'" in out
     if module == "evaluate":
         assert f"Test Accuracy: {read_record(trained / 'trial').metrics['test_accuracy']:.2%}  (12 images)" in out
