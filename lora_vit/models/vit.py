@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import ModelConfig
+from lora_vit.config import SIZES, ModelConfig
 from lora_vit.errors import ConfigError
 from lora_vit.lora.attention import use_first_token_alone
-from lora_vit.lora.backbones import SIZES, timm_model
+from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
 from lora_vit.lora.places import places_of, plain_models

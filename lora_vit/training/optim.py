@@ -6,7 +6,6 @@ Shape legend: K trial, P number of trained values of a trial (padded to the wide
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +55,6 @@ class FlatParameters:
         """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
         return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
 
-    def decay_mask(self) -> Tensor:
-        """[P]: 1 where weight decay applies if biases and norms are exempt (matrices), 0 elsewhere."""
-        mask_P = torch.zeros_like(self.values_KP[0])
-        for where, shape in self.slices.values():
-            mask_P[where] = float(len(shape) >= 2)
-        return mask_P
-
 
 class PackedAdamW:
     """AdamW (Loshchilov & Hutter, 2019, algorithm 2) with every hyperparameter per trial.
@@ -86,11 +78,7 @@ class PackedAdamW:
         self.eps_K1 = column([c.eps for c in configs])
         self.clip_K1 = column([math.inf if c.clip_norm is None else c.clip_norm for c in configs])
         self.clips = any(c.clip_norm is not None for c in configs)
-        decay_K1 = column([c.weight_decay for c in configs])
-        self.decay_KP = decay_K1  # [K, 1] where none is exempt
-        if not all(c.decay_bias_and_norm for c in configs):
-            everywhere_K1 = column([float(c.decay_bias_and_norm) for c in configs])
-            self.decay_KP = decay_K1 * torch.maximum(everywhere_K1, flat.decay_mask())
+        self.decay_K1 = column([c.weight_decay for c in configs])
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
@@ -110,7 +98,7 @@ class PackedAdamW:
         lr_K1 = torch.where(ok_K1, lr_K1, torch.zeros_like(lr_K1))
         self.updates_K1 += ok_K1
         count = self.updates_K1.clamp(min=1)
-        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_KP)
+        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)
         self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
         correction1 = 1 - self.beta1_K1**count
@@ -119,27 +107,15 @@ class PackedAdamW:
         self.flat.values_KP.sub_((lr_K1 / correction1) * self.exp_avg_KP / denominator)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate at each step of a trial, as a factor of ``optimizer.lr``."""
-
-    kind: str
-    warmup_steps: int
-    total_steps: int
-
-    def factor(self, step: int) -> float:
-        """At step 0, 1, ... ``total_steps`` - 1: linear warm-up, then linear or cosine decay to 0, or constant."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        remaining = self.total_steps - self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, remaining)
-        if self.kind == "linear":
-            return 1.0 - done
-        if self.kind == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0
-
-
-def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """The schedule of a trial that takes ``total_steps`` steps."""
-    return Schedule(config.schedule, round(config.warmup * total_steps), total_steps)
+def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The learning rate at step 0, 1, ...: linear warm-up, then linear or cosine decay to 0, or constant."""
+    warmup = round(config.warmup * total_steps)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    factor = 1.0
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
+    elif config.schedule == "linear":
+        factor = 1.0 - done
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    return factor * config.lr

@@ -231,7 +231,7 @@ def changed(change: Any) -> Any:
 
 
 OTHERS = {
-    "image size": (lambda m: new_model(image_size=32), "the adapter is for a model with image_size=16, here image_size=32"),
+    "image size": (lambda m: new_model(image_size=32), "is for a model with image_size=16, here image_size=32"),
     "patch size": (lambda m: new_model(patch_size=4), "patch_size=8, here patch_size=4"),
     "blocks": (lambda m: new_model(num_layers=4), "num_layers=2, here num_layers=4"),
     "attention heads": (lambda m: new_model(num_heads=4), "num_heads=2, here num_heads=4"),

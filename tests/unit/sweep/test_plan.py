@@ -21,7 +21,6 @@ from lora_vit.sweep.plan import (
     make_groups,
     setup_key,
     short_key,
-    trains_trunk,
     without_duplicates,
 )
 
@@ -137,7 +136,7 @@ def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
     ],
 )
 def test_who_trains_parameters_of_the_trunk_trains_alone(changes, alone):
-    assert trains_trunk(plain_trial(changes)) is alone
+    assert plain_trial(changes).lora.trains_trunk is alone
 
 
 @pytest.mark.parametrize(
