@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("summarize")
+
 import argparse
 import os
 import shlex
@@ -116,7 +121,3 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     lines += [f"\n[bold]{escape(summary.verdict)}[/bold]", *map(escape, texts.closing(summary))]
     for line in [*lines, f"Report: {escape(str(out / 'report.html'))}"]:
         console.print(line, soft_wrap=True)  # paths stay whole
-
-
-if __name__ == "__main__":
-    main()

@@ -5,200 +5,153 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from lora_vit.compose import explain, from_omegaconf, not_swept, quote_paths, register_schema
-from lora_vit.config import TrialConfig
-from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, RecordError
-from lora_vit.records import NO_ACCURACY, RECORD, TrialRecord, state_of
-from lora_vit.start import started_by_torchrun
-from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun, label
+from lora_vit import distributed
+from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, run_command
+from lora_vit.files import remove_empty
 from lora_vit.terminal import from_here
 
-_FAILURES = ("TrialFailed", "TrialFailed", "TrialFailed", "TrialFailed")
-"""Errors that say all in one line, by name: their modules import torch."""
-_FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lora_vit.config import TrialConfig
+    from lora_vit.records import TrialRecord
+
+OF_SWEEPS = ("sweep.", "engine", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
 
 
-def task(cfg: DictConfig, process: Any = None) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction). ``process``: as ``run`` takes it."""
+def task(cfg: DictConfig) -> float:
+    """Train the composed trial; returns its validation accuracy (a fraction). Each process of a group calls it."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from lora_vit.compose import refuse_misread_paths
+    from lora_vit.config import trial_id
+    from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
+
     hydra_cfg = HydraConfig.get()
-    in_sweep = hydra_cfg.mode == RunMode.MULTIRUN
-    config, folder = from_omegaconf(cfg, in_sweep), Path(hydra_cfg.runtime.output_dir)
+    folder, in_sweep = Path(hydra_cfg.runtime.output_dir), is_multirun()
+
+    def validated() -> TrialConfig:
+        given: Any = OmegaConf.to_container(hydra_cfg.overrides, resolve=False)
+        if not in_sweep:
+            refuse_without_effect(given)
+        refuse_misread_paths([*given["hydra"], *given["task"]])
+        return from_omegaconf(cfg, in_sweep, cwd=Path(hydra_cfg.runtime.cwd))
+
+    try:
+        config = distributed.on_all(validated)
+    finally:
+        remove_empty(folder)  # Hydra has made it, in every process
+    distributed.agree(trial_id(config), "the processes found different files, and so would train different trials")
+    folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
     files = {
         "config.yaml": OmegaConf.to_yaml(cfg),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
-    if in_sweep:
-        _begin_in_sweep(cfg, config, folder)
-    from lora_vit.run import run
+    from lora_vit import run
 
-    try:  # In a sweep we wait, for two settings may name one trial.
-        record = run(config, folder, files, in_sweep, process)
+    try:
+        record = run.train(config, folder, files)
     except Interrupted as stop:
-        if in_sweep and "BasicLauncher" in hydra_cfg.launcher._target_:
-            _end(stop)  # which, unlike an exception, also ends the launcher that would begin the next trial
+        if not in_sweep:
+            stop.command = f"the same command with hydra.run.dir={from_here(folder)}"
         raise
     return report(record, folder)
 
 
-def _begin_in_sweep(cfg: DictConfig, config: TrialConfig, folder: Path) -> None:
-    """What a packed sweep does for its trials: the plan has them, and one that failed is not tried again unasked."""
-    hydra_cfg = HydraConfig.get()
-    given = [str(line) for line in hydra_cfg.overrides.task]
-    job = Job(config, given)
-    job.label = label(given, not_swept(hydra_cfg, [given]).union(job.idle()))
-    Ledger(Path(hydra_cfg.runtime.cwd, hydra_cfg.sweep.dir)).add([job])
-    state = state_of(folder, config, job.trial_id)
-    ended = state.is_ended(config.trainer.resume == "restart", time.time(), cfg.sweep.retry_failed)
-    if state.status == "failed" and state.record is not None and ended:
-        from lora_vit.errors import TrialFailed
+def is_multirun() -> bool:
+    """Whether the task is one of several that a sweeper of Hydra's runs."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-        why = (state.record.error or {}).get("message", "failed")
-        raise TrialFailed(f"{why} (trial {job.trial_id}, recorded earlier); sweep.retry_failed=true tries it again")
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def refuse_without_effect(overrides: Any) -> None:
+    """Raise ConfigError if one of a single run's overrides is about sweeps."""
+    for line in (str(line) for part in overrides.values() for line in part):
+        if line.lstrip("+~").startswith(OF_SWEEPS):
+            raise ConfigError(f"{line} has no effect on a single run: add -m for a sweep, or leave it out")
 
 
 def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
+    from lora_vit.records import NO_ACCURACY, RECORD
+
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
         raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
-    shown = from_here(folder)
-    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
+    if not distributed.started_by_ourselves():
+        shown = from_here(folder)
+        print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return float(accuracy)
 
 
-def run_sweep(asked: SweepRun, engine: Any = None) -> dict[str, float | Exception] | None:
-    """Train the trials of a sweep together, on workers of our own or of an engine; the packed launcher calls this."""
-    from lora_vit.sweep.processes import start_early
+def compose_and_train() -> None:
+    """Let Hydra compose the command line and train; in a group, each process does so."""
+    from lora_vit.compose import register
 
-    if engine is None:
-        start_early(asked.jobs, asked.options)  # before torch is imported here
-    from lora_vit.sweep import runner
+    register()
+    if any(a.startswith("sweep=") for a in sys.argv[1:]) and not {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.insert(1, "-m")  # a preset is a sweep
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    with distributed.group():
+        given = shlex.join(sys.argv[1:])
+        distributed.agree(given, "nodes were started differently, give the same overrides on each")
+        through_hydra()
 
-    return runner.run_sweep(asked, engine)
 
+def through_hydra() -> None:
+    """Let Hydra compose ``sys.argv`` for the task. In a group, every process fails if one of them cannot compose.
 
-task.run_sweep = run_sweep  # type: ignore[attr-defined]
+    Raises:
+        ConfigError: in one line, what Hydra has to say.
+    """
+    import hydra
 
+    from lora_vit.compose import HYDRA
 
-@functools.wraps(task)
-def one_line_task(cfg: DictConfig, process: Any = None) -> float:
-    """The task with user errors as one line; Hydra would add lines of its own to an exception."""
+    failed: list[Exception] = []
+
+    @functools.wraps(task)  # Hydra looks at its name and module
+    def run(cfg: Any) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            if is_multirun() and not isinstance(error, Interrupted):
+                raise  # Hydra's sweeper goes on to the next
+            failed.append(error)
+            raise SystemExit from error  # to an exception Hydra would add lines of its own
+
     try:
-        return task(cfg, process)
-    except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        _end(error, single=True)
-        raise
+        hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(run)()
+    except (Exception, SystemExit) as error:
+        if failed:
+            raise failed[0] from None
+        distributed.on_all(functools.partial(_refuse, error))
+
+
+def _refuse(error: BaseException) -> None:
+    """Raise what has stopped Hydra, as a ConfigError if it is the user's."""
+    from lora_vit.compose import in_one_line
+
+    if isinstance(error, OSError) and (line := line_of(error)):  # Hydra makes the folder
+        raise ConfigError(line.removeprefix("error: ")) from error
+    with in_one_line():
+        raise error
 
 
 def main() -> None:
-    """Command-line entry: errors that a user can cause end in one line and exit code 1."""
-    register_schema()
-    sys.argv[1:] = quote_paths(sys.argv[1:])
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra hand us its exceptions instead of printing them
-    try:
-        if started_by_torchrun():
-            _in_group()
-        else:
-            through_hydra(one_line_task)
-    except Exception as error:
-        _end(error)
-
-
-def through_hydra(task_function: Any) -> None:
-    """Let Hydra compose the command line (``sys.argv``) and hand it to the task."""
-    hydra.main(version_base="1.3", config_path="pkg://lora_vit.conf", config_name="config")(task_function)()
-
-
-def _in_group() -> None:
-    """A process that torchrun started: rank 0 alone speaks to Hydra, and the others end when it does."""
-    from lora_vit import distributed
-
-    process = distributed.join_process_group()
-    try:
-        different = list(dict.fromkeys(map(shlex.join, distributed.from_all(sys.argv[1:]))))
-        if len(different) > 1 and process.local_rank == 0:
-            fail(f"nodes were started differently, give the same overrides on each: {' | '.join(different)}")
-        if len(different) > 1:
-            sys.exit(1)
-        if process.is_main:
-            with distributed.leading(process):
-                _lead(process)
-        else:
-            from lora_vit.run import follow
-
-            sys.exit(follow(process))
-    except distributed.TrialFailed:
-        if process.is_main:
-            raise
-        sys.exit(1)
-    finally:
-        distributed.leave_process_group()
-
-
-def _lead(process: Any) -> None:
-    """Rank 0's part, which says itself what is wrong: once it has left the group, torchrun ends it."""
-    try:
-        through_hydra(functools.wraps(task)(lambda cfg: one_line_task(cfg, process)))
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            fail(end.code.removeprefix("error: "))
-        if end.code:
-            raise
-    except Exception as error:
-        _end(error)
-
-
-def _end(error: Exception, single: bool = False) -> None:
-    """Exit as the error asks for; raise again what is not the user's, or where HYDRA_FULL_ERROR=1 asks for all."""
-    if _FULL_ERROR:
-        raise error
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        fail(explain(error))
-    if isinstance(error, (ConfigError, RecordError)) or type(error).__name__ in _FAILURES:
-        fail(str(error))
-    if str(error).startswith("Config group override must be a string"):
-        fail("a group has no option 'null': leave it out, or choose one (see --help)")
-    if isinstance(error, Interrupted):
-        same = "the same command with the same hydra.run.dir" if single else "the same command"
-        print(f"{error}: saved; {same} goes on", file=sys.stderr)
-        sys.exit(error.exit_code)
-    if isinstance(error, BrokenPipeError):  # nobody reads any more
-        os._exit(1)
-    composing = "lora_vit.run" not in sys.modules  # Hydra makes the folder
-    if isinstance(error, OSError) and (error.errno in NO_SPACE or composing):
-        what = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"{what}: make room, then the same command goes on")
-        fail(f"{what}: choose another folder with hydra.run.dir, or in a sweep with sweep.name or hydra.sweep.dir")
-    if isinstance(error, FileNotFoundError):
-        fail(f"{error.filename} is gone: was a folder moved or removed meanwhile?")
-    raise error
-
-
-def fail(message: str) -> None:
-    """Say what was wrong in one line and exit with code 1."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    """Command-line entry."""
+    run_command(compose_and_train)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
+from lora_vit import api
 from lora_vit.build import build_setup
-from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
 from lora_vit.stopping import StopRequest
-from lora_vit.training.loop import train_trials
+from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.progress import RunReporter
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 SMALL = (
     "model=vit_tiny",
@@ -49,26 +47,23 @@ SMALL = (
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+    return api.compose([*SMALL, *overrides])
 
 
 @dataclasses.dataclass
 class Outcome:
     """What a trial came to."""
 
-    trial: Trial
+    trial: TrialRun
     losses: list[float]
     tensors: dict[str, torch.Tensor]
     predicted: np.ndarray
 
 
-class Recorder(RunReporter):
+class Recorder(Reporter):
     """Collects the losses of logging steps."""
 
     def __init__(self) -> None:
-        super().__init__(False)
         self.losses: dict[str, list[float]] = {}
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
@@ -83,14 +78,14 @@ def train_together(configs: list[TrialConfig], folder: Path, setup: Setup | None
     for i, config in enumerate(configs):
         place = folder / str(i)
         place.mkdir(parents=True)
-        trials.append(Trial.open(config, place, setup, time.time(), {}))
+        trials.append(TrialRun.open(config, place, setup, {}))
     recorder = Recorder()
     with StopRequest() as stop:
         train_trials(trials, setup, recorder, stop)
     return [outcome(folder / str(i), trial, recorder) for i, trial in enumerate(trials)]
 
 
-def outcome(folder: Path, trial: Trial, recorder: Recorder) -> Outcome:
+def outcome(folder: Path, trial: TrialRun, recorder: Recorder) -> Outcome:
     """The trial's end: full-precision tensors from its state, predictions from its folder."""
     predicted = np.empty(0)
     if trial.record.status == "completed":

@@ -26,17 +26,22 @@ class FixedVerdict(Verdict):
         cells, c, best = summary.cells, summary.comparison, best_cell(summary.cells)
         if len(cells) == 1:
             return texts.alone(best)
+        start = f"{best['label']} has the highest val accuracy"
         if not c.possible:
             return (
-                f"{best['label']} has the highest val accuracy, {texts.number(best['mean'])}, but too few cells have "
-                f"two or more seeds to say whether the difference is real. {_what_to_repeat(summary.folders)}"
+                f"{start}, {texts.number(best['mean'])}, but too few cells have two or more seeds to say whether the "
+                f"difference is real. {_what_to_repeat(summary.folders)}"
             )
-        means = " adjusted for missing seeds" if c.blocked and not c.complete else ""
-        if (cells["mark"] == "no verdict").any():
-            means += " among the cells with two or more seeds"
-        start = f"{best['label']} has the highest val accuracy{means}, {texts.with_interval(best)} over "
-        end = _others(cells, int(c.compared.sum()) - 1)
-        return f"{start}{texts.seeds(best['n'])}{end}. {texts.within_text(summary)}".rstrip()
+        start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
+        start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
+        counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
+        lines = [
+            f"{start}, {texts.with_interval(best)} over {texts.seeds(best['n'])}.",
+            f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
+            f"for the best: {counts.get('candidate', 0)}{_smallest_candidate(cells)}.",
+            texts.within_text(summary),
+        ]
+        return " ".join(line for line in lines if line)
 
     def methods(self, summary: Summary) -> list[str]:
         c = summary.comparison
@@ -79,30 +84,11 @@ def _what_to_repeat(folders: list[str]) -> str:
     return "Repeat the sweep with seed=0,1,2."
 
 
-def _others(cells: pd.DataFrame, others: int) -> str:
-    """What the marks say of the cells that were compared with the best."""
-    worse = int((cells["mark"] == "worse").sum())
-    if worse == others:
-        return f", and {'the other cell is' if others == 1 else f'all {others} other cells are'} worse"
-    if worse > 0:
-        middle = f"; {worse} of {others} other cells {'is' if worse == 1 else 'are'} worse"
-    elif others > 1:
-        middle = f", but none of the {others} other cells is shown to be worse"
-    else:
-        middle = ", but the other cell is not shown to be worse"
-    return f"{middle}; {_candidates(cells, others)}"
-
-
-def _candidates(cells: pd.DataFrame, others: int) -> str:
+def _smallest_candidate(cells: pd.DataFrame) -> str:
+    """The smallest of the best and the candidates, if that is not the best."""
     group = cells[cells["mark"].isin(["best", "candidate"])]
-    candidates = len(group) - 1
-    if candidates == 0:
-        return "no other is a candidate for the best"
-    who = "it remains a candidate" if others == 1 else f"{candidates} remain candidates"
-    text = f"{who if candidates > 1 or others == 1 else '1 remains a candidate'} for the best"
     sizes = group["trainable_parameters"]
-    if sizes.notna().all():
-        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
-        if small["mark"] != "best":
-            text += f", the smallest among all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
-    return text
+    small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
+    if sizes.isna().any() or small["mark"] == "best":
+        return ""
+    return f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"

@@ -33,6 +33,9 @@ import numpy as np
 
 from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
 
+DRAWN = 100
+"""Seeds that are drawn for an estimate of a race's length; what it takes beyond them follows from the means."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -227,3 +230,13 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
         return None
     known = 1e6  # degrees of freedom
     return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
+
+
+def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
+    """Trials of a race whose seeds spread by ``sd`` and whose cells' true means by twice that: the median."""
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(draws):
+        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, min(rules.most_seeds, DRAWN)))
+        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
+        counts.append(race.trials + race.expected())
+    return int(np.median(counts))

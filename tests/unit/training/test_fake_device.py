@@ -24,13 +24,13 @@ from lora_vit.data.dataset import load_data
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
 TRIALS = (
     ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
     ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.label_smoothing=0.1"),
-    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5", "optimizer.decay_bias_and_norm=false"),
+    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5"),
 )
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "equal", "repeat_interleave")
 """Operations whose result, or its shape, the host has to read from the device."""
@@ -116,7 +116,7 @@ def three_trials() -> Pack:
     with unset_fake_temporarily():
         data = load_data(configs[0].data)
     setup = build.build_setup(configs[0], Process(), data)
-    return Pack([Trial.without_files(config) for config in configs], setup)
+    return Pack([TrialRun.without_files(config) for config in configs], setup)
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)

@@ -1,0 +1,269 @@
+"""What a sweep wants next: every combination (a grid), more seeds of the leaders (a race), or a study's suggestions.
+
+Any worker asks its source once nothing is left to train, and what the source wants goes into the plan, for all to see.
+A source remembers nothing: it decides by the records, so any process at any time comes to the same decision.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from lora_vit.analysis.race import Race, standing, typical_trials, wanted
+from lora_vit.config import to_dict
+from lora_vit.config.names import cell_names
+from lora_vit.errors import ConfigError
+from lora_vit.records import SEARCH, State
+from lora_vit.resolve import from_omegaconf
+from lora_vit.sweep.plan import Sweep, label
+from lora_vit.sweep.trial import Trial, digest, without_idle
+
+BATCHES = 5
+"""A search asks for at most this part of its trials at once, unless the packs' size is given: it learns in between."""
+MOST_REPEATS = 50
+"""Suggestions in a row that are known, after which the space is taken to hold nothing new."""
+
+
+class Source(Protocol):
+    """Decides which trials a sweep wants."""
+
+    def extend(self) -> bool:
+        """Put what is wanted next into the plan; whether that is anything new."""
+
+
+def source_of(sweep: Sweep) -> Source:
+    """The source of a sweep, as its plan says."""
+    if sweep.race is not None:
+        return RaceSource(sweep)
+    return SearchSource(sweep) if sweep.search is not None else Grid()
+
+
+class Grid:
+    """A sweep that wants what its command asked for."""
+
+    def extend(self) -> bool:
+        """Nothing more is wanted."""
+        return False
+
+
+class RaceSource:
+    """A sweep with ``sweep.margin``: cells get more seeds until one is left.
+
+    Attributes:
+        cells: a trial of each cell with the first seed, in the order of the cells' ids, which settles ties.
+        ended: how the trials of the race stand that have ended, by their ids.
+        race: where the race stood at the last look.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+        self._begin(sweep.race or {})
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        self._plan = plan
+        one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
+        self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
+        self.ended: dict[str, State] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Read the records of the trials that were asked for, and decide."""
+        for name, trial in self.sweep.trials.items():
+            if name not in self.ended and trial.cell_id in self._plan["cells"]:
+                state = self.sweep.state_of(trial)
+                if state.ended and state.record is not None:
+                    self.ended[name] = state
+        self.race: Race = standing(self._plan, map(_for_race, self.ended.values()))
+
+    def wanted(self) -> list[Trial]:
+        """The trials that the race waits for."""
+        places = wanted(self.race, int(self.sweep.plan["workers"]))
+        return [self.cells[cell].with_seed(self.race.first + number) for cell, number in places]
+
+    def extend(self) -> bool:
+        """Ask for the next seeds of the cells that are in, for as many workers as there are."""
+        with self.sweep.changing():
+            if self.sweep.race != self._plan:  # another command has changed its rules or cells
+                self._begin(self.sweep.race or {})
+            self.look()
+            queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
+            new = [trial for trial in self.wanted() if trial.trial_id not in queued]
+            if new:
+                self.sweep.extend(new)
+        return bool(new)
+
+    def title(self) -> str:
+        """Where the race stands, in a line."""
+        race, trials, k = self.race, len(self.ended), len(self.cells)
+        if not race.seeds:
+            return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
+        if not race.ended:
+            return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
+                    f"far, about {race.expected()} more if the means stay")  # fmt: skip
+        name = None if race.selected is None else self._names()[race.selected]
+        end = "not resolved" if name is None else f"{name} is selected"
+        return f"race: {end} after {race.seeds} seeds, {trials} trials"
+
+    def _names(self) -> list[str]:
+        names = cell_names({cell.cell_id: to_dict(cell.config) for cell in self.cells})
+        return [names[cell.cell_id] for cell in self.cells]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells: name, mean, seeds, by how much the mean may still fall, and who left when; the leaders first."""
+        race, names, rows = self.race, self._names(), []
+        for i, mean in enumerate(race.means):
+            left = race.exits.get(i)
+            room = f"{100 * race.room[i]:.2f}" if np.isfinite(race.room[i]) else ""
+            if left is None:
+                state = "selected" if i == race.selected else "left over" if race.ended else "in"
+            elif left.behind is None:
+                state = f"out: failed at seed {race.first + left.seeds - 1}"
+            else:
+                state = f"out after {left.seeds} seeds: behind {names[left.behind]}"
+            order = (left is not None, -race.seeds_of(i), -mean if np.isfinite(mean) else 0.0)
+            text = f"{100 * mean:.2f}" if np.isfinite(mean) else "-"
+            rows.append((order, (names[i], text, str(race.seeds_of(i)), room, state)))
+        return [row for _, row in sorted(rows, key=lambda row: row[0])]
+
+    def sizes(self) -> str:
+        """How many trials the race may take, in a line."""
+        k, race = len(self.cells), self.race
+        known = [row[np.isfinite(row)] for row in race.y]
+        spreads = [float(row.var(ddof=1)) for row in known if len(row) > 1]
+        spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.6 * race.rules.margin
+        typical = len(self.ended) + race.expected()
+        if not race.seeds:
+            typical = max(typical, typical_trials(k, spread, race.rules) if k > 1 else 0)
+        here = ", as they do here" if spreads else ""
+        return (f"a race of {k} cells takes at least {k * race.rules.first_seeds} trials, at most "
+                f"{k * race.rules.most_seeds}, typically about {typical} (if trials of a cell spread by "
+                f"{100 * spread:.2f} points{here}); {len(self.ended)} have ended")  # fmt: skip
+
+
+def _for_race(state: State) -> tuple[str, int, object, object]:
+    """What a race asks of a trial: cell, seed, accuracy (None: failed) and number of val images."""
+    record = state.record
+    assert record is not None
+    accuracy = record.metrics.get("val_accuracy") if state.status == "completed" else None
+    return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
+
+
+class SearchSource:
+    """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
+
+    The study is kept in the sweep's folder; another space, or another fixed setting, is another study in the same file.
+    Suggestions are drawn with seeds of their own, so that a search that was stopped does not draw its first ones again.
+    """
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
+
+    def extend(self) -> bool:
+        """Report to the study what has ended, and ask for the next trials."""
+        with self.sweep.changing():
+            search = self.sweep.search
+            if search is None:
+                return False
+            study = self._open_study(search)
+            known = self._tell(study)
+            lost = [suggested(search, t.params) for name, t in known.items() if name not in self.sweep.trials]
+            new = lost or self._ask(study, search, self._at_once(search, len(known)), known)
+            if new:
+                self.sweep.extend(new)
+        return bool(new)
+
+    def _open_study(self, search: dict[str, Any]) -> Any:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        path = str(self.sweep.folder / SEARCH)
+        storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        name = digest([search["space"], search["bases"]])
+        return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+
+    def _tell(self, study: Any) -> dict[str, Any]:
+        """Tell what trials came to; returns the study's trials by the ids of ours."""
+        from optuna.trial import TrialState, create_trial
+
+        named = {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+        for name, theirs in named.items():
+            state = self.sweep.state_of(self.sweep.trials[name]) if name in self.sweep.trials else None
+            record = state.record if state is not None and state.ended else None
+            value = record.metrics.get("val_accuracy") if record is not None and record.status == "completed" else None
+            if record is None or theirs.state == TrialState.COMPLETE or (theirs.state.is_finished() and value is None):
+                continue
+            if theirs.state.is_finished():  # it had failed, and was tried again
+                study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
+                                             user_attrs=theirs.user_attrs))  # fmt: skip
+            elif value is not None:
+                study.tell(theirs.number, value)
+            else:
+                study.tell(theirs.number, state=TrialState.FAIL)
+        return named
+
+    def _at_once(self, search: dict[str, Any], known: int) -> int:
+        size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
+        batch = int(size) if size != "auto" else max(1, search["trials"] // BATCHES // workers)
+        return max(0, min(batch, search["trials"] - known))
+
+    def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
+        """Up to ``count`` suggestions that are new."""
+        import optuna
+
+        space = {key: _distribution(optuna.distributions, of) for key, of in search["space"].items()}
+        new: dict[str, Trial] = {}
+        for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
+            if len(new) == count:
+                break
+            study.sampler = optuna.samplers.TPESampler(seed=number, multivariate=True, constant_liar=True)
+            theirs = study.ask(space)
+            try:
+                trial = suggested(search, theirs.params)
+            except ConfigError as error:
+                theirs.set_user_attr("error", str(error))
+                study.tell(theirs, state=optuna.trial.TrialState.FAIL)
+                continue
+            if trial.trial_id in known or trial.trial_id in new:
+                same = known.get(trial.trial_id)
+                value = same.value if same is not None else None
+                study.tell(theirs, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
+                continue
+            theirs.set_user_attr("trial_id", trial.trial_id)
+            new[trial.trial_id] = trial
+        return list(new.values())
+
+
+def _distribution(kinds: Any, of: dict[str, Any]) -> Any:
+    if "choices" in of:
+        return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
+    kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution
+    return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+
+
+def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
+    """The trial of a suggestion; a number between two ends gets four digits. Raises ConfigError if it cannot be.
+
+    Args:
+        search: ``space`` (what each key may be), ``bases`` (the composed config, unresolved, for each combination of
+            group options) and ``fixed`` (the other overrides).
+        params: the value of each key, or its text among the choices.
+    """
+    from omegaconf import OmegaConf
+
+    space = search["space"]
+    texts = {key: str(value) if not isinstance(value, float) else f"{value:.4g}" for key, value in params.items()}
+    groups = [[key, texts[key]] for key, of in space.items() if of.get("group")]
+    config = OmegaConf.create(next(text for options, text in search["bases"] if options == groups))
+    for key, of in space.items():
+        if not of.get("group"):
+            value = dict(map(tuple, of["choices"]))[texts[key]] if "choices" in of else type(params[key])(texts[key])
+            OmegaConf.update(config, key, value)
+    trial = from_omegaconf(config, in_sweep=True)
+    lines = [f"{key}={texts[key]}" for key in space]
+    return Trial(trial, [*search["fixed"], *lines], label(without_idle(trial, lines)))
