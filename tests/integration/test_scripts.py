@@ -11,7 +11,9 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
-OTHERS = sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY})
+RACE = SCRIPTS / "bench" / "race.py"
+CALIBRATE = SCRIPTS / "calibrate_statistics.py"
+OTHERS = sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY, RACE, CALIBRATE})
 
 
 @pytest.mark.slow
@@ -34,7 +36,7 @@ def test_the_time_of_a_summary_is_measured(tmp_path):
 @pytest.mark.parametrize(("mode", "rows"), [("marks", 54 + 18), ("race", 52 + 4), ("margin", 15)])
 def test_the_reports_claims_are_calibrated(tmp_path, mode, rows):
     """One simulated sweep for each line of the tables in docs/statistics.md."""
-    lines = run(SCRIPTS / "calibrate_statistics.py", tmp_path, mode, "--runs", "1").splitlines()
+    lines = run(CALIBRATE, tmp_path, mode, "--runs", "1").splitlines()
     tables = [line for line in lines if line.startswith("|")]
     heads = 2 * sum(line.startswith("|---") for line in tables)
     assert len(tables) - heads == rows
@@ -43,7 +45,7 @@ def test_the_reports_claims_are_calibrated(tmp_path, mode, rows):
 
 @pytest.mark.slow
 def test_the_race_is_compared_with_its_peers(tmp_path):
-    out = run(SCRIPTS / "bench" / "race.py", tmp_path, "peers", "--runs", "1")
+    out = run(RACE, tmp_path, "peers", "--runs", "1")
     for means, sd in (("one ahead by 0.5", 0.3), ("spread, sd 0.6", 0.3), ("one ahead by 0.5", 0.6)):
         for way in ("race, 3 first seeds", "race, 5 first seeds", "WilcoxonPruner, 5 seeds", "WilcoxonPruner, 10 seeds"):
             assert f"| {means} | {sd} | {way} | " in out
@@ -54,11 +56,11 @@ def test_a_race_on_digits_is_compared_with_one_stage(tmp_path):
     """Of two ranks, one epoch each; so wide a margin takes one seed in a single stage."""
     (empty := tmp_path / "empty").mkdir()
     small = ["lora=default", "lora.rank=1,2", "optimizer.lr=1e-3", "trainer.epochs=1"]
-    script, truth = SCRIPTS / "bench" / "race.py", tmp_path / "truth.csv"
-    run(script, empty, "truth", "--truth", str(truth), "--runs", "2", *small)
+    truth = tmp_path / "truth.csv"
+    run(RACE, empty, "truth", "--truth", str(truth), "--runs", "2", *small)
     names = pd.read_csv(truth)["label"].tolist()
     assert sorted(names) == ["rank 1, alpha 4", "rank 2, alpha 8"]
-    out = run(script, empty, "digits", "--truth", str(truth), *small, "sweep.margin=40", "sweep.first_seeds=2")
+    out = run(RACE, empty, "digits", "--truth", str(truth), *small, "sweep.margin=40", "sweep.first_seeds=2")
     race, stage = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-2:])
     assert race[:2] == ["race", "4"]
     assert stage[:2] == ["one stage, 1 seeds", "2"]
