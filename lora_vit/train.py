@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from lora_vit import distributed
 from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, run_command
 from lora_vit.files import remove_empty
-from lora_vit.terminal import from_here
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,6 +56,7 @@ def task(cfg: DictConfig) -> float:
         "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
     }
     from lora_vit import run
+    from lora_vit.terminal import from_here
 
     try:
         record = run.train(config, folder, files)
@@ -85,6 +85,7 @@ def refuse_without_effect(overrides: Any) -> None:
 def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
     from lora_vit.records import NO_ACCURACY, RECORD
+    from lora_vit.terminal import from_here
 
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 
 from lora_vit.build import build_setup
-from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.compose import Composer, initialized
 from lora_vit.config import TrialConfig
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
+from lora_vit.resolve import from_omegaconf
 from lora_vit.stopping import StopRequest
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
@@ -48,9 +48,8 @@ SMALL = (
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+    with initialized():
+        return from_omegaconf(Composer("config", [])([*SMALL, *overrides]))
 
 
 @dataclasses.dataclass
