@@ -192,8 +192,7 @@ def _adapter_spec(config: TrialConfig) -> AdapterSpec:
     lora = config.lora
     assert lora.rank is not None
     assert lora.dropout is not None
-    assert lora.init is not None
-    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, lora.init, config.seed)
+    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, "kaiming_uniform", config.seed)
 
 
 def _mark_trainable(trunk: nn.Module, method: str, bias: str) -> None:

@@ -59,7 +59,10 @@ def run_command(action: Callable[[], int | None]) -> NoReturn:
     def run() -> int | None:
         _check_process()
         code = action()
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # all is done, and the reader has seen enough
+            os._exit(code or 0)
         return code
 
     sys.exit(exit_code(run))
@@ -79,8 +82,8 @@ def report(error: BaseException, quiet: bool = False) -> int:
     ``quiet``: print only tracebacks, for a process whose lines another one prints. ``HYDRA_FULL_ERROR=1`` asks for all
     tracebacks.
     """
-    if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`
-        os._exit(0)
+    if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
+        os._exit(1)
     text = line_of(error)
     if FULL_ERROR or not text:
         traceback.print_exception(error)

@@ -111,7 +111,7 @@ def compose_and_train() -> None:
 
 
 def through_hydra() -> None:
-    """Let Hydra compose ``sys.argv`` for the task. In a group, every process fails with what one of them cannot compose.
+    """Let Hydra compose ``sys.argv`` for the task. In a group, every process fails if one of them cannot compose.
 
     Raises:
         ConfigError: in one line, what Hydra has to say.

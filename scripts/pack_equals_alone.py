@@ -90,7 +90,7 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
 
 def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
-    pack = trained_pack(folder, config)
+    pack = trained_pack(folder, read_record(folder), config)
     with torch.no_grad():
         logits = [pack.model.eval()(batch.images, [0])[0] for batch in pack.setup.eval_stream(split, EVAL_BATCH)]
     top = torch.cat(logits).topk(2).values

@@ -211,7 +211,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     lora = adapter.card["lora"]
     with torch.no_grad():
         if lora["method"] == "lora":
-            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], lora["init"], 0)
+            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], "kaiming_uniform", 0)
             for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
                 for name, view in adapters.trial_tensors(0).items():
                     view.copy_(rest.pop(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,9 +179,9 @@ class Worker:
             folder, name = self.sweep.folder_of(trial), trial.trial_id
             try:
                 folder.mkdir(exist_ok=True)
-                run = TrialRun.open(trial.config, folder, setup, self.sweep.hydra_files(trial),
-                                    self.sweep.board_of(trial), mine=lambda name=name: self.claims.mine(name))  # fmt: skip
-                opened.append((trial, run))
+                files, board = self.sweep.hydra_files(trial), self.sweep.board_of(trial)
+                mine = functools.partial(self.claims.mine, name)
+                opened.append((trial, TrialRun.open(trial.config, folder, setup, files, board, mine=mine)))
             except ConfigError as error:
                 self.claims.release(name)
                 self.give_up([name], str(error))

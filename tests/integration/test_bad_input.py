@@ -17,7 +17,7 @@ CASES = [
     ("seeds=1", ["seeds", "did you mean 'seed'"]),
     ("+foo=1", ["foo"]),
     ("+lora.rnk=1", ["lora.rnk", "lora.rank"]),
-    ("lora.rank=0", ["lora.rank=0", "1 or more"]),
+    ("lora.rank=0", ["lora.rank=0", "from 1 up"]),
     ("lora.rank=-3", ["lora.rank=-3"]),
     ("lora.rank=769", ["lora.rank=769", "768"]),
     ("lora.rank=eight", ["lora.rank", "eight"]),
@@ -37,8 +37,8 @@ CASES = [
     ("lora.dropout=-0.1", ["lora.dropout=-0.1"]),
     ("lora.targets=[q,w]", ["lora.targets=w", "q, k, v, o, fc1, fc2"]),
     ("lora.targets=[]", ["lora.targets=[]", "lora=none"]),
-    ("lora.targets=[q,q]", ["twice"]),
-    ("lora.blocks=[12]", ["block 12", "0 .. 11"]),
+    ("lora.targets=[q,q]", ["each once"]),
+    ("lora.blocks=[12]", ["lora.blocks=[12]", "0 .. 11"]),
     ("lora.blocks=[]", ["lora.blocks=[]", "null"]),
     ("lora.scaling=rank", ["lora.scaling=rank", "rslora"]),
     ("lora.bias=some", ["lora.bias=some", "lora_only"]),
@@ -116,16 +116,6 @@ def test_full_error_shows_the_traceback(overrides, tmp_path):
     done = ended([*PYTHON, "lora_vit.train", overrides], tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-
-
-@pytest.mark.parametrize("rest", ["evaluate", "predict image.png", "merge --out merged.safetensors"])
-def test_commands_name_a_folder_that_is_no_trial(rest, tmp_path):
-    module, *arguments = rest.split()
-    done = ended([*PYTHON, f"lora_vit.{module}", "nowhere", *arguments], tmp_path)
-    assert done.returncode != 0
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_without_open_streams_or_a_terminal_for_its_signs(tmp_path):

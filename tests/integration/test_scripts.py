@@ -9,16 +9,27 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+SUMMARY = SCRIPTS / "bench" / "summary.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: str(path.relative_to(SCRIPTS)))
+@pytest.mark.parametrize("path", sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY}), ids=lambda p: str(p.relative_to(SCRIPTS)))
 def test_a_script_starts(path, tmp_path):
     needs = {"mutation.py": "mutmut", "peft_pitfalls.py": "peft"}
     if path.name in needs:
         pytest.importorskip(needs[path.name])
-    done = subprocess.run(
-        [sys.executable, str(path), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    run(path, tmp_path, "--help")
+
+
+@pytest.mark.slow
+def test_the_time_of_a_summary_is_measured(tmp_path):
+    """It makes records that are believed."""
+    *_, row = run(SUMMARY, tmp_path, "--records", "7").splitlines()
+    assert row.startswith("| 7 | 3 | ")
+
+
+def run(path: Path, cwd: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, path, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(cwd.iterdir())
+    return done.stdout
