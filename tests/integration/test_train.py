@@ -61,8 +61,9 @@ def test_the_default_folder_is_named_by_date_and_trial(tmp_path):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(tmp_path / "images" / f"{name}.png")
     own = ("data=imagefolder", "data.root=images", "data.batch_size=1", "data.val_fraction=0.3", "data.cache_dir=cache")
-    for overrides in ((), own, own):
+    for overrides in ((), own, own, ("hydra.run.dir=TRIAL",)):
         run_command("trainer.epochs=1", *overrides, cwd=tmp_path)
+    assert (tmp_path / "TRIAL/record.json").exists(), "a name is left as it was given"
     ids = [read_record(p).trial_id for p in sorted((tmp_path / "outputs/runs").iterdir())]
     assert len(set(ids)) == 2
     for folder, trial_id in zip(sorted((tmp_path / "outputs/runs").iterdir()), ids, strict=True):
