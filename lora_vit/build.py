@@ -29,8 +29,8 @@ from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
-from lora_vit.models.weights import fetch_weights, load_weights
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
+from lora_vit.models.weights import fetch_weights, load_weights
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
