@@ -167,7 +167,7 @@ class Worker:
             if out_of_memory(errors[0]):
                 self.sizes.halve(group, len(members))
             half = max(1, len(rest) // 2)
-            self.say(f"a pack of {len(members)} ended ({one_line(errors[0])}): packs of {half} resume from its checkpoints")
+            self.say(f"a pack of {len(members)} ended ({one_line(errors[0])}): packs of {half} resume from checkpoints")
             for part in filter(None, (rest[:half], rest[half:])):
                 self.train_pack(group, part, setup)
 
