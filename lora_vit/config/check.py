@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.schema import (
     TARGETS,
@@ -24,7 +25,6 @@ from lora_vit.errors import ConfigError
 
 MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
 SIZES = ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
-DATASETS = ("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake")
 
 
 def validate(trial: TrialConfig) -> None:
@@ -128,7 +128,7 @@ def _validate_timm(m: ModelConfig) -> None:
 
 
 def _validate_data(d: DataConfig) -> None:
-    _choice("data.name", d.name, DATASETS)
+    _choice("data.name", d.name, tuple(DATASETS))
     _choice("data.augment", d.augment, ("none", "flip", "crop_flip"))
     _range("data.batch_size", d.batch_size, d.batch_size >= 1, "give a whole number from 1 up")
     _range("data.split_seed", d.split_seed, d.split_seed >= 0, "give a whole number from 0 up")
@@ -146,25 +146,26 @@ def _validate_data(d: DataConfig) -> None:
         _range("data.train_per_class", d.train_per_class, d.train_per_class >= 1, "give 1 or more, or null for all")
     if d.cache_size is not None:
         _range("data.cache_size", d.cache_size, d.cache_size >= 8, "give a number of pixels from 8 up")
-    if d.official_val and d.name != "tiny_imagenet":
-        raise ConfigError(f"data.official_val=true has no effect with data={d.name}: only tiny_imagenet has one")
+    if d.official_val and not DATASETS[d.name].official_val:
+        having = ", ".join(name for name, known in DATASETS.items() if known.official_val)
+        raise ConfigError(f"data.official_val=true has no effect with data={d.name}: only {having} has one")
 
 
 def _validate_parts(d: DataConfig) -> None:
     """Settings that a data set needs, or that have no effect on it."""
-    given = ("test",) if d.name.startswith("cifar") else ()
-    for part in ("val", "test") if d.name != "imagefolder" else ():
+    known = DATASETS[d.name]
+    for part in ("val", "test"):
         fraction = getattr(d, f"{part}_fraction")
-        if part in given and fraction is not None:
+        if part in known.always and fraction is not None:
             raise ConfigError(
                 f"data.{part}_fraction={fraction} has no effect with data={d.name}, which has {part} images of its "
                 "own: leave it null"
             )
-        if part not in given and fraction is None:
+        if part not in (*known.always, *known.perhaps) and fraction is None:
             raise ConfigError(
                 f"data.{part}_fraction=null, but data={d.name} has no {part} images of its own: give a fraction"
             )
-    if d.cache_size is not None and d.name in ("cifar10", "cifar100", "digits"):
+    if d.cache_size is not None and known.one_size:
         raise ConfigError(
             f"data.cache_size={d.cache_size} has no effect with data={d.name}, whose images have one size: leave it "
             "null"
