@@ -1,4 +1,4 @@
-"""Compose, train, sweep and summarize from a notebook or a script: what the commands do, with exceptions.
+"""Compose, train, sweep and summarize from a notebook or a script; the commands call the same functions.
 
 >>> from lora_vit import api
 >>> config = api.compose(["experiment=quickstart", "lora.rank=8"])
@@ -6,41 +6,32 @@
 >>> sweep = api.sweep(["experiment=quickstart", "lora.rank=2,8", "seed=0,1,2"])
 >>> api.summarize(sweep.folder).cells
 
-Hydra's state, the working folder, signal handlers and logging are left as they were. Interrupted is raised where the
-process is asked to stop (Ctrl-C, a notebook's stop button): what was trained is saved, and the same call goes on.
+Errors are those of :mod:`lora_vit.errors`. Interrupted is raised when the process is asked to stop (Ctrl-C, a
+notebook's stop button): what was trained is saved, and the same call resumes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import env_override
-from hydra.errors import HydraException
-from hydra.version import VersionBase
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit import train as command
-from lora_vit.compose import explain, from_omegaconf, quote_paths, register_schema
+from lora_vit.compose import Composer, expand, initialized
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, TrialFailed
 from lora_vit.records import TrialRecord, read_record
+from lora_vit.resolve import from_omegaconf
 from lora_vit.start import started_by_torchrun
+from lora_vit.sweep.plan import Request
+from lora_vit.sweep.trial import Trial
 
 
 class Sweep(NamedTuple):
-    """A finished sweep: its folder, and its trials' records in the order of the grid."""
+    """A finished sweep: its folder, and its trials' records in the order that was asked for."""
 
     folder: Path
     records: list[TrialRecord]
@@ -48,63 +39,71 @@ class Sweep(NamedTuple):
 
 def compose(overrides: Sequence[str] = ()) -> TrialConfig:
     """The config of ``python -m lora_vit.train OVERRIDES``. Raises ConfigError."""
-    with _hydras_state(), hydra.initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(hydra.compose("config", quote_paths(overrides)))
+    forget()  # files may have changed since the last call
+    with initialized():
+        return from_omegaconf(Composer("config", [])(overrides))
 
 
 def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
-    """Train a trial in a folder, or go on where it was stopped there; what is completed is returned as it is.
+    """Train a trial in a folder, or resume it there; a completed one is returned as it is.
 
     Raises:
-        ConfigError: nothing was trained; the message is one line.
+        ConfigError: nothing was trained.
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """
-    from lora_vit.run import run
+    from lora_vit.run import train as train_trial
 
     _refuse_torchrun()
-    given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
-    try:  # its fields may have been changed
-        config = from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given, {"sweep": {"dry_run": False}}))
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from None
-    return run(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
+    config = checked(config)
+    return train_trial(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
-def sweep(overrides: Sequence[str], folder: str | os.PathLike[str] | None = None) -> Sweep:
-    """``python -m lora_vit.train -m OVERRIDES``: commas separate values. ``folder``: instead of outputs/sweeps/NAME.
+def sweep(
+    trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None, **options: Any
+) -> Sweep:
+    """Train many trials together.
+
+    Args:
+        trials: configs, or overrides as after ``python -m lora_vit.train -m``, in which commas separate values.
+        folder: of the sweep; overrides may do without one, and get the folder that the command would give them.
+        options: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
 
     Raises:
         ConfigError: nothing was trained; the message says which trials cannot run, and why.
         TrialFailed: some trials failed; the records say why.
         Interrupted: everything is saved.
     """
-    if wrong := [o for o in overrides if o.startswith(("-", "hydra/launcher", "hydra/sweeper", "sweep.dry_run"))]:
-        raise ConfigError(f"{wrong[0]} is for the command: sweep() takes settings, and trains in packs")
     _refuse_torchrun()
-    trained: dict[Path, None] = {}
-
-    def run_sweep(asked: Any, engine: Any = None) -> Any:
-        if asked.options.dry_run or not asked.options.wait:
-            raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
-        outcomes: Any = command.run_sweep(asked, engine)
-        trained.update(dict.fromkeys(asked.folder / trial_id for trial_id in outcomes))
-        return outcomes
-
-    @functools.wraps(command.task)
-    def task(cfg: Any) -> Any:
-        raise ConfigError("sweep() trains in packs: leave out launchers other than the packed ones")
-
-    task.run_sweep = run_sweep  # type: ignore[attr-defined]
-    place = [] if folder is None else [f"hydra.sweep.dir={os.fspath(folder)}"]
-    with _hydras_state(["-m", *overrides, *place]):
-        command.through_hydra(task)
-    return Sweep(next(iter(trained)).parent, [read_record(trial) for trial in trained])
+    if wrong := {"dry_run", "wait"} & set(options):
+        raise ConfigError(f"sweep.{wrong.pop()} is for the command: sweep() trains, and waits")
+    forget()
+    lines = [trial for trial in trials if isinstance(trial, str)]
+    with initialized():
+        given = [f"sweep.{key}={value}" for key, value in options.items()]
+        request = expand([*lines, *given], folder)
+    if not lines:
+        if folder is None:
+            raise ConfigError("sweep() needs a folder for trials that are given as configs")
+        request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
+    if request.options.dry_run or not request.options.wait:
+        raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
+    run_request(request)
+    return Sweep(request.folder, [read_record(request.folder / trial.trial_id) for trial in request.trials])
 
 
-def _refuse_torchrun() -> None:
-    if started_by_torchrun():
-        raise ConfigError("processes are started by lora_vit itself: run the script without torchrun")
+def run_request(request: Request) -> list[float] | None:
+    """Train what a command asks for; the validation accuracies of its trials, or None if nothing was waited for.
+
+    Raises TrialFailed once all are done, if some trials did not complete.
+    """
+    from lora_vit.sweep.run import run_sweep
+
+    outcomes = run_sweep(request)
+    failed = [outcome for outcome in (outcomes or {}).values() if isinstance(outcome, TrialFailed)]
+    if failed:
+        raise failed[0]
+    return None if outcomes is None else [value for value in outcomes.values() if not isinstance(value, TrialFailed)]
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
@@ -114,25 +113,16 @@ def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
     return compare(folders, **choices)
 
 
-@contextlib.contextmanager
-def _hydras_state(arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Our schema and command line in Hydra, its errors as ConfigError; then all as it was before."""
-    singletons = [vars(kind.instance()) for kind in (GlobalHydra, HydraConfig, VersionBase)]
-    before = [dict(values) for values in singletons]
-    nodes, argv = ConfigStore.instance().repo["hydra"], sys.argv
-    hydras_own = nodes["config.yaml"]
-    GlobalHydra.instance().clear()
-    forget()  # files may have changed since the last call
+def checked(config: TrialConfig) -> TrialConfig:
+    """A config whose fields may have been changed, as it would be composed. Raises ConfigError."""
+    given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
     try:
-        register_schema()
-        sys.argv = ["lora_vit.train", *quote_paths(arguments)]
-        with env_override({"HYDRA_FULL_ERROR": "1"}):  # exceptions instead of printed errors
-            yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from None
-    except SystemExit as end:
-        raise ConfigError(str(end.code).removeprefix("error: ")) from None
-    finally:
-        sys.argv, nodes["config.yaml"] = argv, hydras_own
-        for values, old in zip(singletons, before, strict=True):
-            values.update(old)
+        typed = OmegaConf.merge(OmegaConf.structured(RootConfig), given)
+    except Exception as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    return from_omegaconf(typed)
+
+
+def _refuse_torchrun() -> None:
+    if started_by_torchrun():
+        raise ConfigError("processes are started by lora_vit itself: run the script without torchrun")

@@ -3,375 +3,358 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
+import inspect
+import itertools
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import HydraConf
-from hydra.core.config_loader import ConfigLoader
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
-from hydra.utils import to_absolute_path
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import (
-    RootConfig,
-    SweepConfig,
-    TrialConfig,
-    file_sha256,
-    from_dict,
-    is_weights_file,
-    known_keys,
-    nearest,
-    trial_id,
-    validate,
-    validate_sweep,
-)
-from lora_vit.data.dataset import IN_PACKAGES, known_content
+from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, known_keys, nearest, to_dict, validate_sweep
 from lora_vit.errors import ConfigError
-from lora_vit.sweep.plan import Job, key_of, label
+from lora_vit.resolve import from_omegaconf, register_resolvers
+from lora_vit.sweep.engines import ENGINES
+from lora_vit.sweep.plan import Request, default_name, label
+from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-
-@dataclass
-class PackedLauncherConf:
-    """``hydra/launcher=packed``; its settings are in ``sweep``."""
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedLauncher"
-
-
-@dataclass
-class PackedSlurmConf:
-    """``hydra/launcher=packed_slurm``: each worker is a job. The names are submitit's, and mean what they mean there.
-
-    Attributes:
-        timeout_min: minutes of a job; a worker that has not ended by then saves, and is queued again.
-        gpus_per_node: of a job; a worker trains on one.
-        signal_delay_s: seconds before the limit at which it is asked to save.
-        max_num_timeout: how often it is queued again.
-    """
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedSlurmLauncher"
-    name: str = "lora_vit"
-    timeout_min: int = 60
-    cpus_per_task: int | None = None
-    gpus_per_node: int | None = None
-    mem_gb: int | None = None
-    partition: str | None = None
-    qos: str | None = None
-    account: str | None = None
-    comment: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    gres: str | None = None
-    cpus_per_gpu: int | None = None
-    mem_per_gpu: str | None = None
-    mem_per_cpu: str | None = None
-    signal_delay_s: int = 120
-    max_num_timeout: int = 100
-    array_parallelism: int = 256
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
-    setup: list[str] | None = None
-
-
-@dataclass
-class PackedRayConf:
-    """``hydra/launcher=packed_ray``: each worker is a task.
-
-    Attributes:
-        address: of a running cluster, or ``auto``; None: a cluster of its own on this machine.
-        num_cpus: of a task.
-        num_gpus: of a task; None: 1 where the cluster has GPUs.
-        resources: further ones of a task, by name.
-        runtime_env: as Ray's.
-    """
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.PackedRayLauncher"
-    address: str | None = None
-    num_cpus: float = 1
-    num_gpus: float | None = None
-    resources: dict[str, float] = field(default_factory=dict)
-    runtime_env: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class GridSweeperConf:
-    """``hydra/sweeper=grid``: every combination, as with ``basic``. ``params``: the same as overrides."""
-
-    _target_: str = "hydra_plugins.lora_vit.packed_launcher.GridSweeper"
-    max_batch_size: int | None = None
-    params: dict[str, str] = field(default_factory=dict)
-
-
-def _hydras_config() -> HydraConf:
-    """Hydra's own, with our launcher and sweeper; named in conf/config.yaml they would win over an experiment's."""
-    config = HydraConf()
-    ours = {"launcher": "packed", "sweeper": "grid"}
-    config.defaults = [{key: ours.get(key, value) for key, value in entry.items()} for entry in config.defaults]
-    return config
-
-
-def register_schema() -> None:
-    """Put the schema and the resolvers where Hydra finds them (call before ``hydra.main`` runs)."""
-    store = ConfigStore.instance().store
-    store(name="schema", node=RootConfig)
-    store(group="hydra", name="config", node=_hydras_config(), provider="lora_vit")
-    OmegaConf.register_new_resolver("trial_id", lambda _root_: trial_id(from_omegaconf(_root_, True)), replace=True)
-    OmegaConf.register_new_resolver("rank_times", _rank_times, replace=True)
-    OmegaConf.register_new_resolver("at_least", lambda *values: max(map(int, values)), replace=True)
-    plugins = str(Path(__file__).parent / "plugins")
-    if plugins not in sys.path:  # Hydra finds the packed launcher there
-        sys.path.append(plugins)
-
-
-def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
-    """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
-    if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
-        return f"${{rank_times:{scaling}}}"
-    return None if _parent_.rank is None else scaling * _parent_.rank
-
-
-def from_omegaconf(cfg: Any, in_sweep: bool = False) -> TrialConfig:
-    """The plain, validated dataclass of a composed Hydra config (keys that are not the trial's are left out).
-
-    ``in_sweep``: settings without effect, such as ``lora.rank`` under ``lora=none``, are dropped rather than refused.
-    """
-    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
-    plain = {}
-    for key in cfg:
-        if key not in (*wanted, "hydra", "sweep"):
-            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
-    for key in wanted:
-        try:
-            node = cfg[key]
-            plain[key] = (
-                OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
-            )
-        except MissingMandatoryValue as error:
-            missing = error.full_key or key
-            raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(error).splitlines()[0]) from None
-    if in_sweep:
-        drop_idle(plain)
-    trial = from_dict(plain)
-    _find_from_anywhere(trial)
-    validate(trial)
-    identify(trial, fetch=not cfg["sweep"]["dry_run"])
-    return trial
-
-
-def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what its files contain, or compare it with what is given; without ``fetch`` only what is known already.
-
-    Raises:
-        ConfigError: a file cannot be read, or its content is not the given one.
-    """
-    weights, digest = trial.model.weights, None
-    if weights is not None and is_weights_file(weights):
-        digest = file_sha256(Path(os.path.expanduser(weights)))
-    elif weights is not None and trial.model.library == "torchvision" and trial.data.name not in IN_PACKAGES:
-        from lora_vit.models.weights import check_weights  # imports torch
-
-        check_weights(trial.model.name, weights)  # before data is fetched for it
-    content = known_content(trial.data, fetch)
-    for key, given, found in (
-        ("model.weights_sha256", trial.model.weights_sha256, digest),
-        ("data.content", trial.data.content, content),
-    ):
-        if given is not None and given != found:
-            raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
-    trial.model.weights_sha256, trial.data.content = digest, content
-
-
-def _find_from_anywhere(trial: TrialConfig) -> None:
-    """Make the paths that other commands need later absolute; ``model.weights=none`` means null, as elsewhere."""
-    if str(trial.model.weights).lower() in ("none", "null"):
-        trial.model.weights = None
-    if is_weights_file(trial.model.weights):
-        trial.model.weights = to_absolute_path(os.path.expanduser(str(trial.model.weights)))
-    if trial.data.root:
-        trial.data.root = to_absolute_path(os.path.expanduser(trial.data.root))
-    if not trial.data.cache_dir.startswith("~"):  # each machine's own home
-        trial.data.cache_dir = to_absolute_path(trial.data.cache_dir)
-
-
-def drop_idle(values: dict[str, Any]) -> list[str]:
-    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
-    lora = values.get("lora")
-    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
-        return []
-    idle = [key for key, value in lora.items() if key != "method" and value is not None]
-    lora.update(dict.fromkeys(idle))
-    return [f"lora.{key}" for key in idle]
-
-
-def sweep_from_omegaconf(node: Any) -> SweepConfig:
-    """The plain, validated sweep settings of a composed config. Raises ConfigError."""
-    values = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(values, dict)
-    sweep = SweepConfig(**{str(k): v for k, v in values.items()})
-    validate_sweep(sweep)
-    return sweep
-
-
+HYDRA = {"version_base": "1.3"}
+"""How Hydra is asked to behave."""
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
-_PATH_OVERRIDE = re.compile(rf"(\+{{0,2}}({'|'.join(map(re.escape, PATHS))}))=(.*)", re.DOTALL)
-_PIECE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)""")
+ELSEWHERE = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
+"""Settings of Hydra for each job, with the only values that a packed sweep has."""
 
 
-def quote_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line with names of files and folders in quotes where Hydra would read something else from them.
+def register() -> None:
+    """Put the schema, the engines, the resolvers and the sweeper into Hydra (call before it composes)."""
+    from hydra.core.plugins import Plugins
+    from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
 
-    ``data.root=2024_11`` is a number to Hydra, ``hydra.run.dir=a(b)`` a function. What is in Hydra's quotes already
-    stays, and so do ``null`` and ``${...}``; a comma separates values in a sweep, where the key can be swept.
+    store = ConfigStore.instance().store
+    replace: Any = {"replace": True} if "replace" in inspect.signature(store).parameters else {}  # of Hydra 1.4
+    store(name="schema", node=RootConfig, **replace)
+    store(group="hydra/sweeper", name="packed", node=PackedSweeperConf, provider="lora_vit", **replace)
+    for name, node in ENGINES.items():
+        store(group="engine", name=name, node=node, **replace)
+    register_resolvers()
+    Plugins.instance().register(PackedSweeper)  # Hydra 1.3 does not find it in an editable install
+
+
+@contextmanager
+def initialized() -> Iterator[None]:
+    """Hydra with our configuration, for a script or a notebook; then its state is as it was before.
+
+    Raises ConfigError instead of what Hydra raises.
     """
-    sweep = any(a in ("-m", "--multirun") or a.lower() == "hydra.mode=multirun" or a[:6] == "sweep=" for a in arguments)
-    parser = OverridesParser.create()
-    quoted = []
-    for argument in arguments:
-        if match := _PATH_OVERRIDE.fullmatch(argument):
-            given, key, value = match.groups()
-            separates = sweep and key.startswith(("data.", "model."))
-            pieces = [m[1] for m in _PIECE.finditer(value) if m[1]] if separates else [value]
-            argument = f"{given}={','.join(_quoted(parser, key, piece) for piece in pieces)}"
-        quoted.append(argument)
-    return quoted
-
-
-def _quoted(parser: OverridesParser, key: str, value: str) -> str:
-    """A name as Hydra has to be given it. ``~`` is the home folder in all of them, as Hydra would not know."""
-    if key.startswith("hydra."):
-        value = os.path.expanduser(value)
+    running, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
     try:
-        parsed = parser.parse_override(f"{key}={value}")
-        as_meant = parsed.value() if parsed.value_type == ValueType.ELEMENT else ""
-        if value in ("", "null") or as_meant == value or (parsed.is_sweep_override() and not parsed.is_choice_sweep()):
-            return value
-        if isinstance(as_meant, str) and value[:1] in ("'", '"'):
-            return value
-    except HydraException:
-        pass
-    literal = re.sub(r"(\\*)\$\{(?![^{}]+\})", r"\1\1\\${", value)  # one that is not closed is no interpolation
-    return QuotedString(literal, Quote.single).with_quotes()
+        register()
+        with hydra.initialize_config_module("lora_vit.conf", **HYDRA), in_one_line():
+            yield
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = running, config
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Raise ConfigError, with one line, for an error of Hydra or OmegaConf."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def expand(overrides: Sequence[str], folder: Any = None) -> Request:
+    """What ``python -m lora_vit.train -m OVERRIDES`` asks for, in a Hydra that is initialized. Raises ConfigError."""
+    place = [] if folder is None else [f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    with in_one_line():
+        given = [*overrides, *place]
+        fixed = [str(o.input_line) for o in parser.parse_overrides(given) if not o.is_sweep_override()]
+        master = hydra.compose("config", fixed, return_hydra_config=True)
+        HydraConfig.instance().set_config(master)
+        params = OmegaConf.to_container(master.hydra.sweeper.params)
+        return sweep_request(master, params, [line for line in given if not line.startswith("hydra")])
 
 
 class Composer:
-    """Composes trials as Hydra does; overrides that only change a value cost milliseconds instead of 0.3 s."""
+    """Composes trials as Hydra does; overrides that only change a value cost milliseconds."""
 
-    def __init__(self, loader: ConfigLoader, master: DictConfig):
-        self.loader, self.master = loader, master
-        self._parser = OverridesParser.create(config_loader=loader)
+    def __init__(self, config_name: str, fixed: Sequence[str]):
+        """``fixed``: overrides that all trials have, those of Hydra's own node too."""
+        self.config_name, self.fixed = config_name, list(fixed)
+        self._loader = GlobalHydra.instance().config_loader()
+        self._parser = OverridesParser.create(config_loader=self._loader)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
         self._is_value: dict[str, bool] = {}
 
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Overrides as Hydra reads them."""
+        return self._parser.parse_overrides(list(overrides))
+
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
-        """The trial's config by Hydra's own way."""
-        config = self.loader.load_sweep_config(self.master, list(overrides))
-        for part in ("launcher", "sweeper", "sweep"):
-            ours, all_have = (OmegaConf.to_container(c.hydra[part], resolve=False) for c in (config, self.master))
-            if ours != all_have:
-                raise ConfigError(f"hydra.{part} cannot differ between trials: name it for all, as hydra/{part}=...")
-        trial = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-        OmegaConf.set_struct(trial, True)
-        return trial
+        """The trial's config by Hydra's own way, with Hydra's node."""
+        return hydra.compose(self.config_name, [*self.fixed, *overrides], return_hydra_config=True)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        """The trial's config (without the ``hydra`` node). Raises what Hydra raises."""
-        parsed = self._parser.parse_overrides(list(overrides))
-        plain = [o for o in parsed if self._changes_a_value(o)]
-        others = tuple(line for line, o in zip(overrides, parsed, strict=True) if not self._changes_a_value(o))
+        """The trial's config. Raises what Hydra raises."""
+        parsed = self.parse(overrides)
+        others = tuple(line for line, o in zip(overrides, parsed, strict=True) if not self.changes_a_value(o))
         base = self._bases.get(others)
         if base is None:
             base = self._bases[others] = self.exactly(others)
+        HydraConfig.instance().set_config(base)  # for ${hydra:...}
         config = copy.deepcopy(base)
         try:
-            for override in plain:
-                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            for override in parsed:
+                if self.changes_a_value(override):
+                    OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         except OmegaConfBaseException:
             return self.exactly(overrides)  # for Hydra's message
         return config
 
-    def _changes_a_value(self, override: Override) -> bool:
+    def changes_a_value(self, override: Override) -> bool:
+        """Whether an override only replaces a value of the composed config."""
         key = override.key_or_group
         if key not in self._is_value:
-            self._is_value[key] = not key.startswith("hydra") and not self.loader.get_group_options(key)
+            self._is_value[key] = not key.startswith("hydra") and not self._loader.get_group_options(key)
         plain = not (override.is_add() or override.is_delete() or override.is_force_add() or override.package)
         return plain and self._is_value[key]
 
 
-def compose_all(loader: ConfigLoader, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Job]:
-    """Every trial of the sweep, validated.
+def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str]) -> Request:
+    """What a sweep's command asks for, every trial of it composed and validated.
+
+    Args:
+        master: the composed config of what is not swept, with Hydra's node.
+        params: ``hydra.sweeper.params``; the command line replaces their keys.
+        arguments: the overrides of the command line.
+
+    Raises:
+        ConfigError: in one line; with every trial that cannot run, a line each.
+    """
+    register_resolvers()
+    given = OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False)
+    composer = Composer(master.hydra.job.config_name, [line for line in given if key_of(line) != "hydra.mode"])
+    with in_one_line():
+        parsed = composer.parse([*(f"{key}={value}" for key, value in params.items()), *arguments])
+        overrides = {o.get_key_element(): o for o in parsed}
+        options = sweep_options(master)
+        swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
+        fixed = [_line(o) for o in overrides.values() if not o.is_sweep_override()]
+        refuse_without_effect(master, options, list(swept), [*map(str, given), *fixed])
+        refuse_misread_paths(overrides.values())
+        folder = _folder(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
+        request = Request(folder, options, engine=OmegaConf.to_object(master.engine),
+                          hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
+        if options.trials is not None:
+            request.search = search_space(composer, master, swept, fixed, options.trials)
+            return request
+        if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
+            raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
+        axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
+        request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
+        if not request.trials:
+            raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
+        if options.margin is not None:
+            refuse_seed_dependent(composer, fixed, request.trials)
+    return request
+
+
+def _line(override: Override) -> str:
+    """An override that is not swept, as it was given."""
+    return str(override.input_line)
+
+
+def sweep_options(cfg: Any) -> SweepConfig:
+    """The validated sweep settings of a composed config. Raises ConfigError."""
+    options = SweepConfig(**OmegaConf.to_container(cfg.sweep, resolve=True))
+    validate_sweep(options)
+    return options
+
+
+def _folder(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> Path:
+    """The sweep's folder: under its name, or one made from what is swept and what is fixed."""
+    if master.sweep.name is not None:
+        return Path(str(master.hydra.sweep.dir))
+    rest: Any = OmegaConf.to_container(master, resolve=False)
+    rest = {key: value for key, value in rest.items() if key not in ("hydra", "sweep", "engine", *swept)}
+    for key in (*WITHOUT_IDENTITY, *swept):
+        section, _, name = key.partition(".")
+        if name and isinstance(rest.get(section), dict):
+            rest[section].pop(name, None)
+    ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
+            if not key.startswith(("hydra", "sweep.", "engine")) and key not in WITHOUT_IDENTITY}  # fmt: skip
+    named = copy.deepcopy(master)
+    with read_write(named), open_dict(named):
+        named.sweep.name = default_name(swept, ours.get("sweep"), [rest, ours])
+    return Path(str(named.hydra.sweep.dir))
+
+
+def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequence[str]]) -> list[Trial]:
+    """Every trial of the sweep, validated; ``swept``: the overrides of each.
 
     Raises:
         ConfigError: with every trial that cannot run, one line each.
     """
-    composer = Composer(loader, master)
-    constant = not_swept(master.hydra, all_overrides)
-    jobs: list[Job] = []
+    trials: list[Trial] = []
     refused: dict[str, list[str]] = {}
     began, plain = time.monotonic(), Every(5.0)
-    for i, overrides in enumerate(all_overrides):
-        named = label(overrides, constant)
+    for i, lines in enumerate(swept):
         try:
-            config = composer(overrides)
-            job = Job(from_omegaconf(config, in_sweep=True), list(overrides))
-            job.label = label(overrides, constant.union(job.idle()))
-            jobs.append(job)
+            trials.append(compose_trial(composer, fixed, lines))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            refused.setdefault(explain(error), []).append(named)
+            refused.setdefault(explain(error), []).append(label(lines))
         if plain.due():
-            print(f"composing: {i + 1}/{len(all_overrides)} trials", file=sys.stderr)
+            print(f"composing: {i + 1}/{len(swept)} trials", file=sys.stderr)
     if time.monotonic() - began > 5:
-        print(f"composed {len(all_overrides)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
+        print(f"composed {len(swept)} trials in {time.monotonic() - began:.1f} s", file=sys.stderr)
     if refused:
-        swept = {key_of(line) for overrides in all_overrides for line in overrides if line not in constant}
-        comma = [f"  ({key}: a comma separates values; a name with a comma needs Hydra's quotes, \"{key}='a,b'\")"
-                 for key in PATHS if key in swept]  # fmt: skip
-        raise ConfigError("\n".join([_refusal(refused, len(all_overrides)), *comma]))
-    return jobs
+        keys = {key_of(line) for lines in swept for line in lines}
+        comma = [f"  ({key}: a comma separates values; a name with a comma is given in quotes, \"{key}='a,b'\")"
+                 for key in PATHS if key in keys]  # fmt: skip
+        raise ConfigError("\n".join([_refusal(refused, len(swept)), *comma]))
+    return trials
 
 
-def not_swept(hydra: Any, all_overrides: Sequence[Sequence[str]]) -> set[str]:
-    """The overrides of keys that are not swept, which a label leaves out."""
-    swept = OmegaConf.select(hydra, "callbacks.name_sweep.swept")
-    if swept is None:  # a sweeper of its own kind
-        return set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
-    return {line for overrides in all_overrides for line in overrides if line.partition("=")[0] not in swept}
+def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]) -> Trial:
+    """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
+    node = composer([*fixed, *swept])
+    config = from_omegaconf(node, in_sweep=True, cwd=Path(str(node.hydra.runtime.cwd)))
+    return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 
 def _refusal(refused: dict[str, list[str]], total: int) -> str:
     """Each message once, with the trials it is about."""
-    count = sum(map(len, refused.values()))
-    lines = [f"{count} of {total} trials cannot run, so none is started:"]
+    lines = [f"{sum(map(len, refused.values()))} of {total} trials cannot run, so none is started:"]
     for message, labels in refused.items():
         more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         lines.append(f"  {message}   [{labels[0] or 'as given'}{more}]")
     return "\n".join(lines)
 
 
-def _hydras_nodes() -> dict[str, Any]:
-    """Hydra's dotted keys, those of our launchers among them, each with its default."""
+def refuse_seed_dependent(composer: Composer, fixed: Sequence[str], trials: Sequence[Trial]) -> None:
+    """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
+    seed = f"seed={trials[0].config.seed + 1}"
+    for trial in trials:
+        other = compose_trial(composer, without_seed(fixed), [*without_seed(trial.overrides[len(fixed) :]), seed])
+        ours, theirs = to_dict(trial.config), to_dict(other.config)
+        if wrong := [key for key in ours if key != "seed" and ours[key] != theirs[key]]:
+            raise ConfigError(f"{wrong[0]} depends on the seed: a race compares cells over its seeds, so give every "
+                              "setting but seed a value of its own")  # fmt: skip
 
-    def below(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        yield prefix, value
-        for key, inner in value.items() if isinstance(value, dict) else ():
-            yield from below(f"{prefix}.{key}", inner)
 
-    confs = (("hydra", HydraConf), ("hydra.launcher", PackedSlurmConf), ("hydra.launcher", PackedRayConf))
-    return dict(
-        node for prefix, conf in confs for node in below(prefix, OmegaConf.to_container(OmegaConf.structured(conf)))
-    )
+def search_space(
+    composer: Composer, master: Any, swept: dict[str, Override], fixed: Sequence[str], trials: int
+) -> dict[str, Any]:
+    """What a search may choose from, as its plan keeps it; the ends of all ranges are composed and validated.
+
+    Raises ConfigError.
+    """
+    if wrong := [key for key in swept if key == "seed"]:  # the best seed is luck
+        raise ConfigError(f"{wrong[0]} cannot be searched: give it one value")
+    if not swept:
+        raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
+    space = {key: _choices(composer, o) for key, o in swept.items()}
+    groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
+    bases = []
+    for options in itertools.product(*groups):
+        config = composer([*fixed, *(f"{key}={text}" for key, text in options)])
+        plain: Any = OmegaConf.to_container(config, resolve=False)
+        for section, name in (("data", "root"), ("data", "cache_dir"), ("model", "weights")):
+            value = plain[section][name]  # a worker may be started in another folder
+            if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
+                plain[section][name] = str(Path(str(master.hydra.runtime.cwd), value))
+        bases.append([list(map(list, options)), OmegaConf.to_yaml({k: v for k, v in plain.items() if k != "hydra"})])
+    ends = [[f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
+            for i, end in ((0, "low"), (-1, "high"))]  # fmt: skip
+    compose_all(composer, fixed, ends)
+    return {"trials": trials, "space": space, "bases": bases, "fixed": list(fixed)}
+
+
+def _choices(composer: Composer, override: Override) -> dict[str, Any]:
+    """The values of a key: ``choices`` (text and value), or ``low`` and ``high`` of a range."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        integer = isinstance(low, int) and isinstance(high, int)
+        return {"low": low, "high": high, "log": "log" in value.tags, "integer": integer, "group": False,
+                "step": 1 if integer else None}  # fmt: skip
+    lines = [(text, f"{override.get_key_element()}={text}") for text in override.sweep_string_iterator()]
+    choices = [[text, composer.parse([line])[0].value()] for text, line in lines]
+    return {"choices": choices, "group": not composer.changes_a_value(override)}
+
+
+def refuse_without_effect(master: Any, options: SweepConfig, swept: Sequence[str], given: Sequence[str]) -> None:
+    """Raise ConfigError if a setting of Hydra's or of the sweep's would do nothing, or cannot be."""
+    race, search = options.margin is not None, options.trials is not None
+
+    def first(*prefixes: str) -> str:
+        return next((line for line in given if line.lstrip("+~").startswith(prefixes)), "")
+
+    own = next((key for key in swept if key.startswith(("sweep", "hydra", "engine"))), "")
+    values: Any = OmegaConf.to_container(master.hydra, resolve=False)
+    odd = {key: values[key.partition(".")[0]] for key in ELSEWHERE}
+    odd = {key: value[key.partition(".")[2]] if "." in key else value for key, value in odd.items()}
+    odd = {key: value for key, value in odd.items() if value != ELSEWHERE[key]}
+    for wrong, why in (
+        (own, "is the sweep's own and cannot be swept: give it one value"),
+        (first("hydra.run."), "has no effect on a sweep: give sweep.name or hydra.sweep.dir"),
+        (first("hydra/launcher", "hydra.launcher"),
+         "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),
+        (not race and first("sweep.first_seeds", "sweep.most_seeds"),
+         "has no effect without sweep.margin, which makes the sweep a race"),
+        (race and "seed" in swept and "seed",
+         "cannot be swept in a race (sweep.margin), which chooses its seeds: give its first one, seed=0"),
+        (race and search and f"sweep.trials={options.trials}", "makes a search, sweep.margin a race: give one of them"),
+        (not options.wait and master.engine.name != "slurm" and "sweep.wait=false",
+         "needs engine=slurm: only workers on Slurm outlive the command"),
+        (odd and f"hydra.{next(iter(odd))}={next(iter(odd.values()))}",
+         "has no effect on packed trials: leave it out, or choose hydra/sweeper=basic"),
+        (options.dry_run and search and "sweep.dry_run=true", "cannot say what a search will suggest: leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"{wrong} {why}")
+
+
+def refuse_misread_paths(overrides: Any) -> None:
+    """Raise ConfigError if Hydra reads something else than the text that was given as the name of a file or folder."""
+    for override in overrides:
+        if override.key_or_group in PATHS and not override.is_sweep_override() and override.input_line:
+            value, text = override.value(), override.get_value_string()
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")
+
+
+def quoted(key: str, text: str) -> str:
+    """How to give a name that Hydra's grammar reads otherwise."""
+    return f"give the name in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
+
+
+_HYDRAS = (
+    (r"Could not override 'hydra.sweeper.params\.?([^']*)'", "hydra.sweeper.params.{0} has to be added: "
+     "+hydra.sweeper.params.{0}=..., or give what is swept itself, as lora.rank=1,2"),
+    (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
+    (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
+     "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
+    (r"Config group override must be a string", "a group has no option 'null': leave it out, or choose one (see --help)"),
+)  # fmt: skip
+"""What Hydra's messages say, and what ours say."""
 
 
 def explain(error: BaseException) -> str:
@@ -385,31 +368,20 @@ def explain(error: BaseException) -> str:
         if isinstance(link, ConfigError):
             return str(link)
         if isinstance(link, OverrideParseException):
-            return f"cannot read the override '{link.override}': {link.message.splitlines()[0]}"
-    texts = [str(e) for e in chain]
-    for text in texts:
-        if found := re.search(r"Could not override '([^']+)'", text):
-            key = found[1]
-            if key.startswith("hydra.sweeper.params"):
-                return f"{key} has to be added: +{key}=..., or give what is swept itself, as lora.rank=1,2"
-            if key.startswith("hydra"):
-                nodes = _hydras_nodes()
-                if empty := [free for free in (key, key.rpartition(".")[0]) if nodes.get(free) == {}]:
-                    return f"{empty[0]} has no keys yet, and one is added with a plus: +{empty[0]}.KEY=VALUE"
-                known = ["hydra/launcher", "hydra/sweeper", *nodes]
-                return f"unknown key '{key}'{nearest(key, known) or ' (see --cfg hydra)'}"
-            return f"unknown key '{key}'{nearest(key, known_keys()) or ' (see --help)'}"
-        if found := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'", text):
-            return f"{found[1]} names several values: add -m for a sweep over them, or write a list as key=[a,b]"
-        if found := re.search(
-            r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text
-        ):
-            options = [o.strip() for o in found[2].split("\n") if o.strip()]
-            choice = found[1].rpartition("/")[2]
-            if found[1].startswith("hydra/sweeper/optuna"):
-                return f"{found[1]} is not installed: pip install lora_vit[search]"
-            return f"'{found[1]}' does not exist{nearest(choice, options)} (one of: {', '.join(options)})"
-    for text in texts:
-        if found := re.search(r"full_key: (\S+)", text):
-            return f"{found[1]}: {text.splitlines()[0]}"
-    return texts[0].splitlines()[0]
+            key, _, text = str(link.override).partition("=")
+            remedy = f": {quoted(key, text)}" if key.lstrip("+") in PATHS else ""
+            return f"cannot read the override '{link.override}' ({link.message.splitlines()[0]}){remedy}"
+    text = "\n".join(str(link) for link in chain)
+    for pattern, ours in _HYDRAS:
+        if found := re.search(pattern, text):
+            return ours.format(*found.groups())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
+    if found := re.search(r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text):
+        options = [o.strip() for o in found[2].split("\n") if o.strip()]
+        near = nearest(found[1].rpartition("/")[2], options)
+        return f"'{found[1]}' does not exist{near} (one of: {', '.join(options)})"
+    if found := re.search(r"full_key: (\S+)", text):
+        return f"{found[1]}: {next(str(link) for link in chain if found[1] in str(link)).splitlines()[0]}"
+    lines = [line for line in text.splitlines() if line and not line.startswith("In '")]
+    return lines[0] if lines else type(error).__name__

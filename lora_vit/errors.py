@@ -46,13 +46,17 @@ def one_line(error: BaseException) -> str:
 
 
 def run_command(action: Callable[[], int | None], quiet: bool = False) -> NoReturn:
-    """Run a command and exit with its code; an error that a user can cause is printed in one line.
+    """Run a command and exit with its code; see :func:`exit_code`."""
+    sys.exit(exit_code(action, quiet))
+
+
+def exit_code(action: Callable[[], int | None], quiet: bool = False) -> int:
+    """Run a command and return its code; an error that a user can cause is printed in one line.
 
     ``quiet``: print nothing, for a process whose errors another one reports. ``HYDRA_FULL_ERROR=1`` shows tracebacks.
     """
-    code: int | None = 1
     try:
-        code = action()
+        return action() or 0
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os._exit(0)
     except (UserError, OSError) as error:
@@ -60,12 +64,11 @@ def run_command(action: Callable[[], int | None], quiet: bool = False) -> NoRetu
             raise
         if not quiet:
             print(text, file=sys.stderr)
-        code = getattr(error, "exit_code", 1)
+        return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         if not quiet:
             print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        return 130
 
 
 def _text(error: UserError | OSError) -> str:

@@ -37,14 +37,14 @@ def trained_pack(folder: Path, config: TrialConfig) -> Any:
     from lora_vit.records import TrialRecord
     from lora_vit.training.checkpoint import TrialState
     from lora_vit.training.pack import Pack
-    from lora_vit.training.trial import Trial
+    from lora_vit.training.trial import TrialRun
 
     adapter = read_adapter(folder)
     setup = build_setup(config, Process())
     bind(adapter, setup.base, setup.data.class_names, setup.data.card())
     state = TrialState(values=adapter.tensors)
     record = TrialRecord(adapter.card["trial_id"], "", "completed", {})
-    return Pack([Trial(config, record, state)], setup)
+    return Pack([TrialRun(config, record, state)], setup)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,8 @@ SEARCH = "search.db"
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
-NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains anew"
+NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"
 """What is wrong with the record of a completed trial that was edited."""
-
-
 
 
 @dataclass
@@ -50,7 +50,8 @@ class TrialRecord:
         cost: ``seconds``, ``images_per_second``, ``peak_memory_bytes``, ``pack_size``, ``adapter_bytes``.
         environment: versions, commit, dirty, host, device, resolved precision, world size.
         data: ``fingerprint``, ``classes``, and the number of samples of each split.
-        heartbeat: seconds since 1970 of the last sign of life; ``started``, ``finished`` likewise.
+        heartbeat: seconds since 1970 of the last sign of life (later ones are the file's time while it runs);
+            ``started``, ``finished`` likewise.
         error: None, or ``message``, ``traceback`` and, where known, ``step``.
     """
 
@@ -76,35 +77,27 @@ class TrialRecord:
         return "interrupted" if self.status == "running" and age > STALE_AFTER else self.status
 
 
-
-
-
-
-
-
-
-
-def write_record(folder: Path, record: TrialRecord) -> TrialRecord:
-    """Replace the folder's ``record.json``; the heartbeat is set to now. Returns a copy of what was written."""
+def write_record(folder: Path, record: TrialRecord) -> None:
+    """Replace the folder's ``record.json``; the heartbeat is set to now."""
     record.heartbeat = time.time()
-    values = dataclasses.asdict(record)
-    write_json(folder / RECORD, values)
-    return TrialRecord(**values)
+    write_json(folder / RECORD, dataclasses.asdict(record))
 
 
-_JSON_TYPES: dict[Any, Any] = {
-    "str": str,
-    "dict[str, Any]": dict,
-    "dict[str, int]": dict,
-    "dict[str, Any] | None": (dict, type(None)),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-}
-"""What JSON gives for a record's field, by its type as written above."""
+_KINDS = typing.get_type_hints(TrialRecord)
+_REQUIRED = {f.name for f in dataclasses.fields(TrialRecord) if f.default is f.default_factory}
+"""Other fields may be later than the record."""
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether JSON has given a value of an annotated type; whole numbers are also fractions."""
+    if kind is float:
+        return isinstance(value, (int, float))
+    alternatives = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+    return any(_is_a(value, k) for k in alternatives) or isinstance(value, typing.get_origin(kind) or kind)
 
 
 def read_record(folder: Path) -> TrialRecord:
-    """Read and validate the folder's ``record.json``.
+    """Read and validate the folder's ``record.json``. The heartbeat of a running trial is the file's time.
 
     Raises:
         FileNotFoundError: the folder has no record.
@@ -112,7 +105,7 @@ def read_record(folder: Path) -> TrialRecord:
     """
     path = folder / RECORD
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        alive, values = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -126,15 +119,17 @@ def read_record(folder: Path) -> TrialRecord:
             f"{path} has record schema {values['schema']}, this version reads {SCHEMA_VERSION}: use the matching "
             "version of lora_vit"
         )
-    fields = dataclasses.fields(TrialRecord)
-    for name, kind in ((f.name, f.type) for f in fields if f.name != "schema"):
-        if name not in values:
-            raise RecordError(f"{path} lacks '{name}'")
-        if not isinstance(values[name], _JSON_TYPES[kind]):
-            raise RecordError(f"{path}: '{name}' is a {type(values[name]).__name__}")
+    for name in sorted(_REQUIRED - set(values)):
+        raise RecordError(f"{path} lacks '{name}'")
+    known = {name: value for name, value in values.items() if name in _KINDS}
+    for name, value in known.items():
+        if not _is_a(value, _KINDS[name]):
+            raise RecordError(f"{path}: '{name}' is a {type(value).__name__}")
     if values["status"] not in STATUSES:
         raise RecordError(f"{path}: status '{values['status']}' is unknown")
-    record = TrialRecord(**{f.name: values[f.name] for f in fields})
+    record = TrialRecord(**known)
+    if record.status == "running":
+        record.heartbeat = alive
     try:
         own = ids(from_dict(record.config))
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
@@ -158,20 +153,10 @@ class State:
     record: TrialRecord | None = None
     problem: str = ""
 
-    def is_ended(self, restart: bool, launched: float, retry_failed: bool) -> bool:
-        """Whether there is nothing (more) to train. Every trial is either *ended* or *open*.
-
-        Args:
-            restart: ``trainer.resume=restart``: what was begun before the command does not count.
-            launched: when the command began (seconds since 1970).
-            retry_failed: what failed before the command is open again.
-        """
-        record = self.record
-        if record is None or self.status not in ("completed", "failed"):
-            return self.status == "refused"
-        if restart and record.started < launched:
-            return False
-        return self.status == "completed" or not retry_failed or (record.finished or record.heartbeat) >= launched
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train here. Every trial is either *ended* or *open*."""
+        return self.status in ("completed", "failed", "refused")
 
 
 def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str = "") -> State:
@@ -205,10 +190,6 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
         if a != b and name != "model.weights":  # a file's path does not matter, its sha256 comes later
             return f"{name} is {a} there, {b} here"
     return f"model.weights is {theirs['model']['weights']} there, {ours['model']['weights']} here"
-
-
-
-
 
 
 PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")

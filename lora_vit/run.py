@@ -24,7 +24,7 @@ from lora_vit.start import not_importing_main
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.trial import Trial, ended_record, locked_folder
+from lora_vit.training.trial import TrialRun, completed_record, locked_folder
 
 AFTER_CAUSE = 2.0
 """Seconds that a process outlives another that failed: torch's agent tells of the first that it sees ended."""
@@ -54,7 +54,7 @@ def run(
         TrialFailed: another process of the group cannot go on.
         Interrupted: everything is saved.
     """
-    launched, to_start = time.time(), 1
+    restart, to_start = config.trainer.resume == "restart", 1
     with _not_left_empty(folder):
         if process is not None:
             _check_group(config, process.world_size)
@@ -62,14 +62,16 @@ def run(
             to_start, note = choose_world_size(config)
             if note:
                 print(note)
-        ended = ended_record(folder, config, launched)  # refuses before anything is written
-        if ended is not None:
-            return ended
+        completed = completed_record(folder, config)  # refuses before anything is written
+        if completed is not None and not restart:
+            return completed
         if to_start > 1:
             return _launch(config, folder, hydra_files, to_start)
         with locked_folder(folder, wait):
-            ended = ended_record(folder, config, launched)  # as another process has left it
-            return ended or _train(config, folder, hydra_files, process or Process(), launched)
+            completed = completed_record(folder, config)  # as another process has left it
+            if completed is not None and not restart:
+                return completed
+            return _train(config, folder, hydra_files, process or Process(), restart)
 
 
 def follow(process: Process) -> int:
@@ -84,7 +86,7 @@ def follow(process: Process) -> int:
                 return 1
             if config is not None:
                 setup = distributed.on_all(functools.partial(build_setup, config, process))
-                trial = Trial(config, *distributed.from_main(None))
+                trial = TrialRun(config, *distributed.from_main(None))
                 train_trials([trial], setup, RunReporter(False), stop)
                 _unless_failed(trial.record)
     except Interrupted as error:
@@ -117,13 +119,13 @@ def _not_left_empty(folder: Path) -> Iterator[None]:
 
 
 def _train(
-    config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, launched: float
+    config: TrialConfig, folder: Path, hydra_files: dict[str, str], process: Process, restart: bool
 ) -> TrialRecord:
     with StopRequest() as stop:
         distributed.from_main(config)
         process.has_led = True
         setup = distributed.on_all(functools.partial(build_setup, config, process))
-        trial = Trial.open(config, folder, setup, launched, hydra_files)
+        trial = TrialRun.open(config, folder, setup, hydra_files, restart=restart)
         distributed.from_main((trial.record, trial.state))
         reporter = RunReporter(True)
         env = setup.environment

@@ -27,7 +27,7 @@ from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.progress import RunReporter
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 SMALL = (
     "model=vit_tiny",
@@ -58,7 +58,7 @@ def trial_config(*overrides: str) -> TrialConfig:
 class Outcome:
     """What a trial came to."""
 
-    trial: Trial
+    trial: TrialRun
     losses: list[float]
     tensors: dict[str, torch.Tensor]
     predicted: np.ndarray
@@ -83,14 +83,14 @@ def train_together(configs: list[TrialConfig], folder: Path, setup: Setup | None
     for i, config in enumerate(configs):
         place = folder / str(i)
         place.mkdir(parents=True)
-        trials.append(Trial.open(config, place, setup, time.time(), {}))
+        trials.append(TrialRun.open(config, place, setup, {}))
     recorder = Recorder()
     with StopRequest() as stop:
         train_trials(trials, setup, recorder, stop)
     return [outcome(folder / str(i), trial, recorder) for i, trial in enumerate(trials)]
 
 
-def outcome(folder: Path, trial: Trial, recorder: Recorder) -> Outcome:
+def outcome(folder: Path, trial: TrialRun, recorder: Recorder) -> Outcome:
     """The trial's end: full-precision tensors from its state, predictions from its folder."""
     predicted = np.empty(0)
     if trial.record.status == "completed":

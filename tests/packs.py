@@ -7,12 +7,12 @@ from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 
-def new_trials(configs: list[TrialConfig]) -> list[Trial]:
+def new_trials(configs: list[TrialConfig]) -> list[TrialRun]:
     """Trials that have not begun and write nothing."""
-    return [Trial.without_files(config) for config in configs]
+    return [TrialRun.without_files(config) for config in configs]
 
 
 def new_pack(configs: list[TrialConfig], setup: Setup | None = None) -> Pack:

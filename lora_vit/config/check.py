@@ -51,7 +51,6 @@ def validate_sweep(sweep: SweepConfig) -> None:
         value = getattr(sweep, key)
         if value != "auto" and not (value.isdecimal() and int(value) >= 1):
             raise ConfigError(f"sweep.{key}={value} is impossible: give a number from 1 up, or auto")
-    _choice("sweep.on_failure", sweep.on_failure, ("continue", "stop"))
     _range(
         "sweep.margin",
         sweep.margin,

@@ -165,20 +165,20 @@ class SweepConfig:
     pack_size: str
     workers: str
     retry_failed: bool
-    on_failure: str
     dry_run: bool
-    measure: bool
     wait: bool
     margin: float | None
     first_seeds: int
     most_seeds: int
+    trials: int | None
 
 
 @dataclass
 class RootConfig(TrialConfig):
-    """The composed configuration: a trial, and how its sweep runs."""
+    """The composed configuration: a trial, how its sweep runs, and what starts the sweep's workers."""
 
     sweep: SweepConfig
+    engine: Any
 
 
 SECTIONS: dict[str, type] = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
 
 from lora_vit.errors import ConfigError, run_command
 from lora_vit.records import PLAN, state_of
-from lora_vit.sweep.ledger import Ledger, trial_folders
+from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.terminal import make_console, print_table
 
 
@@ -23,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lora_vit.sweep",
         description="List a sweep's trials: status, epochs trained, validation accuracy. "
-        "`python -m lora_vit.sweep work FOLDER` trains what is open and nobody has, on one device of this machine.",
+        "`python -m lora_vit.sweep work FOLDER` is one more worker for it, on one device of this machine.",
     )
     parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder")
     args = parser.parse_args(given)
@@ -33,14 +32,18 @@ def main(arguments: list[str] | None = None) -> None:
 def _work(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lora_vit.sweep work",
-        description="Train packs of a sweep's open trials on one device, until nothing is open that nobody has.",
+        description="Train packs of a sweep's open trials on one device, until none is open or held by another worker.",
     )
-    parser.add_argument("folder", help="of the sweep, on this machine")
-    parser.add_argument("--run", default="", help="of the folder's runs, instead of the newest (engines give it)")
+    parser.add_argument("folder", help="of the sweep, on this machine (-: a command says on standard input what to do)")
     args = parser.parse_args(arguments)
-    from lora_vit.sweep.worker import work_alone  # imports torch
+    if args.folder == "-":
+        from lora_vit.sweep.engines.local import work_for_command
 
-    return work_alone(Path(args.folder), args.run)
+        return work_for_command()
+    from lora_vit.sweep.worker import work  # imports torch
+
+    work(Path(args.folder))
+    return 0
 
 
 def find(text: str) -> Path:
@@ -56,9 +59,8 @@ def find(text: str) -> Path:
 
 def show(folder: Path) -> int:
     """Print the trials, those with the highest validation accuracy first within each status."""
-    whole = Ledger(folder).read()
-    plan = whole["trials"]
-    ids = {**dict.fromkeys(plan), **{p.name: None for p in trial_folders(folder)}}
+    sweep = Sweep(folder)
+    ids = dict.fromkeys([*sweep.trials, *(p.name for p in trial_folders(folder))])
     order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "refused", "new"))}
     rows = []
     counts: Counter[str] = Counter()
@@ -72,7 +74,7 @@ def show(folder: Path) -> int:
             epochs = f"{record.metrics.get('epoch', 0)}/{record.config['trainer']['epochs']}"
             accuracy = record.metrics.get("val_accuracy")
             why = (record.error or {}).get("message") or ""
-        label = plan.get(trial_id, {}).get("label", "")
+        label = sweep.trials[trial_id].label if trial_id in sweep.trials else ""
         shown = f"{accuracy:.2%}" if accuracy is not None else ""
         rank = (order.get(state.status, -1), -(accuracy or 0.0))
         rows.append((rank, (trial_id, label, status, epochs, shown, why)))
@@ -82,12 +84,11 @@ def show(folder: Path) -> int:
     print_table(console, "", header, [row for _, row in rows])
     total = ", ".join(f"{n} {status}" for status, n in counts.most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
-    if whole["race"]:
-        from lora_vit.analysis import summarize
-        from lora_vit.errors import RecordError
+    if sweep.race:
+        from lora_vit.sweep.run import print_race
+        from lora_vit.sweep.source import RaceSource
 
-        with contextlib.suppress(RecordError):  # none has completed
-            console.print(summarize(folder).verdict, markup=False)
+        print_race(console, sweep, RaceSource(sweep))
     return 0
 
 

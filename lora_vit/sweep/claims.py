@@ -1,10 +1,13 @@
-"""Who trains which trial, where several processes or machines share a sweep's folder.
+"""Who trains which trial, when several processes or machines share a sweep's folder.
 
-An owner's file ``.claims/TOKEN.owner`` says who it is, and when it last gave a sign of life. A claim is a hard link to
-it, ``.claims/TRIAL.N``, which only one process can make. The highest N of a trial is its owner, until a second link
-``TRIAL.N.free``, ``.ended`` or ``.failed`` says that it is done with it; who finds the trial free, or its owner dead,
-makes N + 1. So the names in one folder tell how all trials stand, a claim costs one operation, and a sign of life is
-one for all claims. Nothing is removed, so nothing can be removed by mistake; two names a trial stay behind.
+A claim is the file ``.claims/TRIAL.N``, which only one process can create (``O_EXCL``, also on file servers); it holds
+its owner's token. The highest N of a trial is its claim, until ``TRIAL.N.free`` or ``TRIAL.N.ended`` says that the
+owner is done with it. Whoever finds the trial free, or its owner dead, creates N + 1. Nothing is removed, so nothing
+can be removed by mistake. ``TOKEN.owner`` is an owner's one sign of life for all its claims, and says how far they are.
+
+An owner is dead when its process on this machine has ended, or when it has given no sign of life for two minutes by
+our own clock: clocks of other machines are never compared. An owner that was only stopped for so long may wake up, so
+each asks whether a claim is still its own before it writes a record or a checkpoint (:meth:`Claims.mine`).
 """
 
 from __future__ import annotations
@@ -13,56 +16,43 @@ import contextlib
 import json
 import os
 import platform
-import threading
 import time
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_vit.files import write_json
+from lora_vit.files import replacing
 from lora_vit.stopping import repeating
 
-BEAT_EVERY = 10.0
+BEAT_EVERY = 5.0
 """Seconds between signs of life of an owner."""
 
 DEAD_AFTER = 120.0
-"""Seconds without a sign of life, seen by our own clock, after which another host's claim counts as dead."""
+"""Seconds without a sign of life after which an owner counts as dead."""
 
-FREE, HELD, ENDED, FAILED = "free", "held", "ended", "failed"
-
-
-@dataclass
-class Owner:
-    """Who holds a claim: host, process and a token of its own."""
-
-    host: str = field(default_factory=lambda: f"{platform.node()}/{_boot_id()}")
-    pid: int = field(default_factory=os.getpid)
-    born: str = field(default_factory=lambda: "".join(_process(os.getpid())[19:20]))
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+FREE, HELD, ENDED = "free", "held", "ended"
 
 
-def _boot_id() -> str:
-    """Tells boots (and containers' hosts) apart, so that a process id of another one is not taken for ours."""
-    try:
+def this_host() -> str:
+    """Tells machines, their boots and containers apart: a process id means something in one of them only."""
+    with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
+
+
+def _born(pid: int) -> str:
+    """When Linux started a process (ids are used again); empty if it has ended or is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-
-
-def _process(pid: int) -> list[str]:
-    """What Linux says of a process: its state first, when it started (for ids are used again) as the 20th."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def _is_running(pid: int, born: str) -> bool:
     if Path("/proc/self").exists():
-        fields = _process(pid)
-        return bool(fields) and fields[0] != "Z" and (not born or fields[19] == born)
+        return _born(pid) == born
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -73,24 +63,29 @@ def _is_running(pid: int, born: str) -> bool:
 
 
 class Claims:
-    """This process's claims in one sweep's folder, and how those of others stood at the last look."""
+    """This process's claims in one sweep's folder, and how those of others stood at the last look.
 
-    def __init__(self, folder: Path, owner: Owner | None = None):
+    Attributes:
+        lost: ids of trials that another process has taken over from us.
+        progress: epochs of the trials that owners train, by trial id, as of the last look; ours are put in here.
+    """
+
+    def __init__(self, folder: Path):
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.owner = owner or Owner()
-        self.lost: set[str] = set()  # claims of ours that another took over
-        self._file = self.folder / f"{self.owner.token}.owner"
+        self.token = uuid.uuid4().hex
+        self.lost: set[str] = set()
+        self.progress: dict[str, float] = {}
+        self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
         self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
-        self._owners: dict[tuple[str, int], dict[str, Any]] = {}
-        self._signs: dict[str, tuple[int, float]] = {}  # of other owners: last sign of life, when we saw it first
-        self._beat = self._inode = 0
-        self._lock = threading.Lock()
-        self._life = repeating(self.beat, BEAT_EVERY)
+        self._tokens: dict[tuple[str, int], str] = {}
+        self._owners: dict[str, tuple[bool, dict[str, Any]]] = {}  # asked once a look
+        self._signs: dict[str, tuple[int, float]] = {}  # last sign of life, and when we first saw it
+        self._beat_at = time.monotonic()
 
     def look(self) -> None:
-        """See how all trials stand now: one look at the folder."""
+        """See how all trials stand now: one listing of the folder."""
         last: dict[str, tuple[int, str]] = {}
         for name in os.listdir(self.folder):
             trial_id, _, rest = name.partition(".")
@@ -98,51 +93,67 @@ class Claims:
             if number.isdecimal():
                 last[trial_id] = max(last.get(trial_id, (0, "")), (int(number), mark))
         self._last = last
+        self._owners.clear()
 
     def state(self, trial_id: str) -> str:
         """``free``, ``held`` by a living process, or ``ended``: as of the last look."""
         number, mark = self._last.get(trial_id, (0, FREE))
-        if not mark:
-            mark = FREE if trial_id not in self._held and self._is_dead(trial_id, number) else HELD
-            self._last[trial_id] = (number, mark)  # asked once a look
-        return ENDED if mark == FAILED else mark
+        if mark:
+            return FREE if mark == FREE else ENDED
+        if trial_id in self._held:
+            return HELD
+        is_dead, _ = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
+        return FREE if is_dead else HELD
 
-    def has_failed(self, trial_id: str) -> bool:
-        """Whether a trial has ended as failed, or could not be trained: as of the last look."""
-        return self._last.get(trial_id, (0, FREE))[1] == FAILED
+    def epochs(self, trial_id: str) -> float:
+        """How many epochs of a held trial its owner has said are trained."""
+        if trial_id in self._held:
+            return self.progress.get(trial_id, 0.0)
+        number, mark = self._last.get(trial_id, (0, FREE))
+        if mark:
+            return 0.0
+        _, values = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
+        return float(values.get("epochs", {}).get(trial_id, 0.0))
+
+    def holder(self, trial_id: str) -> str:
+        """The machine and process that hold a trial."""
+        number, _ = self._last.get(trial_id, (0, FREE))
+        _, values = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
+        return f"process {values.get('pid', '?')} on {str(values.get('host', '?')).partition('/')[0]}"
 
     def take(self, trial_id: str) -> bool:
-        """Claim a trial; False where it was not free at the last look, or another was faster."""
+        """Claim a trial that is free as of the last look; False if another process was faster."""
         if self.state(trial_id) != FREE:
             return False
+        if not self._held:
+            self.beat()  # nobody sees a claim whose owner has never lived
         number = self._last.get(trial_id, (0, FREE))[0] + 1
-        taken = self._link(trial_id, number)
-        self._last[trial_id] = (number, HELD)
-        if taken:
-            with self._lock:
-                self._held[trial_id] = number
-                self.lost.discard(trial_id)
-        return taken
+        if not self._create(self._path(trial_id, number), self.token):
+            return False
+        self._last[trial_id] = (number, "")
+        self._held[trial_id] = number
+        return True
 
-    def release(self, trial_id: str, mark: str = FREE, why: str = "") -> None:
-        """Give a claim back: the trial is free to be gone on with, ended or failed (``why`` where no record tells)."""
-        with self._lock:
-            number = self._held.pop(trial_id, None)
-        if number is not None and trial_id not in self.lost:
-            path = self._path(trial_id, number, mark)
-            with contextlib.suppress(OSError):  # a full disk: free once we have ended
-                if why:
-                    write_json(path, {"why": why})
-                else:
-                    os.link(self._file, path)
-            self._last[trial_id] = (number, mark)
+    def release(self, trial_id: str, mark: str = FREE, error: str = "") -> None:
+        """Give a claim back: others may take the trial, or it has ended.
 
-    def why(self, trial_id: str) -> str:
-        """What was said of a trial that has ended without a record."""
+        ``error``: what went wrong with the trial here, for the next process that takes it.
+        """
+        number = self._held.pop(trial_id, None)
+        self.progress.pop(trial_id, None)
+        if number is None or trial_id in self.lost:
+            return
+        with contextlib.suppress(OSError):  # a full disk: the trial is free once our process has ended
+            self._create(self._path(trial_id, number, mark), json.dumps({"token": self.token, "error": error}))
+        self._last[trial_id] = (number, mark)
+
+    def seen_elsewhere(self, trial_id: str) -> str:
+        """The error for which another process gave a trial back before we took it."""
+        number = self._held.get(trial_id, 1) - 1
         try:
-            text = self._path(trial_id, *self._last[trial_id]).read_text()
-            return str(json.loads(text).get("why", ""))
-        except (OSError, ValueError):
+            said = json.loads(self._path(trial_id, number, FREE).read_text())
+            return "" if said["token"] == self.token else str(said["error"])
+        except (OSError, ValueError, LookupError, TypeError):
             return ""
 
     def reopen(self, trial_id: str) -> None:
@@ -152,62 +163,98 @@ class Claims:
             if self.take(trial_id):
                 self.release(trial_id)
 
+    def mine(self, trial_id: str) -> bool:
+        """Whether a claim of ours still is: no other process has taken the trial over."""
+        number = self._held.get(trial_id)
+        if number is None or trial_id in self.lost:
+            return False
+        try:
+            taken_over = self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()
+        except OSError:
+            return True  # an absent disk fails the write itself
+        if taken_over:
+            self.lost.add(trial_id)
+        return not taken_over
+
     def beat(self) -> None:
         """Give a sign of life; after a long silence look for claims that others have taken over meanwhile."""
+        path = self.folder / f"{self.token}.owner"
         try:
-            os.utime(self._file)
-            now = os.stat(self._file).st_mtime_ns  # by the clock of whoever keeps the folder
+            with replacing(path) as file:
+                file.write(json.dumps({**self._identity, "epochs": dict(self.progress)}).encode())
         except OSError:
-            return  # no claim yet; a full or absent disk ends the training itself
-        silence, self._beat = now - self._beat, now
-        if silence < DEAD_AFTER / 2 * 1e9:
-            return
-        with self._lock:
-            held = dict(self._held)
-        self.lost |= {trial_id for trial_id, number in held.items() if self._path(trial_id, number + 1).exists()}
+            with contextlib.suppress(OSError):  # a full disk ends the training itself
+                os.utime(path)
+        silence, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
+        if silence > DEAD_AFTER / 2:
+            for trial_id in list(self._held):
+                self.mine(trial_id)
 
-    def __enter__(self) -> Claims:
-        self._life.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._life.__exit__(None, None, None)
-        for trial_id in list(self._held):
-            self.release(trial_id)
+    @contextlib.contextmanager
+    def living(self) -> Any:
+        """Give signs of life while the context lasts; what is still held is free afterwards."""
+        with repeating(self.beat, BEAT_EVERY):
+            try:
+                yield self
+            finally:
+                for trial_id in list(self._held):
+                    self.release(trial_id)
 
     def _path(self, trial_id: str, number: int, mark: str = "") -> Path:
         return self.folder / f"{trial_id}.{number}{mark and '.'}{mark}"
 
-    def _link(self, trial_id: str, number: int) -> bool:
-        """Make the claim unless it is there: a hard link is atomic on shared folders too."""
-        if not self._beat:
-            self._file.write_text(json.dumps(vars(self.owner)))
-            self._inode = os.stat(self._file).st_ino
-            self.beat()
-        path = self._path(trial_id, number)
+    def _create(self, path: Path, text: str) -> bool:
+        """Create a file that is not there; False if it is, and not by ourselves."""
         try:
-            os.link(self._file, path)
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
-            return os.stat(path).st_ino == self._inode  # a file server may have done what it was asked twice
+            return _read(path) == text  # a file server may have done what it was asked twice
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
         return True
 
-    def _is_dead(self, trial_id: str, number: int) -> bool:
-        """Whether a claim's owner is. Clocks of other hosts are never compared with ours."""
-        path = self._path(trial_id, number)
-        try:
-            if (trial_id, number) not in self._owners:
-                self._owners[trial_id, number] = json.loads(path.read_text())
-            owner, beat = self._owners[trial_id, number], 0
-            if owner.get("host") != self.owner.host:
-                beat = path.stat().st_mtime_ns
-        except (OSError, ValueError):
-            owner, beat = {"token": str(path)}, 0  # damaged: free once nobody has touched it for long
-        if owner["token"] == self.owner.token:
-            return False
-        if owner.get("host") == self.owner.host:
-            return not _is_running(int(owner["pid"]), str(owner.get("born", "")))
-        last, since = self._signs.get(owner["token"], (None, 0.0))
-        if last != beat:
-            self._signs[owner["token"]] = (beat, time.monotonic())
-            return False
-        return time.monotonic() - since > DEAD_AFTER
+    def _token_of(self, trial_id: str, number: int) -> str:
+        key = (trial_id, number)
+        if not self._tokens.get(key):
+            self._tokens[key] = _read(self._path(trial_id, number)) or ""
+        return self._tokens[key]
+
+    def _owner(self, token: str, claim: Path) -> tuple[bool, dict[str, Any]]:
+        """Whether an owner is dead, and what it says; the claim itself stands for an owner that left no file."""
+        name = token if token.isalnum() else claim.name
+        if name not in self._owners:
+            self._owners[name] = self._look_at(name, self.folder / f"{name}.owner", claim)
+        return self._owners[name]
+
+    def _look_at(self, name: str, path: Path, claim: Path) -> tuple[bool, dict[str, Any]]:
+        sign, values = _stat_and_json(path)
+        if not sign:
+            sign, _ = _stat_and_json(claim)
+        if values.get("host") == self._identity["host"] and not _is_running(int(values["pid"]), str(values["born"])):
+            return True, values
+        last, since = self._signs.get(name, (None, 0.0))
+        if last != sign:
+            self._signs[name] = (sign, time.monotonic())
+            return False, values
+        return time.monotonic() - since > DEAD_AFTER, values
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
+
+
+def _stat_and_json(path: Path) -> tuple[int, dict[str, Any]]:
+    """A file's time as of its opening (a file server then asks its disk), and its content; 0 and nothing if absent."""
+    try:
+        with path.open() as file:
+            sign = os.fstat(file.fileno()).st_mtime_ns
+            values = json.load(file)
+        return sign, values if isinstance(values, dict) else {}
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime_ns, {}
+        return 0, {}
+

@@ -1,215 +1,260 @@
-"""A sweep: its trials, its folder, which trials can share a backbone, and its name. Knows no torch."""
+"""A sweep: its folder and the plan in it, which says what was asked for. Knows no torch.
+
+``sweep.json`` is the one truth about what a sweep wants: every trial that any command asked for, with the config of the
+newest command that named it, and the order of training. Claims say who has a trial, records say how it stands.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import copy
 import json
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_vit.config import WITHOUT_IDENTITY, SweepConfig, TrialConfig, canonical, ids, to_dict
+from lora_vit import __version__
+from lora_vit.config import SweepConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError
-from lora_vit.records import CHECKPOINT, State, state_of
+from lora_vit.files import locked, write_json
+from lora_vit.records import CHECKPOINT, PLAN, RECORD, State, state_of
+from lora_vit.sweep.trial import Trial, digest
+
+PLAN_SCHEMA = 4
 
 
 @dataclass
-class Job:
-    """One trial of a sweep.
+class Request:
+    """What one command asks of a sweep.
 
     Attributes:
-        config: validated.
-        overrides: what makes it this trial, as on the command line.
-        label: the swept settings, short.
-        board: name of its folder of event files, where an earlier command has given it one.
-        trial_id: of the config.
-        cell_id: of the config.
-    """
-
-    config: TrialConfig
-    overrides: list[str]
-    label: str = ""
-    board: str = ""
-    trial_id: str = field(init=False)
-    cell_id: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.trial_id, self.cell_id = ids(self.config)
-
-    @property
-    def cell_label(self) -> str:
-        """The swept settings of its cell, short."""
-        return " ".join(without_seed(self.label.split())) or self.trial_id
-
-    def with_seed(self, seed: int) -> Job:
-        """The cell's trial with another seed (its settings do not depend on it: :func:`refuse_seed_dependent`)."""
-        overrides, label = ([*without_seed(lines), f"seed={seed}"] for lines in (self.overrides, self.label.split()))
-        return Job(replace(self.config, seed=seed), overrides, " ".join(label))
-
-    def idle(self) -> list[str]:
-        """The overrides that have no effect: ``lora.rank`` of a baseline."""
-        given = self.overrides if self.config.lora.method != "lora" else []
-        return [line for line in given if (key := key_of(line)).startswith("lora.") and key != "lora.method"]
-
-
-@dataclass(frozen=True)
-class SweepRun:
-    """One command's run of a sweep.
-
-    Attributes:
-        jobs: the trials, each once.
         folder: of the sweep.
         options: how it runs.
-        launched: when the command began (seconds since 1970): what ended before may be trained again if asked for.
-        workers: processes that train side by side.
-        hydra: Hydra's own part of the composed configuration, as YAML.
+        trials: validated; none for a search.
+        engine: starts the workers (one of :data:`lora_vit.sweep.engines.ENGINES`).
+        command: as the user gave it.
+        hydra: Hydra's own part of the configuration, as YAML.
+        search: the space of a search.
+        ended: called with each trial that has ended since the command began, and how it stands.
     """
 
-    jobs: tuple[Job, ...]
     folder: Path
     options: SweepConfig
-    launched: float
-    workers: int = 1
+    trials: list[Trial] = field(default_factory=list)
+    engine: Any = None
+    command: str = ""
     hydra: str = ""
+    search: dict[str, Any] | None = None
+    ended: Callable[[Trial, State], None] = lambda trial, state: None
 
-    @property
-    def name(self) -> str:
-        """Names the run among those of its folder; a later run's name sorts behind it."""
-        return f"{self.launched:017.6f}"
 
-    def folder_of(self, job: Job) -> Path:
-        """The trial's folder."""
-        return self.folder / job.trial_id
+class Sweep:
+    """The trials under one folder, as every process sees them.
 
-    def board_of(self, job: Job) -> Path:
-        """The trial's folder of event files."""
-        return self.folder / "tensorboard" / (job.board or board_name(job))
+    Attributes:
+        folder: of the sweep.
+        trials: every trial of the plan by its id.
+        batches: ids of the trials that are to train, in the order of training; packs never cross a batch.
+        options: of the newest command.
+        race: the rules of a race and its cells, or None.
+        search: the space of a search, or None.
+    """
 
-    def hydra_files(self, job: Job) -> dict[str, str]:
-        """Name to text of what goes into the trial's ``.hydra/``."""
-        config = {**to_dict(job.config), "sweep": asdict(self.options)}
-        return {
-            "config.yaml": yaml.safe_dump(config, sort_keys=False),
-            "overrides.yaml": yaml.safe_dump(job.overrides),
-            "hydra.yaml": self.hydra,
-        }
+    def __init__(self, folder: Path):
+        """Read the plan, an empty one where there is none. Raises ConfigError where it cannot be read."""
+        self.folder = folder
+        self._version: tuple[int, ...] = ()
+        self._parsed: dict[str, tuple[Any, Trial]] = {}
+        self.refresh()
 
-    def state_of(self, job: Job) -> State:
-        """Where the trial stands."""
-        return state_of(self.folder_of(job), job.config, job.trial_id)
+    @classmethod
+    def existing(cls, folder: Path) -> Sweep:
+        """The sweep of a folder that holds one. Raises ConfigError otherwise, or if another version made it."""
+        sweep = cls(folder)
+        if not sweep._version:
+            raise ConfigError(f"{folder} holds no sweep ({PLAN}): give the folder of a sweep, as seen from here")
+        version = sweep.plan["version"]
+        if version not in (None, __version__):
+            raise ConfigError(f"{folder} was planned by lora_vit {version}, this is {__version__}: install the same")
+        return sweep
 
-    def is_ended(self, job: Job, state: State) -> bool:
-        """Whether a trial that stands so needs no (more) training."""
-        return state.is_ended(job.config.trainer.resume == "restart", self.launched, self.options.retry_failed)
+    def refresh(self) -> bool:
+        """Read the plan again if another process has changed it; returns whether it has."""
+        try:
+            with (self.folder / PLAN).open(encoding="utf-8") as file:
+                stat = os.fstat(file.fileno())  # after opening: a file server then asks its disk
+                version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                if version == self._version:
+                    return False
+                plan = json.load(file)
+        except FileNotFoundError:
+            version, plan = (), _empty()
+        except NotADirectoryError:
+            raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
+        except OSError as error:
+            raise ConfigError(f"{self.folder / PLAN} cannot be read ({error.strerror}): give another sweep.name") from None
+        except ValueError as error:
+            raise ConfigError(f"{self.folder / PLAN} is not whole JSON ({error}): remove it, the records stay") from None
+        schema = plan.get("schema") if isinstance(plan, dict) else None
+        if schema == 3:
+            plan = _from_schema_3(plan)
+        elif schema != PLAN_SCHEMA:
+            raise ConfigError(f"{self.folder / PLAN} has version {schema}, this program writes {PLAN_SCHEMA}: use the "
+                              "matching version of lora_vit, or another sweep.name")  # fmt: skip
+        self._take(plan, version)
+        return True
 
-    def in_order(self) -> SweepRun:
-        """The run with its trials in the order of training: begun ones first, they were promised before; then by seed.
+    def _take(self, plan: dict[str, Any], version: tuple[int, ...]) -> None:
+        try:
+            trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
+            self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
+            self.options = SweepConfig(**plan["options"]) if plan["options"] else None
+        except (LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.folder / PLAN} was edited ({error!r}): give the sweep's command again") from None
+        self.plan, self.trials, self._version = plan, trials, version
+        self.race, self.search = plan["race"], plan["search"]
+
+    def _trial(self, name: str, values: dict[str, Any]) -> Trial:
+        """A trial of the plan; what was parsed before is used again."""
+        known = self._parsed.get(name)
+        if known is None or known[0] != values:
+            trial = Trial(from_dict(values["config"]), values["overrides"], values["label"], values["board"])
+            if trial.trial_id != name:
+                raise ValueError(f"trial {name} is {trial.trial_id} in it")
+            known = self._parsed[name] = (values, trial)
+        return known[1]
+
+    @contextlib.contextmanager
+    def changing(self) -> Any:
+        """Hold the plan while no other process does; what is changed in ``self.plan`` is written at the end.
+
+        Raises:
+            ConfigError: the folder cannot be written, or its file system has no locks.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder / ".sweep.lock"):
+                self.refresh()
+                before = json.dumps(self.plan, sort_keys=True)
+                yield self.plan
+                if json.dumps(self.plan, sort_keys=True) != before or not self._version:
+                    write_json(self.folder / PLAN, self.plan)
+                    self.refresh()
+        except OSError as error:
+            remedy = "give another sweep.name or hydra.sweep.dir"
+            if error.errno in _NO_LOCKS:
+                remedy = "its file system has no locks (flock): mount it with them, or give another hydra.sweep.dir"
+            raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): {remedy}") from None
+
+    def ask(
+        self, new: Sequence[Trial], asked: Sequence[Trial], is_open: set[str], options: SweepConfig, **about: Any
+    ) -> None:
+        """Write down what a command asks for: its trials train first, with its settings; earlier ones stay.
+
+        Args:
+            new: trials as the command has them, each once.
+            asked: those that it waits for.
+            is_open: ids of the trials, also of earlier commands, that need training.
+            options: how the sweep runs.
+            about: ``command`` as the user gave it, number of ``workers``, ``hydra``'s own part of the configuration as
+                YAML, and ``race`` or ``search`` if the sweep is one.
+        """
+        with self.changing() as plan:
+            self._add(new)
+            now = {trial.trial_id for trial in asked}
+            first = [trial.trial_id for trial in self._in_order(asked) if trial.trial_id in is_open]
+            earlier = [[name for name in batch if name in is_open and name not in now] for batch in plan["batches"]]
+            batches = [batch for batch in (first, *earlier) if batch]
+            plan.update(batches=batches, options=asdict(options), version=__version__, **about)
+
+    def extend(self, trials: Sequence[Trial]) -> None:
+        """Append trials that a race or a search wants next; the caller holds the plan (:meth:`changing`)."""
+        self._add(trials)
+        self.plan["batches"].append([trial.trial_id for trial in trials])
+
+    def _add(self, trials: Iterable[Trial]) -> None:
+        for trial in trials:
+            known = self.plan["trials"].get(trial.trial_id, {})
+            self.plan["trials"][trial.trial_id] = {
+                "cell": trial.cell_id, "label": trial.label, "overrides": trial.overrides,
+                "board": known.get("board", trial.board), "config": to_dict(trial.config),
+            }  # fmt: skip
+
+    def _in_order(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials that were started first, then by seed.
 
         Trials with one seed share images and the frozen stem, and a sweep that is stopped early has whole seeds.
         """
 
-        def place(job: Job) -> tuple[bool, int]:
-            return not (self.folder_of(job) / CHECKPOINT).exists(), job.config.seed
+        def place(trial: Trial) -> tuple[bool, int]:
+            return not (self.folder_of(trial) / CHECKPOINT).exists(), trial.config.seed
 
-        return replace(self, jobs=tuple(sorted(self.jobs, key=place)))
+        return sorted(trials, key=place)
 
+    def folder_of(self, trial: Trial) -> Path:
+        """The trial's folder."""
+        return self.folder / trial.trial_id
 
-@dataclass
-class Group:
-    """Trials that may train in one pack, in the order of training.
+    def board_of(self, trial: Trial) -> Path:
+        """The trial's folder of event files."""
+        return self.folder / "tensorboard" / trial.board
 
-    Attributes:
-        key: digest of what they share.
-        jobs: the trials.
-        alone: whether each needs a pack of its own (it trains parameters of the trunk).
-    """
+    def state_of(self, trial: Trial) -> State:
+        """How the trial stands, as its record says."""
+        return state_of(self.folder_of(trial), trial.config, trial.trial_id)
 
-    key: str
-    jobs: list[Job]
-    alone: bool
+    def hydra_files(self, trial: Trial) -> dict[str, str]:
+        """Name to text of what goes into the trial's ``.hydra/``."""
+        config = {**to_dict(trial.config), "sweep": self.plan["options"]}
+        return {
+            "config.yaml": yaml.safe_dump(config, sort_keys=False),
+            "overrides.yaml": yaml.safe_dump(trial.overrides),
+            "hydra.yaml": self.plan["hydra"],
+        }
 
-    @property
-    def title(self) -> str:
-        """How the plan calls it."""
-        c = self.jobs[0].config
-        where = "linear probe" if c.lora.method == "none" else "full fine-tuning"
-        if c.lora.method == "lora":
-            blocks = "" if c.lora.blocks is None else f" in blocks {','.join(map(str, c.lora.blocks))}"
-            where = "LoRA on " + " ".join(c.lora.targets or []) + blocks
-            where += f", bias {c.lora.bias}" if c.lora.bias != "none" else ""
-        size = "" if c.model.image_size is None else f" {c.model.image_size} px"
-        return f"{c.model.name}{size}, {c.data.name}, batch {c.data.batch_size}, {where}"
+    def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
+        """The size measured for a group on one kind of machine, and the figures behind it.
 
-
-def board_name(job: Job) -> str:
-    """A trial's folder among those of event files, called after its settings."""
-    return "_".join([*job.label.replace("/", "_").split(), job.trial_id])
-
-
-def digest(value: Any, length: int = 10) -> str:
-    """Hex digits of the sha256 over a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+        None if it was measured with too few trials to say anything for so many.
+        """
+        found: dict[str, Any] | None = self.plan["pack_sizes"].get(key)
+        if found is not None and found["limited_by_trials"]:
+            largest = max(map(int, found["seconds_per_trial_epoch"]))
+            return found if trials < 2 * largest else None
+        return found
 
 
-def trains_trunk(config: TrialConfig) -> bool:
-    """Whether parameters of the trunk are trained, so that trials cannot share it."""
-    return config.lora.method == "full" or (config.lora.bias or "none") != "none"
+_NO_LOCKS = (38, 37, 95)  # ENOSYS, ENOLCK, EOPNOTSUPP
 
 
-def setup_key(config: TrialConfig) -> str:
-    """Digest of what data and backbone depend on: trials that agree can use one loaded copy."""
-    values = to_dict(config)
-    del values["model"]["head_dropout"]
-    trainer = {key: values["trainer"][key] for key in ("precision", "accelerator", "compile")}
-    return digest([values["model"], values["data"], trainer])
+def _empty() -> dict[str, Any]:
+    return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "options": None,
+            "workers": 1, "race": None, "search": None, "trials": {}, "batches": [], "pack_sizes": {}}  # fmt: skip
 
 
-def group_key(config: TrialConfig) -> str:
-    """Digest of what the trials of a pack share; all else may differ inside a pack."""
-    shared = canonical(config)
-    lora = {key: shared["lora"][key] for key in ("method", "targets", "blocks", "bias")}
-    return digest([setup_key(config), lora, to_dict(config)["trainer"]])
+def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
+    """A plan of an earlier version, whose trials were differences from the first."""
+    plan = _empty() | {key: old[key] for key in ("created", "race", "pack_sizes", "command") if key in old}
+    for name, trial in old["trials"].items():
+        config = copy.deepcopy(old["base"])
+        for key, value in trial["differs"].items():
+            section, _, inner = key.rpartition(".")
+            (config[section] if section else config)[inner] = value
+        plan["trials"][name] = {key: trial.get(key, "") for key in ("cell", "label", "overrides", "board")} | {"config": config}
+    return plan
 
 
-def make_groups(jobs: Sequence[Job]) -> list[Group]:
-    """Trials that may share packs; groups and trials in the order in which they are first met."""
-    groups: dict[str, Group] = {}
-    for job in jobs:
-        key = group_key(job.config)
-        groups.setdefault(key, Group(key, [], trains_trunk(job.config))).jobs.append(job)
-    return list(groups.values())
-
-
-def without_duplicates(jobs: Sequence[Job]) -> tuple[list[Job], int]:
-    """Each trial once, at its first place, and how many were left out."""
-    once: dict[str, Job] = {}
-    for job in jobs:
-        once.setdefault(job.trial_id, job)
-    return list(once.values()), len(jobs) - len(once)
-
-
-def refuse_seed_dependent(jobs: Sequence[Job], others: Sequence[Job]) -> None:
-    """Raise ConfigError where a setting follows the seed (``others``: the same trials, composed with another seed)."""
-    for one, other in zip(jobs, others, strict=True):
-        ours, theirs = to_dict(one.config), to_dict(other.config)
-        if wrong := [key for key in ours if key != "seed" and ours[key] != theirs[key]]:
-            raise ConfigError(f"{wrong[0]} depends on the seed: a race compares cells over its seeds, so give every "
-                              "setting but seed a value of its own")  # fmt: skip
-
-
-def without_seed(overrides: Sequence[str]) -> list[str]:
-    """The overrides, or the words of a label, that are the cell's."""
-    return [line for line in overrides if key_of(line) != "seed"]
-
-
-def key_of(override: str) -> str:
-    """``lora.rank`` of ``+lora.rank=4``."""
-    return override.partition("=")[0].lstrip("+")
+def trial_folders(folder: Path) -> list[Path]:
+    """Folders of the sweep that hold a record; files and folders of others are left alone."""
+    try:
+        return sorted(p for p in folder.iterdir() if (p / RECORD).is_file())
+    except OSError:
+        return []
 
 
 def short_key(key: str) -> str:
@@ -217,33 +262,15 @@ def short_key(key: str) -> str:
     return key.rpartition(".")[2].rpartition("/")[2].lstrip("+~")
 
 
-def this_command() -> str:
-    """The running command, to be given again."""
-    return "python -m lora_vit.train " + shlex.join(sys.argv[1:])
+def label(overrides: Sequence[str]) -> str:
+    """``rank=4 lr=0.001`` of the overrides that are swept."""
+    return " ".join(f"{short_key(key)}={value}" for key, _, value in (o.partition("=") for o in overrides))
 
 
-def label(overrides: Sequence[str], constant: frozenset[str] | set[str]) -> str:
-    """``rank=4 lr=0.001``: a trial's overrides without those that all trials share."""
-    shown = [o for o in overrides if o not in constant and not o.startswith(("sweep.", "hydra."))]
-    return " ".join(f"{short_key(key)}={value}" for key, _, value in (o.partition("=") for o in shown))
-
-
-def default_name(base: dict[str, Any], swept: Sequence[str], fixed: dict[str, str]) -> str:
-    """A sweep's name: the swept keys, and 6 hex digits of everything that is not swept.
+def default_name(swept: Sequence[str], preset: str | None, fixed: Any) -> str:
+    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
 
     A grown list of values keeps the name; a changed fixed setting changes it.
-
-    Args:
-        base: the composed configuration of what is not swept.
-        swept: dotted keys and group names.
-        fixed: overrides that are not swept.
     """
-    rest = {k: v for k, v in base.items() if k not in ("hydra", "sweep", *swept)}
-    for key in (*WITHOUT_IDENTITY, *swept):
-        section, _, name = key.partition(".")
-        if name and isinstance(rest.get(section), dict):
-            rest[section].pop(name, None)
-    given = {k: v for k, v in fixed.items() if not k.startswith(("hydra", "sweep.")) and k not in WITHOUT_IDENTITY}
-    preset = [given["sweep"]] if "sweep" in given else []
-    words = preset or [short_key(key) for key in swept] or ["sweep"]
-    return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, given], 6)
+    words = [preset] if preset else [short_key(key) for key in swept] or ["sweep"]
+    return "_".join(dict.fromkeys(words))[:60] + "-" + digest(fixed, 6)

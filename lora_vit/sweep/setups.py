@@ -1,10 +1,9 @@
-"""Data and backbone of a worker, kept while the next trials need the same."""
+"""What a worker trains on: its device, and the data and backbone that it keeps while the next trials need the same."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +11,8 @@ from lora_vit.build import build_setup
 from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.files import locked
-from lora_vit.sweep.plan import Job, SweepRun, digest, setup_key
+from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.trial import Trial, digest, setup_key
 from lora_vit.training.setup import Setup
 
 
@@ -25,44 +24,36 @@ class Setups:
         self._setup: tuple[str, Setup] | None = None
         self._data: tuple[str, ImageData] | None = None
 
-    def of(self, job: Job) -> Setup:
+    def of(self, trial: Trial) -> Setup:
         """Data and backbone for a trial. Raises ConfigError."""
-        key = setup_key(job.config)
+        key = setup_key(trial.config)
         if self._setup is None or self._setup[0] != key:
             self._setup = None
             free_memory()
-            data_key = digest(vars(job.config.data))
+            data_key = digest(vars(trial.config.data))
             if self._data is None or self._data[0] != data_key:
-                self._data = (data_key, load_data(job.config.data, quiet=True))
-            self._setup = (key, build_setup(job.config, self.process, self._data[1]))
+                self._data = (data_key, load_data(trial.config.data, quiet=True))
+            self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
         return self._setup[1]
 
 
-def uses_gpus(jobs: Sequence[Job]) -> bool:
-    """Whether any trial runs on a GPU, of which each worker has one to itself."""
-    return any(job.config.trainer.accelerator != "cpu" for job in jobs) and torch.cuda.is_available()
+def uses_gpus(trials: Sequence[Trial]) -> bool:
+    """Whether any trial runs on a GPU; each worker then has one to itself."""
+    return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
 
 
-@contextlib.contextmanager
-def own_device(run: SweepRun) -> Iterator[int]:
-    """The first visible GPU that no other worker of the sweep has; 0 on a CPU, which workers share.
+def own_device(trials: Sequence[Trial], claims: Claims) -> int:
+    """The index of the first visible GPU that no other worker of the sweep has; 0 on a CPU, which workers share.
 
-    Raises:
-        ConfigError: every visible GPU has a worker.
+    The GPU is claimed like a trial. Raises ConfigError if every visible GPU has a worker.
     """
-    if not uses_gpus(run.jobs):
-        yield 0
-        return
+    if not uses_gpus(trials):
+        return 0
+    claims.look()
     for index in range(torch.cuda.device_count()):
-        lock = run.folder / ".claims" / f"gpu-{torch.cuda.get_device_properties(index).uuid}"
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(lock, wait=False))
-            except BlockingIOError:
-                continue
+        if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
             torch.cuda.set_device(index)
-            yield index
-            return
+            return index
     raise ConfigError(
         f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep already: start one "
         "worker for each GPU"

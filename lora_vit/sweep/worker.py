@@ -2,258 +2,232 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lora_vit.distributed import Process
-from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, one_line
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.measure import PackSizes, out_of_memory
-from lora_vit.sweep.plan import Group, Job, SweepRun
-from lora_vit.sweep.schedule import Emit, Schedule
+from lora_vit.sweep.claims import ENDED, FREE, Claims
+from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.packs import Packs
+from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups, free_memory, own_device
-from lora_vit.terminal import Every, make_console
-from lora_vit.training.loop import train_trials
+from lora_vit.sweep.source import source_of
+from lora_vit.sweep.trial import Group, Trial
+from lora_vit.terminal import make_console
+from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial, locked_folder
+from lora_vit.training.trackers import ClaimLost
+from lora_vit.training.trial import TrialRun
 
 POLL_EVERY = 0.5
-"""Seconds between looks while another process claims a pack or measures its size."""
+"""Seconds between looks while other processes hold what is left."""
 
 
-class ClaimLost(Exception):  # noqa: N818  (not an error)
-    """Another process took a trial over while this one was not running."""
+def work(folder: Path) -> None:
+    """Be a worker of a sweep on a device of one's own, until no trial is left that is open or held by another process.
+
+    Raises:
+        ConfigError: there is no such sweep, no device, or there are trials that cannot be trained here.
+        Interrupted: everything is saved.
+    """
+    console = make_console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    with StopRequest() as stop, Claims(folder).living() as claims:
+        sweep = Sweep.existing(folder)
+        say(f"a worker of {folder}: {sum(map(len, sweep.batches))} trials are planned")
+        Worker(sweep, claims, stop, say).work()
+    say("no trial is left to train")
 
 
-class PackReporter:
-    """Turns what the loop reports into events; ends the pack if a claim of it was lost."""
+class PackReporter(Reporter):
+    """Keeps the claims up to date with what the loop reports; ends the pack if a claim of it was lost."""
 
-    def __init__(self, schedule: Schedule):
-        self.schedule, self.emit, self.claims = schedule, schedule.emit, schedule.claims
-        self._epochs, self._now_and_then = 0.0, Every(0.25)
+    def __init__(self, claims: Claims, say: Callable[[str], None], labels: dict[str, str]):
+        self.claims, self.say, self.labels = claims, say, labels
 
     def started(self, pack: Pack) -> None:
         """Called before the first step."""
-        self.emit("pack", ids=[t.name for t in pack.trials])
+        self.say(f"training {', '.join(run.name for run in pack.trials)}")
 
     def advance(self, pack: Pack) -> None:
         """Called after every step."""
-        self._epochs += pack.K / pack.steps_per_epoch
-        if self._now_and_then.due():
-            self.flush()
-        if self.claims.lost:
-            lost = [t.name for t in pack.trials if t.name in self.claims.lost]
-            if lost:
-                raise ClaimLost(", ".join(lost))
+        part = pack.step_in_epoch / pack.steps_per_epoch
+        for run in pack.trials:
+            self.claims.progress[run.name] = run.state.epoch + part
+        if lost := [run.name for run in pack.trials if run.name in self.claims.lost]:
+            raise ClaimLost(", ".join(lost))
 
-    def flush(self) -> None:
-        """Report the steps so far."""
-        self.emit("advance", epochs=self._epochs)
-        self._epochs = 0.0
-
-    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
-        """Called at logging steps."""
-
-    def epoch(self, trial: Trial, row: dict[str, float]) -> None:
-        """Called after each epoch of each trial."""
-        self.emit("epoch", id=trial.name, epoch=trial.state.epoch, val_accuracy=row.get("val_accuracy"))
-
-    def left(self, trial: Trial) -> None:
+    def left(self, trial: TrialRun) -> None:
         """Called when a trial is completed or failed."""
-        self.flush()
+        self.claims.release(trial.name, ENDED)
         record = trial.record
-        message = record.error["message"] if record.status == "failed" and record.error else ""
-        self.schedule.left(trial.name, record.status, record.metrics.get("val_accuracy"), message)
-
-
-def work(run: SweepRun, emit: Emit, stop: StopRequest) -> None:
-    """Be a worker of the run on a device of one's own, until nothing is open that nobody has.
-
-    Raises:
-        ConfigError: there is no device.
-        Interrupted: everything is saved.
-    """
-    with own_device(run) as index:
-        Worker(run, emit, stop, index).work()
-
-
-def stopping(emit: Emit, stop: StopRequest) -> Emit:
-    """Events as before, of which ``stop`` also asks this process to stop."""
-
-    def passing(kind: str, **fields: Any) -> None:
-        emit(kind, **fields)
-        if kind == "stop":
-            stop.signum = signal.SIGTERM
-
-    return passing
-
-
-def work_alone(folder: Path, name: str = "") -> int:
-    """Be a worker that was started by itself; plain lines say what it does. Returns the exit code.
-
-    Args:
-        folder: of the sweep.
-        name: of the run; the newest where none is named.
-
-    Raises:
-        ConfigError: there is no such run here, or no device.
-    """
-    console = make_console()
-    run = Ledger(folder).open_run(name)
-    labels = {job.trial_id: job.label for job in run.jobs}
-
-    def say(kind: str, **fields: Any) -> None:
-        if kind == "pack":
-            console.print(f"training {', '.join(fields['ids'])}", markup=False)
-        elif kind == "left":
-            end = fields["message"] if fields["val_accuracy"] is None else f"val accuracy {fields['val_accuracy']:.2%}"
-            console.print(f"{fields['id']} {labels[fields['id']]}  {fields['status']}  {end}", markup=False)
-        elif kind == "say":
-            console.print(fields["text"], markup=False)
-
-    console.print(f"a worker of {folder}: {len(run.jobs)} trials were asked for", markup=False)
-    try:
-        with StopRequest() as stop:
-            work(run, stopping(say, stop), stop)
-    except Interrupted as error:
-        console.print(f"{error}: saved; any other worker goes on")
-        return error.exit_code
-    console.print("nothing is open that nobody has")
-    return 0
+        end = str(record.error["message"]) if record.status == "failed" and record.error else ""
+        if record.status == "completed":
+            end = f"val accuracy {record.metrics.get('val_accuracy', float('nan')):.2%}"
+        self.say(f"{trial.name} {self.labels.get(trial.name, '')}  {record.status}  {end}")
 
 
 class Worker:
-    """Trains a sweep's open trials until none is left. One for each device."""
+    """Trains a sweep's open trials until none is left. There is one for each device.
 
-    def __init__(self, run: SweepRun, emit: Emit, stop: StopRequest, index: int = 0):
-        """``emit`` takes events for the view; ``index``: of the GPU."""
-        self.run, self.emit, self.stop = run, emit, stop
-        self.setups = Setups(Process(local_rank=index))
+    A worker's own trouble (no images, a sick GPU, a full disk) is never a trial's end: the worker gives back what it
+    cannot train, goes on with the rest, and ends with an error. A trial fails by a loss that is not finite, or by an
+    error that two processes have seen.
+    """
+
+    def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
+        self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
+        planned = [trial for batch in sweep.batches for trial in batch]
+        self.setups = Setups(Process(local_rank=own_device(planned, claims)))
+        self.sizes = PackSizes(sweep, self.setups, stop, say)
+        self.packs, self.source = Packs(sweep, claims), source_of(sweep)
+        self.reporter = PackReporter(claims, say, {name: trial.label for name, trial in sweep.trials.items()})
+        self.cannot: dict[str, str] = {}  # trials that this process cannot train, and why
+        self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
-        """Train until nothing is open that nobody has. Raises Interrupted once all is saved."""
-        with Claims(self.run.folder) as claims:
-            self.claims = claims
-            self.schedule = Schedule(self.run, claims, self.emit)
-            self.sizes = PackSizes(self.run, self.setups, self.stop, self.emit)
-            self.reporter = PackReporter(self.schedule)
-            groups, waited = self.schedule.groups, False
-            while True:
-                self.schedule.look()
-                if any(self.train_group(group, waited) for group in groups):
-                    waited = False
-                elif waited or not any(map(self.schedule.is_free, groups)):
-                    return
-                else:  # the rest of a pack whose owner is about to take it, or never will
-                    waited = True
-                    time.sleep(POLL_EVERY)
+        """Train until no trial is left.
 
-    def train_group(self, group: Group, strays: bool) -> bool:
-        """Train what of a group is free as of the last look; whether another look is worth it."""
-        worked = False
-        while self.schedule.is_free(group):
-            self.stop.heed()
-            taken: list[Job] = []
-            try:
-                size = self.sizes.of(group, self.claims)
-                if size is None:
-                    time.sleep(POLL_EVERY)
-                    return True
-                taken = self.schedule.take_pack(group, size, strays)
-                if not taken:
-                    break
-                self.train_taken(group, taken, self.setups.of(taken[0]))
-            except ConfigError as error:  # nothing of the group can be built
-                for job in taken or group.jobs:
-                    if taken or self.claims.take(job.trial_id):
-                        self.schedule.refuse(job, error)
-            finally:
-                self.schedule.give_back(taken)
-            worked = True
-        return worked
-
-    def train_taken(self, group: Group, jobs: Sequence[Job], setup: Setup) -> None:
-        """Train claimed trials in their folders."""
-        with contextlib.ExitStack() as stack:
-            free = []
-            for job in jobs:
-                try:
-                    stack.enter_context(locked_folder(self.run.folder_of(job)))
-                    free.append(job)
-                except ConfigError as error:  # a single run in the same folder, or it cannot be written
-                    self.schedule.refuse(job, error)
-            self.train_pack(group, free, setup)
-
-    def train_pack(self, group: Group, jobs: list[Job], setup: Setup) -> None:
-        """Train trials together that stand at one step of their epochs; after an error, each half by itself.
-
-        Down to the trial that has the error, which alone is recorded as failed.
+        Raises:
+            ConfigError: some trials cannot be trained here.
+            TrialFailed: this process or its device is broken.
+            Interrupted: everything is saved.
         """
-        by_offset: dict[int, list[tuple[Job, Trial]]] = {}
-        for job, trial in self.open_all(jobs, setup):
-            by_offset.setdefault(trial.state.step_in_epoch, []).append((job, trial))
+        while (pack := self.next_pack()) is not None:
+            self.train(*pack)
+        if self.cannot:
+            name, why = next(iter(self.cannot.items()))
+            raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
+
+    def next_pack(self) -> tuple[Group, list[Trial]] | None:
+        """Claim the next pack; wait while others hold what is left. None if nothing is left for anybody, or for us."""
+        if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
+            return pack
+        in_vain = 0  # looks in a row that found free trials, of which we could take none
+        while True:
+            self.stop.heed()
+            standing = self.packs.look(self.cannot)
+            if standing != FREE:  # ask for more; another worker may just have done so
+                is_new = self.source.extend()
+                standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
+            if standing == ENDED:
+                return None
+            if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
+                return pack
+            in_vain = in_vain + 1 if standing == FREE else 0
+            time.sleep(POLL_EVERY)
+
+    def size_of(self, group: Group) -> int | None:
+        """How many trials of a group train together; None while another process measures it, or if none can here."""
+        try:
+            return self.sizes.of(group, self.claims)
+        except ConfigError as error:
+            self.give_up([trial.trial_id for trial in group.trials], str(error))
+            return None
+
+    def give_up(self, trial_ids: list[str], why: str) -> None:
+        """Leave trials to other processes."""
+        self.say(f"{len(trial_ids)} trials cannot be trained here: {why}")
+        self.cannot.update(dict.fromkeys(trial_ids, why))
+
+    def train(self, group: Group, trials: list[Trial]) -> None:
+        """Train claimed trials; those that have not ended are free afterwards."""
+        try:
+            self.train_pack(group, trials, self.setups.of(trials[0]))
+        except ConfigError as error:  # what they train on cannot be had here
+            self.give_up([trial.trial_id for trial in trials], str(error))
+        finally:
+            for trial in trials:
+                self.claims.release(trial.trial_id)
+
+    def train_pack(self, group: Group, trials: list[Trial], setup: Setup) -> None:
+        """Train trials together that stand at one step of their epochs; after an error, each half by itself."""
+        by_offset: dict[int, list[tuple[Trial, TrialRun]]] = {}
+        for trial, run in self.open_all(trials, setup):
+            by_offset.setdefault(run.state.step_in_epoch, []).append((trial, run))
         for members in by_offset.values():
-            error = self.attempt([trial for _, trial in members], setup)
+            error = self.attempt([run for _, run in members], setup)
             if error is None:
+                self._last_error = ""
                 continue
-            left = [(job, trial) for job, trial in members if trial.record.status == "running"]
-            if len(left) == 1 and len(members) == 1:
-                self.fail(left[0][1], error)
+            if len(members) == 1:
+                self.blame(members[0][1], error)
                 continue
-            for _, trial in left:
-                trial.close()
+            rest = [trial for trial, run in members if run.record.status == "running"]
+            for _, run in members:
+                run.close()
             free_memory()
             if out_of_memory(error):
                 self.sizes.halve(group, len(members))
-            half = max(1, len(left) // 2)
-            self.emit("say", text=f"a pack of {len(members)} ended ({one_line(error)}): packs of {half} go on from "
-                      "their last checkpoints")  # fmt: skip
-            rest = [job for job, _ in left]
-            for part in (rest[:half], rest[half:]):
-                if part:
-                    self.train_pack(group, part, setup)
+            half = max(1, len(rest) // 2)
+            self.say(f"a pack of {len(members)} ended ({one_line(error)}): packs of {half} resume from its checkpoints")
+            for part in filter(None, (rest[:half], rest[half:])):
+                self.train_pack(group, part, setup)
 
-    def attempt(self, trials: list[Trial], setup: Setup) -> Exception | None:
+    def open_all(self, trials: list[Trial], setup: Setup) -> list[tuple[Trial, TrialRun]]:
+        """Open claimed trials; those whose folder does not fit what is here are left to others."""
+        opened = []
+        for trial in trials:
+            folder, name = self.sweep.folder_of(trial), trial.trial_id
+            try:
+                folder.mkdir(exist_ok=True)
+                run = TrialRun.open(trial.config, folder, setup, self.sweep.hydra_files(trial),
+                                    self.sweep.board_of(trial), mine=lambda name=name: self.claims.mine(name))  # fmt: skip
+                opened.append((trial, run))
+            except ConfigError as error:
+                self.claims.release(name)
+                self.give_up([name], str(error))
+            except ClaimLost:
+                self.say(f"{name} was taken over by another process")
+        return opened
+
+    def attempt(self, runs: list[TrialRun], setup: Setup) -> Exception | None:
         """Train a pack; returns what went wrong, for another try with fewer."""
         try:
-            train_trials(trials, setup, self.reporter, self.stop)
+            train_trials(runs, setup, self.reporter, self.stop)
         except Interrupted:
             raise
         except ClaimLost as error:
-            self.emit("say", text=f"{error} was taken over by another process")
-            for trial in trials:
-                trial.close()
-            return None
+            self.say(f"{error} was taken over by another process")
+            for run in runs:
+                run.close()
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
-            return error.with_traceback(None) if len(trials) > 1 else error  # a traceback holds the pack's memory
-        finally:
-            self.reporter.flush()
+            if _is_of_the_device(error):
+                raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
+            return error.with_traceback(None) if len(runs) > 1 else error  # a traceback holds the pack's memory
         return None
 
-    def open_all(self, jobs: list[Job], setup: Setup) -> list[tuple[Job, Trial]]:
-        """Open the trials; those that cannot be are refused."""
-        opened = []
-        for job in jobs:
-            place, board = self.run.folder_of(job), self.run.board_of(job)
-            try:
-                trial = Trial.open(job.config, place, setup, self.run.launched, self.run.hydra_files(job), board)
-            except ConfigError as error:
-                self.schedule.refuse(job, error)
-            else:
-                opened.append((job, trial))
-        return opened
+    def blame(self, run: TrialRun, error: Exception) -> None:
+        """An error of a trial alone: record it as failed if another process saw it too, else leave it to another.
 
-    def fail(self, trial: Trial, error: Exception) -> None:
-        """Record an error that is a trial's own."""
-        trial.fail(one_line(error), error=error)
-        error.with_traceback(None)  # whose frames hold the pack, and the error
-        self.reporter.left(trial)
+        Raises TrialFailed if the trial before it ended with the same error: then this process is to blame.
+        """
+        text = one_line(error)
+        if self.claims.seen_elsewhere(run.name) == text:
+            run.fail(text, error=error)
+            self.reporter.left(run)
+        else:
+            run.interrupt()
+            self.claims.release(run.name, FREE, text)
+            self.give_up([run.name], text)
+            if self._last_error == text:
+                raise TrialFailed(f"two trials in a row ended here with the same error: {text}")
+            self._last_error = text
+        error.with_traceback(None)  # its frames hold the pack
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether a fresh process would not have the error: after one of these nothing works in this one."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and not out_of_memory(error) and any(
+        word in text for word in ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS", "NCCL error")
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,11 +15,11 @@ from lora_vit.stopping import StopRequest, repeating
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import HEARTBEAT_EVERY
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 
-class Reporter(Protocol):
-    """Who tells the user how training goes."""
+class Reporter:
+    """Reports to the user how training goes. The methods do nothing here."""
 
     def started(self, pack: Pack) -> None:
         """Called before the first step."""
@@ -30,14 +30,14 @@ class Reporter(Protocol):
     def advance(self, pack: Pack) -> None:
         """Called after every step."""
 
-    def epoch(self, trial: Trial, row: dict[str, float]) -> None:
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
         """Called after each epoch of each trial."""
 
-    def left(self, trial: Trial) -> None:
+    def left(self, trial: TrialRun) -> None:
         """Called when a trial is completed or failed."""
 
 
-def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
+def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
     """Train trials in one pack to their ends.
 
     Their records tell how each ended. Raises Interrupted after saving everything.
@@ -62,7 +62,7 @@ def train_trials(trials: list[Trial], setup: Setup, reporter: Reporter, stop: St
                 raise
 
 
-def begin(trials: list[Trial], setup: Setup, reporter: Reporter) -> Pack:
+def begin(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
     """The first pack; parameter counts go into the records, and the trials are marked running."""
     pack = Pack(trials, setup)
     for k, trial in enumerate(trials):
@@ -74,14 +74,14 @@ def begin(trials: list[Trial], setup: Setup, reporter: Reporter) -> Pack:
     return pack
 
 
-def give_signs_of_life(trials: list[Trial]) -> None:
+def give_signs_of_life(trials: list[TrialRun]) -> None:
     """For trials that write: theirs end when their files are closed."""
     for trial in trials:
         if trial.files is not None:
             trial.files.beat()
 
 
-def train_round(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial]:
+def train_round(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
     """Train an epoch, or until trials fail; returns the trials that are completed or failed now."""
     bad = [] if any(t.done() for t in pack.trials) else train_epoch(pack, reporter, stop)
     if not bad and pack.step_in_epoch == pack.steps_per_epoch:
@@ -94,7 +94,7 @@ def train_round(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
     return bad + finished
 
 
-def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial]:
+def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
     """Train to the epoch's end, or to the step at which trials are found bad; returns those."""
     rates = pack.learning_rates()
     clock = Clock(pack)
@@ -162,7 +162,7 @@ def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clo
     reporter.step(pack, losses, lrs, speed)
 
 
-def fail_bad(pack: Pack, last: bool) -> list[Trial]:
+def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them.
 
     At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
@@ -192,7 +192,7 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     return False
 
 
-def interrupt(trials: list[Trial], pack: Pack | None, signum: int) -> Interrupted:
+def interrupt(trials: list[TrialRun], pack: Pack | None, signum: int) -> Interrupted:
     """Save the trials, unless their state is half changed, and mark them interrupted.
 
     ``pack`` holds their state; None: it is in the trials themselves, between two packs.
@@ -241,13 +241,13 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         reporter.epoch(trial, row)
 
 
-def validation_due(trial: Trial) -> bool:
+def validation_due(trial: TrialRun) -> bool:
     """Whether the trial, whose epoch has just been trained, is validated after it."""
     epoch, trainer = trial.state.epoch + 1, trial.config.trainer
     return epoch % trainer.validate_every == 0 or epoch >= trainer.epochs
 
 
-def update_record(pack: Pack, trial: Trial) -> None:
+def update_record(pack: Pack, trial: TrialRun) -> None:
     """Bring the record up to the trial's state."""
     record, state = trial.record, trial.state
     record.metrics, record.best = dict(state.last), dict(state.best)
@@ -267,7 +267,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def finish_trials(pack: Pack, finished: list[Trial]) -> None:
+def finish_trials(pack: Pack, finished: list[TrialRun]) -> None:
     """Test the finished trials, write their results, and mark them completed."""
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
@@ -289,7 +289,7 @@ def finish_trials(pack: Pack, finished: list[Trial]) -> None:
         trial.complete()
 
 
-def adapter_card(setup: Setup, trial: Trial) -> dict[str, Any]:
+def adapter_card(setup: Setup, trial: TrialRun) -> dict[str, Any]:
     """What ``adapter.json`` says: enough to put the adapter on its base and use it."""
     c = trial.record.config
     height, width = (int(n) for n in setup.data.images.shape[-2:])

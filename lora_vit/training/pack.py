@@ -13,7 +13,7 @@ from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, schedule
 from lora_vit.training.setup import Setup
 from lora_vit.training.step import StepState, train_step
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 EVAL_BATCH = 256
 """Largest number of images of one evaluation step, times trials."""
@@ -22,7 +22,7 @@ EVAL_BATCH = 256
 class Pack:
     """Trials that train together. They stand at the same step of their epochs, not in the same epoch."""
 
-    def __init__(self, trials: list[Trial], setup: Setup):
+    def __init__(self, trials: list[TrialRun], setup: Setup):
         configs = [t.config for t in trials]
         self.trials, self.setup, self.K = trials, setup, len(trials)
         self._predictions: dict[str, list[Predictions]] = {}
@@ -51,7 +51,7 @@ class Pack:
         """One stream for each (seed, epoch): trials that agree in both share images and stem."""
         self.streams: list[TrainStream] = []
         self.stream_of_trial: list[int] = []
-        self._stream_trial: list[Trial] = []
+        self._stream_trial: list[TrialRun] = []
         known: dict[tuple[int, int], int] = {}
         for config, trial in zip(configs, self.trials, strict=True):
             key = (config.seed, trial.state.epoch)
@@ -135,7 +135,7 @@ class Pack:
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, m) for m in on_host)
 
-    def step_of(self, trial: Trial) -> int:
+    def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
 

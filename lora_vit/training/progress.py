@@ -5,12 +5,13 @@ from __future__ import annotations
 from rich.table import Column, Table
 
 from lora_vit.terminal import Progress, make_console
+from lora_vit.training.loop import Reporter
 from lora_vit.training.pack import Pack
 from lora_vit.training.trackers import epoch_figures
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 
-class RunReporter:
+class RunReporter(Reporter):
     """Progress of one trial (rank 0); silent on other ranks."""
 
     def __init__(self, main: bool):
@@ -44,12 +45,9 @@ class RunReporter:
         if self._progress is not None:
             self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
 
-    def epoch(self, trial: Trial, row: dict[str, float]) -> None:
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
         """One line for an epoch."""
         self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(row)}")
-
-    def left(self, trial: Trial) -> None:
-        """Nothing: the entry prints the end."""
 
     def close(self) -> None:
         """Take the bar away."""

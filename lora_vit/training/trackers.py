@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import threading
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,51 @@ EPOCH_CHECKPOINT_EVERY = 5.0
 """Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
 
 
-class TrialFiles:
-    """Writes one trial's folder (see the table of files in docs/architecture.md). Only rank 0 has one."""
+ROWS_ASK_EVERY = 10.0
+"""Seconds after which a training step's row asks whether the trial is still ours."""
 
-    def __init__(self, folder: Path, record: TrialRecord, state: TrialState, tensorboard: Path | None = None):
+
+class ClaimLost(Exception):  # noqa: N818  (it tells what has happened)
+    """Another process has taken the trial over: this one writes nothing any more."""
+
+
+class TrialFiles:
+    """Writes one trial's folder (outputs/README.md lists the files). Only rank 0 has one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        record: TrialRecord,
+        state: TrialState,
+        tensorboard: Path | None = None,
+        mine: Callable[[], bool] | None = None,
+    ):
         """Open the folder's logs, cut back to what the state knows of.
 
-        ``tensorboard`` is where the event files go (``folder/tensorboard`` by default).
+        Args:
+            folder: of the trial.
+            record: of the trial, as it is to be written.
+            state: of the trial, as it is to be saved.
+            tensorboard: where the event files go (``folder/tensorboard`` by default).
+            mine: whether the trial is still this process's. Methods that write ask before they do, and raise ClaimLost.
         """
         self.folder, self.record, self.state = folder, record, state
+        self._mine, self._asked = mine, -math.inf
         self._tensorboard_folder = tensorboard or folder / "tensorboard"
         self._tensorboard: Any = None
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
         timing = folder / records.TIMING
         self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
         self._saved = -math.inf
-        self._written: TrialRecord | None = None
-        self._writing = threading.Lock()
+
+    def _ask(self, every: float = 0.0) -> None:
+        """Raise ClaimLost if the trial is another process's now; ``every``: unless asked within so many seconds."""
+        now = time.monotonic()
+        if self._mine is None or now - self._asked < every:
+            return
+        if not self._mine():
+            raise ClaimLost(self.record.trial_id)
+        self._asked = now
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
@@ -60,17 +89,18 @@ class TrialFiles:
 
     def write_record(self) -> None:
         """Replace ``record.json``."""
-        with self._writing:
-            self._written = records.write_record(self.folder, self.record)
+        self._ask()
+        records.write_record(self.folder, self.record)
 
     def beat(self) -> None:
-        """Give a sign of life: the record as it was written last, with the time of now. For another thread."""
-        with self._writing, contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
-            if self._written is not None and time.time() - self._written.heartbeat > HEARTBEAT_EVERY / 2:
-                records.write_record(self.folder, self._written)
+        """Give a sign of life, the time of ``record.json``; another thread may call this."""
+        if self.record.status == "running":
+            with contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
+                os.utime(self.folder / records.RECORD)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
+        self._ask(ROWS_ASK_EVERY)
         self._metrics.write({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
         self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
         self.board.add_scalar("train/loss", loss, step)
@@ -79,6 +109,7 @@ class TrialFiles:
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """An epoch's row: train_loss, and where the epoch was validated val_loss and val_accuracy."""
+        self._ask()
         self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
         if "val_accuracy" in row:
             self.board.add_scalar("val/accuracy", row["val_accuracy"], step)
@@ -88,6 +119,7 @@ class TrialFiles:
 
     def save_checkpoint(self) -> None:
         """Checkpoint the state, which remembers the length of the metric rows."""
+        self._ask()
         self.state.metrics_bytes = self._metrics.length()
         save_checkpoint(self.folder, self.record.trial_id, self.state)
         self._saved = time.monotonic()
@@ -104,9 +136,14 @@ class TrialFiles:
         adapter: dict[str, Any],
     ) -> None:
         """Write ``predictions.npz``, ``adapter.safetensors`` and ``adapter.json``."""
+        self._ask()
         records.write_predictions(self.folder, predictions)
         write_adapter(self.folder, tensors, adapter)
         self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
+
+    def remove_checkpoint(self) -> None:
+        """Remove the checkpoint of a trial whose completed record is written."""
+        (self.folder / records.CHECKPOINT).unlink(missing_ok=True)
 
     def log_hparams(self) -> None:
         """Fill TensorBoard's hparams view: what a sweep varies, and the final metric.
@@ -128,9 +165,7 @@ class TrialFiles:
         self.board.add_hparams(hparams, metric, run_name=".")
 
     def close(self) -> None:
-        """Close the logs; no sign of life is given from now on."""
-        with self._writing:
-            self._written = None
+        """Close the logs."""
         self._metrics.close()
         self._timing.close()
         if self._tensorboard is not None:

@@ -6,18 +6,20 @@ import contextlib
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_vit import files, records
-from lora_vit.config import TrialConfig, ids, to_dict
+from lora_vit import records
+from lora_vit.config import TrialConfig, ids, to_dict, trial_id
 from lora_vit.errors import ConfigError, RecordError
+from lora_vit.files import locked, replacing
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import TrialFiles
+from lora_vit.training.trackers import ClaimLost, TrialFiles
 
+HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra"))
 OWN_FILES = (
     records.RECORD,
     records.METRICS,
@@ -27,13 +29,13 @@ OWN_FILES = (
     "adapter.safetensors",
     "adapter.json",
     records.CHECKPOINT,
-    "tensorboard",
-    ".hydra",
+    *HYDRA_FILES,
 )
+"""What a trial writes, beside its folder ``tensorboard``."""
 
 
 @dataclass(eq=False)
-class Trial:
+class TrialRun:
     """A trial: what it is, where it stands and where it writes (rank 0 only)."""
 
     config: TrialConfig
@@ -42,7 +44,7 @@ class Trial:
     files: TrialFiles | None = None
 
     @classmethod
-    def without_files(cls, config: TrialConfig) -> Trial:
+    def without_files(cls, config: TrialConfig) -> TrialRun:
         """A new trial that nothing remembers."""
         return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
@@ -52,31 +54,36 @@ class Trial:
         config: TrialConfig,
         folder: Path,
         setup: Setup,
-        launched: float,
         hydra_files: dict[str, str],
         tensorboard: Path | None = None,
-    ) -> Trial:
-        """The trial with its state and files, ready to train; the folder is locked.
+        restart: bool = False,
+        mine: Callable[[], bool] | None = None,
+    ) -> TrialRun:
+        """The trial with its state and files, ready to train; no other process may use the folder.
 
-        It begins anew where nothing is there, where ``trainer.resume=restart`` asks for it, and where it failed at a
-        step; else it goes on from its checkpoint.
+        It starts from scratch in a folder without a record and where it failed at a step; else it resumes.
 
         Args:
             config: of the trial.
-            folder: of the trial.
+            folder: of the trial, which is not completed unless it restarts.
             setup: where and on what it trains.
-            launched: when the command began (seconds since 1970): only what is older is restarted.
             hydra_files: name to text of what goes into ``.hydra/``.
             tensorboard: where event files go, if not below the folder.
+            restart: remove what the trial left, and start from scratch.
+            mine: whether the trial is still this process's, see :class:`TrialFiles`.
 
         Raises:
             ConfigError: the folder, its data or its checkpoint are not this trial's.
+            ClaimLost: the trial is another process's now.
         """
         there = records.state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)
+        if mine is not None and not mine():
+            raise ClaimLost(trial_id(config))
+        _remove_temporary_files(folder)
         record = there.record
-        if record is None or _begins_anew(record, config, launched):
+        if record is None or restart or (record.error or {}).get("step") is not None:
             _remove_own_files(folder, tensorboard)
             record = TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
             state = TrialState()
@@ -86,7 +93,7 @@ class Trial:
             record.metrics, record.best = dict(state.last), dict(state.best)
         record.status = "running"
         record.environment, record.data = setup.environment, setup.data.card()
-        trial = cls(config, record, state, TrialFiles(folder, record, state, tensorboard))
+        trial = cls(config, record, state, TrialFiles(folder, record, state, tensorboard, mine))
         write_hydra_files(folder, hydra_files)
         return trial
 
@@ -115,6 +122,7 @@ class Trial:
         if self.files is not None:
             self.files.say(self.record.status)
             self.files.write_record()
+            self.files.remove_checkpoint()
             self.files.close()
 
     def interrupt(self) -> None:
@@ -138,11 +146,6 @@ class Trial:
         self.files.close()
 
 
-def _begins_anew(record: TrialRecord, config: TrialConfig, launched: float) -> bool:
-    restarted = config.trainer.resume == "restart" and record.started < launched
-    return restarted or bool(record.error and record.error.get("step") is not None)
-
-
 def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     """The checkpoint of a trial that was begun with this data and in this precision. Raises ConfigError for others."""
     fingerprint, precision = record.data.get("fingerprint"), record.environment.get("precision")
@@ -163,11 +166,16 @@ def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
 
 def _remove_own_files(folder: Path, tensorboard: Path | None) -> None:
     """Remove what a trial writes, and nothing else."""
-    for path in (*(folder / name for name in OWN_FILES), *([tensorboard] if tensorboard else [])):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(tensorboard or folder / "tensorboard", ignore_errors=True)
+
+
+def _remove_temporary_files(folder: Path) -> None:
+    """Remove what processes left that were killed while they replaced a file."""
+    for path in (folder / name for name in OWN_FILES):
+        for temporary in path.parent.glob(f".{path.name}.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
@@ -175,12 +183,12 @@ def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
     if files:
         (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in files.items():
-        with files.replacing(folder / ".hydra" / name) as file:
+        with replacing(folder / ".hydra" / name) as file:
             file.write(text.encode())
 
 
-def ended_record(folder: Path, config: TrialConfig, launched: float) -> TrialRecord | None:
-    """The record of a trial that has ended, for a run of this trial alone; None: it is open.
+def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
+    """The record of a trial that is completed; None: there is something to train.
 
     Raises:
         ConfigError: the folder holds another trial, or a record that cannot be read.
@@ -188,7 +196,7 @@ def ended_record(folder: Path, config: TrialConfig, launched: float) -> TrialRec
     state = records.state_of(folder, config)
     if state.problem:
         raise ConfigError(state.problem)
-    return state.record if state.is_ended(config.trainer.resume == "restart", launched, retry_failed=True) else None
+    return state.record if state.status == "completed" else None
 
 
 @contextlib.contextmanager
@@ -200,7 +208,7 @@ def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(folder / ".lock", wait))
+            stack.enter_context(locked(folder / ".lock", wait))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:

@@ -38,8 +38,8 @@ mark("import lora_vit")
 setup = build_setup(config, Process())
 mark("data and weights")
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial
-pack = Pack([Trial.without_files(config)], setup)
+from lora_vit.training.trial import TrialRun
+pack = Pack([TrialRun.without_files(config)], setup)
 mark("adapters, optimizer")
 pack.step(pack.learning_rates()[0], False)
 mark("first step")

@@ -35,7 +35,7 @@ from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 TRIALS = 24
 """Of ``sweep=quickstart``."""
@@ -132,7 +132,7 @@ def curve(rounds: int, sizes: list[int]) -> list[dict[str, Any]]:
         setup = build_setup(configs[0], Process())
 
         def step_of(k: int, setup: Any = setup, configs: list[TrialConfig] = configs) -> Any:
-            pack = Pack([Trial.without_files(c) for c in configs[:k]], setup)
+            pack = Pack([TrialRun.without_files(c) for c in configs[:k]], setup)
             rates = pack.learning_rates()
 
             def step() -> None:

@@ -21,7 +21,7 @@ from lora_vit.sweep.claims import Claims, Owner
 from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size
 from lora_vit.sweep.plan import Job, make_groups
 from lora_vit.sweep.setups import Setups
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FIGURES = {"limited_by_trials": False, "seconds_per_trial_epoch": {"1": 0.5, "4": 0.25}, "memory_bytes": {"1": 10}}
@@ -378,7 +378,7 @@ class Stage:
         monkeypatch.setattr(measure, "Pack", self.pack)
         monkeypatch.setattr(measure.gc, "collect", lambda: None)  # takes long, and there is nothing to free
 
-    def pack(self, trials: list[Trial], setup: object) -> Any:
+    def pack(self, trials: list[TrialRun], setup: object) -> Any:
         assert setup is self.setup
         assert [trial.record.trial_id for trial in trials] == [trial_id(trial.config) for trial in trials]
         rates = [f"rate {i}" for i in range(self.steps)]

@@ -23,7 +23,7 @@ from lora_vit.sweep.plan import Job, SweepRun
 from lora_vit.sweep.worker import Worker, out_of_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 
 def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
@@ -109,7 +109,7 @@ def test_failed_trials_are_tried_again_if_asked_for_and_anew_after_a_bad_step(re
     setup = build_setup(jobs[0].config, Process())
     for job, at in zip(jobs, (3, None), strict=True):
         run.folder_of(job).mkdir()
-        trial = Trial.open(job.config, run.folder_of(job), setup, run.launched, {})
+        trial = TrialRun.open(job.config, run.folder_of(job), setup, run.launched, {})
         pack = Pack([trial], setup)
         pack.step(pack.learning_rates()[0], False)
         pack.pull()
@@ -118,7 +118,7 @@ def test_failed_trials_are_tried_again_if_asked_for_and_anew_after_a_bad_step(re
     begun: list[tuple[int, int]] = []
     init = Pack.__init__
 
-    def remember(pack: Pack, trials: list[Trial], of: Setup) -> None:
+    def remember(pack: Pack, trials: list[TrialRun], of: Setup) -> None:
         begun.extend((trial.config.seed, trial.state.step_in_epoch) for trial in trials)
         init(pack, trials, of)
 

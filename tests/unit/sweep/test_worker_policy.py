@@ -27,7 +27,7 @@ from lora_vit.sweep.schedule import Schedule
 from lora_vit.sweep.setups import Setups
 from lora_vit.sweep.worker import ClaimLost, PackReporter, Worker, out_of_memory
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 
 class Files:
@@ -52,7 +52,7 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         self.events, self.stop = Events(), StopRequest()
-        self.act: Callable[[list[Trial], Any], None] = lambda trials, reporter: None
+        self.act: Callable[[list[TrialRun], Any], None] = lambda trials, reporter: None
         self.built: Callable[[Job], object] = lambda job: "setup"
         self.packs: list[list[int]] = []
         self.opened: list[tuple[Any, ...]] = []
@@ -60,15 +60,15 @@ class Bench:
         self.offsets: dict[int, int] = {}
         self.unusable: dict[int, Exception] = {}
 
-    def open(self, config: TrialConfig, place: Path, *others: Any) -> Trial:
+    def open(self, config: TrialConfig, place: Path, *others: Any) -> TrialRun:
         self.opened.append((config.seed, place, *others))
         if config.seed in self.unusable:
             raise self.unusable[config.seed]
         record = TrialRecord(place.name, cell_id(config), "running", to_dict(config), started=LAUNCHED)
         self.files.append(Files(place, record))
-        return Trial(config, record, TrialState(step_in_epoch=self.offsets.get(config.seed, 0)), self.files[-1])  # type: ignore[arg-type]
+        return TrialRun(config, record, TrialState(step_in_epoch=self.offsets.get(config.seed, 0)), self.files[-1])  # type: ignore[arg-type]
 
-    def train(self, trials: list[Trial], setup: object, reporter: PackReporter, stop: StopRequest) -> None:
+    def train(self, trials: list[TrialRun], setup: object, reporter: PackReporter, stop: StopRequest) -> None:
         assert setup == "setup"
         assert stop is self.stop
         self.packs.append([trial.config.seed for trial in trials])
@@ -77,7 +77,7 @@ class Bench:
             if trial.record.status == "running":
                 self.complete(trial, reporter)
 
-    def complete(self, trial: Trial, reporter: PackReporter) -> None:
+    def complete(self, trial: TrialRun, reporter: PackReporter) -> None:
         trial.complete()
         reporter.left(trial)
 
@@ -96,7 +96,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
     made = Bench(tmp_path)
-    monkeypatch.setattr(Trial, "open", made.open)
+    monkeypatch.setattr(TrialRun, "open", made.open)
     monkeypatch.setattr(worker_module, "train_trials", made.train)
     monkeypatch.setattr(worker_module, "free_memory", lambda: None)  # takes long, and there is nothing to free
     monkeypatch.setattr(Setups, "of", lambda setups, job: made.built(job))
@@ -117,7 +117,7 @@ def states(folder: Path, jobs: list[Job]) -> list[str]:
 def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0):
     """Packs with one of these seeds (None: with any) and of more than so many trials raise the error."""
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         if len(trials) > more_than and (seeds is None or seeds & {t.config.seed for t in trials}):
             raise error()
 
@@ -159,7 +159,7 @@ def test_a_folder_is_locked_while_it_trains(bench):
     jobs = seed_jobs(3)
     bench.offsets = {2: 1}
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         for job in (jobs[0], jobs[2]):
             with pytest.raises(BlockingIOError), locked(bench.folder / job.trial_id / ".lock", wait=False):
                 pass
@@ -254,7 +254,7 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
     """And one of a pack that is left alone is tried alone before it is blamed."""
     jobs = seed_jobs(3)
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         if len(trials) == 3:
             for trial in (trials[0], trials[2]):
                 bench.complete(trial, reporter)
@@ -273,7 +273,7 @@ def test_memory_is_freed_between_a_pack_and_its_halves(bench, monkeypatch):
     monkeypatch.setattr(worker_module, "free_memory", lambda: freed.append(len(bench.packs)))
     kept: list[Exception] = []
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         if len(trials) > 1:
             kept.append(RuntimeError("no"))
             raise kept[-1]
@@ -367,7 +367,7 @@ def test_what_is_freed_while_we_train_is_trained_too(bench):
     other = somebody(bench.folder)
     assert other.take(jobs[0].trial_id)
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         other.release(jobs[0].trial_id)
 
     bench.act = act
@@ -390,7 +390,7 @@ def test_a_lost_claim_ends_the_pack_without_blame(bench):
     """What another process took over is left to it; the rest of the pack is taken again."""
     jobs = seed_jobs(2)
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         if len(bench.packs) > 1:
             return
         for mark in ("", ".free"):
@@ -412,7 +412,7 @@ def test_a_lost_claim_ends_the_pack_without_blame(bench):
 def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
     jobs = [*seed_jobs(2), *seed_jobs(1, trainer__epochs=3)]
 
-    def act(trials: list[Trial], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
         bench.stop.signum = signal.SIGTERM
 
     bench.act = act
@@ -448,8 +448,8 @@ def reporter_of(folder: Path, stop_on_failure: bool = False) -> tuple[PackReport
     return PackReporter(Schedule(run, claims, events)), events, claims
 
 
-def some_trial(job: Job, **record: Any) -> Trial:
-    return Trial(job.config, TrialRecord(job.trial_id, "cell", "running", {}, **record), TrialState())
+def some_trial(job: Job, **record: Any) -> TrialRun:
+    return TrialRun(job.config, TrialRecord(job.trial_id, "cell", "running", {}, **record), TrialState())
 
 
 def test_a_pack_is_reported_now_and_then_and_whole(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from lora_vit.data.dataset import load_data
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
 TRIALS = (
@@ -116,7 +116,7 @@ def three_trials() -> Pack:
     with unset_fake_temporarily():
         data = load_data(configs[0].data)
     setup = build.build_setup(configs[0], Process(), data)
-    return Pack([Trial.without_files(config) for config in configs], setup)
+    return Pack([TrialRun.without_files(config) for config in configs], setup)
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)

@@ -19,7 +19,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import OWN_FILES, Trial, ended_record, locked_folder, write_hydra_files
+from lora_vit.training.trial import OWN_FILES, TrialRun, ended_record, locked_folder, write_hydra_files
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here"}
@@ -30,11 +30,11 @@ ROWS = [
 ]
 
 
-def begin(folder, changes=None, launched=None, files=None, tensorboard=None, setup=SETUP) -> Trial:
+def begin(folder, changes=None, launched=None, files=None, tensorboard=None, setup=SETUP) -> TrialRun:
     """Open the small trial on a setup that has no model."""
     folder.mkdir(exist_ok=True)
     launched = time.time() if launched is None else launched
-    return Trial.open(plain_trial(changes), folder, setup, launched, files or {}, tensorboard)
+    return TrialRun.open(plain_trial(changes), folder, setup, launched, files or {}, tensorboard)
 
 
 def stopped(folder) -> TrialState:
@@ -269,14 +269,14 @@ def test_failed_by_an_error(tmp_path):
     assert trace in (tmp_path / "a/train.log").read_text()
 
 
-def closed(trial: Trial) -> bool:
+def closed(trial: TrialRun) -> bool:
     """Whether the logs take no more rows."""
     with pytest.raises(ValueError, match="closed file"):
         trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
     return True
 
 
-@pytest.mark.parametrize("end", [Trial.interrupt, lambda trial: trial.fail("x")])
+@pytest.mark.parametrize("end", [TrialRun.interrupt, lambda trial: trial.fail("x")])
 def test_a_full_disk_does_not_hide_the_end(end, tmp_path, monkeypatch):
     """The status is told by the exit code then; the files are closed all the same."""
     trial = begin(tmp_path / "a")
@@ -293,8 +293,8 @@ def test_a_full_disk_does_not_hide_the_end(end, tmp_path, monkeypatch):
 
 def test_a_rank_that_writes_nothing_ends_alike():
     for end, status in (
-        (Trial.complete, "completed"),
-        (Trial.interrupt, "interrupted"),
+        (TrialRun.complete, "completed"),
+        (TrialRun.interrupt, "interrupted"),
         (lambda trial: trial.fail("x", 3), "failed"),
     ):
         (trial,) = new_trials([plain_trial()])

@@ -28,18 +28,18 @@ from lora_vit.training import loop, step, trackers
 from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.loop import train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Trial, ended_record, locked_folder
+from lora_vit.training.trial import TrialRun, ended_record, locked_folder
 
 QUIET = ("trainer.log_every=1000", "trainer.checkpoint_every=0.0001")  # logs at the ends of epochs, saves at each step
 
 
-def begin(folder: Path, *overrides: str, launched: float | None = None) -> Trial:
+def begin(folder: Path, *overrides: str, launched: float | None = None) -> TrialRun:
     config = trial_config(*overrides)
     folder.mkdir(exist_ok=True)
-    return Trial.open(config, folder, build_setup(config, Process()), launched or time.time(), {})
+    return TrialRun.open(config, folder, build_setup(config, Process()), launched or time.time(), {})
 
 
-def train(*trials: Trial, stop: StopRequest | None = None) -> None:
+def train(*trials: TrialRun, stop: StopRequest | None = None) -> None:
     setup = build_setup(trials[0].config, Process())
     train_trials(list(trials), setup, Recorder(), stop or StopRequest())
 
@@ -70,7 +70,7 @@ def test_a_folder_of_another_trial_is_refused_with_the_first_difference(tmp_path
         ended_record(tmp_path / "a", other, time.time())
     assert "(optimizer.lr is 0.001 there, 0.5 here)" in str(caught.value)
     with pytest.raises(ConfigError, match="holds trial"):
-        Trial.open(other, tmp_path / "a", build_setup(other, Process()), time.time(), {})
+        TrialRun.open(other, tmp_path / "a", build_setup(other, Process()), time.time(), {})
     assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert state_of(tmp_path / "a").status == "completed"
     assert state_of(tmp_path / "a", trial.config, trial.name).status == "completed"
@@ -401,6 +401,6 @@ def test_what_is_half_changed_is_not_saved(tmp_path, monkeypatch):
 def test_trials_are_told_apart_by_what_they_are():
     """Two trials of one config in one process are two trials."""
     record = TrialRecord("id", "cell", "running", {})
-    a, b = (Trial(trial_config(), dataclasses.replace(record), TrialState()) for _ in range(2))
+    a, b = (TrialRun(trial_config(), dataclasses.replace(record), TrialState()) for _ in range(2))
     assert a != b
     assert b not in [a]

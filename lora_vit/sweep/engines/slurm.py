@@ -5,34 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from lora_vit.errors import ConfigError
-from lora_vit.sweep.plan import SweepRun, digest
-from lora_vit.sweep.worker import work_alone
+from lora_vit.errors import ConfigError, exit_code
+from lora_vit.sweep.plan import digest
+from lora_vit.sweep.worker import work
 
 GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
 """Parameters that submitit names alike for every engine; the others are Slurm's own."""
 LOG_LINES = 5
+QUEUE_EVERY = 10.0
+"""Seconds between two questions to Slurm, whose sites throttle those who ask often."""
 
 
-class Worker:
+class Job:
     """What a job runs. On its time limit or preemption it saves, and submitit queues it again."""
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __call__(self) -> int:
         """Be a worker; returns its exit code."""
-        try:
-            return work_alone(self.folder, self.name)
-        except ConfigError as error:
-            print(f"error: {error}", flush=True)
-            return 1
+        return exit_code(lambda: work(self.folder))
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the job is to be queued again."""
@@ -40,18 +39,20 @@ class Worker:
 
 
 class Slurm:
-    """Engine of ``hydra/launcher=packed_slurm``."""
+    """Engine of ``engine=slurm``."""
 
     outlives_us = True
+    poll_every = 2.0
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
-        """``parameters``: submitit's, by its names. Raises ConfigError where there is no Slurm."""
-        parameters = dict(parameters)
-        # tells a sweep's workers, also those of an earlier command
-        self.name = f"{parameters.pop('name')}-{digest(str(folder.resolve()), 8)}"
-        self.logs = folder.resolve() / ".slurm"
+        """``parameters``: submitit's, by its names. Raises ConfigError if there is no Slurm."""
+        self.folder = folder.resolve()
+        # names a sweep's workers, also those of an earlier command
+        self.name = f"{parameters.pop('job_name')}-{digest(str(self.folder), 8)}"
+        self.logs = self.folder / ".slurm"
         self.jobs: list[Any] = []
         self._told: set[str] = set()
+        self._seen: tuple[float, set[str]] = (0.0, set())
         try:
             self.executor = submitit.AutoExecutor(
                 self.logs, cluster="slurm", slurm_max_num_timeout=parameters.pop("max_num_timeout")
@@ -60,25 +61,24 @@ class Slurm:
                 name=self.name, **{k if k in GENERAL else f"slurm_{k}": v for k, v in parameters.items()}
             )
         except RuntimeError:
-            raise ConfigError(
-                "hydra/launcher=packed_slurm: no Slurm here (no srun): start it on a login node"
-            ) from None
+            raise ConfigError("engine=slurm: no Slurm here (no srun): start the command on a login node") from None
 
-    def number_of_workers(self, asked: str) -> int:
+    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
         """As many as are asked for: Slurm does not say how many there could be."""
         if asked == "auto":
             raise ConfigError("sweep.workers=auto: say how many jobs Slurm is to run side by side, as sweep.workers=4")
-        return int(asked)
+        return min(int(asked), len(trials))
 
-    def start(self, run: SweepRun, count: int) -> str:
+    def start(self, count: int) -> str:
         """Submit an array of jobs."""
         try:
             with contextlib.redirect_stderr(io.StringIO()), self.executor.batch():  # one array of jobs
-                jobs = [self.executor.submit(Worker(run.folder.resolve(), run.name)) for _ in range(count)]
+                jobs = [self.executor.submit(Job(self.folder)) for _ in range(count)]
         except FailedJobError as error:
             said = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
-            raise ConfigError(f"Slurm refuses the workers ({said[-1].strip()}): mend hydra.launcher.*") from None
+            raise ConfigError(f"Slurm refuses the workers ({said[-1].strip()}): change engine.*") from None
         self.jobs += jobs
+        self._seen = (0.0, set())
         array = jobs[0].job_id.partition("_")[0]
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
@@ -108,7 +108,7 @@ class Slurm:
             texts.append("\n  ".join([f"worker {job.job_id} ({job.paths.stdout}):", *lines]))
         return len(queue), texts
 
-    def stop(self) -> None:
+    def stop(self, now: bool = False) -> None:
         """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""
         subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)
 
@@ -120,6 +120,15 @@ class Slurm:
             subprocess.run(["scancel", *waiting], check=False)
 
     def _queue(self, *options: str) -> set[str]:
+        """Ids of the sweep's jobs in the queue; a site is asked at most every ``QUEUE_EVERY`` seconds."""
+        since, seen = self._seen
+        if not options and time.monotonic() - since < QUEUE_EVERY:
+            return seen
         command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return set(done.stdout.split()) if done.returncode == 0 else {job.job_id for job in self.jobs}  # Slurm is away
+        if done.returncode:  # Slurm is away
+            return {job.job_id for job in self.jobs}
+        found = set(done.stdout.split())
+        if not options:
+            self._seen = (time.monotonic(), found)
+        return found

@@ -5,26 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from lora_vit.build import choose_device, device_name
 from lora_vit.config import TrialConfig
-from lora_vit.errors import NO_SPACE, ConfigError, Interrupted
+from lora_vit.errors import NO_SPACE, UserError, one_line
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Group, SweepRun, digest
-from lora_vit.sweep.schedule import Emit
+from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups
+from lora_vit.sweep.trial import Group, digest
+from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import EVAL_BATCH, Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Trial
+from lora_vit.training.trial import TrialRun
 
 LARGEST = 64
 MEMORY_SHARE = 0.8
@@ -40,71 +40,72 @@ MOST_MISSES, LONG = 2, 5.0
 class PackSizes:
     """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
 
-    def __init__(self, run: SweepRun, setups: Setups, stop: StopRequest, emit: Emit):
-        self.run, self.setups, self.stop, self.emit = run, setups, stop, emit
-        self.ledger = Ledger(run.folder)
+    def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
+        """``say`` takes lines for the user."""
+        self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
+        self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
 
     def of(self, group: Group, claims: Claims) -> int | None:
-        """The size for a group of trials, of which all workers are to have some; None while another measures it."""
-        planned = len(group.jobs)
+        """The size for a group of trials, from which every worker is to have some; None while another measures it."""
+        planned, wanted = len(group.trials), self.sweep.options.pack_size
         if group.alone:
             return 1
-        wanted = self.run.options.pack_size
         if group.key not in self._sizes:
             size = int(wanted) if wanted != "auto" else self._measured(group, claims)
             if size is None:
                 return None
             self._sizes[group.key] = size
-        share = planned if wanted != "auto" else -(-planned // self.run.workers)
+        share = planned if wanted != "auto" else -(-planned // self.workers)
         return max(1, min(self._sizes[group.key], share))
 
     def halve(self, group: Group, trials: int) -> None:
-        """So many trials took more memory than there is: half of them from now on."""
+        """So many trials took more memory than there is: train half of them together from now on."""
         self._sizes[group.key] = max(1, trials // 2)
 
-    def known(self, group: Group, trials: int) -> dict[str, Any] | None:
+    def known(self, group: Group) -> dict[str, Any] | None:
         """What was measured for the group on this kind of machine, with as many workers."""
-        return self.ledger.pack_size(self._kind(group), trials)
+        return self.sweep.pack_size(self._kind(group), len(group.trials))
 
     def _kind(self, group: Group) -> str:
-        device = choose_device(group.jobs[0].config.trainer.accelerator, self.setups.process)
-        return digest([group.key, device_name(device), torch.get_num_threads(), self.run.workers])
+        device = choose_device(group.trials[0].config.trainer.accelerator, self.setups.process)
+        return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:
-        if len(group.jobs) == 1:
+        if len(group.trials) == 1:
             return 1
-        figures = self.known(group, len(group.jobs))
+        figures = self.known(group)
         if figures is None:
             kind = self._kind(group)
             if not claims.take(f"size-{kind}"):
                 return None
             try:
-                # another may just have
-                figures = self.known(group, len(group.jobs)) or self._measure(group)
+                self.sweep.refresh()  # another process may just have measured
+                figures = self.known(group) or self._measure(group)
                 if figures is None:
                     return 1
-                self.ledger.keep_pack_size(kind, figures)
+                with self.sweep.changing() as plan:
+                    plan["pack_sizes"][kind] = figures
             finally:
                 claims.release(f"size-{kind}")
         return int(figures["size"])
 
     def _measure(self, group: Group) -> dict[str, Any] | None:
-        """Measure now: ``size`` and the figures behind it; None where a trial cannot be trained at all."""
-        self.emit("say", text=f"measuring the pack size for {group.title}")
+        """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
+        self.say(f"measuring the pack size for {group.title}")
         try:
             size, measured = choose_pack_size(
-                [job.config for job in group.jobs], self.setups.of(group.jobs[0]), self.run.workers, self.stop
+                [trial.config for trial in group.trials], self.setups.of(group.trials[0]), self.workers, self.stop
             )
-        except (Interrupted, ConfigError):
+        except UserError:
             raise
-        except Exception as error:  # each trial then tells its own
+        except Exception as error:  # each trial then reports its own
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
-            self.emit("say", text=f"the pack size cannot be measured ({type(error).__name__}: {error}): packs of 1")
+            self.say(f"the pack size cannot be measured ({one_line(error)}): packs of 1")
             return None
         times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
-        self.emit("say", text=f"packs of {size} (one epoch of one trial in packs of {times})")
+        self.say(f"packs of {size} (one epoch of one trial in packs of {times})")
         return {"size": size, "group": group.title, **measured}
 
 
@@ -166,7 +167,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    pack = Pack([Trial.without_files(config) for config in configs], setup)
+    pack = Pack([TrialRun.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
 
     def step(i: int) -> float:
@@ -180,7 +181,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     trainer = configs[0].trainer
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
-    return seconds / len(configs), _peak_memory(setup.device)
+    return seconds / len(configs), peak_memory(setup.device)
 
 
 def _timed(setup: Setup, action: Callable[[], Any]) -> float:
@@ -218,35 +219,14 @@ def _reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes held since the reset: on the GPU, or by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return _kilobytes(status, "VmHWM:") * 1024
-
-
-def _kilobytes(text: str, name: str) -> int:
-    """A line ``name 123 kB`` of a file in /proc."""
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
-
-
 def attainable_memory(device: torch.device, workers: int = 1) -> int:
     """Bytes that this process can hold in all: on its GPU, or its share of the host's within the container's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    free = 1 << 62
-    try:
-        own = _kilobytes(Path("/proc/self/status").read_text(), "VmRSS:") * 1024
-        free = _kilobytes(Path("/proc/meminfo").read_text(), "MemAvailable:") * 1024
+    free, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
+    with contextlib.suppress(OSError, ValueError):  # no such files: no limit that we know of
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no such files: no limit that we know of
-    return free // workers + own
+    return int(free // workers + own)

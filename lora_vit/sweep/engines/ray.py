@@ -13,13 +13,12 @@ from typing import Any
 
 import ray
 
-from lora_vit.errors import ConfigError
-from lora_vit.sweep.plan import SweepRun
+from lora_vit.errors import ConfigError, Interrupted, UserError
 
 
-def _worker(folder: str, name: str) -> int:
+def _worker(folder: str) -> int:
     """What a task runs; its output goes into a file of the folder."""
-    from lora_vit.sweep.worker import work_alone
+    from lora_vit.sweep.worker import work
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's way to cancel; a command behind & has it ignored
     logs = Path(folder) / ".ray"
@@ -27,18 +26,23 @@ def _worker(folder: str, name: str) -> int:
     path = logs / f"{platform.node()}-{os.getpid()}.log"
     with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            return work_alone(Path(folder), name)
-        except ConfigError as error:
+            work(Path(folder))
+        except Interrupted as error:
+            return error.exit_code
+        except UserError as error:
             raise RuntimeError(f"{error} ({path})") from None
+    return 0
 
 
 class Ray:
-    """Engine of ``hydra/launcher=packed_ray``. The tasks end with the command: they are its own."""
+    """Engine of ``engine=ray``. The tasks end with the command: they are its own."""
 
     outlives_us = False
+    poll_every = 2.0
 
-    def __init__(self, parameters: dict[str, Any]):
-        """``parameters``: the fields of PackedRayConf. Raises ConfigError where there is no cluster."""
+    def __init__(self, parameters: dict[str, Any], folder: Path):
+        """``parameters``: the fields of RayEngine. Raises ConfigError if there is no cluster."""
+        self.folder = folder.resolve()
         self.parameters = parameters
         ours = signal.getsignal(signal.SIGTERM)
         address = parameters["address"] or os.environ.get("RAY_ADDRESS", "local")  # Ray's None joins any cluster here
@@ -51,25 +55,25 @@ class Ray:
                          runtime_env=parameters["runtime_env"] or None)  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"hydra.launcher.address={address}: no Ray cluster ({str(error).splitlines()[0]}): start "
+                f"engine.address={address}: no Ray cluster ({str(error).splitlines()[0]}): start "
                 "one with `ray start --head`, or leave the address out"
             ) from None
         finally:
             signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
-        self.tasks: dict[Any, str] = {}
+        self.tasks: list[Any] = []
 
-    def number_of_workers(self, asked: str) -> int:
+    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
         """As many as are asked for, or as the cluster has room for."""
         if asked != "auto":
-            return int(asked)
+            return min(int(asked), len(trials))
         total = ray.cluster_resources()
         fit = [int(total.get("CPU", 0) // self.parameters["num_cpus"])] if self.parameters["num_cpus"] else []
         fit += [int(total.get("GPU", 0) // self.gpus)] if self.gpus else []
-        return max(1, min(fit, default=1))
+        return max(1, min([*fit, len(trials)]))
 
-    def start(self, run: SweepRun, count: int) -> str:
+    def start(self, count: int) -> str:
         """Ask for tasks; they wait where the cluster has no room."""
         task = ray.remote(_worker).options(
             num_cpus=self.parameters["num_cpus"],
@@ -78,15 +82,14 @@ class Ray:
             max_retries=0,
             name="lora_vit worker",
         )
-        folder = run.folder.resolve()
-        self.tasks.update({task.remote(str(folder), run.name): "asked for" for _ in range(count)})
-        return f"{count} workers: Ray tasks, logs in {folder / '.ray'}"
+        self.tasks += [task.remote(str(self.folder)) for _ in range(count)]
+        return f"{count} workers: Ray tasks, logs in {self.folder / '.ray'}"
 
     def look(self) -> tuple[int, list[str]]:
         """Tasks that have not ended; of those that have failed, why, in a line."""
         running, texts = self._running(), []
         for task in [task for task in self.tasks if task not in running]:
-            del self.tasks[task]
+            self.tasks.remove(task)
             try:
                 code = ray.get(task)
                 if code:
@@ -99,7 +102,7 @@ class Ray:
                 texts.append(f"a worker was lost: {str(error).strip().splitlines()[0]}")
         return len(running), texts
 
-    def stop(self) -> None:
+    def stop(self, now: bool = False) -> None:
         """Ray interrupts the tasks, which save."""
         for task in self._running():
             ray.cancel(task)
@@ -108,5 +111,4 @@ class Ray:
         """Tasks end with the command, whether their turn has come or not."""
 
     def _running(self) -> list[Any]:
-        tasks = list(self.tasks)
-        return ray.wait(tasks, num_returns=len(tasks), timeout=0)[1] if tasks else []
+        return ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)[1] if self.tasks else []

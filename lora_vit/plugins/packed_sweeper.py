@@ -1,0 +1,59 @@
+"""Hydra's door to sweeps: expands and composes the trials, and hands all of them to the library."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PackedSweeperConf:
+    """``hydra/sweeper=packed``; how it trains is in ``sweep`` and ``engine``. ``params``: overrides of a preset."""
+
+    _target_: str = "hydra_plugins.lora_vit.packed_sweeper.PackedSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+class PackedSweeper(Sweeper):
+    """Trains the trials of a sweep together, many at once over one frozen backbone."""
+
+    def __init__(self, params: dict[str, Any]):
+        self.params = params
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.callbacks, self.task, self.config = hydra_context.callbacks, task_function, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep; returns the validation accuracies of its trials. Called by Hydra.
+
+        Raises:
+            TrialFailed: some trials did not complete; all others are.
+        """
+        from lora_vit.compose import sweep_request
+        from lora_vit.sweep.engines.local import start_early
+
+        if self.config.engine.name == "local" and not self.config.sweep.dry_run:
+            start_early()
+        request = sweep_request(self.config, self.params, arguments)
+        request.ended = self._call_back
+        from lora_vit.api import run_request  # imports torch
+
+        return run_request(request)
+
+    def _call_back(self, trial: Any, state: Any) -> None:
+        """What Hydra calls for each job, once the trial has ended."""
+        if not self.callbacks.callbacks:
+            return
+        from lora_vit.config import to_dict
+
+        config = DictConfig({**to_dict(trial.config), "hydra": self.config.hydra})
+        accuracy = state.record.metrics.get("val_accuracy") if state.record is not None else None
+        failed = state.status != "completed"
+        job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config, task_name=self.config.hydra.job.name,
+                        status=JobStatus.FAILED if failed else JobStatus.COMPLETED, _return_value=accuracy)  # fmt: skip
+        self.callbacks.on_job_start(config=config, task_function=self.task)
+        self.callbacks.on_job_end(config=config, job_return=job)

@@ -1,0 +1,139 @@
+"""From a composed OmegaConf node to a typed, validated trial that knows which files it uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_vit.config import (
+    TrialConfig,
+    file_sha256,
+    from_dict,
+    is_weights_file,
+    known_keys,
+    nearest,
+    trial_id,
+    validate,
+)
+from lora_vit.data.dataset import IN_PACKAGES, known_content
+from lora_vit.errors import ConfigError
+
+UNKNOWN_ID = "TRIAL"
+"""Stands for a trial id in a path, while that would need a download to know."""
+SECTIONS_BESIDE = ("hydra", "sweep", "engine")
+"""What is composed beside a trial."""
+
+
+def register_resolvers() -> None:
+    """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
+    new = OmegaConf.register_new_resolver
+    new("trial_id", _known_trial_id, replace=True)
+    new("rank_times", _rank_times, replace=True)
+    new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
+    new("at_least", lambda *values: max(int(v) for v in values if v is not None), replace=True)
+
+
+def _known_trial_id(_root_: Any) -> str:
+    try:
+        return trial_id(from_omegaconf(_root_, in_sweep=True, fetch=False))
+    except ConfigError:
+        return UNKNOWN_ID  # whoever uses the path says what is wrong
+
+
+def _rank_times(scaling: Any, _parent_: Any) -> Any:
+    """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
+    if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
+        return f"${{rank_times:{scaling}}}"
+    return None if _parent_.rank is None else scaling * _parent_.rank
+
+
+def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
+    """The plain, validated dataclass of a composed config.
+
+    Args:
+        cfg: the composed config; what is beside the trial (``sweep``, ``engine``, ``hydra``) is left out.
+        in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
+        fetch: download and read what decides the trial's identity; else the trial has no id if that would be needed.
+        cwd: the folder from which relative paths are seen; None: the current one.
+
+    Raises:
+        ConfigError: in one line, the key, the value and the remedy.
+    """
+    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
+    plain: dict[str, Any] = {}
+    for key in cfg:
+        if key not in (*wanted, *SECTIONS_BESIDE):
+            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
+    for key in wanted:
+        if key not in cfg:
+            raise ConfigError(f"{key} has no value: leave '~{key}' out")
+        try:
+            node = cfg[key]
+            is_node = OmegaConf.is_config(node)
+            plain[key] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if is_node else node
+        except MissingMandatoryValue as error:
+            missing = error.full_key or key
+            raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0]) from None
+    if in_sweep:
+        drop_idle(plain)
+    trial = from_dict(plain)
+    absolute_paths(trial, cwd or Path.cwd())
+    validate(trial)
+    identify(trial, fetch)
+    return trial
+
+
+def identify(trial: TrialConfig, fetch: bool = True) -> None:
+    """Fill in what the trial's files contain, or compare it with what is given.
+
+    Without ``fetch`` nothing is downloaded.
+
+    Raises:
+        ConfigError: a file cannot be read, or its content is not the given one.
+    """
+    weights, digest = trial.model.weights, None
+    if weights is not None and is_weights_file(weights):
+        digest = file_sha256(Path(os.path.expanduser(weights)))
+    elif weights is not None and trial.model.library == "torchvision" and trial.data.name not in IN_PACKAGES and fetch:
+        from lora_vit.models.weights import check_weights  # imports torch
+
+        check_weights(trial.model.name, weights)  # before data is fetched for it
+    content = known_content(trial.data, fetch)
+    for key, given, found in (
+        ("model.weights_sha256", trial.model.weights_sha256, digest),
+        ("data.content", trial.data.content, content),
+    ):
+        if given is not None and given != found:
+            raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
+    if not fetch and content is None and trial.data.name not in IN_PACKAGES:
+        raise ConfigError(f"data={trial.data.name} has not been read yet")
+    trial.model.weights_sha256, trial.data.content = digest, content
+
+
+def absolute_paths(trial: TrialConfig, cwd: Path) -> None:
+    """Make the paths absolute that other commands need later; ``model.weights=none`` means null, as elsewhere."""
+    if str(trial.model.weights).lower() in ("none", "null"):
+        trial.model.weights = None
+    if is_weights_file(trial.model.weights):
+        trial.model.weights = os.path.join(cwd, os.path.expanduser(str(trial.model.weights)))
+    if trial.data.root:
+        trial.data.root = os.path.join(cwd, os.path.expanduser(trial.data.root))
+    if not trial.data.cache_dir.startswith("~"):  # each machine's own home
+        trial.data.cache_dir = os.path.join(cwd, trial.data.cache_dir)
+
+
+def drop_idle(values: dict[str, Any]) -> list[str]:
+    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
+    lora = values.get("lora")
+    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
+        return []
+    idle = [key for key, value in lora.items() if key != "method" and value is not None]
+    lora.update(dict.fromkeys(idle))
+    return [f"lora.{key}" for key in idle]

@@ -1,0 +1,117 @@
+"""What starts a sweep's workers: this machine, Slurm or Ray. Each option is typed here; its code is imported when used."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_vit.errors import ConfigError
+
+
+class Engine(Protocol):
+    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``. What they train is theirs to find."""
+
+    outlives_us: bool
+    """Whether workers go on when the command ends."""
+    poll_every: float
+    """Seconds between two looks of the command."""
+
+    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
+        """How many ``sweep.workers`` means here. Raises ConfigError."""
+
+    def start(self, count: int) -> str:
+        """Ask for workers; returns where they report to, and how to stop them. Raises ConfigError."""
+
+    def look(self) -> tuple[int, list[str]]:
+        """Workers that run or wait for their turn, and what is to be said of those that have failed, once."""
+
+    def stop(self, now: bool = False) -> None:
+        """Ask all workers to save and to end; ``now``: at once, if they are our own."""
+
+    def withdraw(self) -> None:
+        """Take back the workers whose turn has not come: nothing is left for them. Those that run end by themselves."""
+
+
+@dataclass
+class LocalEngine:
+    """``engine=local``: processes of this machine, one for each GPU, or several that share a CPU."""
+
+    name: str = "local"
+
+
+@dataclass
+class SlurmEngine:
+    """``engine=slurm``: each worker is a job. The names are submitit's, and mean what they mean there.
+
+    Attributes:
+        timeout_min: minutes of a job; a worker that has not ended by then saves, and is queued again.
+        gpus_per_node: of a job; a worker trains on one.
+        signal_delay_s: seconds before the limit at which it is asked to save.
+        max_num_timeout: how often it is queued again.
+    """
+
+    name: str = "slurm"
+    job_name: str = "lora_vit"
+    timeout_min: int = 60
+    cpus_per_task: int | None = None
+    gpus_per_node: int | None = None
+    mem_gb: int | None = None
+    partition: str | None = None
+    qos: str | None = None
+    account: str | None = None
+    comment: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    gres: str | None = None
+    cpus_per_gpu: int | None = None
+    mem_per_gpu: str | None = None
+    mem_per_cpu: str | None = None
+    signal_delay_s: int = 120
+    max_num_timeout: int = 100
+    array_parallelism: int = 256
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    setup: list[str] | None = None
+
+
+@dataclass
+class RayEngine:
+    """``engine=ray``: each worker is a task.
+
+    Attributes:
+        address: of a running cluster, or ``auto``; None: a cluster of its own on this machine.
+        num_cpus: of a task.
+        num_gpus: of a task; None: 1 if the cluster has GPUs.
+        resources: further ones of a task, by name.
+        runtime_env: as Ray's.
+    """
+
+    name: str = "ray"
+    address: str | None = None
+    num_cpus: float = 1
+    num_gpus: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+
+
+ENGINES: dict[str, Any] = {"local": LocalEngine, "slurm": SlurmEngine, "ray": RayEngine}
+
+
+def start_engine(options: Any, folder: Path) -> Engine:
+    """The engine that the options describe. Raises ConfigError if what it needs is not installed or not there."""
+    values = asdict(options)
+    name = values.pop("name")
+    try:
+        if name == "slurm":
+            from lora_vit.sweep.engines.slurm import Slurm
+
+            return Slurm(values, folder)
+        if name == "ray":
+            from lora_vit.sweep.engines.ray import Ray
+
+            return Ray(values, folder)
+    except ImportError as error:
+        raise ConfigError(f"engine={name} needs {error.name}: pip install 'lora_vit[{name}]'") from None
+    from lora_vit.sweep.engines.local import Local
+
+    return Local(folder)

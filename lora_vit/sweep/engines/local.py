@@ -1,0 +1,203 @@
+"""Workers as processes of this machine: one for each GPU, or several that share a CPU's cores.
+
+They are ``python -m lora_vit.sweep work FOLDER`` like all others. One process imports torch and is forked for each
+worker, and it is started before the command knows what to train, so that the import costs no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_vit.config import TrialConfig
+from lora_vit.errors import ConfigError, exit_code
+from lora_vit.stopping import SIGNALS
+
+MOST_CPU_WORKERS = 8
+"""A CPU's cores are shared by at most so many processes."""
+PROCESS_BYTES = 400 << 20
+"""About what Python and torch hold."""
+LOG_LINES = 5
+
+_waiting: list[subprocess.Popen[str]] = []
+
+
+def start_early() -> None:
+    """Start a process that imports torch and waits to be told what to do; another call does nothing."""
+    if not _waiting:
+        _waiting.append(_start_process())
+
+
+def _start_process() -> subprocess.Popen[str]:
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
+    process = subprocess.Popen([sys.executable, "-m", "lora_vit.sweep", "work", "-"], text=True, stdin=subprocess.PIPE,
+                               stdout=said, stderr=said, start_new_session=True)  # fmt: skip
+    process.said = said  # type: ignore[attr-defined]
+    return process
+
+
+class Local:
+    """Engine of ``engine=local``. The workers end with the command."""
+
+    outlives_us = False
+    poll_every = 0.5
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self._crews: list[tuple[subprocess.Popen[str], int]] = []
+        self._threads = 1
+        start_early()
+
+    def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
+        """As many as are asked for, at most the trials. Raises ConfigError if there are not so many GPUs."""
+        import torch
+
+        from lora_vit.sweep.setups import uses_gpus
+
+        on_gpu = uses_gpus(trials)
+        visible = torch.cuda.device_count() if on_gpu else _on_cpu([trial.config for trial in trials])
+        wanted = visible if asked == "auto" else int(asked)
+        if on_gpu and wanted > visible:
+            raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
+        count = max(1, min(wanted, len(trials)))
+        self._threads = max(1, torch.get_num_threads() // count)
+        return count
+
+    def start(self, count: int) -> str:
+        """Fork so many workers."""
+        process = _waiting.pop() if _waiting else _start_process()
+        logs = self.folder / ".local"
+        logs.mkdir(parents=True, exist_ok=True)
+        orders = {"folder": str(self.folder), "logs": str(logs), "count": count, "threads": self._threads}
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `look` says why
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(orders) + "\n")
+            process.stdin.flush()
+        self._crews.append((process, count))
+        return ""
+
+    def look(self) -> tuple[int, list[str]]:
+        """Workers that run (a process that was forked for several counts until all have ended), and news of others."""
+        news = []
+        for process, count in list(self._crews):
+            if (code := process.poll()) is not None:
+                self._crews.remove((process, count))
+                if code and code - 128 not in SIGNALS:
+                    news += self._failures(process)
+        return sum(count for _, count in self._crews), news
+
+    def _failures(self, process: Any) -> list[str]:
+        process.said.seek(0)
+        said = process.said.read().splitlines()
+        process.said.close()
+        return ["\n  ".join(["workers have failed:", *said[-LOG_LINES:]])] if said else []
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the workers to save and to end; ``now``: end them at once, what was saved stays."""
+        for process, _ in self._crews:
+            with contextlib.suppress(ProcessLookupError):
+                if now:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.send_signal(signal.SIGTERM)
+
+    def withdraw(self) -> None:
+        """Wait for the workers, which end by themselves once nothing is left."""
+        while _waiting:
+            process = _waiting.pop()
+            assert process.stdin is not None
+            process.stdin.close()
+        for process, _ in self._crews:
+            process.wait()
+
+
+def _on_cpu(configs: Sequence[TrialConfig]) -> int:
+    """Processes that share the cores: of few threads, which waits less for one another than one of many does."""
+    import torch
+
+    from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
+
+    largest = max(expected_bytes(config) for config in configs)
+    fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
+    return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
+
+
+def expected_bytes(config: TrialConfig, trials: int = 1) -> int:
+    """About what a process holds that trains such trials together on a CPU.
+
+    The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
+    seven vectors of the width and one of the MLP's.
+    """
+    from lora_vit.models.vit import shape_of  # imports torch
+
+    m = shape_of(config.model)
+    tokens = trials * config.data.batch_size * m.tokens
+    weights = m.layers * m.width * (4 * m.width + 2 * m.mlp)
+    trained = 4 if config.lora.method == "full" else 2
+    return PROCESS_BYTES + 4 * (trained * weights + m.layers * tokens * (7 * m.width + m.mlp))
+
+
+def work_for_command() -> int:
+    """Be the process that a command started: import torch, wait for its orders, and fork the workers.
+
+    They are asked to stop when the command has gone. Returns the largest exit code.
+    """
+    import torch
+
+    import lora_vit.sweep.worker  # noqa: F401  (what workers need, imported once)
+
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    orders = json.loads(line)
+    torch.set_num_threads(orders["threads"])
+    pids = [_fork(orders) for _ in range(orders["count"])]
+
+    def stop(*_: Any) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()  # the end of the command
+    codes = []
+    while pids:
+        pid, status = os.wait()
+        if pid in pids:
+            pids.remove(pid)
+            code = os.waitstatus_to_exitcode(status)
+            codes.append(code if code >= 0 else 128 - code)
+    return max(codes)
+
+
+def _fork(orders: dict[str, Any]) -> int:
+    """A worker, whose output goes into a file of the sweep's folder; the end of an error into ours too."""
+    if pid := os.fork():
+        return pid
+    os.close(0)
+    path = Path(orders["logs"], f"{platform.node()}-{os.getpid()}.log")
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+        parent = os.getppid()
+        threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
+        from lora_vit.sweep.worker import work
+
+        code = exit_code(lambda: work(Path(orders["folder"])))
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _stop_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

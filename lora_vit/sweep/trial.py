@@ -1,0 +1,121 @@
+"""A trial as a sweep asks for it, and which trials may train together. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_vit.config import TrialConfig, canonical, ids, to_dict
+
+LONGEST_NAME = 100
+"""Characters of a label in the name of a folder: file systems allow 255 bytes."""
+
+
+@dataclass
+class Trial:
+    """One trial of a sweep.
+
+    Attributes:
+        config: validated.
+        overrides: what makes it this trial, as on the command line.
+        label: the swept settings, short.
+        board: the name of its folder of event files; it stays when a later command sweeps other settings.
+        trial_id: of the config.
+        cell_id: of the config.
+    """
+
+    config: TrialConfig
+    overrides: list[str] = field(default_factory=list)
+    label: str = ""
+    board: str = ""
+    trial_id: str = field(init=False)
+    cell_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trial_id, self.cell_id = ids(self.config)
+        name = "_".join(self.label.replace("/", "_").split())
+        self.board = self.board or f"{name[:LONGEST_NAME]}{name and '_'}{self.trial_id}"
+
+    def with_seed(self, seed: int) -> Trial:
+        """The cell's trial with another seed; no other setting may depend on the seed."""
+        overrides, label = ([*without_seed(lines), f"seed={seed}"] for lines in (self.overrides, self.label.split()))
+        return Trial(replace(self.config, seed=seed), overrides, " ".join(label))
+
+
+@dataclass
+class Group:
+    """Trials that may train in one pack, in the order of training.
+
+    Attributes:
+        key: digest of what they share.
+        trials: at least one.
+        alone: whether each needs a pack of its own (it trains parameters of the trunk).
+    """
+
+    key: str
+    trials: list[Trial]
+    alone: bool
+
+    @property
+    def title(self) -> str:
+        """How a plan names the group."""
+        c = self.trials[0].config
+        where = "linear probe" if c.lora.method == "none" else "full fine-tuning"
+        if c.lora.method == "lora":
+            blocks = "" if c.lora.blocks is None else f" in blocks {','.join(map(str, c.lora.blocks))}"
+            where = "LoRA on " + " ".join(c.lora.targets or []) + blocks
+            where += f", bias {c.lora.bias}" if c.lora.bias != "none" else ""
+        size = "" if c.model.image_size is None else f" {c.model.image_size} px"
+        return f"{c.model.name}{size}, {c.data.name}, batch {c.data.batch_size}, {where}"
+
+
+def make_groups(trials: Sequence[Trial]) -> list[Group]:
+    """Trials that may share packs; groups and trials are in the order in which they are first met."""
+    groups: dict[str, Group] = {}
+    for trial in trials:
+        key = group_key(trial.config)
+        groups.setdefault(key, Group(key, [], trains_trunk(trial.config))).trials.append(trial)
+    return list(groups.values())
+
+
+def trains_trunk(config: TrialConfig) -> bool:
+    """Whether parameters of the trunk are trained, so that trials cannot share it."""
+    return config.lora.method == "full" or (config.lora.bias or "none") != "none"
+
+
+def setup_key(config: TrialConfig) -> str:
+    """Digest of what data and backbone depend on: trials that agree can use one loaded copy."""
+    values = to_dict(config)
+    del values["model"]["head_dropout"]
+    trainer = {key: values["trainer"][key] for key in ("precision", "accelerator", "compile")}
+    return digest([values["model"], values["data"], trainer])
+
+
+def group_key(config: TrialConfig) -> str:
+    """Digest of what the trials of a pack share; all else may differ inside a pack."""
+    shared = canonical(config)
+    lora = {key: shared["lora"][key] for key in ("method", "targets", "blocks", "bias")}
+    return digest([setup_key(config), lora, to_dict(config)["trainer"]])
+
+
+def digest(value: Any, length: int = 10) -> str:
+    """Hex digits of the sha256 over a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def without_seed(lines: Sequence[str]) -> list[str]:
+    """The overrides, or the words of a label, that belong to the cell."""
+    return [line for line in lines if key_of(line) != "seed"]
+
+
+def without_idle(config: TrialConfig, overrides: Sequence[str]) -> list[str]:
+    """The overrides that have an effect: settings of adapters have none on a baseline."""
+    return [line for line in overrides if config.lora.method == "lora" or not key_of(line).startswith("lora.")]
+
+
+def key_of(override: str) -> str:
+    """``lora.rank`` of ``+lora.rank=4``."""
+    return override.partition("=")[0].lstrip("+")
