@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_vit.config import TrialConfig, from_dict, is_weights_file
 from lora_vit.errors import RecordError
+from lora_vit.files import user_path
 from lora_vit.records import TrialRecord, read_record
 
 
@@ -41,7 +42,7 @@ def recorded_config(record: TrialRecord, device: str, weights: str | None, root:
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
+    if is_weights_file(config.model.weights) and not user_path(str(config.model.weights)).exists():
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return config
 

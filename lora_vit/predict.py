@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from lora_vit.commands import check_out, completed_record, recorded_config, trial_parser
 from lora_vit.config import TrialConfig
 from lora_vit.errors import ConfigError, run_command
-from lora_vit.files import replacing
+from lora_vit.files import replacing, user_path
 from lora_vit.terminal import Progress
 
 BATCH = 64
@@ -35,7 +34,7 @@ def predict_folder(
     class_names = adapter.card["class_names"]
     if top is not None and not 1 <= top <= len(class_names):
         raise ConfigError(f"--top {top} is impossible: give a number from 1 to {len(class_names)}")
-    images = found_images(given, Path(os.path.expanduser(config.data.cache_dir)))
+    images = found_images(given, user_path(config.data.cache_dir))
     rows, unreadable = [], []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
         for path, found in classified(adapter, images, config):
@@ -79,7 +78,7 @@ def classified(
     import torch
 
     from lora_vit.build import ModelFactory, choose_device
-    from lora_vit.data.cache import decode
+    from lora_vit.data.decode import decode
     from lora_vit.distributed import Process
     from lora_vit.errors import ConfigError
     from lora_vit.lora.adapter import bind, put_on

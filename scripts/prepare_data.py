@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lora_vit.compose import register_schema
 from lora_vit.config import DataConfig
-from lora_vit.data.dataset import load_data
+from lora_vit.data.load import load_data
 from lora_vit.errors import run_command
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "data"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of, shown
-from lora_vit.data.decode import Job, Report, decode, end_with
+from lora_vit.data.decode import Job, Note, decode, end_with
 from lora_vit.data.files import PassedOver, digests_of, locked_in, writing_to
 from lora_vit.errors import ConfigError
 from lora_vit.files import write_json
@@ -85,8 +85,7 @@ def decoded(
         with writing_to(cache_dir), locked_in(cache_dir, path.name):
             found = _open(path, len(names))  # perhaps another run has just made it
             if found is None:
-                beside = _build(root, names, digests, size, path, quiet)
-                found = Decoded(np.load(path, mmap_mode="r"), *beside)
+                found = _build(root, names, digests, size, path, quiet)
     return found
 
 
@@ -102,12 +101,8 @@ def _open(path: Path, count: int) -> Decoded | None:
         return None
 
 
-def _build(
-    root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool
-) -> tuple[tuple[float, float] | None, int]:
-    """Make the cache; returns the range that it scaled, and how many files hold further pictures."""
-    first = _first_readable(root, names, size)
-    shape = (len(names), *first.shape)
+def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> Decoded:
+    shape = (len(names), *_first_shape(root, names, size))
     needed = int(np.prod(shape))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -119,21 +114,23 @@ def _build(
     try:
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = Job(str(root), size, shape, str(partial), offset)
-        report = _run(job, names, digests, quiet)
-        if report.ranges:  # one range for all, so that equal values stay equal
-            job = replace(job, value_range=(min(low for low, _ in report.ranges), max(high for _, high in report.ranges)))
-            report = _run(job, names, digests, quiet)
-        _refuse(root, report, f"{first.shape[2]}x{first.shape[1]}")
+        notes = _run(job, names, digests, quiet)
+        deep = [note.values for note in notes if note.values is not None]
+        if deep:  # one range for all, so that equal values stay equal
+            job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
+            notes = _run(job, names, digests, quiet)
+        _refuse(root, notes, f"{shape[3]}x{shape[2]}")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(path.with_suffix(".json"), (job.value_range, report.with_more))
+        beside = job.value_range, sum(note.has_more for note in notes)
+        write_json(path.with_suffix(".json"), beside)
         os.replace(partial, path)
-        return job.value_range, report.with_more
+        return Decoded(np.load(path, mmap_mode="r"), *beside)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> Report:
+def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Note]:
     """Decode all files: in this process if there are few, else in several, because Pillow keeps the interpreter's lock.
 
     loky's processes import neither the user's main script nor torch.
@@ -147,7 +144,7 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> Report
     length = max(1, min(_CHUNK, len(names) // (8 * count)))
     starts = range(0, len(names), length)
     chunks = (delayed(job.run)(i, names[i : i + length], digests[i : i + length]) for i in starts)
-    report = Report()
+    notes: list[Note] = []
     with Progress("decoding images", len(names), quiet) as bar:
         pool = Parallel(
             count,
@@ -162,19 +159,19 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> Report
                 with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
                     answers = stack.enter_context(contextlib.closing(pool(chunks)))
                 for start, answer in zip(starts, answers, strict=True):
-                    report.add(answer)
+                    notes += answer
                     bar.advance(min(length, len(names) - start))
         except BrokenProcessPool:
             raise ConfigError(
                 f"a process that decodes images below {shown(job.root)} died: is there enough memory, are these images "
                 "sound?"
             ) from None
-    return report
+    return notes
 
 
 @contextlib.contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Start processes that never hear Ctrl-C, which a terminal sends to all: this one hears it afterwards, and ends them."""
+    """Start processes that never hear Ctrl-C, which a terminal sends to all: this one hears it, and ends them."""
     from joblib.externals.loky.backend import resource_tracker as lokys_tracker
 
     for tracker in (resource_tracker, lokys_tracker):
@@ -186,27 +183,25 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _refuse(root: Path, report: Report, usual: str) -> None:
+def _refuse(root: Path, notes: list[Note], usual: str) -> None:
     """Raise the one error that names all broken images, or an image of another size."""
-    if report.broken:
-        broken = sorted(f"{shown(name)} ({reason})" for name, reason in report.broken.items())
+    broken = sorted(f"{shown(note.name)} ({note.broken})" for note in notes if note.broken)
+    if broken:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-        raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; mend them or take them away")
-    if report.other_size:
-        name = min(report.other_size)
-        raise ConfigError(
-            f"{shown(root / name)} is {report.other_size[name]}, other images are {usual}: give data.cache_size to "
-            "bring all to one size"
-        )
+        named = ", ".join(broken[:_NAMED])
+        raise ConfigError(f"{count} below {shown(root)}: {named}{more}; mend them or take them away")
+    for note in sorted(notes, key=lambda note: note.name):
+        if note.other_size:
+            raise ConfigError(
+                f"{shown(root / note.name)} is {note.other_size}, other images are {usual}: give data.cache_size to "
+                "bring all to one size"
+            )
 
 
-def _first_readable(root: Path, names: list[str], size: int | None) -> np.ndarray:
-    """Any image that decodes: it tells the shape. The broken ones are named together later."""
-    why = ""
+def _first_shape(root: Path, names: list[str], size: int | None) -> tuple[int, ...]:
+    """The shape of any image that decodes; where none does, all are named later."""
     for name in names:
-        try:
-            return decode(root / name, size, (-1e39, 1e39))
-        except ConfigError as error:
-            why = why or str(error)
-    raise ConfigError(f"none of the {len(names)} images below {shown(root)} can be read: {why}")
+        with contextlib.suppress(ConfigError):
+            return decode(root / name, size, (-1e39, 1e39)).shape
+    return (3, 1, 1)

@@ -18,35 +18,21 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A data set that is asked for, and what may be done to get it.
-
-    Attributes:
-        name: of the data set.
-        root: folder of its files, or the file that holds them.
-        cache_dir: folder of decoded images and of the files' digests.
-        official_val: add the further set of labelled images that it has.
-        size: pixels of made-up images.
-        quiet: show no progress.
-        fetch: download and read what is not known yet; else a loader returns None instead.
-    """
+    """A data set that is asked for: which (the fields of the same names in DataConfig), and what a loader may do."""
 
     name: str
     root: Path
     cache_dir: Path
     official_val: bool = False
-    size: int | None = None
+    cache_size: int | None = None
     quiet: bool = False
+    """Show no progress."""
     fetch: bool = True
+    """Download and read what is not known yet; without it a loader returns None instead."""
 
 
 class Decoded(NamedTuple):
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [N, 3, h, w].
-        value_range: what became 0 and 255 where files have more than 8 bits.
-        with_more: files that hold further pictures (pages, frames), which are not used.
-    """
+    """Images uint8 [N, 3, h, w], what became 0 and 255 in them, and how many files hold pictures that are not used."""
 
     images: np.ndarray
     value_range: Range | None = None

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,35 +37,30 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
     """
     try:
         image, _ = _opened(file, size)
-        if value_range is None and (found := _range_of(image)) is not None:
+        if value_range is None and (found := _values(image)) is not None:
             raise ValueError("its values are {:g} .. {:g}, not 8-bit as those trained on".format(*found))
         return _pixels(image, size, value_range)
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
         raise ConfigError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
 
 
-@dataclass
-class Report:
-    """What was found while files were decoded.
+@dataclass(frozen=True)
+class Note:
+    """What there is to say of a file that was decoded.
 
     Attributes:
-        broken: reason by the name of each file that cannot be used.
-        other_size: ``WIDTHxHEIGHT`` by the name of each image of another size than the array's.
-        ranges: smallest and largest value of each image of more than 8 bits that had no range to be scaled by.
-        with_more: how many files hold further pictures.
+        name: of the file.
+        broken: why it cannot be used.
+        other_size: ``WIDTHxHEIGHT`` where that is not the array's.
+        values: smallest and largest, where it has more than 8 bits and there is no range to scale them by.
+        has_more: it holds further pictures (pages, frames).
     """
 
-    broken: dict[str, str] = field(default_factory=dict)
-    other_size: dict[str, str] = field(default_factory=dict)
-    ranges: list[Range] = field(default_factory=list)
-    with_more: int = 0
-
-    def add(self, other: Report) -> None:
-        """Take over what another one says."""
-        self.broken |= other.broken
-        self.other_size |= other.other_size
-        self.ranges += other.ranges
-        self.with_more += other.with_more
+    name: str
+    broken: str = ""
+    other_size: str = ""
+    values: Range | None = None
+    has_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,39 +74,36 @@ class Job:
     offset: int
     value_range: Range | None = None
 
-    def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> Report:
-        """Decode the files into rows ``start`` and on.
+    def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> list[Note]:
+        """Decode the files into rows ``start`` and on; returns what there is to say of some.
 
         Raises:
             OSError: ``out`` cannot be written.
         """
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        report = Report()
-        for row, name, digest in zip(rows, names, digests, strict=True):
-            try:
-                self._decode(row, name, digest, report)
-            except Exception as error:
-                report.broken[name] = _reason(error)
+        notes = [self._decode(*each) for each in zip(rows, names, digests, strict=True)]
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
             file.write(rows.data)
-        return report
+        return [note for note in notes if note != Note(note.name)]
 
-    def _decode(self, row: np.ndarray, name: str, digest: np.ndarray, report: Report) -> None:
-        content = Path(self.root, name).read_bytes()
-        if hashlib.sha256(content).digest() != digest.tobytes():
-            raise ValueError("it changed while it was read: run the command again")
-        image, has_more = _opened(io.BytesIO(content), self.size)
-        if self.value_range is None and (found := _range_of(image)) is not None:
-            report.ranges.append(found)
-            return
-        pixels = _pixels(image, self.size, self.value_range)
-        if pixels.shape == row.shape:
-            row[:] = pixels
-            report.with_more += has_more
-        else:
-            report.other_size[name] = f"{pixels.shape[2]}x{pixels.shape[1]}"
+    def _decode(self, row: np.ndarray, name: str, digest: np.ndarray) -> Note:
+        try:
+            content = Path(self.root, name).read_bytes()
+            if hashlib.sha256(content).digest() != digest.tobytes():
+                return Note(name, "it changed while it was read: run the command again")
+            image, has_more = _opened(io.BytesIO(content), self.size)
+            values = _values(image)
+            if values is not None and self.value_range is None:
+                return Note(name, values=values)
+            pixels = _pixels(image, self.size, self.value_range)
+        except Exception as error:
+            return Note(name, _reason(error))
+        if pixels.shape != row.shape:
+            return Note(name, other_size=f"{pixels.shape[2]}x{pixels.shape[1]}")
+        row[:] = pixels
+        return Note(name, has_more=has_more)
 
 
 def end_with(parent: int) -> None:
@@ -155,7 +147,7 @@ def _opened(file: io.BytesIO | Path, size: int | None) -> tuple[Image.Image, boo
         return upright, has_more
 
 
-def _range_of(image: Image.Image) -> Range | None:
+def _values(image: Image.Image) -> Range | None:
     """Smallest and largest value of an image of more than 8 bits, None for others.
 
     Raises:
@@ -170,7 +162,7 @@ def _range_of(image: Image.Image) -> Range | None:
 
 
 def _pixels(image: Image.Image, size: int | None, value_range: Range | None) -> np.ndarray:
-    if value_range is not None and (found := _range_of(image)) is not None:
+    if value_range is not None and (found := _values(image)) is not None:
         # Pillow's own conversion clips at 255 instead of scaling.
         low, high = value_range
         grey = np.asarray(image).astype(np.float64)

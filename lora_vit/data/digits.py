@@ -12,7 +12,7 @@ from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
 
 def find(wanted: Wanted) -> Found:
     """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998), or made-up images of the wanted size."""
-    images, labels, names = _digits() if wanted.name == "digits" else _fake(wanted.size or 32)
+    images, labels, names = _digits() if wanted.name == "digits" else _fake(wanted.cache_size or 32)
     parts = {"train": np.arange(len(labels))}
     content = content_of(names, labels, parts, np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8))
     return Found(labels, names, parts, content, lambda _: Decoded(images))

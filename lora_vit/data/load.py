@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     return None if found is None else found.content
 
 
-_FOUND: dict[tuple[object, ...], Found] = {}
+_FOUND: dict[Wanted, Found] = {}
 
 
 def forget() -> None:
@@ -63,19 +63,16 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
     if not config.root and not known.in_package:
         raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
     root, cache_dir = user_path(config.root or ""), user_path(config.cache_dir)
-    size = config.cache_size if known.in_package else None
-    key = (config.name, root, config.official_val, cache_dir, size)
-    if key not in _FOUND:
+    wanted = Wanted(config.name, root, cache_dir, config.official_val, config.cache_size if known.in_package else None)
+    if wanted not in _FOUND:
         # Imported when chosen: each needs another heavy package.
-        loader = import_module(f"lora_vit.data.{known.loader}")
+        find = import_module(f"lora_vit.data.{known.loader}").find
         try:
-            found: Found | None = loader.find(
-                Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)
-            )
+            found: Found | None = find(replace(wanted, quiet=quiet, fetch=fetch))
         except OSError as error:
             place = shown(error.filename or root)
             raise ConfigError(f"{place} cannot be read ({error.strerror}): mend or remove it") from None
         if found is None:
             return None
-        _FOUND[key] = found
-    return _FOUND[key]
+        _FOUND[wanted] = found
+    return _FOUND[wanted]

@@ -22,8 +22,6 @@ from lora_vit.terminal import Progress
 FOLDER = "tiny-imagenet-200"
 URL = f"http://cs231n.stanford.edu/{FOLDER}.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-_ORIGIN = ".sha256-of-zip"
-"""In a folder that we unpacked: from which zip. Times do not say so, because unzip and copies set them."""
 _DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError)
 """What ``zipfile`` raises for archives that are cut off, altered, encrypted or compressed in another way."""
 
@@ -54,30 +52,22 @@ def _folder(wanted: Wanted) -> Path | None:
     for folder in (root, root / FOLDER, *(below if len(below) == 1 else ())):
         if _is_whole(folder):
             return folder
-    if (root / FOLDER).exists():
+    target, archive = root / FOLDER, _archive(root)
+    if target.exists():
         raise ConfigError(
-            f"{root / FOLDER} is not whole, it lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another "
-            "data.root"
+            f"{target} is not whole, it lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root"
         )
-    archive = _archive(root)
-    target = root / FOLDER if archive is None else _beside(archive, wanted.cache_dir)
-    if _is_whole(target):
-        origin = target / _ORIGIN
-        if archive is not None and origin.exists() and origin.read_text() != _sha256(archive, wanted):
-            raise ConfigError(f"{archive} is not the zip that {target} was unpacked from: remove that folder")
-        return target
-    if not wanted.fetch:
-        return None
-    try:
+    if archive is not None:  # its folder may be read-only, and another zip may take its place
+        digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)
+        if digest is None:
+            return None
+        target = wanted.cache_dir / f"{FOLDER}-{digest.tobytes().hex()[:16]}"
+    if not _is_whole(target):
+        if not wanted.fetch:
+            return None
         with locked_in(wanted.cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
             if not _is_whole(target):
-                _unpack(archive, target, wanted)
-    except OSError as error:
-        if not _is_whole(target):  # else another run, which has its cache elsewhere, was first
-            raise ConfigError(
-                f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another "
-                "data.root or data.cache_dir"
-            ) from None
+                _make(target, archive, wanted)
     return target
 
 
@@ -91,55 +81,33 @@ def _archive(root: Path) -> Path | None:
         return root
     if root.suffix == ".zip" and not root.exists():
         raise ConfigError(f"data.root={root} does not exist: give a zip, or a folder to download to")
-    found = sorted(root.glob(f"{FOLDER}*.zip"))
-    if len(found) > 1 and root / f"{FOLDER}.zip" not in found:
+    found = sorted(root.glob(f"{FOLDER}*.zip"), key=lambda path: len(path.name))
+    if len(found) > 1 and found[0].stem != FOLDER:
         raise ConfigError(f"{root} holds {', '.join(p.name for p in found)}: give one of them as data.root")
-    return min(found, key=lambda path: len(path.name), default=None)
+    return found[0] if found else None
 
 
-def _beside(archive: Path, cache_dir: Path) -> Path:
-    """Where an archive is unpacked: next to it, or in the cache if that is read-only."""
-    if os.access(archive.parent, os.W_OK):
-        return archive.parent / archive.stem
-    stat = archive.stat()
-    return cache_dir / f"{archive.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-
-
-def _sha256(archive: Path, wanted: Wanted) -> str:
-    digests = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet)
-    assert digests is not None
-    return digests.tobytes().hex()
-
-
-def _unpack(archive: Path | None, target: Path, wanted: Wanted) -> None:
+def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
     """Unpack a zip (None: the published one) beside ``target`` and move it into place: it is whole or absent.
 
     Raises:
-        ConfigError: not to be downloaded, damaged, or without wnids.txt and train/.
-        OSError: the zip cannot be read, or ``target`` cannot be written.
+        ConfigError: a zip that cannot be downloaded, is damaged or something else; ``target`` cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        given, into = archive or _download(Path(temporary), wanted.root), Path(temporary, FOLDER)
-        try:
-            # zipfile extracts nothing outside the folder that it is given, whatever the names are, and makes no links
-            with zipfile.ZipFile(given) as opened:
-                members = opened.infolist()
-                with Progress(f"unpacking {given.name}", len(members), wanted.quiet, "files") as bar:
-                    for member in members:
-                        opened.extract(member, into)
-                        bar.advance(1)
-        except _DAMAGED as error:
-            reason = str(error) or type(error).__name__
-            raise ConfigError(
-                f"{given} is damaged ({reason}): get it again, or give another data.root to have it downloaded"
-            ) from None
-        whole = [folder for folder in (into, *sorted(into.glob("*"))) if _is_whole(folder)]
-        if not whole:
-            raise ConfigError(f"{given} holds no wnids.txt and train/: it is not Tiny-ImageNet")
-        if archive is not None:
-            (whole[0] / _ORIGIN).write_text(_sha256(archive, wanted))
-        os.replace(whole[0], target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+            archive = archive or _download(Path(temporary), wanted.root)
+            into = Path(temporary, FOLDER)
+            _unpack(archive, into, wanted.quiet)
+            whole = [folder for folder in (into, *sorted(into.glob("*"))) if _is_whole(folder)]
+            if not whole:
+                raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
+            os.replace(whole[0], target)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another data.root "
+            "or data.cache_dir"
+        ) from None
 
 
 def _download(folder: Path, root: Path) -> Path:
@@ -154,6 +122,22 @@ def _download(folder: Path, root: Path) -> Path:
             f"or {FOLDER}/ into {root.resolve()}, or run experiment=quickstart, which needs no download"
         ) from None
     return folder / f"{FOLDER}.zip"
+
+
+def _unpack(archive: Path, into: Path, quiet: bool) -> None:
+    """Extract all files; ``zipfile`` writes none outside the folder, whatever their names are, and makes no links."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            with Progress(f"unpacking {archive.name}", len(members), quiet, "files") as bar:
+                for member in members:
+                    opened.extract(member, into)
+                    bar.advance(1)
+    except _DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        raise ConfigError(
+            f"{archive} is damaged ({reason}): get it again, or give another data.root to have it downloaded"
+        ) from None
 
 
 def _lines(path: Path) -> list[str]:

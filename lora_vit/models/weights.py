@@ -17,6 +17,7 @@ from torchvision.models import get_model_weights
 
 from lora_vit.config import is_weights_file, weights_files
 from lora_vit.errors import ConfigError
+from lora_vit.files import user_path
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
@@ -33,7 +34,7 @@ def available_weights(model: str) -> list[str]:
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        for file in weights_files(Path(os.path.expanduser(weights))):
+        for file in weights_files(user_path(weights)):
             _format_of(file)
         return
     names = available_weights(model)
@@ -52,7 +53,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        files = [_read_file(file) for file in weights_files(Path(os.path.expanduser(weights)))]
+        files = [_read_file(file) for file in weights_files(user_path(weights))]
         parts = [file for file in files if isinstance(file, dict)]
         return _unwrapped({name: held for part in parts for name, held in part.items()}, model, weights)
     if model in SHIPPED:
