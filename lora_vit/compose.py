@@ -31,8 +31,8 @@ from lora_vit.sweep.plan import Request, default_name, label
 from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-HYDRA = {"version_base": "1.3"}
-"""How Hydra is asked to behave."""
+HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+"""How Hydra is asked to behave; from 1.4 on it behaves so by itself."""
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
 ELSEWHERE = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
@@ -158,7 +158,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
         fixed = [_line(o) for o in overrides.values() if not o.is_sweep_override()]
         refuse_without_effect(master, options, list(swept), [*map(str, given), *fixed])
-        refuse_misread_paths(overrides.values())
+        refuse_misread_paths([*map(str, given), *(str(o.input_line) for o in parsed)])
         folder = _folder(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
         request = Request(folder, options, engine=OmegaConf.to_object(master.engine),
                           hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
@@ -332,10 +332,10 @@ def refuse_without_effect(master: Any, options: SweepConfig, swept: Sequence[str
             raise ConfigError(f"{wrong} {why}")
 
 
-def refuse_misread_paths(overrides: Any) -> None:
+def refuse_misread_paths(lines: Sequence[str]) -> None:
     """Raise ConfigError if Hydra reads something else than the text that was given as the name of a file or folder."""
-    for override in overrides:
-        if override.key_or_group in PATHS and not override.is_sweep_override() and override.input_line:
+    for override in OverridesParser.create().parse_overrides([line for line in lines if key_of(line) in PATHS]):
+        if not override.is_sweep_override():
             value, text = override.value(), override.get_value_string()
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")

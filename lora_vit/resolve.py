@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import omegaconf
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,7 +34,8 @@ SECTIONS_BESIDE = ("hydra", "sweep", "engine")
 
 def register_resolvers() -> None:
     """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
-    new = OmegaConf.register_new_resolver
+    is_old = omegaconf.__version__.startswith(("2.2", "2.3"))  # a later one has another name for it
+    new = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
     new("trial_id", _known_trial_id, replace=True)
     new("rank_times", _rank_times, replace=True)
     new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)

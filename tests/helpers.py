@@ -13,19 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose
 
 from lora_vit.build import build_setup
-from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.compose import initialized
 from lora_vit.config import TrialConfig
-from lora_vit.data import cache
-from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
+from lora_vit.resolve import from_omegaconf
 from lora_vit.stopping import StopRequest
-from lora_vit.training.loop import train_trials
+from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.progress import RunReporter
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
@@ -49,8 +47,7 @@ SMALL = (
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+    with initialized():
         return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
 
 
@@ -64,11 +61,10 @@ class Outcome:
     predicted: np.ndarray
 
 
-class Recorder(RunReporter):
+class Recorder(Reporter):
     """Collects the losses of logging steps."""
 
     def __init__(self) -> None:
-        super().__init__(False)
         self.losses: dict[str, list[float]] = {}
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
@@ -105,12 +101,6 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
         other = b.tensors[name]
         worst = max(worst, float((tensor - other).norm() / other.norm().clamp(min=1e-12)))
     return worst
-
-
-def decoded(root: Path, names: list[str], size: int | None, cache_dir: str, quiet: bool = True) -> np.ndarray:
-    """The decoded images of files, uint8 [N, 3, h, w]."""
-    place = Path(cache_dir)
-    return cache.decoded(root, names, digests_of(root, names, place, quiet), size, place, quiet)[0]
 
 
 def command(*overrides: str, module: str = "lora_vit.train") -> list[str]:

@@ -9,19 +9,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_vit"
 
 LEVELS = [  # lowest first; a module imports only from lower levels, or from its own folder
-    {"errors", "files", "config", "records", "start", "stopping", "terminal", "randomness", "distributed"},
+    {"errors", "files", "config", "records", "stopping", "terminal", "randomness", "distributed"},
     {"lora", "models", "data", "analysis"},
     {"training"},
     {"build"},
-    {"run", "commands", "interop"},
+    {"launch", "run", "commands", "interop"},
     {"sweep"},
     {"compose"},
     {"train", "evaluate", "predict", "merge", "export", "summarize", "hydra_callbacks"},
     {"api", "plugins"},
 ]
-INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("start", "config"), ("stopping", "start"),
-                  *((name, "errors") for name in ("files", "config", "records", "start", "stopping", "distributed")),
-                  ("records", "files")}  # fmt: skip
+INSIDE_A_LEVEL = {("models", "lora"), ("records", "config"), ("distributed", "stopping"),
+                  *((name, "errors") for name in ("files", "config", "records", "stopping", "distributed")),
+                  ("records", "files"), ("run", "launch")}  # fmt: skip
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "hydra_callbacks", "plugins"},
     "omegaconf": {"api", "compose", "train", "hydra_callbacks", "plugins"},

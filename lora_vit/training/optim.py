@@ -56,13 +56,6 @@ class FlatParameters:
         """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
         return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
 
-    def decay_mask(self) -> Tensor:
-        """[P]: 1 where weight decay applies if biases and norms are exempt (matrices), 0 elsewhere."""
-        mask_P = torch.zeros_like(self.values_KP[0])
-        for where, shape in self.slices.values():
-            mask_P[where] = float(len(shape) >= 2)
-        return mask_P
-
 
 class PackedAdamW:
     """AdamW (Loshchilov & Hutter, 2019, algorithm 2) with every hyperparameter per trial.
@@ -86,11 +79,7 @@ class PackedAdamW:
         self.eps_K1 = column([c.eps for c in configs])
         self.clip_K1 = column([math.inf if c.clip_norm is None else c.clip_norm for c in configs])
         self.clips = any(c.clip_norm is not None for c in configs)
-        decay_K1 = column([c.weight_decay for c in configs])
-        self.decay_KP = decay_K1  # [K, 1] where none is exempt
-        if not all(c.decay_bias_and_norm for c in configs):
-            everywhere_K1 = column([float(c.decay_bias_and_norm) for c in configs])
-            self.decay_KP = decay_K1 * torch.maximum(everywhere_K1, flat.decay_mask())
+        self.decay_K1 = column([c.weight_decay for c in configs])
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
@@ -110,7 +99,7 @@ class PackedAdamW:
         lr_K1 = torch.where(ok_K1, lr_K1, torch.zeros_like(lr_K1))
         self.updates_K1 += ok_K1
         count = self.updates_K1.clamp(min=1)
-        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_KP)
+        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)
         self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
         correction1 = 1 - self.beta1_K1**count
