@@ -177,7 +177,7 @@ def _stat(path: str) -> bytes:
 def _kept(store: Path) -> dict[str, bytes]:
     """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
     try:
-        with np.load(store, allow_pickle=False) as arrays:
+        with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = arrays["names"].tobytes().split(b"\0")[:-1]
             rows = np.hstack([arrays["stats"], arrays["digests"]]).view("V64")[:, 0].tolist()
             return dict(zip(map(os.fsdecode, names), rows, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import os
 import tempfile
+import urllib.error
 import zipfile
 import zlib
 from pathlib import Path
@@ -116,6 +117,8 @@ def _download(folder: Path, root: Path) -> Path:
     try:
         download_url(URL, folder, f"{FOLDER}.zip", MD5)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"Tiny-ImageNet is not below data.root={root} and {URL} cannot be downloaded ({reason}): put {FOLDER}.zip "

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import Found, load_data
+from lora_vit.data.dataset import Found
+from lora_vit.data.load import load_data
 from lora_vit.data.splits import divide, fingerprint, keep_per_class, split_per_class
 from lora_vit.data.stream import EvalStream, Samples, TrainStream
 from lora_vit.errors import ConfigError
@@ -107,21 +108,6 @@ def test_a_batch_of_all_training_images_is_the_largest(batch_size):
     assert splits["train"].tolist() == keep_per_class(LABELS, IDS, 20, 5).tolist()
     assert (splits["val"].tolist(), splits["test"].tolist()) == ([0, 1, 2], [3, 4])
     assert digest == fingerprint("content", splits)
-
-
-def test_digits():
-    config = trial_config().data
-    config = dataclasses.replace(
-        config, name="digits", batch_size=20, train_per_class=10, val_fraction=0.4, test_fraction=0.4
-    )
-    data = load_data(config)
-    assert data.images.shape == (1797, 3, 8, 8)
-    assert len(data.splits["train"]) == 100
-    assert min(len(data.splits["val"]), len(data.splits["test"])) >= 700
-    assert int(data.images.max()) == 255
-    from sklearn.datasets import load_digits
-
-    assert (data.labels == load_digits().target).all()
 
 
 @pytest.fixture(scope="module")
