@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 from helpers import is_running, start, wait_until
-from PIL import Image
 from pictures import decoded, paint, shades
+from PIL import Image
 
 from lora_vit.data import cache
 from lora_vit.data.decode import Job, decode

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import trial_config
+from hydra import compose
 from pictures import data_config, fresh, paint
 
+from lora_vit.compose import initialized
 from lora_vit.config import DATASETS
 from lora_vit.data.dataset import ImageData, shown
 from lora_vit.data.load import forget, known_content, load_data
@@ -46,7 +47,7 @@ def test_what_a_record_says_of_the_data():
         ({"labels": np.zeros(2010), "images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),
         ({"labels": np.zeros(2010), "with_more": 2}, 8, "; of 2 files with several pictures the first is used"),
         ({"labels": np.zeros(2010), "value_range": (0.5, 4095.0)}, 8, "; values 0.5 .. 4095 scaled to 0 .. 255"),
-        ({"labels": np.zeros(2010), "passed_over": ("1 hidden (a)", "2 x (b)")}, 8, "; passed over: 1 hidden (a), 2 x (b)"),
+        ({"labels": np.zeros(2010), "passed_over": ("1 x (a)", "2 y (b)")}, 8, "; passed over: 1 x (a), 2 y (b)"),
         (
             {"labels": np.zeros(2010), "also_in_train": {"train": 9, "val": 1234, "test": 0}},
             8,
@@ -130,8 +131,8 @@ def test_digits(tmp_path):
 
 def test_a_cache_follows_the_models_size(pets):
     def size(*overrides: str) -> int | None:
-        preset = ("data=imagefolder", f"data.root={pets}", "data.batch_size=2", "data.cache_dir=~/cache")
-        return trial_config("data.cache_size=${at_least:256,${model.image_size}}", *preset, *overrides).data.cache_size
+        with initialized():
+            return compose("config", overrides=["data=imagefolder", f"data.root={pets}", *overrides]).data.cache_size
 
     assert size() == 256
     assert size("model.image_size=384") == 384

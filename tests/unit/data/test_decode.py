@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import decoded
+from PIL import Image
 
 from lora_vit.data.decode import decode
 from lora_vit.errors import ConfigError

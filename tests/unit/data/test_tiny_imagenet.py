@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import data_config, fresh, paint, shades
+from PIL import Image
 
 from lora_vit.data import tiny_imagenet
 from lora_vit.data.dataset import ImageData, Wanted
@@ -74,7 +74,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("made", "root"),
-    [(f"data/{FOLDER}", f"data/{FOLDER}"), (f"data/{FOLDER}", "data"), ("data/mine", "data/mine"), ("data/mine", "data")],
+    [(f"in/{FOLDER}", f"in/{FOLDER}"), (f"in/{FOLDER}", "in"), ("in/mine", "in/mine"), ("in/mine", "in")],
 )
 def test_an_unpacked_folder(made, root, tmp_path):
     make(tmp_path / made)
