@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -156,6 +157,8 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[N
         )
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # joblib's, of work that it cancels
                 with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
                     answers = stack.enter_context(contextlib.closing(pool(chunks)))
                 for start, answer in zip(starts, answers, strict=True):

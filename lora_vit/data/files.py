@@ -116,12 +116,8 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
     """Sorted paths, relative to ``root``, of the images in a folder and its sub-folders; links are followed."""
     found: list[str] = []
 
-    def identity(path: Path | str) -> tuple[int, int]:
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
-
-    def walk(place: str, above: frozenset[tuple[int, int]]) -> None:
-        here = identity(root / place)
+    def walk(place: str, above: frozenset[str]) -> None:
+        here = os.path.realpath(root / place)
         if here in above:
             passed.add("links that lead back", place)
             return
@@ -132,7 +128,7 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
                 found.append(name)
 
     top = root / folder
-    walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
+    walk(folder, frozenset(map(os.path.realpath, {*top.absolute().parents, *top.resolve().parents})))
     return sorted(found)
 
 
