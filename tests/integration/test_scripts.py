@@ -10,10 +10,11 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
+OTHERS = sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY}), ids=lambda p: str(p.relative_to(SCRIPTS)))
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(SCRIPTS)))
 def test_a_script_starts(path, tmp_path):
     needs = {"mutation.py": "mutmut", "peft_pitfalls.py": "peft"}
     if path.name in needs:
