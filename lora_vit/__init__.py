@@ -1,34 +1,21 @@
 """LoRA on Vision Transformers: train, sweep and compare.
 
-Public names load lazily, so that importing ``lora_vit`` (for ``--help``, the summarizer) costs no torch.
+Importing this changes nothing in the process, and public names load lazily: ``--help`` and the summary cost no torch.
 """
 
-import sys
 from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "ConfigError": "lora_vit.config",
-    "replace_linear_with_lora": "lora_vit.lora.inject",
-    "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
+    "ConfigError": "lora_vit.errors",
     "load_adapter": "lora_vit.lora.adapter",
+    "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
     "merge_adapter": "lora_vit.lora.adapter",
+    "replace_linear_with_lora": "lora_vit.lora.inject",
 }
 
-__all__ = [
-    "ConfigError",
-    "api",
-    "load_adapter",
-    "mark_lora_and_head_as_trainable",
-    "merge_adapter",
-    "replace_linear_with_lora",
-]
+__all__ = ["api", *_PUBLIC]
 __version__ = "0.1.0"
-
-if sys.argv[:1] == ["-m"]:  # `python -m lora_vit.train` is looked for
-    from lora_vit.start import begin_command
-
-    begin_command()
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +27,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC, "api"])
+    return sorted([*globals(), *__all__])

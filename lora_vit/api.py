@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 from lora_vit.compose import Composer, expand, initialized
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
+from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError, TrialFailed
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.resolve import from_omegaconf
-from lora_vit.start import started_by_torchrun
 from lora_vit.sweep.plan import Request
 from lora_vit.sweep.trial import Trial
 
@@ -52,11 +52,11 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
         TrialFailed: the trial's record says why.
         Interrupted: everything is saved.
     """
-    from lora_vit.run import train as train_trial
+    from lora_vit import run
 
     _refuse_torchrun()
     config = checked(config)
-    return train_trial(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
+    return run.train(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
 
 def sweep(

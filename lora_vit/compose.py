@@ -28,11 +28,11 @@ from lora_vit.errors import ConfigError
 from lora_vit.resolve import from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, default_name, label
-from lora_vit.sweep.trial import Trial, key_of, without_seed
+from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-HYDRA = {"version_base": "1.3"}
-"""How Hydra is asked to behave."""
+HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
+"""How Hydra is asked to behave; from 1.4 on it behaves so by itself."""
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
 ELSEWHERE = {"sweep.subdir": "${trial_id:}", "job.chdir": False, "job.env_set": {}, "output_subdir": None}
@@ -88,7 +88,7 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
         fixed = [str(o.input_line) for o in parser.parse_overrides(given) if not o.is_sweep_override()]
         master = hydra.compose("config", fixed, return_hydra_config=True)
         HydraConfig.instance().set_config(master)
-        params = OmegaConf.to_container(master.hydra.sweeper.params)
+        params = dict(master.hydra.sweeper.params)
         return sweep_request(master, params, [line for line in given if not line.startswith("hydra")])
 
 
@@ -149,7 +149,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         ConfigError: in one line; with every trial that cannot run, a line each.
     """
     register_resolvers()
-    given = OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False)
+    given: Any = OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given if key_of(line) != "hydra.mode"])
     with in_one_line():
         parsed = composer.parse([*(f"{key}={value}" for key, value in params.items()), *arguments])
@@ -158,7 +158,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
         fixed = [_line(o) for o in overrides.values() if not o.is_sweep_override()]
         refuse_without_effect(master, options, list(swept), [*map(str, given), *fixed])
-        refuse_misread_paths(overrides.values())
+        refuse_misread_paths([*map(str, given), *(str(o.input_line) for o in parsed)])
         folder = _folder(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
         request = Request(folder, options, engine=OmegaConf.to_object(master.engine),
                           hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
@@ -183,7 +183,8 @@ def _line(override: Override) -> str:
 
 def sweep_options(cfg: Any) -> SweepConfig:
     """The validated sweep settings of a composed config. Raises ConfigError."""
-    options = SweepConfig(**OmegaConf.to_container(cfg.sweep, resolve=True))
+    values: Any = OmegaConf.to_container(cfg.sweep, resolve=True)
+    options = SweepConfig(**values)
     validate_sweep(options)
     return options
 
@@ -236,8 +237,7 @@ def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]
     """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
     node = composer([*fixed, *swept])
     config = from_omegaconf(node, in_sweep=True, cwd=Path(str(node.hydra.runtime.cwd)))
-    shown = [line for line in swept if config.lora.method == "lora" or not key_of(line).startswith("lora.")]
-    return Trial(config, [*fixed, *swept], label(shown))
+    return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 
 def _refusal(refused: dict[str, list[str]], total: int) -> str:
@@ -333,10 +333,10 @@ def refuse_without_effect(master: Any, options: SweepConfig, swept: Sequence[str
             raise ConfigError(f"{wrong} {why}")
 
 
-def refuse_misread_paths(overrides: Any) -> None:
+def refuse_misread_paths(lines: Sequence[str]) -> None:
     """Raise ConfigError if Hydra reads something else than the text that was given as the name of a file or folder."""
-    for override in overrides:
-        if override.key_or_group in PATHS and not override.is_sweep_override() and override.input_line:
+    for override in OverridesParser.create().parse_overrides([line for line in lines if key_of(line) in PATHS]):
+        if not override.is_sweep_override():
             value, text = override.value(), override.get_value_string()
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")
@@ -353,7 +353,8 @@ _HYDRAS = (
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
-    (r"Config group override must be a string", "a group has no option 'null': leave it out, or choose one (see --help)"),
+    (r"Config group override must be a string",
+     "a group has no option 'null': leave it out, or choose one (see --help)"),
 )  # fmt: skip
 """What Hydra's messages say, and what ours say."""
 

@@ -1,40 +1,35 @@
-"""Process groups: who we are, exact sums over all processes, and one object from rank 0 to the others."""
+"""Processes that torchrun starts: who we are, exact sums, and agreement on values. Only a group imports torch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from lora_vit.errors import ConfigError, TrialFailed, UserError, report
+from lora_vit.stopping import repeating
 
-from lora_vit.errors import TrialFailed
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+OWN_RUN = "lora_vit"
+"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.launch`."""
+PEER_ENDED = "another process has ended"
 
 
-
-
-@dataclass
+@dataclass(frozen=True)
 class Process:
-    """This process among those that train together; alone it is rank 0 of 1.
-
-    Attributes:
-        rank: among all.
-        world_size: of how many.
-        local_rank: among those of this machine.
-        has_led: as rank 0 it has told the others what to train.
-    """
+    """This process among those that train together: its rank among all and on this machine. Alone it is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    has_led: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -42,90 +37,153 @@ class Process:
         return self.rank == 0
 
 
-def join_process_group() -> Process:
+def started_by_torchrun() -> bool:
+    """Whether the environment describes a group of processes that this one belongs to.
+
+    Raises:
+        ConfigError: the description of a group of several is not whole.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    rank, size = given.get("RANK", ""), given.get("WORLD_SIZE", "1")
+    if len(given) < len(names) and (size == "1" or not rank) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False  # left over by a scheduler
+    numbers = rank.isdecimal() and size.isdecimal() and given.get("MASTER_PORT", "").isdecimal()
+    if len(given) < len(names) or not numbers or int(rank) >= int(size):
+        shown = " ".join(f"{name}={given.get(name, '')}" for name in names)
+        raise ConfigError(f"{shown} describe no process group: start with torchrun, or unset RANK")
+    return True
+
+
+def started_by_ourselves() -> bool:
+    """Whether a command of ours has started this process. That command reports how it ends."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN
+
+
+@contextlib.contextmanager
+def group() -> Iterator[Process]:
+    """Join the processes that torchrun has started, if it started this one, and leave them at the end.
+
+    Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
+    (see :func:`on_all`); any other error is a rank's own, and it prints it. In a group, errors end in SystemExit.
+    """
+    if not started_by_torchrun():
+        yield Process()
+        return
+    speaks = os.environ["RANK"] == "0" and not started_by_ourselves()
+    with contextlib.ExitStack() as stack:
+        if os.environ["RANK"] != "0":
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if started_by_ourselves():
+            stack.enter_context(_ending_with_parent())
+        stack.callback(_leave)
+        try:
+            yield _join()
+        except (Exception, KeyboardInterrupt) as error:  # printed before we leave: torchrun then ends the other ranks
+            known = isinstance(error, (UserError, KeyboardInterrupt))
+            if known and started_by_ourselves():
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                get_error_handler().record_exception(error)
+            sys.exit(report(error, quiet=known and not speaks))
+
+
+def _ending_with_parent() -> contextlib.AbstractContextManager[None]:
+    parent = os.getppid()
+    return repeating(lambda: os.kill(os.getpid(), signal.SIGTERM) if os.getppid() != parent else None, every=1.0)
+
+
+def _join() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
+    import torch
+    import torch.distributed as dist
+
     # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
     import torch.distributed.nn.functional
 
-    process = Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "gloo"
-    if torch.cuda.is_available() and process.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(process.local_rank)
+    backend, local_rank = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     with _expecting_others():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return process
+    return this_process()
 
 
-def leave_process_group() -> None:
-    """Leave the group, where there is one."""
-    if (group := dist.group.WORLD) is not None:
+def _leave() -> None:
+    if (dist := _joined()) is not None:
+        group = dist.group.WORLD
         # Held until the end: a gloo thread may still need the GIL to let go of its last tensor, and of the group and
         # its backend only the latter waits for that thread without the GIL. (torch 2.6 hangs here otherwise.)
-        backend = group._get_backend(torch.device("cpu"))
+        backend = group._get_backend(sys.modules["torch"].device("cpu"))
         del group
         dist.destroy_process_group()
         del backend
 
 
+def _joined() -> Any:
+    """``torch.distributed`` if this process is in a group, else None. Nothing is imported to know."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
+
+
+def this_process() -> Process:
+    """This process in the group that it has joined; alone it is rank 0 of 1."""
+    if (dist := _joined()) is None:
+        return Process()
+    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def sum_over_processes_(tensor: Tensor) -> Tensor:
     """Add up a tensor over all processes, in place; nothing to do for one process."""
-    if dist.is_initialized():
+    if (dist := _joined()) is not None:
         with _expecting_others():
             dist.all_reduce(tensor)
     return tensor
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: T) -> T:
     """Rank 0's value, on every process."""
-    if not dist.is_initialized():
-        return value
     box = [value]
-    with _expecting_others():
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if (dist := _joined()) is not None:
+        with _expecting_others():
+            dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
     return box[0]
 
 
 def from_all(value: T) -> list[T]:
     """The values of all processes by rank, on every process."""
-    if not dist.is_initialized():
-        return [value]
-    values = [value] * dist.get_world_size()
-    with _expecting_others():
-        dist.all_gather_object(values, value)
+    values = [value] * this_process().world_size
+    if (dist := _joined()) is not None:
+        with _expecting_others():
+            dist.all_gather_object(values, value)
     return values
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """The action's result, once it has succeeded on every process. Raises its error here, TrialFailed elsewhere."""
-    result, error = [], None
+    """The action's result, once it has succeeded on every process.
+
+    Raises the action's error where it failed, and TrialFailed on the other processes, with the first rank and error.
+    """
+    results, errors = [], []
     try:
-        result.append(action())
+        results.append(action())
     except Exception as caught:
-        error = caught
-    problems = from_all(None if error is None else str(error))
-    if error is not None:
-        raise error
+        errors.append(caught)
+    problems = from_all([str(error) for error in errors])
+    if errors:
+        raise errors[0]
     for rank, problem in enumerate(problems):
-        if problem is not None:
-            raise TrialFailed(f"process {rank}: {problem}")
-    return result[0]
+        if problem:
+            raise TrialFailed(f"process {rank}: {problem[0]}")
+    return results[0]
 
 
-@contextlib.contextmanager
-def leading(process: Process) -> Iterator[None]:
-    """Rank 0's part. Where it ends without having told the others what to train: they end too, as failed if it has."""
-    failed = True
-    try:
-        yield
-        failed = False
-    except SystemExit as end:
-        failed = bool(end.code)
-        raise
-    finally:
-        if not process.has_led:
-            with contextlib.suppress(TrialFailed):
-                from_main(TrialFailed if failed else None)
+def agree(value: str, problem: str) -> None:
+    """Raise ConfigError on every process, with the problem and the values, unless all have the same value."""
+    values = dict.fromkeys(from_all(value))
+    if len(values) > 1:
+        raise ConfigError(f"{problem}: {' | '.join(values)}")
 
 
 @contextlib.contextmanager
@@ -136,5 +194,5 @@ def _expecting_others() -> Iterator[None]:
     except RuntimeError as error:
         words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
         if any(word in str(error) for word in words):
-            raise TrialFailed("another process has ended, see what it said") from None
+            raise TrialFailed(PEER_ENDED) from None
         raise

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
+
+
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+"""Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)"""
 
 
 class UserError(Exception):
@@ -32,11 +40,11 @@ class TrialFailed(UserError):  # noqa: N818  (its name is the status)
 
 
 class Interrupted(UserError):  # noqa: N818  (not an error)
-    """The process was asked to stop; everything is saved."""
+    """The process was asked to stop; everything is saved. ``command`` is what resumes."""
 
-    def __init__(self, signum: int):
+    def __init__(self, signum: int, command: str = "the same command"):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum, self.exit_code = signum, 128 + signum
+        self.signum, self.exit_code, self.command = signum, 128 + signum, command
 
 
 def one_line(error: BaseException) -> str:
@@ -45,42 +53,77 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def run_command(action: Callable[[], int | None], quiet: bool = False) -> NoReturn:
-    """Run a command and exit with its code; see :func:`exit_code`."""
-    sys.exit(exit_code(action, quiet))
+def run_command(action: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit with its code; an error that a user can cause is printed in one line."""
+
+    def run() -> int | None:
+        _check_process()
+        code = action()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # all is done, and the reader has seen enough
+            os._exit(code or 0)
+        return code
+
+    sys.exit(exit_code(run))
 
 
-def exit_code(action: Callable[[], int | None], quiet: bool = False) -> int:
-    """Run a command and return its code; an error that a user can cause is printed in one line.
-
-    ``quiet``: print nothing, for a process whose errors another one reports. ``HYDRA_FULL_ERROR=1`` shows tracebacks.
-    """
+def exit_code(action: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; an error that a user can cause is printed in one line."""
     try:
         return action() or 0
-    except BrokenPipeError:  # the reader has gone, as with `| head`
-        os._exit(0)
-    except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (text := _text(error)):
-            raise
-        if not quiet:
-            print(text, file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    except KeyboardInterrupt:
-        if not quiet:
-            print("interrupted", file=sys.stderr)
-        return 130
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        return report(error)
 
 
-def _text(error: UserError | OSError) -> str:
+def report(error: BaseException, quiet: bool = False) -> int:
+    """Print an error and return its exit code: one line for what a user can cause, else the traceback.
+
+    ``quiet``: print only tracebacks, for a process whose lines another one prints. ``HYDRA_FULL_ERROR=1`` asks for all
+    tracebacks.
+    """
+    if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
+        os._exit(1)
+    text = line_of(error)
+    if FULL_ERROR or not text:
+        traceback.print_exception(error)
+    elif not quiet:
+        print(text, file=sys.stderr)
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def _check_process() -> None:
+    """Let streams that were closed or lack a sign take what is printed; raise ConfigError where nothing can start."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as >&- does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        os.getcwd()
+    except OSError as error:
+        gone = f"the folder that this is started in is gone ({error.strerror})"
+        raise ConfigError(f"{gone}: cd to one that is there") from None
+    if find_spec("lora_vit.conf") is None:
+        clone = Path(__file__).resolve().parent.parent
+        install = f"run `{sys.executable} -m pip install -e {clone}`"
+        raise ConfigError(f"lora_vit is not installed in this Python: {install}")
+
+
+def line_of(error: BaseException) -> str:
     """What is printed of an error; empty where only a traceback helps."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, Interrupted):
-        return f"{error}: saved; the same command resumes"
+        return f"{error}: saved; {error.command} resumes"
     if isinstance(error, UserError):
         return f"error: {error}"
+    if not isinstance(error, OSError):
+        return ""
     place = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"error: {place} cannot be written ({error.strerror}): make room, then the same command resumes"
-    if error.errno in NO_SPACE or isinstance(error, PermissionError):
+    if error.errno in NO_SPACE or isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return f"error: {place} cannot be written or read ({error.strerror}): give another folder"
     if isinstance(error, FileNotFoundError):
         return f"error: {place} is gone: was a folder moved or removed meanwhile?"

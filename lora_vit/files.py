@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
 
-    The file stays, unless it is alone in its folder.
+    The lock file is deleted only if the folder is otherwise empty.
 
     Raises:
         BlockingIOError: another process holds it, and we do not wait.
@@ -62,6 +62,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             return
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder if it is empty, and then the folders around it that are empty and not around the current one."""
+    with contextlib.suppress(OSError):
+        os.removedirs(os.path.relpath(folder))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
     with replacing(path) as file:
@@ -74,15 +80,15 @@ def _finite(value: Any) -> Any:
 
 
 class JsonLines:
-    """An append-only file of JSON rows that a resumed run cuts back to a known length.
+    """An append-only file of JSON rows; a resumed run cuts it back to a known length.
 
     Raises OSError from :meth:`write` when the disk is full or the folder unwritable.
     """
 
-    def __init__(self, path: Path, keep_bytes: int = 0):
-        self.path = path
+    def __init__(self, path: Path, keep_bytes: int | None = None):
         self._file = path.open("ab")
-        self._file.truncate(keep_bytes)
+        if keep_bytes is not None:
+            self._file.truncate(keep_bytes)
 
     def write(self, row: dict[str, Any]) -> None:
         line = json.dumps(_finite(row), sort_keys=True, allow_nan=False) + "\n"

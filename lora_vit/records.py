@@ -1,7 +1,7 @@
 """What a trial leaves on disk for others to read: ``record.json``, metric rows and predictions.
 
-Records are the interface between training and everything that compares trials: the summarizer reads them and
-knows nothing else. Every file is replaced atomically, so that a reader never sees half of one.
+Records are the interface between training and everything that compares trials. Every file is replaced atomically, so
+that a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class TrialRecord:
     error: dict[str, Any] | None = None
     schema: int = SCHEMA_VERSION
 
-    def shown_status(self, now: float | None = None) -> str:
+    def shown_status(self) -> str:
         """The status, where a running trial without a fresh heartbeat counts as interrupted."""
-        age = (time.time() if now is None else now) - self.heartbeat
-        return "interrupted" if self.status == "running" and age > STALE_AFTER else self.status
+        silent = time.time() - self.heartbeat > STALE_AFTER
+        return "interrupted" if self.status == "running" and silent else self.status
 
 
 def write_record(folder: Path, record: TrialRecord) -> None:
@@ -84,20 +84,21 @@ def write_record(folder: Path, record: TrialRecord) -> None:
 
 
 _KINDS = typing.get_type_hints(TrialRecord)
-_REQUIRED = {f.name for f in dataclasses.fields(TrialRecord) if f.default is f.default_factory}
-"""Other fields may be later than the record."""
+_REQUIRED = [f.name for f in dataclasses.fields(TrialRecord) if f.default is f.default_factory]  # neither is given
 
 
 def _is_a(value: Any, kind: Any) -> bool:
     """Whether JSON has given a value of an annotated type; whole numbers are also fractions."""
-    if kind is float:
-        return isinstance(value, (int, float))
-    alternatives = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
-    return any(_is_a(value, k) for k in alternatives) or isinstance(value, typing.get_origin(kind) or kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, k) for k in typing.get_args(kind))
+    return isinstance(value, (int, float) if kind is float else typing.get_origin(kind) or kind)
 
 
 def read_record(folder: Path) -> TrialRecord:
-    """Read and validate the folder's ``record.json``. The heartbeat of a running trial is the file's time.
+    """Read and validate the folder's ``record.json``.
+
+    A field with a default may be missing, as in the records of earlier versions. The heartbeat of a running trial is
+    the file's time.
 
     Raises:
         FileNotFoundError: the folder has no record.
@@ -114,20 +115,19 @@ def read_record(folder: Path) -> TrialRecord:
         raise RecordError(f"{path} is not whole JSON ({error})") from None
     if not isinstance(values, dict) or "schema" not in values:
         raise RecordError(f"{path} is not a trial record")
-    if values["schema"] != SCHEMA_VERSION:
-        raise RecordError(
-            f"{path} has record schema {values['schema']}, this version reads {SCHEMA_VERSION}: use the matching "
-            "version of lora_vit"
-        )
-    for name in sorted(_REQUIRED - set(values)):
-        raise RecordError(f"{path} lacks '{name}'")
+    if (schema := values["schema"]) != SCHEMA_VERSION:
+        how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
+        raise RecordError(f"{path} has record schema {schema}, {how}")
+    for name in _REQUIRED:
+        if name not in values:
+            raise RecordError(f"{path} lacks '{name}'")
     known = {name: value for name, value in values.items() if name in _KINDS}
     for name, value in known.items():
         if not _is_a(value, _KINDS[name]):
             raise RecordError(f"{path}: '{name}' is a {type(value).__name__}")
-    if values["status"] not in STATUSES:
-        raise RecordError(f"{path}: status '{values['status']}' is unknown")
     record = TrialRecord(**known)
+    if record.status not in STATUSES:
+        raise RecordError(f"{path}: status '{record.status}' is unknown")
     if record.status == "running":
         record.heartbeat = alive
     try:

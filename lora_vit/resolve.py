@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import omegaconf
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,7 +33,8 @@ SECTIONS_BESIDE = ("hydra", "sweep", "engine")
 
 def register_resolvers() -> None:
     """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
-    new = OmegaConf.register_new_resolver
+    is_old = omegaconf.__version__.startswith("2.3")  # a later one has another name for it
+    new: Any = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
     new("trial_id", _known_trial_id, replace=True)
     new("rank_times", _rank_times, replace=True)
     new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
@@ -46,7 +48,7 @@ def _known_trial_id(_root_: Any) -> str:
         return UNKNOWN_ID  # whoever uses the path says what is wrong
 
 
-def _at_least(*sizes: Any, _root_: Any) -> int:
+def _at_least(*sizes: Any, _root_: Any) -> Any:
     """The largest of some sizes in pixels; null is the model's own, which timm knows."""
     known = [int(size) for size in sizes if size is not None]
     if len(known) < len(sizes) and _root_.model.library == "timm":
@@ -58,7 +60,7 @@ def _at_least(*sizes: Any, _root_: Any) -> int:
     return max(known)
 
 
-def _rank_times(scaling: float, _parent_: Any) -> float | str | None:
+def _rank_times(scaling: Any, _parent_: Any) -> Any:
     """``lora.alpha=${rank_times:2}``: alpha tied to the rank, so that alpha / rank is the same for all ranks."""
     if "rank" not in _parent_:  # in a preset's hydra.sweeper.params, which Hydra resolves before there are trials
         return f"${{rank_times:{scaling}}}"

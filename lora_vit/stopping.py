@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 from lora_vit.errors import Interrupted
-from lora_vit.start import interrupt
 
 SIGNALS = tuple(
     getattr(signal, name)
@@ -18,8 +17,6 @@ SIGNALS = tuple(
     if hasattr(signal, name)
 )
 """What terminals, schedulers and launchers ask with: batch systems let a site choose the signal."""
-
-
 
 
 class StopRequest:
@@ -44,7 +41,7 @@ class StopRequest:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         theirs = self._previous.get(self.signum)
-        if callable(theirs) and theirs not in (signal.default_int_handler, interrupt):
+        if callable(theirs) and theirs is not signal.default_int_handler:
             theirs(self.signum, None)
 
     def heed(self) -> None:

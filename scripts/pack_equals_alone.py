@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+from lora_vit import run
 from lora_vit.config import TrialConfig, from_dict
 from lora_vit.evaluate import trained_pack
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_predictions, read_record
-from lora_vit.run import run
 from lora_vit.sweep.ledger import trial_folders
 from lora_vit.training.pack import EVAL_BATCH
 
@@ -56,7 +56,7 @@ def main() -> int:
             )
             alone = Path(scratch) / folder.name
             alone.mkdir()
-            run(config, alone, {})
+            run.train(config, alone, {})
             row, fine = compare(folder, alone, record, config)
             table.add_row(folder.name, str(record.cost["pack_size"]), *row, "within" if fine else "TOO FAR")
             good &= fine
@@ -90,7 +90,7 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
 
 def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
-    pack = trained_pack(folder, config)
+    pack = trained_pack(folder, read_record(folder), config)
     with torch.no_grad():
         logits = [pack.model.eval()(batch.images, [0])[0] for batch in pack.setup.eval_stream(split, EVAL_BATCH)]
     top = torch.cat(logits).topk(2).values

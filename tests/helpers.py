@@ -13,29 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose
 from plain_trials import SMALL
 
+from lora_vit import api
 from lora_vit.build import build_setup
-from lora_vit.compose import initialized
 from lora_vit.config import TrialConfig
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
-from lora_vit.resolve import from_omegaconf
 from lora_vit.stopping import StopRequest
-from lora_vit.training.loop import train_trials
+from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.progress import RunReporter
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    with initialized():
-        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+    return api.compose([*SMALL, *overrides])
 
 
 @dataclasses.dataclass
@@ -48,11 +44,10 @@ class Outcome:
     predicted: np.ndarray
 
 
-class Recorder(RunReporter):
+class Recorder(Reporter):
     """Collects the losses of logging steps."""
 
     def __init__(self) -> None:
-        super().__init__(False)
         self.losses: dict[str, list[float]] = {}
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:

@@ -131,12 +131,16 @@ class LoRAAdapters(nn.Module):
             None if norm is None else norm.bias.to(z.dtype),
         )
 
-    def trial_tensors(self, k: int) -> dict[str, Tensor]:
-        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank] (views)."""
+    def trial_tensors(self, k: int, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank] (views).
+
+        They are views of the parameters, or of given tensors that are laid out like one trial's: [G, R, I], [G, O, R].
+        """
+        a_GRI, b_GOR = self.lora_A[k] if lora_A is None else lora_A, self.lora_B[k] if lora_B is None else lora_B
         rank, tensors = self.specs[k].rank, {}
         for g, name in enumerate(self.names):
-            tensors[f"{name}.lora_A"] = self.lora_A[k, g, :rank]
-            tensors[f"{name}.lora_B"] = self.lora_B[k, g, :, :rank]
+            tensors[f"{name}.lora_A"] = a_GRI[g, :rank]
+            tensors[f"{name}.lora_B"] = b_GOR[g, :, :rank]
         return tensors
 
     def extra_repr(self) -> str:

@@ -25,7 +25,8 @@ class PackedSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
-        self.callbacks, self.task, self.config = hydra_context.callbacks, task_function, config
+        self.callbacks, self.task = hydra_context.callbacks, task_function
+        self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep; returns the validation accuracies of its trials. Called by Hydra.
@@ -50,10 +51,10 @@ class PackedSweeper(Sweeper):
             return
         from lora_vit.config import to_dict
 
-        config = DictConfig({**to_dict(trial.config), "hydra": self.config.hydra})
-        accuracy = state.record.metrics.get("val_accuracy") if state.record is not None else None
-        failed = state.status != "completed"
-        job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config, task_name=self.config.hydra.job.name,
-                        status=JobStatus.FAILED if failed else JobStatus.COMPLETED, _return_value=accuracy)  # fmt: skip
+        values: Any = to_dict(trial.config)
+        config = DictConfig({**values, "hydra": self.config.hydra})
+        job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config)
+        job.status = JobStatus.COMPLETED if state.status == "completed" else JobStatus.FAILED
+        job.return_value = state.record.metrics.get("val_accuracy") if state.record is not None else None
         self.callbacks.on_job_start(config=config, task_function=self.task)
         self.callbacks.on_job_end(config=config, job_return=job)

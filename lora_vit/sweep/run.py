@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from lora_vit.build import prepare
+from lora_vit.config import to_dict
+from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import NO_ACCURACY, RECORD, State, write_record
 from lora_vit.stopping import StopRequest
@@ -22,7 +24,7 @@ from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
-from lora_vit.sweep.trial import Trial, key_of, make_groups, without_seed
+from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import View
 from lora_vit.terminal import from_here, make_console, print_table
 
@@ -74,7 +76,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     source = source_of(sweep)
     counts = Counter(states[trial.trial_id].status for trial in asked)
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
-    print(f"sweep {sweep.folder}: {len(asked) or options.trials} trials" + (f" ({finished})" if finished else ""))
+    size = f"a race of {len(trials)} cells" if about["race"] else f"{options.trials or len(asked)} trials"
+    print(f"sweep {sweep.folder}: {size}" + (f" ({finished})" if finished else ""))
     if left := is_open.difference(trial.trial_id for trial in asked):
         print(f"note: {len(left)} trials of earlier commands are open too: they train after these")
     view = View(sweep, [(trial, states[trial.trial_id]) for trial in asked if trial.trial_id not in is_open])
@@ -96,8 +99,8 @@ def _each_once(trials: Sequence[Trial]) -> list[Trial]:
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
-    baselines = [trial for trial in trials if trial.config.lora.method != "lora"]
-    idle = dict.fromkeys(key for t in baselines for key in map(key_of, t.overrides) if key.startswith("lora."))
+    idle = dict.fromkeys(key_of(line) for trial in trials for line in trial.overrides
+                         if line not in without_idle(trial.config, trial.overrides))  # fmt: skip
     if idle:
         print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
     if twice := len(trials) - len(once):
@@ -111,7 +114,7 @@ def _report_changed(trials: Sequence[Trial], sweep: Sweep) -> None:
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in ids}
     changed = [t for t in trials if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
     if changed:
-        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + (", ..." if len(changed) > 3 else "")
+        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
 
@@ -143,7 +146,8 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
             asked.setdefault(trial.cell_id, trial.with_seed(trials[0].config.seed))
     rules = {key: getattr(request.options, key) for key in ("margin", "first_seeds", "most_seeds")}
     cells = [asked[cell] for cell in sorted(asked)]
-    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": request.command or this_command()}
+    command = request.command or this_command()
+    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
 
 
 def _reopened(sweep: Sweep, trial: Trial, retry_failed: bool) -> State:
@@ -189,7 +193,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     request.ended(trial, state)
                     ended, tries = ended + 1, 0
                 if not view.open():
-                    if source.extend():
+                    if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
                 alive, news = engine.look()
@@ -204,8 +208,8 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     if not request.options.wait:
                         return False
                 elif missing > 0 and not alive:
-                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is saved "
-                                      "stays, and the same command resumes")  # fmt: skip
+                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
+                                      "saved stays, and the same command resumes")  # fmt: skip
                 time.sleep(engine.poll_every)
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
@@ -265,22 +269,18 @@ def finish(
     return outcomes
 
 
-def cell_label(trial: Trial) -> str:
-    """The swept settings of a trial's cell, short."""
-    return " ".join(without_seed(trial.label.split())) or trial.trial_id
-
-
 def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, Any]) -> None:
     """Cells by mean validation accuracy, best first."""
     cells: dict[str, list[Trial]] = {}
     for trial in trials:
         cells.setdefault(trial.cell_id, []).append(trial)
+    names = cell_names({cell: to_dict(members[0].config) for cell, members in cells.items()})
     rows = []
-    for members in cells.values():
+    for cell, members in cells.items():
         values = [accuracies[trial.trial_id] for trial in members if trial.trial_id in accuracies]
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-            rows.append((statistics.fmean(values), cell_label(members[0]), spread, f"{len(values)}/{len(members)}"))
+            rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
     lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
     header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
@@ -292,9 +292,8 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     """How the race stands, and its verdict if it has ended."""
     source.look()
-    names = {cell.cell_id: cell_label(cell) for cell in source.cells}
     header = ("cell", "mean val accuracy", "seeds", "may fall by", "")
-    print_table(console, source.standing(names), header, source.rows(names), SHOWN)
+    print_table(console, source.title(), header, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas
         from lora_vit.errors import RecordError
@@ -340,7 +339,7 @@ def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pac
         sweep.race, sweep.trials = about["race"], {**sweep.trials, **{t.trial_id: t for t in trials}}
         source = RaceSource(sweep)
         console.print(source.sizes(), markup=False)
-        trials = [source.trial(*place) for place in source.wanted()]
+        trials = source.wanted()
     open_ones = [trial for trial in trials if not sweep.state_of(trial).ended]
     rows = []
     for group in make_groups(open_ones):
@@ -351,5 +350,6 @@ def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pac
         time_in_all = "" if seconds is None else f"{seconds * epochs / about['workers']:,.0f} s"
         rows.append((group.title, str(len(group.trials)), size or "measured at the start", time_in_all))
     finished = len(trials) - len(open_ones)
-    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished, {about['workers']} workers")
+    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished; "
+                  f"{about['workers']} workers", markup=False)  # fmt: skip
     print_table(console, "", ("trials that share a backbone", "trials", "pack size", "time, as measured here"), rows)

@@ -111,6 +111,11 @@ def without_seed(lines: Sequence[str]) -> list[str]:
     return [line for line in lines if key_of(line) != "seed"]
 
 
+def without_idle(config: TrialConfig, overrides: Sequence[str]) -> list[str]:
+    """The overrides that have an effect: settings of adapters have none on a baseline."""
+    return [line for line in overrides if config.lora.method == "lora" or not key_of(line).startswith("lora.")]
+
+
 def key_of(override: str) -> str:
     """``lora.rank`` of ``+lora.rank=4``."""
     return override.partition("=")[0].lstrip("+")

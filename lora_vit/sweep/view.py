@@ -107,8 +107,9 @@ class View:
         return sum(not row.ended and row.status != "running" for row in self.rows.values())
 
     def open(self) -> list[Trial]:
-        """Trials that have not ended."""
-        return [row.trial for row in self.rows.values() if not row.ended]
+        """Trials of the plan that have not ended, as far as we have seen."""
+        planned = (trial for batch in self.sweep.batches for trial in batch)
+        return [trial for trial in planned if trial.trial_id not in self.rows or not self.rows[trial.trial_id].ended]
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -153,12 +154,12 @@ class View:
         return f"about {timedelta(seconds=round(seconds))} left"
 
     def _progress_line(self) -> str:
-        parts = (f"{self._done():.0f}/{self._total()} epochs", f"{self._ended()}/{len(self.rows)} trials ended", self._left())
-        return ", ".join(part for part in parts if part)
+        ended = f"{self._ended()}/{len(self.rows)} trials ended"
+        return ", ".join(filter(None, (f"{self._done():.0f}/{self._total()} epochs", ended, self._left())))
 
     def _picture(self) -> Group:
-        description = f"sweep  {self._ended()}/{len(self.rows)} trials"
-        self._bar.update(self._task, total=self._total(), completed=self._done(), description=description, left=self._left())
+        said = {"description": f"sweep  {self._ended()}/{len(self.rows)} trials", "left": self._left()}
+        self._bar.update(self._task, total=self._total(), completed=self._done(), **said)
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

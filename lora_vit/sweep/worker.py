@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,20 +109,21 @@ class Worker:
 
     def next_pack(self) -> tuple[Group, list[Trial]] | None:
         """Claim the next pack; wait while others hold what is left. None if nothing is left for anybody, or for us."""
-        in_vain = 0
+        if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
+            return pack
+        in_vain = 0  # looks in a row that found free trials, of which we could take none
         while True:
             self.stop.heed()
-            if pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 1):
-                return pack
-            if in_vain:
-                time.sleep(POLL_EVERY)
             standing = self.packs.look(self.cannot)
-            if standing != FREE and self.source.extend():
-                in_vain = 0
-                continue
+            if standing != FREE:  # ask for more; another worker may just have done so
+                is_new = self.source.extend()
+                standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
             if standing == ENDED:
                 return None
-            in_vain += 1
+            if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
+                return pack
+            in_vain = in_vain + 1 if standing == FREE else 0
+            time.sleep(POLL_EVERY)
 
     def size_of(self, group: Group) -> int | None:
         """How many trials of a group train together; None while another process measures it, or if none can here."""
@@ -177,9 +179,9 @@ class Worker:
             folder, name = self.sweep.folder_of(trial), trial.trial_id
             try:
                 folder.mkdir(exist_ok=True)
-                run = TrialRun.open(trial.config, folder, setup, self.sweep.hydra_files(trial),
-                                    self.sweep.board_of(trial), mine=lambda name=name: self.claims.mine(name))  # fmt: skip
-                opened.append((trial, run))
+                files, board = self.sweep.hydra_files(trial), self.sweep.board_of(trial)
+                mine = functools.partial(self.claims.mine, name)
+                opened.append((trial, TrialRun.open(trial.config, folder, setup, files, board, mine=mine)))
             except ConfigError as error:
                 self.claims.release(name)
                 self.give_up([name], str(error))

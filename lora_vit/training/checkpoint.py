@@ -57,7 +57,7 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
         state = TrialState(**values)
     except Exception as error:
         raise RecordError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, or train anew with trainer.resume=restart"
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, or give trainer.resume=restart"
         ) from None
     if owner != trial_id:
         raise RecordError(f"{path} belongs to trial {owner}, not to {trial_id}")

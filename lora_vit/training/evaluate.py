@@ -16,6 +16,7 @@ from lora_vit import distributed
 from lora_vit.data.device import to_device
 from lora_vit.data.stream import Batch
 from lora_vit.models.vit import PackedViT
+from lora_vit.records import PREDICTION_FIELDS
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Predictions:
 
     def fields(self) -> dict[str, np.ndarray]:
         """The columns that go into ``predictions.npz``."""
-        return {name: getattr(self, name) for name in ("ids", "labels", "predicted", "true_probability")}
+        return {name: getattr(self, name) for name in PREDICTION_FIELDS}
 
 
 @torch.no_grad()

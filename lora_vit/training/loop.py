@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sys
 import time
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from lora_vit.errors import Interrupted
 from lora_vit.lora.adapter import sha256_of
 from lora_vit.stopping import StopRequest, repeating
+from lora_vit.training.evaluate import Predictions
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import HEARTBEAT_EVERY
+from lora_vit.training.trackers import HEARTBEAT_EVERY, ClaimLost
 from lora_vit.training.trial import TrialRun
 
 
@@ -38,31 +40,39 @@ class Reporter:
 
 
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
-    """Train trials in one pack to their ends.
+    """Train trials in one pack until each is completed or failed, as its record says.
 
-    Their records tell how each ended. Raises Interrupted after saving everything.
+    Raises Interrupted when asked to stop, after the trials are saved. Any other error is left to the caller, with the
+    last checkpoints.
     """
+
+    def beat() -> None:
+        for trial in trials:
+            trial.beat()
+
     staying = trials
-    pack: Pack | None = begin(trials, setup, reporter)
-    with repeating(lambda: give_signs_of_life(trials), HEARTBEAT_EVERY):
-        while pack is not None:
-            try:
-                leaving = train_round(pack, reporter, stop)
-                if leaving:
+    pack: Pack | None = start(trials, setup, reporter)
+    with repeating(beat, HEARTBEAT_EVERY):
+        try:
+            while pack is not None:
+                ended = train_epoch(pack, reporter, stop) or complete(pack)
+                if ended:
+                    for trial in ended:
+                        reporter.left(trial)
+                    staying = [trial for trial in staying if trial not in ended]
                     pack.pull()
-                    staying = [trial for trial in staying if trial not in leaving]
                     pack = None  # before the next one takes its memory
                     pack = Pack(staying, setup) if staying else None
                 if pack is not None and stop_requested(pack, stop, logging=True):
-                    raise interrupt(staying, pack, stop.signum)
-            except Exception:
-                raise
-            except BaseException:  # SystemExit of somebody's signal handler, a second Ctrl-C
-                interrupt(staying, pack, stop.signum)
-                raise
+                    raise Interrupted(stop.signum or signal.SIGTERM)
+        except BaseException as error:
+            # Interrupted apart: SystemExit of somebody's signal handler, a second Ctrl-C
+            if isinstance(error, Interrupted) or not isinstance(error, Exception):
+                interrupt(staying, pack)
+            raise
 
 
-def begin(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
+def start(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
     """The first pack; parameter counts go into the records, and the trials are marked running."""
     pack = Pack(trials, setup)
     for k, trial in enumerate(trials):
@@ -74,31 +84,15 @@ def begin(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
     return pack
 
 
-def give_signs_of_life(trials: list[TrialRun]) -> None:
-    """For trials that write: theirs end when their files are closed."""
-    for trial in trials:
-        if trial.files is not None:
-            trial.files.beat()
-
-
-def train_round(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
-    """Train an epoch, or until trials fail; returns the trials that are completed or failed now."""
-    bad = [] if any(t.done() for t in pack.trials) else train_epoch(pack, reporter, stop)
-    if not bad and pack.step_in_epoch == pack.steps_per_epoch:
-        finish_epoch(pack, reporter)
-    finished = [t for t in pack.trials if t.done()]
-    if finished:
-        finish_trials(pack, finished)
-    for trial in bad + finished:
-        reporter.left(trial)
-    return bad + finished
-
-
 def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
-    """Train to the epoch's end, or to the step at which trials are found bad; returns those."""
-    rates = pack.learning_rates()
+    """Train the rest of an epoch and finish it; returns the trials that have failed, at whose step it ends early.
+
+    Raises Interrupted after the step at which a process is asked to stop, unless it is the epoch's last.
+    """
+    if any(trial.done() for trial in pack.trials):  # stopped between its last epoch and its end
+        return []
     clock = Clock(pack)
-    for lr_K1 in rates:
+    for lr_K1 in pack.learning_rates():
         losses_K = pack.step(lr_K1, bool(stop.signum))
         reporter.advance(pack)
         last = pack.step_in_epoch == pack.steps_per_epoch
@@ -106,27 +100,29 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
         stopping = stop_requested(pack, stop, logging)
         if logging or stopping:
             clock.charge()
-            bad = fail_bad(pack, last)
+            failed = fail_bad(pack, last)
             if logging:
                 log_step(pack, losses_K, lr_K1, clock, reporter)
-            if bad:
-                return bad
+            if failed:
+                return failed
         if stopping and not last:
-            raise interrupt(pack.trials, pack, stop.signum)
+            raise Interrupted(stop.signum or signal.SIGTERM)
         if not last and clock.checkpoint_due():
             clock.charge()
-            save(pack)
+            for trial in pull(pack):
+                trial.save()
     clock.charge()
+    finish_epoch(pack, reporter)
     return []
 
 
 class Clock:
-    """Seconds and images since the last look, charged to the trials in equal shares."""
+    """Charges the seconds of an epoch to its trials, in equal shares; knows its speed and when a checkpoint is due."""
 
     def __init__(self, pack: Pack):
         self.pack = pack
-        self._charged = self._logged = self._saved = time.perf_counter()
-        self._step_logged = pack.step_in_epoch
+        self._charged = self._saved = time.perf_counter()
+        self._logged = pack.step_in_epoch, pack.trials[0].state.seconds
 
     def charge(self) -> None:
         """Add the time since the last charge to the trials."""
@@ -136,12 +132,10 @@ class Clock:
         self._charged = now
 
     def images_per_second(self) -> float:
-        """Of all trials together since the last call."""
-        now, step = time.perf_counter(), self.pack.step_in_epoch
-        images = (step - self._step_logged) * self.pack.step_state.global_batch * self.pack.K
-        rate = images / max(now - self._logged, 1e-9)
-        self._logged, self._step_logged = now, step
-        return rate
+        """Of all trials together between the last charges before this call and the one before it."""
+        (step, seconds), self._logged = self._logged, (self.pack.step_in_epoch, self.pack.trials[0].state.seconds)
+        images = (self._logged[0] - step) * self.pack.step_state.global_batch
+        return images / max(self._logged[1] - seconds, 1e-9)
 
     def checkpoint_due(self) -> bool:
         """Whether ``checkpoint_every`` seconds have passed since the last."""
@@ -153,7 +147,7 @@ class Clock:
 
 
 def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> None:
-    """Read this step's figures from the device and write those of the trials that go on."""
+    """Read this step's figures from the device and write those of the trials that continue."""
     losses, lrs = losses_K.tolist(), lr_K1[:, 0].tolist()
     speed = clock.images_per_second()
     for k, trial in enumerate(pack.trials):
@@ -173,12 +167,12 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     for k, trial in enumerate(pack.trials):
         if first_bad[k] < 0 and finite[k]:
             continue
-        what, step = "the loss or its gradient is", first_bad[k] + 1
+        what, step = "the loss or its gradient", first_bad[k] + 1
         if first_bad[k] < 0:
-            what, step = "a parameter is", pack.step_of(trial)
+            what, step = "a parameter", pack.step_of(trial)
         o = trial.config.optimizer
         remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
-        trial.fail(f"{what} not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
+        trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         bad.append(trial)
     return bad
 
@@ -192,28 +186,30 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     return False
 
 
-def interrupt(trials: list[TrialRun], pack: Pack | None, signum: int) -> Interrupted:
+def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
     """Save the trials, unless their state is half changed, and mark them interrupted.
 
     ``pack`` holds their state; None: it is in the trials themselves, between two packs.
     """
-    if pack is None:
-        for trial in trials:
-            trial.save()
-    elif not pack.step_state.updating:
-        save(pack)
+    to_save = trials if pack is None else [] if pack.step_state.updating else pull(pack)
     for trial in trials:
-        if trial.record.status == "running":
-            trial.interrupt()
-    return Interrupted(signum or signal.SIGTERM)
+        try:
+            if trial in to_save:
+                trial.save()
+            if trial.record.status == "running":
+                trial.interrupt()
+        except ClaimLost:  # another process trains it
+            trial.close()
 
 
-def save(pack: Pack) -> None:
-    """Checkpoint every trial of the pack, but none after a bad step: that would hide it from a run that goes on."""
+def pull(pack: Pack) -> list[TrialRun]:
+    """Bring the trials' states up to date; returns those worth a checkpoint.
+
+    After a bad step none is: it would hide that step from a run that resumes.
+    """
     pack.pull()
-    for trial, bad_step in zip(pack.trials, pack.step_state.first_bad_step_K.tolist(), strict=True):
-        if bad_step < 0:
-            trial.save()
+    bad_steps = pack.step_state.first_bad_step_K.tolist()
+    return [trial for trial, bad_step in zip(pack.trials, bad_steps, strict=True) if bad_step < 0]
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
@@ -264,29 +260,37 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes
 
 
-def finish_trials(pack: Pack, finished: list[TrialRun]) -> None:
-    """Test the finished trials, write their results, and mark them completed."""
+def complete(pack: Pack) -> list[TrialRun]:
+    """Test the trials whose epochs are all trained, write their results, and mark them completed; returns them."""
+    finished = [trial for trial in pack.trials if trial.done()]
+    if not finished:
+        return []
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in enumerate(pack.trials):
-        if trial not in finished:
-            continue
-        record = trial.record
-        update_record(pack, trial)
-        for name, predictions in splits.items():
-            if name != "val":
-                record.metrics[f"{name}_accuracy"] = predictions[k].accuracy
-                record.metrics[f"{name}_loss"] = predictions[k].loss
-        if trial.files is not None:
-            columns = {name: predictions[k].fields() for name, predictions in splits.items()}
-            tensors = pack.export(k, pack.flat.values_KP)
-            card = adapter_card(pack.setup, trial) | {"sha256": sha256_of(tensors)}
-            trial.files.write_results(columns, tensors, card)
-            trial.files.log_hparams()
-        trial.complete()
+        if trial in finished:
+            write_results(pack, k, {name: predictions[k] for name, predictions in splits.items()})
+            trial.complete()
+    return finished
+
+
+def write_results(pack: Pack, k: int, splits: dict[str, Predictions]) -> None:
+    """Put trial k's test figures into its record, and its predictions and adapter into its folder."""
+    trial = pack.trials[k]
+    update_record(pack, trial)
+    for name, predictions in splits.items():
+        if name != "val":
+            trial.record.metrics[f"{name}_accuracy"] = predictions.accuracy
+            trial.record.metrics[f"{name}_loss"] = predictions.loss
+    if trial.files is not None:
+        tensors = pack.export(k, pack.flat.values_KP)
+        card = adapter_card(pack.setup, trial) | {"sha256": sha256_of(tensors)}
+        trial.files.write_results(splits, tensors, card)
+        trial.files.log_hparams()
 
 
 def adapter_card(setup: Setup, trial: TrialRun) -> dict[str, Any]:

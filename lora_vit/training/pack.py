@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_vit.config import TrialConfig
-from lora_vit.data.stream import TrainStream
-from lora_vit.lora.layers import LoRAAdapters, PackedHead
+from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
-from lora_vit.training.optim import FlatParameters, PackedAdamW, schedule
+from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.setup import Setup
 from lora_vit.training.step import StepState, train_step
 from lora_vit.training.trial import TrialRun
@@ -31,45 +29,34 @@ class Pack:
             raise ValueError(f"trials of a pack stand at different steps of their epochs: {sorted(offsets)}")
         self.step_in_epoch = offsets.pop()
         self.model = setup.build_model(configs).train()
-        self._forward = torch.compile(self.model) if setup.compile else self.model
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._owners: dict[str, tuple[nn.Module, str]] = {}
-        for prefix, module in self.model.named_modules():
-            if isinstance(module, (LoRAAdapters, PackedHead)):
-                for leaf, _ in module.named_parameters(recurse=False):
-                    self._owners[f"{prefix}.{leaf}"] = (module, leaf)
-        self.flat = FlatParameters(named, set(self._owners), self.K)
+        self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
+        owners = {*self._adapters, "head"}
+        per_trial = {name for name in named if name.rpartition(".")[0] in owners}
+        self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
-        self._open_streams(configs)
-        self.schedules = [schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs]
-        self._init_step_state(configs)
+        self._open_streams()
+        self._init_step_state()
         for k, trial in enumerate(trials):
             if trial.state.values:
                 self._load(k, trial.state)
 
-    def _open_streams(self, configs: list[TrialConfig]) -> None:
+    def _open_streams(self) -> None:
         """One stream for each (seed, epoch): trials that agree in both share images and stem."""
-        self.streams: list[TrainStream] = []
-        self.stream_of_trial: list[int] = []
-        self._stream_trial: list[TrialRun] = []
-        known: dict[tuple[int, int], int] = {}
-        for config, trial in zip(configs, self.trials, strict=True):
-            key = (config.seed, trial.state.epoch)
-            if key not in known:
-                known[key] = len(self.streams)
-                self.streams.append(self.setup.train_stream(config))
-                self._stream_trial.append(trial)
-            self.stream_of_trial.append(known[key])
+        keys = [(t.config.seed, t.state.epoch) for t in self.trials]
+        own_keys = list(dict.fromkeys(keys))
+        self.stream_of_trial = [own_keys.index(key) for key in keys]
+        self._first_of_stream = [self.trials[keys.index(key)] for key in own_keys]
+        self.streams = [self.setup.train_stream(t.config) for t in self._first_of_stream]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
 
-    def _init_step_state(self, configs: list[TrialConfig]) -> None:
-        device, K = self.setup.device, self.K
-        local = configs[0].data.batch_size // self.setup.process.world_size
-        steps = [t.state.epoch * self.steps_per_epoch + self.step_in_epoch for t in self.trials]
-        head = self.model.head
-        smoothing = [c.optimizer.label_smoothing for c in configs]
+    def _init_step_state(self) -> None:
+        device, head, config = self.setup.device, self.model.head, self.trials[0].config
+        local = config.data.batch_size // self.setup.process.world_size
+        steps = [self.step_of(t) for t in self.trials]
+        smoothing = [t.config.optimizer.label_smoothing for t in self.trials]
         self.step_state = StepState(
-            model=self._forward,  # type: ignore[arg-type]
+            model=torch.compile(self.model) if self.setup.compile else self.model,  # type: ignore[arg-type]
             flat=self.flat,
             optimizer=self.optimizer,
             dropout=head.state,
@@ -77,18 +64,16 @@ class Pack:
             position_B=torch.arange(local, device=device) + self.setup.process.rank * local,
             smoothing_K1=torch.tensor(smoothing, dtype=head.weight.dtype, device=device)[:, None],
             loss_sum_K=torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device),
-            first_bad_step_K=torch.full((K,), -1, dtype=torch.int64, device=device),
-            global_batch=configs[0].data.batch_size,
+            first_bad_step_K=torch.full((self.K,), -1, dtype=torch.int64, device=device),
+            global_batch=config.data.batch_size,
         )
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
+        steps, standing = self.steps_per_epoch, [(t.config, self.step_of(t)) for t in self.trials]
         rates = [
-            [
-                s.factor(t.state.epoch * self.steps_per_epoch + i) * t.config.optimizer.lr
-                for s, t in zip(self.schedules, self.trials, strict=True)
-            ]
-            for i in range(self.step_in_epoch, self.steps_per_epoch)
+            [scheduled_rate(c.optimizer, step + i, c.trainer.epochs * steps) for c, step in standing]
+            for i in range(steps - self.step_in_epoch)
         ]
         like = self.flat.values_KP
         return torch.tensor(rates, dtype=torch.float64)[..., None].to(like.device, like.dtype)
@@ -97,7 +82,7 @@ class Pack:
         """Train one step; returns the losses [K] on the device."""
         batches = [
             stream.batch(trial.state.epoch, self.step_in_epoch)
-            for stream, trial in zip(self.streams, self._stream_trial, strict=True)
+            for stream, trial in zip(self.streams, self._first_of_stream, strict=True)
         ]
         images = batches[0].images if len(batches) == 1 else torch.cat([b.images for b in batches])
         labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
@@ -116,7 +101,7 @@ class Pack:
         return self._predictions[split]
 
     def end_epoch(self) -> None:
-        """Begin the next epoch for every trial."""
+        """Start the next epoch for every trial."""
         for trial in self.trials:
             trial.state.epoch += 1
             trial.state.step_in_epoch = 0
@@ -162,19 +147,13 @@ class Pack:
 
     def _views(self, k: int, row_P: Tensor) -> dict[str, Tensor]:
         """A row as unpadded views under the names of trial k's adapter file."""
+        row = self.flat.views(row_P)
         views: dict[str, Tensor] = {}
-        for name, view in self.flat.views(row_P).items():
-            owner, leaf = self._owners.get(name, (None, ""))
-            if isinstance(owner, LoRAAdapters):
-                rank = owner.specs[k].rank
-                for g, projection in enumerate(owner.names):
-                    part = view[g, :rank] if leaf == "lora_A" else view[g, :, :rank]
-                    views[f"{projection}.{leaf}"] = part
-            elif isinstance(owner, PackedHead):
-                views[f"{owner.name}.{leaf}"] = view
-            else:
-                views[name.removeprefix("trunk.")] = view
-        return views
+        for prefix, adapters in self._adapters.items():
+            views |= adapters.trial_tensors(k, row.pop(f"{prefix}.lora_A"), row.pop(f"{prefix}.lora_B"))
+        for leaf in ("weight", "bias"):
+            views[f"{self.model.head.name}.{leaf}"] = row.pop(f"head.{leaf}")
+        return views | {name.removeprefix("trunk."): view for name, view in row.items()}
 
     def padding_is_zero(self) -> bool:
         """Whether padded ranks are still exactly zero (they get no gradient), where a trial's values are finite."""

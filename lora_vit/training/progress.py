@@ -12,15 +12,20 @@ from lora_vit.training.trial import TrialRun
 
 
 class RunReporter(Reporter):
-    """Progress of one trial (rank 0); silent on other ranks."""
+    """Progress of one trial."""
 
-    def __init__(self, main: bool):
-        self.console = make_console(quiet=not main)
+    def __init__(self) -> None:
+        self.console = make_console()
         self._progress: Progress | None = None
 
     def started(self, pack: Pack) -> None:
-        """Print the table of parameters and begin the bar."""
-        trial, steps = pack.trials[0], pack.steps_per_epoch
+        """Print the data, the place and the table of parameters, and start the bar."""
+        trial, setup, steps = pack.trials[0], pack.setup, pack.steps_per_epoch
+        env = setup.environment
+        self.console.print(setup.data.line(setup.transform.image_size), markup=False)
+        self.console.print(
+            f"trial {trial.name} on {env['device']}, {env['precision']}, {setup.process.world_size} process(es)"
+        )
         counts = trial.record.parameters
         columns = (Column("count", justify="right"), Column("share", justify="right"))
         table = Table("parameters", *columns, box=None, pad_edge=False)
@@ -32,7 +37,7 @@ class RunReporter(Reporter):
             factor = lora.effective_scaling()
             self.console.print(f"LoRA rank {lora.rank}, alpha {lora.alpha:g}: effective scaling {factor:g}")
         total = trial.config.trainer.epochs * steps
-        self._progress = Progress("training", total, self.console.quiet, "steps", pack.step_of(trial))
+        self._progress = Progress("training", total, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 
     def advance(self, pack: Pack) -> None:

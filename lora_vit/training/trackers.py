@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from lora_vit import files, records
 from lora_vit.files import JsonLines
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, save_checkpoint
+from lora_vit.training.evaluate import Predictions
 
 HEARTBEAT_EVERY = 30.0
 """Seconds between signs of life of a running trial."""
@@ -25,13 +23,12 @@ HEARTBEAT_EVERY = 30.0
 EPOCH_CHECKPOINT_EVERY = 5.0
 """Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
 
-
 ROWS_ASK_EVERY = 10.0
 """Seconds after which a training step's row asks whether the trial is still ours."""
 
 
-class ClaimLost(Exception):  # noqa: N818  (it tells what has happened)
-    """Another process has taken the trial over: this one writes nothing any more."""
+class ClaimLost(Exception):  # noqa: N818  (not an error)
+    """Another process has taken over the trial with this id: this one writes nothing any more."""
 
 
 class TrialFiles:
@@ -47,20 +44,15 @@ class TrialFiles:
     ):
         """Open the folder's logs, cut back to what the state knows of.
 
-        Args:
-            folder: of the trial.
-            record: of the trial, as it is to be written.
-            state: of the trial, as it is to be saved.
-            tensorboard: where the event files go (``folder/tensorboard`` by default).
-            mine: whether the trial is still this process's. Methods that write ask before they do, and raise ClaimLost.
+        Event files go to ``tensorboard`` (``folder/tensorboard`` by default). ``mine``: whether the trial is still this
+        process's; methods that write ask first, and raise ClaimLost if it is not.
         """
         self.folder, self.record, self.state = folder, record, state
         self._mine, self._asked = mine, -math.inf
         self._tensorboard_folder = tensorboard or folder / "tensorboard"
         self._tensorboard: Any = None
         self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
-        timing = folder / records.TIMING
-        self._timing = JsonLines(timing, timing.stat().st_size if timing.exists() else 0)
+        self._timing = JsonLines(folder / records.TIMING)
         self._saved = -math.inf
 
     def _ask(self, every: float = 0.0) -> None:
@@ -91,12 +83,6 @@ class TrialFiles:
         """Replace ``record.json``."""
         self._ask()
         records.write_record(self.folder, self.record)
-
-    def beat(self) -> None:
-        """Give a sign of life, the time of ``record.json``; another thread may call this."""
-        if self.record.status == "running":
-            with contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
-                os.utime(self.folder / records.RECORD)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
@@ -129,21 +115,12 @@ class TrialFiles:
         every = min(EPOCH_CHECKPOINT_EVERY, self.record.config["trainer"]["checkpoint_every"])
         return time.monotonic() - self._saved >= every
 
-    def write_results(
-        self,
-        predictions: dict[str, dict[str, np.ndarray]],
-        tensors: dict[str, Tensor],
-        adapter: dict[str, Any],
-    ) -> None:
+    def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
         """Write ``predictions.npz``, ``adapter.safetensors`` and ``adapter.json``."""
         self._ask()
-        records.write_predictions(self.folder, predictions)
-        write_adapter(self.folder, tensors, adapter)
+        records.write_predictions(self.folder, {name: split.fields() for name, split in splits.items()})
+        write_adapter(self.folder, tensors, card)
         self.record.cost["adapter_bytes"] = (self.folder / "adapter.safetensors").stat().st_size
-
-    def remove_checkpoint(self) -> None:
-        """Remove the checkpoint of a trial whose completed record is written."""
-        (self.folder / records.CHECKPOINT).unlink(missing_ok=True)
 
     def log_hparams(self) -> None:
         """Fill TensorBoard's hparams view: what a sweep varies, and the final metric.
@@ -152,11 +129,9 @@ class TrialFiles:
         """
         c = self.record.config
         hparams = {
-            "alpha": c["lora"]["alpha"] or 0.0,
-            "dropout": c["lora"]["dropout"] or 0.0,
+            **{key: c["lora"][key] or 0 for key in ("alpha", "dropout", "rank")},
             "lr": c["optimizer"]["lr"],
             "method": c["lora"]["method"],
-            "rank": c["lora"]["rank"] or 0,
             "seed": c["seed"],
             "targets": " ".join(c["lora"]["targets"] or []),
             "weight_decay": c["optimizer"]["weight_decay"],

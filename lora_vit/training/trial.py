@@ -1,8 +1,10 @@
-"""One trial on its way: begun, gone on with, saved, and how it ended."""
+"""One trial on its way: started or resumed, saved, and ended."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import time
 import traceback
@@ -19,17 +21,10 @@ from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import ClaimLost, TrialFiles
 
-HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra"))
 OWN_FILES = (
-    records.RECORD,
-    records.METRICS,
-    records.TIMING,
-    records.LOG,
-    records.PREDICTIONS,
-    "adapter.safetensors",
-    "adapter.json",
-    records.CHECKPOINT,
-    *HYDRA_FILES,
+    *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
+    *("adapter.safetensors", "adapter.json"),
+    *(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")),
 )
 """What a trial writes, beside its folder ``tensorboard``."""
 
@@ -87,6 +82,8 @@ class TrialRun:
             _remove_own_files(folder, tensorboard)
             record = TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
             state = TrialState()
+        elif there.status == "completed":
+            raise ValueError(f"{folder}: the trial is completed")  # its checkpoint is gone
         else:
             state = _last_state(folder, record, setup)
             record.config, record.error, record.finished = to_dict(config), None, None
@@ -94,7 +91,10 @@ class TrialRun:
         record.status = "running"
         record.environment, record.data = setup.environment, setup.data.card()
         trial = cls(config, record, state, TrialFiles(folder, record, state, tensorboard, mine))
-        write_hydra_files(folder, hydra_files)
+        for name, text in hydra_files.items():
+            (folder / ".hydra").mkdir(exist_ok=True)
+            with replacing(folder / ".hydra" / name) as file:
+                file.write(text.encode())
         return trial
 
     @property
@@ -111,24 +111,30 @@ class TrialRun:
         if self.files is not None:
             self.files.save_checkpoint()
 
+    def beat(self) -> None:
+        """Give a sign of life, the time of ``record.json``; another thread may call this."""
+        if self.files is not None and self.record.status == "running":
+            with contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
+                os.utime(self.files.folder / records.RECORD)
+
     def close(self) -> None:
         """Close the logs; the record stays as it was written last."""
         if self.files is not None:
             self.files.close()
 
     def complete(self) -> None:
-        """Record that the trial is completed; its results are written."""
+        """Record that the trial is completed; its results are written, so that its checkpoint goes."""
         self.record.status, self.record.finished = "completed", time.time()
         if self.files is not None:
-            self.files.say(self.record.status)
             self.files.write_record()
-            self.files.remove_checkpoint()
+            self.files.say(self.record.status)
+            (self.files.folder / records.CHECKPOINT).unlink(missing_ok=True)
             self.files.close()
 
     def interrupt(self) -> None:
-        """Record that the trial was asked to stop; it goes on from its checkpoint."""
+        """Record that the trial was asked to stop; it resumes from its checkpoint."""
         self.record.status = "interrupted"
-        self._end()
+        self._end(self.record.status)
 
     def fail(self, message: str, step: int | None = None, error: BaseException | None = None) -> None:
         """Record that the trial failed, with the reason; ``step``: the training step that is to blame."""
@@ -137,26 +143,28 @@ class TrialRun:
         self.record.status, self.record.finished = "failed", time.time()
         self._end(trace or message)
 
-    def _end(self, said: str = "") -> None:
+    def _end(self, said: str) -> None:
         if self.files is None:
             return
-        with contextlib.suppress(OSError):  # a full disk is often the reason itself
-            self.files.say(said or self.record.status)
-            self.files.write_record()
-        self.files.close()
+        try:
+            with contextlib.suppress(OSError):  # a full disk is often the reason itself
+                self.files.write_record()
+                self.files.say(said)
+        finally:
+            self.files.close()
 
 
 def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
-    """The checkpoint of a trial that was begun with this data and in this precision. Raises ConfigError for others."""
-    fingerprint, precision = record.data.get("fingerprint"), record.environment.get("precision")
-    for what, begun_with, now in (
-        ("other splits (fingerprint", fingerprint, setup.data.fingerprint),
-        ("another precision (trainer.precision=auto is", precision, setup.environment.get("precision")),
+    """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
+    precision = "another precision (trainer.precision=auto is"
+    for what, there, here in (
+        ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
+        (precision, record.environment.get("precision"), setup.environment.get("precision")),
     ):
-        if begun_with not in (None, now):
+        if there not in (None, here):
             raise ConfigError(
-                f"{folder} was begun with {what} {begun_with} there, {now} here): go on where and with what it was "
-                "begun, or train anew with trainer.resume=restart"
+                f"{folder} was started with {what} {there} there, {here} here): resume it where and with what it was "
+                "started, or give trainer.resume=restart"
             )
     try:
         return load_checkpoint(folder, record.trial_id)
@@ -168,7 +176,9 @@ def _remove_own_files(folder: Path, tensorboard: Path | None) -> None:
     """Remove what a trial writes, and nothing else."""
     for name in OWN_FILES:
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(tensorboard or folder / "tensorboard", ignore_errors=True)
+    for board in filter(None, (folder / "tensorboard", tensorboard)):
+        if board.is_dir():
+            shutil.rmtree(board)
 
 
 def _remove_temporary_files(folder: Path) -> None:
@@ -178,39 +188,32 @@ def _remove_temporary_files(folder: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_hydra_files(folder: Path, files: dict[str, str]) -> None:
-    """Write ``.hydra/`` into a trial's folder."""
-    if files:
-        (folder / ".hydra").mkdir(exist_ok=True)
-    for name, text in files.items():
-        with replacing(folder / ".hydra" / name) as file:
-            file.write(text.encode())
-
-
 def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
     """The record of a trial that is completed; None: there is something to train.
 
-    Raises:
-        ConfigError: the folder holds another trial, or a record that cannot be read.
+    Raises ConfigError where the folder holds another trial, or a record that cannot be read.
     """
-    state = records.state_of(folder, config)
-    if state.problem:
-        raise ConfigError(state.problem)
-    return state.record if state.status == "completed" else None
+    there = records.state_of(folder, config)
+    if there.problem:
+        raise ConfigError(there.problem)
+    return there.record if there.status == "completed" else None
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold a trial's folder, made if need be.
 
-    Raises ConfigError where another process holds it (unless we wait for it) or it cannot be written.
+    Raises ConfigError if another process holds it or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock", wait))
+            stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
+                raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
             raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
         yield

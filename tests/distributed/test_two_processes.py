@@ -1,20 +1,22 @@
-"""Two real gloo processes train as one does."""
+"""Two real gloo processes train as one does, whoever starts them, and end together."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers import (
-    SMALL,
     command,
+    is_running,
     largest_difference,
     rows_of,
     run_command,
@@ -32,14 +34,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NOISY = ("lora.dropout=0.2", "data.augment=crop_flip", "model.head_dropout=0.3")
 TOLERANCE = 1e-9
 """fp64; two halves of a batch are summed in another order."""
-
-
-def same_rows(a: Path, b: Path) -> None:
-    rows, others = read_rows(a / "metrics.jsonl"), read_rows(b / "metrics.jsonl")
-    assert len(rows) == len(others) == 16
-    for row, other in zip(rows, others, strict=True):
-        assert row.pop("kind") == other.pop("kind")
-        assert row == pytest.approx(other, rel=TOLERANCE)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -49,71 +44,89 @@ def one_process(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def test_processes_that_we_start(one_process, tmp_path):
-    done = run_command(*NOISY, "trainer.devices=2", "hydra.run.dir=run", cwd=tmp_path)
-    same_rows(tmp_path / "run", one_process)
+@pytest.fixture
+def training(tmp_path):
+    """A command that has started two processes, which train; it is killed at the end."""
+    process = start(command(*NOISY, "trainer.devices=2", "trainer.epochs=5000", "hydra.run.dir=run"), tmp_path)
+    wait_until(lambda: rows_of(tmp_path / "run/metrics.jsonl") >= 10, process, every=0.01)
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("starter", ["the command", "torchrun"])
+def test_two_processes_train_as_one(starter, one_process, tmp_path):
+    own = command(*NOISY, "hydra.run.dir=run", *(["trainer.devices=2"] if starter == "the command" else []))
+    line = own if starter == "the command" else [*TORCHRUN, *own[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, others = read_rows(tmp_path / "run/metrics.jsonl"), read_rows(one_process / "metrics.jsonl")
+    assert len(rows) == len(others) == 16
+    for row, other in zip(rows, others, strict=True):
+        assert row.pop("kind") == other.pop("kind")
+        assert row == pytest.approx(other, rel=TOLERANCE)
     record, alone = read_record(tmp_path / "run"), read_record(one_process)
     assert record.trial_id == alone.trial_id
     assert record.environment["world_size"] == 2
-    assert record.metrics["val_accuracy"] == alone.metrics["val_accuracy"]
-    assert record.metrics["test_accuracy"] == alone.metrics["test_accuracy"]
-    assert done.stdout.count("epoch 2/2") == 1  # rank 0 alone speaks
-
-
-def test_torchrun(one_process, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "lora_vit.train", *SMALL, *NOISY, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    same_rows(tmp_path / "run", one_process)
+    for name in ("val_accuracy", "test_accuracy"):
+        assert record.metrics[name] == alone.metrics[name]
+    assert done.stdout.count("epoch 2/2") == done.stdout.count("Validation Accuracy") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_asked_to_stop_all_processes_end_and_the_same_command_goes_on(signum, one_process, tmp_path):
-    """The command is asked; the processes that it started finish their step, save and end."""
-    arguments = (*NOISY, "trainer.devices=2", "trainer.epochs=400", "hydra.run.dir=run")
-    process = start(command(*arguments), tmp_path)
-    wait_until(lambda: rows_of(tmp_path / "run/metrics.jsonl") >= 10, process, every=0.01)
-    process.send_signal(signum)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, out
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_asked_to_stop_all_processes_save_and_end(signum, training, tmp_path):
+    training.send_signal(signum)
+    out, _ = training.communicate(timeout=60)
+    assert training.returncode == 128 + signum, out
+    assert out.splitlines()[-1].startswith(f"interrupted by {signum.name}: saved")
+    assert out.count("interrupted") == 1
+    assert "Traceback" not in out
     assert read_record(tmp_path / "run").status == "interrupted"
     steps = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
     assert steps == sorted(steps)
     assert (tmp_path / "run/checkpoint.pt").exists()
 
 
-def test_a_batch_that_does_not_divide(tmp_path):
-    done = run_command("trainer.devices=3", "hydra.run.dir=run", cwd=tmp_path, code=1)
-    assert "data.batch_size=8 is not divisible by the 3 processes" in done.stderr
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [int(p) for p in found]
-
-
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    process = start(command("trainer.devices=2", "trainer.epochs=2000", "hydra.run.dir=run"), tmp_path)
-    wait_until(lambda: rows_of(tmp_path / "run/metrics.jsonl") >= 5, process)
-    workers = [p for p in children(process.pid) if "resource_tracker" not in Path(f"/proc/{p}/cmdline").read_text()]
-    os.kill(process.pid, signal.SIGSTOP)  # the other has time to notice before the launcher looks
-    os.kill(max(workers), signal.SIGKILL)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_others(rank, training, tmp_path):
+    (pid,) = (p.pid for p in psutil.Process(training.pid).children() if p.environ()["RANK"] == str(rank))
+    os.kill(training.pid, signal.SIGSTOP)  # the other has time to notice before the launcher looks
+    os.kill(pid, signal.SIGKILL)
     time.sleep(1)
-    os.kill(process.pid, signal.SIGCONT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, out
+    os.kill(training.pid, signal.SIGCONT)
+    out, _ = training.communicate(timeout=60)
+    assert training.returncode == 1, out
+    assert out.splitlines()[-1] == f"error: process {rank} ended with code -9"
     record = read_record(tmp_path / "run")
     assert record.status == "failed"
     assert record.error is not None
-    assert "ended with code -9" in record.error["message"]
+    assert record.error["message"] == f"process {rank} ended with code -9"
+
+
+def test_processes_end_with_the_command_that_started_them(training, tmp_path):
+    workers = [p.pid for p in psutil.Process(training.pid).children()]
+    training.kill()
+    until = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert read_record(tmp_path / "run").status == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("trainer.devices=3",), "data.batch_size=8 is not divisible by the 3 processes"),
+        (("trainer.devices=2", "optimizer.lr=1e200"), "not finite at step"),
+    ],
+)
+def test_what_is_wrong_is_one_line(overrides, message, tmp_path):
+    done = run_command(*overrides, "hydra.run.dir=run", cwd=tmp_path, code=1)
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 PACK = (
@@ -132,19 +145,14 @@ def _train_pack(rank: int, port: int, folder: str) -> None:
     from lora_vit import distributed
     from lora_vit.build import build_setup
 
-    process = distributed.join_process_group()
-    try:
+    with distributed.group() as process:
         configs = [trial_config(*p) for p in PACK]
         outcomes = train_together(configs, Path(folder) / f"rank{rank}", build_setup(configs[0], process))
         torch.save([o.tensors for o in outcomes], Path(folder) / f"tensors{rank}.pt")
         torch.save([o.losses for o in outcomes], Path(folder) / f"losses{rank}.pt")
-    finally:
-        distributed.leave_process_group()
 
 
 def test_a_pack_of_three(tmp_path):
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

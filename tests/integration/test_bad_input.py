@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from helpers import command
@@ -133,22 +132,6 @@ def test_full_error_shows_the_traceback(tmp_path):
     )
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-
-
-@pytest.mark.parametrize("module", ["evaluate", "predict", "merge"])
-def test_commands_name_a_folder_that_is_no_trial(module, tmp_path: Path):
-    extra = {"evaluate": [], "predict": ["image.png"], "merge": ["--out", "merged.safetensors"]}[module]
-    done = subprocess.run(
-        [sys.executable, "-m", f"lora_vit.{module}", "nowhere", *extra],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_without_open_streams_or_a_terminal_for_its_signs(tmp_path):

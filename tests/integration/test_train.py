@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import largest_difference, run_command, train_together, trial_config
-from PIL import Image
-from safetensors.torch import load_file
-from torchvision.models import VisionTransformer
 
 from lora_vit.files import read_rows
 from lora_vit.records import read_predictions, read_record
-
-SHAPE = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +40,6 @@ def test_the_folder(run):
         ".lock",
         "adapter.json",
         "adapter.safetensors",
-        "checkpoint.pt",
         "metrics.jsonl",
         "predictions.npz",
         "record.json",
@@ -107,65 +98,13 @@ def test_tensorboard(run):
     assert hparams
 
 
-def command(module: str, *arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"lora_vit.{module}", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_evaluate_reproduces_the_record(run, tmp_path):
-    out = command("evaluate", str(run[0]), "--split", "test", cwd=tmp_path)
+    line = [sys.executable, "-m", "lora_vit.evaluate", str(run[0]), "--split", "test"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     accuracy = read_record(run[0]).metrics["test_accuracy"]
-    assert out.startswith(f"Test Accuracy: {accuracy:.2%}")
-    assert "the record says" not in out
-
-
-def test_predict(run, tmp_path):
-    for i, colour in enumerate(((200, 30, 30), (30, 30, 200))):
-        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{i}.png")
-    out = command("predict", str(run[0]), "0.png", "1.png", "--csv", "p.csv", cwd=tmp_path)
-    assert out.count("class ") == 8
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [r["image"] for r in rows] == ["0.png"] * 4 + ["1.png"] * 4
-    assert sum(float(r["probability"]) for r in rows[:4]) == pytest.approx(1, abs=1e-5)
-
-
-def test_merge_loads_into_a_plain_torchvision_model(run, tmp_path):
-    out = command("merge", str(run[0]), "--out", "m.safetensors", cwd=tmp_path)
-    assert "0 of 16 predictions changed" in out
-    model = VisionTransformer(**SHAPE, num_classes=4)
-    model.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
-    from lora_vit.build import build_setup
-    from lora_vit.config import from_dict
-    from lora_vit.distributed import Process
-
-    record = read_record(run[0])
-    setup = build_setup(from_dict(record.config), Process())
-    predicted = []
-    with torch.no_grad():
-        for batch in setup.eval_stream("val", 7):
-            predicted += model.eval()(batch.images).argmax(-1).tolist()
-    assert predicted == read_predictions(run[0])["val"]["predicted"].tolist()
-
-
-def test_load_adapter_gives_the_same_logits_as_merging(run, tmp_path):
-    from lora_vit import load_adapter, merge_adapter
-    from lora_vit.models.vit import build_trunk
-
-    base = build_trunk(*SHAPE.values()).state_dict()
-    card = json.loads((run[0] / "adapter.json").read_text())
-    assert card["class_names"] == [f"class {c}" for c in range(4)]
-    models = []
-    for place in (load_adapter, merge_adapter):
-        model = VisionTransformer(**SHAPE, num_classes=4)
-        model.load_state_dict(base, strict=False)
-        models.append(place(model, run[0]).eval())
-    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-4, atol=1e-5)  # fp32 in another order
+    assert done.stdout.startswith(f"Test Accuracy: {accuracy:.2%}")
+    assert "the record says" not in done.stdout
 
 
 SETTINGS = [
@@ -184,7 +123,6 @@ SETTINGS = [
     "optimizer.weight_decay=0.3",
     "optimizer.betas=[0.7,0.9]",
     "optimizer.eps=1e-3",
-    "optimizer.decay_bias_and_norm=false",
     "optimizer.schedule=cosine",
     "optimizer.schedule=constant",
     "optimizer.warmup=0.5",

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 from helpers import start, trial_config, wait_until
+from lora_vit.sweep.engine import run_on
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.progress import View
+from lora_vit.sweep.runner import begin
 from sweeps import options
 
 from lora_vit.errors import Interrupted, TrialFailed
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import engine as engine_module
-from lora_vit.sweep.engine import run_on
-from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.progress import View
-from lora_vit.sweep.runner import begin
 
 pytestmark = pytest.mark.slow
 

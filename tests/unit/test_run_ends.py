@@ -10,7 +10,7 @@ import pytest
 from plain_trials import plain_trial
 
 from lora_vit import run as single
-from lora_vit.errors import Interrupted, TrialFailed
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import read_record
 from lora_vit.training import step
 from lora_vit.training.checkpoint import load_checkpoint
@@ -20,7 +20,7 @@ CONFIG = plain_trial({"trainer.log_every": 3})
 
 
 def run(folder):
-    return single.run(CONFIG, folder, {})
+    return single.train(CONFIG, folder, {})
 
 
 @pytest.fixture
@@ -46,12 +46,37 @@ def raising(error):
     return throw
 
 
-def test_a_completed_run_is_not_trained_again(tmp_path, at_step):
+def stopping_at(folder):
+    """Where a trial that was asked to stop has got to."""
+    record = read_record(folder)
+    assert (record.status, record.error) == ("interrupted", None)
+    return load_checkpoint(folder, record.trial_id).step_in_epoch
+
+
+def test_a_completed_run_is_not_trained_again_but_to_restart(tmp_path, at_step):
     record = run(tmp_path / "a")
     assert record == read_record(tmp_path / "a")
     assert record.status == "completed"
     at_step(raising(AssertionError))
     assert run(tmp_path / "a") == record
+    with pytest.raises(AssertionError):
+        single.train(plain_trial({"trainer.resume": "restart"}), tmp_path / "a", {})
+
+
+def test_a_folder_that_is_refused_does_not_stay_empty(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise ConfigError("no data")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(single, "build_setup", refuse)
+    with pytest.raises(ConfigError, match="no data"):
+        run(tmp_path / "new/a")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/notes").touch()
+    with pytest.raises(ConfigError, match="no data"):
+        run(tmp_path / "b")
+    assert (tmp_path / "b/notes").exists()
 
 
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt()])
@@ -59,31 +84,21 @@ def test_what_a_foreign_handler_raises_is_no_failure(raised, tmp_path, at_step):
     at_step(raising(raised))
     with pytest.raises(type(raised)):
         run(tmp_path / "a")
-    record = read_record(tmp_path / "a")
-    assert (record.status, record.error) == ("interrupted", None)
-    assert load_checkpoint(tmp_path / "a", record.trial_id).step_in_epoch == 2
+    assert stopping_at(tmp_path / "a") == 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_launchers_handler_ends_the_process_when_the_work_is_saved(signum, tmp_path, at_step):
-    """As batch systems' Python libraries set one."""
+@pytest.mark.parametrize("theirs", [None, lambda number, frame: sys.exit(7)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_asked_to_stop_by_a_signal(signum, theirs, tmp_path, at_step):
+    """A launcher's handler, as batch systems' Python libraries set one, is called when the work is saved."""
     at_step(lambda: signal.raise_signal(signum))
-    before = signal.signal(signum, lambda number, frame: sys.exit(7))
+    before = signal.signal(signum, theirs or signal.SIG_DFL)
     try:
-        with pytest.raises(SystemExit, match="7"):
+        with pytest.raises(SystemExit if theirs else Interrupted, match="7" if theirs else signum.name):
             run(tmp_path / "a")
     finally:
         signal.signal(signum, before)
-    record = read_record(tmp_path / "a")
-    assert (record.status, record.error) == ("interrupted", None)
-    assert load_checkpoint(tmp_path / "a", record.trial_id).step_in_epoch == 3
-
-
-def test_asked_to_stop_by_a_signal(tmp_path, at_step):
-    at_step(lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Interrupted, match="SIGTERM"):
-        run(tmp_path / "a")
-    assert read_record(tmp_path / "a").status == "interrupted"
+    assert stopping_at(tmp_path / "a") == 3
 
 
 def test_an_error_is_recorded_with_its_traceback(tmp_path, at_step):
@@ -96,7 +111,7 @@ def test_an_error_is_recorded_with_its_traceback(tmp_path, at_step):
     assert "in throw" in error["traceback"]
 
 
-def test_a_run_that_failed_at_a_step_is_trained_anew_by_the_same_command(tmp_path, monkeypatch):
+def test_a_run_that_failed_at_a_step_is_restarted_by_the_same_command(tmp_path, monkeypatch):
     """To the end of one that never failed, though checkpoints from before the bad step were there."""
     whole = run(tmp_path / "whole")
     losses, count = step.sample_losses, iter(range(1000))

@@ -170,7 +170,7 @@ def work_for_command() -> int:
                 os.kill(pid, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()  # the end of the command
+    threading.Thread(target=lambda: stop(sys.stdin.read()), daemon=True).start()  # it ends with the command
     codes = []
     while pids:
         pid, status = os.wait()

@@ -14,7 +14,6 @@ from submitit.core.utils import FailedJobError
 
 from lora_vit.errors import ConfigError, exit_code
 from lora_vit.sweep.plan import digest
-from lora_vit.sweep.trial import digest
 from lora_vit.sweep.worker import work
 
 GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")

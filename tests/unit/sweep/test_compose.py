@@ -15,6 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.errors import OverrideParseException
 from hydra.types import RunMode
+from lora_vit.hydra_callbacks import RefuseImpossible
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -31,7 +32,6 @@ from lora_vit.compose import (
 )
 from lora_vit.config import file_sha256, trial_id
 from lora_vit.errors import ConfigError
-from lora_vit.hydra_callbacks import RefuseImpossible
 from lora_vit.sweep.plan import Job
 
 register_schema()

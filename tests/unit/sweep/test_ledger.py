@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+from lora_vit.sweep.ledger import PLAN_SCHEMA, Ledger, trial_folders
 from omegaconf import OmegaConf
 from sweeps import plain_job, seed_jobs, sweep_run
 
@@ -15,7 +16,6 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import locked
 from lora_vit.records import PLAN
 from lora_vit.sweep import ledger as ledger_module
-from lora_vit.sweep.ledger import PLAN_SCHEMA, Ledger, trial_folders
 
 
 @pytest.fixture

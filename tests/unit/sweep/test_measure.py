@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size
 from plain_trials import BASELINE, plain_trial
 from sweeps import Events, plain_job, seed_jobs, sweep_run
 
@@ -18,7 +19,6 @@ from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import measure
 from lora_vit.sweep.claims import Claims, Owner
-from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size
 from lora_vit.sweep.plan import Job, make_groups
 from lora_vit.sweep.setups import Setups
 from lora_vit.training.trial import TrialRun

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from lora_vit.sweep.follow import Follower
+from lora_vit.sweep.progress import View
+from lora_vit.sweep.schedule import Schedule
 from sweeps import LAUNCHED, Events, leave_record, plain_job, seed_jobs, sweep_run
 
 from lora_vit.errors import ConfigError
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
-from lora_vit.sweep.follow import Follower
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.progress import View
-from lora_vit.sweep.schedule import Schedule
 
 
 def schedule_of(run: SweepRun) -> tuple[Schedule, Events]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.race import SweepRace
 from made_up_records import make_config, make_trial
 from rich.console import Console
 from sweeps import LAUNCHED, options
@@ -17,9 +19,7 @@ from lora_vit.analysis.race import one_stage
 from lora_vit.config import from_dict
 from lora_vit.errors import ConfigError, RecordError
 from lora_vit.sweep import runner
-from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Job, SweepRun, refuse_seed_dependent
-from lora_vit.sweep.race import SweepRace
 
 RANKS = (1, 2, 4, 8)
 FIRST = 7  # the race's first seed

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from lora_vit.sweep.measure import PackSizes
+from lora_vit.sweep.schedule import Schedule
 from sweeps import LAUNCHED, Events, plain_job, seed_jobs, sweep_run
 
 from lora_vit import terminal
@@ -21,9 +23,7 @@ from lora_vit.records import TrialRecord, read_record, write_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import worker as worker_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
-from lora_vit.sweep.measure import PackSizes
 from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.schedule import Schedule
 from lora_vit.sweep.setups import Setups
 from lora_vit.sweep.worker import ClaimLost, PackReporter, Worker, out_of_memory
 from lora_vit.training.checkpoint import TrialState

@@ -62,7 +62,7 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
         load_checkpoint(tmp_path, "mine")
     text = str(caught.value)
     assert text.startswith(f"{path} is damaged (")
-    assert text.endswith("): remove it, or train anew with trainer.resume=restart")
+    assert text.endswith("): remove it, or give trainer.resume=restart")
     assert "\n" not in text
     assert caught.value.__suppress_context__
     if damage == "unknown field":

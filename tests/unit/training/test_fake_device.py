@@ -30,7 +30,7 @@ PACKAGE = str(Path(lora_vit.__file__).parent)
 TRIALS = (
     ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
     ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.label_smoothing=0.1"),
-    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5", "optimizer.decay_bias_and_norm=false"),
+    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5"),
 )
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "equal", "repeat_interleave")
 """Operations whose result, or its shape, the host has to read from the device."""

@@ -1,85 +1,120 @@
-"""Trials that go bad, and being asked to stop, on a pack that trains nothing."""
+"""Trials that go bad, being asked to stop, and claims that are lost."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import math
 import signal
-from collections.abc import Callable
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from paper import SETUP, STEPS, asked, spoilt, train, trials_of
+from stage import STEPS, asked, raised, setup_of, spoilt
 
 from lora_vit.distributed import Process
 from lora_vit.errors import Interrupted
+from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
-from lora_vit.training import loop
+from lora_vit.training import loop, step
+from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
+from lora_vit.training.pack import Pack
+from lora_vit.training.trackers import ClaimLost
+
+
+def statuses(stage, *seeds: int) -> list[str]:
+    """As the folders say."""
+    return [read_record(stage.folder / str(seed)).status for seed in seeds]
+
+
+def saved(stage) -> list[tuple[int, ...]]:
+    """Seed, epoch and step of each checkpoint."""
+    return [e[:3] for e in stage.of("save_checkpoint")]
+
 
 # --- trials that go bad
 
 
 @pytest.mark.parametrize(("clip", "remedy"), [(None, "optimizer.lr or optimizer.clip_norm=1"), (0.5, "optimizer.lr")])
-def test_a_bad_trial_fails_at_the_next_row_and_the_others_go_on(clip, remedy, stage):
+def test_a_bad_trial_fails_at_the_next_row_and_the_others_continue(clip, remedy, stage):
     """Its step is counted from 1; it leaves no row at the step at which it is found."""
     stage.after[1] = spoilt(1, 0)
-    trials = trials_of(stage, 1, 2, 3, optimizer__clip_norm=clip, optimizer__lr=0.25)
-    train(stage, trials)
-    assert [t.record.status for t in trials] == ["completed", "failed", "completed"]
-    message = f"the loss or its gradient is not finite at step 1 (optimizer.lr=0.25): try a smaller {remedy}"
-    assert trials[1].record.error == {"message": message, "step": 1, "traceback": None}
-    assert [e[1] for e in stage.of("train")] == [3] * 3 + [2] * 5
-    assert [e[1:3] for e in stage.of("log_step")] == [(s, i) for i in (3, 4, 7, 8) for s in (1, 3)]
-    assert [len(e[1]) for e in stage.of("step")] == [3, 2, 2, 2]
-    assert [e[1:] for e in stage.of("left")] == [(2, "failed"), (1, "completed"), (3, "completed")]
-    assert [e[1] for e in stage.of("write_results")] == [1, 3]
-    assert stage.of("close")[0] == ("close", 2)
-    assert stage.of("say")[0] == ("say", 2, message)
-    assert trials[1].state.seconds == 2.0  # a third of three steps
-    assert trials[0].state.seconds == 2.0 + 5
+    trials = stage.trials(1, 2, 3, optimizer__clip_norm=clip, optimizer__lr=0.25)
+    stage.train(trials)
+    assert statuses(stage, 1, 2, 3) == ["completed", "failed", "completed"]
+    error = trials[1].record.error
+    assert error["message"].startswith("the loss or its gradient is not finite at step 1 (optimizer.lr=0.25)")
+    assert error["message"].endswith(f"a smaller {remedy}")
+    assert (error["step"], error["traceback"]) == (1, None)
+    assert [e[0] for e in stage.of("train")] == [3] * 3 + [2] * 5
+    assert [e[:2] for e in stage.of("log_step")] == [(s, i) for i in (3, 4, 7, 8) for s in (1, 3)]
+    assert [len(e[0]) for e in stage.of("step")] == [3, 2, 2, 2]
+    assert stage.of("left") == [(2, "failed"), (1, "completed"), (3, "completed")]
+    assert [e[0] for e in stage.of("write_results")] == [1, 3]
+    assert stage.of("close")[0] == (2,)
+    assert stage.of("say")[0] == (2, error["message"])
+    assert (trials[1].state.seconds, trials[0].state.seconds) == (2.0, 2.0 + 5)  # a third of three steps
 
 
-def test_parameters_are_looked_at_after_an_epochs_last_step_only(stage):
-    stage.infinite = {2}
-    trials = trials_of(stage, 1, 2, trainer__log_every=1)
-    train(stage, trials)
-    assert stage.looked == 2
-    assert [t.record.status for t in trials] == ["completed", "failed"]
+def test_a_last_update_that_overflows_fails_its_trial_alone(stage):
+    """No next loss will say it; the others' epoch is finished."""
+    stage.after[STEPS] = lambda pack: pack.flat.values_KP[1].__setitem__(5, math.inf)
+    trials = stage.trials(1, 2)
+    stage.train(trials)
+    assert statuses(stage, 1, 2) == ["completed", "failed"]
     assert trials[1].record.error["step"] == STEPS
-    assert trials[1].record.error["message"].startswith("a parameter is not finite at step 4 (optimizer.lr=0.001): try")
-    assert stage.of("left")[0] == ("left", 2, "failed")
-    assert [e[1:3] for e in stage.of("epoch")] == [(1, 1), (1, 2)], "the others' epoch is finished"
+    assert trials[1].record.error["message"].startswith("a parameter is not finite at step 4 (optimizer.lr=0.001)")
+    assert stage.of("left")[0] == (2, "failed")
+    assert [e[:2] for e in stage.of("epoch")] == [(1, 1), (1, 2)]
 
 
 def test_a_bad_step_before_a_last_update_that_overflows_is_the_one_to_blame(stage):
-    stage.after[2], stage.infinite = spoilt(0, 1), {1}
-    (trial,) = trials_of(stage, 1, trainer__log_every=9)
-    train(stage, [trial])
+    stage.after = {2: spoilt(0, 1), STEPS: lambda pack: pack.flat.values_KP.fill_(math.inf)}
+    (trial,) = stage.trials(1, trainer__log_every=9)
+    stage.train([trial])
     assert trial.record.error["step"] == 2
     assert trial.record.error["message"].startswith("the loss")
-    assert stage.of("epoch", "save") == []
+    assert stage.of("epoch", "save_checkpoint") == []
     assert len(stage.of("train")) == STEPS
 
 
-def test_no_checkpoint_of_a_bad_trial(stage):
-    """Neither one that is due by the clock, while the others are saved, nor one at a stop."""
-    for bad in (0, 1):
-        stage.events.clear()
-        stage.after = {bad + 1: spoilt(0, bad)}
-        trials = trials_of(stage, 1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=2.0)
-        train(stage, trials)
-        assert [(e[1], e[3]) for e in stage.of("save")] == [(1, 1), (2, 1), (2, 2), (2, 3), (2, 0)][1 - bad :]
+@pytest.mark.parametrize("bad", [0, 1])
+def test_no_checkpoint_hides_a_bad_step(bad, stage):
+    """The one of the step before stays until the failure is found, while the others are saved."""
+    stage.after = {bad + 1: spoilt(0, bad)}
+    stage.train(stage.trials(1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=2.0))
+    expected = [(1, 0, 1), (2, 0, 1), (2, 0, 2), (2, 0, 3), (2, 1, 0)]
+    assert saved(stage) == expected[1 - bad :]
 
 
-def test_a_stop_between_a_bad_step_and_the_next_row_tells_the_failure(stage):
-    stop = StopRequest()
-    stage.after = {1: spoilt(0, 0), 2: asked(stop)}
-    trials = trials_of(stage, 1, 2, trainer__log_every=9)
-    with pytest.raises(Interrupted):
-        train(stage, trials, stop)
-    assert [t.record.status for t in trials] == ["failed", "interrupted"]
-    assert [e[1:4] for e in stage.of("save")] == [(2, 0, 2)]
-    assert [e[1] for e in stage.of("close")] == [1, 2]
+def test_a_pack_is_freed_when_trials_leave_it(stage):
+    """Before the next one takes its memory, and without the collector: until that runs, a GPU's memory is held."""
+    parts: list[weakref.ref] = []
+    alive: list[set[str]] = []
+
+    def spoil(pack: Pack) -> None:
+        adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
+        tensors = (pack.flat.values_KP, pack.optimizer.exp_avg_KP)
+        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, pack.step_state, *adapters, *tensors)))
+        pack.predict("val")
+        spoilt(0, 1)(pack)
+
+    def look(_: object) -> None:
+        alive.append({type(part()).__name__ for part in parts if part() is not None})
+
+    stage.after = {3: spoil, 4: look}
+    stage.making[2] = look
+    trials = stage.trials(1, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        stage.train(trials)
+    finally:
+        gc.enable()
+    assert alive == [{"LoRAAdapters"}, set()], "the shared trunk carries them until the next pack"
 
 
 # --- asked to stop
@@ -88,139 +123,140 @@ def test_a_stop_between_a_bad_step_and_the_next_row_tells_the_failure(stage):
 def test_a_stop_is_saved_after_its_step(stage):
     stop = StopRequest()
     stage.after[6] = asked(stop)
-    trials = trials_of(stage, 1, 2, trainer__log_every=9)
     with pytest.raises(Interrupted) as caught:
-        train(stage, trials, stop)
+        stage.train(stage.trials(1, 2, trainer__log_every=9), stop)
     assert caught.value.signum == signal.SIGHUP
-    loss = {1: 2.11, 2: 4.11}
-    assert [e[1:6] for e in stage.of("save")[-2:]] == [(s, 1, 2, 6.0, pytest.approx(loss[s])) for s in (1, 2)]
-    assert stage.of("save")[-1][6] == {"w": torch.tensor(6)}
-    assert [t.record.status for t in trials] == ["interrupted"] * 2
-    assert [e[1:] for e in stage.of("say")] == [(1, "interrupted"), (2, "interrupted")]
-    assert len(stage.of("train")) == 6
-    assert [e[2] for e in stage.of("log_step")] == [4, 4], "no row that an unstopped run would not have"
+    losses = [e[2] for e in stage.of("train")]
+    assert stage.of("save_checkpoint")[-2:] == [
+        (seed, 1, 2, 6.0, pytest.approx(losses[4][k] + losses[5][k])) for k, seed in enumerate((1, 2))
+    ]
+    assert statuses(stage, 1, 2) == ["interrupted"] * 2
+    assert stage.of("say")[-2:] == [(1, "interrupted"), (2, "interrupted")]
+    assert len(losses) == 6
+    assert [e[1] for e in stage.of("log_step")] == [4, 4], "no row that an unstopped run would not have"
     assert stage.of("left") == []
 
 
-def test_the_request_rides_on_the_next_step(stage):
-    """Where several processes train, all learn of it by the step's sum."""
-    setup = SimpleNamespace(**vars(SETUP) | {"process": Process(0, 2, 0)})
+def test_a_stop_between_a_bad_step_and_the_next_row_reports_the_failure(stage):
     stop = StopRequest()
-    stage.after = {1: asked(stop), 3: lambda pack: pack.flat.stop.fill_(1.0)}
+    stage.after = {1: spoilt(0, 0), 2: asked(stop)}
     with pytest.raises(Interrupted):
-        train(stage, trials_of(stage, 1, trainer__log_every=9), stop, setup)
-    assert [e[2] for e in stage.of("train")] == [False, True, True]
+        stage.train(stage.trials(1, 2, trainer__log_every=9), stop)
+    assert statuses(stage, 1, 2) == ["failed", "interrupted"]
+    assert saved(stage) == [(2, 0, 2)]
+    assert stage.of("close") == [(1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("at", "status", "checkpoint"), [(STEPS, "interrupted", (1, 1, 0)), (2 * STEPS, "completed", (1, 2, 0))]
+)
+def test_a_stop_at_an_epochs_last_step_finishes_the_epoch_or_the_trial(at, status, checkpoint, stage):
+    stop = StopRequest()
+    stage.after[at] = asked(stop)
+    trials = stage.trials(1)
+    if status == "completed":
+        stage.train(trials, stop)
+    else:
+        with pytest.raises(Interrupted):
+            stage.train(trials, stop)
+    assert statuses(stage, 1) == [status]
+    assert stage.of("log_epoch")[-1][:3] == (1, at, at // STEPS)
+    assert saved(stage)[-1] == checkpoint
+    assert len(stage.of("train")) == at
+
+
+@pytest.mark.parametrize("when", ["with the failure", "while the next pack is made"])
+@pytest.mark.parametrize("how", ["signal", "SystemExit"])
+def test_a_stop_when_one_trial_leaves_saves_those_that_stay(when, how, stage):
+    """Also between two packs, when the state is in the trials alone."""
+    stop = StopRequest()
+    end, error = (asked(stop), Interrupted) if how == "signal" else (raised(SystemExit), SystemExit)
+    stage.after[3] = spoilt(1, 2)
+    stage.making[2] = end
+    if when == "with the failure":
+        stage.making = {}
+        stage.after[3] = lambda pack: (spoilt(1, 2)(pack), asked(stop)(pack))
+        error = Interrupted
+    with pytest.raises(error):
+        stage.train(stage.trials(1, 2, 3), stop)
+    assert statuses(stage, 1, 2, 3) == ["interrupted", "failed", "interrupted"]
+    assert saved(stage) == [(1, 0, 3), (3, 0, 3)]
+    assert len(stage.of("train")) == 3
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_what_a_foreign_handler_raises_saves_what_is_whole(error, stage):
+    """And the trial then ends as if it had never been stopped."""
+    stage.train(stage.trials(1))
+    whole = {name: (stage.folder / "1" / name).read_bytes() for name in ("metrics.jsonl", "adapter.safetensors")}
+    stage.folder = stage.folder / "again"
+    stage.folder.mkdir()
+    stage.after[6] = raised(error)
+    with pytest.raises(error):
+        stage.train(stage.trials(1))
+    assert statuses(stage, 1) == ["interrupted"]
+    stage.after.clear()
+    (again,) = stage.trials(1)
+    assert (again.state.epoch, again.state.step_in_epoch) == (1, 2)
+    stage.train([again])
+    assert {name: (stage.folder / "1" / name).read_bytes() for name in whole} == whole
+
+
+def test_what_is_half_changed_is_not_saved(stage, monkeypatch):
+    """An exception in the midst of an update: the last checkpoint counts."""
+    update = step.PackedAdamW.step
+
+    def torn(optimizer, *args):
+        update(optimizer, *args)
+        if int(optimizer.updates_K1[0]) == 6:
+            raise SystemExit
+
+    monkeypatch.setattr(step.PackedAdamW, "step", torn)
+    (trial,) = stage.trials(1)
+    with pytest.raises(SystemExit):
+        stage.train([trial])
+    state = load_checkpoint(stage.folder / "1", trial.name)
+    assert (state.epoch, state.step_in_epoch, state.updates) == (1, 0, 4)
+    assert statuses(stage, 1) == ["interrupted"]
+
+
+def test_an_error_is_left_to_the_caller(stage):
+    """Nothing is saved or recorded: a sweep tries again with fewer, a single run records the failure."""
+    stage.after[2] = raised(RuntimeError)
+    (trial,) = stage.trials(1)
+    with pytest.raises(RuntimeError):
+        stage.train([trial])
+    assert statuses(stage, 1) == ["running"]
+    assert stage.of("save_checkpoint", "close") == []
+    trial.close()
+
+
+# --- several processes
+
+
+def test_the_request_rides_on_the_next_step(stage):
+    """All processes learn of it by the step's sum."""
+    stop = StopRequest()
+    stage.after[1] = asked(stop)
+    with pytest.raises(Interrupted):
+        stage.train(stage.trials(1, trainer__log_every=9), stop, setup_of(0, 2))
+    assert [e[1] for e in stage.of("train")] == [False, True]
 
 
 def test_another_processs_request_ends_this_one_too(stage):
     """It knows no signal of its own: SIGTERM stands for it."""
-    setup = SimpleNamespace(**vars(SETUP) | {"process": Process(1, 2, 0)})
     stage.after[2] = lambda pack: pack.flat.stop.fill_(1.0)
     with pytest.raises(Interrupted) as caught:
-        train(stage, trials_of(stage, 1), setup=setup)
+        stage.train(stage.trials(1), setup=setup_of(1, 2))
     assert caught.value.signum == signal.SIGTERM
 
 
-@pytest.mark.parametrize(("asked_at", "steps", "saved"), [(1, 3, [(0, 3)]), (4, 4, [(1, 0), (1, 0)])])
-def test_gpus_look_at_the_sum_when_they_log(asked_at, steps, saved, stage, monkeypatch):
-    monkeypatch.setattr(loop, "peak_memory", lambda device: 0)
-    setup = SimpleNamespace(**vars(SETUP) | {"process": Process(0, 2, 0), "device": torch.device("cuda")})
-    stage.after[asked_at] = lambda pack: pack.flat.stop.fill_(1.0)
-    with pytest.raises(Interrupted):
-        train(stage, trials_of(stage, 1), setup=setup)
-    assert len(stage.of("train")) == steps
-    assert [e[2:4] for e in stage.of("save")] == saved
-
-
-def test_a_stop_at_an_epochs_last_step_finishes_the_epoch(stage):
-    stop = StopRequest()
-    stage.after[4] = asked(stop)
-    trials = trials_of(stage, 1)
-    with pytest.raises(Interrupted):
-        train(stage, trials, stop)
-    assert [e[1:4] for e in stage.of("log_epoch")] == [(1, 4, 1)]
-    assert stage.of("save")[-1][2:4] == (1, 0)
-    assert trials[0].record.status == "interrupted"
-    assert len(stage.of("train")) == 4
-
-
-def test_a_stop_at_the_very_last_step_completes(stage):
-    stop = StopRequest()
-    stage.after[8] = asked(stop)
-    trials = trials_of(stage, 1)
-    train(stage, trials, stop)
-    assert trials[0].record.status == "completed"
-
-
-def test_a_stop_when_one_trial_leaves_saves_those_that_stay(stage):
-    stop = StopRequest()
-
-    def both(pack):
-        asked(stop)(pack)
-        spoilt(1, 2)(pack)
-
-    stage.after[3] = both
-    trials = trials_of(stage, 1, 2, 3)
-    with pytest.raises(Interrupted):
-        train(stage, trials, stop)
-    assert [t.record.status for t in trials] == ["interrupted", "failed", "interrupted"]
-    assert [e[1:4] for e in stage.of("save")] == [(1, 0, 3), (3, 0, 3)]
-    assert len(stage.of("train")) == 3
-
-
-def test_a_stop_of_a_pack_that_was_just_made(stage):
-    """Asked for while the next pack is made: its trials are saved by it, before another step."""
-    stop = StopRequest()
-    stage.after[3] = spoilt(0, 1)
-    stage.making = lambda made: asked(stop)(None) if made == 2 else None
-    trials = trials_of(stage, 1, 2)
-    with pytest.raises(Interrupted) as caught:
-        train(stage, trials, stop)
-    assert caught.value.signum == signal.SIGHUP
-    assert [e[1:4] for e in stage.of("save")] == [(2, 0, 3)]
-    assert [t.record.status for t in trials] == ["failed", "interrupted"]
-
-
-def raised(error: type[BaseException]) -> Callable[[object], None]:
-    def throw(_: object) -> None:
-        raise error
-
-    return throw
-
-
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("updating", [False, True])
-def test_what_a_foreign_handler_raises_saves_what_is_whole(error, updating, stage):
-    def both(pack):
-        pack.step_state.updating = updating
-        raised(error)(pack)
-
-    stage.after[2] = both
-    trials = trials_of(stage, 1, 2)
-    with pytest.raises(error):
-        train(stage, trials)
-    assert [t.record.status for t in trials] == ["interrupted"] * 2
-    assert [e[1:4] for e in stage.of("save")] == ([] if updating else [(1, 0, 2), (2, 0, 2)])
-
-
-def test_what_is_raised_between_two_packs_saves_those_that_stay(stage):
-    stage.after[3] = spoilt(1, 1)
-    stage.making = lambda made: raised(SystemExit)(None) if made == 2 else None
-    trials = trials_of(stage, 1, 2, 3)
-    with pytest.raises(SystemExit):
-        train(stage, trials)
-    assert [t.record.status for t in trials] == ["interrupted", "failed", "interrupted"]
-    assert [e[1:4] for e in stage.of("save")] == [(1, 0, 3), (3, 0, 3)]
-
-
-def test_an_error_is_left_to_who_called(stage):
-    """Nothing is saved or recorded: a sweep tries again with fewer, a single run records the failure."""
-    stage.after[2] = raised(RuntimeError)
-    trials = trials_of(stage, 1)
-    with pytest.raises(RuntimeError):
-        train(stage, trials)
-    assert trials[0].record.status == "running"
-    assert stage.of("save", "close") == []
+def test_who_looks_at_the_sum_knows_of_logging_steps(stage, monkeypatch):
+    """And when an epoch has ended: a GPU is read then only."""
+    seen = []
+    monkeypatch.setattr(loop, "stop_requested", lambda pack, stop, logging: seen.append(logging))
+    stage.train(stage.trials(1, trainer__epochs=2))
+    assert seen == [False, False, True, True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -239,8 +275,42 @@ def test_an_error_is_left_to_who_called(stage):
 )
 def test_all_processes_answer_alike(world_size, device, logging, signum, summed, stops):
     """Several decide by the sum, which a GPU reads at logging steps only."""
-    setup = SimpleNamespace(process=Process(0, world_size, 0), device=torch.device(device))
+    setup = dataclasses.replace(setup_of(), process=Process(0, world_size), device=torch.device(device))
     pack = SimpleNamespace(setup=setup, flat=SimpleNamespace(stop=torch.tensor([summed])))
     stop = StopRequest()
     stop.signum = signum
     assert stop_requested(pack, stop, logging) is stops
+
+
+# --- claims that are lost
+
+
+def test_a_trial_that_another_process_took_is_written_no_more(stage):
+    """Asked to stop, the others are saved all the same."""
+    stop, held = StopRequest(), [True]
+    trials = stage.trials(1, 2)
+    trials[0].files._mine = lambda: held[0]
+    before = {}
+
+    def lose(pack: Pack) -> None:
+        held[0] = False
+        before.update({p: p.read_bytes() for p in (stage.folder / "1").iterdir() if p.is_file()})
+        asked(stop)(pack)
+
+    stage.after[2] = lose
+    with pytest.raises(Interrupted):
+        stage.train(trials, stop)
+    assert {p: p.read_bytes() for p in before} == before
+    assert statuses(stage, 1, 2) == ["running", "interrupted"]
+    assert load_checkpoint(stage.folder / "2", trials[1].name).step_in_epoch == 2
+
+
+def test_a_lost_claim_ends_the_pack(stage):
+    trials = stage.trials(1, 2)
+    trials[1].files._mine = lambda: not stage.of("epoch")
+    with pytest.raises(ClaimLost, match=trials[1].name):
+        stage.train(trials)
+    assert statuses(stage, 1, 2) == ["running", "running"]
+    assert [e[0] for e in stage.of("epoch")] == [1]
+    for trial in trials:
+        trial.close()

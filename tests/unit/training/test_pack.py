@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import math
-import weakref
 
 import pytest
 import torch
@@ -16,13 +14,12 @@ from torch import Tensor
 
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
-from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.pack import Pack
 
 TRIALS = (
     {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
     {"seed": 2, "lora.rank": 5, "optimizer.clip_norm": 0.5},
-    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5, "optimizer.decay_bias_and_norm": False},
+    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5},
 )
 
 
@@ -69,7 +66,7 @@ def test_saved_states_are_unpadded_and_stay_as_they_are(pack):
         assert not any(torch.equal(group[n], old[n]) for n in old)
 
 
-def test_a_pack_of_saved_states_goes_on_bit_for_bit(pack):
+def test_a_pack_of_saved_states_continues_bit_for_bit(pack):
     take_steps(pack, 3)
     pack.pull()
     again = Pack(pack.trials, build_setup(configs()[0], Process()))  # a trunk carries the adapters of one pack
@@ -99,15 +96,6 @@ def test_a_state_without_moments_brings_its_values(pack, setup):
     assert again.optimizer.updates_K1[:, 0].tolist() == [1, 0, 1]
 
 
-def test_a_state_is_whole_between_steps_and_torn_inside(pack, monkeypatch):
-    seen, update = [], pack.optimizer.step
-    monkeypatch.setattr(pack.optimizer, "step", lambda *args: seen.append(pack.step_state.updating) or update(*args))
-    assert pack.step_state.updating is False
-    take_steps(pack, 2)
-    assert seen == [True, True]
-    assert pack.step_state.updating is False
-
-
 def test_a_state_of_another_model_is_refused(pack, setup):
     take_steps(pack, 1)
     pack.pull()
@@ -135,28 +123,6 @@ def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pac
         lora_A[2, 0, 3, 3] = math.nan  # beyond rank 1: what is not finite spreads
         assert pack.padding_is_zero()
         assert pack.finite_K().tolist() == [True, True, False]
-
-
-def test_what_leaves_is_freed_at_once(setup):
-    pack = new_pack(configs(), setup)
-    take_steps(pack, 1)
-    pack.predict("val")
-    adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
-    parts = [pack, pack.model, pack.model.head, pack.flat, pack.optimizer, pack.step_state, *adapters, *matrices(pack)]
-    left = [weakref.ref(part) for part in parts]
-    del adapters, parts
-    gc.collect()
-    gc.disable()  # what waits for the collector holds a GPU's memory until then
-    try:
-        pack.pull()
-        rest = pack.trials[1:]
-        del pack
-        rest_pack = Pack(rest, setup)
-        alive = [type(part()).__name__ for part in left if part() is not None]
-    finally:
-        gc.enable()
-    assert [t.config.seed for t in rest_pack.trials] == [2, 1]
-    assert alive == []
 
 
 def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
@@ -261,23 +227,6 @@ def test_evaluation_batches_count_images_times_trials(most, batch, pack, monkeyp
     pack.model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     pack.predict("val")
     assert max(seen) == min(batch, len(pack.setup.data.splits["val"]))
-
-
-def test_the_end_of_an_epoch_begins_the_next(pack):
-    take_steps(pack, 7)
-    assert pack.step_in_epoch == pack.steps_per_epoch == 7
-    pack.pull()
-    assert [t.state.step_in_epoch for t in pack.trials] == [7] * 3
-    assert [t.state.updates for t in pack.trials] == [7] * 3
-    assert [t.state.loss_sum for t in pack.trials] == pack.step_state.loss_sum_K.tolist()
-    assert all(t.state.loss_sum > 0 for t in pack.trials)
-    pack.end_epoch()
-    assert pack.step_in_epoch == 0
-    assert [(t.state.epoch, t.state.step_in_epoch, t.state.loss_sum) for t in pack.trials] == [(1, 0, 0.0)] * 3
-    assert pack.step_state.loss_sum_K.tolist() == [0.0] * 3
-    assert not pack.trials[0].done()
-    pack.end_epoch()
-    assert pack.trials[0].done()
 
 
 def test_parameter_counts(setup):

@@ -9,6 +9,7 @@ from packs import new_trials
 from plain_trials import BASELINE, plain_trial
 
 from lora_vit import terminal
+from lora_vit.distributed import Process
 from lora_vit.training.progress import RunReporter
 
 
@@ -16,7 +17,13 @@ def pack_of(changes=None, epoch=0):
     (trial,) = new_trials([plain_trial({"trainer.epochs": 5} | (changes or {}))])
     trial.record.parameters = {"adapter": 12000, "head": 500, "trainable": 12500, "total": 1_000_000}
     trial.state.epoch = epoch
-    return SimpleNamespace(trials=[trial], steps_per_epoch=7, step_of=lambda t: 7 * t.state.epoch + 2)
+    setup = SimpleNamespace(
+        data=SimpleNamespace(line=lambda size: f"data: at [{size}] px"),
+        transform=SimpleNamespace(image_size=16),
+        environment={"device": "cpu", "precision": "fp64"},
+        process=Process(0, 2),
+    )
+    return SimpleNamespace(trials=[trial], steps_per_epoch=7, step_of=lambda t: 7 * t.state.epoch + 2, setup=setup)
 
 
 @pytest.fixture
@@ -29,13 +36,15 @@ def hands(monkeypatch):
 
 def test_a_run_line_by_line(hands, capsys):
     pack = pack_of(epoch=1)
-    reporter = RunReporter(True)
+    reporter = RunReporter()
     reporter.advance(pack)  # before it has started there is nothing to move
     reporter.step(pack, [1.0], [1.0], 1.0)
     reporter.close()
     assert capsys.readouterr().out == ""
     reporter.started(pack)
     assert capsys.readouterr().out.splitlines() == [
+        "data: at [16] px",
+        f"trial {pack.trials[0].name} on cpu, fp64, 2 process(es)",
         "parameters      count    share",
         "adapter        12,000    1.20%",
         "head              500    0.05%",
@@ -69,21 +78,10 @@ def test_a_run_line_by_line(hands, capsys):
     ],
 )
 def test_the_scaling_of_adapters_is_told_where_there_are_any(changes, line, capsys):
-    reporter = RunReporter(True)
+    reporter = RunReporter()
     reporter.started(pack_of(changes))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[5:] == ([line] if line else [])
-
-
-def test_other_ranks_are_silent(hands, capsys):
-    pack = pack_of()
-    reporter = RunReporter(False)
-    reporter.started(pack)
-    hands.now = 200.0
-    reporter.advance(pack)
-    reporter.epoch(pack.trials[0], {"train_loss": 1.0})
-    reporter.close()
-    assert capsys.readouterr().out == ""
+    assert lines[7:] == ([line] if line else [])
 
 
 def test_lines_go_above_the_bar_and_close_takes_it_away(monkeypatch, capsys):
@@ -99,7 +97,7 @@ def test_lines_go_above_the_bar_and_close_takes_it_away(monkeypatch, capsys):
             self.closed += 1
 
     monkeypatch.setattr("lora_vit.training.progress.Progress", Shown)
-    reporter = RunReporter(True)
+    reporter = RunReporter()
     reporter.started(pack_of())
     assert reporter.console is made[0].console
     assert (made[0].what, made[0].total, made[0].unit) == ("training", 35, "steps")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from plain_trials import plain_trial
 
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
-from lora_vit.training.setup import Setup
 
 CONFIG = plain_trial({"seed": 5, "data.batch_size": 4})
 
@@ -28,10 +26,3 @@ def test_streams_are_of_the_trial_and_of_this_process(rank):
     assert val.ids.tolist() == setup.data.splits["val"][rank::2].tolist()
     assert [len(batch.ids) for batch in val] == [3] * (len(val.ids) // 3) + [len(val.ids) % 3] * (len(val.ids) % 3 > 0)
     assert setup.eval_stream("test", 3).ids.tolist() == setup.data.splits["test"][rank::2].tolist()
-
-
-def test_a_setup_tells_nothing_of_another():
-    made = [Setup(lambda configs: None, None, None, torch.device("cpu"), Process(), False) for _ in range(2)]
-    assert made[0].environment == made[0].base == {}
-    assert made[0].environment is not made[1].environment
-    assert made[0].base is not made[1].base

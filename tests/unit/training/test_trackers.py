@@ -1,11 +1,10 @@
-"""What a trial's files hold, row by row; signs of life; when a checkpoint is due."""
+"""What a trial's files hold, row by row; when a checkpoint is due."""
 
 from __future__ import annotations
 
 import json
 import re
 import struct
-import threading
 import time
 from types import SimpleNamespace
 
@@ -19,16 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_vit import records
 from lora_vit.config import cell_id, to_dict, trial_id
 from lora_vit.files import read_rows
-from lora_vit.records import TrialRecord, read_predictions, read_record
+from lora_vit.records import TrialRecord, read_predictions
 from lora_vit.training import trackers
-from lora_vit.training.checkpoint import TrialState, load_checkpoint
-from lora_vit.training.trackers import (
-    EPOCH_CHECKPOINT_EVERY,
-    HEARTBEAT_EVERY,
-    TrialFiles,
-    epoch_figures,
-    write_adapter,
-)
+from lora_vit.training.checkpoint import TrialState
+from lora_vit.training.evaluate import Predictions
+from lora_vit.training.trackers import EPOCH_CHECKPOINT_EVERY, TrialFiles, epoch_figures, write_adapter
 
 
 def files_in(folder, changes=None, state=None, **where) -> TrialFiles:
@@ -113,7 +107,7 @@ def test_no_event_file_before_the_first_row(tmp_path):
 
 
 @pytest.mark.parametrize(("metrics", "purged"), [({}, None), ({"step": None}, None), ({"step": 7}, 7)])
-def test_curves_of_a_trial_that_goes_on_supersede_what_came_after_its_checkpoint(
+def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint(
     metrics, purged, tmp_path, monkeypatch
 ):
     made = []
@@ -124,24 +118,6 @@ def test_curves_of_a_trial_that_goes_on_supersede_what_came_after_its_checkpoint
     assert files.board is writer
     files.close()
     assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged}), "closed"]
-
-
-def test_logs_are_cut_back_to_what_the_checkpoint_counts(tmp_path):
-    """Of metrics; the clock's rows stay."""
-    files = files_in(tmp_path)
-    files.log_step(1, 0, 2.0, 1.0, 1.0)
-    files.save_checkpoint()
-    size = (tmp_path / "metrics.jsonl").stat().st_size
-    assert files.state.metrics_bytes == size
-    files.log_step(2, 0, 1.0, 1.0, 1.0)
-    files.close()
-    state = load_checkpoint(tmp_path, trial_id(plain_trial()))
-    assert state.metrics_bytes == size
-    again = files_in(tmp_path, state=state)
-    again.log_step(2, 0, 1.5, 1.0, 1.0)
-    again.close()
-    assert [r["loss"] for r in read_rows(tmp_path / "metrics.jsonl")] == [2.0, 1.5]
-    assert [r["step"] for r in read_rows(tmp_path / "timing.jsonl")] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])
@@ -157,79 +133,17 @@ def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_p
     files.close()
 
 
-def test_signs_of_life_are_the_record_as_it_was_written_last(files, tmp_path, monkeypatch):
-    """With the time of now, where the last is half as old as they are apart; none before the first, none at the end."""
-    hands = clock(monkeypatch)
-    files.beat()
-    assert not (tmp_path / "record.json").exists()
-    files.write_record()
-    files.record.metrics["epoch"] = 1  # not written yet: perhaps half changed
-    for later, beaten in ((HEARTBEAT_EVERY / 2, 1000.0), (HEARTBEAT_EVERY / 2 + 0.1, 1015.1), (30.0, 1015.1)):
-        hands.time = 1000.0 + later
-        files.beat()
-        assert read_record(tmp_path).heartbeat == beaten
-        assert read_record(tmp_path).metrics == {}
-    files.write_record()
-    assert read_record(tmp_path).metrics == {"epoch": 1}
-    assert read_record(tmp_path).heartbeat == 1030.0
+def test_all_logs_are_closed(tmp_path):
+    files = files_in(tmp_path)
     files.close()
-    hands.time = 9000.0
-    files.beat()
-    assert read_record(tmp_path).heartbeat == 1030.0
-
-
-def test_a_full_disk_is_left_to_the_training(files, tmp_path, monkeypatch):
-    hands = clock(monkeypatch)
-    files.write_record()
-    hands.time = 2000.0
-
-    def full(*args):
-        raise OSError("no room")
-
-    monkeypatch.setattr(records, "write_record", full)
-    files.beat()
-    with pytest.raises(OSError, match="no room"):
-        files.write_record()
-
-
-def test_all_logs_are_closed(tmp_path, monkeypatch):
-    closed, close = [], files.JsonLines.close
-    monkeypatch.setattr(files.JsonLines, "close", lambda rows: closed.append(rows.path.name) or close(rows))
-    files_in(tmp_path).close()
-    assert closed == ["metrics.jsonl", "timing.jsonl"]
-
-
-@pytest.mark.parametrize("call", [TrialFiles.write_record, TrialFiles.beat, TrialFiles.close])
-def test_records_are_written_by_one_thread_at_a_time(call, files, monkeypatch):
-    """A sign of life that is on its way must not overwrite what the loop writes, nor come after the end."""
-    hands = clock(monkeypatch)
-    files.write_record()
-    hands.time = 2000.0
-    inside, go = threading.Event(), threading.Event()
-    write = records.write_record
-
-    def slow(*args):
-        inside.set()
-        assert go.wait(10)
-        return write(*args)
-
-    monkeypatch.setattr(records, "write_record", slow)
-    first = threading.Thread(target=files.beat)
-    first.start()
-    assert inside.wait(10)
-    monkeypatch.setattr(records, "write_record", write)
-    second = threading.Thread(target=call, args=(files,))
-    second.start()
-    second.join(0.05)
-    assert second.is_alive()
-    go.set()
-    first.join()
-    second.join()
+    for rows in (files._metrics, files._timing):
+        with pytest.raises(ValueError, match="closed file"):
+            rows.write({})
 
 
 def test_results(files, tmp_path):
-    columns = {name: np.arange(3) + i for i, name in enumerate(records.PREDICTION_FIELDS)}
-    files.write_results({"val": columns, "test": columns}, {"b": torch.ones(2, 3)}, {"rank": 4})
+    predictions = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0)
+    files.write_results({"val": predictions, "test": predictions}, {"b": torch.ones(2, 3)}, {"rank": 4})
     found = read_predictions(tmp_path)
     assert found.keys() == {"val", "test"}
     assert {name: column.tolist() for name, column in found["test"].items()} == {
@@ -259,35 +173,15 @@ def test_an_adapter_file_is_the_same_bytes_whatever_the_order(tmp_path):
     assert json.loads((tmp_path / "adapter.json").read_text()) == {"x": {"c": [3], "d": 2}, "y": 1}
 
 
+LORA = {"alpha": 32.0, "dropout": 0.25, "method": "lora", "rank": 4, "seed": 3, "targets": "q v"}
+PROBE = {"alpha": 0.0, "dropout": 0.0, "method": "none", "rank": 0, "seed": 0, "targets": ""}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            {"lora.dropout": 0.25, "lora.targets": ["q", "v"], "seed": 3},
-            {
-                "alpha": 32.0,
-                "dropout": 0.25,
-                "lr": 1e-3,
-                "method": "lora",
-                "rank": 4,
-                "seed": 3,
-                "targets": "q v",
-                "weight_decay": 0.03,
-            },
-        ),
-        (
-            BASELINE | {"lora.method": "none"},
-            {
-                "alpha": 0.0,
-                "dropout": 0.0,
-                "lr": 1e-3,
-                "method": "none",
-                "rank": 0,
-                "seed": 0,
-                "targets": "",
-                "weight_decay": 0.03,
-            },
-        ),
+        ({"lora.dropout": 0.25, "lora.targets": ["q", "v"], "seed": 3}, LORA),
+        (BASELINE | {"lora.method": "none"}, PROBE),
     ],
 )
 def test_tensorboards_hparams(changes, expected, tmp_path):
@@ -297,6 +191,7 @@ def test_tensorboards_hparams(changes, expected, tmp_path):
     files._tensorboard = SimpleNamespace(add_hparams=lambda *a, **kw: seen.append((a, kw)), close=lambda: None)
     files.log_hparams()
     files.close()
+    expected = {**expected, "lr": 1e-3, "weight_decay": 0.03}
     assert seen == [((expected, {"final/val_accuracy": 0.5}), {"run_name": "."})]
     assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"], "the columns that the view shows first"
 

@@ -1,406 +1,419 @@
-"""Where a trial stands: begun, gone on with, stopped and failed, alone and in a pack."""
+"""A trial's folder: who starts from scratch, who resumes, who is refused; how trials end; locks and fences."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import json
-import math
-import signal
-import threading
+import errno
+import os
 import time
-import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Recorder, train_together, trial_config
+from packs import new_trials
+from plain_trials import plain_trial
+from stage import Stage, spoilt
 
-from lora_vit import records
-from lora_vit.build import build_setup
-from lora_vit.config import trial_id
-from lora_vit.distributed import Process
-from lora_vit.errors import ConfigError, Interrupted
-from lora_vit.files import locked, read_rows
-from lora_vit.records import RECORD, TrialRecord, read_record, state_of
-from lora_vit.stopping import StopRequest
-from lora_vit.training import loop, step, trackers
-from lora_vit.training.checkpoint import TrialState, load_checkpoint
-from lora_vit.training.loop import train_trials
-from lora_vit.training.pack import Pack
-from lora_vit.training.trial import TrialRun, ended_record, locked_folder
+from lora_vit import files, records
+from lora_vit.config import cell_id, to_dict, trial_id
+from lora_vit.errors import ConfigError
+from lora_vit.files import read_rows
+from lora_vit.records import TrialRecord, read_record
+from lora_vit.training.checkpoint import TrialState
+from lora_vit.training.trackers import ClaimLost
+from lora_vit.training.trial import OWN_FILES, TrialRun, completed_record, locked_folder
 
-QUIET = ("trainer.log_every=1000", "trainer.checkpoint_every=0.0001")  # logs at the ends of epochs, saves at each step
+CARD = {"fingerprint": "data", "classes": 4}
+ENVIRONMENT = {"host": "here", "precision": "fp32"}
 
 
-def begin(folder: Path, *overrides: str, launched: float | None = None) -> TrialRun:
-    config = trial_config(*overrides)
+def setup_with(fingerprint: str = "data", precision: str = "fp32") -> SimpleNamespace:
+    """What opening a trial asks of a setup."""
+    data = SimpleNamespace(fingerprint=fingerprint, card=lambda: {**CARD, "fingerprint": fingerprint})
+    return SimpleNamespace(data=data, environment={**ENVIRONMENT, "precision": precision})
+
+
+def opened(folder: Path, changes=None, hydra_files=None, setup=None, **how) -> TrialRun:
     folder.mkdir(exist_ok=True)
-    return TrialRun.open(config, folder, build_setup(config, Process()), launched or time.time(), {})
+    return TrialRun.open(plain_trial(changes), folder, setup or setup_with(), hydra_files or {}, **how)
 
 
-def train(*trials: TrialRun, stop: StopRequest | None = None) -> None:
-    setup = build_setup(trials[0].config, Process())
-    train_trials(list(trials), setup, Recorder(), stop or StopRequest())
+def stopped(folder: Path) -> TrialState:
+    """Leave a trial that was stopped in its second epoch, one row after its checkpoint."""
+    trial = opened(folder)
+    trial.files.log_step(1, 0, 2.0, 0.1, 5.0)
+    s = trial.state
+    s.epoch, s.step_in_epoch, s.updates, s.loss_sum, s.seconds = 1, 3, 10, 2.5, 7.0
+    s.last, s.best = {"epoch": 1, "step": 7, "val_accuracy": 0.25}, {"epoch": 1, "val_accuracy": 0.25}
+    s.values, s.exp_avg, s.exp_avg_sq = ({"w": torch.full((2,), x)} for x in (1.0, 2.0, 3.0))
+    trial.save()
+    trial.files.log_step(2, 0, 1.0, 0.1, 5.0)
+    trial.interrupt()
+    return s
 
 
-def spoil(monkeypatch, at: int, trial: int = 0) -> None:
-    """The loss of one trial of the pack is infinite at one step, counted from 0; the others' and the next are fine."""
-    whole, count = step.sample_losses, iter(range(10**6))
-
-    def losses(logits_KBC, labels_KB, smoothing_K1):
-        out = whole(logits_KBC, labels_KB, smoothing_K1)
-        if next(count) == at:
-            out = out.clone()
-            out[trial] = out[trial] * math.inf
-        return out
-
-    monkeypatch.setattr(step, "sample_losses", losses)
+def edit(folder: Path, **fields) -> None:
+    """Change fields of the folder's record."""
+    records.write_record(folder, dataclasses.replace(read_record(folder), **fields))
 
 
-# --- open or ended
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_folder_of_another_trial_is_refused_with_the_first_difference(tmp_path):
-    trial = begin(tmp_path / "a")
-    train(trial)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    other = trial_config("optimizer.lr=0.5", "lora.rank=3")
-    with pytest.raises(ConfigError, match=rf"holds trial {trial.name}, this is trial {trial_id(other)}") as caught:
-        ended_record(tmp_path / "a", other, time.time())
-    assert "(optimizer.lr is 0.001 there, 0.5 here)" in str(caught.value)
-    with pytest.raises(ConfigError, match="holds trial"):
-        TrialRun.open(other, tmp_path / "a", build_setup(other, Process()), time.time(), {})
-    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    assert state_of(tmp_path / "a").status == "completed"
-    assert state_of(tmp_path / "a", trial.config, trial.name).status == "completed"
-    assert state_of(tmp_path / "a", trial.config, "another").status == "refused"
+def failed_at(step) -> dict:
+    return {"status": "failed", "error": {"message": "x", "step": step, "traceback": None}}
 
 
-def test_a_completed_trial_has_ended_and_restart_begins_it_anew(tmp_path):
-    train(begin(tmp_path / "a"))
-    config = trial_config()
-    ended = ended_record(tmp_path / "a", config, time.time())
-    assert ended is not None
-    assert ended.status == "completed"
-    again = trial_config("trainer.resume=restart")
-    assert ended_record(tmp_path / "a", again, time.time()) is None
-    (tmp_path / "a/notes.txt").write_text("mine")
-    trial = begin(tmp_path / "a", "trainer.resume=restart")
+# --- from scratch, resumed, refused
+
+
+def test_a_new_trial(tmp_path):
+    before = time.time()
+    trial = opened(tmp_path / "a", hydra_files={"config.yaml": "a: ä\n"})
+    config = trial.config
+    assert before <= trial.record.started <= time.time()
+    assert trial.record == TrialRecord(
+        *(trial_id(config), cell_id(config), "running", to_dict(config)),
+        environment=ENVIRONMENT,
+        data=CARD,
+        started=trial.record.started,
+    )
+    assert trial.name == trial_id(config) != cell_id(config)
     assert trial.state == TrialState()
-    assert not (tmp_path / "a/adapter.safetensors").exists()
-    assert (tmp_path / "a/notes.txt").read_text() == "mine"
-    begun = trial.record.started
+    assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
+    assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
+    assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
     trial.close()
-    # the same command meets it once more (its pack was split): it goes on
-    train_a_bit = begin(tmp_path / "a", "trainer.resume=restart", launched=begun)
-    train(train_a_bit)
-    goes_on = begin(tmp_path / "a", "trainer.resume=restart", launched=begun)
-    assert goes_on.state.epoch == 2
-    goes_on.close()
+
+
+def test_an_interrupted_trial_resumes(tmp_path):
+    """State, figures and rows are those of the checkpoint; what the record says of its end is taken back."""
+    old = stopped(tmp_path / "a")
+    config = to_dict(plain_trial({"trainer.checkpoint_every": 1.0}))
+    error, data = {"message": "x", "step": None}, {"fingerprint": "data", "old": 1}
+    edit(tmp_path / "a", metrics={"epoch": 9}, best={"epoch": 9}, error=error, finished=5.0, config=config, data=data,
+         environment={"host": "elsewhere"}, parameters={"total": 5}, cost={"adapter_bytes": 6})  # fmt: skip
+    started = read_record(tmp_path / "a").started
+    trial = opened(tmp_path / "a", hydra_files={"config.yaml": "new"})
+    r, s = trial.record, trial.state
+    assert (s.epoch, s.step_in_epoch, s.updates, s.loss_sum, s.seconds) == (1, 3, 10, 2.5, 7.0)
+    assert [getattr(s, n)["w"].tolist() for n in ("values", "exp_avg", "exp_avg_sq")] == [[1, 1], [2, 2], [3, 3]]
+    assert (s.last, s.best) == (old.last, old.best) == (r.metrics, r.best)
+    assert r.metrics is not s.last
+    assert r.best is not s.best
+    assert (r.status, r.error, r.finished, r.started) == ("running", None, None, started)
+    assert (r.config, r.environment, r.data) == (to_dict(trial.config), ENVIRONMENT, CARD)
+    assert (r.parameters, r.cost) == ({"total": 5}, {"adapter_bytes": 6})
+    assert (tmp_path / "a/.hydra/config.yaml").read_text() == "new"
+    trial.close()
+    assert [row["loss"] for row in read_rows(tmp_path / "a/metrics.jsonl")] == [2.0], "as the checkpoint counts"
+    assert [row["step"] for row in read_rows(tmp_path / "a/timing.jsonl")] == [1, 2], "the clock's stay"
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "told"),
+    ("record", "restart", "epoch"),
     [
-        ("data", "fingerprint", r"begun with other splits \(fingerprint another there, \w{16} here\)"),
-        (
-            "environment",
-            "precision",
-            r"begun with another precision \(trainer\.precision=auto is another there, fp64 here",
-        ),
+        ({"status": "interrupted"}, False, 1),
+        ({"status": "running"}, False, 1),
+        ({"status": "stopped"}, False, 1),
+        ({"data": {}}, False, 1),  # refused before its data were known
+        ({"environment": {}}, False, 1),
+        (failed_at(None), False, 1),
+        ({"status": "failed", "error": {"message": "x"}}, False, 1),
+        (failed_at(0), False, 0),
+        (failed_at(5), False, 0),
+        ({"status": "interrupted"}, True, 0),
+        ({"status": "completed"}, True, 0),
+        ({"data": {"fingerprint": "others"}}, True, 0),
     ],
 )
-def test_a_trial_goes_on_only_with_what_it_was_begun_with(section, key, told, tmp_path):
-    trial = begin(tmp_path / "a")
-    trial.save()
-    trial.interrupt()
+def test_who_resumes_and_who_starts_from_scratch(record, restart, epoch, tmp_path):
+    stopped(tmp_path / "a")
+    edit(tmp_path / "a", **record, started=5.0)
+    trial = opened(tmp_path / "a", restart=restart)
+    assert trial.state.epoch == epoch
+    assert (trial.record.started == 5.0) is (epoch == 1)
+    assert (trial.record.status, trial.record.error) == ("running", None)
+    assert (tmp_path / "a/checkpoint.pt").exists() is (epoch == 1)
+    assert len(read_rows(tmp_path / "a/metrics.jsonl")) == epoch
+    trial.close()
+
+
+def test_an_interrupted_trial_without_a_checkpoint_starts_again(tmp_path):
+    stopped(tmp_path / "a")
+    (tmp_path / "a/checkpoint.pt").unlink()
+    trial = opened(tmp_path / "a")
+    assert (trial.state, trial.record.metrics) == (TrialState(), {})
+    trial.close()
+    assert read_rows(tmp_path / "a/metrics.jsonl") == []
+
+
+def damaged(folder: Path) -> None:
+    (folder / "checkpoint.pt").write_bytes(b"cut")
+
+
+def of_another(folder: Path) -> None:
+    config = plain_trial({"seed": 1})
+    edit(folder, trial_id=trial_id(config), cell_id=cell_id(config), config=to_dict(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "how", "said"),
+    [
+        (None, {"changes": {"seed": 1}}, r"holds trial .* \(seed is 0 there, 1 here\)"),
+        (None, {"setup": setup_with("others")}, r"other splits .* data there, others here\).*resume=restart"),
+        (None, {"setup": setup_with(precision="bf16")}, r"another precision .* fp32 there, bf16 here\)"),
+        (damaged, {}, r"checkpoint\.pt is damaged .*resume=restart"),
+        (of_another, {"changes": {"seed": 1}}, rf"checkpoint\.pt belongs to trial {trial_id(plain_trial())}, not to"),
+        (lambda folder: (folder / "record.json").write_text("{"), {}, r"record\.json is not whole JSON .*remove"),
+        (lambda folder: (folder / "record.json").write_text("{"), {"restart": True}, r"record\.json is not whole JSON"),
+        (None, {"changes": {"seed": 1}, "restart": True}, "holds trial"),
+        (lambda folder: edit(folder, status="completed"), {}, "the trial is completed"),
+    ],
+)
+def test_who_is_refused_leaves_the_folder_as_it_is(change, how, said, tmp_path):
+    stopped(tmp_path / "a")
+    if change is not None:
+        change(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(ValueError, match=said):
+        opened(tmp_path / "a", **how)
+    assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("status", ["running", "completed", "failed", "stopped", "interrupted"])
+def test_the_record_of_a_completed_trial(status, tmp_path):
+    assert completed_record(tmp_path / "a", plain_trial()) is None
+    stopped(tmp_path / "a")
+    edit(tmp_path / "a", status=status)
     record = read_record(tmp_path / "a")
-    getattr(record, section)[key] = "another"
-    records.write_record(tmp_path / "a", record)
-    with pytest.raises(ConfigError, match=told):
-        begin(tmp_path / "a")
+    assert completed_record(tmp_path / "a", plain_trial()) == (record if status == "completed" else None)
+    with pytest.raises(ConfigError, match="holds trial"):
+        completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
 
-def test_a_damaged_checkpoint_is_told_and_kept(tmp_path):
-    trial = begin(tmp_path / "a")
+def test_a_failed_trial_that_is_trained_again_is_whole(tmp_path, monkeypatch):
+    """One bad step, then none: resuming from a checkpoint would complete a trial that lacks an update."""
+    stage = Stage(tmp_path, monkeypatch)
+    stage.train(stage.trials(1))
+    whole = contents(tmp_path / "1")
+    stage.folder = tmp_path / "again"
+    stage.folder.mkdir()
+    stage.after[6] = spoilt(0, 5)
+    stage.train(stage.trials(1, trainer__checkpoint_every=1.0))
+    assert read_record(stage.folder / "1").error["step"] == 6
+    assert (stage.folder / "1/checkpoint.pt").exists()
+    stage.after.clear()
+    stage.train(stage.trials(1))
+    for name in ("metrics.jsonl", "predictions.npz", "adapter.safetensors"):
+        assert (stage.folder / "1" / name).read_bytes() == whole[tmp_path / "1" / name]
+
+
+# --- what is removed
+
+
+def test_a_restart_removes_what_a_trial_writes_and_nothing_else(tmp_path):
+    """What Hydra's own callbacks put into ``.hydra`` is not ours."""
+    stopped(tmp_path / "a")
+    board, mine = tmp_path / "board", {"mine/file", "notes.txt", ".hydra/config.pickle"}
+    for path in (board / "event", *(tmp_path / "a" / name for name in (*OWN_FILES, *mine))):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(path.read_bytes() if path.exists() else b"x")
+    trial = opened(tmp_path / "a", restart=True, tensorboard=board)
+    trial.close()
+    assert set(contents(tmp_path / "a")) == {tmp_path / "a" / n for n in (*mine, "metrics.jsonl", "timing.jsonl")}
+    assert not board.exists()
+    assert not (tmp_path / "a/tensorboard").exists()
+
+
+def test_a_trials_own_files_are_those_of_the_contract():
+    assert sorted(OWN_FILES) == [
+        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+        *("adapter.json", "adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "predictions.npz", "record.json"),
+        *("timing.jsonl", "train.log"),
+    ]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    stopped(tmp_path / "a")
+    (tmp_path / "a/.hydra").mkdir()
+    ours = [".checkpoint.pt.0123abcd", ".record.json.x_y", ".hydra/.config.yaml.1"]
+    theirs = [".lock", ".notes.txt.1", ".checkpoint.pt", "checkpoint.pt.1"]
+    for name in (*ours, *theirs):
+        (tmp_path / "a" / name).write_text("x")
+    opened(tmp_path / "a").close()
+    assert [name for name in ours + theirs if (tmp_path / "a" / name).exists()] == theirs
+
+
+def test_event_files_go_where_they_are_asked_for(tmp_path):
+    for board in (None, tmp_path / "board"):
+        trial = opened(tmp_path / "a", tensorboard=board)
+        trial.files.log_step(1, 0, 1.0, 0.1, 1.0)
+        trial.close()
+        assert [p.name.split(".")[0] for p in (board or tmp_path / "a/tensorboard").iterdir()] == ["events"]
+
+
+# --- ends
+
+
+def closed(trial: TrialRun) -> bool:
+    """Whether the logs take no more rows."""
+    with pytest.raises(ValueError, match="closed file"):
+        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+    return True
+
+
+ENDS = {
+    "completed": TrialRun.complete,
+    "interrupted": TrialRun.interrupt,
+    "failed": lambda trial: trial.fail("no good", 3),
+}
+
+
+@pytest.mark.parametrize("status", ENDS)
+def test_ends_are_recorded(status, tmp_path):
+    trial, before = opened(tmp_path / "a"), time.time()
     trial.save()
-    trial.interrupt()
-    (tmp_path / "a/checkpoint.pt").write_bytes(b"cut")
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt is damaged"):
-        begin(tmp_path / "a")
-    assert (tmp_path / "a/checkpoint.pt").read_bytes() == b"cut"
-
-
-# --- bad steps
-
-
-def test_a_failed_trial_begins_anew(tmp_path, monkeypatch):
-    """One bad step, then none: going on from a checkpoint would complete a trial that lacks an update."""
-    whole = train_together([trial_config(*QUIET)], tmp_path / "whole")[0]
-    trial = begin(tmp_path / "a", *QUIET)
-    with monkeypatch.context() as patch:
-        spoil(patch, at=9)
-        train(trial)
+    ENDS[status](trial)
     record = read_record(tmp_path / "a")
-    assert record.status == "failed"
-    assert record.error is not None
-    assert record.error["step"] == 10
-    assert "not finite at step 10 (optimizer.lr=0.001)" in record.error["message"]
-    assert record.finished is not None
-    again = begin(tmp_path / "a", *QUIET)
-    assert again.state == TrialState()
-    assert again.record.error is None
-    train(again)
-    assert read_record(tmp_path / "a").status == "completed"
-    for name, tensor in whole.tensors.items():
-        torch.testing.assert_close(again.state.values[name], tensor, rtol=0, atol=0)
+    failed = status == "failed"
+    assert record.status == status
+    assert record.error == ({"message": "no good", "step": 3, "traceback": None} if failed else None)
+    assert record.finished is None if status == "interrupted" else before <= record.finished <= time.time()
+    assert (tmp_path / "a/train.log").read_text().endswith(f"  {'no good' if failed else status}\n")
+    assert (tmp_path / "a/checkpoint.pt").exists() is (status != "completed"), "nothing reads it again"
+    assert closed(trial)
 
 
-def test_no_checkpoint_hides_a_bad_step(tmp_path, monkeypatch):
-    """The checkpoint of the step before stays until the failure is told."""
-    saved: list[int] = []
-    monkeypatch.setattr(trackers, "save_checkpoint", lambda folder, name, state: saved.append(state.step_in_epoch))
-    spoil(monkeypatch, at=3)
-    train(begin(tmp_path / "a", *QUIET))
-    assert saved == [1, 2, 3]
-    assert read_record(tmp_path / "a").status == "failed"
+def test_failed_by_an_error(tmp_path):
+    trial = opened(tmp_path / "a")
+    try:
+        raise ValueError("the reason")
+    except ValueError as error:
+        trial.fail("in one line", error=error)
+    error = read_record(tmp_path / "a").error
+    assert (error["message"], error["step"]) == ("in one line", None)
+    assert error["traceback"].startswith("Traceback")
+    assert error["traceback"].endswith("ValueError: the reason\n")
+    assert "in test_failed_by_an_error" in error["traceback"]
+    assert error["traceback"] in (tmp_path / "a/train.log").read_text()
 
 
-def test_asked_to_stop_after_a_bad_step(tmp_path, monkeypatch):
-    """The bad trial has failed and the other one is interrupted, though no logging step came in between."""
-    spoil(monkeypatch, at=2, trial=1)
-    stop, whole = StopRequest(), Pack.step
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_a_full_disk_does_not_hide_the_end(status, tmp_path, monkeypatch):
+    """The exit code says it then; the files are closed all the same."""
+    trial = opened(tmp_path / "a")
 
-    def stepped(pack, *args):
-        if pack.step_in_epoch == 4:
-            stop.signum = signal.SIGTERM
-        return whole(pack, *args)
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Pack, "step", stepped)
-    slow = ("trainer.log_every=1000", "trainer.checkpoint_every=300")
-    with pytest.raises(Interrupted):
-        train(begin(tmp_path / "a", *slow, "seed=1"), begin(tmp_path / "b", *slow, "seed=2"), stop=stop)
-    assert [read_record(tmp_path / n).status for n in "ab"] == ["interrupted", "failed"]
-    assert load_checkpoint(tmp_path / "a", read_record(tmp_path / "a").trial_id).step_in_epoch == 5
-    assert not (tmp_path / "b/checkpoint.pt").exists()
-
-
-def test_a_last_update_that_overflows_fails_its_trial_alone(tmp_path, monkeypatch):
-    whole = Pack.step
-
-    def overflow(pack, *args):
-        losses = whole(pack, *args)
-        if pack.trials[0].state.epoch == 1 and pack.step_in_epoch == pack.steps_per_epoch and pack.K == 2:
-            pack.flat.values_KP[1, 5] = math.inf
-        return losses
-
-    monkeypatch.setattr(Pack, "step", overflow)
-    train(begin(tmp_path / "a", "lora.rank=2"), begin(tmp_path / "b", "lora.rank=4"))
-    assert [read_record(tmp_path / n).status for n in "ab"] == ["completed", "failed"]
-    error = read_record(tmp_path / "b").error
-    assert error is not None
-    assert error["step"] == 14
-    assert "a parameter is not finite at step 14" in error["message"]
-
-
-def test_the_rows_of_a_trial_do_not_depend_on_its_pack_mates_failure(tmp_path, monkeypatch):
-    settings = ("trainer.log_every=3", "trainer.checkpoint_every=300")
-    alone = begin(tmp_path / "alone", *settings, "seed=1")
-    train(alone)
-    spoil(monkeypatch, at=4, trial=0)
-    train(begin(tmp_path / "bad", *settings, "seed=2"), begin(tmp_path / "good", *settings, "seed=1"))
-    assert read_record(tmp_path / "bad").status == "failed"
-    rows = [read_rows(tmp_path / n / "metrics.jsonl") for n in ("alone", "good")]
-    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == [3, 6, 7, 7, 10, 13, 14, 14]
-    for a, b in zip(*rows, strict=True):  # fp64: other pack sizes add in another order
-        assert a.pop("kind") == b.pop("kind")
-        assert a == pytest.approx(b, rel=1e-9)
-    assert [r["step"] for r in read_rows(tmp_path / "bad/metrics.jsonl")] == [3]
-
-
-# --- epochs and figures
-
-
-def test_each_trial_of_a_pack_gets_its_own_figures(tmp_path):
-    """Val and test figures, losses and the best epoch of three unlike trials, against each alone."""
-    settings = [("seed=1", "optimizer.lr=0.05"), ("seed=2", "optimizer.lr=0.0001"), ("seed=3", "optimizer.lr=0.01")]
-    together = train_together([trial_config(*s, "trainer.epochs=3") for s in settings], tmp_path / "pack")
-    seen = set()
-    for i, s in enumerate(settings):
-        (alone,) = train_together([trial_config(*s, "trainer.epochs=3")], tmp_path / f"alone{i}")
-        a, b = alone.trial.record, together[i].trial.record
-        for name in ("val_loss", "test_loss", "train_loss"):
-            assert a.metrics[name] == pytest.approx(b.metrics[name], rel=1e-9)
-        for name in ("val_accuracy", "test_accuracy", "epoch", "step"):
-            assert a.metrics[name] == b.metrics[name]
-        assert a.best == b.best
-        seen.add(round(a.metrics["test_loss"], 6))
-    assert len(seen) == 3
-
-
-def test_costs_are_shared_and_add_up(tmp_path, monkeypatch):
-    """The seconds of a pack's steps are divided among its trials."""
-    clock = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
-    outcomes = train_together([trial_config(f"seed={s}", "trainer.epochs=1") for s in (1, 2)], tmp_path)
-    a, b = (o.trial.record.cost for o in outcomes)
-    assert a["seconds"] == b["seconds"] > 0
-    assert a["pack_size"] == 2
-    assert a["images_per_second"] == pytest.approx(56 / a["seconds"])
-    (alone,) = train_together([trial_config("seed=1", "trainer.epochs=1")], tmp_path / "alone")
-    assert alone.trial.record.cost["seconds"] == pytest.approx(2 * a["seconds"])
-
-
-# --- memory, signs of life, locks
-
-
-def test_a_pack_is_freed_when_trials_leave_it(tmp_path, monkeypatch):
-    made: list[weakref.ref[Pack]] = []
-    alive: list[int] = []
-    init = Pack.__init__
-
-    def remember(pack, trials, setup):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in made))
-        init(pack, trials, setup)
-        made.append(weakref.ref(pack))
-
-    monkeypatch.setattr(Pack, "__init__", remember)
-    spoil(monkeypatch, at=2)
-    train(begin(tmp_path / "a", "seed=1"), begin(tmp_path / "b", "seed=2"))
-    assert alive == [0, 0], "no earlier pack lives when the next one is made"
-
-
-def test_a_slow_step_is_no_dead_trial(tmp_path, monkeypatch):
-    """Signs of life come while one step lasts, and end with the trial."""
-    monkeypatch.setattr(loop, "HEARTBEAT_EVERY", 0.02)
-    monkeypatch.setattr(trackers, "HEARTBEAT_EVERY", 0.02)
-    seen: list[float] = []
-    whole = Pack.step
-
-    def slow(pack, *args):
-        if pack.step_in_epoch == 0 and pack.trials[0].state.epoch == 0:
-            for _ in range(6):
-                seen.append(json.loads((tmp_path / "a" / RECORD).read_text())["heartbeat"])
-                time.sleep(0.05)
-        return whole(pack, *args)
-
-    monkeypatch.setattr(Pack, "step", slow)
-    train(begin(tmp_path / "a"))
-    assert len(set(seen)) >= 3
-    last = read_record(tmp_path / "a")
-    assert last.status == "completed"
-    time.sleep(0.1)
-    assert read_record(tmp_path / "a") == last
-    assert not [t for t in threading.enumerate() if t.name == "signs of life"]
-
-
-def test_a_refused_process_leaves_the_owners_lock(tmp_path):
-    """Who is refused must not remove the lock file: a third would make another and train in the same folder."""
-    with locked_folder(tmp_path / "a"):
-        for _ in range(2):
-            with pytest.raises(ConfigError, match="another process is training there"), locked_folder(tmp_path / "a"):
-                pytest.fail("two owners")
-        assert (tmp_path / "a/.lock").exists()
-    assert list((tmp_path / "a").iterdir()) == [], "nothing but the lock was there"
-    with locked_folder(tmp_path / "a"):
-        (tmp_path / "a/file").write_text("x")
-    assert (tmp_path / "a/.lock").exists()
-
-
-def test_who_waits_for_a_lock_that_is_removed_takes_a_new_one(tmp_path):
-    """Each of several threads holds it alone, whoever removes the file."""
-    inside: list[int] = []
-    most: list[int] = []
-
-    def hold() -> None:
-        for _ in range(50):
-            with locked(tmp_path / ".lock"):
-                inside.append(1)
-                most.append(len(inside))
-                time.sleep(0.0005)
-                inside.pop()
-
-    threads = [threading.Thread(target=hold) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(most) == 1
-    assert len(most) == 200
-
-
-# --- asked to stop
-
-
-@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
-def test_what_a_foreign_handler_raises_is_an_interruption(raised, tmp_path, monkeypatch):
-    """It saves what is whole, and the trial then ends as if it had never been stopped."""
-    (whole,) = train_together([trial_config()], tmp_path / "whole")
-    train_step = Pack.step
-
-    def stepped(pack, *args):
-        if pack.trials[0].state.epoch == 1 and pack.step_in_epoch == 2:
-            raise raised
-        return train_step(pack, *args)
-
-    trial = begin(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr(Pack, "step", stepped)
-        with pytest.raises(raised):
-            train(trial)
-    assert read_record(tmp_path / "a").status == "interrupted"
-    again = begin(tmp_path / "a")
-    assert (again.state.epoch, again.state.step_in_epoch) == (1, 2)
-    train(again)
-    for name, tensor in whole.tensors.items():
-        torch.testing.assert_close(again.state.values[name], tensor, rtol=0, atol=0)
+        patch.setattr(records, "write_record", full)
+        ENDS[status](trial)
+    assert trial.record.status == status
+    assert closed(trial)
 
 
-def test_a_stop_while_the_next_pack_is_made_loses_nothing(tmp_path, monkeypatch):
-    """One trial has failed, and a handler ends the process while the others' pack is built."""
-    made, init = [], Pack.__init__
-
-    def build(pack, trials, setup):
-        made.append(len(trials))
-        if len(made) == 2:
-            raise SystemExit(3)
-        init(pack, trials, setup)
-
-    monkeypatch.setattr(Pack, "__init__", build)
-    spoil(monkeypatch, at=2, trial=1)
-    settings = ("trainer.log_every=1", "trainer.checkpoint_every=300")
-    a, b = begin(tmp_path / "a", *settings, "seed=1"), begin(tmp_path / "b", *settings, "seed=2")
-    with pytest.raises(SystemExit):
-        train(a, b)
-    assert made == [2, 1]
-    assert [read_record(tmp_path / n).status for n in "ab"] == ["interrupted", "failed"]
-    assert load_checkpoint(tmp_path / "a", a.name).step_in_epoch == 3
+def test_a_rank_that_writes_nothing_ends_alike():
+    for status, end in ENDS.items():
+        (trial,) = new_trials([plain_trial()])
+        for act in (trial.save, trial.beat, trial.close):
+            act()
+        assert trial.record.status == "running"
+        end(trial)
+        assert trial.record.status == status
 
 
-def test_what_is_half_changed_is_not_saved(tmp_path, monkeypatch):
-    """An exception in the midst of an update: the last checkpoint counts."""
-    update = step.PackedAdamW.step
-
-    def torn(optimizer, *args):
-        update(optimizer, *args)
-        if int(optimizer.updates_K1[0]) == 10:
-            raise SystemExit
-
-    trial = begin(tmp_path / "a")
-    with monkeypatch.context() as patch:
-        patch.setattr(step.PackedAdamW, "step", torn)
-        with pytest.raises(SystemExit):
-            train(trial)
-    state = load_checkpoint(tmp_path / "a", trial.name)
-    assert (state.epoch, state.step_in_epoch, state.updates) == (1, 0, 7)
-    assert read_record(tmp_path / "a").status == "interrupted"
+@pytest.mark.parametrize(("epoch", "done"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_trial_is_done_after_its_last_epoch(epoch, done):
+    (trial,) = new_trials([plain_trial()])
+    trial.state.epoch = epoch
+    assert trial.done() is done
 
 
 def test_trials_are_told_apart_by_what_they_are():
     """Two trials of one config in one process are two trials."""
-    record = TrialRecord("id", "cell", "running", {})
-    a, b = (TrialRun(trial_config(), dataclasses.replace(record), TrialState()) for _ in range(2))
+    a, b = new_trials([plain_trial()] * 2)
+    b.record, b.state = a.record, a.state
     assert a != b
-    assert b not in [a]
+
+
+# --- whose trial it is
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        TrialRun.save,
+        *ENDS.values(),
+        lambda trial: trial.files.write_record(),
+        lambda trial: trial.files.log_epoch(1, 1, {"train_loss": 1.0}),
+        lambda trial: trial.files.log_step(1, 0, 1.0, 1.0, 1.0),
+        lambda trial: trial.files.write_results({}, {}, {}),
+    ],
+)
+def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
+    held = [True]
+    trial = opened(tmp_path / "a", mine=lambda: held[0])
+    trial.files.write_record()
+    trial.files._asked = 0.0  # long ago
+    before, held[0] = contents(tmp_path / "a"), False
+    with pytest.raises(ClaimLost, match=trial.name):
+        write(trial)
+    assert contents(tmp_path / "a") == before
+    trial.close()
+    with pytest.raises(ClaimLost):
+        opened(tmp_path / "a", mine=lambda: held[0], restart=True)
+    assert contents(tmp_path / "a") == before
+
+
+def test_rows_of_steps_ask_now_and_then(tmp_path, monkeypatch):
+    """A process that was suspended asks before its first row; one that trains does not ask for every row."""
+    now, asked = [0.0], []
+    monkeypatch.setattr("lora_vit.training.trackers.time.monotonic", lambda: now[0])
+    trial = opened(tmp_path / "a", mine=lambda: asked.append(now[0]) or True)
+    asked.clear()
+    for at in (1.0, 5.0, 10.9, 11.0, 20.9, 500.0):
+        now[0] = at
+        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+    assert asked == [1.0, 11.0, 500.0]
+    trial.close()
+
+
+# --- locks
+
+
+def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
+    """Who is refused must not remove the lock file: a third would make another and train in the same folder."""
+    place = tmp_path / "runs/a"
+    with locked_folder(place):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="another process is training there, wait"), locked_folder(place):
+                pytest.fail("two owners")
+        assert (place / ".lock").exists()
+    assert list(place.iterdir()) == [], "nothing but the lock was there"
+    with locked_folder(place):
+        (place / "record.json").write_text("x")
+    assert (place / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EACCES, "cannot be written"), (errno.ENOSYS, "-o flock"), (errno.ENOLCK, "mount its file system")],
+)
+def test_a_folder_that_cannot_be_held_names_the_cause(number, said, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=said) as caught, locked_folder(tmp_path / "a"):
+        pytest.fail("no lock, no training")
+    assert f"{tmp_path / 'a'} cannot be" in str(caught.value)
+    assert os.strerror(number) in str(caught.value)
+
+
+def test_an_error_inside_a_locked_folder_is_left_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="disk full"), locked_folder(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "disk full")

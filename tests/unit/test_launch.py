@@ -1,0 +1,59 @@
+"""A config as a command line that Hydra reads back to the last character."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hydra import compose, initialize_config_module
+from plain_trials import BASELINE, plain_trial
+
+from lora_vit.compose import from_omegaconf, quote_paths, register_schema
+from lora_vit.config import to_dict
+from lora_vit.errors import ConfigError
+from lora_vit.launch import launch, overrides_of
+
+PATHS = ["a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)", "~h",
+         "i=j", "k#l?*%", "${m}", "\\${n}", "o${p", "$q", "${oc.env:HOME}", "ü\u2028猫", "r\ns\tt", " u "]  # fmt: skip
+
+
+def composed(overrides):
+    register_schema()
+    with initialize_config_module("lora_vit.conf", version_base="1.3"):
+        return compose("config", overrides=quote_paths(overrides))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_odd_paths(path):
+    config = plain_trial({"data.root": path, "data.cache_dir": path})
+    found = composed(overrides_of(config))
+    assert (found.data.root, found.data.cache_dir) == (path, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.cache_dir": "/cache"},
+        {"data.cache_dir": "/cache", "lora.targets": ["q", "fc1"], "lora.blocks": [1, 0], "optimizer.eps": 1e-05},
+        {"data.cache_dir": "/cache", "seed": 7, "trainer.devices": "2", "trainer.compile": True, "lora.alpha": 0.1},
+        {"data.cache_dir": "/cache", "lora.method": "none"} | BASELINE,
+    ],
+)
+def test_a_whole_config(changes):
+    config = plain_trial(changes)
+    assert to_dict(from_omegaconf(composed(overrides_of(config)))) == to_dict(config)
+
+
+def test_processes_are_started_from_the_main_thread_alone(tmp_path):
+    errors = []
+
+    def try_it():
+        try:
+            launch(plain_trial({"trainer.devices": "2"}), tmp_path, 2)
+        except ConfigError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=try_it)
+    thread.start()
+    thread.join()
+    assert [error.startswith("trainer.devices=2: ") for error in errors] == [True]
