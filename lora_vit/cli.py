@@ -47,7 +47,7 @@ def main(command: str | None = None) -> None:
         name, module = given[0] if given else "", None
         if name in COMMANDS:
             module = import_module(COMMANDS[name][0])
-        if name == "train":  # Hydra reads its arguments
+        if name == "train" and module is not None:  # Hydra reads its arguments
             sys.argv = [f"lora-vit {name}", *given[1:]]
             module.main()
         args = _parser(name, module).parse_args(given)

@@ -91,9 +91,9 @@ class View:
         """Bring a row up to date; its state if the trial has ended."""
         name = row.trial.trial_id
         standing = self.claims.state(name)
-        if standing == HELD:
-            row.status, row.epochs = "running", max(row.epochs, self.claims.epochs(name))
         if standing != ENDED:
+            row.status = "running" if standing == HELD else "waiting"
+            row.epochs = max(row.epochs, self.claims.epochs(name))
             return None
         state = self.sweep.state_of(row.trial)
         if not state.ended:  # its record was removed
