@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_vit.config import SIZES
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import SIZES, last_layer, trunk_state
+from lora_vit.lora.backbones import last_layer, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
+from lora_vit.config import SIZES
 from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
@@ -30,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
     _, config = completed_trial(args)
     from safetensors.torch import save
 
-    from lora_vit.lora.backbones import SIZES
     from lora_vit.trained import TrainedModel
 
     trained = TrainedModel(args.folder, config)

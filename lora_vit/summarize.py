@@ -11,14 +11,12 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lora_vit.analysis import Summary, export, summarize, texts
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.report import html_report
-from lora_vit.errors import RecordError, run_command
+from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
 PROGRAM = "python -m lora_vit.summarize"
@@ -50,14 +48,6 @@ def run(args: argparse.Namespace) -> int:
     write_files(out, render_files(summary, _command(args), not args.no_plots))
     _print(summary, args.top, out)
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Compare the trials of one or more folders.")
-    add_arguments(parser)
-    args = parser.parse_args(arguments)
-    run_command(lambda: run(args))
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -143,8 +143,8 @@ def markdown_escape(text: object) -> str:
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table; text right-aligned where it is a number."""
     rule = ["---:" if numeric(table[c]) else "---" for c in table.columns]
-    rows = [[markdown_escape(v) for v in row] for row in (table.columns, *table.itertuples(index=False))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+    lines = [[markdown_escape(v) for v in row] for row in (list(table.columns), *table.to_numpy().tolist())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def table_md(summary: Summary) -> str:

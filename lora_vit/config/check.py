@@ -15,6 +15,7 @@ from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig
 
 MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
+"""torchvision's arguments that make a Vision Transformer."""
 
 
 def validate(trial: TrialConfig) -> None:

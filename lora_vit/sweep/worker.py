@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_vit.distributed import Process
@@ -43,7 +44,10 @@ def work(folder: Path) -> None:
     with StopRequest() as stop, Claims(folder).living() as claims:
         sweep = Sweep.existing(folder)
         say(f"a worker of {folder}: {sum(map(len, sweep.batches))} trials are planned")
-        Worker(sweep, claims, stop, say).work()
+        worker = Worker(sweep, claims, stop, say)
+        while (pack := worker.next_pack()) is not None:
+            worker.train(*pack)
+        worker.report()
     say("no trial is left to train")
 
 
@@ -93,16 +97,8 @@ class Worker:
         self.cannot: dict[str, str] = {}  # trials that this process cannot train, and why
         self._last_error = ""  # of a trial, if the one before this ended by it
 
-    def work(self) -> None:
-        """Train until no trial is left.
-
-        Raises:
-            ConfigError: some trials cannot be trained here.
-            TrialFailed: this process or its device is broken.
-            Interrupted: everything is saved.
-        """
-        while (pack := self.next_pack()) is not None:
-            self.train(*pack)
+    def report(self) -> None:
+        """Raise ConfigError if some trials cannot be trained here."""
         if self.cannot:
             name, why = next(iter(self.cannot.items()))
             raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
@@ -154,21 +150,24 @@ class Worker:
         for trial, run in self.open_all(trials, setup):
             by_offset.setdefault(run.state.step_in_epoch, []).append((trial, run))
         for members in by_offset.values():
-            error = self.attempt([run for _, run in members], setup)
-            if error is None:
+            runs = [run for _, run in members]
+            errors: list[Exception] = []
+            with self.catching(runs, errors):
+                train_trials(runs, setup, self.reporter, self.stop)
+            if not errors:
                 self._last_error = ""
                 continue
             if len(members) == 1:
-                self.blame(members[0][1], error)
+                self.blame(runs[0], errors[0])
                 continue
             rest = [trial for trial, run in members if run.record.status == "running"]
-            for _, run in members:
+            for run in runs:
                 run.close()
             free_memory()
-            if out_of_memory(error):
+            if out_of_memory(errors[0]):
                 self.sizes.halve(group, len(members))
             half = max(1, len(rest) // 2)
-            self.say(f"a pack of {len(members)} ended ({one_line(error)}): packs of {half} resume from its checkpoints")
+            self.say(f"a pack of {len(members)} ended ({one_line(errors[0])}): packs of {half} resume from its checkpoints")
             for part in filter(None, (rest[:half], rest[half:])):
                 self.train_pack(group, part, setup)
 
@@ -189,10 +188,14 @@ class Worker:
                 self.say(f"{name} was taken over by another process")
         return opened
 
-    def attempt(self, runs: list[TrialRun], setup: Setup) -> Exception | None:
-        """Train a pack; returns what went wrong, for another try with fewer."""
+    @contextlib.contextmanager
+    def catching(self, runs: list[TrialRun], errors: list[Exception]) -> Iterator[None]:
+        """Put into ``errors`` what ends a pack by the fault of one of its trials.
+
+        Raises TrialFailed if the device is to blame, OSError if the disk is.
+        """
         try:
-            train_trials(runs, setup, self.reporter, self.stop)
+            yield
         except Interrupted:
             raise
         except ClaimLost as error:
@@ -204,8 +207,8 @@ class Worker:
                 raise
             if _is_of_the_device(error):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
-            return error.with_traceback(None) if len(runs) > 1 else error  # a traceback holds the pack's memory
-        return None
+            # a traceback holds the pack's memory
+            errors.append(error.with_traceback(None) if len(runs) > 1 else error)
 
     def blame(self, run: TrialRun, error: Exception) -> None:
         """An error of a trial alone: record it as failed if another process saw it too, else leave it to another.

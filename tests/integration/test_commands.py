@@ -122,7 +122,7 @@ def test_a_command_runs_from_anywhere(moved, command, copy, call):
     file = (copy / "base.pth").rename(copy / "moved.pth") if moved else copy / "base.pth"
     code, out, err = call(command, *arguments(command, copy), *(["--weights", file] if moved else []))
     assert (code, err) == (0, "")
-    assert f"model.weights={file}: torchvision's vit, " in out
+    assert f"model.weights={file}: 2 blocks of width 32, patch 8" in out
     assert ", taken from 'model'" in out
     if command == "evaluate":
         assert f"Test Accuracy: {read_record(copy / 'trial').metrics['test_accuracy']:.2%}  (12 images)" in out

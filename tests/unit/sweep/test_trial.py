@@ -11,7 +11,7 @@ from sweeps import trial_of
 
 from lora_vit.config import cell_id, trial_id
 from lora_vit.sweep.plan import default_name, label, short_key
-from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, trains_trunk, without_idle
+from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
 INSIDE = {
     "model.head_dropout": 0.4,
@@ -123,7 +123,7 @@ def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
     ],
 )
 def test_who_trains_parameters_of_the_trunk_trains_alone(changes, alone):
-    assert trains_trunk(plain_trial(changes)) is alone
+    assert plain_trial(changes).lora.trains_trunk is alone
 
 
 @pytest.mark.parametrize(
