@@ -154,6 +154,18 @@ def _for_race(state: State) -> tuple[str, int, object, object]:
     return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
 
 
+def import_optuna(trials: int) -> tuple[Any, Any]:
+    """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
+    try:
+        import optuna
+        from optuna.storages import journal
+    except ImportError as error:
+        raise ConfigError(
+            f"sweep.trials={trials} needs Optuna from version 4 on ({error}): pip install 'lora_vit[search]'"
+        ) from None
+    return optuna, journal
+
+
 class SearchSource:
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
 
@@ -179,13 +191,12 @@ class SearchSource:
         return bool(new)
 
     def _open_study(self, search: dict[str, Any]) -> Any:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+        optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path = str(self.sweep.folder / SEARCH)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+        storage = optuna.storages.JournalStorage(file)
         name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
