@@ -87,8 +87,10 @@ class RaceSource:
     def extend(self) -> bool:
         """Ask for the next seeds of the cells that are in, for as many workers as there are."""
         with self.sweep.changing():
-            if self.sweep.race != self._plan:  # another command has changed its rules or cells
-                self._begin(self.sweep.race or {})
+            if self.sweep.race is None:  # another command asks for a fixed sweep
+                return False
+            if self.sweep.race != self._plan:  # or has changed its rules or cells
+                self._begin(self.sweep.race)
             self.look()
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
             new = [trial for trial in self.wanted() if trial.trial_id not in queued]
@@ -152,6 +154,18 @@ def _for_race(state: State) -> tuple[str, int, object, object]:
     return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
 
 
+def import_optuna(trials: int) -> tuple[Any, Any]:
+    """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
+    try:
+        import optuna
+        from optuna.storages import journal
+    except ImportError as error:
+        raise ConfigError(
+            f"sweep.trials={trials} needs Optuna from version 4 on ({error}): pip install 'lora_vit[search]'"
+        ) from None
+    return optuna, journal
+
+
 class SearchSource:
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
 
@@ -177,13 +191,12 @@ class SearchSource:
         return bool(new)
 
     def _open_study(self, search: dict[str, Any]) -> Any:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+        optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path = str(self.sweep.folder / SEARCH)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+        storage = optuna.storages.JournalStorage(file)
         name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
