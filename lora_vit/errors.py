@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
@@ -53,24 +54,23 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def run_command(action: Callable[[], int | None]) -> None:
+def run_command(action: Callable[[], int | None]) -> NoReturn:
     """Run a command and exit with its code; an error that a user can cause is printed in one line."""
+    code = None
     with reporting():
-        if code := action():
-            sys.exit(code)
+        code = action()
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """For a whole command: it exits at the end; an error that a user can cause is printed in one line."""
-    code = 0
+    """For a command: an error that a user can cause is printed in one line, and ends the process."""
     try:
         _check_process()
         yield
         sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        code = report(error)
-    sys.exit(code)
+        sys.exit(report(error))
 
 
 def exit_code(action: Callable[[], int | None]) -> int:
