@@ -352,7 +352,7 @@ def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
         if len(naps) == 6:
             other.release(trials[1].trial_id, ENDED)
 
-    monkeypatch.setattr(worker_module.time, "sleep", sleep)
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
     bench.work()
     assert bench.packs == [[2], [0]]
     assert len(naps) >= 6
@@ -374,7 +374,7 @@ def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on,
             for trial in trials:
                 other.release(trial.trial_id, ENDED)
 
-    monkeypatch.setattr(worker_module.time, "sleep", sleep)
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
     bench.work()
     assert bench.packs == ([] if its_owner_goes_on else [[1, 2]])
 
