@@ -158,8 +158,10 @@ class View:
         return ", ".join(filter(None, (f"{self._done():.0f}/{self._total()} epochs", ended, self._left())))
 
     def _picture(self) -> Group:
-        said = {"description": f"sweep  {self._ended()}/{len(self.rows)} trials", "left": self._left()}
-        self._bar.update(self._task, total=self._total(), completed=self._done(), **said)
+        title = f"sweep  {self._ended()}/{len(self.rows)} trials"
+        self._bar.update(
+            self._task, total=self._total(), completed=self._done(), description=title, left=self._left()
+        )
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

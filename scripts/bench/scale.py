@@ -140,6 +140,7 @@ def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float,
         for thread in threads:
             thread.start()
         view = View(sweep, [])
+        view.console.quiet = True
         while view.open():
             view.look()
             looks += 1

@@ -304,9 +304,9 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
         (["optimizer.lr=tag(log,interval(0,1))", "sweep.trials=9"], ["optimizer.lr=interval(0,1)", "other ends"]),
         (["optimizer.lr=interval(1,0.1)", "sweep.trials=9"], ["optimizer.lr=interval(1,0.1)", "other ends"]),
         (["lora.rank=interval(0,4)", "sweep.trials=9"], ["1 of 2 trials", "lora.rank=0"]),
-        (["data.root=1e3", "seed=0,1"], ["data.root=1e3", "1000.0", ""data.root='1e3'""]),
-        (["data.root=a{b", "seed=0,1"], ["data.root=a{b", ""data.root='a{b'""]),
-        (["data.root=a,b"], ["2 of 2 trials", ""data.root='a,b'""]),
+        (["data.root=1e3", "seed=0,1"], ["data.root=1e3", "1000.0", '"data.root=\'1e3\'"']),
+        (["data.root=a{b", "seed=0,1"], ["data.root=a{b", '"data.root=\'a{b\'"']),
+        (["data.root=a,b"], ["2 of 2 trials", '"data.root=\'a,b\'"']),
     ],
 )
 def test_what_a_sweep_refuses(lines, words):
@@ -323,7 +323,8 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     search = request.search or {}
     assert request.trials == []
     assert search["trials"] == 9
-    assert search["space"]["lora.rank"] == {"low": 1, "high": 4, "log": False, "integer": True, "group": False, "step": 1}
+    rank = {"low": 1, "high": 4, "log": False, "integer": True, "group": False, "step": 1}
+    assert search["space"]["lora.rank"] == rank
     assert search["space"]["optimizer.lr"]["log"]
     assert [of["group"] for of in search["space"].values()] == [True, False, False]
     assert [options for options, _ in search["bases"]] == [[["lora", "default"]], [["lora", "none"]]]

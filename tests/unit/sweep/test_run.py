@@ -1,4 +1,4 @@
-"""A sweep's command from request to outcomes: what it asks for, whom it starts, what it says. Workers only leave records."""
+"""A sweep's command from request to outcomes: what it asks for, starts and says. Workers only leave records."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_trials_are_trained_once_and_reported(engine, tmp_path, capsys):
     assert sorted(called) == sorted((trial.trial_id, "completed") for trial in trials)
     assert (engine.started, engine.withdrawn) == ([2], 1)
     out = capsys.readouterr().out
-    for words in (f"sweep {tmp_path}: 3 trials\n", "mean val accuracy", "75.00", "3/3", "0.00", f"summarize {tmp_path.name}"):
+    for words in (f"sweep {tmp_path}: 3 trials\n", "mean val accuracy", "75.00", "3/3", f"summarize {tmp_path.name}"):
         assert words in out
     assert run(tmp_path, trials) == outcomes
     assert engine.started == [2], "nothing is left to train"
@@ -277,7 +277,7 @@ def test_a_dry_run_says_what_it_would_train_and_writes_nothing(engine, tmp_path,
     out = capsys.readouterr().out
     assert f"plan of {folder}: 4 trials, 0 of them finished; 2 workers" in out
     rows = [line.split() for line in out.splitlines() if "vit_tiny" in line]
-    assert ["3", "measured", "at", "the", "start"] == rows[0][-5:]
+    assert rows[0][-5:] == ["3", "measured", "at", "the", "start"]
     assert rows[1][-2:] == ["1", "1"]
     assert (folder.exists(), engine.started) == (False, [])
 
