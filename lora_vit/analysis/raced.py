@@ -30,7 +30,7 @@ class RaceVerdict(Verdict):
     """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
 
     legend = (
-        "A race: *selected* is the cell that was left; *left* ones were not told apart; *out* ones fell behind after n "
+        "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
         "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
         "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
         "marks the Pareto front of val accuracy against that cost."

@@ -446,5 +446,5 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     with pytest.raises(ConfigError, match="not of one trial"):
         load_adapter(model, folder)
     (folder / "record.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"record\.json is not whole JSON"):
+    with pytest.raises(ConfigError, match=r"record\.json is not complete JSON"):
         load_adapter(model, folder)

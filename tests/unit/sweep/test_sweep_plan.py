@@ -99,7 +99,7 @@ def test_a_measured_pack_size_holds_for_as_many_trials_as_it_was_measured_with(t
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", ["sweep.json is not whole JSON", "remove it"]),
+        ("{", ["sweep.json is not complete JSON", "remove it"]),
         ("[]", ["version None", "another sweep.name"]),
         ('{"schema": 2}', ["version 2", "another sweep.name"]),
         ('{"schema": 4}', ["was edited", "the sweep's command again"]),
