@@ -87,7 +87,7 @@ def summarize(
 
 
 def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
-    """The first seeds of races, comparable as a fixed sweep. Raises RecordError if they started with different seeds."""
+    """The first seeds of races, comparable as a fixed sweep. Raises RecordError if their seeds differ at the start."""
     seeds = {(race["seed"], race["first_seeds"]) for race in loaded.races}
     if len(seeds) > 1:
         raise RecordError("these races started with different seeds: summarize one folder at a time")
