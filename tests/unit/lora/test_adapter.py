@@ -424,7 +424,7 @@ def test_a_value_that_has_changed_is_noticed(model, tmp_path):
     written = bytearray((folder / "adapter.safetensors").read_bytes())
     written[-6] ^= 1  # within the last number
     (folder / "adapter.safetensors").write_bytes(written)
-    with pytest.raises(ConfigError, match=r"values in adapter\.safetensors are not those that were trained"):
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors does not hold the values that were trained"):
         load_adapter(model, folder)
 
 
