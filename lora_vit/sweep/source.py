@@ -264,7 +264,7 @@ def distribution(key: str, of: dict[str, Any]) -> Any:
     try:
         return kind(of["low"], of["high"], log=of["log"], step=of["step"])
     except ValueError as error:
-        given = f"{key}=interval({of['low']},{of['high']})"
+        given = f"{key}=interval({of['low']:g},{of['high']:g})"
         raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
 
 
