@@ -392,6 +392,6 @@ def explain(error: BaseException) -> str:
         near = nearest(found[1].rpartition("/")[2], options)
         return f"'{found[1]}' does not exist{near} (one of: {', '.join(options)})"
     if found := re.search(r"full_key: (\S+)", text):
-        return f"{found[1]}: {next(str(link) for link in chain if found[1] in str(link)).splitlines()[0]}"
+        return f"{found[1]}: {next(str(link) for link in chain if found[0] in str(link)).splitlines()[0]}"
     lines = [line for line in text.splitlines() if line and not line.startswith("In '")]
     return lines[0] if lines else type(error).__name__

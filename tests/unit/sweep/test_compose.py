@@ -310,7 +310,7 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
         (["lora.rank=interval(0,4)", "sweep.trials=9"], ["1 of 2 trials", "lora.rank=0"]),
         (["data.root=1e3", "seed=0,1"], ["data.root=1e3", "1000.0", '"data.root=\'1e3\'"']),
         (["data.root=a{b", "seed=0,1"], ["data.root=a{b", '"data.root=\'a{b\'"']),
-        (["model.weights=a,b"], ["2 of 2 trials", '"model.weights=\'a,b\'"']),
+        (["model.weights=a.pt,b.pt"], ["2 of 2 trials", '"model.weights=\'a,b\'"']),
     ],
 )
 def test_what_a_sweep_refuses(lines, words):
