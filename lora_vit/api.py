@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from lora_vit.compose import Composer, expand, initialized
 from lora_vit.config import RootConfig, TrialConfig, to_dict
-from lora_vit.data.dataset import forget
+from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError, TrialFailed
 from lora_vit.records import TrialRecord, read_record

@@ -20,7 +20,8 @@ from torch import nn
 from lora_vit import randomness
 from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.data.dataset import ImageData
+from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError

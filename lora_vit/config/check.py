@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 
+from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
 from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
@@ -74,20 +75,21 @@ def _check_timm(m: ModelConfig) -> None:
 
 def _check_data(d: DataConfig) -> None:
     """Settings that a data set needs, or that have no effect on it."""
-    for part in ("val", "test") if d.name != "imagefolder" else ():
+    known = DATASETS[d.name]
+    for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
-        if part == "test" and d.name.startswith("cifar"):
-            if fraction is not None:
-                refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
-        elif fraction is None:
+        if part in known.always and fraction is not None:
+            refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
+        if part not in (*known.always, *known.perhaps) and fraction is None:
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
-    if d.cache_size is not None and d.name in ("cifar10", "cifar100", "digits"):
+    if d.cache_size is not None and known.one_size:
         refuse("data.cache_size", d.cache_size, f"has no effect with data={d.name} (images of one size): leave it null")
-    if d.official_val and d.name != "tiny_imagenet":
-        refuse("data.official_val", True, f"has no effect with data={d.name}: only tiny_imagenet has one")
+    if d.official_val and not known.official_val:
+        having = ", ".join(name for name, other in DATASETS.items() if other.official_val)
+        refuse("data.official_val", True, f"has no effect with data={d.name}: only {having} has one")
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, folder_name, nearest, number, number_or_auto, refuse
 from lora_vit.errors import ConfigError
 
@@ -66,7 +67,7 @@ class DataConfig:
         content: which images with which classes, found out when the trial is composed (None: those of a package).
     """
 
-    name: str = field(metadata=choice("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake"))
+    name: str = field(metadata=choice(*DATASETS))
     root: str | None = field(metadata=NO_IDENTITY)
     batch_size: int = field(metadata=number("a whole number", "[1, inf)"))
     augment: str = field(metadata=choice("none", "flip", "crop_flip"))

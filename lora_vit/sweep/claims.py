@@ -132,6 +132,7 @@ class Claims:
             return False
         self._last[trial_id] = (number, "")
         self._held[trial_id] = number
+        self.lost.discard(trial_id)
         return True
 
     def release(self, trial_id: str, mark: str = FREE, error: str = "") -> None:

@@ -87,8 +87,10 @@ class RaceSource:
     def extend(self) -> bool:
         """Ask for the next seeds of the cells that are in, for as many workers as there are."""
         with self.sweep.changing():
-            if self.sweep.race != self._plan:  # another command has changed its rules or cells
-                self._begin(self.sweep.race or {})
+            if self.sweep.race is None:  # another command asks for a fixed sweep
+                return False
+            if self.sweep.race != self._plan:  # or has changed its rules or cells
+                self._begin(self.sweep.race)
             self.look()
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
             new = [trial for trial in self.wanted() if trial.trial_id not in queued]

@@ -23,17 +23,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_vit.sweep.follow import LOOK_EVERY, Follower
+from lora_vit.sweep.ledger import Ledger
+from lora_vit.sweep.progress import View
+from lora_vit.sweep.runner import begin
+
 from lora_vit.api import compose
 from lora_vit.config import SweepConfig, to_dict
 from lora_vit.records import TrialRecord, write_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import claims as claims_module
 from lora_vit.sweep.claims import ENDED
-from lora_vit.sweep.follow import LOOK_EVERY, Follower
-from lora_vit.sweep.ledger import Ledger
 from lora_vit.sweep.plan import Group, Job, SweepRun
-from lora_vit.sweep.progress import View
-from lora_vit.sweep.runner import begin
 from lora_vit.sweep.worker import Worker
 
 NAMES_AN_OPERATION = 100

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from pictures import paint
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
@@ -72,3 +74,32 @@ def run(path: Path, cwd: Path, *arguments: str) -> str:
     assert done.returncode == 0, done.stderr
     assert not list(cwd.iterdir())
     return done.stdout
+
+
+@pytest.mark.slow
+def test_data_is_prepared_for_training(tmp_path):
+    (empty := tmp_path / "empty").mkdir()
+    for name in ("cat", "dog"):
+        for i in range(10):
+            paint(tmp_path / "pets" / name / f"{i}.png", i)
+    places = ("imagefolder", "--root", str(tmp_path / "pets"), "--cache-dir", str(tmp_path / "cache"))
+    told = run(SCRIPTS / "prepare_data.py", empty, *places, "--cache-size", "16")
+    assert "imagefolder: 20 images of 16x16 pixels in 2 classes\n  val                  2\n" in told
+    assert "imagefolder: 20 images of 256x256 pixels" in run(SCRIPTS / "prepare_data.py", empty, *places)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+
+
+@pytest.mark.slow
+def test_the_data_path_is_measured(tmp_path):
+    (empty := tmp_path / "empty").mkdir()
+    folder, out = tmp_path / "data" / "tiny-imagenet-200", tmp_path / "out.json"
+    for wnid in ("n1", "n2"):
+        for i in range(80):
+            paint(folder / "train" / wnid / "images" / f"{i}.JPEG", i, (64, 64))
+    (folder / "wnids.txt").write_text("n1\nn2\n")
+    few = ("--rounds", "1", "--batches", "1", "--json", str(out))
+    run(SCRIPTS / "bench/data.py", empty, str(tmp_path / "data"), *few)
+    measured = json.loads(out.read_text())
+    assert measured["facts"]["images"] == 160
+    assert len(measured["rows"]) == 8
+    assert all(row["max images/s"] > 0 for row in measured["rows"])

@@ -154,7 +154,7 @@ def work_for_command() -> int:
     """
     import torch
 
-    from lora_vit.sweep.worker import work
+    from lora_vit.sweep.worker import at_work
 
     line = sys.stdin.readline()
     if not line:
@@ -167,8 +167,8 @@ def work_for_command() -> int:
             pids.append(pid)
             continue
         try:  # a worker
-            with _as_worker(Path(orders["logs"])), reporting():
-                work(Path(orders["folder"]))
+            with _as_worker(Path(orders["logs"])), reporting(), at_work(Path(orders["folder"])) as worker:
+                worker.work()
         except SystemExit as end:
             os._exit(int(end.code or 0))
 

@@ -36,6 +36,7 @@ class Job:
                 work(self.folder)
         except SystemExit as end:
             return int(end.code or 0)
+        return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the job is to be queued again."""
