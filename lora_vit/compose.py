@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, known_keys, nearest, to_dict, validate_sweep
 from lora_vit.errors import ConfigError
-from lora_vit.resolve import from_omegaconf, register_resolvers
+from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, default_name, label
 from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
@@ -285,7 +285,8 @@ def search_space(
             value = plain[section][name]  # a worker may be started in another folder
             if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
                 plain[section][name] = str(Path(str(master.hydra.runtime.cwd), value))
-        bases.append([list(map(list, options)), OmegaConf.to_yaml({k: v for k, v in plain.items() if k != "hydra"})])
+        trial = {key: value for key, value in plain.items() if key not in SECTIONS_BESIDE}
+        bases.append([list(map(list, options)), OmegaConf.to_yaml(trial)])
     ends = [[f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
             for i, end in ((0, "low"), (-1, "high"))]  # fmt: skip
     compose_all(composer, fixed, ends)
