@@ -321,7 +321,7 @@ def test_auto_pack_size_is_measured_once(tmp_path):
 
 def test_the_same_trial_named_twice_runs_once(tmp_path):
     out = run_command("-m", "lora.rank=2,2,2", "sweep.pack_size=2", cwd=tmp_path).stdout
-    assert "2 of the 3 settings name a trial that another one names" in out
+    assert "2 of 3 combinations are duplicates" in out
     assert "[1/1]" in out
 
 
