@@ -204,8 +204,7 @@ class SearchSource:
         """Tell what trials came to; returns the study's trials by the ids of ours."""
         from optuna.trial import TrialState, create_trial
 
-        named = {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
-        for name, theirs in named.items():
+        for name, theirs in _named(study).items():
             state = self.sweep.state_of(self.sweep.trials[name]) if name in self.sweep.trials else None
             record = state.record if state is not None and state.ended else None
             value = record.metrics.get("val_accuracy") if record is not None and record.status == "completed" else None
@@ -218,7 +217,7 @@ class SearchSource:
                 study.tell(theirs.number, value)
             else:
                 study.tell(theirs.number, state=TrialState.FAIL)
-        return named
+        return _named(study)
 
     def _at_once(self, search: dict[str, Any], known: int) -> int:
         size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
@@ -250,6 +249,11 @@ class SearchSource:
             theirs.set_user_attr("trial_id", trial.trial_id)
             new[trial.trial_id] = trial
         return list(new.values())
+
+
+def _named(study: Any) -> dict[str, Any]:
+    """The study's trials by the ids of ours; those that were suggested again have none."""
+    return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
 
 
 def distribution(key: str, of: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ _waiting: list[subprocess.Popen[str]] = []
 
 
 def start_early() -> None:
-    """Start a process that imports torch and waits to be told what to do; another call does nothing."""
+    """Start a process that imports torch and waits for its orders; another call does nothing."""
     if not _waiting:
         _waiting.append(_start_process())
 

@@ -116,7 +116,10 @@ def test_resolvers_of_ids_and_sizes(loader, small):
         ({"lora.rank": "???"}, "lora.rank has no value: give one, for example lora.rank=..."),
         ({"seed": "???"}, "seed has no value: give one, for example seed=..."),
         ({"seed": "${nothing}"}, "Interpolation key 'nothing' not found"),
-        ({"lora.rank": 0}, "lora.rank=0 is impossible: give a whole number from 1 up, or lora=none to train the head alone"),
+        (
+            {"lora.rank": 0},
+            "lora.rank=0 is impossible: give a whole number from 1 up, or lora=none to train the head alone",
+        ),
     ],
 )
 def test_an_impossible_trial_ends_in_a_line(small, changes, line):

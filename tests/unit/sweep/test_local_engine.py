@@ -130,7 +130,7 @@ def test_why_workers_failed_is_told_once(engine, tmp_path):
     engine.start(1)  # there is no sweep
     (news,) = until_ended(engine)
     assert "workers have failed" in news
-    assert f"error: {tmp_path} holds no sweep" in news
+    assert f"error: {tmp_path} is not a sweep folder" in news
     assert engine.look() == (0, [])
 
 
