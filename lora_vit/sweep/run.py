@@ -191,20 +191,20 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
         Interrupted: workers were asked to stop and have saved, or they continue by themselves.
         TrialFailed: workers end, and no trial does.
     """
-    workers, tries, ended = int(sweep.plan["workers"]), 0, 0
+    workers, tries = int(sweep.plan["workers"]), 0
     with StopRequest() as stop:
         try:
             while True:
+                alive, news = engine.look()  # before the trials, or workers that have just ended seem to be missing
+                for text in news:
+                    view.say(text)
                 for trial, state in view.look():
                     request.ended(trial, state)
-                    ended, tries = ended + 1, 0
+                    tries = 0
                 if not view.open():
                     if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
-                alive, news = engine.look()
-                for text in news:
-                    view.say(text)
                 if stop.signum:
                     _end(engine, view, stop)
                 missing = min(workers - alive, view.free())

@@ -30,9 +30,11 @@ from lora_vit.sweep.trial import Trial
 @pytest.fixture
 def engine(tmp_path) -> Iterator[Local]:
     made = Local(tmp_path)
+    (early,) = local._waiting
     yield made
     made.stop(now=True)
     made.withdraw()
+    early.wait()
 
 
 def until_ended(engine: Local, seconds: float = 120) -> list[str]:

@@ -247,7 +247,7 @@ def test_a_race_selects_and_says_so(engine, tmp_path, capsys):
     assert len(outcomes) == 6
     out = capsys.readouterr().out
     assert "a race of 2 cells" in out
-    assert "rank=8 is selected after 3 seeds" in out
+    assert "rank 8 is selected after 3 seeds" in out
     assert len(run(tmp_path, race_trials(4), **race)) == 9, "cells that are added race against those that are left"
     out = capsys.readouterr().out
     assert "a race of 3 cells (6 completed)" in out
