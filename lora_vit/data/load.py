@@ -9,7 +9,6 @@ import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.dataset import Found, ImageData, Wanted, shown
-from lora_vit.data.splits import divide
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 
@@ -20,6 +19,8 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     Raises:
         ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
     """
+    from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
+
     found = _find(config, quiet)
     assert found is not None
     if config.content is not None and config.content != found.content:
