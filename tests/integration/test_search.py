@@ -22,10 +22,6 @@ from lora_vit.records import read_record
 from lora_vit.sweep import run
 from lora_vit.sweep.claims import ENDED, Claims
 from lora_vit.sweep.plan import Sweep
-<<<<<<< HEAD
-=======
-from lora_vit.sweep.source import SearchSource
->>>>>>> main
 from lora_vit.sweep.trial import Trial
 
 pytest.importorskip("optuna", minversion="4", reason="needs pip install 'lora_vit[search]'")

@@ -308,31 +308,7 @@ def test_auto_pack_size_is_measured_once(tmp_path):
     assert "[3/3]" in again
 
 
-<<<<<<< HEAD
 def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
-=======
-def test_the_same_trial_named_twice_runs_once(tmp_path):
-    out = run_command("-m", "lora.rank=2,2,2", "sweep.pack_size=2", cwd=tmp_path).stdout
-    assert "2 of 3 combinations are duplicates" in out
-    assert "[1/1]" in out
-
-
-def test_a_dry_run_writes_nothing_and_says_what_was_measured(tmp_path):
-    arguments = ("-m", "lora=default,full", "lora.rank=1,2", "sweep.name=s")
-    out = run_command(*arguments, "sweep.dry_run=true", cwd=tmp_path).stdout
-    assert "3 trials, 0 of them finished" in out
-    assert "LoRA on q k v o fc1 fc2" in out
-    assert "full fine-tuning" in out
-    assert "measured at the start" in out
-    assert list(tmp_path.iterdir()) == []
-    run_command(*arguments, cwd=tmp_path)
-    out = run_command(*arguments, "lora.rank=1,2,4,8", "sweep.dry_run=true", cwd=tmp_path).stdout
-    assert "5 trials, 3 of them finished" in out
-    assert "measured at the start" not in out
-
-
-def test_a_dry_run_needs_neither_weights_nor_data(tmp_path):
->>>>>>> main
     """The headline task: no download, no step of the large model."""
     line = [sys.executable, "-m", "lora_vit.train", "-m", "lora.rank=2,4", "sweep.dry_run=true", "data.root=nowhere"]
     out = run([*line, f"data.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"], tmp_path)
