@@ -72,7 +72,7 @@ def test_two_workers_share_a_folder(tmp_path):
     assert completed_by(outputs) == dict.fromkeys(sweep.trials, 1)
     assert all("no trial is left" in out for out in outputs)
     assert statuses(sweep) == ["completed"] * 8
-    fourth = list(sweep.trials.values())[3]
+    fourth = next(trial for trial in sweep.trials.values() if trial.config.seed == 3)
     assert (sweep.folder_of(fourth) / ".hydra/overrides.yaml").read_text() == "- seed=3\n"
     late = start_worker(sweep.folder)
     out = late.communicate(timeout=120)[0]
