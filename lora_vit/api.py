@@ -29,6 +29,9 @@ from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Request
 from lora_vit.sweep.trial import Trial
 
+NO_FILES = ("data=fake", "model=vit_tiny", "model.weights=null")
+"""A trial that looks at no file: composed in place of those that are given as configs."""
+
 
 class Sweep(NamedTuple):
     """A finished sweep: its folder, and its trials' records in the order in which they were asked for.
@@ -82,12 +85,12 @@ def sweep(
         raise ConfigError(f"sweep.{wrong.pop()} is for the command: sweep() trains, and waits")
     forget()
     lines = [trial for trial in trials if isinstance(trial, str)]
+    if not lines and folder is None:
+        raise ConfigError("sweep() needs a folder for trials that are given as configs")
     with initialized():
         given = [f"sweep.{key}={value}" for key, value in options.items()]
-        request = expand([*lines, *given], folder)
+        request = expand([*(lines or NO_FILES), *given], folder)
     if not lines:
-        if folder is None:
-            raise ConfigError("sweep() needs a folder for trials that are given as configs")
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:
         raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")

@@ -92,45 +92,30 @@ assert api.train(api.compose(small), "two").finished == record.finished
     assert "TOGETHER 2" in out
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("place")
+SWEEP = [*SMALL, "seed=0,1"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("function", "given", "options", "words"),
     [
-        (["lora.rank=0"], "lora.rank=0 is impossible"),
-        (["lora.rnk=1"], "did you mean 'lora.rank'"),
-        (["lora.rank=[1"], "cannot read the override"),
-        (["lora=qkv"], "'lora/qkv' does not exist"),
+        (api.compose, [*SMALL, "lora.rank=0"], {}, "lora.rank=0 is impossible"),
+        (api.compose, [*SMALL, "lora.rank=[1"], {}, "cannot read the override"),
+        (api.compose, SWEEP, {}, "several values"),
+        (api.sweep, [*SWEEP, "lora.rnk=1"], {}, "did you mean 'lora.rank'"),
+        (api.sweep, [*SWEEP, "lora=qkv"], {}, "'lora/qkv' does not exist"),
+        (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
+        (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run is for the command"),
+        (api.sweep, SWEEP, {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
+        (api.sweep, [*SWEEP, "hydra/launcher=basic"], {}, "hydra/launcher=basic has no effect"),
+        (api.sweep, [*SWEEP, "-m"], {}, "-m"),
+        (api.sweep, [api.compose(SMALL)], {}, "sweep() needs a folder for trials that are given as configs"),
     ],
 )
-@pytest.mark.parametrize("function", [api.compose, api.sweep])
-def test_what_is_wrong_is_raised(function, overrides, words, place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_what_is_wrong_is_raised(function, given, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(words)):
-        function([*SMALL, *overrides])
-    assert list(place.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("overrides", "options", "words"),
-    [
-        (["seed=0,1", "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
-        (["seed=0,1"], {"dry_run": True}, "sweep.dry_run is for the command"),
-        (["seed=0,1", "-m"], {}, "-m"),
-        (["seed=0,1", "hydra/launcher=basic"], {}, "hydra/launcher=basic has no effect"),
-        (["seed=0,1"], {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
-        ([api.compose(SMALL)], {}, "sweep() needs a folder for trials that are given as configs"),
-    ],
-)
-def test_what_a_sweep_cannot_be_is_raised(overrides, options, words, place, monkeypatch):
-    monkeypatch.chdir(place)
-    lines = [] if not isinstance(overrides[0], str) else SMALL
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        api.sweep([*lines, *overrides], **options)
-    assert list(place.iterdir()) == []
+        function(given, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):

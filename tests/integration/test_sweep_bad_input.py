@@ -29,7 +29,7 @@ CASES = [
     (["hydra.sweep.dir=/proc/sweep"], ["/proc/sweep cannot be written", "another sweep.name or hydra.sweep.dir"]),
     (["seed=0,1", "data=imagefolder", "data.root=nowhere"], ["nowhere", "not a folder"]),
     (["seed=0,1", "model.weights=missing.pth"], ["missing.pth", "check the path"]),
-    (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local", "hydra/sweeper=basic"]),
+    (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local"]),
     (["seed=0,1", "engine=slrm"], ["'engine/slrm' does not exist", "'slurm'"]),
     (["engine=local,slurm"], ["engine", "cannot be swept"]),
     (["seed=0,1", "sweep.wait=false"], ["sweep.wait=false needs engine=slurm"]),
