@@ -1,8 +1,8 @@
 """``lora-vit COMMAND ...``: one parser for all commands. ``python -m lora_vit.COMMAND ...`` is the same.
 
 Only the module of the command that is given is imported. It offers ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code; or ``main()``, which reads ``sys.argv`` itself, as Hydra does. What the commands on a
-trained trial share is here, too. No torch, no numpy.
+returns the exit code; of ``train``, Hydra reads the arguments. What the commands on a trained trial share is here, too.
+No torch, no numpy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from lora_vit import __version__
 from lora_vit.config import TrialConfig, from_dict, is_weights_file
-from lora_vit.errors import RecordError, run_command
+from lora_vit.errors import RecordError, reporting
+from lora_vit.files import user_path
 
 if TYPE_CHECKING:
     from lora_vit.records import TrialRecord
@@ -36,24 +37,23 @@ COMMANDS = {
 """Module of each command, and what it does."""
 
 
-def main(command: str | None = None) -> NoReturn:
+def main(command: str | None = None) -> None:
     """Run a command with the arguments in ``sys.argv`` and exit with its code; without ``command`` the first names it.
 
     The console script calls it, and with a name ``python -m lora_vit.NAME``.
     """
-    given = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
-    run_command(lambda: _run(given))
-
-
-def _run(given: list[str]) -> int | None:
-    name, module = given[0] if given else "", None
-    if name in COMMANDS:
-        module = import_module(COMMANDS[name][0])
-        if not hasattr(module, "add_arguments"):
+    with reporting():
+        given = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+        name, module = given[0] if given else "", None
+        if name in COMMANDS:
+            module = import_module(COMMANDS[name][0])
+        if name == "train" and module is not None:  # Hydra reads its arguments
             sys.argv = [f"lora-vit {name}", *given[1:]]
-            return module.main()
-    args = _parser(name, module).parse_args(given)
-    return args.run(args)
+            module.main()
+            return
+        args = _parser(name, module).parse_args(given)
+        code = args.run(args)
+    sys.exit(code)
 
 
 def _parser(chosen: str, module: Any) -> argparse.ArgumentParser:
@@ -106,7 +106,7 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if args.weights is None else args.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
+    if is_weights_file(config.model.weights) and not user_path(str(config.model.weights)).exists():
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return record, config
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
@@ -53,27 +53,18 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def run_command(action: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its code; an error that a user can cause is printed in one line."""
-
-    def run() -> int | None:
-        _check_process()
-        code = action()
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # all is done, and the reader has seen enough
-            os._exit(code or 0)
-        return code
-
-    sys.exit(exit_code(run))
-
-
-def exit_code(action: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; an error that a user can cause is printed in one line."""
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """For a command: an error that a user can cause is printed in one line, and ends the process."""
     try:
-        return action() or 0
+        _check_process()
+        yield
     except (UserError, OSError, KeyboardInterrupt) as error:
-        return report(error)
+        sys.exit(report(error))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, and all is done
+        os._exit(0)
 
 
 def report(error: BaseException, quiet: bool = False) -> int:

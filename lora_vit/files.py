@@ -14,6 +14,11 @@ from typing import Any, BinaryIO
 from lora_vit.errors import RecordError
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """The path, with the home folder in the place of ``~`` and ``~user``."""
+    return Path(os.path.expanduser(text))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file so that it appears whole or not at all: temporary file, fsync, rename.

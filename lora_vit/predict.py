@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import codecs
 import csv
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import ConfigError
-from lora_vit.files import replacing
+from lora_vit.files import replacing, user_path
 
 if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
-    images = found_images(args.images, Path(os.path.expanduser(config.data.cache_dir)))
+    images = found_images(args.images, user_path(config.data.cache_dir))
     rows, unreadable = [], []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
         for path, found in classified(trained, images):
@@ -84,7 +83,7 @@ def classified(trained: TrainedModel, images: list[Path]) -> Iterator[tuple[Path
     """Each image with its probability of each class, or with the error that reading it gave."""
     import torch
 
-    from lora_vit.data.cache import decode
+    from lora_vit.data.decode import decode
 
     card, model, device = trained.adapter.card, trained.adapted, trained.factory.device
     for start in range(0, len(images), BATCH):

@@ -13,6 +13,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import (
+    DATASETS,
     TrialConfig,
     file_sha256,
     from_dict,
@@ -22,8 +23,9 @@ from lora_vit.config import (
     trial_id,
     validate,
 )
-from lora_vit.data.dataset import IN_PACKAGES, known_content
+from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError
+from lora_vit.files import user_path
 
 UNKNOWN_ID = "TRIAL"
 """Stands for a trial id in a path, while that would need a download to know."""
@@ -85,6 +87,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         if key not in (*wanted, *SECTIONS_BESIDE):
             raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
     for key in wanted:
+        if OmegaConf.is_missing(cfg, key):
+            raise ConfigError(f"{key} has no value: give one, for example {key}=...")
         if key not in cfg:
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
         try:
@@ -114,9 +118,10 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
         ConfigError: a file cannot be read, or its content is not the given one.
     """
     weights, digest = trial.model.weights, None
+    in_package = DATASETS[trial.data.name].in_package
     if weights is not None and is_weights_file(weights):
-        digest = file_sha256(Path(os.path.expanduser(weights)))
-    elif weights is not None and trial.model.library == "torchvision" and trial.data.name not in IN_PACKAGES and fetch:
+        digest = file_sha256(user_path(weights))
+    elif weights is not None and trial.model.library == "torchvision" and not in_package and fetch:
         from lora_vit.models.weights import check_weights  # imports torch
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
@@ -127,7 +132,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     ):
         if given is not None and given != found:
             raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
-    if not fetch and content is None and trial.data.name not in IN_PACKAGES:
+    if not fetch and content is None and not in_package:
         raise ConfigError(f"data={trial.data.name} has not been read yet")
     trial.model.weights_sha256, trial.data.content = digest, content
 
@@ -137,9 +142,9 @@ def absolute_paths(trial: TrialConfig, cwd: Path) -> None:
     if str(trial.model.weights).lower() in ("none", "null"):
         trial.model.weights = None
     if is_weights_file(trial.model.weights):
-        trial.model.weights = os.path.join(cwd, os.path.expanduser(str(trial.model.weights)))
+        trial.model.weights = os.path.join(cwd, user_path(str(trial.model.weights)))
     if trial.data.root:
-        trial.data.root = os.path.join(cwd, os.path.expanduser(trial.data.root))
+        trial.data.root = os.path.join(cwd, user_path(trial.data.root))
     if not trial.data.cache_dir.startswith("~"):  # each machine's own home
         trial.data.cache_dir = os.path.join(cwd, trial.data.cache_dir)
 

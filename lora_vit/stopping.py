@@ -1,10 +1,11 @@
-"""Being asked to stop: signals are remembered until work is saved, then told as :class:`Interrupted`."""
+"""Requests to stop: signals are remembered until work is saved, then raised as :class:`Interrupted`."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -31,7 +32,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody set handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread alone
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._remember)
@@ -48,6 +49,12 @@ class StopRequest:
         """Raise Interrupted if asked to stop; for long work between steps of training."""
         if self.signum:
             raise Interrupted(self.signum)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; a request to stop ends it early."""
+        until = time.monotonic() + seconds
+        while not self.signum and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT:

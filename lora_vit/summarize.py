@@ -11,14 +11,12 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from lora_vit.analysis import Summary, export, summarize, texts
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.report import html_report
-from lora_vit.errors import RecordError, run_command
+from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
 PROGRAM = "python -m lora_vit.summarize"
@@ -52,16 +50,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, description="Compare the trials of one or more folders.")
-    add_arguments(parser)
-    args = parser.parse_args(arguments)
-    run_command(lambda: run(args))
-
-
 def _command(args: argparse.Namespace) -> str:
-    """What makes the same files again."""
+    """The command that makes the same files again."""
     words = [str(folder) for folder in args.folders]
     for name in ("out", "where", "margin"):
         if (value := getattr(args, name)) is not None:

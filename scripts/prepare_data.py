@@ -12,27 +12,34 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hydra import compose
 from omegaconf import OmegaConf
 
-from lora_vit.compose import register_schema
-from lora_vit.config import DataConfig
-from lora_vit.data.dataset import load_data
-from lora_vit.errors import run_command
+from lora_vit.compose import initialized
+from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.load import load_data
+from lora_vit.errors import ConfigError, reporting
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "data"
+PRESETS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "conf" / "data").glob("*.yaml"))
 
 
-def data_config(args: argparse.Namespace) -> DataConfig:
-    """The data set's own settings with what the command line changes."""
-    given = {key: value for key in ("root", "cache_dir", "cache_size") if (value := getattr(args, key)) is not None}
-    # The batch size has no part in preparing, and must not refuse a small data set.
-    given |= {"official_val": args.official_val, "batch_size": 1}
-    register_schema()
-    config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(CONF / f"{args.dataset}.yaml"), given)
-    whole = OmegaConf.create({"model": {"image_size": 224}, "data": config})  # the size that the cache follows
-    prepared = OmegaConf.to_object(whole.data)
-    assert isinstance(prepared, DataConfig)
-    return prepared
+def data_config(preset: str, **given: str | int | bool | None) -> DataConfig:
+    """The data set's own settings with what is given.
+
+    Raises:
+        ConfigError: something is missing, or has no effect on this data set.
+    """
+    with initialized():
+        data = compose("config", overrides=[f"data={preset}"]).data
+        # The batch size has no part in preparing, and must not refuse a small data set.
+        data.update({"batch_size": 1, **{key: value for key, value in given.items() if value is not None}})
+        if OmegaConf.is_missing(data, "root"):
+            raise ConfigError(f"{preset} has no folder of its own: give --root DIR")
+        if data.official_val and not DATASETS[data.name].official_val:
+            raise ConfigError(f"--official-val has no effect: {preset} has no such images")
+        config = OmegaConf.to_object(data)
+    assert isinstance(config, DataConfig)
+    return config
 
 
 def prepare(config: DataConfig) -> int:
@@ -49,19 +56,14 @@ def prepare(config: DataConfig) -> int:
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=sorted(path.stem for path in CONF.glob("*.yaml")))
+    parser.add_argument("dataset", choices=PRESETS)
     parser.add_argument("--root", help="data.root: where the files are, or shall be")
     parser.add_argument("--cache-dir", help="data.cache_dir")
     parser.add_argument("--cache-size", type=int, help="data.cache_size: pixels of each side")
-    parser.add_argument("--official-val", action="store_true", help="data.official_val=true (tiny_imagenet)")
-    args = parser.parse_args()
-    if args.root is None and "???" in (CONF / f"{args.dataset}.yaml").read_text():
-        parser.error(f"{args.dataset} has no folder of its own: give --root DIR")
-    if args.cache_size is not None and args.cache_size < 8:
-        parser.error("--cache-size: give a number of pixels from 8 up")
-    if args.official_val and args.dataset != "tiny_imagenet":
-        parser.error("--official-val has no effect here: only tiny_imagenet has such a folder")
-    run_command(lambda: prepare(data_config(args)))
+    parser.add_argument("--official-val", action="store_true", default=None, help="data.official_val=true")
+    given = vars(parser.parse_args())
+    with reporting():
+        prepare(data_config(given.pop("dataset"), **given))
 
 
 if __name__ == "__main__":

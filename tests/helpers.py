@@ -18,8 +18,6 @@ from plain_trials import SMALL
 from lora_vit import api
 from lora_vit.build import build_setup
 from lora_vit.config import TrialConfig
-from lora_vit.data import cache
-from lora_vit.data.files import digests_of
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
 from lora_vit.stopping import StopRequest
@@ -84,12 +82,6 @@ def largest_difference(a: Outcome, b: Outcome) -> float:
         other = b.tensors[name]
         worst = max(worst, float((tensor - other).norm() / other.norm().clamp(min=1e-12)))
     return worst
-
-
-def decoded(root: Path, names: list[str], size: int | None, cache_dir: str, quiet: bool = True) -> np.ndarray:
-    """The decoded images of files, uint8 [N, 3, h, w]."""
-    place = Path(cache_dir)
-    return cache.decoded(root, names, digests_of(root, names, place, quiet), size, place, quiet)[0]
 
 
 def command(*overrides: str, module: str = "lora_vit.train") -> list[str]:

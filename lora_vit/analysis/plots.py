@@ -245,7 +245,7 @@ def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | No
     mean = 100 * frame["mean"].to_numpy(float)
     bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
     x, y = (mean, places) if horizontal else (places, mean)
-    sizes = {"capsize": 2.5, "linewidth": 1.6, "elinewidth": 1.3, "markersize": 5}
+    sizes: Any = {"capsize": 2.5, "linewidth": 1.6, "elinewidth": 1.3, "markersize": 5}
     axes.errorbar(x, y, xerr=bars if horizontal else None, yerr=None if horizontal else bars, label=label,
                   color=colour, marker=marker, linestyle=linestyle, **sizes)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What could not work is refused before any model is built: in one line, the key, the value and the remedy.
+"""Refuse what cannot work before any model is built: in one line, the key, the value and the remedy.
 
 What a setting may be stands with its field in :mod:`lora_vit.config.schema`, what settings mean for each other here.
 """
@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 
+from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
 from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
@@ -45,7 +46,7 @@ def validate_sweep(sweep: SweepConfig) -> None:
 
 
 def _check_sizes(m: ModelConfig) -> None:
-    """Of torchvision's models, which are made from their sizes."""
+    """Check a model of torchvision's, which is made from its sizes."""
     one_of("model.name", m.name, MODELS)
     sizes = {key: getattr(m, key) for key in SIZES}
     for key, value in sizes.items():
@@ -61,37 +62,38 @@ def _check_sizes(m: ModelConfig) -> None:
 
 
 def _check_timm(m: ModelConfig) -> None:
-    """What can be said of timm's models without timm."""
+    """Check what is known of timm's models without timm."""
     for key in SIZES[1:]:
         if getattr(m, key) is not None:
-            refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: its name says it, leave it null")
+            refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
     if not re.fullmatch(r"[\w.]+", m.name):
-        refuse("model.name", m.name, "is no name of timm's: give one as vit_small_patch14_dinov2.lvd142m")
+        refuse("model.name", m.name, "is not a name of timm's: give one like vit_small_patch14_dinov2.lvd142m")
     if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
         remedy = "give DEFAULT (those of the name's tag), a file, or null for random weights"
         refuse("model.weights", m.weights, f"is unknown for {m.name}: {remedy}")
 
 
 def _check_data(d: DataConfig) -> None:
-    """Settings that a data set needs, or that have no effect on it."""
-    for part in ("val", "test") if d.name != "imagefolder" else ():
+    """Check the settings that a data set needs, and those that have no effect on it."""
+    known = DATASETS[d.name]
+    for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
-        if part == "test" and d.name.startswith("cifar"):
-            if fraction is not None:
-                refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
-        elif fraction is None:
+        if part in known.always and fraction is not None:
+            refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
+        if part not in (*known.always, *known.perhaps) and fraction is None:
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
-    if d.cache_size is not None and d.name in ("cifar10", "cifar100", "digits"):
+    if d.cache_size is not None and known.one_size:
         refuse("data.cache_size", d.cache_size, f"has no effect with data={d.name} (images of one size): leave it null")
-    if d.official_val and d.name != "tiny_imagenet":
-        refuse("data.official_val", True, f"has no effect with data={d.name}: only tiny_imagenet has one")
+    if d.official_val and not known.official_val:
+        having = ", ".join(name for name, other in DATASETS.items() if other.official_val)
+        refuse("data.official_val", True, f"has no effect with data={d.name}: only {having} has one")
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
-    """Adapters need all their settings and have to fit the model; a baseline has none of them."""
+    """Check that adapters have all their settings and fit the model, and that a baseline has none."""
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
         if lora.method != "lora" and value is not None and f.name != "method":

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, folder_name, nearest, number, number_or_auto, refuse
 from lora_vit.errors import ConfigError
 
@@ -66,7 +67,7 @@ class DataConfig:
         content: which images with which classes, found out when the trial is composed (None: those of a package).
     """
 
-    name: str = field(metadata=choice("tiny_imagenet", "digits", "cifar10", "cifar100", "imagefolder", "fake"))
+    name: str = field(metadata=choice(*DATASETS))
     root: str | None = field(metadata=NO_IDENTITY)
     batch_size: int = field(metadata=number("a whole number", "[1, inf)"))
     augment: str = field(metadata=choice("none", "flip", "crop_flip"))
@@ -162,7 +163,7 @@ class SweepConfig:
     dry_run: bool
     wait: bool
     margin: float | None = field(metadata=number("points of val accuracy", "(0, 100)", ", or null for no race"))
-    first_seeds: int = field(metadata=number("the seeds that a race begins with,", "[2, inf)"))
+    first_seeds: int = field(metadata=number("the seeds that a race starts with,", "[2, inf)"))
     most_seeds: int
     trials: int | None = field(metadata=number("a number of trials", "[1, inf)", ", or null for every combination"))
 
@@ -222,7 +223,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed={seed} is no whole number: give one, or several as seed=0,1 in a sweep")
+        raise ConfigError(f"seed={seed} is not a whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
 
 

@@ -7,36 +7,36 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_vit.config import DataConfig
-from lora_vit.errors import ConfigError
-
-_MODULES = {
-    "tiny_imagenet": "tiny_imagenet",
-    "imagefolder": "folder",
-    "cifar10": "cifar",
-    "cifar100": "cifar",
-    "digits": "digits",
-    "fake": "digits",
-}
-
-IN_PACKAGES = ("digits", "fake")
-"""Data sets that need no download and no decoding, and are what their version makes them."""
-
 Range = tuple[float, float]
 """The values that become 0 and 255 where pixels have more than 8 bits."""
-Decoded = tuple[np.ndarray, "Range | None", int]
-"""Images uint8 [N, 3, h, w], the range where files have more than 8 bits, and how many files have further pictures."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A data set that is asked for: which (the fields of the same names in DataConfig), and what a loader may do."""
+
+    name: str
+    root: Path
+    cache_dir: Path
+    official_val: bool = False
+    cache_size: int | None = None
+    quiet: bool = False
+    """Show no progress."""
+    fetch: bool = True
+    """Download and read what is not known yet; without it a loader returns None instead."""
 
 
-class NotFetchedError(ConfigError):
-    """What would have to be downloaded or read first."""
+class Decoded(NamedTuple):
+    """Images uint8 [N, 3, h, w], what became 0 and 255 in them, and how many files hold pictures that are not used."""
+
+    images: np.ndarray
+    value_range: Range | None = None
+    with_more: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ImageData:
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
     def line(self, image_size: int) -> str:
-        """What is trained on and what is not, in one line; ``image_size``: pixels that the model wants."""
+        """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
         text = f"data: {used:,} images of {len(self.class_names):,} classes: {sizes}"
@@ -109,76 +109,6 @@ class ImageData:
             text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
         text += f"; of {self.with_more:,} files with several pictures the first is used" if self.with_more else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
-
-
-def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
-    """The decoded and divided data set of a config; downloads and caches what is not there.
-
-    Raises:
-        ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
-    """
-    from lora_vit.data.splits import divide
-
-    found = _find(config, quiet)
-    if config.content is not None and config.content != found.content:
-        raise ConfigError(
-            f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
-            f"not {config.content}"
-        )
-    splits, fingerprint = divide(found, config)
-    images, value_range, more = found.decode(config.cache_size)
-    also = {}
-    if found.digests is not None:
-        first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
-        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
-    names, passed = found.class_names, found.passed_over
-    return ImageData(images, found.labels, names, splits, fingerprint, passed, value_range, also, more)
-
-
-def known_content(config: DataConfig, fetch: bool = True) -> str | None:
-    """What ``data.content`` is for this data set: None where the package itself has the images.
-
-    Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
-    and the content is None where that would be needed.
-
-    Raises:
-        ConfigError: in one line, why it cannot be told.
-    """
-    if config.name in IN_PACKAGES:
-        return None
-    try:
-        return _find(config, False, fetch).content
-    except NotFetchedError:
-        return None
-
-
-_FOUND: dict[tuple[object, ...], Found] = {}
-
-
-def forget() -> None:
-    """List the files anew the next time: what a session of hours does before each new command."""
-    _FOUND.clear()
-
-
-def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found:
-    size = config.cache_size if config.name == "fake" else None
-    key = (config.name, config.root, config.official_val, config.cache_dir, size)
-    if key not in _FOUND:
-        # Imported when chosen: each needs another heavy package.
-        find: Callable[..., Found] = import_module(f"lora_vit.data.{_MODULES[config.name]}").find
-        if config.name in IN_PACKAGES:
-            _FOUND[key] = find(config.name, size)
-        else:
-            if not config.root:
-                raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
-            root, cache_dir = os.path.expanduser(config.root), os.path.expanduser(config.cache_dir)
-            try:
-                _FOUND[key] = find(config.name, root, cache_dir, quiet, config.official_val, fetch)
-            except OSError as e:
-                raise ConfigError(
-                    f"{shown(e.filename or root)} cannot be read ({e.strerror}): mend or remove it"
-                ) from None
-    return _FOUND[key]
 
 
 def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.ndarray], digests: np.ndarray) -> str:

@@ -7,15 +7,15 @@ import hashlib
 import numpy as np
 
 from lora_vit import randomness
-from lora_vit.data.dataset import Found, content_of
+from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
 
 
-def find(name: str, size: int | None) -> Found:
-    """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998), or fake images of ``size`` pixels."""
-    images, labels, names = _digits() if name == "digits" else _fake(size or 32)
+def find(wanted: Wanted) -> Found:
+    """Digits (1,797 scans of 8x8 pixels, 10 classes; Alpaydin & Kaynak, 1998), or made-up images of the wanted size."""
+    images, labels, names = _digits() if wanted.name == "digits" else _fake(wanted.cache_size or 32)
     parts = {"train": np.arange(len(labels))}
     content = content_of(names, labels, parts, np.frombuffer(hashlib.sha256(images.tobytes()).digest(), np.uint8))
-    return Found(labels, names, parts, content, lambda _: (images, None, 0))
+    return Found(labels, names, parts, content, lambda _: Decoded(images))
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray, list[str]]:

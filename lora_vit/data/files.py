@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.data.dataset import NotFetchedError, shown
+from lora_vit.data.dataset import shown
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, replacing
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
+from lora_vit.terminal import Progress
 
 _OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
-"""What tells a folder of ours: a trial's or a sweep's."""
+"""Files that mark a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
@@ -40,7 +41,7 @@ _NAMED = 3
 
 @dataclass
 class PassedOver:
-    """What lies among the images and is not used: names by the reason."""
+    """Files among the images that are not used: their names by the reason."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ class PassedOver:
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """Endings, in small letters, of all files that Pillow opens."""
+    """Lower-case endings of all files that Pillow opens."""
     from PIL import Image
 
     return frozenset(
@@ -70,7 +71,7 @@ def image_endings() -> frozenset[str]:
 
 
 def is_own(folder: Path | str, cache_dir: Path) -> bool:
-    """Whether a folder is the cache, or holds what training wrote: no class, whatever lies in it."""
+    """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""
     folder = Path(folder)
     if folder.resolve() == cache_dir.resolve() or any((folder / name).exists() for name in _OWN_FILES):
         return True
@@ -115,12 +116,8 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
     """Sorted paths, relative to ``root``, of the images in a folder and its sub-folders; links are followed."""
     found: list[str] = []
 
-    def identity(path: Path | str) -> tuple[int, int]:
-        stat = os.stat(path)
-        return stat.st_dev, stat.st_ino
-
-    def walk(place: str, above: frozenset[tuple[int, int]]) -> None:
-        here = identity(root / place)
+    def walk(place: str, above: frozenset[str]) -> None:
+        here = os.path.realpath(root / place)
         if here in above:
             passed.add("links that lead back", place)
             return
@@ -131,19 +128,23 @@ def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -
                 found.append(name)
 
     top = root / folder
-    walk(folder, frozenset(map(identity, {*top.absolute().parents, *top.resolve().parents})))
+    walk(folder, frozenset(map(os.path.realpath, {*top.absolute().parents, *top.resolve().parents})))
     return sorted(found)
 
 
-def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray:
+def digests_of(
+    root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True
+) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
+    Returns None if files would have to be read and ``fetch`` is false.
+
     Raises:
-        ConfigError: a file that cannot be read, or a ``cache_dir`` that cannot be written.
-        NotFetchedError: files would have to be read, and ``fetch`` is false.
+        OSError: a file that cannot be read.
+        ConfigError: a ``cache_dir`` that cannot be written.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    stats = {name: _stat(root, name) for name in names}
+    stats = {name: _stat(os.path.join(root, name)) for name in names}
     known = _kept(store)
 
     def unread() -> list[str]:
@@ -151,37 +152,21 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
 
     if unread():
         if not fetch:
-            raise NotFetchedError(f"the images below {shown(root)} have not been read yet")
-        try:
-            with locked_in(cache_dir, store.name):
-                known = _kept(store)  # perhaps another run has just read them
-                settled = time.time_ns() - _UNSETTLED
-                missing = unread()
-                for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
-                    known[name] = stats[name] + digest
+            return None
+        with locked_in(cache_dir, store.name):
+            known = _kept(store)  # perhaps another run has just read them
+            settled = time.time_ns() - _UNSETTLED
+            missing = unread()
+            for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
+                known[name] = stats[name] + digest
+            with writing_to(cache_dir):
                 _keep(store, {name: row for name, row in known.items() if _STAT.unpack(row[:32])[2] < settled})
-        except OSError as error:
-            raise cannot_write(cache_dir, error) from None
     return np.frombuffer(b"".join(known[name][32:] for name in names), np.uint8).reshape(-1, 32)
 
 
-def cannot_write(cache_dir: Path, error: OSError) -> ConfigError:
-    """The error for a cache that cannot be written."""
-    return ConfigError(
-        f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
-    )
-
-
-def _cannot_read(root: Path, name: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{shown(root / name)} cannot be read ({error.strerror}): mend or remove it")
-
-
-def _stat(root: Path, name: str) -> bytes:
+def _stat(path: str) -> bytes:
     """Size, time of writing, time of change and inode of a file, 32 bytes."""
-    try:
-        stat = os.stat(os.path.join(root, name))
-    except OSError as error:
-        raise _cannot_read(root, name, error) from None
+    stat = os.stat(path)
     return _STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
@@ -205,39 +190,40 @@ def _keep(store: Path, known: dict[str, bytes]) -> None:
 
 def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
     """Sha256 of files, read side by side."""
-    from lora_vit.terminal import Progress
 
     def read(chunk: list[str]) -> list[bytes]:
-        return [_sha256(root, name) for name in chunk]
+        return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
 
     digests: list[bytes] = []
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
-    with (
-        Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar,
-        ThreadPoolExecutor(cores()) as pool,
-    ):
+    with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
         for part in pool.map(read, chunks):
             digests += part
             bar.advance(len(part))
     return digests
 
 
-def _sha256(root: Path, name: str) -> bytes:
-    try:
-        with open(os.path.join(root, name), "rb") as file:
-            return hashlib.sha256(file.read()).digest()
-    except OSError as error:
-        raise _cannot_read(root, name, error) from None
+@contextlib.contextmanager
+def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
+    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only.
 
-
-def cores() -> int:
-    """Cores this process may use (a container or a batch system may grant fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing_to(cache_dir):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            lock = cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"
+            stack.enter_context(locked(lock))
+        yield
 
 
 @contextlib.contextmanager
-def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
-    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with locked(cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"):
+def writing_to(cache_dir: Path) -> Iterator[None]:
+    """Raise ConfigError in the place of OSError: the cache's folder cannot be written."""
+    try:
         yield
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
+        ) from None

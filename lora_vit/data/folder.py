@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lora_vit.data.cache import Parts, found_in
-from lora_vit.data.dataset import Found, shown
+from lora_vit.data.dataset import Found, Wanted, shown
 from lora_vit.data.files import PassedOver, folders_in, images_below
 from lora_vit.errors import ConfigError
 
@@ -15,16 +15,16 @@ _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 _LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
 
 
-def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, fetch: bool) -> Found:
+def find(wanted: Wanted) -> Found | None:
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
     Raises:
         ConfigError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
             a part in the place of a class.
     """
-    top, cache = Path(root), Path(cache_dir)
+    top, cache = wanted.root, wanted.cache_dir
     if not top.is_dir():
-        raise ConfigError(f"data.root={shown(root)} is not a folder: give the folder that holds your class folders")
+        raise ConfigError(f"data.root={shown(top)} is not a folder: give the folder that holds your class folders")
     passed = PassedOver()
     folders = _part_folders(top, cache, passed)
     classes = _class_folders(top / folders["train"], cache, passed)
@@ -43,17 +43,17 @@ def find(name: str, root: str, cache_dir: str, quiet: bool, official_val: bool, 
             place = Path(folder) / class_name
             found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
             if not found and part == "train":
-                raise ConfigError(f"class folder {shown(top / place)} holds nothing that Pillow opens: fill or remove it")
+                raise ConfigError(f"class folder {shown(top / place)} has nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise ConfigError(
                 f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
             )
-    return found_in(top, [shown(c) for c in classes], parts, passed, cache, quiet, fetch)
+    return found_in(top, [shown(c) for c in classes], parts, passed, wanted)
 
 
 def _refuse_splits(top: Path, classes: list[str], cache: Path) -> None:
-    """Raise ConfigError where two class folders that hold folders, or two folders in one class, are named like parts."""
+    """Raise ConfigError if two class folders that hold folders, or two folders in one class, are named like parts."""
     inside = {name: folders_in(top / name, cache, PassedOver()) for name in classes}
     for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
         like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import urllib.error
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torchvision.models import get_model_weights
 
 from lora_vit.config import ModelConfig, is_weights_file, weights_files
 from lora_vit.errors import ConfigError
+from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
@@ -103,7 +103,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _files(weights: str) -> list[Path]:
-    return weights_files(Path(os.path.expanduser(weights)))
+    return weights_files(user_path(weights))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -137,7 +137,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _unwrapped(held: dict[str, Any], model: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The Vision Transformer's tensors in what somebody saved, and where they were if they were wrapped."""
+    """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"

@@ -20,8 +20,8 @@ from lora_vit.terminal import make_console, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     parser.description = (
-        "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: it "
-        "trains packs of open trials on one device of this machine, until none is open or held by another worker."
+        "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: "
+        "it trains packs of open trials on one device of this machine, until none is open or held by another worker."
     )
     parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder; or the word `work`")
     parser.add_argument("folder", nargs="?", help="of the sweep to work on (-: a command says on standard input what)")

@@ -23,13 +23,15 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
+from lora_vit.sweep.source import RaceSource, SearchSource, Source, import_optuna, source_of, suggested
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import View
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3
 """So often in a row workers are started without that a trial ends."""
+POLL_EVERY_TRIAL = 0.0005
+"""Seconds between two looks for each trial of a large sweep, whose folder takes long to list."""
 SHOWN = 30
 """Rows of a table on the terminal."""
 COMPARED, MARGIN = 3, 0.5
@@ -40,7 +42,7 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
     Returns:
-        The validation accuracy or the failure of each trial id; None after a dry run, or if nobody waits.
+        The validation accuracy or the failure of each trial id; None after a dry run or with ``sweep.wait=false``.
 
     Raises:
         ConfigError: nothing was trained.
@@ -48,11 +50,14 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         Interrupted: everything is saved.
     """
     trials, options = _each_once(request.trials), request.options
+    if not trials and request.search is None:
+        raise ConfigError("no trials: give at least one")
     sweep = Sweep(request.folder)
     _report_changed(trials, sweep)
     about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
                              "search": request.search, "workers": 1}  # fmt: skip
     if request.search is not None:
+        import_optuna(request.search["trials"])
         trials = [_example(request.search)]
     if options.margin is not None:
         trials, about["race"] = _cells(request, trials, sweep)
@@ -67,7 +72,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     if about["race"] or request.search:  # what it has asked for so far
         cells = (about["race"] or {}).get("cells")
         asked = [trial for trial in sweep.trials.values() if cells is None or trial.cell_id in cells]
-    states = {trial.trial_id: _reopened(sweep, trial, options.retry_failed) for trial in asked}
+    restart = trials[0].config.trainer.resume == "restart"
+    states = {trial.trial_id: _reopened(sweep, trial, restart, options.retry_failed) for trial in asked}
     for trial in (trial for batch in sweep.batches for trial in batch if trial.trial_id not in states):
         states[trial.trial_id] = sweep.state_of(trial)  # left over by earlier commands
     is_open = {name for name, state in states.items() if not state.ended}
@@ -102,9 +108,9 @@ def _each_once(trials: Sequence[Trial]) -> list[Trial]:
     idle = dict.fromkeys(key_of(line) for trial in trials for line in trial.overrides
                          if line not in without_idle(trial.config, trial.overrides))  # fmt: skip
     if idle:
-        print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
+        print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
     if twice := len(trials) - len(once):
-        print(f"note: {twice} of the {len(trials)} settings name a trial that another one names: each runs once")
+        print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
     return list(once.values())
 
 
@@ -150,10 +156,10 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
     return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
 
 
-def _reopened(sweep: Sweep, trial: Trial, retry_failed: bool) -> State:
+def _reopened(sweep: Sweep, trial: Trial, restart: bool, retry_failed: bool) -> State:
     """How a trial stands, once what the command asks to train again is open; a trial in training is left alone."""
     state = sweep.state_of(trial)
-    record, restart = state.record, trial.config.trainer.resume == "restart"
+    record = state.record
     if record is None or not (restart or (retry_failed and record.status == "failed")):
         return state
     claims = Claims(sweep.folder)
@@ -182,23 +188,23 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
 
     Raises:
         ConfigError: the engine refuses.
-        Interrupted: workers were asked to stop and have saved, or go on by themselves.
+        Interrupted: workers were asked to stop and have saved, or they continue by themselves.
         TrialFailed: workers end, and no trial does.
     """
-    workers, tries, ended = int(sweep.plan["workers"]), 0, 0
+    workers, tries = int(sweep.plan["workers"]), 0
     with StopRequest() as stop:
         try:
             while True:
+                alive, news = engine.look()  # before the trials, or workers that have just ended seem to be missing
+                for text in news:
+                    view.say(text)
                 for trial, state in view.look():
                     request.ended(trial, state)
-                    ended, tries = ended + 1, 0
+                    tries = 0
                 if not view.open():
                     if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
-                alive, news = engine.look()
-                for text in news:
-                    view.say(text)
                 if stop.signum:
                     _end(engine, view, stop)
                 missing = min(workers - alive, view.free())
@@ -210,7 +216,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                 elif missing > 0 and not alive:
                     raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
                                       "saved stays, and the same command resumes")  # fmt: skip
-                time.sleep(engine.poll_every)
+                stop.sleep(max(engine.poll_every, len(view.rows) * POLL_EVERY_TRIAL))
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
             raise
@@ -292,7 +298,7 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     """How the race stands, and its verdict if it has ended."""
     source.look()
-    header = ("cell", "mean val accuracy", "seeds", "may fall by", "")
+    header = ("cell", "mean val accuracy", "seeds", "slack (points)", "")
     print_table(console, source.title(), header, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas

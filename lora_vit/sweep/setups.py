@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from lora_vit.build import build_setup
-from lora_vit.data.dataset import ImageData, load_data
+from lora_vit.data.dataset import ImageData
+from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.sweep.claims import Claims

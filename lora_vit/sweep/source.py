@@ -87,8 +87,10 @@ class RaceSource:
     def extend(self) -> bool:
         """Ask for the next seeds of the cells that are in, for as many workers as there are."""
         with self.sweep.changing():
-            if self.sweep.race != self._plan:  # another command has changed its rules or cells
-                self._begin(self.sweep.race or {})
+            if self.sweep.race is None:  # another command asks for a fixed sweep
+                return False
+            if self.sweep.race != self._plan:  # or has changed its rules or cells
+                self._begin(self.sweep.race)
             self.look()
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
             new = [trial for trial in self.wanted() if trial.trial_id not in queued]
@@ -152,6 +154,18 @@ def _for_race(state: State) -> tuple[str, int, object, object]:
     return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
 
 
+def import_optuna(trials: int) -> tuple[Any, Any]:
+    """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
+    try:
+        import optuna
+        from optuna.storages import journal
+    except ImportError as error:
+        raise ConfigError(
+            f"sweep.trials={trials} needs Optuna from version 4 on ({error}): pip install 'lora_vit[search]'"
+        ) from None
+    return optuna, journal
+
+
 class SearchSource:
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
 
@@ -177,13 +191,12 @@ class SearchSource:
         return bool(new)
 
     def _open_study(self, search: dict[str, Any]) -> Any:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+        optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path = str(self.sweep.folder / SEARCH)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+        storage = optuna.storages.JournalStorage(file)
         name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
@@ -191,8 +204,7 @@ class SearchSource:
         """Tell what trials came to; returns the study's trials by the ids of ours."""
         from optuna.trial import TrialState, create_trial
 
-        named = {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
-        for name, theirs in named.items():
+        for name, theirs in _named(study).items():
             state = self.sweep.state_of(self.sweep.trials[name]) if name in self.sweep.trials else None
             record = state.record if state is not None and state.ended else None
             value = record.metrics.get("val_accuracy") if record is not None and record.status == "completed" else None
@@ -205,7 +217,7 @@ class SearchSource:
                 study.tell(theirs.number, value)
             else:
                 study.tell(theirs.number, state=TrialState.FAIL)
-        return named
+        return _named(study)
 
     def _at_once(self, search: dict[str, Any], known: int) -> int:
         size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
@@ -216,7 +228,7 @@ class SearchSource:
         """Up to ``count`` suggestions that are new."""
         import optuna
 
-        space = {key: _distribution(optuna.distributions, of) for key, of in search["space"].items()}
+        space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
         for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
             if len(new) == count:
@@ -239,11 +251,25 @@ class SearchSource:
         return list(new.values())
 
 
-def _distribution(kinds: Any, of: dict[str, Any]) -> Any:
+def _named(study: Any) -> dict[str, Any]:
+    """The study's trials by the ids of ours; those that were suggested again have none."""
+    return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+
+
+def distribution(key: str, of: dict[str, Any]) -> Any:
+    """Optuna's of a searched key. Raises ConfigError if there is none, or no Optuna."""
+    try:
+        from optuna import distributions as kinds
+    except ImportError:
+        raise ConfigError("sweep.trials needs Optuna: pip install 'lora_vit[search]'") from None
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution
-    return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    try:
+        return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    except ValueError as error:
+        given = f"{key}=interval({of['low']:g},{of['high']:g})"
+        raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
 
 
 def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:

@@ -1,6 +1,6 @@
-"""What the user sees of a sweep: one bar and a table refreshed in place, or plain lines when piped.
+"""The view of a sweep: one bar and a table refreshed in place, or plain lines when piped.
 
-It knows what anybody could know: the plan, the claims and the records.
+It reads what any process can read: the plan, the claims and the records.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ class View:
         """Bring a row up to date; its state if the trial has ended."""
         name = row.trial.trial_id
         standing = self.claims.state(name)
-        if standing == HELD:
-            row.status, row.epochs = "running", max(row.epochs, self.claims.epochs(name))
         if standing != ENDED:
+            row.status = "running" if standing == HELD else "waiting"
+            row.epochs = max(row.epochs, self.claims.epochs(name))
             return None
         state = self.sweep.state_of(row.trial)
         if not state.ended:  # its record was removed
@@ -158,8 +158,8 @@ class View:
         return ", ".join(filter(None, (f"{self._done():.0f}/{self._total()} epochs", ended, self._left())))
 
     def _picture(self) -> Group:
-        said = {"description": f"sweep  {self._ended()}/{len(self.rows)} trials", "left": self._left()}
-        self._bar.update(self._task, total=self._total(), completed=self._done(), **said)
+        said = f"sweep  {self._ended()}/{len(self.rows)} trials"
+        self._bar.update(self._task, total=self._total(), completed=self._done(), description=said, left=self._left())
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

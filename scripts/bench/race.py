@@ -137,7 +137,8 @@ def trained(*overrides: str) -> tuple[Summary, float]:
 
 def fixed(seeds: range, overrides: Sequence[str]) -> tuple[Summary, float]:
     """The same sweep without the race, every cell with the same seeds."""
-    others = [line for line in overrides if not line.startswith("sweep.margin=")]
+    of_race = ("sweep.margin=", "sweep.first_seeds=", "sweep.most_seeds=")
+    others = [line for line in overrides if not line.startswith(of_race)]
     return trained("sweep.margin=null", f"seed=range({seeds.start},{seeds.stop})", *others)
 
 

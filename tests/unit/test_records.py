@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_a_lock_has_one_holder(tmp_path):
     with pytest.raises(RuntimeError), locked(path):
         raise RuntimeError
     assert not path.exists(), "whatever happened"
+
+
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
+    """Also if the folder goes while the lock is held."""
+    path, order = tmp_path / "lock", []
+
+    def wait() -> None:
+        with locked(path):
+            order.append("second")
+            shutil.rmtree(tmp_path)
+
+    with locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+    assert not tmp_path.exists()
 
 
 def test_a_lock_that_another_process_replaced_is_not_ours(tmp_path, monkeypatch):
@@ -249,7 +269,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"schema": 1', "is not whole JSON"),
+        ('{"schema": 1', "is not complete JSON"),
         ("[]", "is not a trial record"),
         ('["schema"]', "is not a trial record"),
         ("{}", "is not a trial record"),
@@ -333,7 +353,7 @@ def test_a_folder_of_another_trial_says_what_differs_first(theirs, said, tmp_pat
 def test_an_edited_record_is_not_believed(edit, tmp_path):
     """Its settings are those of its trial id, or it says nothing."""
     damage(tmp_path, **edit)
-    with pytest.raises(RecordError, match=r"record\.json was edited: its config is (that of trial|not whole)"):
+    with pytest.raises(RecordError, match=r"record\.json was edited: its config is (that of trial|incomplete)"):
         read_record(tmp_path)
     assert state_of(tmp_path, plain_trial()).status == "refused"
 

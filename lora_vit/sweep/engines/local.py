@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_vit.config import TrialConfig
-from lora_vit.errors import ConfigError, exit_code
-from lora_vit.stopping import SIGNALS
+from lora_vit.errors import ConfigError, reporting
+from lora_vit.stopping import SIGNALS, repeating
 
 MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
@@ -34,7 +33,7 @@ _waiting: list[subprocess.Popen[str]] = []
 
 
 def start_early() -> None:
-    """Start a process that imports torch and waits to be told what to do; another call does nothing."""
+    """Start a process that imports torch and waits for its orders; another call does nothing."""
     if not _waiting:
         _waiting.append(_start_process())
 
@@ -45,6 +44,16 @@ def _start_process() -> subprocess.Popen[str]:
                                stdout=said, stderr=said, start_new_session=True)  # fmt: skip
     process.said = said  # type: ignore[attr-defined]
     return process
+
+
+def _last_words(process: Any) -> list[str]:
+    """The last lines of what a process has said; it gets no orders any more."""
+    process.said.seek(0)
+    lines = process.said.read().splitlines()[-LOG_LINES:]
+    process.said.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return list(lines)
 
 
 class Local:
@@ -93,15 +102,10 @@ class Local:
         for process, count in list(self._crews):
             if (code := process.poll()) is not None:
                 self._crews.remove((process, count))
+                lines = _last_words(process)
                 if code and code - 128 not in SIGNALS:
-                    news += self._failures(process)
+                    news.append("\n  ".join([f"workers have failed (exit code {code}):", *lines]))
         return sum(count for _, count in self._crews), news
-
-    def _failures(self, process: Any) -> list[str]:
-        process.said.seek(0)
-        said = process.said.read().splitlines()
-        process.said.close()
-        return ["\n  ".join(["workers have failed:", *said[-LOG_LINES:]])] if said else []
 
     def stop(self, now: bool = False) -> None:
         """Ask the workers to save and to end; ``now``: end them at once, what was saved stays."""
@@ -115,11 +119,11 @@ class Local:
     def withdraw(self) -> None:
         """Wait for the workers, which end by themselves once nothing is left."""
         while _waiting:
-            process = _waiting.pop()
-            assert process.stdin is not None
-            process.stdin.close()
-        for process, _ in self._crews:
+            _last_words(_waiting.pop())
+        while self._crews:
+            process, _ = self._crews.pop()
             process.wait()
+            _last_words(process)
 
 
 def _on_cpu(configs: Sequence[TrialConfig]) -> int:
@@ -155,14 +159,25 @@ def work_for_command() -> int:
     """
     import torch
 
-    import lora_vit.sweep.worker  # noqa: F401  (what workers need, imported once)
+    from lora_vit.sweep.worker import at_work
 
     line = sys.stdin.readline()
     if not line:
         return 0
     orders = json.loads(line)
     torch.set_num_threads(orders["threads"])
-    pids = [_fork(orders) for _ in range(orders["count"])]
+    pids: list[int] = []
+    for _ in range(orders["count"]):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code: Any = 0
+        try:  # a worker
+            with _as_worker(Path(orders["logs"])), reporting(), at_work(Path(orders["folder"])) as worker:
+                worker.work()
+        except SystemExit as end:
+            code = end.code or 0
+        os._exit(code)
 
     def stop(*_: Any) -> None:
         for pid in pids:
@@ -171,33 +186,15 @@ def work_for_command() -> int:
 
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=lambda: stop(sys.stdin.read()), daemon=True).start()  # it ends with the command
-    codes = []
-    while pids:
-        pid, status = os.wait()
-        if pid in pids:
-            pids.remove(pid)
-            code = os.waitstatus_to_exitcode(status)
-            codes.append(code if code >= 0 else 128 - code)
-    return max(codes)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return max(code if code >= 0 else 128 - code for code in codes)
 
 
-def _fork(orders: dict[str, Any]) -> int:
-    """A worker, whose output goes into a file of the sweep's folder; the end of an error into ours too."""
-    if pid := os.fork():
-        return pid
+@contextlib.contextmanager
+def _as_worker(logs: Path) -> Iterator[None]:
+    """What a worker prints goes into a file of the sweep's folder; the worker is asked to stop when we have gone."""
     os.close(0)
-    path = Path(orders["logs"], f"{platform.node()}-{os.getpid()}.log")
-    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
-        parent = os.getppid()
-        threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
-        from lora_vit.sweep.worker import work
-
-        code = exit_code(lambda: work(Path(orders["folder"])))
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _stop_without(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    path, parent = logs / f"{platform.node()}-{os.getpid()}.log", os.getppid()
+    beat = repeating(lambda: None if os.getppid() == parent else os.kill(os.getpid(), signal.SIGTERM), 1.0)
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), beat:
+        yield

@@ -9,123 +9,93 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR100
+from pictures import data_config, fresh
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from lora_vit.config import DataConfig
-from lora_vit.data.dataset import ImageData, forget, load_data
 from lora_vit.errors import ConfigError
 
 
-def config(tmp_path: Path, name: str = "cifar100", **changes) -> DataConfig:
-    values = {
-        "name": name,
-        "root": str(tmp_path / "data"),
-        "batch_size": 1,
-        "augment": "none",
-        "split_seed": 0,
-        "val_fraction": 0.1,
-        "test_fraction": None,
-        "train_per_class": None,
-        "official_val": False,
-        "cache_size": None,
-        "cache_dir": str(tmp_path / "cache"),
-    }
-    return DataConfig(**{**values, **changes})
-
-
-def fresh(data_config: DataConfig) -> ImageData:
-    """The data set, its files read anew."""
-    forget()
-    return load_data(data_config, quiet=True)
+def config(tmp_path: Path, name: str = "cifar100", **changes):
+    return data_config(tmp_path, name, root=str(tmp_path / "data"), val_fraction=0.1, test_fraction=None, **changes)
 
 
 @pytest.fixture
-def cifar100(tmp_path, monkeypatch):
-    """Writes CIFAR-100 files of 1,000 training and 200 test images; called again, with other pixels of one image."""
-    base = tmp_path / "data" / CIFAR100.base_folder
-    base.mkdir(parents=True)
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
 
-    def write(first_pixel: int = 0) -> dict[str, np.ndarray]:
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes files of 1,000 training and 200 test images; called again, with other pixels of one image."""
+
+    def write(kind=CIFAR100, first_pixel: int = 0) -> dict[str, np.ndarray]:
+        base = tmp_path / "data" / kind.base_folder
+        base.mkdir(parents=True, exist_ok=True)
+        classes, labels = (100, "fine_labels") if kind is CIFAR100 else (10, "labels")
+        parts = {name: 1000 // len(kind.train_list) for name, _ in kind.train_list}
         rng = np.random.default_rng(0)
-        arrays = {name: rng.integers(0, 256, (n, 3072), dtype=np.uint8) for name, n in (("train", 1000), ("test", 200))}
-        arrays["train"][0, 0] = first_pixel
-        sums = {}
-        for name, pixels in arrays.items():
-            fine = [i % 100 for i in range(len(pixels))]
-            (base / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": fine}))
-        (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
-        for name in ("train", "test", "meta"):
-            sums[name] = hashlib.md5((base / name).read_bytes(), usedforsecurity=False).hexdigest()
-        monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
-        monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
-        monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+        arrays = {}
+        for name, count in {**parts, kind.test_list[0][0]: 200}.items():
+            arrays[name] = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+            if len(arrays) == 1:
+                arrays[name][0, 0] = first_pixel
+            content = {"data": arrays[name], labels: [i % classes for i in range(count)]}
+            (base / name).write_bytes(pickle.dumps(content))
+        names = {kind.meta["key"]: [f"class {i}" for i in range(classes)]}
+        (base / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+
+        def md5(name: str) -> str:
+            return hashlib.md5((base / name).read_bytes(), usedforsecurity=False).hexdigest()
+
+        monkeypatch.setattr(kind, "train_list", [[name, md5(name)] for name in parts])
+        monkeypatch.setattr(kind, "test_list", [[name, md5(name)] for name, _ in kind.test_list])
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(kind.meta["filename"])})
         return arrays
 
     return write
 
 
-def test_cifar100(cifar100, tmp_path):
-    arrays = cifar100()
-    data = fresh(config(tmp_path))
-    assert data.images.dtype == np.uint8
-    assert data.images.shape == (1200, 3, 32, 32)
+@pytest.mark.parametrize(("name", "kind"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_its_own_files_are_read_and_nothing_is_written(name, kind, written, tmp_path):
+    """A root that others share may be read-only: no lock or anything else is put into it, or anywhere."""
+    train, *_, test = written(kind).values()
+    before = sorted(tmp_path.rglob("*"))
+    data = fresh(config(tmp_path, name))
+    assert (data.images.dtype, data.images.shape) == (np.uint8, (1200, 3, 32, 32))
     # the files hold a red, a green and a blue plane one after another
-    np.testing.assert_array_equal(data.images[7], arrays["train"][7].reshape(3, 32, 32))
-    np.testing.assert_array_equal(data.images[1003], arrays["test"][3].reshape(3, 32, 32))
-    assert data.class_names[42] == "class 42"
+    np.testing.assert_array_equal(data.images[7], train[7].reshape(3, 32, 32))
+    np.testing.assert_array_equal(data.images[1003], test[3].reshape(3, 32, 32))
+    classes = 10 if kind is CIFAR10 else 100
+    assert data.class_names == [f"class {i}" for i in range(classes)]
     assert data.splits["test"].tolist() == list(range(1000, 1200))
-    assert np.bincount(data.labels[data.splits["val"]]).tolist() == [1] * 100
+    assert np.bincount(data.labels[data.splits["val"]]).tolist() == [100 // classes] * classes
     assert sorted([*data.splits["train"], *data.splits["val"]]) == list(range(1000))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_fingerprint_follows_pixels_and_split(cifar100, tmp_path):
-    cifar100()
+def test_the_fingerprint_follows_pixels_and_split(written, tmp_path):
+    written()
     first = fresh(config(tmp_path)).fingerprint
     assert fresh(config(tmp_path)).fingerprint == first
     assert fresh(config(tmp_path, split_seed=1)).fingerprint != first
-    cifar100(first_pixel=1)
+    written(first_pixel=1)
     assert fresh(config(tmp_path)).fingerprint != first
 
 
-def test_data_that_is_there_is_only_read(cifar100, tmp_path):
-    """A root that others share may be read-only: no lock or anything else is put into it, or anywhere."""
-    cifar100()
-    before = sorted(p.name for p in (tmp_path / "data").rglob("*"))
-    fresh(config(tmp_path))
-    assert sorted(p.name for p in (tmp_path / "data").rglob("*")) == before
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_no_network(name, tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    with pytest.raises(ConfigError, match="experiment=quickstart") as error:
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("harm", ["absent", "damaged"])
+@pytest.mark.parametrize(("name", "kind"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_absent_or_damaged_without_a_network(harm, name, kind, written, tmp_path):
+    if harm == "damaged":
+        written(kind)
+        (tmp_path / "data" / kind.base_folder / kind.train_list[0][0]).write_bytes(b"cut off")
+    with pytest.raises(ConfigError) as caught:
         fresh(config(tmp_path, name))
-    message = str(error.value)
-    assert str(tmp_path / "data") in message
-    assert {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}[name] in message
+    message = str(caught.value)
+    assert f"data={name} is absent from data.root={tmp_path}/data or damaged" in message
+    assert f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there" in message
+    assert "Name or service not known" in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("given", ["data/cifar-100-python", "data/cifar-100-python.tar.gz", "."])
-def test_one_level_off(given, cifar100, tmp_path):
-    cifar100()
-    (tmp_path / "data" / CIFAR100.filename).touch()
-    expected = fresh(config(tmp_path)).fingerprint
-    assert fresh(config(tmp_path, root=str(tmp_path / given))).fingerprint == expected
-
-
-def test_damage_is_told_as_damage(cifar100, tmp_path, monkeypatch):
-    cifar100()
-    (tmp_path / "data" / CIFAR100.base_folder / "train").write_bytes(b"cut off")
-
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError(OSError(-2, "Name or service not known"))
-
-    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
-    with pytest.raises(ConfigError, match=r"cifar-100-python/ or .* is damaged or not whole, .* unpack") as error:
-        fresh(config(tmp_path))
-    assert "remove" not in str(error.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_vit.data import files
-from lora_vit.data.files import (
-    PassedOver,
-    cannot_write,
-    cores,
-    digests_of,
-    folders_in,
-    image_endings,
-    images_below,
-    is_own,
-    locked_in,
-)
+from lora_vit.data.files import PassedOver, digests_of, folders_in, image_endings, images_below, is_own, locked_in
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked
 
@@ -31,15 +20,6 @@ from lora_vit.files import locked
 def settled(monkeypatch):
     """Files are taken as written long ago."""
     monkeypatch.setattr(files, "_UNSETTLED", -(10**12))
-
-
-@pytest.fixture
-def read(monkeypatch) -> list[str]:
-    """Names of the files that are read."""
-    names: list[str] = []
-    whole = files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda root, name: names.append(name) or whole(root, name))
-    return names
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -59,67 +39,59 @@ def test_what_is_passed_over_is_counted_and_three_are_named():
     assert passed.lines() == (
         "4 no images (0.txt, 1.txt, 2.txt, ...)", "3 hidden (.0, .1, .2)", "1 broken links (\\xe9)",
     )  # fmt: skip
-    many = PassedOver({"hidden": ["x"] * 1234})
-    assert many.lines() == ("1,234 hidden (x, x, x, ...)",)
-    assert PassedOver().lines() == ()
+    assert PassedOver({"hidden": ["x"] * 1234}).lines() == ("1,234 hidden (x, x, x, ...)",)
 
 
 def test_endings_are_those_that_pillow_reads():
     endings = image_endings()
-    assert {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"} <= endings
+    assert {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".tga", ".pcx"} <= endings
     assert not {".eps", ".wmf", ".mpg", ".hdf", ".grib", ".bufr"} & endings, "known by name only"
     assert not {".pdf", ".txt", ".npz"} & endings, "written or not known at all"
     assert endings <= set(Image.registered_extensions())
 
 
-@pytest.mark.parametrize("name", ["record.json", "sweep.json", ".lock", "checkpoint.pt"])
-def test_a_folder_that_training_wrote_is_told_by_its_files(name, tmp_path):
-    assert not is_own(fill(tmp_path / "a", "0.png").resolve(), tmp_path / "cache")
-    assert is_own(str(fill(tmp_path / "a", name)), tmp_path / "cache")
-
-
-def test_the_cache_and_the_outputs_are_ours(tmp_path):
-    cache = fill(tmp_path / "cache", "x").resolve()
-    (tmp_path / "link").symlink_to(cache)
-    assert is_own(tmp_path / "link", tmp_path / "cache")
-    for below in ("runs", "sweeps"):
-        outputs = fill(tmp_path / below / "outputs", "mine.txt")
-        assert not is_own(outputs, cache)
-        fill(outputs, f"{below}/x")
-        assert is_own(outputs, cache)
-    assert not is_own(fill(tmp_path / "other", "runs/x"), cache), "of another name"
+@pytest.mark.parametrize(
+    ("folder", "content", "own"),
+    [
+        ("a", "0.png", False),
+        *(("a", name, True) for name in ("record.json", "sweep.json", ".lock", "checkpoint.pt")),
+        ("outputs", "mine.txt", False),
+        ("outputs", "runs/x", True),
+        ("outputs", "sweeps/x", True),
+        ("other", "runs/x", False),
+        ("cache", "x", True),
+        ("summary", "../record.json", True),
+        ("tensorboard", "../sweep.json", True),
+        ("summary", "x", False),
+    ],
+)
+def test_folders_that_training_wrote_are_known_by_what_is_in_them(folder, content, own, tmp_path):
+    fill(tmp_path / folder, "y", content)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    assert is_own(tmp_path / folder, tmp_path / "link") == own
 
 
 def test_folders_of_classes_in_order(tmp_path):
-    cache = tmp_path / "cache"
-    root = fill(tmp_path / "top", "b/0", ".git/x", "own/record.json", "a/0", "IMG.PNG", "notes.txt")
+    root = fill(tmp_path / "top", "b/0", ".git/x", "own/record.json", "a/0", "IMG.PNG", "notes.txt", "__MACOSX/._0.png")
     (root / "c").symlink_to(root / "a")
     (root / "gone").symlink_to(tmp_path / "nowhere")
     passed = PassedOver()
-    assert folders_in(root, cache, passed) == ["a", "b", "c"]
+    assert folders_in(root, tmp_path / "cache", passed) == ["a", "b", "c"]
     assert passed.names == {
         "hidden": [".git"],
         "images outside the class folders": ["IMG.PNG"],
+        "of the file system": ["__MACOSX"],
         "broken links": ["gone"],
         "no images": ["notes.txt"],
         "of lora_vit's own": ["own"],
     }
 
 
-def test_folders_of_file_servers_are_passed_over(tmp_path):
-    """Their thumbnails of the same images would be in train and val."""
-    root = fill(tmp_path / "top", "cat/0.png", "cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg", "__MACOSX/cat/._0.png")
-    (root / "lost+found").mkdir()
-    passed = PassedOver()
-    assert folders_in(root, tmp_path, passed) == ["cat"]
-    assert images_below(root, "cat", tmp_path, passed) == ["cat/0.png"]
-    assert passed.names == {"of the file system": ["__MACOSX", "lost+found", "cat/@eaDir"]}
-
-
 def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
+    """A file server's thumbnails of the same images would be in train and val."""
     root = fill(
         tmp_path / "top", "cat/b.png", "cat/a.JPG", "cat/deep/er/c.gif", "cat/.x.png", "cat/deep/own/record.json",
-        "cat/notes.txt", "dog/d.png",
+        "cat/notes.txt", "dog/d.png", "cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.jpg",
     )  # fmt: skip
     (root / "cat" / "deep" / "back").symlink_to(root / "cat")
     (root / "cat" / "deep" / "up").symlink_to(tmp_path)  # with the dogs, and what lies beside the data
@@ -132,6 +104,7 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     ]  # fmt: skip
     assert passed.names == {
         "hidden": ["cat/.x.png"],
+        "of the file system": ["cat/@eaDir"],
         "of lora_vit's own": ["cat/deep/own"],
         "links that lead back": ["cat/deep/back", "cat/deep/up"],
         "broken links": ["cat/gone"],
@@ -139,165 +112,129 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     }
 
 
-def digests(root: Path, names: list[str]) -> np.ndarray:
-    return digests_of(root, names, root.parent / "cache", True)
+# --- digests
 
 
-def expected(root: Path, names: list[str]) -> list[bytes]:
-    return [hashlib.sha256((root / name).read_bytes()).digest() for name in names]
+class Reading:
+    """Digests of files below ``root``, and the names of those that were read for them."""
+
+    def __init__(self, root: Path, monkeypatch):
+        self.root, self.names = root, []
+        whole = Path.read_bytes
+
+        def read(path):
+            self.names.append(path.name)
+            return whole(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+
+    def check(self, names: list[str], read: list[str]) -> None:
+        """The right digests of ``names``, in their order, while exactly ``read`` are read."""
+        self.names.clear()
+        found = digests_of(self.root, names, self.root.parent / "cache", True)
+        assert found is not None
+        assert (found.dtype, found.shape) == (np.uint8, (len(names), 32))
+        assert sorted(self.names) == sorted(read)
+        for row, name in zip(found, names, strict=True):
+            assert bytes(row) == hashlib.sha256((self.root / name).read_bytes()).digest()
 
 
-def test_digests_are_the_files_sha256_in_the_order_asked_for(tmp_path, read, settled):
-    """Of 600 files in pieces of 256; of other files, in another order and of fewer."""
+@pytest.fixture
+def reading(tmp_path, monkeypatch) -> Reading:
+    return Reading(tmp_path / "top", monkeypatch)
+
+
+def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path):
+    """Of 600 files in pieces of 256; of other files, in another order and of fewer; each folder by itself."""
     names = [f"{i}.png" for i in range(600)]
-    root = fill(tmp_path / "top", *names)
-    found = digests(root, names)
-    assert (found.dtype, found.shape) == (np.uint8, (600, 32))
-    assert [bytes(row) for row in found] == expected(root, names)
-    assert sorted(read) == sorted(names)
-    backwards = [*names[10:3:-1], "new.png"]
-    fill(root, "new.png")
-    assert [bytes(row) for row in digests(root, backwards)] == expected(root, backwards)
-    assert read[600:] == ["new.png"]
-    assert [bytes(row) for row in digests(root, [*names, "new.png"])] == expected(root, [*names, "new.png"])
-    assert len(read) == 601, "the others' digests were kept"
-    assert len(list((tmp_path / "cache").glob("files-*.npz"))) == 1
-    fill(tmp_path / "twin", *names[:2])
-    digests(tmp_path / "twin", names[:2])
-    assert len(list((tmp_path / "cache").glob("files-*.npz"))) == 2, "each folder has its own"
+    fill(tmp_path / "top", *names, "new.png")
+    assert digests_of(reading.root, names, tmp_path / "cache", True, fetch=False) is None
+    assert not (tmp_path / "cache").exists()
+    reading.check(names, names)
+    reading.check([*names[10:3:-1], "new.png"], ["new.png"])
+    reading.check([*names, "new.png"], [])
+    assert digests_of(reading.root, names, tmp_path / "cache", True, fetch=False) is not None
+    reading.root = fill(tmp_path / "twin", *names[:2])
+    reading.check(names[:2], names[:2])
+    assert len(list((tmp_path / "cache").glob("files-*.npz"))) == 2
 
 
-@pytest.mark.parametrize("what", ["size", "time of writing", "time of change", "inode"])
-def test_a_file_is_read_again_where_anything_of_it_changed(what, tmp_path, read, settled, monkeypatch):
-    names = ["a.png", "b.png"]
-    root = fill(tmp_path / "top", *names)
-    digests(root, names)
+@pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
+def test_a_file_is_read_again_where_anything_of_it_changed(field, reading, settled, monkeypatch):
+    """Also to an inode as large as they get."""
+    fill(reading.root, "a.png", "b.png")
+    reading.check(["a.png", "b.png"], ["a.png", "b.png"])
     whole = os.stat
-    field = {"size": "st_size", "time of writing": "st_mtime_ns", "time of change": "st_ctime_ns", "inode": "st_ino"}
 
-    def changed(path, **options):
-        found = whole(path, **options)
-        if not str(path).endswith("b.png"):
-            return found
-        fields = {name: getattr(found, name) for name in ("st_mode", "st_size", "st_ino", "st_mtime_ns", "st_ctime_ns")}
-        fields[field[what]] += 1
-        return os_stat(**fields)
+    class Changed:
+        def __init__(self, stat):
+            for name in ("st_mode", "st_size", "st_ino", "st_mtime_ns", "st_ctime_ns"):
+                setattr(self, name, getattr(stat, name))
+            setattr(self, field, 2**64 - 1 if field == "st_ino" else getattr(stat, field) + 1)
 
-    monkeypatch.setattr(files.os, "stat", changed)
-    digests(root, names)
-    assert read[2:] == ["b.png"]
+    def stat(path, **options):
+        return Changed(whole(path, **options)) if str(path).endswith("b.png") else whole(path, **options)
 
-
-class os_stat:  # noqa: N801  (stands for os.stat_result)
-    def __init__(self, **fields: int):
-        self.__dict__.update(fields)
-
-
-def test_large_inodes_fit(tmp_path, monkeypatch):
-    root = fill(tmp_path / "top", "a.png")
-    fields = {"st_mode": stat.S_IFREG, "st_size": 5, "st_ino": 2**64 - 1, "st_mtime_ns": 0, "st_ctime_ns": 0}
-    whole = os.stat
-    monkeypatch.setattr(
-        files.os, "stat", lambda p, **o: os_stat(**fields) if str(p).endswith("a.png") else whole(p, **o)
-    )
-    assert digests(root, ["a.png"]).shape == (1, 32)
+    monkeypatch.setattr(files.os, "stat", stat)
+    reading.check(["a.png", "b.png"], ["b.png"])
 
 
 @pytest.mark.parametrize(("age", "again"), [(0.0, True), (1.9, True), (30.0, False)])
-def test_what_changed_a_moment_ago_is_read_again(age, again, tmp_path, read, monkeypatch):
+def test_what_changed_a_moment_ago_is_read_again(age, again, reading, monkeypatch):
     """Within 2 s of its change, by the clock at reading; the files' own times do not matter."""
-    root = fill(tmp_path / "top", "a.png", "b.png")
-    os.utime(root / "b.png", ns=(0, 0))
-    changed = os.stat(root / "b.png").st_ctime_ns
+    fill(reading.root, "a.png", "b.png")
+    os.utime(reading.root / "b.png", ns=(0, 0))
+    changed = os.stat(reading.root / "b.png").st_ctime_ns
     monkeypatch.setattr(files.time, "time_ns", lambda: changed + int(age * 1e9))
-    for _ in range(2):
-        digests(root, ["b.png"])
-    assert read == ["b.png"] * (1 + again)
+    reading.check(["b.png"], ["b.png"])
+    reading.check(["b.png"], ["b.png"] * again)
 
 
-@pytest.mark.parametrize("damage", ["cut", "shape", "count"])
-def test_kept_digests_that_are_damaged_are_read_again(damage, tmp_path, read, settled):
+@pytest.mark.parametrize("damage", ["cut", "stats", "digests"])
+def test_kept_digests_that_are_damaged_are_read_again(damage, reading, settled, tmp_path):
     names = ["a.png", "b.png"]
-    root = fill(tmp_path / "top", *names)
-    digests(root, names)
+    fill(reading.root, *names)
+    reading.check(names, names)
     (store,) = (tmp_path / "cache").glob("files-*.npz")
     if damage == "cut":
         store.write_bytes(store.read_bytes()[:50])
     else:
         with np.load(store) as arrays:
             kept = dict(arrays)
-        kept["stats" if damage == "shape" else "digests"] = kept["stats" if damage == "shape" else "digests"][:1]
-        np.savez(store, **kept)
-    assert [bytes(row) for row in digests(root, names)] == expected(root, names)
-    assert len(read) == 4
+        np.savez(store, **{**kept, damage: kept[damage][:1]})
+    reading.check(names, names)
 
 
-def test_a_file_that_is_gone_or_cannot_be_read(tmp_path):
-    root = fill(tmp_path / "top", "a.png")
-    (root / "folder").mkdir()
-    for name, reason in (("gone.png", "No such file or directory"), ("folder", "Is a directory")):
-        for names in (["a.png", name], [name, "a.png"]):
-            with pytest.raises(ConfigError) as caught:
-                digests(root, names)
-            assert str(caught.value) == f"{root}/{name} cannot be read ({reason}): mend or remove it"
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    root = fill(tmp_path / "top", "a.png")
-    (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(ConfigError) as caught:
-        digests(root, ["a.png"])
-    assert str(caught.value) == f"data.cache_dir={tmp_path}/cache cannot be written (File exists): give another folder"
-    assert "(no reason)" in str(cannot_write(tmp_path, OSError("no reason")))
-
-
-def test_another_run_that_has_just_read_the_files_is_made_use_of(tmp_path, read, settled, monkeypatch):
+def test_another_run_that_has_just_read_the_files_is_made_use_of(reading, settled, monkeypatch):
     """It held the lock meanwhile."""
-    root = fill(tmp_path / "top", "a.png", "b.png")
-    digests(root, ["a.png"])
+    fill(reading.root, "a.png", "b.png")
+    reading.check(["a.png"], ["a.png"])
     whole = files.locked_in
 
     def as_if_waited(cache_dir, what):
         monkeypatch.setattr(files, "locked_in", whole)
-        digests(root, ["b.png"])
+        digests_of(reading.root, ["b.png"], cache_dir, True)
         return whole(cache_dir, what)
 
     monkeypatch.setattr(files, "locked_in", as_if_waited)
-    digests(root, ["a.png", "b.png"])
-    assert read == ["a.png", "b.png"]
+    reading.check(["a.png", "b.png"], ["b.png"])
 
 
-@pytest.mark.parametrize(("count", "quiet", "told"), [(256, False, True), (255, False, False), (256, True, False)])
-def test_many_files_have_a_bar(count, quiet, told, tmp_path, monkeypatch):
-    made, steps = [], []
+def test_what_cannot_be_read_or_written(tmp_path):
+    root = fill(tmp_path / "top", "a.png")
+    (root / "folder").mkdir()
+    for name in ("gone.png", "folder"):
+        with pytest.raises(OSError, match=name):
+            digests_of(root, ["a.png", name], tmp_path / "cache", True)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/a\.png cannot be written \(File exists\): give another"):
+        digests_of(root, ["a.png"], root / "a.png", True)
 
-    class Bar:
-        def __init__(self, *arguments):
-            made.append(arguments)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-        def advance(self, by):
-            steps.append(by)
-
-    monkeypatch.setattr("lora_vit.terminal.Progress", Bar)
+@pytest.mark.parametrize(("count", "quiet", "shown"), [(256, False, True), (255, False, False), (256, True, False)])
+def test_many_files_have_a_bar(count, quiet, shown, tmp_path, capsys):
     names = [f"{i}.png" for i in range(count)]
     digests_of(fill(tmp_path / "top", *names), names, tmp_path / "cache", quiet)
-    assert made == [("reading images", count, not told)]
-    assert sum(steps) == count
-
-
-def test_cores_are_those_that_are_granted(monkeypatch):
-    monkeypatch.setattr(files.os, "sched_getaffinity", lambda who: {2, 5, 7} if who == 0 else set(), raising=False)
-    assert cores() == 3
-    monkeypatch.delattr(files.os, "sched_getaffinity")
-    for there, count in ((6, 6), (None, 1)):
-        monkeypatch.setattr(files.os, "cpu_count", lambda there=there: there)
-        assert cores() == count
+    assert capsys.readouterr().out[:26] == (f"reading images: {count} images" if shown else "")
 
 
 def test_a_lock_for_each_thing_in_the_cache(tmp_path):

@@ -9,12 +9,13 @@ import struct
 import numpy as np
 import pytest
 import torch
-from helpers import trial_config
+from pictures import fresh
+from plain_trials import plain_trial
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data.augment import Transform
-from lora_vit.data.dataset import Found, load_data
+from lora_vit.data.dataset import Found
 from lora_vit.data.splits import divide, fingerprint, keep_per_class, split_per_class
 from lora_vit.data.stream import EvalStream, Samples, TrainStream
 from lora_vit.errors import ConfigError
@@ -95,7 +96,7 @@ def test_only_the_given_samples_are_divided():
 
 @pytest.mark.parametrize("batch_size", [100, 101])
 def test_a_batch_of_all_training_images_is_the_largest(batch_size):
-    config = dataclasses.replace(trial_config().data, batch_size=batch_size, train_per_class=20, split_seed=5)
+    config = dataclasses.replace(plain_trial().data, batch_size=batch_size, train_per_class=20, split_seed=5)
     found = Found(
         LABELS, NAMES, {"train": IDS, "val": IDS[:3], "test": IDS[3:5]}, "content", lambda _: pytest.fail("decoded")
     )
@@ -109,24 +110,9 @@ def test_a_batch_of_all_training_images_is_the_largest(batch_size):
     assert digest == fingerprint("content", splits)
 
 
-def test_digits():
-    config = trial_config().data
-    config = dataclasses.replace(
-        config, name="digits", batch_size=20, train_per_class=10, val_fraction=0.4, test_fraction=0.4
-    )
-    data = load_data(config)
-    assert data.images.shape == (1797, 3, 8, 8)
-    assert len(data.splits["train"]) == 100
-    assert min(len(data.splits["val"]), len(data.splits["test"])) >= 700
-    assert int(data.images.max()) == 255
-    from sklearn.datasets import load_digits
-
-    assert (data.labels == load_digits().target).all()
-
-
 @pytest.fixture(scope="module")
 def samples():
-    return Samples(load_data(trial_config().data), torch.device("cpu"))
+    return Samples(fresh(plain_trial().data), torch.device("cpu"))
 
 
 def stream(samples, rank=0, world_size=1, seed=0):
@@ -191,7 +177,7 @@ def test_an_evaluation_batch_likewise(samples):
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize(("share", "resident"), [(0.2499, True), (0.25, False), (0.9, False)])
 def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_free(share, resident, monkeypatch):
-    data = load_data(trial_config().data)
+    data = fresh(plain_trial().data)
     free = int(data.images.nbytes / share)
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda device: (free if device == torch.device("cuda") else 1, 1 << 60)

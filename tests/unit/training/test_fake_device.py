@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_vit
 from lora_vit import build, distributed, randomness
-from lora_vit.data.dataset import load_data
+from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack

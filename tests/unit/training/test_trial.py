@@ -84,6 +84,7 @@ def test_a_new_trial(tmp_path):
     assert trial.state == TrialState()
     assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
+    trial.beat()
     assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
     trial.close()
 
@@ -167,8 +168,8 @@ def of_another(folder: Path) -> None:
         (None, {"setup": setup_with(precision="bf16")}, r"another precision .* fp32 there, bf16 here\)"),
         (damaged, {}, r"checkpoint\.pt is damaged .*resume=restart"),
         (of_another, {"changes": {"seed": 1}}, rf"checkpoint\.pt belongs to trial {trial_id(plain_trial())}, not to"),
-        (lambda folder: (folder / "record.json").write_text("{"), {}, r"record\.json is not whole JSON .*remove"),
-        (lambda folder: (folder / "record.json").write_text("{"), {"restart": True}, r"record\.json is not whole JSON"),
+        (lambda folder: (folder / "record.json").write_text("{"), {}, r"record\.json is not complete JSON .*remove"),
+        (lambda folder: (folder / "record.json").write_text("{"), {"restart": True}, r"is not complete JSON"),
         (None, {"changes": {"seed": 1}, "restart": True}, "holds trial"),
         (lambda folder: edit(folder, status="completed"), {}, "the trial is completed"),
     ],

@@ -1,0 +1,78 @@
+"""A data set by its configuration: found by its loader, divided and decoded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+
+import numpy as np
+
+from lora_vit.config import DATASETS, DataConfig
+from lora_vit.data.dataset import Found, ImageData, Wanted, shown
+from lora_vit.data.splits import divide
+from lora_vit.errors import ConfigError
+from lora_vit.files import user_path
+
+
+def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
+    """The decoded and divided data set of a config; downloads and caches what is not there.
+
+    Raises:
+        ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
+    """
+    found = _find(config, quiet)
+    assert found is not None
+    if config.content is not None and config.content != found.content:
+        raise ConfigError(
+            f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
+            f"not {config.content}"
+        )
+    splits, fingerprint = divide(found, config)
+    images, value_range, more = found.decode(config.cache_size)
+    also = {}
+    if found.digests is not None:
+        first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
+        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
+    names, passed = found.class_names, found.passed_over
+    return ImageData(images, found.labels, names, splits, fingerprint, passed, value_range, also, more)
+
+
+def known_content(config: DataConfig, fetch: bool = True) -> str | None:
+    """What ``data.content`` is for this data set: None where a package brings the images.
+
+    Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
+    and the content is None where that would be needed.
+
+    Raises:
+        ConfigError: in one line, why it cannot be determined.
+    """
+    found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
+    return None if found is None else found.content
+
+
+_FOUND: dict[Wanted, Found] = {}
+
+
+def forget() -> None:
+    """List the files again the next time: what a session of hours does before each new command."""
+    _FOUND.clear()
+
+
+def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
+    known = DATASETS[config.name]
+    if not config.root and not known.in_package:
+        raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
+    root, cache_dir = user_path(config.root or ""), user_path(config.cache_dir)
+    wanted = Wanted(config.name, root, cache_dir, config.official_val, config.cache_size if known.in_package else None)
+    if wanted not in _FOUND:
+        # Imported when chosen: each needs another heavy package.
+        find = import_module(f"lora_vit.data.{known.loader}").find
+        try:
+            found: Found | None = find(replace(wanted, quiet=quiet, fetch=fetch))
+        except OSError as error:
+            place = shown(error.filename or root)
+            raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
+        if found is None:
+            return None
+        _FOUND[wanted] = found
+    return _FOUND[wanted]

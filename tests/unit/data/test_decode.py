@@ -1,0 +1,147 @@
+"""What one file becomes."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from pictures import decoded
+from PIL import Image
+
+from lora_vit.data.decode import decode
+from lora_vit.errors import ConfigError
+
+
+def test_short_side_is_resized_and_the_centre_kept(tmp_path):
+    """Three vertical bands, the middle one as wide as the picture is high: only that is left."""
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, :40, 0], pixels[:, 40:80, 1], pixels[:, 80:, 2] = 255, 255, 255
+    Image.fromarray(pixels).save(tmp_path / "bands.png")
+    image = decode(tmp_path / "bands.png", 20)
+    assert image.shape == (3, 20, 20)
+    # the outermost pixels lie on the border of two bands and mix them a little
+    assert image[1, :, 1:-1].min() == 255
+    assert image[[0, 2], :, 1:-1].max() == 0
+    assert image[1].min() > 200
+
+
+def test_resizing_is_antialiased(tmp_path):
+    """A chequerboard of single pixels becomes grey; taking every eighth pixel would give black or white."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    inner = decode(tmp_path / "board.png", 8)[:, 2:-2, 2:-2].astype(int)
+    assert abs(inner - 127).max() <= 4
+
+
+def test_a_large_jpeg_is_decoded_small_and_stays_near_the_full_decode(tmp_path):
+    x = np.linspace(0, 6, 512)
+    wave = (127 + 100 * np.sin(x[:, None] + 2 * x[None])).astype(np.uint8)
+    Image.fromarray(wave).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        full = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    # halving in the DCT domain is another low-pass filter than the bilinear one: some grey levels
+    assert abs(decode(tmp_path / "a.jpg", 64).astype(int) - full).max() <= 6
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "webp", "gif", "tif", "ppm"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_formats(ending, mode, tmp_path):
+    """A smooth picture, so that lossy formats stay near it."""
+    grey = np.broadcast_to(np.linspace(40, 200, 32).astype(np.uint8), (32, 32))
+    pixels = grey if mode == "L" else np.stack([grey, grey.T, grey[:, ::-1]], -1)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"a.{ending}")
+    image = decode(tmp_path / f"a.{ending}", None)
+    expected = np.stack([pixels] * 3) if mode == "L" else pixels.transpose(2, 0, 1)
+    assert image.shape == (3, 32, 32)
+    # gif has a palette of 256 colours; JPEG halves the resolution of colour
+    tolerance = {"gif": 40, "jpg": 16, "webp": 16}.get(ending, 0)
+    assert abs(image.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "PA", "RGBA", "LA", "CMYK"])
+def test_modes_become_rgb(mode, tmp_path):
+    image = Image.new("RGB", (9, 7), (255, 255, 255))
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.convert("RGBA" if mode == "PA" else mode).save(path)
+    out = decode(path, None)
+    assert (out.shape, out.min()) == ((3, 7, 9), 255)
+
+
+def test_an_image_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (20, 10), (0, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(tmp_path / "turned.jpg", None).shape == (3, 20, 10)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("I;16", [[0, 256, 32768, 65535], [256, 0, 0, 0]], [[0, 1, 128, 255], [1, 0, 0, 0]]),
+        ("I;16", [[0, 16, 2048, 4095], [1, 17, 31, 32]], [[0, 1, 128, 255], [0, 1, 1, 2]]),  # 12 bits in 16
+        ("I;16", [[0, 5, 128, 255], [3, 3, 3, 3]], [[0, 5, 128, 255], [3, 3, 3, 3]]),  # 8 bits in 16
+        ("I", [[-100, 0, 100, 155], [0, 0, 0, 0]], [[0, 100, 200, 255], [100] * 4]),
+        ("F", [[0.0, 0.25, 0.5, 1.0], [0.125, 0, 0, 0]], [[0, 64, 128, 255], [32, 0, 0, 0]]),
+    ],
+)
+def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
+    """Of two images; the range is that of both together, and the same when the cache is opened again."""
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    names = ["a.tif", "b.tif"]
+    for name, row in zip(names, values, strict=True):
+        Image.fromarray(np.array([row], kind)).save(tmp_path / name)
+    for _ in range(2):
+        images, value_range, _ = decoded(tmp_path, names)
+        assert images[:, :, 0].tolist() == [[row] * 3 for row in expected]
+        assert value_range == (np.min(values), np.max(values))
+    for name, row in zip(names, expected, strict=True):
+        assert decode(tmp_path / name, None, value_range)[:, 0].tolist() == [row] * 3
+
+
+def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
+    """As one of another camera is given to predict: it would be white all over. A few brighter pixels may be."""
+    for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
+        Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
+        decode(tmp_path / "other.png", None, (0.0, 2900.0))
+    with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, not 8-bit"):
+        decode(tmp_path / "other.png", None)
+    assert decode(tmp_path / "like.png", None, (0.0, 2900.0))[0].tolist() == [[255, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("largest", "refused"), [(4095, True), (4096, False), (65535, False)])
+def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, refused, tmp_path):
+    """Pillow keeps the upper eight of sixteen bits of colour: a PNG of one pixel, written by hand."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 7, largest, 7))
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b""))
+    if refused:
+        with pytest.raises(ConfigError, match=r"16-bit RGB with values up to 4095 of 65535"):
+            decode(path, None)
+    else:
+        assert decode(path, None)[:, 0, 0].tolist() == [0, largest >> 8, 0]
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    (tmp_path / "text.png").write_bytes(b"hello")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/text\.png cannot be read as an image \(no format that"):
+        decode(tmp_path / "text.png", None)
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ConfigError, match=r"a\.tif .*values that are not finite"):
+        decode(tmp_path / "a.tif", None)
+
+
+def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):
+    """Its own limit, against attacks, does not concern the user's own files."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "a.png")
+    assert (decode(tmp_path / "a.png", 8) == 9).all()
