@@ -28,10 +28,10 @@ from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import adapted_bias_names, chosen_places, inject_adapters, remove_adapters
+from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
-from lora_vit.models.pretrained import fetch_weights, load_weights
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
+from lora_vit.models.weights import fetch_weights, load_weights
 from lora_vit.training.setup import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -117,38 +117,30 @@ class ModelFactory:
 
     @functools.cached_property
     def frozen_trunk(self) -> Any:
-        """The shared trunk on the device, cast once to the compute precision."""
-        return cast(copy.deepcopy(self.original).to(self.device), self.dtype)
+        """The trunk that all packs share, in the compute precision."""
+        return self._trunk(self.dtype)
+
+    def _trunk(self, dtype: torch.dtype) -> Any:
+        return cast(copy.deepcopy(self.original).to(self.device), dtype)
 
     def __call__(self, configs: list[TrialConfig]) -> PackedViT:
         """The model of a pack, freshly initialised from the trials' seeds."""
         lora = configs[0].lora
-        trains_trunk = lora.method == "full" or (lora.bias or "none") != "none"
-        if trains_trunk:
-            trunk = cast(copy.deepcopy(self.original).to(self.device), self.parameter_dtype)
-        else:
-            trunk = self.frozen_trunk
+        trunk = self._trunk(self.parameter_dtype) if lora.trains_trunk else self.frozen_trunk
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.method == "lora":
-            assert lora.targets is not None
             specs = [_adapter_spec(c) for c in configs]
-            for adapters in inject_adapters(trunk, specs, lora.targets, lora.blocks, state):
+            for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.lora_A.data = adapters.lora_A.data.to(self.parameter_dtype)
                 adapters.lora_B.data = adapters.lora_B.data.to(self.parameter_dtype)
-        head = PackedHead(
-            [c.seed for c in configs],
-            [c.model.head_dropout for c in configs],
-            width_of(trunk),
-            self.classes,
-            state,
-            head_name(trunk),
-        ).to(self.device, self.parameter_dtype)
-        _mark_trainable(trunk, lora.method, lora.bias or "none")
+        seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
+        head = PackedHead(seeds, dropouts, width_of(trunk), self.classes, state, head_name(trunk))
+        mark_trained(trunk, lora.method, lora.bias)
         for p in trunk.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(self.dtype)
-        return PackedViT(trunk, head, len(configs))
+        return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs))
 
     def transform(self, augment: str) -> Transform:
         """What makes the model's input of images."""
@@ -174,53 +166,30 @@ def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
 def check_places(trunk: nn.Module, config: TrialConfig) -> None:
     """Raise ConfigError where the model has no such blocks, or layers too narrow for the rank."""
     lora = config.lora
-    if lora.method != "lora":
-        return
-    assert lora.targets is not None
-    assert lora.rank is not None
     try:
-        places = chosen_places(trunk, lora.targets, lora.blocks)
+        if lora.method == "lora":
+            chosen_places(trunk, lora.targets or (), lora.blocks, lora.rank or 1)
     except ValueError as error:
-        raise ConfigError(f"lora.blocks={lora.blocks} for {config.model.name}: {error}") from None
-    for place in places:
-        if set(lora.targets) & set(place.names):
-            rows, columns = trunk.get_parameter(place.weight).shape
-            if lora.rank > (width := min(rows // len(place.names), columns)):
-                raise ConfigError(f"lora.rank={lora.rank} is impossible: {place.layer} is {width} wide")
+        raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
 def _adapter_spec(config: TrialConfig) -> AdapterSpec:
     lora = config.lora
     assert lora.rank is not None
     assert lora.dropout is not None
-    assert lora.init is not None
-    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, lora.init, config.seed)
-
-
-def _mark_trainable(trunk: nn.Module, method: str, bias: str) -> None:
-    adapted = adapted_bias_names(trunk)
-    for name, p in trunk.named_parameters():
-        is_bias = name.endswith("bias")
-        p.requires_grad = (
-            ".lora_" in name
-            or method == "full"
-            or (is_bias and (bias == "all" or (bias == "lora_only" and name in adapted)))
-        )
+    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, config.seed)
 
 
 def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
     """Load data and weights for trials that share a structure.
 
-    Raises:
-        ConfigError: device, precision, weights.
-        ConfigError: the data set.
+    Raises ConfigError where device, precision, weights or the data set cannot be had.
     """
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
-    dtype = DTYPES[precision]
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = data or load_data(config.data, quiet=not process.is_main)
-    factory = ModelFactory(config, len(data.class_names), device, dtype)
+    factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     if factory.note and process.is_main:
         print(factory.note)
     return Setup(
@@ -238,27 +207,27 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
 def prepare(configs: Sequence[TrialConfig]) -> None:
     """Fetch and decode, with progress, what trials will need, and check that their weights are there.
 
-    Raises:
-        ConfigError: what the first trial that cannot run lacks.
+    Raises ConfigError for what the first trial that cannot run lacks.
     """
     ready: list[object] = []
-    checked: set[tuple[object, ...]] = set()
+
+    def is_new(what: object) -> bool:
+        """Whether this was not asked for before."""
+        if what in ready:
+            return False
+        ready.append(what)
+        return True
+
     for config in configs:
-        if config.model not in ready:
-            ready.append(config.model)
-            fetch_weights(config.model, download=True)
         m, lora = config.model, config.lora
-        needs = (m.name, m.image_size, *map(str, (lora.method, lora.targets, lora.blocks, lora.rank)))
-        if m.library == "timm" and needs not in checked:
-            checked.add(needs)
+        if is_new(m):
+            fetch_weights(m, download=True)
+        needs = (m.name, m.image_size, lora.method, lora.targets, lora.blocks, lora.rank)
+        if m.library == "timm" and is_new(needs):
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
-        if config.data not in ready:
-            ready.append(config.data)
-            line = load_data(config.data).line(shape_of(config.model).image_size)
-            if line not in ready:
-                ready.append(line)
-                print(line)
+        if is_new(config.data) and is_new(line := load_data(config.data).line(shape_of(m).image_size)):
+            print(line)
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:

@@ -88,7 +88,7 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
         fixed = [str(o.input_line) for o in parser.parse_overrides(given) if not o.is_sweep_override()]
         master = hydra.compose("config", fixed, return_hydra_config=True)
         HydraConfig.instance().set_config(master)
-        params = OmegaConf.to_container(master.hydra.sweeper.params)
+        params = dict(master.hydra.sweeper.params)
         return sweep_request(master, params, [line for line in given if not line.startswith("hydra")])
 
 
@@ -149,7 +149,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         ConfigError: in one line; with every trial that cannot run, a line each.
     """
     register_resolvers()
-    given = OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False)
+    given: Any = OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given if key_of(line) != "hydra.mode"])
     with in_one_line():
         parsed = composer.parse([*(f"{key}={value}" for key, value in params.items()), *arguments])
@@ -183,7 +183,8 @@ def _line(override: Override) -> str:
 
 def sweep_options(cfg: Any) -> SweepConfig:
     """The validated sweep settings of a composed config. Raises ConfigError."""
-    options = SweepConfig(**OmegaConf.to_container(cfg.sweep, resolve=True))
+    values: Any = OmegaConf.to_container(cfg.sweep, resolve=True)
+    options = SweepConfig(**values)
     validate_sweep(options)
     return options
 
@@ -270,7 +271,11 @@ def search_space(
         raise ConfigError(f"{wrong[0]} cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
+    from lora_vit.sweep.source import distribution  # imports numpy
+
     space = {key: _choices(composer, o) for key, o in swept.items()}
+    for key, of in space.items():
+        distribution(key, of)
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
@@ -352,7 +357,8 @@ _HYDRAS = (
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
-    (r"Config group override must be a string", "a group has no option 'null': leave it out, or choose one (see --help)"),
+    (r"Config group override must be a string",
+     "a group has no option 'null': leave it out, or choose one (see --help)"),
 )  # fmt: skip
 """What Hydra's messages say, and what ours say."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
@@ -53,24 +53,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def run_command(action: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its code; an error that a user can cause is printed in one line."""
-
-    def run() -> int | None:
-        _check_process()
-        code = action()
-        sys.stdout.flush()
-        return code
-
-    sys.exit(exit_code(run))
-
-
-def exit_code(action: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; an error that a user can cause is printed in one line."""
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """For a command: an error that a user can cause is printed in one line, and ends the process."""
     try:
-        return action() or 0
+        _check_process()
+        yield
+        sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        return report(error)
+        sys.exit(report(error))
 
 
 def report(error: BaseException, quiet: bool = False) -> int:
@@ -79,8 +70,8 @@ def report(error: BaseException, quiet: bool = False) -> int:
     ``quiet``: print only tracebacks, for a process whose lines another one prints. ``HYDRA_FULL_ERROR=1`` asks for all
     tracebacks.
     """
-    if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`
-        os._exit(0)
+    if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
+        os._exit(1)
     text = line_of(error)
     if FULL_ERROR or not text:
         traceback.print_exception(error)

@@ -1,32 +1,44 @@
-"""Evaluate a trained trial: ``python -m lora_vit.evaluate FOLDER --split test``."""
+"""Evaluate a trained trial: ``lora-vit evaluate FOLDER --split test``."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lora_vit.commands import completed_record, recorded_config, trial_parser
+from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.config import TrialConfig
-from lora_vit.errors import ConfigError, run_command
+from lora_vit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_vit.records import TrialRecord
+    from lora_vit.training.pack import Pack
 
 
-def evaluate_folder(folder: Path, split: str, root: str | None, weights: str | None, device: str) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_trial(parser)
+    parser.add_argument("--data-root", help="where the data set is, if not where it was trained from")
+    parser.add_argument("--split", default="test", help="val, test, train or official_val")
+
+
+def run(args: argparse.Namespace) -> int:
     """Print the trial's accuracy on a split and what its record says; exit code 1 where they differ."""
-    record = completed_record(folder)
-    pack = trained_pack(folder, recorded_config(record, device, weights, root))
-    if split not in pack.setup.data.splits:
-        raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
-    predictions = pack.predict(split)[0]
-    print(f"{split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
-    recorded = record.metrics.get(f"{split}_accuracy")
+    record, config = completed_trial(args, args.data_root)
+    pack = trained_pack(args.folder, record, config)
+    if args.split not in pack.setup.data.splits:
+        raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
+    predictions = pack.predict(args.split)[0]
+    print(f"{args.split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
+    recorded = record.metrics.get(f"{args.split}_accuracy")
     if recorded is not None and recorded != predictions.accuracy:
         print(f"the record says {recorded:.4%}: other hardware or versions")
         return 1
     return 0
 
 
-def trained_pack(folder: Path, config: TrialConfig) -> Any:
-    """A :class:`~lora_vit.training.pack.Pack` of one with the folder's adapter, on the trial's own base and data.
+def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack:
+    """The trial as the trainer had it when it recorded its figures: a pack of one, on its own base and data.
 
     Raises:
         ConfigError: base or data are others.
@@ -34,7 +46,6 @@ def trained_pack(folder: Path, config: TrialConfig) -> Any:
     from lora_vit.build import build_setup
     from lora_vit.distributed import Process
     from lora_vit.lora.adapter import bind, read_adapter
-    from lora_vit.records import TrialRecord
     from lora_vit.training.checkpoint import TrialState
     from lora_vit.training.pack import Pack
     from lora_vit.training.trial import TrialRun
@@ -42,19 +53,8 @@ def trained_pack(folder: Path, config: TrialConfig) -> Any:
     adapter = read_adapter(folder)
     setup = build_setup(config, Process())
     bind(adapter, setup.base, setup.data.class_names, setup.data.card())
-    state = TrialState(values=adapter.tensors)
-    record = TrialRecord(adapter.card["trial_id"], "", "completed", {})
-    return Pack([TrialRun(config, record, state)], setup)
-
-
-def main() -> None:
-    """Command-line entry."""
-    parser = trial_parser("evaluate", __doc__)
-    parser.add_argument("--data-root", help="where the data set is, if not where it was trained from")
-    parser.add_argument("--split", default="test", help="val, test, train or official_val")
-    args = parser.parse_args()
-    run_command(lambda: evaluate_folder(args.folder, args.split, args.data_root, args.weights, args.device))
+    return Pack([TrialRun(config, record, TrialState(values=adapter.tensors))], setup)
 
 
 if __name__ == "__main__":
-    main()
+    main("evaluate")

@@ -1,13 +1,14 @@
-"""Write a trained trial for other libraries: ``python -m lora_vit.export FOLDER --format FORMAT --out DIR``."""
+"""Write a trained trial for other libraries: ``lora-vit export FOLDER --format FORMAT --out DIR``."""
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_vit.commands import completed_record, recorded_config, trial_parser
-from lora_vit.errors import ConfigError, RecordError, run_command
+from lora_vit.cli import add_trial, completed_trial, main
+from lora_vit.errors import ConfigError, RecordError
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (("peft", "transformers"), "peft.PeftModel.from_pretrained(MODEL_OF_BASE, {0!r})"),
@@ -19,54 +20,52 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 """The libraries that write and read each format, and what opens it."""
 
 
-def export_folder(folder: Path, form: str, out: Path, weights: str | None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_trial(parser, devices=("cpu",))
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, which is not there yet")
+
+
+def run(args: argparse.Namespace) -> int:
     """Write, let the other library load what was written, compare its logits with the trial's, and only then keep it.
 
     Raises:
-        RecordError: a library is missing, or ``out`` is there and not empty.
+        RecordError: the trial is not completed, a library is missing, or ``--out`` is there and not empty.
         ConfigError: the format has no such model, or the logits differ.
     """
-    libraries, opens = FORMATS[form]
+    (libraries, opens), out = FORMATS[args.format], args.out
     missing = [package for package in libraries if find_spec(package) is None]
     if missing:
-        raise RecordError(f"--format {form} needs {', '.join(missing)}: pip install 'lora_vit[{form}]'")
+        raise RecordError(f"--format {args.format} needs {', '.join(missing)}: pip install 'lora_vit[{args.format}]'")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"--out {out} is there already: give a new folder")
-    config = recorded_config(completed_record(folder), "cpu", weights)
-    import torch
-
+    _, config = completed_trial(args)
     from lora_vit import interop
+    from lora_vit.trained import TrainedModel
 
-    trial = interop.open_trial(folder, config, torch.device("cpu"))
-    write, read = interop.FORMATS[form]
+    trained = TrainedModel(args.folder, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         written = Path(place, out.name)
         written.mkdir()
         try:
-            write(trial, written)
-            interop.compare(trial, lambda images: read(written, images), f"{folder}: the export")
+            interop.write(args.format, trained, written)
+            trained.compare(lambda images: interop.logits(args.format, written, images), f"{args.folder}: the export")
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
             first = str(error).strip().partition("\n")[0][:200]
             raise ConfigError(
-                f"--format {form} cannot be written for {trial.about['model']} ({type(error).__name__}: {first}): "
+                f"--format {args.format} cannot be written for {config.model.name} ({type(error).__name__}: {first}): "
                 "give another format"
             ) from error
+        for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
+            file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)
     print(f"{opens.format(str(out))} opens it (docs/interop.md)")
     return 0
 
 
-def main() -> None:
-    """Command-line entry."""
-    parser = trial_parser("export", __doc__)
-    parser.add_argument("--format", choices=tuple(FORMATS), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, which is not there yet")
-    args = parser.parse_args()
-    run_command(lambda: export_folder(args.folder, args.format, args.out, args.weights))
-
-
 if __name__ == "__main__":
-    main()
+    main("export")

@@ -1,19 +1,21 @@
-"""Classify images with a trained trial: ``python -m lora_vit.predict FOLDER IMAGE...``."""
+"""Classify images with a trained trial: ``lora-vit predict FOLDER IMAGE...``."""
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_vit.commands import check_out, completed_record, recorded_config, trial_parser
-from lora_vit.config import TrialConfig
-from lora_vit.errors import ConfigError, run_command
+from lora_vit.cli import add_trial, check_out, completed_trial, main
+from lora_vit.errors import ConfigError
 from lora_vit.files import replacing, user_path
-from lora_vit.terminal import Progress
+
+if TYPE_CHECKING:
+    from lora_vit.trained import TrainedModel
 
 BATCH = 64
 """Images that are classified together; more than these get a bar."""
@@ -21,31 +23,37 @@ NAMED = 20
 """Unreadable images that are named; the rest is counted."""
 
 
-def predict_folder(
-    folder: Path, given: list[Path], top: int | None, out: Path | None, weights: str | None, device: str
-) -> int:
-    """Print (and write) the ``top`` classes of each image; exit code 1 where some could not be read."""
-    if out is not None:
-        check_out(out, "--csv", ".csv")
-    config = recorded_config(completed_record(folder), device, weights)
-    from lora_vit.lora.adapter import read_adapter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add_trial(parser)
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
+    parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
 
-    adapter = read_adapter(folder)
-    class_names = adapter.card["class_names"]
-    if top is not None and not 1 <= top <= len(class_names):
-        raise ConfigError(f"--top {top} is impossible: give a number from 1 to {len(class_names)}")
-    images = found_images(given, user_path(config.data.cache_dir))
+
+def run(args: argparse.Namespace) -> int:
+    """Print (and write) the likeliest classes of each image; exit code 1 where some could not be read."""
+    if args.csv is not None:
+        check_out(args.csv, "--csv", ".csv")
+    _, config = completed_trial(args)
+    from lora_vit.terminal import Progress
+    from lora_vit.trained import TrainedModel
+
+    trained = TrainedModel(args.folder, config)
+    if args.top is not None and not 1 <= args.top <= len(trained.class_names):
+        raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
+    images = found_images(args.images, user_path(config.data.cache_dir))
     rows, unreadable = [], []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
-        for path, found in classified(adapter, images, config):
+        for path, found in classified(trained, images):
             bar.advance(1)
-            if isinstance(found, ValueError):
+            if isinstance(found, ConfigError):
                 unreadable.append(str(found))
                 continue
-            ranked = sorted(zip(found, class_names, strict=True), key=lambda pair: -pair[0])[: top or 5]
-            for place, (p, name) in enumerate(ranked, 1):
-                rows.append({"image": str(path), "rank": place, "class": name, "probability": p})
-    _show(rows, out)
+            ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
+            for rank, (p, name) in enumerate(ranked[: args.top or 5], 1):
+                rows.append({"image": str(path), "rank": rank, "class": name, "probability": p})
+    _show(rows, args.csv)
     for message in unreadable[:NAMED]:
         print(f"error: {_printable(message)}", file=sys.stderr)
     if unreadable:
@@ -54,7 +62,7 @@ def predict_folder(
 
 
 def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
-    """The given files, and all images below the given folders; what else lies there is told in a line.
+    """The given files, and all images below the given folders; one line says what else lies there.
 
     Raises ConfigError where there are none.
     """
@@ -71,29 +79,15 @@ def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
     return images
 
 
-def classified(
-    adapter: Any, images: list[Path], config: TrialConfig
-) -> Iterator[tuple[Path, list[float] | ValueError]]:
-    """Each image with its probability of each class, a list, or with the ConfigError that reading it gave."""
+def classified(trained: TrainedModel, images: list[Path]) -> Iterator[tuple[Path, list[float] | ConfigError]]:
+    """Each image with its probability of each class, or with the error that reading it gave."""
     import torch
 
-    from lora_vit.build import ModelFactory, choose_device
     from lora_vit.data.decode import decode
-    from lora_vit.distributed import Process
-    from lora_vit.errors import ConfigError
-    from lora_vit.lora.adapter import bind, put_on
 
-    card = adapter.card
-    where = choose_device(config.trainer.accelerator, Process())
-    factory = ModelFactory(config, len(card["class_names"]), where, torch.float32)
-    bind(adapter, factory.base)
-    if factory.note:
-        print(factory.note)
-    model = factory.original
-    put_on(model, adapter)
-    model.to(where).eval()
+    card, model, device = trained.adapter.card, trained.adapted, trained.factory.device
     for start in range(0, len(images), BATCH):
-        transform = factory.transform("none")  # keeps matrices for each size
+        transform = trained.factory.transform("none")  # keeps matrices for each size
         paths, inputs = [], []
         for path in images[start : start + BATCH]:
             try:
@@ -102,7 +96,7 @@ def classified(
                 yield path, error
                 continue
             paths.append(path)
-            inputs.append(transform.eval(pixels[None].to(where)))
+            inputs.append(transform.eval(pixels[None].to(device)))
         if inputs:
             with torch.no_grad():
                 p_BC = torch.softmax(model(torch.cat(inputs)), -1)
@@ -128,15 +122,5 @@ def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
         print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
 
 
-def main() -> None:
-    """Command-line entry."""
-    parser = trial_parser("predict", __doc__)
-    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
-    parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    run_command(lambda: predict_folder(args.folder, args.images, args.top, args.csv, args.weights, args.device))
-
-
 if __name__ == "__main__":
-    main()
+    main("predict")

@@ -4,7 +4,7 @@ Resuming, packing, world size and worker count cannot change a run then. Three k
 
 - :func:`generator` for tensors drawn once (initialisation, permutations),
 - :func:`uniforms` for a few numbers per sample (augmentation),
-- :func:`keep_mask` for one decision per element (dropout), as stateless integer operations on the device.
+- :mod:`lora_vit.lora.dropout` for one decision per element, as stateless integer operations on the device.
 """
 
 from __future__ import annotations

@@ -131,11 +131,13 @@ def read_record(folder: Path) -> TrialRecord:
     if record.status == "running":
         record.heartbeat = alive
     try:
-        own = ids(from_dict(record.config))
+        config = from_dict(record.config)
+        own = ids(config)
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
         raise RecordError(f"{path} was edited: its config is not whole ({error})") from None
     if own != (record.trial_id, record.cell_id):
         raise RecordError(f"{path} was edited: its config is that of trial {own[0]}, not of {record.trial_id}")
+    record.config = to_dict(config)  # as this version has it
     return record
 
 

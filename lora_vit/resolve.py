@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -34,12 +35,12 @@ SECTIONS_BESIDE = ("hydra", "sweep", "engine")
 
 def register_resolvers() -> None:
     """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
-    is_old = omegaconf.__version__.startswith(("2.2", "2.3"))  # a later one has another name for it
-    new = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
+    is_old = omegaconf.__version__.startswith("2.3")  # a later one has another name for it
+    new: Any = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
     new("trial_id", _known_trial_id, replace=True)
     new("rank_times", _rank_times, replace=True)
     new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
-    new("at_least", lambda *values: max(int(v) for v in values if v is not None), replace=True)
+    new("at_least", _at_least, replace=True)
 
 
 def _known_trial_id(_root_: Any) -> str:
@@ -47,6 +48,18 @@ def _known_trial_id(_root_: Any) -> str:
         return trial_id(from_omegaconf(_root_, in_sweep=True, fetch=False))
     except ConfigError:
         return UNKNOWN_ID  # whoever uses the path says what is wrong
+
+
+def _at_least(*sizes: Any, _root_: Any) -> Any:
+    """The largest of some sizes in pixels; null is the model's own, which timm knows."""
+    known = [int(size) for size in sizes if size is not None]
+    if len(known) < len(sizes) and _root_.model.library == "timm":
+        with contextlib.suppress(ImportError):  # whoever makes the model says what to install
+            from timm.models import get_pretrained_cfg
+
+            own = get_pretrained_cfg(_root_.model.name)
+            known += own.input_size[1:] if own else []
+    return max(known)
 
 
 def _rank_times(scaling: Any, _parent_: Any) -> Any:

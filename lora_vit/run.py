@@ -76,9 +76,7 @@ def _check_group(config: TrialConfig, world_size: int) -> None:
         raise ConfigError(f"trainer.devices={devices}: torchrun has started {world_size} processes, leave it out")
 
 
-def _take(
-    config: TrialConfig, folder: Path, process: Process, held: contextlib.ExitStack
-) -> TrialRecord | None:
+def _take(config: TrialConfig, folder: Path, process: Process, held: contextlib.ExitStack) -> TrialRecord | None:
     """On rank 0, lock the folder until ``held`` is left; the record of a trial that is completed and not restarted."""
     if not process.is_main:
         return None
@@ -96,5 +94,6 @@ def _open(config: TrialConfig, folder: Path, setup: Setup, hydra_files: dict[str
         return TrialRun.open(config, folder, setup, hydra_files, restart=restart) if setup.process.is_main else None
 
     trial = distributed.on_all(open_here)
-    record, state = distributed.from_main((trial.record, trial.state) if trial else None) or (None, None)
-    return trial or TrialRun(config, record, state)
+    standing = distributed.from_main((trial.record, trial.state) if trial else None)
+    assert standing is not None
+    return trial or TrialRun(config, *standing)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("summarize")
+
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from lora_vit.analysis import Summary, export, summarize, texts
@@ -15,44 +19,44 @@ from lora_vit.analysis.report import html_report
 from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
-PICTURES = ("cells", "race", "by_", "heat_", "learning_curves", "pareto_")
+PROGRAM = "python -m lora_vit.summarize"
+MOST_PROBLEMS = 20
+PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # heat maps: of earlier versions
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m lora_vit.summarize", description="Compare the trials of one or more folders."
-    )
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="a sweep's or a run's folder")
-    p.add_argument("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
-    p.add_argument("--metric", default="val_accuracy", help="val_accuracy (default), val_loss or train_loss")
-    p.add_argument("--where", metavar="CONDITION", help='which trials, for example "rank >= 4 and dropout == 0"')
-    p.add_argument("--pivot", nargs=2, metavar=("ROW", "COLUMN"), help="a table of one setting against another")
-    p.add_argument("--compare", nargs=2, metavar="TRIAL", help="McNemar's test of two trained models on the val images")
-    p.add_argument("--spreads", choices=("auto", "equal", "unequal"), default="auto",
-                   help="whether cells are taken to spread equally over seeds (default: tested)")  # fmt: skip
-    p.add_argument("--margin", type=float, metavar="POINTS",
-                   help="what difference matters: names the cheapest cell shown to be at most that far below the best "
-                        "(percentage points, for a loss its units; default: a race's own)")  # fmt: skip
-    p.add_argument("--top", type=int, default=30, metavar="N", help="rows of each table on the terminal (default 30)")
-    p.add_argument("--no-plots", action="store_true", help="tables and report without pictures")
-    return p
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="FOLDER", help="a sweep's or a run's folder")
+    add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
+    add("--where", metavar="CONDITION", help='which trials, for example "rank >= 4 and dropout == 0"')
+    add("--margin", type=float, metavar="POINTS",
+        help="what difference matters: names the cheapest cell shown to be at most that many percentage points below "
+             "the best (default: a race's own)")  # fmt: skip
+    add("--top", type=int, default=30, metavar="N", help="rows of each table on the terminal (default 30)")
+    add("--no-plots", action="store_true", help="tables and report without pictures")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison and write the files; 0, or 1 with one line on stderr."""
-    args = parser().parse_args(arguments)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        out = Path(args.out) if args.out else Path(args.folders[0]) / OUTPUT
-        summary = summarize(args.folders, args.metric, args.where, args.pivot, args.compare, args.spreads, args.margin)
-        files = render_files(summary, "python -m lora_vit.summarize " + shlex.join(given), not args.no_plots)
-        write_files(out, files)
-    except RecordError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> int:
+    """Write the files, print the comparison; 0.
+
+    Raises:
+        RecordError: there is nothing to compare, or the files cannot be written.
+    """
+    out = Path(args.out or Path(args.folders[0]) / OUTPUT)
+    summary = summarize(args.folders, where=args.where, margin=args.margin)
+    write_files(out, render_files(summary, _command(args), not args.no_plots))
     _print(summary, args.top, out)
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What makes the same files again."""
+    words = [str(folder) for folder in args.folders]
+    for name in ("out", "where", "margin"):
+        if (value := getattr(args, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return f"{PROGRAM} {shlex.join(words + ['--no-plots'] * args.no_plots)}"
 
 
 def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[str, bytes]:
@@ -63,8 +67,6 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
         "table.md": export.table_md(summary).encode(),
         "table.tex": export.table_tex(summary).encode(),
     }
-    if summary.pivot is not None:
-        files["pivot.csv"] = summary.pivot.to_csv().encode()
     inside = {}
     if pictures:
         from lora_vit.analysis.plots import draw_all, render  # matplotlib is slow to import
@@ -96,30 +98,16 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
 
 
 def _print(summary: Summary, top: int, out: Path) -> None:
+    """The comparison on the terminal, the verdict last."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, top))
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)  # paths stay whole
-
-    for line in summary.effects.notes:
-        say(f"note: {escape(line)}")
-    if summary.pair is not None:
-        say(escape(texts.pair_text(summary)))
-    for problem in summary.problems[:20]:
-        say(f"[yellow]problem:[/yellow] {escape(problem)}")
-    if len(summary.problems) > 20:
-        say(f"... {len(summary.problems) - 20} more problems (see the report)")
-    for warning in summary.warnings:
-        say(f"[yellow]warning:[/yellow] {escape(warning)}")
-    say(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    for line in texts.closing(summary):
-        say(line)
-    say(f"Report: {escape(str(out / 'report.html'))}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    more = len(summary.problems) - MOST_PROBLEMS
+    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
+    lines += [f"... {more} more problems (see the report)"] * (more > 0)
+    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
+    lines += [f"\n[bold]{escape(summary.verdict)}[/bold]", *map(escape, texts.closing(summary))]
+    for line in [*lines, f"Report: {escape(str(out / 'report.html'))}"]:
+        console.print(line, soft_wrap=True)  # paths stay whole

@@ -20,25 +20,23 @@ _PIPED_WIDTH = 400
 
 
 class Every:
-    """Tells when so many seconds have passed since it last did."""
+    """Says when so many seconds have passed since it last said so."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
         self._since = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time again; the time then counts anew."""
+        """Whether it is time again."""
         now = time.monotonic()
-        is_due = now - self._since > self.seconds
-        if is_due:
-            self._since = now
-        return is_due
+        if now - self._since <= self.seconds:
+            return False
+        self._since = now
+        return True
 
 
 class Progress:
-    """How far ``total`` units of work are, with rate and time left.
-
-    As a context it tells at the end what was done in which time.
+    """How far ``total`` units of work are, with rate and time left; as a context also the time of all of it.
 
     Args:
         what: the work, e.g. "decoding images".

@@ -5,17 +5,18 @@ Hydra composes the configuration; torch is imported only once it is known to be 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_vit import distributed
-from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, run_command
+from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, reporting
 from lora_vit.files import remove_empty
-from lora_vit.terminal import from_here
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -34,37 +35,41 @@ def task(cfg: DictConfig) -> float:
     from lora_vit.compose import refuse_misread_paths
     from lora_vit.config import trial_id
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
+    from lora_vit.terminal import from_here
 
     hydra_cfg = HydraConfig.get()
     folder, in_sweep = Path(hydra_cfg.runtime.output_dir), is_multirun()
+    given: Any = OmegaConf.to_container(hydra_cfg, resolve=False)
 
     def validated() -> TrialConfig:
-        given: Any = OmegaConf.to_container(hydra_cfg.overrides, resolve=False)
         if not in_sweep:
-            refuse_without_effect(given)
-        refuse_misread_paths([*given["hydra"], *given["task"]])
+            refuse_without_effect(given["overrides"])
+        refuse_misread_paths([*given["overrides"]["hydra"], *given["overrides"]["task"]])
         return from_omegaconf(cfg, in_sweep, cwd=Path(hydra_cfg.runtime.cwd))
 
-    try:
-        config = distributed.on_all(validated)
-    finally:
-        remove_empty(folder)  # Hydra has made it, in every process
-    distributed.agree(trial_id(config), "the processes found different files, and so would train different trials")
-    folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
-    files = {
-        "config.yaml": OmegaConf.to_yaml(cfg),
-        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
-        "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
-    }
-    from lora_vit import run
+    with past_hydra():
+        try:
+            config = distributed.on_all(validated)
+        finally:
+            remove_empty(folder)  # Hydra has made it, in every process
+        found = trial_id(config)
+        distributed.agree(found, "the processes found different files, and so would train different trials")
+        if "${trial_id:" in (given["sweep"]["subdir"] if in_sweep else given["run"]["dir"]):
+            folder = folder.with_name(folder.name.replace(UNKNOWN_ID, found))
+        files = {
+            "config.yaml": OmegaConf.to_yaml(cfg),
+            "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
+            "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
+        }
+        from lora_vit import run
 
-    try:
-        record = run.train(config, folder, files)
-    except Interrupted as stop:
-        if not in_sweep:
-            stop.command = f"the same command with hydra.run.dir={from_here(folder)}"
-        raise
-    return report(record, folder)
+        try:
+            record = run.train(config, folder, files)
+        except Interrupted as stop:
+            if not in_sweep:
+                stop.command = f"the same command with hydra.run.dir={from_here(folder)}"
+            raise
+        return report(record, folder)
 
 
 def is_multirun() -> bool:
@@ -85,6 +90,7 @@ def refuse_without_effect(overrides: Any) -> None:
 def report(record: TrialRecord, folder: Path) -> float:
     """Print what the trial came to, with how to look at it; returns its validation accuracy (a fraction)."""
     from lora_vit.records import NO_ACCURACY, RECORD
+    from lora_vit.terminal import from_here
 
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
@@ -95,47 +101,25 @@ def report(record: TrialRecord, folder: Path) -> float:
     return float(accuracy)
 
 
-def compose_and_train() -> None:
-    """Let Hydra compose the command line and train; in a group, each process does so."""
-    from lora_vit.compose import register
-
-    register()
-    if any(a.startswith("sweep=") for a in sys.argv[1:]) and not {"-m", "--multirun"} & set(sys.argv):
-        sys.argv.insert(1, "-m")  # a preset is a sweep
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
-    with distributed.group():
-        given = shlex.join(sys.argv[1:])
-        distributed.agree(given, "nodes were started differently, give the same overrides on each")
-        through_hydra()
-
-
-def through_hydra() -> None:
-    """Let Hydra compose ``sys.argv`` for the task. In a group, every process fails with what one of them cannot compose.
-
-    Raises:
-        ConfigError: in one line, what Hydra has to say.
-    """
-    import hydra
-
-    from lora_vit.compose import HYDRA
-
-    failed: list[Exception] = []
-
-    @functools.wraps(task)  # Hydra looks at its name and module
-    def run(cfg: Any) -> Any:
-        try:
-            return task(cfg)
-        except Exception as error:
-            if is_multirun() and not isinstance(error, Interrupted):
-                raise  # Hydra's sweeper goes on to the next
-            failed.append(error)
-            raise SystemExit from error  # to an exception Hydra would add lines of its own
-
+@contextlib.contextmanager
+def past_hydra() -> Iterator[None]:
+    """Carry an error of the task through Hydra, which would print lines of its own, to :func:`through_hydra`."""
     try:
-        hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(run)()
+        yield
+    except Exception as error:
+        if is_multirun() and not isinstance(error, Interrupted):
+            raise  # Hydra's sweeper goes on to the next
+        raise SystemExit(error) from None
+
+
+@contextlib.contextmanager
+def through_hydra() -> Iterator[None]:
+    """Raise the task's errors as they were, and what Hydra cannot compose as ConfigError, on every process."""
+    try:
+        yield
     except (Exception, SystemExit) as error:
-        if failed:
-            raise failed[0] from None
+        if isinstance(error, SystemExit) and isinstance(error.code, Exception):
+            raise error.code from None
         distributed.on_all(functools.partial(_refuse, error))
 
 
@@ -150,8 +134,21 @@ def _refuse(error: BaseException) -> None:
 
 
 def main() -> None:
-    """Command-line entry."""
-    run_command(compose_and_train)
+    """Command-line entry. Hydra composes the command line and calls the task; in a group, in each process."""
+    with reporting():
+        import hydra
+
+        from lora_vit.compose import HYDRA, register
+
+        register()
+        if any(a.startswith("sweep=") for a in sys.argv[1:]) and not {"-m", "--multirun"} & set(sys.argv):
+            sys.argv.insert(1, "-m")  # a preset is a sweep
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+        with distributed.group():
+            given = shlex.join(sys.argv[1:])
+            distributed.agree(given, "nodes were started differently, give the same overrides on each")
+            with through_hydra():
+                hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(task)()
 
 
 if __name__ == "__main__":

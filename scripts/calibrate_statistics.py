@@ -1,9 +1,9 @@
 """How often do the report's claims err, and what do they find? Simulated sweeps through the report's own functions.
 
-    python scripts/calibrate_statistics.py marks        # *worse* and *candidate*, several minutes
-    python scripts/calibrate_statistics.py race         # the race: is the selected cell within the margin?
-    python scripts/calibrate_statistics.py margin       # the mark *within margin*
-    python scripts/calibrate_statistics.py race --small # seconds to a minute
+    python scripts/calibrate_statistics.py marks            # *worse* and *candidate*, several minutes
+    python scripts/calibrate_statistics.py race             # the race: is the selected cell within the margin?
+    python scripts/calibrate_statistics.py margin           # the mark *within margin*
+    python scripts/calibrate_statistics.py race --runs 100  # seconds to a minute
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
 by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the cells spread three times as much;
@@ -94,48 +94,38 @@ def simulate(case: Case, runs: int, rng: np.random.Generator, spreads: str = "au
     """Error and power rates over ``runs`` simulated sweeps; Monte Carlo error is sqrt(p (1 - p) / runs)."""
     totals = np.zeros(5)
     for _ in range(runs):
-        y = case.draw(case.true_means(rng), rng)
-        result = compare(y, resolution=1 / case.images, spreads=spreads, p_values=False)
+        result = compare(case.draw(case.true_means(rng), rng), resolution=1 / case.images, spreads=spreads)
         found = result.worse[1:].mean() if result.best == 0 else 0.0
         excluded = (~result.candidate[1:]).mean()
         totals += [result.worse.any(), result.candidate[0], result.candidate[-1], found, excluded]
     return Rates(*(totals / runs))
 
 
-def null_cases() -> list[Case]:
-    even = [("equal", sd) for sd in (0.0, 0.3, 1.0)]
-    return [
-        Case(m, n, sd, spread)
-        for spread, sd in (*even, ("half 3x", 0.3), ("half 3x", 1.0), ("one 10x", 0.3))
-        for m in (2, 10, 30)
-        for n in (2, 3, 5)
-    ]
+def head(*columns: str) -> None:
+    """Print the head of a table."""
+    line(*columns)
+    print("|" + "---|" * len(columns))
 
 
-def power_cases() -> list[Case]:
-    return [Case(m, n, 0.3, lead=lead) for lead in (0.5, 1.0) for m in (2, 10, 30) for n in (2, 3, 5)]
+def line(*columns: object) -> None:
+    """Print a line of a table; numbers are percentages."""
+    texts = (f"{100 * c:.1f}" if isinstance(c, float) else str(c) for c in columns)
+    print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def print_marks(runs: int, rng: np.random.Generator) -> None:
-    print("| spreads | seed sd | cells | seeds | 'worse' errs % | candidates keep the best % | pooled error: errs % |")
-    print("|---|---|---|---|---|---|---|")
-    for case in null_cases():
+    designs = [(m, n) for m in (2, 10, 30) for n in (2, 3, 5)]
+    spreads = [("equal", 0.0), ("equal", 0.3), ("equal", 1.0), ("half 3x", 0.3), ("half 3x", 1.0), ("one 10x", 0.3)]
+    head("spreads", "seed sd", "cells", "seeds", "'worse' errs %", "candidates keep the best %", "pooled: errs %")
+    for case in (Case(m, n, sd, spread) for spread, sd in spreads for m, n in designs):
         r, pooled = simulate(case, runs, rng), simulate(case, runs, rng, "equal")
         kept = min(r.kept, r.kept_last)
-        print(
-            f"| {case.spread} | {case.sd} | {case.cells} | {case.seeds} | {100 * r.worse:.1f} | {100 * kept:.1f} "
-            f"| {100 * pooled.worse:.1f} |",
-            flush=True,
-        )
-    print("\n| lead | cells | seeds | 'worse' finds % | not a candidate % | pooled error only: finds % |")
-    print("|---|---|---|---|---|---|")
-    for case in power_cases():
+        line(case.spread, str(case.sd), case.cells, case.seeds, r.worse, kept, pooled.worse)
+    print()
+    head("lead", "cells", "seeds", "'worse' finds %", "not a candidate %", "pooled error only: finds %")
+    for case in (Case(m, n, 0.3, lead=lead) for lead in (0.5, 1.0) for m, n in designs):
         r, pooled = simulate(case, runs, rng), simulate(case, runs, rng, "equal")
-        print(
-            f"| {case.lead} | {case.cells} | {case.seeds} | {100 * r.found:.0f} | {100 * r.excluded:.0f} "
-            f"| {100 * pooled.found:.0f} |",
-            flush=True,
-        )
+        line(str(case.lead), case.cells, case.seeds, r.found, r.excluded, pooled.found)
 
 
 def is_within(mean: np.ndarray, margin: float) -> np.ndarray:
@@ -171,7 +161,7 @@ def run_race(y: np.ndarray, rules: Rules, resolution: float, workers: int = 1) -
         return race, race.trials
     seen = np.full(y.shape, np.nan)
     while not (race := decide(seen, none, rules, resolution)).ended:
-        for trial in wanted(race, seen, none, rules, workers)[:workers]:
+        for trial in wanted(race, workers)[:workers]:
             seen[trial] = y[trial]
     return race, int(np.isfinite(seen).sum())
 
@@ -232,36 +222,24 @@ def race_cases() -> Iterator[tuple[Case, float]]:
 def print_race(runs: int, rng: np.random.Generator) -> None:
     firsts = (2, 3, 5)
     print("With 2 / 3 / 5 first seeds, at most 30; seed sd 0.3.\n")
-    print(
-        "| means | spreads | cells | right % | without limit % | not resolved % | trials a cell | Bechhofer | Rinott |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    head("means", "spreads", "cells", "right %", "without limit %", "not resolved %", "trials a cell", "Bechhofer",
+         "Rinott")  # fmt: skip
     for case, margin in race_cases():
         rates = [simulate_race(case, Rules(margin / 100, n, case.seeds), runs, rng, long=True) for n in firsts]
-        means = "tied" if case.means == "one ahead" and not case.lead else case.means
-        notes = (
-            [f"margin {margin}"] * (margin != 0.5)
-            + [f"at most {case.seeds}"] * (case.seeds != 30)
-            + [f"{case.images} images"] * (case.images != IMAGES)
-        )
-        columns = [
-            " / ".join(f"{100 * x:.1f}" for x in (getattr(r, name) for r in rates))
-            for name in ("right", "right_long", "unresolved")
-        ]
+        notes = ["tied" if case.means == "one ahead" and not case.lead else case.means]
+        notes += [f"margin {margin}"] * (margin != 0.5) + [f"at most {case.seeds}"] * (case.seeds != 30)
+        notes += [f"{case.images} images"] * (case.images != IMAGES)
+        shares = [" / ".join(f"{100 * getattr(r, name):.1f}" for r in rates)
+                  for name in ("right", "right_long", "unresolved")]  # fmt: skip
         trials = " / ".join(f"{r.trials:.1f}" for r in rates)
-        stages = f"{bechhofer(case, margin / 100):.0f} | {rinott(case, margin / 100, 5, rng):.0f}"
-        design = f"{', '.join([means, *notes])} | {case.spread} | {case.cells}"
-        print(f"| {design} | {' | '.join(columns)} | {trials} | {stages} |", flush=True)
+        stages = f"{bechhofer(case, margin / 100):.0f}", f"{rinott(case, margin / 100, 5, rng):.0f}"
+        line(", ".join(notes), case.spread, case.cells, *shares, trials, *stages)
     print("\nIdle workers: the same races by 1 and by 16 workers, 5 first seeds.\n")
-    print("| means | cells | workers | right % | not resolved % | trials a cell |\n|---|---|---|---|---|---|")
+    head("means", "cells", "workers", "right %", "not resolved %", "trials a cell")
     for case in (Case(10, 30, 0.3, lead=0.5), Case(30, 30, 0.3, means="spread")):
         for workers in (1, 16):
             r = simulate_race(case, Rules(0.005, 5, 30), max(1, runs // 4), np.random.default_rng(1), workers)
-            print(
-                f"| {case.means} | {case.cells} | {workers} | {100 * r.right:.1f} | {100 * r.unresolved:.1f} "
-                f"| {r.trials:.1f} |",
-                flush=True,
-            )
+            line(case.means, case.cells, workers, r.right, r.unresolved, f"{r.trials:.1f}")
 
 
 @dataclass(frozen=True)
@@ -279,7 +257,7 @@ def simulate_margin(case: Case, margin: float, runs: int, rng: np.random.Generat
         mean = case.true_means(rng)
         within = is_within(mean, margin / 100)
         y = case.draw(mean, rng)
-        marked = compare(y, resolution=1 / case.images, p_values=False).below <= margin / 100
+        marked = compare(y, resolution=1 / case.images).below <= margin / 100
         errs += bool((marked & ~within).any())
         found += int((marked & within).sum())
         within_all += int(within.sum())
@@ -288,21 +266,16 @@ def simulate_margin(case: Case, margin: float, runs: int, rng: np.random.Generat
 
 def print_margin(runs: int, rng: np.random.Generator) -> None:
     print("With 3 / 5 / 10 seeds; seed sd 0.3, margin 0.5.\n")
-    print("| spreads | cells | errs %, one ahead | errs %, means spread | finds %, tied | finds %, means spread |")
-    print("|---|---|---|---|---|---|")
+    head("spreads", "cells", "errs %, one ahead", "errs %, means spread", "finds %, tied", "finds %, means spread")
     for spread in ("equal", "half 3x", "half 3x, best", "one 10x", "one 10x, best"):
         for cells in (2, 10, 30):
             rates = []
-            for n in (3, 5, 10):
-                case = Case(cells, n, 0.3, spread)
-                beyond, spread_out, tied = (
-                    simulate_margin(c, 0.5, runs, rng)
-                    for c in (replace(case, lead=0.5), replace(case, means="spread"), case)
-                )
-                rates.append([f"{100 * beyond.errs:.1f}", f"{100 * spread_out.errs:.1f}"])
-                rates[-1] += [f"{100 * tied.found:.0f}", f"{100 * spread_out.found:.0f}"]
-            columns = " | ".join(" / ".join(column) for column in zip(*rates, strict=True))
-            print(f"| {spread} | {cells} | {columns} |", flush=True)
+            for case in (Case(cells, n, 0.3, spread) for n in (3, 5, 10)):
+                cases = replace(case, lead=0.5), replace(case, means="spread"), case
+                beyond, spread_out, tied = (simulate_margin(c, 0.5, runs, rng) for c in cases)
+                rates.append([f"{100 * beyond.errs:.1f}", f"{100 * spread_out.errs:.1f}",
+                              f"{100 * tied.found:.0f}", f"{100 * spread_out.found:.0f}"])  # fmt: skip
+            line(spread, cells, *(" / ".join(column) for column in zip(*rates, strict=True)))
 
 
 MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
@@ -315,12 +288,11 @@ MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--small", action="store_true", help="few simulated sweeps per line")
     parser.add_argument("--runs", type=int, help="simulated sweeps per line")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     show, many = MODES[args.mode]
-    runs = args.runs or (many // 13 if args.small else many)
+    runs = args.runs or many
     error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
     print(f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n")
     show(runs, np.random.default_rng(args.seed))

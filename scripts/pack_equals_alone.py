@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lora_vit.sweep.ledger import trial_folders
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
@@ -26,7 +27,6 @@ from lora_vit.config import TrialConfig, from_dict
 from lora_vit.evaluate import trained_pack
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_predictions, read_record
-from lora_vit.sweep.ledger import trial_folders
 from lora_vit.training.pack import EVAL_BATCH
 
 FP64_LOSS, FP32_FIRST_LOSS, FP32_PREDICTIONS, FP32_GAP = 1e-9, 1e-6, 0.002, 1e-3
@@ -90,7 +90,7 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
 
 def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
-    pack = trained_pack(folder, config)
+    pack = trained_pack(folder, read_record(folder), config)
     with torch.no_grad():
         logits = [pack.model.eval()(batch.images, [0])[0] for batch in pack.setup.eval_stream(split, EVAL_BATCH)]
     top = torch.cat(logits).topk(2).values

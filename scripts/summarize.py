@@ -1,8 +1,6 @@
 """python scripts/summarize.py outputs/sweeps/NAME: the same as python -m lora_vit.summarize."""
 
-import sys
-
-from lora_vit.summarize import main
+from lora_vit.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main("summarize")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -49,12 +48,13 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command's entry in this process; its exit code and what it printed."""
+    """Run a command in this process; its exit code and what it printed."""
+    from lora_vit import cli
 
-    def run(module: str, *arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"lora_vit.{module}", *map(str, arguments)])
+    def run(command: str, *arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora-vit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"lora_vit.{module}").main()
+            cli.main(command)
         assert isinstance(ended.value.code, int)
         return ended.value.code, *capsys.readouterr()
 

@@ -13,42 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose
+from plain_trials import SMALL
 
+from lora_vit import api
 from lora_vit.build import build_setup
-from lora_vit.compose import initialized
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.records import read_predictions
-from lora_vit.resolve import from_omegaconf
 from lora_vit.stopping import StopRequest
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
-SMALL = (
-    "model=vit_tiny",
-    "model.weights=null",
-    "model.image_size=16",
-    "model.num_layers=2",
-    "model.hidden_dim=32",
-    "model.num_heads=2",
-    "model.mlp_dim=48",
-    "data=fake",
-    "data.cache_size=16",
-    "trainer.epochs=2",
-    "trainer.precision=fp64",
-    "trainer.accelerator=cpu",
-    "trainer.log_every=1",
-)
-"""A trial of a second: two blocks of width 32, 60 training images of 4 classes, batch 8."""
-
 
 def trial_config(*overrides: str) -> TrialConfig:
     """The small trial with overrides."""
-    with initialized():
-        return from_omegaconf(compose("config", overrides=[*SMALL, *overrides]))
+    return api.compose([*SMALL, *overrides])
 
 
 @dataclasses.dataclass

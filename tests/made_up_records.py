@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from plain_trials import BASELINE, composed, with_changes
 
 from lora_vit import records
 from lora_vit.analysis import load
@@ -16,43 +16,14 @@ from lora_vit.config import cell_id, from_dict, trial_id
 from lora_vit.files import JsonLines
 from lora_vit.records import TrialRecord, write_predictions, write_record
 
-CONFIG: dict[str, Any] = {
-    "model": {
-        "name": "vit_tiny", "weights": "GLYPHS_V1", "image_size": 32, "patch_size": 8, "num_layers": 6, "num_heads": 4,
-        "hidden_dim": 128, "mlp_dim": 512, "head_dropout": 0.1, "weights_sha256": None,
-        "library": "torchvision", "mean": None, "std": None, "interpolation": None,
-    },
-    "data": {
-        "name": "digits", "root": None, "batch_size": 20, "augment": "none", "split_seed": 0, "val_fraction": 0.4,
-        "test_fraction": 0.4, "train_per_class": 10, "official_val": False, "cache_size": None,
-        "cache_dir": "~/.cache", "content": None,
-    },
-    "optimizer": {
-        "lr": 1e-3, "weight_decay": 0.03, "betas": [0.9, 0.999], "eps": 1e-8, "decay_bias_and_norm": True,
-        "schedule": "linear", "warmup": 0.0, "clip_norm": None, "label_smoothing": 0.0,
-    },
-    "lora": {
-        "method": "lora", "rank": 4, "alpha": 32.0, "dropout": 0.0, "targets": ["q", "k", "v", "o", "fc1", "fc2"],
-        "blocks": None, "scaling": "standard", "init": "kaiming_uniform", "bias": "none",
-    },
-    "trainer": {
-        "epochs": 5, "precision": "auto", "accelerator": "auto", "devices": "auto", "compile": False, "resume": "auto",
-        "checkpoint_every": 300.0, "log_every": 20, "validate_every": 1,
-    },
-    "seed": 0,
-}  # fmt: skip
+CONFIG = composed("experiment=quickstart", "trainer.epochs=5", "trainer.precision=auto")
 IMAGES = 720
 
 
 def make_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The default config with ``settings`` by dotted name; a baseline's adapter settings are null."""
-    config = copy.deepcopy(CONFIG)
-    if settings.get("lora.method", "lora") != "lora":
-        config["lora"] = dict.fromkeys(config["lora"])
-    for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        (config[section] if section else config)[key] = value
-    return config
+    baseline = {} if settings.get("lora.method", "lora") == "lora" else BASELINE
+    return with_changes(CONFIG, {**baseline, **settings})
 
 
 def make_record(accuracy: float | None = 0.9, status: str = "completed", **settings: Any) -> TrialRecord:

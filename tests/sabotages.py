@@ -38,7 +38,7 @@ def pad_before_drawing(monkeypatch):
     original = layers.initial_lora_A
 
     def padded(spec, name, width):
-        wide = layers.AdapterSpec(16, spec.scaling, spec.dropout, spec.init, spec.seed)
+        wide = layers.AdapterSpec(16, spec.scaling, spec.dropout, spec.seed)
         return original(wide, name, width)[-spec.rank :]  # the rows that a wider draw would leave this rank
 
     monkeypatch.setattr(layers, "initial_lora_A", padded)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pandas as pd
 
-from lora_vit.analysis.summary import Metric, Summary
-from lora_vit.analysis.tables import FACTS, LR, SCALING, averaged, value_text
+from lora_vit.analysis.stats import Comparison
+from lora_vit.analysis.tables import FACTS, SCALING, averaged
+from lora_vit.config.names import LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
 VAL_SET = (
@@ -21,7 +23,7 @@ MACHINE = ("environment.device", "environment.host", "environment.world_size")
 
 
 def refuse(trials: pd.DataFrame) -> None:
-    """Raise RecordError where the trials were not validated on the same images."""
+    """Raise RecordError if the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
         values = counted[column].dropna()
@@ -52,24 +54,24 @@ def _quoted(value: object) -> str:
     return f"'{value}'" if isinstance(value, str) else value_text(value)
 
 
-def unfinished(trials: pd.DataFrame, metric: Metric, raced: bool = False) -> pd.DataFrame:
+def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
     """Trials that are not in the averages, each with why: ``trial label seed status epoch value reason``.
 
-    A seed that at least half of the cells have and a cell lacks is listed as ``missing`` (not in a race).
+    With ``same_seeds``, a seed that at least half of the cells have is listed as ``missing`` for a cell that lacks it.
     """
     columns = ["trial", "label", "seed", "status", "epoch", "value", "reason"]
     rows = []
-    for _, r in trials[~averaged(trials, metric)].iterrows():
+    for _, r in trials[~averaged(trials)].iterrows():
         reason = str(r["error"])
         if r["status"] == "completed":
-            reason = f"no {metric.name}"
+            reason = "no val_accuracy"
         elif r["status"] == "stopped":
             reason = reason or "stopped early: censored, its value is not the last epoch's"
         if not math.isnan(r["error_step"]):
             reason += f" (step {int(r['error_step'])})"
-        rows.append([r["trial"], r["label"], r["seed"], r["status"], r["epoch"], r[metric.name], reason])
+        rows.append([*r[["trial", "label", "seed", "status", "epoch", "val_accuracy"]], reason])
     there = pd.crosstab(trials["label"], trials["seed"])
-    for seed in [] if raced else there.columns[(there > 0).mean() >= 0.5]:
+    for seed in there.columns[(there > 0).mean() >= 0.5] if same_seeds else ():
         without = there.index[there[seed] == 0]
         rows += [["", label, seed, "missing", math.nan, math.nan, "no record"] for label in without]
     return pd.DataFrame(rows, columns=columns).sort_values(["status", "label", "seed"], ignore_index=True)
@@ -84,117 +86,93 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 
-def warnings(done: pd.DataFrame, summary: Summary) -> list[str]:
-    """Lines for the terminal, the tables and the report, the weightiest first."""
-    found = [*_learning_rate(done, summary), *_sameness(done), *_design(summary), *_status(summary)]
+def warnings(
+    done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, rates: pd.DataFrame, left_out: pd.DataFrame
+) -> Iterator[str]:
+    """Lines for the terminal, the tables and the report, the weightiest first.
+
+    ``rates``: :func:`.tables.learning_rates`; ``left_out``: :func:`unfinished`.
+    """
+    yield from _learning_rate(done, rates)
+    yield from _sameness(done)
+    if single := int((cells["n"] == 1).sum()):
+        yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
+    if comparison.possible:
+        yield from _design(comparison)
+    if len(left_out):
+        counts = left_out["status"].replace("completed", "without val accuracy").value_counts()
+        told = ", ".join(f"{n} {status}" for status, n in counts.items())
+        yield f"Not in the averages: {told} (listed under 'Not averaged')."
     tiny = done[done["data.name"] == "tiny_imagenet"]
     if tiny["model.weights"].astype(str).str.contains("IMAGENET1K").any():
-        found.append(
-            "Tiny-ImageNet's classes are a subset of ImageNet-1k's, on which these weights were trained: the "
-            "accuracies say little about classes that the model has never seen."
-        )
-    return found
+        yield ("Tiny-ImageNet's classes are a subset of ImageNet-1k's, on which these weights were trained: the "
+               "accuracies say little about classes that the model has never seen.")  # fmt: skip
 
 
-def _learning_rate(done: pd.DataFrame, summary: Summary) -> list[str]:
-    adapted = done[done["lora.method"] == "lora"]
+def _learning_rate(done: pd.DataFrame, rates: pd.DataFrame) -> Iterator[str]:
+    """What a learning rate may explain instead of rank and alpha."""
+    adapted = done[done[METHOD] == "lora"]
     moved = [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]
     if not moved:
-        return []
+        return
     names = " and ".join(c.split(".")[1] for c in moved)
-    out = []
     if adapted[LR].nunique() < 2:
-        out.append(
-            f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: an effect of {names} cannot be "
-            f"told from a learning rate that suits some of the values better. Sweep optimizer.lr too."
-        )
+        yield (f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: it may suit some values of "
+               f"{names} better than others, so an effect may be that of the learning rate. Sweep optimizer.lr "
+               "too.")  # fmt: skip
     elif adapted.groupby(moved)[LR].nunique().max() < 2:
-        out.append(
-            f"Each {names} was tried at one learning rate, not all at the same: their effects cannot be told apart. "
-            "Try each at several rates."
-        )
-    table = summary.learning_rates
-    if len(table):
-        edge = table[table["edge"]]
-        if len(edge):
-            out.append(
-                f"For {len(edge)} of {len(table)} settings the best learning rate is the lowest or highest tried: "
-                "rates beyond it may be better."
-            )
-        if table["rates"].nunique() > 1:
-            out.append("Not every setting was run at every learning rate: 'best over lr' favours those with more.")
+        yield (f"Each {names} was tried at one learning rate, not all at the same: their effects cannot be told apart. "
+               "Try each at several rates.")  # fmt: skip
+    if len(rates) and rates["edge"].any():
+        yield (f"For {rates['edge'].sum()} of {len(rates)} settings the best learning rate is the lowest or highest "
+               "tried: rates beyond it may be better.")  # fmt: skip
+    if len(rates) and rates["rates"].nunique() > 1:
+        yield "Not every setting was run at every learning rate: 'best over lr' favours those with more."
     if "lora.rank" in moved and "lora.alpha" not in moved and adapted[SCALING].nunique() > 1:
-        out.append(
-            "alpha is the same for every rank, so the effective scaling falls as the rank rises: "
-            "the effect of rank includes that of scaling."
-        )
-    return out
+        yield ("alpha is the same for every rank, so the effective scaling falls as the rank rises: the effect of rank "
+               "includes that of scaling.")  # fmt: skip
 
 
-def _sameness(done: pd.DataFrame) -> list[str]:
-    told = {
-        "environment.commit": "code versions",
-        "environment.versions": "library versions",
-        "environment.precision": "precisions",
-        "data.train": "numbers of training images",
-        "data.fingerprint": "data fingerprints",
-        "trainer.epochs": "numbers of epochs: the budgets are unequal",
-    }
-    out = []
-    for column, what in told.items():
+_SAME = {
+    "environment.commit": "code versions",
+    "environment.versions": "library versions",
+    "environment.precision": "precisions",
+    "data.train": "numbers of training images",
+    "data.fingerprint": "data fingerprints",
+    "trainer.epochs": "numbers of epochs (unequal budgets)",
+}
+
+
+def _sameness(done: pd.DataFrame) -> Iterator[str]:
+    """What should be the same in all trials and is not."""
+    for column, what in _SAME.items():
         counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
         if len(counts) > 1:
             shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
             more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
-            out.append(f"The trials have different {what}: {shown}{more}.")
+            yield f"The trials have different {what}: {shown}{more}."
     if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
-        out.append("Some trials ran with uncommitted changes in the code.")
-    short = done[done["epoch"] < pd.to_numeric(done["trainer.epochs"])]
-    if len(short):
-        out.append(f"{len(short)} completed trials have fewer epochs than their config asks for.")
+        yield "Some trials ran with uncommitted changes in the code."
+    if short := int((done["epoch"] < pd.to_numeric(done["trainer.epochs"])).sum()):
+        yield f"{short} completed trials have fewer epochs than their config asks for."
     if (devices := done["environment.device"].nunique()) > 1:
-        out.append(f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare.")
+        yield f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare."
     elif done["pack_size"].nunique() > 1:
-        sizes = ", ".join(value_text(size) for size in sorted(done["pack_size"].dropna().unique()))
-        out.append(
-            f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, and "
-            "memory is the whole pack's."
-        )
-    return out
+        sizes = ", ".join(map(value_text, sorted(done["pack_size"].dropna().unique())))
+        yield (f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, "
+               "and memory is the whole pack's.")  # fmt: skip
 
 
-def _design(summary: Summary) -> list[str]:
-    c, out = summary.comparison, []
-    single = int((summary.cells["n"] == 1).sum())
-    if single:
-        out.append(f"{single} of {len(summary.cells)} cells have one seed only: no interval and no verdict for them.")
-    if not c.possible:
-        return out
-    if c.wide:
-        if c.spread_p < 0.05:
-            out.append(f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g}): the wider error is used.")
-        else:
-            seen = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
-            out.append(
-                f"{c.seeds} seeds cannot show that all cells spread equally{seen}: the wider error is used. "
-                "More seeds would sharpen the comparison."
-            )
-    elif c.spread_p < 0.05:
-        out.append(
-            f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g}), yet one common error is used."
-        )
+def _design(c: Comparison) -> Iterator[str]:
+    """What seeds and spreads do to the comparison."""
+    unequal = f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g})"
+    if c.spread_p < 0.05:
+        yield f"{unequal}: the wider error is used." if c.wide else f"{unequal}, yet one common error is used."
+    elif c.wide:
+        p = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
+        yield (f"{c.seeds} seeds cannot show that all cells spread equally{p}: the wider error is used. More seeds "
+               "would sharpen the comparison.")  # fmt: skip
     if not c.blocked:
-        out.append("The cells do not share seeds: comparisons are unpaired, and the seeds' own spread blurs them.")
+        yield "The cells do not share seeds: comparisons are unpaired, and the seeds' own spread blurs them."
     elif not c.complete:
-        out.append(
-            "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."
-        )
-    return out
-
-
-def _status(summary: Summary) -> list[str]:
-    counts = summary.unfinished["status"].value_counts()
-    if counts.empty:
-        return []
-    told = ", ".join(f"{n} {'without metric' if s == 'completed' else s}" for s, n in counts.items())
-    return [f"Not in the averages: {told} (listed under 'Not averaged')."]
+        yield "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."

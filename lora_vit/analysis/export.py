@@ -1,25 +1,36 @@
-"""DataFrames to text: the readable cells table, Markdown, LaTeX, CSV and the terminal."""
+"""The tables of a summary as text, and text as Markdown, LaTeX and on a terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.summary import Metric, Summary
-from lora_vit.analysis.tables import BASELINES, METHOD, SCALING, short_names, value_text
-from lora_vit.analysis.texts import LEGEND, RACE_LEGEND, count, duration, number, plain, signed, size
+from lora_vit.analysis.summary import Summary
+from lora_vit.analysis.tables import SCALING
+from lora_vit.analysis.texts import count, duration, number, plain, signed, size
+from lora_vit.config.names import BASELINES, METHOD, short_names, value_text
+
+RATES_NOTE = (
+    "the best over learning rates is selected among several and so a little too good, more so the more rates were "
+    "tried; at the shared rate nothing was selected, but the rate may suit some settings better"
+)
+LATEX_ROWS = 40
+"""Of a table, so that it fits a page."""
+LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
+"""Columns of the cells table that a narrow terminal does without, the first first."""
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     """The cells table as text, one row per cell, best first; only settings that vary have a column.
 
-    ``wide=False`` leaves out what fits no terminal (sd, worse-by interval, throughput, memory, sizes).
+    ``wide=False`` leaves out what fits no terminal (sd, interval of the difference, throughput, memory, sizes).
     """
-    cells, metric = summary.cells, summary.metric
+    cells, fixed = summary.cells, summary.race is None
     short = short_names(summary.settings)
     out = pd.DataFrame({"#": np.arange(1, len(cells) + 1).astype(str)})
     if METHOD in summary.settings:
@@ -31,23 +42,23 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         out["scaling"] = _each(value_text, cells[SCALING])
     if len(out.columns) == 1:
         out["cell"] = cells["label"]
-    out[metric.title.lower() + (" %" if metric.accuracy else "")] = _values(metric, cells["mean"])
-    out["95 % interval"] = _intervals(metric, cells["low"], cells["high"])
-    if summary.comparison.blocked and not summary.comparison.complete and summary.race is None:
-        out["adjusted"] = _values(metric, cells["adjusted"])
+    out["val accuracy %"] = _each(plain, cells["mean"])
+    out["95 % interval"] = _intervals(cells, "low", "high")
+    if summary.comparison.blocked and not summary.comparison.complete and fixed:
+        out["adjusted"] = _each(plain, cells["adjusted"])
     if wide:
-        out["sd"] = _values(metric, cells["sd"])
+        out["sd"] = _each(plain, cells["sd"])
     out["n"] = cells["n"].astype(str)
     out["mark"] = cells["mark"]
     if summary.within is not None:
-        out[f"within {plain(metric, summary.within.margin)}"] = np.where(cells["within"], "yes", "")
-    difference = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
-    out["vs best" + (" (points)" if metric.accuracy and wide else "")] = _values(metric, difference, signed)
-    if wide and summary.race is None:
-        out["interval of it"] = _intervals(metric, cells["difference_low"], cells["difference_high"], signed)
+        out[f"within {plain(summary.within.margin)}"] = np.where(cells["within"], "yes", "")
+    behind = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
+    out["vs best (points)" if wide else "vs best"] = _each(signed, behind)
+    if wide and fixed:
+        out["interval of it"] = _intervals(cells, "difference_low", "difference_high", signed)
     for key, title in (("vs_probe", "vs linear probe"), ("vs_full", "vs full fine-tuning")):
         if key in cells:
-            out[title] = _values(metric, cells[key], signed)
+            out[title] = _each(signed, cells[key])
     star = {True: " *", False: ""}
     out["parameters"] = _each(count, cells["trainable_parameters"]) + cells["pareto_parameters"].map(star)
     out["seconds"] = _each(duration, cells["seconds"]) + cells["pareto_seconds"].map(star)
@@ -58,100 +69,65 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     return out
 
 
-def legend(summary: Summary) -> str:
-    """What the marks of its cells mean."""
-    return LEGEND if summary.race is None else RACE_LEGEND
-
-
 def _each(text: Callable[[Any], str], column: Iterable) -> pd.Series:
     return pd.Series([text(v) for v in column], dtype=object)
 
 
-def _values(metric: Metric, column: pd.Series, text: Callable[[Metric, float], str] = plain) -> list[str]:
-    return [text(metric, v) for v in column]
-
-
-def _intervals(
-    metric: Metric, low: pd.Series, high: pd.Series, text: Callable[[Metric, float], str] = plain
-) -> list[str]:
-    ends = zip(_values(metric, low, text), _values(metric, high, text), strict=True)
+def _intervals(frame: pd.DataFrame, low: str, high: str, text: Callable[[float], str] = plain) -> list[str]:
+    ends = zip(_each(text, frame[low]), _each(text, frame[high]), strict=True)
     return ["–" if a == "–" else f"{a} to {b}" for a, b in ends]
 
 
-def readable_rates(summary: Summary) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Section:
+    """A table of text below the cells, what must be known to read it, and the file with more of it."""
+
+    title: str
+    table: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+    file: str = "cells.csv"
+
+
+def sections(summary: Summary) -> list[Section]:
+    """What stands below the cells, without what there is none of."""
+    rates = summary.learning_rates
+    found = [
+        Section("Best over lr, and at the shared lr", _rates(rates), [RATES_NOTE] if len(rates) else []),
+        Section("Main effects (points)", _effects(summary.effects.table), summary.effects.notes),
+        Section("Not averaged", _unfinished(summary.unfinished), file="trials.csv"),
+    ]
+    return [section for section in found if len(section.table) or section.notes]
+
+
+def _rates(table: pd.DataFrame) -> pd.DataFrame:
     """`best over lr` beside `at shared lr` as text."""
-    table, metric = summary.learning_rates, summary.metric
     if table.empty:
         return table
-    shared = value_text(table["shared_lr"].iloc[0])
-    unit = ", %" if metric.accuracy else ""
     edges = [" (edge)" * edge for edge in table["edge"]]
     return pd.DataFrame(
         {
             "setting": table["setting"],
-            "best lr": [value_text(lr) + edge for lr, edge in zip(table["best_lr"], edges, strict=True)],
-            f"best over lr{unit}": _values(metric, table["best_mean"]),
-            "95 % interval": _intervals(metric, table["best_low"], table["best_high"]),
+            "best lr": _each(value_text, table["best_lr"]) + edges,
+            "best over lr, %": _each(plain, table["best_mean"]),
+            "95 % interval": _intervals(table, "best_low", "best_high"),
             "of rates": table["rates"].astype(str),
-            f"at shared lr {shared}{unit}": _values(metric, table["shared_mean"]),
-            "its 95 % interval": _intervals(metric, table["shared_low"], table["shared_high"]),
+            f"at shared lr {value_text(table['shared_lr'].iloc[0])}, %": _each(plain, table["shared_mean"]),
+            "its 95 % interval": _intervals(table, "shared_low", "shared_high"),
         }
     )
 
 
-def readable_effects(summary: Summary) -> pd.DataFrame:
-    """Main effects as text (points for accuracies)."""
-    t, metric = summary.effects.table, summary.metric
-    return pd.DataFrame(
-        {
-            "setting": t["setting"],
-            "level": _each(value_text, t["level"]),
-            "against": _each(value_text, t["against"]),
-            "effect": _values(metric, t["effect"], signed),
-            "95 % interval": _intervals(metric, t["low"], t["high"], signed),
-            "p (setting)": [f"{p:.2g}" for p in t["p"]],
-        }
-    )
+def _effects(table: pd.DataFrame) -> pd.DataFrame:
+    """Main effects as text, in points."""
+    texts = {name: _each(value_text, table[name]) for name in ("setting", "level", "against")}
+    interval = _intervals(table, "low", "high", signed)
+    return pd.DataFrame({**texts, "effect": _each(signed, table["effect"]), "95 % interval": interval})
 
 
-def readable_unfinished(summary: Summary) -> pd.DataFrame:
+def _unfinished(table: pd.DataFrame) -> pd.DataFrame:
     """What is not in the averages as text."""
-    t = summary.unfinished
-    last = [number(summary.metric, v) for v in t["value"]]
-    return t.drop(columns="value").assign(epoch=_each(value_text, t["epoch"]), **{"last value": last}).astype(str)
-
-
-def readable_pivot(summary: Summary) -> pd.DataFrame:
-    """The pivot as text; empty where none was asked for."""
-    table = summary.pivot
-    if table is None:
-        return pd.DataFrame()
-    rows = {f"{table.index.name} \\ {table.columns.name}": _each(value_text, table.index)}
-    return pd.DataFrame({**rows, **{value_text(c): _values(summary.metric, table[c]) for c in table.columns}})
-
-
-def more_tables(summary: Summary) -> dict[str, pd.DataFrame]:
-    """The tables below the cells by title, without the empty ones."""
-    found = {
-        "Best over lr, and at the shared lr": readable_rates(summary),
-        "Main effects": readable_effects(summary),
-        "Pivot": readable_pivot(summary),
-        "Not averaged": readable_unfinished(summary),
-    }
-    return {title: table for title, table in found.items() if len(table)}
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A pipe table; text right-aligned where it is a number."""
-    head = "| " + " | ".join(markdown_escape(c) for c in table.columns) + " |"
-    rule = "|" + "|".join("---:" if numeric(table[c]) else "---" for c in table.columns) + "|"
-    rows = ["| " + " | ".join(markdown_escape(v) for v in row) + " |" for row in table.itertuples(index=False)]
-    return "\n".join([head, rule, *rows])
-
-
-def markdown_escape(text: object) -> str:
-    """Text as Markdown prints it, in one line."""
-    return re.sub(r"([\\|*`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
+    epoch, last = _each(value_text, table["epoch"]), _each(number, table["value"])
+    return table.drop(columns="value").assign(epoch=epoch, **{"last value": last}).astype(str)
 
 
 def numeric(column: pd.Series) -> bool:
@@ -159,21 +135,33 @@ def numeric(column: pd.Series) -> bool:
     return all(str(v)[:1] in "+-–0123456789" for v in column)
 
 
+def markdown_escape(text: object) -> str:
+    """Text as Markdown prints it, in one line."""
+    return re.sub(r"([\\|*`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A pipe table; text right-aligned where it is a number."""
+    rule = ["---:" if numeric(table[c]) else "---" for c in table.columns]
+    lines = [[markdown_escape(v) for v in row] for row in (list(table.columns), *table.to_numpy().tolist())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+def table_md(summary: Summary) -> str:
+    """``table.md``: verdict, warnings and the tables."""
+    parts = [f"**{markdown_escape(summary.verdict)}**"]
+    parts += [f"> Warning: {markdown_escape(w)}" for w in summary.warnings]
+    parts += [markdown(readable(summary)), summary.legend]
+    for section in sections(summary):
+        parts += [f"### {section.title}", *([markdown(section.table)] if len(section.table) else [])]
+        parts += map(markdown_escape, section.notes)
+    return "\n\n".join(parts) + "\n"
+
+
 _LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--",
+    "<": r"\textless{}", ">": r"\textgreater{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
 
 
 def latex_escape(text: object) -> str:
@@ -191,92 +179,53 @@ def latex(table: pd.DataFrame, caption: str) -> str:
     return f"{head}\\setlength{{\\tabcolsep}}{{4pt}}\n{fits}{rows.rstrip()}}}\n\\end{{table}}\n"
 
 
-def table_md(summary: Summary) -> str:
-    """``table.md``: verdict, warnings and the tables."""
-    parts = [
-        f"**{markdown_escape(summary.verdict)}**",
-        *(f"> Warning: {markdown_escape(w)}" for w in summary.warnings),
-        markdown(readable(summary)),
-        legend(summary),
-    ]
-    for title, table in more_tables(summary).items():
-        parts += [f"### {title}", markdown(table), *(summary.effects.notes if title == "Main effects" else [])]
-    return "\n\n".join(parts) + "\n"
-
-
-COST_COLUMNS = ("parameters", "seconds", "images/s", "peak memory", "adapter")
-LATEX_ROWS = 40
-"""Of a table, so that it fits a page."""
-
-
 def table_tex(summary: Summary) -> str:
-    """``table.tex``: the columns that answer in one table, costs in a second, the warnings as comments."""
-    table = readable(summary)
+    """``table.tex``: the columns that the terminal has, the verdict as caption, the warnings as comments."""
+    table = readable(summary, wide=False)
     more = f" The first {LATEX_ROWS} of {len(table)} cells." if len(table) > LATEX_ROWS else ""
-    comments = "".join(f"% {' '.join(w.split())}\n" for w in [summary.verdict, *summary.warnings])
-    table = table.head(LATEX_ROWS)
-    named = list(table.columns)[: list(table.columns).index("95 % interval") - 1]
-    costs = [c for c in table.columns if c in COST_COLUMNS or c.removeprefix("vs ") in BASELINES.values()]
-    answers = table.drop(columns=[*costs, "interval of it"], errors="ignore")
-    return (
-        comments
-        + latex(answers, summary.verdict + more)
-        + "\n"
-        + latex(table[named + costs], "The same cells: costs." + more)
-    )
-
-
-LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
-"""Columns of the cells table that a narrow terminal does without, the first first."""
-
-
-def _narrowest(column: pd.Series) -> int:
-    """Characters that a column needs so that no number and no word is broken."""
-    text = [str(v) for v in column]
-    words = [w for t in [str(column.name), *([] if numeric(column) else text)] for w in t.split()]
-    return max(map(len, [*words, *(text if numeric(column) else [])]), default=1)
-
-
-def _widths(table: pd.DataFrame, width: int) -> list[int] | None:
-    """Characters of each column, two blanks between them, so that headers and text wrap; None where that is no use."""
-    least = [_narrowest(table[c]) for c in table.columns]
-    whole = [max(len(str(c)), *(len(str(v)) for v in table[c])) for c in table.columns]
-    room = width - sum(least) - 2 * (len(least) - 1)
-    if room < 0:
-        return None
-    widths = []
-    for low, high in zip(least, whole, strict=True):
-        widths.append(low + min(high - low, room))
-        room -= widths[-1] - low
-    return widths
+    comments = "".join(f"% {' '.join(line.split())}\n" for line in [summary.verdict, *summary.warnings])
+    return comments + latex(table.head(LATEX_ROWS), summary.verdict + more)
 
 
 def terminal(summary: Summary, console: Any, top: int) -> None:
     """Print the tables; at most ``top`` rows each."""
+    many = "s" * (len(summary.cells) > 1)
+    _print_table(Section(f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False)), console, top)
+    for section in sections(summary):
+        _print_table(section, console, top)
+
+
+def _print_table(section: Section, console: Any, top: int) -> None:
+    """Print a table in which headers and text wrap, without the columns that the terminal has no room for."""
     from rich.markup import escape
     from rich.table import Table
 
-    def show(table: pd.DataFrame, title: str) -> None:
-        rows, columns, table = len(table), table.columns, table.head(top)
-        widths = _widths(table, console.width)
-        for c in LEAST_NEEDED:
-            if widths is None:
-                table = table.drop(columns=c, errors="ignore")
-                widths = _widths(table, console.width)
-        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for k, c in enumerate(table.columns):
-            side: Any = "right" if numeric(table[c]) else "left"
-            grid.add_column(escape(str(c)), justify=side, overflow="fold", width=widths[k] if widths else None)
-        for row in table.itertuples(index=False):
-            grid.add_row(*(escape(str(v)) for v in row))
+    table = section.table.head(top)
+    widths = {c: _narrowest(table[c]) for c in table.columns}
+    room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
+    for c in LEAST_NEEDED:
+        if room < 0 and c in widths:
+            room += widths.pop(c) + 2
+    grid = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for c, least in widths.items():
+        more = min(max(len(str(v)) for v in (c, *table[c])) - least, max(room, 0))
+        side: Any = "right" if numeric(table[c]) else "left"
+        grid.add_column(escape(str(c)), justify=side, overflow="fold", width=None if room < 0 else least + more)
+        room -= more
+    for row in table[list(widths)].itertuples(index=False):
+        grid.add_row(*(escape(str(v)) for v in row))
+    if len(table):
         console.print(grid)
-        if rows > top:
-            console.print(f"... {rows - top} more rows (see the files)")
-        if left_out := [c for c in columns if c not in table]:
-            console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
-        console.print()
+    if len(section.table) > top:
+        console.print(f"... {len(section.table) - top} more rows (see the files)")
+    if left_out := [c for c in table.columns if c not in widths]:
+        console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
+    for note in section.notes:
+        console.print(f"note: {escape(note)}")
+    console.print()
 
-    show(readable(summary, wide=False), f"{len(summary.cells)} cell{'s' * (len(summary.cells) > 1)}, best first")
-    for title, table in more_tables(summary).items():
-        points = " (points)" if title == "Main effects" and summary.metric.accuracy else ""
-        show(table, title + points)
+
+def _narrowest(column: pd.Series) -> int:
+    """Characters that a column needs so that no number and no word is broken."""
+    whole = list(column) if numeric(column) else [word for text in column for word in str(text).split()]
+    return max(map(len, [*str(column.name).split(), *map(str, whole)]), default=1)

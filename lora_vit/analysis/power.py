@@ -1,16 +1,15 @@
-"""What a design can detect, and tests of two trained models on the same images."""
+"""What a design can detect."""
 
 from __future__ import annotations
 
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.stats import CONFIDENCE, MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
+from lora_vit.analysis.stats import MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
 
 def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
@@ -81,36 +80,3 @@ def expected_maximum(count: int) -> float:
 def proportion_error(p: float, n: int) -> float:
     """Half width of the 95 % interval of an accuracy ``p`` on ``n`` images: ``1.96 sqrt(p (1 - p) / n)``."""
     return 1.959964 * math.sqrt(max(p * (1 - p), 0.0) / n) if n > 0 and math.isfinite(p) else math.nan
-
-
-@dataclass(frozen=True)
-class PairedImages:
-    """McNemar's test: images only the first model gets right, only the second, exact two-sided p."""
-
-    images: int
-    only_first: int
-    only_second: int
-    p: float
-
-    @property
-    def difference(self) -> float:
-        """Accuracy of the first minus that of the second, fraction."""
-        return (self.only_first - self.only_second) / self.images
-
-    @property
-    def differ(self) -> bool:
-        return self.p < 1 - CONFIDENCE
-
-
-def mcnemar(first_correct: np.ndarray, second_correct: np.ndarray) -> PairedImages:
-    """Exact McNemar test (McNemar, 1947) of two trained models on the same images, boolean [N] each.
-
-    It says whether *these two trained models* differ on images like these; another seed of the same settings may
-    come out the other way.
-    """
-    a, b = np.asarray(first_correct, bool), np.asarray(second_correct, bool)
-    if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
-        raise ValueError(f"need two equally long vectors, got {a.shape} and {b.shape}")
-    first, second = int((a & ~b).sum()), int((~a & b).sum())
-    p = min(1.0, 2 * float(special.bdtr(min(first, second), first + second, 0.5)))
-    return PairedImages(len(a), first, second, p)

@@ -1,4 +1,4 @@
-"""A race: which cells go on to more seeds, which are out, and which one is selected. A function of the records alone.
+"""A race: which cells get more seeds, which are out, and which one is selected. A function of the records alone.
 
 Fully sequential elimination (Paulson, 1964; Kim & Nelson, 2001, ACM TOMACS 11:251-273, with c = 1). With r seeds a
 cell i leaves when a survivor l has ``mean_l - mean_i > W(r)``,
@@ -8,30 +8,33 @@ cell i leaves when a survivor l has ``mean_l - mean_i > W(r)``,
 
 S2 the variance of the paired differences in the first seeds, df its degrees of freedom, k the cells that have them.
 A cell within ``margin`` of the best is then selected with probability 1 - alpha. Kim and Nelson take each pair's own
-variance, which costs many trials, or a common one, which fails where spreads differ. Here S2 is twice the variance of
-that half of the cells that spreads most, or the pair's own where that is larger, as :mod:`.stats` does for fixed
-sweeps; how often it errs is in docs/statistics.md.
+variance, which costs many trials, or a common one, which fails if spreads differ. Here S2 is twice the variance of
+that half of the cells that spreads most, or the pair's own if that is larger, as :mod:`.stats` does for fixed
+sweeps; docs/statistics.md says how often it errs.
 
-The rule, precisely: the race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... all cells that
-are still in must have their first r seeds (in the race's order), or have failed there; else the race stands still and
-these are the trials it waits for. Cells that failed at one of the r seeds leave, then those that are behind by more
-than W(r), all at once. Trials beyond r, and those of cells that have left, decide nothing. So neither the order in
-which trials end nor the number of workers changes a decision; a changed margin or grid is another replay of the same
-records, in which a cell that had left may be in again.
+The rule, precisely: the race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... every cell that
+is still in must have its first r seeds (in the race's order), or have failed at one of them; else the race waits for
+these trials. Cells that failed at one of the r seeds leave, then those that are behind by more than W(r), all at once.
+Trials beyond r, and those of cells that have left, decide nothing. So neither the order in which trials end nor the
+number of workers changes a decision. A changed margin or grid is another replay of the same records, in which a cell
+that had left may be in again.
 
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %). Nothing here reads files or prints.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
+
+DRAWN = 100
+"""Seeds that are drawn for an estimate of a race's length; what it takes beyond them follows from the means."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Rules:
     alpha: float = 0.05
 
     @classmethod
-    def of(cls, plan: dict[str, Any]) -> Rules:
+    def of(cls, plan: Mapping[str, Any]) -> Rules:
         """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
         return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"])
 
@@ -67,13 +70,18 @@ class Exit:
 
 @dataclass
 class Race:
-    """Where a race stands (see the module's rule).
+    """Where a race stands (see the module's rule), and what it was decided from.
 
-    ``seeds``: the last r that was decided (0: first seeds are missing). ``room`` [m]: by how much each survivor's mean
-    may still fall against the others before it leaves (NaN: has left, or undecided); ``means`` [m] over its seeds when
-    last judged. ``selected``: the one that is left. ``ended`` without it: most_seeds came first, or all failed.
+    ``y`` [m, S]: accuracies (NaN: none); ``failed`` [m, S]: trials that failed. Row i is the cell ``cells[i]`` (an id),
+    column n the seed ``first + n``. ``seeds``: the last r that was decided (0: first seeds are missing). ``room`` [m]:
+    by how much each survivor's mean may still fall against the others before it leaves (NaN: has left, or undecided);
+    ``means`` [m] over its seeds when last judged. ``selected``: the one that is left. ``ended`` without it: most_seeds
+    came first, or all failed.
     """
 
+    rules: Rules
+    y: np.ndarray
+    failed: np.ndarray
     means: np.ndarray
     room: np.ndarray
     survivors: list[int]
@@ -82,6 +90,8 @@ class Race:
     selected: int | None = None
     ended: bool = False
     bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [m, m] of boundary()
+    cells: list[str] = field(default_factory=list)
+    first: int = 0
 
     def seeds_of(self, cell: int) -> int:
         """Seeds of the cell that count: until it left, or as many as were decided."""
@@ -92,18 +102,22 @@ class Race:
         """Trials that decided the race so far."""
         return sum(map(self.seeds_of, range(len(self.means))))
 
-    def expected(self, rules: Rules) -> int:
+    def expected(self) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
-        later, trials = copy.deepcopy(self), 0
-        for r in range(self.seeds + 1, rules.most_seeds + 1) if self.seeds and not self.ended else ():
+        later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds
+        while 0 < r < self.rules.most_seeds and len(later.survivors) > 1:
             alive = np.array(later.survivors)
-            trials += len(alive) * (len(alive) > 1)
-            _eliminate(later, alive, self.widths(alive, r, rules))
+            closing = 2 * (self.means[alive] - self.means[alive][:, None]) + self.rules.margin
+            pairs = (closing > 0) & ~np.eye(len(alive), dtype=bool)
+            none_leaves = math.floor((self.bounds[np.ix_(alive, alive)][pairs] / closing[pairs]).min()) - 1
+            then = min(max(r, none_leaves) + 1, self.rules.most_seeds)
+            trials, r = trials + len(alive) * (then - r), then
+            _eliminate(later, alive, self.widths(alive, r))
         return trials
 
-    def widths(self, cells: np.ndarray, r: int, rules: Rules) -> np.ndarray:
+    def widths(self, cells: np.ndarray, r: int) -> np.ndarray:
         """W(r) of each pair of these cells [n, n]."""
-        return np.maximum(0.0, self.bounds[np.ix_(cells, cells)] / (2 * r) - rules.margin / 2)
+        return np.maximum(0.0, self.bounds[np.ix_(cells, cells)] / (2 * r) - self.rules.margin / 2)
 
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
@@ -123,11 +137,35 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
     return 2 * eta * df * s2 / rules.margin
 
 
+def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, object]]) -> Race:
+    """Where a race stands by its trials that have ended: what the sweep and the summary both ask.
+
+    Args:
+        plan: the race as ``sweep.json`` has it: ``margin`` (points), ``first_seeds``, ``most_seeds``, ``seed`` (the
+            first one) and ``cells`` (ids, in the order that settles ties).
+        trials: cell id, seed, accuracy as the record says it (None: the trial failed), and number of val images (None:
+            not known). An accuracy that is no fraction in [0, 1] is a failure. Other cells and seeds do not matter.
+    """
+    rules, first, row = Rules.of(plan), plan["seed"], {cell: i for i, cell in enumerate(plan["cells"])}
+    raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials
+             if cell in row and first <= seed < first + rules.most_seeds]  # fmt: skip
+    shape = len(row), 1 + max((n for _, n, _, _ in raced), default=-1)
+    y, failed, resolution = np.full(shape, np.nan), np.zeros(shape, dtype=bool), 0.0
+    for i, n, accuracy, images in raced:
+        if isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool) and 0 <= accuracy <= 1:
+            y[i, n] = accuracy
+            if isinstance(images, (int, float)) and images > 0:
+                resolution = max(resolution, 1 / images)
+        else:
+            failed[i, n] = True
+    return replace(decide(y, failed, rules, resolution), cells=list(row), first=first)
+
+
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there = np.isfinite(y)
     nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
-    race = Race(nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -139,7 +177,7 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
         if r == rules.first_seeds and len(alive) > 1:
             bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
-        _eliminate(race, alive, race.widths(alive, r, rules))
+        _eliminate(race, alive, race.widths(alive, r))
         if len(race.survivors) <= 1:
             break
     race.ended = True
@@ -165,28 +203,31 @@ def _eliminate(race: Race, alive: np.ndarray, width: np.ndarray) -> None:
     race.survivors = [int(i) for i in alive[~out]]
 
 
-def wanted(race: Race, y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int = 1) -> list[tuple[int, int]]:
-    """The trials (cell, index of the seed) that the race waits for, equal seeds side by side; those under way count.
+def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
+    """The trials (cell, number of the seed) that the race waits for, equal seeds side by side; those under way count.
 
-    Where they are fewer than ``workers``, the survivors' next seeds follow, seed by seed, until all are busy.
+    If they are fewer than ``workers``, the survivors' next seeds follow, seed by seed, until all are busy.
     """
-    there = np.isfinite(y) | failed
+    there = np.isfinite(race.y) | race.failed
     trials: list[tuple[int, int]] = []
     if race.ended:
         return trials
-    first = max(race.seeds + 1, rules.first_seeds)
-    for seed in range(rules.most_seeds):
+    first = max(race.seeds + 1, race.rules.first_seeds)
+    for seed in range(race.rules.most_seeds):
         if seed >= first and len(trials) >= workers:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
     return trials
 
 
-def one_stage(sd: float, cells: int, rules: Rules) -> int:
+def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
     """Seeds of each cell with which one stage gives the race's guarantee, the seeds' spread ``sd`` known beforehand.
 
-    ``P(the best has the highest mean) >= 1 - alpha`` where it leads by the margin (Bechhofer, 1954).
+    ``P(the best has the highest mean) >= 1 - alpha`` if it leads by the margin (Bechhofer, 1954). None: with one cell,
+    or if the spread is not known (NaN).
     """
+    if cells < 2 or not math.isfinite(sd):
+        return None
     known = 1e6  # degrees of freedom
     return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
 
@@ -195,6 +236,7 @@ def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
     """Trials of a race whose seeds spread by ``sd`` and whose cells' true means by twice that: the median."""
     rng, counts = np.random.default_rng(0), []
     for _ in range(draws):
-        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, rules.most_seeds))
-        counts.append(decide(y, np.zeros(y.shape, dtype=bool), rules).trials)
+        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, min(rules.most_seeds, DRAWN)))
+        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
+        counts.append(race.trials + race.expected())
     return int(np.median(counts))

@@ -18,36 +18,16 @@ from markupsafe import Markup, escape
 
 from lora_vit.analysis import export, texts
 from lora_vit.analysis.summary import Summary
-from lora_vit.analysis.tables import value_text
+from lora_vit.config.names import value_text
 
 MOST_ROWS = 500
 """Rows of a table on the page; the rest is in the CSV file."""
 
-_NUMBER = re.compile(r"^\s*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)\s*(kB|MB|GB|M|B|%)?[ *]*$")
-_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "M": 1e6, "B": 1.0, "%": 1.0, None: 1.0}
-
-
-def sort_key(text: str) -> float:
-    """The number that a table's text stands for (``1.2 MB`` is 1,200,000; ``–`` is NaN)."""
-    match = _NUMBER.match(text)
-    return float(match.group(1).replace(",", "")) * _UNITS[match.group(2)] if match else math.nan
-
 
 def page_table(table: pd.DataFrame, file: str = "cells.csv") -> dict[str, Any] | None:
-    """A table of text for the template, None for an empty one; columns of numbers (``numbers``) sort as numbers.
-
-    ``file`` has the rows after the first MOST_ROWS.
-    """
+    """A table of text for the template, None for an empty one; ``file`` has the rows after the first MOST_ROWS."""
     shown = table.head(MOST_ROWS).astype(str)
-    columns = []
-    for name in table.columns:
-        values = shown[name].tolist()
-        keys = [sort_key(v) for v in values]
-        sorts = any(map(math.isfinite, keys)) and all(
-            math.isfinite(k) or v in ("–", "") for k, v in zip(keys, values, strict=True)
-        )
-        right = sorts or export.numeric(shown[name])
-        columns.append({"name": name, "texts": values, "numbers": keys if sorts else None, "right": right})
+    columns = [{"name": c, "texts": shown[c].tolist(), "right": export.numeric(shown[c])} for c in table.columns]
     return {"columns": columns, "rows": len(shown), "all": len(table), "file": file} if len(table) else None
 
 
@@ -75,13 +55,8 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
         summary=summary,
         facts=texts.facts(summary),
         cells=page_table(export.readable(summary)),
-        legend=export.legend(summary),
-        rates=page_table(export.readable_rates(summary)),
-        effects=page_table(export.readable_effects(summary)),
-        pivot=page_table(export.readable_pivot(summary)),
-        pair=texts.pair_text(summary) if summary.pair else None,
+        sections=[(s.title, page_table(s.table, s.file), s.notes) for s in export.sections(summary)],
         pictures=[inline_svg(data, name) for name, data in pictures.items()],
-        unfinished=page_table(export.readable_unfinished(summary), "trials.csv"),
         methods=texts.methods(summary),
         trials=page_table(_trials(summary), "trials.csv"),
         environment=page_table(summary.environment),
@@ -91,21 +66,15 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
 
 
 def _trials(summary: Summary) -> pd.DataFrame:
+    """The trials as text."""
     t = summary.trials
-    return pd.DataFrame(
-        {
-            "trial": t["trial"],
-            "cell": t["label"],
-            "seed": t["seed"],
-            "status": t["status"],
-            "epoch": [value_text(v) for v in t["epoch"]],
-            "val accuracy %": ["–" if math.isnan(v) else f"{100 * v:.2f}" for v in t["val_accuracy"]],
-            "val loss": ["–" if math.isnan(v) else f"{v:.4f}" for v in t["val_loss"]],
-            "training loss": ["–" if math.isnan(v) else f"{v:.4f}" for v in t["train_loss"]],
-            "seconds": [texts.duration(v) for v in t["seconds"]],
-            "pack": [value_text(v) for v in t["pack_size"]],
-        }
-    )
+    table = t[["trial", "label", "seed", "status"]].rename(columns={"label": "cell"})
+    table["epoch"] = t["epoch"].map(value_text)
+    table["val accuracy %"] = t["val_accuracy"].map(texts.plain)
+    for title, name in (("val loss", "val_loss"), ("training loss", "train_loss")):
+        table[title] = ["–" if math.isnan(v) else f"{v:.4f}" for v in t[name]]
+    table["seconds"], table["pack"] = t["seconds"].map(texts.duration), t["pack_size"].map(value_text)
+    return table
 
 
 def training_commands(folders: list[str]) -> list[str]:

@@ -21,14 +21,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import interpolate, optimize, special
+from scipy import optimize, special
 
 CONFIDENCE = 0.95
-SPREADS = ("auto", "equal", "unequal")
 MOST_SEEDS = 400
-"""With more columns than this the seeds are no blocks: nobody repeats so often, the seeds were drawn at random."""
-_INTERPOLATE_FROM = 80
-"""More distinct statistics than this get their p-values by interpolation on a grid."""
+"""With more columns than this the seeds are no blocks: so many seeds were drawn at random for each cell."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,9 @@ def _packed(y: np.ndarray) -> np.ndarray:
 def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     """Fit cell means and seed effects to ``y`` [m, S] (NaN: no such trial; each row has at least one value).
 
-    Where cells and seeds do not hang together (some cells share no seed with the others, directly or through
-    others), differences between them cannot be freed of the seeds: the fit then leaves the seeds out, as it does
-    with ``block=False`` (``blocked`` is False) and their spread stays in the error.
+    If cells and seeds are not connected (some cells share no seed with the others, directly or through others), the
+    seeds cannot be taken out of the differences between cells: the fit then leaves the seeds out, as it does with
+    ``block=False`` (``blocked`` is False), and their spread stays in the error.
     """
     there = np.isfinite(y)
     counts = there.sum(1).astype(float)
@@ -205,28 +202,12 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
     return np.where(n >= 2, variance / 2, np.nan)
 
 
-def tukey_p(q: np.ndarray, m: int, df: float) -> np.ndarray:
-    """P(studentized range of m means, df degrees of freedom > q)."""
-    from scipy import stats
-
-    return _interpolated(q, lambda x: stats.studentized_range.sf(x, m, df))
-
-
 @functools.cache
 def tukey_critical(m: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
     """Upper point of the studentized range."""
     from scipy import stats
 
     return float(stats.studentized_range.ppf(1 - alpha, m, df))
-
-
-def dunnett_p(t: np.ndarray, others: int, df: float) -> np.ndarray:
-    """P(max of ``others`` one-sided t statistics with correlation 1/2 > t), Dunnett (1955).
-
-    ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
-    (absolute error below 1e-5). For t <= 0, which only the best cell has, 1 is given.
-    """
-    return _interpolated(t, lambda x: _dunnett_sf(x, others, df))
 
 
 @functools.cache
@@ -236,41 +217,26 @@ def chi_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df), weights / 2
 
 
-def _dunnett_sf(t: np.ndarray, others: int, df: float) -> np.ndarray:
+def dunnett_tail(t: float, others: int, df: float) -> float:
+    """P(max of ``others`` one-sided t statistics with correlation 1/2 > t), Dunnett (1955).
+
+    ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
+    (absolute error below 1e-5).
+    """
     z = np.linspace(-8.5, 8.5, 171)
     weight_z = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     s, weights = chi_nodes(df)
-    out = []
-    for value in np.atleast_1d(t):
-        log_cdf = special.log_ndtr(math.sqrt(2) * value * s[:, None] + z)
-        out.append(1 - weights @ (np.exp(others * log_cdf) @ weight_z))
-    return np.clip(np.array(out), 0.0, 1.0)
+    log_cdf = special.log_ndtr(math.sqrt(2) * t * s[:, None] + z)
+    return float(1 - weights @ (np.exp(others * log_cdf) @ weight_z))
 
 
 @functools.cache
 def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
-    """Upper point of :func:`dunnett_p`."""
+    """Where :func:`dunnett_tail` is ``alpha``."""
     top = 4.0
-    while _dunnett_sf(np.array([top]), others, df)[0] > alpha:
+    while dunnett_tail(top, others, df) > alpha:
         top *= 2
-    return float(optimize.brentq(lambda x: _dunnett_sf(np.array([x]), others, df)[0] - alpha, 0.0, top, xtol=1e-7))
-
-
-def _interpolated(x: np.ndarray, tail) -> np.ndarray:  # type: ignore[no-untyped-def]
-    """``tail`` at each finite x >= 0 (1 below 0, 0 at infinity), on a grid where there are many."""
-    x = np.asarray(x, dtype=float)
-    out = np.where(np.isnan(x), np.nan, np.where(x > 0, 0.0, 1.0))
-    inside = (x > 0) & np.isfinite(x)
-    points = np.unique(x[inside])
-    if len(points) == 0:
-        return out
-    if len(points) > _INTERPOLATE_FROM:
-        grid = np.unique(np.quantile(points, np.linspace(0, 1, _INTERPOLATE_FROM)))
-        values = interpolate.PchipInterpolator(grid, tail(grid))(x[inside])
-    else:
-        values = tail(points)[np.searchsorted(points, x[inside])]
-    out[inside] = np.clip(values, 0.0, 1.0)
-    return out
+    return float(optimize.brentq(lambda t: dunnett_tail(t, others, df) - alpha, 0.0, top, xtol=1e-7))
 
 
 @dataclass
@@ -285,9 +251,7 @@ class Comparison:
     means: np.ndarray
     difference: np.ndarray
     half: np.ndarray
-    p_worse: np.ndarray
     worse: np.ndarray
-    p_candidate: np.ndarray
     candidate: np.ndarray
     below: np.ndarray
     best: int | None = None
@@ -306,56 +270,61 @@ class Comparison:
         return self.best is not None
 
 
-def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", p_values: bool = True) -> Comparison:
+def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Comparison:
     """Compare m cells with the best of them (higher is better).
 
     Args:
         y: [m, S], one column per seed; NaN where there is no such trial.
         resolution: smallest step of the metric (1 / number of images); its rounding variance
             ``resolution**2 / 12`` is the least error variance used.
-        spreads: ``auto`` (test, then choose), ``equal`` (pooled error) or ``unequal`` (wide error).
-        p_values: False leaves ``p_worse`` and ``p_candidate`` NaN (they are slow; the marks do not need them).
+        spreads: ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say
+            ``equal`` (pooled error) or ``unequal`` (wide error).
 
     Cells with fewer than two seeds take no part.
     """
     m = len(y)
-    nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-    result = Comparison(
-        no.copy(), nan.copy(), nan.copy(), nan.copy(), nan.copy(), no.copy(), nan.copy(), no.copy(), nan.copy()
-    )
     keep = np.isfinite(y).sum(1) >= 2
-    if keep.sum() < 2:
-        return result
-    part = y[keep][:, np.isfinite(y[keep]).any(0)]
-    fit = fit_blocks(_packed(part), block=False) if part.shape[1] > MOST_SEEDS else fit_blocks(part)
-    if fit.df < 1:
-        return result
-    result.spread_p = spread_test(fit)
-    wide = spreads == "unequal" or (spreads == "auto" and not _looks_equal(result.spread_p, fit))
-    floor = resolution**2 / 12
-    common = max(wide_variance(fit) if wide else fit.mse, floor)
-    best = int(np.argmax(fit.means))
+    fit = None
+    if keep.sum() >= 2:
+        part = y[keep][:, np.isfinite(y[keep]).any(0)]
+        fit = fit_blocks(_packed(part), block=False) if part.shape[1] > MOST_SEEDS else fit_blocks(part)
+    if fit is None or fit.df < 1:
+        nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
+        return Comparison(no, nan, nan, nan, no, no, nan)
+
+    def of_all(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(m, dtype=bool) if values.dtype == bool else np.full(m, np.nan)
+        out[keep] = values
+        return out
+
+    spread_p = spread_test(fit)
+    wide = spreads == "unequal" or (spreads == "auto" and not _looks_equal(spread_p, fit))
+    common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
+    k, best = len(fit.means), int(np.argmax(fit.means))
     error = _errors(fit, np.array([best]), common, wide)[0]
-    difference = fit.means[best] - fit.means
-    k = len(fit.means)
-    q, critical = _ratio(difference, error) * math.sqrt(2), dunnett_critical(k - 1, fit.df)
-    t, result.below[keep] = _against_others(fit, common, wide, critical)
-    half = tukey_critical(k, fit.df) / math.sqrt(2) * error
+    difference, tukey, dunnett = fit.means[best] - fit.means, tukey_critical(k, fit.df), dunnett_critical(k - 1, fit.df)
+    half = tukey / math.sqrt(2) * error
     half[best] = np.nan
-    result.compared = keep
-    result.means[keep], result.difference[keep], result.half[keep] = fit.means, difference, half
-    result.worse[keep] = q > tukey_critical(k, fit.df)
-    result.candidate[keep] = t <= critical
-    if p_values:
-        p = tukey_p(q, k, fit.df)
-        p[best] = np.nan
-        result.p_worse[keep], result.p_candidate[keep] = p, dunnett_p(t, k - 1, fit.df)
-    result.best = int(np.flatnonzero(keep)[best])
-    result.df, result.sd, result.pooled_sd = fit.df, math.sqrt(common), math.sqrt(max(fit.mse, 0.0))
-    result.wide, result.blocked = wide and (k > 2 or not fit.blocked), fit.blocked
-    result.repeats = float(k / (1 / fit.counts).sum())
-    result.complete, result.seeds = bool(np.isfinite(fit.y).all()), fit.y.shape[1]
-    return result
+    t, below = _against_others(fit, common, wide, dunnett)
+    return Comparison(
+        compared=keep,
+        means=of_all(fit.means),
+        difference=of_all(difference),
+        half=of_all(half),
+        worse=of_all(_ratio(difference, error) * math.sqrt(2) > tukey),
+        candidate=of_all(t <= dunnett),
+        below=of_all(below),
+        best=int(np.flatnonzero(keep)[best]),
+        df=fit.df,
+        sd=math.sqrt(common),
+        pooled_sd=math.sqrt(max(fit.mse, 0.0)),
+        spread_p=spread_p,
+        wide=wide and (k > 2 or not fit.blocked),
+        blocked=fit.blocked,
+        complete=bool(np.isfinite(fit.y).all()),
+        seeds=fit.y.shape[1],
+        repeats=float(k / (1 / fit.counts).sum()),
+    )
 
 
 def _looks_equal(spread_p: float, fit: Blocked) -> bool:

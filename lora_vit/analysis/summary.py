@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import PairedImages
-from lora_vit.analysis.race import Race, Rules
+from lora_vit.analysis.race import Race
 from lora_vit.analysis.stats import Comparison
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What cells are compared by. ``sign`` is -1 where lower is better."""
-
-    name: str
-    title: str
-    accuracy: bool
-    sign: int
 
 
 @dataclass
 class Design:
-    """What the sweep's size can show (differences in units of the metric; NaN or None: cannot be said)."""
+    """What the sweep's size can show (differences of accuracies; NaN or None: cannot be said)."""
 
     detectable: float = math.nan
     seeds_for_half_a_point: int | None = None
@@ -34,51 +23,8 @@ class Design:
 
 
 @dataclass
-class Raced:
-    """A race as its records say: rows of ``y`` [m, S] are ``cells`` (ids), columns the seeds from ``first`` on.
-
-    ``one_stage``: trials that a single stage with the same guarantee would take, the spread known beforehand (None: the
-    spread is not known).
-    """
-
-    rules: Rules
-    race: Race
-    cells: list[str]
-    first: int
-    y: np.ndarray
-    command: str | None
-    one_stage: int | None = None
-
-    @property
-    def selected(self) -> str | None:
-        """The selected cell's id."""
-        return None if self.race.selected is None else self.cells[self.race.selected]
-
-    def shows(self, margin: float) -> bool:
-        """Whether the race has shown the selected cell to be so close to the best."""
-        return self.selected is not None and margin >= self.rules.margin - 1e-12
-
-    @property
-    def seeds_of(self) -> dict[str, int]:
-        """How many of its seeds count, for each cell: until it left or the race ended, else as many as may come."""
-        going_on = () if self.race.ended else self.race.survivors
-        return {cell: self.rules.most_seeds if i in going_on else max(self.rules.first_seeds, self.race.seeds_of(i))
-                for i, cell in enumerate(self.cells)}  # fmt: skip
-
-    @property
-    def completed(self) -> int:
-        """Trials that are there, also those that were trained ahead or under other rules."""
-        return int(np.isfinite(self.y).sum())
-
-    @property
-    def trials(self) -> int:
-        """Trials that count."""
-        return sum(int(np.isfinite(self.y[i, :n]).sum()) for i, n in enumerate(self.seeds_of.values()))
-
-
-@dataclass
 class Within:
-    """What is *good enough*: cells shown to lie at most ``margin`` (in units of the metric) below the best.
+    """What is *good enough*: cells shown to lie at most ``margin`` (a difference of accuracies) below the best.
 
     ``smallest`` and ``fastest``: labels of the cheapest of them by parameters and by seconds; None: there is none.
     ``seeds``: of each cell, with which a cell as good as the best would be found with 80 % (None: too many).
@@ -104,12 +50,56 @@ class Chosen:
     images: int
 
 
+class Verdict(ABC):
+    """What the results of one kind of sweep can say, and in which words.
+
+    ``legend``: what the marks mean, in Markdown. ``same_seeds``: whether every cell was meant to get the same seeds.
+    ``margin``: the difference of accuracies that this kind of sweep is about, if there is one.
+    """
+
+    legend: str
+    same_seeds = True
+    margin: float | None = None
+    race: Race | None = None
+
+    def counted(self, done: pd.DataFrame) -> pd.DataFrame:
+        """Which completed trials make the cells."""
+        return done
+
+    def compared(self, done: pd.DataFrame) -> pd.DataFrame:
+        """Which of these every cell was meant to have, whatever came out: what claims about any pair come from."""
+        return done
+
+    def judged(self, cells: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+        """The cells with this kind's marks, order and differences; ``values``: :func:`.tables.matrix`."""
+        return cells
+
+    def within(self, cells: pd.DataFrame, margin: float) -> pd.Series:
+        """Which of the judged cells are shown to be at most ``margin`` below the best."""
+        return cells["below"] <= margin
+
+    def chooses(self) -> bool:
+        """Whether the first cell is chosen, so that its test figure may be shown."""
+        return True
+
+    @abstractmethod
+    def sentence(self, summary: Summary) -> str:
+        """What is best, what is shown to be worse, and what is still open."""
+
+    @abstractmethod
+    def methods(self, summary: Summary) -> list[str]:
+        """How the marks were found, in plain words."""
+
+
 @dataclass
 class Summary:
-    """Everything that is shown. ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``."""
+    """Everything that is shown. ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``.
 
-    metric: Metric
+    ``says``: how this kind of sweep is read.
+    """
+
     folders: list[str]
+    where: str | None
     trials: pd.DataFrame
     cells: pd.DataFrame
     unfinished: pd.DataFrame
@@ -117,14 +107,25 @@ class Summary:
     comparison: Comparison
     effects: Effects
     learning_rates: pd.DataFrame
-    pivot: pd.DataFrame | None
     design: Design
     chosen: Chosen
+    within: Within | None
     environment: pd.DataFrame
-    pair: tuple[str, str, PairedImages] | None = None
-    warnings: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    verdict: str = ""
-    where: str | None = None
-    race: Raced | None = None
-    within: Within | None = None
+    warnings: list[str]
+    problems: list[str]
+    says: Verdict
+
+    @property
+    def race(self) -> Race | None:
+        """The race, if the sweep was one."""
+        return self.says.race
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence."""
+        return self.says.sentence(self)
+
+    @property
+    def legend(self) -> str:
+        """What the cells table's marks mean, in Markdown."""
+        return self.says.legend

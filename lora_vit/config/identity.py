@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, WITHOUT_IDENTITY, TrialConfig, to_dict
+from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, deciding
 from lora_vit.errors import ConfigError
 
 FOLDER_FILES = tuple(
@@ -22,10 +22,7 @@ FOLDER_FILES = tuple(
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
     """What decides a trial's numbers, in one fixed form: no paths, files by content, targets in fixed order."""
-    values = to_dict(trial)
-    for name in WITHOUT_IDENTITY:
-        section, _, key = name.partition(".")
-        del values[section][key]
+    values = deciding(trial)
     if trial.lora.targets is not None:
         values["lora"]["targets"] = [t for t in TARGETS if t in trial.lora.targets]
     if trial.lora.blocks is not None:

@@ -6,12 +6,13 @@ Values live in ``conf/*.yaml`` only. Below the entry points the project passes t
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
+from lora_vit.config.datasets import DATASETS
+from lora_vit.config.rules import NO_IDENTITY, choice, folder_name, nearest, number, number_or_auto, refuse
 from lora_vit.errors import ConfigError
 
 SCHEMA_VERSION = 3
@@ -20,10 +21,10 @@ SCHEMA_VERSION = 3
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 """The linear projections of an encoder block that can get an adapter, in canonical order."""
 
-_NO_IDENTITY = {"identity": False}
-"""Metadata of a field that does not decide a trial's numbers: no part of the trial id."""
+SCALINGS = ("standard", "rslora")
+"""Rules for the factor of an adapter's output (:func:`effective_scaling`)."""
 
-
+_SIZE = number("a whole number", "[1, inf)")
 
 
 @dataclass
@@ -31,104 +32,112 @@ class ModelConfig:
     """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted.
 
     Attributes:
-        name: in its library.
-        library: torchvision or timm; timm's names say the sizes, which are then None.
+        name: in its library; timm's names say the sizes, which are then None.
+        weights: a name of published weights, a path, or None: random.
         image_size: pixels; None: timm's own for the model.
         mean: of each colour in [0, 1], subtracted; None: the model's own.
         std: of each colour, divided by; None: the model's own.
-        interpolation: of images to the model's size, bilinear or bicubic; None: the model's own.
+        interpolation: of images to the model's size; None: the model's own.
         weights_sha256: of the file that ``weights`` names, found out when the trial is composed.
     """
 
     name: str
-    library: str
+    library: str = field(metadata=choice("torchvision", "timm"))
     weights: str | None
-    image_size: int | None
-    patch_size: int | None
-    num_layers: int | None
-    num_heads: int | None
-    hidden_dim: int | None
-    mlp_dim: int | None
-    mean: list[float] | None
-    std: list[float] | None
-    interpolation: str | None
-    head_dropout: float
+    image_size: int | None = field(metadata=_SIZE)
+    patch_size: int | None = field(metadata=_SIZE)
+    num_layers: int | None = field(metadata=_SIZE)
+    num_heads: int | None = field(metadata=_SIZE)
+    hidden_dim: int | None = field(metadata=_SIZE)
+    mlp_dim: int | None = field(metadata=_SIZE)
+    mean: list[float] | None = field(metadata=number("three numbers (red, green, blue)", count=3))
+    std: list[float] | None = field(metadata=number("three numbers (red, green, blue)", "(0, inf)", count=3))
+    interpolation: str | None = field(metadata=choice("bilinear", "bicubic"))
+    head_dropout: float = field(metadata=number("a probability", "[0, 1)"))
     weights_sha256: str | None = None
 
 
 @dataclass
 class DataConfig:
-    """A data set, its splits and its batches. ``batch_size`` is global: over all processes.
+    """A data set, its splits and its batches.
 
-    ``content``: which images with which classes, found out when the trial is composed (None: those of a package).
+    Attributes:
+        batch_size: global: over all processes.
+        cache_size: pixels of the cached images' sides; None: the images' own size.
+        content: which images with which classes, found out when the trial is composed (None: those of a package).
     """
 
-    name: str
-    root: str | None = field(metadata=_NO_IDENTITY)
-    batch_size: int
-    augment: str
-    split_seed: int
-    val_fraction: float | None
-    test_fraction: float | None
-    train_per_class: int | None
+    name: str = field(metadata=choice(*DATASETS))
+    root: str | None = field(metadata=NO_IDENTITY)
+    batch_size: int = field(metadata=number("a whole number", "[1, inf)"))
+    augment: str = field(metadata=choice("none", "flip", "crop_flip"))
+    split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
+    val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
+    test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
+    train_per_class: int | None = field(metadata=number("a number of images", "[1, inf)", ", or null for all"))
     official_val: bool
-    cache_size: int | None
-    cache_dir: str = field(metadata=_NO_IDENTITY)
+    cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))
+    cache_dir: str = field(metadata=NO_IDENTITY)
     content: str | None = None
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule. ``warmup`` is a fraction of all steps; ``clip_norm`` None: off."""
+    """AdamW and its learning-rate schedule."""
 
-    lr: float
-    weight_decay: float
-    betas: list[float]
-    eps: float
-    decay_bias_and_norm: bool
-    schedule: str
-    warmup: float
-    clip_norm: float | None
-    label_smoothing: float
+    lr: float = field(metadata=number("a learning rate", "(0, inf)"))
+    weight_decay: float = field(metadata=number("a number", "[0, inf)"))
+    betas: list[float] = field(metadata=number("two numbers", "[0, 1)", ", for example [0.9,0.999]", count=2))
+    eps: float = field(metadata=number("a small number", "(0, inf)", ", for example 1e-8"))
+    schedule: str = field(metadata=choice("linear", "cosine", "constant"))
+    warmup: float = field(metadata=number("a fraction of all steps", "[0, 1)"))
+    clip_norm: float | None = field(metadata=number("a norm", "(0, inf)", ", or null for no clipping"))
+    label_smoothing: float = field(metadata=number("a number", "[0, 1)"))
 
 
 @dataclass
 class LoraConfig:
-    """Which adapters (Hu et al., 2021), or which baseline (``method`` none or full; the rest is then null)."""
+    """Which adapters (Hu et al., 2021), or which baseline (``method`` none or full; the rest is then None)."""
 
-    method: str
-    rank: int | None
-    alpha: float | None
-    dropout: float | None
-    targets: list[str] | None
-    blocks: list[int] | None
-    scaling: str | None
-    init: str | None
-    bias: str | None
+    method: str = field(metadata=choice("lora", "none", "full"))
+    rank: int | None = field(metadata=number("a whole number", "[1, inf)", ", or lora=none to train the head alone"))
+    alpha: float | None = field(metadata=number("a number", "(0, inf)"))
+    dropout: float | None = field(metadata=number("a probability", "[0, 1)"))
+    targets: list[str] | None = field(metadata=choice(*TARGETS, also=", or give lora=none"))
+    blocks: list[int] | None = field(metadata=number("blocks", "[0, inf)", ", or null for all"))
+    scaling: str | None = field(metadata=choice(*SCALINGS))
+    bias: str | None = field(metadata=choice("none", "lora_only", "all"))
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether parameters of the trunk are trained, so that trials cannot share it."""
+        return self.method == "full" or (self.bias or "none") != "none"
 
     def effective_scaling(self) -> float:
-        """Factor of the adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        """Factor of the adapter's output."""
         assert self.rank is not None
         assert self.alpha is not None
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+        return effective_scaling(self.alpha, self.rank, self.scaling)
+
+
+def effective_scaling(alpha: float, rank: int, scaling: str | None) -> float:
+    """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
 
 @dataclass
 class TrainerConfig:
-    """How to train. ``checkpoint_every`` is in seconds, ``log_every`` in steps, ``validate_every`` in epochs.
+    """How to train, and what of it is written down. The last epoch is always validated."""
 
-    The last epoch is always validated.
-    """
-
-    epochs: int
-    precision: str
-    accelerator: str = field(metadata=_NO_IDENTITY)
-    devices: str = field(metadata=_NO_IDENTITY)
+    epochs: int = field(metadata=number("a whole number", "[1, inf)"))
+    precision: str = field(metadata=choice("auto", "fp32", "bf16", "fp64"))
+    accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
+    devices: str = field(metadata={"check": number_or_auto} | NO_IDENTITY)
     compile: bool
-    resume: str = field(metadata=_NO_IDENTITY)
-    checkpoint_every: float = field(metadata=_NO_IDENTITY)
-    log_every: int = field(metadata=_NO_IDENTITY)
-    validate_every: int = field(metadata=_NO_IDENTITY)
+    resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)
+    checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
+    log_every: int = field(metadata=number("a number of steps", "[1, inf)") | NO_IDENTITY)
+    validate_every: int = field(metadata=number("a number of epochs", "[1, inf)") | NO_IDENTITY)
 
 
 @dataclass
@@ -140,37 +149,23 @@ class TrialConfig:
     optimizer: OptimizerConfig
     lora: LoraConfig
     trainer: TrainerConfig
-    seed: int
+    seed: int = field(metadata=number("a whole number", f"[0, {2**63 - 1}]"))
 
 
 @dataclass
 class SweepConfig:
-    """How a sweep (``-m``) runs; none of it decides a trial's numbers.
+    """How a sweep (``-m``) runs; none of it decides a trial's numbers. ``conf/config.yaml`` says what each means."""
 
-    Attributes:
-        name: of the folder in ``outputs/sweeps``; None: made from what is swept and what is fixed.
-        pack_size: trials that train together; auto: measured, the fastest that fits.
-        workers: processes that train packs side by side; auto: one for each GPU; on a CPU up to 8 that share it.
-        retry_failed: train the trials again that an earlier run recorded as failed.
-        on_failure: continue with the other trials, or stop (they are saved).
-        dry_run: print the plan and train nothing.
-        measure: in the plan, time what would be estimated.
-        wait: follow workers that an engine has started until they have ended; else return at once.
-        margin: percentage points of val accuracy that matter; makes the sweep a race (:mod:`lora_vit.analysis.race`).
-        first_seeds: that every cell of a race gets.
-        most_seeds: that a cell of a race gets.
-    """
-
-    name: str | None
-    pack_size: str
-    workers: str
+    name: str | None = field(metadata={"check": folder_name})
+    pack_size: str = field(metadata={"check": number_or_auto})
+    workers: str = field(metadata={"check": number_or_auto})
     retry_failed: bool
     dry_run: bool
     wait: bool
-    margin: float | None
-    first_seeds: int
+    margin: float | None = field(metadata=number("points of val accuracy", "(0, 100)", ", or null for no race"))
+    first_seeds: int = field(metadata=number("the seeds that a race begins with,", "[2, inf)"))
     most_seeds: int
-    trials: int | None
+    trials: int | None = field(metadata=number("a number of trials", "[1, inf)", ", or null for every combination"))
 
 
 @dataclass
@@ -181,18 +176,18 @@ class RootConfig(TrialConfig):
     engine: Any
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "lora": LoraConfig,
-    "trainer": TrainerConfig,
-}
+SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).items() if dataclasses.is_dataclass(cls)}
+"""The parts of a trial's config by name: model, data, optimizer, lora, trainer."""
+
 _SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-IDENTITY = {name: str(f.type) for name, f in _SETTINGS.items() if f.metadata.get("identity", True)}
-"""Every setting that decides a trial's numbers, by dotted name, with its type as written here."""
+IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
+"""Every setting that decides a trial's numbers, by dotted name."""
 WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 """The other ones."""
+ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
+"""Settings that an earlier version did not have, each with the value at which a trial is what it was there."""
+REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
+"""Settings that an earlier version had, each with the only value that is left. They stay in every trial's id."""
 
 
 def to_dict(trial: TrialConfig) -> dict[str, Any]:
@@ -200,23 +195,51 @@ def to_dict(trial: TrialConfig) -> dict[str, Any]:
     return dataclasses.asdict(trial)
 
 
-def from_dict(values: dict[str, Any]) -> TrialConfig:
-    """Inverse of :func:`to_dict`; numbers take their field's type. Raises ConfigError on other keys."""
-    sections: dict[str, Any] = {}
-    for name, cls in SECTIONS.items():
-        fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-        given = values.get(name)
-        if not isinstance(given, dict):
-            raise ConfigError(f"config section '{name}' is missing")
-        for key in sorted(set(given) - set(fields)):
-            raise ConfigError(f"unknown key '{name}.{key}'{nearest(f'{name}.{key}', known_keys()) or ' (see --help)'}")
-        for key in sorted(set(fields) - set(given)):
-            raise ConfigError(f"the key '{name}.{key}' is missing")
-        sections[name] = cls(**{k: _typed(given[k], fields[k]) for k in fields})
+def deciding(trial: TrialConfig) -> dict[str, Any]:
+    """The settings that decide a trial's numbers, as the version had them that first had a trial with these numbers."""
+    values = to_dict(trial)
+    for section in SECTIONS:
+        before, kept = _meant(ADDED, section, values[section]), _meant(REMOVED, section, values[section])
+        for key, value in values[section].items():
+            if f"{section}.{key}" in IDENTITY and not (key in before and value == before[key]):
+                kept[key] = value
+        values[section] = kept
+    return values
+
+
+def _meant(settings: Mapping[str, Any], section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ADDED or REMOVED (``settings``) in a section with these values; a baseline's adapters have None."""
+    idle = section == "lora" and values.get("method") != "lora"
+    names = (name.split(".") for name in settings)
+    return {key: None if idle else settings[f"{of}.{key}"] for of, key in names if of == section}
+
+
+def from_dict(values: Mapping[str, Any]) -> TrialConfig:
+    """Inverse of :func:`to_dict`, also of an earlier version's; numbers take their field's type.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
+    """
+    sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"seed={seed} is no whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
+
+
+def _section(name: str, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config section '{name}' is missing")
+    values = {**_meant(ADDED, name, values), **values}
+    for key, left in _meant(REMOVED, name, values).items():
+        if (given := values.pop(key, left)) != left:
+            refuse(f"{name}.{key}", given, f"is of an earlier version, this one has only {left}: leave it out")
+    types = {f.name: str(f.type) for f in dataclasses.fields(SECTIONS[name])}
+    for key in sorted(set(values) - set(types)):
+        raise ConfigError(f"unknown key '{name}.{key}'{nearest(f'{name}.{key}', known_keys()) or ' (see --help)'}")
+    for key in sorted(set(types) - set(values)):
+        raise ConfigError(f"the key '{name}.{key}' is missing")
+    return SECTIONS[name](**{key: _typed(values[key], types[key]) for key in types})
 
 
 def _typed(value: Any, annotation: str) -> Any:
@@ -230,12 +253,6 @@ def _typed(value: Any, annotation: str) -> Any:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of a trial config, for suggestions."""
+    """Every dotted key of a composed config, for suggestions."""
     sweep = [f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)]
     return [*_SETTINGS, *sweep, *SECTIONS, "seed"]
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """``, did you mean 'x'?`` for the nearest of the choices, or nothing when none is near."""
-    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f", did you mean '{found[0]}'?" if found else ""

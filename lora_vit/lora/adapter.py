@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.config import SCHEMA_VERSION
+from lora_vit.config import SCHEMA_VERSION, SIZES
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import OF_HEADS, SIZES, head_name, new_backbone, put_head, sizes_of, trunk_state
-from lora_vit.lora.inject import adapt, chosen_places
+from lora_vit.lora.backbones import OF_HEADS, head_name, new_backbone, put_head, sizes_of, trunk_state
+from lora_vit.lora.inject import adapt, chosen_places, is_trained
 from lora_vit.lora.layers import AdapterSpec
 from lora_vit.lora.places import Place
 from lora_vit.records import state_of
@@ -61,25 +61,19 @@ class Adapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""
         lora = self.card["lora"]
+        found: dict[str, tuple[int, ...]] = {}
         with torch.device("meta"):
             model = new_backbone(self.card["base"], len(self.card["class_names"]))
-        every = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        adapted: dict[str, tuple[int, ...]] = {}
         biases: set[str] = set()
         for name, place, _ in self.places(model):
-            rows, columns = every[place.weight]
-            adapted[f"{name}.lora_A"] = (lora["rank"], columns)
-            adapted[f"{name}.lora_B"] = (rows // len(place.names), lora["rank"])
+            out_features, in_features = place.sizes(model)
+            found[f"{name}.lora_A"], found[f"{name}.lora_B"] = (lora["rank"], in_features), (out_features, lora["rank"])
             biases.update(place.biases)
-
-        def is_trained(name: str) -> bool:
-            if name.startswith(OF_HEADS):
-                return name.startswith(f"{head_name(model)}.")
-            if lora["method"] == "full":
-                return True
-            return name.endswith("bias") if lora["bias"] == "all" else lora["bias"] == "lora_only" and name in biases
-
-        return adapted | {name: shape for name, shape in every.items() if is_trained(name)}
+        for name, p in model.named_parameters():
+            of_head = name.startswith(f"{head_name(model)}.")
+            if of_head or (not name.startswith(OF_HEADS) and is_trained(name, lora["method"], lora["bias"], biases)):
+                found[name] = tuple(p.shape)
+        return found
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -178,7 +172,8 @@ def bind(
     if class_names is not None and list(class_names) != card["class_names"]:
         gone = [f"lacks '{c}'" for c in card["class_names"] if c not in class_names]
         new = [f"has '{c}' in addition" for c in class_names if c not in card["class_names"]]
-        raise ConfigError(f"the data has other classes than the adapter: it {(gone + new or ['orders them anew'])[0]}")
+        what = (gone + new or ["has them in another order"])[0]
+        raise ConfigError(f"the data has other classes than the adapter: it {what}")
     if data is not None and data["fingerprint"] != card["data"]["fingerprint"]:
         then = {**card["data"], "fingerprint": data["fingerprint"]}
         changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items() if now != then.get(key)]
@@ -211,7 +206,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     lora = adapter.card["lora"]
     with torch.no_grad():
         if lora["method"] == "lora":
-            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], lora["init"], 0)
+            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], 0)
             for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
                 for name, view in adapters.trial_tensors(0).items():
                     view.copy_(rest.pop(name))

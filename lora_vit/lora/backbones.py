@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import nearest
+from lora_vit.config import SIZES, nearest
 from lora_vit.errors import ConfigError
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.lora.places import FAMILIES, plain_models
 
-SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
-"""torchvision's arguments that make the model that an adapter is for."""
 TORCHVISION = "torchvision's VisionTransformer"
 OF_HEADS = ("heads.", "head.", "head_dist.")
 """What the classifiers' parameters begin with, torchvision's and timm's."""
-
-
 
 
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:

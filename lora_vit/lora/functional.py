@@ -35,10 +35,26 @@ _TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (keep_by_product_, 1 << 24)
 
 @dataclass(frozen=True)
 class Prologue:
-    """What happens between the saved input and the linear layer: "none", "gelu" or "layer_norm"."""
+    """What happens between the saved input and the linear layer: "none", "gelu" or "layer_norm", which has parameters.
+
+    ``weight`` and ``bias`` are [I].
+    """
 
     kind: str = "none"
     eps: float = 0.0
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The linear layer's input."""
+        if self.kind == "gelu":
+            return F.gelu(z)
+        if self.kind == "layer_norm":
+            return F.layer_norm(z, z.shape[-1:], self.weight, self.bias, self.eps)
+        return z
+
+
+NOTHING = Prologue()
 
 
 @dataclass(frozen=True)
@@ -81,37 +97,21 @@ def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _prologue(z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, prologue: Prologue) -> Tensor:
-    if prologue.kind == "gelu":
-        return F.gelu(z)
-    if prologue.kind == "layer_norm":
-        return F.layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
-    return z
-
-
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
-        ln_weight: Tensor | None,
-        ln_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a_KGRI: Tensor,
-        b_KGOR: Tensor,
-        scale_K: Tensor,
-        prologue: Prologue,
-        slots: tuple[int, ...],
-        mask: MaskKey | None,
-    ) -> Tensor:
+        z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+        a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+        prologue: Prologue, slots: tuple[int, ...], mask: MaskKey | None,
+    ) -> Tensor:  # fmt: skip
         K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
         mean = rstd = None
         if prologue.kind == "layer_norm":
             x, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
         else:
-            x = _prologue(z, None, None, prologue)
+            x = prologue(z)
         y = F.linear(x, weight, bias)
         if mask is not None:
             x = x.clone() if x is z else x
@@ -147,7 +147,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
-        x = _prologue(z, ln_weight, ln_bias, prologue)
+        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z)  # from the tensors that were saved
         needs = ctx.needs_input_grad
         dx_adapters = None
         if mask is not None:
@@ -186,18 +186,10 @@ def _rows(x: Tensor, K: int) -> Tensor:
 
 
 def adapted_linear(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_KGRI: Tensor,
-    b_KGOR: Tensor,
-    scale_K: Tensor,
-    slots: tuple[int, ...],
-    mask: MaskKey | None = None,
-    prologue: Prologue | None = None,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-) -> Tensor:
+    z: Tensor, weight: Tensor, bias: Tensor | None,
+    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
+) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula).
 
     Args:
@@ -209,32 +201,22 @@ def adapted_linear(
         scale_K: factor of each trial's adapter, [K]; with a mask it includes 1/(1-p).
         slots: for each of the G adapters, which O-wide part of the output it adds to.
         mask: key of the dropout mask on the adapters' input, or None.
-        prologue: computed first and recomputed in backward.
-        ln_weight: of a LayerNorm prologue, [I].
-        ln_bias: likewise, [I].
+        prologue: computed first and recomputed in backward; the norm's parameters get gradients if they require them.
 
     Returns:
         [K*B, S, slots*O], in the dtype of ``z``. Weight and adapters must have that dtype.
     """
-    args = (z, ln_weight, ln_bias, weight, bias, a_KGRI, b_KGOR, scale_K, prologue or Prologue(), slots, mask)
-    return _AdaptedLinear.apply(*args)
+    norm = prologue.weight, prologue.bias
+    return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)
 
 
 def adapted_linear_reference(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a_KGRI: Tensor,
-    b_KGOR: Tensor,
-    scale_K: Tensor,
-    slots: tuple[int, ...],
-    mask: MaskKey | None = None,
-    prologue: Prologue | None = None,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-) -> Tensor:
+    z: Tensor, weight: Tensor, bias: Tensor | None,
+    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
+) -> Tensor:  # fmt: skip
     """The same in plain operations, trial by trial: what :func:`adapted_linear` is tested against."""
-    x = _prologue(z, ln_weight, ln_bias, prologue or Prologue())
+    x = prologue(z)
     y_trials = F.linear(x, weight, bias).chunk(len(a_KGRI))
     xd_trials = (x if mask is None else mask.apply(x)).chunk(len(a_KGRI))
     O = b_KGOR.shape[2]

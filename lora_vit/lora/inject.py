@@ -6,17 +6,18 @@ The public pair for a plain model is :func:`replace_linear_with_lora` and :func:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
-from lora_vit.config import TARGETS
-from lora_vit.lora.attention import AdaptedLinear, Attention, PassedGELU, PassedNorm, become, become_again
+from lora_vit.config import SCALINGS, TARGETS, effective_scaling
+from lora_vit.lora.attention import AdaptedLinear, Attention, Passed, become, become_again
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
 from lora_vit.lora.places import Place, places_of
@@ -38,11 +39,8 @@ def use_own_attention(model: nn.Module) -> None:
 
 def inject_adapters(
     model: nn.Module,
-    specs: Sequence[AdapterSpec],
-    targets: Sequence[str],
-    blocks: Sequence[int] | None,
-    state: DropoutState,
-) -> list[LoRAAdapters]:
+    specs: Sequence[AdapterSpec], targets: Sequence[str], blocks: Sequence[int] | None, state: DropoutState,
+) -> list[LoRAAdapters]:  # fmt: skip
     """Give the targeted projections adapters of K trials.
 
     Args:
@@ -58,17 +56,15 @@ def inject_adapters(
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
-    chosen = chosen_places(model, targets, blocks)
+    chosen = chosen_places(model, targets, blocks, max(spec.rank for spec in specs))
     made: dict[str, LoRAAdapters] = {}
     for place in chosen:
-        names = list(place.names)
-        group = [t for t in names if t in targets]
-        if group:
-            weight = model.get_parameter(place.weight)
-            sizes = weight.shape[1], weight.shape[0] // len(names)
-            files, slots = [place.names[t] for t in group], [names.index(t) for t in group]
-            adapters = LoRAAdapters(list(specs), files, slots, place.reads, *sizes, state)
-            made[place.layer] = adapters.to(weight.device).train(model.training)
+        slots = [slot for slot, target in enumerate(place.names) if target in targets]
+        if slots:
+            out_features, in_features = place.sizes(model)
+            names = [list(place.names.values())[slot] for slot in slots]
+            adapters = LoRAAdapters(specs, names, slots, place.reads, in_features, out_features, state)
+            made[place.layer] = adapters.to(model.get_parameter(place.weight).device).train(model.training)
     use_own_attention(model)
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
     for place in chosen:
@@ -79,25 +75,30 @@ def inject_adapters(
             layer.lora = made.get(place.layer)
             layer.front = (model.get_submodule(place.front),) if place.front in passed else ()
     for name in passed:
-        front = model.get_submodule(name)
-        become(front, PassedNorm if isinstance(front, nn.LayerNorm) else PassedGELU)
+        become(model.get_submodule(name), Passed)
     return list(made.values())
 
 
-def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None) -> list[Place]:
+def chosen_places(
+    model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1
+) -> list[Place]:
     """All places of the blocks that are to get adapters.
 
     Raises:
-        ValueError: a target or block does not exist; the message lists those that do.
+        ValueError: a target or block does not exist, or a targeted layer is narrower than the rank.
     """
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
     if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
         raise ValueError(
-            f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
-            f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
+            f"blocks={None if blocks is None else list(blocks)}, targets={list(targets)} match nothing: there are the "
+            f"targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
         )
-    return [place for index in chosen for place in found[index]]
+    places = [place for index in chosen for place in found[index]]
+    for place in places:
+        if set(targets) & set(place.names) and rank > (width := min(place.sizes(model))):
+            raise ValueError(f"rank={rank} is impossible: {place.layer} is {width} wide")
+    return places
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -107,7 +108,7 @@ def remove_adapters(model: nn.Module) -> None:
             module.lora, module.front = None, ()
         elif isinstance(module, AdaptedLinear):
             del module.lora, module.front
-        if isinstance(module, (AdaptedLinear, PassedNorm, PassedGELU)):
+        if isinstance(module, (AdaptedLinear, Passed)):
             become_again(module)
 
 
@@ -119,10 +120,11 @@ def replace_linear_with_lora(
     targets: Sequence[str] = TARGETS,
     blocks: Sequence[int] | None = None,
     scaling: str = "standard",
-    init: str = "kaiming_uniform",
     seed: int = 0,
 ) -> nn.Module:
     """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place.
+
+    lora_B starts at zero, so that the model's output does not change.
 
     Args:
         model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.places` lists them).
@@ -132,7 +134,6 @@ def replace_linear_with_lora(
         targets: some of q, k, v, o, fc1, fc2.
         blocks: indices of encoder blocks, None for all.
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
-        init: of lora_A; lora_B starts at zero, so that the model's output does not change.
         seed: of the initialisation and the dropout masks.
 
     Returns:
@@ -148,10 +149,9 @@ def replace_linear_with_lora(
         raise ValueError(f"alpha={alpha} is impossible: give a number above 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout} is impossible: give a probability in [0, 1)")
-    if scaling not in ("standard", "rslora"):
-        raise ValueError(f"scaling '{scaling}' is unknown (standard, rslora)")
-    factor = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-    adapt(model, AdapterSpec(rank, factor, dropout, init, seed), targets, blocks)
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling '{scaling}' is unknown ({', '.join(SCALINGS)})")
+    adapt(model, AdapterSpec(rank, effective_scaling(alpha, rank, scaling), dropout, seed), targets, blocks)
     return model
 
 
@@ -161,24 +161,16 @@ def adapt(
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
     state = DropoutState([randomness.key("dropout", spec.seed)])
     injected = inject_adapters(model, [spec], targets, blocks, state)
-    if spec.dropout > 0:
-        model.register_forward_pre_hook(_KeyEachPass(state), with_kwargs=True)
+    if spec.dropout > 0:  # a partial, not a closure: a copied or pickled model then takes its own key along
+        model.register_forward_pre_hook(functools.partial(_key_pass, state), with_kwargs=True)
     return injected
 
 
-class _KeyEachPass:
-    """Forward pre-hook: a model without a trainer draws other dropout masks in each pass in train mode.
-
-    An object, not a function: a copied or pickled model then takes its own key along.
-    """
-
-    def __init__(self, state: DropoutState):
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if module.training:
-            images = (*args, *kwargs.values())[0]
-            self.state.advance(len(images), images.device)
+def _key_pass(state: DropoutState, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Forward pre-hook: a model without a trainer draws other dropout masks in each pass in train mode."""
+    if module.training:
+        images = (*args, *kwargs.values())[0]
+        state.advance(len(images), images.device)
 
 
 def mark_lora_and_head_as_trainable(
@@ -202,18 +194,29 @@ def mark_lora_and_head_as_trainable(
     if not any(head_substring in name for name in names):
         top = ", ".join(sorted({name.split(".")[0] for name in names}))
         raise ValueError(f"no parameter's name contains head_substring='{head_substring}' (top level: {top})")
-    adapted = adapted_bias_names(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = (
-            ".lora_" in name
-            or head_substring in name
-            or (name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted)))
-        )
+    mark_trained(model, "lora", bias, head_substring)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def adapted_bias_names(model: nn.Module) -> set[str]:
-    """Names of the biases of the layers that have adapters."""
+def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring: str | None = None) -> None:
+    """Set ``requires_grad`` by ``lora.method`` and ``lora.bias``; of a head, only where its name has the substring."""
     adapted = {name.rpartition(".")[0] for name, m in model.named_modules() if isinstance(m, LoRAAdapters)}
     places = itertools.chain.from_iterable(places_of(model).values()) if adapted else ()
-    return {bias for place in places if place.layer in adapted for bias in place.biases}
+    biases = {name for place in places if place.layer in adapted for name in place.biases}
+    for name, parameter in model.named_parameters():
+        of_head = head_substring is not None and head_substring in name
+        parameter.requires_grad = of_head or is_trained(name, method, bias, biases)
+
+
+def is_trained(name: str, method: str, bias: str | None, adapted_biases: Collection[str]) -> bool:
+    """The one rule of what is trained beside the head.
+
+    Args:
+        name: of the parameter.
+        method: ``lora.method``: lora, full or none.
+        bias: ``lora.bias``: all biases, those of layers with adapters (lora_only), or none.
+        adapted_biases: names of the biases of layers with adapters.
+    """
+    if ".lora_" in name or method == "full":
+        return True
+    return name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted_biases))

@@ -7,14 +7,15 @@ Shape legend: K trial, G adapted projections, R rank, I input width, O output wi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.lora.dropout import DropoutState, feature_keys, keep_mask, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
+from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
+from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
 
 
 @dataclass(frozen=True)
@@ -25,33 +26,50 @@ class AdapterSpec:
         rank: R of the trial, at least 1.
         scaling: factor of the adapter's output, alpha/rank or alpha/sqrt(rank).
         dropout: probability in [0, 1) of dropping an element of the adapter's input.
-        init: of lora_A: "kaiming_uniform" (loralib) or "gaussian" (standard deviation 1/rank, as PEFT).
         seed: key of the initialisation and of the dropout masks.
     """
 
     rank: int
     scaling: float
     dropout: float
-    init: str
     seed: int
 
 
 def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
-    """A trial's lora_A at the start, fp32 [rank, width]: a function of the seed and the projection's name.
+    """A trial's lora_A at the start, fp32 [rank, width], drawn as loralib does (Kaiming, uniform).
 
-    Raises ValueError for an unknown ``spec.init``.
+    It is a function of the seed and the projection's name.
     """
+    bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5)
     generator = randomness.generator("lora_A", spec.seed, name)
-    a_RI = torch.empty(spec.rank, width)
-    if spec.init == "kaiming_uniform":
-        bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5)
-        return a_RI.uniform_(-bound, bound, generator=generator)
-    if spec.init == "gaussian":
-        return a_RI.normal_(0.0, 1 / spec.rank, generator=generator)
-    raise ValueError(f"init '{spec.init}' is unknown (kaiming_uniform, gaussian)")
+    return torch.empty(spec.rank, width).uniform_(-bound, bound, generator=generator)
 
 
-class LoRAAdapters(nn.Module):
+class _KeyedDropout(nn.Module):
+    """Base of both modules: a dropout probability for each of K trials, with masks by key."""
+
+    keep_K: Tensor
+    threshold_K: Tensor
+    feature_I: Tensor
+
+    def __init__(self, dropouts: Sequence[float], width: int, key: str, state: DropoutState):
+        """``width``: I of what is dropped; ``key``: name that tells its masks from those of other modules."""
+        super().__init__()
+        self.state, self._module_key = state, randomness.name_key(key)
+        self._dropping = runs_of([p > 0 for p in dropouts])
+        self.register_buffer("keep_K", 1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
+        thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
+        self.register_buffer("threshold_K", thresholds, persistent=False)
+        self.register_buffer("feature_I", feature_keys(width), persistent=False)
+
+    def mask(self, tokens: int) -> MaskKey | None:
+        """Key of this pass's mask; None where nothing is dropped."""
+        if not (self.training and self._dropping):
+            return None
+        return MaskKey(self.state.rows(self._module_key, tokens), self.feature_I, self.threshold_K, self._dropping)
+
+
+class LoRAAdapters(_KeyedDropout):
     """Adapters of K trials on one (possibly fused) linear projection.
 
     Args:
@@ -62,74 +80,37 @@ class LoRAAdapters(nn.Module):
         in_features: I.
         out_features: O of each projection.
         state: the key that all layers of the model share.
-
-    Raises ValueError for a rank above I or O, and for an unknown init.
     """
 
     scale_K: Tensor
     train_scale_K: Tensor
-    threshold_K: Tensor
-    feature_I: Tensor
 
     def __init__(
         self,
-        specs: list[AdapterSpec],
-        names: list[str],
-        slots: list[int],
-        input_name: str,
-        in_features: int,
-        out_features: int,
-        state: DropoutState,
-    ):
-        super().__init__()
+        specs: Sequence[AdapterSpec], names: Sequence[str], slots: Sequence[int],
+        input_name: str, in_features: int, out_features: int, state: DropoutState,
+    ):  # fmt: skip
+        super().__init__([s.dropout for s in specs], in_features, input_name, state)
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
-        if min(in_features, out_features) < R:
-            raise ValueError(f"rank={R} is impossible: {names[0]} is {min(in_features, out_features)} wide")
-        self.specs, self.names, self.slots, self.state = specs, names, tuple(slots), state
-        self._module_key = randomness.name_key(input_name)
+        self.specs, self.names, self.slots = specs, names, tuple(slots)
         a_KGRI = torch.zeros(K, G, R, in_features)
         for k, spec in enumerate(specs):
             for g, name in enumerate(names):
                 a_KGRI[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
         self.lora_A = nn.Parameter(a_KGRI)
         self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
-        self._dropping = runs_of([s.dropout > 0 for s in specs])
         scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
-        keep_K = torch.tensor([1 - s.dropout for s in specs], dtype=torch.float64)
         self.register_buffer("scale_K", scale_K, persistent=False)
-        self.register_buffer("train_scale_K", scale_K / keep_K, persistent=False)
-        thresholds = torch.tensor([threshold(s.dropout) for s in specs], dtype=torch.int32)
-        self.register_buffer("threshold_K", thresholds, persistent=False)
-        self.register_buffer("feature_I", feature_keys(in_features), persistent=False)
+        self.register_buffer("train_scale_K", scale_K / self.keep_K, persistent=False)
 
-    def linear(
-        self,
-        z: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        prologue: Prologue | None = None,
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
-        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O]."""
-        mask = None
-        dropping = self.training and bool(self._dropping)
-        if dropping:
-            rows_KBS = self.state.rows(self._module_key, z.shape[1])
-            mask = MaskKey(rows_KBS, self.feature_I, self.threshold_K, self._dropping)
-        scale_K = self.train_scale_K if dropping else self.scale_K
-        return adapted_linear(
-            z,
-            weight,
-            bias,
-            self.lora_A.to(z.dtype),
-            self.lora_B.to(z.dtype),
-            scale_K.to(torch.promote_types(z.dtype, torch.float32)),  # a factor in bf16 would be off by up to 0.2 %
-            self.slots,
-            mask,
-            prologue,
-            None if norm is None else norm.weight.to(z.dtype),
-            None if norm is None else norm.bias.to(z.dtype),
-        )
+    def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = NOTHING) -> Tensor:
+        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O], all in the dtype of ``z``."""
+        mask = self.mask(z.shape[1])
+        scale_K = self.scale_K if mask is None else self.train_scale_K
+        # a factor in bf16 would be off by up to 0.2 %
+        scale_K = scale_K.to(torch.promote_types(z.dtype, torch.float32))
+        a_KGRI, b_KGOR = self.lora_A.to(z.dtype), self.lora_B.to(z.dtype)
+        return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
 
     def trial_tensors(self, k: int, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> dict[str, Tensor]:
         """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank] (views).
@@ -147,7 +128,7 @@ class LoRAAdapters(nn.Module):
         return f"K={len(self.specs)}, ranks={[s.rank for s in self.specs]}, projections={len(self.names)}"
 
 
-class PackedHead(nn.Module):
+class PackedHead(_KeyedDropout):
     """Dropout and a linear classifier for each of K trials.
 
     ``weight`` is [K, C, I], ``bias`` [K, C]; both are drawn as ``nn.Linear`` draws them, keyed by the trial's
@@ -156,22 +137,14 @@ class PackedHead(nn.Module):
 
     KEY = "heads.head"
 
-    keep_K: Tensor
-    threshold_K: Tensor
-    feature_I: Tensor
-
     def __init__(
         self,
-        seeds: list[int],
-        dropouts: list[float],
-        in_features: int,
-        classes: int,
-        state: DropoutState,
-        name: str = KEY,
-    ):
+        seeds: Sequence[int], dropouts: Sequence[float],
+        in_features: int, classes: int, state: DropoutState, name: str = KEY,
+    ):  # fmt: skip
         """``name``: of the layer in adapter files."""
-        super().__init__()
-        self.state, self.name = state, name
+        super().__init__(dropouts, in_features, self.KEY, state)
+        self.name = name
         bound = 1 / math.sqrt(in_features)
         weights, biases = [], []
         for seed in seeds:
@@ -180,19 +153,10 @@ class PackedHead(nn.Module):
             biases.append(torch.empty(classes).uniform_(-bound, bound, generator=generator))
         self.weight = nn.Parameter(torch.stack(weights))
         self.bias = nn.Parameter(torch.stack(biases))
-        self.any_dropout = any(p > 0 for p in dropouts)
-        self.register_buffer("keep_K", 1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
-        thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
-        self.register_buffer("threshold_K", thresholds, persistent=False)
-        self.register_buffer("feature_I", feature_keys(in_features), persistent=False)
-        self._module_key = randomness.name_key(self.KEY)
 
     def forward(self, x_KBI: Tensor) -> Tensor:
         """Features of images [K, B, I] to logits [K, B, C], in the dtype of the weights."""
         x_KBI = x_KBI.to(self.weight.dtype)
-        if self.training and self.any_dropout:
-            K, B, width = x_KBI.shape
-            rows_KB1 = self.state.rows(self._module_key, 1)
-            x_KBI = x_KBI * keep_mask(rows_KB1, self.feature_I, self.threshold_K).view(K, B, width)
-            x_KBI = x_KBI / self.keep_K.to(x_KBI.dtype).view(K, 1, 1)
+        if (mask := self.mask(1)) is not None:
+            x_KBI = mask.apply(x_KBI) / self.keep_K.to(x_KBI.dtype).view(-1, 1, 1)
         return torch.baddbmm(self.bias[:, None, :], x_KBI, self.weight.mT)

@@ -36,6 +36,11 @@ class Place:
     reads: str
     front: str | None = None
 
+    def sizes(self, model: nn.Module) -> tuple[int, int]:
+        """O of each part, and I."""
+        rows, columns = model.get_parameter(self.weight).shape
+        return rows // len(self.names), columns
+
 
 def places_of(model: nn.Module) -> dict[str, list[Place]]:
     """The places of each encoder block, by the block's name, in order.

@@ -46,21 +46,6 @@ _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls 
     ("pre_layrnorm", "norm_pre"),
     (r"encoder\.ln|layernorm|post_layernorm", "norm"),
 )
-_KINDS = (  # parts of names that tell what a file is, the first that has them all
-    (("encoder_layer_",), "torchvision's vit"),
-    (("embeddings.patch_embeddings.weight",), "HF's DINOv3"),
-    (("embeddings.", "register_tokens"), "HF's Dinov2WithRegisters"),
-    (("embeddings.", "layer_scale1."), "HF's Dinov2"),
-    (("embeddings.", "distillation_token"), "HF's DeiT"),
-    (("embeddings.", "decoder_embed"), "HF's ViTMAE"),
-    (("embeddings.", "head.probe"), "HF's Siglip"),
-    (("embeddings.", "class_embedding"), "HF's CLIP"),
-    (("embeddings.",), "HF's ViT"),
-    (("decoder_embed",), "the original MAE"),
-    (("register_tokens",), "the original DINOv2 with registers"),
-    (("mask_token",), "the original DINOv2"),
-    ((), "timm's (or the original DINO's)"),
-)
 _COUNTED = r"(?:relative_position_index|position_ids)"  # buffers of whole numbers, which follow from the sizes
 _LEFT_OUT = re.compile(
     r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
@@ -85,8 +70,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
         own: state dict of the model, without head.
 
     Returns:
-        The tensors, of which some may be missing, unexpected or of another shape; and what was recognised, in one
-        line, with what was left out.
+        The tensors, some of which may be missing, unexpected or of another shape; and in one line the sizes, and what
+        was left out.
 
     Raises:
         ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
@@ -114,13 +99,11 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
 
 
 def describe(state: dict[str, Tensor]) -> str:
-    """What a state dict is, in a few words, and which of timm's models has its sizes."""
-    every = "\n".join(state)
-    kind = next(kind for parts, kind in _KINDS if all(part in every for part in parts))
+    """The sizes of a state dict in a few words, and the model of timm that has them."""
     found = {timm_name(name): t for name, t in state.items()}
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
-    line = f"{kind}, {depth} blocks of width {width}, patch {patch}"
+    line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
     name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
     if "reg_token" in found:
         line += f", {found['reg_token'].shape[1]} registers"

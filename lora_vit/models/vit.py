@@ -5,9 +5,10 @@ Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
-from lora_vit.config import ModelConfig
+from lora_vit.config import SIZES, ModelConfig
 from lora_vit.errors import ConfigError
 from lora_vit.lora.attention import use_first_token_alone
-from lora_vit.lora.backbones import SIZES, timm_model
+from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
 from lora_vit.lora.places import places_of, plain_models
@@ -32,34 +33,19 @@ def build_trunk(
     Its last block computes the class token alone. The random weights are the same in every process (drawn under a fixed
     seed; weights are usually loaded over them). The global generator is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _fixed_seed():
         trunk = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim)
     trunk.heads = nn.Sequential()
-    use_own_attention(trunk)
-    use_first_token_alone(trunk)
-    return trunk.requires_grad_(False)
-
-
-def trunk_of(m: ModelConfig) -> Any:
-    """The trunk of a config: :func:`build_trunk`'s, or :func:`timm_trunk`'s.
-
-    Raises:
-        ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
-    """
-    if m.library == "torchvision":
-        return build_trunk(*(getattr(m, key) for key in SIZES))
-    return timm_trunk(m.name, m.image_size)
+    return _ready(trunk)
 
 
 def timm_trunk(name: str, image_size: int | None) -> Any:
     """timm's model as :func:`build_trunk` gives torchvision's; the last block too, where pooling takes the class token.
 
     Raises:
-        ConfigError: as :func:`trunk_of`.
+        ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with _fixed_seed():
         trunk = timm_model(name, image_size)
     try:
         places_of(trunk)
@@ -70,9 +56,27 @@ def timm_trunk(name: str, image_size: int | None) -> Any:
     (height, width), patch = trunk.patch_embed.img_size, max(trunk.patch_embed.patch_size)
     if height != width or height % patch:
         raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
+    return _ready(trunk)
+
+
+@contextlib.contextmanager
+def _fixed_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _ready(trunk: Any) -> Any:
     use_own_attention(trunk)
     use_first_token_alone(trunk)
     return trunk.requires_grad_(False)
+
+
+def trunk_of(m: ModelConfig) -> Any:
+    """The trunk of a config. Raises ConfigError as :func:`timm_trunk`."""
+    if m.library == "torchvision":
+        return build_trunk(*(getattr(m, key) for key in SIZES))
+    return timm_trunk(m.name, m.image_size)
 
 
 class Shape(NamedTuple):
@@ -142,14 +146,7 @@ class PackedViT(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
-        """Build from a trunk and heads.
-
-        Args:
-            trunk: from :func:`trunk_of`, adapters injected where wanted, and marked what is trained. It serves one
-                model at a time.
-            head: the heads of K trials.
-            K: number of trials.
-        """
+        """``trunk``: from :func:`trunk_of`, with its adapters; ``requires_grad`` says what is trained."""
         super().__init__()
         self.trunk, self.head, self.K = trunk, head, K
         blocks = [trunk.get_submodule(name) for name in places_of(trunk)]

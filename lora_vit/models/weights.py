@@ -1,9 +1,8 @@
-"""Load the trunk's pretrained weights, from torchvision, a file or the package."""
+"""A trunk's pretrained weights: published by torchvision, by timm's hub or in the package, or a user's own file."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import urllib.error
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from lora_vit.config import is_weights_file, weights_files
+from lora_vit.config import ModelConfig, is_weights_file, weights_files
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
+from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
@@ -26,18 +26,49 @@ WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "mo
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
 
 
-def available_weights(model: str) -> list[str]:
-    """Names of the published weights of a model."""
-    return list(SHIPPED[model]) if model in SHIPPED else [w.name for w in get_model_weights(model)]
+def fetch_weights(m: ModelConfig, download: bool) -> None:
+    """Check that the weights are there, or download them if they are published. Raises ConfigError."""
+    if m.weights is None:
+        return
+    if is_weights_file(m.weights):
+        check_weights(m.name, m.weights)
+    elif m.library == "torchvision":
+        (read_state_dict if download else check_weights)(m.name, m.weights)
+    elif download:
+        _of_timm(m)
+
+
+def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
+    """Load the weights, in fp32; returns a line on what a file holds, or ``""``. Raises ConfigError."""
+    if m.weights is None:
+        return ""
+    if m.library == "torchvision" or is_weights_file(m.weights):
+        return load_trunk_weights(trunk, m.name, m.weights)
+    trunk.load_state_dict(_of_timm(m))
+    return ""
+
+
+def _of_timm(m: ModelConfig) -> dict[str, Tensor]:
+    """The published weights of the name's tag, from timm's hub."""
+    with torch.device("meta"):
+        about = timm_model(m.name, m.image_size).pretrained_cfg
+    try:
+        return timm_model(m.name, m.image_size, pretrained=True).float().state_dict()
+    except ConfigError as error:
+        source = about.get("hf_hub_id") or about.get("url") or "nowhere: timm has no weights of this name"
+        raise ConfigError(
+            f"model.weights={m.weights}: {error}; connect to the network, or fetch {m.name}'s model.safetensors "
+            f"(published at {source}) and give model.weights=FILE.safetensors"
+        ) from None
 
 
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        for file in weights_files(user_path(weights)):
-            _format_of(file)
+        for file in _files(weights):
+            _is_safetensors(file)
         return
-    names = available_weights(model)
+    names = SHIPPED[model] if model in SHIPPED else [w.name for w in get_model_weights(model)]
     if weights not in names:
         raise ConfigError(
             f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth, .bin "
@@ -53,8 +84,7 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
     """
     check_weights(model, weights)
     if is_weights_file(weights):
-        files = [_read_file(file) for file in weights_files(user_path(weights))]
-        parts = [file for file in files if isinstance(file, dict)]
+        parts = [part for part in map(_read_file, _files(weights)) if isinstance(part, dict)]
         return _unwrapped({name: held for part in parts for name, held in part.items()}, model, weights)
     if model in SHIPPED:
         return load_file(Path(__file__).with_name(SHIPPED[model][weights])), ""
@@ -72,35 +102,29 @@ def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
         ) from None
 
 
-def _format_of(path: Path) -> str:
-    """``safetensors`` or ``torch``, by a file's first bytes. Raises ConfigError where they are something else."""
+def _files(weights: str) -> list[Path]:
+    return weights_files(user_path(weights))
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, else of torch, by its first bytes. Raises ConfigError if it is neither."""
     if not path.is_file():
         raise ConfigError(f"model.weights={path} is not a file: check the path")
-    try:
-        with path.open("rb") as file:
-            first = file.read(64)
-    except OSError as error:
-        raise ConfigError(f"model.weights={path} cannot be read ({error.strerror})") from None
-    if first[8:9] == b"{":
-        return "safetensors"
-    if first.startswith((b"PK", b"\x80")):
-        return "torch"
-    if not first:
-        what = "is empty"
-    elif first.startswith(b"version https://git-lfs"):
-        what = "is a pointer of Git LFS (git lfs pull fetches the file itself)"
-    elif first.lstrip().startswith(b"<"):
-        what = "is a web page"
-    else:
-        what = "is neither a PyTorch nor a safetensors file"
-    raise ConfigError(f"model.weights={path} {what}: give the file of the weights")
+    with path.open("rb") as file:
+        first = file.read(64)
+    if first[8:9] != b"{" and not first.startswith((b"PK", b"\x80")):
+        raise ConfigError(
+            f"model.weights={path} is neither a PyTorch nor a safetensors file: give the weights themselves, not a web "
+            "page or a pointer of Git LFS"
+        )
+    return first[8:9] == b"{"
 
 
 def _read_file(path: Path) -> Any:
     """What a file holds, without running code that it may hold."""
-    kind = _format_of(path)
+    is_safetensors = _is_safetensors(path)
     try:
-        if kind == "safetensors":
+        if is_safetensors:
             return load_file(path)
         # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
@@ -143,15 +167,15 @@ def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[s
 
 
 def load_trunk_weights(trunk: nn.Module, model: str, weights: str) -> str:
-    """Load weights into the trunk, in fp32, with the position embedding brought to its grid.
+    """Load weights into a trunk of torchvision or timm, in fp32, with the position embedding brought to its grid.
 
     Args:
-        trunk: torchvision's or timm's, without a head.
-        model: its name, for messages.
-        weights: published weights of torchvision, a file, or a folder.
+        trunk: without a head.
+        model: its name.
+        weights: published weights of torchvision or of the package, a file, or a folder.
 
     Returns:
-        A line that says what a file was recognised as; else ``""``.
+        A line on what a file holds; else ``""``.
 
     Raises:
         ConfigError: as :func:`read_state_dict`, or names, shapes or values do not fit the model.
@@ -170,6 +194,6 @@ def load_trunk_weights(trunk: nn.Module, model: str, weights: str) -> str:
         if t.shape != own[name].shape
     ]
     if wrong:
-        raise ConfigError(f"model.weights={weights} does not fit {model}: {wrong[0]} (the file is {describe(state)})")
+        raise ConfigError(f"model.weights={weights} does not fit {model}: {wrong[0]} (the file has {describe(state)})")
     trunk.load_state_dict(translated)
     return f"model.weights={weights}: {recognised}{where}" if is_weights_file(weights) else ""

@@ -25,7 +25,8 @@ class PackedSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
-        self.callbacks, self.task, self.config = hydra_context.callbacks, task_function, config
+        self.callbacks, self.task = hydra_context.callbacks, task_function
+        self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep; returns the validation accuracies of its trials. Called by Hydra.
@@ -34,8 +35,12 @@ class PackedSweeper(Sweeper):
             TrialFailed: some trials did not complete; all others are.
         """
         from lora_vit.compose import sweep_request
+        from lora_vit.distributed import started_by_torchrun
+        from lora_vit.errors import ConfigError
         from lora_vit.sweep.engines.local import start_early
 
+        if started_by_torchrun():
+            raise ConfigError("a sweep starts its own processes: give the same command without torchrun")
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
         request = sweep_request(self.config, self.params, arguments)
@@ -50,10 +55,10 @@ class PackedSweeper(Sweeper):
             return
         from lora_vit.config import to_dict
 
-        config = DictConfig({**to_dict(trial.config), "hydra": self.config.hydra})
-        accuracy = state.record.metrics.get("val_accuracy") if state.record is not None else None
-        failed = state.status != "completed"
-        job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config, task_name=self.config.hydra.job.name,
-                        status=JobStatus.FAILED if failed else JobStatus.COMPLETED, _return_value=accuracy)  # fmt: skip
+        values: Any = to_dict(trial.config)
+        config = DictConfig({**values, "hydra": self.config.hydra})
+        job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config)
+        job.status = JobStatus.COMPLETED if state.status == "completed" else JobStatus.FAILED
+        job.return_value = state.record.metrics.get("val_accuracy") if state.record is not None else None
         self.callbacks.on_job_start(config=config, task_function=self.task)
         self.callbacks.on_job_end(config=config, job_return=job)

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
+    from lora_vit import cli
+
+    cli.main("sweep")
+
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
-from lora_vit.errors import ConfigError, run_command
+from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.terminal import make_console, print_table
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command-line entry."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["work"] and len(given) > 1:
-        run_command(lambda: _work(given[1:]))
-        return
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_vit.sweep",
-        description="List a sweep's trials: status, epochs trained, validation accuracy. "
-        "`python -m lora_vit.sweep work FOLDER` is one more worker for it, on one device of this machine.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.description = (
+        "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: "
+        "it trains packs of open trials on one device of this machine, until none is open or held by another worker."
     )
-    parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder")
-    args = parser.parse_args(given)
-    run_command(lambda: show(find(args.sweep)))
+    parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder; or the word `work`")
+    parser.add_argument("folder", nargs="?", help="of the sweep to work on (-: a command says on standard input what)")
 
 
-def _work(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_vit.sweep work",
-        description="Train packs of a sweep's open trials on one device, until none is open or held by another worker.",
-    )
-    parser.add_argument("folder", help="of the sweep, on this machine (-: a command says on standard input what to do)")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> int:
+    """List the trials, or be a worker."""
+    if args.folder is None:
+        return show(find(args.sweep))
+    if args.sweep != "work":
+        raise ConfigError(f"{args.sweep} {args.folder}: give one sweep, or `work FOLDER`")
     if args.folder == "-":
         from lora_vit.sweep.engines.local import work_for_command
 
@@ -90,7 +87,3 @@ def show(folder: Path) -> int:
 
         print_race(console, sweep, RaceSource(sweep))
     return 0
-
-
-if __name__ == "__main__":
-    main()

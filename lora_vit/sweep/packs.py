@@ -34,7 +34,8 @@ class Packs:
         if self._planned is not self.sweep.batches:
             self._planned = self.sweep.batches
             self._groups = [group for batch in self._planned for group in make_groups(batch)]
-        states = [{self.claims.state(t.trial_id) for t in group.trials if t.trial_id not in skip} for group in self._groups]
+        ids = [[t.trial_id for t in group.trials if t.trial_id not in skip] for group in self._groups]
+        states = [set(map(self.claims.state, names)) for names in ids]
         self._open = [group for group, found in zip(self._groups, states, strict=True) if FREE in found]
         self._place = 0
         return FREE if self._open else HELD if any(HELD in found for found in states) else ENDED

@@ -85,27 +85,28 @@ class Sweep:
 
     def refresh(self) -> bool:
         """Read the plan again if another process has changed it; returns whether it has."""
+        path, version = self.folder / PLAN, tuple[int, ...]()
         try:
-            with (self.folder / PLAN).open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8") as file:
                 stat = os.fstat(file.fileno())  # after opening: a file server then asks its disk
                 version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
                 if version == self._version:
                     return False
                 plan = json.load(file)
         except FileNotFoundError:
-            version, plan = (), _empty()
+            plan = _empty()
         except NotADirectoryError:
             raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
         except OSError as error:
-            raise ConfigError(f"{self.folder / PLAN} cannot be read ({error.strerror}): give another sweep.name") from None
+            raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
         except ValueError as error:
-            raise ConfigError(f"{self.folder / PLAN} is not whole JSON ({error}): remove it, the records stay") from None
+            raise ConfigError(f"{path} is not whole JSON ({error}): remove it, the records stay") from None
         schema = plan.get("schema") if isinstance(plan, dict) else None
         if schema == 3:
             plan = _from_schema_3(plan)
         elif schema != PLAN_SCHEMA:
-            raise ConfigError(f"{self.folder / PLAN} has version {schema}, this program writes {PLAN_SCHEMA}: use the "
-                              "matching version of lora_vit, or another sweep.name")  # fmt: skip
+            raise ConfigError(f"{path} has version {schema}, this program writes {PLAN_SCHEMA}: use the matching "
+                              "version of lora_vit, or another sweep.name")  # fmt: skip
         self._take(plan, version)
         return True
 
@@ -113,7 +114,7 @@ class Sweep:
         try:
             trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
-            self.options = SweepConfig(**plan["options"]) if plan["options"] else None
+            self.options = SweepConfig(**plan["options"])
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.folder / PLAN} was edited ({error!r}): give the sweep's command again") from None
         self.plan, self.trials, self._version = plan, trials, version
@@ -233,8 +234,9 @@ _NO_LOCKS = (38, 37, 95)  # ENOSYS, ENOLCK, EOPNOTSUPP
 
 
 def _empty() -> dict[str, Any]:
-    return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "options": None,
-            "workers": 1, "race": None, "search": None, "trials": {}, "batches": [], "pack_sizes": {}}  # fmt: skip
+    return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "workers": 1,
+            "options": dict.fromkeys(SweepConfig.__annotations__), "race": None, "search": None, "trials": {},
+            "batches": [], "pack_sizes": {}}  # fmt: skip
 
 
 def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +247,8 @@ def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
         for key, value in trial["differs"].items():
             section, _, inner = key.rpartition(".")
             (config[section] if section else config)[inner] = value
-        plan["trials"][name] = {key: trial.get(key, "") for key in ("cell", "label", "overrides", "board")} | {"config": config}
+        kept = {key: trial.get(key, "") for key in ("cell", "label", "overrides", "board")}
+        plan["trials"][name] = {**kept, "config": config}
     return plan
 
 

@@ -15,19 +15,23 @@ from typing import Any
 from rich.console import Console
 
 from lora_vit.build import prepare
+from lora_vit.config import to_dict
+from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import NO_ACCURACY, RECORD, State, write_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
+from lora_vit.sweep.source import RaceSource, SearchSource, Source, import_optuna, source_of, suggested
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import View
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3
 """So often in a row workers are started without that a trial ends."""
+POLL_EVERY_TRIAL = 0.0005
+"""Seconds between two looks for each trial of a large sweep, whose folder takes long to list."""
 SHOWN = 30
 """Rows of a table on the terminal."""
 COMPARED, MARGIN = 3, 0.5
@@ -46,11 +50,14 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         Interrupted: everything is saved.
     """
     trials, options = _each_once(request.trials), request.options
+    if not trials and request.search is None:
+        raise ConfigError("no trials: give at least one")
     sweep = Sweep(request.folder)
     _report_changed(trials, sweep)
     about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
                              "search": request.search, "workers": 1}  # fmt: skip
     if request.search is not None:
+        import_optuna(request.search["trials"])
         trials = [_example(request.search)]
     if options.margin is not None:
         trials, about["race"] = _cells(request, trials, sweep)
@@ -65,7 +72,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     if about["race"] or request.search:  # what it has asked for so far
         cells = (about["race"] or {}).get("cells")
         asked = [trial for trial in sweep.trials.values() if cells is None or trial.cell_id in cells]
-    states = {trial.trial_id: _reopened(sweep, trial, options.retry_failed) for trial in asked}
+    restart = trials[0].config.trainer.resume == "restart"
+    states = {trial.trial_id: _reopened(sweep, trial, restart, options.retry_failed) for trial in asked}
     for trial in (trial for batch in sweep.batches for trial in batch if trial.trial_id not in states):
         states[trial.trial_id] = sweep.state_of(trial)  # left over by earlier commands
     is_open = {name for name, state in states.items() if not state.ended}
@@ -112,7 +120,7 @@ def _report_changed(trials: Sequence[Trial], sweep: Sweep) -> None:
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in ids}
     changed = [t for t in trials if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
     if changed:
-        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + (", ..." if len(changed) > 3 else "")
+        before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
 
@@ -144,13 +152,14 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
             asked.setdefault(trial.cell_id, trial.with_seed(trials[0].config.seed))
     rules = {key: getattr(request.options, key) for key in ("margin", "first_seeds", "most_seeds")}
     cells = [asked[cell] for cell in sorted(asked)]
-    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": request.command or this_command()}
+    command = request.command or this_command()
+    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
 
 
-def _reopened(sweep: Sweep, trial: Trial, retry_failed: bool) -> State:
+def _reopened(sweep: Sweep, trial: Trial, restart: bool, retry_failed: bool) -> State:
     """How a trial stands, once what the command asks to train again is open; a trial in training is left alone."""
     state = sweep.state_of(trial)
-    record, restart = state.record, trial.config.trainer.resume == "restart"
+    record = state.record
     if record is None or not (restart or (retry_failed and record.status == "failed")):
         return state
     claims = Claims(sweep.folder)
@@ -205,9 +214,9 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     if not request.options.wait:
                         return False
                 elif missing > 0 and not alive:
-                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is saved "
-                                      "stays, and the same command resumes")  # fmt: skip
-                time.sleep(engine.poll_every)
+                    raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
+                                      "saved stays, and the same command resumes")  # fmt: skip
+                stop.sleep(max(engine.poll_every, len(view.rows) * POLL_EVERY_TRIAL))
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
             raise
@@ -266,22 +275,18 @@ def finish(
     return outcomes
 
 
-def cell_label(trial: Trial) -> str:
-    """The swept settings of a trial's cell, short."""
-    return " ".join(without_seed(trial.label.split())) or trial.trial_id
-
-
 def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, Any]) -> None:
     """Cells by mean validation accuracy, best first."""
     cells: dict[str, list[Trial]] = {}
     for trial in trials:
         cells.setdefault(trial.cell_id, []).append(trial)
+    names = cell_names({cell: to_dict(members[0].config) for cell, members in cells.items()})
     rows = []
-    for members in cells.values():
+    for cell, members in cells.items():
         values = [accuracies[trial.trial_id] for trial in members if trial.trial_id in accuracies]
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-            rows.append((statistics.fmean(values), cell_label(members[0]), spread, f"{len(values)}/{len(members)}"))
+            rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
     lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
     header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
@@ -293,9 +298,8 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     """How the race stands, and its verdict if it has ended."""
     source.look()
-    names = {cell.cell_id: cell_label(cell) for cell in source.cells}
     header = ("cell", "mean val accuracy", "seeds", "may fall by", "")
-    print_table(console, source.standing(names), header, source.rows(names), SHOWN)
+    print_table(console, source.title(), header, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas
         from lora_vit.errors import RecordError
@@ -341,7 +345,7 @@ def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pac
         sweep.race, sweep.trials = about["race"], {**sweep.trials, **{t.trial_id: t for t in trials}}
         source = RaceSource(sweep)
         console.print(source.sizes(), markup=False)
-        trials = [source.trial(*place) for place in source.wanted()]
+        trials = source.wanted()
     open_ones = [trial for trial in trials if not sweep.state_of(trial).ended]
     rows = []
     for group in make_groups(open_ones):
@@ -352,5 +356,6 @@ def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pac
         time_in_all = "" if seconds is None else f"{seconds * epochs / about['workers']:,.0f} s"
         rows.append((group.title, str(len(group.trials)), size or "measured at the start", time_in_all))
     finished = len(trials) - len(open_ones)
-    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished, {about['workers']} workers")
+    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished; "
+                  f"{about['workers']} workers", markup=False)  # fmt: skip
     print_table(console, "", ("trials that share a backbone", "trials", "pack size", "time, as measured here"), rows)

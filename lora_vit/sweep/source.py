@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_vit.analysis.load import as_float
-from lora_vit.analysis.race import Race, Rules, decide, typical_trials, wanted
+from lora_vit.analysis.race import Race, standing, typical_trials, wanted
+from lora_vit.config import to_dict
+from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError
 from lora_vit.records import SEARCH, State
 from lora_vit.resolve import from_omegaconf
@@ -54,108 +55,115 @@ class RaceSource:
 
     Attributes:
         cells: a trial of each cell with the first seed, in the order of the cells' ids, which settles ties.
+        ended: how the trials of the race stand that have ended, by their ids.
         race: where the race stood at the last look.
-        ended: how the trials stand that have ended, by cell and number of the seed.
     """
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
-        self.ended: dict[tuple[int, int], State] = {}
         self._begin(sweep.race or {})
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        self._plan, self.rules, self.first = plan, Rules.of(plan), int(plan["seed"])
+        self._plan = plan
         one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
-        self.cells = [one_each[cell].with_seed(self.first) for cell in plan["cells"]]
-        self.ended.clear()
+        self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
+        self.ended: dict[str, State] = {}
         self.look()
-
-    def trial(self, cell: int, number: int) -> Trial:
-        """The cell's trial with the race's ``number``-th seed."""
-        return self.cells[cell].with_seed(self.first + number)
 
     def look(self) -> None:
         """Read the records of the trials that were asked for, and decide."""
-        places = {cell.cell_id: i for i, cell in enumerate(self.cells)}
-        asked = {}
-        for trial in self.sweep.trials.values():
-            number = trial.config.seed - self.first
-            if trial.cell_id in places and 0 <= number < self.rules.most_seeds:
-                asked[places[trial.cell_id], number] = trial
-        for place, trial in asked.items():
-            if place not in self.ended and (state := self.sweep.state_of(trial)).ended and state.record is not None:
-                self.ended[place] = state
-        shape = (len(self.cells), max([self.rules.first_seeds, *(number + 1 for _, number in asked)]))
-        self._y, self._failed, images = np.full(shape, np.nan), np.zeros(shape, dtype=bool), [math.inf]
-        for place, state in self.ended.items():
-            record, self._failed[place] = state.record, True
-            if record is not None and record.status == "completed":
-                accuracy = as_float(record.metrics.get("val_accuracy"))
-                self._y[place], self._failed[place] = (accuracy, False) if 0 <= accuracy <= 1 else (np.nan, True)
-                images.append(record.data.get("val") or math.inf)
-        self.race: Race = decide(self._y, self._failed, self.rules, 1 / min(images))
+        for name, trial in self.sweep.trials.items():
+            if name not in self.ended and trial.cell_id in self._plan["cells"]:
+                state = self.sweep.state_of(trial)
+                if state.ended and state.record is not None:
+                    self.ended[name] = state
+        self.race: Race = standing(self._plan, map(_for_race, self.ended.values()))
+
+    def wanted(self) -> list[Trial]:
+        """The trials that the race waits for."""
+        places = wanted(self.race, int(self.sweep.plan["workers"]))
+        return [self.cells[cell].with_seed(self.race.first + number) for cell, number in places]
 
     def extend(self) -> bool:
         """Ask for the next seeds of the cells that are in, for as many workers as there are."""
         with self.sweep.changing():
-            if self.sweep.race != self._plan:  # another command has changed its rules or cells
-                self._begin(self.sweep.race or {})
+            if self.sweep.race is None:  # another command asks for a fixed sweep
+                return False
+            if self.sweep.race != self._plan:  # or has changed its rules or cells
+                self._begin(self.sweep.race)
             self.look()
-            trials = [self.trial(*place) for place in self.wanted()]
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
-            new = [trial for trial in trials if trial.trial_id not in queued]
+            new = [trial for trial in self.wanted() if trial.trial_id not in queued]
             if new:
                 self.sweep.extend(new)
         return bool(new)
 
-    def wanted(self) -> list[tuple[int, int]]:
-        """Cell and number of the seed of the trials that the race waits for."""
-        return wanted(self.race, self._y, self._failed, self.rules, int(self.sweep.plan["workers"]))
-
-    def failed_cells(self) -> set[str]:
-        """Ids of the cells of which a trial has failed."""
-        return {self.cells[cell].cell_id for (cell, _), state in self.ended.items() if state.status == "failed"}
-
-    def standing(self, names: Mapping[str, str]) -> str:
-        """Where the race stands, in a line; ``names``: of the cells, by id."""
+    def title(self) -> str:
+        """Where the race stands, in a line."""
         race, trials, k = self.race, len(self.ended), len(self.cells)
         if not race.seeds:
-            return f"race: {k} cells, {trials} trials so far, at least {k * self.rules.first_seeds}"
+            return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
         if not race.ended:
             return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
-                    f"far, about {race.expected(self.rules)} more if the means stay")  # fmt: skip
-        end = f"{names[self.cells[race.selected].cell_id]} is selected" if race.selected is not None else "not resolved"
+                    f"far, about {race.expected()} more if the means stay")  # fmt: skip
+        name = None if race.selected is None else self._names()[race.selected]
+        end = "not resolved" if name is None else f"{name} is selected"
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
-    def rows(self, names: Mapping[str, str]) -> list[tuple[str, ...]]:
+    def _names(self) -> list[str]:
+        names = cell_names({cell.cell_id: to_dict(cell.config) for cell in self.cells})
+        return [names[cell.cell_id] for cell in self.cells]
+
+    def rows(self) -> list[tuple[str, ...]]:
         """The cells: name, mean, seeds, by how much the mean may still fall, and who left when; the leaders first."""
-        race, rows = self.race, []
+        race, names, rows = self.race, self._names(), []
         for i, mean in enumerate(race.means):
             left = race.exits.get(i)
             room = f"{100 * race.room[i]:.2f}" if np.isfinite(race.room[i]) else ""
             if left is None:
                 state = "selected" if i == race.selected else "left over" if race.ended else "in"
             elif left.behind is None:
-                state = f"out: failed at seed {self.first + left.seeds - 1}"
+                state = f"out: failed at seed {race.first + left.seeds - 1}"
             else:
-                state = f"out after {left.seeds} seeds: behind {names[self.cells[left.behind].cell_id]}"
+                state = f"out after {left.seeds} seeds: behind {names[left.behind]}"
             order = (left is not None, -race.seeds_of(i), -mean if np.isfinite(mean) else 0.0)
             text = f"{100 * mean:.2f}" if np.isfinite(mean) else "-"
-            rows.append((order, (names[self.cells[i].cell_id], text, str(race.seeds_of(i)), room, state)))
+            rows.append((order, (names[i], text, str(race.seeds_of(i)), room, state)))
         return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
     def sizes(self) -> str:
         """How many trials the race may take, in a line."""
-        k, rules = len(self.cells), self.rules
-        known = [row[np.isfinite(row)] for row in self._y]
+        k, race = len(self.cells), self.race
+        known = [row[np.isfinite(row)] for row in race.y]
         spreads = [float(row.var(ddof=1)) for row in known if len(row) > 1]
-        spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.6 * rules.margin
-        typical = len(self.ended) + self.race.expected(rules)
-        if not self.race.seeds:
-            typical = max(typical, typical_trials(k, spread, rules) if k > 1 else 0)
-        return (f"a race of {k} cells takes at least {k * rules.first_seeds} trials, at most {k * rules.most_seeds}, "
-                f"typically about {typical} (if trials of a cell spread by {100 * spread:.2f} points"
-                f"{', as they do here' if spreads else ''}); {len(self.ended)} have ended")  # fmt: skip
+        spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.6 * race.rules.margin
+        typical = len(self.ended) + race.expected()
+        if not race.seeds:
+            typical = max(typical, typical_trials(k, spread, race.rules) if k > 1 else 0)
+        here = ", as they do here" if spreads else ""
+        return (f"a race of {k} cells takes at least {k * race.rules.first_seeds} trials, at most "
+                f"{k * race.rules.most_seeds}, typically about {typical} (if trials of a cell spread by "
+                f"{100 * spread:.2f} points{here}); {len(self.ended)} have ended")  # fmt: skip
+
+
+def _for_race(state: State) -> tuple[str, int, object, object]:
+    """What a race asks of a trial: cell, seed, accuracy (None: failed) and number of val images."""
+    record = state.record
+    assert record is not None
+    accuracy = record.metrics.get("val_accuracy") if state.status == "completed" else None
+    return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
+
+
+def import_optuna(trials: int) -> tuple[Any, Any]:
+    """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
+    try:
+        import optuna
+        from optuna.storages import journal
+    except ImportError as error:
+        raise ConfigError(
+            f"sweep.trials={trials} needs Optuna from version 4 on ({error}): pip install 'lora_vit[search]'"
+        ) from None
+    return optuna, journal
 
 
 class SearchSource:
@@ -183,13 +191,12 @@ class SearchSource:
         return bool(new)
 
     def _open_study(self, search: dict[str, Any]) -> Any:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
+        optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path = str(self.sweep.folder / SEARCH)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+        storage = optuna.storages.JournalStorage(file)
         name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
@@ -205,8 +212,8 @@ class SearchSource:
             if record is None or theirs.state == TrialState.COMPLETE or (theirs.state.is_finished() and value is None):
                 continue
             if theirs.state.is_finished():  # it had failed, and was tried again
-                again = {"params": theirs.params, "distributions": theirs.distributions, "user_attrs": theirs.user_attrs}
-                study.add_trial(create_trial(value=value, **again))
+                study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
+                                             user_attrs=theirs.user_attrs))  # fmt: skip
             elif value is not None:
                 study.tell(theirs.number, value)
             else:
@@ -222,7 +229,7 @@ class SearchSource:
         """Up to ``count`` suggestions that are new."""
         import optuna
 
-        space = {key: _distribution(optuna.distributions, of) for key, of in search["space"].items()}
+        space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
         for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
             if len(new) == count:
@@ -245,11 +252,20 @@ class SearchSource:
         return list(new.values())
 
 
-def _distribution(kinds: Any, of: dict[str, Any]) -> Any:
+def distribution(key: str, of: dict[str, Any]) -> Any:
+    """Optuna's of a searched key. Raises ConfigError if there is none, or no Optuna."""
+    try:
+        from optuna import distributions as kinds
+    except ImportError:
+        raise ConfigError("sweep.trials needs Optuna: pip install 'lora_vit[search]'") from None
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution
-    return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    try:
+        return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    except ValueError as error:
+        given = f"{key}=interval({of['low']},{of['high']})"
+        raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
 
 
 def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:

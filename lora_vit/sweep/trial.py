@@ -77,13 +77,8 @@ def make_groups(trials: Sequence[Trial]) -> list[Group]:
     groups: dict[str, Group] = {}
     for trial in trials:
         key = group_key(trial.config)
-        groups.setdefault(key, Group(key, [], trains_trunk(trial.config))).trials.append(trial)
+        groups.setdefault(key, Group(key, [], trial.config.lora.trains_trunk)).trials.append(trial)
     return list(groups.values())
-
-
-def trains_trunk(config: TrialConfig) -> bool:
-    """Whether parameters of the trunk are trained, so that trials cannot share it."""
-    return config.lora.method == "full" or (config.lora.bias or "none") != "none"
 
 
 def setup_key(config: TrialConfig) -> str:

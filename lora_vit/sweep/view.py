@@ -91,9 +91,9 @@ class View:
         """Bring a row up to date; its state if the trial has ended."""
         name = row.trial.trial_id
         standing = self.claims.state(name)
-        if standing == HELD:
-            row.status, row.epochs = "running", max(row.epochs, self.claims.epochs(name))
         if standing != ENDED:
+            row.status = "running" if standing == HELD else "waiting"
+            row.epochs = max(row.epochs, self.claims.epochs(name))
             return None
         state = self.sweep.state_of(row.trial)
         if not state.ended:  # its record was removed
@@ -154,12 +154,12 @@ class View:
         return f"about {timedelta(seconds=round(seconds))} left"
 
     def _progress_line(self) -> str:
-        parts = (f"{self._done():.0f}/{self._total()} epochs", f"{self._ended()}/{len(self.rows)} trials ended", self._left())
-        return ", ".join(part for part in parts if part)
+        ended = f"{self._ended()}/{len(self.rows)} trials ended"
+        return ", ".join(filter(None, (f"{self._done():.0f}/{self._total()} epochs", ended, self._left())))
 
     def _picture(self) -> Group:
-        description = f"sweep  {self._ended()}/{len(self.rows)} trials"
-        self._bar.update(self._task, total=self._total(), completed=self._done(), description=description, left=self._left())
+        said = f"sweep  {self._ended()}/{len(self.rows)} trials"
+        self._bar.update(self._task, total=self._total(), completed=self._done(), description=said, left=self._left())
         columns = ("trial", "setting", "rank", "alpha", "dropout", "lr", "seed", "epoch", "val accuracy", "status")
         table = Table(*columns, box=None, pad_edge=False)
         running = [row for row in self.rows.values() if row.status == "running"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_vit.distributed import Process
@@ -25,6 +26,8 @@ from lora_vit.training.trial import TrialRun
 
 POLL_EVERY = 0.5
 """Seconds between looks while other processes hold what is left."""
+POLL_EVERY_TRIAL = 0.001
+"""Of a large sweep, whose folder takes long to list: so many seconds for each of its trials."""
 
 
 def work(folder: Path) -> None:
@@ -32,8 +35,16 @@ def work(folder: Path) -> None:
 
     Raises:
         ConfigError: there is no such sweep, no device, or there are trials that cannot be trained here.
+        TrialFailed: this process or its device is broken.
         Interrupted: everything is saved.
     """
+    with at_work(folder) as worker:
+        worker.work()
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[Worker]:
+    """A worker of a sweep that gives signs of life, and says in plain lines what it does."""
     console = make_console()
 
     def say(text: str) -> None:
@@ -42,7 +53,7 @@ def work(folder: Path) -> None:
     with StopRequest() as stop, Claims(folder).living() as claims:
         sweep = Sweep.existing(folder)
         say(f"a worker of {folder}: {sum(map(len, sweep.batches))} trials are planned")
-        Worker(sweep, claims, stop, say).work()
+        yield Worker(sweep, claims, stop, say)
     say("no trial is left to train")
 
 
@@ -108,13 +119,16 @@ class Worker:
 
     def next_pack(self) -> tuple[Group, list[Trial]] | None:
         """Claim the next pack; wait while others hold what is left. None if nothing is left for anybody, or for us."""
+        self.stop.heed()
         if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
             return pack
         in_vain = 0  # looks in a row that found free trials, of which we could take none
+        asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
             standing = self.packs.look(self.cannot)
-            if standing != FREE:  # ask for more; another worker may just have done so
+            if standing == ENDED or (standing != FREE and asked != self.claims.ended()):
+                asked = self.claims.ended()  # another worker may just have asked
                 is_new = self.source.extend()
                 standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
             if standing == ENDED:
@@ -122,7 +136,7 @@ class Worker:
             if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
                 return pack
             in_vain = in_vain + 1 if standing == FREE else 0
-            time.sleep(POLL_EVERY)
+            self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
 
     def size_of(self, group: Group) -> int | None:
         """How many trials of a group train together; None while another process measures it, or if none can here."""
@@ -141,70 +155,80 @@ class Worker:
         """Train claimed trials; those that have not ended are free afterwards."""
         try:
             self.train_pack(group, trials, self.setups.of(trials[0]))
-        except ConfigError as error:  # what they train on cannot be had here
-            self.give_up([trial.trial_id for trial in trials], str(error))
+        except ConfigError as error:  # what the group trains on cannot be had here
+            self.give_up([trial.trial_id for trial in group.trials], str(error))
+        except ClaimLost as error:
+            self.say(f"{error} was taken over by another process")
         finally:
             for trial in trials:
                 self.claims.release(trial.trial_id)
 
     def train_pack(self, group: Group, trials: list[Trial], setup: Setup) -> None:
         """Train trials together that stand at one step of their epochs; after an error, each half by itself."""
-        by_offset: dict[int, list[tuple[Trial, TrialRun]]] = {}
-        for trial, run in self.open_all(trials, setup):
-            by_offset.setdefault(run.state.step_in_epoch, []).append((trial, run))
-        for members in by_offset.values():
-            error = self.attempt([run for _, run in members], setup)
-            if error is None:
-                self._last_error = ""
-                continue
-            if len(members) == 1:
-                self.blame(members[0][1], error)
-                continue
-            rest = [trial for trial, run in members if run.record.status == "running"]
-            for _, run in members:
-                run.close()
-            free_memory()
-            if out_of_memory(error):
-                self.sizes.halve(group, len(members))
-            half = max(1, len(rest) // 2)
-            self.say(f"a pack of {len(members)} ended ({one_line(error)}): packs of {half} resume from its checkpoints")
-            for part in filter(None, (rest[:half], rest[half:])):
-                self.train_pack(group, part, setup)
-
-    def open_all(self, trials: list[Trial], setup: Setup) -> list[tuple[Trial, TrialRun]]:
-        """Open claimed trials; those whose folder does not fit what is here are left to others."""
-        opened = []
-        for trial in trials:
-            folder, name = self.sweep.folder_of(trial), trial.trial_id
-            try:
-                folder.mkdir(exist_ok=True)
-                run = TrialRun.open(trial.config, folder, setup, self.sweep.hydra_files(trial),
-                                    self.sweep.board_of(trial), mine=lambda name=name: self.claims.mine(name))  # fmt: skip
-                opened.append((trial, run))
-            except ConfigError as error:
-                self.claims.release(name)
-                self.give_up([name], str(error))
-            except ClaimLost:
-                self.say(f"{name} was taken over by another process")
-        return opened
-
-    def attempt(self, runs: list[TrialRun], setup: Setup) -> Exception | None:
-        """Train a pack; returns what went wrong, for another try with fewer."""
+        runs: list[TrialRun] = []
+        parts: list[list[str]] = []
         try:
-            train_trials(runs, setup, self.reporter, self.stop)
-        except Interrupted:
-            raise
-        except ClaimLost as error:
-            self.say(f"{error} was taken over by another process")
+            by_step: dict[int, list[TrialRun]] = {}
+            for run in filter(None, (self.open(trial, setup) for trial in trials)):
+                runs.append(run)
+                by_step.setdefault(run.state.step_in_epoch, []).append(run)
+            for members in by_step.values():
+                parts += self.train_together(group, members, setup)
+        finally:
             for run in runs:
                 run.close()
+        if parts:
+            free_memory()
+        for part in parts:
+            self.train_pack(group, [trial for trial in trials if trial.trial_id in part], setup)
+
+    def open(self, trial: Trial, setup: Setup) -> TrialRun | None:
+        """Open a claimed trial; None: its folder does not fit what is here, so it is left to others."""
+        folder, name = self.sweep.folder_of(trial), trial.trial_id
+        try:
+            folder.mkdir(exist_ok=True)
+            files, board = self.sweep.hydra_files(trial), self.sweep.board_of(trial)
+            return TrialRun.open(trial.config, folder, setup, files, board, mine=lambda: self.claims.mine(name))
+        except ConfigError as error:
+            self.claims.release(name)
+            self.give_up([name], str(error))
+            return None
+
+    def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
+        """Train a pack; returns the ids of what is to train by itself after an error, in halves."""
+        errors: list[Exception] = []
+        with self.catching(runs, errors):
+            train_trials(runs, setup, self.reporter, self.stop)
+        if not errors:
+            self._last_error = ""
+            return []
+        if len(runs) == 1:
+            self.blame(runs[0], errors[0])
+            return []
+        if out_of_memory(errors[0]):
+            self.sizes.halve(group, len(runs))
+        rest = [run.name for run in runs if run.record.status == "running"]
+        half = max(1, len(rest) // 2)
+        self.say(f"a pack of {len(runs)} ended ({one_line(errors[0])}): packs of {half} resume from its checkpoints")
+        return [part for part in (rest[:half], rest[half:]) if part]
+
+    @contextlib.contextmanager
+    def catching(self, runs: list[TrialRun], errors: list[Exception]) -> Iterator[None]:
+        """Put into ``errors`` what ends a pack by the fault of one of its trials.
+
+        Raises TrialFailed if the device is to blame, OSError if the disk is.
+        """
+        try:
+            yield
+        except (Interrupted, ClaimLost):
+            raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
             if _is_of_the_device(error):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
-            return error.with_traceback(None) if len(runs) > 1 else error  # a traceback holds the pack's memory
-        return None
+            # a traceback holds the pack's memory
+            errors.append(error.with_traceback(None) if len(runs) > 1 else error)
 
     def blame(self, run: TrialRun, error: Exception) -> None:
         """An error of a trial alone: record it as failed if another process saw it too, else leave it to another.
@@ -212,17 +236,22 @@ class Worker:
         Raises TrialFailed if the trial before it ended with the same error: then this process is to blame.
         """
         text = one_line(error)
-        if self.claims.seen_elsewhere(run.name) == text:
+        if _alike(self.claims.seen_elsewhere(run.name), text):
             run.fail(text, error=error)
             self.reporter.left(run)
         else:
             run.interrupt()
             self.claims.release(run.name, FREE, text)
             self.give_up([run.name], text)
-            if self._last_error == text:
+            if _alike(self._last_error, text):
                 raise TrialFailed(f"two trials in a row ended here with the same error: {text}")
             self._last_error = text
         error.with_traceback(None)  # its frames hold the pack
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two errors say the same but for their numbers: a full GPU's names free bytes and processes."""
+    return re.sub(r"[\d.]+", "#", one) == re.sub(r"[\d.]+", "#", other)
 
 
 def _is_of_the_device(error: Exception) -> bool:

@@ -117,12 +117,12 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
 
 
 class Clock:
-    """Seconds and images since the last look, charged to the trials in equal shares."""
+    """Charges the seconds of an epoch to its trials, in equal shares; knows its speed and when a checkpoint is due."""
 
     def __init__(self, pack: Pack):
         self.pack = pack
-        self._charged = self._logged = self._saved = time.perf_counter()
-        self._step_logged = pack.step_in_epoch
+        self._charged = self._saved = time.perf_counter()
+        self._logged = pack.step_in_epoch, pack.trials[0].state.seconds
 
     def charge(self) -> None:
         """Add the time since the last charge to the trials."""
@@ -132,12 +132,10 @@ class Clock:
         self._charged = now
 
     def images_per_second(self) -> float:
-        """Of all trials together since the last call."""
-        now, step = time.perf_counter(), self.pack.step_in_epoch
-        images = (step - self._step_logged) * self.pack.step_state.global_batch * self.pack.K
-        rate = images / max(now - self._logged, 1e-9)
-        self._logged, self._step_logged = now, step
-        return rate
+        """Of all trials together between the last charges before this call and the one before it."""
+        (step, seconds), self._logged = self._logged, (self.pack.step_in_epoch, self.pack.trials[0].state.seconds)
+        images = (self._logged[0] - step) * self.pack.step_state.global_batch
+        return images / max(self._logged[1] - seconds, 1e-9)
 
     def checkpoint_due(self) -> bool:
         """Whether ``checkpoint_every`` seconds have passed since the last."""
@@ -149,7 +147,7 @@ class Clock:
 
 
 def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> None:
-    """Read this step's figures from the device and write those of the trials that go on."""
+    """Read this step's figures from the device and write those of the trials that continue."""
     losses, lrs = losses_K.tolist(), lr_K1[:, 0].tolist()
     speed = clock.images_per_second()
     for k, trial in enumerate(pack.trials):

@@ -6,7 +6,6 @@ Shape legend: K trial, P number of trained values of a trial (padded to the wide
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -108,27 +107,15 @@ class PackedAdamW:
         self.flat.values_KP.sub_((lr_K1 / correction1) * self.exp_avg_KP / denominator)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate at each step of a trial, as a factor of ``optimizer.lr``."""
-
-    kind: str
-    warmup_steps: int
-    total_steps: int
-
-    def factor(self, step: int) -> float:
-        """At step 0, 1, ... ``total_steps`` - 1: linear warm-up, then linear or cosine decay to 0, or constant."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        remaining = self.total_steps - self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, remaining)
-        if self.kind == "linear":
-            return 1.0 - done
-        if self.kind == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0
-
-
-def schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """The schedule of a trial that takes ``total_steps`` steps."""
-    return Schedule(config.schedule, round(config.warmup * total_steps), total_steps)
+def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The learning rate at step 0, 1, ...: linear warm-up, then linear or cosine decay to 0, or constant."""
+    warmup = round(config.warmup * total_steps)
+    done = (step - warmup) / max(1, total_steps - warmup)
+    factor = 1.0
+    if step < warmup:
+        factor = (step + 1) / (warmup + 1)
+    elif config.schedule == "linear":
+        factor = 1.0 - done
+    elif config.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    return factor * config.lr

@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
-from lora_vit.training.optim import FlatParameters, PackedAdamW, schedule
+from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.setup import Setup
 from lora_vit.training.step import StepState, train_step
 from lora_vit.training.trial import TrialRun
@@ -36,7 +36,6 @@ class Pack:
         self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._open_streams()
-        self.schedules = [schedule(c.optimizer, c.trainer.epochs * self.steps_per_epoch) for c in configs]
         self._init_step_state()
         for k, trial in enumerate(trials):
             if trial.state.values:
@@ -71,12 +70,10 @@ class Pack:
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
+        steps, standing = self.steps_per_epoch, [(t.config, self.step_of(t)) for t in self.trials]
         rates = [
-            [
-                s.factor(t.state.epoch * self.steps_per_epoch + i) * t.config.optimizer.lr
-                for s, t in zip(self.schedules, self.trials, strict=True)
-            ]
-            for i in range(self.step_in_epoch, self.steps_per_epoch)
+            [scheduled_rate(c.optimizer, step + i, c.trainer.epochs * steps) for c, step in standing]
+            for i in range(steps - self.step_in_epoch)
         ]
         like = self.flat.values_KP
         return torch.tensor(rates, dtype=torch.float64)[..., None].to(like.device, like.dtype)
@@ -104,7 +101,7 @@ class Pack:
         return self._predictions[split]
 
     def end_epoch(self) -> None:
-        """Begin the next epoch for every trial."""
+        """Start the next epoch for every trial."""
         for trial in self.trials:
             trial.state.epoch += 1
             trial.state.step_in_epoch = 0

@@ -21,17 +21,10 @@ from lora_vit.training.checkpoint import TrialState, load_checkpoint
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import ClaimLost, TrialFiles
 
-HYDRA_FILES = tuple(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra"))
 OWN_FILES = (
-    records.RECORD,
-    records.METRICS,
-    records.TIMING,
-    records.LOG,
-    records.PREDICTIONS,
-    "adapter.safetensors",
-    "adapter.json",
-    records.CHECKPOINT,
-    *HYDRA_FILES,
+    *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
+    *("adapter.safetensors", "adapter.json"),
+    *(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")),
 )
 """What a trial writes, beside its folder ``tensorboard``."""
 
@@ -207,15 +200,15 @@ def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold a trial's folder, made if need be.
 
-    Raises ConfigError where another process holds it (unless we wait for it) or it cannot be written.
+    Raises ConfigError if another process holds it or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock", wait))
+            stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:

@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 from lora_vit.config import DataConfig
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.cache import decoded
-from lora_vit.data.load import load_data
 from lora_vit.data.files import digests_of
+from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples, TrainStream
 
 BATCH = 64

@@ -5,22 +5,24 @@
     python scripts/bench/race.py truth [--runs 40]
 
 ``peers``: 30 simulated cells, margin 0.5 points, at most 30 seeds: our race, Optuna's WilcoxonPruner and SMAC's
-intensifier, the real libraries. They need ``pip install "optuna>=3.6" smac`` in an environment of their own, because
-Hydra's Optuna sweeper holds Optuna at 2.10. ``digits``: the commands of ``sweep=race`` and of one stage with the same
-guarantee; what they select is compared with ``race_truth.csv``, the cells' means over seeds that neither of them has,
-which ``truth`` trains.
+intensifier, the real libraries (``pip install smac`` in an environment of its own; without it SMAC is left out).
+``digits``: the commands of ``sweep=race`` and of one stage with the same guarantee; what they select is compared with
+``race_truth.csv``, the cells' means over seeds that neither of them has, which ``truth`` trains. Overrides
+(``lora.rank=1,2``) and ``--truth FILE`` make it another sweep, with a truth of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import pandas as pd
 from common import machine, report
 
 from lora_vit.analysis import Summary, summarize
-from lora_vit.analysis.race import Rules, decide
+from lora_vit.analysis.race import Rules, decide, one_stage
 
 CELLS, MARGIN, IMAGES = 30, 0.005, 10_000
 
@@ -91,44 +93,37 @@ def smac(y: np.ndarray, rng: np.random.Generator, most: int) -> Selected:
     return (None if best is None else best["cell"]), trials
 
 
-def peers(runs: int) -> None:
+def peers(args: argparse.Namespace) -> None:
     """Print one line for each contender and arrangement of the true means."""
-    import optuna
-    from smac import version
-
     contenders: dict[str, Callable[[np.ndarray, np.random.Generator], Selected]] = {
         **{f"race, {n} first seeds": lambda y, rng, n=n: ours(y, rng, n) for n in (3, 5)},
         **{f"WilcoxonPruner, {n} seeds": lambda y, rng, n=n: wilcoxon(y, rng, n) for n in (5, 10)},
-        **{f"SMAC, at most {n} seeds": lambda y, rng, n=n: smac(y, rng, n) for n in (3, 30)},
     }
+    facts = {"runs": args.runs or 500, "optuna": version("optuna"), "smac": "not installed, left out"}
+    if importlib.util.find_spec("smac"):
+        contenders |= {f"SMAC, at most {n} seeds": lambda y, rng, n=n: smac(y, rng, n) for n in (3, 30)}
+        facts["smac"] = version("smac")
     rows = []
     for means, sd in (("one ahead by 0.5", 0.3), ("spread, sd 0.6", 0.3), ("one ahead by 0.5", 0.6)):
-        good, none, trials = (dict.fromkeys(contenders, 0) for _ in range(3))
-        for run in range(runs):
+        totals = {name: np.zeros(3) for name in contenders}  # within the margin, selects none, trials
+        for run in range(facts["runs"]):
             rng = np.random.default_rng(run)
             true = np.r_[MARGIN, np.zeros(CELLS - 1)] if means.startswith("one") else rng.normal(0, 0.006, CELLS)
             y = 0.88 + true[:, None] + rng.normal(0, 0.005, 30) + rng.normal(0, sd / 100, (CELLS, 30))
             y = np.round(y * IMAGES) / IMAGES
             for name, select in contenders.items():
-                cell, count = select(y, np.random.default_rng([run, 1]))
-                good[name] += cell is not None and bool(true[cell] > true.max() - MARGIN + 1e-9)
-                none[name] += cell is None
-                trials[name] += count
-        for name in contenders:
-            rows.append(
-                {
-                    "means": means,
-                    "seed sd": sd,
-                    "way": name,
-                    "within the margin %": round(100 * good[name] / runs, 1),
-                    "selects none %": round(100 * none[name] / runs, 1),
-                    "trials a cell": round(trials[name] / runs / CELLS, 1),
-                }
-            )
-    report(rows, {"runs": runs, "optuna": optuna.__version__, "smac": version}, None)
+                cell, trials = select(y, np.random.default_rng([run, 1]))
+                good = cell is not None and bool(true[cell] > true.max() - MARGIN + 1e-9)
+                totals[name] += [good, cell is None, trials / CELLS]
+        for name, total in totals.items():
+            good, none, trials = total / facts["runs"]
+            rows.append({"means": means, "seed sd": sd, "way": name, "within the margin %": round(100 * good, 1),
+                         "selects none %": round(100 * none, 1), "trials a cell": round(trials, 1)})  # fmt: skip
+    report(rows, facts, None)
 
 
-TRUTH, FIRST_OF_TRUTH = Path(__file__).with_name("race_truth.csv"), 1000
+FIRST_OF_TRUTH = 1000
+"""The truth's first seed."""
 
 
 def trained(*overrides: str) -> tuple[Summary, float]:
@@ -140,29 +135,32 @@ def trained(*overrides: str) -> tuple[Summary, float]:
         return summarize(Path(folder) / "s"), time.perf_counter() - began
 
 
-def truth(seeds: int) -> None:
+def fixed(seeds: range, overrides: Sequence[str]) -> tuple[Summary, float]:
+    """The same sweep without the race, every cell with the same seeds."""
+    of_race = ("sweep.margin=", "sweep.first_seeds=", "sweep.most_seeds=")
+    others = [line for line in overrides if not line.startswith(of_race)]
+    return trained("sweep.margin=null", f"seed=range({seeds.start},{seeds.stop})", *others)
+
+
+def truth(args: argparse.Namespace) -> None:
     """Write each cell's mean over so many seeds."""
-    summary, _ = trained("sweep.margin=null", f"seed=range({FIRST_OF_TRUTH},{FIRST_OF_TRUTH + seeds})")
-    summary.cells[["label", "mean", "sd", "n"]].to_csv(TRUTH, index=False, float_format="%.5f")
+    summary, _ = fixed(range(FIRST_OF_TRUTH, FIRST_OF_TRUTH + (args.runs or 40)), args.overrides)
+    summary.cells[["label", "mean", "sd", "n"]].to_csv(args.truth, index=False, float_format="%.5f")
 
 
-def digits(runs: int) -> None:
+def digits(args: argparse.Namespace) -> None:
     """Print trials, seconds and what was selected, for the race and for one stage."""
-    true = pd.read_csv(TRUTH).set_index("label")["mean"]
-    raced, seconds = trained()
+    true = pd.read_csv(args.truth).set_index("label")["mean"]
+    raced, seconds = trained(*args.overrides)
     assert raced.race is not None
-    seeds = raced.race.one_stage // len(raced.race.cells)
-    fixed, longer = trained("sweep.margin=null", f"seed=range({seeds})")
-    rows = [
-        {
-            "way": way,
-            "trials": len(summary.trials),
-            "s": took,
-            "selected": summary.cells["label"][0],
-            "below the best, points": round(100 * (true.max() - true[summary.cells["label"][0]]), 2),
-        }
-        for way, summary, took in (("race", raced, seconds), (f"one stage, {seeds} seeds", fixed, longer))
-    ]
+    seeds = one_stage(raced.comparison.sd, len(raced.race.cells), raced.race.rules)
+    stage, longer = fixed(range(seeds), args.overrides)
+    rows = []
+    for way, summary, took in (("race", raced, seconds), (f"one stage, {seeds} seeds", stage, longer)):
+        selected = summary.cells["label"][0]
+        below = round(100 * (true.max() - true[selected]), 2)
+        rows.append({"way": way, "trials": len(summary.trials), "s": took, "selected": selected,
+                     "below the best, points": below})  # fmt: skip
     report(rows, machine(), None)
 
 
@@ -172,10 +170,12 @@ MODES = {"peers": peers, "digits": digits, "truth": truth}
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("mode", choices=MODES)
+    parser.add_argument("overrides", nargs="*", help="of the sweep's command")
     parser.add_argument("--runs", type=int, help="simulated sweeps (500); seeds of the truth (40)")
-    args = parser.parse_args()
+    parser.add_argument("--truth", type=Path, metavar="FILE", default=Path(__file__).with_name("race_truth.csv"))
+    args = parser.parse_intermixed_args()
     warnings.filterwarnings("ignore")
-    MODES[args.mode](args.runs or (40 if args.mode == "truth" else 500))
+    MODES[args.mode](args)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,7 @@ from lora_vit.errors import ConfigError, TrialFailed
 ROUNDS = 20
 """Groups that are joined and left; a race when leaving that is lost once in three shows itself."""
 
-SUMMANDS = (
-    torch.tensor([0.1, 1e16, -3.0], dtype=torch.float64),
-    torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64),
-)
-COUNTS = (torch.tensor([[3, 2**40]]), torch.tensor([[5, 1]]))
-FROM_MAIN = {"text": "ü" * 1000, "tensor": torch.arange(3), "nothing": None}
+ENDS = ("values differ", "all have it", "a rank's own")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
@@ -107,37 +102,49 @@ def threads() -> list[str]:
     return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
 
 
-def ended_by(action) -> tuple[int, str]:
-    """Exit code and errors of a group that this process joins for an action."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended, distributed.group():
-        action()
-    return ended.value.code, err.getvalue()
-
-
 def _see(rank: int) -> dict[str, object]:
     """What a process of two gets from the other one."""
-    summed, counts = SUMMANDS[rank].clone(), COUNTS[rank].clone()
-    seen: dict[str, object] = {"in place": distributed.sum_over_processes_(summed) is summed, "summed": summed}
-    seen["counts"] = distributed.sum_over_processes_(counts)
-    seen["from main"] = distributed.from_main(FROM_MAIN if rank == 0 else "not this")
-    seen["none"] = distributed.from_main(None if rank == 0 else "not this")
-    seen["from all"] = distributed.from_all(f"of {rank}")
-    seen["on all"] = distributed.on_all(lambda: rank)
+    # one addition of two numbers has one result: to the last bit
+    floats = torch.tensor([[0.1, 1e16, -3.0], [0.2, 1.0, 3.0]], dtype=torch.float64)
+    counts = torch.tensor([[3, 2**40], [5, 1]])
+    summed = floats[rank].clone()
+    seen: dict[str, object] = {
+        "in place": distributed.sum_over_processes_(summed) is summed,
+        "floats": torch.equal(summed, floats[0] + floats[1]),
+        "counts": torch.equal(distributed.sum_over_processes_(counts[rank].clone()), counts[0] + counts[1]),
+        "from main": distributed.from_main({"text": "ü" * 1000, "nothing": None} if rank == 0 else "not this"),
+        "none": distributed.from_main(None if rank == 0 else "not this"),
+        "from all": distributed.from_all(f"of {rank}"),
+        "on all": distributed.on_all(lambda: rank),
+    }
     distributed.agree("the same", "a problem")
     for failing in (0, 1):
         try:
             distributed.on_all(lambda failing=failing: rank // (rank - failing))
         except (ZeroDivisionError, TrialFailed) as error:
-            seen[f"{failing} fails"] = f"{type(error).__name__}: {error}"
+            seen[f"{failing} fails"] = f"{type(error).__name__}: {error}".partition(" integer")[0]
     return seen
 
 
-def _fail(rank: int, kind: type[Exception], failing: tuple[int, ...]) -> None:
-    if rank in failing:
-        raise kind("broken")
-    distributed.from_main(None)
-    distributed.from_main(None)
+def expected(rank: int) -> dict[str, object]:
+    fails = {f"{r} fails": "ZeroDivisionError:" if r == rank else f"TrialFailed: process {r}:" for r in (0, 1)}
+    return {"in place": True, "floats": True, "counts": True, "from main": {"text": "ü" * 1000, "nothing": None},
+            "none": None, "from all": ["of 0", "of 1"], "on all": rank, **fails}  # fmt: skip
+
+
+def _end(rank: int, what: str) -> tuple[int, str]:
+    """Exit code and printed errors of a group that ends so."""
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), distributed.group():
+            if what == "values differ":
+                distributed.agree(f"of {rank}", "start alike")
+            if what == "all have it" or rank == 1:
+                raise ConfigError("broken") if what == "all have it" else KeyError("broken")
+            distributed.from_main(distributed.from_main(None))
+    except SystemExit as end:
+        return int(str(end.code)), err.getvalue()
+    raise AssertionError("it did not end")
 
 
 def _two(rank: int, ports: list[int], folder: str) -> None:
@@ -146,30 +153,27 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
     torch.cuda.is_available = lambda: False
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     seen: dict[str, object] = {}
-    for port in ports[3:]:
+    for port in ports[:ROUNDS]:
         os.environ["MASTER_PORT"] = str(port)
         with distributed.group() as process:
             if not seen:
                 import torchvision  # noqa: F401  (as every command does)
 
-                seen = {"process": (process.rank, process.world_size, process.local_rank), **_see(rank)}
+                assert process == Process(rank, 2, rank)
+                seen = _see(rank)
             distributed.sum_over_processes_(torch.ones(5))
             distributed.from_main(rank)
         assert not dist.is_initialized()
         assert [name for name in threads() if "gloo" in name] == [], "one that lives when Python ends may abort it"
-    for port, (what, action) in zip(ports, {
-        "values differ": lambda: distributed.agree(f"of {rank}", "start alike"),
-        "all have it": lambda: _fail(rank, ConfigError, (0, 1)),
-        "a rank's own": lambda: _fail(rank, KeyError, (1,)),
-    }.items(), strict=False):  # fmt: skip
+    for port, what in zip(ports[ROUNDS:], ENDS, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        seen[what] = ended_by(action)
+        seen[what] = _end(rank, what)
     torch.save(seen, Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.distributed
 def test_two_processes_agree_fail_and_leave(tmp_path):
-    sockets = [socket.socket() for _ in range(ROUNDS + 3)]
+    sockets = [socket.socket() for _ in range(ROUNDS + len(ENDS))]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
     ports = [free.getsockname()[1] for free in sockets]
@@ -183,29 +187,12 @@ def test_two_processes_agree_fail_and_leave(tmp_path):
         for process in context.processes:
             process.kill()
     seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for rank in (0, 1):
-        mine = seen[rank]
-        assert mine["process"] == (rank, 2, rank)
-        assert mine["in place"]
-        # one addition of two numbers has one result: to the last bit
-        torch.testing.assert_close(mine["summed"], SUMMANDS[0] + SUMMANDS[1], rtol=0, atol=0)
-        torch.testing.assert_close(mine["counts"], COUNTS[0] + COUNTS[1], rtol=0, atol=0)
-        assert mine["from main"].keys() == FROM_MAIN.keys()
-        assert mine["from main"]["text"] == FROM_MAIN["text"]
-        assert mine["from main"]["tensor"].tolist() == [0, 1, 2]
-        assert mine["from main"]["nothing"] is None
-        assert mine["none"] is None
-        assert mine["from all"] == ["of 0", "of 1"]
-        assert mine["on all"] == rank
-        for failing in (0, 1):
-            told = "ZeroDivisionError: " if rank == failing else f"TrialFailed: process {failing}: "
-            assert mine[f"{failing} fails"].startswith(f"{told}integer division")
-    # rank 0 speaks for both
-    assert seen[0]["values differ"] == (1, "error: start alike: of 0 | of 1\n")
-    assert seen[0]["all have it"] == (1, "error: broken\n")
-    assert seen[1]["values differ"] == seen[1]["all have it"] == (1, "")
-    assert seen[0]["a rank's own"] == (1, "error: another process has ended\n")
-    code, trace = seen[1]["a rank's own"]
+    ends = [[one.pop(what) for what in ENDS] for one in seen]
+    assert seen == [expected(0), expected(1)]
+    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", "error: another process has ended\n"]
+    assert ends[0] == [(1, line) for line in lines], "rank 0 speaks for both"
+    *silent, (code, trace) = ends[1]
+    assert silent == [(1, ""), (1, "")]
     assert code == 1
     assert trace.startswith("Traceback")
     assert "KeyError: 'broken'" in trace

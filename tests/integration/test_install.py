@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def test_a_built_wheel_trains_from_any_folder(project_root: Path, tmp_path: Path
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     site = next(venv.glob("lib/python*/site-packages"))
     # the dependencies of this environment, but not its lora_vit
-    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     python, cwd = str(venv / "bin" / "python"), tmp_path / "elsewhere"
     cwd.mkdir()
@@ -32,15 +31,19 @@ def test_a_built_wheel_trains_from_any_folder(project_root: Path, tmp_path: Path
         [python, "-c", "import lora_vit; print(lora_vit.__file__)"], cwd=cwd, capture_output=True, text=True, check=True
     )
     assert where.stdout.startswith(str(site))
-    done = subprocess.run(
-        [python, "-m", "lora_vit.train", "experiment=quickstart", "trainer.epochs=1", "hydra.run.dir=run"],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    script = (
+        "import sys; from importlib.metadata import distribution; sys.argv[0] = 'lora-vit'\n"
+        "if __name__ == '__main__':\n"
+        "    distribution('lora-vit').entry_points.select(name='lora-vit')['lora-vit'].load()()"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("Validation Accuracy: ")
+    for arguments, last in (
+        (["train", "experiment=quickstart", "trainer.epochs=1", "hydra.run.dir=run"], "Validation Accuracy: "),
+        (["evaluate", "run", "--split", "val"], "Val Accuracy: "),
+    ):
+        line = [python, "-c", script, *arguments]
+        done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith(last)
 
 
 def test_the_readmes_snippet_runs_as_it_stands(project_root: Path):

@@ -29,7 +29,8 @@ def page(tmp_path_factory):
     sweep = tmp_path_factory.mktemp("report") / "sweep"
     cells, accuracies = grid(np.random.default_rng(3), (1, 4, 16), (0.0, 0.1), (1e-3, 3e-3), 3)
     make_sweep(sweep, cells, accuracies)
-    assert summarize.main([str(sweep)]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        summarize.main([str(sweep)])
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):

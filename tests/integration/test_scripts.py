@@ -7,48 +7,99 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from pictures import paint
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-pytestmark = pytest.mark.slow
+SUMMARY = SCRIPTS / "bench" / "summary.py"
+RACE = SCRIPTS / "bench" / "race.py"
+CALIBRATE = SCRIPTS / "calibrate_statistics.py"
+OTHERS = sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY, RACE, CALIBRATE})
 
 
-def run(script: str, *arguments: str, cwd: Path) -> str:
-    line = [sys.executable, str(SCRIPTS / script), *arguments]
-    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("path", sorted(SCRIPTS.rglob("*.py")), ids=lambda path: str(path.relative_to(SCRIPTS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(SCRIPTS)))
 def test_a_script_starts(path, tmp_path):
     needs = {"mutation.py": "mutmut", "peft_pitfalls.py": "peft"}
     if path.name in needs:
         pytest.importorskip(needs[path.name])
-    run(str(path.relative_to(SCRIPTS)), "--help", cwd=tmp_path)
-    assert not list(tmp_path.iterdir())
+    run(path, tmp_path, "--help")
 
 
+@pytest.mark.slow
+def test_the_time_of_a_summary_is_measured(tmp_path):
+    """It makes records that are believed."""
+    *_, row = run(SUMMARY, tmp_path, "--records", "7").splitlines()
+    assert row.startswith("| 7 | 3 | ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "rows"), [("marks", 54 + 18), ("race", 52 + 4), ("margin", 15)])
+def test_the_reports_claims_are_calibrated(tmp_path, mode, rows):
+    """One simulated sweep for each line of the tables in docs/statistics.md."""
+    lines = run(CALIBRATE, tmp_path, mode, "--runs", "1").splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    heads = 2 * sum(line.startswith("|---") for line in tables)
+    assert len(tables) - heads == rows
+    assert "nan" not in " ".join(tables)
+
+
+@pytest.mark.slow
+def test_the_race_is_compared_with_its_peers(tmp_path):
+    out = run(RACE, tmp_path, "peers", "--runs", "1")
+    for means, sd in (("one ahead by 0.5", 0.3), ("spread, sd 0.6", 0.3), ("one ahead by 0.5", 0.6)):
+        for way in ("race, 3 first", "race, 5 first", "WilcoxonPruner, 5", "WilcoxonPruner, 10"):
+            assert f"| {means} | {sd} | {way} seeds | " in out
+
+
+@pytest.mark.slow
+def test_a_race_on_digits_is_compared_with_one_stage(tmp_path):
+    """Of two ranks, one epoch each; so wide a margin takes one seed in a single stage."""
+    (empty := tmp_path / "empty").mkdir()
+    small = ["lora=default", "lora.rank=1,2", "optimizer.lr=1e-3", "trainer.epochs=1"]
+    truth = tmp_path / "truth.csv"
+    run(RACE, empty, "truth", "--truth", str(truth), "--runs", "2", *small)
+    names = pd.read_csv(truth)["label"].tolist()
+    assert sorted(names) == ["rank 1, alpha 4", "rank 2, alpha 8"]
+    out = run(RACE, empty, "digits", "--truth", str(truth), *small, "sweep.margin=40", "sweep.first_seeds=2")
+    race, stage = ([cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-2:])
+    assert race[:2] == ["race", "4"]
+    assert stage[:2] == ["one stage, 1 seeds", "2"]
+    assert {race[3], stage[3]} <= set(names)
+
+
+def run(path: Path, cwd: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, path, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert not list(cwd.iterdir())
+    return done.stdout
+
+
+@pytest.mark.slow
 def test_data_is_prepared_for_training(tmp_path):
+    (empty := tmp_path / "empty").mkdir()
     for name in ("cat", "dog"):
         for i in range(10):
             paint(tmp_path / "pets" / name / f"{i}.png", i)
-    arguments = ("imagefolder", "--root", "pets", "--cache-dir", "cache")
-    told = run("prepare_data.py", *arguments, "--cache-size", "16", cwd=tmp_path)
+    places = ("imagefolder", "--root", str(tmp_path / "pets"), "--cache-dir", str(tmp_path / "cache"))
+    told = run(SCRIPTS / "prepare_data.py", empty, *places, "--cache-size", "16")
     assert "imagefolder: 20 images of 16x16 pixels in 2 classes\n  val                  2\n" in told
-    assert "imagefolder: 20 images of 256x256 pixels" in run("prepare_data.py", *arguments, cwd=tmp_path)
+    assert "imagefolder: 20 images of 256x256 pixels" in run(SCRIPTS / "prepare_data.py", empty, *places)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
+@pytest.mark.slow
 def test_the_data_path_is_measured(tmp_path):
-    folder = tmp_path / "data" / "tiny-imagenet-200"
+    (empty := tmp_path / "empty").mkdir()
+    folder, out = tmp_path / "data" / "tiny-imagenet-200", tmp_path / "out.json"
     for wnid in ("n1", "n2"):
         for i in range(80):
             paint(folder / "train" / wnid / "images" / f"{i}.JPEG", i, (64, 64))
     (folder / "wnids.txt").write_text("n1\nn2\n")
-    run("bench/data.py", "data", "--rounds", "1", "--batches", "1", "--json", "out.json", cwd=tmp_path)
-    measured = json.loads((tmp_path / "out.json").read_text())
+    few = ("--rounds", "1", "--batches", "1", "--json", str(out))
+    run(SCRIPTS / "bench/data.py", empty, str(tmp_path / "data"), *few)
+    measured = json.loads(out.read_text())
     assert measured["facts"]["images"] == 160
     assert len(measured["rows"]) == 8
     assert all(row["max images/s"] > 0 for row in measured["rows"])

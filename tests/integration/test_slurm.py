@@ -17,12 +17,12 @@ from lora_vit.records import read_record
 
 pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-PACKED_SLURM = (
+ON_SLURM = (
     "-m",
-    "hydra/launcher=packed_slurm",
+    "engine=slurm",
     "sweep.name=s",
     "sweep.pack_size=2",
-    "hydra.launcher.cpus_per_task=1",
+    "engine.cpus_per_task=1",
 )
 
 
@@ -57,7 +57,7 @@ def none_is_left() -> None:
 def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     """Its claims pass on, a worker is asked for in its place, and every trial is trained to its end."""
     settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
-    process, place = start(command(*PACKED_SLURM, *settings), tmp_path), tmp_path / "outputs/sweeps/s"
+    process, place = start(command(*ON_SLURM, *settings), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     found = subprocess.run(
         ["pgrep", "-f", f"python.* -m submitit.core._submit {place}"], capture_output=True, text=True
@@ -70,27 +70,27 @@ def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     assert list(trials(tmp_path).values()) == ["completed"] * 6
     assert "it was killed, or its node died" in out
     assert f"logs in {place}/.slurm" in out
-    assert "6 of 6 trials ended" in out
+    assert "[6/6]" in out
     none_is_left()
 
 
 def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path):
     """The workers of the first command are not asked for again."""
-    arguments = (*PACKED_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=30")
+    arguments = (*ON_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=30")
     done = run_command(*arguments, "sweep.wait=false", cwd=tmp_path)
     assert "1 workers: Slurm job" in done.stdout
     assert len(queue()) == 1
     done = run_command(*arguments, cwd=tmp_path, timeout=400)
     assert "Slurm job" not in done.stdout
-    assert "2 of 2 trials ended" in done.stdout
+    assert "[2/2]" in done.stdout
     assert list(trials(tmp_path).values()) == ["completed"] * 2
 
 
 def test_at_the_end_a_worker_whose_turn_has_not_come_is_withdrawn(tmp_path):
-    later = ("sweep.workers=1", "sweep.wait=false", "+hydra.launcher.additional_parameters.begin=now+1hour")
-    run_command(*PACKED_SLURM, "seed=0,1", *later, cwd=tmp_path)
+    later = ("sweep.workers=1", "sweep.wait=false", "+engine.additional_parameters.begin=now+1hour")
+    run_command(*ON_SLURM, "seed=0,1", *later, cwd=tmp_path)
     assert [line.split()[1] for line in queue()] == ["PENDING"]
-    run_command(*PACKED_SLURM, "seed=0,1", "sweep.workers=2", cwd=tmp_path, timeout=400)
+    run_command(*ON_SLURM, "seed=0,1", "sweep.workers=2", cwd=tmp_path, timeout=400)
     assert list(trials(tmp_path).values()) == ["completed"] * 2
     none_is_left()
 
@@ -98,12 +98,12 @@ def test_at_the_end_a_worker_whose_turn_has_not_come_is_withdrawn(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("sweep.workers=1", "hydra.launcher.partition=none"), "Slurm refuses the workers (sbatch: error:"),
+        (("sweep.workers=1", "engine.partition=none"), "Slurm refuses the workers (sbatch: error:"),
         ((), "sweep.workers=auto: say how many jobs Slurm is to run side by side"),
     ],
 )
 def test_what_slurm_refuses_is_told_in_one_line(settings, said, tmp_path):
-    done = run_command(*PACKED_SLURM, "seed=0,1", *settings, cwd=tmp_path, code=1)
+    done = run_command(*ON_SLURM, "seed=0,1", *settings, cwd=tmp_path, code=1)
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr
@@ -112,14 +112,14 @@ def test_what_slurm_refuses_is_told_in_one_line(settings, said, tmp_path):
 
 def test_where_there_is_no_slurm_it_is_told_in_one_line(tmp_path):
     path = str(Path(sys.executable).parent)
-    done = run_command(*PACKED_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
-    assert done.stderr == "error: hydra/launcher=packed_slurm: no Slurm here (no srun): start it on a login node\n"
+    done = run_command(*ON_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
+    assert done.stderr == "error: engine=slurm: no Slurm here (no srun): start the command on a login node\n"
 
 
 def test_a_race_on_slurm_is_the_race_that_runs_here(tmp_path):
-    """The command asks for workers once a round; decisions are those of any launcher."""
+    """The workers are asked for once; decisions are those of any engine."""
     race = ("sweep.margin=40", "sweep.first_seeds=3", "sweep.most_seeds=4", "optimizer.lr=1e-2,1e-9")
-    done = run_command(*PACKED_SLURM, "sweep.workers=1", *race, cwd=tmp_path, timeout=400)
+    done = run_command(*ON_SLURM, "sweep.workers=1", *race, cwd=tmp_path, timeout=400)
     here = run_command("-m", *race, "sweep.pack_size=2", "sweep.workers=1", "sweep.name=here", cwd=tmp_path)
     ends = [out[out.rindex("race: ") : out.index("\noutputs/sweeps/")] for out in (done.stdout, here.stdout)]
     assert ends[0] == ends[1]

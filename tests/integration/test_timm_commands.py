@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import train_together
-from hydra import compose, initialize_config_module
-from PIL import Image
-from safetensors import safe_open
+from plain_models import timm_config
 from safetensors.torch import load_file, save_file
 
-from lora_vit import commands, evaluate, load_adapter, merge, merge_adapter, predict
+from lora_vit import evaluate, load_adapter, merge_adapter
 from lora_vit.build import build_setup, prepare
-from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig, trial_id
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.models.vit import timm_trunk
+from lora_vit.records import TrialRecord
 
 timm = pytest.importorskip("timm")
-
-NAMES = {"ViT": "vit_tiny_patch16_224", "Eva": "eva02_tiny_patch14_224"}
-SIDES = {"ViT": 32, "Eva": 28}
-
-
-def timm_config(*overrides: str, name: str = NAMES["ViT"], side: int | None = 32) -> TrialConfig:
-    """A trial of seconds on adapters of the last block."""
-    settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "data.cache_size=16"]
-    settings += [] if side is None else [f"model.image_size={side}"]
-    settings += ["trainer.epochs=1", "trainer.precision=fp32", "trainer.accelerator=cpu", "trainer.log_every=1"]
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=[*settings, *overrides]))
-
-
-def run(command, *arguments: object, monkeypatch, capsys) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    return int(ended.value.code or 0), *capsys.readouterr()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", NAMES)
-@pytest.mark.parametrize(
-    "settings", [("lora.blocks=[11]", "lora.dropout=0.1"), ("lora=none",), ("lora=full",)], ids=" ".join
-)
-def test_a_trial_comes_back_from_every_command(family, settings, tmp_path, monkeypatch, capsys):
-    """Evaluated, predicted, loaded and merged it says what it said when it was trained."""
-    config = timm_config("optimizer.lr=1e-3", *settings, name=NAMES[family], side=SIDES[family])
-    (outcome,) = train_together([config], tmp_path)
-    folder = tmp_path / "0"
-    assert run(evaluate, folder, "--split", "val", monkeypatch=monkeypatch, capsys=capsys)[0] == 0
-    code, said, _ = run(merge, folder, "--out", tmp_path / "m.safetensors", monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
-    scope: dict[str, object] = {}
-    exec("\n".join(said.splitlines()[-3:]), scope)  # what it says is how the file is loaded
-    about = json.loads(safe_open(tmp_path / "m.safetensors", "pt").metadata()["lora_vit"])
-    assert {key: about[key] for key in ("image_size", "model")} == {"image_size": SIDES[family], "model": NAMES[family]}
-    own = timm.get_pretrained_cfg(NAMES[family])
-    assert (about["mean"], about["std"], about["interpolation"]) == (list(own.mean), list(own.std), own.interpolation)
-    torch.manual_seed(0)  # the random base of a config without weights
-    models = [scope["model"]]
-    for put in (load_adapter, merge_adapter):
-        torch.manual_seed(0)
-        base = timm.create_model(NAMES[family], img_size=SIDES[family], num_classes=0)
-        models.append(put(base, folder))
-    setup = build_setup(config, Process())
-    for model in models:
-        assert isinstance(model, torch.nn.Module)
-        with torch.no_grad():
-            found = torch.cat([model.eval()(b.images).argmax(-1) for b in setup.eval_stream("val", 7)])
-        assert np.array_equal(found.numpy(), outcome.predicted)
-    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.png")
-    code, said, _ = run(predict, folder, tmp_path / "a.png", monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0
-    assert "%" in said
 
 
 @pytest.mark.slow
@@ -99,22 +38,21 @@ def test_a_pack_on_timm_is_its_trials_alone(tmp_path):
             torch.testing.assert_close(one.tensors[name], tensor, rtol=1e-6, atol=1e-8)  # stored as fp32
 
 
-def test_another_model_or_other_images_are_refused(tmp_path, monkeypatch, capsys):
+def test_another_model_or_other_images_are_refused(tmp_path, call, monkeypatch):
     train_together([timm_config("lora=none")], tmp_path)
     other = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=0)
     with pytest.raises(ConfigError, match=r"architecture=vit_tiny_patch16_224, here architecture=deit_tiny_patch16"):
         load_adapter(other, tmp_path / "0")
-    kept = commands.recorded_config
 
-    def with_another_mean(*arguments: object) -> TrialConfig:
-        config = kept(*arguments)  # type: ignore[arg-type]
+    def with_another_mean(*given: object) -> tuple[TrialRecord, TrialConfig]:
+        record, config = completed_trial(*given)
         config.model.mean = [0.1, 0.2, 0.3]
-        return config
+        return record, config
 
-    monkeypatch.setattr(evaluate, "recorded_config", with_another_mean)
-    code, _, said = run(evaluate, tmp_path / "0", monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 1
-    assert "mean=[0.5, 0.5, 0.5], here mean=[0.1, 0.2, 0.3]" in said
+    completed_trial = evaluate.completed_trial
+    monkeypatch.setattr(evaluate, "completed_trial", with_another_mean)
+    code, _, said = call("evaluate", tmp_path / "0")
+    assert (code, "mean=[0.5, 0.5, 0.5], here mean=[0.1, 0.2, 0.3]" in said) == (1, True)
 
 
 def pooled_otherwise(model):
@@ -162,7 +100,7 @@ def test_how_images_are_prepared_reaches_the_model(key):
 
 def test_a_file_of_timms_names_is_loaded_and_another_refused(tmp_path):
     torch.manual_seed(5)
-    model = timm.create_model(NAMES["ViT"], img_size=32)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     setup = build_setup(timm_config("lora=none", f"model.weights={tmp_path}/w.safetensors"), Process())
     trunk = setup.build_model([timm_config("lora=none")]).trunk
@@ -201,12 +139,9 @@ def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(overri
     ("override", "said"),
     [
         ("model.num_layers=6", r"model\.num_layers=6 has no effect with model=timm"),
-        (
-            "model.weights=IMAGENET1K_V1",
-            r"model\.weights=IMAGENET1K_V1 is unknown for vit_tiny_patch16_224: give DEFAULT",
-        ),
+        ("model.weights=IMAGENET1K_V1", r"model\.weights=IMAGENET1K_V1 .*vit_tiny_patch16_224.* DEFAULT"),
         ("model.std=[0,1,1]", r"model\.std=0\.0 is impossible"),
-        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] is impossible: give one number for each"),
+        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] .*one number for each"),
         ("model.interpolation=nearest", r"model\.interpolation=nearest is unknown"),
     ],
 )
@@ -219,7 +154,7 @@ def test_what_is_wrong_without_asking_timm(override, said, monkeypatch):
 def test_without_timm_a_line_says_what_to_install(monkeypatch):
     config = timm_config()
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"^model=timm needs the package timm: pip install 'lora_vit\[timm\]'$"):
+    with pytest.raises(ConfigError, match=r"model=timm needs .*: pip install 'lora_vit\[timm\]'$"):
         prepare([config])
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import largest_difference, run_command, train_together, trial_config
 from PIL import Image
-from safetensors.torch import load_file
-from torchvision.models import VisionTransformer
 
 from lora_vit.files import read_rows
 from lora_vit.records import read_predictions, read_record
-
-SHAPE = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
 
 
 @pytest.fixture(scope="module")
@@ -34,48 +28,46 @@ def run(tmp_path_factory) -> tuple[Path, str]:
 def test_the_terminal(run):
     folder, out = run
     lines = out.splitlines()
-    accuracy = read_record(folder).metrics["val_accuracy"]
-    assert lines[-1] == f"Validation Accuracy: {accuracy:.2%}"
-    assert any(line.startswith("tensorboard --logdir ") for line in lines)
-    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert lines[-1] == f"Validation Accuracy: {read_record(folder).metrics['val_accuracy']:.2%}"
+    for start, count in {"data: 100 images": 1, "trial ": 1, "epoch ": 2, "tensorboard --logdir run/": 1}.items():
+        assert sum(line.startswith(start) for line in lines) == count, start
     assert "effective scaling 8" in out
 
 
 def test_the_folder(run):
     folder, _ = run
-    expected = {
-        ".hydra",
-        ".lock",
-        "adapter.json",
-        "adapter.safetensors",
-        "checkpoint.pt",
-        "metrics.jsonl",
-        "predictions.npz",
-        "record.json",
-        "tensorboard",
-        "timing.jsonl",
-        "train.log",
-    }
-    assert {p.name for p in folder.iterdir()} == expected
+    files = "record.json metrics.jsonl timing.jsonl predictions.npz adapter.safetensors adapter.json train.log"
+    assert {p.name for p in folder.iterdir()} == {*files.split(), ".hydra", ".lock", "tensorboard"}
     assert {p.name for p in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     record = read_record(folder)
-    assert record.status == "completed"
-    assert record.metrics["epoch"] == 2
+    assert (record.status, record.metrics["epoch"], record.cost["pack_size"], record.data["train"]) == (
+        "completed", 2, 1, 60)  # fmt: skip
     assert record.parameters["trainable"] == record.parameters["adapter"] + record.parameters["head"]
     assert record.parameters["head"] == 4 * 32 + 4
-    assert record.cost["pack_size"] == 1
     assert record.cost["adapter_bytes"] == (folder / "adapter.safetensors").stat().st_size
-    assert record.data["train"] == 60
-    for key in ("versions", "host", "device", "precision"):
-        assert record.environment[key]
+    assert all(record.environment[key] for key in ("versions", "host", "device", "precision"))
     rows = read_rows(folder / "metrics.jsonl")
     assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == [1, 2]
     assert sum(r["kind"] == "step" for r in rows) == 14
-    for split, count in (("val", 20), ("test", 20)):
+    for split in ("val", "test"):
         found = read_predictions(folder)[split]
-        assert len(found["ids"]) == count
-        accuracy = float(np.mean(found["predicted"] == found["labels"]))
-        assert accuracy == record.metrics[f"{split}_accuracy"]
+        assert len(found["ids"]) == 20
+        assert float(np.mean(found["predicted"] == found["labels"])) == record.metrics[f"{split}_accuracy"]
+
+
+def test_the_default_folder_is_named_by_date_and_trial(tmp_path):
+    """Whether or not the id is known before the images have been read."""
+    for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "b/3"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+    own = ("data=imagefolder", "data.root=images", "data.batch_size=1", "data.val_fraction=0.3", "data.cache_dir=cache")
+    for overrides in ((), own, own, ("hydra.run.dir=TRIAL",)):
+        run_command("trainer.epochs=1", *overrides, cwd=tmp_path)
+    assert (tmp_path / "TRIAL/record.json").exists(), "a name is left as it was given"
+    ids = [read_record(p).trial_id for p in sorted((tmp_path / "outputs/runs").iterdir())]
+    assert len(set(ids)) == 2
+    for folder, trial_id in zip(sorted((tmp_path / "outputs/runs").iterdir()), ids, strict=True):
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_{trial_id}", folder.name)
 
 
 def test_learning_rate_falls_linearly_to_zero(run):
@@ -107,101 +99,24 @@ def test_tensorboard(run):
     assert hparams
 
 
-def command(module: str, *arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"lora_vit.{module}", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_evaluate_reproduces_the_record(run, tmp_path):
-    out = command("evaluate", str(run[0]), "--split", "test", cwd=tmp_path)
+    line = [sys.executable, "-m", "lora_vit.evaluate", str(run[0]), "--split", "test"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     accuracy = read_record(run[0]).metrics["test_accuracy"]
-    assert out.startswith(f"Test Accuracy: {accuracy:.2%}")
-    assert "the record says" not in out
+    assert done.stdout.startswith(f"Test Accuracy: {accuracy:.2%}")
+    assert "the record says" not in done.stdout
 
 
-def test_predict(run, tmp_path):
-    for i, colour in enumerate(((200, 30, 30), (30, 30, 200))):
-        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{i}.png")
-    out = command("predict", str(run[0]), "0.png", "1.png", "--csv", "p.csv", cwd=tmp_path)
-    assert out.count("class ") == 8
-    with (tmp_path / "p.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [r["image"] for r in rows] == ["0.png"] * 4 + ["1.png"] * 4
-    assert sum(float(r["probability"]) for r in rows[:4]) == pytest.approx(1, abs=1e-5)
-
-
-def test_merge_loads_into_a_plain_torchvision_model(run, tmp_path):
-    out = command("merge", str(run[0]), "--out", "m.safetensors", cwd=tmp_path)
-    assert "0 of 16 predictions changed" in out
-    model = VisionTransformer(**SHAPE, num_classes=4)
-    model.load_state_dict(load_file(tmp_path / "m.safetensors"), strict=True)
-    from lora_vit.build import build_setup
-    from lora_vit.config import from_dict
-    from lora_vit.distributed import Process
-
-    record = read_record(run[0])
-    setup = build_setup(from_dict(record.config), Process())
-    predicted = []
-    with torch.no_grad():
-        for batch in setup.eval_stream("val", 7):
-            predicted += model.eval()(batch.images).argmax(-1).tolist()
-    assert predicted == read_predictions(run[0])["val"]["predicted"].tolist()
-
-
-def test_load_adapter_gives_the_same_logits_as_merging(run, tmp_path):
-    from lora_vit import load_adapter, merge_adapter
-    from lora_vit.models.vit import build_trunk
-
-    base = build_trunk(*SHAPE.values()).state_dict()
-    card = json.loads((run[0] / "adapter.json").read_text())
-    assert card["class_names"] == [f"class {c}" for c in range(4)]
-    models = []
-    for place in (load_adapter, merge_adapter):
-        model = VisionTransformer(**SHAPE, num_classes=4)
-        model.load_state_dict(base, strict=False)
-        models.append(place(model, run[0]).eval())
-    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-4, atol=1e-5)  # fp32 in another order
-
-
-SETTINGS = [
-    "lora.rank=2",
-    "lora.alpha=8",
-    "lora.dropout=0.3",
-    "lora.targets=[q,v]",
-    "lora.blocks=[1]",
-    "lora.scaling=rslora",
-    "lora.init=gaussian",
-    "lora.bias=all",
-    "lora.bias=lora_only",
-    "lora=none",
-    "lora=full",
-    "optimizer.lr=2e-3",
-    "optimizer.weight_decay=0.3",
-    "optimizer.betas=[0.7,0.9]",
-    "optimizer.eps=1e-3",
-    "optimizer.decay_bias_and_norm=false",
-    "optimizer.schedule=cosine",
-    "optimizer.schedule=constant",
-    "optimizer.warmup=0.5",
-    "optimizer.clip_norm=0.1",
-    "optimizer.label_smoothing=0.2",
-    "model.head_dropout=0.5",
-    "model.image_size=24",
-    "data.augment=flip",
-    "data.augment=crop_flip",
-    "data.batch_size=6",
-    "data.split_seed=1",
-    "data.train_per_class=5",
-    "seed=1",
-    "trainer.precision=fp32",
-    "trainer.precision=bf16",
-    "trainer.epochs=1",
-]
+SETTINGS = """
+    lora.rank=2 lora.alpha=8 lora.dropout=0.3 lora.targets=[q,v] lora.blocks=[1] lora.scaling=rslora lora.bias=all
+    lora.bias=lora_only lora=none lora=full
+    optimizer.lr=2e-3 optimizer.weight_decay=0.3 optimizer.betas=[0.7,0.9] optimizer.eps=1e-3 optimizer.schedule=cosine
+    optimizer.schedule=constant optimizer.warmup=0.5 optimizer.clip_norm=0.1 optimizer.label_smoothing=0.2
+    model.head_dropout=0.5 model.image_size=24
+    data.augment=flip data.augment=crop_flip data.batch_size=6 data.split_seed=1 data.train_per_class=5
+    trainer.precision=fp32 trainer.precision=bf16 trainer.epochs=1 seed=1
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

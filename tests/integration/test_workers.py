@@ -1,4 +1,4 @@
-"""Workers that are started by hand, from the sweep's folder alone: they share it, and replace one that is killed."""
+"""Workers that are started from the sweep's folder alone: they share it, and another resumes what one has left."""
 
 from __future__ import annotations
 
@@ -6,214 +6,269 @@ import collections
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import start, trial_config, wait_until
-from sweeps import options
+from PIL import Image
+from sweeps import options, seed_trials, sweep_of
 
 from lora_vit.errors import Interrupted, TrialFailed
 from lora_vit.records import read_record
-from lora_vit.stopping import StopRequest
-from lora_vit.sweep import engine as engine_module
-from lora_vit.sweep.engine import run_on
-from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.progress import View
-from lora_vit.sweep.runner import begin
+from lora_vit.sweep import claims, run
+from lora_vit.sweep.plan import Request, Sweep
+from lora_vit.sweep.trial import Trial
 
 pytestmark = pytest.mark.slow
+LONG = {"trainer__epochs": 40, "trainer__checkpoint_every": 0.001}
+LATE = """
+import sys
+from pathlib import Path
+from lora_vit.sweep import claims
+from lora_vit.sweep.worker import work
+claims.DEAD_AFTER = 5.0
+work(Path(sys.argv[1]))
+"""
 
 
-def begun(folder: Path, seeds: int, *settings: str, workers: int = 2, **changes: object) -> SweepRun:
-    """The run of a command that has written down what it wants, and trained nothing."""
-    jobs = [Job(trial_config(f"seed={seed}", *settings), [f"seed={seed}"], f"seed={seed}") for seed in range(seeds)]
-    Ledger(folder).add(jobs, "a command")
-    return begin(SweepRun(tuple(jobs), folder, options(pack_size="2", **changes), time.time(), workers))
+def planned(folder: Path, trials: list[Trial], workers: int = 2) -> Sweep:
+    """The sweep of a command that has written down what it wants, and trained nothing."""
+    return sweep_of(folder, trials, workers, pack_size="2")
 
 
-def start_worker(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_worker(folder: Path, script: str = "") -> subprocess.Popen[str]:
     """In a folder of its own, as on another machine."""
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "lora_vit.sweep", "work", str(folder.resolve()), *arguments]
-    return start(command, elsewhere)
+    line = ["-c", script, str(folder)] if script else ["-m", "lora_vit.sweep", "work", str(folder)]
+    return start([sys.executable, *line], elsewhere)
 
 
 def completed_by(outputs: list[str]) -> collections.Counter[str]:
     return collections.Counter(trial for out in outputs for trial in re.findall(r"^(\w{10}) .*completed", out, re.M))
 
 
-def statuses(run: SweepRun) -> list[str]:
-    return [read_record(run.folder_of(job)).status for job in run.jobs]
+def statuses(sweep: Sweep) -> list[str]:
+    return [sweep.state_of(trial).status for trial in sweep.trials.values()]
+
+
+def epochs(sweep: Sweep) -> list[int]:
+    """Of each trial, as its log has them."""
+    return [(sweep.folder_of(trial) / "metrics.jsonl").read_text().count("val_acc") for trial in sweep.trials.values()]
 
 
 def test_two_workers_share_a_folder(tmp_path):
     """Each trial is trained once; when nothing is left they end."""
-    run = begun(tmp_path / "s", 8)
-    workers = [start_worker(run.folder) for _ in range(2)]
+    sweep = planned(tmp_path / "s", seed_trials(8))
+    workers = [start_worker(sweep.folder) for _ in range(2)]
     outputs = [worker.communicate(timeout=240)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    assert completed_by(outputs) == {job.trial_id: 1 for job in run.jobs}
-    assert all("nothing is open that nobody has" in out for out in outputs)
-    assert statuses(run) == ["completed"] * 8
-    assert (run.folder_of(run.jobs[3]) / ".hydra/overrides.yaml").read_text() == "- seed=3\n"
-    late = start_worker(run.folder)
+    assert completed_by(outputs) == dict.fromkeys(sweep.trials, 1)
+    assert all("no trial is left" in out for out in outputs)
+    assert statuses(sweep) == ["completed"] * 8
+    fourth = list(sweep.trials.values())[3]
+    assert (sweep.folder_of(fourth) / ".hydra/overrides.yaml").read_text() == "- seed=3\n"
+    late = start_worker(sweep.folder)
     out = late.communicate(timeout=120)[0]
     assert late.returncode == 0
     assert not completed_by([out])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_what_a_worker_leaves_another_goes_on_with(how, tmp_path):
+def test_another_worker_resumes_what_one_has_left(how, tmp_path):
     """Killed, its claims are void; asked to end, it saves and gives them back."""
-    run = begun(tmp_path / "s", 2, "trainer.epochs=40", "trainer.checkpoint_every=0.001")
-    first = start_worker(run.folder)
-    wait_until(lambda: list(run.folder.glob("*/checkpoint.pt")), first)
+    sweep = planned(tmp_path / "s", seed_trials(2, **LONG))
+    first = start_worker(sweep.folder)
+    wait_until(lambda: list(sweep.folder.glob("*/checkpoint.pt")), first)
     first.send_signal(how)
     out = first.communicate(timeout=120)[0]
     assert first.returncode == (-9 if how == signal.SIGKILL else 128 + how), out
     if how == signal.SIGTERM:
-        assert "interrupted by SIGTERM: saved; any other worker goes on" in out
-        assert statuses(run) == ["interrupted"] * 2
-    second = start_worker(run.folder, "--run", run.name)
+        assert "interrupted by SIGTERM: saved" in out
+        assert statuses(sweep) == ["interrupted"] * 2
+    second = start_worker(sweep.folder)
     out = second.communicate(timeout=240)[0]
     assert second.returncode == 0, out
-    assert statuses(run) == ["completed"] * 2
-    epochs = [
-        line for line in (run.folder_of(run.jobs[0]) / "metrics.jsonl").read_text().splitlines() if "val_acc" in line
-    ]
-    assert len(epochs) == 40, "gone on with, not begun anew"
+    assert statuses(sweep) == ["completed"] * 2
+    assert epochs(sweep) == [40, 40], "resumed, not started from scratch"
 
 
-def test_what_cannot_be_worked_on_is_told_in_one_line(tmp_path):
+def test_a_late_worker_waits_for_what_a_dead_one_of_another_machine_holds(tmp_path, monkeypatch):
+    """Whether that one is dead, only time tells; until then its trials are not left behind."""
+    sweep = planned(tmp_path / "s", seed_trials(2))
+    monkeypatch.setattr(claims, "this_host", lambda: "elsewhere/boot/1")
+    dead = claims.Claims(sweep.folder)
+    assert all(map(dead.take, sweep.trials))
+    worker = start_worker(sweep.folder, LATE)
+    out = worker.communicate(timeout=120)[0]
+    assert worker.returncode == 0, out
+    assert completed_by([out]) == dict.fromkeys(sweep.trials, 1)
+    assert not any(map(dead.mine, sweep.trials))
+
+
+def test_a_machine_without_the_images_leaves_their_trials_to_others(tmp_path):
+    """It trains what it can, says what it cannot, and ends with an error; nothing is refused for all."""
+    images, away = tmp_path / "images", tmp_path / "away"
+    for i in range(24):
+        (images / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / "ab"[i % 2] / f"{i}.png")
+    data = ("data=imagefolder", f"data.root={images}", f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=4",
+            "trainer.epochs=1")  # fmt: skip
+    on_files = [Trial(trial_config(*data, f"seed={seed}"), [f"seed={seed}"]) for seed in range(3)]
+    sweep = planned(tmp_path / "s", [*on_files, *seed_trials(2)])
+    shutil.move(images, away)
+    without = start_worker(sweep.folder)
+    out = without.communicate(timeout=120)[0]
+    assert without.returncode == 1, out
+    assert "error: 3 trials cannot be trained here: " in out
+    assert f"{images} is not a folder" in out
+    assert statuses(sweep) == ["new"] * 3 + ["completed"] * 2
+    shutil.move(away, images)
+    healthy = start_worker(sweep.folder)
+    out = healthy.communicate(timeout=120)[0]
+    assert healthy.returncode == 0, out
+    assert statuses(sweep) == ["completed"] * 5
+
+
+def test_what_cannot_be_worked_on_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     worker = start_worker(tmp_path / "empty")
     out = worker.communicate(timeout=120)[0]
     assert worker.returncode == 1
-    said = "has no run to work on: give the folder of a packed sweep, as seen from here"
-    assert out == f"error: {tmp_path}/empty {said}\n"
+    assert out.startswith(f"error: {tmp_path}/empty holds no sweep (sweep.json): give the folder")
+    assert out.count("\n") == 1
 
 
-# --- workers that are watched
+# --- a command and its workers
 
 
 class Processes:
-    """An engine whose workers are processes of this machine."""
+    """An engine whose workers are processes of this machine. ``meanwhile`` is called at every look of the command."""
 
-    def __init__(self, outlives_us: bool = False, arguments: tuple[str, ...] = ()):
-        self.outlives_us, self.arguments = outlives_us, arguments
+    poll_every = 0.2
+
+    def __init__(self, folder: Path, outlives_us: bool = False):
+        self.folder, self.outlives_us = folder, outlives_us
         self.workers: list[subprocess.Popen[str]] = []
         self.started: list[int] = []
-        self.withdrawn = False
+        self.meanwhile: Callable[[], Any] = lambda: None
+        self.is_withdrawn = False
 
-    def number_of_workers(self, asked: str) -> int:
+    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
         return int(asked)
 
-    def start(self, run: SweepRun, count: int) -> str:
+    def start(self, count: int) -> str:
         self.started.append(count)
-        self.workers += [start_worker(run.folder, *self.arguments) for _ in range(count)]
+        self.workers += [start_worker(self.folder) for _ in range(count)]
         return f"{count} workers"
 
     def look(self) -> tuple[int, list[str]]:
+        self.meanwhile()
         return sum(worker.poll() is None for worker in self.workers), []
 
-    def stop(self) -> None:
+    def stop(self, now: bool = False) -> None:
         for worker in self.workers:
             worker.terminate()
 
     def withdraw(self) -> None:
-        self.withdrawn = True
+        self.is_withdrawn = True
+
+    def outputs(self) -> list[str]:
+        return [worker.communicate(timeout=120)[0] for worker in self.workers]
+
+    def is_training(self) -> bool:
+        return bool(list(self.folder.glob("*/checkpoint.pt")))
 
 
-@pytest.fixture
-def quick(monkeypatch) -> None:
-    monkeypatch.setattr(engine_module, "LOOK_EVERY", 0.2)
+def command(engine: Processes, trials: list[Trial], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """What a command's sweep comes to whose workers this engine starts."""
+    monkeypatch.setattr(run, "start_engine", lambda options, folder: engine)
+    return run.run_sweep(Request(engine.folder, options(**{"pack_size": "2", "workers": "2", **changes}), trials))
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_worker_that_is_killed_is_replaced(tmp_path):
-    run = begun(tmp_path / "s", 4, "trainer.epochs=30", "trainer.checkpoint_every=0.001")
-    engine, view = Processes(), View(run.jobs)
+def test_a_worker_that_is_killed_is_replaced_by_one(tmp_path, monkeypatch, capsys):
+    engine, killed = Processes(tmp_path / "s"), []
 
-    class Killer(View):
-        killed = False
+    def kill() -> None:
+        if not killed and engine.is_training():
+            killed.append(engine.workers[0].kill())
 
-        def emit(self, kind: str, **fields: Any) -> None:
-            super().emit(kind, **fields)
-            if kind == "epoch" and not self.killed:
-                self.killed = True
-                engine.workers[0].kill()
-
-    view = Killer(run.jobs)
-    with StopRequest() as stop:
-        assert run_on(engine, run, view, stop)
-    assert statuses(run) == ["completed"] * 4
-    assert engine.withdrawn
-    assert engine.started[0] == 2
+    engine.meanwhile = kill
+    trials = seed_trials(4, **LONG)
+    outcomes = command(engine, trials, monkeypatch)
+    engine.outputs()
+    assert killed
+    assert outcomes.keys() == {trial.trial_id for trial in trials}
+    assert engine.is_withdrawn
+    assert engine.started[:2] == [2, 1]
     assert sum(engine.started) <= 4
-    assert view.ended() == 4
-    assert all(row.status == "completed" and row.val_accuracy is not None for row in view.rows.values())
-    assert view.done == pytest.approx(4 * 30)
-    for worker in engine.workers:
-        worker.communicate(timeout=60)
+    assert capsys.readouterr().out.count("  completed  val accuracy ") == 4
+    sweep = Sweep(engine.folder)
+    assert (statuses(sweep), epochs(sweep)) == (["completed"] * 4, [40] * 4)
 
 
-@pytest.mark.usefixtures("quick")
-def test_workers_that_end_no_trial_are_not_started_for_ever(tmp_path):
-    run = begun(tmp_path / "s", 2)
-    engine = Processes(arguments=("--run", "of another folder"))
-    with StopRequest() as stop, pytest.raises(TrialFailed, match="3 times workers were started and ended no trial"):
-        run_on(engine, run, View(run.jobs), stop)
-    assert len(engine.started) == 3
-    for worker in engine.workers:
-        assert "has no run to work on" in worker.communicate(timeout=60)[0]
+def test_only_as_many_workers_are_asked_for_as_there_are_trials_left(tmp_path, monkeypatch):
+    trials = seed_trials(4)
+    first, second = Processes(tmp_path / "s"), Processes(tmp_path / "s")
+    command(first, trials[:3], monkeypatch)
+    command(second, trials, monkeypatch, workers="3")
+    assert second.started == [1]
+    assert [read_record(second.folder / trial.trial_id).status for trial in trials] == ["completed"] * 4
+    first.outputs()
+    second.outputs()
 
 
-@pytest.mark.usefixtures("quick")
+def test_workers_that_end_no_trial_are_not_started_for_ever(tmp_path, monkeypatch):
+    engine = Processes(tmp_path / "s")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('no node')\n")
+    with pytest.raises(TrialFailed, match="3 times workers were started and ended no trial"):
+        command(engine, seed_trials(2), monkeypatch)
+    assert engine.started == [2, 2, 2]
+    assert all("no node" in out for out in engine.outputs())
+
+
 @pytest.mark.parametrize(("outlives_us", "answer"), [(False, ""), (True, ""), (True, "n"), (True, "y")])
 def test_a_command_that_is_asked_to_end(outlives_us, answer, tmp_path, monkeypatch):
-    """Its own workers save and end with it; those of a batch system go on unless the user says otherwise, who is asked
-    on a terminal.
+    """Its own workers save and end with it; those of a batch system continue unless the user, who is asked on a
+    terminal, says otherwise.
     """
     if answer:
         ours, terminal = pty.openpty()
         os.write(ours, f"{answer}\n".encode())
         monkeypatch.setattr(sys, "stdin", os.fdopen(terminal, "r", closefd=False))
         monkeypatch.setattr(sys, "stderr", os.fdopen(terminal, "w", closefd=False))
-    run = begun(tmp_path / "s", 2, "trainer.epochs=60", "trainer.checkpoint_every=0.001", workers=1)
-    engine = Processes(outlives_us)
-    with StopRequest() as stop:
+    engine, asked = Processes(tmp_path / "s", outlives_us), []
 
-        class Stopper(View):
-            def emit(self, kind: str, **fields: Any) -> None:
-                super().emit(kind, **fields)
-                if kind == "epoch":
-                    stop.signum = signal.SIGTERM
+    def stop() -> None:
+        if not asked and engine.is_training():
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
 
-        with pytest.raises(Interrupted):
-            run_on(engine, run, Stopper(run.jobs), stop)
-        stop.signum = 0
+    engine.meanwhile = stop
+    with pytest.raises(Interrupted):
+        command(engine, seed_trials(2, **LONG | {"trainer__epochs": 400}), monkeypatch, workers="1")
     (worker,) = engine.workers
     if outlives_us and answer != "y":
         assert worker.poll() is None
         worker.terminate()
-    assert "saved" in worker.communicate(timeout=60)[0]
-    assert statuses(run) == ["interrupted"] * 2
+    assert "saved" in engine.outputs()[0]
+    assert statuses(Sweep(engine.folder)) == ["interrupted"] * 2
 
 
-@pytest.mark.usefixtures("quick")
-def test_who_does_not_wait_returns_at_once(tmp_path):
-    run = begun(tmp_path / "s", 2, wait=False)
-    engine = Processes(outlives_us=True)
-    with StopRequest() as stop:
-        assert not run_on(engine, run, View(run.jobs), stop)
-    assert engine.started == [1] if len(run.jobs) == 1 else [2]
-    for worker in engine.workers:
-        assert worker.communicate(timeout=120)[0].count("completed") <= 2
-    assert statuses(run) == ["completed"] * 2
+def test_a_command_that_does_not_wait_returns_at_once(tmp_path, monkeypatch):
+    engine = Processes(tmp_path / "s", outlives_us=True)
+    began = time.monotonic()
+    assert command(engine, seed_trials(2), monkeypatch, wait=False) is None
+    assert time.monotonic() - began < 20
+    assert engine.started == [2]
+    engine.outputs()
+    assert statuses(Sweep(engine.folder)) == ["completed"] * 2

@@ -5,22 +5,24 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hydra import compose, initialize_config_module
 from plain_trials import BASELINE, plain_trial
 
-from lora_vit.compose import from_omegaconf, quote_paths, register_schema
+from lora_vit.compose import Composer, initialized, refuse_misread_paths
 from lora_vit.config import to_dict
 from lora_vit.errors import ConfigError
 from lora_vit.launch import launch, overrides_of
+from lora_vit.resolve import from_omegaconf
 
-PATHS = ["a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)", "~h",
-         "i=j", "k#l?*%", "${m}", "\\${n}", "o${p", "$q", "${oc.env:HOME}", "ü\u2028猫", "r\ns\tt", " u "]  # fmt: skip
+PATHS = [
+    "a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)", "~h",
+    "i=j", "k#l?*%", "${m}", "\\${n}", "o${p", "$q", "${oc.env:HOME}", "ü\u2028猫", "r\ns\tt", " u ",
+]  # fmt: skip
 
 
 def composed(overrides):
-    register_schema()
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return compose("config", overrides=quote_paths(overrides))
+    refuse_misread_paths(overrides)
+    with initialized():
+        return Composer("config", []).exactly(overrides)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_a_lock_has_one_holder(tmp_path):
     with pytest.raises(RuntimeError), locked(path):
         raise RuntimeError
     assert not path.exists(), "whatever happened"
+
+
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path):
+    """Also if the folder goes while the lock is held."""
+    path, order = tmp_path / "lock", []
+
+    def wait() -> None:
+        with locked(path):
+            order.append("second")
+            shutil.rmtree(tmp_path)
+
+    with locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
+    assert not tmp_path.exists()
 
 
 def test_a_lock_that_another_process_replaced_is_not_ours(tmp_path, monkeypatch):

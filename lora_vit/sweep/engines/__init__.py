@@ -1,4 +1,4 @@
-"""What starts a sweep's workers: this machine, Slurm or Ray. Each option is typed here; its code is imported when used."""
+"""What starts a sweep's workers: this machine, Slurm or Ray. Options are typed here; code is imported when used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_vit.errors import ConfigError
 
 
 class Engine(Protocol):
-    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``. What they train is theirs to find."""
+    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; they find out what to train."""
 
     outlives_us: bool
     """Whether workers go on when the command ends."""

@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_vit.config import TrialConfig
-from lora_vit.errors import ConfigError, exit_code
-from lora_vit.stopping import SIGNALS
+from lora_vit.errors import ConfigError, reporting
+from lora_vit.stopping import SIGNALS, repeating
 
 MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
@@ -155,14 +154,25 @@ def work_for_command() -> int:
     """
     import torch
 
-    import lora_vit.sweep.worker  # noqa: F401  (what workers need, imported once)
+    from lora_vit.sweep.worker import at_work
 
     line = sys.stdin.readline()
     if not line:
         return 0
     orders = json.loads(line)
     torch.set_num_threads(orders["threads"])
-    pids = [_fork(orders) for _ in range(orders["count"])]
+    pids: list[int] = []
+    for _ in range(orders["count"]):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code: Any = 0
+        try:  # a worker
+            with _as_worker(Path(orders["logs"])), reporting(), at_work(Path(orders["folder"])) as worker:
+                worker.work()
+        except SystemExit as end:
+            code = end.code or 0
+        os._exit(code)
 
     def stop(*_: Any) -> None:
         for pid in pids:
@@ -170,34 +180,16 @@ def work_for_command() -> int:
                 os.kill(pid, signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=lambda: (sys.stdin.read(), stop()), daemon=True).start()  # the end of the command
-    codes = []
-    while pids:
-        pid, status = os.wait()
-        if pid in pids:
-            pids.remove(pid)
-            code = os.waitstatus_to_exitcode(status)
-            codes.append(code if code >= 0 else 128 - code)
-    return max(codes)
+    threading.Thread(target=lambda: stop(sys.stdin.read()), daemon=True).start()  # it ends with the command
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return max(code if code >= 0 else 128 - code for code in codes)
 
 
-def _fork(orders: dict[str, Any]) -> int:
-    """A worker, whose output goes into a file of the sweep's folder; the end of an error into ours too."""
-    if pid := os.fork():
-        return pid
+@contextlib.contextmanager
+def _as_worker(logs: Path) -> Iterator[None]:
+    """What a worker prints goes into a file of the sweep's folder; the worker is asked to stop when we have gone."""
     os.close(0)
-    path = Path(orders["logs"], f"{platform.node()}-{os.getpid()}.log")
-    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
-        parent = os.getppid()
-        threading.Thread(target=_stop_without, args=(parent,), daemon=True).start()
-        from lora_vit.sweep.worker import work
-
-        code = exit_code(lambda: work(Path(orders["folder"])))
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _stop_without(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    path, parent = logs / f"{platform.node()}-{os.getpid()}.log", os.getppid()
+    beat = repeating(lambda: None if os.getppid() == parent else os.kill(os.getpid(), signal.SIGTERM), 1.0)
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), beat:
+        yield

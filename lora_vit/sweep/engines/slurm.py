@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from lora_vit.errors import ConfigError, exit_code
+from lora_vit.errors import ConfigError, reporting
 from lora_vit.sweep.plan import digest
 from lora_vit.sweep.worker import work
 
@@ -31,7 +31,12 @@ class Job:
 
     def __call__(self) -> int:
         """Be a worker; returns its exit code."""
-        return exit_code(lambda: work(self.folder))
+        try:
+            with reporting():
+                work(self.folder)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the job is to be queued again."""

@@ -13,7 +13,6 @@ from lora_vit.analysis import export
 from lora_vit.analysis.core import summarize
 from lora_vit.analysis.report import html_report
 from lora_vit.errors import RecordError
-from lora_vit.records import PREDICTIONS, write_predictions
 
 
 @pytest.fixture
@@ -96,45 +95,23 @@ def test_a_folder_copied_as_it_is_counts_once(sweep):
     assert list(summary.cells["n"]) == list(clean.cells["n"])
 
 
-def test_where_nothing_completed_the_reason_is_told(tmp_path):
-    def why(record):
-        record.error = {"message": "loss is not finite", "traceback": ""}
-
+def test_if_nothing_completed_the_reason_is_told(tmp_path):
+    error = {"message": "loss is not finite", "traceback": ""}
     for seed in range(2):
-        make_trial(tmp_path, None, status="failed", seed=seed, edit=why)
+        make_trial(tmp_path, None, status="failed", seed=seed, edit=lambda record: setattr(record, "error", error))
     with pytest.raises(RecordError, match=r"2 failed.*loss is not finite"):
         summarize(tmp_path)
 
 
-@pytest.mark.parametrize("broken", ["missing", "shorter", "other ids", "not a zip"])
-def test_predictions_that_cannot_be_compared_are_told_and_the_rest_is_summarized(tmp_path, broken):
-    make_sweep(tmp_path, [{"lora__rank": 1}, {"lora__rank": 2}], np.array([[0.8, 0.81], [0.9, 0.91]]), predictions=True)
-    a, b = (p.parent for p in sorted(tmp_path.glob("*/record.json"))[:2])
-    assert summarize(tmp_path, compare_trials=(a.name, b.name)).pair is not None
-    fields = {k: np.arange(100) for k in ("ids", "labels", "predicted", "true_probability")}
-    if broken == "missing":
-        (b / PREDICTIONS).unlink()
-    elif broken == "not a zip":
-        (b / PREDICTIONS).write_bytes(b"x")
-    else:
-        length = 100 if broken == "shorter" else 720
-        write_predictions(b, {"val": {k: np.arange(length) + 1 for k in fields}})
-    summary = summarize(tmp_path, compare_trials=(a.name, b.name))
-    assert summary.pair is None
-    assert len(summary.cells) == 2
-    assert sum("--compare" in line for line in summary.problems) == 1
-    with pytest.raises(RecordError, match="no such trial"):
-        summarize(tmp_path, compare_trials=(a.name, "nowhere"))
-
-
-def test_other_classes_are_refused(sweep):
-    edit(sweep, "data.classes", 11)
-    with pytest.raises(RecordError, match=r"data\.classes == 10"):
-        summarize(sweep)
-
-
-def test_files_that_changed_between_the_runs_are_refused(sweep):
-    edit(sweep, "data.fingerprint", "beef")
-    edit(sweep, "data.test", 700)
-    with pytest.raises(RecordError, match="files changed between the runs"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.classes": 11}, r"data\.classes == 10"),
+        ({"data.fingerprint": "beef", "data.test": 700}, "files changed between the runs"),
+    ],
+)
+def test_other_data_are_refused(sweep, changes, said):
+    for key, value in changes.items():
+        edit(sweep, key, value)
+    with pytest.raises(RecordError, match=said):
         summarize(sweep)

@@ -1,11 +1,14 @@
 """The race's decisions: what the formulas say, which trials are wanted, and that nothing else decides."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lora_vit.analysis.race import Exit, Rules, boundary, decide, one_stage, typical_trials, wanted
+from lora_vit.analysis.race import Exit, Race, Rules, boundary, decide, one_stage, standing, typical_trials, wanted
 
 RULES = Rules(margin=0.005, first_seeds=3, most_seeds=12)
 
@@ -15,23 +18,22 @@ def table(means: list[float], seeds: int = 12, sd: float = 0.002, seed: int = 0)
     return np.array(means)[:, None] + rng.normal(0, 0.005, seeds) + rng.normal(0, sd, (len(means), seeds))
 
 
-def none_failed(y: np.ndarray) -> np.ndarray:
-    return np.zeros(y.shape, dtype=bool)
+def raced(y: np.ndarray, failed: np.ndarray | None = None, rules: Rules = RULES) -> Race:
+    return decide(y, np.zeros(y.shape, dtype=bool) if failed is None else failed, rules)
 
 
-def run(y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+def run(y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int, rng: np.random.Generator) -> Race:
     """Train what is wanted, one trial at a time in a random order, until the race ends."""
-    seen = np.full(y.shape, np.nan)
-    bad = none_failed(y)
+    seen, bad = np.full(y.shape, np.nan), np.zeros(y.shape, dtype=bool)
     while not (race := decide(seen, bad, rules)).ended:
-        trials = wanted(race, seen, bad, rules, workers)
+        trials = wanted(race, workers)
         assert trials
         assert len(set(trials)) == len(trials)
         cell, seed = trials[rng.integers(len(trials))]
         assert np.isnan(seen[cell, seed]), "wanted although it is there"
         assert not bad[cell, seed], "wanted although it failed"
         seen[cell, seed], bad[cell, seed] = y[cell, seed], failed[cell, seed]
-    return race, seen
+    return race
 
 
 @pytest.mark.parametrize(("lead", "leaves"), [(0.0018, False), (0.0020, True)])
@@ -42,11 +44,11 @@ def test_two_cells_leave_at_the_boundary_that_the_formulas_give(lead: float, lea
     eta = ((2 * 0.05 / 1) ** (-2 / df) - 1) / 2
     np.testing.assert_allclose(boundary(y, RULES)[0, 1], 2 * eta * df * s2 / RULES.margin, rtol=1e-9)  # float noise
     width = max(0.0, RULES.margin / 6 * (2 * eta * df * s2 / RULES.margin**2 - 3))
-    race = decide(y, none_failed(y), RULES)
+    race = raced(y)
     assert 0.0028 < width < 0.0030, "a point between the two leads"
     assert (1 in race.exits) == leaves == (differences.mean() > width)
     if not leaves:
-        np.testing.assert_allclose(race.room[1], width - differences.mean(), rtol=1e-9)
+        np.testing.assert_allclose(race.room[1], width - differences.mean(), rtol=1e-9)  # float noise
 
 
 def test_the_most_spread_half_and_the_pair_decide_the_variance() -> None:
@@ -77,7 +79,7 @@ def test_a_cell_left_behind_the_one_whose_bar_it_fell_below() -> None:
     """Not behind the best, which spreads more and so proves less; and cells that have left keep their numbers."""
     y = np.array([[898, 899, 905, 914, 893, 905], [899, 896, 898, 897, 898, 896],
                   [895, 895, 898, 895, 895, 895], [904, 904, 905, 902, 906, 906]]) / 1000  # fmt: skip
-    race = decide(y, none_failed(y), Rules(0.005, 3, 6))
+    race = raced(y, rules=Rules(0.005, 3, 6))
     assert race.exits == {2: Exit(3, 3), 1: Exit(4, 3)}
     assert y[:, :4].mean(1).argmax() == 0
 
@@ -89,88 +91,116 @@ def test_bars_of_which_some_are_0_let_ties_stay() -> None:
     calm, noisy = widths[0, 1], widths[0, 2]
     assert calm < noisy
     rules = Rules(float(np.sqrt((calm + noisy) / 2 / 3)), 3, 12)
-    assert decide(y[:, :3], none_failed(y[:, :3]), rules).survivors == [0, 1, 2]
-
-
-def test_a_clear_leader_is_selected_and_who_is_behind_is_told() -> None:
-    race, seen = run(table([0.95, 0.8, 0.7]), none_failed(table([0, 0, 0])), RULES, 1, np.random.default_rng(0))
-    assert (race.selected, race.survivors, race.seeds) == (0, [0], 3)
-    assert race.exits == {1: Exit(3, 0), 2: Exit(3, 0)}
-    assert np.isfinite(seen).sum() == 9
+    assert raced(y[:, :3], rules=rules).survivors == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_neither_order_nor_workers_change_a_decision(seed: int) -> None:
     y = table([0.9, 0.899, 0.897, 0.893, 0.888], seed=seed)
-    failed = none_failed(y)
+    failed = np.zeros(y.shape, dtype=bool)
     failed[2, 4] = True
     outcomes = []
     for workers in (1, 2, 7, 40):
-        race, _ = run(y, failed, RULES, workers, np.random.default_rng(workers))
-        outcomes.append((race.survivors, race.exits, race.selected, race.seeds))
-        later = decide(y, failed, RULES)  # records beyond the end decide nothing
-        assert (later.survivors, later.exits, later.selected, later.seeds) == outcomes[0]
-    assert outcomes.count(outcomes[0]) == 4
+        for race in (run(y, failed, RULES, workers, np.random.default_rng(workers)), raced(y, failed)):
+            outcomes.append((race.survivors, race.exits, race.selected, race.seeds))
+    assert outcomes.count(outcomes[0]) == 8, "also with records beyond the end"
 
 
 def test_nothing_is_decided_before_a_round_is_complete() -> None:
-    y = table([0.95, 0.8, 0.7])
+    y, failed = table([0.95, 0.8, 0.7], seeds=3), np.zeros((3, 3), dtype=bool)
+    whole = raced(y)
+    assert (whole.selected, whole.exits) == (0, {1: Exit(3, 0), 2: Exit(3, 0)})
     y[1, 2] = np.nan
-    race = decide(y, none_failed(y), RULES)
+    race = raced(y)
     assert (race.seeds, race.survivors, race.exits, race.ended) == (0, [0, 1, 2], {}, False)
-    assert wanted(race, y, none_failed(y), RULES) == [(1, 2)]
-    failed = none_failed(y)
+    assert wanted(race) == [(1, 2)]
     failed[0, 0], y[0, 0] = True, np.nan
-    assert wanted(decide(y, failed, RULES), y, failed, RULES) == [(1, 2)], "a failed one is not tried again"
+    assert wanted(raced(y, failed)) == [(1, 2)], "a failed one is not tried again"
 
 
-def test_a_failed_trial_puts_its_cell_out_and_the_others_go_on() -> None:
+def test_a_failed_trial_puts_its_cell_out() -> None:
     y = table([0.9, 0.9, 0.7])
-    failed = none_failed(y)
+    failed = np.zeros(y.shape, dtype=bool)
     failed[0, 1] = True
-    race = decide(y, failed, RULES)
+    race = raced(y, failed)
     assert race.exits[0] == Exit(2, None)
     assert 0 not in race.survivors
     assert math.isnan(race.room[0])
     failed[:, 0] = True
-    race = decide(y, failed, RULES)
-    assert race.ended
-    assert race.selected is None
-    assert race.survivors == []
+    race = raced(y, failed)
+    assert (race.ended, race.selected, race.survivors) == (True, None, [])
 
 
 def test_ties_end_undecided_at_most_seeds_or_by_the_margin() -> None:
-    y = table([0.9, 0.9, 0.9], sd=0.02)
-    race = decide(y, none_failed(y), RULES)
-    assert race.ended
-    assert race.selected is None
-    assert race.seeds == 12
+    race = raced(table([0.9, 0.9, 0.9], sd=0.02))
+    assert (race.ended, race.selected, race.seeds) == (True, None, 12)
     assert len(race.survivors) > 1
-    same = np.full((3, 12), 0.9)
-    race = decide(same, none_failed(same), RULES)
+    race = raced(np.full((3, 12), 0.9))
     assert (race.selected, race.seeds) == (0, 3), "no spread: one is as good as another"
-    last = np.tile([[0.89], [0.9], [0.9]], 12)
-    assert decide(last, none_failed(last), RULES).selected == 1, "the first of the best"
+    assert raced(np.tile([[0.89], [0.9], [0.9]], 12)).selected == 1, "the first of the best"
 
 
 def test_a_cell_that_joins_late_begins_with_its_first_seeds() -> None:
     old = table([0.95, 0.8, 0.7])
     y = np.vstack([old, np.full(12, np.nan)])
-    race = decide(y, none_failed(y), RULES)
-    assert wanted(race, y, none_failed(y), RULES) == [(3, 0), (3, 1), (3, 2)]
+    assert wanted(raced(y)) == [(3, 0), (3, 1), (3, 2)]
     y[3, :3] = old[0, :3] + 0.02
-    race = decide(y, none_failed(y), RULES)
+    race = raced(y)
     assert race.selected == 3
     assert race.exits[0].behind == 3
 
 
 def test_idle_workers_get_the_survivors_next_seeds() -> None:
-    y = table([0.9, 0.9, 0.7])
-    y[:, 3:] = np.nan
-    race = decide(y, none_failed(y), RULES)
+    race = raced(table([0.9, 0.9, 0.7])[:, :3])
     assert race.survivors == [0, 1]
-    assert wanted(race, y, none_failed(y), RULES, 1) == [(0, 3), (1, 3)]
-    assert wanted(race, y, none_failed(y), RULES, 3) == [(0, 3), (1, 3), (0, 4), (1, 4)]
+    assert wanted(race, 1) == [(0, 3), (1, 3)]
+    assert wanted(race, 3) == [(0, 3), (1, 3), (0, 4), (1, 4)]
+
+
+PLAN: dict[str, Any] = {"margin": 0.5, "first_seeds": 3, "most_seeds": 12, "seed": 7, "cells": ["a", "b"]}
+
+
+def test_a_race_stands_where_the_records_of_its_trials_say() -> None:
+    """By cell and seed, in any order; what is of other cells or seeds is left aside."""
+    y = table([0.9, 0.9], seeds=5)
+    trials = [(cell, 7 + n, float(y[i, n]), 720) for i, cell in enumerate("ab") for n in range(5)]
+    others = [("c", 7, 0.99, 720), ("a", 6, 0.99, 720), ("a", 19, 0.99, 720)]
+    race, same = standing(PLAN, [*others, *trials[::-1]]), decide(y, np.zeros(y.shape, dtype=bool), RULES, 1 / 720)
+    assert (race.cells, race.first, race.rules) == (["a", "b"], 7, RULES)
+    np.testing.assert_array_equal(race.y, y)
+    np.testing.assert_array_equal(race.means, same.means)
+    np.testing.assert_array_equal(race.bounds, same.bounds)
+    assert (race.exits, race.seeds, race.survivors) == (same.exits, same.seeds, same.survivors)
+    assert wanted(standing(PLAN, [])) == [(i, n) for n in range(3) for i in range(2)]
+
+
+@pytest.mark.parametrize("accuracy", [None, math.nan, math.inf, 1.01, -0.1, "0.9", True])
+def test_an_accuracy_that_is_none_is_a_failure(accuracy: object) -> None:
+    trials = [(cell, 7 + n, 0.9 - n / 1000, 720) for cell in "ab" for n in range(3)]
+    race = standing(PLAN, [*trials[:4], ("b", 8, accuracy, 720), *trials[5:]])
+    assert (race.exits, race.selected) == ({1: Exit(2, None)}, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "resolution"),
+    [([720] * 6, 1 / 720), ([720] * 5 + [100], 0.01), ([None, 0, "many", math.nan, None, None], 0)],
+)
+def test_the_fewest_images_give_the_rounding_of_the_accuracies(images: list[object], resolution: float) -> None:
+    trials = [(cell, 7 + n, 0.9 + i / 1000, images[3 * i + n]) for i, cell in enumerate("ab") for n in range(3)]
+    want = boundary(np.tile([[0.9], [0.901]], 3), RULES, resolution)[0, 1]
+    np.testing.assert_allclose(standing(PLAN, trials).bounds[0, 1], want, atol=1e-25)  # float noise
+
+
+def test_as_many_seeds_as_it_takes_cost_no_more_than_those_that_there_are() -> None:
+    """A million at most, of which each of two cells has three: no loop goes over what could be."""
+    plan = {**PLAN, "most_seeds": 1_000_000, "margin": 0.02}
+    y = table([0.9, 0.9], seeds=3, sd=0.01)
+    race = standing(plan, [(cell, 7 + n, float(y[i, n]), None) for i, cell in enumerate("ab") for n in range(3)])
+    assert race.y.shape == (2, 3)
+    assert wanted(race, 4) == [(0, 3), (1, 3), (0, 4), (1, 4)]
+    reach = race.bounds[0, 1] / (2 * abs(y[0].mean() - y[1].mean()) + 0.0002)  # W(r) falls below the lead there
+    assert race.expected() == 2 * (math.floor(reach) + 1 - 3)
+    assert race.expected() > 1_000
 
 
 @pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}, {"alpha": 0.6}])
@@ -186,12 +216,12 @@ def test_what_the_race_still_takes_if_the_means_stay() -> None:
         y += 0.9 + np.linspace(lead, 0, k)[:, None] - y.mean(1, keepdims=True)
         whole = np.hstack([y, np.repeat(y.mean(1, keepdims=True), 27, axis=1)])
         rules = Rules(0.005, 3, 30)
-        race = decide(np.where(np.arange(30) < 3, whole, np.nan), none_failed(whole), rules)
+        race = raced(np.where(np.arange(30) < 3, whole, np.nan), rules=rules)
         assert race.seeds == 3
-        end = decide(whole, none_failed(whole), rules)
+        end = raced(whole, rules=rules)
         used = sum(e.seeds for e in end.exits.values()) + len(end.survivors) * end.seeds
-        assert race.expected(rules) == used - 3 * k, (lead, k)
-        assert end.expected(rules) == 0
+        assert race.expected() == used - 3 * k, (lead, k)
+        assert end.expected() == 0
 
 
 @pytest.mark.parametrize("seed", [4, 14, 18, 74])
@@ -202,9 +232,9 @@ def test_what_it_still_takes_where_cells_leave_that_others_were_behind(seed: int
     y[-1] += rng.normal(0, 0.02, 3)
     whole = np.hstack([y, np.repeat(y.mean(1, keepdims=True), 25, axis=1)])
     rules = Rules(0.02, 3, 28)
-    race = decide(np.where(np.arange(28) < 3, whole, np.nan), none_failed(whole), rules)
+    race = raced(np.where(np.arange(28) < 3, whole, np.nan), rules=rules)
     before = (race.survivors, dict(race.exits), race.room.copy(), race.seeds)
-    assert race.expected(rules) == decide(whole, none_failed(whole), rules).trials - race.trials
+    assert race.expected() == raced(whole, rules=rules).trials - race.trials
     assert (race.survivors, race.exits, race.seeds) == (before[0], before[1], before[3])
     np.testing.assert_array_equal(race.room, before[2])
 
@@ -222,6 +252,7 @@ def test_one_stage_takes_as_many_seeds_as_select_the_best_with_95_percent() -> N
     for k, point in tables.items():
         assert one_stage(sd, k, rules) == math.ceil(2 * (point * sd / rules.margin) ** 2)
     assert one_stage(0.0, 4, rules) == 1
+    assert one_stage(math.nan, 4, rules) is one_stage(0.1, 1, rules) is None
     assert right[n - 1] < 0.953
     assert right[n] > 0.947
 
@@ -230,3 +261,4 @@ def test_a_typical_race_takes_more_the_more_the_seeds_spread() -> None:
     counts = [typical_trials(10, sd, Rules(0.005, 5, 30)) for sd in (1e-6, 0.003, 0.01)]
     assert counts[0] == 50
     assert 50 < counts[1] < counts[2] <= 300
+    assert counts[2] < typical_trials(10, 0.01, Rules(0.005, 5, 1_000_000)) < 10_000, "not all seeds are drawn"

@@ -11,6 +11,8 @@ from scipy import stats as scipy_stats
 from lora_vit.analysis import stats
 from lora_vit.analysis.stats import compare, fit_blocks, t_interval
 
+NAN = math.nan
+
 
 def draw(seed: int, m: int, n: int, spread: np.ndarray | float = 1.0) -> np.ndarray:
     rng = np.random.default_rng(seed)
@@ -20,111 +22,107 @@ def draw(seed: int, m: int, n: int, spread: np.ndarray | float = 1.0) -> np.ndar
 def holes(y: np.ndarray, seed: int, count: int) -> np.ndarray:
     out = y.copy()
     places = np.random.default_rng(seed).choice(y.size, count, replace=False)
-    out.flat[places] = np.nan
+    out.flat[places] = NAN
     return out
-
-
-def least_squares(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
-    """Ordinary least squares with one column per cell and per seed but the first: cell means at the average seed."""
-    m, s = y.shape
-    cell, seed = np.nonzero(np.isfinite(y))
-    x = np.zeros((len(cell), m + s - 1))
-    x[np.arange(len(cell)), cell] = 1
-    later = seed > 0
-    x[np.flatnonzero(later), m + seed[later] - 1] = 1
-    b, *_ = np.linalg.lstsq(x, y[cell, seed], rcond=None)
-    df = len(cell) - np.linalg.matrix_rank(x)
-    ss = ((y[cell, seed] - x @ b) ** 2).sum()
-    return b[:m], np.linalg.inv(x.T @ x)[:m, :m], ss / df, df
-
-
-def test_t_interval_equals_scipys() -> None:
-    x = np.array([0.91, 0.93, 0.925, np.nan])
-    got = t_interval(x)
-    low, high = scipy_stats.ttest_1samp(x[:3], 0).confidence_interval(0.95)
-    assert (got.low, got.high, got.n) == (pytest.approx(low), pytest.approx(high), 3)
-    assert got.sd == pytest.approx(np.std(x[:3], ddof=1))
-
-
-def test_t_interval_of_one_value_and_of_none() -> None:
-    one, none = t_interval(np.array([0.9])), t_interval(np.array([np.nan]))
-    assert one.n == 1
-    assert one.mean == 0.9
-    assert np.isnan([one.sd, one.low, one.high, none.mean]).all()
-
-
-def test_an_interval_is_never_finer_than_the_images_allow() -> None:
-    got = t_interval(np.array([0.9, 0.9, 0.9]), resolution=1 / 720)
-    assert got.sd == 0
-    assert got.high - got.mean == pytest.approx(4.302653 / 720 / np.sqrt(36))
-
-
-@pytest.mark.parametrize("missing", [0, 3])
-def test_block_fit_equals_least_squares(missing: int) -> None:
-    y = holes(draw(1, 6, 4), 2, missing)
-    fit = fit_blocks(y)
-    means, covariance, mse, df = least_squares(y)
-    assert fit.blocked
-    assert fit.df == df
-    assert fit.mse == pytest.approx(mse)
-    assert fit.dof.sum() == pytest.approx(df)
-    np.testing.assert_allclose(fit.means - fit.means[0], means - means[0], atol=1e-10)
-    spread = np.diag(covariance)
-    expected = spread[:, None] + spread - 2 * covariance
-    np.testing.assert_allclose(fit.difference_variance(np.arange(6)), expected, atol=1e-10)
-
-
-def test_cells_without_common_seeds_are_not_blocked() -> None:
-    y = np.full((2, 6), np.nan)
-    y[0, :3], y[1, 3:] = [1, 2, 3], [4, 6, 5]
-    fit = fit_blocks(y)
-    assert not fit.blocked
-    assert fit.df == 4
-    np.testing.assert_allclose(fit.means, [2, 5])
-
-
-def test_two_cells_are_compared_by_the_paired_t_test() -> None:
-    y = draw(3, 2, 5)
-    got = compare(y)
-    assert got.best == 1
-    assert got.p_worse[0] == pytest.approx(scipy_stats.ttest_rel(y[0], y[1]).pvalue, rel=1e-4)
-    one_sided = scipy_stats.ttest_rel(y[1], y[0], alternative="greater").pvalue
-    assert got.p_candidate[0] == pytest.approx(one_sided, abs=1e-5)
-    low, high = scipy_stats.ttest_rel(y[1], y[0]).confidence_interval(0.95)
-    assert got.difference[0] + got.half[0] == pytest.approx(high, rel=1e-4)
-    assert got.difference[0] - got.half[0] == pytest.approx(low, rel=1e-4)
 
 
 def unshared(y: np.ndarray) -> np.ndarray:
     """The same values, each cell with seeds of its own."""
     m, n = y.shape
-    out = np.full((m, m * n), np.nan)
+    out = np.full((m, m * n), NAN)
     for i in range(m):
         out[i, i * n : (i + 1) * n] = y[i]
     return out
 
 
-def test_unpaired_cells_are_compared_as_scipys_tukey_hsd_does() -> None:
-    y = draw(4, 5, 4)
-    got = compare(unshared(y), spreads="equal")
-    want = scipy_stats.tukey_hsd(*y)
-    best = got.best
-    assert best is not None
-    others = np.delete(np.arange(5), best)
-    np.testing.assert_allclose(got.p_worse[others], want.pvalue[best, others], rtol=1e-5, atol=1e-8)
-    bounds = want.confidence_interval(0.95)
-    np.testing.assert_allclose((got.difference + got.half)[others], bounds.high[best, others], rtol=1e-5)
-    assert np.isnan(got.p_worse[best])
+UNEQUAL = np.full((3, 9), NAN)  # no seed is shared, and each cell has another number of them
+UNEQUAL[0, :2], UNEQUAL[1, 2:5], UNEQUAL[2, 5:] = [1, 4], [2, 3, 7], [0, 1, 1, 8]
 
 
-def test_candidates_are_those_that_no_dunnett_test_excludes() -> None:
-    y = draw(5, 4, 4)
-    got = compare(unshared(y), spreads="equal")
-    for i in range(4):
-        others = [y[j] for j in range(4) if j != i]
-        p = scipy_stats.dunnett(*others, control=y[i], alternative="greater", rng=np.random.default_rng(0)).pvalue.min()
-        assert got.p_candidate[i] == pytest.approx(1 if i == got.best else p, abs=2e-3)
-        assert got.candidate[i] == (p >= 0.05)
+@pytest.mark.parametrize("values", [[0.91, 0.93, 0.925, NAN], [0.91, 0.93]])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_t_interval_equals_scipys(values: list[float], confidence: float) -> None:
+    x = np.array(values)
+    x, got = x[np.isfinite(x)], t_interval(x, confidence=confidence)
+    low, high = scipy_stats.ttest_1samp(x, 0).confidence_interval(confidence)
+    assert (got.low, got.high, got.n) == (pytest.approx(low), pytest.approx(high), len(x))
+    assert (got.mean, got.sd) == (pytest.approx(x.mean()), pytest.approx(np.std(x, ddof=1)))
+    assert t_interval(x) == t_interval(np.array(values), confidence=0.95)
+
+
+def test_t_interval_of_one_value_of_none_and_of_equal_ones() -> None:
+    one, none = t_interval(np.array([0.9])), t_interval(np.array([NAN]))
+    assert (one.n, one.mean, none.n) == (1, 0.9, 0)
+    assert np.isnan([one.sd, one.low, one.high, none.mean]).all()
+    got = t_interval(np.array([0.9, 0.9, 0.9]), resolution=1 / 720)
+    assert got.sd == 0
+    assert got.high - got.mean == pytest.approx(4.302653 / 720 / np.sqrt(36)), "never finer than the images allow"
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_block_fit_equals_least_squares(missing: int) -> None:
+    """With one column for each cell and each seed but the first: differences, their variances, error, df."""
+    y = holes(draw(1, 6, 4), 2, missing)
+    cell, seed = np.nonzero(np.isfinite(y))
+    x = (cell[:, None] == np.arange(6)).astype(float)
+    x = np.column_stack([x, seed[:, None] == np.arange(1, 4)]).astype(float)
+    b, *_ = np.linalg.lstsq(x, y[cell, seed], rcond=None)
+    df = len(cell) - np.linalg.matrix_rank(x)
+    covariance = np.linalg.inv(x.T @ x)[:6, :6]
+    fit = fit_blocks(y)
+    assert (fit.blocked, fit.df) == (True, df)
+    assert fit.mse == pytest.approx(((y[cell, seed] - x @ b) ** 2).sum() / df)
+    assert fit.dof.sum() == pytest.approx(df)
+    np.testing.assert_allclose(fit.means - fit.means[0], b[:6] - b[0], atol=1e-10)
+    spread = np.diag(covariance)
+    expected = spread[:, None] + spread - 2 * covariance
+    np.testing.assert_allclose(fit.difference_variance(np.arange(6)), expected, atol=1e-10)
+
+
+def test_fits_without_blocks_and_without_degrees_of_freedom() -> None:
+    fit = fit_blocks(UNEQUAL)
+    want = [[0, 1 / 2 + 1 / 3, 1 / 2 + 1 / 4], [1 / 2 + 1 / 4, 1 / 3 + 1 / 4, 0]]
+    np.testing.assert_allclose(fit.difference_variance(np.array([0, 2])), want)
+    np.testing.assert_allclose(fit.means, [2.5, 4, 2.5])
+    np.testing.assert_allclose(fit.dof, [1, 2, 3])
+    np.testing.assert_allclose(fit.ss, [4.5, 14, 41])
+    assert (fit.blocked, fit.df) == (False, 6)
+    one = fit_blocks(np.arange(3.0)[:, None])
+    assert (one.blocked, one.df) == (False, 0)
+    assert math.isnan(one.mse)
+    y = holes(draw(1, 4, 4), 1, 3)
+    plain = fit_blocks(y, block=False)
+    np.testing.assert_allclose(plain.means, np.nanmean(y, axis=1))
+    assert (plain.blocked, plain.df) == (False, 13 - 4)
+
+
+def test_a_seed_that_no_cell_has_changes_nothing() -> None:
+    y = holes(draw(1, 4, 4), 1, 3)
+    got, want = fit_blocks(np.insert(y, 2, NAN, axis=1)), fit_blocks(y)
+    assert (got.df, got.blocked) == (want.df, True)
+    for name in ("means", "ss", "dof", "counts"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-12)
+    np.testing.assert_allclose(got.difference_variance(np.arange(4)), want.difference_variance(np.arange(4)))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+@pytest.mark.parametrize("missing", [0, 4])
+def test_pair_variance_is_that_of_the_differences(missing: int, shift: float) -> None:
+    """At 1e6 values are rounded to 1e-10; squares of them would be to 1e-4."""
+    y = holes(draw(6, 5, 4), 3, missing)
+    got = stats.pair_variance(y + shift, np.array([2, 0]), True)
+    for k, i in enumerate((2, 0)):
+        for j in range(5):
+            d = (y[i] - y[j])[np.isfinite(y[i] - y[j])]
+            want = d.var(ddof=1) / 2 if len(d) > 1 else NAN  # one common seed is no pair
+            np.testing.assert_allclose(got[k, j], want, atol=1e-7 if shift else 1e-12)
+
+
+def test_the_pairs_variance_without_common_seeds_is_welchs() -> None:
+    got = stats.pair_variance(UNEQUAL, np.array([2, 0]), False)
+    v, n = np.nanvar(UNEQUAL, axis=1, ddof=1), np.array([2, 3, 4])
+    for k, i in enumerate((2, 0)):
+        np.testing.assert_allclose(got[k], (v[i] / n[i] + v / n) / (1 / n[i] + 1 / n))
 
 
 def test_critical_values_are_those_of_the_tables() -> None:
@@ -133,59 +131,123 @@ def test_critical_values_are_those_of_the_tables() -> None:
         assert stats.tukey_critical(m, df) == pytest.approx(q, abs=6e-3)
     for others, df, d in [(1, 10, 1.81), (2, 10, 2.15), (5, 10, 2.56), (9, 20, 2.60), (3, 5, 2.68)]:
         assert stats.dunnett_critical(others, df) == pytest.approx(d, abs=6e-3)
+    for others, df, alpha in [(1, 1, 0.05), (9, 1, 0.05), (4, 7, 0.1), (30, 60, 0.05)]:
+        critical = stats.dunnett_critical(others, df, alpha)
+        assert stats.dunnett_tail(critical, others, df) == pytest.approx(alpha, abs=1e-6)
 
 
 def test_dunnett_tail_equals_the_multivariate_t() -> None:
     shape = np.full((4, 4), 0.5) + np.eye(4) / 2
     for t in (0.5, 2.0, 3.5):
         cdf = scipy_stats.multivariate_t(shape=shape, df=7, seed=0).cdf(np.full(4, t), maxpts=200_000)
-        assert stats.dunnett_p(np.array([t]), 4, 7)[0] == pytest.approx(1 - cdf, abs=2e-4)
+        assert stats.dunnett_tail(t, 4, 7) == pytest.approx(1 - cdf, abs=2e-4)
 
 
-def test_many_p_values_are_interpolated_closely() -> None:
-    q = np.linspace(0.01, 9, 300)
-    got = stats.tukey_p(q, 20, 38)
-    np.testing.assert_allclose(got[::37], scipy_stats.studentized_range.sf(q[::37], 20, 38), atol=2e-4)
+def test_the_nodes_give_the_moments_of_the_estimated_sd() -> None:
+    """E s^2 = 1 for any df; 160 nodes leave 1e-4."""
+    for df in (1, 4, 30):
+        s, weights = stats.chi_nodes(df)
+        assert weights.sum() == pytest.approx(1)
+        assert weights @ s**2 == pytest.approx(1, abs=1e-4)
+        assert weights @ s**4 == pytest.approx(1 + 2 / df, rel=2e-3)
 
 
-@pytest.mark.parametrize("missing", [0, 4])
-def test_pair_variance_is_that_of_the_differences(missing: int) -> None:
-    y = holes(draw(6, 5, 4), 3, missing)
-    got = stats.pair_variance(y, np.array([2, 0]), True)
-    for k, i in enumerate((2, 0)):
-        for j in range(5):
-            d = (y[i] - y[j])[np.isfinite(y[i] - y[j])]
-            want = d.var(ddof=1) / 2 if len(d) > 1 else np.nan
-            np.testing.assert_allclose(got[k, j], want, atol=1e-12)
+def test_two_cells_are_compared_by_the_paired_t_test() -> None:
+    y = draw(3, 2, 5)
+    got = compare(y)
+    assert got.best == 1
+    assert got.worse[0] == (scipy_stats.ttest_rel(y[0], y[1]).pvalue < 0.05)
+    one_sided = scipy_stats.ttest_rel(y[1], y[0], alternative="greater").pvalue
+    assert got.candidate[0] == (one_sided >= 0.05)
+    low, high = scipy_stats.ttest_rel(y[1], y[0]).confidence_interval(0.95)
+    assert got.difference[0] + got.half[0] == pytest.approx(high, rel=1e-4)
+    assert got.difference[0] - got.half[0] == pytest.approx(low, rel=1e-4)
 
 
-def test_wide_error_is_that_of_the_wilder_half() -> None:
-    spread = np.array([1, 1, 1, 10.0])
-    fit = fit_blocks(draw(7, 4, 6, spread))
-    v = fit.ss / fit.dof
-    assert stats.wide_variance(fit) == pytest.approx(np.sort(v)[-2:].mean())  # equal dof in a complete design
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_unpaired_cells_are_compared_as_scipys_tukey_hsd_and_dunnett_do(seed: int) -> None:
+    y = draw(seed, 5, 4)
+    got, want = compare(unshared(y), spreads="equal"), scipy_stats.tukey_hsd(*y)
+    best = got.best
+    assert best is not None
+    others = np.delete(np.arange(5), best)
+    bounds = want.confidence_interval(0.95)
+    np.testing.assert_allclose((got.difference + got.half)[others], bounds.high[best, others], rtol=1e-5)
+    assert got.worse[others].tolist() == (want.pvalue[best, others] < 0.05).tolist()
+    assert np.isnan(got.half[best])
+    for i in range(5):
+        rest = [y[j] for j in range(5) if j != i]
+        p = scipy_stats.dunnett(*rest, control=y[i], alternative="greater", rng=np.random.default_rng(0)).pvalue.min()
+        assert got.candidate[i] == (p >= 0.05)
 
 
-def test_unequal_spreads_are_noticed_and_widen_the_error() -> None:
-    equal = [stats.spread_test(fit_blocks(draw(k, 10, 5))) for k in range(40)]
-    unequal = [stats.spread_test(fit_blocks(draw(k, 10, 5, np.repeat([1, 4.0], 5)))) for k in range(40)]
-    assert np.mean(np.array(equal) < 0.05) < 0.2
-    assert np.mean(np.array(unequal) < 0.05) > 0.7
-    y = draw(1, 10, 5, np.repeat([1, 4.0], 5))
-    assert compare(y).wide
-    assert compare(y).sd > compare(y, spreads="equal").sd
+def expected(y: np.ndarray, common: float, wide: bool) -> tuple[np.ndarray, ...]:
+    """Difference to the best, its half width, worse, candidate and below, by loops over the pairs."""
+    fit = fit_blocks(y)
+    m, best = len(y), int(np.argmax(fit.means))
+    variance = fit.difference_variance(np.arange(m))
+    error = np.zeros((m, m))
+    for i in range(m):
+        for j in range(m):
+            d = y[i] - y[j]
+            d = d[np.isfinite(d)]
+            own = d.var(ddof=1) / 2 if wide and len(d) > 1 else 0.0
+            error[i, j] = math.sqrt(max(common, own) * variance[i, j])
+    q = scipy_stats.studentized_range.ppf(0.95, m, fit.df)
+    d = stats.dunnett_critical(m - 1, fit.df)
+    difference = fit.means[best] - fit.means
+    half = q / math.sqrt(2) * error[best]
+    half[best] = NAN
+    bounds = fit.means - fit.means[:, None] + d * error
+    below = np.array([max(0.0, *np.delete(bounds[i], i)) for i in range(m)])
+    candidate = [all(fit.means[j] - fit.means[i] <= d * error[i, j] for j in range(m) if j != i) for i in range(m)]
+    return difference, half, difference > np.nan_to_num(half, nan=math.inf), np.array(candidate), below
 
 
-def test_marks_agree_with_the_p_values() -> None:
+NOISY = np.array([[9.0, 1.0, 5.5, 6.0], [1.0, 9.0, 4.0, 5.0], [3.0, 3.1, 3.0, 3.2], [2.0, 2.1, 2.2, 2.1]])
+"""The first two spread more than the wide error: their pair has its own."""
+HOLES = np.array([[5.0, 7.0, NAN, 6.2], [3.0, 5.5, 4.0, NAN], [2.0, NAN, 3.0, 3.7], [1.0, 2.0, 2.5, 0.5]])
+
+
+@pytest.mark.parametrize("spreads", ["equal", "unequal"])
+@pytest.mark.parametrize("y", [HOLES, np.where(np.isfinite(HOLES), HOLES, 4.4), NOISY], ids=["holes", "whole", "noisy"])
+def test_a_whole_comparison_by_loops(y: np.ndarray, spreads: str) -> None:
+    fit, wide = fit_blocks(y), spreads == "unequal"
+    common = stats.wide_variance(fit) if wide else fit.mse
+    got = compare(y, spreads=spreads)
+    difference, half, worse, candidate, below = expected(y, common, wide)
+    np.testing.assert_allclose(got.difference, difference, atol=1e-12)
+    np.testing.assert_allclose(got.below, below, atol=1e-12)
+    np.testing.assert_allclose(got.half, half, rtol=1e-4)
+    assert (got.worse.tolist(), got.candidate.tolist()) == (worse.tolist(), candidate.tolist())
+    assert (got.wide, got.blocked, got.complete, got.possible) == (wide, True, bool(np.isfinite(y).all()), True)
+    assert (got.seeds, got.df, got.best) == (4, fit.df, 0)
+    assert got.sd == pytest.approx(math.sqrt(common))
+    assert got.pooled_sd == pytest.approx(math.sqrt(fit.mse))
+    if y is NOISY and wide:
+        assert half[1] > 1.2 * expected(y, common, False)[1][1]
+    least = compare(y, resolution=2 * got.sd * math.sqrt(12), spreads=spreads)
+    assert (least.sd, least.pooled_sd) == (pytest.approx(2 * got.sd), got.pooled_sd), "no finer than the rounding"
+
+
+@pytest.mark.parametrize("cells", [300, 257, 256])
+def test_candidates_among_more_cells_than_are_taken_at_once(cells: int) -> None:
+    y = np.random.default_rng(0).normal(size=(cells, 3)) * 0.1 + np.linspace(0, 1, cells)[:, None]
+    got, fit = compare(y, spreads="equal"), fit_blocks(y)
+    error = math.sqrt(fit.mse * 2 / 3)
+    want = fit.means.max() - fit.means <= stats.dunnett_critical(cells - 1, fit.df) * error
+    assert 1 < want.sum() < cells - 1
+    np.testing.assert_array_equal(got.candidate, want)
+
+
+def test_no_cell_is_both_worse_and_a_candidate() -> None:
     for seed in range(6):
         for m, n in ((2, 3), (6, 3), (8, 2)):
             got = compare(draw(seed, m, n))
             others = np.arange(m) != got.best
-            np.testing.assert_array_equal(got.worse[others], got.p_worse[others] < 0.05)
-            np.testing.assert_array_equal(got.candidate, got.p_candidate >= 0.05)
             assert got.candidate[got.best]
-            assert not (got.worse & got.candidate).any()
             assert not got.worse[got.best]
+            assert not (got.worse & got.candidate).any()
             np.testing.assert_array_equal(got.worse[others], (got.difference - got.half)[others] > 0)
 
 
@@ -194,78 +256,69 @@ def test_the_order_of_cells_and_seeds_and_a_seeds_own_luck_change_nothing() -> N
     rows, columns = np.random.default_rng(0).permutation(6), np.random.default_rng(1).permutation(4)
     luck = np.array([5.0, -3.0, 0.5, 10.0])
     a, b = compare(y), compare((y + luck)[rows][:, columns])
-    for name in ("difference", "half", "p_worse", "p_candidate"):
+    for name in ("difference", "half", "below", "worse", "candidate"):
         np.testing.assert_allclose(getattr(a, name)[rows], getattr(b, name), rtol=1e-6, atol=1e-9)
 
 
-def test_ties_without_any_spread_are_no_difference() -> None:
-    got = compare(np.full((4, 3), 0.9), resolution=1e-4)
-    assert not got.worse.any()
-    assert got.candidate.all()
-    assert (got.p_worse[1:] == 1).all()
+@pytest.mark.parametrize(
+    ("means", "resolution", "worse", "candidate"),
+    [
+        ([0.9, 0.9, 0.9, 0.9], 1e-4, [False] * 4, [True] * 4),
+        ([0.8, 0.9, 0.85], 1e-4, [True, False, True], [False, True, False]),
+        ([0.5, 0.75, 0.75], 0.0, [True, False, False], [False, True, True]),
+    ],
+)
+def test_without_any_spread_ties_are_ties_and_the_rest_is_worse(
+    means: list[float], resolution: float, worse: list[bool], candidate: list[bool]
+) -> None:
+    got = compare(np.repeat(np.array(means)[:, None], 3, axis=1), resolution)
+    assert (got.worse.tolist(), got.candidate.tolist()) == (worse, candidate)
+    assert got.sd == pytest.approx(resolution / math.sqrt(12), abs=1e-15)
+    assert not got.wide
 
 
-def test_no_spread_at_all_and_a_clear_lead_is_worse() -> None:
-    y = np.tile([[0.8], [0.9], [0.85]], (1, 3))
-    got = compare(y, resolution=1e-4)
-    assert got.best == 1
-    assert got.worse.tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (4, 1)])
-def test_one_cell_or_one_seed_gets_no_verdict(shape: tuple[int, int]) -> None:
-    got = compare(np.random.default_rng(0).normal(size=shape))
-    assert not got.possible
-    assert not got.worse.any()
-    assert not got.candidate.any()
+@pytest.mark.parametrize("y", [draw(0, 1, 5), draw(0, 4, 1), np.array([[1.0, 2.0], [3.0, NAN]])])
+def test_what_cannot_be_compared_gets_no_verdict(y: np.ndarray) -> None:
+    got = compare(y)
+    assert (got.possible, got.wide, got.blocked, got.complete, got.seeds, got.df) == (False, False, True, True, 0, 0)
+    assert np.isnan([*got.means, *got.below, got.sd, got.pooled_sd, got.spread_p, got.repeats]).all()
+    assert not (got.compared | got.worse | got.candidate).any()
 
 
 def test_a_cell_with_one_seed_stays_out_of_the_comparison() -> None:
     y = draw(9, 4, 3)
-    alone = np.array([[100.0, np.nan, np.nan]])
-    a, b = compare(y), compare(np.concatenate([y, alone]))
+    a, b = compare(y), compare(np.concatenate([y, [[100.0, NAN, NAN]]]))
     assert b.best == a.best
     assert b.compared.tolist() == [True] * 4 + [False]
-    np.testing.assert_allclose(b.p_worse[:4], a.p_worse)
-
-
-def test_seeds_drawn_anew_for_every_cell_are_taken_as_unpaired() -> None:
-    y = unshared(draw(10, 150, 3))  # 450 seeds
-    got = compare(y, p_values=False)
-    assert not got.blocked
-    assert got.df == 300
-
-
-def test_unpaired_cells_of_unequal_size_and_spread_are_not_pooled() -> None:
-    y = np.full((2, 8), np.nan)
-    y[0, :2], y[1, 2:] = [0.90, 0.93], [0.87, 0.872, 0.871, 0.869, 0.87, 0.871]
-    got, pooled = compare(y), compare(y, spreads="equal")
-    assert not got.blocked
-    assert got.wide
-    welch = np.sqrt(np.var(y[0, :2], ddof=1) / 2 + np.var(y[1, 2:], ddof=1) / 6)
-    own = stats.pair_variance(y, np.array([0]), False)[0, 1] * (1 / 2 + 1 / 6)
-    assert own == pytest.approx(welch**2)
-    assert got.half[1] > pooled.half[1]
+    np.testing.assert_array_equal(b.half[:4], a.half)
 
 
 def test_repeats_are_the_seeds_of_a_cell() -> None:
     y = draw(11, 3, 4)
-    assert compare(y).repeats == 4
-    assert compare(unshared(y)).repeats == 4
-    y[0, :2] = np.nan
+    assert compare(y).repeats == compare(unshared(y)).repeats == 4
+    y[0, :2] = NAN
     assert compare(y).repeats == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 4))
 
 
-def test_how_far_another_cell_may_lie_above_is_hsus_bound_and_holds() -> None:
-    """Three cells, complete: ``mean_j - mean_i + d sqrt(2 mse / n)`` by hand; the true distances are kept with 95 %."""
+def test_seeds_that_were_drawn_for_each_cell_are_no_blocks() -> None:
+    """500 columns with two or three trials of each cell: the error is that within cells."""
+    rng = np.random.default_rng(0)
+    y = np.full((200, 500), NAN)
+    for k in range(200):
+        here = slice(2 * k, 2 * k + 2) if k % 2 else slice(2 * k, 2 * k + 3)
+        y[k, here] = rng.normal(size=here.stop - here.start)
+    got = compare(y, spreads="equal")
+    assert (got.blocked, got.df) == (False, 300)
+    assert got.sd == pytest.approx(math.sqrt(np.nansum(np.nanvar(y, axis=1) * np.isfinite(y).sum(1)) / 300))
+    assert got.means == pytest.approx(np.nanmean(y, axis=1))
+    for seeds, blocked in ((400, True), (401, False)):
+        assert compare(rng.normal(size=(2, seeds))).blocked == blocked
+
+
+def test_how_far_another_cell_may_lie_above_holds() -> None:
+    """Three cells: the true distances are kept with 95 % (three Monte Carlo errors)."""
     rng = np.random.default_rng(3)
-    truth, runs, held = np.array([0.90, 0.897, 0.88]), 400, 0
-    for _ in range(runs):
-        y = truth[:, None] + rng.normal(0, 0.005, 4) + rng.normal(0, 0.003, (3, 4))
-        result = compare(y, spreads="equal", p_values=False)
-        step = stats.dunnett_critical(2, 6) * result.sd * math.sqrt(2 / 4)
-        lead = result.means[None, :] - result.means[:, None] + step
-        np.fill_diagonal(lead, 0.0)
-        np.testing.assert_allclose(result.below, np.maximum(lead.max(1), 0.0), rtol=1e-9)  # float noise
-        held += bool((result.below >= truth.max() - truth - 1e-12).all())
-    assert held / runs > 0.95 - 3 * math.sqrt(0.05 * 0.95 / runs), held  # three Monte Carlo errors
+    truth, runs = np.array([0.90, 0.897, 0.88]), 400
+    draws = truth[:, None] + rng.normal(0, 0.005, (runs, 1, 4)) + rng.normal(0, 0.003, (runs, 3, 4))
+    held = np.mean([(compare(y, spreads="equal").below >= truth.max() - truth - 1e-12).all() for y in draws])
+    assert held > 0.95 - 3 * math.sqrt(0.05 * 0.95 / runs), held

@@ -1,4 +1,4 @@
-"""Our attention and encoder block against torchvision's, with dropout on, and what they refuse."""
+"""Our attention and last block against torchvision's, with dropout on, and what they refuse."""
 
 import copy
 import functools
@@ -6,21 +6,23 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torchvision.models.vision_transformer import EncoderBlock as TorchvisionBlock
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import EncoderBlock
 
-from lora_vit.lora.attention import FirstTokenBlock, become
+from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, use_own_attention
 from lora_vit.lora.layers import AdapterSpec
 from lora_vit.lora.places import places_of
 
 D, HEADS = 16, 4
+SPEC = AdapterSpec(3, 2.0, 0.0, 0)
 
 
-def theirs(attention_dropout: float = 0.0) -> TorchvisionBlock:
+def theirs(attention_dropout: float = 0.0) -> EncoderBlock:
     torch.manual_seed(0)
     norm = functools.partial(nn.LayerNorm, eps=1e-3)
-    block = TorchvisionBlock(HEADS, D, 24, 0.0, attention_dropout, norm)
+    block = EncoderBlock(HEADS, D, 24, 0.0, attention_dropout, norm)
     for p in block.parameters():
         nn.init.normal_(p, std=0.5)
     return block.double()
@@ -39,14 +41,14 @@ class KnownDropout(nn.Dropout):
         return x * keep / (1 - self.p) if self.training and self.p > 0 else x
 
 
-def ours(block: TorchvisionBlock, first_token_only: bool = False) -> TorchvisionBlock:
-    """The same block with our attention."""
-    block = copy.deepcopy(block)
-    use_own_attention(block)
+def ours(block: EncoderBlock, first_token_only: bool = False) -> EncoderBlock:
+    """The same block with our attention, as a model's last if the first token counts alone."""
+    model = VisionTransformer(16, 8, 1, HEADS, D, 24)
+    model.encoder.layers = nn.Sequential(copy.deepcopy(block))
+    use_own_attention(model)
     if first_token_only:
-        become(block, FirstTokenBlock)
-        block.self_attention.first_token_only = True
-    return block
+        use_first_token_alone(model)
+    return model.encoder.layers[0]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -60,8 +62,7 @@ def test_a_block_equals_torchvisions_with_its_dropout(dropouts, mode, x):
         torch.testing.assert_close(ours(reference, True)(x), expected[:, :1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("dropout", "mode"), [(0.0, "train"), (0.2, "train"), (0.2, "eval")])
 @pytest.mark.parametrize("first_token_only", [False, True])
 def test_an_adapted_block_equals_other_weights_also_under_its_own_dropout(dropout, mode, first_token_only, x):
     if first_token_only and dropout and mode == "train":
@@ -70,8 +71,7 @@ def test_an_adapted_block_equals_other_weights_also_under_its_own_dropout(dropou
     reference.mlp[2] = KnownDropout(dropout)
     block = ours(reference, first_token_only)
     model = nn.ModuleDict({"block": block})
-    spec, state = AdapterSpec(3, 2.0, 0.0, "gaussian", 0), DropoutState([0])
-    for adapters in inject_adapters(model, [spec], ["q", "v", "o", "fc1", "fc2"], None, state):
+    for adapters in inject_adapters(model, [SPEC], ["q", "v", "o", "fc1", "fc2"], None, DropoutState([0])):
         adapters.double()
         nn.init.normal_(adapters.lora_B, std=0.2)
     attention = reference.self_attention
@@ -103,7 +103,7 @@ def test_other_projections_are_refused(settings):
 
 def test_an_adapted_layer_follows_the_inputs_dtype(x):
     block = theirs()
-    inject_adapters(nn.Sequential(block), [AdapterSpec(3, 2.0, 0.0, "gaussian", 0)], ["fc1"], None, DropoutState([0]))
+    inject_adapters(nn.Sequential(block), [SPEC], ["fc1"], None, DropoutState([0]))
     layer = block.mlp[0]
     full, low = layer(x).detach(), layer(x.bfloat16()).detach()
     assert low.dtype == torch.bfloat16

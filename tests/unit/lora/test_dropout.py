@@ -85,24 +85,6 @@ def test_all_pairs_of_features_are_uncorrelated():
     assert float(c.fill_diagonal_(0).abs().max()) < 6.5  # 4.7 million pairs, independent: above 6 once in a hundred
 
 
-def test_seed_high_bits_count():
-    assert not torch.equal(mask(seed=5), mask(seed=5 + (1 << 40)))
-
-
-def test_a_process_with_other_positions_gets_its_part_of_the_same_mask():
-    whole = mask()
-    half = mask(positions=torch.arange(B // 2, B))
-    torch.testing.assert_close(half, whole[B // 2 :], rtol=0, atol=0)
-
-
-def test_a_trial_gets_the_same_mask_in_a_pack():
-    state = DropoutState([9, 5])
-    state.set(torch.tensor([1, 3]), torch.arange(B))
-    limits = torch.tensor([threshold(0.8), threshold(0.3)], dtype=torch.int32)
-    both = keep_mask(state.rows(name_key("fc1"), S), feature_keys(D), limits)
-    assert torch.equal(both[1].float(), mask())
-
-
 def test_without_a_key_the_error_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"DropoutState\.set or \.advance"):
         DropoutState([1]).rows(0, 4)

@@ -14,9 +14,9 @@ from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead, initial_
 
 I, O, B, S = 24, 16, 2, 5
 SPECS = (
-    AdapterSpec(2, 32 / 3, 0.3, "kaiming_uniform", 3),
-    AdapterSpec(4, 0.5, 0.0, "gaussian", 4),
-    AdapterSpec(1, 8.0, 0.7, "kaiming_uniform", 3),
+    AdapterSpec(2, 32 / 3, 0.3, 3),
+    AdapterSpec(4, 0.5, 0.0, 4),
+    AdapterSpec(1, 8.0, 0.7, 3),
 )
 
 
@@ -38,7 +38,7 @@ def same_distribution(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("width", [100, 400])
 def test_kaiming_start_is_loralibs(width):
-    a = torch.cat([initial_lora_A(AdapterSpec(50, 1, 0, "kaiming_uniform", s), "n", width) for s in range(8)])
+    a = torch.cat([initial_lora_A(AdapterSpec(50, 1, 0, s), "n", width) for s in range(8)])
     torch.manual_seed(0)
     theirs = nn.init.kaiming_uniform_(torch.empty(400, width), a=math.sqrt(5))  # loralib's reset_parameters
     assert same_distribution(a, theirs)
@@ -49,22 +49,15 @@ def test_starts_are_these_draws():
     """Another order or key of draws, and a trial of an older version is another trial."""
     draw = torch.Generator().manual_seed(randomness.key("lora_A", 7, "fc1"))
     expected = torch.empty(3, 16).uniform_(-0.25, 0.25, generator=draw)
-    assert torch.equal(initial_lora_A(AdapterSpec(3, 1, 0, "kaiming_uniform", 7), "fc1", 16), expected)
+    assert torch.equal(initial_lora_A(AdapterSpec(3, 1, 0, 7), "fc1", 16), expected)
     head = PackedHead([7], [0.0], 16, 5, DropoutState([7]))
     draw = torch.Generator().manual_seed(randomness.key("heads.head", 7))
     for parameter in (head.weight, head.bias):
         assert torch.equal(parameter[0], torch.empty(parameter.shape[1:]).uniform_(-0.25, 0.25, generator=draw))
 
 
-@pytest.mark.parametrize("rank", [2, 16])
-def test_gaussian_start_is_pefts(rank):
-    a = torch.cat([initial_lora_A(AdapterSpec(rank, 1, 0, "gaussian", s), "n", 400) for s in range(100)])
-    torch.manual_seed(0)
-    assert same_distribution(a, nn.init.normal_(torch.empty_like(a), std=1 / rank))  # PEFT's reset_lora_parameters
-
-
 def test_a_start_depends_on_seed_and_name_alone():
-    drawn = [initial_lora_A(AdapterSpec(2, s, 0, "kaiming_uniform", seed), n, 8) for s in (1, 2) for seed, n in KEYS]
+    drawn = [initial_lora_A(AdapterSpec(2, s, 0, seed), n, 8) for s in (1, 2) for seed, n in KEYS]
     assert all(torch.equal(a, b) for a, b in zip(drawn[: len(KEYS)], drawn[len(KEYS) :], strict=True))
     assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(KEYS)
 
@@ -88,23 +81,8 @@ def test_adapters_start_as_each_trial_alone():
             f"{n}.lora_{m}": (spec.rank, I) if m == "A" else (O, spec.rank) for n in "qv" for m in "AB"
         }
         assert torch.equal(views["v.lora_A"], adapters.lora_A[k, 1, : spec.rank])
-
-
-def test_a_trials_tensors_are_its_own_part_of_the_parameters():
-    adapters = adapters_of(*SPECS)
-    for k, spec in enumerate(SPECS):
-        views = adapters.trial_tensors(k)
-        for g, name in enumerate(("block.q", "block.v")):
-            assert torch.equal(views[f"{name}.lora_A"], adapters.lora_A[k, g, : spec.rank])
-            assert torch.equal(views[f"{name}.lora_B"], adapters.lora_B[k, g, :, : spec.rank])
-        views["block.q.lora_B"].data.fill_(k)
-        assert (adapters.lora_B[k, 0, :, : spec.rank] == k).all()
-
-
-def test_masks_are_compared_in_int32():
-    """A comparison in int64 would cost a CPU ten times as much memory traffic."""
-    for module in (adapters_of(*SPECS), head_of((0.0, 0.5))):
-        assert {module.threshold_K.dtype, module.feature_I.dtype} == {torch.int32}
+        views["v.lora_B"].data.fill_(k + 1)  # they are views
+        assert (adapters.lora_B[k, 1, :, : spec.rank] == k + 1).all()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -119,7 +97,8 @@ def test_each_trial_gets_its_scaling_and_dropout(mode, kind):
     nn.init.normal_(norm.weight, generator=generator)
     nn.init.normal_(norm.bias, generator=generator)
     x = {"none": lambda: z, "gelu": lambda: nn.functional.gelu(z), "layer_norm": lambda: norm(z)}[kind]()
-    y = adapters.linear(z, weight, bias, Prologue(kind, 1e-2), norm if kind == "layer_norm" else None)
+    parameters = (norm.weight, norm.bias) if kind == "layer_norm" else ()
+    y = adapters.linear(z, weight, bias, Prologue(kind, 1e-2, *parameters))
     rows = adapters.state.rows(randomness.name_key("block.in"), S)
     for k, spec in enumerate(SPECS):
         here = slice(k * B, (k + 1) * B)
@@ -134,24 +113,13 @@ def test_each_trial_gets_its_scaling_and_dropout(mode, kind):
         torch.testing.assert_close(y[here], torch.cat(expected, -1), rtol=1e-12, atol=1e-12)
 
 
-def test_q_k_and_v_share_one_mask_and_other_inputs_have_others():
-    adapters = adapters_of(SPECS[0], names=("block.q", "block.k"), slots=(0, 1)).train()
-    with torch.no_grad():
-        adapters.lora_A[:, 1], adapters.lora_B[:, 1] = adapters.lora_A[:, 0], adapters.lora_B[:, 0]
-    z, zero = torch.ones(B, S, I, dtype=torch.float64), torch.zeros(2 * O, I, dtype=torch.float64)
-    q, k = adapters.linear(z, zero, None).chunk(2, -1)
-    assert torch.equal(q, k)
-    adapters._module_key = randomness.name_key("block.other")
-    assert not torch.equal(adapters.linear(z, zero, None).chunk(2, -1)[0], q)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
     """Roundings of activations to bf16 average out over many tokens; a rounded factor, 0.2 % off, would not.
 
     Activations and gradients have a mean, or the adapters' gradients would be sums of noise as the roundings are.
     """
-    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, "kaiming_uniform", 0), names=("fc1",), slots=(0,)).train()
+    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, 0), names=("fc1",), slots=(0,)).train()
     adapters.lora_A.data, adapters.lora_B.data = (p.data.bfloat16().float() for p in adapters.parameters())
     generator = torch.Generator().manual_seed(1)
     z = (1 + torch.randn(B, 10000, I, generator=generator)).bfloat16()
@@ -165,21 +133,6 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
     for low, full in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         ratio = float((low.double() * full.double()).sum() / full.double().square().sum())
         assert ratio == pytest.approx(1, abs=1e-3)
-
-
-def test_a_norm_in_front_follows_the_inputs_dtype():
-    """The norm's parameters stay in full precision; they are cast as the adapters are."""
-    adapters = adapters_of(AdapterSpec(3, 2.0, 0.0, "kaiming_uniform", 0), names=("fc1",), slots=(0,))
-    generator = torch.Generator().manual_seed(1)
-    z, weight = torch.randn(B, S, I, generator=generator).bfloat16(), torch.zeros(O, I, dtype=torch.bfloat16)
-    norm = nn.LayerNorm(I).double()
-    nn.init.normal_(norm.weight, generator=generator)
-    nn.init.normal_(norm.bias, generator=generator)
-    y = adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), norm)
-    low = nn.LayerNorm(I).bfloat16()
-    low.load_state_dict(norm.state_dict())
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, adapters.linear(z, weight, None, Prologue("layer_norm", norm.eps), low))
 
 
 def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
@@ -235,11 +188,6 @@ def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
 def test_without_dropout_no_key_is_needed():
     """Also in train mode, where a model without a trainer has none."""
     state = DropoutState([1])
-    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, "gaussian", 1)], ["fc1"], [0], "in", I, O, state).train()
+    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, 1)], ["fc1"], [0], "in", I, O, state).train()
     assert adapters.linear(torch.ones(B, S, I), torch.ones(O, I), None).shape == (B, S, O)
     assert PackedHead([1], [0.0], I, 7, state).train()(torch.ones(1, B, I)).shape == (1, B, 7)
-
-
-def test_an_unknown_start_says_what_exists():
-    with pytest.raises(ValueError, match=r"init 'zeros' is unknown \(kaiming_uniform, gaussian\)"):
-        initial_lora_A(AdapterSpec(1, 1, 0, "zeros", 0), "n", 4)

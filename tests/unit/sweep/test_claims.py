@@ -1,20 +1,19 @@
-"""Claims: each trial has one owner, and the dead lose theirs."""
+"""Claims: each trial has one owner, the dead lose theirs, and who has lost one writes nothing."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import platform
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lora_vit.sweep import claims as claims_module
-from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims, Owner
+from lora_vit.sweep.claims import DEAD_AFTER, ENDED, FREE, HELD, Claims
 
 WORKER = """
 import os, random, signal, sys, time
@@ -25,7 +24,7 @@ chance = random.Random(index)
 order = [f"{i:04d}" for i in range(trials)]
 chance.shuffle(order)
 done = 0
-with Claims(folder) as claims:
+with Claims(folder).living() as claims:
     print("ready", flush=True)
     sys.stdin.readline()  # all begin at once, or the first could leave nothing for the last
     while True:
@@ -81,418 +80,224 @@ def test_sixteen_processes_run_a_thousand_trials_once_each(tmp_path):
     assert not list(tmp_path.glob("*.running"))
 
 
-def another_host() -> Owner:
-    return Owner(host="elsewhere/1", pid=os.getpid(), born="1", token="other")
+@pytest.fixture
+def clock(monkeypatch):
+    """Our own clock, by hand."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
 
 
-def take(claims: Claims, trial: str) -> bool:
+def claims_of(folder, host: str | None = None, pid: int | None = None, born: str | None = None) -> Claims:
+    """A process's claims; of another machine, or of another process."""
+    claims = Claims(folder)
+    given = {"host": host, "pid": pid, "born": born}
+    claims._identity |= {key: value for key, value in given.items() if value is not None}
+    return claims
+
+
+def take(claims: Claims, trial: str = "a") -> bool:
     """As a process does that has just looked."""
     claims.look()
     return claims.take(trial)
 
 
-def held(claims: Claims, trial: str) -> bool:
+def seen(claims: Claims, trial: str = "a") -> str:
     claims.look()
-    return claims.state(trial) == HELD
+    return claims.state(trial)
 
 
-def test_one_owner(tmp_path):
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    assert take(mine, "a")
-    assert not take(theirs, "a")
-    assert held(theirs, "a")
+def test_one_owner_at_a_time(tmp_path):
+    mine, theirs = claims_of(tmp_path), claims_of(tmp_path, "elsewhere")
+    assert take(mine)
+    assert not take(theirs)
+    assert seen(theirs) == seen(mine) == HELD
+    assert not take(mine)  # nor twice by its owner
     mine.release("a")
-    assert not held(theirs, "a")
-    assert take(theirs, "a")
-    assert not take(mine, "a")
-
-
-def test_a_process_that_is_gone_loses_its_claim_at_once(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    dead = Claims(tmp_path, Owner(pid=gone.pid, born="1"))
-    assert take(dead, "a")
-    assert take(Claims(tmp_path), "a")
-
-
-def test_a_process_id_used_again_is_another_process(tmp_path):
-    earlier = Claims(tmp_path, Owner(pid=os.getpid(), born="1", token="earlier"))
-    assert take(earlier, "a")
-    assert take(Claims(tmp_path), "a")
-
-
-def test_another_host_is_dead_when_its_sign_of_life_stands_still(tmp_path, monkeypatch):
-    """By our own clock: theirs may be wrong, even in the future."""
-    theirs, mine = Claims(tmp_path, another_host()), Claims(tmp_path)
-    assert take(theirs, "a")
-    os.utime(tmp_path / ".claims/a.1", (time.time() + 1e6, time.time() + 1e6))
-    now = [1000.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    assert not take(mine, "a")
-    now[0] += claims_module.DEAD_AFTER - 1
-    assert not take(mine, "a")
-    theirs.beat()
-    now[0] += 2
-    assert not take(mine, "a"), "it has given a sign of life since"
-    now[0] += claims_module.DEAD_AFTER + 1
-    assert take(mine, "a")
-    theirs._beat = 0  # it was silent for long
-    theirs.beat()
-    assert theirs.lost == {"a"}
-    theirs.release("a")
-    assert held(mine, "a"), "a lost claim's release does not free the new owner's"
-
-
-def test_a_damaged_claim_does_not_block_for_ever(tmp_path, monkeypatch):
-    mine = Claims(tmp_path)
-    Path(tmp_path / ".claims/a.1").write_text('{"host": "el')
-    now = [0.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    assert not take(mine, "a")
-    now[0] += claims_module.DEAD_AFTER + 1
-    assert take(mine, "a")
-
-
-def test_signs_of_life_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "BEAT_EVERY", 0.01)
-    with Claims(tmp_path) as claims:
-        assert take(claims, "a")
-        path = tmp_path / ".claims/a.1"
-        os.utime(path, (1.0, 1.0))
-        until = time.monotonic() + 30
-        while path.stat().st_mtime == 1.0:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-    assert path.with_name("a.1.free").samefile(path)
-
-
-# --- what is in the folder
-
-
-def claim(folder: Path, name: str) -> dict[str, object]:
-    values = json.loads((folder / ".claims" / name).read_text())
-    assert isinstance(values, dict)
-    return values
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / ".claims").iterdir())
-
-
-def test_a_claim_is_a_link_to_its_owners_file(tmp_path):
-    """Each owner of a trial adds one, and another when it is done with it; nothing else stays."""
-    folder = tmp_path / "deep/sweep"
-    first, second = (Claims(folder, Owner(host=f"h{i}", pid=i, born=f"b{i}", token=f"t{i}")) for i in (1, 2))
-    assert names(folder) == []
-    assert take(first, "a")
-    assert claim(folder, "a.1") == {"host": "h1", "pid": 1, "born": "b1", "token": "t1"}
-    assert take(second, "a") is False
-    assert names(folder) == ["a.1", "t1.owner"]
-    first.release("a")
-    assert names(folder) == ["a.1", "a.1.free", "t1.owner"]
-    for number in (2, 4):
-        assert take(second, "a")
-        assert claim(folder, f"a.{number}")["token"] == "t2"
-        second.release("a")
-        assert take(first, "a")
-        assert claim(folder, f"a.{number + 1}")["token"] == "t1"
-        assert not take(second, "a")
-        first.release("a")
-    marked = [f"a.{number}{mark}" for number in range(1, 6) for mark in ("", ".free")]
-    assert names(folder) == [*marked, "t1.owner", "t2.owner"]
-    assert take(first, "b"), "the trials do not know of each other"
-    assert (folder / ".claims/b.1").samefile(folder / ".claims/t1.owner")
-
-
-def test_what_has_ended_is_not_taken_before_it_is_opened_again(tmp_path):
-    mine, theirs = Claims(tmp_path, Owner(token="mine")), Claims(tmp_path, another_host())
-    for trial in ("a", "b"):
-        assert take(mine, trial)
-    mine.release("a", ENDED)
-    assert names(tmp_path)[:3] == ["a.1", "a.1.ended", "b.1"]
-    assert [mine.state("a"), theirs.state("a")] == [ENDED, FREE], "theirs is as of its last look"
-    assert take(theirs, "a") is False
-    assert theirs.state("a") == ENDED
-    theirs.reopen("b")
-    assert theirs.state("b") == HELD, "what somebody has is left to him"
-    theirs.reopen("a")
-    theirs.reopen("new")
-    assert names(tmp_path)[:5] == ["a.1", "a.1.ended", "a.2", "a.2.free", "b.1"]
-    assert theirs.state("a") == FREE
-    assert take(mine, "a")
-
-
-def test_of_many_claims_the_last_one_counts(tmp_path):
-    """By number, of which 10 is more than 9."""
-    mine = Claims(tmp_path)
-    for _ in range(11):
-        assert take(mine, "a")
-        mine.release("a")
-    assert (tmp_path / ".claims/a.11.free").exists()
-    assert take(mine, "a")
-    assert held(mine, "a")
-
-
-def test_why_a_trial_has_ended_without_a_record_is_kept(tmp_path):
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    for trial in ("a", "b"):
-        assert take(mine, trial)
-        mine.release(trial, ENDED, why="its folder is another's" if trial == "a" else "")
-    theirs.look()
-    assert [theirs.why(trial) for trial in ("a", "b")] == ["its folder is another's", ""]
-    assert theirs.state("a") == ENDED
+    assert seen(theirs) == FREE
+    assert take(theirs)
+    assert not take(mine)
+    theirs.release("a", ENDED)
+    assert seen(mine) == ENDED
+    assert not take(mine)
+    mine.reopen("a")
+    assert seen(mine) == FREE
 
 
 def test_what_another_took_since_the_look_is_not_taken(tmp_path):
-    """And is not tried again before the next look."""
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
+    mine, theirs = claims_of(tmp_path), claims_of(tmp_path, "elsewhere")
     mine.look()
-    assert take(theirs, "a")
-    assert mine.state("a") == FREE
-    assert mine.take("a") is False
-    assert mine.state("a") == HELD
-    theirs.release("a")
-    assert mine.take("a") is False
-    assert take(mine, "a")
+    assert take(theirs)
+    assert not mine.take("a")
+
+
+def test_the_highest_of_many_claims_counts(tmp_path):
+    claims = claims_of(tmp_path)
+    for _ in range(11):  # more than one digit
+        assert take(claims)
+        claims.release("a")
+    assert take(claims)
+    assert seen(claims_of(tmp_path)) == HELD
+
+
+@pytest.mark.parametrize("born", ["", "1"], ids=["ended", "its id is another process's now"])
+def test_a_process_of_this_machine_that_has_ended_loses_its_claim_at_once(born, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead = claims_of(tmp_path, pid=os.getpid() if born else gone.pid, born="1")
+    assert take(dead)
+    assert take(claims_of(tmp_path))
+
+
+def test_a_zombie_has_ended(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    while claims_module._born(child.pid):
+        time.sleep(0.01)
+    assert take(claims_of(tmp_path, pid=child.pid, born="1"))
+    assert seen(claims_of(tmp_path)) == FREE
+    child.wait()
+
+
+@pytest.mark.parametrize(("host", "pid"), [("elsewhere", None), (None, os.getpid())], ids=["elsewhere", "suspended here"])
+def test_an_owner_is_dead_once_its_sign_of_life_stands_still_by_our_clock(host, pid, clock, tmp_path):
+    theirs, mine = claims_of(tmp_path, host, pid), claims_of(tmp_path)
+    assert take(theirs)
+    os.utime(tmp_path / ".claims" / f"{theirs.token}.owner", (1, 1))  # their clock means nothing
+    assert seen(mine) == HELD
+    clock.seconds = DEAD_AFTER
+    assert seen(mine) == HELD
+    os.utime(tmp_path / ".claims" / f"{theirs.token}.owner", (2, 2))
+    clock.seconds += 0.1
+    assert seen(mine) == HELD  # it moved
+    clock.seconds += DEAD_AFTER + 0.1
+    assert seen(mine) == FREE
+    assert take(mine)
+
+
+def test_an_owner_that_was_taken_for_dead_knows_it_before_it_writes(clock, tmp_path):
+    theirs, mine = claims_of(tmp_path, "elsewhere"), claims_of(tmp_path)
+    assert take(theirs)
+    assert theirs.mine("a")
+    assert seen(mine) == HELD
+    clock.seconds = DEAD_AFTER + 1
+    assert take(mine)
+    assert mine.mine("a")
+    assert not theirs.mine("a")
+    assert theirs.lost == {"a"}
+    theirs.release("a")  # is not theirs to give back
+    assert seen(mine) == HELD
+    assert not theirs.mine("never had")
+
+
+@pytest.mark.parametrize("silence", [0.0, DEAD_AFTER])
+def test_who_was_silent_for_long_looks_for_what_others_took(silence, clock, tmp_path):
+    theirs, mine = claims_of(tmp_path, "elsewhere"), claims_of(tmp_path)
+    assert take(theirs)
+    mine.look()
+    mine._last["a"] = (1, FREE)  # as if it had been dead
+    assert mine.take("a")
+    clock.seconds += silence
+    theirs.beat()
+    assert theirs.lost == ({"a"} if silence else set())
+
+
+@pytest.mark.parametrize("damage", ["owner", "claim", "both"])
+def test_damaged_files_do_not_block_for_ever_nor_free_at_once(damage, clock, tmp_path):
+    theirs, mine = claims_of(tmp_path, "elsewhere"), claims_of(tmp_path)
+    assert take(theirs)
+    if damage in ("owner", "both"):
+        (tmp_path / ".claims" / f"{theirs.token}.owner").write_text("")
+    if damage in ("claim", "both"):
+        (tmp_path / ".claims" / "a.1").write_text("")
+    assert seen(mine) == HELD
+    clock.seconds = DEAD_AFTER + 1
+    assert seen(mine) == FREE
+
+
+def test_signs_of_life_carry_how_far_the_trials_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "BEAT_EVERY", 0.02)
+    mine, other = claims_of(tmp_path), claims_of(tmp_path)
+    with mine.living():
+        assert take(mine)
+        mine.progress["a"] = 1.5
+        until = time.monotonic() + 20
+        while not (other.look() or other.epochs("a")):
+            assert time.monotonic() < until
+        assert other.epochs("a") == 1.5
+        assert other.holder("a").startswith(f"process {os.getpid()} on ")
+    assert seen(other) == FREE  # given back at the end
+    assert other.epochs("a") == 0
+
+
+def test_an_error_is_noted_for_the_next_process_and_not_for_ourselves(tmp_path):
+    first, second = claims_of(tmp_path), claims_of(tmp_path)
+    assert take(first)
+    assert first.seen_elsewhere("a") == ""
+    first.release("a", FREE, "ValueError: boom")
+    assert take(second)
+    assert second.seen_elsewhere("a") == "ValueError: boom"
+    second.release("a", FREE, "ValueError: boom")
+    assert take(second)
+    assert second.seen_elsewhere("a") == ""
 
 
 def test_a_file_server_that_does_twice_what_it_is_asked_once(tmp_path, monkeypatch):
-    """The link is there, and the answer to the repeated request says that it exists."""
-    mine = Claims(tmp_path)
-    link = os.link
+    mine, create = claims_of(tmp_path), os.open
 
-    def twice(source, target):
-        link(source, target)
-        link(source, target)
+    def twice(path, flags, *mode):
+        handle = create(path, flags, *mode)
+        if flags & os.O_EXCL and str(path).endswith("a.1"):
+            os.write(handle, mine.token.encode())
+            os.close(handle)
+            return create(path, flags, *mode)
+        return handle
 
-    monkeypatch.setattr(os, "link", twice)
-    assert take(mine, "a")
-
-
-def test_what_is_not_held_is_not_given_back(tmp_path):
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    mine.release("a")
-    assert names(tmp_path) == []
-    assert take(theirs, "a")
-    mine.release("a")
-    assert held(mine, "a")
-    assert not held(mine, "b")
-    theirs.release("a")
-    theirs.release("a")
-    assert names(tmp_path) == ["a.1", "a.1.free", "other.owner"]
+    monkeypatch.setattr(claims_module.os, "open", twice)
+    assert take(mine)
+    assert seen(mine) == HELD
 
 
-def test_a_full_disk_keeps_a_claim_until_its_owner_ends(tmp_path, monkeypatch):
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    assert take(mine, "a")
-
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", full)
-        mine.release("a", ENDED)
-    assert held(theirs, "a")
+def test_no_hard_links_are_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: pytest.fail("a hard link"))
+    mine = claims_of(tmp_path)
+    assert take(mine)
+    mine.release("a", ENDED)
 
 
-def test_an_owner_has_its_own_claim_and_does_not_take_it_twice(tmp_path):
-    mine = Claims(tmp_path, Owner(host="h", pid=0, born="long ago", token="mine"))
-    assert take(mine, "a")
-    assert held(mine, "a")
-    assert not take(mine, "a")
-    assert names(tmp_path) == ["a.1", "mine.owner"]
+def test_on_a_full_disk_a_claim_stays_until_its_owner_ends(tmp_path, monkeypatch):
+    mine = claims_of(tmp_path)
+    assert take(mine)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(claims_module.os, "open", full)
+    mine.release("a")  # says nothing
+    monkeypatch.undo()
+    assert seen(claims_of(tmp_path)) == HELD
 
 
-def test_who_is_second_at_the_same_moment_has_nothing(tmp_path, monkeypatch):
-    """Both have seen the trial free; the hard link decides."""
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    link = os.link
-    with monkeypatch.context() as patch:
+@pytest.mark.parametrize(("answer", "dead"), [(None, False), (PermissionError, False), (ProcessLookupError, True)])
+def test_a_process_is_asked_by_signal_where_there_is_no_proc(answer, dead, tmp_path, monkeypatch):
+    assert take(claims_of(tmp_path, pid=4242, born=""))
 
-        def late(source, target):
-            patch.setattr(os, "link", link)
-            assert take(theirs, "a")
-            link(source, target)  # too late
-
-        patch.setattr(os, "link", late)
-        assert take(mine, "a") is False
-    assert claim(tmp_path, "a.1")["token"] == "other"
-    mine.release("a")
-    assert held(theirs, "a")
-
-
-# --- who lives
-
-
-def test_an_owner_is_told_by_host_boot_process_and_token(monkeypatch):
-    """The start time is field 22 of ``/proc/PID/stat``, whatever the process calls itself."""
-    mine, other = Owner(), Owner()
-    assert mine.pid == os.getpid()
-    assert mine.token != other.token
-    assert (mine.host, mine.born) == (other.host, other.born)
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("needs Linux's /proc")
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert mine.host == f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
-    name = Path("/proc/self/comm").read_text()
-    try:
-        Path("/proc/self/comm").write_text("plain")
-        assert mine.born == Path("/proc/self/stat").read_text().split()[21]
-        Path("/proc/self/comm").write_text("a) S 1 (b 2) ")
-        assert Owner().born == mine.born
-    finally:
-        Path("/proc/self/comm").write_text(name)
-
-
-def without_proc(monkeypatch) -> None:
-    """As on macOS."""
-    read, exists = Path.read_text, Path.exists
-
-    def refuse(path: Path, *args: object, **more: object) -> str:
-        if path.is_relative_to("/proc"):
-            raise FileNotFoundError(path)
-        return read(path, *args, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    monkeypatch.setattr(Path, "exists", lambda path: not path.is_relative_to("/proc") and exists(path))
-
-
-def test_an_owner_where_there_is_no_proc(monkeypatch):
-    without_proc(monkeypatch)
-    mine = Owner()
-    assert (mine.host, mine.born) == (f"{platform.node()}/", "")
-
-
-def test_a_start_time_that_cannot_be_found_is_left_out(monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda path: "1 (x) S 2")
-    assert Owner().born == ""
-
-
-@pytest.mark.parametrize(("answer", "lives"), [(None, True), (PermissionError, True), (ProcessLookupError, False)])
-def test_a_process_is_asked_for_by_signal_where_there_is_no_proc(answer, lives, tmp_path, monkeypatch):
-    asked = []
-
-    def kill(pid, signum):
-        asked.append((pid, signum))
+    def kill(pid: int, signum: int) -> None:
+        assert (pid, signum) == (4242, 0)
         if answer is not None:
             raise answer
 
-    without_proc(monkeypatch)
-    monkeypatch.setattr(os, "kill", kill)
-    assert take(Claims(tmp_path, Owner(host="here", pid=123, token="other")), "a")
-    assert held(Claims(tmp_path, Owner(host="here")), "a") == lives
-    assert asked == [(123, 0)]
+    mine = claims_of(tmp_path)
+    mine.look()
+    monkeypatch.setattr(claims_module, "Path", lambda *_: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(claims_module.os, "kill", kill)
+    assert mine.state("a") == (FREE if dead else HELD)
 
 
-def test_a_process_of_this_host_lives_until_it_ends(tmp_path):
-    """Also before anybody has waited for it; without its start time by its id alone."""
-    mine = Claims(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    unborn = Claims(tmp_path, Owner(pid=process.pid, born="", token="other"))
-    born = Path(f"/proc/{process.pid}/stat")
-    assert take(unborn, "a")
-    assert held(mine, "a")
-    if born.exists():
-        known = Claims(tmp_path, Owner(pid=process.pid, born=born.read_text().split()[21], token="another"))
-        assert take(known, "b")
-        assert held(mine, "b")
-        without_birth = {"host": mine.owner.host, "pid": process.pid, "token": "of an earlier version"}
-        (tmp_path / ".claims/c.1").write_text(json.dumps(without_birth))
-        assert held(mine, "c")
-    assert process.stdin is not None
-    process.stdin.close()
-    if born.exists():
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet waited for
-        assert not held(mine, "b")
-        assert not held(mine, "a")
-        assert not held(mine, "c")
-    process.wait()
-    assert not held(mine, "a")
-
-
-def test_another_host_has_its_time_to_the_last_second(tmp_path, monkeypatch):
-    """For all that it has, from when we first looked."""
-    theirs, mine = Claims(tmp_path, another_host()), Claims(tmp_path)
-    assert take(theirs, "a")
-    assert take(theirs, "b")
-    now = [1e6]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    assert held(mine, "a")
-    now[0] += 50
-    assert held(mine, "b")
-    now[0] += claims_module.DEAD_AFTER - 50
-    assert held(mine, "a"), "not more than the time has passed"
-    now[0] += 1
-    assert not held(mine, "a")
-    assert not held(mine, "b")
-    os.utime(tmp_path / ".claims/a.1", (1.0, 1.0))
-    assert held(mine, "a"), "a sign of life, also one from the past"
-
-
-# --- signs of life
-
-
-def test_one_sign_of_life_is_for_all_claims(tmp_path):
-    mine = Claims(tmp_path)
-    mine.beat()
-    assert names(tmp_path) == [], "no claim yet"
-    for trial in ("a", "b"):
-        assert take(mine, trial)
-    os.utime(tmp_path / ".claims/a.1", (1.0, 1.0))
-    mine.beat()
-    for trial in ("a", "b"):
-        assert abs((tmp_path / f".claims/{trial}.1").stat().st_mtime - time.time()) < 60
-
-
-@pytest.mark.parametrize("silent", [False, True])
-def test_who_was_silent_for_long_looks_for_what_others_took(silent, tmp_path, monkeypatch):
-    """By the folder's clock; who gave its signs of life cannot have lost anything, and saves the look."""
-    mine = Claims(tmp_path)
-    for trial in ("lost", "kept"):
-        assert take(mine, trial)
-    mine.beat()
-    (tmp_path / ".claims/lost.2").touch()
-    passed = claims_module.DEAD_AFTER * (0.51 if silent else 0.49)
-    now = mine._beat / 1e9 + passed
-    utime = os.utime
-    monkeypatch.setattr(os, "utime", lambda path: utime(path, (now, now)))
-    mine.beat()
-    assert mine.lost == ({"lost"} if silent else set())
-
-
-def test_a_lost_trial_can_be_won_again(tmp_path):
-    mine, theirs = Claims(tmp_path), Claims(tmp_path, another_host())
-    assert take(mine, "a")
-    mine._beat = 0  # silent for long
-    (tmp_path / ".claims/a.2").touch()
-    mine.beat()
-    assert mine.lost == {"a"}
+def test_two_names_a_trial_stay_behind(tmp_path):
+    mine = claims_of(tmp_path)
+    assert take(mine)
     mine.release("a", ENDED)
-    assert "a.1.ended" not in names(tmp_path), "it is another's to say"
-    (tmp_path / ".claims/a.2.free").touch()
-    assert take(mine, "a")
-    assert mine.lost == set()
-    mine.beat()
-    assert mine.lost == set()
-    mine.release("a")
-    assert "a.3.free" in names(tmp_path)
-    assert take(theirs, "a")
-
-
-def test_claims_are_given_back_at_the_end(tmp_path):
-    theirs = Claims(tmp_path, another_host())
-    threads = threading.active_count()
-    with Claims(tmp_path) as mine:
-        assert isinstance(mine, Claims)
-        assert threading.active_count() == threads + 1
-        assert take(mine, "a")
-        assert take(mine, "b")
-        assert held(theirs, "b")
-    assert threading.active_count() == threads
-    assert not held(theirs, "a")
-    assert not held(theirs, "b")
-
-
-def test_a_claim_outlives_several_beats():
-    """Their number in the time after which others think us dead: a slow disk may swallow some."""
-    assert claims_module.DEAD_AFTER >= 10 * claims_module.BEAT_EVERY
+    names = {p.name: p.read_text() for p in (tmp_path / ".claims").iterdir()}
+    assert names["a.1"] == mine.token
+    assert json.loads(names["a.1.ended"]) == {"token": mine.token, "error": ""}
+    assert set(names) == {"a.1", "a.1.ended", f"{mine.token}.owner"}

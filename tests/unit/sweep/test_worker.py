@@ -1,208 +1,502 @@
-"""The worker of a sweep where memory runs out, and the measured pack size."""
+"""What a worker does with packs, errors, claims and requests to stop; records and claims are real, nothing trains."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
+import errno
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from helpers import trial_config
-from sweeps import options
+from stage import setup_of
+from sweeps import leave_record, seed_trials, sweep_of
 
-from lora_vit.build import build_setup
-from lora_vit.config import TrialConfig
-from lora_vit.distributed import Process
-from lora_vit.records import read_record
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed
+from lora_vit.records import CHECKPOINT, read_record
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep import measure, processes
-from lora_vit.sweep.claims import Claims, Owner
-from lora_vit.sweep.plan import Job, SweepRun
-from lora_vit.sweep.worker import Worker, out_of_memory
-from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
+from lora_vit.sweep import claims as claims_module
+from lora_vit.sweep import worker as worker_module
+from lora_vit.sweep.claims import DEAD_AFTER, ENDED, FREE, HELD, Claims
+from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.plan import Sweep
+from lora_vit.sweep.setups import Setups, own_device
+from lora_vit.sweep.trial import Trial
+from lora_vit.sweep.worker import PackReporter, Worker
 from lora_vit.training.trial import TrialRun
 
-
-def train(folder: Path, jobs: list[Job], **changes: object) -> list[str]:
-    """Run a worker in this process; returns what it said."""
-    said: list[str] = []
-
-    def emit(kind: str, **fields: object) -> None:
-        if kind == "say":
-            said.append(str(fields["text"]))
-
-    with StopRequest() as stop:
-        Worker(SweepRun(tuple(jobs), folder, options(**changes), time.time()), emit, stop).work()
-    return said
+Act = Callable[[list[TrialRun], PackReporter], None]
 
 
-def jobs_of(*settings: str) -> list[Job]:
-    return [Job(trial_config("trainer.checkpoint_every=0.001", s), [s], label=s) for s in settings]
+class Bench:
+    """Workers whose packs do what ``act`` says, and then complete; each worker stands for a process."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.stop = folder, StopRequest()
+        self.act: Act = lambda trials, reporter: None
+        self.built: Callable[[Trial], object] = lambda trial: setup_of()
+        self.packs: list[list[int]] = []
+        self.said: list[str] = []
+        self.runs: list[TrialRun] = []
+
+    def train(self, trials: list[TrialRun], setup: object, reporter: PackReporter, stop: StopRequest) -> None:
+        assert setup is setup_of()
+        assert stop is self.stop
+        self.packs.append([trial.config.seed for trial in trials])
+        self.runs += trials
+        for trial in trials:
+            trial.files.write_record()
+        self.act(trials, reporter)
+        for trial in trials:
+            if trial.record.status == "running":
+                self.complete(trial, reporter)
+
+    def complete(self, trial: TrialRun, reporter: PackReporter) -> None:
+        trial.record.metrics["val_accuracy"] = 0.75
+        trial.complete()
+        reporter.left(trial)
+
+    def ask(self, trials: list[Trial], **options: Any) -> Sweep:
+        return sweep_of(self.folder, trials, **options)
+
+    def work(self, trials: list[Trial] | None = None, **options: Any) -> Worker:
+        """Ask for the trials, and be a new worker."""
+        if trials is not None:
+            self.ask(trials, **options)
+        claims = Claims(self.folder)
+        worker = Worker(Sweep.existing(self.folder), claims, self.stop, self.said.append)
+        try:
+            worker.work()
+        finally:
+            for name in list(claims._held):  # as `living` does
+                claims.release(name)
+        return worker
+
+    def fails(self, kind: type[Exception], *words: str) -> None:
+        """Be a new worker, which ends so."""
+        with pytest.raises(kind) as ended:
+            self.work()
+        assert all(word in str(ended.value) for word in words), ended.value
+
+    def statuses(self, trials: list[Trial]) -> list[str]:
+        return [read_record(self.folder / trial.trial_id).status for trial in trials]
+
+    def states(self, trials: list[Trial]) -> list[str]:
+        return states(self.folder, trials)
 
 
-def test_out_of_memory_halves_the_pack_and_goes_on(tmp_path, monkeypatch):
-    """Packs of more than two run out of memory in their second epoch; nothing is trained anew."""
-    jobs = jobs_of("seed=0", "seed=1", "seed=2", "seed=3")
-    steps: dict[str, list[int]] = {}
-    whole = Pack.step
-
-    def step(pack: Pack, *args: object) -> torch.Tensor:
-        if pack.K > 2 and pack.trials[0].state.epoch == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-        for trial in pack.trials:
-            steps.setdefault(trial.name, []).append(trial.state.epoch * pack.steps_per_epoch + pack.step_in_epoch)
-        return whole(pack, *args)
-
-    monkeypatch.setattr(Pack, "step", step)
-    said = train(tmp_path, jobs)
-    assert any("OutOfMemoryError" in line and "packs of 2" in line for line in said)
-    for job in jobs:
-        record = read_record(tmp_path / job.trial_id)
-        assert record.status == "completed"
-        assert record.cost["pack_size"] == 2
-        assert steps[job.trial_id] == list(range(14)), "every step once: it went on from its checkpoint"
+def states(folder: Path, trials: list[Trial]) -> list[str]:
+    claims = Claims(folder)
+    claims.look()
+    return [claims.state(trial.trial_id) for trial in trials]
 
 
-def test_an_error_of_one_trial_is_recorded_as_its_own(tmp_path, monkeypatch):
-    jobs = jobs_of("seed=0", "seed=1", "seed=2")
-    whole = Pack.step
-
-    def step(pack: Pack, *args: object) -> torch.Tensor:
-        if any(t.config.seed == 1 for t in pack.trials):
-            raise RuntimeError("this trial cannot be trained")
-        return whole(pack, *args)
-
-    monkeypatch.setattr(Pack, "step", step)
-    train(tmp_path, jobs)
-    records = [read_record(tmp_path / job.trial_id) for job in jobs]
-    assert [r.status for r in records] == ["completed", "failed", "completed"]
-    assert records[1].error is not None
-    assert "this trial cannot be trained" in records[1].error["message"]
-    assert "in step" in records[1].error["traceback"]
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    made = Bench(tmp_path)
+    monkeypatch.setattr(worker_module, "train_trials", made.train)
+    monkeypatch.setattr(worker_module, "free_memory", lambda: None)  # takes long, and there is nothing to free
+    monkeypatch.setattr(worker_module, "POLL_EVERY", 0.001)
+    monkeypatch.setattr(Setups, "of", lambda setups, trial: made.built(trial))
+    return made
 
 
-def test_an_error_while_measuring_is_recorded_by_the_trials(tmp_path, monkeypatch):
-    """The first step of every pack fails: no worker dies of it, and each trial says why."""
-    jobs = jobs_of("seed=0", "seed=1")
-
-    def step(pack: Pack, *args: object) -> torch.Tensor:
-        raise RuntimeError("this model cannot be trained")
-
-    monkeypatch.setattr(Pack, "step", step)
-    said = train(tmp_path, jobs, pack_size="auto")
-    assert any("cannot be measured (RuntimeError: this model cannot be trained)" in line for line in said)
-    for job in jobs:
-        record = read_record(tmp_path / job.trial_id)
-        assert record.status == "failed"
-        assert record.error is not None
-        assert record.error["message"] == "RuntimeError: this model cannot be trained"
+def another(folder: Path, *trials: Trial) -> Claims:
+    """A process that has these trials; it lives, for it is this one."""
+    claims = Claims(folder)
+    claims.look()
+    for trial in trials:
+        assert claims.take(trial.trial_id)
+    return claims
 
 
-@pytest.mark.parametrize("retry", [False, True])
-def test_failed_trials_are_tried_again_if_asked_for_and_anew_after_a_bad_step(retry, tmp_path, monkeypatch):
-    """One that failed at a step begins anew; one that failed otherwise goes on from its checkpoint."""
-    jobs = jobs_of("seed=0", "seed=1")
-    run = SweepRun(tuple(jobs), tmp_path, options(), time.time())
-    setup = build_setup(jobs[0].config, Process())
-    for job, at in zip(jobs, (3, None), strict=True):
-        run.folder_of(job).mkdir()
-        trial = TrialRun.open(job.config, run.folder_of(job), setup, run.launched, {})
-        pack = Pack([trial], setup)
-        pack.step(pack.learning_rates()[0], False)
-        pack.pull()
-        trial.save()
-        trial.fail("failed", at)
-    begun: list[tuple[int, int]] = []
-    init = Pack.__init__
+def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0) -> Act:
+    """Packs with one of these seeds (None: with any) and of more than so many trials raise the error."""
 
-    def remember(pack: Pack, trials: list[TrialRun], of: Setup) -> None:
-        begun.extend((trial.config.seed, trial.state.step_in_epoch) for trial in trials)
-        init(pack, trials, of)
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
+        if len(trials) > more_than and (seeds is None or seeds & {t.config.seed for t in trials}):
+            raise error()
 
-    monkeypatch.setattr(Pack, "__init__", remember)
-    train(tmp_path, jobs, retry_failed=retry)
-    assert begun == ([(0, 0), (1, 1)] if retry else [])
-    assert {read_record(run.folder_of(job)).status for job in jobs} == {"completed" if retry else "failed"}
+    return act
 
 
-def test_what_torch_says_of_too_much_memory_is_known():
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 50)
-    assert out_of_memory(caught.value)
+# --- packs
 
 
-def test_the_processes_on_a_cpu_share_threads_and_memory(monkeypatch):
-    jobs = jobs_of(*(f"seed={seed}" for seed in range(20)))
-    held = processes.expected_bytes(jobs[0].config)
-    monkeypatch.setattr(measure, "attainable_memory", lambda device: 10 * held)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert processes.number_of_workers(jobs, options()) == 4
-    assert processes.number_of_workers(jobs[:3], options()) == 3
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert processes.number_of_workers(jobs, options()) == 8
-    monkeypatch.setattr(measure, "attainable_memory", lambda device: 3 * held)
-    assert processes.number_of_workers(jobs, options()) == 2
-    monkeypatch.setattr(measure, "attainable_memory", lambda device: 0)
-    assert processes.number_of_workers(jobs, options()) == 1
+def test_all_groups_are_trained_in_packs(bench):
+    trials = [*seed_trials(3), *seed_trials(1, trainer__epochs=3)]
+    bench.work(trials, pack_size="2")
+    assert bench.packs == [[0, 1], [2], [0]]
+    assert bench.statuses(trials) == ["completed"] * 4
+    assert bench.states(trials) == [ENDED] * 4
+    assert [run.name for run in bench.runs] == [trial.trial_id for trial in trials], "each in its folder"
+    assert (bench.folder / trials[1].trial_id / ".hydra/overrides.yaml").read_text() == "- seed=1\n"
+    completed = [line for line in bench.said if "completed" in line]
+    assert len(completed) == 4
+    assert all("75.00%" in line for line in completed)
 
 
-def wide_config(batch: int) -> TrialConfig:
-    common = ["trainer.precision=fp32", "data.cache_size=64", "model.image_size=64", "model.patch_size=4"]
-    common += ["model.num_layers=4", "model.hidden_dim=128", "model.num_heads=4", "model.mlp_dim=512"]
-    return trial_config(*common, f"data.batch_size={batch}")
+def test_trials_that_stand_elsewhere_in_an_epoch_train_apart(bench, monkeypatch):
+    opened = TrialRun.open
+
+    def at_another_step(config: Any, *args: Any, **kwargs: Any) -> TrialRun:
+        run = opened(config, *args, **kwargs)
+        run.state.step_in_epoch = 3 * (config.seed % 2)
+        return run
+
+    monkeypatch.setattr(TrialRun, "open", at_another_step)
+    bench.work(seed_trials(4))
+    assert bench.packs == [[0, 2], [1, 3]]
 
 
-def held_by_a_process(batch: int) -> int:
-    config = wide_config(batch)
-    return measure.measure([config], build_setup(config, Process()), StopRequest())[1]
+def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
+    """A GPU is claimed like a trial; a worker too many is told so."""
+    uuids = ["a", "b"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    trials = seed_trials(1, trainer__accelerator="auto")
+    others = [Claims(tmp_path) for _ in range(3)]
+    assert [own_device(trials, claims) for claims in others[:2]] == chosen == [0, 1]
+    with pytest.raises(ConfigError, match=r"\(2\).*one worker for each GPU"):
+        own_device(trials, others[2])
+    assert own_device(seed_trials(1), others[2]) == 0, "a CPU is shared"
 
 
-@pytest.mark.slow
-def test_what_a_process_holds_is_about_what_is_measured():
-    """The activations of a larger batch, within a factor of two; in new processes, which have nothing to use again."""
-    new = multiprocessing.get_context("spawn")
-    held = []
-    for batch in (4, 60):
-        with ProcessPoolExecutor(1, new) as process:
-            held.append(process.submit(held_by_a_process, batch).result())
-    expected = processes.expected_bytes(wide_config(60)) - processes.expected_bytes(wide_config(4))
-    assert expected / 2 < held[1] - held[0] < 2 * expected
+# --- a worker's own trouble is never a trial's end
 
 
-def test_measured_figures_are_of_this_machine():
-    config = trial_config()
-    seconds, held = measure.measure([config, config], build_setup(config, Process()), StopRequest())
-    assert 0 < seconds < 60
-    assert 10 * 2**20 < held < measure.attainable_memory(torch.device("cpu"))
+@pytest.mark.parametrize("size", ["2", "auto"])
+def test_what_cannot_be_built_here_is_left_to_other_workers(size, bench, monkeypatch):
+    """S1: images are not mounted on one machine. The rest of the sweep is trained, the worker says and fails."""
+    monkeypatch.setattr(PackSizes, "_measured", lambda self, group, claims: self.setups.of(group.trials[0]) and 2)
+    broken, fine = seed_trials(5), seed_trials(2, trainer__epochs=3)
+    tried: list[int] = []
+
+    def built(trial: Trial) -> object:
+        if trial.config.trainer.epochs == 2:
+            tried.append(trial.config.seed)
+            raise ConfigError("data.root=/images is not there: mount it")
+        return setup_of()
+
+    bench.built = built
+    bench.ask([*broken, *fine], pack_size=size)
+    bench.fails(ConfigError, "5 trials cannot be trained here", broken[0].trial_id, "data.root=/images")
+    assert tried == [0], "asked once for all that need it"
+    assert bench.states([*broken, *fine]) == [FREE] * 5 + [ENDED] * 2
+    bench.built = lambda trial: setup_of()
+    bench.work()
+    assert bench.statuses([*broken, *fine]) == ["completed"] * 7
 
 
-def test_a_claim_that_was_taken_over_ends_the_pack(tmp_path, monkeypatch):
-    """A process that stood still finds its trial with another, leaves it alone, and takes it when it is free again."""
-    jobs = jobs_of("seed=0", "seed=1")
-    whole = Pack.step
-    other = Claims(tmp_path, Owner(host="elsewhere", token="other"))
-    mine: list[Claims] = []
-    enter = Claims.__enter__
+def test_a_folder_that_cannot_be_used_is_left_alone_and_the_others_train(bench):
+    """Its checkpoint is of other data here; on another machine it may be right."""
+    trials = seed_trials(3)
+    sweep = bench.ask(trials)
+    leave_record(sweep, trials[1], "interrupted", data={"fingerprint": "others"})
+    bench.fails(ConfigError, "1 trials cannot be trained here", trials[1].trial_id, "other splits")
+    assert bench.packs == [[0, 2]]
+    assert bench.states(trials) == [ENDED, FREE, ENDED]
+    assert read_record(bench.folder / trials[1].trial_id).status == "interrupted"
 
-    def remember(claims: Claims) -> Claims:
-        mine.append(claims)
-        return enter(claims)
 
-    def step(pack: Pack, *args: object) -> torch.Tensor:
-        if pack.K == 2 and pack.step_in_epoch == 3 and not mine[0].lost:
-            assert other._link(jobs[0].trial_id, 2)
-            other._held[jobs[0].trial_id] = 2
-            mine[0]._beat = 0  # silent for long
-            mine[0].beat()
-            assert mine[0].lost == {jobs[0].trial_id}
-            other.release(jobs[0].trial_id)
-        return whole(pack, *args)
+@pytest.mark.parametrize("text", ["CUDA error: unspecified launch failure", "cuDNN error: X", "NCCL error in: y"])
+def test_a_broken_device_ends_the_worker_and_no_trial(text, bench):
+    """S2: nothing works any more in a process after such an error."""
+    trials = seed_trials(6)
+    bench.act = breaks(lambda: RuntimeError(text))
+    bench.ask(trials, pack_size="2")
+    bench.fails(TrialFailed, text, "restart")
+    assert bench.packs == [[0, 1]]
+    assert bench.states(trials) == [FREE] * 6
+    bench.act = lambda trials, reporter: None
+    bench.work()
+    assert bench.statuses(trials) == ["completed"] * 6
 
-    monkeypatch.setattr(Claims, "__enter__", remember)
-    monkeypatch.setattr(Pack, "step", step)
-    said = train(tmp_path, jobs, pack_size="2")
-    assert any("was taken over by another process" in line for line in said)
-    assert [read_record(tmp_path / job.trial_id).status for job in jobs] == ["completed"] * 2
+
+def test_two_trials_in_a_row_with_one_error_end_the_worker(bench):
+    """S2: then the process is to blame. A trial that completes in between clears it."""
+    trials = seed_trials(6)
+    bench.act = breaks(lambda: RuntimeError("no"), {0, 2, 3})
+    bench.ask(trials, pack_size="1")
+    bench.fails(TrialFailed, "two trials in a row", "RuntimeError: no")
+    assert bench.packs == [[0], [1], [2], [3]]
+    assert bench.states(trials) == [FREE, ENDED, FREE, FREE, FREE, FREE]
+    assert bench.statuses(trials[:4]) == ["interrupted", "completed", "interrupted", "interrupted"]
+
+
+@pytest.mark.parametrize("second", ["free: 7.5 MiB, process 99", "something else"])
+def test_an_error_that_two_processes_have_seen_fails_the_trial(second, bench):
+    trials = seed_trials(2)
+    bench.act = breaks(lambda: RuntimeError("free: 12 MiB, process 7"), {0})
+    bench.ask(trials, pack_size="1")
+    bench.fails(ConfigError, "1 trials cannot be trained here", trials[0].trial_id, "process 7")
+    bench.act = breaks(lambda: RuntimeError(second), {0})
+    if "else" in second:
+        bench.fails(ConfigError, second)
+        assert bench.states(trials) == [FREE, ENDED]
+        return
+    bench.work()
+    assert bench.statuses(trials) == ["failed", "completed"]
+    assert bench.states(trials) == [ENDED, ENDED]
+    error = read_record(bench.folder / trials[0].trial_id).error
+    assert error is not None
+    assert (error["message"], error["step"]) == (f"RuntimeError: {second}", None)
+    assert "in act" in error["traceback"]
+    assert any("failed" in line and second in line for line in bench.said)
+
+
+def test_a_disk_that_cannot_be_written_ends_the_worker(bench):
+    trials = seed_trials(3)
+    bench.act = breaks(lambda: OSError(errno.ENOSPC, "No space left on device"))
+    bench.ask(trials, pack_size="2")
+    bench.fails(OSError, "No space left")
+    assert bench.packs == [[0, 1]]
+    assert bench.states(trials) == [FREE] * 3
+
+
+# --- packs after errors
+
+
+def test_an_error_is_looked_for_by_halves(bench):
+    """The others resume from their checkpoints; later packs stay as large as they were."""
+    trials = seed_trials(7)
+    bench.act = breaks(lambda: RuntimeError("no\nmore"), {1})
+    bench.ask(trials, pack_size="5")
+    bench.fails(ConfigError, trials[1].trial_id, "RuntimeError: no")
+    assert bench.packs == [[0, 1, 2, 3, 4], [0, 1], [0], [1], [2, 3, 4], [5, 6]]
+    assert bench.statuses(trials) == ["completed", "interrupted", *["completed"] * 5]
+    ended = [line for line in bench.said if line.startswith("a pack of")]
+    assert [("RuntimeError: no" in line, line[-len("packs of 2 resume from its checkpoints"):]) for line in ended] == [
+        (True, f"packs of {size} resume from its checkpoints") for size in (2, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [lambda: torch.OutOfMemoryError("CUDA out of memory"), MemoryError])
+def test_packs_stay_smaller_after_memory_ran_out(error, bench):
+    """Half of the pack for which it was too little last: of 3, that is 1."""
+    trials = seed_trials(7)
+    bench.act = breaks(error, more_than=2)
+    bench.work(trials, pack_size="5")
+    assert bench.packs == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4], [5], [6]]
+    assert bench.statuses(trials) == ["completed"] * 7
+
+
+def test_trials_that_left_before_the_error_are_not_trained_again(bench):
+    """And one of a pack that is left alone is tried alone before it is blamed."""
+    trials = seed_trials(3)
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        if len(runs) == 3:
+            for run in (runs[0], runs[2]):
+                bench.complete(run, reporter)
+            raise RuntimeError("once")
+
+    bench.act = act
+    bench.work(trials)
+    assert bench.packs == [[0, 1, 2], [1]]
+    assert bench.statuses(trials) == ["completed"] * 3
+
+
+def test_an_error_holds_no_memory_of_its_pack(bench, monkeypatch):
+    freed: list[int] = []
+    monkeypatch.setattr(worker_module, "free_memory", lambda: freed.append(len(bench.packs)))
+    kept: list[Exception] = []
+
+    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
+        if len(trials) > 1:
+            kept.append(RuntimeError("no"))
+            raise kept[-1]
+
+    bench.act = act
+    bench.work(seed_trials(2))
+    assert freed == [1]
+    assert kept[0].__traceback__ is None
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("x"), True),
+        (RuntimeError("CUDA error: Out of Memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("CUDA error: an illegal memory access"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error, ran_out):
+    assert out_of_memory(error) is ran_out
+
+
+# --- other workers
+
+
+def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
+    """S3: what its owner leaves is trained, also if it dies an hour later; nobody else may be there to do it."""
+    trials = seed_trials(3)
+    bench.ask(trials, pack_size="1")
+    other = another(bench.folder, *trials[:2])
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            other.release(trials[0].trial_id)
+        if len(naps) == 6:
+            other.release(trials[1].trial_id, ENDED)
+
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
+    bench.work()
+    assert bench.packs == [[2], [0]]
+    assert len(naps) >= 6
+
+
+@pytest.mark.parametrize("its_owner_goes_on", [False, True])
+def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on, bench, monkeypatch):
+    """Its owner may be about to claim it; if it does not, it is taken."""
+    trials = seed_trials(3)
+    bench.ask(trials, pack_size="3")
+    other = another(bench.folder, trials[0])
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if its_owner_goes_on and len(naps) == 1:
+            assert all(other.take(trial.trial_id) for trial in trials[1:])
+        if len(naps) == 2:
+            for trial in trials:
+                other.release(trial.trial_id, ENDED)
+
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
+    bench.work()
+    assert bench.packs == ([] if its_owner_goes_on else [[1, 2]])
+
+
+def test_who_measures_the_pack_size_is_waited_for(bench, monkeypatch):
+    sizes = [None, None, 2]
+    monkeypatch.setattr(PackSizes, "_measured", lambda *args: sizes.pop(0))
+    bench.work(seed_trials(3), pack_size="auto")
+    assert bench.packs == [[0, 1], [2]]
+
+
+def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
+    """S4, S5: suspended for longer than DEAD_AFTER; when it wakes up it writes nothing, and nobody gives up."""
+    trials = seed_trials(2)
+    sweep = bench.ask(trials)
+    now = [0.0]
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(claims_module, "_is_running", lambda pid, born: True)
+
+    def successor() -> None:
+        claims = Claims(bench.folder)
+        claims.look()
+        assert claims.state(trials[0].trial_id) == HELD, "first seen now"
+        now[0] += DEAD_AFTER + 1
+        second = Worker(Sweep.existing(bench.folder), claims, bench.stop, bench.said.append)
+        bench.act = lambda runs, reporter: None
+        second.work()
+
+    late: list[TrialRun] = []
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        late.extend(runs)
+        successor()
+        for run in runs:  # awake again
+            run.record.metrics["val_accuracy"] = 0.0
+            run.save()
+        pytest.fail("wrote where another has completed")
+
+    bench.act = act
+    bench.work()
+    assert bench.packs == [[0, 1], [0, 1]]
+    assert any(f"{trials[0].trial_id} was taken over" in line for line in bench.said)
+    assert bench.statuses(trials) == ["completed"] * 2
+    assert [read_record(sweep.folder_of(trial)).metrics["val_accuracy"] for trial in trials] == [0.75] * 2
+    assert not (sweep.folder_of(trials[0]) / CHECKPOINT).exists()
+    assert bench.states(trials) == [ENDED] * 2
+
+
+def test_a_claim_that_is_lost_and_free_again_is_taken_again(bench):
+    """What another process took over is left to it; the rest of the pack, and later the trial, are trained here."""
+    trials = seed_trials(2)
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        if len(bench.packs) == 1:
+            for mark in ("", ".free"):
+                (bench.folder / ".claims" / f"{trials[0].trial_id}.2{mark}").touch()
+            assert not reporter.claims.mine(trials[0].trial_id)
+            pack: Any = SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4)
+            reporter.advance(pack)
+            pytest.fail("the pack goes on")
+
+    bench.act = act
+    bench.work(trials)
+    assert bench.packs == [[0, 1], [0, 1]]
+    assert [line for line in bench.said if "taken over" in line] == [
+        f"{trials[0].trial_id} was taken over by another process"
+    ]
+    assert bench.statuses(trials) == ["completed"] * 2
+
+
+def test_how_far_the_trials_are_goes_into_the_signs_of_life(bench):
+    """A step of a pack is a part of an epoch of each of its trials."""
+    trials = seed_trials(2)
+    seen: list[float] = []
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        runs[1].state.epoch = 3
+        reporter.advance(SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4))  # type: ignore[arg-type]
+        reporter.claims.beat()
+        other = Claims(bench.folder)
+        other.look()
+        seen.extend(other.epochs(trial.trial_id) for trial in trials)
+
+    bench.act = act
+    bench.work(trials)
+    assert seen == [0.25, 3.25]
+
+
+# --- requests to stop
+
+
+@pytest.mark.parametrize("raised", [Interrupted(signal.SIGINT), SystemExit(1), KeyboardInterrupt()])
+def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
+    """Also by what a foreign handler raises."""
+    trials = seed_trials(2)
+    bench.ask(trials)
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        raise raised
+
+    bench.act = act
+    with pytest.raises(type(raised)):
+        bench.work()
+    assert bench.packs == [[0, 1]]
+    assert bench.states(trials) == [FREE] * 2
+
+
+def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
+    trials = [*seed_trials(2), *seed_trials(1, trainer__epochs=3)]
+
+    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+        bench.stop.signum = signal.SIGTERM
+
+    bench.act = act
+    bench.ask(trials, pack_size="1")
+    with pytest.raises(Interrupted) as caught:
+        bench.work()
+    assert caught.value.signum == signal.SIGTERM
+    assert bench.packs == [[0]]
+    assert bench.states(trials) == [ENDED, FREE, FREE]
+
+
+def test_work_on_what_is_no_sweep(tmp_path):
+    with pytest.raises(ConfigError, match="holds no sweep"):
+        worker_module.work(tmp_path)

@@ -17,7 +17,6 @@ from plain_trials import BASELINE, plain_trial
 from stage import STEPS, setup_of
 
 from lora_vit import records
-from lora_vit.files import read_rows
 from lora_vit.records import read_predictions, read_record
 from lora_vit.training import loop
 from lora_vit.training.loop import adapter_card, peak_memory
@@ -253,22 +252,6 @@ def test_an_epoch_whose_steps_are_all_taken_is_finished(stage):
     assert stage.of("log_epoch")[0][:3] == (1, STEPS, 1)
     assert stage.of("epoch")[0][2]["train_loss"] == 2.0
     assert len(stage.of("train")) == STEPS
-
-
-def test_rows_of_a_trial_do_not_depend_on_its_pack_mates_failure(stage, monkeypatch):
-    stage.train(stage.trials(1))
-    alone = read_rows(stage.folder / "1/metrics.jsonl")
-    stage.folder = stage.folder / "pack"
-    stage.folder.mkdir()
-    stage.after[2] = lambda pack: pack.step_state.first_bad_step_K.__setitem__(0, 1)
-    stage.train(stage.trials(2, 1))
-    assert read_record(stage.folder / "2").status == "failed"
-    together = read_rows(stage.folder / "1/metrics.jsonl")
-    assert [r["step"] for r in together] == [3, 4, 4, 7, 8, 8]
-    for a, b in zip(alone, together, strict=True):  # fp64: other pack sizes add in another order
-        assert a.pop("kind") == b.pop("kind")
-        assert a == pytest.approx(b, rel=1e-9)
-    assert read_rows(stage.folder / "2/metrics.jsonl") == []
 
 
 # --- what is said of a trial

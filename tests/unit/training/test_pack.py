@@ -66,7 +66,7 @@ def test_saved_states_are_unpadded_and_stay_as_they_are(pack):
         assert not any(torch.equal(group[n], old[n]) for n in old)
 
 
-def test_a_pack_of_saved_states_goes_on_bit_for_bit(pack):
+def test_a_pack_of_saved_states_continues_bit_for_bit(pack):
     take_steps(pack, 3)
     pack.pull()
     again = Pack(pack.trials, build_setup(configs()[0], Process()))  # a trunk carries the adapters of one pack
@@ -227,23 +227,6 @@ def test_evaluation_batches_count_images_times_trials(most, batch, pack, monkeyp
     pack.model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     pack.predict("val")
     assert max(seen) == min(batch, len(pack.setup.data.splits["val"]))
-
-
-def test_the_end_of_an_epoch_begins_the_next(pack):
-    take_steps(pack, 7)
-    assert pack.step_in_epoch == pack.steps_per_epoch == 7
-    pack.pull()
-    assert [t.state.step_in_epoch for t in pack.trials] == [7] * 3
-    assert [t.state.updates for t in pack.trials] == [7] * 3
-    assert [t.state.loss_sum for t in pack.trials] == pack.step_state.loss_sum_K.tolist()
-    assert all(t.state.loss_sum > 0 for t in pack.trials)
-    pack.end_epoch()
-    assert pack.step_in_epoch == 0
-    assert [(t.state.epoch, t.state.step_in_epoch, t.state.loss_sum) for t in pack.trials] == [(1, 0, 0.0)] * 3
-    assert pack.step_state.loss_sum_K.tolist() == [0.0] * 3
-    assert not pack.trials[0].done()
-    pack.end_epoch()
-    assert pack.trials[0].done()
 
 
 def test_parameter_counts(setup):

@@ -20,7 +20,7 @@ from lora_vit.config import cell_id, to_dict, trial_id
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_predictions
 from lora_vit.training import trackers
-from lora_vit.training.checkpoint import TrialState, load_checkpoint
+from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions
 from lora_vit.training.trackers import EPOCH_CHECKPOINT_EVERY, TrialFiles, epoch_figures, write_adapter
 
@@ -118,24 +118,6 @@ def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint
     assert files.board is writer
     files.close()
     assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged}), "closed"]
-
-
-def test_logs_are_cut_back_to_what_the_checkpoint_counts(tmp_path):
-    """Of metrics; the clock's rows stay."""
-    files = files_in(tmp_path)
-    files.log_step(1, 0, 2.0, 1.0, 1.0)
-    files.save_checkpoint()
-    size = (tmp_path / "metrics.jsonl").stat().st_size
-    assert files.state.metrics_bytes == size
-    files.log_step(2, 0, 1.0, 1.0, 1.0)
-    files.close()
-    state = load_checkpoint(tmp_path, trial_id(plain_trial()))
-    assert state.metrics_bytes == size
-    again = files_in(tmp_path, state=state)
-    again.log_step(2, 0, 1.5, 1.0, 1.0)
-    again.close()
-    assert [r["loss"] for r in read_rows(tmp_path / "metrics.jsonl")] == [2.0, 1.5]
-    assert [r["step"] for r in read_rows(tmp_path / "timing.jsonl")] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from stage import Stage, spoilt
 from lora_vit import files, records
 from lora_vit.config import cell_id, to_dict, trial_id
 from lora_vit.errors import ConfigError
-from lora_vit.files import locked, read_rows
+from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.trackers import ClaimLost
@@ -85,6 +84,7 @@ def test_a_new_trial(tmp_path):
     assert trial.state == TrialState()
     assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
+    trial.beat()
     assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
     trial.close()
 
@@ -109,7 +109,8 @@ def test_an_interrupted_trial_resumes(tmp_path):
     assert (r.parameters, r.cost) == ({"total": 5}, {"adapter_bytes": 6})
     assert (tmp_path / "a/.hydra/config.yaml").read_text() == "new"
     trial.close()
-    assert [row["loss"] for row in read_rows(tmp_path / "a/metrics.jsonl")] == [2.0]
+    assert [row["loss"] for row in read_rows(tmp_path / "a/metrics.jsonl")] == [2.0], "as the checkpoint counts"
+    assert [row["step"] for row in read_rows(tmp_path / "a/timing.jsonl")] == [1, 2], "the clock's stay"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +322,7 @@ def test_a_rank_that_writes_nothing_ends_alike():
         (trial,) = new_trials([plain_trial()])
         for act in (trial.save, trial.beat, trial.close):
             act()
+        assert trial.record.status == "running"
         end(trial)
         assert trial.record.status == status
 
@@ -396,38 +398,6 @@ def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
     with locked_folder(place):
         (place / "record.json").write_text("x")
     assert (place / ".lock").exists()
-
-
-def test_who_waits_for_a_locked_folder_gets_it(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "lora_vit.training.trial.locked", lambda path, wait: asked.append((path, wait)) or locked(path, wait)
-    )
-    for how in ({}, {"wait": True}, {"wait": False}):
-        with locked_folder(tmp_path / "a", **how):
-            pass
-    assert asked == [(tmp_path / "a/.lock", wait) for wait in (False, True, False)]
-
-
-def test_a_lock_that_is_removed_and_made_again_has_one_holder(tmp_path):
-    """Each of several threads holds it alone, whoever removes the file."""
-    inside, most = [], []
-
-    def hold() -> None:
-        for _ in range(50):
-            with locked(tmp_path / ".lock"):
-                inside.append(1)
-                most.append(len(inside))
-                time.sleep(0.0005)
-                inside.pop()
-
-    threads = [threading.Thread(target=hold) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(most) == 1
-    assert len(most) == 200
 
 
 @pytest.mark.parametrize(

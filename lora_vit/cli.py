@@ -1,0 +1,123 @@
+"""``lora-vit COMMAND ...``: one parser for all commands. ``python -m lora_vit.COMMAND ...`` is the same.
+
+Only the module of the command that is given is imported. It offers ``add_arguments(parser)`` and ``run(args)``, which
+returns the exit code; of ``train``, Hydra reads the arguments. What the commands on a trained trial share is here, too.
+No torch, no numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_vit import __version__
+from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.errors import RecordError, reporting
+from lora_vit.files import user_path
+
+if TYPE_CHECKING:
+    from lora_vit.records import TrialRecord
+
+COMMANDS = {
+    "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
+    "sweep": ("lora_vit.sweep.__main__", "list a sweep's trials, or train some of them on this machine"),
+    "summarize": ("lora_vit.summarize", "compare the trials of sweeps: tables, pictures, a report"),
+    "evaluate": ("lora_vit.evaluate", "measure a trained trial's accuracy on its own data"),
+    "predict": ("lora_vit.predict", "classify images with a trained trial"),
+    "merge": ("lora_vit.merge", "write a trained trial's weights under the backbone's own names"),
+    "export": ("lora_vit.export", "write a trained trial for other libraries"),
+}
+"""Module of each command, and what it does."""
+
+
+def main(command: str | None = None) -> None:
+    """Run a command with the arguments in ``sys.argv`` and exit with its code; without ``command`` the first names it.
+
+    The console script calls it, and with a name ``python -m lora_vit.NAME``.
+    """
+    with reporting():
+        given = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+        name, module = given[0] if given else "", None
+        if name in COMMANDS:
+            module = import_module(COMMANDS[name][0])
+        if name == "train" and module is not None:  # Hydra reads its arguments
+            sys.argv = [f"lora-vit {name}", *given[1:]]
+            module.main()
+        args = _parser(name, module).parse_args(given)
+        if code := args.run(args):
+            sys.exit(code)
+
+
+def _parser(chosen: str, module: Any) -> argparse.ArgumentParser:
+    """All commands, with the arguments of the chosen one."""
+    parser = argparse.ArgumentParser(
+        prog="lora-vit", description="LoRA on Vision Transformers: train, compare, use what was trained."
+    )
+    parser.add_argument("--version", action="version", version=f"lora-vit {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (_, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        if name == chosen:
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
+    """Add the arguments of every command on a trial."""
+    parser.add_argument("folder", type=Path, help="folder of a completed trial")
+    parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
+    parser.add_argument("--device", choices=devices, default=devices[0])
+
+
+def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
+    """The record and the config of the trial that :func:`add_trial`'s arguments name.
+
+    The config has the precision that the trial ran in, and weights and data where they are now.
+
+    Raises:
+        RecordError: the trial is not completed, the weights' file is not there, or ``root`` is given for data that lie
+            in a package.
+    """
+    from lora_vit.records import read_record
+
+    try:
+        record = read_record(args.folder)
+    except FileNotFoundError:
+        raise RecordError(f"{args.folder} has no record.json: give the folder of a trial") from None
+    if record.status != "completed":
+        raise RecordError(f"{args.folder}: the trial is {record.shown_status()}, not completed")
+    config = from_dict(record.config)
+    if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp64"):
+        raise RecordError(f"record.json was edited: its environment.precision is {precision}")
+    if root is not None and config.data.root is None:
+        raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
+    config.trainer.precision = str(precision)
+    config.trainer.accelerator = args.device
+    config.trainer.compile = False
+    config.data.root = config.data.root if root is None else root
+    config.model.weights = config.model.weights if args.weights is None else args.weights
+    config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
+    if is_weights_file(config.model.weights) and not user_path(str(config.model.weights)).exists():
+        raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
+    return record, config
+
+
+def check_out(path: Path, option: str, suffix: str) -> None:
+    """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
+    if path.suffix != suffix:
+        raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None

@@ -1,0 +1,104 @@
+"""How people read a configuration: one name for a cell, short names for settings, values as a person writes them.
+
+The sweep's tables, the live view, and the summary name a cell by these functions: ``rank 8, alpha 32, lr 0.002``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_vit.config.schema import IDENTITY, SECTIONS, TARGETS, WITHOUT_IDENTITY
+
+LR, METHOD = "optimizer.lr", "lora.method"
+BASELINES = {"none": "linear probe", "full": "full fine-tuning"}
+"""What trials without adapters are called, by ``lora.method``."""
+_TARGETS = {tuple(TARGETS): "all", ("q", "k", "v", "o"): "attention", ("fc1", "fc2"): "mlp"}
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the numbers, by dotted name; lists as readable text."""
+    values: dict[str, Any] = dict.fromkeys(IDENTITY)
+    for section in SECTIONS:
+        content = config.get(section)
+        if isinstance(content, dict):
+            values.update({f"{section}.{key}": _readable(key, value) for key, value in content.items()})
+    for name in WITHOUT_IDENTITY:
+        values.pop(name, None)
+    if values[METHOD] == "lora" and values["lora.blocks"] is None:
+        values["lora.blocks"] = "all"
+    return values
+
+
+def _readable(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        ordered = tuple(t for t in TARGETS if t in value) if key == "targets" else tuple(map(str, value))
+        return _TARGETS.get(ordered, " ".join(ordered))
+    return str(value) if isinstance(value, dict) else value
+
+
+def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A name for each cell, by its id.
+
+    Args:
+        cells: the config of each cell (:func:`lora_vit.config.to_dict`, of any of its seeds) by its id.
+
+    The name says the settings in which these cells differ; a baseline goes by its own name. Cells that would have the
+    same name get their id behind it.
+    """
+    rows = {cell: flat(config) for cell, config in cells.items()}
+    return names(rows, varying(rows.values()))
+
+
+def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dict[str, str]:
+    """:func:`cell_names` of flat settings, by those that are given."""
+    found = {cell: cell_text(row, settings) or f"rank {value_text(row['lora.rank'])}" for cell, row in rows.items()}
+    counts = Counter(found.values())
+    return {cell: name if counts[name] == 1 else f"{name} [{cell}]" for cell, name in found.items()}
+
+
+def cell_text(row: Mapping[str, Any], settings: Sequence[str]) -> str:
+    """The settings of one cell in words, without those that a baseline leaves empty."""
+    short, base = short_names(settings), BASELINES.get(str(row.get(METHOD)))
+    shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and _is_missing(row[c]))]
+    return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(row[c])}" for c in shown)])
+
+
+def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The settings in which the rows differ, the most interesting first.
+
+    A setting of adapters that a baseline leaves empty does not differ by that.
+    """
+    values: dict[str, set[Any]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, set()).add(None if _is_missing(value) else value)
+    sections = list(SECTIONS)[::-1]
+    found = [c for c, v in values.items() if len(v - {None} if c.startswith("lora.") and c != METHOD else v) > 1]
+    found.sort(key=lambda c: (sections.index(c.split(".")[0]), c))
+    return preferred(found, [METHOD, "lora.rank", "lora.alpha", "lora.scaling", "lora.dropout"])
+
+
+def preferred(columns: Iterable[str], first: Sequence[str]) -> list[str]:
+    """The columns, those that ``first`` names before the others, in its order."""
+    return sorted(columns, key=lambda c: first.index(c) if c in first else len(first))
+
+
+def short_names(columns: Iterable[str]) -> dict[str, str]:
+    """Dotted setting -> short name for display: the last part if it is unique, ``model`` for ``model.name``."""
+    last = {c: c.split(".")[0] if c.endswith(".name") else c.rsplit(".", 1)[-1] for c in columns}
+    counts = Counter(last.values())
+    return {c: short if counts[short] == 1 else c for c, short in last.items()}
+
+
+def value_text(value: object) -> str:
+    """A setting's value as a person writes it."""
+    if _is_missing(value):
+        return "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,105 @@
+"""Rules that stand with a field of a dataclass, as its metadata: what it may be, and what is said of other values.
+
+``lr: float = field(metadata=number("a learning rate", "(0, inf)"))`` refuses 0 with "optimizer.lr=0.0 is impossible:
+give a learning rate above 0". A rule is not asked about None: whether a field may be None is said by its type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lora_vit.errors import ConfigError
+
+NO_IDENTITY = {"identity": False}
+"""Of a setting that does not decide a trial's numbers: no part of the trial id."""
+
+
+def as_before(value: Any) -> dict[str, Any]:
+    """Of a setting that an earlier version did not have: at this value a trial is what it was there, and has its id."""
+    return {"as_before": value}
+
+
+def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | None = None) -> dict[str, Any]:
+    """Of a number, or of each number of a list.
+
+    Args:
+        what: what to give, with its unit.
+        within: the interval, as ``[0, 1)``: from 0, below 1.
+        also: what to give instead, or an example.
+        count: of the numbers in a list; None: at least one, each once.
+    """
+    low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
+    inside = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
+    where = f" in {within}"
+    if high == math.inf:
+        where = f" from {low} up" if within[0] == "[" else f" above {low}" if low > -math.inf else ""
+
+    def check(key: str, value: Any) -> None:
+        numbers = value if isinstance(value, list) else [value]
+        good = all(inside[0](low, one) and inside[1](one, high) for one in numbers)
+        if not good or count not in (None, len(numbers)):
+            refuse(key, value, f"is impossible: give {what}{where}{also}")
+        if count is None:
+            _each_once(key, numbers, also)
+
+    return {"check": check}
+
+
+def choice(*names: str, also: str = "") -> dict[str, Any]:
+    """Of a word, or of each word of a list that holds at least one, each once; ``also``: what to give instead."""
+
+    def check(key: str, value: Any) -> None:
+        words = value if isinstance(value, list) else [value]
+        for word in words:
+            one_of(key, word, names)
+        _each_once(key, words, also)
+
+    return {"check": check}
+
+
+def _each_once(key: str, values: list[Any], also: str) -> None:
+    if not values or len(set(values)) != len(values):
+        refuse(key, values, f"is impossible: name at least one, each once{also}")
+
+
+def number_or_auto(key: str, value: str) -> None:
+    """Refuse what is neither ``auto`` nor a number from 1 up."""
+    if value != "auto" and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= 1):
+        refuse(key, value, "is impossible: give a number from 1 up, or auto")
+
+
+def folder_name(key: str, value: str) -> None:
+    """Refuse what is not the name of one visible folder."""
+    if not value or "/" in value or value.startswith("."):
+        refuse(key, value, "cannot be a folder's name: give a word without '/'")
+
+
+def one_of(key: str, value: Any, names: Sequence[str]) -> None:
+    """Refuse what is not one of these names."""
+    if value not in names:
+        refuse(key, value, f"is unknown{nearest(str(value), names)} (one of: {', '.join(names)})")
+
+
+def refuse(key: str, value: Any, why: str) -> NoReturn:
+    """Raise ConfigError: the setting as one would give it, why it cannot work and what to do."""
+    shown = {"None": "null", "True": "true", "False": "false"}.get(str(value), value)
+    raise ConfigError(f"{key}={shown} {why}")
+
+
+def check_fields(settings: Any, prefix: str = "") -> None:
+    """Ask the rules of a dataclass's fields. Raises ConfigError."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if value is not None and "check" in f.metadata:
+            f.metadata["check"](prefix + f.name, value)
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """``, did you mean 'x'?`` for the nearest of the choices, or nothing when none is near."""
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f", did you mean '{found[0]}'?" if found else ""

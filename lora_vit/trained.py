@@ -1,0 +1,86 @@
+"""A trained trial as plain models in fp32: its adapter, bound to its base. ``predict merge export`` use these.
+
+``evaluate`` uses the trainer's own pack instead, in the precision of the training: it must give the recorded figures.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_vit import randomness
+from lora_vit.build import ModelFactory, choose_device
+from lora_vit.config import TrialConfig
+from lora_vit.distributed import Process
+from lora_vit.errors import ConfigError
+from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
+from lora_vit.lora.backbones import new_backbone
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit, in fp32, relative to the largest logit (or 1): both sides round each product."""
+CHECKED = 16
+"""Made images that are classified both ways before anything is written."""
+
+
+class TrainedModel:
+    """A completed trial's adapter on its base, whose models are built when they are asked for.
+
+    Raises ConfigError where the adapter cannot be read; the first model that is asked for raises ConfigError where the
+    base is another than the adapter was trained on.
+
+    Args:
+        folder: of the trial.
+        config: as :func:`~lora_vit.cli.completed_trial` gives it.
+    """
+
+    def __init__(self, folder: Path, config: TrialConfig):
+        self.config, self.adapter = config, read_adapter(folder)
+        self.class_names: list[str] = self.adapter.card["class_names"]
+
+    @cached_property
+    def factory(self) -> ModelFactory:
+        """Has the base, to which the adapter is bound."""
+        device = choose_device(self.config.trainer.accelerator, Process())
+        factory = ModelFactory(self.config, len(self.class_names), device, torch.float32)
+        bind(self.adapter, factory.base)
+        if factory.note:
+            print(factory.note)
+        return factory
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every written file says: class names, the model's name, and how images are prepared."""
+        return {"class_names": self.class_names, "model": self.config.model.name, **self.factory.inputs}
+
+    @cached_property
+    def adapted(self) -> nn.Module:
+        """Base and adapter apart, as it was trained."""
+        model = copy.deepcopy(self.factory.original)
+        put_on(model, self.adapter)
+        return model.to(self.factory.device).eval()
+
+    @cached_property
+    def merged(self) -> nn.Module:
+        """The library's own model with the adapter in its weights."""
+        model = new_backbone(self.factory.base, len(self.class_names))
+        model.load_state_dict(merged_state_dict(self.factory.original, self.adapter))
+        return model.to(self.factory.device).eval()
+
+    def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
+        """Print how far the logits of ``what`` are from the trial's. Raises ConfigError where they are too far."""
+        side = self.about["image_size"]
+        images = torch.rand(CHECKED, 3, side, side, generator=randomness.generator("merge")) * 4 - 2
+        images = images.to(self.factory.device)
+        with torch.no_grad():
+            ours, theirs = self.adapted(images), others(images)
+        largest = float((ours - theirs).abs().max())
+        changed = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+        print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
+        if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
+            raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")

@@ -1,0 +1,56 @@
+"""Trials on timm's models, and the libraries' own models with the weights that a trial's adapter is for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from lora_vit import api, load_adapter
+from lora_vit.config import TrialConfig, from_dict
+from lora_vit.models.vit import build_trunk, timm_trunk
+from lora_vit.records import read_record
+
+SIZES = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
+"""torchvision's arguments for the small trial's backbone."""
+
+
+def timm_config(*overrides: str, name: str = "vit_tiny_patch16_224", side: int | None = 32) -> TrialConfig:
+    """A trial of seconds on a model of timm's with random weights."""
+    settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "data.cache_size=16"]
+    settings += [] if side is None else [f"model.image_size={side}"]
+    settings += ["trainer.epochs=1", "trainer.precision=fp32", "trainer.accelerator=cpu", "trainer.log_every=1"]
+    return api.compose([*settings, *overrides])
+
+
+def plain_model(folder: Path, classes: int = 4) -> Any:
+    """The own model of the trial's library with the base's weights; its head is not the trial's."""
+    m = from_dict(read_record(folder).config).model
+    if m.library == "torchvision":
+        sizes = {name: getattr(m, name) for name in SIZES}
+        model: Any = VisionTransformer(**sizes, num_classes=classes)
+        state = build_trunk(*sizes.values()).state_dict()
+        if m.weights is not None:
+            state = interpolate_embeddings(m.image_size, m.patch_size, OrderedDict(torch.load(m.weights)["model"]))
+        model.load_state_dict({n: t for n, t in state.items() if not n.startswith("heads.")}, strict=False)
+        return model.eval()
+    import timm
+
+    model = timm.create_model(m.name, img_size=m.image_size, num_classes=classes)
+    model.load_state_dict(timm_trunk(m.name, m.image_size).state_dict(), strict=False)
+    return model.eval()
+
+
+def images(side: int, count: int = 3) -> torch.Tensor:
+    """Noise, [count, 3, side, side]."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def trials_logits(folder: Path, x: torch.Tensor) -> torch.Tensor:
+    """What the own model of the trial's library gives with the adapter on it."""
+    return load_adapter(plain_model(folder), folder).eval()(x)

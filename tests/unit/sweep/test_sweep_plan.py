@@ -1,0 +1,166 @@
+"""The plan of a sweep: what it holds, how commands and sources change it, and what is said if it cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from sweeps import leave_record, options, seed_trials, sweep_of, trial_of
+
+from lora_vit.config import to_dict
+from lora_vit.errors import ConfigError
+from lora_vit.files import locked
+from lora_vit.records import CHECKPOINT, PLAN
+from lora_vit.sweep import plan as plan_module
+from lora_vit.sweep.plan import Sweep, trial_folders
+from lora_vit.sweep.trial import Trial
+
+
+def ask(sweep: Sweep, trials: list[Trial], command: str = "train", is_open=None, **changes) -> None:
+    names = {trial.trial_id for trial in trials} if is_open is None else is_open
+    sweep.ask(trials, trials, names, options(**changes), command=command, hydra="", workers=1, race=None, search=None)
+
+
+def ids(batches) -> list[list[str]]:
+    return [[trial.trial_id for trial in batch] for batch in batches]
+
+
+def test_a_plan_holds_every_trial_ever_asked_for_with_the_newest_settings(tmp_path):
+    """A command's own trials train first; how a trial runs comes from the command that runs it."""
+    sweep = Sweep(tmp_path / "deep/sweep")
+    assert not sweep.folder.exists(), "reading makes nothing"
+    first, other = trial_of({"lora.rank": 8}, "rank=8"), trial_of({"lora.rank": 2}, "rank=2")
+    ask(sweep, [first, other], "first command")
+    again = trial_of({"lora.rank": 8, "trainer.log_every": 7, "data.root": "moved"}, "rank=8 seed=0")
+    assert again.trial_id == first.trial_id
+    ask(sweep, [again], "second command", is_open={first.trial_id, other.trial_id})
+    plan = json.loads((tmp_path / "deep/sweep/sweep.json").read_text())
+    assert plan["command"] == "second command"
+    assert plan["trials"][first.trial_id] == {
+        "cell": first.cell_id, "label": "rank=8 seed=0", "overrides": again.overrides,
+        "board": f"rank=8_{first.trial_id}", "config": json.loads(json.dumps(to_dict(again.config))),
+    }  # fmt: skip
+    assert plan["batches"] == [[first.trial_id], [other.trial_id]]
+    read = Sweep.existing(sweep.folder)
+    assert read.trials[first.trial_id].config == again.config
+    assert read.board_of(read.trials[first.trial_id]) == sweep.folder / "tensorboard" / f"rank=8_{first.trial_id}"
+
+
+def test_batches_hold_what_is_open_in_the_order_of_training(tmp_path):
+    """What was started was promised before; then whole seeds."""
+    trials = [trial_of({"seed": seed, "lora.rank": rank}) for rank in (1, 2) for seed in (1, 0, 10)]
+    for trial in (trials[4], trials[2]):
+        (tmp_path / trial.trial_id).mkdir()
+        (tmp_path / trial.trial_id / CHECKPOINT).touch()
+    sweep = Sweep(tmp_path)
+    is_open = {trial.trial_id for trial in trials[1:]}
+    ask(sweep, trials, is_open=is_open)
+    assert ids(sweep.batches) == [[trials[i].trial_id for i in (4, 2, 1, 3, 5)]]
+    with sweep.changing():
+        sweep.extend(more := seed_trials(2))
+    assert ids(Sweep(tmp_path).batches)[1:] == ids([more])
+    ask(sweep, [], is_open={trials[1].trial_id})  # the others have ended
+    assert ids(sweep.batches) == [[trials[1].trial_id]]
+
+
+def test_a_change_by_another_process_is_seen_and_only_changes_are_written(tmp_path):
+    ours, theirs = sweep_of(tmp_path, seed_trials(1)), Sweep(tmp_path)
+    os.link(tmp_path / PLAN, tmp_path / "before")
+    with theirs.changing():
+        pass
+    assert (tmp_path / PLAN).samefile(tmp_path / "before")
+    assert not ours.refresh()
+    with theirs.changing() as plan:
+        plan["pack_sizes"]["x"] = {"size": 2}
+    assert ours.refresh()
+    assert ours.plan["pack_sizes"] == {"x": {"size": 2}}
+    assert ours.batches[0][0] is ours.trials[ours.batches[0][0].trial_id]
+
+
+def test_a_plan_is_changed_by_one_process_at_a_time(tmp_path):
+    sweep = sweep_of(tmp_path, seed_trials(1))
+    with sweep.changing(), pytest.raises(BlockingIOError), locked(tmp_path / ".sweep.lock", wait=False):
+        pass
+
+
+def test_a_measured_pack_size_holds_for_as_many_trials_as_it_was_measured_with(tmp_path):
+    sweep = sweep_of(tmp_path, seed_trials(1))
+    figures = {"size": 2, "limited_by_trials": True, "seconds_per_trial_epoch": {"1": 2.0, "2": 1.5, "16": 1}}
+    with sweep.changing() as plan:
+        plan["pack_sizes"] = {"few": figures, "all": {**figures, "limited_by_trials": False}}
+    assert sweep.pack_size("few", 31) == figures
+    assert sweep.pack_size("few", 32) is None
+    assert sweep.pack_size("all", 1000) is not None
+    assert sweep.pack_size("none", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", ["sweep.json is not whole JSON", "remove it"]),
+        ("[]", ["version None", "another sweep.name"]),
+        ('{"schema": 2}', ["version 2", "another sweep.name"]),
+        ('{"schema": 4}', ["was edited", "the sweep's command again"]),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(text, said, tmp_path):
+    (tmp_path / PLAN).write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        Sweep(tmp_path)
+    assert all(part in str(refused.value) for part in said)
+
+
+def test_an_edited_trial_is_refused(tmp_path):
+    sweep = sweep_of(tmp_path, seed_trials(1))
+    text = (tmp_path / PLAN).read_text()
+    (tmp_path / PLAN).write_text(text.replace('"rank": 4', '"rank": 5'))
+    with pytest.raises(ConfigError, match=f"edited.*{sweep.batches[0][0].trial_id}"):
+        Sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("errno", "remedy"), [(30, "another sweep.name or hydra.sweep.dir"), (38, "flock"), (37, "flock"), (95, "flock")]
+)
+def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno, os.strerror(errno))
+
+    monkeypatch.setattr(plan_module, "locked", refuse)
+    with pytest.raises(ConfigError, match=remedy):
+        sweep_of(tmp_path, seed_trials(1))
+
+
+def test_what_no_worker_can_use_is_told(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no sweep.*folder of a sweep"):
+        Sweep.existing(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"is a file.*sweep\.name"):
+        Sweep(tmp_path / "file")
+    sweep_of(tmp_path, seed_trials(1))
+    monkeypatch.setattr(plan_module, "__version__", "0.0.9")
+    with pytest.raises(ConfigError, match=r"0\.0\.9: install the same"):
+        Sweep.existing(tmp_path)
+
+
+def test_folders_of_trials_are_those_with_a_record(tmp_path):
+    trials = seed_trials(3)
+    sweep = sweep_of(tmp_path, trials)
+    for trial in trials[:2]:
+        leave_record(sweep, trial, "completed")
+    (tmp_path / "other").mkdir()
+    assert trial_folders(tmp_path) == sorted(tmp_path / trial.trial_id for trial in trials[:2])
+    assert trial_folders(tmp_path / "missing") == []
+
+
+def test_a_plan_of_an_earlier_version_is_read(project_root):
+    """``tests/data/sweep_schema_3.json`` was written by the version before; its trials are differences from a base."""
+    folder = Path(__file__).parent / "missing"
+    text = (project_root / "tests/data/sweep_schema_3.json").read_text()
+    old = json.loads(text)
+    plan = plan_module._from_schema_3(old)
+    sweep = Sweep(folder)
+    sweep._take(plan, ())
+    assert set(sweep.trials) == set(old["trials"])
+    assert {trial.cell_id for trial in sweep.trials.values()} == {trial["cell"] for trial in old["trials"].values()}

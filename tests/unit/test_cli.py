@@ -1,0 +1,142 @@
+"""Commands as processes: one parser, light imports, one line for each error, streams of every kind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from lora_vit import cli
+
+NAMES = ("train", "sweep", "summarize", "evaluate", "predict", "merge", "export")
+ACTIONS = {
+    "prints": "print('\\u2013')",
+    "prints before work": "print('x', flush=True)",
+    "returns": "return 3",
+    "is wrong": "raise errors.ConfigError('lora.rank=0 is impossible: give 1 or more')",
+    "has Hydra raise": "import os; os.environ['HYDRA_FULL_ERROR'] = '1'; raise errors.RecordError('mend x.json')",
+    "is interrupted": "raise errors.Interrupted(15)",
+    "has Ctrl-C": "raise KeyboardInterrupt",
+    "has a full disk": "raise OSError(28, 'No space left on device', 'there')",
+    "may not": "raise PermissionError(13, 'Permission denied', 'there')",
+    "misses a file": "raise FileNotFoundError(2, 'No such file or directory', 'there')",
+    "is a bug": "raise KeyError('x')",
+}
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def script(action: str) -> str:
+    return f"from lora_vit import errors\ndef action():\n    {ACTIONS[action]}\nerrors.run_command(action)"
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "words"),
+    [
+        ("returns", 3, ""),
+        ("is wrong", 1, "error: lora.rank=0 is impossible: give 1 or more\n"),
+        ("has Hydra raise", 1, "error: mend x.json\n"),
+        ("is interrupted", 143, "interrupted by SIGTERM: saved; the same command resumes\n"),
+        ("has Ctrl-C", 130, "interrupted\n"),
+        ("has a full disk", 1, "error: there cannot be written (No space left on device): make room"),
+        ("may not", 1, "error: there cannot be written or read (Permission denied): give another folder\n"),
+        ("misses a file", 1, "error: there is gone"),
+        ("is a bug", 1, "Traceback"),
+    ],
+)
+def test_each_end_has_its_code_and_its_line(action, code, words):
+    done = python(script(action))
+    assert (done.returncode, done.stderr[: len(words)], done.stdout) == (code, words, "")
+    assert action == "is a bug" or done.stderr.count("\n") == (1 if words else 0)
+
+
+def test_a_traceback_on_demand():
+    done = python(script("is wrong"), env={**os.environ, "HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_terminal_without_the_sign_and_streams_that_are_closed():
+    done = python(script("prints"), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2013\n", "")
+    closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script("prints")]
+    assert subprocess.run(closed, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("action", "code"), [("prints", 0), ("prints before work", 1)])
+def test_a_reader_that_has_gone(action, code):
+    reading, writing = os.pipe()
+    os.close(reading)
+    line, env = [sys.executable, "-c", script(action)], {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(line, env=env, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_folder_that_has_gone():
+    line = ["sh", "-c", 'cd "$(mktemp -d)"; rmdir "$PWD"; exec "$0" -c "$1"', sys.executable, script("prints")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "is gone (No such file or directory): cd to one that is there" in done.stderr
+
+
+def test_a_clone_that_is_not_installed_says_what_to_do(project_root, tmp_path):
+    (tmp_path / "lora_vit").symlink_to(project_root / "lora_vit")
+    line = [sys.executable, "-S", "-m", "lora_vit.evaluate", "x"]  # -S: nothing is installed
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: lora_vit is not installed in this Python: run `")
+    assert f"pip install -e {project_root}`" in done.stderr
+
+
+def test_importing_changes_nothing_in_the_process():
+    state = "[*map(signal.getsignal, signal.Signals), sys.excepthook, sys.stdout, sys.stdout.errors, sys.path[:]]"
+    code = f"import signal, sys; sys.argv = ['-m']; was = {state}; import lora_vit; print({state} == was)"
+    assert python(code).stdout == "True\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["export", "nowhere"]])
+def test_what_needs_no_library_imports_none(arguments):
+    heavy = "print(*sorted({'torch', 'numpy', 'pandas', 'hydra', 'rich'} & set(sys.modules)), file=sys.stderr)"
+    code = f"import atexit, sys; sys.argv = ['lora-vit', *{arguments}]; atexit.register(lambda: {heavy})"
+    done = python(f"{code}; from lora_vit.cli import main; main()")
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_the_top_names_every_command(monkeypatch, capsys):
+    assert tuple(cli.COMMANDS) == NAMES
+    monkeypatch.setattr(sys, "argv", ["lora-vit", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    for name, (module, what) in cli.COMMANDS.items():
+        assert f"    {name}" in said
+        assert what[:40] in said
+        offered = vars(import_module(module))
+        assert ("add_arguments" in offered and "run" in offered) or "main" in offered
+
+
+@pytest.mark.parametrize(("arguments", "words"), [([], "COMMAND"), (["trian"], "trian"), (["merge", "x"], "--out")])
+def test_what_is_missing_or_unknown_is_named(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora-vit", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_to_a_command(name, tmp_path: Path):
+    lines = [[sys.executable, "-m", f"lora_vit.{name}", "--help"], [sys.executable, "-c", "", name, "--help"]]
+    lines[1][2] = "from lora_vit.cli import main; main()"
+    helps = [subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60) for line in lines]
+    assert [done.returncode for done in helps] == [0, 0]
+    if hasattr(import_module(cli.COMMANDS[name][0]), "add_arguments"):
+        assert helps[0].stdout == helps[1].stdout
