@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import data_config, fresh, paint, shades
+from PIL import Image
 
 from lora_vit.data.dataset import ImageData
 from lora_vit.errors import ConfigError
