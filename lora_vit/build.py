@@ -166,15 +166,11 @@ def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
 def check_places(trunk: nn.Module, config: TrialConfig) -> None:
     """Raise ConfigError where the model has no such blocks, or layers too narrow for the rank."""
     lora = config.lora
-    if lora.method != "lora" or lora.targets is None or lora.rank is None:
-        return
     try:
-        places = chosen_places(trunk, lora.targets, lora.blocks)
+        if lora.method == "lora":
+            chosen_places(trunk, lora.targets or (), lora.blocks, lora.rank or 1)
     except ValueError as error:
-        raise ConfigError(f"lora.blocks={lora.blocks} for {config.model.name}: {error}") from None
-    for place in places:
-        if set(lora.targets) & set(place.names) and lora.rank > (width := min(place.sizes(trunk))):
-            raise ConfigError(f"lora.rank={lora.rank} is impossible: {place.layer} is {width} wide")
+        raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
 def _adapter_spec(config: TrialConfig) -> AdapterSpec:

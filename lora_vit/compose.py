@@ -271,7 +271,11 @@ def search_space(
         raise ConfigError(f"{wrong[0]} cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
+    from lora_vit.sweep.source import distribution  # imports numpy
+
     space = {key: _choices(composer, o) for key, o in swept.items()}
+    for key, of in space.items():
+        distribution(key, of)
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):

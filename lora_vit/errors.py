@@ -55,15 +55,13 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """For a whole command: it exits at the end; an error that a user can cause is printed in one line."""
-    code = 0
+    """For a command: an error that a user can cause is printed in one line, and ends the process."""
     try:
         _check_process()
         yield
         sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
-        code = report(error)
-    sys.exit(code)
+        sys.exit(report(error))
 
 
 def report(error: BaseException, quiet: bool = False) -> int:

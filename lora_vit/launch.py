@@ -60,8 +60,8 @@ def launch(config: TrialConfig, folder: Path, world_size: int) -> TrialRecord:
         raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
 
     command = ["-m", "lora_vit.train", *overrides_of(config), f"hydra.run.dir={_literal(str(folder.absolute()))}"]
-    options = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=world_size, run_id=distributed.OWN_RUN,
-                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2)  # fmt: skip
+    options = LaunchConfig(1, 1, world_size, run_id=distributed.OWN_RUN, rdzv_backend="c10d",
+                           rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2)  # fmt: skip
     try:
         with _left_as_it_was():
             for signum in SIGNALS:
@@ -103,17 +103,15 @@ def _cause(folder: Path, config: TrialConfig, failures: Mapping[int, Any]) -> Us
 
     If it was ended without a report, this becomes the reason in the trial's record.
     """
-    said = ""
-    for rank, failure in sorted(failures.items(), key=lambda item: item[1].timestamp):
-        said = failure.message["message"] if isinstance(failure.message, dict) else ""
-        if distributed.PEER_ENDED not in said:
-            break
+    said = {r: f.message["message"] if isinstance(f.message, dict) else "" for r, f in failures.items()}
+    first = min(failures, key=lambda r: (distributed.PEER_ENDED in said[r], failures[r].timestamp))
+    failure = failures[first]
     if failure.exitcode - 128 in SIGNALS:
         return Interrupted(failure.exitcode - 128)
-    kind, _, text = said.partition(": ")
+    kind, _, text = said[first].partition(": ")
     if text:
         return ConfigError(text) if kind == "ConfigError" else TrialFailed(text)
-    reason = f"process {rank} ended with code {failure.exitcode}"
+    reason = f"process {first} ended with code {failure.exitcode}"
     record = state_of(folder, config).record
     if record is not None and record.status != "completed":
         record.status, record.finished = "failed", time.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -48,6 +49,12 @@ class StopRequest:
         """Raise Interrupted if asked to stop; for long work between steps of training."""
         if self.signum:
             raise Interrupted(self.signum)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; a request to stop ends it early."""
+        until = time.monotonic() + seconds
+        while not self.signum and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT:

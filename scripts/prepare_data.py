@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from lora_vit.compose import initialized
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.load import load_data
-from lora_vit.errors import ConfigError, run_command
+from lora_vit.errors import ConfigError, reporting
 
 PRESETS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "conf" / "data").glob("*.yaml"))
 
@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--cache-size", type=int, help="data.cache_size: pixels of each side")
     parser.add_argument("--official-val", action="store_true", default=None, help="data.official_val=true")
     given = vars(parser.parse_args())
-    run_command(lambda: prepare(data_config(given.pop("dataset"), **given)))
+    with reporting():
+        prepare(data_config(given.pop("dataset"), **given))
 
 
 if __name__ == "__main__":

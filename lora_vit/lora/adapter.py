@@ -60,7 +60,8 @@ class Adapter:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""
-        lora, found = self.card["lora"], dict[str, tuple[int, ...]]()
+        lora = self.card["lora"]
+        found: dict[str, tuple[int, ...]] = {}
         with torch.device("meta"):
             model = new_backbone(self.card["base"], len(self.card["class_names"]))
         biases: set[str] = set()

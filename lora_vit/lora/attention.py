@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit.lora.functional import Prologue
+from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.lora.places import plain_models
 
@@ -113,7 +113,7 @@ def project(
 def _prologue(front: Passed | None = None, *, dtype: torch.dtype) -> Prologue:
     """What a module in front computes, with its parameters in ``dtype``."""
     if front is None:
-        return Prologue()
+        return NOTHING
     if not issubclass(front.original_class, nn.LayerNorm):
         return Prologue("gelu")
     norm: Any = front

@@ -54,6 +54,9 @@ class Prologue:
         return z
 
 
+NOTHING = Prologue()
+
+
 @dataclass(frozen=True)
 class MaskKey:
     """What a dropout mask is computed from.
@@ -185,7 +188,7 @@ def _rows(x: Tensor, K: int) -> Tensor:
 def adapted_linear(
     z: Tensor, weight: Tensor, bias: Tensor | None,
     a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
-    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = Prologue(),
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
 ) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula).
 
@@ -210,7 +213,7 @@ def adapted_linear(
 def adapted_linear_reference(
     z: Tensor, weight: Tensor, bias: Tensor | None,
     a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
-    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = Prologue(),
+    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
 ) -> Tensor:  # fmt: skip
     """The same in plain operations, trial by trial: what :func:`adapted_linear` is tested against."""
     x = prologue(z)

@@ -56,7 +56,7 @@ def inject_adapters(
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
-    chosen = chosen_places(model, targets, blocks)
+    chosen = chosen_places(model, targets, blocks, max(spec.rank for spec in specs))
     made: dict[str, LoRAAdapters] = {}
     for place in chosen:
         slots = [slot for slot, target in enumerate(place.names) if target in targets]
@@ -79,20 +79,26 @@ def inject_adapters(
     return list(made.values())
 
 
-def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None) -> list[Place]:
+def chosen_places(
+    model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1
+) -> list[Place]:
     """All places of the blocks that are to get adapters.
 
     Raises:
-        ValueError: a target or block does not exist; the message lists those that do.
+        ValueError: a target or block does not exist, or a targeted layer is narrower than the rank.
     """
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
     if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
         raise ValueError(
-            f"no target matches targets={list(targets)}, blocks={None if blocks is None else list(blocks)}: there "
-            f"are the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
+            f"blocks={None if blocks is None else list(blocks)}, targets={list(targets)} match nothing: there are the "
+            f"targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
         )
-    return [place for index in chosen for place in found[index]]
+    places = [place for index in chosen for place in found[index]]
+    for place in places:
+        if set(targets) & set(place.names) and rank > (width := min(place.sizes(model))):
+            raise ValueError(f"rank={rank} is impossible: {place.layer} is {width} wide")
+    return places
 
 
 def remove_adapters(model: nn.Module) -> None:

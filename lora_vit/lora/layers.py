@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
+from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,6 @@ class LoRAAdapters(_KeyedDropout):
         in_features: I.
         out_features: O of each projection.
         state: the key that all layers of the model share.
-
-    Raises ValueError for a rank above I or O.
     """
 
     scale_K: Tensor
@@ -94,8 +92,6 @@ class LoRAAdapters(_KeyedDropout):
     ):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
         K, G, R = len(specs), len(names), max(s.rank for s in specs)
-        if min(in_features, out_features) < R:
-            raise ValueError(f"rank={R} is impossible: {names[0]} is {min(in_features, out_features)} wide")
         self.specs, self.names, self.slots = specs, names, tuple(slots)
         a_KGRI = torch.zeros(K, G, R, in_features)
         for k, spec in enumerate(specs):
@@ -107,11 +103,12 @@ class LoRAAdapters(_KeyedDropout):
         self.register_buffer("scale_K", scale_K, persistent=False)
         self.register_buffer("train_scale_K", scale_K / self.keep_K, persistent=False)
 
-    def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = Prologue()) -> Tensor:
+    def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = NOTHING) -> Tensor:
         """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O], all in the dtype of ``z``."""
         mask = self.mask(z.shape[1])
         scale_K = self.scale_K if mask is None else self.train_scale_K
-        scale_K = scale_K.to(torch.promote_types(z.dtype, torch.float32))  # a factor in bf16 would be off by up to 0.2 %
+        # a factor in bf16 would be off by up to 0.2 %
+        scale_K = scale_K.to(torch.promote_types(z.dtype, torch.float32))
         a_KGRI, b_KGOR = self.lora_A.to(z.dtype), self.lora_B.to(z.dtype)
         return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
 

@@ -146,7 +146,7 @@ class PackedViT(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
-        """``trunk``: from :func:`trunk_of`, with adapters, and marked what is trained; it serves one model at a time."""
+        """``trunk``: from :func:`trunk_of`, with its adapters; ``requires_grad`` says what is trained."""
         super().__init__()
         self.trunk, self.head, self.K = trunk, head, K
         blocks = [trunk.get_submodule(name) for name in places_of(trunk)]

@@ -95,6 +95,10 @@ class Claims:
         self._last = last
         self._owners.clear()
 
+    def ended(self) -> int:
+        """How many trials had ended as of the last look."""
+        return sum(mark == ENDED for _, mark in self._last.values())
+
     def state(self, trial_id: str) -> str:
         """``free``, ``held`` by a living process, or ``ended``: as of the last look."""
         number, mark = self._last.get(trial_id, (0, FREE))

@@ -30,6 +30,8 @@ from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3
 """So often in a row workers are started without that a trial ends."""
+POLL_EVERY_TRIAL = 0.0005
+"""Seconds between two looks for each trial of a large sweep, whose folder takes long to list."""
 SHOWN = 30
 """Rows of a table on the terminal."""
 COMPARED, MARGIN = 3, 0.5
@@ -48,6 +50,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         Interrupted: everything is saved.
     """
     trials, options = _each_once(request.trials), request.options
+    if not trials and request.search is None:
+        raise ConfigError("no trials: give at least one")
     sweep = Sweep(request.folder)
     _report_changed(trials, sweep)
     about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
@@ -68,7 +72,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     if about["race"] or request.search:  # what it has asked for so far
         cells = (about["race"] or {}).get("cells")
         asked = [trial for trial in sweep.trials.values() if cells is None or trial.cell_id in cells]
-    states = {trial.trial_id: _reopened(sweep, trial, options.retry_failed) for trial in asked}
+    restart = trials[0].config.trainer.resume == "restart"
+    states = {trial.trial_id: _reopened(sweep, trial, restart, options.retry_failed) for trial in asked}
     for trial in (trial for batch in sweep.batches for trial in batch if trial.trial_id not in states):
         states[trial.trial_id] = sweep.state_of(trial)  # left over by earlier commands
     is_open = {name for name, state in states.items() if not state.ended}
@@ -151,10 +156,10 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
     return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
 
 
-def _reopened(sweep: Sweep, trial: Trial, retry_failed: bool) -> State:
+def _reopened(sweep: Sweep, trial: Trial, restart: bool, retry_failed: bool) -> State:
     """How a trial stands, once what the command asks to train again is open; a trial in training is left alone."""
     state = sweep.state_of(trial)
-    record, restart = state.record, trial.config.trainer.resume == "restart"
+    record = state.record
     if record is None or not (restart or (retry_failed and record.status == "failed")):
         return state
     claims = Claims(sweep.folder)
@@ -211,7 +216,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                 elif missing > 0 and not alive:
                     raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
                                       "saved stays, and the same command resumes")  # fmt: skip
-                time.sleep(engine.poll_every)
+                stop.sleep(max(engine.poll_every, len(view.rows) * POLL_EVERY_TRIAL))
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
             raise

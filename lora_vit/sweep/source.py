@@ -229,7 +229,7 @@ class SearchSource:
         """Up to ``count`` suggestions that are new."""
         import optuna
 
-        space = {key: _distribution(optuna.distributions, of) for key, of in search["space"].items()}
+        space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
         for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
             if len(new) == count:
@@ -252,11 +252,20 @@ class SearchSource:
         return list(new.values())
 
 
-def _distribution(kinds: Any, of: dict[str, Any]) -> Any:
+def distribution(key: str, of: dict[str, Any]) -> Any:
+    """Optuna's of a searched key. Raises ConfigError if there is none, or no Optuna."""
+    try:
+        from optuna import distributions as kinds
+    except ImportError:
+        raise ConfigError("sweep.trials needs Optuna: pip install 'lora_vit[search]'") from None
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution
-    return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    try:
+        return kind(of["low"], of["high"], log=of["log"], step=of["step"])
+    except ValueError as error:
+        given = f"{key}=interval({of['low']},{of['high']})"
+        raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
 
 
 def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from lora_vit.training.trial import TrialRun
 
 POLL_EVERY = 0.5
 """Seconds between looks while other processes hold what is left."""
+POLL_EVERY_TRIAL = 0.001
+"""Of a large sweep, whose folder takes long to list: so many seconds for each of its trials."""
 
 
 def work(folder: Path) -> None:
@@ -122,10 +123,12 @@ class Worker:
         if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
             return pack
         in_vain = 0  # looks in a row that found free trials, of which we could take none
+        asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
             standing = self.packs.look(self.cannot)
-            if standing != FREE:  # ask for more; another worker may just have done so
+            if standing == ENDED or (standing != FREE and asked != self.claims.ended()):
+                asked = self.claims.ended()  # another worker may just have asked
                 is_new = self.source.extend()
                 standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
             if standing == ENDED:
@@ -133,7 +136,7 @@ class Worker:
             if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
                 return pack
             in_vain = in_vain + 1 if standing == FREE else 0
-            time.sleep(POLL_EVERY)
+            self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
 
     def size_of(self, group: Group) -> int | None:
         """How many trials of a group train together; None while another process measures it, or if none can here."""

@@ -2,10 +2,10 @@
 
     python scripts/bench/scale.py --trials 10000 --workers 64 --milliseconds 1
 
-Everything but the training is real: plan, run, claims, schedule, records and the command that follows. Workers are
-threads, a trial takes ``--seconds``, and each operation on the folder takes ``--milliseconds`` more, as it does on a
-shared one. What a trial itself writes (record, checkpoint, event files) is not counted: it does not depend on how many
-there are. Listing a folder counts as one operation for each 100 names.
+Everything but the training is real: plan, claims, packs, records and the view of the command. Workers are threads, a
+pack takes ``--seconds``, and each operation on the folder takes ``--milliseconds`` more, as it does on a shared one.
+What a trial itself writes (record, checkpoint, event files) is not counted: it does not depend on how many there are.
+Listing a folder counts as one operation for each 100 names. What the command does is counted by the look.
 """
 
 from __future__ import annotations
@@ -19,33 +19,37 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_vit.sweep.follow import LOOK_EVERY, Follower
-from lora_vit.sweep.ledger import Ledger
-from lora_vit.sweep.progress import View
-from lora_vit.sweep.runner import begin
-
 from lora_vit.api import compose
 from lora_vit.config import SweepConfig, to_dict
-from lora_vit.records import TrialRecord, write_record
+from lora_vit.records import RECORD, TrialRecord, write_record
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep import claims as claims_module
-from lora_vit.sweep.claims import ENDED
-from lora_vit.sweep.plan import Group, Job, SweepRun
+from lora_vit.sweep.claims import ENDED, Claims
+from lora_vit.sweep.plan import Sweep
+from lora_vit.sweep.run import reopen
+from lora_vit.sweep.trial import Group, Trial
+from lora_vit.sweep.view import View
 from lora_vit.sweep.worker import Worker
 
 NAMES_AN_OPERATION = 100
+LOOK_EVERY = 0.5
 
 
 class Operations:
-    """Counts what is done in a folder, and makes it slower."""
+    """Counts what is done in a folder, and makes it slower.
+
+    Attributes:
+        counts: of the workers, by the name of the operation.
+        looks: of the main thread, which follows; reading a trial's record is not among them.
+    """
 
     def __init__(self, folder: Path, delay: float):
         self.folder, self.delay = str(folder), delay
         self.counts: Counter[str] = Counter()
+        self.looks: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.here = threading.local()
 
@@ -61,7 +65,7 @@ class Operations:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count and slow down while the context lasts."""
-        names = ("link", "stat", "utime", "listdir", "scandir", "replace", "unlink", "mkdir", "open", "fsync", "chmod")
+        names = ("stat", "utime", "listdir", "scandir", "replace", "unlink", "mkdir", "open", "fsync")
         before = {name: getattr(os, name) for name in names}
         for name, function in before.items():
             setattr(os, name, self._wrapped(name, function))
@@ -76,20 +80,18 @@ class Operations:
 
     def _wrapped(self, name: str, function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
+            thread = threading.current_thread()
             ours = name == "fsync" or str(args[0]).startswith(self.folder)
-            if not ours or getattr(self.here, "off", False):
+            if not ours or getattr(self.here, "off", False) or thread.name == "signs of life":  # by the hour
                 return function(*args, **options)
-            if threading.current_thread().name == "signs of life":  # by the hour, not by the trial
-                return function(*args, **options)
+            follows = thread is threading.main_thread() and not str(args[0]).endswith(RECORD)
+            weight = 1
             try:
                 result = function(*args, **options)
-                weight = 1 + len(result) // NAMES_AN_OPERATION if name == "listdir" else 1
-            except OSError:
-                weight = 1
-                raise
+                weight += len(result) // NAMES_AN_OPERATION if name == "listdir" else 0
             finally:
                 with self.lock:
-                    self.counts[name] += weight
+                    (self.looks if follows else self.counts)[name] += weight
                 time.sleep(weight * self.delay)
             return result
 
@@ -99,56 +101,60 @@ class Operations:
 class SimulatedWorker(Worker):
     """A worker whose trials take their time and are completed."""
 
-    def __init__(self, run: SweepRun, operations: Operations, seconds: float):
-        super().__init__(run, lambda kind, **fields: None, StopRequest())
-        self.setups.of = lambda job: None  # type: ignore[method-assign, assignment, return-value]
+    def __init__(self, folder: Path, claims: Claims, operations: Operations, seconds: float):
+        super().__init__(Sweep.existing(folder), claims, StopRequest(), lambda text: None)
+        self.setups.of = lambda trial: None  # type: ignore[method-assign, assignment, return-value]
         self.operations, self.seconds = operations, seconds
 
-    def train_taken(self, group: Group, jobs: Sequence[Job], setup: Any) -> None:
+    def train_pack(self, group: Group, trials: list[Trial], setup: Any) -> None:
         """Leave records as training does."""
         time.sleep(self.seconds)
-        for job in jobs:
+        for trial in trials:
             with self.operations.not_counted():
-                place = self.run.folder_of(job)
+                place = self.sweep.folder_of(trial)
                 place.mkdir()  # once: a trial that is trained twice is an error
-                record = TrialRecord(job.trial_id, job.cell_id, "completed", to_dict(job.config))
-                record.metrics = {"val_accuracy": 0.5, "epoch": job.config.trainer.epochs}
-                record.started = record.finished = time.time()
+                record = TrialRecord(trial.trial_id, trial.cell_id, "completed", to_dict(trial.config))
+                record.metrics = {"val_accuracy": 0.5, "epoch": trial.config.trainer.epochs}
                 write_record(place, record)
-            self.claims.release(job.trial_id, ENDED)
+            self.claims.release(trial.trial_id, ENDED)
 
 
 def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float, delay: float) -> dict[str, float]:
-    """Run a sweep; returns seconds, operations a trial, and bytes and names left behind a trial."""
-    base = compose(["experiment=quickstart"])
-    jobs = [Job(dataclasses.replace(base, seed=seed), [f"seed={seed}"]) for seed in range(trials)]
-    options = SweepConfig("s", str(pack), str(workers), False, "continue", False, False, True, None, 5, 30)
-    run = SweepRun(tuple(jobs), folder, options, time.time(), workers)
+    """Run a sweep; returns seconds, operations a trial and a look, and bytes and names left behind a trial."""
+    base = compose(["experiment=quickstart", "trainer.accelerator=cpu"])
+    asked = [Trial(dataclasses.replace(base, seed=seed), [f"seed={seed}"]) for seed in range(trials)]
+    options = SweepConfig("s", str(pack), str(workers), False, False, True, None, 5, 30, None)
     operations = Operations(folder, delay)
-    began = time.perf_counter()
+
+    def work() -> None:
+        with Claims(folder).living() as claims:
+            SimulatedWorker(folder, claims, operations, seconds).work()
+
+    began, looks = time.perf_counter(), 0
+    sweep = Sweep(folder)
+    names = {trial.trial_id for trial in asked}
+    sweep.ask(asked, asked, names, options, command="simulated", hydra="", workers=workers, race=None, search=None)
+    reopen(sweep, names)
     with operations.counted():
-        Ledger(folder).add(jobs, "simulated")
-        for job in jobs:
-            run.state_of(job)
-        run = begin(run)
-        view = View(run.jobs)
-        threads = [threading.Thread(target=SimulatedWorker(run, operations, seconds).work) for _ in range(workers)]
+        threads = [threading.Thread(target=work) for _ in range(workers)]
         for thread in threads:
             thread.start()
-        follower = Follower(run, view)
-        while follower.look() != claims_module.ENDED:
+        view = View(sweep, [])
+        view.console.quiet = True
+        while view.open():
+            view.look()
+            looks += 1
             time.sleep(LOOK_EVERY)
         for thread in threads:
             thread.join()
-        for job in run.jobs:
-            assert run.state_of(job).status == "completed"
         view.close()
     took = time.perf_counter() - began
-    left = [p for p in folder.rglob("*") if p.name != "record.json" and p.parent.name not in {j.trial_id for j in jobs}]
-    size = sum(p.stat().st_size / p.stat().st_nlink for p in left if p.is_file())
-    total = sum(operations.counts.values())
-    print(f"{dict(operations.counts)}", file=sys.stderr)
-    return {"seconds": took, "operations a trial": total / trials, "bytes a trial": size / trials,
+    assert all(sweep.state_of(trial).status == "completed" for trial in asked)
+    left = [p for p in folder.rglob("*") if p.name != RECORD and p.parent.name not in names]
+    size = sum(p.stat().st_size for p in left if p.is_file())
+    print(f"workers {dict(operations.counts)}, {looks} looks {dict(operations.looks)}", file=sys.stderr)
+    return {"seconds": took, "operations a trial": sum(operations.counts.values()) / trials,
+            "operations a look": sum(operations.looks.values()) / looks, "bytes a trial": size / trials,
             "names a trial": len(left) / trials}  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def test_while_it_imports(name, tmp_path):
     (tmp_path / f"{FIRST[name]}.py").write_text("import time; print('there', flush=True); time.sleep(60)")
     (tmp_path / "x").mkdir()
     arguments = ["x"] if name != "train x" else ["model=vit_tiny", "data=fake"]
-    process = start([sys.executable, "-m", f"lora_vit.{name.split()[0]}", *arguments], tmp_path, PYTHONPATH=str(tmp_path))
+    line = [sys.executable, "-m", f"lora_vit.{name.split()[0]}", *arguments]
+    process = start(line, tmp_path, PYTHONPATH=str(tmp_path))
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n"
     assert_interrupted(process)

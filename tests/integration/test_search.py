@@ -21,7 +21,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.records import read_record
 from lora_vit.sweep import run
 from lora_vit.sweep.claims import ENDED, Claims
-from lora_vit.sweep.plan import Request, Sweep
+from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.source import SearchSource
 from lora_vit.sweep.trial import Trial
 

@@ -116,7 +116,7 @@ SETTINGS = """
     model.head_dropout=0.5 model.image_size=24
     data.augment=flip data.augment=crop_flip data.batch_size=6 data.split_seed=1 data.train_per_class=5
     trainer.precision=fp32 trainer.precision=bf16 trainer.epochs=1 seed=1
-""".split()
+""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ from lora_vit.errors import ConfigError
 from lora_vit.launch import launch, overrides_of
 from lora_vit.resolve import from_omegaconf
 
-PATHS = ["a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)",
-         "~h", "i=j", "k#l?*%", "${m}", "\\${n}", "o${p", "$q", "${oc.env:HOME}", "ü\u2028猫", "r\ns\tt", " u "]  # fmt: skip
+PATHS = [
+    "a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)", "~h",
+    "i=j", "k#l?*%", "${m}", "\\${n}", "o${p", "$q", "${oc.env:HOME}", "ü\u2028猫", "r\ns\tt", " u ",
+]  # fmt: skip
 
 
 def composed(overrides):

@@ -166,11 +166,13 @@ def work_for_command() -> int:
         if pid := os.fork():
             pids.append(pid)
             continue
+        code: Any = 0
         try:  # a worker
             with _as_worker(Path(orders["logs"])), reporting(), at_work(Path(orders["folder"])) as worker:
                 worker.work()
         except SystemExit as end:
-            os._exit(int(end.code or 0))
+            code = end.code or 0
+        os._exit(code)
 
     def stop(*_: Any) -> None:
         for pid in pids:

@@ -448,9 +448,3 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     (folder / "record.json").write_text("{")
     with pytest.raises(ConfigError, match=r"record\.json is not whole JSON"):
         load_adapter(model, folder)
-
-
-def test_no_blocks_are_all_blocks():
-    found = [name for name, _, _ in Adapter({}, card("q", "fc2", blocks=None)).places(new_model())]
-    places = ("self_attention.q", "mlp.3")
-    assert found == [f"encoder.layers.encoder_layer_{i}.{place}" for i in range(2) for place in places]

@@ -178,7 +178,7 @@ def test_every_setting_changes_the_outcome(model, images, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": []}, r"no target matches targets=\[\], blocks=None"),
+        ({"targets": []}, r"blocks=None, targets=\[\] match nothing"),
         ({"targets": ["qkv"]}, "q, k, v, o, fc1, fc2"),
         ({"targets": ["q", "qkv"]}, "q, k, v, o, fc1, fc2"),
         ({"blocks": (7, 9)}, "blocks 0 to 1"),

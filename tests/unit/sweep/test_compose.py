@@ -1,4 +1,4 @@
-"""Trials composed the quick way are Hydra's, and the presets are what they say."""
+"""Trials composed the quick way are Hydra's, presets are what they say, and what cannot be is one line."""
 
 from __future__ import annotations
 
@@ -10,32 +10,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SMALL, trial_config
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
+from helpers import SMALL, run_command, trial_config
 from hydra.errors import OverrideParseException
-from hydra.types import RunMode
-from lora_vit.hydra_callbacks import RefuseImpossible
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lora_vit import compose
-from lora_vit.compose import (
-    Composer,
-    compose_all,
-    drop_idle,
-    explain,
-    from_omegaconf,
-    identify,
-    register_schema,
-    sweep_from_omegaconf,
-)
+from lora_vit import compose, resolve
+from lora_vit.compose import Composer, compose_all, expand, explain, initialized, sweep_options
 from lora_vit.config import file_sha256, trial_id
 from lora_vit.errors import ConfigError
-from lora_vit.sweep.plan import Job
-
-register_schema()
-from hydra.core.plugins import Plugins  # noqa: E402  (after the plugin's folder is on the path)
+from lora_vit.resolve import drop_idle, from_omegaconf, identify
+from lora_vit.sweep.plan import Request
+from lora_vit.sweep.trial import without_idle
 
 GRID = [
     ["lora.rank=2", "optimizer.lr=1e-3", "seed=3"],
@@ -57,16 +43,10 @@ PRESETS = {"quickstart": 24, "rank_alpha_dropout": 81, "rank_lr": 45, "targets":
 
 
 @pytest.fixture(scope="module")
-def hydra():
-    """Hydra's loader, and what it makes of the small trial's command line without anything swept."""
-    Plugins.instance()._initialize()
-    found = ConfigLoaderImpl(create_config_search_path("pkg://lora_vit.conf"))
-    return found, found.load_configuration("config", list(SMALL), RunMode.MULTIRUN)
-
-
-@pytest.fixture(scope="module")
-def loader(hydra):
-    return Composer(*hydra)
+def loader():
+    """Composes trials, with Hydra in place."""
+    with initialized():
+        yield Composer("config", [])
 
 
 @pytest.fixture
@@ -116,13 +96,12 @@ def test_a_rank_that_is_not_there_has_no_alpha(small):
 def test_resolvers_of_ids_and_sizes(loader, small):
     small.data.cache_size = "${at_least:16,${model.image_size},'9'}"
     assert small.data.cache_size == 16
-    changed = OmegaConf.merge(loader([*SMALL, "lora=none", "lora.rank=4"]), {"lora": {"rank": 4}})
+    changed = loader([*SMALL, "lora=none", "lora.rank=4"])
     OmegaConf.set_struct(changed, False)
-    changed.hydra = {"name": "${trial_id:}"}
-    assert changed.hydra.name == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
-
-
-COMMAND = {"hydra": {"overrides": {"task": [], "hydra": []}}}
+    changed.run_name = "${trial_id:}"
+    assert changed.run_name == resolve.UNKNOWN_ID, "nothing else may stand there"
+    name = loader([*SMALL, "lora=none", "lora.rank=4"]).hydra.sweep.subdir
+    assert name == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
 
 
 @pytest.mark.parametrize(
@@ -143,11 +122,7 @@ def test_an_impossible_trial_ends_in_a_line(small, changes, line):
     with pytest.raises(ConfigError) as caught:
         from_omegaconf(broken)
     assert str(caught.value) == line
-    with pytest.raises(SystemExit) as ended:
-        RefuseImpossible().on_run_start(OmegaConf.merge(broken, COMMAND))
-    assert str(ended.value) == f"error: {line}"
-    OmegaConf.set_struct(small, False)
-    RefuseImpossible().on_run_start(OmegaConf.merge(small, COMMAND))
+    from_omegaconf(small)
 
 
 def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(loader):
@@ -194,7 +169,7 @@ def test_weights_are_known_by_their_content(tmp_path, monkeypatch):
 
 
 def test_content_that_is_not_the_given_one(monkeypatch):
-    monkeypatch.setattr(compose, "known_content", lambda data, fetch: "60 images" if fetch else None)
+    monkeypatch.setattr(resolve, "known_content", lambda data, fetch: "60 images" if fetch else None)
     trial = trial_config()
     trial.data.content = None
     identify(trial)
@@ -211,11 +186,10 @@ def test_content_that_is_not_the_given_one(monkeypatch):
 
 
 def test_the_sweeps_own_settings(loader):
-    node = loader([*SMALL, "sweep.pack_size=3", "sweep.on_failure=stop"]).sweep
-    sweep = sweep_from_omegaconf(node)
-    assert (sweep.pack_size, sweep.on_failure) == ("3", "stop")
-    with pytest.raises(ConfigError, match=r"sweep\.on_failure=retry"):
-        sweep_from_omegaconf(loader([*SMALL, "sweep.on_failure=retry"]).sweep)
+    options = sweep_options(loader([*SMALL, "sweep.pack_size=3", "sweep.retry_failed=true"]))
+    assert (options.pack_size, options.retry_failed) == ("3", True)
+    with pytest.raises(ConfigError, match=r"sweep\.pack_size=0"):
+        sweep_options(loader([*SMALL, "sweep.pack_size=0"]))
 
 
 # --- many trials
@@ -240,65 +214,147 @@ def test_what_is_more_than_a_value_is_left_to_hydra(overrides, loader):
     assert outcome(loader) == outcome(loader.exactly)
 
 
-def test_a_value_costs_no_composition(hydra, monkeypatch):
-    loader, whole = Composer(*hydra), []
-    exactly = loader.exactly
-    monkeypatch.setattr(loader, "exactly", lambda overrides: whole.append(list(overrides)) or exactly(overrides))
-    asked = []
-    options = loader.loader.get_group_options
-    monkeypatch.setattr(loader.loader, "get_group_options", lambda key: asked.append(key) or options(key))
-    first = loader(["data=fake", "seed=1", "lora=qv"])
-    assert loader(["data=fake", "seed=2", "lora=qv"]).seed == 2
-    assert (first.seed, loader(["data=fake", "lora=qv"]).seed) == (1, 0), "one trial's value is no other's"
-    assert whole == [["data=fake", "lora=qv"]]
-    assert sorted(asked) == ["data", "lora", "seed"]
-    loader(["data=fake"])
-    assert whole[1:] == [["data=fake"]]
+def test_a_value_costs_no_composition(monkeypatch):
+    with initialized():
+        loader, whole = Composer("config", []), []
+        exactly = loader.exactly
+        monkeypatch.setattr(loader, "exactly", lambda overrides: whole.append(list(overrides)) or exactly(overrides))
+        first = loader(["data=fake", "seed=1", "lora=qv"])
+        assert loader(["data=fake", "seed=2", "lora=qv"]).seed == 2
+        assert (first.seed, loader(["data=fake", "lora=qv"]).seed) == (1, 0), "one trial's value is no other's"
+        assert whole == [["data=fake", "lora=qv"]]
+        loader(["data=fake"])
+        assert whole[1:] == [["data=fake"]]
 
 
-def composed(hydra, *swept):
-    return compose_all(*hydra, [[*SMALL, *overrides] for overrides in swept])
-
-
-def test_all_trials_with_their_labels(hydra):
+def test_all_trials_with_their_labels(loader):
     swept = [
         ["lora.rank=2", "seed=0"],
         ["lora=none", "lora.rank=2", "seed=0"],
         ["lora=full", "lora.alpha=2.0", "+lora.dropout=0.1", "seed=0"],
     ]
-    jobs = composed(hydra, *swept)
-    assert [job.label for job in jobs] == ["rank=2", "lora=none", "lora=full"]
-    assert [job.overrides for job in jobs] == [[*SMALL, *overrides] for overrides in swept]
-    assert [job.config for job in jobs] == [trial_config("lora.rank=2"), *map(trial_config, ("lora=none", "lora=full"))]
-    assert [job.idle() for job in jobs] == [[], ["lora.rank=2"], ["lora.alpha=2.0", "+lora.dropout=0.1"]]
-    assert Job(jobs[1].config, ["lora.method=none", "lora=none", "optimizer.lr=1"]).idle() == []
-    (alone,) = composed(hydra, ["seed=0"])
-    assert alone.label.endswith("log_every=1 seed=0"), "of one trial all is told"
+    trials = compose_all(loader, SMALL, swept)
+    assert [trial.label for trial in trials] == ["rank=2 seed=0", "lora=none seed=0", "lora=full seed=0"]
+    assert [trial.overrides for trial in trials] == [[*SMALL, *overrides] for overrides in swept]
+    assert [trial.config for trial in trials] == [trial_config(lines[0]) for lines in swept]
+    assert without_idle(trials[2].config, swept[2]) == ["lora=full", "seed=0"]
 
 
-def test_trials_that_cannot_run_are_told_together(hydra):
+def test_trials_that_cannot_run_are_told_together(loader):
+    swept = ["lora.rank=0"], ["lora.rank=2"], ["lora.rank=0", "seed=1"], ["lora.rnk=2"], ["lora.rank=two"]
     with pytest.raises(ConfigError) as caught:
-        composed(hydra, ["lora.rank=0"], ["lora.rank=2"], ["lora.rank=0", "seed=1"], ["lora.rnk=2"], ["lora.rank=two"])
-    assert str(caught.value).splitlines() == [
-        "4 of 5 trials cannot run, so none is started:",
-        "  lora.rank=0 is impossible: give 1 or more (lora=none trains the head alone)   [rank=0 and 1 more]",
-        "  unknown key 'lora.rnk', did you mean 'lora.rank'?   [rnk=2]",
-        "  lora.rank: Value 'two' of type 'str' could not be converted to Integer   [rank=two]",
-    ]
-    assert compose._refusal({"no": [""]}, 1).splitlines()[1] == "  no   [as given]"
+        compose_all(loader, SMALL, swept)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 of 5 trials cannot run, so none is started:"
+    for line, words in zip(lines[1:], [("lora.rank=0", "1 or more", "[rank=0 and 1 more]"),
+                                       ("'lora.rnk'", "'lora.rank'?", "[rnk=2]"),
+                                       ("lora.rank: ", "'two'", "[rank=two]")], strict=True):  # fmt: skip
+        assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(0.0, False), (5.0, False), (5.1, True)])
-def test_long_compositions_are_told(seconds, told, hydra, monkeypatch, capsys):
+@pytest.mark.parametrize(("seconds", "told"), [(5.0, False), (5.1, True)])
+def test_long_compositions_are_told(seconds, told, loader, monkeypatch, capsys):
     clock = iter((100.0, 100.0 + seconds, 100.0 + seconds))
     monkeypatch.setattr(compose, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     due = iter((False, told))
-    asked = []
-    monkeypatch.setattr(compose, "Every", lambda period: asked.append(period) or SimpleNamespace(due=lambda: next(due)))
-    composed(hydra, ["seed=0"], ["seed=1"])
+    monkeypatch.setattr(compose, "Every", lambda period: SimpleNamespace(due=lambda: next(due)))
+    compose_all(loader, SMALL, [["seed=0"], ["seed=1"]])
     lines = ["composing: 2/2 trials", "composed 2 trials in 5.1 s"] if told else []
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err.splitlines(), asked) == ("", lines, [5.0])
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+# --- what a sweep's command asks for
+
+
+def asked(*lines: str, folder: Path | None = None) -> Request:
+    with initialized():
+        return expand([*SMALL, *lines], folder)
+
+
+def test_a_grid_is_every_combination(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = asked("lora.rank=2,4", "seed=range(2)", "sweep.pack_size=3")
+    assert [trial.label for trial in request.trials] == [f"rank={r} seed={s}" for r in (2, 4) for s in (0, 1)]
+    assert request.options.pack_size == "3"
+    assert (request.engine.name, request.search) == ("local", None)
+    assert re.fullmatch(r"outputs/sweeps/rank_seed-[0-9a-f]{6}", str(request.folder))
+    assert asked("lora.rank=2,4,8", "seed=0,1").folder == request.folder, "a grown list"
+    assert asked("lora.rank=2,4", "seed=0,1", "trainer.log_every=5").folder == request.folder, "no other numbers"
+    assert asked("lora.rank=2,4", "seed=0,1", "trainer.epochs=3").folder != request.folder
+    assert asked("seed=0,1", "sweep.name=mine").folder == Path("outputs/sweeps/mine")
+    assert asked("seed=0,1", folder=tmp_path / "a,b c").folder == tmp_path / "a,b c"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x", "sweep.name"]),
+        (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
+        (["seed=0,1", "sweep.first_seeds=3"], ["sweep.first_seeds=3", "without sweep.margin"]),
+        (["seed=0,1", "sweep.margin=1"], ["seed", "chooses its seeds", "seed=0"]),
+        (["lora.rank=1,2", "sweep.margin=1", "sweep.trials=9"], ["sweep.trials=9", "sweep.margin", "give one"]),
+        (["seed=0,1", "sweep.pack_size=1,2"], ["sweep.pack_size", "cannot be swept"]),
+        (["seed=0,1", "sweep.wait=false"], ["sweep.wait=false", "engine=slurm"]),
+        (["seed=0,1", "hydra.job.chdir=true"], ["hydra.job.chdir=True", "hydra/sweeper=basic"]),
+        (["seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x", "hydra/sweeper=basic"]),
+        (["optimizer.lr=interval(1,4)"], ["optimizer.lr", "sweep.trials=30"]),
+        (["seed=choice(0,1)", "sweep.trials=9"], ["seed cannot be searched", "one value"]),
+        (["seed=0", "sweep.trials=9"], ["nothing is searched", "interval"]),
+        (["lora.rank=1,2", "sweep.trials=9", "sweep.dry_run=true"], ["sweep.dry_run=true", "search"]),
+        (["optimizer.lr=tag(log,interval(0,1))", "sweep.trials=9"], ["optimizer.lr=interval(0,1)", "other ends"]),
+        (["optimizer.lr=interval(1,0.1)", "sweep.trials=9"], ["optimizer.lr=interval(1,0.1)", "other ends"]),
+        (["lora.rank=interval(0,4)", "sweep.trials=9"], ["1 of 2 trials", "lora.rank=0"]),
+        (["data.root=1e3", "seed=0,1"], ["data.root=1e3", "1000.0", '"data.root=\'1e3\'"']),
+        (["data.root=a{b", "seed=0,1"], ["data.root=a{b", '"data.root=\'a{b\'"']),
+        (["data.root=a,b"], ["2 of 2 trials", '"data.root=\'a,b\'"']),
+    ],
+)
+def test_what_a_sweep_refuses(lines, words):
+    with pytest.raises(ConfigError) as caught:
+        asked(*lines)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
+    """A worker elsewhere composes its trials from them, without Hydra."""
+    monkeypatch.chdir(tmp_path)
+    request = asked("lora=choice(default,none)", "lora.rank=interval(1,4)", "optimizer.lr=tag(log,interval(1e-4,0.1))",
+                    "sweep.trials=9", "data.root=images")  # fmt: skip
+    search = request.search or {}
+    assert request.trials == []
+    assert search["trials"] == 9
+    rank = {"low": 1, "high": 4, "log": False, "integer": True, "group": False, "step": 1}
+    assert search["space"]["lora.rank"] == rank
+    assert search["space"]["optimizer.lr"]["log"]
+    assert [of["group"] for of in search["space"].values()] == [True, False, False]
+    assert [options for options, _ in search["bases"]] == [[["lora", "default"]], [["lora", "none"]]]
+    assert "hydra" not in search["bases"][0][1]
+
+
+# --- Hydra's own idioms, in real commands
+
+
+@pytest.mark.slow
+def test_paths_may_be_hydras(tmp_path):
+    """C2: ``${hydra:runtime.cwd}`` alone and in a sweep."""
+    for name, *flags in (("single",), ("sweep", "-m", "seed=0,1")):
+        place = ["hydra.run.dir=single"] if name == "single" else ["hydra.sweep.dir=sweep", "sweep.pack_size=2"]
+        run_command(*flags, *place, "data.cache_dir=${hydra:runtime.cwd}/here", "trainer.epochs=1", cwd=tmp_path)
+        records = list((tmp_path / name).rglob("record.json"))
+        assert len(records) == 1 + (name == "sweep")
+        assert all(f"{tmp_path}/here" in path.read_text() for path in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["all", "hydra", "job"])
+def test_printing_the_configuration_fetches_nothing(what, tmp_path):
+    """C3: the data set is not here, and a name that would need it says so."""
+    line = [sys.executable, "-m", "lora_vit.train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "fetch" not in done.stderr + done.stdout
+    assert (f"_{resolve.UNKNOWN_ID}" in done.stdout) == (what != "job")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- errors
@@ -317,7 +373,7 @@ AVAILABLE = "Could not find 'lora/qvv'\n\nAvailable options in 'lora':\n\tdefaul
     [
         (ConfigError("rank is bad"), "rank is bad"),
         (caused(RuntimeError("outer"), ConfigError("rank is bad")), "rank is bad"),
-        (OverrideParseException("a=[1", "no end\nthere"), "cannot read the override 'a=[1': no end"),
+        (OverrideParseException("a=[1", "no end\nthere"), "cannot read the override 'a=[1' (no end)"),
         (caused(ValueError("x"), KeyError("Could not override 'lora.rnk'.")),
          "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
         (ValueError("Could not override 'xyzzyx'."), "unknown key 'xyzzyx' (see --help)"),

@@ -13,7 +13,10 @@ SCRIPT = Path(__file__).parents[3] / "scripts/bench/scale.py"
 
 @pytest.mark.slow
 def test_operations_a_trial(tmp_path):
-    """Four times the trials on four times the workers: at most 30 operations a trial, and hardly more for each."""
+    """Four times the trials on four times the workers: at most 30 operations a trial, and hardly more for each.
+
+    S9: the command that follows lists the claims, and opens the plan and a file of each worker.
+    """
     found = {}
     for trials, workers in ((100, 2), (400, 8)):
         command = [sys.executable, str(SCRIPT), "--trials", str(trials), "--workers", str(workers)]
@@ -21,6 +24,7 @@ def test_operations_a_trial(tmp_path):
                               capture_output=True, text=True, check=True)  # fmt: skip
         figures = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
         found[trials] = float(figures["operations a trial"])
+        assert float(figures["operations a look"]) < workers + 3 * trials / 100 + 5
         assert float(figures["names a trial"]) < 3.5, "a claim, its end, the trial"
     assert 5 < found[400] < 30
     assert found[400] < 1.5 * found[100]

@@ -172,7 +172,7 @@ def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", ["2", "auto"])
 def test_what_cannot_be_built_here_is_left_to_other_workers(size, bench, monkeypatch):
-    """S1: the image folder is not mounted on one machine. The rest of the sweep is trained, the worker says and fails."""
+    """S1: images are not mounted on one machine. The rest of the sweep is trained, the worker says and fails."""
     monkeypatch.setattr(PackSizes, "_measured", lambda self, group, claims: self.setups.of(group.trials[0]) and 2)
     broken, fine = seed_trials(5), seed_trials(2, trainer__epochs=3)
     tried: list[int] = []
@@ -352,7 +352,7 @@ def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
         if len(naps) == 6:
             other.release(trials[1].trial_id, ENDED)
 
-    monkeypatch.setattr(worker_module.time, "sleep", sleep)
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
     bench.work()
     assert bench.packs == [[2], [0]]
     assert len(naps) >= 6
@@ -374,7 +374,7 @@ def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on,
             for trial in trials:
                 other.release(trial.trial_id, ENDED)
 
-    monkeypatch.setattr(worker_module.time, "sleep", sleep)
+    monkeypatch.setattr(bench.stop, "sleep", sleep)
     bench.work()
     assert bench.packs == ([] if its_owner_goes_on else [[1, 2]])
 

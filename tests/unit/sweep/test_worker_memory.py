@@ -1,39 +1,47 @@
-"""A worker lets go of a pack before it makes the next; and what ends a worker leaves trials that go on."""
+"""Workers that train: one lets go of a pack before it makes the next, and halves what does not fit."""
 
 from __future__ import annotations
 
 import gc
-import time
 import weakref
+from pathlib import Path
 
 import pytest
-from plain_trials import plain_trial
-from sweeps import options
+import torch
+from helpers import trial_config
+from sweeps import seed_trials, sweep_of
 
-from lora_vit.records import read_record
+from lora_vit.build import build_setup
+from lora_vit.distributed import Process
+from lora_vit.errors import ConfigError
+from lora_vit.records import read_record, write_record
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep.plan import Job, SweepRun
+from lora_vit.sweep import pack_size
+from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.pack_size import out_of_memory
+from lora_vit.sweep.plan import Sweep
+from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.pack import Pack
+from lora_vit.training.trial import TrialRun
 
 
-def jobs_of(*seeds, **changes):
-    return [Job(plain_trial({"trainer.epochs": 1} | changes | {"seed": s}), [], label=str(s)) for s in seeds]
+def work(folder: Path, trials: list[Trial], **changes) -> list[str]:
+    """Ask for the trials and be a worker; returns what it said."""
+    sweep_of(folder, trials, **{"pack_size": "2", **changes})
+    said: list[str] = []
+    with StopRequest() as stop, Claims(folder).living() as claims:
+        Worker(Sweep.existing(folder), claims, stop, said.append).work()
+    return said
 
 
-def work(folder, jobs, **changes) -> None:
-    run = SweepRun(tuple(jobs), folder, options(**{"pack_size": "2", **changes}), time.time())
-    with StopRequest() as stop:
-        Worker(run, lambda kind, **fields: None, stop).work()
-
-
-def break_steps(monkeypatch, error: type[BaseException], broken) -> None:
+def break_steps(monkeypatch, error: BaseException, broken) -> None:
     """Steps of packs for which ``broken`` raise an error."""
     whole = Pack.step
 
     def step(pack, *args):
         if broken(pack):
-            raise error("no")  # a new one: its traceback holds the pack
+            raise type(error)(*error.args)  # a new one: its traceback holds the pack
         return whole(pack, *args)
 
     monkeypatch.setattr(Pack, "step", step)
@@ -58,43 +66,115 @@ def alive(monkeypatch) -> list[int]:
     gc.enable()
 
 
-def statuses(folder, jobs) -> list[str]:
-    return [read_record(folder / job.trial_id).status for job in jobs]
+def statuses(folder: Path, trials: list[Trial]) -> list[str]:
+    return [read_record(folder / trial.trial_id).status for trial in trials]
 
 
 def test_each_pack_is_freed_before_the_next(alive, tmp_path):
-    jobs = jobs_of(1, 2, 3, 4, 5)
-    work(tmp_path, jobs)
+    trials = seed_trials(5, trainer__epochs=1)
+    work(tmp_path, trials)
     assert alive == [0, 0, 0]
-    assert statuses(tmp_path, jobs) == ["completed"] * 5
+    assert statuses(tmp_path, trials) == ["completed"] * 5
 
 
 def test_a_pack_that_ended_with_an_error_is_freed_before_its_halves(alive, tmp_path, monkeypatch):
-    jobs = jobs_of(1, 2, 3, 4)
-    break_steps(monkeypatch, RuntimeError, lambda pack: pack.K > 1)
-    work(tmp_path, jobs, pack_size="4")
+    trials = seed_trials(4, trainer__epochs=1)
+    break_steps(monkeypatch, RuntimeError("no"), lambda pack: pack.K > 1)
+    work(tmp_path, trials, pack_size="4")
     assert alive == [0] * 7
-    assert statuses(tmp_path, jobs) == ["completed"] * 4
+    assert statuses(tmp_path, trials) == ["completed"] * 4
 
 
-def test_a_trial_that_failed_alone_is_freed_before_the_next(alive, tmp_path, monkeypatch):
-    jobs = jobs_of(1, 2, 3)
-    break_steps(monkeypatch, RuntimeError, lambda pack: pack.trials[0].config.seed < 3)
-    work(tmp_path, jobs, pack_size="1")
-    assert alive == [0] * 3
-    assert statuses(tmp_path, jobs) == ["failed", "failed", "completed"]
+def test_a_trial_that_ended_alone_is_freed_before_the_next(alive, tmp_path, monkeypatch):
+    trials = seed_trials(2, trainer__epochs=1)
+    break_steps(monkeypatch, RuntimeError("no"), lambda pack: pack.trials[0].config.seed == 0)
+    with pytest.raises(ConfigError, match="RuntimeError: no"):
+        work(tmp_path, trials, pack_size="1")
+    assert alive == [0] * 2
+    assert statuses(tmp_path, trials) == ["interrupted", "completed"]
 
 
 @pytest.mark.parametrize("size", ["1", "2"])
-@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("raised", [SystemExit(), KeyboardInterrupt()])
 def test_what_a_foreign_handler_raises_is_an_interruption(raised, size, tmp_path, monkeypatch):
-    """Not a failure of the trials: the same command goes on with them."""
-    jobs = jobs_of(1, 2)
+    """Not a failure of the trials: the same command resumes them."""
+    trials = seed_trials(2, trainer__epochs=1)
     once = iter([True])
     with monkeypatch.context() as patch:
         break_steps(patch, raised, lambda pack: pack.step_in_epoch == 2 and next(once, False))
-        with pytest.raises(raised):
-            work(tmp_path, jobs, pack_size=size)
-    assert statuses(tmp_path, jobs[: int(size)]) == ["interrupted"] * int(size)
-    work(tmp_path, jobs)
-    assert statuses(tmp_path, jobs) == ["completed"] * 2
+        with pytest.raises(type(raised)):
+            work(tmp_path, trials, pack_size=size)
+    assert statuses(tmp_path, trials[: int(size)]) == ["interrupted"] * int(size)
+    work(tmp_path, trials)
+    assert statuses(tmp_path, trials) == ["completed"] * 2
+
+
+def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
+    """Packs of more than two run out of memory in their second epoch; nothing is trained twice."""
+    trials = seed_trials(4, trainer__checkpoint_every=0.001)
+    steps: dict[str, list[int]] = {}
+    whole = Pack.step
+
+    def step(pack: Pack, *args: object) -> torch.Tensor:
+        if pack.K > 2 and pack.trials[0].state.epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        for trial in pack.trials:
+            steps.setdefault(trial.name, []).append(trial.state.epoch * pack.steps_per_epoch + pack.step_in_epoch)
+        return whole(pack, *args)
+
+    monkeypatch.setattr(Pack, "step", step)
+    said = work(tmp_path, trials, pack_size="4")
+    assert any("OutOfMemoryError" in line and "packs of 2" in line for line in said)
+    for trial in trials:
+        record = read_record(tmp_path / trial.trial_id)
+        assert (record.status, record.cost["pack_size"]) == ("completed", 2)
+        assert steps[trial.trial_id] == list(range(14)), "every step once: it resumed from its checkpoint"
+
+
+def test_a_trial_that_failed_at_a_step_starts_from_scratch_when_it_is_retried(tmp_path, monkeypatch):
+    """One that failed otherwise resumes from its checkpoint."""
+    trials = seed_trials(2)
+    sweep = sweep_of(tmp_path, trials)
+    setup = build_setup(trials[0].config, Process())
+    for trial, at in zip(trials, (3, None), strict=True):
+        sweep.folder_of(trial).mkdir()
+        run = TrialRun.open(trial.config, sweep.folder_of(trial), setup, {})
+        pack = Pack([run], setup)
+        pack.step(pack.learning_rates()[0], False)
+        pack.pull()
+        run.save()
+        run.fail("failed", at)
+        run.record.status = "interrupted"  # as a command with sweep.retry_failed leaves it
+        write_record(sweep.folder_of(trial), run.record)
+    begun: list[tuple[int, int]] = []
+    init = Pack.__init__
+
+    def remember(pack: Pack, runs: list, of: object) -> None:
+        begun.extend((run.config.seed, run.state.step_in_epoch) for run in runs)
+        init(pack, runs, of)
+
+    monkeypatch.setattr(Pack, "__init__", remember)
+    work(tmp_path, trials)
+    assert begun == [(0, 0), (1, 1)]
+    assert statuses(tmp_path, trials) == ["completed"] * 2
+
+
+def test_a_pack_size_that_cannot_be_measured_is_one_and_each_trial_says_why(tmp_path, monkeypatch):
+    trials = seed_trials(2)
+    break_steps(monkeypatch, ValueError("this model cannot be trained"), lambda pack: pack.trials[0].files is None)
+    said = work(tmp_path, trials, pack_size="auto")
+    assert any("cannot be measured (ValueError: this model cannot be trained)" in line for line in said)
+    assert {read_record(tmp_path / trial.trial_id).cost["pack_size"] for trial in trials} == {1}
+
+
+def test_what_torch_says_of_too_much_memory_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert out_of_memory(caught.value)
+
+
+def test_measured_figures_are_of_this_machine():
+    config = trial_config()
+    seconds, held = pack_size.measure([config, config], build_setup(config, Process()), StopRequest())
+    assert 0 < seconds < 60
+    assert 10 * 2**20 < held < pack_size.attainable_memory(torch.device("cpu"))

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from lora_vit.sweep.measure import PackSizes, attainable_memory, choose_pack_size
 from plain_trials import BASELINE, plain_trial
-from sweeps import Events, plain_job, seed_jobs, sweep_run
+from sweeps import seed_trials, sweep_of, trial_of
 
 from lora_vit.config import TrialConfig, trial_id
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep import measure
-from lora_vit.sweep.claims import Claims, Owner
-from lora_vit.sweep.plan import Job, make_groups
+from lora_vit.sweep import pack_size as measure
+from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.pack_size import PackSizes, attainable_memory, choose_pack_size
+from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups
+from lora_vit.sweep.trial import Trial, make_groups
 from lora_vit.training.trial import TrialRun
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -30,15 +31,18 @@ FIGURES = {"limited_by_trials": False, "seconds_per_trial_epoch": {"1": 0.5, "4"
 class Sizes:
     """A worker's pack sizes, where measuring a group of trials gives 4."""
 
-    def __init__(self, folder: Path, monkeypatch, jobs: list[Job] | None = None, workers: int = 1, size: str = "auto"):
-        self.jobs = jobs or seed_jobs(10)
-        run = sweep_run(folder, self.jobs, workers, pack_size=size)
-        self.events, self.stop = Events(), StopRequest()
-        self.sizes = PackSizes(run, Setups(Process()), self.stop, self.events)
-        (self.group,) = make_groups(self.jobs)
+    def __init__(
+        self, folder: Path, monkeypatch, trials: list[Trial] | None = None, workers: int = 1, size: str = "auto"
+    ):
+        self.trials = trials or seed_trials(10)
+        self.sweep = sweep_of(folder, self.trials, workers, pack_size=size)
+        self.said: list[str] = []
+        self.stop = StopRequest()
+        self.sizes = PackSizes(self.sweep, Setups(Process()), self.stop, self.said.append)
+        (self.group,) = make_groups(self.trials)
         self.claims = Claims(folder)
         self.measured: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(Setups, "of", lambda setups, job: ("setup of", job))
+        monkeypatch.setattr(Setups, "of", lambda setups, trial: ("setup of", trial))
         monkeypatch.setattr(measure, "choose_pack_size", self.choose)
 
     def choose(self, *given: Any) -> tuple[int, dict[str, Any]]:
@@ -46,90 +50,83 @@ class Sizes:
         return 4, FIGURES
 
     def of(self, trials: int = 10) -> int | None:
-        self.group.jobs = self.jobs[:trials]
+        self.group.trials = self.trials[:trials]
         self.claims.look()
         return self.sizes.of(self.group, self.claims)
 
-    def said(self) -> list[str]:
-        return [fields["text"] for fields in self.events.of("say")]
-
 
 def fails(error: BaseException):
-    def choose(*given: Any) -> None:
+    def fail(*given: Any) -> None:
         raise error
 
-    return choose
+    return fail
 
 
 # --- as asked for, or measured
 
 
-@pytest.mark.parametrize("size", ["4", "auto"])
-def test_a_trial_that_needs_a_pack_of_its_own_gets_it(size, tmp_path, monkeypatch):
-    jobs = [plain_job({**BASELINE, "lora.method": "full", "seed": seed}) for seed in range(3)]
-    sizes = Sizes(tmp_path, monkeypatch, jobs, size=size)
+@pytest.mark.parametrize(
+    ("workers", "planned", "asked", "size"),
+    [
+        *((3, planned, "4", size) for planned, size in ((10, 4), (4, 4), (3, 3), (1, 1))),
+        *((1, 10, "auto", 4), (1, 3, "auto", 3), (3, 10, "auto", 4), (3, 9, "auto", 3), (6, 9, "auto", 2)),
+        (1, 1, "auto", 1),
+    ],
+)
+def test_the_size_that_is_asked_for_or_measured(workers, planned, asked, size, tmp_path, monkeypatch):
+    """A measured one leaves something for each worker; one trial alone is not measured."""
+    sizes = Sizes(tmp_path, monkeypatch, workers=workers, size=asked)
+    assert sizes.of(planned) == size
+    assert bool(sizes.measured) == (asked == "auto" and planned > 1)
+
+
+@pytest.mark.parametrize("asked", ["4", "auto"])
+def test_a_trial_that_needs_a_pack_of_its_own_gets_it(asked, tmp_path, monkeypatch):
+    trials = [trial_of({**BASELINE, "lora.method": "full", "seed": seed}) for seed in range(3)]
+    sizes = Sizes(tmp_path, monkeypatch, trials, size=asked)
     assert sizes.of(3) == 1
     assert sizes.measured == []
-
-
-@pytest.mark.parametrize(("planned", "size"), [(10, 4), (4, 4), (3, 3), (1, 1)])
-def test_the_size_that_is_asked_for(planned, size, tmp_path, monkeypatch):
-    """Whatever the number of workers: packs are as large as they were asked to be."""
-    sizes = Sizes(tmp_path, monkeypatch, workers=3, size="4")
-    assert sizes.of(planned) == size
-    assert sizes.measured == []
-
-
-@pytest.mark.parametrize(("workers", "planned", "size"), [(1, 10, 4), (1, 3, 3), (3, 10, 4), (3, 9, 3), (6, 9, 2)])
-def test_a_measured_size_leaves_something_for_each_worker(workers, planned, size, tmp_path, monkeypatch):
-    assert Sizes(tmp_path, monkeypatch, workers=workers).of(planned) == size
 
 
 def test_a_size_is_measured_once_and_kept(tmp_path, monkeypatch):
     """With the trials that the run asks for, for it and the next ones."""
     sizes = Sizes(tmp_path, monkeypatch, workers=2)
     assert sizes.of(8) == 4
-    configs = [job.config for job in sizes.jobs[:8]]
-    assert sizes.measured == [(configs, ("setup of", sizes.jobs[0]), 2, sizes.stop)]
-    assert sizes.said() == [
+    configs = [trial.config for trial in sizes.trials[:8]]
+    assert sizes.measured == [(configs, ("setup of", sizes.trials[0]), 2, sizes.stop)]
+    assert sizes.said == [
         f"measuring the pack size for {sizes.group.title}",
         "packs of 4 (one epoch of one trial in packs of 1: 500 ms, 4: 250 ms)",
     ]
     assert sizes.of() == 4
     again = Sizes(tmp_path, monkeypatch, workers=2)
     assert again.of() == 4
-    assert (len(sizes.measured), again.measured, again.said()) == (1, [], [])
+    assert (len(sizes.measured), again.measured, again.said) == (1, [], [])
     kept = {"size": 4, "group": sizes.group.title, **FIGURES}
-    assert again.sizes.known(again.group, 10) == kept
-    assert list(again.sizes.ledger.read()["pack_sizes"].values()) == [kept]
-
-
-def test_one_trial_alone_is_not_measured(tmp_path, monkeypatch):
-    sizes = Sizes(tmp_path, monkeypatch)
-    assert sizes.of(1) == 1
-    assert sizes.measured == []
+    assert again.sizes.known(again.group) == kept
+    assert list(again.sweep.plan["pack_sizes"].values()) == [kept]
 
 
 def test_a_size_holds_for_its_group_machine_and_number_of_workers(tmp_path, monkeypatch):
     Sizes(tmp_path, monkeypatch).of()
-    others = seed_jobs(10, trainer__epochs=3)
-    assert Sizes(tmp_path, monkeypatch).sizes.known(make_groups(others)[0], 10) is None
-    assert Sizes(tmp_path, monkeypatch, workers=2).sizes.known(make_groups(seed_jobs(2))[0], 10) is None
+    others = seed_trials(10, trainer__epochs=3)
+    assert Sizes(tmp_path, monkeypatch).sizes.known(make_groups(others)[0]) is None
+    assert Sizes(tmp_path, monkeypatch, workers=2).sizes.known(make_groups(seed_trials(2))[0]) is None
     with monkeypatch.context() as patch:
         patch.setattr(measure, "device_name", lambda device: f"another {device.type}")
         other = Sizes(tmp_path, patch)
-        assert other.sizes.known(other.group, 10) is None
+        assert other.sizes.known(other.group) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 77)
         other = Sizes(tmp_path, patch)
-        assert other.sizes.known(other.group, 10) is None
+        assert other.sizes.known(other.group) is None
     same = Sizes(tmp_path, monkeypatch)
-    assert same.sizes.known(same.group, 10) is not None
+    assert same.sizes.known(same.group) is not None
 
 
 def test_one_process_measures_and_the_others_wait(tmp_path, monkeypatch):
     mine = Sizes(tmp_path, monkeypatch)
-    theirs = Claims(tmp_path, Owner(host="elsewhere", token="other"))
+    theirs = Claims(tmp_path)
     choose = mine.choose
 
     def watched(*given: Any):
@@ -144,7 +141,7 @@ def test_one_process_measures_and_the_others_wait(tmp_path, monkeypatch):
     theirs.look()
     assert theirs.take(claim), "given back"
     other = Sizes(tmp_path / "next", monkeypatch)
-    their_next = Claims(tmp_path / "next", Owner(host="elsewhere", token="other"))
+    their_next = Claims(tmp_path / "next")
     assert their_next.take(claim)
     assert (other.of(), other.measured) == (None, [])
     their_next.release(claim)
@@ -157,7 +154,8 @@ def test_what_another_measured_meanwhile_is_taken(tmp_path, monkeypatch):
     take = Claims.take
 
     def late(claims: Claims, name: str) -> bool:
-        mine.sizes.ledger.keep_pack_size(name.removeprefix("size-"), {"size": 2, **FIGURES})
+        with Sweep(tmp_path).changing() as plan:
+            plan["pack_sizes"][name.removeprefix("size-")] = {"size": 2, **FIGURES}
         return take(claims, name)
 
     monkeypatch.setattr(Claims, "take", late)
@@ -167,16 +165,16 @@ def test_what_another_measured_meanwhile_is_taken(tmp_path, monkeypatch):
     assert mine.claims.state(claim) == "free"
 
 
-def test_a_group_that_cannot_be_measured_trains_alone_until_it_tells_why(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.ECONNRESET, "reset")])
+def test_a_group_that_cannot_be_measured_trains_alone(error, tmp_path, monkeypatch):
     """Nothing is kept: it may be mended by the next time."""
     sizes = Sizes(tmp_path, monkeypatch)
-    monkeypatch.setattr(measure, "choose_pack_size", fails(RuntimeError("shape mismatch")))
+    monkeypatch.setattr(measure, "choose_pack_size", fails(error))
     assert sizes.of() == 1
-    why = "the pack size cannot be measured (RuntimeError: shape mismatch): packs of 1"
-    assert sizes.said() == [f"measuring the pack size for {sizes.group.title}", why]
-    assert sizes.sizes.ledger.read()["pack_sizes"] == {}
+    assert f"cannot be measured ({type(error).__name__}: {error}): packs of 1" in sizes.said[-1]
+    assert sizes.sweep.plan["pack_sizes"] == {}
     monkeypatch.setattr(measure, "choose_pack_size", sizes.choose)
-    assert sizes.of() == 1, "for this run it is settled"
+    assert sizes.of() == 1, "for this process it is settled"
 
 
 @pytest.mark.parametrize("error", [Interrupted(2), ConfigError("x"), OSError(errno.ENOSPC, "full")])
@@ -185,15 +183,9 @@ def test_what_is_no_trials_own_ends_the_measuring(error, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "choose_pack_size", fails(error))
     with pytest.raises(type(error)):
         sizes.of()
-    assert len(sizes.said()) == 1
+    assert len(sizes.said) == 1
     (claim,) = (path.stem for path in sizes.claims.folder.glob("size-*.1"))
     assert sizes.claims.state(claim) == "free"
-
-
-def test_another_error_of_the_system_is_a_trials_own(tmp_path, monkeypatch):
-    sizes = Sizes(tmp_path, monkeypatch)
-    monkeypatch.setattr(measure, "choose_pack_size", fails(OSError(errno.ECONNRESET, "reset")))
-    assert sizes.of() == 1
 
 
 @pytest.mark.parametrize(("trials", "size"), [(5, 2), (4, 2), (3, 1), (1, 1)])
@@ -261,18 +253,19 @@ def test_the_figures_behind_a_choice(monkeypatch):
     }
 
 
-def test_packs_have_at_most_64_trials(monkeypatch):
-    best, figures, tried = choose(monkeypatch, {2**i: 0.5**i for i in range(9)}, trials=256)
-    assert (best, tried) == (64, [1, 2, 4, 8, 16, 32, 64])
-    assert figures["limited_by_trials"] is False
-
-
-@pytest.mark.parametrize(("attainable", "tried"), [(4, [1, 2]), (9, [1, 2, 4]), (10, [1, 2, 4, 8]), (19, [1, 2, 4, 8])])
-def test_a_pack_that_may_not_fit_is_not_tried(attainable, tried, monkeypatch):
-    """It takes at most twice the memory of half of it, and four fifths of what there is."""
-    seconds = {2**i: 0.5**i for i in range(5)}
-    best, figures, sizes = choose(monkeypatch, seconds, trials=16, attainable=attainable)
-    assert (best, sizes, figures["limited_by_trials"]) == (tried[-1], tried, False)
+@pytest.mark.parametrize(
+    ("trials", "attainable", "tried", "limited"),
+    [
+        *((16, bytes_, [1, 2, 4, 8][:most], False) for bytes_, most in ((4, 2), (9, 3), (10, 4), (19, 4))),
+        (256, 1 << 40, [1, 2, 4, 8, 16, 32, 64], False),
+        (6, 1 << 40, [1, 2, 4], True),
+    ],
+)
+def test_what_is_not_tried(trials, attainable, tried, limited, monkeypatch):
+    """What may not fit (twice a pack takes at most twice its memory), more than 64 trials, and more than there are."""
+    seconds = {2**i: 0.5**i for i in range(9)}
+    best, figures, sizes = choose(monkeypatch, seconds, trials=trials, attainable=attainable)
+    assert (best, sizes, figures["limited_by_trials"]) == (tried[-1], tried, limited)
 
 
 @pytest.mark.parametrize(
@@ -292,31 +285,20 @@ def test_another_error_is_not_taken_for_it(monkeypatch):
         choose(monkeypatch, {1: 1.0, 2: RuntimeError("shape mismatch")})
 
 
-@pytest.mark.parametrize(("long", "tried"), [(5.1, [1, 2]), (4.9, [1, 2, 4])])
-def test_one_miss_is_enough_where_measuring_takes_long(long, tried, monkeypatch):
-    """The first size may: it is no miss."""
+@pytest.mark.parametrize(
+    ("long", "gain", "tried"), [(5.1, 1.0, [1, 2]), (4.9, 1.0, [1, 2, 4]), (100.0, 0.5, [1, 2, 4, 8])]
+)
+def test_one_miss_is_enough_if_measuring_takes_long(long, gain, tried, monkeypatch):
+    """The first size may take long, and one that gains: they are no misses."""
     now = [0.0]
-    seconds = {1: 1.0, 2: 1.0, 4: 1.0}
 
     class Slow(dict[int, float]):
         def __getitem__(self, size: int) -> float:
             now[0] += long
-            return seconds[size]
+            return 1.0 if gain == 1.0 else gain / size
 
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     assert choose(monkeypatch, Slow())[2] == tried  # type: ignore[arg-type]
-
-
-def test_a_slow_size_that_gains_does_not_end_the_search(monkeypatch):
-    now = [0.0]
-
-    class Slow(dict[int, float]):
-        def __getitem__(self, size: int) -> float:
-            now[0] += 100
-            return 1.0 / size
-
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    assert choose(monkeypatch, Slow())[0] == 8  # type: ignore[arg-type]
 
 
 def test_the_costliest_trials_of_the_first_seed_are_measured(monkeypatch):
@@ -403,15 +385,7 @@ class Stage:
 
 @pytest.mark.parametrize(
     ("stage", "steps", "seconds"),
-    [
-        ({}, 6, 0.5),
-        ({"step": 0.09}, 6, 0.9),
-        ({"step": 0.1}, 5, 1.0),
-        ({"first": 9.0}, 2, 0.5),
-        ({"first": 0.2, "step": 0.3}, 2, 2.0),
-        ({"steps": 4}, 4, 0.2),
-        ({"steps": 1}, 1, 0.1),
-    ],
+    [({}, 6, 0.5), ({"step": 0.09}, 6, 0.9), ({"step": 0.1}, 5, 1.0), ({"first": 9.0}, 2, 0.5), ({"steps": 1}, 1, 0.1)],
 )
 def test_steps_are_timed_until_it_takes_long(stage, steps, seconds, monkeypatch):
     """Six of them or half a second, at least two: the first one also warms up. The quickest counts."""
@@ -423,12 +397,9 @@ def test_steps_are_timed_until_it_takes_long(stage, steps, seconds, monkeypatch)
 @pytest.mark.parametrize(
     ("stage", "trials", "evaluated", "batches"),
     [
-        ({}, 1, [256, 256], 600 / 256),
         ({}, 2, [128] * 4, 600 / 128),
         ({}, 3, [85] * 6, 600 / 85),
         ({"batch": 0.3}, 3, [85] * 2, 600 / 85),
-        ({"batch": 0.25}, 3, [85] * 3, 600 / 85),
-        ({"images": 256, "batch": 0.9}, 1, [256], 1.0),
         ({"images": 64}, 1, [64], 0.25),
         ({"images": 10}, 257, [1] * 6, 10),
     ],
@@ -473,63 +444,43 @@ def test_measuring_stops_between_steps_and_between_batches(monkeypatch):
 # --- bytes
 
 
-class Proc:
-    """Files of the system that say what they are told to; others do not exist."""
-
-    def __init__(self, monkeypatch, files: dict[str, str]):
-        self.files = files
-        self.written: list[tuple[str, str]] = []
-        monkeypatch.setattr(Path, "read_text", lambda path: self.read(str(path)))
-        monkeypatch.setattr(Path, "write_text", lambda path, text: self.write(str(path), text))
-        usage = SimpleNamespace(ru_maxrss=7)
-        monkeypatch.setattr(measure.resource, "getrusage", lambda who: usage)
-
-    def read(self, path: str) -> str:
-        if path not in self.files:
-            raise FileNotFoundError(path)
-        return self.files[path]
-
-    def write(self, path: str, text: str) -> None:
-        if path not in self.files:
-            raise FileNotFoundError(path)
-        self.written.append((path, text))
-
-
-STATUS = {"/proc/self/status": "Name:\tx\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\nThreads:\t1\n"}
-FREE = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:    5000 kB\n"}
-LIMIT = {"/sys/fs/cgroup/memory.max": "3000\n", "/sys/fs/cgroup/memory.current": "1000\n"}
-MUCH = {"/sys/fs/cgroup/memory.max": "999999999\n", "/sys/fs/cgroup/memory.current": "1000\n"}
-
-
 @pytest.mark.parametrize(
-    ("files", "workers", "attainable"),
+    ("limit", "used", "workers", "attainable"),
     [
-        ({**STATUS, **FREE}, 1, 5200 * 1024),
-        ({**STATUS, **FREE}, 3, 5000 * 1024 // 3 + 200 * 1024),
-        ({**STATUS, **FREE, "/sys/fs/cgroup/memory.max": "max\n"}, 1, 5200 * 1024),
-        ({**STATUS, **FREE, **LIMIT}, 1, 2000 + 200 * 1024),
-        ({**STATUS, **FREE, **MUCH}, 1, 5200 * 1024),
-        ({**STATUS, **FREE, **LIMIT, "/sys/fs/cgroup/memory.current": "?"}, 1, 5200 * 1024),
-        ({}, 2, (1 << 61) + 7 * 1024),
-        ({**STATUS, "/proc/meminfo": "nothing"}, 1, 200 * 1024),
+        (None, None, 1, 5200),
+        (None, None, 3, 5000 // 3 + 200),
+        ("max\n", "1000", 1, 5200),
+        ("3000\n", "1000\n", 1, 2200),
+        ("3000", "1000", 2, 1200),
+        ("999999", "1000", 1, 5200),
+        ("3000", "?", 1, 5200),
     ],
 )
-def test_the_memory_that_a_process_can_have(files, workers, attainable, monkeypatch):
+def test_the_memory_that_a_process_can_have(limit, used, workers, attainable, monkeypatch):
     """What it holds, and its share of what is free on the host and in its container."""
-    Proc(monkeypatch, files)
+    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+
+    def read(path: Path) -> str:
+        text = files[str(path)]
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    held = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=200))
+    free = SimpleNamespace(available=5000)
+    monkeypatch.setattr(measure, "psutil", SimpleNamespace(virtual_memory=lambda: free, Process=lambda: held))
     assert attainable_memory(CPU, workers) == attainable
-    if workers == 1:
-        assert attainable_memory(CPU) == attainable
 
 
-def test_the_most_that_a_process_held(monkeypatch):
-    """Counted anew from the start of the measurement where the system can."""
-    reset = {"/proc/self/clear_refs": ""}
-    there = Proc(monkeypatch, {**STATUS, **reset})
-    assert Stage(monkeypatch).measure()[1] == 300 * 1024
-    assert there.written == [("/proc/self/clear_refs", "5")]
-    there.files = {}
-    assert Stage(monkeypatch).measure()[1] == 7 * 1024
+def test_the_most_that_a_process_held_is_counted_from_the_start_of_the_measurement(monkeypatch):
+    """Where the system can, elsewhere from the start of the process."""
+    written: list[tuple[str, str]] = []
+    monkeypatch.setattr(measure, "peak_memory", lambda device: 300)
+    for write in (lambda path, text: written.append((str(path), text)), fails(PermissionError())):
+        monkeypatch.setattr(Path, "write_text", write)
+        assert Stage(monkeypatch).measure()[1] == 300
+    assert written == [("/proc/self/clear_refs", "5")]
 
 
 def test_memory_and_time_on_a_gpu(monkeypatch):
