@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import Composer, expand, initialized
+from lora_vit.compose import Composer, expand, explain, initialized, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
@@ -47,6 +48,7 @@ def compose(overrides: Sequence[str] = ()) -> TrialConfig:
     """The config of ``python -m lora_vit.train OVERRIDES``. Raises ConfigError."""
     forget()  # files may have changed since the last call
     with initialized():
+        refuse_misread_paths(overrides)
         return from_omegaconf(Composer("config", [])(overrides))
 
 
@@ -126,8 +128,8 @@ def checked(config: TrialConfig) -> TrialConfig:
     given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
     try:
         typed = OmegaConf.merge(OmegaConf.structured(RootConfig), given)
-    except Exception as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
     return from_omegaconf(typed)
 
 

@@ -207,7 +207,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     break
                 if stop.signum:
                     _end(engine, view, stop)
-                missing = min(workers - alive, view.free())
+                missing = min(workers - alive, view.free() - max(0, alive - view.busy()))  # the idle will take some
                 if missing > 0 and tries < TRIES:
                     tries += 1
                     view.say(engine.start(missing))

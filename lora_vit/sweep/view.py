@@ -106,6 +106,10 @@ class View:
         """Trials that no process has."""
         return sum(not row.ended and row.status != "running" for row in self.rows.values())
 
+    def busy(self) -> int:
+        """Processes that train."""
+        return len({self.claims.holder(name) for name, row in self.rows.items() if row.status == "running"})
+
     def open(self) -> list[Trial]:
         """Trials of the plan that have not ended, as far as we have seen."""
         planned = (trial for batch in self.sweep.batches for trial in batch)
