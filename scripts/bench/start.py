@@ -23,11 +23,9 @@ PARTS = """
 import json, time
 marks = [("python", time.perf_counter())]
 def mark(name): marks.append((name, time.perf_counter()))
-from lora_vit.compose import Composer, initialized
-from lora_vit.resolve import from_omegaconf
+from lora_vit import api
 mark("import hydra")
-with initialized():
-    config = from_omegaconf(Composer("config", [])(["experiment=quickstart"]))
+config = api.compose(["experiment=quickstart"])
 mark("compose and validate")
 import torch, torchvision
 mark("import torch and torchvision")

@@ -43,6 +43,7 @@ def said(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
         out, err = process.communicate(timeout=SOON)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         raise
     lines = [x for x in err.splitlines() if x[:1] not in "WEI" or not x[1:5].isdecimal()]
     ours = "\n".join(lines).partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]

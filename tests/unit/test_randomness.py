@@ -48,23 +48,15 @@ def test_keys_tell_their_parts_apart():
     assert len(set(keys)) == len(keys)
 
 
-def test_a_generator_has_the_key_as_its_seed():
-    assert randomness.generator("init", 3).initial_seed() == randomness.key("init", 3)
-
-
-def test_a_permutation_holds_everything_once_and_follows_its_key():
-    order = randomness.permutation(50, "order", 1, 2)
-    expected = torch.randperm(50, generator=torch.Generator().manual_seed(randomness.key("permutation", "order", 1, 2)))
-    assert order.tolist() == expected.tolist()
-    assert sorted(order) == list(range(50))
-    assert order.dtype == np.int64
-
-
-def test_draws_leave_the_global_generators_alone():
+def test_generators_and_permutations_follow_their_key_alone():
     before = torch.get_rng_state()
-    randomness.permutation(10, "a")
+    assert randomness.generator("init", 3).initial_seed() == randomness.key("init", 3)
+    order = randomness.permutation(50, "order", 1, 2)
+    generator = torch.Generator().manual_seed(randomness.key("permutation", "order", 1, 2))
+    assert order.tolist() == torch.randperm(50, generator=generator).tolist()
+    assert (sorted(order), order.dtype) == (list(range(50)), np.int64)
     randomness.uniforms(np.arange(3), 2, "a")
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
 
 
 def test_uniforms_are_splitmix64_over_key_id_and_draw():
