@@ -31,7 +31,10 @@ from lora_vit.sweep.trial import Trial
 
 
 class Sweep(NamedTuple):
-    """A finished sweep: its folder, and its trials' records in the order that was asked for."""
+    """A finished sweep: its folder, and its trials' records in the order in which they were asked for.
+
+    A race and a search ask for theirs as they go.
+    """
 
     folder: Path
     records: list[TrialRecord]
@@ -88,12 +91,14 @@ def sweep(
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:
         raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
-    run_request(request)
-    return Sweep(request.folder, [read_record(request.folder / trial.trial_id) for trial in request.trials])
+    names = list(run_request(request) or ())
+    if request.search is None and request.options.margin is None:
+        names = [trial.trial_id for trial in request.trials]
+    return Sweep(request.folder, [read_record(request.folder / name) for name in names])
 
 
-def run_request(request: Request) -> list[float] | None:
-    """Train what a command asks for; the validation accuracies of its trials, or None if nothing was waited for.
+def run_request(request: Request) -> dict[str, float] | None:
+    """Train what a command asks for; the validation accuracy of each trial id, or None if nothing was waited for.
 
     Raises TrialFailed once all are done, if some trials did not complete.
     """
@@ -103,7 +108,7 @@ def run_request(request: Request) -> list[float] | None:
     failed = [outcome for outcome in (outcomes or {}).values() if isinstance(outcome, TrialFailed)]
     if failed:
         raise failed[0]
-    return None if outcomes is None else [value for value in outcomes.values() if not isinstance(value, TrialFailed)]
+    return None if outcomes is None else {k: v for k, v in outcomes.items() if not isinstance(v, TrialFailed)}
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lora_vit.sweep.ledger import trial_folders
+from lora_vit.sweep.plan import trial_folders
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file

@@ -71,7 +71,7 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
             found: Found | None = find(replace(wanted, quiet=quiet, fetch=fetch))
         except OSError as error:
             place = shown(error.filename or root)
-            raise ConfigError(f"{place} cannot be read ({error.strerror}): mend or remove it") from None
+            raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
         if found is None:
             return None
         _FOUND[wanted] = found

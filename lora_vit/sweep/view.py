@@ -1,6 +1,6 @@
-"""What the user sees of a sweep: one bar and a table refreshed in place, or plain lines when piped.
+"""The view of a sweep: one bar and a table refreshed in place, or plain lines when piped.
 
-It knows what anybody could know: the plan, the claims and the records.
+It reads what any process can read: the plan, the claims and the records.
 """
 
 from __future__ import annotations

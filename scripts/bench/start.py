@@ -23,12 +23,11 @@ PARTS = """
 import json, time
 marks = [("python", time.perf_counter())]
 def mark(name): marks.append((name, time.perf_counter()))
-from hydra import compose, initialize_config_module
-from lora_vit.compose import from_omegaconf, register_schema
-register_schema()
+from lora_vit.compose import Composer, initialized
+from lora_vit.resolve import from_omegaconf
 mark("import hydra")
-with initialize_config_module("lora_vit.conf", version_base="1.3"):
-    config = from_omegaconf(compose("config", overrides=["experiment=quickstart"]))
+with initialized():
+    config = from_omegaconf(Composer("config", [])(["experiment=quickstart"]))
 mark("compose and validate")
 import torch, torchvision
 mark("import torch and torchvision")

@@ -144,7 +144,7 @@ def test_what_cannot_be_worked_on_is_one_line(tmp_path):
     worker = start_worker(tmp_path / "empty")
     out = worker.communicate(timeout=120)[0]
     assert worker.returncode == 1
-    assert out.startswith(f"error: {tmp_path}/empty holds no sweep (sweep.json): give the folder")
+    assert out.startswith(f"error: {tmp_path}/empty is not a sweep folder (no sweep.json): give")
     assert out.count("\n") == 1
 
 

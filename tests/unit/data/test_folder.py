@@ -229,4 +229,4 @@ def test_a_folder_that_may_not_be_read_is_named(name, parts, tmp_path, monkeypat
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    assert f"{parts}/train/{name} cannot be read (Permission denied): mend or remove it" in refused(tmp_path)
+    assert f"{parts}/train/{name} cannot be read (Permission denied): repair or remove it" in refused(tmp_path)
