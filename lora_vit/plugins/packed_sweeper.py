@@ -55,11 +55,14 @@ class PackedSweeper(Sweeper):
         if not self.callbacks.callbacks:
             return
         from lora_vit.config import to_dict
+        from lora_vit.errors import TrialFailed
 
         values: Any = to_dict(trial.config)
         config = DictConfig({**values, "hydra": self.config.hydra})
         job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config)
-        job.status = JobStatus.COMPLETED if state.status == "completed" else JobStatus.FAILED
-        job.return_value = state.record.metrics.get("val_accuracy") if state.record is not None else None
+        if state.status == "completed":
+            job.status, job.return_value = JobStatus.COMPLETED, state.record.metrics.get("val_accuracy")
+        else:
+            job.status, job.return_value = JobStatus.FAILED, TrialFailed(state.problem or state.record.error["message"])
         self.callbacks.on_job_start(config=config, task_function=self.task)
         self.callbacks.on_job_end(config=config, job_return=job)
