@@ -9,7 +9,6 @@ import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.dataset import Found, ImageData, Wanted, shown
-from lora_vit.data.splits import divide
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 
@@ -27,6 +26,8 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
             f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
             f"not {config.content}"
         )
+    from lora_vit.data.splits import divide  # imports torch, which composing a config does without
+
     splits, fingerprint = divide(found, config)
     images, value_range, more = found.decode(config.cache_size)
     also = {}
