@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import Composer, expand, initialized
+from lora_vit.compose import Composer, expand, explain, initialized, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
@@ -29,9 +30,15 @@ from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Request
 from lora_vit.sweep.trial import Trial
 
+NO_FILES = ("data=fake", "model=vit_tiny", "model.weights=null")
+"""A trial that looks at no file: composed in place of those that are given as configs."""
+
 
 class Sweep(NamedTuple):
-    """A finished sweep: its folder, and its trials' records in the order that was asked for."""
+    """A finished sweep: its folder, and its trials' records in the order in which they were asked for.
+
+    A race and a search ask for theirs as they go.
+    """
 
     folder: Path
     records: list[TrialRecord]
@@ -41,6 +48,7 @@ def compose(overrides: Sequence[str] = ()) -> TrialConfig:
     """The config of ``python -m lora_vit.train OVERRIDES``. Raises ConfigError."""
     forget()  # files may have changed since the last call
     with initialized():
+        refuse_misread_paths(overrides)
         return from_omegaconf(Composer("config", [])(overrides))
 
 
@@ -79,21 +87,23 @@ def sweep(
         raise ConfigError(f"sweep.{wrong.pop()} is for the command: sweep() trains, and waits")
     forget()
     lines = [trial for trial in trials if isinstance(trial, str)]
+    if not lines and folder is None:
+        raise ConfigError("sweep() needs a folder for trials that are given as configs")
     with initialized():
         given = [f"sweep.{key}={value}" for key, value in options.items()]
-        request = expand([*lines, *given], folder)
+        request = expand([*(lines or NO_FILES), *given], folder)
     if not lines:
-        if folder is None:
-            raise ConfigError("sweep() needs a folder for trials that are given as configs")
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:
         raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
-    run_request(request)
-    return Sweep(request.folder, [read_record(request.folder / trial.trial_id) for trial in request.trials])
+    names = list(run_request(request) or ())
+    if request.search is None and request.options.margin is None:
+        names = [trial.trial_id for trial in request.trials]
+    return Sweep(request.folder, [read_record(request.folder / name) for name in names])
 
 
-def run_request(request: Request) -> list[float] | None:
-    """Train what a command asks for; the validation accuracies of its trials, or None if nothing was waited for.
+def run_request(request: Request) -> dict[str, float] | None:
+    """Train what a command asks for; the validation accuracy of each trial id, or None if nothing was waited for.
 
     Raises TrialFailed once all are done, if some trials did not complete.
     """
@@ -103,7 +113,7 @@ def run_request(request: Request) -> list[float] | None:
     failed = [outcome for outcome in (outcomes or {}).values() if isinstance(outcome, TrialFailed)]
     if failed:
         raise failed[0]
-    return None if outcomes is None else [value for value in outcomes.values() if not isinstance(value, TrialFailed)]
+    return None if outcomes is None else {k: v for k, v in outcomes.items() if not isinstance(v, TrialFailed)}
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
@@ -118,8 +128,8 @@ def checked(config: TrialConfig) -> TrialConfig:
     given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
     try:
         typed = OmegaConf.merge(OmegaConf.structured(RootConfig), given)
-    except Exception as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
     return from_omegaconf(typed)
 
 

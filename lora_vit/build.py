@@ -88,7 +88,7 @@ def choose_precision(requested: str, device: torch.device) -> str:
 
 
 def _cpuinfo() -> str:
-    """What Linux says of the CPU; elsewhere nothing."""
+    """Linux's description of the CPU; elsewhere nothing."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -143,7 +143,7 @@ class ModelFactory:
         return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs))
 
     def transform(self, augment: str) -> Transform:
-        """What makes the model's input of images."""
+        """The transform from images to the model's input."""
         i = self.inputs
         return Transform(
             i["image_size"], augment, self.device, self.dtype, i["mean"], i["std"], i["interpolation"] == "bicubic"

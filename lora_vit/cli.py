@@ -50,9 +50,10 @@ def main(command: str | None = None) -> None:
         if name == "train" and module is not None:  # Hydra reads its arguments
             sys.argv = [f"lora-vit {name}", *given[1:]]
             module.main()
+            return
         args = _parser(name, module).parse_args(given)
-        if code := args.run(args):
-            sys.exit(code)
+        code = args.run(args)
+    sys.exit(code)
 
 
 def _parser(chosen: str, module: Any) -> argparse.ArgumentParser:

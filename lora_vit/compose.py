@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, known_keys, nearest, to_dict, validate_sweep
 from lora_vit.errors import ConfigError
-from lora_vit.resolve import from_omegaconf, register_resolvers
+from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, default_name, label
 from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
@@ -273,7 +273,7 @@ def search_space(
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
     from lora_vit.sweep.source import distribution  # imports numpy
 
-    space = {key: _choices(composer, o) for key, o in swept.items()}
+    space = {key: _choices(composer, o, fixed) for key, o in swept.items()}
     for key, of in space.items():
         distribution(key, of)
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
@@ -285,19 +285,23 @@ def search_space(
             value = plain[section][name]  # a worker may be started in another folder
             if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
                 plain[section][name] = str(Path(str(master.hydra.runtime.cwd), value))
-        bases.append([list(map(list, options)), OmegaConf.to_yaml({k: v for k, v in plain.items() if k != "hydra"})])
+        ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
+        bases.append([list(map(list, options)), OmegaConf.to_yaml(ours)])
     ends = [[f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
             for i, end in ((0, "low"), (-1, "high"))]  # fmt: skip
     compose_all(composer, fixed, ends)
-    return {"trials": trials, "space": space, "bases": bases, "fixed": list(fixed)}
+    fixed = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
+    return {"trials": trials, "space": space, "bases": bases, "fixed": fixed}
 
 
-def _choices(composer: Composer, override: Override) -> dict[str, Any]:
+def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:
     """The values of a key: ``choices`` (text and value), or ``low`` and ``high`` of a range."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
-        integer = isinstance(low, int) and isinstance(high, int)
+        integer = isinstance(OmegaConf.select(composer(fixed), override.key_or_group), int)  # Hydra reads 1 as 1.0
+        if integer:
+            low, high = int(low or 0), int(high or 0)
         return {"low": low, "high": high, "log": "log" in value.tags, "integer": integer, "group": False,
                 "step": 1 if integer else None}  # fmt: skip
     lines = [(text, f"{override.get_key_element()}={text}") for text in override.sweep_string_iterator()]
@@ -388,6 +392,6 @@ def explain(error: BaseException) -> str:
         near = nearest(found[1].rpartition("/")[2], options)
         return f"'{found[1]}' does not exist{near} (one of: {', '.join(options)})"
     if found := re.search(r"full_key: (\S+)", text):
-        return f"{found[1]}: {next(str(link) for link in chain if found[1] in str(link)).splitlines()[0]}"
+        return f"{found[1]}: {next(str(link) for link in chain if found[0] in str(link)).splitlines()[0]}"
     lines = [line for line in text.splitlines() if line and not line.startswith("In '")]
     return lines[0] if lines else type(error).__name__

@@ -51,7 +51,7 @@ def started_by_torchrun() -> bool:
     numbers = rank.isdecimal() and size.isdecimal() and given.get("MASTER_PORT", "").isdecimal()
     if len(given) < len(names) or not numbers or int(rank) >= int(size):
         shown = " ".join(f"{name}={given.get(name, '')}" for name in names)
-        raise ConfigError(f"{shown} describe no process group: start with torchrun, or unset RANK")
+        raise ConfigError(f"{shown} do not describe a process group: start with torchrun, or unset RANK")
     return True
 
 

@@ -59,9 +59,12 @@ def reporting() -> Iterator[None]:
     try:
         _check_process()
         yield
-        sys.stdout.flush()
     except (UserError, OSError, KeyboardInterrupt) as error:
         sys.exit(report(error))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, and all is done
+        os._exit(0)
 
 
 def report(error: BaseException, quiet: bool = False) -> int:

@@ -82,7 +82,7 @@ def launch(config: TrialConfig, folder: Path, world_size: int) -> TrialRecord:
 
 @contextlib.contextmanager
 def _left_as_it_was() -> Iterator[None]:
-    """Put back what torch's launcher changes: signal handlers, variables, Python's generator; and keep it silent."""
+    """Restore what torch's launcher changes: signal handlers, variables, Python's generator; and keep it silent."""
     handlers = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGQUIT)}
     variables, generator, logger = dict(os.environ), random.getstate(), logging.getLogger("torch.distributed.elastic")
     level = logger.level

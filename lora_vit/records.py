@@ -112,7 +112,7 @@ def read_record(folder: Path) -> TrialRecord:
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RecordError(f"{path} is not whole JSON ({error})") from None
+        raise RecordError(f"{path} is not complete JSON ({error})") from None
     if not isinstance(values, dict) or "schema" not in values:
         raise RecordError(f"{path} is not a trial record")
     if (schema := values["schema"]) != SCHEMA_VERSION:
@@ -134,7 +134,7 @@ def read_record(folder: Path) -> TrialRecord:
         config = from_dict(record.config)
         own = ids(config)
     except (ConfigError, TypeError, ValueError, OverflowError) as error:
-        raise RecordError(f"{path} was edited: its config is not whole ({error})") from None
+        raise RecordError(f"{path} was edited: its config is incomplete ({error})") from None
     if own != (record.trial_id, record.cell_id):
         raise RecordError(f"{path} was edited: its config is that of trial {own[0]}, not of {record.trial_id}")
     record.config = to_dict(config)  # as this version has it

@@ -87,6 +87,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         if key not in (*wanted, *SECTIONS_BESIDE):
             raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
     for key in wanted:
+        if OmegaConf.is_missing(cfg, key):
+            raise ConfigError(f"{key} has no value: give one, for example {key}=...")
         if key not in cfg:
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
         try:

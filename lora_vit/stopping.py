@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are remembered until work is saved, then told as :class:`Interrupted`."""
+"""Requests to stop: signals are remembered until work is saved, then raised as :class:`Interrupted`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody set handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread alone
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._remember)

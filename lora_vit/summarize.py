@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """What makes the same files again."""
+    """The command that makes the same files again."""
     words = [str(folder) for folder in args.folders]
     for name in ("out", "where", "margin"):
         if (value := getattr(args, name)) is not None:

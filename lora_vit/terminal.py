@@ -1,4 +1,4 @@
-"""What long work shows: a bar on a terminal, a line now and then elsewhere; and plain tables."""
+"""The progress of long work (a bar on a terminal, a line now and then elsewhere), and plain tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIPED_WIDTH = 400
 
 
 class Every:
-    """Says when so many seconds have passed since it last said so."""
+    """Reports, once every so many seconds, that they have passed."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds

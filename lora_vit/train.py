@@ -108,7 +108,7 @@ def past_hydra() -> Iterator[None]:
         yield
     except Exception as error:
         if is_multirun() and not isinstance(error, Interrupted):
-            raise  # Hydra's sweeper goes on to the next
+            raise  # Hydra's sweeper continues with the next
         raise SystemExit(error) from None
 
 

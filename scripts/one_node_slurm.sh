@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine alone, for the tests of hydra/launcher=packed_slurm: packages of Debian or Ubuntu, as root.
+# A real Slurm on this machine alone, for the tests of engine=slurm: packages of Debian or Ubuntu, as root.
 # It is left running; nothing is done where a Slurm answers already. Not for a machine that belongs to a cluster.
 set -euo pipefail
 sinfo --noheader >/dev/null 2>&1 && exit 0

@@ -1,11 +1,12 @@
 """Ways to break the trial axis that every comparison of packed with alone must notice.
 
-As a program, ``python sabotages.py NAME ARGUMENTS...`` is ``python -m lora_vit.train ARGUMENTS...``, broken.
+As a program, ``python sabotages.py NAME FOLDER`` is ``python -m lora_vit.sweep work FOLDER``, broken.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ SABOTAGES = {
 }
 
 if __name__ == "__main__":
-    from lora_vit.train import main
+    from lora_vit.sweep.worker import work
 
-    SABOTAGES[sys.argv.pop(1)](pytest.MonkeyPatch())
-    main()
+    SABOTAGES[sys.argv[1]](pytest.MonkeyPatch())
+    work(Path(sys.argv[2]))

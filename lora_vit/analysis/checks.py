@@ -1,4 +1,4 @@
-"""What must be said beside the numbers: refusals, warnings, and what did not finish."""
+"""Remarks beside the numbers: refusals, warnings, and trials that did not finish."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def warnings(
 
 
 def _learning_rate(done: pd.DataFrame, rates: pd.DataFrame) -> Iterator[str]:
-    """What a learning rate may explain instead of rank and alpha."""
+    """Warn of differences that the learning rate may explain instead of rank and alpha."""
     adapted = done[done[METHOD] == "lora"]
     moved = [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]
     if not moved:
@@ -144,7 +144,7 @@ _SAME = {
 
 
 def _sameness(done: pd.DataFrame) -> Iterator[str]:
-    """What should be the same in all trials and is not."""
+    """Warn of facts that should be the same in all trials and are not."""
     for column, what in _SAME.items():
         counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
         if len(counts) > 1:
@@ -164,7 +164,7 @@ def _sameness(done: pd.DataFrame) -> Iterator[str]:
 
 
 def _design(c: Comparison) -> Iterator[str]:
-    """What seeds and spreads do to the comparison."""
+    """Warn of what few seeds and unequal spreads do to the comparison."""
     unequal = f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g})"
     if c.spread_p < 0.05:
         yield f"{unequal}: the wider error is used." if c.wide else f"{unequal}, yet one common error is used."

@@ -87,10 +87,10 @@ def summarize(
 
 
 def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
-    """What of races can be compared like fixed sweeps. Raises RecordError if they began with different seeds."""
+    """The first seeds of races, comparable as a fixed sweep. Raises RecordError if their seeds differ at the start."""
     seeds = {(race["seed"], race["first_seeds"]) for race in loaded.races}
     if len(seeds) > 1:
-        raise RecordError("these races began with different seeds: summarize one folder at a time")
+        raise RecordError("these races started with different seeds: summarize one folder at a time")
     first, count = seeds.pop()
     kept = trials[trials["seed"].between(first, first + count - 1)]
     loaded.problems.append(f"a race: only the first {count} seeds, from {first} on, are compared here "

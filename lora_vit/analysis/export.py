@@ -89,7 +89,7 @@ class Section:
 
 
 def sections(summary: Summary) -> list[Section]:
-    """What stands below the cells, without what there is none of."""
+    """The tables below the cells, without empty ones."""
     rates = summary.learning_rates
     found = [
         Section("Best over lr, and at the shared lr", _rates(rates), [RATES_NOTE] if len(rates) else []),
@@ -125,7 +125,7 @@ def _effects(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unfinished(table: pd.DataFrame) -> pd.DataFrame:
-    """What is not in the averages as text."""
+    """The trials that are not in the averages, as text."""
     epoch, last = _each(value_text, table["epoch"]), _each(number, table["value"])
     return table.drop(columns="value").assign(epoch=epoch, **{"last value": last}).astype(str)
 

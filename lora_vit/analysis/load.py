@@ -144,7 +144,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         RecordError: a time is none.
     """
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
-        raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is no time")
+        raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
     lora = LoraConfig(**{f.name: record.config["lora"].get(f.name) for f in fields(LoraConfig)})
     values: dict[str, Any] = {
         "trial": record.trial_id,
@@ -187,7 +187,7 @@ def _count(value: Any) -> int | None:
 
 
 def _fact(value: Any) -> Any:
-    """A value to be told and counted; anything but text, a flag or a number as text."""
+    """A value to be shown and counted; anything but text, a flag or a number as text."""
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a design can detect."""
+"""Power: the differences that a design can detect."""
 
 from __future__ import annotations
 

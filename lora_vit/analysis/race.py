@@ -10,7 +10,7 @@ S2 the variance of the paired differences in the first seeds, df its degrees of 
 A cell within ``margin`` of the best is then selected with probability 1 - alpha. Kim and Nelson take each pair's own
 variance, which costs many trials, or a common one, which fails if spreads differ. Here S2 is twice the variance of
 that half of the cells that spreads most, or the pair's own if that is larger, as :mod:`.stats` does for fixed
-sweeps; docs/statistics.md says how often it errs.
+sweeps; docs/race.md says how often it errs.
 
 The rule, precisely: the race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... every cell that
 is still in must have its first r seeds (in the race's order), or have failed at one of them; else the race waits for

@@ -30,7 +30,7 @@ class RaceVerdict(Verdict):
     """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
 
     legend = (
-        "A race: *selected* is the cell that was left; *left* ones were not told apart; *out* ones fell behind after n "
+        "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
         "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
         "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
         "marks the Pareto front of val accuracy against that cost."
@@ -125,7 +125,7 @@ class RaceVerdict(Verdict):
             f"those that stayed got more, up to {rules.most_seeds}. A cell left when another one that was still in was "
             "ahead by more than a boundary. The spread of the paired differences over the first seeds sets this "
             f"boundary; it falls with each seed. A cell at most {texts.points(rules.margin)} below the best is then "
-            "selected with 95 %, however often one looks; docs/statistics.md says how often that is wrong if cells "
+            "selected with 95 %, however often one looks; docs/race.md says how often that is wrong if cells "
             "spread unequally.",
             "How long a cell ran depended on its results. The mean of the selected cell is therefore a little too "
             "high, that of a cell that left a little too low, and the t intervals are not adjusted for it. Main "

@@ -1,4 +1,4 @@
-"""What could not work is refused before any model is built: in one line, the key, the value and the remedy.
+"""Refuse what cannot work before any model is built: in one line, the key, the value and the remedy.
 
 What a setting may be stands with its field in :mod:`lora_vit.config.schema`, what settings mean for each other here.
 """
@@ -46,7 +46,7 @@ def validate_sweep(sweep: SweepConfig) -> None:
 
 
 def _check_sizes(m: ModelConfig) -> None:
-    """Of torchvision's models, which are made from their sizes."""
+    """Check a model of torchvision's, which is made from its sizes."""
     one_of("model.name", m.name, MODELS)
     sizes = {key: getattr(m, key) for key in SIZES}
     for key, value in sizes.items():
@@ -62,19 +62,19 @@ def _check_sizes(m: ModelConfig) -> None:
 
 
 def _check_timm(m: ModelConfig) -> None:
-    """What can be said of timm's models without timm."""
+    """Check what is known of timm's models without timm."""
     for key in SIZES[1:]:
         if getattr(m, key) is not None:
-            refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: its name says it, leave it null")
+            refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
     if not re.fullmatch(r"[\w.]+", m.name):
-        refuse("model.name", m.name, "is no name of timm's: give one as vit_small_patch14_dinov2.lvd142m")
+        refuse("model.name", m.name, "is not a name of timm's: give one like vit_small_patch14_dinov2.lvd142m")
     if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
         remedy = "give DEFAULT (those of the name's tag), a file, or null for random weights"
         refuse("model.weights", m.weights, f"is unknown for {m.name}: {remedy}")
 
 
 def _check_data(d: DataConfig) -> None:
-    """Settings that a data set needs, or that have no effect on it."""
+    """Check the settings that a data set needs, and those that have no effect on it."""
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
@@ -93,7 +93,7 @@ def _check_data(d: DataConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
-    """Adapters need all their settings and have to fit the model; a baseline has none of them."""
+    """Check that adapters have all their settings and fit the model, and that a baseline has none."""
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
         if lora.method != "lora" and value is not None and f.name != "method":

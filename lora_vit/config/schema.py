@@ -163,7 +163,7 @@ class SweepConfig:
     dry_run: bool
     wait: bool
     margin: float | None = field(metadata=number("points of val accuracy", "(0, 100)", ", or null for no race"))
-    first_seeds: int = field(metadata=number("the seeds that a race begins with,", "[2, inf)"))
+    first_seeds: int = field(metadata=number("the seeds that a race starts with,", "[2, inf)"))
     most_seeds: int
     trials: int | None = field(metadata=number("a number of trials", "[1, inf)", ", or null for every combination"))
 
@@ -223,7 +223,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"seed={seed} is no whole number: give one, or several as seed=0,1 in a sweep")
+        raise ConfigError(f"seed={seed} is not a whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
 
 

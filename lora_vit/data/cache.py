@@ -193,7 +193,7 @@ def _refuse(root: Path, notes: list[Note], usual: str) -> None:
         more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
         named = ", ".join(broken[:_NAMED])
-        raise ConfigError(f"{count} below {shown(root)}: {named}{more}; mend them or take them away")
+        raise ConfigError(f"{count} below {shown(root)}: {named}{more}; repair or remove them")
     for note in sorted(notes, key=lambda note: note.name):
         if note.other_size:
             raise ConfigError(

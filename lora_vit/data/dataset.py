@@ -94,7 +94,7 @@ class ImageData:
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
     def line(self, image_size: int) -> str:
-        """What is trained on and what is not, in one line; ``image_size``: pixels that the model wants."""
+        """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
         text = f"data: {used:,} images of {len(self.class_names):,} classes: {sizes}"

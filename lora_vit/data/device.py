@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device; the host goes on while a GPU copies.
+    """The array as a tensor on the device; the host continues while a GPU copies.
 
     From pageable memory a copy makes the host wait whatever is asked for, hence the pinned copy.
     """

@@ -26,7 +26,7 @@ from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Progress
 
 _OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
-"""What tells a folder of ours: a trial's or a sweep's."""
+"""Files that mark a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
@@ -41,7 +41,7 @@ _NAMED = 3
 
 @dataclass
 class PassedOver:
-    """What lies among the images and is not used: names by the reason."""
+    """Files among the images that are not used: their names by the reason."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class PassedOver:
 
 @functools.cache
 def image_endings() -> frozenset[str]:
-    """Endings, in small letters, of all files that Pillow opens."""
+    """Lower-case endings of all files that Pillow opens."""
     from PIL import Image
 
     return frozenset(
@@ -71,7 +71,7 @@ def image_endings() -> frozenset[str]:
 
 
 def is_own(folder: Path | str, cache_dir: Path) -> bool:
-    """Whether a folder is the cache, or holds what training wrote: no class, whatever lies in it."""
+    """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""
     folder = Path(folder)
     if folder.resolve() == cache_dir.resolve() or any((folder / name).exists() for name in _OWN_FILES):
         return True

@@ -19,6 +19,8 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     Raises:
         ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
     """
+    from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
+
     found = _find(config, quiet)
     assert found is not None
     if config.content is not None and config.content != found.content:
@@ -72,7 +74,7 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
             found: Found | None = find(replace(wanted, quiet=quiet, fetch=fetch))
         except OSError as error:
             place = shown(error.filename or root)
-            raise ConfigError(f"{place} cannot be read ({error.strerror}): mend or remove it") from None
+            raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
         if found is None:
             return None
         _FOUND[wanted] = found

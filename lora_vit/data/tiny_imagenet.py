@@ -56,7 +56,7 @@ def _folder(wanted: Wanted) -> Path | None:
     target, archive = root / FOLDER, _archive(root)
     if target.exists():
         raise ConfigError(
-            f"{target} is not whole, it lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root"
+            f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root"
         )
     if archive is not None:  # its folder may be read-only, and another zip may take its place
         digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)

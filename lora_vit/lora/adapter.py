@@ -110,7 +110,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         if not torch.isfinite(tensors[name]).all():
             raise ConfigError(f"{folder}: the adapter's {name} holds NaN or infinite values")
     if "sha256" in card and card["sha256"] != sha256_of(tensors):
-        raise ConfigError(f"{folder}: values in adapter.safetensors are not those that were trained: copy it anew")
+        raise ConfigError(f"{folder}: adapter.safetensors does not hold the values that were trained: copy it again")
     return adapter
 
 
@@ -173,7 +173,7 @@ def bind(
         gone = [f"lacks '{c}'" for c in card["class_names"] if c not in class_names]
         new = [f"has '{c}' in addition" for c in class_names if c not in card["class_names"]]
         what = (gone + new or ["has them in another order"])[0]
-        raise ConfigError(f"the data has other classes than the adapter: it {what}")
+        raise ConfigError(f"the data's classes are not the adapter's: it {what}")
     if data is not None and data["fingerprint"] != card["data"]["fingerprint"]:
         then = {**card["data"], "fingerprint": data["fingerprint"]}
         changed = [f"{key} {then.get(key)} then, {now} now" for key, now in data.items() if now != then.get(key)]
@@ -216,7 +216,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
-    """The folder's adapter. Raises ConfigError unless the model is its base, also in what no weight tells."""
+    """The folder's adapter. Raises ConfigError unless the model is its base, heads of attention included."""
     adapter = read_adapter(folder)
     base, like = adapter.card["base"], next(model.parameters())
     bind(adapter, base_of(model))

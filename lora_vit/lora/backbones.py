@@ -17,7 +17,7 @@ from lora_vit.lora.places import FAMILIES, plain_models
 
 TORCHVISION = "torchvision's VisionTransformer"
 OF_HEADS = ("heads.", "head.", "head_dist.")
-"""What the classifiers' parameters begin with, torchvision's and timm's."""
+"""Prefixes of the classifiers' parameters, torchvision's and timm's."""
 
 
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
@@ -60,7 +60,7 @@ def sizes_of(model: Any) -> dict[str, Any]:
         kind = type(model).__name__
         raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
     if any(isinstance(m, LoRAAdapters) for m in model.modules()):
-        raise ConfigError("the model has adapters already: begin with its base")
+        raise ConfigError("the model has adapters already: give its base")
     last_layer(model)
     if not isinstance(model, VisionTransformer):
         height, width = model.patch_embed.img_size
@@ -108,7 +108,7 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
-    """Give the model a classifier: a layer of another size is made anew, dropout before it stays."""
+    """Give the model a classifier: a layer of another size is replaced, dropout before it stays."""
     last = last_layer(model)
     if last is None or last.weight.shape != weight.shape:
         like = next(model.parameters())

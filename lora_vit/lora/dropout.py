@@ -112,7 +112,7 @@ def keep_by_product_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, th
 
 
 def keep_by_bits_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
-    """The same where comparisons are slow.
+    """The same mask, for devices whose comparisons are slow.
 
     The decisions of :func:`keep_mask` as all ones or all zeros in the bits of an integer: on a CPU a comparison that
     gives bools, and a product with bools, each take as long as four passes of integer arithmetic.

@@ -53,7 +53,7 @@ class _KeyedDropout(nn.Module):
     feature_I: Tensor
 
     def __init__(self, dropouts: Sequence[float], width: int, key: str, state: DropoutState):
-        """``width``: I of what is dropped; ``key``: name that tells its masks from those of other modules."""
+        """``width``: I of what is dropped; ``key``: name that sets its masks apart from those of other modules."""
         super().__init__()
         self.state, self._module_key = state, randomness.name_key(key)
         self._dropping = runs_of([p > 0 for p in dropouts])

@@ -26,7 +26,7 @@ class Place:
         biases: that its output gets.
         names: of the adapters in files, by target, in the order of the output's equal parts.
         reads: name of the layer's input, one for all that read it: key of its dropout mask.
-        front: the LayerNorm or GELU before it, where nothing else reads what that gives but places with this front.
+        front: the LayerNorm or GELU before it, if its output is read only by places with this front.
     """
 
     layer: str

@@ -18,7 +18,7 @@ _HF_PREFIX = r"(?:vit|deit|dinov2|dinov2_with_registers|vision_model)\."
 PATCHES = re.compile(
     rf"(?<![^.])(?:conv_proj|patch_embed\.proj|(?:{_HF_PREFIX})?embeddings\.patch_embeddings?(?:\.projection)?)\.weight$"
 )
-"""The projection of the patches tells where in a file, and behind which prefix, a Vision Transformer's tensors are."""
+"""The projection of the patches: a Vision Transformer's tensors are where it is in a file, after its prefix."""
 _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
     ("^" + _HF_PREFIX[:-2], ""),
     (r"conv_proj|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
@@ -152,7 +152,7 @@ def _stacked(names: Iterable[str]) -> list[tuple[str, str, list[str]]]:
 
 
 def _grid(name: str, tensors: dict[str, Tensor]) -> int:
-    """Side of the square grid of the positions, which may begin with those of the class or of all tokens."""
+    """Side of the square grid of the positions, which may start with those of the class or of all tokens."""
     shape = tensors["pos_embed"].shape
     tokens = sum(tensors[name].shape[1] for name in _TOKENS if name in tensors)
     for extra in (0, min(tokens, 1), tokens) if len(shape) == 3 and shape[0] == 1 else ():

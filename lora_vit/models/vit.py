@@ -52,7 +52,7 @@ def timm_trunk(name: str, image_size: int | None) -> Any:
     except ValueError as error:
         raise ConfigError(f"model.name={name}: {error}") from None
     if not isinstance(trunk, plain_models()) or not trunk.global_pool:
-        raise ConfigError(f"model.name={name} ({type(trunk).__name__}) gives no one vector for an image")
+        raise ConfigError(f"model.name={name} ({type(trunk).__name__}) does not give one vector for each image")
     (height, width), patch = trunk.patch_embed.img_size, max(trunk.patch_embed.patch_size)
     if height != width or height % patch:
         raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
@@ -161,7 +161,7 @@ class PackedViT(nn.Module):
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
 
     def train(self, mode: bool = True) -> PackedViT:
-        """As ever, but a trunk draws nothing of its own in training, and batch norms keep their statistics."""
+        """Switch modes; the trunk stays in evaluation mode: it draws nothing, and batch norms keep their statistics."""
         super().train(mode)
         for module in self.trunk.modules():
             module.training = mode and isinstance(module, LoRAAdapters)

@@ -137,7 +137,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _unwrapped(held: dict[str, Any], model: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The Vision Transformer's tensors in what somebody saved, and where they were if they were wrapped."""
+    """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"

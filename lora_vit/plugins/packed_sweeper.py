@@ -47,7 +47,8 @@ class PackedSweeper(Sweeper):
         request.ended = self._call_back
         from lora_vit.api import run_request  # imports torch
 
-        return run_request(request)
+        found = run_request(request)
+        return None if found is None else list(found.values())
 
     def _call_back(self, trial: Any, state: Any) -> None:
         """What Hydra calls for each job, once the trial has ended."""

@@ -130,7 +130,7 @@ class Claims:
         if self.state(trial_id) != FREE:
             return False
         if not self._held:
-            self.beat()  # nobody sees a claim whose owner has never lived
+            self.beat()  # others take no claim seriously whose owner gave no sign of life
         number = self._last.get(trial_id, (0, FREE))[0] + 1
         if not self._create(self._path(trial_id, number), self.token):
             return False

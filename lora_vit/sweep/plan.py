@@ -77,7 +77,7 @@ class Sweep:
         """The sweep of a folder that holds one. Raises ConfigError otherwise, or if another version made it."""
         sweep = cls(folder)
         if not sweep._version:
-            raise ConfigError(f"{folder} holds no sweep ({PLAN}): give the folder of a sweep, as seen from here")
+            raise ConfigError(f"{folder} is not a sweep folder (no {PLAN}): give a path like outputs/sweeps/NAME")
         version = sweep.plan["version"]
         if version not in (None, __version__):
             raise ConfigError(f"{folder} was planned by lora_vit {version}, this is {__version__}: install the same")
@@ -100,7 +100,7 @@ class Sweep:
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
         except ValueError as error:
-            raise ConfigError(f"{path} is not whole JSON ({error}): remove it, the records stay") from None
+            raise ConfigError(f"{path} is not complete JSON ({error}): remove it, the records stay") from None
         schema = plan.get("schema") if isinstance(plan, dict) else None
         if schema == 3:
             plan = _from_schema_3(plan)

@@ -42,7 +42,7 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
     Returns:
-        The validation accuracy or the failure of each trial id; None after a dry run, or if nobody waits.
+        The validation accuracy or the failure of each trial id; None after a dry run or with ``sweep.wait=false``.
 
     Raises:
         ConfigError: nothing was trained.
@@ -108,9 +108,9 @@ def _each_once(trials: Sequence[Trial]) -> list[Trial]:
     idle = dict.fromkeys(key_of(line) for trial in trials for line in trial.overrides
                          if line not in without_idle(trial.config, trial.overrides))  # fmt: skip
     if idle:
-        print(f"note: {', '.join(idle)} without effect in some trials (baselines), which run once for all values")
+        print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
     if twice := len(trials) - len(once):
-        print(f"note: {twice} of the {len(trials)} settings name a trial that another one names: each runs once")
+        print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
     return list(once.values())
 
 
@@ -188,26 +188,26 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
 
     Raises:
         ConfigError: the engine refuses.
-        Interrupted: workers were asked to stop and have saved, or go on by themselves.
+        Interrupted: workers were asked to stop and have saved, or they continue by themselves.
         TrialFailed: workers end, and no trial does.
     """
-    workers, tries, ended = int(sweep.plan["workers"]), 0, 0
+    workers, tries = int(sweep.plan["workers"]), 0
     with StopRequest() as stop:
         try:
             while True:
+                alive, news = engine.look()  # before the trials, or workers that have just ended seem to be missing
+                for text in news:
+                    view.say(text)
                 for trial, state in view.look():
                     request.ended(trial, state)
-                    ended, tries = ended + 1, 0
+                    tries = 0
                 if not view.open():
                     if source.extend() or view.open():  # we, or a worker meanwhile
                         continue
                     break
-                alive, news = engine.look()
-                for text in news:
-                    view.say(text)
                 if stop.signum:
                     _end(engine, view, stop)
-                missing = min(workers - alive, view.free())
+                missing = min(workers - alive, view.free() - max(0, alive - view.busy()))  # the idle will take some
                 if missing > 0 and tries < TRIES:
                     tries += 1
                     view.say(engine.start(missing))
@@ -298,7 +298,7 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     """How the race stands, and its verdict if it has ended."""
     source.look()
-    header = ("cell", "mean val accuracy", "seeds", "may fall by", "")
+    header = ("cell", "mean val accuracy", "seeds", "slack (points)", "")
     print_table(console, source.title(), header, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas

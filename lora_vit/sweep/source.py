@@ -204,8 +204,7 @@ class SearchSource:
         """Tell what trials came to; returns the study's trials by the ids of ours."""
         from optuna.trial import TrialState, create_trial
 
-        named = {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
-        for name, theirs in named.items():
+        for name, theirs in _named(study).items():
             state = self.sweep.state_of(self.sweep.trials[name]) if name in self.sweep.trials else None
             record = state.record if state is not None and state.ended else None
             value = record.metrics.get("val_accuracy") if record is not None and record.status == "completed" else None
@@ -218,7 +217,7 @@ class SearchSource:
                 study.tell(theirs.number, value)
             else:
                 study.tell(theirs.number, state=TrialState.FAIL)
-        return named
+        return _named(study)
 
     def _at_once(self, search: dict[str, Any], known: int) -> int:
         size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
@@ -252,6 +251,11 @@ class SearchSource:
         return list(new.values())
 
 
+def _named(study: Any) -> dict[str, Any]:
+    """The study's trials by the ids of ours; those that were suggested again have none."""
+    return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+
+
 def distribution(key: str, of: dict[str, Any]) -> Any:
     """Optuna's of a searched key. Raises ConfigError if there is none, or no Optuna."""
     try:
@@ -264,7 +268,7 @@ def distribution(key: str, of: dict[str, Any]) -> Any:
     try:
         return kind(of["low"], of["high"], log=of["log"], step=of["step"])
     except ValueError as error:
-        given = f"{key}=interval({of['low']},{of['high']})"
+        given = f"{key}=interval({of['low']:g},{of['high']:g})"
         raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
 
 

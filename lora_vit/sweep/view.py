@@ -1,6 +1,6 @@
-"""What the user sees of a sweep: one bar and a table refreshed in place, or plain lines when piped.
+"""The view of a sweep: one bar and a table refreshed in place, or plain lines when piped.
 
-It knows what anybody could know: the plan, the claims and the records.
+It reads what any process can read: the plan, the claims and the records.
 """
 
 from __future__ import annotations
@@ -105,6 +105,10 @@ class View:
     def free(self) -> int:
         """Trials that no process has."""
         return sum(not row.ended and row.status != "running" for row in self.rows.values())
+
+    def busy(self) -> int:
+        """Processes that train."""
+        return len({self.claims.holder(name) for name, row in self.rows.items() if row.status == "running"})
 
     def open(self) -> list[Trial]:
         """Trials of the plan that have not ended, as far as we have seen."""

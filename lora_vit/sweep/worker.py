@@ -89,7 +89,7 @@ class Worker:
     """Trains a sweep's open trials until none is left. There is one for each device.
 
     A worker's own trouble (no images, a sick GPU, a full disk) is never a trial's end: the worker gives back what it
-    cannot train, goes on with the rest, and ends with an error. A trial fails by a loss that is not finite, or by an
+    cannot train, continues with the rest, and ends with an error. A trial fails by a loss that is not finite, or by an
     error that two processes have seen.
     """
 
@@ -118,7 +118,7 @@ class Worker:
             raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
 
     def next_pack(self) -> tuple[Group, list[Trial]] | None:
-        """Claim the next pack; wait while others hold what is left. None if nothing is left for anybody, or for us."""
+        """Claim the next pack; wait while others hold what is left. None if nothing is left that we can train."""
         self.stop.heed()
         if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
             return pack

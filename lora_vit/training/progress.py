@@ -1,4 +1,4 @@
-"""What the user sees of a single run: a progress bar on a terminal, plain lines elsewhere."""
+"""The view of a single run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

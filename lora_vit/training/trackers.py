@@ -28,7 +28,7 @@ ROWS_ASK_EVERY = 10.0
 
 
 class ClaimLost(Exception):  # noqa: N818  (not an error)
-    """Another process has taken over the trial with this id: this one writes nothing any more."""
+    """Another process has taken over the trial with this id: this process writes no more."""
 
 
 class TrialFiles:

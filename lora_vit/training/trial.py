@@ -1,4 +1,4 @@
-"""One trial on its way: started or resumed, saved, and ended."""
+"""One trial from start or resume to its end, with its saving."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrialRun:
 
     @classmethod
     def without_files(cls, config: TrialConfig) -> TrialRun:
-        """A new trial that nothing remembers."""
+        """A new trial without files."""
         return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
     @classmethod

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import interleaved, machine, paired_ratio, peak_memory, report
-from hydra import compose, initialize_config_module
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+from lora_vit.api import compose
 from lora_vit.build import DTYPES, ModelFactory
-from lora_vit.compose import from_omegaconf, register_schema
 from lora_vit.config import TrialConfig
 from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
@@ -42,8 +41,7 @@ RANK, ALPHA = 8, 32.0
 
 def trial(*overrides: str) -> TrialConfig:
     """The headline task with overrides; its images, which no step here reads, are made up."""
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=["data=fake", *overrides]))
+    return compose(["data=fake", *overrides])
 
 
 def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tensor) -> Callable[[], object]:
@@ -237,7 +235,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    register_schema()
     left_out = () if args.model == "vit_b_16" else ("plain LoRA modules",)  # written for torchvision's block
     names = [name for name in NAMES if name in ("floor", "ours", *args.only) and name not in left_out]
     steps = contenders(args.model, args.batch, args.precision, names)

@@ -2,19 +2,21 @@
 
     python scripts/bench/sweep.py ways [--rounds 1]
     python scripts/bench/sweep.py curve [--rounds 5] [--sizes 1,2,4,8]
-    python scripts/bench/sweep.py compose
+    python scripts/bench/sweep.py compose [--sizes 24,200,1000]
     python scripts/bench/sweep.py engines [--rounds 1]
 
 ``ways`` runs the 24 trials of ``sweep=quickstart`` as a user would: packed (in as many processes as it takes by
-itself, and in one), by Hydra's basic launcher, by its joblib launcher (``pip install hydra-joblib-launcher``; two
-processes) and as one process for each trial, taking turns. ``engines`` runs them in two workers: local ones, jobs of a
-Slurm that is there (``scripts/one_node_slurm.sh``) and tasks of a Ray of its own, and as one job or task for each trial
-by Hydra's launchers for these two.
+itself, and in one), by Hydra's basic sweeper, by that one with its joblib launcher (``pip install
+hydra-joblib-launcher``; two processes) and as one process for each trial, taking turns. ``engines`` runs them in two
+workers: local ones, jobs of a Slurm that is there (``scripts/one_node_slurm.sh``) and tasks of a Ray of its own, and as
+one job or task for each trial by Hydra's launchers for these two. ``--only TEXT`` keeps the ways or models whose names
+start with it; overrides (``trainer.epochs=1``) go to every command.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import statistics
 import subprocess
@@ -25,13 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from common import interleaved, machine, peak_memory, report
-from hydra import compose, initialize_config_module
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
-from hydra.types import RunMode
 
+from lora_vit.api import compose
 from lora_vit.build import build_setup
-from lora_vit.compose import from_omegaconf, register_schema
+from lora_vit.compose import Composer, compose_all, initialized
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
@@ -55,58 +54,51 @@ MODELS = {
 }  # fmt: skip
 
 
-def composed(*overrides: str) -> TrialConfig:
-    with initialize_config_module("lora_vit.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=list(overrides)))
-
-
-def ways(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of the whole sweep, command to end."""
+def ways(overrides: list[str]) -> dict[str, list[list[str]]]:
+    """The commands of each way."""
     train = [sys.executable, "-m", "lora_vit.train"]
-    with tempfile.TemporaryDirectory() as scratch:
-        commands = {
-            "packed": [[*train, "sweep=quickstart", "sweep.name=packed"]],
-            "packed, one process": [[*train, "sweep=quickstart", "sweep.workers=1", "sweep.name=one"]],
-            "hydra/launcher=basic": [[*train, "sweep=quickstart", "hydra/launcher=basic", "sweep.name=basic"]],
-            "separate processes": [],
-        }
-        try:
-            import hydra_plugins.hydra_joblib_launcher  # noqa: F401
-
-            joblib = [*train, "sweep=quickstart", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep.name=job"]
-            commands["hydra/launcher=joblib, 2 jobs"] = [joblib]
-        except ImportError:
-            print("no joblib launcher: pip install hydra-joblib-launcher", file=sys.stderr)
-        for seed, lr in itertools.product((0, 1, 2), ("1e-3", "2e-3")):
-            shared = ["experiment=quickstart", f"seed={seed}", f"optimizer.lr={lr}"]
-            for rank in (1, 8):
-                commands["separate processes"].append([*train, *shared, f"lora.rank={rank}", f"lora.alpha={4 * rank}"])
-            commands["separate processes"] += [[*train, *shared, "lora=none"], [*train, *shared, "lora=full"]]
-        return in_turns(commands, scratch, rounds)
-
-
-def engines(rounds: int) -> list[dict[str, Any]]:
-    """The same for workers and trials that a cluster starts."""
-    train = [sys.executable, "-m", "lora_vit.train", "sweep=quickstart", "sweep.name=s"]
-    slurm, ray = ["hydra.launcher.cpus_per_task=1"], ["+hydra.launcher.ray.init.num_cpus=2"]
+    sweep, basic = [*train, "sweep=quickstart"], ["hydra/sweeper=basic", "sweep.name=s"]
     commands = {
-        "2 local workers": [[*train, "sweep.workers=2"]],
-        "packed_slurm, 2 workers": [[*train, "sweep.workers=2", "hydra/launcher=packed_slurm", *slurm]],
-        "packed_ray, 2 workers": [[*train, "sweep.workers=2", "hydra/launcher=packed_ray"]],
-        "submitit_slurm, a job a trial": [[*train, "hydra/launcher=submitit_slurm", *slurm]],
-        "ray, a task a trial": [[*train, "hydra/launcher=ray", *ray]],
+        "packed": [[*sweep, "sweep.name=packed", *overrides]],
+        "packed, one process": [[*sweep, "sweep.workers=1", "sweep.name=one", *overrides]],
+        "hydra/sweeper=basic": [[*sweep, *basic, *overrides]],
+        "separate processes": [],
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        return in_turns(commands, scratch, rounds)
+    if importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher"):
+        joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+        commands["hydra/launcher=joblib, 2 jobs"] = [[*sweep, *basic, *joblib, *overrides]]
+    else:
+        print("no joblib launcher: pip install hydra-joblib-launcher", file=sys.stderr)
+    for seed, lr in itertools.product((0, 1, 2), ("1e-3", "2e-3")):
+        shared = ["experiment=quickstart", f"seed={seed}", f"optimizer.lr={lr}", *overrides]
+        for rank in (1, 8):
+            commands["separate processes"].append([*train, *shared, f"lora.rank={rank}", f"lora.alpha={4 * rank}"])
+        commands["separate processes"] += [[*train, *shared, "lora=none"], [*train, *shared, "lora=full"]]
+    return commands
 
 
-def in_turns(commands: dict[str, list[list[str]]], scratch: str, rounds: int) -> list[dict[str, Any]]:
-    """Run each way's commands in a folder of its own, one way after the other; compared with the first."""
+def engines(overrides: list[str]) -> dict[str, list[list[str]]]:
+    """The same for workers and trials that a cluster starts."""
+    train = [sys.executable, "-m", "lora_vit.train", "sweep=quickstart", "sweep.name=s", *overrides]
+    basic = [*train, "hydra/sweeper=basic"]
+    return {
+        "2 local workers": [[*train, "sweep.workers=2"]],
+        "engine=slurm, 2 workers": [[*train, "sweep.workers=2", "engine=slurm", "engine.cpus_per_task=1"]],
+        "engine=ray, 2 workers": [[*train, "sweep.workers=2", "engine=ray"]],
+        "submitit_slurm, a job a trial": [
+            [*basic, "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
+        ],
+        "ray, a task a trial": [[*basic, "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]],
+    }
+
+
+def in_turns(commands: dict[str, list[list[str]]], rounds: int) -> list[dict[str, Any]]:
+    """Seconds of each way, command to end, in a folder of its own, one way after the other; compared with the first."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, lines in commands.items():
             start = time.perf_counter()
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 for line in lines:
                     subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - start)
@@ -123,11 +115,13 @@ def in_turns(commands: dict[str, list[list[str]]], scratch: str, rounds: int) ->
     ]
 
 
-def curve(rounds: int, sizes: list[int]) -> list[dict[str, Any]]:
+def curve(rounds: int, sizes: list[int], only: str) -> list[dict[str, Any]]:
     """Time of a training step per trial, and memory beyond the model's, for packs of several sizes."""
     rows = []
     for name, overrides in MODELS.items():
-        configs = [composed(*overrides, "lora.rank=8", f"optimizer.lr={lr}") for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
+        if not name.startswith(only):
+            continue
+        configs = [compose([*overrides, "lora.rank=8", f"optimizer.lr={lr}"]) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
         configs = [c for c in configs for _ in range(2)]
         setup = build_setup(configs[0], Process())
 
@@ -165,27 +159,24 @@ def curve(rounds: int, sizes: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def composing() -> list[dict[str, Any]]:
-    """Seconds to compose sweeps of 24, 200 and 1,000 trials, by Hydra and by us."""
-    from lora_vit.compose import Composer, compose_all
-
-    loader = ConfigLoaderImpl(create_config_search_path("pkg://lora_vit.conf"))
-    master = loader.load_configuration("config", ["experiment=quickstart"], RunMode.MULTIRUN)
+def composing(counts: list[int]) -> list[dict[str, Any]]:
+    """Seconds to compose sweeps of so many trials, by Hydra and by us."""
     rows = []
-    for count in (24, 200, 1000):
+    for count in counts:
         lines = [
             ["experiment=quickstart", f"lora.rank={1 + i % 8}", f"optimizer.lr={1e-4 * (1 + i // 8 % 5)}", f"seed={i}"]
             for i in range(count)
         ]
-        composer = Composer(loader, master)
-        start = time.perf_counter()
-        for line in lines[:24]:
-            composer.exactly(line)
-        exact = (time.perf_counter() - start) / 24 * count
-        start = time.perf_counter()
-        jobs = compose_all(loader, master, lines)
-        quick = time.perf_counter() - start
-        assert len({job.trial_id for job in jobs}) == count
+        with initialized():
+            composer = Composer("config", [])
+            start = time.perf_counter()
+            for line in lines[:24]:
+                composer.exactly(line)
+            exact = (time.perf_counter() - start) / min(24, count) * count
+            start = time.perf_counter()
+            trials = compose_all(composer, [], lines)
+            quick = time.perf_counter() - start
+        assert len({trial.trial_id for trial in trials}) == count
         rows.append({"trials": count, "Hydra s (of 24, scaled)": exact, "ours s, validated": quick})
     return rows
 
@@ -193,17 +184,19 @@ def composing() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ways", "curve", "compose", "engines"))
+    parser.add_argument("overrides", nargs="*", help="of the sweep's commands")
     parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--sizes", default="1,2,4,8")
+    parser.add_argument("--sizes", help="of packs (1,2,4,8), or of composed sweeps (24,200,1000)")
+    parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    register_schema()
+    args = parser.parse_intermixed_args()
     if args.what in ("ways", "engines"):
-        rows = (ways if args.what == "ways" else engines)(args.rounds or 1)
+        commands = (ways if args.what == "ways" else engines)(args.overrides)
+        rows = in_turns({k: v for k, v in commands.items() if k.startswith(args.only)}, args.rounds or 1)
     elif args.what == "curve":
-        rows = curve(args.rounds or 5, [int(k) for k in args.sizes.split(",")])
+        rows = curve(args.rounds or 5, [int(k) for k in (args.sizes or "1,2,4,8").split(",")], args.only)
     else:
-        rows = composing()
+        rows = composing([int(k) for k in (args.sizes or "24,200,1000").split(",")])
     report(rows, machine(), args.out)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, trial_config
+from helpers import trial_config
+from plain_trials import SMALL
 
 import lora_vit
 from lora_vit import ConfigError, api
@@ -76,55 +76,57 @@ def test_from_standard_input_twice_in_one_process_and_in_two_processes(tmp_path)
 from lora_vit import api
 print("RUNS", flush=True)
 small = {list(SMALL)!r} + ["trainer.epochs=1"]
-for place in ("a=1", "b (2)"):
-    sweep = api.sweep([*small, "lora.rank=1,2", "sweep.workers=2", "sweep.pack_size=1"], folder=place)
-    print("FOUND", sweep.folder, [record.config["lora"]["rank"] for record in sweep.records])
+configs = [api.compose([*small, f"lora.rank={{rank}}"]) for rank in (2, 1)]
+configs[1].optimizer.lr = 0.5
+for place, trials in (("a=1", [*small, "lora.rank=1,2"]), ("b (2)", configs)):
+    sweep = api.sweep(trials, folder=place, workers=2, pack_size=1)
+    print("FOUND", sweep.folder, [(r.config["lora"]["rank"], r.config["optimizer"]["lr"]) for r in sweep.records])
 record = api.train(api.compose([*small, "trainer.devices=2"]), "two")
 print("TOGETHER", record.environment["world_size"])
 assert api.train(api.compose(small), "two").finished == record.finished
 """
     out = run([sys.executable, "-"], tmp_path, script)
     assert out.count("RUNS") == 1
-    assert "FOUND a=1 [1, 2]\n" in out
-    assert "FOUND b (2) [1, 2]\n" in out
+    assert "FOUND a=1 [(1, 0.001), (2, 0.001)]\n" in out
+    assert "FOUND b (2) [(2, 0.001), (1, 0.5)]\n" in out
     assert "TOGETHER 2" in out
 
 
-def test_what_is_wrong_is_raised(monkeypatch, tmp_path):
+SWEEP = [*SMALL, "seed=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "options", "words"),
+    [
+        (api.compose, [*SMALL, "lora.rank=0"], {}, "lora.rank=0 is impossible"),
+        (api.compose, [*SMALL, "lora.rank=[1"], {}, "cannot read the override"),
+        (api.compose, SWEEP, {}, "several values"),
+        (api.sweep, [*SWEEP, "lora.rnk=1"], {}, "did you mean 'lora.rank'"),
+        (api.sweep, [*SWEEP, "lora=qkv"], {}, "'lora/qkv' does not exist"),
+        (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
+        (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run is for the command"),
+        (api.sweep, SWEEP, {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
+        (api.sweep, [*SWEEP, "hydra/launcher=basic"], {}, "hydra/launcher=basic has no effect"),
+        (api.sweep, [*SWEEP, "-m"], {}, "-m"),
+        (api.sweep, [api.compose(SMALL)], {}, "sweep() needs a folder for trials that are given as configs"),
+    ],
+)
+def test_what_is_wrong_is_raised(function, given, options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
-    for overrides, words in (
-        (["lora.rank=0"], "lora.rank=0 is impossible"),
-        (["lora.rnk=1"], "did you mean 'lora.rank'"),
-        (["lora.rank=[1"], "cannot read the override"),
-        (["lora=qkv"], "'lora/qkv' does not exist"),
-    ):
-        for function in (api.compose, api.sweep):
-            with pytest.raises(ConfigError, match=re.escape(words)):
-                function([*SMALL, *overrides])
-    with pytest.raises(ConfigError, match="several values"):
-        api.compose([*SMALL, "seed=0,1"])
-    for override in ("sweep.dry_run=true", "-m", "hydra/launcher=basic"):
-        with pytest.raises(ConfigError, match=f"{override} is for the command"):
-            api.sweep([override])
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/one.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - override /hydra/launcher: basic\n"
-    )
-    one = ["experiment=one", f"hydra.searchpath=[file://{tmp_path}]"]
-    for given, words in (
-        (["++sweep.dry_run=true"], "are for the command"),
-        (one, "trains in packs"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            api.sweep([*SMALL, "seed=0", *given], folder=tmp_path / "experiment")
-    shutil.rmtree(tmp_path / "experiment")
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        function(given, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = api.compose(SMALL)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1"),
+                        ("LOCAL_RANK", "0")):  # fmt: skip
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="without torchrun"):
-        api.train(api.compose(SMALL), "run")
-    with pytest.raises(ConfigError, match="without torchrun"):
-        api.sweep([*SMALL, "seed=0,1"])
+    for call in (lambda: api.train(config, "run"), lambda: api.sweep([*SMALL, "seed=0,1"])):
+        with pytest.raises(ConfigError, match="without torchrun"):
+            call()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from made_up_records import grid, make_sweep
-
-from lora_vit import summarize
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,8 +29,7 @@ def page(tmp_path_factory):
     sweep = tmp_path_factory.mktemp("report") / "sweep"
     cells, accuracies = grid(np.random.default_rng(3), (1, 4, 16), (0.0, 0.1), (1e-3, 3e-3), 3)
     make_sweep(sweep, cells, accuracies)
-    with pytest.raises(SystemExit, match="0"):
-        summarize.main([str(sweep)])
+    subprocess.run([sys.executable, "-m", "lora_vit.summarize", sweep], check=True, stdout=subprocess.DEVNULL)
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):

@@ -103,3 +103,23 @@ def test_the_data_path_is_measured(tmp_path):
     assert measured["facts"]["images"] == 160
     assert len(measured["rows"]) == 8
     assert all(row["max images/s"] > 0 for row in measured["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (("bench/sweep.py", "compose", "--sizes", "3"), ["| 3 | "]),
+        (("bench/sweep.py", "curve", "--rounds", "1", "--sizes", "1,2", "--only", "vit_tiny"), ["| vit_tiny"] * 2),
+        (("bench/sweep.py", "ways", "--only", "packed", "trainer.epochs=1"), ["| packed |", "| packed, one process"]),
+        (("bench/start.py", "--rounds", "1"), ["| --help |", "| first step |", "| - data and weights |"]),
+        (("bench/step.py", "--rounds", "1", "--batch", "1", "--only", "plain LoRA modules"),
+         ["| floor |", "| ours |", "| plain LoRA modules |"]),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_times_are_measured(arguments, rows, tmp_path):
+    """Each script's way through, as small as it goes."""
+    out = run(SCRIPTS / arguments[0], tmp_path, *arguments[1:])
+    for row in rows:
+        assert out.count(row) == rows.count(row), out

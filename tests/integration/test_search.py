@@ -22,10 +22,9 @@ from lora_vit.records import read_record
 from lora_vit.sweep import run
 from lora_vit.sweep.claims import ENDED, Claims
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.source import SearchSource
 from lora_vit.sweep.trial import Trial
 
-optuna = pytest.importorskip("optuna", minversion="4", reason="needs pip install 'lora_vit[search]'")
+pytest.importorskip("optuna", minversion="4", reason="needs pip install 'lora_vit[search]'")
 RANKS, RATES = (1, 2, 4, 8, 16), (1e-4, 2.5e-4, 6.3e-4, 1.6e-3, 4e-3, 1e-2)
 SPACE = ("lora.rank=choice(1,2,4,8,16)", "optimizer.lr=tag(log,interval(1e-4,1e-2))")
 FIXED = ("lora.alpha=8", "lora.dropout=0.0")
@@ -94,11 +93,6 @@ class MadeUp:
     def configs(self) -> list[TrialConfig]:
         return [trial.config for batch in self.batches for trial in batch.values()]
 
-    def study(self) -> Any:
-        """Of the newest search in the folder."""
-        sweep = Sweep(self.folder)
-        return SearchSource(sweep)._open_study(sweep.search)
-
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path) -> MadeUp:
@@ -129,88 +123,37 @@ def test_it_finds_at_least_what_a_grid_of_its_size_finds_and_proposes_a_race(ben
         with compose.initialized():
             request = compose.expand(line)
         (trial,) = request.trials
-        assert (flag, request.options.margin, trial.config.seed, str(request.folder)) == ("-m", 0.5, 1, "outputs/sweeps/s-best")
+        assert (flag, request.options.margin, trial.config.seed) == ("-m", 0.5, 1)
+        assert str(request.folder) == "outputs/sweeps/s-best"
         assert accuracy(trial.config.lora.rank, trial.config.optimizer.lr) == pytest.approx(value)
 
 
-def test_a_search_that_was_stopped_continues_as_if_never_stopped(bench, monkeypatch):
-    bench(*asked(n=18, name="whole"))
-    whole = bench.ids()
-    bench.batches, bench.stops_after = [], 1
-    with pytest.raises(KeyboardInterrupt):
-        bench(*asked(n=18))
-    bench.stops_after = math.inf
-    bench(*asked(n=18))
-    assert bench.ids() == whole
-    assert list(map(len, bench.batches)) == [6, 6, 6], "nothing is trained twice"
-    bench(*asked(n=18))
-    assert len(bench.batches) == 3, "a finished search has nothing to train"
-    bench(*asked(n=20))
-    assert len(bench.ids()) == 20
-    assert len([t.value for t in bench.study().trials if t.value is not None]) == 20
-
-
-def test_a_trial_counts_once_however_often_it_is_suggested(bench):
-    few = ("lora.rank=choice(1,2,4)", "optimizer.lr=choice(1e-3,2e-3)")
-    bench(*asked(*few, n=5))
-    assert len(bench.ids()) == sum(map(len, bench.batches)) == 5
-    bench(*asked(*few, n=30))
-    assert len(bench.ids()) == sum(map(len, bench.batches)) == 6, "the space holds no more, and the search ends"
-    trials = [t for t in bench.study().trials if t.value is not None]
-    assert len(trials) > 6
-    for trial in trials:
-        expected = accuracy(int(trial.params["lora.rank"]), float(trial.params["optimizer.lr"]))
-        assert trial.value == pytest.approx(expected), "a repeated suggestion is told what the trial came to"
-
-
-def test_settings_without_effect_make_no_new_trial(bench):
-    bench(*asked("lora=choice(none,default)", "lora.rank=choice(1,2,4)", "optimizer.lr=1e-3", n=4))
-    assert len(bench.ids()) == 4, "a linear probe has no rank"
-    labels = {" ".join(sorted(trial.label.split())) for batch in bench.batches for trial in batch.values()}
-    assert labels == {"lora=none", *(f"lora=default rank={rank}" for rank in (1, 2, 4))}
-
-
-def test_impossible_suggestions_are_passed_over(bench):
-    """Alone each end of the ranges is possible; rank 24 is not where the MLP's width is 16."""
-    space = ("lora.rank=choice(1,24)", "model.mlp_dim=choice(48,16)", "lora.targets=[fc1]", "optimizer.lr=1e-3")
-    bench(*asked(*space, n=3))
-    assert sorted((c.lora.rank, c.model.mlp_dim) for c in bench.configs()) == [(1, 16), (1, 48), (24, 48)]
-
-
-def test_failed_trials_end_nothing_and_are_tried_again_when_asked(bench, capsys):
+def test_failed_trials_are_tried_again_when_asked(bench):
     bench.failing = {4: "the loss is not finite", 2: "another reason"}
-    outcomes = bench(*asked(n=12))
+    bench(*asked(n=12))
     failed = [c for c in bench.configs() if c.lora.rank in bench.failing]
-    assert len(bench.ids()) == len(outcomes) == 12
-    assert len(failed) > 1
-    states = [t.state for t in bench.study().trials]
-    assert states.count(optuna.trial.TrialState.FAIL) == len(failed)
-    said = capsys.readouterr().out
-    assert all(why in said for why in bench.failing.values())
     bench.failing = {}
     bench(*asked("sweep.retry_failed=true", n=12))
-    assert len(bench.ids()) == 12
-    assert "12 trials completed, one seed each" in capsys.readouterr().out
-    assert len([t for t in bench.study().trials if t.value is not None]) == 12
+    assert [len(batch) for batch in bench.batches] == [6, 6, len(failed)]
     bench.failing = dict.fromkeys(RANKS, "no")
     with pytest.raises(ConfigError, match=r"no trial completed: python -m lora_vit\.sweep outputs/sweeps/t says why"):
         bench(*asked(n=6, name="t"))
 
 
-@pytest.mark.parametrize(("given", "size"), [("sweep.pack_size=4", 4), ("sweep.pack_size=auto", 3)])
-def test_a_batch_is_what_a_worker_trains_at_once_and_learns_from_the_last(given, size, bench):
-    bench(*asked("sweep.workers=2", given))
-    assert {len(batch) for batch in bench.batches[:-1]} == {size}
-    assert len(bench.ids()) == 30
-
-
-def test_another_space_or_another_setting_is_another_study_in_the_same_folder(bench):
-    for changed in ((), ("lora.rank=choice(1,2,4,8,16,32)",), ("trainer.epochs=1",)):
-        bench(*asked(*changed, n=4))
-    assert len(bench.ids()) == 12
-    assert [c.trainer.epochs for c in bench.configs()] == [2] * 8 + [1] * 4
-    assert bench.study().user_attrs == {}
-    assert len(optuna.get_all_study_summaries(bench.study()._storage)) == 3
+def test_a_search_that_was_stopped_continues_as_if_never_stopped(bench, monkeypatch):
+    bench(*asked(n=18, name="whole"))
+    whole = [set(batch) for batch in bench.batches]
+    bench.batches, bench.stops_after = [], 1
+    with pytest.raises(KeyboardInterrupt):
+        bench(*asked(n=18))
+    bench.stops_after = math.inf
+    bench(*asked(n=18))
+    assert [set(batch) for batch in bench.batches] == whole
+    assert list(map(len, whole)) == [6, 6, 6]
+    bench(*asked(n=18))
+    assert len(bench.batches) == 3, "a finished search has nothing to train"
+    bench(*asked("sweep.pack_size=4", n=20))
+    assert len(bench.ids()) == sum(map(len, bench.batches)) == 20, "more trials go on with the study"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +161,6 @@ def test_another_space_or_another_setting_is_another_study_in_the_same_folder(be
     [
         ("sweep.dry_run=true", "sweep.dry_run=true cannot say what a search will suggest"),
         ("sweep.workers=1,2", "sweep.workers is the sweep's own"),
-        ("lora.rank=choice(0,2)", "lora.rank=0 is impossible"),
         ("lora.rnk=choice(1,2)", "unknown key 'lora.rnk'"),
         ("sweep.trials=0", "sweep.trials=0"),
     ],
@@ -244,8 +186,8 @@ def test_without_the_extra_one_line_says_what_to_install(version, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_search_that_was_killed_resumes_and_its_commands_race_the_best(tmp_path):
-    line = command("-m", *FIXED, "lora.rank=choice(1,2,4)", SPACE[1], "sweep.trials=8", "sweep.pack_size=2", "sweep.workers=1",
-                   "sweep.name=s", "trainer.epochs=3")  # fmt: skip
+    line = command("-m", *FIXED, "lora.rank=choice(1,2,4)", SPACE[1], "sweep.trials=8", "sweep.pack_size=2",
+                   "sweep.workers=1", "sweep.name=s", "trainer.epochs=3")  # fmt: skip
     folder = tmp_path / "outputs/sweeps/s"
 
     def finished() -> dict[str, Any]:
@@ -269,4 +211,4 @@ def test_a_real_search_that_was_killed_resumes_and_its_commands_race_the_best(tm
     assert raced.returncode == 0, raced.stdout + raced.stderr
     race = api.summarize(f"{folder}-best").race
     assert race is not None
-    assert (len(race.cells), race.first, race.race.ended) == (3, 1, True)
+    assert (len(race.cells), race.first, race.ended) == (3, 1, True)

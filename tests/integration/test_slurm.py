@@ -76,7 +76,7 @@ def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
 
 def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path):
     """The workers of the first command are not asked for again."""
-    arguments = (*ON_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=30")
+    arguments = (*ON_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=200")
     done = run_command(*arguments, "sweep.wait=false", cwd=tmp_path)
     assert "1 workers: Slurm job" in done.stdout
     assert len(queue()) == 1

@@ -16,7 +16,7 @@ NAMES = ("train", "sweep", "summarize", "evaluate", "predict", "merge", "export"
 ACTIONS = {
     "prints": "print('\\u2013')",
     "prints before work": "print('x', flush=True)",
-    "returns": "return 3",
+    "returns": "sys.exit(3)",
     "is wrong": "raise errors.ConfigError('lora.rank=0 is impossible: give 1 or more')",
     "has Hydra raise": "import os; os.environ['HYDRA_FULL_ERROR'] = '1'; raise errors.RecordError('mend x.json')",
     "is interrupted": "raise errors.Interrupted(15)",
@@ -34,7 +34,7 @@ def python(code: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 def script(action: str) -> str:
-    return f"from lora_vit import errors\ndef action():\n    {ACTIONS[action]}\nerrors.run_command(action)"
+    return f"import sys\nfrom lora_vit import errors\nwith errors.reporting():\n    {ACTIONS[action]}"
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_what_a_later_version_adds_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"schema": 1', "is not whole JSON"),
+        ('{"schema": 1', "is not complete JSON"),
         ("[]", "is not a trial record"),
         ('["schema"]', "is not a trial record"),
         ("{}", "is not a trial record"),
@@ -353,7 +353,7 @@ def test_a_folder_of_another_trial_says_what_differs_first(theirs, said, tmp_pat
 def test_an_edited_record_is_not_believed(edit, tmp_path):
     """Its settings are those of its trial id, or it says nothing."""
     damage(tmp_path, **edit)
-    with pytest.raises(RecordError, match=r"record\.json was edited: its config is (that of trial|not whole)"):
+    with pytest.raises(RecordError, match=r"record\.json was edited: its config is (that of trial|incomplete)"):
         read_record(tmp_path)
     assert state_of(tmp_path, plain_trial()).status == "refused"
 

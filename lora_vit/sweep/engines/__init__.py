@@ -10,10 +10,10 @@ from lora_vit.errors import ConfigError
 
 
 class Engine(Protocol):
-    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; they find out what to train."""
+    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
 
     outlives_us: bool
-    """Whether workers go on when the command ends."""
+    """Whether workers continue when the command ends."""
     poll_every: float
     """Seconds between two looks of the command."""
 

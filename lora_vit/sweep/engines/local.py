@@ -33,7 +33,7 @@ _waiting: list[subprocess.Popen[str]] = []
 
 
 def start_early() -> None:
-    """Start a process that imports torch and waits to be told what to do; another call does nothing."""
+    """Start a process that imports torch and waits for its orders; another call does nothing."""
     if not _waiting:
         _waiting.append(_start_process())
 
@@ -44,6 +44,16 @@ def _start_process() -> subprocess.Popen[str]:
                                stdout=said, stderr=said, start_new_session=True)  # fmt: skip
     process.said = said  # type: ignore[attr-defined]
     return process
+
+
+def _last_words(process: Any) -> list[str]:
+    """The last lines of what a process has said; it gets no orders any more."""
+    process.said.seek(0)
+    lines = process.said.read().splitlines()[-LOG_LINES:]
+    process.said.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    return list(lines)
 
 
 class Local:
@@ -92,15 +102,10 @@ class Local:
         for process, count in list(self._crews):
             if (code := process.poll()) is not None:
                 self._crews.remove((process, count))
+                lines = _last_words(process)
                 if code and code - 128 not in SIGNALS:
-                    news += self._failures(process)
+                    news.append("\n  ".join([f"workers have failed (exit code {code}):", *lines]))
         return sum(count for _, count in self._crews), news
-
-    def _failures(self, process: Any) -> list[str]:
-        process.said.seek(0)
-        said = process.said.read().splitlines()
-        process.said.close()
-        return ["\n  ".join(["workers have failed:", *said[-LOG_LINES:]])] if said else []
 
     def stop(self, now: bool = False) -> None:
         """Ask the workers to save and to end; ``now``: end them at once, what was saved stays."""
@@ -114,11 +119,11 @@ class Local:
     def withdraw(self) -> None:
         """Wait for the workers, which end by themselves once nothing is left."""
         while _waiting:
-            process = _waiting.pop()
-            assert process.stdin is not None
-            process.stdin.close()
-        for process, _ in self._crews:
+            _last_words(_waiting.pop())
+        while self._crews:
+            process, _ = self._crews.pop()
             process.wait()
+            _last_words(process)
 
 
 def _on_cpu(configs: Sequence[TrialConfig]) -> int:

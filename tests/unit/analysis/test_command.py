@@ -127,6 +127,16 @@ def test_a_record_cut_in_half_is_named_and_the_rest_summarized(sweep, summarize)
     assert len(pd.read_csv(sweep / "summary" / "trials.csv")) == 8
 
 
+def test_the_terminal_shows_the_first_rows_and_problems(sweep, summarize):
+    for k in range(25):
+        (sweep / f"broken{k}").mkdir()
+        (sweep / f"broken{k}" / "record.json").write_text("{")
+    out, _ = summarize(sweep, "--no-plots", "--top", "2")
+    assert "... 1 more rows" in out
+    assert out.count("problem: ") == 20
+    assert "... 5 more problems" in out
+
+
 def test_pictures_of_an_earlier_summary_are_removed_and_no_file_of_others(sweep, summarize):
     summary = sweep / "summary"
     summarize(sweep)

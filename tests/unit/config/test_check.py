@@ -85,7 +85,7 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     (TIMM, ()),
     ({**TIMM, "model.weights": "DEFAULT"}, ()),
     ({**TIMM, "model.patch_size": 16}, ("model.patch_size=16 has no effect with model=timm", "leave it null")),
-    ({**TIMM, "model.name": "a b"}, ("model.name=a b is no name of timm's", "vit_small_patch14_dinov2")),
+    ({**TIMM, "model.name": "a b"}, ("model.name=a b is not a name of timm's", "vit_small_patch14_dinov2")),
     ({**TIMM, "model.weights": "V1"}, ("model.weights=V1 is unknown", "DEFAULT", "null")),
     ({**TIMM, "lora.rank": 1000, "lora.blocks": [99]}, ()),
     (DIGITS, ()),

@@ -70,7 +70,7 @@ def test_a_section_a_key_too_few_or_too_many(changes, says):
 
 @pytest.mark.parametrize("seed", [None, True, 1.0, "7"])
 def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ConfigError, match=rf"^seed={seed} is no whole number: give one"):
+    with pytest.raises(ConfigError, match=rf"^seed={seed} is not a whole number: give one"):
         from_dict({**PLAIN, "seed": seed})
 
 

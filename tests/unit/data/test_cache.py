@@ -211,7 +211,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the ba
 from pathlib import Path
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
-from lora_vit.errors import run_command
+from lora_vit.errors import reporting
 build, cache._BYTES_PER_WORKER, cache._CHUNK = cache._build, 1, 1
 def counted(*args):
     print("built", flush=True)
@@ -220,7 +220,8 @@ cache._build = counted
 root, place = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted(p.name for p in root.iterdir())
 digests = digests_of(root, names, place, True)
-run_command(lambda: len(cache.decoded(root, names, digests, None, place, True).images) - len(names))
+with reporting():
+    sys.exit(len(cache.decoded(root, names, digests, None, place, True).images) - len(names))
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import data_config, fresh, paint, shades
+from PIL import Image
 
 from lora_vit.data.dataset import ImageData
 from lora_vit.errors import ConfigError
@@ -114,6 +115,17 @@ def test_images_that_are_in_train_too_are_counted(parts, tmp_path):
     assert "of test are" not in load(tmp_path).line(8)
 
 
+def test_what_decoding_found_is_in_the_line(tmp_path):
+    fill(tmp_path / "pets", "cat", "dog")
+    Image.fromarray(np.array([[7, 4095]], np.uint16)).save(tmp_path / "pets" / "cat" / "deep.png")
+    pages = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
+    pages[0].save(tmp_path / "pets" / "dog" / "pages.gif", save_all=True, append_images=pages[1:])
+    data = load(tmp_path)
+    assert data.value_range == (7, 4095)
+    line = data.line(8)
+    assert "; values 7 .. 4095 scaled to 0 .. 255; of 1 files with several pictures the first is used" in line
+
+
 # --- what is left aside
 
 
@@ -217,4 +229,4 @@ def test_a_folder_that_may_not_be_read_is_named(name, parts, tmp_path, monkeypat
         return listed(path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    assert f"{parts}/train/{name} cannot be read (Permission denied): mend or remove it" in refused(tmp_path)
+    assert f"{parts}/train/{name} cannot be read (Permission denied): repair or remove it" in refused(tmp_path)

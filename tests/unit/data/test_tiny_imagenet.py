@@ -121,7 +121,7 @@ def test_several_zips_are_not_guessed_between(tmp_path):
 
 def test_half_a_folder_is_not_taken_for_the_data(tmp_path):
     (make(tmp_path / "data" / FOLDER) / "wnids.txt").unlink()
-    assert "is not whole, it lacks wnids.txt or train/: unpack" in refused(tmp_path, tmp_path / "data")
+    assert "lacks wnids.txt or train/: unpack" in refused(tmp_path, tmp_path / "data")
 
 
 # --- archives that cannot be used

@@ -424,7 +424,7 @@ def test_a_value_that_has_changed_is_noticed(model, tmp_path):
     written = bytearray((folder / "adapter.safetensors").read_bytes())
     written[-6] ^= 1  # within the last number
     (folder / "adapter.safetensors").write_bytes(written)
-    with pytest.raises(ConfigError, match=r"values in adapter\.safetensors are not those that were trained"):
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors does not hold the values that were trained"):
         load_adapter(model, folder)
 
 
@@ -446,5 +446,5 @@ def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     with pytest.raises(ConfigError, match="not of one trial"):
         load_adapter(model, folder)
     (folder / "record.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"record\.json is not whole JSON"):
+    with pytest.raises(ConfigError, match=r"record\.json is not complete JSON"):
         load_adapter(model, folder)

@@ -139,7 +139,7 @@ def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
     seeds = list(range(len(dropouts))) if seeds is None else seeds
     state = DropoutState([10 + s for s in seeds])
     state.set(torch.tensor([3 + k for k in range(len(seeds))]), torch.arange(B))
-    return PackedHead(seeds, list(dropouts), width, classes, state).double()
+    return PackedHead(seeds, list(dropouts), width, classes, state, "head").double()  # timm's name; the key stays
 
 
 def test_heads_start_as_linear_layers_do():

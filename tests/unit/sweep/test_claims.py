@@ -158,7 +158,7 @@ def test_a_zombie_has_ended(tmp_path):
     child.wait()
 
 
-@pytest.mark.parametrize(("host", "pid"), [("elsewhere", None), (None, os.getpid())], ids=["elsewhere", "suspended here"])
+@pytest.mark.parametrize(("host", "pid"), [("elsewhere", None), (None, os.getpid())], ids=["elsewhere", "stopped here"])
 def test_an_owner_is_dead_once_its_sign_of_life_stands_still_by_our_clock(host, pid, clock, tmp_path):
     theirs, mine = claims_of(tmp_path, host, pid), claims_of(tmp_path)
     assert take(theirs)

@@ -30,9 +30,11 @@ from lora_vit.sweep.trial import Trial
 @pytest.fixture
 def engine(tmp_path) -> Iterator[Local]:
     made = Local(tmp_path)
+    (early,) = local._waiting
     yield made
     made.stop(now=True)
     made.withdraw()
+    early.wait()
 
 
 def until_ended(engine: Local, seconds: float = 120) -> list[str]:
@@ -128,7 +130,7 @@ def test_why_workers_failed_is_told_once(engine, tmp_path):
     engine.start(1)  # there is no sweep
     (news,) = until_ended(engine)
     assert "workers have failed" in news
-    assert f"error: {tmp_path} holds no sweep" in news
+    assert f"error: {tmp_path} is not a sweep folder" in news
     assert engine.look() == (0, [])
 
 

@@ -99,7 +99,7 @@ def test_a_measured_pack_size_holds_for_as_many_trials_as_it_was_measured_with(t
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", ["sweep.json is not whole JSON", "remove it"]),
+        ("{", ["sweep.json is not complete JSON", "remove it"]),
         ("[]", ["version None", "another sweep.name"]),
         ('{"schema": 2}', ["version 2", "another sweep.name"]),
         ('{"schema": 4}', ["was edited", "the sweep's command again"]),
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, 
 
 
 def test_what_no_worker_can_use_is_told(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"no sweep.*folder of a sweep"):
+    with pytest.raises(ConfigError, match=r"is not a sweep folder.*sweep\.json"):
         Sweep.existing(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"is a file.*sweep\.name"):

@@ -498,5 +498,5 @@ def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
 
 
 def test_work_on_what_is_no_sweep(tmp_path):
-    with pytest.raises(ConfigError, match="holds no sweep"):
+    with pytest.raises(ConfigError, match="is not a sweep folder"):
         worker_module.work(tmp_path)
