@@ -28,8 +28,6 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
             f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
             f"not {config.content}"
         )
-    from lora_vit.data.splits import divide  # imports torch, which composing a config does without
-
     splits, fingerprint = divide(found, config)
     images, value_range, more = found.decode(config.cache_size)
     also = {}
