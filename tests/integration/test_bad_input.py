@@ -105,10 +105,14 @@ PYTHON = [sys.executable, "-m"]
 
 
 @pytest.mark.parametrize("overrides", ["lora.rank=0", "lora.rnk=8", "model=vit_b_61"])
-def test_the_command_itself_prints_one_line(overrides, tmp_path):
-    done = ended([*PYTHON, "lora_vit.train", overrides], tmp_path)
+def test_the_command_itself_prints_one_line_and_needs_no_torch_for_it(overrides, tmp_path):
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no/torch.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "here").mkdir()
+    done = ended([*PYTHON, "lora_vit.train", overrides], tmp_path / "here", PYTHONPATH=str(tmp_path / "no"))
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
-    assert list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("error: ")
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.parametrize("overrides", ["lora.rank=0", "lora.rnk=8"])
