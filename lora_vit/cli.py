@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from lora_vit import __version__
 from lora_vit.config import TrialConfig, from_dict, is_weights_file
 from lora_vit.errors import RecordError, reporting
-from lora_vit.files import user_path
 
 if TYPE_CHECKING:
     from lora_vit.records import TrialRecord
@@ -106,7 +105,7 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if args.weights is None else args.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not user_path(str(config.model.weights)).exists():
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return record, config
 

@@ -356,8 +356,8 @@ def quoted(key: str, text: str) -> str:
 
 
 _HYDRAS = (
-    (r"Could not override 'hydra.sweeper.params\.?([^']*)'", "hydra.sweeper.params.{0} has to be added: "
-     "+hydra.sweeper.params.{0}=..., or give what is swept itself, as lora.rank=1,2"),
+    (r"Could not override '(hydra.sweeper.params[^']*)'",
+     "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2"),
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),

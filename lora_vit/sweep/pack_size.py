@@ -181,7 +181,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     trainer = configs[0].trainer
     validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
     seconds = min(times) * len(rates) + evaluation * validations
-    return seconds / len(configs), peak_memory(setup.device)
+    return seconds / len(configs), _held_memory(setup.device)
 
 
 def _timed(setup: Setup, action: Callable[[], Any]) -> float:
@@ -217,6 +217,15 @@ def _reset_peak_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _held_memory(device: torch.device) -> int:
+    """Most bytes held since the reset. (``ru_maxrss`` also counts the process that started this one.)"""
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return peak_memory(device)
 
 
 def attainable_memory(device: torch.device, workers: int = 1) -> int:

@@ -261,7 +261,7 @@ def distribution(key: str, of: dict[str, Any]) -> Any:
     try:
         from optuna import distributions as kinds
     except ImportError:
-        raise ConfigError("sweep.trials needs Optuna: pip install 'lora_vit[search]'") from None
+        raise ConfigError("sweep.trials needs Optuna 4 or later: pip install 'lora_vit[search]'") from None
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution

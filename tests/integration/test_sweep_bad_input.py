@@ -53,8 +53,8 @@ CASES = [
     (["+hydra.sweeper.params={seed:'0,1'}", "sweep.name=${oc.env:NO_NAME}"], ["'NO_NAME' not found"]),
     (["hydra.sweeper.params={seed:'0,1'}"], ["+hydra.sweeper.params=", "lora.rank=1,2"]),
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
-    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is not a whole number", "seed=0,1"]),
-    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is not a whole number", "seed=x is not a whole number"]),
+    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed: Value '[0, 1]'"]),
+    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed: Value '1.5'", "seed: Value 'x'"]),
     (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep", "--cfg hydra"]),
     (["engine=slurm", "engine.partiton=x", "seed=0,1"], ["engine.partiton"]),
     (["engine=slurm", "engine.timeout_min=long", "seed=0,1"], ["engine.timeout_min", "long"]),
@@ -76,13 +76,13 @@ def test_one_clear_message_and_nothing_written(overrides, words, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_weights_that_do_not_fit_are_told_for_each_trial(workers, tmp_path):
-    """What only loading shows; nothing is written for these trials, and the others are trained."""
+    """What only loading shows is a worker's trouble: nothing is written for these trials, and the others are trained."""
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", f"sweep.workers={workers}")
     done = run_command(*arguments, cwd=tmp_path, code=1)
-    assert "error: 2 of 4 trials did not complete" in done.stderr
-    why = [line for line in done.stdout.splitlines() if "does not fit vit_tiny" in line]
-    assert len(why) == 4, "a line each when it was refused, and one in the table at the end"
+    assert done.stderr.startswith("error: 3 times workers were started and ended no trial")
+    assert done.stdout.count("2 trials cannot be trained here") >= 3
+    assert "does not fit vit_tiny" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     records = [read_record(p.parent) for p in (tmp_path / "outputs/sweeps/s").glob("*/record.json")]
     assert [(r.status, r.config["model"]["weights"]) for r in records] == [("completed", None)] * 2

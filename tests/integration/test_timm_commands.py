@@ -140,8 +140,8 @@ def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(overri
     [
         ("model.num_layers=6", r"model\.num_layers=6 has no effect with model=timm"),
         ("model.weights=IMAGENET1K_V1", r"model\.weights=IMAGENET1K_V1 .*vit_tiny_patch16_224.* DEFAULT"),
-        ("model.std=[0,1,1]", r"model\.std=0\.0 is impossible"),
-        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] .*one number for each"),
+        ("model.std=[0,1,1]", r"model\.std=\[0\.0, 1\.0, 1\.0\] is impossible.*above 0"),
+        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] .*three numbers"),
         ("model.interpolation=nearest", r"model\.interpolation=nearest is unknown"),
     ],
 )
