@@ -220,7 +220,7 @@ def _reset_peak_memory(device: torch.device) -> None:
 
 
 def _held_memory(device: torch.device) -> int:
-    """Most bytes held since the reset. (``ru_maxrss`` also counts the process that started this one.)"""
+    """Most bytes held since the reset; ``ru_maxrss`` would also count the process that started this one."""
     if device.type == "cpu":
         with contextlib.suppress(OSError, StopIteration):
             lines = Path("/proc/self/status").read_text().splitlines()

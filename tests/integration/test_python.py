@@ -175,4 +175,4 @@ def test_it_is_found_lazily_and_composes_what_the_command_does():
     with pytest.raises(ConfigError, match=r"data\.root=2024_11 is read as 202411.*data\.root='2024_11'"):
         api.compose([*ranks, "data.root=2024_11"])
     for given, is_kept in {"cache": str(Path("cache").absolute()), "~/cache": "~/cache", "/cache": "/cache"}.items():
-        assert api.compose([*ranks, f"data.cache_dir={given}"]).data.cache_dir == is_kept
+        assert api.compose([*ranks, f"data.cache_dir='{given}'"]).data.cache_dir == is_kept

@@ -85,4 +85,5 @@ def test_from_python_a_race_returns_all_its_trials(tmp_path, monkeypatch):
     assert len(race.records) == len({r.trial_id for r in race.records}) >= 4
     assert {r.config["seed"] for r in race.records} >= {3, 4, 5}
     summary = api.summarize("here")
-    assert summary.race.cells[summary.race.selected] == next(r.cell_id for r in race.records if r.config["optimizer"]["lr"] == 1e-2)
+    best = next(r.cell_id for r in race.records if r.config["optimizer"]["lr"] == 1e-2)
+    assert summary.race.cells[summary.race.selected] == best

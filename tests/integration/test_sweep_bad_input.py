@@ -76,7 +76,7 @@ def test_one_clear_message_and_nothing_written(overrides, words, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_weights_that_do_not_fit_are_told_for_each_trial(workers, tmp_path):
-    """What only loading shows is a worker's trouble: nothing is written for these trials, and the others are trained."""
+    """What only loading shows is a worker's trouble: nothing is written for these trials, the others are trained."""
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", f"sweep.workers={workers}")
     done = run_command(*arguments, cwd=tmp_path, code=1)
