@@ -271,8 +271,9 @@ def search_space(
         raise ConfigError(f"{wrong[0]} cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
-    from lora_vit.sweep.source import distribution  # imports numpy
+    from lora_vit.sweep.source import distribution, import_optuna  # imports numpy
 
+    import_optuna(trials)  # a line before anything is written
     space = {key: _choices(composer, o, fixed) for key, o in swept.items()}
     for key, of in space.items():
         distribution(key, of)

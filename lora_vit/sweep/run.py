@@ -23,7 +23,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, import_optuna, source_of, suggested
+from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import View
 from lora_vit.terminal import from_here, make_console, print_table
@@ -57,7 +57,6 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
                              "search": request.search, "workers": 1}  # fmt: skip
     if request.search is not None:
-        import_optuna(request.search["trials"])
         trials = [_example(request.search)]
     if options.margin is not None:
         trials, about["race"] = _cells(request, trials, sweep)

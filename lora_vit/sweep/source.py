@@ -257,11 +257,9 @@ def _named(study: Any) -> dict[str, Any]:
 
 
 def distribution(key: str, of: dict[str, Any]) -> Any:
-    """Optuna's of a searched key. Raises ConfigError if there is none, or no Optuna."""
-    try:
-        from optuna import distributions as kinds
-    except ImportError:
-        raise ConfigError("sweep.trials needs Optuna 4 or later: pip install 'lora_vit[search]'") from None
+    """Optuna's of a searched key. Raises ConfigError if there is none."""
+    from optuna import distributions as kinds
+
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution

@@ -178,7 +178,7 @@ def test_without_the_extra_one_line_says_what_to_install(version, tmp_path):
     (tmp_path / "optuna.py").write_text(module if version is None else f"__version__ = {version!r}")
     (place := tmp_path / "place").mkdir()
     done = run_command("-m", *SPACE, "sweep.trials=3", cwd=place, code=1, env={"PYTHONPATH": str(tmp_path)})
-    assert done.stderr.startswith("error: sweep.trials")
+    assert done.stderr.startswith("error: sweep.trials=3 needs ")
     assert done.stderr.endswith("pip install 'lora_vit[search]'\n")
     assert done.stderr.count("\n") == 1
     assert list(place.iterdir()) == []
