@@ -228,8 +228,7 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
     if engine.outlives_us and not _asks_to_cancel(view):
         view.say("the workers continue; the same command follows them again")
         raise Interrupted(stop.signum)
-    if engine.outlives_us:
-        view.say("asking the workers to save and to end")
+    view.say("asking the workers to save and to end")
     engine.stop()
     while engine.look()[0]:
         time.sleep(engine.poll_every)

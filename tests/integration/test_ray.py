@@ -81,6 +81,7 @@ def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, out
+    assert "asking the workers to save and to end" in out
     assert statuses(tmp_path) == ["interrupted"] * 2
     done = run_command(*settings, cwd=tmp_path, timeout=400)
     assert "[2/2]" in done.stdout

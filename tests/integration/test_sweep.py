@@ -31,7 +31,7 @@ DIFFERENT = (
     ("seed=2", "model.head_dropout=0.5", "optimizer.warmup=0.3", "optimizer.label_smoothing=0.2", "optimizer.eps=1e-6"),
 )
 """Trials that differ in everything that trials of one pack may differ in."""
-COMMON = ("data.augment=crop_flip", "trainer.checkpoint_every=0.02")
+COMMON = ("data.augment=crop_flip", "trainer.checkpoint_every=0.02", "trainer.epochs=12")
 
 
 def sweep_of_different(folder: Path) -> list[str]:
@@ -66,6 +66,16 @@ def records_of(sweep: Path) -> dict[str, TrialRecord]:
 def wait_for_rows(process: subprocess.Popen[str], sweep: Path, rows: int) -> None:
     """Until all trials of the sweep together have logged that many rows."""
     wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")) >= rows, process, every=0.002)
+
+
+def kill_all(process: subprocess.Popen[str], sweep: Path) -> None:
+    """At once: the workers of a killed command alone would notice within a second, and could be done by then."""
+    for path in (sweep / ".claims").glob("*.owner"):
+        pid = json.loads(path.read_text())["pid"]
+        if pid != process.pid and is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    process.communicate()
 
 
 def assert_equal_trials(a: Path, b: Path) -> float:
@@ -149,8 +159,7 @@ def test_killed_and_finished_by_the_same_command(packed, tmp_path):
     for rows in (2, 30, 55):
         process = start(line, tmp_path)
         wait_for_rows(process, sweep, rows)
-        process.kill()
-        process.communicate()
+        kill_all(process, sweep)
     assert any(r.status == "running" for r in records_of(sweep).values())
     out = run(line, tmp_path)
     assert "[4/4]" in out
@@ -177,8 +186,7 @@ def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
     line = [*sweep_of_different(tmp_path)[:-1], "trainer.checkpoint_every=300"]
     process = start([*line, "sweep.pack_size=2"], tmp_path)
     wait_for_rows(process, sweep, 20)  # two trials in their second epoch
-    process.kill()
-    process.communicate()
+    kill_all(process, sweep)
     begun = records_of(sweep)
     assert [r.metrics["epoch"] for r in begun.values()] == [1, 1]
     run([*line, "sweep.pack_size=4"], tmp_path)
