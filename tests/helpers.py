@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,16 +99,51 @@ def run_command(
     *overrides: str, cwd: Path, code: int = 0, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run the small trial as a command in ``cwd`` and check its exit code."""
-    done = subprocess.run(
-        command(*overrides),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+    done = run(command(*overrides), cwd, env, timeout)
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def run(
+    line: list[str], cwd: Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE ...`` in a process of its own.
+
+    Without an environment of its own the process is forked from one that has imported torch: that takes most of the
+    time of a small command.
+    """
+    if env is not None or line[:2] != [sys.executable, "-m"]:
+        own = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=own)
+    with tempfile.TemporaryDirectory() as place:
+        said = [os.path.join(place, name) for name in ("stdout", "stderr")]
+        process = _forks().Process(target=_run_module, args=(line[2:], str(cwd), said, dict(os.environ)))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(line, timeout)
+        texts = [Path(path).read_text(errors="replace") for path in said]
+        return subprocess.CompletedProcess(line, process.exitcode, *texts)
+
+
+@functools.cache
+def _forks() -> Any:
+    """Makes processes that have imported what a command does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hydra", "lora_vit.api", "lora_vit.sweep.run", "torch.utils.tensorboard"])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return context
+
+
+def _run_module(arguments: list[str], cwd: str, said: list[str], env: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env, OMP_NUM_THREADS="1")
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.argv, sys.path[0] = arguments, cwd
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 def start(line: list[str], cwd: Path, **env: str) -> subprocess.Popen[str]:
