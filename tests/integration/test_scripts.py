@@ -1,4 +1,4 @@
-"""Scripts are not imported by anything: each is started once, so that a name that has moved is noticed."""
+"""Nothing imports the scripts: each runs here on something small."""
 
 from __future__ import annotations
 
@@ -9,22 +9,41 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import run_command
 from pictures import paint
+from safetensors.numpy import load_file
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
 RACE = SCRIPTS / "bench" / "race.py"
 CALIBRATE = SCRIPTS / "calibrate_statistics.py"
-OTHERS = sorted({*SCRIPTS.rglob("*.py")} - {SUMMARY, RACE, CALIBRATE})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(SCRIPTS)))
-def test_a_script_starts(path, tmp_path):
-    needs = {"mutation.py": "mutmut", "peft_pitfalls.py": "peft"}
-    if path.name in needs:
-        pytest.importorskip(needs[path.name])
-    run(path, tmp_path, "--help")
+def test_packed_trials_are_trained_again_alone_and_summarized(tmp_path):
+    run_command("-m", "lora.rank=1,2", "sweep.pack_size=2", "hydra.sweep.dir=s", cwd=tmp_path)
+    (empty := tmp_path / "empty").mkdir()
+    *_, row = run(SCRIPTS / "pack_equals_alone.py", empty, str(tmp_path / "s"), "--trials", "1").strip().splitlines()
+    assert row.split()[-1] == "within"
+    out = run(SCRIPTS / "summarize.py", empty, str(tmp_path / "s"), "--no-plots")
+    assert "Repeat the sweep with seed=0,1,2" in out
+
+
+@pytest.mark.slow
+def test_a_backbone_is_pretrained(tmp_path):
+    (empty := tmp_path / "empty").mkdir()
+    few = ("--steps", "2", "--classes", "3", "--batch-size", "4", "--threads", "1")
+    assert "step 2/2" in run(SCRIPTS / "pretrain_backbone.py", empty, "--out", str(tmp_path / "b.safetensors"), *few)
+    ours = load_file(SCRIPTS.parent / "lora_vit" / "models" / "vit_tiny.safetensors")
+    assert load_file(tmp_path / "b.safetensors").keys() == ours.keys()
+
+
+@pytest.mark.slow
+def test_bugs_are_planted(tmp_path):
+    pytest.importorskip("mutmut")
+    module, tests = SCRIPTS.parent / "lora_vit/randomness.py", SCRIPTS.parent / "tests/unit/test_randomness.py"
+    out = run(SCRIPTS / "mutation.py", tmp_path, str(module), "--tests", str(tests), "--sample", "2")
+    assert "| `randomness.py` | " in out
 
 
 @pytest.mark.slow
