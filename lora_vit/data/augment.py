@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
-from lora_vit.data.device import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,6 +25,17 @@ CROP_SCALE = (0.08, 1.0)
 """Area of a random crop as a fraction of the image's (torchvision's RandomResizedCrop)."""
 CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; the host continues while a GPU copies.
+
+    From pageable memory a copy makes the host wait whatever is asked for, hence the pinned copy.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def resampling_matrix(

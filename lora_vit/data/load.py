@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-import numpy as np
-
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.dataset import Found, ImageData, Wanted, shown
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
+
+_FOUND: dict[Wanted, Found] = {}
 
 
 def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
@@ -23,19 +23,14 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
 
     found = _find(config, quiet)
     assert found is not None
-    if config.content is not None and config.content != found.content:
+    if config.content not in (None, found.content):
         raise ConfigError(
             f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
             f"not {config.content}"
         )
     splits, fingerprint = divide(found, config)
-    images, value_range, more = found.decode(config.cache_size)
-    also = {}
-    if found.digests is not None:
-        first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
-        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
-    names, passed = found.class_names, found.passed_over
-    return ImageData(images, found.labels, names, splits, fingerprint, passed, value_range, also, more)
+    decoded = found.decode(config.cache_size)
+    return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
@@ -49,9 +44,6 @@ def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """
     found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
     return None if found is None else found.content
-
-
-_FOUND: dict[Wanted, Found] = {}
 
 
 def forget() -> None:

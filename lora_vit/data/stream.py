@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
-from lora_vit.data.augment import Transform
+from lora_vit.data.augment import Transform, to_device
 from lora_vit.data.dataset import ImageData
-from lora_vit.data.device import to_device
 
 _DEVICE_SHARE = 0.25
 """Largest part of a GPU's free memory that the uint8 images may take."""
@@ -84,19 +82,3 @@ class TrainStream:
         ids = self.batch_ids(epoch, step)
         images, labels = self.samples.gather(ids)
         return Batch(self.transform.train(images, self.seed, epoch, ids), labels, ids)
-
-
-class EvalStream:
-    """Every sample of a split once, in order, divided among the processes; nothing is padded or dropped."""
-
-    def __init__(
-        self, samples: Samples, transform: Transform, split: str, batch_size: int, rank: int = 0, world_size: int = 1
-    ):
-        self.samples, self.transform, self.batch_size = samples, transform, batch_size
-        self.ids = samples.data.splits[split][rank::world_size]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.ids), self.batch_size):
-            ids = self.ids[start : start + self.batch_size]
-            images, labels = self.samples.gather(ids)
-            yield Batch(self.transform.eval(images), labels, ids)

@@ -13,10 +13,9 @@ import torch
 from torch.nn.functional import log_softmax
 
 from lora_vit import distributed
-from lora_vit.data.device import to_device
+from lora_vit.data.augment import to_device
 from lora_vit.data.stream import Batch
 from lora_vit.models.vit import PackedViT
-from lora_vit.records import PREDICTION_FIELDS
 
 
 @dataclass
@@ -33,10 +32,6 @@ class Predictions:
     def accuracy(self) -> float:
         """Fraction of correct predictions."""
         return int((self.predicted == self.labels).sum()) / len(self.labels)
-
-    def fields(self) -> dict[str, np.ndarray]:
-        """The columns that go into ``predictions.npz``."""
-        return {name: getattr(self, name) for name in PREDICTION_FIELDS}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_vit.config import TrialConfig
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
@@ -35,37 +36,33 @@ class Pack:
         per_trial = {name for name in named if name.rpartition(".")[0] in owners}
         self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
-        self._open_streams()
-        self._init_step_state()
+        # One stream for each (seed, epoch): trials that agree in both share images and stem.
+        keys = [(t.config.seed, t.state.epoch) for t in trials]
+        own_keys = list(dict.fromkeys(keys))
+        self.stream_of_trial = [own_keys.index(key) for key in keys]
+        self._first_of_stream = [trials[keys.index(key)] for key in own_keys]
+        self.streams = [setup.train_stream(t.config) for t in self._first_of_stream]
+        self.steps_per_epoch = self.streams[0].steps_per_epoch
+        self.step_state = self._step_state(configs)
         for k, trial in enumerate(trials):
             if trial.state.values:
                 self._load(k, trial.state)
 
-    def _open_streams(self) -> None:
-        """One stream for each (seed, epoch): trials that agree in both share images and stem."""
-        keys = [(t.config.seed, t.state.epoch) for t in self.trials]
-        own_keys = list(dict.fromkeys(keys))
-        self.stream_of_trial = [own_keys.index(key) for key in keys]
-        self._first_of_stream = [self.trials[keys.index(key)] for key in own_keys]
-        self.streams = [self.setup.train_stream(t.config) for t in self._first_of_stream]
-        self.steps_per_epoch = self.streams[0].steps_per_epoch
-
-    def _init_step_state(self) -> None:
-        device, head, config = self.setup.device, self.model.head, self.trials[0].config
-        local = config.data.batch_size // self.setup.process.world_size
-        steps = [self.step_of(t) for t in self.trials]
-        smoothing = [t.config.optimizer.label_smoothing for t in self.trials]
-        self.step_state = StepState(
+    def _step_state(self, configs: list[TrialConfig]) -> StepState:
+        device, head, batch = self.setup.device, self.model.head, configs[0].data.batch_size
+        local = batch // self.setup.process.world_size
+        smoothing = [c.optimizer.label_smoothing for c in configs]
+        return StepState(
             model=torch.compile(self.model) if self.setup.compile else self.model,  # type: ignore[arg-type]
             flat=self.flat,
             optimizer=self.optimizer,
             dropout=head.state,
-            step_K=torch.tensor(steps, dtype=torch.int64, device=device),
+            step_K=torch.tensor([self.step_of(t) for t in self.trials], dtype=torch.int64, device=device),
             position_B=torch.arange(local, device=device) + self.setup.process.rank * local,
             smoothing_K1=torch.tensor(smoothing, dtype=head.weight.dtype, device=device)[:, None],
             loss_sum_K=torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device),
             first_bad_step_K=torch.full((self.K,), -1, dtype=torch.int64, device=device),
-            global_batch=config.data.batch_size,
+            global_batch=batch,
         )
 
     def learning_rates(self) -> Tensor:

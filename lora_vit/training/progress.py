@@ -7,8 +7,7 @@ from rich.table import Column, Table
 from lora_vit.terminal import Progress, make_console
 from lora_vit.training.loop import Reporter
 from lora_vit.training.pack import Pack
-from lora_vit.training.trackers import epoch_figures
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import TrialRun, epoch_figures
 
 
 class RunReporter(Reporter):

@@ -53,12 +53,11 @@ def check(found: list[Predictions]) -> None:
         assert p.labels.tolist() == LABELS[IDS].tolist()
         assert p.predicted.tolist() == [int(probability[i].argmax()) for i in IDS]
         true = np.array([probability[i, LABELS[i]] for i in IDS])
-        assert [a.dtype for a in p.fields().values()] == [np.int64, np.int64, np.int64, np.float32]
+        dtypes = [a.dtype for a in (p.ids, p.labels, p.predicted, p.true_probability)]
+        assert dtypes == [np.int64, np.int64, np.int64, np.float32]
         np.testing.assert_allclose(p.true_probability, true, rtol=1e-6)  # rounded to fp32
         assert p.loss == pytest.approx(-np.log(true).mean(), rel=1e-12)
         assert p.accuracy == sum(probability[i].argmax() == LABELS[i] for i in IDS) / 7
-        assert p.fields().keys() == {"ids", "labels", "predicted", "true_probability"}
-        assert all(p.fields()[name] is getattr(p, name) for name in p.fields())
     assert len({p.loss for p in found}) == K
 
 

@@ -13,30 +13,30 @@ import numpy as np
 import pytest
 import torch
 from packs import new_trials
-from plain_trials import BASELINE, plain_trial
+from plain_trials import plain_trial
 from stage import STEPS, setup_of
 
 from lora_vit import records
 from lora_vit.records import read_predictions, read_record
 from lora_vit.training import loop
-from lora_vit.training.loop import adapter_card, peak_memory
+from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import Pack
 
-END = ["write_results", "log_hparams", "write_record", "say", "close", "left"]
+END = ["write_results", "write_record", "say", "close", "left"]
 
 
 def test_the_order_of_a_run(stage):
     """A trial of two epochs, written out: rows before the checkpoint that counts them, records after both."""
     stage.train(stage.trials(7))
     step = ["train", "advance"]
-    rows = ["predict", "log_epoch", "say", "save_checkpoint", "write_record", "epoch"]
+    rows = ["predict", "log_epoch", "say", "save", "write_record", "epoch"]
     epoch = [*step * 3, "log_step", "step", *step, "log_step", "step", *rows]
     assert [e[0] for e in stage.events] == ["write_record", "started", *epoch, *epoch, "predict", "predict", *END]
     assert stage.of("started", "left") == [([7],), (7, "completed")]
     assert [e[0] for e in stage.of("advance")] == [1, 2, 3, 4] * 2
     assert [e[:3] for e in stage.of("log_epoch")] == [(7, 4, 1), (7, 8, 2)]
     assert [e[3] for e in stage.of("log_epoch")] == [e[2] for e in stage.of("epoch")]
-    assert [e[1:3] for e in stage.of("save_checkpoint")] == [(1, 0), (2, 0)]
+    assert [e[1:3] for e in stage.of("save")] == [(1, 0), (2, 0)]
     assert [e[0] for e in stage.of("predict")] == ["val", "val", "val", "test"]
 
 
@@ -161,8 +161,8 @@ def test_trials_in_different_epochs_are_validated_and_leave_each_in_its_own(stag
 def test_results_are_each_trials_own(stage):
     trials = stage.trials(1, 2, 3)
     stage.train(trials)
-    for trial, (seed, splits, tensors, card) in zip(trials, stage.of("write_results"), strict=True):
-        assert (seed, card["trial_id"]) == (trial.config.seed, trial.name)
+    for trial, (seed, splits, tensors, setup) in zip(trials, stage.of("write_results"), strict=True):
+        assert (seed, setup) == (trial.config.seed, setup_of())
         assert splits.keys() == {"val", "test"}
         assert tensors.keys() == trial.state.values.keys()
         assert all(torch.equal(tensors[name], trial.state.values[name]) for name in tensors)
@@ -182,9 +182,9 @@ def test_a_completed_trial_keeps_its_results_and_not_its_checkpoint(stage):
 
 
 def test_checkpoints_at_the_ends_of_epochs_where_due_and_after_the_last(stage, monkeypatch):
-    monkeypatch.setattr("lora_vit.training.trackers.EPOCH_CHECKPOINT_EVERY", 1000.0)
+    monkeypatch.setattr("lora_vit.training.trial.EPOCH_CHECKPOINT_EVERY", 1000.0)
     stage.train(stage.trials(1, trainer__epochs=3))
-    assert [e[1:3] for e in stage.of("save_checkpoint")] == [(1, 0), (3, 0)], "the first is always due"
+    assert [e[1:3] for e in stage.of("save")] == [(1, 0), (3, 0)], "the first is always due"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_checkpoints_every_so_many_seconds_but_not_at_the_last_step(every, steps
         for i in steps
         for k, seed in enumerate((1, 2))
     ]
-    assert stage.of("save_checkpoint") == [*expected, (1, 1, 0, 4.0, 0.0), (2, 1, 0, 4.0, 0.0)]
+    assert stage.of("save") == [*expected, (1, 1, 0, 4.0, 0.0), (2, 1, 0, 4.0, 0.0)]
 
 
 def test_a_sign_of_life_is_the_records_time_while_its_trial_runs(stage, monkeypatch):
@@ -265,28 +265,3 @@ def test_peak_memory_is_the_devices_or_the_processs(platform, unit, monkeypatch)
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory(torch.device("cuda", 1)) == 7
     assert peak_memory(torch.device("cpu")) == 3 * unit
-
-
-@pytest.mark.parametrize(
-    ("changes", "scaling"),
-    [({}, 8.0), ({"lora.scaling": "rslora"}, 16.0), (BASELINE | {"lora.method": "none"}, None)],
-)
-def test_the_adapters_card(changes, scaling):
-    (trial,) = new_trials([plain_trial(changes)])
-    data = SimpleNamespace(images=np.zeros((2, 3, 16, 16)), class_names=("a", "b"), value_range=(0, 4095))
-    setup = SimpleNamespace(base={"weights": "W", "sha256": "S"}, data=data)
-    card = adapter_card(setup, trial)
-    assert card == {
-        "schema": trial.record.schema,
-        "trial_id": trial.name,
-        "base": {"weights": "W", "sha256": "S"},
-        "data": trial.record.data,
-        "lora": trial.record.config["lora"],
-        "effective_scaling": scaling,
-        "decoded_size": 16,
-        "value_range": (0, 4095),
-        "class_names": ["a", "b"],
-    }
-    assert card["base"] is not setup.base
-    data.images = np.zeros((2, 3, 16, 24))
-    assert adapter_card(setup, trial)["decoded_size"] is None

@@ -22,7 +22,7 @@ from lora_vit.training import loop, step
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
 from lora_vit.training.pack import Pack
-from lora_vit.training.trackers import ClaimLost
+from lora_vit.training.trial import ClaimLost
 
 
 def statuses(stage, *seeds: int) -> list[str]:
@@ -32,7 +32,7 @@ def statuses(stage, *seeds: int) -> list[str]:
 
 def saved(stage) -> list[tuple[int, ...]]:
     """Seed, epoch and step of each checkpoint."""
-    return [e[:3] for e in stage.of("save_checkpoint")]
+    return [e[:3] for e in stage.of("save")]
 
 
 # --- trials that go bad
@@ -77,7 +77,7 @@ def test_a_bad_step_before_a_last_update_that_overflows_is_the_one_to_blame(stag
     stage.train([trial])
     assert trial.record.error["step"] == 2
     assert trial.record.error["message"].startswith("the loss")
-    assert stage.of("epoch", "save_checkpoint") == []
+    assert stage.of("epoch", "save") == []
     assert len(stage.of("train")) == STEPS
 
 
@@ -127,7 +127,7 @@ def test_a_stop_is_saved_after_its_step(stage):
         stage.train(stage.trials(1, 2, trainer__log_every=9), stop)
     assert caught.value.signum == signal.SIGHUP
     losses = [e[2] for e in stage.of("train")]
-    assert stage.of("save_checkpoint")[-2:] == [
+    assert stage.of("save")[-2:] == [
         (seed, 1, 2, 6.0, pytest.approx(losses[4][k] + losses[5][k])) for k, seed in enumerate((1, 2))
     ]
     assert statuses(stage, 1, 2) == ["interrupted"] * 2
@@ -227,7 +227,7 @@ def test_an_error_is_left_to_the_caller(stage):
     with pytest.raises(RuntimeError):
         stage.train([trial])
     assert statuses(stage, 1) == ["running"]
-    assert stage.of("save_checkpoint", "close") == []
+    assert stage.of("save", "close") == []
     trial.close()
 
 
@@ -289,7 +289,7 @@ def test_a_trial_that_another_process_took_is_written_no_more(stage):
     """Asked to stop, the others are saved all the same."""
     stop, held = StopRequest(), [True]
     trials = stage.trials(1, 2)
-    trials[0].files._mine = lambda: held[0]
+    trials[0]._mine = lambda: held[0]
     before = {}
 
     def lose(pack: Pack) -> None:
@@ -307,7 +307,7 @@ def test_a_trial_that_another_process_took_is_written_no_more(stage):
 
 def test_a_lost_claim_ends_the_pack(stage):
     trials = stage.trials(1, 2)
-    trials[1].files._mine = lambda: not stage.of("epoch")
+    trials[1]._mine = lambda: not stage.of("epoch")
     with pytest.raises(ClaimLost, match=trials[1].name):
         stage.train(trials)
     assert statuses(stage, 1, 2) == ["running", "running"]

@@ -21,8 +21,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trackers import ClaimLost
-from lora_vit.training.trial import OWN_FILES, TrialRun, completed_record, locked_folder
+from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, completed_record, locked_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}
@@ -42,13 +41,13 @@ def opened(folder: Path, changes=None, hydra_files=None, setup=None, **how) -> T
 def stopped(folder: Path) -> TrialState:
     """Leave a trial that was stopped in its second epoch, one row after its checkpoint."""
     trial = opened(folder)
-    trial.files.log_step(1, 0, 2.0, 0.1, 5.0)
+    trial.log_step(1, 0, 2.0, 0.1, 5.0)
     s = trial.state
     s.epoch, s.step_in_epoch, s.updates, s.loss_sum, s.seconds = 1, 3, 10, 2.5, 7.0
     s.last, s.best = {"epoch": 1, "step": 7, "val_accuracy": 0.25}, {"epoch": 1, "val_accuracy": 0.25}
     s.values, s.exp_avg, s.exp_avg_sq = ({"w": torch.full((2,), x)} for x in (1.0, 2.0, 3.0))
     trial.save()
-    trial.files.log_step(2, 0, 1.0, 0.1, 5.0)
+    trial.log_step(2, 0, 1.0, 0.1, 5.0)
     trial.interrupt()
     return s
 
@@ -82,7 +81,6 @@ def test_a_new_trial(tmp_path):
     )
     assert trial.name == trial_id(config) != cell_id(config)
     assert trial.state == TrialState()
-    assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
     trial.beat()
     assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
@@ -251,7 +249,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
 def test_event_files_go_where_they_are_asked_for(tmp_path):
     for board in (None, tmp_path / "board"):
         trial = opened(tmp_path / "a", tensorboard=board)
-        trial.files.log_step(1, 0, 1.0, 0.1, 1.0)
+        trial.log_step(1, 0, 1.0, 0.1, 1.0)
         trial.close()
         assert [p.name.split(".")[0] for p in (board or tmp_path / "a/tensorboard").iterdir()] == ["events"]
 
@@ -262,7 +260,7 @@ def test_event_files_go_where_they_are_asked_for(tmp_path):
 def closed(trial: TrialRun) -> bool:
     """Whether the logs take no more rows."""
     with pytest.raises(ValueError, match="closed file"):
-        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+        trial.log_step(1, 0, 1.0, 1.0, 1.0)
     return True
 
 
@@ -349,17 +347,17 @@ def test_trials_are_told_apart_by_what_they_are():
     [
         TrialRun.save,
         *ENDS.values(),
-        lambda trial: trial.files.write_record(),
-        lambda trial: trial.files.log_epoch(1, 1, {"train_loss": 1.0}),
-        lambda trial: trial.files.log_step(1, 0, 1.0, 1.0, 1.0),
-        lambda trial: trial.files.write_results({}, {}, {}),
+        lambda trial: trial.write_record(),
+        lambda trial: trial.log_epoch(1, 1, {"train_loss": 1.0}),
+        lambda trial: trial.log_step(1, 0, 1.0, 1.0, 1.0),
+        lambda trial: trial.write_results({}, {}, {}),
     ],
 )
 def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
     held = [True]
     trial = opened(tmp_path / "a", mine=lambda: held[0])
-    trial.files.write_record()
-    trial.files._asked = 0.0  # long ago
+    trial.write_record()
+    trial._asked = 0.0  # long ago
     before, held[0] = contents(tmp_path / "a"), False
     with pytest.raises(ClaimLost, match=trial.name):
         write(trial)
@@ -373,12 +371,12 @@ def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
 def test_rows_of_steps_ask_now_and_then(tmp_path, monkeypatch):
     """A process that was suspended asks before its first row; one that trains does not ask for every row."""
     now, asked = [0.0], []
-    monkeypatch.setattr("lora_vit.training.trackers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lora_vit.training.trial.time.monotonic", lambda: now[0])
     trial = opened(tmp_path / "a", mine=lambda: asked.append(now[0]) or True)
     asked.clear()
     for at in (1.0, 5.0, 10.9, 11.0, 20.9, 500.0):
         now[0] = at
-        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+        trial.log_step(1, 0, 1.0, 1.0, 1.0)
     assert asked == [1.0, 11.0, 500.0]
     trial.close()
 
