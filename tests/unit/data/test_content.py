@@ -155,8 +155,8 @@ def test_files_are_listed_once_for_many_trials_and_read_again_where_they_changed
     monkeypatch.setattr(files, "_UNSETTLED", -(10**9))  # as if all were written long ago
     listed: list[str] = []
     read: list[str] = []
-    list_images, read_bytes = files.images_below, Path.read_bytes
-    monkeypatch.setattr("lora_vit.data.folder.images_below", lambda *a: listed.append(a[1]) or list_images(*a))
+    list_images, read_bytes = files.Listing.images, Path.read_bytes
+    monkeypatch.setattr(files.Listing, "images", lambda *a: listed.append(a[2]) or list_images(*a))
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or read_bytes(path))
     first = trial(pets)
     assert (len(listed), len(read)) == (2, 20)
