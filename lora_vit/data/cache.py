@@ -76,8 +76,7 @@ def decoded(
         quiet: no progress.
 
     Raises:
-        ConfigError: broken images (all named at once), images of several sizes, no space, or a folder that
-            cannot be written.
+        ConfigError: broken images (all named at once), images of several sizes, no space, no place to write.
     """
     key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
@@ -107,10 +106,8 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
     shape = (len(names), *_first_shape(root, names, size))
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
-        raise ConfigError(
-            f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB: "
-            "give another data.cache_dir, or a smaller data.cache_size"
-        )
+        lacking = f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB"
+        raise ConfigError(f"{lacking}: give another data.cache_dir, or a smaller data.cache_size")
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
@@ -123,14 +120,11 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
         broken = sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken")
         if broken:
             more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-            count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-            named = ", ".join(broken[:_NAMED])
-            raise ConfigError(f"{count} below {shown(root)}: {named}{more}; repair or remove them")
+            count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
+            raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; repair or remove them")
         for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
-            raise ConfigError(
-                f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}: give data.cache_size to "
-                "bring all to one size"
-            )
+            differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
+            raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         write_json(path.with_suffix(".json"), [job.value_range, sum(kind == "more" for _, kind, _ in notes)])
@@ -174,10 +168,8 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[N
                 notes += answer
                 bar.advance(min(length, len(names) - start))
     except BrokenProcessPool:
-        raise ConfigError(
-            f"a process that decodes images below {shown(job.root)} died: is there enough memory, are these images "
-            "sound?"
-        ) from None
+        died = f"a process that decodes images below {shown(job.root)} died"
+        raise ConfigError(f"{died}: is there enough memory, are these images sound?") from None
     return notes
 
 

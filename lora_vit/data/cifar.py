@@ -16,8 +16,7 @@ from lora_vit.errors import ConfigError
 def find(wanted: Wanted) -> Found | None:
     """50,000 images for train and val; the official 10,000 test images are ``test``. Downloaded if absent.
 
-    Raises:
-        ConfigError: absent or damaged, and not to be downloaded.
+    Raises ConfigError where that fails.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 

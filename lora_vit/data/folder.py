@@ -18,9 +18,7 @@ _LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|
 def find(wanted: Wanted) -> Found | None:
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
-    Raises:
-        ConfigError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
-            a part in the place of a class.
+    Raises ConfigError where classes or images are missing, or folders are not clearly parts or classes.
     """
     top, files = wanted.root, Listing(wanted.cache_dir)
     if not top.is_dir():
@@ -33,10 +31,8 @@ def find(wanted: Wanted) -> Found | None:
     for part, folder in folders.items():
         others = set() if part == "train" else set(files.folders(top / folder)) - set(classes)
         if others:
-            raise ConfigError(
-                f"{shown(top / folder)} has the class '{shown(min(others))}', which "
-                f"{shown(top / folders['train'])} has not: take it away, or add it there"
-            )
+            there = f"{shown(top / folder)} has the class '{shown(min(others))}'"
+            raise ConfigError(f"{there}, which {folders['train']}/ lacks: take it away, or add it there")
         parts[part] = []
         for label, class_name in enumerate(classes):
             place = Path(folder) / class_name
@@ -45,9 +41,7 @@ def find(wanted: Wanted) -> Found | None:
                 raise ConfigError(f"class folder {shown(top / place)} has nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise ConfigError(
-                f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
-            )
+            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so, or rename it")
     return found_in(top, [shown(c) for c in classes], parts, files, wanted)
 
 
@@ -88,7 +82,5 @@ def _refuse_splits(top: Path, classes: list[str], cache_dir: Path) -> None:
     for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
         like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
         if len(like) > 1:
-            raise ConfigError(
-                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
-                "train/, val/ and test/, at the top of data.root, with the classes in each"
-            )
+            which = f"{' and '.join(map(shown, like))} in {shown(top)}"
+            raise ConfigError(f"{which} look like splits: put train/, val/ and test/, with classes in each, at the top")

@@ -16,18 +16,15 @@ _FOUND: dict[Wanted, Found] = {}
 def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     """The decoded and divided data set of a config; downloads and caches what is not there.
 
-    Raises:
-        ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
+    Raises ConfigError for what is wrong with it; also where its content is not ``data.content``.
     """
     from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
 
     found = _find(config, quiet)
     assert found is not None
     if config.content not in (None, found.content):
-        raise ConfigError(
-            f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
-            f"not {config.content}"
-        )
+        there = f"data.root={config.root} holds other images, labels or class names than asked for"
+        raise ConfigError(f"{there}: {found.content}, not {config.content}")
     splits, fingerprint = divide(found, config)
     decoded = found.decode(config.cache_size)
     return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
@@ -37,10 +34,7 @@ def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """What ``data.content`` is for this data set: None where a package brings the images.
 
     Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
-    and the content is None where that would be needed.
-
-    Raises:
-        ConfigError: in one line, why it cannot be determined.
+    and the content is None where that would be needed. Raises ConfigError where it cannot be determined.
     """
     found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
     return None if found is None else found.content

@@ -28,8 +28,7 @@ MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 def find(wanted: Wanted) -> Found | None:
     """The data set at ``root`` (folder or zip), downloaded first if it is not there.
 
-    Raises:
-        ConfigError: no network, a damaged archive, a class without images.
+    Raises ConfigError for no network, a damaged archive, a class without images.
     """
     folder = _folder(wanted)
     if folder is None:
@@ -56,32 +55,33 @@ def find(wanted: Wanted) -> Found | None:
 
 def _folder(wanted: Wanted) -> Path | None:
     """The unpacked data set: ``root`` or a folder in it (so Kaggle mounts it), from a zip there, or downloaded."""
-    root = wanted.root
-    below = [folder for folder in sorted(root.glob("*")) if _is_whole(folder)]
-    for folder in (root, root / FOLDER, *(below if len(below) == 1 else ())):
-        if _is_whole(folder):
-            return folder
-    target, archive = root / FOLDER, _archive(root)
-    if target.exists():
-        raise ConfigError(
-            f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root"
-        )
+    root, target = wanted.root, wanted.root / FOLDER
+    is_there = target.exists()  # asked first: another process may be making it
+    if whole := _whole_in(root):
+        return whole
+    if is_there:
+        raise ConfigError(f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root")
+    archive = _archive(root)
     if archive is not None:  # its folder may be read-only, and another zip may take its place
         digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)
         if digest is None:
             return None
         target = wanted.cache_dir / f"{FOLDER}-{digest.tobytes().hex()[:16]}"
-    if not _is_whole(target):
+    if not target.exists():
         if not wanted.fetch:
             return None
         with locked_in(wanted.cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
-            if not _is_whole(target):
+            if not target.exists():
                 _make(target, archive, wanted)
     return target
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "wnids.txt").is_file() and (folder / "train").is_dir()
+def _whole_in(root: Path) -> Path | None:
+    """The folder, or else the first one in it, that has the data set's list of classes and its training images."""
+    for folder in (root, root / FOLDER, *sorted(root.glob("*"))):
+        if (folder / "wnids.txt").is_file() and (folder / "train").is_dir():
+            return folder
+    return None
 
 
 def _archive(root: Path) -> Path | None:
@@ -100,9 +100,6 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
     """Unpack a zip (None: the published one) beside ``target`` and move it into place: it is whole or absent.
 
     ``zipfile`` writes no file outside the folder, whatever the members' names are, and makes no links.
-
-    Raises:
-        ConfigError: a zip that cannot be downloaded, is damaged or something else; ``target`` cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,20 +112,16 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
                     for member in members:
                         opened.extract(member, into)
                         bar.advance(1)
-            whole = [folder for folder in (into, *sorted(into.glob("*"))) if _is_whole(folder)]
-            if not whole:
+            whole = _whole_in(into)
+            if whole is None:
                 raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
-            os.replace(whole[0], target)
+            os.replace(whole, target)
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # cut off, altered, encrypted, ...
         reason = str(error) or type(error).__name__
-        raise ConfigError(
-            f"{archive} is damaged ({reason}): get it again, or give another data.root to have it downloaded"
-        ) from None
+        raise ConfigError(f"{archive} is damaged ({reason}): get it again, or give another data.root") from None
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another data.root "
-            "or data.cache_dir"
-        ) from None
+        what = f"{error.filename or target} cannot be read or written ({error.strerror or error})"
+        raise ConfigError(f"{what}: give another data.root or data.cache_dir") from None
 
 
 def _download(folder: Path, root: Path) -> Path:
@@ -161,10 +154,8 @@ def _official_val(folder: Path, wnids: list[str], files: Listing) -> list[tuple[
     there = files.images(folder, "val/images") if images.is_dir() else []
     missing = {name for name, _ in named} - set(there)
     if missing or not named:
-        raise ConfigError(
-            f"{annotations} names {len(named)} images of the classes of wnids.txt, {images} lacks {len(missing)} of "
-            "them: extract the archive again"
-        )
+        lacks = f"{annotations} names {len(named)} images of known classes, {images} lacks {len(missing)} of them"
+        raise ConfigError(f"{lacks}: extract the archive again")
     for name in sorted(set(there) - {name for name, _ in named}):
         files.skip(f"of val/images without a class in {annotations.name}", name)
     return named
@@ -173,9 +164,8 @@ def _official_val(folder: Path, wnids: list[str], files: Listing) -> list[tuple[
 def _class_names(folder: Path, wnids: list[str]) -> list[str]:
     """The first word of each class in words.txt, with its wnid where two classes share one."""
     words = {}
-    if (folder / "words.txt").is_file():
-        for line in _lines(folder / "words.txt"):
-            wnid, _, text = line.partition("\t")
-            words[wnid] = text.split(",")[0].strip()
+    for line in _lines(folder / "words.txt") if (folder / "words.txt").is_file() else ():
+        wnid, _, text = line.partition("\t")
+        words[wnid] = text.split(",")[0].strip()
     names = [words.get(wnid) or wnid for wnid in wnids]
     return [name if names.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_vit import files
-from lora_vit.errors import RecordError
+from lora_vit.errors import ConfigError
 from lora_vit.records import CHECKPOINT
 
 
@@ -45,10 +45,7 @@ def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
 
 
 def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
-    """The folder's checkpoint, or a fresh state where there is none.
-
-    Raises RecordError where the file is damaged or another trial's.
-    """
+    """The folder's checkpoint, or a fresh state. Raises ConfigError for a damaged file or another trial's."""
     path = folder / CHECKPOINT
     if not path.exists():
         return TrialState()
@@ -58,9 +55,9 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
         state = TrialState(**values)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise RecordError(f"{path} is damaged ({reason}): remove it, or give trainer.resume=restart") from None
+        raise ConfigError(f"{path} is damaged ({reason}): remove it, or give trainer.resume=restart") from None
     if owner != trial_id:
-        raise RecordError(f"{path} belongs to trial {owner}, not to {trial_id}")
+        raise ConfigError(f"{path} belongs to trial {owner}, not to {trial_id}")
     return state
 
 

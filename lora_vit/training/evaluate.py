@@ -40,12 +40,8 @@ def evaluate(
 ) -> list[Predictions]:
     """Each trial's predictions.
 
-    Args:
-        model: a pack of K trials.
-        batches: this process's share of the split.
-        split_ids: the sample ids of the whole split, [N], in its order.
-        labels: of the whole data set, indexed by sample id.
-        device: where the model is.
+    ``batches``: this process's share of the split; ``split_ids``: all its sample ids, [N], in its order; ``labels``:
+    of the whole data set, indexed by sample id.
     """
     was_training = model.training
     model.eval()

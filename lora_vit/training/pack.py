@@ -110,33 +110,31 @@ class Pack:
         """Copy what is on the device into the trials' states."""
         loss_sums = self.step_state.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
-        o = self.optimizer
-        on_host = [m.cpu() for m in (self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP)]
+        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
         for k, trial in enumerate(self.trials):
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
-            s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, m) for m in on_host)
+            s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
 
     def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
 
     def _load(self, k: int, state: TrialState) -> None:
-        for matrix, tensors in (
-            (self.flat.values_KP, state.values),
-            (self.optimizer.exp_avg_KP, state.exp_avg),
-            (self.optimizer.exp_avg_sq_KP, state.exp_avg_sq),
-        ):
+        for matrix_KP, tensors in zip(self._matrices(), (state.values, state.exp_avg, state.exp_avg_sq), strict=True):
             if not tensors:
                 continue  # not trained here: there are no moments yet
-            row_P = matrix[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
+            row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
             views = self._views(k, row_P)
             if set(views) != set(tensors):
                 raise ValueError(f"the checkpoint of {self.trials[k].name} has other tensors than its model")
             for name, view in views.items():
                 view.copy_(tensors[name])
-            matrix[k] = row_P
+            matrix_KP[k] = row_P
         self.optimizer.updates_K1[k] = state.updates
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.flat.values_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP
 
     def export(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Trial k's row of a matrix as named, unpadded tensors on the CPU (copies)."""
@@ -168,9 +166,8 @@ class Pack:
 
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""
-        views = self._views(k, self.flat.values_KP[k])
-        adapter = sum(v.numel() for n, v in views.items() if ".lora_" in n)
-        head = sum(v.numel() for n, v in views.items() if n.startswith(f"{self.model.head.name}."))
-        shared = sum(p.numel() for n, p in self.model.trunk.named_parameters() if ".lora_" not in n)
-        trainable = sum(v.numel() for v in views.values())
-        return {"trainable": trainable, "adapter": adapter, "head": head, "total": shared + adapter + head}
+        sizes = {name: view.numel() for name, view in self._views(k, self.flat.values_KP[k]).items()}
+        adapter = sum(size for name, size in sizes.items() if ".lora_" in name)
+        head = sum(size for name, size in sizes.items() if name.startswith(f"{self.model.head.name}."))
+        shared = sum(p.numel() for name, p in self.model.trunk.named_parameters() if ".lora_" not in name)
+        return {"trainable": sum(sizes.values()), "adapter": adapter, "head": head, "total": shared + adapter + head}

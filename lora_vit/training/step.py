@@ -54,7 +54,7 @@ def train_step(
         images: normalised, of all streams, [G*B, 3, H, W].
         labels_KB: int64.
         stream_of_trial: which stream each trial sees.
-        lr_K1: learning rates of this step.
+        lr_K1: learning rates.
         stop: whether this process was asked to stop; summed over processes into ``s.flat.stop``.
     """
     s.dropout.set(s.step_K, s.position_B)

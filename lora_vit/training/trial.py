@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
-from lora_vit.errors import ConfigError, RecordError
+from lora_vit.errors import ConfigError
 from lora_vit.files import JsonLines, locked, replacing
 from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import TrialRecord
@@ -70,7 +70,6 @@ class TrialRun:
 
     @classmethod
     def without_files(cls, config: TrialConfig) -> TrialRun:
-        """A new trial without a folder."""
         return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
     @classmethod
@@ -135,11 +134,9 @@ class TrialRun:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
         return self.record.trial_id
 
     def done(self) -> bool:
-        """Whether all epochs are trained."""
         return self.state.epoch >= self.config.trainer.epochs
 
     def beat(self) -> None:
@@ -161,12 +158,11 @@ class TrialRun:
         return self.folder
 
     def write_record(self) -> None:
-        """Replace ``record.json``."""
         if folder := self._ask():
             records.write_record(folder, self.record)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
-        """A training step's row; ``step`` counts from 1, ``epoch`` finished epochs."""
+        """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
         if self._ask(ROWS_ASK_EVERY):
             self._metrics.write({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
             self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
@@ -272,20 +268,15 @@ def epoch_figures(row: dict[str, float]) -> str:
 
 def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
-    precision = "another precision (trainer.precision=auto is"
+    precisions = record.environment.get("precision"), setup.environment.get("precision")
     for what, there, here in (
         ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
-        (precision, record.environment.get("precision"), setup.environment.get("precision")),
+        ("another precision (trainer.precision=auto is", *precisions),
     ):
         if there not in (None, here):
-            raise ConfigError(
-                f"{folder} was started with {what} {there} there, {here} here): resume it where and with what it was "
-                "started, or give trainer.resume=restart"
-            )
-    try:
-        return load_checkpoint(folder, record.trial_id)
-    except RecordError as error:
-        raise ConfigError(str(error)) from None
+            remedy = "resume it where and with what it was started, or give trainer.resume=restart"
+            raise ConfigError(f"{folder} was started with {what} {there} there, {here} here): {remedy}")
+    return load_checkpoint(folder, record.trial_id)
 
 
 def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:

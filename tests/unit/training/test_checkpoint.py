@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from lora_vit.errors import RecordError
+from lora_vit.errors import ConfigError
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 TENSORS = [{"a": torch.full((2, 3), float(i), dtype=torch.float64), "b": torch.tensor(i)} for i in (1, 2, 3)]
@@ -44,7 +44,7 @@ def test_tensors_are_read_to_the_host(tmp_path, monkeypatch):
 
 def test_another_trials_file_is_refused(tmp_path):
     save_checkpoint(tmp_path, "theirs", STATE)
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_checkpoint(tmp_path, "mine")
     assert str(caught.value) == f"{tmp_path / 'checkpoint.pt'} belongs to trial theirs, not to mine"
 
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
     else:
         values = {"no owner": {"epoch": 1}, "unknown field": {"trial_id": "mine", "x": 1}, "no dictionary": [1]}
         torch.save(values[damage], path)
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_checkpoint(tmp_path, "mine")
     text = str(caught.value)
     assert text.startswith(f"{path} is damaged (")
