@@ -92,8 +92,7 @@ class Transform:
         augment: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``.
         device: where it runs and returns.
         dtype: of the result; the arithmetic is float32 (float64 for a float64 result).
-        mean: of each colour in [0, 1], subtracted; what is left is divided by ``std``.
-        std: likewise.
+        mean, std: of each colour in [0, 1].
         bicubic: resampled so, not bilinearly.
     """
 

@@ -69,14 +69,13 @@ def decoded(
 
     Args:
         root: folder of the files.
-        names: their paths below it; their order is the order of the array.
+        names: their paths below it, in the order of the array.
         digests: sha256 of each, uint8 [N, 32].
         size: pixels of each side, None for the images' own (then all must agree).
         cache_dir: where caches lie.
         quiet: no progress.
 
-    Raises:
-        ConfigError: broken images (all named at once), images of several sizes, no space, no place to write.
+    Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
     key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"

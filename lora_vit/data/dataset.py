@@ -39,42 +39,26 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a data set consists of, before it is decoded and divided.
+    """What a data set consists of, before it is decoded and divided."""
 
-    Attributes:
-        labels: int64 [N], indices into ``class_names``.
-        class_names: one per class.
-        parts: sample ids, int64, of ``train`` and of what is given apart: ``val``, ``test``, ``official_val``.
-        content: which images with which classes, as :func:`content_of` says it.
-        decode: the images at a number of pixels (None: their own).
-        passed_over: what lies among them and is not used, a line for each kind.
-        digests: sha256 of each image's file, uint8 [N, 32], where there are files.
-    """
-
-    labels: np.ndarray
+    labels: np.ndarray  # int64 [N], indices into class_names
     class_names: list[str]
-    parts: dict[str, np.ndarray]
-    content: str
-    decode: Callable[[int | None], Decoded]
-    passed_over: tuple[str, ...] = ()
-    digests: np.ndarray | None = None
+    parts: dict[str, np.ndarray]  # sample ids, int64, of train and of what is given apart: val, test, official_val
+    content: str  # which images with which classes, as content_of says it
+    decode: Callable[[int | None], Decoded]  # the images at a number of pixels (None: their own)
+    passed_over: tuple[str, ...] = ()  # what lies among them and is not used, a line for each kind
+    digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Found):
-    """A decoded and divided data set.
+    """A decoded and divided data set."""
 
-    Attributes:
-        images: uint8 [N, 3, h, w], perhaps a read-only memory map; ``value_range`` and ``with_more`` as in Decoded.
-        splits: ``train``, ``val``, ``test`` and perhaps ``official_val``; sorted sample ids, int64.
-        fingerprint: hex digest of content, labels and splits.
-    """
-
-    images: np.ndarray
+    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map; the next two as in Decoded
     value_range: Range | None = None
     with_more: int = 0
-    splits: dict[str, np.ndarray]
-    fingerprint: str
+    splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
+    fingerprint: str  # hex digest of content and splits
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""

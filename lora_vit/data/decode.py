@@ -31,10 +31,7 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
     """An image file as RGB, uint8 [3, h, w]; with ``size`` its short side resized (antialiased) and centre-cropped.
 
     Turned upright where its EXIF data says so. Transparency is dropped. Pixels of 16 or 32 bits are mapped from
-    ``value_range`` to 0 .. 255.
-
-    Raises:
-        ConfigError: it cannot be read as an image, or has more than 8 bits and there is no range.
+    ``value_range`` to 0 .. 255. Raises ConfigError where it cannot be read, or has such pixels and there is no range.
     """
     try:
         pixels, _ = _decoded(file, size, value_range)
@@ -65,11 +62,7 @@ class Job:
     value_range: Range | None = None
 
     def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> list[Note]:
-        """Decode the files into rows ``start`` and on; returns what there is to say of some.
-
-        Raises:
-            OSError: ``out`` cannot be written.
-        """
+        """Decode the files into rows ``start`` and on; returns what there is to say of some. Raises OSError."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
         notes = [self._fill(*each) for each in zip(rows, names, digests, strict=True)]
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.

@@ -129,11 +129,8 @@ def digests_of(
 ) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
-    Returns None if files would have to be read and ``fetch`` is false.
-
-    Raises:
-        OSError: a file that cannot be read.
-        ConfigError: a ``cache_dir`` that cannot be written.
+    Returns None if files would have to be read and ``fetch`` is false. Raises OSError for a file that cannot be read,
+    ConfigError for a ``cache_dir`` that cannot be written.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     stats = {}
@@ -190,10 +187,7 @@ def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
 
 @contextlib.contextmanager
 def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
-    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only.
-
-    Raises ConfigError if the cache folder cannot be written.
-    """
+    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
     with contextlib.ExitStack() as stack:
         with writing_to(cache_dir):
             cache_dir.mkdir(parents=True, exist_ok=True)

@@ -18,17 +18,11 @@ _DEVICE_SHARE = 0.25
 
 @dataclass
 class Batch:
-    """Images ready for the model, on the device.
+    """Images ready for the model, on the device."""
 
-    Attributes:
-        images: normalised, [B, 3, S, S].
-        labels: int64 [B].
-        ids: sample ids, int64 [B], on the host.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: np.ndarray
+    images: Tensor  # normalised, [B, 3, S, S]
+    labels: Tensor  # int64 [B]
+    ids: np.ndarray  # of the samples, int64 [B], on the host
 
 
 class Samples:
@@ -72,8 +66,7 @@ class TrainStream:
     def batch_ids(self, epoch: int, step: int) -> np.ndarray:
         """Sample ids of this process's part of a batch, int64 [B]."""
         if self._order[0] != epoch:
-            order = randomness.permutation(len(self.ids), "order", self.seed, epoch)
-            self._order = (epoch, self.ids[order])
+            self._order = epoch, self.ids[randomness.permutation(len(self.ids), "order", self.seed, epoch)]
         start = step * self.batch_size + self.first
         return self._order[1][start : start + self.local]
 

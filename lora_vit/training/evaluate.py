@@ -1,7 +1,4 @@
-"""Predictions of a pack's trials on a split: every sample once, for any number of processes.
-
-Shape legend: K trial, N sample of the split, B image, C class.
-"""
+"""Predictions of a pack's trials on a split (K trial, N sample of the split, B image, C class)."""
 
 from __future__ import annotations
 

@@ -28,10 +28,8 @@ from lora_vit.training.trackers import TensorBoard
 
 EPOCH_CHECKPOINT_EVERY = 5.0
 """Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
-
 ROWS_ASK_EVERY = 10.0
 """Seconds after which a training step's row asks whether the trial is still ours."""
-
 OWN_FILES = (
     *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
     *("adapter.safetensors", "adapter.json"),
@@ -85,20 +83,11 @@ class TrialRun:
     ) -> TrialRun:
         """The trial in its folder, ready to train; no other process may use the folder.
 
-        It starts from scratch in a folder without a record and where it failed at a step; else it resumes.
+        It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
+        removes what it left; one that is completed must. ``hydra_files``: name to text of what goes into ``.hydra/``;
+        ``tensorboard``: where event files go, if not below the folder; ``mine``: whether it is still this process's.
 
-        Args:
-            config: of the trial.
-            folder: of the trial, which is not completed unless it restarts.
-            setup: where and on what it trains.
-            hydra_files: name to text of what goes into ``.hydra/``.
-            tensorboard: where event files go, if not below the folder.
-            restart: remove what the trial left, and start from scratch.
-            mine: whether the trial is still this process's.
-
-        Raises:
-            ConfigError: the folder, its data or its checkpoint are not this trial's.
-            ClaimLost: the trial is another process's now.
+        Raises ConfigError where the folder, its data or its checkpoint are not this trial's, ClaimLost.
         """
         there = records.state_of(folder, config)
         if there.problem:
@@ -292,10 +281,7 @@ def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a trial's folder, made if need be.
-
-    Raises ConfigError if another process holds it or it cannot be written.
-    """
+    """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

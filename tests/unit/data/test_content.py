@@ -15,7 +15,7 @@ from plain_trials import plain_trial
 from lora_vit.config import TrialConfig, trial_id
 from lora_vit.data import files
 from lora_vit.data.dataset import content_of
-from lora_vit.data.load import forget, load_data
+from lora_vit.data.load import forget
 from lora_vit.errors import ConfigError
 from lora_vit.resolve import identify
 
@@ -131,48 +131,11 @@ def test_other_pixels_under_the_same_names_and_sizes(times, pets, trial):
         fresh(first.data)
 
 
-def test_a_folder_replaced_by_another_of_the_same_names_sizes_and_times(pets, trial, tmp_path):
-    """Two roots whose files agree in name, size and time are two data sets."""
-    twin = tmp_path / "twin"
-    shutil.copytree(pets, twin)
-    for path in sorted(twin.rglob("*.bmp")):
-        stat = (pets / path.relative_to(twin)).stat()
-        paint(path, 255 - int(path.stem))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    one, other = trial(pets), trial(twin)
-    assert trial_id(one) != trial_id(other)
-    assert (shades(fresh(one.data))[0], shades(fresh(other.data))[0]) == (0, 255)
-
-
 def test_a_wanted_content(pets, trial):
     content = trial(pets).data.content
     assert trial(pets, content=content).data.content == content
     with pytest.raises(ConfigError, match=r"data\.content=7 images is asked for, but what is there has 20 images"):
         trial(pets, content="7 images")
-
-
-def test_files_are_listed_once_for_many_trials_and_read_again_where_they_changed(pets, trial, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_UNSETTLED", -(10**9))  # as if all were written long ago
-    listed: list[str] = []
-    read: list[str] = []
-    list_images, read_bytes = files.Listing.images, Path.read_bytes
-    monkeypatch.setattr(files.Listing, "images", lambda *a: listed.append(a[2]) or list_images(*a))
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or read_bytes(path))
-    first = trial(pets)
-    assert (len(listed), len(read)) == (2, 20)
-    for seed in range(5):
-        load_data(first.data, True)
-        again = plain_trial({"seed": seed})
-        again.data = data_config(tmp_path)
-        identify(again)
-        assert again.data.content == first.data.content
-    assert len(listed) == 2
-    read.clear()
-    assert trial_id(trial(pets)) == trial_id(first)
-    assert (len(listed), read) == (4, [])
-    paint(pets / "dog" / "2.bmp", 3)
-    trial(pets)
-    assert read == ["2.bmp"]
 
 
 def test_without_fetching_only_what_is_known_is_told(pets, trial, monkeypatch):

@@ -180,7 +180,7 @@ def test_names_that_are_not_text(tmp_path):
         (("train/cat", "train/dog", "-train/bird"), "class folder {}/train/bird has nothing that Pillow opens"),
         (("train/cat", "train/dog", "-val"), "{}/val holds no images in class folders: sort"),
         (("train/cat", "train/dog", "test"), "{}/test holds no images in class folders: sort"),
-        (("train/cat", "train/dog", "val/emu", "val/bird"), "{}/val has the class 'bird', which train/ lacks: take it away"),
+        (("train/cat", "train/dog", "val/emu", "val/bird"), "{}/val has the class 'bird', which train/ lacks"),
         (("train/cat", "train/dog", "valid", "validation"), "{} has valid/ and validation/: keep one of them"),
         (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set and training_set in {}"),
         (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test and seg_train in {}"),

@@ -69,10 +69,6 @@ def test_each_trials_predictions_in_the_splits_order(training):
     assert model.training == training
 
 
-def test_the_order_of_batches_does_not_matter():
-    check(evaluate(Table(), batches([20, 7], [3], [2, 11, 8, 19]), IDS, LABELS, CPU))
-
-
 def test_the_splits_order_need_not_be_the_ids():
     ids = IDS[[4, 0, 6, 1, 5, 3, 2]]
     for k, p in enumerate(evaluate(Table(), batches([20], [2, 3, 7, 8, 11, 19]), ids, LABELS, CPU)):

@@ -241,16 +241,6 @@ def test_parameter_counts(setup):
     assert full.parameter_counts(0) == {"trainable": base + head, "adapter": 0, "head": head, "total": base + head}
 
 
-def test_a_trained_trunk_is_exported_under_torchvisions_names():
-    pack = new_pack([plain_trial({"lora.bias": "all"})])
-    tensors = pack.export(0, pack.flat.values_KP)
-    original = pack.setup.build_model.original.state_dict()
-    biases = {n for n in tensors if n.endswith("bias") and not n.startswith("heads.")}
-    assert biases == {n for n in original if n.endswith("bias")}
-    for name in biases:
-        torch.testing.assert_close(tensors[name], original[name].double(), rtol=0, atol=0)
-
-
 def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
     calls = []
 
