@@ -98,15 +98,6 @@ def test_a_part_may_lack_a_class(parts, tmp_path):
     assert data.labels[data.splits["val"]].tolist() == [0, 0]
 
 
-def test_class_folders_alone(tmp_path):
-    fill(tmp_path / "pets", "a", "b", "c", count=10)
-    data = load(tmp_path)
-    for split, count in (("train", 6), ("val", 2), ("test", 2)):
-        assert np.bincount(data.labels[data.splits[split]]).tolist() == [count] * 3
-    assert sorted(np.concatenate(list(data.splits.values())).tolist()) == list(range(30))
-    assert load(tmp_path, split_seed=1).splits["val"].tolist() != data.splits["val"].tolist()
-
-
 def test_images_that_are_in_train_too_are_counted(parts, tmp_path):
     """A copy of the training folder as val/ would pass for an honest accuracy."""
     assert "in train too" not in load(tmp_path).line(8)

@@ -73,22 +73,6 @@ def test_folders_that_training_wrote_are_known_by_what_is_in_them(folder, conten
     assert (folder in listing.passed.get("of lora_vit's own", [])) is own
 
 
-def test_folders_of_classes_in_order(tmp_path):
-    root = fill(tmp_path / "top", "b/0", ".git/x", "own/record.json", "a/0", "IMG.PNG", "notes.txt", "__MACOSX/._0.png")
-    (root / "c").symlink_to(root / "a")
-    (root / "gone").symlink_to(tmp_path / "nowhere")
-    listing = Listing(tmp_path / "cache")
-    assert listing.folders(root) == ["a", "b", "c"]
-    assert listing.passed == {
-        "hidden": [".git"],
-        "images outside the class folders": ["IMG.PNG"],
-        "of the file system": ["__MACOSX"],
-        "broken links": ["gone"],
-        "no images": ["notes.txt"],
-        "of lora_vit's own": ["own"],
-    }
-
-
 def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     """A file server's thumbnails of the same images would be in train and val."""
     root = fill(

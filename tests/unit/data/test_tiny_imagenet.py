@@ -206,9 +206,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         content, behaviour = self.server.content, self.server.behaviour
-        if behaviour == "silent":
-            self.close_connection = True
-            return
         if behaviour == "missing":
             self.send_error(404)
             return
@@ -249,7 +246,7 @@ def test_runs_that_start_together_fetch_it_once(server, tmp_path):
     assert np.abs(np.subtract(shades(load(tmp_path, tmp_path / "data")), GREY)).max() <= 2
 
 
-@pytest.mark.parametrize("behaviour", ["silent", "missing", "login page", "breaks off", "breaks off, no length"])
+@pytest.mark.parametrize("behaviour", ["missing", "login page", "breaks off", "breaks off, no length"])
 def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(behaviour, server, tmp_path):
     server.behaviour = behaviour
     message = refused(tmp_path, tmp_path / "data")

@@ -39,17 +39,6 @@ def configs(*more: str):
     return [trial_config(*t.split(), *more) for t in TRIALS]
 
 
-@pytest.mark.parametrize("smoothing", [(0.0, 0.1, 0.9), (0.3, 0.0, 0.0)])
-def test_losses_equal_torchs_with_each_trials_smoothing(smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(3, 8, 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 5, (3, 8), generator=generator)
-    losses = sample_losses(logits, labels, torch.tensor(smoothing, dtype=torch.float64)[:, None])
-    for k, s in enumerate(smoothing):
-        expected = nn.functional.cross_entropy(logits[k], labels[k], reduction="none", label_smoothing=s)
-        torch.testing.assert_close(losses[k], expected, rtol=1e-12, atol=1e-12)
-
-
 class Plain:
     """A trial in plain PyTorch: torchvision's model with W + s B A as its weights, torch's loss and optimizer."""
 
@@ -164,20 +153,6 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
             assert torch.equal(now[1], (frozen if i >= bad_step else other)[1])  # its loss is fine again after that
         assert pack.step_state.first_bad_step_K.tolist() == [-1, -1 if i < bad_step else bad_step, -1]
     assert pack.step_state.step_K.tolist() == [4, 4, 4]
-
-
-def test_a_step_says_when_its_state_is_half_changed(monkeypatch):
-    """What is saved on a signal must not hold one half of a step."""
-    pack, seen = new_pack(configs()), []
-    update, differentiate = pack.optimizer.step, pack.flat.differentiate
-    monkeypatch.setattr(
-        pack.flat, "differentiate", lambda loss: (seen.append(pack.step_state.updating), differentiate(loss))
-    )
-    monkeypatch.setattr(pack.optimizer, "step", lambda *args: (seen.append(pack.step_state.updating), update(*args)))
-    for lr_K1 in pack.learning_rates()[:2]:
-        pack.step(lr_K1, False)
-        seen.append(pack.step_state.updating)
-    assert seen == [False, True, False] * 2
 
 
 def test_losses_gradients_and_the_stop_are_summed_over_processes(monkeypatch):
