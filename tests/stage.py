@@ -147,4 +147,4 @@ def raised(error: type[BaseException]) -> Callable[[object], None]:
 
 def spoilt(k: int, step: int) -> Callable[[Pack], None]:
     """The k-th trial's step, counted from 0, turns out bad."""
-    return lambda pack: pack.step_state.first_bad_step_K.__setitem__(k, step)
+    return lambda pack: pack.first_bad_step_K.__setitem__(k, step)

@@ -136,7 +136,7 @@ class Clock:
     def images_per_second(self) -> float:
         """Of all trials together between the last charges before this call and the one before it."""
         (step, seconds), self._logged = self._logged, (self.pack.step_in_epoch, self.pack.trials[0].state.seconds)
-        images = (self._logged[0] - step) * self.pack.step_state.global_batch
+        images = (self._logged[0] - step) * self.pack.global_batch
         return images / max(self._logged[1] - seconds, 1e-9)
 
     def checkpoint_due(self) -> bool:
@@ -162,7 +162,7 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
 
     At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
     """
-    bad_steps = pack.step_state.first_bad_step_K.tolist()
+    bad_steps = pack.first_bad_step_K.tolist()
     finite = pack.finite_K().tolist() if last else [True] * pack.K
     failed = []
     for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
@@ -184,7 +184,7 @@ def pull(pack: Pack) -> list[TrialRun]:
     After a bad step none is: it would hide that step from a run that resumes.
     """
     pack.pull()
-    bad_steps = pack.step_state.first_bad_step_K.tolist()
+    bad_steps = pack.first_bad_step_K.tolist()
     return [trial for trial, bad_step in zip(pack.trials, bad_steps, strict=True) if bad_step < 0]
 
 
@@ -196,7 +196,7 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
     ]
     predictions = pack.predict("val") if any(validated) else []
     pack.pull()
-    sums = pack.step_state.loss_sum_K.tolist()
+    sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
         state, step = trial.state, trial.state.epoch * pack.steps_per_epoch
@@ -219,7 +219,7 @@ def update_record(pack: Pack, trial: TrialRun) -> None:
     """Bring the record up to the trial's state."""
     record, state = trial.record, trial.state
     record.metrics, record.best = dict(state.last), dict(state.best)
-    images = state.last["step"] * pack.step_state.global_batch
+    images = state.last["step"] * pack.global_batch
     record.cost.update(
         seconds=state.seconds,
         images_per_second=images / state.seconds if state.seconds else None,
@@ -260,7 +260,7 @@ def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
 
     ``pack`` holds their state; None: it is in the trials themselves, between two packs.
     """
-    to_save = trials if pack is None else [] if pack.step_state.updating else pull(pack)
+    to_save = trials if pack is None else [] if pack.updating else pull(pack)
     for trial in trials:
         try:
             if trial in to_save:

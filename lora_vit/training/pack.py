@@ -11,7 +11,7 @@ from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.setup import Setup
-from lora_vit.training.step import StepState, train_step
+from lora_vit.training.step import train_step
 from lora_vit.training.trial import TrialRun
 
 EVAL_BATCH = 256
@@ -43,27 +43,25 @@ class Pack:
         self._first_of_stream = [trials[keys.index(key)] for key in own_keys]
         self.streams = [setup.train_stream(t.config) for t in self._first_of_stream]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
-        self.step_state = self._step_state(configs)
+        self._init_step(configs)
         for k, trial in enumerate(trials):
             if trial.state.values:
                 self._load(k, trial.state)
 
-    def _step_state(self, configs: list[TrialConfig]) -> StepState:
-        device, head, batch = self.setup.device, self.model.head, configs[0].data.batch_size
-        local = batch // self.setup.process.world_size
-        smoothing = [c.optimizer.label_smoothing for c in configs]
-        return StepState(
-            model=torch.compile(self.model) if self.setup.compile else self.model,  # type: ignore[arg-type]
-            flat=self.flat,
-            optimizer=self.optimizer,
-            dropout=head.state,
-            step_K=torch.tensor([self.step_of(t) for t in self.trials], dtype=torch.int64, device=device),
-            position_B=torch.arange(local, device=device) + self.setup.process.rank * local,
-            smoothing_K1=torch.tensor(smoothing, dtype=head.weight.dtype, device=device)[:, None],
-            loss_sum_K=torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device),
-            first_bad_step_K=torch.full((self.K,), -1, dtype=torch.int64, device=device),
-            global_batch=batch,
-        )
+    def _init_step(self, configs: list[TrialConfig]) -> None:
+        """What :func:`train_step` reads and updates on the device."""
+        device, head, process = self.setup.device, self.model.head, self.setup.process
+        self.forward = torch.compile(self.model) if self.setup.compile else self.model
+        self.dropout = head.state
+        self.global_batch = configs[0].data.batch_size
+        local = self.global_batch // process.world_size
+        self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
+        self.step_K = torch.tensor([self.step_of(t) for t in self.trials], dtype=torch.int64, device=device)
+        self.smoothing_K1 = head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
+        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device)
+        # first step with a loss or gradient that is not finite, -1: none
+        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
+        self.updating = False  # between the first change of a step and its last
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
@@ -83,9 +81,9 @@ class Pack:
         ]
         images = batches[0].images if len(batches) == 1 else torch.cat([b.images for b in batches])
         labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
-        loss_K = train_step(self.step_state, images, labels_KB, self.stream_of_trial, lr_K1, stop)
+        loss_K = train_step(self, images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
-        self.step_state.updating = False
+        self.updating = False
         self._predictions.clear()
         return loss_K
 
@@ -104,11 +102,11 @@ class Pack:
             trial.state.step_in_epoch = 0
             trial.state.loss_sum = 0.0
         self.step_in_epoch = 0
-        self.step_state.loss_sum_K.zero_()
+        self.loss_sum_K.zero_()
 
     def pull(self) -> None:
         """Copy what is on the device into the trials' states."""
-        loss_sums = self.step_state.loss_sum_K.tolist()
+        loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
         for k, trial in enumerate(self.trials):

@@ -18,9 +18,10 @@ from lora_vit.errors import Interrupted
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
-from lora_vit.training import loop, step
+from lora_vit.training import loop
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
+from lora_vit.training.optim import PackedAdamW
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost
 
@@ -98,7 +99,7 @@ def test_a_pack_is_freed_when_trials_leave_it(stage):
     def spoil(pack: Pack) -> None:
         adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
         tensors = (pack.flat.values_KP, pack.optimizer.exp_avg_KP)
-        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, pack.step_state, *adapters, *tensors)))
+        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, *adapters, *tensors)))
         pack.predict("val")
         spoilt(0, 1)(pack)
 
@@ -199,14 +200,14 @@ def test_what_a_foreign_handler_raises_saves_what_is_whole(stage):
 
 def test_what_is_half_changed_is_not_saved(stage, monkeypatch):
     """An exception in the midst of an update: the last checkpoint counts."""
-    update = step.PackedAdamW.step
+    update = PackedAdamW.step
 
     def torn(optimizer, *args):
         update(optimizer, *args)
         if int(optimizer.updates_K1[0]) == 6:
             raise SystemExit
 
-    monkeypatch.setattr(step.PackedAdamW, "step", torn)
+    monkeypatch.setattr(PackedAdamW, "step", torn)
     (trial,) = stage.trials(1)
     with pytest.raises(SystemExit):
         stage.train([trial])

@@ -78,8 +78,8 @@ def test_a_pack_of_saved_states_continues_bit_for_bit(pack):
     assert torch.equal(again.learning_rates(), rates)
     for lr_K1 in rates[:2]:
         assert torch.equal(again.step(lr_K1, False), pack.step(lr_K1, False))
-    assert torch.equal(again.step_state.loss_sum_K, pack.step_state.loss_sum_K)
-    assert torch.equal(again.step_state.step_K, pack.step_state.step_K)
+    assert torch.equal(again.loss_sum_K, pack.loss_sum_K)
+    assert torch.equal(again.step_K, pack.step_K)
 
 
 def test_a_state_without_moments_brings_its_values(pack, setup):
@@ -130,7 +130,7 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
     trials[2].state.epoch = 1
     later = Pack(trials, setup)
     assert later.stream_of_trial == [0, 1, 2]
-    assert later.step_state.step_K.tolist() == [0, 0, 7]
+    assert later.step_K.tolist() == [0, 0, 7]
     asked = []
     for stream in later.streams:
         monkeypatch.setattr(stream, "batch_ids", lambda e, i, s=stream: asked.append((s.seed, e, i)) or s.ids[:8])
@@ -184,7 +184,7 @@ def test_a_step_begins_with_each_trials_settings(precision, dtype):
         trial.state.step_in_epoch, trial.state.loss_sum = 2, 0.1 + trial.config.seed
     trials[1].state.epoch = 1
     pack = Pack(trials, build_setup(trials[0].config, Process(1, 2, 0)))
-    s = pack.step_state
+    s = pack
     assert s.position_B.tolist() == [4, 5, 6, 7]
     torch.testing.assert_close(s.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
     loss_sum_K = torch.tensor([1.1, 2.1, 0.1], dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_a_step_begins_with_each_trials_settings(precision, dtype):
     assert {t.dtype for t in (s.step_K, s.first_bad_step_K, s.position_B)} == {torch.int64}
     assert s.global_batch == 8
     assert pack.learning_rates().dtype == dtype
-    assert s.model is pack.model
+    assert s.forward is pack.model
     assert s.dropout is pack.model.head.state
 
 

@@ -177,13 +177,12 @@ def test_who_is_refused_leaves_the_folder_as_it_is(change, how, said, tmp_path):
     assert contents(tmp_path / "a") == before
 
 
-@pytest.mark.parametrize("status", ["running", "completed", "failed"])
-def test_the_record_of_a_completed_trial(status, tmp_path):
+def test_the_record_of_a_completed_trial(tmp_path):
     assert completed_record(tmp_path / "a", plain_trial()) is None
     stopped(tmp_path / "a")
-    edit(tmp_path / "a", status=status)
-    record = read_record(tmp_path / "a")
-    assert completed_record(tmp_path / "a", plain_trial()) == (record if status == "completed" else None)
+    assert completed_record(tmp_path / "a", plain_trial()) is None
+    edit(tmp_path / "a", status="completed")
+    assert completed_record(tmp_path / "a", plain_trial()) == read_record(tmp_path / "a")
     with pytest.raises(ConfigError, match="holds trial"):
         completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
@@ -252,20 +251,6 @@ def test_ends_are_recorded(status, tmp_path):
     assert (tmp_path / "a/train.log").read_text().endswith(f"  {'no good' if failed else status}\n")
     assert (tmp_path / "a/checkpoint.pt").exists() is (status != "completed"), "nothing reads it again"
     assert closed(trial)
-
-
-def test_failed_by_an_error(tmp_path):
-    trial = opened(tmp_path / "a")
-    try:
-        raise ValueError("the reason")
-    except ValueError as error:
-        trial.fail("in one line", error=error)
-    error = read_record(tmp_path / "a").error
-    assert (error["message"], error["step"]) == ("in one line", None)
-    assert error["traceback"].startswith("Traceback")
-    assert error["traceback"].endswith("ValueError: the reason\n")
-    assert "in test_failed_by_an_error" in error["traceback"]
-    assert error["traceback"] in (tmp_path / "a/train.log").read_text()
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
