@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hydra import compose
 from pictures import data_config, fresh, paint
 
-from lora_vit.compose import initialized
 from lora_vit.config import DATASETS
 from lora_vit.data.dataset import ImageData, shown
 from lora_vit.data.load import forget, known_content, load_data
@@ -132,13 +130,3 @@ def test_digits(tmp_path):
     assert min(len(data.splits["val"]), len(data.splits["test"])) >= 700
     assert int(data.images.max()) == 255
     assert (data.labels == load_digits().target).all()
-
-
-def test_a_cache_follows_the_models_size(pets):
-    def size(*overrides: str) -> int | None:
-        with initialized():
-            return compose("config", overrides=["data=imagefolder", f"data.root={pets}", *overrides]).data.cache_size
-
-    assert size() == 256
-    assert size("model.image_size=384") == 384
-    assert size("model.image_size=384", "data.cache_size=128") == 128

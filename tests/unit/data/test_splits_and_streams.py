@@ -54,10 +54,9 @@ def test_too_few_images_name_the_class():
 
 
 def test_a_class_is_divided_in_the_order_of_its_own_key():
-    """Written out for unsorted ids: val first, test next, of each class shuffled by ("split", seed, class)."""
-    shuffled_ids = IDS[::-1]
-    found = split_per_class(LABELS, shuffled_ids, {"val": 0.1, "test": 0.2}, 3, NAMES)
-    orders = [40 * c + randomness.permutation(40, "split", 3, c) for c in range(5)]
+    """Written out for unsorted ids of four classes: val first, test next, in the order of ("split", seed, class)."""
+    found = split_per_class(LABELS, IDS[:39:-1], {"val": 0.1, "test": 0.2}, 3, NAMES)
+    orders = [40 * c + randomness.permutation(40, "split", 3, c) for c in range(1, 5)]
     assert found["val"].tolist() == sorted(i for order in orders for i in order[:4])
     assert found["test"].tolist() == sorted(i for order in orders for i in order[4:12])
     assert found["train"].tolist() == sorted(i for order in orders for i in order[12:])
@@ -77,11 +76,6 @@ def test_numbers_are_rounded_to_the_nearest_whole_and_at_least_one(size, fractio
     """Halves go to the even number, as Python rounds."""
     found = split_per_class(np.zeros(size, int), np.arange(size), {"val": fraction}, 0, ["only"])
     assert {name: len(ids) for name, ids in found.items()} == {"val": count, "train": size - count}
-
-
-def test_only_the_given_samples_are_divided():
-    found = split_per_class(LABELS, IDS[40:120], {"val": 0.5}, 0, NAMES)
-    assert sorted(np.concatenate(list(found.values()))) == list(range(40, 120))
 
 
 @pytest.mark.parametrize("batch_size", [100, 101])
