@@ -40,7 +40,6 @@ def evaluate(
     ``batches``: this process's share of the split; ``split_ids``: all its sample ids, [N], in its order; ``labels``:
     of the whole data set, indexed by sample id.
     """
-    was_training = model.training
     model.eval()
     K, N = model.K, len(split_ids)
     # Each process fills its own share; the sum over processes then is the whole, exactly.
@@ -54,7 +53,7 @@ def evaluate(
         true_KB1 = batch.labels.expand(K, -1)[..., None]
         predicted_KN[:, where] = logits_KBC.argmax(-1)
         log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()
-    model.train(was_training)
+    model.train()
     summed = (distributed.sum_over_processes_(x_KN).cpu().numpy() for x_KN in (predicted_KN, log_p_KN))
     return [
         Predictions(split_ids, labels[split_ids], predicted, np.exp(log_p).astype(np.float32), -float(log_p.mean()))

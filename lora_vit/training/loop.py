@@ -163,7 +163,7 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
     """
     bad_steps = pack.first_bad_step_K.tolist()
-    finite = pack.finite_K().tolist() if last else [True] * pack.K
+    finite = torch.isfinite(pack.flat.values_KP).all(1).tolist() if last else [True] * pack.K
     failed = []
     for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
         if bad_step < 0 and is_finite:

@@ -149,18 +149,12 @@ class Pack:
         return views | {name.removeprefix("trunk."): view for name, view in row.items()}
 
     def padding_is_zero(self) -> bool:
-        """Whether padded ranks are still exactly zero (they get no gradient), where a trial's values are finite."""
-        values_KP = self.flat.values_KP
-        used_KP = torch.zeros(values_KP.shape, dtype=torch.bool)
+        """Whether padded ranks are still exactly zero: they get no gradient."""
+        used_KP = torch.zeros(self.flat.values_KP.shape, dtype=torch.bool)
         for k in range(self.K):
             for view in self._views(k, used_KP[k]).values():
                 view.fill_(True)
-        padding_KP = values_KP.masked_fill(used_KP.to(values_KP.device), 0.0)
-        return not bool((padding_KP.any(1) & self.finite_K()).any())
-
-    def finite_K(self) -> Tensor:
-        """Whether all of a trial's trained values are finite, bool [K], on the device."""
-        return torch.isfinite(self.flat.values_KP).all(1)
+        return not bool(self.flat.values_KP.masked_fill(used_KP.to(self.flat.values_KP.device), 0.0).any())
 
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""

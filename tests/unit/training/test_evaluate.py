@@ -61,12 +61,11 @@ def check(found: list[Predictions]) -> None:
     assert len({p.loss for p in found}) == K
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_each_trials_predictions_in_the_splits_order(training):
-    model = Table().train(training)
+def test_each_trials_predictions_in_the_splits_order():
+    model = Table()
     check(evaluate(model, batches([2, 3, 7], [8, 11, 19], [20]), IDS, LABELS, CPU))
     assert model.modes == [False] * 3
-    assert model.training == training
+    assert model.training
 
 
 def test_the_splits_order_need_not_be_the_ids():

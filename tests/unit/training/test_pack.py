@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import pytest
 import torch
@@ -104,25 +103,14 @@ def test_a_state_of_another_model_is_refused(pack, setup):
         Pack(pack.trials, setup)
 
 
-def test_padding_is_zero_tells_moved_padding_from_values_that_are_not_finite(pack):
+def test_padding_that_has_moved_is_noticed(pack):
     take_steps(pack, 2)
-    assert pack.padding_is_zero()
-    assert pack.finite_K().tolist() == [True, True, True]
     lora_A = pack.model.trunk.encoder.layers[1].mlp[0].lora.lora_A
     with torch.no_grad():
-        for value in (math.inf, math.nan):
-            lora_A[1, 0, 4, 0] = value  # the last of rank 5, nothing padded
-            assert pack.padding_is_zero()
-            assert pack.finite_K().tolist() == [True, False, True]
-        lora_A[1, 0, 4, 0] = 1.0
-        lora_A[0, 0, 2, 31] = 1e-30  # beyond rank 2
-        assert pack.finite_K().all()
-        assert not pack.padding_is_zero()
-        lora_A[0, 0, 2, 31] = 0.0
-        pack.model.head.bias[2, 3] = -math.inf
-        lora_A[2, 0, 3, 3] = math.nan  # beyond rank 1: what is not finite spreads
+        lora_A[1, 0, 4, 0] = 1.0  # the last of rank 5
         assert pack.padding_is_zero()
-        assert pack.finite_K().tolist() == [True, True, False]
+        lora_A[0, 0, 2, 31] = 1e-30  # beyond rank 2
+    assert not pack.padding_is_zero()
 
 
 def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
