@@ -70,9 +70,6 @@ def test_every_row_is_filled(size, workers, pictures, request):
         images[0] = 0
 
 
-# --- what cannot be used
-
-
 def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers):
     root, names = pictures
     for name in names[10:35]:
@@ -126,9 +123,6 @@ def test_a_cache_that_cannot_be_written(pictures, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/file/cache cannot be written"):
         decoded(*pictures, None, tmp_path / "file" / "cache")
-
-
-# --- which files it stands for
 
 
 def test_it_is_kept_and_follows_the_files(tmp_path, monkeypatch):
@@ -196,8 +190,6 @@ def test_names_that_are_not_utf8(tmp_path):
     paint(tmp_path / name)
     assert decoded(tmp_path, [name]).images.shape == (1, 3, 8, 8)
 
-
-# --- the processes that build it
 
 BUILD = """
 print("script", flush=True)

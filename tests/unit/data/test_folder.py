@@ -52,9 +52,6 @@ def parts(tmp_path) -> Path:
     return tmp_path / "pets"
 
 
-# --- parts
-
-
 def test_given_parts_are_used_as_they_are(parts, tmp_path):
     data = load(tmp_path)
     assert shades(data) == list(range(20))
@@ -117,9 +114,6 @@ def test_what_decoding_found_is_in_the_line(tmp_path):
     assert "; values 7 .. 4095 scaled to 0 .. 255; of 1 files with several pictures the first is used" in line
 
 
-# --- what is left aside
-
-
 def test_dirt_and_our_own_files_are_left_aside_with_a_word(parts, tmp_path):
     before = load(tmp_path)
     for name in (
@@ -155,10 +149,6 @@ def test_names_that_are_not_text(tmp_path):
     (tmp_path / "pets" / "cat" / "3.png").rename(tmp_path / "pets" / "cat" / os.fsdecode(b"3caf\xe9.png"))
     data = load(tmp_path)
     assert (data.class_names, len(data.images)) == (["cat", "ch\\xe8vre", "dog"], 15)
-
-
-# --- what is refused
-
 
 
 @pytest.mark.parametrize(

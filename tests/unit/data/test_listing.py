@@ -98,9 +98,6 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     }
 
 
-# --- digests
-
-
 class Reading:
     """Digests of files below ``root``, and the names of those that were read for them."""
 

@@ -69,9 +69,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- finding it
-
-
 @pytest.mark.parametrize(
     ("made", "root"),
     [(f"in/{FOLDER}", f"in/{FOLDER}"), (f"in/{FOLDER}", "in"), ("in/mine", "in/mine"), ("in/mine", "in")],
@@ -127,9 +124,6 @@ def test_half_a_folder_and_a_folder_that_cannot_be_written(tmp_path):
     assert "another data.root or data.cache_dir" in refused(tmp_path, tmp_path / "file" / "data")
 
 
-# --- archives that cannot be used
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -176,9 +170,6 @@ def test_nothing_is_unpacked_outside_its_folder(name, tmp_path):
     assert not Path(name).is_file()
     (link_is_a_file,) = (tmp_path / "cache").glob(f"{FOLDER}-*/link")
     assert not link_is_a_file.is_symlink()
-
-
-# --- downloading it
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -242,9 +233,6 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(behaviour, ser
     message = refused(tmp_path, tmp_path / "data")
     assert f"put {ARCHIVE} or {FOLDER}/ into {tmp_path}/data, or run experiment=quickstart" in message
     assert names_in(tmp_path / "data") == []
-
-
-# --- what is in it
 
 
 @pytest.mark.parametrize("harm", ["no annotations", "no images", "an image less", "other classes"])

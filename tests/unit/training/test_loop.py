@@ -235,9 +235,6 @@ def test_an_epoch_whose_steps_are_all_taken_is_finished(stage):
     assert len(stage.of("train")) == STEPS
 
 
-# --- what is said of a trial
-
-
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_the_devices_or_the_processs(platform, unit, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if device.index == 1 else 0)

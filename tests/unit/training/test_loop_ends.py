@@ -36,9 +36,6 @@ def saved(stage) -> list[tuple[int, ...]]:
     return [e[:3] for e in stage.of("save")]
 
 
-# --- trials that go bad
-
-
 @pytest.mark.parametrize(("clip", "remedy"), [(None, "optimizer.lr or optimizer.clip_norm=1"), (0.5, "optimizer.lr")])
 def test_a_bad_trial_fails_at_the_next_row_and_the_others_continue(clip, remedy, stage):
     """Its step is counted from 1; it leaves no row at the step at which it is found."""
@@ -116,9 +113,6 @@ def test_a_pack_is_freed_when_trials_leave_it(stage):
     finally:
         gc.enable()
     assert alive == [{"LoRAAdapters"}, set()], "the shared trunk carries them until the next pack"
-
-
-# --- asked to stop
 
 
 def test_a_stop_is_saved_after_its_step(stage):
@@ -227,9 +221,6 @@ def test_an_error_is_left_to_the_caller(stage):
     trial.close()
 
 
-# --- several processes
-
-
 def test_the_request_rides_on_the_next_step(stage):
     """All processes learn of it by the step's sum."""
     stop = StopRequest()
@@ -276,9 +267,6 @@ def test_all_processes_answer_alike(world_size, device, logging, signum, summed,
     stop = StopRequest()
     stop.signum = signum
     assert stop_requested(pack, stop, logging) is stops
-
-
-# --- claims that are lost
 
 
 def test_a_trial_that_another_process_took_is_written_no_more(stage):

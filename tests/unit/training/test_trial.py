@@ -64,9 +64,6 @@ def failed_at(step) -> dict:
     return {"status": "failed", "error": {"message": "x", "step": step, "traceback": None}}
 
 
-# --- from scratch, resumed, refused
-
-
 def test_a_new_trial(tmp_path):
     before = time.time()
     trial = opened(tmp_path / "a", hydra_files={"config.yaml": "a: ä\n"})
@@ -187,9 +184,6 @@ def test_the_record_of_a_completed_trial(tmp_path):
         completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
 
-# --- what is removed
-
-
 def test_a_restart_removes_what_a_trial_writes_and_nothing_else(tmp_path):
     """What Hydra's own callbacks put into ``.hydra`` is not ours."""
     assert set(OWN_FILES) == {
@@ -218,9 +212,6 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         (tmp_path / "a" / name).write_text("x")
     opened(tmp_path / "a").close()
     assert [name for name in ours + theirs if (tmp_path / "a" / name).exists()] == theirs
-
-
-# --- ends
 
 
 def closed(trial: TrialRun) -> bool:
@@ -278,9 +269,6 @@ def test_a_rank_that_writes_nothing_ends_alike():
         assert trial.record.status == status
 
 
-# --- whose trial it is
-
-
 @pytest.mark.parametrize(
     "write",
     [
@@ -318,9 +306,6 @@ def test_rows_of_steps_ask_now_and_then(tmp_path, monkeypatch):
         trial.log_step(1, 0, 1.0, 1.0, 1.0)
     assert asked == [1.0, 11.0, 500.0]
     trial.close()
-
-
-# --- locks
 
 
 def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
