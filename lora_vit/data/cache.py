@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -52,15 +53,12 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
     if digests is None:
         return None
     content = content_of(class_names, labels, ids, digests)
-
-    def decode_all(size: int | None) -> Decoded:
-        return decoded(root, names, digests, size, wanted.cache_dir, wanted.quiet)
-
+    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, wanted.quiet)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
 def decoded(
-    root: Path, names: list[str], digests: np.ndarray, size: int | None, cache_dir: Path, quiet: bool
+    root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool, size: int | None
 ) -> Decoded:
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
@@ -71,9 +69,9 @@ def decoded(
         root: folder of the files.
         names: their paths below it, in the order of the array.
         digests: sha256 of each, uint8 [N, 32].
-        size: pixels of each side, None for the images' own (then all must agree).
         cache_dir: where caches lie.
         quiet: no progress.
+        size: pixels of each side, None for the images' own (then all must agree).
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """

@@ -20,22 +20,17 @@ HEARTBEAT_EVERY = 30.0
 
 
 class Reporter:
-    """Reports to the user how training goes. The methods do nothing here."""
+    """Reports to the user how training goes. The methods do nothing here.
 
-    def started(self, pack: Pack) -> None:
-        """Called before the first step."""
+    Called before the first step (``started``), after every step (``advance``), at logging steps (``step``), after each
+    epoch of each trial (``epoch``), and when a trial is completed or failed (``left``).
+    """
 
-    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
-        """Called at logging steps."""
-
-    def advance(self, pack: Pack) -> None:
-        """Called after every step."""
-
-    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
-        """Called after each epoch of each trial."""
-
-    def left(self, trial: TrialRun) -> None:
-        """Called when a trial is completed or failed."""
+    def started(self, pack: Pack) -> None: ...
+    def advance(self, pack: Pack) -> None: ...
+    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...
+    def left(self, trial: TrialRun) -> None: ...
 
 
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:

@@ -208,7 +208,7 @@ root, place = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted(p.name for p in root.iterdir())
 digests = digests_of(root, names, place, True)
 with reporting():
-    sys.exit(len(cache.decoded(root, names, digests, None, place, True).images) - len(names))
+    sys.exit(len(cache.decoded(root, names, digests, place, True, None).images) - len(names))
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 
