@@ -65,13 +65,8 @@ def decoded(
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
     not. Runs that start together wait for the first. It appears whole or not at all.
 
-    Args:
-        root: folder of the files.
-        names: their paths below it, in the order of the array.
-        digests: sha256 of each, uint8 [N, 32].
-        cache_dir: where caches lie.
-        quiet: no progress.
-        size: pixels of each side, None for the images' own (then all must agree).
+    ``names``: paths below ``root``, in the order of the array; ``digests``: sha256 of each, uint8 [N, 32]; ``size``:
+    pixels of each side, None for the images' own (then all must agree).
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """

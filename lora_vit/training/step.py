@@ -30,12 +30,8 @@ def train_step(pack: Pack, images: Tensor, labels_KB: Tensor, lr_K1: Tensor, sto
     A trial's loss is the mean over its own images, and the losses are summed over trials, so that each trial's
     gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged from then on.
 
-    Args:
-        pack: updated.
-        images: normalised, of all streams, [G*B, 3, H, W].
-        labels_KB: int64.
-        lr_K1: learning rates.
-        stop: whether this process was asked to stop; summed over processes into ``pack.flat.stop``.
+    ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which is
+    summed over processes into ``pack.flat.stop``.
     """
     flat = pack.flat
     pack.dropout.set(pack.step_K, pack.position_B)

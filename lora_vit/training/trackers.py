@@ -45,8 +45,7 @@ class TensorBoard:
     def log_hparams(self) -> None:
         """Called at the end of a trial that is completed: what a sweep varies, and the final metric.
 
-        TensorBoard's view shows five columns by itself, the first of the alphabet: short names bring the main ones
-        there.
+        The view shows five columns by itself, the first of the alphabet: short names bring the main ones there.
         """
         c = self.record.config
         hparams = {
