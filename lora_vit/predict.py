@@ -66,14 +66,14 @@ def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
 
     Raises ConfigError where there are none.
     """
-    from lora_vit.data.files import PassedOver, images_below
+    from lora_vit.data.files import Listing
 
     images: list[Path] = []
-    passed = PassedOver()
+    files = Listing(cache_dir)
     for path in given:
-        images += [path / name for name in images_below(path, "", cache_dir, passed)] if path.is_dir() else [path]
-    if passed.names:
-        print(f"passed over: {', '.join(passed.lines())}", file=sys.stderr)
+        images += [path / name for name in files.images(path, "")] if path.is_dir() else [path]
+    if files.passed:
+        print(f"passed over: {', '.join(files.lines())}", file=sys.stderr)
     if not images:
         raise ConfigError(f"no image below {', '.join(_printable(str(path)) for path in given)}: give image files")
     return images

@@ -41,7 +41,7 @@ def decoded(root: Path, names: list[str], size: int | None = None, place: Path |
     place = place or root / "cache"
     digests = digests_of(root, names, place, True)
     assert digests is not None
-    return cache.decoded(root, names, digests, size, place, True)
+    return cache.decoded(root, names, digests, place, True, size)
 
 
 def shades(data: ImageData | Decoded) -> list[int]:

@@ -15,17 +15,16 @@ from plain_trials import plain_trial
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
 from lora_vit.stopping import StopRequest
-from lora_vit.training import loop, trackers
+from lora_vit.training import loop, trial
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import TrialFiles
 from lora_vit.training.trial import TrialRun
 
 STEPS = 4
 """Of an epoch: 32 training images in batches of 8."""
 SMALL = {"data.train_per_class": 8, "trainer.log_every": 3}
-WRITES = ("log_step", "log_epoch", "write_results", "log_hparams", "say", "close")
+WRITES = ("log_step", "log_epoch", "write_results", "say", "close")
 
 
 @functools.cache
@@ -51,7 +50,7 @@ class Stage(Reporter):
         self.after: dict[int, Callable[[Pack], None]] = {}
         self.making: dict[int, Callable[[None], None]] = {}
         monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        monkeypatch.setattr(trackers, "EPOCH_CHECKPOINT_EVERY", 0.0)
+        monkeypatch.setattr(trial, "EPOCH_CHECKPOINT_EVERY", 0.0)
         self._watch_packs(monkeypatch)
         self._watch_files(monkeypatch)
 
@@ -80,18 +79,19 @@ class Stage(Reporter):
 
     def _watch_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def watch(name: str, noted: Callable[..., tuple[Any, ...]]) -> None:
-            write = getattr(TrialFiles, name)
+            write = getattr(TrialRun, name)
 
-            def watched(files, *args):
-                self.note(name, files.record.config["seed"], *noted(files, *args))
-                return write(files, *args)
+            def watched(run, *args):
+                if run.folder is not None:
+                    self.note(name, run.config.seed, *noted(run, *args))
+                return write(run, *args)
 
-            monkeypatch.setattr(TrialFiles, name, watched)
+            monkeypatch.setattr(TrialRun, name, watched)
 
         for name in WRITES:
-            watch(name, lambda files, *args: args)
-        watch("write_record", lambda f: (f.record.status, dict(f.record.metrics), dict(f.record.cost)))
-        watch("save_checkpoint", lambda f: (f.state.epoch, f.state.step_in_epoch, f.state.seconds, f.state.loss_sum))
+            watch(name, lambda run, *args: args)
+        watch("write_record", lambda run: (run.record.status, dict(run.record.metrics), dict(run.record.cost)))
+        watch("save", lambda run: (run.state.epoch, run.state.step_in_epoch, run.state.seconds, run.state.loss_sum))
 
     def trials(self, *seeds: int, **changes: object) -> list[TrialRun]:
         """Trials in folders that are named by their seeds; ``trainer__epochs=1`` changes a setting."""
@@ -147,4 +147,4 @@ def raised(error: type[BaseException]) -> Callable[[object], None]:
 
 def spoilt(k: int, step: int) -> Callable[[Pack], None]:
     """The k-th trial's step, counted from 0, turns out bad."""
-    return lambda pack: pack.step_state.first_bad_step_K.__setitem__(k, step)
+    return lambda pack: pack.first_bad_step_K.__setitem__(k, step)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
-from lora_vit.data.device import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,6 +27,17 @@ CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor on the device; the host continues while a GPU copies.
+
+    From pageable memory a copy makes the host wait whatever is asked for, hence the pinned copy.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def resampling_matrix(
     start_B: Tensor, length_B: Tensor, flip_B: Tensor, source: int, target: int, bicubic: bool = False
 ) -> Tensor:
@@ -35,14 +45,7 @@ def resampling_matrix(
 
     A triangle filter, or Keys's cubic one with a = -0.5 (1981), whose support grows with the scale when shrinking,
     weights normalised over the pixels inside the box, as in PIL and torchvision's ``resized_crop(antialias=True)``.
-
-    Args:
-        start_B: first pixel of the box.
-        length_B: pixels of the box.
-        flip_B: whether the output is mirrored, bool.
-        source: pixels of the image along this axis.
-        target: pixels of the output.
-        bicubic: the cubic filter.
+    ``source``: pixels of the whole image along this axis; ``flip_B``: whether the output is mirrored.
     """
     device = start_B.device
     start, length = start_B.double()[:, None, None], length_B.double()[:, None, None]
@@ -89,8 +92,7 @@ class Transform:
         augment: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``.
         device: where it runs and returns.
         dtype: of the result; the arithmetic is float32 (float64 for a float64 result).
-        mean: of each colour in [0, 1], subtracted.
-        std: of each colour, divided by.
+        mean, std: of each colour in [0, 1].
         bicubic: resampled so, not bilinearly.
     """
 
@@ -114,13 +116,9 @@ class Transform:
         self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        """Augmented and normalised, [B, 3, S, S]; image i's draws depend on (seed, epoch, ids[i]) alone.
+        """Augmented and normalised, [B, 3, S, S], of uint8 images [B, 3, h, w] on the device.
 
-        Args:
-            images: uint8 [B, 3, h, w], on the device.
-            seed: the trial's.
-            epoch: from 0.
-            ids: sample ids, int64 [B].
+        Image i's draws depend on (seed, epoch, ids[i]) alone.
         """
         if self.augment == "none":
             return self.eval(images)
@@ -141,10 +139,10 @@ class Transform:
             return self._normalise(images.to(self.work_dtype)).to(self.dtype)
         if (h, w) not in self._whole:
             zero, no = torch.zeros(1, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device)
-            self._whole[h, w] = (
-                resampling_matrix(zero, zero + h, no, h, self.image_size, self.bicubic),
-                resampling_matrix(zero, zero + w, no, w, self.image_size, self.bicubic),
+            rows, columns = (
+                resampling_matrix(zero, zero + side, no, side, self.image_size, self.bicubic) for side in (h, w)
             )
+            self._whole[h, w] = rows, columns
         return self._resample(images, *self._whole[h, w])
 
     def _resample(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

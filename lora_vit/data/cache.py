@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +21,7 @@ import numpy as np
 
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of, shown
 from lora_vit.data.decode import Job, Note, decode, end_with
-from lora_vit.data.files import PassedOver, digests_of, locked_in, writing_to
+from lora_vit.data.files import Listing, digests_of, locked_in, writing_to
 from lora_vit.errors import ConfigError
 from lora_vit.files import write_json
 from lora_vit.terminal import Progress
@@ -38,11 +40,10 @@ Parts = dict[str, list[tuple[str, int]]]
 """The images of each part: their paths below the data set's folder, and their labels."""
 
 
-def found_in(root: Path, class_names: list[str], parts: Parts, passed: PassedOver, wanted: Wanted) -> Found | None:
+def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, wanted: Wanted) -> Found | None:
     """The data set of the images in ``parts``, which lie below ``root``; None if they may not be read and have to be.
 
-    Raises:
-        OSError, ConfigError: as :func:`~lora_vit.data.files.digests_of`.
+    Raises OSError and ConfigError as :func:`~lora_vit.data.files.digests_of`.
     """
     names = [name for images in parts.values() for name, _ in images]
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
@@ -52,41 +53,32 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: PassedOve
     if digests is None:
         return None
     content = content_of(class_names, labels, ids, digests)
-
-    def decode_all(size: int | None) -> Decoded:
-        return decoded(root, names, digests, size, wanted.cache_dir, wanted.quiet)
-
+    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, wanted.quiet)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
 def decoded(
-    root: Path, names: list[str], digests: np.ndarray, size: int | None, cache_dir: Path, quiet: bool
+    root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool, size: int | None
 ) -> Decoded:
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
     not. Runs that start together wait for the first. It appears whole or not at all.
 
-    Args:
-        root: folder of the files.
-        names: their paths below it; their order is the order of the array.
-        digests: sha256 of each, uint8 [N, 32].
-        size: pixels of each side, None for the images' own (then all must agree).
-        cache_dir: where caches lie.
-        quiet: no progress.
+    ``names``: paths below ``root``, in the order of the array; ``digests``: sha256 of each, uint8 [N, 32]; ``size``:
+    pixels of each side, None for the images' own (then all must agree).
 
-    Raises:
-        ConfigError: broken images (all named at once), images of several sizes, no space, or a folder that
-            cannot be written.
+    Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
     key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
     found = _open(path, len(names))
     if found is None:
         with writing_to(cache_dir), locked_in(cache_dir, path.name):
-            found = _open(path, len(names))  # perhaps another run has just made it
-            if found is None:
-                found = _build(root, names, digests, size, path, quiet)
+            if _open(path, len(names)) is None:  # no other run has just made it
+                _build(root, names, digests, size, path, quiet)
+            found = _open(path, len(names))
+        assert found is not None, path
     return found
 
 
@@ -102,33 +94,43 @@ def _open(path: Path, count: int) -> Decoded | None:
         return None
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> Decoded:
+def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
     shape = (len(names), *_first_shape(root, names, size))
-    needed = int(np.prod(shape))
-    free = shutil.disk_usage(path.parent).free
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
-        raise ConfigError(
-            f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB: "
-            "give another data.cache_dir, or a smaller data.cache_size"
-        )
+        lacking = f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB"
+        raise ConfigError(f"{lacking}: give another data.cache_dir, or a smaller data.cache_size")
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = Job(str(root), size, shape, str(partial), offset)
         notes = _run(job, names, digests, quiet)
-        deep = [note.values for note in notes if note.values is not None]
-        if deep:  # one range for all, so that equal values stay equal
+        if deep := [values for _, kind, values in notes if kind == "values"]:
+            # one range for all, so that equal values stay equal
             job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
             notes = _run(job, names, digests, quiet)
-        _refuse(root, notes, f"{shape[3]}x{shape[2]}")
+        broken = sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken")
+        if broken:
+            more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+            count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
+            raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; repair or remove them")
+        for name, other in sorted((name, other) for name, kind, other in notes if kind == "size"):
+            differs = f"{shown(root / name)} is {other}, other images are {shape[3]}x{shape[2]}"
+            raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        beside = job.value_range, sum(note.has_more for note in notes)
-        write_json(path.with_suffix(".json"), beside)
+        write_json(path.with_suffix(".json"), [job.value_range, sum(kind == "more" for _, kind, _ in notes)])
         os.replace(partial, path)
-        return Decoded(np.load(path, mmap_mode="r"), *beside)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _first_shape(root: Path, names: list[str], size: int | None) -> tuple[int, ...]:
+    """The shape of any image that decodes; where none does, all are named later."""
+    for name in names:
+        with contextlib.suppress(ConfigError):
+            return decode(root / name, size, (-1e39, 1e39)).shape
+    return (3, 1, 1)
 
 
 def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Note]:
@@ -145,30 +147,21 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[N
     length = max(1, min(_CHUNK, len(names) // (8 * count)))
     starts = range(0, len(names), length)
     chunks = (delayed(job.run)(i, names[i : i + length], digests[i : i + length]) for i in starts)
+    how = {"return_as": "generator", "idle_worker_timeout": _IDLE_SECONDS}
+    pool = Parallel(count, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
     notes: list[Note] = []
-    with Progress("decoding images", len(names), quiet) as bar:
-        pool = Parallel(
-            count,
-            backend="loky",
-            return_as="generator",
-            idle_worker_timeout=_IDLE_SECONDS,
-            initializer=end_with,
-            initargs=(os.getpid(),),
-        )
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore")  # joblib's, of work that it cancels
-                with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
-                    answers = stack.enter_context(contextlib.closing(pool(chunks)))
-                for start, answer in zip(starts, answers, strict=True):
-                    notes += answer
-                    bar.advance(min(length, len(names) - start))
-        except BrokenProcessPool:
-            raise ConfigError(
-                f"a process that decodes images below {shown(job.root)} died: is there enough memory, are these images "
-                "sound?"
-            ) from None
+    try:
+        with Progress("decoding images", len(names), quiet) as bar, contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # joblib's, of work that it cancels
+            with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
+                answers = stack.enter_context(contextlib.closing(pool(chunks)))
+            for start, answer in zip(starts, answers, strict=True):
+                notes += answer
+                bar.advance(min(length, len(names) - start))
+    except BrokenProcessPool:
+        died = f"a process that decodes images below {shown(job.root)} died"
+        raise ConfigError(f"{died}: is there enough memory, are these images sound?") from None
     return notes
 
 
@@ -184,27 +177,3 @@ def _without_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _refuse(root: Path, notes: list[Note], usual: str) -> None:
-    """Raise the one error that names all broken images, or an image of another size."""
-    broken = sorted(f"{shown(note.name)} ({note.broken})" for note in notes if note.broken)
-    if broken:
-        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        count = "1 broken image" if len(broken) == 1 else f"{len(broken)} broken images"
-        named = ", ".join(broken[:_NAMED])
-        raise ConfigError(f"{count} below {shown(root)}: {named}{more}; repair or remove them")
-    for note in sorted(notes, key=lambda note: note.name):
-        if note.other_size:
-            raise ConfigError(
-                f"{shown(root / note.name)} is {note.other_size}, other images are {usual}: give data.cache_size to "
-                "bring all to one size"
-            )
-
-
-def _first_shape(root: Path, names: list[str], size: int | None) -> tuple[int, ...]:
-    """The shape of any image that decodes; where none does, all are named later."""
-    for name in names:
-        with contextlib.suppress(ConfigError):
-            return decode(root / name, size, (-1e39, 1e39)).shape
-    return (3, 1, 1)

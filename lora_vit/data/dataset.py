@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,8 @@ class Wanted:
     cache_dir: Path
     official_val: bool = False
     cache_size: int | None = None
-    quiet: bool = False
-    """Show no progress."""
-    fetch: bool = True
-    """Download and read what is not known yet; without it a loader returns None instead."""
+    quiet: bool = False  # show no progress
+    fetch: bool = True  # download and read what is not known yet; without it a loader returns None instead
 
 
 class Decoded(NamedTuple):
@@ -41,52 +39,26 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a data set consists of, before it is decoded and divided.
+    """What a data set consists of, before it is decoded and divided."""
 
-    Attributes:
-        labels: int64 [N], indices into ``class_names``.
-        class_names: one per class.
-        parts: sample ids, int64, of ``train`` and of what is given apart: ``val``, ``test``, ``official_val``.
-        content: which images with which classes, as :func:`content_of` says it.
-        decode: the images at a number of pixels (None: their own).
-        passed_over: what lies among them and is not used, a line for each kind.
-        digests: sha256 of each image's file, uint8 [N, 32], where there are files.
-    """
-
-    labels: np.ndarray
+    labels: np.ndarray  # int64 [N], indices into class_names
     class_names: list[str]
-    parts: dict[str, np.ndarray]
-    content: str
-    decode: Callable[[int | None], Decoded]
-    passed_over: tuple[str, ...] = ()
-    digests: np.ndarray | None = None
+    parts: dict[str, np.ndarray]  # sample ids, int64, of train and of what is given apart: val, test, official_val
+    content: str  # which images with which classes, as content_of says it
+    decode: Callable[[int | None], Decoded]  # the images at a number of pixels (None: their own)
+    passed_over: tuple[str, ...] = ()  # what lies among them and is not used, a line for each kind
+    digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
 
 
-@dataclass(frozen=True)
-class ImageData:
-    """A decoded data set.
+@dataclass(frozen=True, kw_only=True)
+class ImageData(Found):
+    """A decoded and divided data set."""
 
-    Attributes:
-        images: uint8 [N, 3, h, w], perhaps a read-only memory map.
-        labels: int64 [N], indices into ``class_names``.
-        class_names: one per class.
-        splits: ``train``, ``val``, ``test`` and perhaps ``official_val``; sorted sample ids, int64.
-        fingerprint: hex digest of content, labels and splits.
-        passed_over: what lies among the files and is not used.
-        value_range: what became 0 and 255 where the files have more than 8 bits.
-        also_in_train: images of each split whose file ``train`` has too.
-        with_more: files of which only the first picture (page, frame) is used.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: list[str]
-    splits: dict[str, np.ndarray]
-    fingerprint: str
-    passed_over: tuple[str, ...] = ()
+    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map; the next two as in Decoded
     value_range: Range | None = None
-    also_in_train: dict[str, int] = field(default_factory=dict)
     with_more: int = 0
+    splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
+    fingerprint: str  # hex digest of content and splits
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
@@ -105,22 +77,30 @@ class ImageData:
             text += f"; {width}x{height} px, enlarged to {image_size} px"
         if self.value_range is not None:
             text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.value_range)
-        for name, count in self.also_in_train.items():
-            text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
+        if self.digests is not None:
+            first = self.digests[:, :8].copy().view(np.uint64)[:, 0]
+            for name, ids in self.splits.items():
+                count = np.isin(first[ids], first[self.splits["train"]]).sum()
+                text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
         text += f"; of {self.with_more:,} files with several pictures the first is used" if self.with_more else ""
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
+
+
+def in_memory(
+    images: np.ndarray, labels: np.ndarray, class_names: list[str], parts: dict[str, np.ndarray] | None = None
+) -> Found:
+    """A data set whose decoded images are at hand; without ``parts`` all are for training and what is split off."""
+    images = np.ascontiguousarray(images)
+    parts = parts or {"train": np.arange(len(labels))}
+    digest = np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8)
+    content = content_of(class_names, labels, parts, digest)
+    return Found(labels, class_names, parts, content, lambda _: Decoded(images))
 
 
 def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.ndarray], digests: np.ndarray) -> str:
     """``N images, C classes, sha256 ...``: which images there are, in which order, class and part.
 
-    File names and places do not count.
-
-    Args:
-        class_names: one per class.
-        labels: int64 [N].
-        parts: sample ids by name.
-        digests: sha256 of each image's file, or of all images, uint8 [..., 32].
+    File names and places do not count. ``digests``: sha256 of each image's file, or of all images, uint8 [..., 32].
     """
     digest = hashlib.sha256(json.dumps([class_names, sorted(parts)]).encode())
     for values in (labels, *(parts[name] for name in sorted(parts))):

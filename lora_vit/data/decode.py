@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -30,37 +31,23 @@ def decode(file: Path, size: int | None, value_range: Range | None = None) -> np
     """An image file as RGB, uint8 [3, h, w]; with ``size`` its short side resized (antialiased) and centre-cropped.
 
     Turned upright where its EXIF data says so. Transparency is dropped. Pixels of 16 or 32 bits are mapped from
-    ``value_range`` to 0 .. 255.
-
-    Raises:
-        ConfigError: it cannot be read as an image, or has more than 8 bits and there is no range.
+    ``value_range`` to 0 .. 255. Raises ConfigError where it cannot be read, or has such pixels and there is no range.
     """
     try:
-        image, _ = _opened(file, size)
-        if value_range is None and (found := _values(image)) is not None:
-            raise ValueError("its values are {:g} .. {:g}, not 8-bit as those trained on".format(*found))
-        return _pixels(image, size, value_range)
+        pixels, _ = _decoded(file, size, value_range)
+        if isinstance(pixels, tuple):
+            raise ValueError("its values are {:g} .. {:g}, not 8-bit as those trained on".format(*pixels))
+        return pixels
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
         raise ConfigError(f"{shown(file)} cannot be read as an image ({_reason(error)})") from None
 
 
-@dataclass(frozen=True)
-class Note:
-    """What there is to say of a file that was decoded.
+Note = tuple[str, str, Any]
+"""What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
-    Attributes:
-        name: of the file.
-        broken: why it cannot be used.
-        other_size: ``WIDTHxHEIGHT`` where that is not the array's.
-        values: smallest and largest, where it has more than 8 bits and there is no range to scale them by.
-        has_more: it holds further pictures (pages, frames).
-    """
-
-    name: str
-    broken: str = ""
-    other_size: str = ""
-    values: Range | None = None
-    has_more: bool = False
+``broken``: why it cannot be used. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``: smallest and
+largest, where it has more than 8 bits and there is no range to scale them by. ``more``: it holds further pictures.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,35 +62,29 @@ class Job:
     value_range: Range | None = None
 
     def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> list[Note]:
-        """Decode the files into rows ``start`` and on; returns what there is to say of some.
-
-        Raises:
-            OSError: ``out`` cannot be written.
-        """
+        """Decode the files into rows ``start`` and on; returns what there is to say of some. Raises OSError."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        notes = [self._decode(*each) for each in zip(rows, names, digests, strict=True)]
+        notes = [self._fill(*each) for each in zip(rows, names, digests, strict=True)]
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
             file.write(rows.data)
-        return [note for note in notes if note != Note(note.name)]
+        return [note for note in notes if note is not None]
 
-    def _decode(self, row: np.ndarray, name: str, digest: np.ndarray) -> Note:
+    def _fill(self, row: np.ndarray, name: str, digest: np.ndarray) -> Note | None:
         try:
             content = Path(self.root, name).read_bytes()
             if hashlib.sha256(content).digest() != digest.tobytes():
-                return Note(name, "it changed while it was read: run the command again")
-            image, has_more = _opened(io.BytesIO(content), self.size)
-            values = _values(image)
-            if values is not None and self.value_range is None:
-                return Note(name, values=values)
-            pixels = _pixels(image, self.size, self.value_range)
+                return name, "broken", "it changed while it was read: run the command again"
+            pixels, has_more = _decoded(io.BytesIO(content), self.size, self.value_range)
         except Exception as error:
-            return Note(name, _reason(error))
+            return name, "broken", _reason(error)
+        if isinstance(pixels, tuple):
+            return name, "values", pixels
         if pixels.shape != row.shape:
-            return Note(name, other_size=f"{pixels.shape[2]}x{pixels.shape[1]}")
+            return name, "size", f"{pixels.shape[2]}x{pixels.shape[1]}"
         row[:] = pixels
-        return Note(name, has_more=has_more)
+        return (name, "more", None) if has_more else None
 
 
 def end_with(parent: int) -> None:
@@ -123,55 +104,48 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _opened(file: io.BytesIO | Path, size: int | None) -> tuple[Image.Image, bool]:
-    """The first picture of a file, upright, and whether the file holds more."""
+def _decoded(file: io.BytesIO | Path, size: int | None, value_range: Range | None) -> tuple[np.ndarray | Range, bool]:
+    """The first picture of a file, upright, uint8 [3, h, w], and whether the file holds more.
+
+    Smallest and largest value take the pixels' place where there are more than 8 bits and no range to scale them by.
+    """
     # The user's own files: large ones are no attack.
     Image.MAX_IMAGE_PIXELS = None
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
-    with warnings.catch_warnings(), Image.open(file) as image:
+    with warnings.catch_warnings(), Image.open(file) as opened:
         warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
         if size is not None:
-            image.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
-        kept_upper_bits = image.mode in ("RGB", "RGBA") and ";16" in str(image.tile)
-        image.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
-        image.load()
-        if kept_upper_bits and (brightest := int(np.asarray(image)[..., :3].max())) < _DARK:
+            opened.draft("RGB", (size, size))  # JPEG decodes straight to a size not below this
+        kept_upper_bits = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)
+        opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
+        opened.load()
+        if kept_upper_bits and (brightest := int(np.asarray(opened)[..., :3].max())) < _DARK:
             raise ValueError(
-                f"16-bit {image.mode} with values up to {256 * brightest + 255} of 65535, of which the upper 8 bits "
+                f"16-bit {opened.mode} with values up to {256 * brightest + 255} of 65535, of which the upper 8 bits "
                 "are black: convert it to 8 bits"
             )
-        upright = ImageOps.exif_transpose(image)  # a copy, which the look at further pictures leaves alone
+        image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
         has_more = False
         with contextlib.suppress(Exception):  # what follows the first picture may be damaged
-            has_more = image.format != "MPO" and bool(getattr(image, "is_animated", False))  # MPO: with its preview
-        return upright, has_more
-
-
-def _values(image: Image.Image) -> Range | None:
-    """Smallest and largest value of an image of more than 8 bits, None for others.
-
-    Raises:
-        ValueError: values that are not finite.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return None
-    grey = np.asarray(image)
-    if not np.isfinite(grey).all():
-        raise ValueError("it has values that are not finite")
-    return float(grey.min()), float(grey.max())
-
-
-def _pixels(image: Image.Image, size: int | None, value_range: Range | None) -> np.ndarray:
-    if value_range is not None and (found := _values(image)) is not None:
-        # Pillow's own conversion clips at 255 instead of scaling.
-        low, high = value_range
-        grey = np.asarray(image).astype(np.float64)
-        if np.mean((grey < low) | (grey > high)) > 0.5:
-            raise ValueError("its values are {:g} .. {:g}, those trained on {:g} .. {:g}".format(*found, low, high))
-        scaled = (grey - low) * (256 / max(high - low + (image.mode != "F"), 1e-30))
-        image = Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
+            has_more = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))  # MPO: with its preview
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image)
+        if not np.isfinite(grey).all():
+            raise ValueError("it has values that are not finite")
+        values = float(grey.min()), float(grey.max())
+        if value_range is None:
+            return values, has_more
+        image = Image.fromarray(_scaled(grey.astype(np.float64), values, value_range, image.mode != "F"))
     if image.mode != "RGB":
         image = image.convert("RGB")
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), has_more
+
+
+def _scaled(grey: np.ndarray, values: Range, value_range: Range, whole: bool) -> np.ndarray:
+    """Values mapped from a range to 0 .. 255 (Pillow's own conversion clips at 255); ``whole``: they are integers."""
+    low, high = value_range
+    if np.mean((grey < low) | (grey > high)) > 0.5:
+        raise ValueError("its values are {:g} .. {:g}, those trained on {:g} .. {:g}".format(*values, low, high))
+    return np.clip((grey - low) * (256 / max(high - low + whole, 1e-30)), 0, 255).astype(np.uint8)

@@ -25,8 +25,6 @@ from lora_vit.files import locked, replacing
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Progress
 
-_OWN_FILES = (RECORD, PLAN, ".lock", CHECKPOINT)
-"""Files that mark a folder of ours: a trial's or a sweep's."""
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
@@ -34,28 +32,10 @@ _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.B
 _UNSETTLED = 2_000_000_000
 """Nanoseconds for which a file that was just changed may change again without its time showing it."""
 _STAT = struct.Struct("=qqqQ")
+"""Size, time of writing, time of change and inode."""
 _CHUNK = 256
 _NAMED = 3
 """Files of a kind that one line names."""
-
-
-@dataclass
-class PassedOver:
-    """Files among the images that are not used: their names by the reason."""
-
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        """Count a file or folder."""
-        self.names.setdefault(reason, []).append(shown(name))
-
-    def lines(self) -> tuple[str, ...]:
-        """``3 hidden (.DS_Store, ...)`` for each reason."""
-        told = []
-        for reason, names in self.names.items():
-            more = ", ..." if len(names) > _NAMED else ""
-            told.append(f"{len(names):,} {reason} ({', '.join(names[:_NAMED])}{more})")
-        return tuple(told)
 
 
 @functools.cache
@@ -63,73 +43,85 @@ def image_endings() -> frozenset[str]:
     """Lower-case endings of all files that Pillow opens."""
     from PIL import Image
 
-    return frozenset(
-        ending
-        for ending, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in _NO_PIXELS
-    )
+    extensions = Image.registered_extensions()  # fills OPEN
+    return frozenset(ending for ending, kind in extensions.items() if kind in Image.OPEN.keys() - _NO_PIXELS)
 
 
-def is_own(folder: Path | str, cache_dir: Path) -> bool:
-    """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""
-    folder = Path(folder)
-    if folder.resolve() == cache_dir.resolve() or any((folder / name).exists() for name in _OWN_FILES):
-        return True
-    if folder.name in ("tensorboard", "summary"):  # of a run or a sweep whose folder is that of the images
-        return any((folder.parent / name).exists() for name in (RECORD, PLAN))
-    return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
+@dataclass
+class Listing:
+    """Lists folders and images, sorted, and remembers what it passes over: names by the reason. Links are followed."""
 
+    cache_dir: Path
+    passed: dict[str, list[str]] = field(default_factory=dict)
 
-def _entries(root: Path, place: str, cache_dir: Path, passed: PassedOver) -> Iterator[tuple[str, bool]]:
-    """Paths from ``root`` of the folders (true) and images in ``place``, sorted; links are followed."""
-    for entry in sorted(os.scandir(os.path.join(root, place)), key=lambda e: e.name):
-        name = os.path.join(place, entry.name)
-        if entry.name.startswith("."):
-            passed.add("hidden", name)
-        elif entry.name in _SYSTEM:
-            passed.add("of the file system", name)
-        elif entry.is_dir():
-            if is_own(entry.path, cache_dir):
-                passed.add("of lora_vit's own", name)
-            else:
-                yield name, True
-        elif not entry.is_file():
-            passed.add("broken links", name)
-        elif os.path.splitext(name)[1].lower() in image_endings():
-            yield name, False
-        else:
-            passed.add("no images", name)
+    def skip(self, reason: str, name: str) -> None:
+        """Count a file or folder that is passed over."""
+        self.passed.setdefault(reason, []).append(shown(name))
 
+    def lines(self) -> tuple[str, ...]:
+        """``3 hidden (.DS_Store, ...)`` for each reason."""
+        return tuple(
+            f"{len(names):,} {reason} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+            for reason, names in self.passed.items()
+        )
 
-def folders_in(root: Path, cache_dir: Path, passed: PassedOver) -> list[str]:
-    """Sorted names of the folders in ``root`` (links too) that are neither hidden nor our own."""
-    found = []
-    for name, is_folder in _entries(root, "", cache_dir, passed):
-        if is_folder:
-            found.append(name)
-        else:
-            passed.add("images outside the class folders", name)
-    return found
-
-
-def images_below(root: Path, folder: str, cache_dir: Path, passed: PassedOver) -> list[str]:
-    """Sorted paths, relative to ``root``, of the images in a folder and its sub-folders; links are followed."""
-    found: list[str] = []
-
-    def walk(place: str, above: frozenset[str]) -> None:
-        here = os.path.realpath(root / place)
-        if here in above:
-            passed.add("links that lead back", place)
-            return
-        for name, is_folder in _entries(root, place, cache_dir, passed):
+    def folders(self, root: Path) -> list[str]:
+        """Names of the folders in ``root`` that are neither hidden nor our own."""
+        found = []
+        for name, is_folder in self._entries(root, ""):
             if is_folder:
-                walk(name, above | {here})
-            else:
                 found.append(name)
+            else:
+                self.skip("images outside the class folders", name)
+        return found
 
-    top = root / folder
-    walk(folder, frozenset(map(os.path.realpath, {*top.absolute().parents, *top.resolve().parents})))
-    return sorted(found)
+    def images(self, root: Path, folder: str) -> list[str]:
+        """Paths, relative to ``root``, of the images in a folder of it and its sub-folders."""
+        found: list[str] = []
+
+        def walk(place: str, above: frozenset[str]) -> None:
+            here = os.path.realpath(root / place)
+            if here in above:
+                self.skip("links that lead back", place)
+                return
+            for name, is_folder in self._entries(root, place):
+                if is_folder:
+                    walk(name, above | {here})
+                else:
+                    found.append(name)
+
+        top = root / folder
+        walk(folder, frozenset(map(os.path.realpath, {*top.absolute().parents, *top.resolve().parents})))
+        return sorted(found)
+
+    def _entries(self, root: Path, place: str) -> Iterator[tuple[str, bool]]:
+        """Paths from ``root`` of the folders (true) and images in ``place``."""
+        for entry in sorted(os.scandir(os.path.join(root, place)), key=lambda e: e.name):
+            name = os.path.join(place, entry.name)
+            if entry.name.startswith("."):
+                self.skip("hidden", name)
+            elif entry.name in _SYSTEM:
+                self.skip("of the file system", name)
+            elif entry.is_dir():
+                if self._is_own(Path(entry.path)):
+                    self.skip("of lora_vit's own", name)
+                else:
+                    yield name, True
+            elif not entry.is_file():
+                self.skip("broken links", name)
+            elif os.path.splitext(name)[1].lower() in image_endings():
+                yield name, False
+            else:
+                self.skip("no images", name)
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""
+        own_files = (RECORD, PLAN, ".lock", CHECKPOINT)
+        if folder.resolve() == self.cache_dir.resolve() or any((folder / name).exists() for name in own_files):
+            return True
+        if folder.name in ("tensorboard", "summary"):  # of a run or a sweep whose folder is that of the images
+            return any((folder.parent / name).exists() for name in (RECORD, PLAN))
+        return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 
 def digests_of(
@@ -137,19 +129,19 @@ def digests_of(
 ) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
-    Returns None if files would have to be read and ``fetch`` is false.
-
-    Raises:
-        OSError: a file that cannot be read.
-        ConfigError: a ``cache_dir`` that cannot be written.
+    Returns None if files would have to be read and ``fetch`` is false. Raises OSError for a file that cannot be read,
+    ConfigError for a ``cache_dir`` that cannot be written.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    stats = {name: _stat(os.path.join(root, name)) for name in names}
-    known = _kept(store)
+    stats = {}
+    for name in names:
+        stat = os.stat(os.path.join(root, name))
+        stats[name] = _STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
     def unread() -> list[str]:
-        return [name for name, stat in stats.items() if known.get(name, b"")[:32] != stat]
+        return [name for name, stat in stats.items() if known.get(name, b"")[: _STAT.size] != stat]
 
+    known = _kept(store)
     if unread():
         if not fetch:
             return None
@@ -159,15 +151,12 @@ def digests_of(
             missing = unread()
             for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
                 known[name] = stats[name] + digest
-            with writing_to(cache_dir):
-                _keep(store, {name: row for name, row in known.items() if _STAT.unpack(row[:32])[2] < settled})
-    return np.frombuffer(b"".join(known[name][32:] for name in names), np.uint8).reshape(-1, 32)
-
-
-def _stat(path: str) -> bytes:
-    """Size, time of writing, time of change and inode of a file, 32 bytes."""
-    stat = os.stat(path)
-    return _STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
+            all_names = b"".join(os.fsencode(name) + b"\0" for name in kept)
+            rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
+            with writing_to(cache_dir), replacing(store) as file:
+                np.savez(file, names=np.frombuffer(all_names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
+    return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
 
 
 def _kept(store: Path) -> dict[str, bytes]:
@@ -179,13 +168,6 @@ def _kept(store: Path) -> dict[str, bytes]:
             return dict(zip(map(os.fsdecode, names), rows, strict=True))
     except Exception:  # absent, or damaged in one of many ways: the files are read again
         return {}
-
-
-def _keep(store: Path, known: dict[str, bytes]) -> None:
-    names = b"".join(os.fsencode(name) + b"\0" for name in known)
-    rows = np.frombuffer(b"".join(known.values()), np.uint8).reshape(-1, 64)
-    with replacing(store) as file:
-        np.savez(file, names=np.frombuffer(names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
 
 
 def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
@@ -205,11 +187,7 @@ def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
 
 @contextlib.contextmanager
 def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
-    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
+    """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
     with contextlib.ExitStack() as stack:
         with writing_to(cache_dir):
             cache_dir.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_vit.data.cache import Parts, found_in
 from lora_vit.data.dataset import Found, Wanted, shown
-from lora_vit.data.files import PassedOver, folders_in, images_below
+from lora_vit.data.files import Listing
 from lora_vit.errors import ConfigError
 
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -18,53 +18,34 @@ _LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|
 def find(wanted: Wanted) -> Found | None:
     """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
 
-    Raises:
-        ConfigError: no classes, an empty class, a class of val/ or test/ that train/ lacks, two folders of one part,
-            a part in the place of a class.
+    Raises ConfigError where classes or images are missing, or folders are not clearly parts or classes.
     """
-    top, cache = wanted.root, wanted.cache_dir
+    top, files = wanted.root, Listing(wanted.cache_dir)
     if not top.is_dir():
         raise ConfigError(f"data.root={shown(top)} is not a folder: give the folder that holds your class folders")
-    passed = PassedOver()
-    folders = _part_folders(top, cache, passed)
-    classes = _class_folders(top / folders["train"], cache, passed)
+    folders = _part_folders(top, files)
+    classes = _class_folders(top / folders["train"], files)
     if folders["train"] == ".":
-        _refuse_splits(top, classes, cache)
+        _refuse_splits(top, classes, wanted.cache_dir)
     parts: Parts = {}
     for part, folder in folders.items():
-        others = set() if part == "train" else set(folders_in(top / folder, cache, passed)) - set(classes)
+        others = set() if part == "train" else set(files.folders(top / folder)) - set(classes)
         if others:
-            raise ConfigError(
-                f"{shown(top / folder)} has the class '{shown(min(others))}', which "
-                f"{shown(top / folders['train'])} has not: take it away, or add it there"
-            )
+            there = f"{shown(top / folder)} has the class '{shown(min(others))}'"
+            raise ConfigError(f"{there}, which {folders['train']}/ lacks: take it away, or add it there")
         parts[part] = []
         for label, class_name in enumerate(classes):
             place = Path(folder) / class_name
-            found = images_below(top, str(place), cache, passed) if (top / place).is_dir() else []
+            found = files.images(top, str(place)) if (top / place).is_dir() else []
             if not found and part == "train":
                 raise ConfigError(f"class folder {shown(top / place)} has nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise ConfigError(
-                f"{shown(top / folder)} holds no images in class folders: sort its images by class, or rename it"
-            )
-    return found_in(top, [shown(c) for c in classes], parts, passed, wanted)
+            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so, or rename it")
+    return found_in(top, [shown(c) for c in classes], parts, files, wanted)
 
 
-def _refuse_splits(top: Path, classes: list[str], cache: Path) -> None:
-    """Raise ConfigError if two class folders that hold folders, or two folders in one class, are named like parts."""
-    inside = {name: folders_in(top / name, cache, PassedOver()) for name in classes}
-    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
-        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
-        if len(like) > 1:
-            raise ConfigError(
-                f"{' and '.join(map(shown, like))} in {shown(top)} look like splits, not like classes: name the splits "
-                "train/, val/ and test/, at the top of data.root, with the classes in each"
-            )
-
-
-def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
+def _part_folders(top: Path, files: Listing) -> dict[str, str]:
     """Folder of each part that is there; ``train`` is ``.`` where the class folders are at the top."""
     found = {}
     folders = sorted(path.name for path in top.iterdir() if path.is_dir())
@@ -78,18 +59,28 @@ def _part_folders(top: Path, cache: Path, passed: PassedOver) -> dict[str, str]:
         return {"train": "."}
     if "train" not in found:
         raise ConfigError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
-    for name in folders_in(top, cache, passed):
+    for name in files.folders(top):
         if name not in found.values():
-            passed.add("folders beside train/", name)
+            files.skip("folders beside train/", name)
     return found
 
 
-def _class_folders(folder: Path, cache: Path, passed: PassedOver) -> list[str]:
-    """Sorted names of the class folders. Raises ConfigError for fewer than two."""
-    found = folders_in(folder, cache, passed)
+def _class_folders(folder: Path, files: Listing) -> list[str]:
+    """Names of the class folders. Raises ConfigError for fewer than two."""
+    found = files.folders(folder)
     if len(found) < 2:
         count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
-        lower = [name for name in found if len(folders_in(folder / name, cache, PassedOver())) > 1]
+        lower = [name for name in found if len(files.folders(folder / name)) > 1]
         hint = f"; did you mean data.root={shown(folder / lower[0])}?" if lower else ""
         raise ConfigError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
     return found
+
+
+def _refuse_splits(top: Path, classes: list[str], cache_dir: Path) -> None:
+    """Raise ConfigError if two class folders that hold folders, or two folders in one class, are named like parts."""
+    inside = {name: Listing(cache_dir).folders(top / name) for name in classes}
+    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
+        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
+        if len(like) > 1:
+            which = f"{' and '.join(map(shown, like))} in {shown(top)}"
+            raise ConfigError(f"{which} look like splits: put train/, val/ and test/, with classes in each, at the top")

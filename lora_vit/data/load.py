@@ -5,53 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-import numpy as np
-
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.dataset import Found, ImageData, Wanted, shown
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 
+_FOUND: dict[Wanted, Found] = {}
+
 
 def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
     """The decoded and divided data set of a config; downloads and caches what is not there.
 
-    Raises:
-        ConfigError: in one line, what is wrong with it; also where its content is not ``data.content``.
+    Raises ConfigError for what is wrong with it; also where its content is not ``data.content``.
     """
     from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
 
     found = _find(config, quiet)
     assert found is not None
-    if config.content is not None and config.content != found.content:
-        raise ConfigError(
-            f"data.root={config.root} holds other images, labels or class names than asked for: {found.content}, "
-            f"not {config.content}"
-        )
+    if config.content not in (None, found.content):
+        there = f"data.root={config.root} holds other images, labels or class names than asked for"
+        raise ConfigError(f"{there}: {found.content}, not {config.content}")
     splits, fingerprint = divide(found, config)
-    images, value_range, more = found.decode(config.cache_size)
-    also = {}
-    if found.digests is not None:
-        first = found.digests[:, :8].copy().view(np.uint64)[:, 0]
-        also = {name: int(np.isin(first[ids], first[splits["train"]]).sum()) for name, ids in splits.items()}
-    names, passed = found.class_names, found.passed_over
-    return ImageData(images, found.labels, names, splits, fingerprint, passed, value_range, also, more)
+    decoded = found.decode(config.cache_size)
+    return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """What ``data.content`` is for this data set: None where a package brings the images.
 
     Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
-    and the content is None where that would be needed.
-
-    Raises:
-        ConfigError: in one line, why it cannot be determined.
+    and the content is None where that would be needed. Raises ConfigError where it cannot be determined.
     """
     found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
     return None if found is None else found.content
-
-
-_FOUND: dict[Wanted, Found] = {}
 
 
 def forget() -> None:

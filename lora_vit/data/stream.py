@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
-from lora_vit.data.augment import Transform
+from lora_vit.data.augment import Transform, to_device
 from lora_vit.data.dataset import ImageData
-from lora_vit.data.device import to_device
 
 _DEVICE_SHARE = 0.25
 """Largest part of a GPU's free memory that the uint8 images may take."""
@@ -20,17 +18,11 @@ _DEVICE_SHARE = 0.25
 
 @dataclass
 class Batch:
-    """Images ready for the model, on the device.
+    """Images ready for the model, on the device."""
 
-    Attributes:
-        images: normalised, [B, 3, S, S].
-        labels: int64 [B].
-        ids: sample ids, int64 [B], on the host.
-    """
-
-    images: Tensor
-    labels: Tensor
-    ids: np.ndarray
+    images: Tensor  # normalised, [B, 3, S, S]
+    labels: Tensor  # int64 [B]
+    ids: np.ndarray  # of the samples, int64 [B], on the host
 
 
 class Samples:
@@ -74,8 +66,7 @@ class TrainStream:
     def batch_ids(self, epoch: int, step: int) -> np.ndarray:
         """Sample ids of this process's part of a batch, int64 [B]."""
         if self._order[0] != epoch:
-            order = randomness.permutation(len(self.ids), "order", self.seed, epoch)
-            self._order = (epoch, self.ids[order])
+            self._order = epoch, self.ids[randomness.permutation(len(self.ids), "order", self.seed, epoch)]
         start = step * self.batch_size + self.first
         return self._order[1][start : start + self.local]
 
@@ -84,19 +75,3 @@ class TrainStream:
         ids = self.batch_ids(epoch, step)
         images, labels = self.samples.gather(ids)
         return Batch(self.transform.train(images, self.seed, epoch, ids), labels, ids)
-
-
-class EvalStream:
-    """Every sample of a split once, in order, divided among the processes; nothing is padded or dropped."""
-
-    def __init__(
-        self, samples: Samples, transform: Transform, split: str, batch_size: int, rank: int = 0, world_size: int = 1
-    ):
-        self.samples, self.transform, self.batch_size = samples, transform, batch_size
-        self.ids = samples.data.splits[split][rank::world_size]
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.ids), self.batch_size):
-            ids = self.ids[start : start + self.batch_size]
-            images, labels = self.samples.gather(ids)
-            yield Batch(self.transform.eval(images), labels, ids)

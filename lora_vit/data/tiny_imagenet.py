@@ -16,64 +16,72 @@ from pathlib import Path
 
 from lora_vit.data.cache import found_in
 from lora_vit.data.dataset import Found, Wanted
-from lora_vit.data.files import PassedOver, digests_of, folders_in, images_below, locked_in
+from lora_vit.data.files import Listing, digests_of, locked_in
 from lora_vit.errors import ConfigError
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
 URL = f"http://cs231n.stanford.edu/{FOLDER}.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-_DAMAGED = (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError)
-"""What ``zipfile`` raises for archives that are cut off, altered, encrypted or compressed in another way."""
 
 
 def find(wanted: Wanted) -> Found | None:
     """The data set at ``root`` (folder or zip), downloaded first if it is not there.
 
-    Raises:
-        ConfigError: no network, a damaged archive, a class without images.
+    Raises ConfigError for no network, a damaged archive, a class without images.
     """
     folder = _folder(wanted)
     if folder is None:
         return None
-    passed = PassedOver()
+    files = Listing(wanted.cache_dir)
     wnids = _lines(folder / "wnids.txt")
     if len(set(wnids)) != len(wnids) or len(wnids) < 2:
         raise ConfigError(f"{folder / 'wnids.txt'} must name two or more different classes: extract the archive again")
-    parts = {"train": _train(folder, wnids, wanted.cache_dir, passed)}
+    for name in files.folders(folder / "train"):
+        if name not in wnids:
+            files.skip("folders of train/ that wnids.txt does not name", name)
+    images = []
+    for label, wnid in enumerate(wnids):
+        place = f"train/{wnid}/images"
+        found = files.images(folder, place) if (folder / place).is_dir() else []
+        if not found:
+            raise ConfigError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive again")
+        images += [(name, label) for name in found]
+    parts = {"train": images}
     if wanted.official_val:
-        parts["official_val"] = _official_val(folder, wnids, wanted.cache_dir, passed)
-    return found_in(folder, _class_names(folder, wnids), parts, passed, wanted)
+        parts["official_val"] = _official_val(folder, wnids, files)
+    return found_in(folder, _class_names(folder, wnids), parts, files, wanted)
 
 
 def _folder(wanted: Wanted) -> Path | None:
     """The unpacked data set: ``root`` or a folder in it (so Kaggle mounts it), from a zip there, or downloaded."""
-    root = wanted.root
-    below = [folder for folder in sorted(root.glob("*")) if _is_whole(folder)]
-    for folder in (root, root / FOLDER, *(below if len(below) == 1 else ())):
-        if _is_whole(folder):
-            return folder
-    target, archive = root / FOLDER, _archive(root)
-    if target.exists():
-        raise ConfigError(
-            f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root"
-        )
+    root, target = wanted.root, wanted.root / FOLDER
+    is_there = target.exists()  # asked first: another process may be making it
+    if whole := _whole_in(root):
+        return whole
+    if is_there:
+        raise ConfigError(f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root")
+    archive = _archive(root)
     if archive is not None:  # its folder may be read-only, and another zip may take its place
         digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)
         if digest is None:
             return None
         target = wanted.cache_dir / f"{FOLDER}-{digest.tobytes().hex()[:16]}"
-    if not _is_whole(target):
+    if not target.exists():
         if not wanted.fetch:
             return None
         with locked_in(wanted.cache_dir, f"tiny-imagenet {target.resolve()}"):  # several processes of one run come here
-            if not _is_whole(target):
+            if not target.exists():
                 _make(target, archive, wanted)
     return target
 
 
-def _is_whole(folder: Path) -> bool:
-    return (folder / "wnids.txt").is_file() and (folder / "train").is_dir()
+def _whole_in(root: Path) -> Path | None:
+    """The folder, or else the first one in it, that has the data set's list of classes and its training images."""
+    for folder in (root, root / FOLDER, *sorted(root.glob("*"))):
+        if (folder / "wnids.txt").is_file() and (folder / "train").is_dir():
+            return folder
+    return None
 
 
 def _archive(root: Path) -> Path | None:
@@ -91,24 +99,29 @@ def _archive(root: Path) -> Path | None:
 def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
     """Unpack a zip (None: the published one) beside ``target`` and move it into place: it is whole or absent.
 
-    Raises:
-        ConfigError: a zip that cannot be downloaded, is damaged or something else; ``target`` cannot be written.
+    ``zipfile`` writes no file outside the folder, whatever the members' names are, and makes no links.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             archive = archive or _download(Path(temporary), wanted.root)
             into = Path(temporary, FOLDER)
-            _unpack(archive, into, wanted.quiet)
-            whole = [folder for folder in (into, *sorted(into.glob("*"))) if _is_whole(folder)]
-            if not whole:
+            with zipfile.ZipFile(archive) as opened:
+                members = opened.infolist()
+                with Progress(f"unpacking {archive.name}", len(members), wanted.quiet, "files") as bar:
+                    for member in members:
+                        opened.extract(member, into)
+                        bar.advance(1)
+            whole = _whole_in(into)
+            if whole is None:
                 raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
-            os.replace(whole[0], target)
+            os.replace(whole, target)
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # cut off, altered, encrypted, ...
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"{archive} is damaged ({reason}): get it again, or give another data.root") from None
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename or target} cannot be read or written ({error.strerror or error}): give another data.root "
-            "or data.cache_dir"
-        ) from None
+        what = f"{error.filename or target} cannot be read or written ({error.strerror or error})"
+        raise ConfigError(f"{what}: give another data.root or data.cache_dir") from None
 
 
 def _download(folder: Path, root: Path) -> Path:
@@ -127,65 +140,32 @@ def _download(folder: Path, root: Path) -> Path:
     return folder / f"{FOLDER}.zip"
 
 
-def _unpack(archive: Path, into: Path, quiet: bool) -> None:
-    """Extract all files; ``zipfile`` writes none outside the folder, whatever their names are, and makes no links."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = opened.infolist()
-            with Progress(f"unpacking {archive.name}", len(members), quiet, "files") as bar:
-                for member in members:
-                    opened.extract(member, into)
-                    bar.advance(1)
-    except _DAMAGED as error:
-        reason = str(error) or type(error).__name__
-        raise ConfigError(
-            f"{archive} is damaged ({reason}): get it again, or give another data.root to have it downloaded"
-        ) from None
-
-
 def _lines(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _train(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> list[tuple[str, int]]:
-    for name in folders_in(folder / "train", cache, passed):
-        if name not in wnids:
-            passed.add("folders of train/ that wnids.txt does not name", name)
-    images = []
-    for label, wnid in enumerate(wnids):
-        place = f"train/{wnid}/images"
-        found = images_below(folder, place, cache, passed) if (folder / place).is_dir() else []
-        if not found:
-            raise ConfigError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive again")
-        images += [(name, label) for name in found]
-    return images
-
-
-def _official_val(folder: Path, wnids: list[str], cache: Path, passed: PassedOver) -> list[tuple[str, int]]:
+def _official_val(folder: Path, wnids: list[str], files: Listing) -> list[tuple[str, int]]:
     annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
     if not annotations.is_file():
         raise ConfigError(f"data.official_val=true, but there is no {annotations}: extract the archive again")
     rows = sorted([*line.split("\t"), ""][:2] for line in _lines(annotations))
     named = [(f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows if wnid in wnids]
-    there = images_below(folder, "val/images", cache, passed) if images.is_dir() else []
+    there = files.images(folder, "val/images") if images.is_dir() else []
     missing = {name for name, _ in named} - set(there)
     if missing or not named:
-        raise ConfigError(
-            f"{annotations} names {len(named)} images of the classes of wnids.txt, {images} lacks {len(missing)} of "
-            "them: extract the archive again"
-        )
+        lacks = f"{annotations} names {len(named)} images of known classes, {images} lacks {len(missing)} of them"
+        raise ConfigError(f"{lacks}: extract the archive again")
     for name in sorted(set(there) - {name for name, _ in named}):
-        passed.add(f"of val/images without a class in {annotations.name}", name)
+        files.skip(f"of val/images without a class in {annotations.name}", name)
     return named
 
 
 def _class_names(folder: Path, wnids: list[str]) -> list[str]:
     """The first word of each class in words.txt, with its wnid where two classes share one."""
     words = {}
-    if (folder / "words.txt").is_file():
-        for line in _lines(folder / "words.txt"):
-            wnid, _, text = line.partition("\t")
-            words[wnid] = text.split(",")[0].strip()
+    for line in _lines(folder / "words.txt") if (folder / "words.txt").is_file() else ():
+        wnid, _, text = line.partition("\t")
+        words[wnid] = text.split(",")[0].strip()
     names = [words.get(wnid) or wnid for wnid in wnids]
     return [name if names.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]

@@ -21,8 +21,7 @@ from lora_vit.terminal import make_console
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import ClaimLost
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import ClaimLost, TrialRun
 
 POLL_EVERY = 0.5
 """Seconds between looks while other processes hold what is left."""

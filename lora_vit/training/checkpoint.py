@@ -1,16 +1,18 @@
-"""One trial's checkpoint: trained tensors, optimizer moments and progress, in one file that is whole or absent."""
+"""One trial's tensors on disk: its checkpoint and its adapter, each whole or absent."""
 
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_vit.errors import RecordError
-from lora_vit.files import replacing
+from lora_vit import files
+from lora_vit.errors import ConfigError
 from lora_vit.records import CHECKPOINT
 
 
@@ -38,16 +40,12 @@ def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
     """Replace the folder's checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
     buffer = io.BytesIO()
     torch.save({"trial_id": trial_id, **vars(state)}, buffer)
-    with replacing(folder / CHECKPOINT) as file:
+    with files.replacing(folder / CHECKPOINT) as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
-    """The folder's checkpoint, or a fresh state where there is none.
-
-    Raises:
-        RecordError: the file is damaged or another trial's.
-    """
+    """The folder's checkpoint, or a fresh state. Raises ConfigError for a damaged file or another trial's."""
     path = folder / CHECKPOINT
     if not path.exists():
         return TrialState()
@@ -56,9 +54,23 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
         owner = values.pop("trial_id")
         state = TrialState(**values)
     except Exception as error:
-        raise RecordError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, or give trainer.resume=restart"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is damaged ({reason}): remove it, or give trainer.resume=restart") from None
     if owner != trial_id:
-        raise RecordError(f"{path} belongs to trial {owner}, not to {trial_id}")
+        raise ConfigError(f"{path} belongs to trial {owner}, not to {trial_id}")
     return state
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Replace ``adapter.safetensors`` and ``adapter.json``.
+
+    The file's one metadata entry is a sorted JSON string: with several, safetensors orders them differently in
+    every process.
+    """
+    from safetensors.torch import save
+
+    metadata = {"lora_vit": json.dumps(card, sort_keys=True)}
+    data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
+    with files.replacing(folder / "adapter.safetensors") as file:
+        file.write(data)
+    files.write_json(folder / "adapter.json", card)

@@ -1,7 +1,4 @@
-"""Predictions of a pack's trials on a split: every sample once, for any number of processes.
-
-Shape legend: K trial, N sample of the split, B image, C class.
-"""
+"""Predictions of a pack's trials on a split (K trial, N sample of the split, B image, C class)."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import torch
 from torch.nn.functional import log_softmax
 
 from lora_vit import distributed
-from lora_vit.data.device import to_device
+from lora_vit.data.augment import to_device
 from lora_vit.data.stream import Batch
 from lora_vit.models.vit import PackedViT
-from lora_vit.records import PREDICTION_FIELDS
 
 
 @dataclass
@@ -34,10 +30,6 @@ class Predictions:
         """Fraction of correct predictions."""
         return int((self.predicted == self.labels).sum()) / len(self.labels)
 
-    def fields(self) -> dict[str, np.ndarray]:
-        """The columns that go into ``predictions.npz``."""
-        return {name: getattr(self, name) for name in PREDICTION_FIELDS}
-
 
 @torch.no_grad()
 def evaluate(
@@ -45,14 +37,9 @@ def evaluate(
 ) -> list[Predictions]:
     """Each trial's predictions.
 
-    Args:
-        model: a pack of K trials.
-        batches: this process's share of the split.
-        split_ids: the sample ids of the whole split, [N], in its order.
-        labels: of the whole data set, indexed by sample id.
-        device: where the model is.
+    ``batches``: this process's share of the split; ``split_ids``: all its sample ids, [N], in its order; ``labels``:
+    of the whole data set, indexed by sample id.
     """
-    was_training = model.training
     model.eval()
     K, N = model.K, len(split_ids)
     # Each process fills its own share; the sum over processes then is the whole, exactly.
@@ -66,7 +53,7 @@ def evaluate(
         true_KB1 = batch.labels.expand(K, -1)[..., None]
         predicted_KN[:, where] = logits_KBC.argmax(-1)
         log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()
-    model.train(was_training)
+    model.train()
     summed = (distributed.sum_over_processes_(x_KN).cpu().numpy() for x_KN in (predicted_KN, log_p_KN))
     return [
         Predictions(split_ids, labels[split_ids], predicted, np.exp(log_p).astype(np.float32), -float(log_p.mean()))

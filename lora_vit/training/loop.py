@@ -6,37 +6,31 @@ import resource
 import signal
 import sys
 import time
-from typing import Any
 
 import torch
 
 from lora_vit.errors import Interrupted
-from lora_vit.lora.adapter import sha256_of
 from lora_vit.stopping import StopRequest, repeating
-from lora_vit.training.evaluate import Predictions
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import HEARTBEAT_EVERY, ClaimLost
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import ClaimLost, TrialRun
+
+HEARTBEAT_EVERY = 30.0
+"""Seconds between signs of life of a running trial."""
 
 
 class Reporter:
-    """Reports to the user how training goes. The methods do nothing here."""
+    """Reports to the user how training goes. The methods do nothing here.
 
-    def started(self, pack: Pack) -> None:
-        """Called before the first step."""
+    Called before the first step (``started``), after every step (``advance``), at logging steps (``step``), after each
+    epoch of each trial (``epoch``), and when a trial is completed or failed (``left``).
+    """
 
-    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
-        """Called at logging steps."""
-
-    def advance(self, pack: Pack) -> None:
-        """Called after every step."""
-
-    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
-        """Called after each epoch of each trial."""
-
-    def left(self, trial: TrialRun) -> None:
-        """Called when a trial is completed or failed."""
+    def started(self, pack: Pack) -> None: ...
+    def advance(self, pack: Pack) -> None: ...
+    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...
+    def left(self, trial: TrialRun) -> None: ...
 
 
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
@@ -78,8 +72,7 @@ def start(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
     for k, trial in enumerate(trials):
         trial.record.parameters = pack.parameter_counts(k)
         trial.record.cost["pack_size"] = pack.K
-        if trial.files is not None:
-            trial.files.write_record()
+        trial.write_record()
     reporter.started(pack)
     return pack
 
@@ -102,7 +95,11 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
             clock.charge()
             failed = fail_bad(pack, last)
             if logging:
-                log_step(pack, losses_K, lr_K1, clock, reporter)
+                losses, rates, speed = losses_K.tolist(), lr_K1[:, 0].tolist(), clock.images_per_second()
+                for k, trial in enumerate(pack.trials):
+                    if trial not in failed:
+                        trial.log_step(pack.step_of(trial), trial.state.epoch, losses[k], rates[k], speed)
+                reporter.step(pack, losses, rates, speed)
             if failed:
                 return failed
         if stopping and not last:
@@ -134,7 +131,7 @@ class Clock:
     def images_per_second(self) -> float:
         """Of all trials together between the last charges before this call and the one before it."""
         (step, seconds), self._logged = self._logged, (self.pack.step_in_epoch, self.pack.trials[0].state.seconds)
-        images = (self._logged[0] - step) * self.pack.step_state.global_batch
+        images = (self._logged[0] - step) * self.pack.global_batch
         return images / max(self._logged[1] - seconds, 1e-9)
 
     def checkpoint_due(self) -> bool:
@@ -146,37 +143,6 @@ class Clock:
         return due
 
 
-def log_step(pack: Pack, losses_K: torch.Tensor, lr_K1: torch.Tensor, clock: Clock, reporter: Reporter) -> None:
-    """Read this step's figures from the device and write those of the trials that continue."""
-    losses, lrs = losses_K.tolist(), lr_K1[:, 0].tolist()
-    speed = clock.images_per_second()
-    for k, trial in enumerate(pack.trials):
-        if trial.files is not None and trial.record.status == "running":
-            trial.files.log_step(pack.step_of(trial), trial.state.epoch, losses[k], lrs[k], speed)
-    reporter.step(pack, losses, lrs, speed)
-
-
-def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
-    """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them.
-
-    At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
-    """
-    first_bad = pack.step_state.first_bad_step_K.tolist()
-    finite = pack.finite_K().tolist() if last else [True] * pack.K
-    bad = []
-    for k, trial in enumerate(pack.trials):
-        if first_bad[k] < 0 and finite[k]:
-            continue
-        what, step = "the loss or its gradient", first_bad[k] + 1
-        if first_bad[k] < 0:
-            what, step = "a parameter", pack.step_of(trial)
-        o = trial.config.optimizer
-        remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
-        trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
-        bad.append(trial)
-    return bad
-
-
 def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     """Whether any process was asked to stop; all processes get the same answer at the same step."""
     if pack.setup.process.world_size == 1:
@@ -186,20 +152,25 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     return False
 
 
-def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
-    """Save the trials, unless their state is half changed, and mark them interrupted.
+def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
+    """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them.
 
-    ``pack`` holds their state; None: it is in the trials themselves, between two packs.
+    At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
     """
-    to_save = trials if pack is None else [] if pack.step_state.updating else pull(pack)
-    for trial in trials:
-        try:
-            if trial in to_save:
-                trial.save()
-            if trial.record.status == "running":
-                trial.interrupt()
-        except ClaimLost:  # another process trains it
-            trial.close()
+    bad_steps = pack.first_bad_step_K.tolist()
+    finite = torch.isfinite(pack.flat.values_KP).all(1).tolist() if last else [True] * pack.K
+    failed = []
+    for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
+        if bad_step < 0 and is_finite:
+            continue
+        what, step = "the loss or its gradient", bad_step + 1
+        if bad_step < 0:
+            what, step = "a parameter", pack.step_of(trial)
+        o = trial.config.optimizer
+        remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
+        trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
+        failed.append(trial)
+    return failed
 
 
 def pull(pack: Pack) -> list[TrialRun]:
@@ -208,46 +179,42 @@ def pull(pack: Pack) -> list[TrialRun]:
     After a bad step none is: it would hide that step from a run that resumes.
     """
     pack.pull()
-    bad_steps = pack.step_state.first_bad_step_K.tolist()
+    bad_steps = pack.first_bad_step_K.tolist()
     return [trial for trial, bad_step in zip(pack.trials, bad_steps, strict=True) if bad_step < 0]
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
     """Validate where it is due, write the epoch's rows and records, and checkpoint."""
-    due = [validation_due(trial) for trial in pack.trials]
-    predictions = pack.predict("val") if any(due) else None
+    validated = [
+        (t.state.epoch + 1) % t.config.trainer.validate_every == 0 or t.state.epoch + 1 >= t.config.trainer.epochs
+        for t in pack.trials
+    ]
+    predictions = pack.predict("val") if any(validated) else []
     pack.pull()
-    sums = pack.step_state.loss_sum_K.tolist()
+    sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
         state, step = trial.state, trial.state.epoch * pack.steps_per_epoch
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
-        if due[k] and predictions is not None:
+        if validated[k]:
             val = predictions[k]
             row |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
             if not state.best or val.accuracy > state.best["val_accuracy"]:
                 state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
         state.last = {"epoch": state.epoch, "step": step, **row}
         update_record(pack, trial)
-        if trial.files is not None:
-            trial.files.log_epoch(step, state.epoch, row)
-            if trial.done() or trial.files.epoch_checkpoint_due():
-                trial.save()
-            trial.files.write_record()
+        trial.log_epoch(step, state.epoch, row)
+        if trial.epoch_checkpoint_due():
+            trial.save()
+        trial.write_record()
         reporter.epoch(trial, row)
-
-
-def validation_due(trial: TrialRun) -> bool:
-    """Whether the trial, whose epoch has just been trained, is validated after it."""
-    epoch, trainer = trial.state.epoch + 1, trial.config.trainer
-    return epoch % trainer.validate_every == 0 or epoch >= trainer.epochs
 
 
 def update_record(pack: Pack, trial: TrialRun) -> None:
     """Bring the record up to the trial's state."""
     record, state = trial.record, trial.state
     record.metrics, record.best = dict(state.last), dict(state.best)
-    images = state.last["step"] * pack.step_state.global_batch
+    images = state.last["step"] * pack.global_batch
     record.cost.update(
         seconds=state.seconds,
         images_per_second=images / state.seconds if state.seconds else None,
@@ -266,45 +233,34 @@ def peak_memory(device: torch.device) -> int:
 
 def complete(pack: Pack) -> list[TrialRun]:
     """Test the trials whose epochs are all trained, write their results, and mark them completed; returns them."""
-    finished = [trial for trial in pack.trials if trial.done()]
+    finished = [(k, trial) for k, trial in enumerate(pack.trials) if trial.done()]
     if not finished:
         return []
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
-    for k, trial in enumerate(pack.trials):
-        if trial in finished:
-            write_results(pack, k, {name: predictions[k] for name, predictions in splits.items()})
-            trial.complete()
-    return finished
+    for k, trial in finished:
+        update_record(pack, trial)
+        for name, predictions in splits.items():
+            if name != "val":
+                trial.record.metrics[f"{name}_accuracy"] = predictions[k].accuracy
+                trial.record.metrics[f"{name}_loss"] = predictions[k].loss
+        own = {name: predictions[k] for name, predictions in splits.items()}
+        trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
+        trial.complete()
+    return [trial for _, trial in finished]
 
 
-def write_results(pack: Pack, k: int, splits: dict[str, Predictions]) -> None:
-    """Put trial k's test figures into its record, and its predictions and adapter into its folder."""
-    trial = pack.trials[k]
-    update_record(pack, trial)
-    for name, predictions in splits.items():
-        if name != "val":
-            trial.record.metrics[f"{name}_accuracy"] = predictions.accuracy
-            trial.record.metrics[f"{name}_loss"] = predictions.loss
-    if trial.files is not None:
-        tensors = pack.export(k, pack.flat.values_KP)
-        card = adapter_card(pack.setup, trial) | {"sha256": sha256_of(tensors)}
-        trial.files.write_results(splits, tensors, card)
-        trial.files.log_hparams()
+def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
+    """Save the trials, unless their state is half changed, and mark them interrupted.
 
-
-def adapter_card(setup: Setup, trial: TrialRun) -> dict[str, Any]:
-    """What ``adapter.json`` says: enough to put the adapter on its base and use it."""
-    c = trial.record.config
-    height, width = (int(n) for n in setup.data.images.shape[-2:])
-    return {
-        "schema": trial.record.schema,
-        "trial_id": trial.record.trial_id,
-        "base": dict(setup.base),
-        "data": trial.record.data,
-        "lora": c["lora"],
-        "effective_scaling": trial.config.lora.effective_scaling() if c["lora"]["method"] == "lora" else None,
-        "decoded_size": height if height == width else None,
-        "value_range": setup.data.value_range,
-        "class_names": list(setup.data.class_names),
-    }
+    ``pack`` holds their state; None: it is in the trials themselves, between two packs.
+    """
+    to_save = trials if pack is None else [] if pack.updating else pull(pack)
+    for trial in trials:
+        try:
+            if trial in to_save:
+                trial.save()
+            if trial.record.status == "running":
+                trial.interrupt()
+        except ClaimLost:  # another process trains it
+            trial.close()

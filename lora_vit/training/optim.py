@@ -64,30 +64,21 @@ class PackedAdamW:
     """
 
     def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig]):
-        like = flat.values_KP
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
         self.flat = flat
         self.exp_avg_KP = torch.zeros_like(flat.values_KP)
         self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP)
-        self.updates_K1 = like.new_zeros(flat.K, 1)
-        self.beta1_K1 = column([c.betas[0] for c in configs])
-        self.beta2_K1 = column([c.betas[1] for c in configs])
-        self.eps_K1 = column([c.eps for c in configs])
-        self.clip_K1 = column([math.inf if c.clip_norm is None else c.clip_norm for c in configs])
-        self.clips = any(c.clip_norm is not None for c in configs)
-        self.decay_K1 = column([c.weight_decay for c in configs])
+        self.updates_K1 = flat.values_KP.new_zeros(flat.K, 1)
+        clip = [math.inf if c.clip_norm is None else c.clip_norm for c in configs]
+        self.clips = min(clip) < math.inf
+        rows = [(*c.betas, c.eps, most, c.weight_decay) for c, most in zip(configs, clip, strict=True)]
+        columns = flat.values_KP.new_tensor(rows).T[..., None]
+        self.beta1_K1, self.beta2_K1, self.eps_K1, self.clip_K1, self.decay_K1 = columns
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
         """One update of the rows where ``ok_K1``; the other rows keep parameters and moments bit by bit.
 
-        Args:
-            lr_K1: learning rates of this step, [K, 1].
-            ok_K1: bool [K, 1].
-            norm_K1: gradient norms, [K, 1], used for clipping as ``clip_grad_norm_`` does.
+        ``norm_K1``: norms of the gradients, which are clipped as ``clip_grad_norm_`` does.
         """
         grads = self.flat.grads_KP
         if self.clips:

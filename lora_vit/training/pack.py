@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_vit.config import TrialConfig
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.setup import Setup
-from lora_vit.training.step import StepState, train_step
+from lora_vit.training.step import train_step
 from lora_vit.training.trial import TrialRun
 
 EVAL_BATCH = 256
@@ -35,38 +36,32 @@ class Pack:
         per_trial = {name for name in named if name.rpartition(".")[0] in owners}
         self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
-        self._open_streams()
-        self._init_step_state()
+        # One stream for each (seed, epoch): trials that agree in both share images and stem.
+        keys = [(t.config.seed, t.state.epoch) for t in trials]
+        own_keys = list(dict.fromkeys(keys))
+        self.stream_of_trial = [own_keys.index(key) for key in keys]
+        self._first_of_stream = [trials[keys.index(key)] for key in own_keys]
+        self.streams = [setup.train_stream(t.config) for t in self._first_of_stream]
+        self.steps_per_epoch = self.streams[0].steps_per_epoch
+        self._init_step(configs)
         for k, trial in enumerate(trials):
             if trial.state.values:
                 self._load(k, trial.state)
 
-    def _open_streams(self) -> None:
-        """One stream for each (seed, epoch): trials that agree in both share images and stem."""
-        keys = [(t.config.seed, t.state.epoch) for t in self.trials]
-        own_keys = list(dict.fromkeys(keys))
-        self.stream_of_trial = [own_keys.index(key) for key in keys]
-        self._first_of_stream = [self.trials[keys.index(key)] for key in own_keys]
-        self.streams = [self.setup.train_stream(t.config) for t in self._first_of_stream]
-        self.steps_per_epoch = self.streams[0].steps_per_epoch
-
-    def _init_step_state(self) -> None:
-        device, head, config = self.setup.device, self.model.head, self.trials[0].config
-        local = config.data.batch_size // self.setup.process.world_size
-        steps = [self.step_of(t) for t in self.trials]
-        smoothing = [t.config.optimizer.label_smoothing for t in self.trials]
-        self.step_state = StepState(
-            model=torch.compile(self.model) if self.setup.compile else self.model,  # type: ignore[arg-type]
-            flat=self.flat,
-            optimizer=self.optimizer,
-            dropout=head.state,
-            step_K=torch.tensor(steps, dtype=torch.int64, device=device),
-            position_B=torch.arange(local, device=device) + self.setup.process.rank * local,
-            smoothing_K1=torch.tensor(smoothing, dtype=head.weight.dtype, device=device)[:, None],
-            loss_sum_K=torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device),
-            first_bad_step_K=torch.full((self.K,), -1, dtype=torch.int64, device=device),
-            global_batch=config.data.batch_size,
-        )
+    def _init_step(self, configs: list[TrialConfig]) -> None:
+        """What :func:`train_step` reads and updates on the device."""
+        device, head, process = self.setup.device, self.model.head, self.setup.process
+        self.forward = torch.compile(self.model) if self.setup.compile else self.model
+        self.dropout = head.state
+        self.global_batch = configs[0].data.batch_size
+        local = self.global_batch // process.world_size
+        self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
+        self.step_K = torch.tensor([self.step_of(t) for t in self.trials], dtype=torch.int64, device=device)
+        self.smoothing_K1 = head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
+        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device)
+        # first step with a loss or gradient that is not finite, -1: none
+        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
+        self.updating = False  # between the first change of a step and its last
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
@@ -86,9 +81,9 @@ class Pack:
         ]
         images = batches[0].images if len(batches) == 1 else torch.cat([b.images for b in batches])
         labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
-        loss_K = train_step(self.step_state, images, labels_KB, self.stream_of_trial, lr_K1, stop)
+        loss_K = train_step(self, images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
-        self.step_state.updating = False
+        self.updating = False
         self._predictions.clear()
         return loss_K
 
@@ -107,39 +102,37 @@ class Pack:
             trial.state.step_in_epoch = 0
             trial.state.loss_sum = 0.0
         self.step_in_epoch = 0
-        self.step_state.loss_sum_K.zero_()
+        self.loss_sum_K.zero_()
 
     def pull(self) -> None:
         """Copy what is on the device into the trials' states."""
-        loss_sums = self.step_state.loss_sum_K.tolist()
+        loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
-        o = self.optimizer
-        on_host = [m.cpu() for m in (self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP)]
+        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
         for k, trial in enumerate(self.trials):
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
-            s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, m) for m in on_host)
+            s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
 
     def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
 
     def _load(self, k: int, state: TrialState) -> None:
-        for matrix, tensors in (
-            (self.flat.values_KP, state.values),
-            (self.optimizer.exp_avg_KP, state.exp_avg),
-            (self.optimizer.exp_avg_sq_KP, state.exp_avg_sq),
-        ):
+        for matrix_KP, tensors in zip(self._matrices(), (state.values, state.exp_avg, state.exp_avg_sq), strict=True):
             if not tensors:
                 continue  # not trained here: there are no moments yet
-            row_P = matrix[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
+            row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
             views = self._views(k, row_P)
             if set(views) != set(tensors):
                 raise ValueError(f"the checkpoint of {self.trials[k].name} has other tensors than its model")
             for name, view in views.items():
                 view.copy_(tensors[name])
-            matrix[k] = row_P
+            matrix_KP[k] = row_P
         self.optimizer.updates_K1[k] = state.updates
+
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.flat.values_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP
 
     def export(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Trial k's row of a matrix as named, unpadded tensors on the CPU (copies)."""
@@ -156,24 +149,17 @@ class Pack:
         return views | {name.removeprefix("trunk."): view for name, view in row.items()}
 
     def padding_is_zero(self) -> bool:
-        """Whether padded ranks are still exactly zero (they get no gradient), where a trial's values are finite."""
-        values_KP = self.flat.values_KP
-        used_KP = torch.zeros(values_KP.shape, dtype=torch.bool)
+        """Whether padded ranks are still exactly zero: they get no gradient."""
+        used_KP = torch.zeros(self.flat.values_KP.shape, dtype=torch.bool)
         for k in range(self.K):
             for view in self._views(k, used_KP[k]).values():
                 view.fill_(True)
-        padding_KP = values_KP.masked_fill(used_KP.to(values_KP.device), 0.0)
-        return not bool((padding_KP.any(1) & self.finite_K()).any())
-
-    def finite_K(self) -> Tensor:
-        """Whether all of a trial's trained values are finite, bool [K], on the device."""
-        return torch.isfinite(self.flat.values_KP).all(1)
+        return not bool(self.flat.values_KP.masked_fill(used_KP.to(self.flat.values_KP.device), 0.0).any())
 
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""
-        views = self._views(k, self.flat.values_KP[k])
-        adapter = sum(v.numel() for n, v in views.items() if ".lora_" in n)
-        head = sum(v.numel() for n, v in views.items() if n.startswith(f"{self.model.head.name}."))
-        shared = sum(p.numel() for n, p in self.model.trunk.named_parameters() if ".lora_" not in n)
-        trainable = sum(v.numel() for v in views.values())
-        return {"trainable": trainable, "adapter": adapter, "head": head, "total": shared + adapter + head}
+        sizes = {name: view.numel() for name, view in self._views(k, self.flat.values_KP[k]).items()}
+        adapter = sum(size for name, size in sizes.items() if ".lora_" in name)
+        head = sum(size for name, size in sizes.items() if name.startswith(f"{self.model.head.name}."))
+        shared = sum(p.numel() for name, p in self.model.trunk.named_parameters() if ".lora_" not in name)
+        return {"trainable": sum(sizes.values()), "adapter": adapter, "head": head, "total": shared + adapter + head}

@@ -7,8 +7,7 @@ from rich.table import Column, Table
 from lora_vit.terminal import Progress, make_console
 from lora_vit.training.loop import Reporter
 from lora_vit.training.pack import Pack
-from lora_vit.training.trackers import epoch_figures
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import TrialRun, epoch_figures
 
 
 class RunReporter(Reporter):
@@ -16,7 +15,7 @@ class RunReporter(Reporter):
 
     def __init__(self) -> None:
         self.console = make_console()
-        self._progress: Progress | None = None
+        self._progress: Progress | None = None  # until the first pack is there
 
     def started(self, pack: Pack) -> None:
         """Print the data, the place and the table of parameters, and start the bar."""
@@ -26,32 +25,27 @@ class RunReporter(Reporter):
         self.console.print(
             f"trial {trial.name} on {env['device']}, {env['precision']}, {setup.process.world_size} process(es)"
         )
-        counts = trial.record.parameters
-        columns = (Column("count", justify="right"), Column("share", justify="right"))
+        counts, columns = trial.record.parameters, (Column(name, justify="right") for name in ("count", "share"))
         table = Table("parameters", *columns, box=None, pad_edge=False)
         for name in ("adapter", "head", "trainable", "total"):
             table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
         self.console.print(table)
         if trial.config.lora.method == "lora":
-            lora = trial.config.lora
-            factor = lora.effective_scaling()
+            lora, factor = trial.config.lora, trial.config.lora.effective_scaling()
             self.console.print(f"LoRA rank {lora.rank}, alpha {lora.alpha:g}: effective scaling {factor:g}")
         total = trial.config.trainer.epochs * steps
         self._progress = Progress("training", total, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 
     def advance(self, pack: Pack) -> None:
-        """One more step."""
         if self._progress is not None:
             self._progress.advance(1)
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
-        """Figures of a logging step."""
         if self._progress is not None:
             self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
 
     def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
-        """One line for an epoch."""
         self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(row)}")
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""What all trials of a pack share: the model's maker, the data and the device."""
+"""What all trials of a pack share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 from lora_vit.config import TrialConfig
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData
-from lora_vit.data.stream import EvalStream, Samples, TrainStream
+from lora_vit.data.stream import Batch, Samples, TrainStream
 from lora_vit.distributed import Process
 from lora_vit.models.vit import PackedViT
 
 
 @dataclass
 class Setup:
-    """What all trials of a pack share, and how their model is built."""
+    """Data, device, process, and what builds the trials' model."""
 
     build_model: Callable[[list[TrialConfig]], PackedViT]
     samples: Samples
@@ -39,7 +39,10 @@ class Setup:
         p = self.process
         return TrainStream(self.samples, self.transform, config.data.batch_size, config.seed, p.rank, p.world_size)
 
-    def eval_stream(self, split: str, batch_size: int) -> EvalStream:
-        """Every sample of a split once (this process's share)."""
-        p = self.process
-        return EvalStream(self.samples, self.transform, split, batch_size, p.rank, p.world_size)
+    def eval_stream(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every sample of a split once, in order, divided among the processes; nothing is padded or dropped."""
+        ids = self.data.splits[split][self.process.rank :: self.process.world_size]
+        for start in range(0, len(ids), batch_size):
+            own = ids[start : start + batch_size]
+            images, labels = self.samples.gather(own)
+            yield Batch(self.transform.eval(images), labels, own)

@@ -1,26 +1,35 @@
-"""One trial from start or resume to its end, with its saving."""
+"""One trial from start or resume to its end, and its folder (outputs/README.md lists the files)."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
-from lora_vit.errors import ConfigError, RecordError
-from lora_vit.files import locked, replacing
+from lora_vit.errors import ConfigError
+from lora_vit.files import JsonLines, locked, replacing
+from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState, load_checkpoint
+from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_adapter
+from lora_vit.training.evaluate import Predictions
 from lora_vit.training.setup import Setup
-from lora_vit.training.trackers import ClaimLost, TrialFiles
+from lora_vit.training.trackers import TensorBoard
 
+EPOCH_CHECKPOINT_EVERY = 5.0
+"""Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
+ROWS_ASK_EVERY = 10.0
+"""Seconds after which a training step's row asks whether the trial is still ours."""
 OWN_FILES = (
     *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
     *("adapter.safetensors", "adapter.json"),
@@ -29,18 +38,36 @@ OWN_FILES = (
 """What a trial writes, beside its folder ``tensorboard``."""
 
 
-@dataclass(eq=False)
-class TrialRun:
-    """A trial: what it is, where it stands and where it writes (rank 0 only)."""
+class ClaimLost(Exception):  # noqa: N818  (not an error)
+    """Another process has taken over the trial with this id: this process writes no more."""
 
-    config: TrialConfig
-    record: TrialRecord
-    state: TrialState
-    files: TrialFiles | None = None
+
+class TrialRun:
+    """A trial: what it is, where it stands, and the folder that it writes; a rank other than 0 has none.
+
+    Methods that write ask first whether the trial is still this process's, and raise ClaimLost if it is not.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        record: TrialRecord,
+        state: TrialState,
+        folder: Path | None = None,
+        tensorboard: Path | None = None,
+        mine: Callable[[], bool] | None = None,
+    ):
+        """Open the folder's logs, cut back to what the state knows of; the arguments are those of :meth:`open`."""
+        self.config, self.record, self.state, self.folder = config, record, state, folder
+        self._mine, self._asked, self._saved = mine, -math.inf, -math.inf
+        self.trackers: list[TensorBoard] = []
+        if folder is not None:
+            self.trackers = [TensorBoard(tensorboard or folder / "tensorboard", record)]
+            self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
+            self._timing = JsonLines(folder / records.TIMING)
 
     @classmethod
     def without_files(cls, config: TrialConfig) -> TrialRun:
-        """A new trial without files."""
         return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
     @classmethod
@@ -54,32 +81,29 @@ class TrialRun:
         restart: bool = False,
         mine: Callable[[], bool] | None = None,
     ) -> TrialRun:
-        """The trial with its state and files, ready to train; no other process may use the folder.
+        """The trial in its folder, ready to train; no other process may use the folder.
 
-        It starts from scratch in a folder without a record and where it failed at a step; else it resumes.
+        It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
+        removes what it left; one that is completed must. ``hydra_files``: name to text of what goes into ``.hydra/``;
+        ``tensorboard``: where event files go, if not below the folder; ``mine``: whether it is still this process's.
 
-        Args:
-            config: of the trial.
-            folder: of the trial, which is not completed unless it restarts.
-            setup: where and on what it trains.
-            hydra_files: name to text of what goes into ``.hydra/``.
-            tensorboard: where event files go, if not below the folder.
-            restart: remove what the trial left, and start from scratch.
-            mine: whether the trial is still this process's, see :class:`TrialFiles`.
-
-        Raises:
-            ConfigError: the folder, its data or its checkpoint are not this trial's.
-            ClaimLost: the trial is another process's now.
+        Raises ConfigError where the folder, its data or its checkpoint are not this trial's, ClaimLost.
         """
         there = records.state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)
         if mine is not None and not mine():
             raise ClaimLost(trial_id(config))
-        _remove_temporary_files(folder)
+        for path in (folder / name for name in OWN_FILES):
+            for temporary in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while it replaced it
+                temporary.unlink(missing_ok=True)
         record = there.record
         if record is None or restart or (record.error or {}).get("step") is not None:
-            _remove_own_files(folder, tensorboard)
+            for name in OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            for board in filter(None, (folder / "tensorboard", tensorboard)):
+                if board.is_dir():
+                    shutil.rmtree(board)
             record = TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
             state = TrialState()
         elif there.status == "completed":
@@ -90,7 +114,7 @@ class TrialRun:
             record.metrics, record.best = dict(state.last), dict(state.best)
         record.status = "running"
         record.environment, record.data = setup.environment, setup.data.card()
-        trial = cls(config, record, state, TrialFiles(folder, record, state, tensorboard, mine))
+        trial = cls(config, record, state, folder, tensorboard, mine)
         for name, text in hydra_files.items():
             (folder / ".hydra").mkdir(exist_ok=True)
             with replacing(folder / ".hydra" / name) as file:
@@ -99,37 +123,108 @@ class TrialRun:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
         return self.record.trial_id
 
     def done(self) -> bool:
-        """Whether all epochs are trained."""
         return self.state.epoch >= self.config.trainer.epochs
-
-    def save(self) -> None:
-        """Write the checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
-        if self.files is not None:
-            self.files.save_checkpoint()
 
     def beat(self) -> None:
         """Give a sign of life, the time of ``record.json``; another thread may call this."""
-        if self.files is not None and self.record.status == "running":
+        if self.folder is not None and self.record.status == "running":
             with contextlib.suppress(OSError):  # a disk that cannot be written ends the training itself
-                os.utime(self.files.folder / records.RECORD)
+                os.utime(self.folder / records.RECORD)
+
+    def _ask(self, every: float = 0.0) -> Path | None:
+        """The folder, if there is one. Raises ClaimLost if the trial is another process's now.
+
+        ``every``: it does not ask within so many seconds after the last time.
+        """
+        now = time.monotonic()
+        if self._mine is not None and now - self._asked >= every:
+            if not self._mine():
+                raise ClaimLost(self.name)
+            self._asked = now
+        return self.folder
+
+    def write_record(self) -> None:
+        if folder := self._ask():
+            records.write_record(folder, self.record)
+
+    def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
+        """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
+        if self._ask(ROWS_ASK_EVERY):
+            self._metrics.write({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
+            self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
+            for tracker in self.trackers:
+                tracker.log_step(step, loss, lr, images_per_second)
+
+    def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
+        """An epoch's row: train_loss, and where the epoch was validated val_loss and val_accuracy."""
+        if self._ask():
+            self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
+            for tracker in self.trackers:
+                tracker.log_epoch(step, row)
+            self.say(f"epoch {epoch}  {epoch_figures(row)}")
+
+    def save(self) -> None:
+        """Write the checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
+        if folder := self._ask():
+            self.state.metrics_bytes = self._metrics.length()
+            save_checkpoint(folder, self.name, self.state)
+            self._saved = time.monotonic()
+
+    def epoch_checkpoint_due(self) -> bool:
+        """Whether the end of an epoch is worth a checkpoint; the first and the last always are."""
+        every = min(EPOCH_CHECKPOINT_EVERY, self.config.trainer.checkpoint_every)
+        return self.done() or time.monotonic() - self._saved >= every
+
+    def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], setup: Setup) -> None:
+        """Write the predictions, and the adapter with a card that says enough to put it on its base and use it."""
+        folder = self._ask()
+        if folder is None:
+            return
+        records.write_predictions(folder, {name: vars(predictions) for name, predictions in splits.items()})
+        lora = self.config.lora
+        height, width = (int(n) for n in setup.data.images.shape[-2:])
+        card: dict[str, Any] = {
+            "schema": self.record.schema,
+            "trial_id": self.name,
+            "base": setup.base,
+            "data": self.record.data,
+            "lora": self.record.config["lora"],
+            "effective_scaling": lora.effective_scaling() if lora.method == "lora" else None,
+            "decoded_size": height if height == width else None,
+            "value_range": setup.data.value_range,
+            "class_names": setup.data.class_names,
+            "sha256": sha256_of(tensors),
+        }
+        write_adapter(folder, tensors, card)
+        self.record.cost["adapter_bytes"] = (folder / "adapter.safetensors").stat().st_size
+        for tracker in self.trackers:
+            tracker.log_hparams()
+
+    def say(self, text: str) -> None:
+        """A line of ``train.log``."""
+        if self.folder is not None:
+            with (self.folder / records.LOG).open("a", encoding="utf-8") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
 
     def close(self) -> None:
         """Close the logs; the record stays as it was written last."""
-        if self.files is not None:
-            self.files.close()
+        if self.folder is not None:
+            self._metrics.close()
+            self._timing.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def complete(self) -> None:
         """Record that the trial is completed; its results are written, so that its checkpoint goes."""
         self.record.status, self.record.finished = "completed", time.time()
-        if self.files is not None:
-            self.files.write_record()
-            self.files.say(self.record.status)
-            (self.files.folder / records.CHECKPOINT).unlink(missing_ok=True)
-            self.files.close()
+        self.write_record()
+        self.say(self.record.status)
+        if self.folder is not None:
+            (self.folder / records.CHECKPOINT).unlink(missing_ok=True)
+        self.close()
 
     def interrupt(self) -> None:
         """Record that the trial was asked to stop; it resumes from its checkpoint."""
@@ -144,48 +239,33 @@ class TrialRun:
         self._end(trace or message)
 
     def _end(self, said: str) -> None:
-        if self.files is None:
-            return
         try:
             with contextlib.suppress(OSError):  # a full disk is often the reason itself
-                self.files.write_record()
-                self.files.say(said)
+                self.write_record()
+                self.say(said)
         finally:
-            self.files.close()
+            self.close()
+
+
+def epoch_figures(row: dict[str, float]) -> str:
+    """An epoch's row as text."""
+    text = f"train loss {row['train_loss']:.4f}"
+    if "val_accuracy" in row:
+        text += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+    return text
 
 
 def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
-    precision = "another precision (trainer.precision=auto is"
+    precisions = record.environment.get("precision"), setup.environment.get("precision")
     for what, there, here in (
         ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
-        (precision, record.environment.get("precision"), setup.environment.get("precision")),
+        ("another precision (trainer.precision=auto is", *precisions),
     ):
         if there not in (None, here):
-            raise ConfigError(
-                f"{folder} was started with {what} {there} there, {here} here): resume it where and with what it was "
-                "started, or give trainer.resume=restart"
-            )
-    try:
-        return load_checkpoint(folder, record.trial_id)
-    except RecordError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _remove_own_files(folder: Path, tensorboard: Path | None) -> None:
-    """Remove what a trial writes, and nothing else."""
-    for name in OWN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for board in filter(None, (folder / "tensorboard", tensorboard)):
-        if board.is_dir():
-            shutil.rmtree(board)
-
-
-def _remove_temporary_files(folder: Path) -> None:
-    """Remove what processes left that were killed while they replaced a file."""
-    for path in (folder / name for name in OWN_FILES):
-        for temporary in path.parent.glob(f".{path.name}.*"):
-            temporary.unlink(missing_ok=True)
+            remedy = "resume it where and with what it was started, or give trainer.resume=restart"
+            raise ConfigError(f"{folder} was started with {what} {there} there, {here} here): {remedy}")
+    return load_checkpoint(folder, record.trial_id)
 
 
 def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
@@ -201,10 +281,7 @@ def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a trial's folder, made if need be.
-
-    Raises ConfigError if another process holds it or it cannot be written.
-    """
+    """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

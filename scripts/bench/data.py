@@ -98,7 +98,7 @@ def main() -> None:
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.JPEG"))]
         start = time.perf_counter()
         second = Path(cache) / "second"
-        decoded(folder, names, digests_of(folder, names, second, True), None, second, True)
+        decoded(folder, names, digests_of(folder, names, second, True), second, True, None)
         build = time.perf_counter() - start
         start = time.perf_counter()
         for _ in DataLoader(ImageFolder(str(folder), v2.PILToTensor()), BATCH, num_workers=torch.get_num_threads()):

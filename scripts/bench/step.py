@@ -17,6 +17,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
 from lora_vit.models.vit import PackedViT, width_of
 from lora_vit.training.optim import FlatParameters, PackedAdamW
-from lora_vit.training.step import StepState, train_step
+from lora_vit.training.step import train_step
 
 CLASSES, SIZE = 200, 224
 RANK, ALPHA = 8, 32.0
@@ -52,8 +53,9 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
     flat = FlatParameters(named, per_trial, 1)
     optimizer = PackedAdamW(flat, [config.optimizer])
     device = images.device
-    state = StepState(
-        model=model,
+    pack: Any = SimpleNamespace(  # as far as a step looks at it
+        forward=model,
+        stream_of_trial=[0],
         flat=flat,
         optimizer=optimizer,
         dropout=model.head.state,
@@ -65,7 +67,7 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
         global_batch=len(labels),
     )
     lr_K1 = torch.full((1, 1), config.optimizer.lr, device=device)
-    return lambda: train_step(state, images, labels[None], [0], lr_K1, False)
+    return lambda: train_step(pack, images, labels[None], lr_K1, False)
 
 
 def torch_step(model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from helpers import is_running, start, wait_until
+from helpers import is_running, wait_until
 from pictures import decoded, paint, shades
 from PIL import Image
 
@@ -57,8 +57,10 @@ def refused(root: Path, names: list[str], size: int | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("size", [None, 16])
-def test_workers_fill_every_row(size, pictures, two_workers, tmp_path):
+@pytest.mark.parametrize(("size", "workers"), [(None, 2), (16, 2), (20, 1)])
+def test_every_row_is_filled(size, workers, pictures, request):
+    if workers == 2:
+        request.getfixturevalue("two_workers")
     root, names = pictures
     images = decoded(root, names, size).images
     assert images.shape == (300, 3, *((24, 40) if size is None else (size, size)))
@@ -66,16 +68,6 @@ def test_workers_fill_every_row(size, pictures, two_workers, tmp_path):
         np.testing.assert_array_equal(row, decode(root / name, size))
     with pytest.raises(ValueError, match="read-only"):
         images[0] = 0
-
-
-def test_one_process_decodes_the_same(pictures, tmp_path):
-    root, names = pictures
-    images = decoded(root, names, 20).images
-    for row, name in zip(images, names, strict=True):
-        np.testing.assert_array_equal(row, decode(root / name, 20))
-
-
-# --- what cannot be used
 
 
 def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers):
@@ -131,9 +123,6 @@ def test_a_cache_that_cannot_be_written(pictures, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/file/cache cannot be written"):
         decoded(*pictures, None, tmp_path / "file" / "cache")
-
-
-# --- which files it stands for
 
 
 def test_it_is_kept_and_follows_the_files(tmp_path, monkeypatch):
@@ -202,8 +191,6 @@ def test_names_that_are_not_utf8(tmp_path):
     assert decoded(tmp_path, [name]).images.shape == (1, 3, 8, 8)
 
 
-# --- the processes that build it
-
 BUILD = """
 print("script", flush=True)
 import signal, sys
@@ -221,28 +208,23 @@ root, place = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted(p.name for p in root.iterdir())
 digests = digests_of(root, names, place, True)
 with reporting():
-    sys.exit(len(cache.decoded(root, names, digests, None, place, True).images) - len(names))
+    sys.exit(len(cache.decoded(root, names, digests, place, True, None).images) - len(names))
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 
 
-@pytest.mark.parametrize("how", ["file", "stdin"])
-def test_a_users_script_runs_once(how, pictures, tmp_path):
+def test_runs_that_start_together_build_once_and_run_their_script_once(pictures, tmp_path):
     """Not once more in each process, as multiprocessing's would run it; from a pipe there is none to run."""
     (tmp_path / "script.py").write_text(BUILD)
-    line = [sys.executable, "-" if how == "stdin" else "script.py", "pictures", "cache"]
-    done = subprocess.run(
-        line, cwd=tmp_path, input=BUILD if how == "stdin" else "", capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "script\nbuilt\n", "")
-
-
-def test_runs_that_start_together_build_once(pictures, tmp_path):
-    line = [sys.executable, "-c", BUILD, "pictures", "cache"]
-    runs = [start(line, tmp_path) for _ in range(3)]
-    output = "".join(run.communicate(timeout=60)[0] for run in runs)
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    assert output.count("built") == 1
+    with (tmp_path / "script.py").open() as script:
+        runs = [
+            subprocess.Popen([sys.executable, name, "pictures", "cache"], cwd=tmp_path, stdin=script, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for name in ("script.py", "-")
+        ]  # fmt: skip
+        output = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted(output) == ["script\n", "script\nbuilt\n"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

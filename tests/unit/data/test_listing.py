@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lora_vit.data import files
-from lora_vit.data.files import PassedOver, digests_of, folders_in, image_endings, images_below, is_own, locked_in
+from lora_vit.data.files import Listing, digests_of, image_endings, locked_in
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked
 
@@ -29,17 +29,16 @@ def fill(root: Path, *names: str) -> Path:
     return root
 
 
-def test_what_is_passed_over_is_counted_and_three_are_named():
-    passed = PassedOver()
-    for i in range(4):
-        passed.add("no images", f"{i}.txt")
+def test_what_is_passed_over_is_counted_and_three_are_named(tmp_path):
+    listing = Listing(tmp_path)
+    for i in range(1234):
+        listing.skip("no images", f"{i}.txt")
     for i in range(3):
-        passed.add("hidden", f".{i}")
-    passed.add("broken links", os.fsdecode(b"\xe9"))
-    assert passed.lines() == (
-        "4 no images (0.txt, 1.txt, 2.txt, ...)", "3 hidden (.0, .1, .2)", "1 broken links (\\xe9)",
+        listing.skip("hidden", f".{i}")
+    listing.skip("broken links", os.fsdecode(b"\xe9"))
+    assert listing.lines() == (
+        "1,234 no images (0.txt, 1.txt, 2.txt, ...)", "3 hidden (.0, .1, .2)", "1 broken links (\\xe9)",
     )  # fmt: skip
-    assert PassedOver({"hidden": ["x"] * 1234}).lines() == ("1,234 hidden (x, x, x, ...)",)
 
 
 def test_endings_are_those_that_pillow_reads():
@@ -66,25 +65,12 @@ def test_endings_are_those_that_pillow_reads():
     ],
 )
 def test_folders_that_training_wrote_are_known_by_what_is_in_them(folder, content, own, tmp_path):
-    fill(tmp_path / folder, "y", content)
-    (tmp_path / "link").symlink_to(tmp_path / "cache")
-    assert is_own(tmp_path / folder, tmp_path / "link") == own
-
-
-def test_folders_of_classes_in_order(tmp_path):
-    root = fill(tmp_path / "top", "b/0", ".git/x", "own/record.json", "a/0", "IMG.PNG", "notes.txt", "__MACOSX/._0.png")
-    (root / "c").symlink_to(root / "a")
-    (root / "gone").symlink_to(tmp_path / "nowhere")
-    passed = PassedOver()
-    assert folders_in(root, tmp_path / "cache", passed) == ["a", "b", "c"]
-    assert passed.names == {
-        "hidden": [".git"],
-        "images outside the class folders": ["IMG.PNG"],
-        "of the file system": ["__MACOSX"],
-        "broken links": ["gone"],
-        "no images": ["notes.txt"],
-        "of lora_vit's own": ["own"],
-    }
+    top = tmp_path / "top"
+    fill(top / folder, "y", content)
+    (tmp_path / "link").symlink_to(top / "cache")
+    listing = Listing(tmp_path / "link")
+    assert (folder in listing.folders(top)) is not own
+    assert (folder in listing.passed.get("of lora_vit's own", [])) is own
 
 
 def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
@@ -98,11 +84,11 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
     (root / "cat" / "also").symlink_to(root / "dog")
     (root / "cat" / "twice").symlink_to(root / "dog")
     (root / "cat" / "gone").symlink_to(tmp_path / "nowhere")
-    passed = PassedOver()
-    assert images_below(root, "cat", tmp_path / "cache", passed) == [
+    listing = Listing(tmp_path / "cache")
+    assert listing.images(root, "cat") == [
         "cat/a.JPG", "cat/also/d.png", "cat/b.png", "cat/deep/er/c.gif", "cat/twice/d.png",
     ]  # fmt: skip
-    assert passed.names == {
+    assert listing.passed == {
         "hidden": ["cat/.x.png"],
         "of the file system": ["cat/@eaDir"],
         "of lora_vit's own": ["cat/deep/own"],
@@ -110,9 +96,6 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
         "broken links": ["cat/gone"],
         "no images": ["cat/notes.txt"],
     }
-
-
-# --- digests
 
 
 class Reading:
@@ -144,10 +127,13 @@ def reading(tmp_path, monkeypatch) -> Reading:
     return Reading(tmp_path / "top", monkeypatch)
 
 
-def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path):
+def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path, capsys):
     """Of 600 files in pieces of 256; of other files, in another order and of fewer; each folder by itself."""
     names = [f"{i}.png" for i in range(600)]
     fill(tmp_path / "top", *names, "new.png")
+    digests_of(reading.root, names, tmp_path / "other", False)
+    digests_of(reading.root, names[:255], tmp_path / "another", False)
+    assert capsys.readouterr().out.count("reading images") == 1, "no bar for few"
     assert digests_of(reading.root, names, tmp_path / "cache", True, fetch=False) is None
     assert not (tmp_path / "cache").exists()
     reading.check(names, names)
@@ -228,13 +214,6 @@ def test_what_cannot_be_read_or_written(tmp_path):
             digests_of(root, ["a.png", name], tmp_path / "cache", True)
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/a\.png cannot be written \(File exists\): give another"):
         digests_of(root, ["a.png"], root / "a.png", True)
-
-
-@pytest.mark.parametrize(("count", "quiet", "shown"), [(256, False, True), (255, False, False), (256, True, False)])
-def test_many_files_have_a_bar(count, quiet, shown, tmp_path, capsys):
-    names = [f"{i}.png" for i in range(count)]
-    digests_of(fill(tmp_path / "top", *names), names, tmp_path / "cache", quiet)
-    assert capsys.readouterr().out[:26] == (f"reading images: {count} images" if shown else "")
 
 
 def test_a_lock_for_each_thing_in_the_cache(tmp_path):

@@ -22,7 +22,7 @@ from lora_vit.config import SCHEMA_VERSION
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of
 from lora_vit.records import write_record
-from lora_vit.training.trackers import write_adapter
+from lora_vit.training.checkpoint import write_adapter
 
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"

@@ -47,7 +47,7 @@ class Bench:
         self.packs.append([trial.config.seed for trial in trials])
         self.runs += trials
         for trial in trials:
-            trial.files.write_record()
+            trial.write_record()
         self.act(trials, reporter)
         for trial in trials:
             if trial.record.status == "running":

@@ -161,7 +161,7 @@ def test_a_trial_that_failed_at_a_step_starts_from_scratch_when_it_is_retried(tm
 
 def test_a_pack_size_that_cannot_be_measured_is_one_and_each_trial_says_why(tmp_path, monkeypatch):
     trials = seed_trials(2)
-    break_steps(monkeypatch, ValueError("this model cannot be trained"), lambda pack: pack.trials[0].files is None)
+    break_steps(monkeypatch, ValueError("this model cannot be trained"), lambda pack: pack.trials[0].folder is None)
     said = work(tmp_path, trials, pack_size="auto")
     assert any("cannot be measured (ValueError: this model cannot be trained)" in line for line in said)
     assert {read_record(tmp_path / trial.trial_id).cost["pack_size"] for trial in trials} == {1}

@@ -9,16 +9,20 @@ import os
 import pytest
 import torch
 
-from lora_vit.errors import RecordError
+from lora_vit.errors import ConfigError
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 
 TENSORS = [{"a": torch.full((2, 3), float(i), dtype=torch.float64), "b": torch.tensor(i)} for i in (1, 2, 3)]
 STATE = TrialState(3, 4, 5, 0.125, 6, 7.5, {"epoch": 2.0}, {"step": 8.0}, *TENSORS)
 
 
-def test_every_field_is_kept(tmp_path):
+def test_every_field_is_kept(tmp_path, monkeypatch):
+    """Read to the host, and nothing but tensors and plain values: a pickle may run code."""
     save_checkpoint(tmp_path, "mine", STATE)
+    seen, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: seen.append(how) or load(*args, **how))
     back = load_checkpoint(tmp_path, "mine")
+    assert seen == [{"map_location": "cpu", "weights_only": True}]
     for field in dataclasses.fields(TrialState):
         before = getattr(STATE, field.name)
         assert before != getattr(TrialState(), field.name), f"{field.name} has a value of its own"
@@ -33,22 +37,6 @@ def test_a_fresh_state_has_not_begun(tmp_path):
         assert getattr(one, name) is not getattr(other, name)
 
 
-def test_tensors_are_read_to_the_host(tmp_path, monkeypatch):
-    """And nothing but tensors and plain values is: a pickle may run code."""
-    save_checkpoint(tmp_path, "mine", STATE)
-    seen, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **how: seen.append((args, how)) or load(*args, **how))
-    load_checkpoint(tmp_path, "mine")
-    assert seen == [((tmp_path / "checkpoint.pt",), {"map_location": "cpu", "weights_only": True})]
-
-
-def test_another_trials_file_is_refused(tmp_path):
-    save_checkpoint(tmp_path, "theirs", STATE)
-    with pytest.raises(RecordError) as caught:
-        load_checkpoint(tmp_path, "mine")
-    assert str(caught.value) == f"{tmp_path / 'checkpoint.pt'} belongs to trial theirs, not to mine"
-
-
 @pytest.mark.parametrize("damage", ["cut", "no owner", "unknown field", "no dictionary"])
 def test_a_damaged_file_is_one_line(damage, tmp_path):
     path = tmp_path / "checkpoint.pt"
@@ -58,15 +46,12 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
     else:
         values = {"no owner": {"epoch": 1}, "unknown field": {"trial_id": "mine", "x": 1}, "no dictionary": [1]}
         torch.save(values[damage], path)
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(ConfigError) as caught:
         load_checkpoint(tmp_path, "mine")
     text = str(caught.value)
     assert text.startswith(f"{path} is damaged (")
     assert text.endswith("): remove it, or give trainer.resume=restart")
     assert "\n" not in text
-    assert caught.value.__suppress_context__
-    if damage == "unknown field":
-        assert "unexpected keyword argument 'x'" in text
 
 
 def test_no_room_leaves_the_last_good_file(tmp_path, monkeypatch):

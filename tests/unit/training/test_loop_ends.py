@@ -18,11 +18,12 @@ from lora_vit.errors import Interrupted
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
-from lora_vit.training import loop, step
+from lora_vit.training import loop
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
+from lora_vit.training.optim import PackedAdamW
 from lora_vit.training.pack import Pack
-from lora_vit.training.trackers import ClaimLost
+from lora_vit.training.trial import ClaimLost
 
 
 def statuses(stage, *seeds: int) -> list[str]:
@@ -32,10 +33,7 @@ def statuses(stage, *seeds: int) -> list[str]:
 
 def saved(stage) -> list[tuple[int, ...]]:
     """Seed, epoch and step of each checkpoint."""
-    return [e[:3] for e in stage.of("save_checkpoint")]
-
-
-# --- trials that go bad
+    return [e[:3] for e in stage.of("save")]
 
 
 @pytest.mark.parametrize(("clip", "remedy"), [(None, "optimizer.lr or optimizer.clip_norm=1"), (0.5, "optimizer.lr")])
@@ -77,7 +75,7 @@ def test_a_bad_step_before_a_last_update_that_overflows_is_the_one_to_blame(stag
     stage.train([trial])
     assert trial.record.error["step"] == 2
     assert trial.record.error["message"].startswith("the loss")
-    assert stage.of("epoch", "save_checkpoint") == []
+    assert stage.of("epoch", "save") == []
     assert len(stage.of("train")) == STEPS
 
 
@@ -98,7 +96,7 @@ def test_a_pack_is_freed_when_trials_leave_it(stage):
     def spoil(pack: Pack) -> None:
         adapters = [m for m in pack.model.modules() if isinstance(m, LoRAAdapters)]
         tensors = (pack.flat.values_KP, pack.optimizer.exp_avg_KP)
-        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, pack.step_state, *adapters, *tensors)))
+        parts.extend(map(weakref.ref, (pack, pack.model, pack.model.head, *adapters, *tensors)))
         pack.predict("val")
         spoilt(0, 1)(pack)
 
@@ -117,9 +115,6 @@ def test_a_pack_is_freed_when_trials_leave_it(stage):
     assert alive == [{"LoRAAdapters"}, set()], "the shared trunk carries them until the next pack"
 
 
-# --- asked to stop
-
-
 def test_a_stop_is_saved_after_its_step(stage):
     stop = StopRequest()
     stage.after[6] = asked(stop)
@@ -127,7 +122,7 @@ def test_a_stop_is_saved_after_its_step(stage):
         stage.train(stage.trials(1, 2, trainer__log_every=9), stop)
     assert caught.value.signum == signal.SIGHUP
     losses = [e[2] for e in stage.of("train")]
-    assert stage.of("save_checkpoint")[-2:] == [
+    assert stage.of("save")[-2:] == [
         (seed, 1, 2, 6.0, pytest.approx(losses[4][k] + losses[5][k])) for k, seed in enumerate((1, 2))
     ]
     assert statuses(stage, 1, 2) == ["interrupted"] * 2
@@ -165,34 +160,29 @@ def test_a_stop_at_an_epochs_last_step_finishes_the_epoch_or_the_trial(at, statu
     assert len(stage.of("train")) == at
 
 
-@pytest.mark.parametrize("when", ["with the failure", "while the next pack is made"])
-@pytest.mark.parametrize("how", ["signal", "SystemExit"])
-def test_a_stop_when_one_trial_leaves_saves_those_that_stay(when, how, stage):
+@pytest.mark.parametrize("how", ["signal with the failure", "signal", "SystemExit"])
+def test_a_stop_when_one_trial_leaves_saves_those_that_stay(how, stage):
     """Also between two packs, when the state is in the trials alone."""
     stop = StopRequest()
-    end, error = (asked(stop), Interrupted) if how == "signal" else (raised(SystemExit), SystemExit)
     stage.after[3] = spoilt(1, 2)
-    stage.making[2] = end
-    if when == "with the failure":
-        stage.making = {}
+    stage.making[2] = raised(SystemExit) if how == "SystemExit" else asked(stop)
+    if how == "signal with the failure":
         stage.after[3] = lambda pack: (spoilt(1, 2)(pack), asked(stop)(pack))
-        error = Interrupted
-    with pytest.raises(error):
+    with pytest.raises(SystemExit if how == "SystemExit" else Interrupted):
         stage.train(stage.trials(1, 2, 3), stop)
     assert statuses(stage, 1, 2, 3) == ["interrupted", "failed", "interrupted"]
     assert saved(stage) == [(1, 0, 3), (3, 0, 3)]
     assert len(stage.of("train")) == 3
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_what_a_foreign_handler_raises_saves_what_is_whole(error, stage):
+def test_what_a_foreign_handler_raises_saves_what_is_whole(stage):
     """And the trial then ends as if it had never been stopped."""
     stage.train(stage.trials(1))
     whole = {name: (stage.folder / "1" / name).read_bytes() for name in ("metrics.jsonl", "adapter.safetensors")}
     stage.folder = stage.folder / "again"
     stage.folder.mkdir()
-    stage.after[6] = raised(error)
-    with pytest.raises(error):
+    stage.after[6] = raised(SystemExit)
+    with pytest.raises(SystemExit):
         stage.train(stage.trials(1))
     assert statuses(stage, 1) == ["interrupted"]
     stage.after.clear()
@@ -204,14 +194,14 @@ def test_what_a_foreign_handler_raises_saves_what_is_whole(error, stage):
 
 def test_what_is_half_changed_is_not_saved(stage, monkeypatch):
     """An exception in the midst of an update: the last checkpoint counts."""
-    update = step.PackedAdamW.step
+    update = PackedAdamW.step
 
     def torn(optimizer, *args):
         update(optimizer, *args)
         if int(optimizer.updates_K1[0]) == 6:
             raise SystemExit
 
-    monkeypatch.setattr(step.PackedAdamW, "step", torn)
+    monkeypatch.setattr(PackedAdamW, "step", torn)
     (trial,) = stage.trials(1)
     with pytest.raises(SystemExit):
         stage.train([trial])
@@ -227,11 +217,8 @@ def test_an_error_is_left_to_the_caller(stage):
     with pytest.raises(RuntimeError):
         stage.train([trial])
     assert statuses(stage, 1) == ["running"]
-    assert stage.of("save_checkpoint", "close") == []
+    assert stage.of("save", "close") == []
     trial.close()
-
-
-# --- several processes
 
 
 def test_the_request_rides_on_the_next_step(stage):
@@ -282,14 +269,11 @@ def test_all_processes_answer_alike(world_size, device, logging, signum, summed,
     assert stop_requested(pack, stop, logging) is stops
 
 
-# --- claims that are lost
-
-
 def test_a_trial_that_another_process_took_is_written_no_more(stage):
     """Asked to stop, the others are saved all the same."""
     stop, held = StopRequest(), [True]
     trials = stage.trials(1, 2)
-    trials[0].files._mine = lambda: held[0]
+    trials[0]._mine = lambda: held[0]
     before = {}
 
     def lose(pack: Pack) -> None:
@@ -307,7 +291,7 @@ def test_a_trial_that_another_process_took_is_written_no_more(stage):
 
 def test_a_lost_claim_ends_the_pack(stage):
     trials = stage.trials(1, 2)
-    trials[1].files._mine = lambda: not stage.of("epoch")
+    trials[1]._mine = lambda: not stage.of("epoch")
     with pytest.raises(ClaimLost, match=trials[1].name):
         stage.train(trials)
     assert statuses(stage, 1, 2) == ["running", "running"]

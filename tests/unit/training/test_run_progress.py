@@ -34,14 +34,13 @@ def hands(monkeypatch):
     return hands
 
 
-def test_a_run_line_by_line(hands, capsys):
+def test_a_run_line_by_line(hands, capsys, monkeypatch):
     pack = pack_of(epoch=1)
     reporter = RunReporter()
-    reporter.advance(pack)  # before it has started there is nothing to move
-    reporter.step(pack, [1.0], [1.0], 1.0)
-    reporter.close()
+    reporter.close()  # as where the first pack cannot be made
     assert capsys.readouterr().out == ""
     reporter.started(pack)
+    assert reporter.console is reporter._progress.console, "lines go above the bar"
     assert capsys.readouterr().out.splitlines() == [
         "data: at [16] px",
         f"trial {pack.trials[0].name} on cpu, fp64, 2 process(es)",
@@ -65,9 +64,9 @@ def test_a_run_line_by_line(hands, capsys):
     line = "epoch 1/5  train loss 1.0000  val loss 0.5000  val accuracy 75.00%\n"
     assert capsys.readouterr().out == line
     reporter.left(pack.trials[0])
+    monkeypatch.setattr(terminal.Progress, "close", lambda bar: print(f"{bar.what} is over"))
     reporter.close()
-    reporter.close()
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "training is over\n"
 
 
 @pytest.mark.parametrize(
@@ -82,24 +81,3 @@ def test_the_scaling_of_adapters_is_told_where_there_are_any(changes, line, caps
     reporter.started(pack_of(changes))
     lines = capsys.readouterr().out.splitlines()
     assert lines[7:] == ([line] if line else [])
-
-
-def test_lines_go_above_the_bar_and_close_takes_it_away(monkeypatch, capsys):
-    made = []
-
-    class Shown(terminal.Progress):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-            self.closed = 0
-
-        def close(self):
-            self.closed += 1
-
-    monkeypatch.setattr("lora_vit.training.progress.Progress", Shown)
-    reporter = RunReporter()
-    reporter.started(pack_of())
-    assert reporter.console is made[0].console
-    assert (made[0].what, made[0].total, made[0].unit) == ("training", 35, "steps")
-    reporter.close()
-    assert made[0].closed == 1

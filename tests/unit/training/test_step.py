@@ -39,17 +39,6 @@ def configs(*more: str):
     return [trial_config(*t.split(), *more) for t in TRIALS]
 
 
-@pytest.mark.parametrize("smoothing", [(0.0, 0.1, 0.9), (0.3, 0.0, 0.0)])
-def test_losses_equal_torchs_with_each_trials_smoothing(smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(3, 8, 5, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 5, (3, 8), generator=generator)
-    losses = sample_losses(logits, labels, torch.tensor(smoothing, dtype=torch.float64)[:, None])
-    for k, s in enumerate(smoothing):
-        expected = nn.functional.cross_entropy(logits[k], labels[k], reduction="none", label_smoothing=s)
-        torch.testing.assert_close(losses[k], expected, rtol=1e-12, atol=1e-12)
-
-
 class Plain:
     """A trial in plain PyTorch: torchvision's model with W + s B A as its weights, torch's loss and optimizer."""
 
@@ -113,9 +102,9 @@ def test_an_epoch_of_a_pack_equals_plain_pytorch():
         for name, tensor in pack.export(k, pack.flat.values_KP).items():
             torch.testing.assert_close(tensor, p.trained[name].detach(), rtol=1e-8, atol=1e-10)
     sums = torch.tensor(expected, dtype=torch.float64).sum(0)
-    torch.testing.assert_close(pack.step_state.loss_sum_K, sums, rtol=1e-10, atol=1e-10)
-    assert pack.step_state.step_K.tolist() == [7, 7, 7]
-    assert pack.step_state.first_bad_step_K.tolist() == [-1, -1, -1]
+    torch.testing.assert_close(pack.loss_sum_K, sums, rtol=1e-10, atol=1e-10)
+    assert pack.step_K.tolist() == [7, 7, 7]
+    assert pack.first_bad_step_K.tolist() == [-1, -1, -1]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +131,7 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
 
     def troubled(loss):
         differentiate(loss)
-        if int(pack.step_state.step_K[0]) == bad_step and trouble != "loss":
+        if int(pack.step_K[0]) == bad_step and trouble != "loss":
             row = pack.flat.grads_KP[1]
             if trouble == "norm":
                 row.fill_(1e200)  # each finite, its square not
@@ -151,7 +140,7 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
 
     def losses(logits, labels, smoothing):
         found = sample_losses(logits, labels, smoothing)
-        if trouble == "loss" and int(pack.step_state.step_K[0]) == bad_step:
+        if trouble == "loss" and int(pack.step_K[0]) == bad_step:
             found = found + torch.tensor([0.0, math.inf, 0.0], dtype=found.dtype)[:, None]
         return found
 
@@ -162,22 +151,8 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
         for now, other, frozen in zip(state_of(pack), untroubled[i + 1], untroubled[bad_step], strict=True):
             assert torch.equal(now[[0, 2]], other[[0, 2]])
             assert torch.equal(now[1], (frozen if i >= bad_step else other)[1])  # its loss is fine again after that
-        assert pack.step_state.first_bad_step_K.tolist() == [-1, -1 if i < bad_step else bad_step, -1]
-    assert pack.step_state.step_K.tolist() == [4, 4, 4]
-
-
-def test_a_step_says_when_its_state_is_half_changed(monkeypatch):
-    """What is saved on a signal must not hold one half of a step."""
-    pack, seen = new_pack(configs()), []
-    update, differentiate = pack.optimizer.step, pack.flat.differentiate
-    monkeypatch.setattr(
-        pack.flat, "differentiate", lambda loss: (seen.append(pack.step_state.updating), differentiate(loss))
-    )
-    monkeypatch.setattr(pack.optimizer, "step", lambda *args: (seen.append(pack.step_state.updating), update(*args)))
-    for lr_K1 in pack.learning_rates()[:2]:
-        pack.step(lr_K1, False)
-        seen.append(pack.step_state.updating)
-    assert seen == [False, True, False] * 2
+        assert pack.first_bad_step_K.tolist() == [-1, -1 if i < bad_step else bad_step, -1]
+    assert pack.step_K.tolist() == [4, 4, 4]
 
 
 def test_losses_gradients_and_the_stop_are_summed_over_processes(monkeypatch):
@@ -198,7 +173,7 @@ def test_losses_gradients_and_the_stop_are_summed_over_processes(monkeypatch):
     assert [t.data_ptr() for t in seen] == [pack.flat.buffer.data_ptr()]
     assert pack.flat.stop.tolist() == [3]
     torch.testing.assert_close(losses_K, 3 * expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pack.step_state.loss_sum_K, 3 * expected.double(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pack.loss_sum_K, 3 * expected.double(), rtol=1e-12, atol=1e-12)
     free = torch.linalg.vector_norm(gradients[1:], dim=1)  # trials that do not clip keep their gradients
     torch.testing.assert_close(clipped[0][1:, 0], 3 * free, rtol=1e-12, atol=1e-12)
     pack.step(pack.learning_rates()[0], False)
@@ -217,5 +192,5 @@ def test_dropout_masks_change_with_the_step_and_not_with_the_pack():
         stream.batch = lambda epoch, step: same_batch(0, 0)
     first, second = pack.step(zero, False), pack.step(zero, False)
     assert not (first == second).any()
-    pack.step_state.step_K.zero_()
+    pack.step_K.zero_()
     torch.testing.assert_close(pack.step(zero, False), first, rtol=0, atol=0)

@@ -16,33 +16,33 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_vit import records
-from lora_vit.config import cell_id, to_dict, trial_id
+from lora_vit.config import ids, to_dict
 from lora_vit.files import read_rows
+from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import TrialRecord, read_predictions
-from lora_vit.training import trackers
-from lora_vit.training.checkpoint import TrialState
+from lora_vit.training import trial as trials
+from lora_vit.training.checkpoint import TrialState, write_adapter
 from lora_vit.training.evaluate import Predictions
-from lora_vit.training.trackers import EPOCH_CHECKPOINT_EVERY, TrialFiles, epoch_figures, write_adapter
+from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun
 
 
-def files_in(folder, changes=None, state=None, **where) -> TrialFiles:
+def trial_in(folder, changes=None, **where) -> TrialRun:
     config = plain_trial(changes)
-    record = TrialRecord(trial_id(config), cell_id(config), "running", to_dict(config))
-    return TrialFiles(folder, record, state or TrialState(), **where)
+    return TrialRun(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState(), folder, **where)
 
 
 @pytest.fixture
-def files(tmp_path):
-    files = files_in(tmp_path)
-    yield files
-    files.close()
+def trial(tmp_path):
+    trial = trial_in(tmp_path)
+    yield trial
+    trial.close()
 
 
 def clock(monkeypatch, **now: float) -> SimpleNamespace:
     """A clock that stands at what the test sets."""
     hands = SimpleNamespace(**{"time": 1000.0, "monotonic": 0.0} | now)
     fake = SimpleNamespace(time=lambda: hands.time, monotonic=lambda: hands.monotonic, strftime=time.strftime)
-    monkeypatch.setattr(trackers, "time", fake)
+    monkeypatch.setattr(trials, "time", fake)
     monkeypatch.setattr(records, "time", fake)
     return hands
 
@@ -52,11 +52,11 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_steps_are_rows_and_curves(files, tmp_path, monkeypatch):
+def test_steps_are_rows_and_curves(trial, tmp_path, monkeypatch):
     """Speed and clock are kept out of the metric rows: these are equal for equal runs."""
     hands = clock(monkeypatch)
     for step, epoch, loss, lr, speed in ((1, 0, 2.5, 0.5, 64.0), (8, 1, 1.25, 0.25, 32.0)):
-        files.log_step(step, epoch, loss, lr, speed)
+        trial.log_step(step, epoch, loss, lr, speed)
         hands.time += 5
     assert read_rows(tmp_path / "metrics.jsonl") == [
         {"kind": "step", "step": 1, "epoch": 0, "loss": 2.5, "lr": 0.5},
@@ -66,7 +66,7 @@ def test_steps_are_rows_and_curves(files, tmp_path, monkeypatch):
         {"step": 1, "time": 1000.0, "images_per_second": 64.0},
         {"step": 8, "time": 1005.0, "images_per_second": 32.0},
     ]
-    files.close()
+    trial.close()
     assert scalars(tmp_path / "tensorboard") == {
         "train/loss": [(1, 2.5), (8, 1.25)],
         "train/learning_rate": [(1, 0.5), (8, 0.25)],
@@ -74,11 +74,11 @@ def test_steps_are_rows_and_curves(files, tmp_path, monkeypatch):
     }
 
 
-def test_epochs_are_rows_curves_and_lines(files, tmp_path):
-    files.log_epoch(7, 1, {"train_loss": 2.0})
-    files.log_epoch(14, 2, {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5})
+def test_epochs_are_rows_curves_and_lines(trial, tmp_path):
+    trial.log_epoch(7, 1, {"train_loss": 2.00004})
+    trial.log_epoch(14, 2, {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5})
     assert read_rows(tmp_path / "metrics.jsonl") == [
-        {"kind": "epoch", "step": 7, "epoch": 1, "train_loss": 2.0},
+        {"kind": "epoch", "step": 7, "epoch": 1, "train_loss": 2.00004},
         {"kind": "epoch", "step": 14, "epoch": 2, "train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5},
     ]
     # before it is closed: whoever looks on sees each epoch at once
@@ -88,62 +88,60 @@ def test_epochs_are_rows_curves_and_lines(files, tmp_path):
     assert second.endswith("  epoch 2  train loss 1.5000  val loss 1.2500  val accuracy 50.00%")
 
 
-def test_an_epochs_figures():
-    assert epoch_figures({"train_loss": 0.12345}) == "train loss 0.1235"
-    row = {"train_loss": 1.0, "val_loss": 0.00005, "val_accuracy": 0.98765}
-    assert epoch_figures(row) == "train loss 1.0000  val loss 0.0001  val accuracy 98.77%"
-
-
-def test_no_event_file_before_the_first_row(tmp_path):
-    files = files_in(tmp_path, tensorboard=tmp_path / "board")
-    files.close()
-    assert not (tmp_path / "board").exists()
-    files = files_in(tmp_path, tensorboard=tmp_path / "board")
-    files.log_step(1, 0, 1.0, 1.0, 1.0)
-    assert files.board is files.board
-    files.close()
-    assert len(list((tmp_path / "board").iterdir())) == 1
-    assert not (tmp_path / "tensorboard").exists()
+def test_event_files_go_where_they_are_asked_for_at_the_first_row(tmp_path):
+    """And one is made, not one for each row."""
+    for board in (None, tmp_path / "board"):
+        place = board or tmp_path / "tensorboard"
+        trial = trial_in(tmp_path, tensorboard=board)
+        assert not place.exists()
+        for step in (1, 2):
+            trial.log_step(step, 0, 1.0, 1.0, 1.0)
+        trial.close()
+        assert [p.name.split(".")[0] for p in place.iterdir()] == ["events"]
 
 
 @pytest.mark.parametrize(("metrics", "purged"), [({}, None), ({"step": None}, None), ({"step": 7}, 7)])
 def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint(
-    metrics, purged, tmp_path, monkeypatch
+    metrics, purged, trial, tmp_path, monkeypatch
 ):
     made = []
-    writer = SimpleNamespace(add_scalar=lambda *args: None, close=lambda: made.append("closed"))
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *a, **kw: made.append((a, kw)) or writer)
-    files = files_in(tmp_path)
-    files.record.metrics = metrics
-    assert files.board is writer
-    files.close()
-    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged}), "closed"]
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *a, **how: made.append((a, how)))
+    trial.record.metrics = metrics
+    assert trial.trackers[0].writer is None
+    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged})]
 
 
 @pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])
 def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_path, monkeypatch):
-    """The first always; then not more often than writing is worth, nor less often than asked for."""
+    """The first and last always; then not more often than writing is worth, nor less often than asked for."""
     hands = clock(monkeypatch, monotonic=0.5)
-    files = files_in(tmp_path, {"trainer.checkpoint_every": every})
-    assert files.epoch_checkpoint_due()
-    files.save_checkpoint()
+    trial = trial_in(tmp_path, {"trainer.checkpoint_every": every})
+    assert trial.epoch_checkpoint_due()
+    trial.save()
     for waited, due in ((0.0, False), (seconds - 0.25, False), (seconds, True), (seconds + 0.25, True)):
         hands.monotonic = 0.5 + waited
-        assert files.epoch_checkpoint_due() is due
-    files.close()
+        assert trial.epoch_checkpoint_due() is due
+    hands.monotonic, trial.state.epoch = 0.5, 2
+    assert trial.epoch_checkpoint_due()
+    trial.close()
 
 
-def test_all_logs_are_closed(tmp_path):
-    files = files_in(tmp_path)
-    files.close()
-    for rows in (files._metrics, files._timing):
-        with pytest.raises(ValueError, match="closed file"):
-            rows.write({})
-
-
-def test_results(files, tmp_path):
-    predictions = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0)
-    files.write_results({"val": predictions, "test": predictions}, {"b": torch.ones(2, 3)}, {"rank": 4})
+@pytest.mark.parametrize(
+    ("changes", "scaling", "width", "size"),
+    [
+        ({}, 8.0, 16, 16),
+        ({"lora.scaling": "rslora"}, 16.0, 24, None),
+        (BASELINE | {"lora.method": "none"}, None, 16, 16),
+    ],
+)
+def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
+    trial = trial_in(tmp_path, changes)
+    data = SimpleNamespace(images=np.zeros((2, 3, 16, width)), class_names=["a", "b"], value_range=(0, 4095))
+    setup = SimpleNamespace(base={"weights": "W", "sha256": "S"}, data=data)
+    trial.record.data, trial.record.metrics = {"fingerprint": "F"}, {"val_accuracy": 0.5}
+    predictions, tensors = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0), {"b": torch.ones(2, 3)}
+    trial.write_results({"val": predictions, "test": predictions}, tensors, setup)
+    trial.close()
     found = read_predictions(tmp_path)
     assert found.keys() == {"val", "test"}
     assert {name: column.tolist() for name, column in found["test"].items()} == {
@@ -152,8 +150,19 @@ def test_results(files, tmp_path):
         "predicted": [2, 3, 4],
         "true_probability": [3, 4, 5],
     }
-    assert files.record.cost == {"adapter_bytes": (tmp_path / "adapter.safetensors").stat().st_size}
-    assert json.loads((tmp_path / "adapter.json").read_text()) == {"rank": 4}
+    assert trial.record.cost == {"adapter_bytes": (tmp_path / "adapter.safetensors").stat().st_size}
+    assert json.loads((tmp_path / "adapter.json").read_text()) == {
+        "schema": trial.record.schema,
+        "trial_id": trial.name,
+        "base": {"weights": "W", "sha256": "S"},
+        "data": {"fingerprint": "F"},
+        "lora": trial.record.config["lora"],
+        "effective_scaling": scaling,
+        "decoded_size": size,
+        "value_range": [0, 4095],
+        "class_names": ["a", "b"],
+        "sha256": sha256_of(tensors),
+    }
 
 
 def test_an_adapter_file_is_the_same_bytes_whatever_the_order(tmp_path):
@@ -184,20 +193,17 @@ PROBE = {"alpha": 0.0, "dropout": 0.0, "method": "none", "rank": 0, "seed": 0, "
         (BASELINE | {"lora.method": "none"}, PROBE),
     ],
 )
-def test_tensorboards_hparams(changes, expected, tmp_path):
-    seen = []
-    files = files_in(tmp_path, changes)
-    files.record.metrics = {"val_accuracy": 0.5, "test_accuracy": 0.25}
-    files._tensorboard = SimpleNamespace(add_hparams=lambda *a, **kw: seen.append((a, kw)), close=lambda: None)
-    files.log_hparams()
-    files.close()
+def test_tensorboards_hparams(changes, expected, tmp_path, monkeypatch):
+    """They lie beside the curves; the view shows five columns by itself, the first of the alphabet."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    seen, write = [], SummaryWriter.add_hparams
+    monkeypatch.setattr(SummaryWriter, "add_hparams", lambda *a, **how: seen.append(a[1:]) or write(*a, **how))
+    trial = trial_in(tmp_path, changes)
+    trial.record.metrics = {"val_accuracy": 0.5, "test_accuracy": 0.25}
+    trial.trackers[0].log_hparams()
+    trial.close()
     expected = {**expected, "lr": 1e-3, "weight_decay": 0.03}
-    assert seen == [((expected, {"final/val_accuracy": 0.5}), {"run_name": "."})]
-    assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"], "the columns that the view shows first"
-
-
-def test_the_hparams_lie_beside_the_curves(files, tmp_path):
-    files.record.metrics = {"val_accuracy": 0.5}
-    files.log_hparams()
-    files.close()
+    assert seen == [(expected, {"final/val_accuracy": 0.5})]
+    assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"]
     assert scalars(tmp_path / "tensorboard") == {"final/val_accuracy": [(0, 0.5)]}

@@ -13,7 +13,6 @@ import pytest
 import torch
 from packs import new_trials
 from plain_trials import plain_trial
-from stage import Stage, spoilt
 
 from lora_vit import files, records
 from lora_vit.config import cell_id, to_dict, trial_id
@@ -21,8 +20,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trackers import ClaimLost
-from lora_vit.training.trial import OWN_FILES, TrialRun, completed_record, locked_folder
+from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, completed_record, locked_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}
@@ -42,13 +40,13 @@ def opened(folder: Path, changes=None, hydra_files=None, setup=None, **how) -> T
 def stopped(folder: Path) -> TrialState:
     """Leave a trial that was stopped in its second epoch, one row after its checkpoint."""
     trial = opened(folder)
-    trial.files.log_step(1, 0, 2.0, 0.1, 5.0)
+    trial.log_step(1, 0, 2.0, 0.1, 5.0)
     s = trial.state
     s.epoch, s.step_in_epoch, s.updates, s.loss_sum, s.seconds = 1, 3, 10, 2.5, 7.0
     s.last, s.best = {"epoch": 1, "step": 7, "val_accuracy": 0.25}, {"epoch": 1, "val_accuracy": 0.25}
     s.values, s.exp_avg, s.exp_avg_sq = ({"w": torch.full((2,), x)} for x in (1.0, 2.0, 3.0))
     trial.save()
-    trial.files.log_step(2, 0, 1.0, 0.1, 5.0)
+    trial.log_step(2, 0, 1.0, 0.1, 5.0)
     trial.interrupt()
     return s
 
@@ -66,9 +64,6 @@ def failed_at(step) -> dict:
     return {"status": "failed", "error": {"message": "x", "step": step, "traceback": None}}
 
 
-# --- from scratch, resumed, refused
-
-
 def test_a_new_trial(tmp_path):
     before = time.time()
     trial = opened(tmp_path / "a", hydra_files={"config.yaml": "a: ä\n"})
@@ -82,7 +77,6 @@ def test_a_new_trial(tmp_path):
     )
     assert trial.name == trial_id(config) != cell_id(config)
     assert trial.state == TrialState()
-    assert (trial.files.record, trial.files.state) == (trial.record, trial.state)
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
     trial.beat()
     assert not (tmp_path / "a/record.json").exists(), "written when the first pack is there"
@@ -111,6 +105,11 @@ def test_an_interrupted_trial_resumes(tmp_path):
     trial.close()
     assert [row["loss"] for row in read_rows(tmp_path / "a/metrics.jsonl")] == [2.0], "as the checkpoint counts"
     assert [row["step"] for row in read_rows(tmp_path / "a/timing.jsonl")] == [1, 2], "the clock's stay"
+    (tmp_path / "a/checkpoint.pt").unlink()
+    trial = opened(tmp_path / "a")
+    trial.close()
+    assert (trial.state, trial.record.metrics) == (TrialState(), {})
+    assert read_rows(tmp_path / "a/metrics.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -140,15 +139,6 @@ def test_who_resumes_and_who_starts_from_scratch(record, restart, epoch, tmp_pat
     assert (tmp_path / "a/checkpoint.pt").exists() is (epoch == 1)
     assert len(read_rows(tmp_path / "a/metrics.jsonl")) == epoch
     trial.close()
-
-
-def test_an_interrupted_trial_without_a_checkpoint_starts_again(tmp_path):
-    stopped(tmp_path / "a")
-    (tmp_path / "a/checkpoint.pt").unlink()
-    trial = opened(tmp_path / "a")
-    assert (trial.state, trial.record.metrics) == (TrialState(), {})
-    trial.close()
-    assert read_rows(tmp_path / "a/metrics.jsonl") == []
 
 
 def damaged(folder: Path) -> None:
@@ -184,39 +174,23 @@ def test_who_is_refused_leaves_the_folder_as_it_is(change, how, said, tmp_path):
     assert contents(tmp_path / "a") == before
 
 
-@pytest.mark.parametrize("status", ["running", "completed", "failed", "stopped", "interrupted"])
-def test_the_record_of_a_completed_trial(status, tmp_path):
+def test_the_record_of_a_completed_trial(tmp_path):
     assert completed_record(tmp_path / "a", plain_trial()) is None
     stopped(tmp_path / "a")
-    edit(tmp_path / "a", status=status)
-    record = read_record(tmp_path / "a")
-    assert completed_record(tmp_path / "a", plain_trial()) == (record if status == "completed" else None)
+    assert completed_record(tmp_path / "a", plain_trial()) is None
+    edit(tmp_path / "a", status="completed")
+    assert completed_record(tmp_path / "a", plain_trial()) == read_record(tmp_path / "a")
     with pytest.raises(ConfigError, match="holds trial"):
         completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
 
-def test_a_failed_trial_that_is_trained_again_is_whole(tmp_path, monkeypatch):
-    """One bad step, then none: resuming from a checkpoint would complete a trial that lacks an update."""
-    stage = Stage(tmp_path, monkeypatch)
-    stage.train(stage.trials(1))
-    whole = contents(tmp_path / "1")
-    stage.folder = tmp_path / "again"
-    stage.folder.mkdir()
-    stage.after[6] = spoilt(0, 5)
-    stage.train(stage.trials(1, trainer__checkpoint_every=1.0))
-    assert read_record(stage.folder / "1").error["step"] == 6
-    assert (stage.folder / "1/checkpoint.pt").exists()
-    stage.after.clear()
-    stage.train(stage.trials(1))
-    for name in ("metrics.jsonl", "predictions.npz", "adapter.safetensors"):
-        assert (stage.folder / "1" / name).read_bytes() == whole[tmp_path / "1" / name]
-
-
-# --- what is removed
-
-
 def test_a_restart_removes_what_a_trial_writes_and_nothing_else(tmp_path):
     """What Hydra's own callbacks put into ``.hydra`` is not ours."""
+    assert set(OWN_FILES) == {
+        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
+        *("adapter.json", "adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "predictions.npz", "record.json"),
+        *("timing.jsonl", "train.log"),
+    }
     stopped(tmp_path / "a")
     board, mine = tmp_path / "board", {"mine/file", "notes.txt", ".hydra/config.pickle"}
     for path in (board / "event", *(tmp_path / "a" / name for name in (*OWN_FILES, *mine))):
@@ -227,14 +201,6 @@ def test_a_restart_removes_what_a_trial_writes_and_nothing_else(tmp_path):
     assert set(contents(tmp_path / "a")) == {tmp_path / "a" / n for n in (*mine, "metrics.jsonl", "timing.jsonl")}
     assert not board.exists()
     assert not (tmp_path / "a/tensorboard").exists()
-
-
-def test_a_trials_own_files_are_those_of_the_contract():
-    assert sorted(OWN_FILES) == [
-        *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")),
-        *("adapter.json", "adapter.safetensors", "checkpoint.pt", "metrics.jsonl", "predictions.npz", "record.json"),
-        *("timing.jsonl", "train.log"),
-    ]
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
@@ -248,21 +214,11 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert [name for name in ours + theirs if (tmp_path / "a" / name).exists()] == theirs
 
 
-def test_event_files_go_where_they_are_asked_for(tmp_path):
-    for board in (None, tmp_path / "board"):
-        trial = opened(tmp_path / "a", tensorboard=board)
-        trial.files.log_step(1, 0, 1.0, 0.1, 1.0)
-        trial.close()
-        assert [p.name.split(".")[0] for p in (board or tmp_path / "a/tensorboard").iterdir()] == ["events"]
-
-
-# --- ends
-
-
 def closed(trial: TrialRun) -> bool:
     """Whether the logs take no more rows."""
-    with pytest.raises(ValueError, match="closed file"):
-        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+    for rows in (trial._metrics, trial._timing):
+        with pytest.raises(ValueError, match="closed file"):
+            rows.write({})
     return True
 
 
@@ -288,20 +244,6 @@ def test_ends_are_recorded(status, tmp_path):
     assert closed(trial)
 
 
-def test_failed_by_an_error(tmp_path):
-    trial = opened(tmp_path / "a")
-    try:
-        raise ValueError("the reason")
-    except ValueError as error:
-        trial.fail("in one line", error=error)
-    error = read_record(tmp_path / "a").error
-    assert (error["message"], error["step"]) == ("in one line", None)
-    assert error["traceback"].startswith("Traceback")
-    assert error["traceback"].endswith("ValueError: the reason\n")
-    assert "in test_failed_by_an_error" in error["traceback"]
-    assert error["traceback"] in (tmp_path / "a/train.log").read_text()
-
-
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
 def test_a_full_disk_does_not_hide_the_end(status, tmp_path, monkeypatch):
     """The exit code says it then; the files are closed all the same."""
@@ -320,28 +262,11 @@ def test_a_full_disk_does_not_hide_the_end(status, tmp_path, monkeypatch):
 def test_a_rank_that_writes_nothing_ends_alike():
     for status, end in ENDS.items():
         (trial,) = new_trials([plain_trial()])
-        for act in (trial.save, trial.beat, trial.close):
+        for act in (trial.save, trial.beat, trial.write_record, trial.close):
             act()
         assert trial.record.status == "running"
         end(trial)
         assert trial.record.status == status
-
-
-@pytest.mark.parametrize(("epoch", "done"), [(0, False), (1, False), (2, True), (3, True)])
-def test_a_trial_is_done_after_its_last_epoch(epoch, done):
-    (trial,) = new_trials([plain_trial()])
-    trial.state.epoch = epoch
-    assert trial.done() is done
-
-
-def test_trials_are_told_apart_by_what_they_are():
-    """Two trials of one config in one process are two trials."""
-    a, b = new_trials([plain_trial()] * 2)
-    b.record, b.state = a.record, a.state
-    assert a != b
-
-
-# --- whose trial it is
 
 
 @pytest.mark.parametrize(
@@ -349,17 +274,17 @@ def test_trials_are_told_apart_by_what_they_are():
     [
         TrialRun.save,
         *ENDS.values(),
-        lambda trial: trial.files.write_record(),
-        lambda trial: trial.files.log_epoch(1, 1, {"train_loss": 1.0}),
-        lambda trial: trial.files.log_step(1, 0, 1.0, 1.0, 1.0),
-        lambda trial: trial.files.write_results({}, {}, {}),
+        lambda trial: trial.write_record(),
+        lambda trial: trial.log_epoch(1, 1, {"train_loss": 1.0}),
+        lambda trial: trial.log_step(1, 0, 1.0, 1.0, 1.0),
+        lambda trial: trial.write_results({}, {}, {}),
     ],
 )
 def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
     held = [True]
     trial = opened(tmp_path / "a", mine=lambda: held[0])
-    trial.files.write_record()
-    trial.files._asked = 0.0  # long ago
+    trial.write_record()
+    trial._asked = 0.0  # long ago
     before, held[0] = contents(tmp_path / "a"), False
     with pytest.raises(ClaimLost, match=trial.name):
         write(trial)
@@ -373,17 +298,14 @@ def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
 def test_rows_of_steps_ask_now_and_then(tmp_path, monkeypatch):
     """A process that was suspended asks before its first row; one that trains does not ask for every row."""
     now, asked = [0.0], []
-    monkeypatch.setattr("lora_vit.training.trackers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lora_vit.training.trial.time.monotonic", lambda: now[0])
     trial = opened(tmp_path / "a", mine=lambda: asked.append(now[0]) or True)
     asked.clear()
     for at in (1.0, 5.0, 10.9, 11.0, 20.9, 500.0):
         now[0] = at
-        trial.files.log_step(1, 0, 1.0, 1.0, 1.0)
+        trial.log_step(1, 0, 1.0, 1.0, 1.0)
     assert asked == [1.0, 11.0, 500.0]
     trial.close()
-
-
-# --- locks
 
 
 def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
@@ -398,6 +320,8 @@ def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
     with locked_folder(place):
         (place / "record.json").write_text("x")
     assert (place / ".lock").exists()
+    with pytest.raises(OSError, match="disk full"), locked_folder(place):
+        raise OSError(errno.ENOSPC, "disk full")  # left as it is
 
 
 @pytest.mark.parametrize(
@@ -413,8 +337,3 @@ def test_a_folder_that_cannot_be_held_names_the_cause(number, said, tmp_path, mo
         pytest.fail("no lock, no training")
     assert f"{tmp_path / 'a'} cannot be" in str(caught.value)
     assert os.strerror(number) in str(caught.value)
-
-
-def test_an_error_inside_a_locked_folder_is_left_as_it_is(tmp_path):
-    with pytest.raises(OSError, match="disk full"), locked_folder(tmp_path / "a"):
-        raise OSError(errno.ENOSPC, "disk full")
