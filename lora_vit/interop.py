@@ -23,20 +23,27 @@ OPSET = 20
 def write(form: str, trained: TrainedModel, out: Path) -> None:
     """Write a trial in one of ``lora_vit.export``'s formats into a folder that is there.
 
-    Raises:
-        ConfigError: the other library has no such model.
-        Exception: of the other library.
+    Raises ConfigError where the other library has no such model, or an exception of that library.
     """
     if form == "peft":
         _write_peft(trained, out)
-    elif form == "onnx":
-        _write_onnx(trained, out)
-    elif form == "torch_export":
-        any_number = ({0: torch.export.Dim.DYNAMIC},)
-        program = torch.export.export(trained.merged, _example(trained), dynamic_shapes=any_number)
-        torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trained.about)})
-    else:
+        return
+    if form in ("hf", "timm"):
         _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
+        return
+    model, about = trained.merged, json.dumps(trained.about)
+    images = torch.zeros(2, 3, *2 * [trained.about["image_size"]])  # of one, a graph would take the number for constant
+    if form == "torch_export":
+        exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(exported, out / "model.pt2", extra_files={"lora_vit.json": about})
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
+            module.fused_attn = False
+    names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, opset_version=OPSET, verbose=False, **names)
+    program.model.metadata_props["lora_vit"] = about
+    program.save(out / "model.onnx")
 
 
 def logits(form: str, out: Path, images: Tensor) -> Tensor:
@@ -115,8 +122,7 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
 def _write_peft(trained: TrainedModel, out: Path) -> None:
     """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's.
 
-    Raises:
-        ConfigError: the trial trained more than adapters, or the model takes no such adapters.
+    Raises ConfigError where the trial trained more than adapters, or the model takes no such adapters.
     """
     import peft
 
@@ -207,28 +213,3 @@ def _read_model(folder: Path) -> Any:
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def _write_onnx(trained: TrainedModel, out: Path) -> None:
-    """``model.onnx``, for any number of images."""
-    module: Any
-    for module in trained.merged.modules():
-        if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
-            module.fused_attn = False
-    program: Any = torch.onnx.export(
-        trained.merged,
-        _example(trained),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
-    program.model.metadata_props["lora_vit"] = json.dumps(trained.about)
-    program.save(out / "model.onnx")
-
-
-def _example(trained: TrainedModel) -> tuple[Tensor]:
-    """Two images: of one, a graph would take the number for a constant."""
-    return (torch.zeros(2, 3, *2 * [trained.about["image_size"]]),)

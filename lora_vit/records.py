@@ -23,10 +23,8 @@ from lora_vit.files import replacing, write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
-PLAN = "sweep.json"
-"""A sweep's plan: what it was asked for, whether or not it left a record."""
-SEARCH = "search.db"
-"""Beside it, of a search: what Optuna knows."""
+PLAN, SEARCH = "sweep.json", "search.db"
+"""Of a sweep: what it was asked for, whether or not it left a record; of a search, also what Optuna knows."""
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
 STALE_AFTER = 300.0
 """Seconds without a heartbeat after which a running trial counts as interrupted."""
@@ -118,9 +116,8 @@ def read_record(folder: Path) -> TrialRecord:
     if (schema := values["schema"]) != SCHEMA_VERSION:
         how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
         raise RecordError(f"{path} has record schema {schema}, {how}")
-    for name in _REQUIRED:
-        if name not in values:
-            raise RecordError(f"{path} lacks '{name}'")
+    if lacking := [name for name in _REQUIRED if name not in values]:
+        raise RecordError(f"{path} lacks '{lacking[0]}'")
     known = {name: value for name, value in values.items() if name in _KINDS}
     for name, value in known.items():
         if not _is_a(value, _KINDS[name]):
@@ -146,7 +143,7 @@ class State:
     """Where a trial stands, as its folder says.
 
     Attributes:
-        status: new, running, completed, failed, stopped or interrupted; refused where the folder cannot be used.
+        status: a record's, or new, or refused where the folder cannot be used.
         record: None where there is none, or none of this trial.
         problem: why the folder cannot be used, in one line.
     """
@@ -164,10 +161,7 @@ class State:
 def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str = "") -> State:
     """Where the trial in this folder stands; never raises for what is in the files.
 
-    Args:
-        folder: of the trial.
-        config: of the trial that is meant to be there; None: of whichever is.
-        expected_id: its trial id, where it is known already.
+    ``config``: of the trial that is meant to be there, None: of whichever is; ``expected_id``: its id, if it is known.
     """
     try:
         record = read_record(folder)
@@ -200,8 +194,7 @@ PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
 def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
     """Replace ``predictions.npz``: for each split the fields ids, labels, predicted [N] int64, true_probability [N].
 
-    Arrays are stored as ``SPLIT.FIELD``, e.g. ``val.predicted``. The zip carries no clock, so that equal
-    predictions give equal bytes.
+    Arrays are stored as ``SPLIT.FIELD``. The zip carries no clock, so that equal predictions give equal bytes.
     """
     arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
     with replacing(folder / PREDICTIONS) as file:

@@ -33,8 +33,6 @@ POSITIONS_TOLERANCE = 1e-4
 """Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
 SAME = 1e-4
 """Largest difference between two models with the same weights, relative to the largest logit: kernels differ."""
-INPUTS = ("image_size", "mean", "std", "interpolation")
-"""What the card says of the images that the model gets."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +59,17 @@ class Adapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""
         lora = self.card["lora"]
-        found: dict[str, tuple[int, ...]] = {}
         with torch.device("meta"):
             model = new_backbone(self.card["base"], len(self.card["class_names"]))
-        biases: set[str] = set()
-        for name, place, _ in self.places(model):
+        places = {name: place for name, place, _ in self.places(model)}
+        biases = {bias for place in places.values() for bias in place.biases}
+        found: dict[str, tuple[int, ...]] = {}
+        for name, place in places.items():
             out_features, in_features = place.sizes(model)
             found[f"{name}.lora_A"], found[f"{name}.lora_B"] = (lora["rank"], in_features), (out_features, lora["rank"])
-            biases.update(place.biases)
         for name, p in model.named_parameters():
-            of_head = name.startswith(f"{head_name(model)}.")
-            if of_head or (not name.startswith(OF_HEADS) and is_trained(name, lora["method"], lora["bias"], biases)):
+            trained = not name.startswith(OF_HEADS) and is_trained(name, lora["method"], lora["bias"], biases)
+            if trained or name.startswith(f"{head_name(model)}."):
                 found[name] = tuple(p.shape)
         return found
 
@@ -79,9 +77,8 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """Read ``adapter.safetensors`` and ``adapter.json``.
 
-    Raises:
-        ConfigError: they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder of a
-            trial that is not completed.
+    Raises ConfigError where they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder
+    of a trial that is not completed.
     """
     folder = Path(folder)
     trial = state_of(folder)
@@ -115,14 +112,11 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """A model as the base of adapters: its sizes, and its weights without head by content, as ``adapter.json`` has it.
+    """A model as the base of adapters, as ``adapter.json`` has it; raises as :func:`~.backbones.sizes_of`.
 
     Returns:
-        Of :func:`~lora_vit.lora.backbones.sizes_of`; ``sha256`` over names, shapes and fp32 values of the weights, and
-        the norms' eps; ``positions``: projections of the interpolated parameters, which are left out of the digest.
-
-    Raises:
-        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
+        Its sizes; ``sha256`` over names, shapes and fp32 values of its weights without head, and the norms' eps;
+        ``positions``: projections of the interpolated parameters, which are left out of the digest.
     """
     sizes = sizes_of(model)
     state = trunk_state(model)
@@ -144,11 +138,9 @@ def sha256_of(tensors: dict[str, Tensor], begin: str = "") -> str:
 
 
 def bind(
-    adapter: Adapter,
-    base: dict[str, Any],
-    class_names: Sequence[str] | None = None,
-    data: dict[str, Any] | None = None,
-) -> None:
+    adapter: Adapter, base: dict[str, Any],
+    class_names: Sequence[str] | None = None, data: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Raise ConfigError, which says what differs, unless adapter, base and data belong together.
 
     Args:
@@ -158,7 +150,7 @@ def bind(
         data: what that data's record says: fingerprint and number of images.
     """
     card, trained_on = adapter.card, adapter.card["base"]
-    for key in ("architecture", *SIZES, *INPUTS):
+    for key in ("architecture", *SIZES, "mean", "std", "interpolation"):
         if key in base and base[key] != trained_on.get(key):
             raise ConfigError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
     theirs, ours = np.array(trained_on["positions"]), np.array(base["positions"])
@@ -182,12 +174,7 @@ def bind(
 
 
 def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The plain state dict of base and adapter together, under the model's own names, in fp32, on the CPU.
-
-    Args:
-        model: the adapter's base, plain; it is not changed, and its head is replaced.
-        adapter: every tensor of it is used.
-    """
+    """The plain state dict of a base and its adapter and head together, in fp32, on the CPU; nothing is changed."""
     state = {name: t.float().cpu().clone() for name, t in trunk_state(model).items()}
     state |= {name: t.float().clone() for name, t in adapter.tensors.items() if ".lora_" not in name}
     if hasattr(model, "head_dist"):
@@ -236,17 +223,14 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a trained adapter and its head on a plain model, in place.
+    """Put the adapter and head of a completed trial's folder on a plain model, in place; returns the model.
 
     Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass).
 
     Args:
         model: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that the
             adapter was trained on, in fp32, at the adapter's image size; on any device.
-        folder: of a completed trial.
-
-    Returns:
-        The model.
+        folder: of the trial.
 
     Raises:
         ConfigError: the adapter is unreadable or belongs to another model; the model is left as it was.

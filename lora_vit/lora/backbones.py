@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
@@ -44,7 +43,8 @@ def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
     """A plain model with random weights, of the kind that an adapter's card says; without head for no classes."""
     if base["architecture"] != TORCHVISION:
         return timm_model(base["model"], base["image_size"], classes)
-    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes)
+    # a head draws from the same generator: torchvision's own, of 1,000 classes, decides the random weights
+    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes or 1000)
     if not classes:
         model.heads = nn.Sequential()
     return model
@@ -53,8 +53,7 @@ def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
 def sizes_of(model: Any) -> dict[str, Any]:
     """What kind of model a plain backbone is: timm's name for it, or torchvision's arguments.
 
-    Raises:
-        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
+    Raises ConfigError where it is no plain backbone with a head that can be replaced, or has adapters.
     """
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
@@ -66,15 +65,9 @@ def sizes_of(model: Any) -> dict[str, Any]:
         height, width = model.patch_embed.img_size
         size = height if height == width else [height, width]
         return {"architecture": getattr(model, "pretrained_cfg", {}).get("architecture"), "image_size": size}
-    return {
-        "architecture": TORCHVISION,
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "num_layers": len(model.encoder.layers),
-        "num_heads": model.encoder.layers[0].self_attention.num_heads,
-        "hidden_dim": model.hidden_dim,
-        "mlp_dim": model.mlp_dim,
-    }
+    layers = model.encoder.layers
+    counts = {"num_layers": len(layers), "num_heads": layers[0].self_attention.num_heads}
+    return {"architecture": TORCHVISION, **{k: counts.get(k) or getattr(model, k) for k in SIZES}}
 
 
 def trunk_state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,21 +83,17 @@ def head_name(model: nn.Module) -> str:
 def last_layer(model: Any) -> nn.Linear | None:
     """The classifier's linear layer; None where the model has no head. Raises ConfigError for other heads."""
     if isinstance(model, VisionTransformer):
-        names = [name for name, _ in model.heads.named_children()]
-        if type(model.heads) is nn.Sequential and not names:
+        children = dict(model.heads.named_children())
+        if type(model.heads) is nn.Sequential and not children:
             return None
-        head = model.heads.head if names == ["head"] else None
-    elif isinstance(model.head, nn.Identity):
+        head = children.get("head") if len(children) == 1 else None
+    elif isinstance(head := model.head, nn.Identity):
         return None
-    else:
-        head = model.head
     *before, last = head if type(head) is nn.Sequential and len(head) else [head]
     if type(last) is nn.Linear and last.bias is not None and all(type(m) is nn.Dropout for m in before):
         return last
-    name = head_name(model)
-    raise ConfigError(
-        f"the model's heads are not one linear layer with bias, alone or after dropout: give it such a {name}"
-    )
+    what = "the model's heads are not one linear layer with bias, alone or after dropout"
+    raise ConfigError(f"{what}: give it such a {head_name(model)}")
 
 
 def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
@@ -113,15 +102,12 @@ def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
     if last is None or last.weight.shape != weight.shape:
         like = next(model.parameters())
         new = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
-        owner, name = (model.heads, "head") if isinstance(model, VisionTransformer) else (model, "head")
-        head = getattr(owner, name, None)
-        if isinstance(head, nn.Sequential):
-            head[-1] = new
+        owner = model.get_submodule(head_name(model).rpartition(".")[0])
+        if isinstance(getattr(owner, "head", None), nn.Sequential):
+            owner.head[-1] = new
         else:
-            setattr(owner, name, new)
+            owner.head = new
         last = new
-    with torch.no_grad():
-        last.weight.copy_(weight)
-        last.bias.copy_(bias)
+    last.load_state_dict({"weight": weight, "bias": bias})
     if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
         model.head_dist = copy.deepcopy(last)

@@ -43,11 +43,7 @@ class Place:
 
 
 def places_of(model: nn.Module) -> dict[str, list[Place]]:
-    """The places of each encoder block, by the block's name, in order.
-
-    Raises:
-        ValueError: the model has no encoder block that is known here, or one that cannot take adapters.
-    """
+    """The places of each encoder block, by its name. Raises ValueError where one is unknown, or there is none."""
     found: dict[str, list[Place]] = {}
     for name, module in model.named_modules():
         if isinstance(module, EncoderBlock):
@@ -55,11 +51,9 @@ def places_of(model: nn.Module) -> dict[str, list[Place]]:
         elif type(module) in _timm_classes("blocks"):
             found[name] = _of_timm(name, module)
     if not found:
-        linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-        shown = ", ".join(linears[:20]) or "none"
-        raise ValueError(
-            f"no target matches: {type(model).__name__} has no encoder block of {FAMILIES} (its linear layers: {shown})"
-        )
+        shown = ", ".join([name for name, m in model.named_modules() if isinstance(m, nn.Linear)][:20]) or "none"
+        what = f"{type(model).__name__} has no encoder block of {FAMILIES}"
+        raise ValueError(f"no target matches: {what} (its linear layers: {shown})")
     return found
 
 
@@ -69,17 +63,15 @@ def plain_models() -> Any:
 
 
 def _of_torchvision(name: str, block: EncoderBlock) -> list[Place]:
-    source, attention, mlp = block.self_attention, f"{name}.self_attention", f"{name}.mlp"
+    source, attention = block.self_attention, f"{name}.self_attention"
     if source.in_proj_weight is None or source.in_proj_bias is None or source.bias_k is not None:
         raise ValueError("only self-attention with one biased q, k, v projection can take adapters")
-    qkv = {t: f"{attention}.{t}" for t in "qkv"}
-    fused = f"{attention}.in_proj"
-    gelu = f"{mlp}.1" if _is_idle(block.mlp[2]) else None
+    qkv, fused = {t: f"{attention}.{t}" for t in "qkv"}, f"{attention}.in_proj"
     return [
         Place(attention, f"{fused}_weight", (f"{fused}_bias",), qkv, fused, f"{name}.ln_1"),
         _linear(block, name, "self_attention.out_proj", "o"),
         _linear(block, name, "mlp.0", "fc1", front=f"{name}.ln_2"),
-        _linear(block, name, "mlp.3", "fc2", front=gelu),
+        _linear(block, name, "mlp.3", "fc2", front=f"{name}.mlp.1" if _is_idle(block.mlp[2]) else None),
     ]
 
 
@@ -97,9 +89,12 @@ def _of_timm(name: str, block: Any) -> list[Place]:
     kind = vars(attention).get("original_class", type(attention))
     if kind not in _timm_classes("attentions") or type(mlp) not in _timm_classes("mlps"):
         raise ValueError(f"{name} has {kind.__name__} and {type(mlp).__name__}: no adapters for these")
-    gated = getattr(attention, "gate", None) is not None  # it reads the norm as well
-    norm1 = f"{name}.norm1" if _is_plain_norm(block.norm1) and not gated else None
-    norm2 = f"{name}.norm2" if _is_plain_norm(block.norm2) else None
+    norm1, norm2 = (
+        f"{name}.{key}" if type(m) in _timm_classes("norms") and m.weight is not None and m.bias is not None else None
+        for key, m in (("norm1", block.norm1), ("norm2", block.norm2))
+    )
+    if getattr(attention, "gate", None) is not None:  # it reads the norm as well
+        norm1 = None
     if attention.qkv is not None:
         qkv, full = {t: f"{name}.attn.{t}" for t in "qkv"}, f"{name}.attn.qkv"
         own = [f"{name}.attn.{t}_bias" for t in "qv"] if getattr(attention, "q_bias", None) is not None else []
@@ -117,10 +112,6 @@ def _of_timm(name: str, block: Any) -> list[Place]:
 
 def _is_idle(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
-
-
-def _is_plain_norm(module: Any) -> bool:
-    return type(module) in _timm_classes("norms") and module.weight is not None and module.bias is not None
 
 
 def _timm_classes(kind: str) -> tuple[type, ...]:

@@ -60,14 +60,10 @@ _TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
 def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Weights under the names, and in the arrangement, of the model to be filled; fp32.
+    """Weights under the names, and in the arrangement, of the model to be filled (``own``, without head); fp32.
 
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
-
-    Args:
-        state: tensors as a file has them, without a wrapper's prefix (see :data:`PATCHES`).
-        own: state dict of the model, without head.
 
     Returns:
         The tensors, some of which may be missing, unexpected or of another shape; and in one line the sizes, and what
@@ -86,9 +82,14 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     line = describe(state)
     if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
         line += ", left out: " + ", ".join(named)
-    _stack(found, names)
+    for name, whole, parts in _stacked(found):
+        if name not in names and any(part in names for part in parts):
+            found |= dict(zip(parts, found.pop(name).chunk(len(whole)), strict=False))
+    for name, _, parts in _stacked(names):
+        if name not in found and all(part in found for part in parts):
+            found[name] = torch.cat([found.pop(part) for part in parts])
     if "pos_embed" in found and found.keys() == names.keys():
-        wanted = {name: own[there] for name, there in names.items() if name in (*_TOKENS, "pos_embed")}
+        wanted = {name: own[there] for name, there in names.items()}
         sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
         # each library's own way, which its users' numbers come from
         mode = {"align_corners": True} if "class_token" in own else {"antialias": True}
@@ -133,16 +134,6 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} holds NaN or infinite values")
     is_token = timm_name(name) in (*_TOKENS, "pos_embed") and tensor.ndim in (1, 2)  # CLIP has them without batch
     return tensor.reshape(1, -1, tensor.shape[-1]) if is_token else tensor
-
-
-def _stack(found: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Take query, key and value apart, or put them together, in place, as the model with ``names`` has them."""
-    for name, whole, parts in _stacked(found):
-        if name not in names and any(part in names for part in parts):
-            found |= dict(zip(parts, found.pop(name).chunk(len(whole)), strict=False))
-    for name, _, parts in _stacked(names):
-        if name not in found and all(part in found for part in parts):
-            found[name] = torch.cat([found.pop(part) for part in parts])
 
 
 def _stacked(names: Iterable[str]) -> list[tuple[str, str, list[str]]]:

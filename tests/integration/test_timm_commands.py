@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import train_together
-from plain_models import timm_config
+from plain_models import timm_config, timm_trunk
 from safetensors.torch import load_file, save_file
 
 from lora_vit import evaluate, load_adapter, merge_adapter
@@ -16,7 +16,6 @@ from lora_vit.build import build_setup, prepare
 from lora_vit.config import TrialConfig, trial_id
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.models.vit import timm_trunk
 from lora_vit.records import TrialRecord
 
 timm = pytest.importorskip("timm")

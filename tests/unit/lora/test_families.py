@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_models import timm_trunk
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import VisionTransformer
@@ -20,7 +21,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
 from lora_vit.lora.places import places_of
-from lora_vit.models.vit import PackedViT, cast, timm_trunk
+from lora_vit.models.vit import PackedViT, cast
 
 
 def timm() -> Any:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from plain_models import load, model_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from lora_vit.errors import ConfigError
 from lora_vit.models.names import describe, translate
-from lora_vit.models.vit import build_trunk
-from lora_vit.models.weights import check_weights, load_trunk_weights
+from lora_vit.models.vit import trunk_of
+from lora_vit.models.weights import check_weights
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -130,7 +131,7 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 def test_hf_models_give_the_same_features_in_timm(kind, dtype, tmp_path):
     theirs, ours = hf(kind), timm_for(kind)
     theirs.save_pretrained(tmp_path)
-    note = load_trunk_weights(ours, "it", str(tmp_path))
+    note = load(ours, tmp_path)
     assert note == f"model.weights={tmp_path}: {KINDS[kind]}"
     x = images(dtype=dtype)
     # both round each of some twenty products, in another order; with registers the class token's position is added
@@ -158,9 +159,9 @@ def torchvision_trunk(state: dict[str, Tensor]) -> TorchvisionViT:
 
 @pytest.mark.parametrize("kind", ["ViT", "ViT masked", "ViTMAE"])
 def test_hf_models_give_the_same_features_in_torchvision(kind, tmp_path):
-    theirs, trunk = hf(kind), build_trunk(*SHAPE.values())
+    theirs, trunk = hf(kind), trunk_of(model_config(**SHAPE))
     theirs.save_pretrained(tmp_path)
-    assert load_trunk_weights(trunk, "vit_tiny", str(tmp_path)) == f"model.weights={tmp_path}: {KINDS[kind]}"
+    assert load(trunk, tmp_path) == f"model.weights={tmp_path}: {KINDS[kind]}"
     ours = torchvision_trunk(trunk.state_dict())
     assert_same(torchvision_features(ours, images()), hf_features(theirs, images(), kind), 1e-5)
 
@@ -168,14 +169,14 @@ def test_hf_models_give_the_same_features_in_torchvision(kind, tmp_path):
 def test_torchvision_and_timm_both_ways(tmp_path):
     timms = timm_vit(num_classes=7)
     torch.save({"model": timms.state_dict()}, tmp_path / "timm.pth")
-    trunk = build_trunk(*SHAPE.values())
-    note = load_trunk_weights(trunk, "vit_tiny", str(tmp_path / "timm.pth"))
+    trunk = trunk_of(model_config(**SHAPE))
+    note = load(trunk, tmp_path / "timm.pth")
     assert note.endswith(f"/timm.pth: {SEEN}, left out: head, taken from 'model'")
     ours = torchvision_trunk(trunk.state_dict())
     assert_same(torchvision_features(ours, images()), timm_features(timms, images(), ""), 1e-5)
     torch.save(ours.state_dict(), tmp_path / "back.pth")
     back = timm_vit()
-    load_trunk_weights(back, "it", str(tmp_path / "back.pth"))
+    load(back, tmp_path / "back.pth")
     assert all(torch.equal(t, timms.state_dict()[name]) for name, t in back.state_dict().items())
 
 
@@ -184,7 +185,7 @@ def test_names_in_memory_are_recognised_as_well(tmp_path):
     theirs, ours = hf("ViT"), timm_vit()
     assert "vit.layers.0.attention.q_proj.weight" in theirs.state_dict()
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+    load(ours, tmp_path / "w.pth")
     assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
 
 
@@ -193,13 +194,13 @@ def test_whole_numbers_beside_the_weights_are_no_hindrance(tmp_path):
     theirs, ours = hf("CLIP"), timm_for("CLIP")
     prefixed = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in theirs.state_dict().items()}
     torch.save({**prefixed, "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / "w.pth")
-    assert load_trunk_weights(ours, "it", str(tmp_path / "w.pth")).endswith(f"w.pth: {KINDS['CLIP']}")
+    assert load(ours, tmp_path / "w.pth").endswith(f"w.pth: {KINDS['CLIP']}")
     assert_same(timm_features(ours, images(), "CLIP"), hf_features(theirs, images(), "CLIP"), 1e-5)
     sizes: dict[str, Any] = {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 3, "num_classes": 0}
     timms, other = (timm.create_model("vit_base_resnet26d_224", **sizes) for _ in range(2))
     timms.train()(images(64))
     torch.save(timms.state_dict(), tmp_path / "w.pth")
-    load_trunk_weights(other, "it", str(tmp_path / "w.pth"))
+    load(other, tmp_path / "w.pth")
     assert all(torch.equal(t, timms.state_dict()[name]) for name, t in other.state_dict().items())
 
 
@@ -215,7 +216,7 @@ def test_whole_numbers_beside_the_weights_are_no_hindrance(tmp_path):
 def test_tensors_that_cannot_be_taken_are_told_in_one_line(name, tensor, message, tmp_path):
     torch.save({**timm_vit().state_dict(), name: tensor}, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=message) as error:
-        load_trunk_weights(timm_vit(), "it", str(tmp_path / "w.pth"))
+        load(timm_vit(), tmp_path / "w.pth")
     assert "\n" not in str(error.value)
 
 
@@ -234,7 +235,7 @@ def test_folders_with_an_index(as_bin, tmp_path):
         index.unlink()
         index = tmp_path / "pytorch_model.bin.index.json"
         index.write_text(text)
-    load_trunk_weights(ours, "it", str(tmp_path))
+    load(ours, tmp_path)
     assert_same(timm_features(ours, images(), ""), hf_features(theirs, images(), "ViT"), 1e-5)
     missing = tmp_path / (parts[-1].replace("safetensors", "bin") if as_bin else parts[-1])
     missing.unlink()
@@ -290,7 +291,7 @@ def test_original_files(kind, tmp_path):
     changes, write, note = ORIGINAL[kind]
     timms, ours = timm_vit(**changes), timm_vit(**changes)
     torch.save(write(dict(randomised(timms, 3).state_dict())), tmp_path / "w.pth")
-    line = load_trunk_weights(ours, "it", str(tmp_path / "w.pth"))
+    line = load(ours, tmp_path / "w.pth")
     assert line.startswith(f"model.weights={tmp_path}/w.pth: {SEEN}")
     assert line.endswith(note)
     assert all(torch.equal(t, timms.state_dict()[name]) for name, t in ours.state_dict().items())
@@ -305,7 +306,7 @@ def test_registers_of_the_original_dinov2(chunked, tmp_path):
     state["pos_embed"] = state["pos_embed"][:, [0, *range(5, 21)]]
     torch.save(renamed(state, *CHUNKS) if chunked else state, tmp_path / "w.pth")
     ours = timm_vit(init_values=1.0, reg_tokens=4, no_embed_class=True)
-    assert load_trunk_weights(ours, "it", str(tmp_path / "w.pth")).endswith(f"{SEEN}, 4 registers, layer scale")
+    assert load(ours, tmp_path / "w.pth").endswith(f"{SEEN}, 4 registers, layer scale")
     assert_same(timm_features(ours, images(), ""), timm_features(plain, images(), ""), 1e-5)
 
 
@@ -341,7 +342,7 @@ class TestPositions:
 
     def test_as_torchvision_does(self):
         theirs = hf("ViT")
-        own = build_trunk(48, 8, 2, 4, WIDTH, MLP).state_dict()
+        own = trunk_of(model_config(**SHAPE | {"image_size": 48})).state_dict()
         translated, _ = translate(theirs.state_dict(), own)
         positions = theirs.state_dict()["vit.embeddings.position_embeddings"]
         grid = positions[:, 1:].permute(0, 2, 1).reshape(1, WIDTH, 4, 4)
@@ -362,7 +363,7 @@ UNFIT = {
     "registers": (lambda: hf("Dinov2 with registers"), lambda: timm_for("Dinov2"),
                   f"it has the unknown embeddings.register_tokens {HAS}, 4 registers"),
     "no registers": (lambda: hf("Dinov2"), lambda: timm_for("Dinov2 with registers"), f"it lacks reg_token {HAS}"),
-    "layer scale": (lambda: hf("Dinov2"), lambda: build_trunk(*SHAPE.values()),
+    "layer scale": (lambda: hf("Dinov2"), lambda: trunk_of(model_config(**SHAPE)),
                     f"it has the unknown dinov2.encoder.layer.0.layer_scale1.lambda1 {HAS}, layer scale"),
     "more blocks": (lambda: hf("ViT", num_hidden_layers=3), timm_vit, "it has the unknown vit.encoder.layer.2.att"),
     "fewer blocks": (lambda: hf("ViT", num_hidden_layers=1), timm_vit, "it lacks blocks.1.attn.proj.bias (the file"),
@@ -379,7 +380,7 @@ def test_what_cannot_be_mapped_says_what_the_file_is(what, tmp_path):
     trunk = ours()
     before = {name: t.clone() for name, t in trunk.state_dict().items()}
     with pytest.raises(ConfigError) as error:
-        load_trunk_weights(trunk, "it", str(tmp_path))
+        load(trunk, tmp_path)
     assert str(error.value).startswith(f"model.weights={tmp_path} does not fit it: {message}")
     assert "\n" not in str(error.value)
     assert all(torch.equal(t, before[name]) for name, t in trunk.state_dict().items())

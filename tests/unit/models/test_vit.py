@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain_models import model_config
 from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import PackedHead
-from lora_vit.models.vit import PackedViT, build_trunk
+from lora_vit.models.vit import PackedViT, trunk_of
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 
@@ -23,7 +24,7 @@ def theirs(**changes) -> VisionTransformer:
 
 def ours(reference: VisionTransformer, first_trained: int = 0) -> PackedViT:
     """A pack of one; ``first_trained``: index of the first block that is trained, -1 with the stem, 3 for none."""
-    trunk = build_trunk(*SHAPE.values())
+    trunk = trunk_of(model_config(**SHAPE))
     state = {k: v for k, v in reference.state_dict().items() if not k.startswith("heads.")}
     trunk.load_state_dict(state, strict=True)
     dtype = reference.class_token.dtype
@@ -56,7 +57,7 @@ def test_vit_b_16_itself():
     torch.manual_seed(0)
     reference = vit_b_16(weights=None, num_classes=200).eval()
     torch.nn.init.normal_(reference.heads.head.weight, std=0.1)
-    trunk = build_trunk(224, 16, 12, 12, 768, 3072)
+    trunk = trunk_of(model_config(**dict(zip(SHAPE, (224, 16, 12, 12, 768, 3072), strict=True))))
     trunk.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith("heads.")})
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -144,7 +145,7 @@ def test_building_a_trunk_is_repeatable_frozen_and_leaves_the_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    one, two = build_trunk(*SHAPE.values()), build_trunk(*SHAPE.values())
+    one, two = trunk_of(model_config(**SHAPE)), trunk_of(model_config(**SHAPE))
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not any(p.requires_grad for p in one.parameters())

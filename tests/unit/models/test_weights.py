@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_models import load, model_config
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -19,8 +20,8 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
-from lora_vit.models.vit import build_trunk
-from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
+from lora_vit.models.vit import trunk_of
+from lora_vit.models.weights import check_weights, fetch_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 RECOGNISED = "2 blocks of width 32, patch 8, left out: heads"
@@ -35,8 +36,8 @@ def theirs(seed: int = 1, **changes: int) -> VisionTransformer:
 
 
 def loaded(path: Path) -> tuple[VisionTransformer, str]:
-    trunk = build_trunk(*SHAPE.values())
-    return trunk, load_trunk_weights(trunk, "vit_tiny", str(path))
+    trunk = trunk_of(model_config(**SHAPE))
+    return trunk, load(trunk, path, "vit_tiny")
 
 
 def assert_has(trunk: VisionTransformer, state: dict[str, Tensor]) -> None:
@@ -218,5 +219,5 @@ def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monk
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "vit_b_16-c867db91.pth").write_bytes(b"half")
     with pytest.raises(ConfigError, match=message) as error:
-        read_state_dict("vit_b_16", "IMAGENET1K_V1")
+        fetch_weights(model_config(name="vit_b_16", weights="IMAGENET1K_V1"), download=True)
     assert "\n" not in str(error.value)
