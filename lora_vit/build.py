@@ -47,10 +47,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
 
 
 def choose_world_size(config: TrialConfig) -> tuple[int, str]:
-    """Number of processes to start, and a note where it is not what one would expect.
-
-    Raises ConfigError for an explicit number that does not divide the batch or exceeds the GPUs.
-    """
+    """Number of processes to start, and a note where it is not what one would expect. Raises ConfigError."""
     t, batch = config.trainer, config.data.batch_size
     on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
     visible = torch.cuda.device_count() if on_gpu else 1
@@ -91,10 +88,9 @@ def _cpuinfo() -> str:
 
 
 class ModelFactory:
-    """Builds the packed model of any trials that share model, data and adapter places.
+    """Builds the packed model of any trials that share model, data and adapter places. Raises ConfigError.
 
     The frozen trunk is loaded once and shared; trials that train trunk parameters get a copy.
-    Raises ConfigError where model, weights and adapter places do not fit together.
     """
 
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
@@ -192,10 +188,7 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:
-    """Fetch and decode, with progress, what trials will need, and check that their weights are there.
-
-    Raises ConfigError for what the first trial that cannot run lacks.
-    """
+    """Fetch and decode what trials will need. Raises ConfigError for what the first that cannot run lacks."""
     ready: list[object] = []
     for config in configs:
         m, lora = config.model, config.lora

@@ -28,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, let the other library load what was written, compare its logits with the trial's, and only then keep it.
-
-    Raises RecordError where a library is missing or ``--out`` is there, ConfigError where it cannot be written.
-    """
+    """Write, let the other library load what was written, compare its logits with the trial's; only then keep it."""
     (libraries, opens), out = FORMATS[args.format], args.out
     missing = [package for package in libraries if find_spec(package) is None]
     if missing:

@@ -21,10 +21,7 @@ OPSET = 20
 
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
-    """Write a trial in one of ``lora_vit.export``'s formats into a folder that is there.
-
-    Raises ConfigError where the other library has no such model, or an exception of that library.
-    """
+    """Write a trial into a folder. Raises ConfigError for a model that the other library lacks, or that one's error."""
     if form == "peft":
         _write_peft(trained, out)
         return
@@ -120,10 +117,7 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
 
 
 def _write_peft(trained: TrainedModel, out: Path) -> None:
-    """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's.
-
-    Raises ConfigError where the trial trained more than adapters, or the model takes no such adapters.
-    """
+    """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's."""
     import peft
 
     lora, scaling = trained.adapter.card["lora"], trained.adapter.scaling
@@ -144,15 +138,9 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
             lora_B[row : row + len(B), i * r : (i + 1) * r] = B
         state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.cat([A for A, _, _ in parts]), lora_B
     wider = {layer: len(parts) * r for layer, parts in layers.items() if len(parts) > 1}
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=scaling * r,
-        lora_dropout=lora["dropout"],
-        target_modules=list(layers),
-        rank_pattern=wider,
-        alpha_pattern={layer: scaling * rank for layer, rank in wider.items()},
-        modules_to_save=heads,
-    )
+    patterns = {"rank_pattern": wider, "alpha_pattern": {layer: scaling * rank for layer, rank in wider.items()}}
+    settings = {"r": r, "lora_alpha": scaling * r, "lora_dropout": lora["dropout"], **patterns}
+    config = peft.LoraConfig(**settings, target_modules=list(layers), modules_to_save=heads)
     model = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
     model.save_pretrained(str(out), save_embedding_layers=False)  # "auto" looks for a vocabulary
@@ -194,14 +182,10 @@ def _save(trained: TrainedModel, model: Any, out: Path) -> None:
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    shown = {"image_mean": about["mean"], "image_std": about["std"], "do_convert_rgb": True}
+    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[about["interpolation"]]}
     model.save_pretrained(out)
-    ViTImageProcessor(
-        **(crop if cropped else {"size": square}),
-        image_mean=about["mean"],
-        image_std=about["std"],
-        resample={"bilinear": 2, "bicubic": 3}[about["interpolation"]],
-        do_convert_rgb=True,
-    ).save_pretrained(out)
+    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)
 
 
 def _read_model(folder: Path) -> Any:

@@ -1,16 +1,14 @@
-"""What a trial leaves on disk for others to read: ``record.json``, metric rows and predictions.
+"""What a trial leaves on disk for others to read: the interface between training and all that compares trials.
 
-Records are the interface between training and everything that compares trials. Every file is replaced atomically, so
-that a reader never sees half of one.
+Every file is replaced atomically, so that a reader never sees half of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,17 +79,6 @@ def write_record(folder: Path, record: TrialRecord) -> None:
     write_json(folder / RECORD, dataclasses.asdict(record))
 
 
-_KINDS = typing.get_type_hints(TrialRecord)
-_REQUIRED = [f.name for f in dataclasses.fields(TrialRecord) if f.default is f.default_factory]  # neither is given
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether JSON has given a value of an annotated type; whole numbers are also fractions."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_a(value, k) for k in typing.get_args(kind))
-    return isinstance(value, (int, float) if kind is float else typing.get_origin(kind) or kind)
-
-
 def read_record(folder: Path) -> TrialRecord:
     """Read and validate the folder's ``record.json``.
 
@@ -116,12 +103,14 @@ def read_record(folder: Path) -> TrialRecord:
     if (schema := values["schema"]) != SCHEMA_VERSION:
         how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
         raise RecordError(f"{path} has record schema {schema}, {how}")
-    if lacking := [name for name in _REQUIRED if name not in values]:
-        raise RecordError(f"{path} lacks '{lacking[0]}'")
-    known = {name: value for name, value in values.items() if name in _KINDS}
-    for name, value in known.items():
-        if not _is_a(value, _KINDS[name]):
-            raise RecordError(f"{path}: '{name}' is a {type(value).__name__}")
+    known = {f.name: values[f.name] for f in dataclasses.fields(TrialRecord) if f.name in values}
+    for f in dataclasses.fields(TrialRecord):
+        kind = type(known.get(f.name)).__name__
+        named = {"NoneType": "None", "int": "float" if f.type != "int" else "int"}.get(kind, kind)
+        if f.name not in known and f.default is f.default_factory:  # neither is given
+            raise RecordError(f"{path} lacks '{f.name}'")
+        if f.name in known and named not in re.sub(r"\[.*?\]", "", str(f.type)).split(" | "):
+            raise RecordError(f"{path}: '{f.name}' is a {kind}")
     record = TrialRecord(**known)
     if record.status not in STATUSES:
         raise RecordError(f"{path}: status '{record.status}' is unknown")
@@ -179,13 +168,14 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
 
 
 def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """``key: theirs there, ours here`` of the first setting that makes it another trial."""
-    for name in (*IDENTITY, "seed"):
+    """``key is theirs there, ours here`` of the first setting that makes it another trial."""
+    names = [name for name in (*IDENTITY, "seed") if name != "model.weights"]  # a path does not matter, its sha256 does
+    for name in (*names, "model.weights"):
         section, _, key = name.rpartition(".")
         a, b = ((values[section] if section else values)[key] for values in (theirs, ours))
-        if a != b and name != "model.weights":  # a file's path does not matter, its sha256 comes later
-            return f"{name} is {a} there, {b} here"
-    return f"model.weights is {theirs['model']['weights']} there, {ours['model']['weights']} here"
+        if a != b:
+            break
+    return f"{name} is {a} there, {b} here"
 
 
 PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
@@ -215,7 +205,6 @@ def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     except Exception as error:
         raise RecordError(f"{path} cannot be read ({error})") from None
     for split, fields in splits.items():
-        lengths = {len(fields[name]) for name in PREDICTION_FIELDS if name in fields}
-        if set(fields) != set(PREDICTION_FIELDS) or len(lengths) != 1:
+        if set(fields) != set(PREDICTION_FIELDS) or len({len(values) for values in fields.values()}) != 1:
             raise RecordError(f"{path}: split '{split}' has missing fields or unequal lengths")
     return splits

@@ -29,10 +29,7 @@ CHECKED = 16
 
 
 class TrainedModel:
-    """A completed trial's adapter on its base; ``config`` is :func:`~lora_vit.cli.completed_trial`'s.
-
-    Raises ConfigError where the adapter cannot be read or the base is another.
-    """
+    """A completed trial's adapter on its base. Raises ConfigError where it cannot be read or the base is another."""
 
     def __init__(self, folder: Path, config: TrialConfig):
         self.config, self.adapter = config, read_adapter(folder)

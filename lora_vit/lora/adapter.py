@@ -28,7 +28,7 @@ from lora_vit.lora.places import Place
 from lora_vit.records import state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")
-"""How the parameters' names end that are interpolated to the image size, torchvision's and timm's."""
+"""How the parameters' names end that are interpolated to the image size."""
 POSITIONS_TOLERANCE = 1e-4
 """Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
 SAME = 1e-4
@@ -75,11 +75,7 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read ``adapter.safetensors`` and ``adapter.json``.
-
-    Raises ConfigError where they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder
-    of a trial that is not completed.
-    """
+    """Read ``adapter.safetensors`` and ``adapter.json``. Raises ConfigError unless they are whole and of one trial."""
     folder = Path(folder)
     trial = state_of(folder)
     if trial.status not in ("completed", "new"):  # new: the adapter's own two files may have been copied elsewhere
@@ -143,11 +139,7 @@ def bind(
 ) -> None:  # fmt: skip
     """Raise ConfigError, which says what differs, unless adapter, base and data belong together.
 
-    Args:
-        adapter: whose card says what it was trained on.
-        base: from :func:`base_of`.
-        class_names: of the data that figures are to be shown for.
-        data: what that data's record says: fingerprint and number of images.
+    ``base``: from :func:`base_of`; ``class_names`` and ``data`` (its card): of what figures are to be shown for.
     """
     card, trained_on = adapter.card, adapter.card["base"]
     for key in ("architecture", *SIZES, "mean", "std", "interpolation"):
@@ -188,18 +180,17 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
-    rest = dict(adapter.tensors)
-    put_head(model, *(rest.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
+    put_head(model, adapter.tensors)
     lora = adapter.card["lora"]
+    views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
+    if lora["method"] == "lora":
+        spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], 0)
+        for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
+            views |= adapters.trial_tensors(0)
     with torch.no_grad():
-        if lora["method"] == "lora":
-            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], 0)
-            for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
-                for name, view in adapters.trial_tensors(0).items():
-                    view.copy_(rest.pop(name))
-        parameters = dict(model.named_parameters())
-        for name, tensor in rest.items():  # trained trunk parameters
-            parameters[name].copy_(tensor)
+        for name, tensor in adapter.tensors.items():
+            if not name.startswith(OF_HEADS):
+                views[name].copy_(tensor)
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
@@ -241,12 +232,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge a trained adapter and its head into a plain model's weights, in place.
+    """Merge an adapter and its head into a plain model's weights, in place: the model stays the library's own.
 
-    Unlike :func:`load_adapter` this leaves no extra layer: the model stays the library's own. Raises as that does.
+    Arguments, result and errors are those of :func:`load_adapter`.
     """
     adapter = _bound(model, folder)
-    state = merged_state_dict(model, adapter)
-    put_head(model, *(state.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
-    model.load_state_dict(state, strict=False)
+    put_head(model, adapter.tensors)
+    model.load_state_dict(merged_state_dict(model, adapter), strict=False)
     return model

@@ -20,11 +20,7 @@ OF_HEADS = ("heads.", "head.", "head_dist.")
 
 
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
-    """timm's model, with random weights unless ``pretrained``; ``image_size`` None: its own.
-
-    Raises:
-        ConfigError: there is no timm, no such model, or it cannot have this size.
-    """
+    """timm's model, by default with random weights and at its own size. Raises ConfigError where it cannot be made."""
     try:
         import timm
     except ImportError:
@@ -51,10 +47,7 @@ def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
 
 
 def sizes_of(model: Any) -> dict[str, Any]:
-    """What kind of model a plain backbone is: timm's name for it, or torchvision's arguments.
-
-    Raises ConfigError where it is no plain backbone with a head that can be replaced, or has adapters.
-    """
+    """timm's name or torchvision's arguments. Raises ConfigError unless it is a plain backbone with a head like ours."""
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
         raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
@@ -96,18 +89,19 @@ def last_layer(model: Any) -> nn.Linear | None:
     raise ConfigError(f"{what}: give it such a {head_name(model)}")
 
 
-def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
-    """Give the model a classifier: a layer of another size is replaced, dropout before it stays."""
+def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays."""
     last = last_layer(model)
-    if last is None or last.weight.shape != weight.shape:
-        like = next(model.parameters())
-        new = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
+    head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
+    if last is None or last.weight.shape != head["weight"].shape:
+        (classes, width), like = head["weight"].shape, next(model.parameters())
+        new = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
         owner = model.get_submodule(head_name(model).rpartition(".")[0])
         if isinstance(getattr(owner, "head", None), nn.Sequential):
             owner.head[-1] = new
         else:
             owner.head = new
         last = new
-    last.load_state_dict({"weight": weight, "bias": bias})
+    last.load_state_dict(head)
     if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
         model.head_dist = copy.deepcopy(last)

@@ -84,10 +84,7 @@ def _hashed(rows: Tensor, feature_D: Tensor) -> Tensor:
 
 
 def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
-    """True where an element is kept, bool [..., D].
-
-    ``rows`` has one key for each row, int32 [...]; ``threshold``'s shape is a prefix of that: [K] or [K, B, S] or all.
-    """
+    """True where an element is kept, bool [..., D]; ``rows`` is int32 [...], and ``threshold`` has a prefix of that."""
     x = _hashed(rows, feature_D)
     return x >= threshold.view(threshold.shape + (1,) * (x.ndim - threshold.ndim))
 

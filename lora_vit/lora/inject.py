@@ -41,8 +41,7 @@ def inject_adapters(
 ) -> list[LoRAAdapters]:  # fmt: skip
     """Give the targeted projections adapters of K trials, in place: one spec each, one state for all dropout masks.
 
-    Raises ValueError where there are adapters already, a target or block does not exist, or a rank is above a layer's
-    width; the model is left as it was.
+    Raises ValueError where there are adapters already, or as :func:`chosen_places`; the model is left as it was.
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
@@ -52,8 +51,7 @@ def inject_adapters(
         slots = {slot: name for slot, (target, name) in enumerate(place.names.items()) if target in targets}
         if slots:
             out_features, in_features = place.sizes(model)
-            names = list(slots.values())
-            adapters = LoRAAdapters(specs, names, list(slots), place.reads, in_features, out_features, state)
+            adapters = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
             made[place.layer] = adapters.to(model.get_parameter(place.weight).device).train(model.training)
     use_own_attention(model)
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
@@ -72,10 +70,7 @@ def inject_adapters(
 def chosen_places(
     model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1
 ) -> list[Place]:
-    """All places of the blocks that are to get adapters.
-
-    Raises ValueError where a target or block does not exist, or a targeted layer is narrower than the rank.
-    """
+    """All places of the blocks. Raises ValueError where a target or block is missing, or a target below the rank."""
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
     if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):

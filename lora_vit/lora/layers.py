@@ -6,7 +6,7 @@ Shape legend: K trial, G adapted projections, R rank, I input width, O output wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,7 @@ from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear,
 
 
 class AdapterSpec(NamedTuple):
-    """What one trial asks of its adapters.
-
-    ``scaling`` is the factor of their output, ``dropout`` a probability in [0, 1) on their input; ``seed`` is the key
-    of the initialisation and of the dropout masks.
-    """
+    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key."""
 
     rank: int
     scaling: float
@@ -66,8 +62,8 @@ class LoRAAdapters(_KeyedDropout):
 
     Args:
         specs: one per trial.
-        names: name of each adapted projection, e.g. ``...self_attention.q``; keys of initialisation and export.
-        slots: which ``out_features``-wide part of the output each of them adds to.
+        slots: by ``out_features``-wide part of the output, the name of the projection (``...self_attention.q``) that
+            adds to it; key of initialisation and export.
         input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
         in_features: I.
         out_features: O of each projection.
@@ -79,16 +75,16 @@ class LoRAAdapters(_KeyedDropout):
 
     def __init__(
         self,
-        specs: Sequence[AdapterSpec], names: Sequence[str], slots: Sequence[int],
+        specs: Sequence[AdapterSpec], slots: Mapping[int, str],
         input_name: str, in_features: int, out_features: int, state: DropoutState,
     ):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
-        K, G, R = len(specs), len(names), max(s.rank for s in specs)
-        self.specs, self.names, self.slots = specs, names, tuple(slots)
+        K, G, R = len(specs), len(slots), max(s.rank for s in specs)
+        self.specs, self.names, self.slots = specs, tuple(slots.values()), tuple(slots)
         self.lora_A = nn.Parameter(torch.zeros(K, G, R, in_features))
         self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
         for k, spec in enumerate(specs):
-            for g, name in enumerate(names):
+            for g, name in enumerate(self.names):
                 self.lora_A.data[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
         scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
         self.register_buffer("scale_K", scale_K, persistent=False)

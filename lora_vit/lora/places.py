@@ -1,8 +1,4 @@
-"""Where adapters sit in a Vision Transformer: found here for every backbone, read by all that handles adapters.
-
-A backbone is torchvision's ``VisionTransformer``, or one that timm builds of its ViT, Eva or BEiT blocks: ViT (AugReg,
-DeiT, DINO, DINOv2, MAE, CLIP, SigLIP), EVA-02, DINOv3, PE and BEiT.
-"""
+"""Where adapters sit in a Vision Transformer: found here for every backbone, read by all that handles adapters."""
 
 from __future__ import annotations
 

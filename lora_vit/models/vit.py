@@ -29,10 +29,7 @@ def trunk_of(m: ModelConfig) -> Any:
     """The library's Vision Transformer without its head, with projections that take adapters; nothing is trainable.
 
     Where pooling takes the class token, the last block computes that alone. The random weights are the same in every
-    process (weights are usually loaded over them), and the global generator is left as it was.
-
-    Raises:
-        ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
+    process, and the global generator is left as it was. Raises ConfigError where timm cannot make the model.
     """
     library = TORCHVISION if m.library == "torchvision" else m.library
     with torch.random.fork_rng(devices=[]):

@@ -49,12 +49,9 @@ def check_weights(model: str, weights: str) -> None:
 
 
 def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
-    """Load the weights in fp32 into a trunk of torchvision or timm, with positions brought to its grid.
+    """Load the weights in fp32, with positions brought to the trunk's grid; returns a line on what a file holds.
 
-    Returns a line on what a file holds; else ``""``.
-
-    Raises:
-        ConfigError: unknown name, no network, no file of weights, or names, shapes or values do not fit the model.
+    Raises ConfigError for an unknown name, no network, no file of weights, or names, shapes or values that do not fit.
     """
     if m.weights is None:
         return ""

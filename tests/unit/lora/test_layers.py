@@ -20,10 +20,13 @@ SPECS = (
 )
 
 
-def adapters_of(*specs: AdapterSpec, names=("block.q", "block.v"), slots=(0, 2)) -> LoRAAdapters:
+QV = {0: "block.q", 2: "block.v"}
+
+
+def adapters_of(*specs: AdapterSpec, slots=QV) -> LoRAAdapters:
     """Adapters with a lora_B that is not zero, in fp64."""
     state = DropoutState([s.seed for s in specs])
-    adapters = LoRAAdapters(list(specs), list(names), list(slots), "block.in", I, O, state).double()
+    adapters = LoRAAdapters(list(specs), slots, "block.in", I, O, state).double()
     nn.init.normal_(adapters.lora_B, generator=torch.Generator().manual_seed(0))
     for k, spec in enumerate(specs):
         adapters.lora_B.data[k, :, :, spec.rank :] = 0
@@ -66,7 +69,7 @@ KEYS = [(0, "a"), (1, "a"), (0, "b"), (1, "b")]
 
 
 def test_adapters_start_as_each_trial_alone():
-    adapters = LoRAAdapters(list(SPECS), ["q", "v"], [0, 2], "in", I, O, DropoutState([1, 2, 3]))
+    adapters = LoRAAdapters(list(SPECS), {0: "q", 2: "v"}, "in", I, O, DropoutState([1, 2, 3]))
     assert adapters.lora_A.shape == (3, 2, 4, I)
     assert adapters.lora_B.shape == (3, 2, O, 4)
     assert not adapters.lora_B.any()
@@ -119,7 +122,7 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
 
     Activations and gradients have a mean, or the adapters' gradients would be sums of noise as the roundings are.
     """
-    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, 0), names=("fc1",), slots=(0,)).train()
+    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, 0), slots={0: "fc1"}).train()
     adapters.lora_A.data, adapters.lora_B.data = (p.data.bfloat16().float() for p in adapters.parameters())
     generator = torch.Generator().manual_seed(1)
     z = (1 + torch.randn(B, 10000, I, generator=generator)).bfloat16()
@@ -188,6 +191,6 @@ def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
 def test_without_dropout_no_key_is_needed():
     """Also in train mode, where a model without a trainer has none."""
     state = DropoutState([1])
-    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, 1)], ["fc1"], [0], "in", I, O, state).train()
+    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, 1)], {0: "fc1"}, "in", I, O, state).train()
     assert adapters.linear(torch.ones(B, S, I), torch.ones(O, I), None).shape == (B, S, O)
     assert PackedHead([1], [0.0], I, 7, state).train()(torch.ones(1, B, I)).shape == (1, B, 7)
