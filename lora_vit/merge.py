@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the merged weights with base and adapter apart, on made images; write them, and print how to load them."""
+    """Compare the merged weights with base and adapter apart, on made images; write them, say how to load them."""
     check_out(args.out, "--out", ".safetensors")
     if args.out.exists():  # perhaps the adapter, or the base
         raise RecordError(f"--out {args.out} is there already: give a new file")

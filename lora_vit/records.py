@@ -192,19 +192,10 @@ def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) ->
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Inverse of :func:`write_predictions`. Raises RecordError where the file is missing or not whole."""
-    path = folder / PREDICTIONS
+    """Inverse of :func:`write_predictions`."""
     splits: dict[str, dict[str, np.ndarray]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for name in arrays.files:
-                split, _, column = name.partition(".")
-                splits.setdefault(split, {})[column] = arrays[name]
-    except FileNotFoundError:
-        raise RecordError(f"{path} does not exist") from None
-    except Exception as error:
-        raise RecordError(f"{path} cannot be read ({error})") from None
-    for split, fields in splits.items():
-        if set(fields) != set(PREDICTION_FIELDS) or len({len(values) for values in fields.values()}) != 1:
-            raise RecordError(f"{path}: split '{split}' has missing fields or unequal lengths")
+    with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            split, _, column = name.partition(".")
+            splits.setdefault(split, {})[column] = arrays[name]
     return splits

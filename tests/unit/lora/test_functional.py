@@ -48,14 +48,8 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         runs = runs_of([p > 0 for p in dropouts])
         mask = MaskKey(state.rows(77, S), feature_keys(I), thresholds, runs)
-    fixed = {
-        "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
-        "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),
-        "slots": slots,
-        "mask": mask,
-        "kind": kind,
-    }
-    return tensors, fixed
+    fixed = {"scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64), "slots": slots, "mask": mask, "kind": kind}
+    return tensors, fixed | {"weight": torch.randn(width, I, generator=generator, dtype=torch.float64)}
 
 
 def call(function, t, fixed):
@@ -152,18 +146,24 @@ def test_bf16_gradients_follow_fp32():
         assert float((low.float() - full).norm() / full.norm()) < 0.02
 
 
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
-@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 7, 10, 29, 30, 1000])
-def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
-    """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
-    keep_, _ = functional._TO_DROP[way]
+def counted(way: str, elements: int, monkeypatch) -> list[int]:
+    """Rows that are dropped at once, in one of the two ways and in pieces of so many elements (0: its own)."""
+    keep_, own = functional._TO_DROP[way]
     lengths = []
 
     def counting(xs, rows_N, feature_D, threshold_N):
         lengths.append(len(rows_N))
         keep_(xs, rows_N, feature_D, threshold_N)
 
-    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, rows_at_once * I + I - 1)})
+    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, elements or own)})
+    return lengths
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 7, 10, 29, 30, 1000])
+def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
+    """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
+    lengths = counted(way, rows_at_once * I + I - 1, monkeypatch)
     for dropouts in ((0.3, 0.5, 0.0), (0.0, 0.5, 0.3), (0.3, 0.0, 0.6), (0.9, 0.1, 0.6)):
         mask = inputs("none", (0,), dropouts)[1]["mask"]
         xs = [torch.randn(K * B, S, I, dtype=torch.float64) for _ in range(2)]
@@ -178,21 +178,11 @@ def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
 
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
 def test_memory_for_a_mask_is_bounded(way, monkeypatch):
-    asked: list[int] = []
-    keep_, elements = functional._TO_DROP[way]
-
-    def counting(xs, rows_N, feature_D, threshold_N):
-        asked.append(4 * len(rows_N) * len(feature_D))
-        keep_(xs, rows_N, feature_D, threshold_N)
-
-    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, elements)})
-    rows = elements // I + 5
-    mask = MaskKey(
-        torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32), ((0, 1),)
-    )
-    mask.apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
-    assert len(asked) == 2
-    assert max(asked) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]
+    rows, lengths = functional._TO_DROP[way][1] // I + 5, counted(way, 0, monkeypatch)
+    keys = torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32)
+    MaskKey(*keys, ((0, 1),)).apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
+    assert len(lengths) == 2
+    assert 4 * I * max(lengths) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]
 
 
 def test_another_device_drops_by_products(monkeypatch):
@@ -205,19 +195,9 @@ def test_another_device_drops_by_products(monkeypatch):
     assert asked == [3, 3, 3, 1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "runs"),
-    [
-        ("", ()),
-        ("...", ()),
-        ("x", ((0, 1),)),
-        ("xxx", ((0, 3),)),
-        (".xx.x", ((1, 3), (4, 5))),
-        ("x.x.", ((0, 1), (2, 3))),
-    ],
-)
-def test_runs_of_neighbours(flags, runs):
-    assert runs_of([f == "x" for f in flags]) == runs
+def test_runs_of_neighbours():
+    runs = {"": (), "...": (), "x": ((0, 1),), "xxx": ((0, 3),), ".xx.x": ((1, 3), (4, 5)), "x.x.": ((0, 1), (2, 3))}
+    assert {flags: runs_of([f == "x" for f in flags]) for flags in runs} == runs
 
 
 def test_an_upstream_gradient_may_be_strided():

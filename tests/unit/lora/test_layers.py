@@ -59,15 +59,6 @@ def test_starts_are_these_draws():
         assert torch.equal(parameter[0], torch.empty(parameter.shape[1:]).uniform_(-0.25, 0.25, generator=draw))
 
 
-def test_a_start_depends_on_seed_and_name_alone():
-    drawn = [initial_lora_A(AdapterSpec(2, s, 0, seed), n, 8) for s in (1, 2) for seed, n in KEYS]
-    assert all(torch.equal(a, b) for a, b in zip(drawn[: len(KEYS)], drawn[len(KEYS) :], strict=True))
-    assert len({tuple(a.flatten().tolist()) for a in drawn}) == len(KEYS)
-
-
-KEYS = [(0, "a"), (1, "a"), (0, "b"), (1, "b")]
-
-
 def test_adapters_start_as_each_trial_alone():
     adapters = LoRAAdapters(list(SPECS), {0: "q", 2: "v"}, "in", I, O, DropoutState([1, 2, 3]))
     assert adapters.lora_A.shape == (3, 2, 4, I)
@@ -155,8 +146,7 @@ def test_heads_start_as_linear_layers_do():
     assert float(wide.weight.detach().abs().max()) <= 1 / math.sqrt(400)
     again = head_of([0.0] * 2, 400, 50, [3, 1])
     for mine, other in ((again.weight, head.weight), (again.bias, head.bias)):
-        assert torch.equal(mine[0], other[3])
-        assert torch.equal(mine[1], other[1])
+        assert torch.equal(mine, other[[3, 1]])
         assert not torch.equal(mine[0], mine[1])
 
 
