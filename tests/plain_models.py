@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,29 @@ def load(trunk: Any, path: Path, name: str = "it") -> str:
     return load_weights(trunk, model_config(name=name, weights=str(path)))
 
 
+@functools.cache
+def register_small() -> None:
+    """Have timm know ``small_NAME``: models of its families that are built in a moment."""
+    from timm.models import beit, eva, register_model, vision_transformer
+
+    def register(name: str, make: Any, **special: Any) -> None:
+        def entry(pretrained: bool = False, **given: Any) -> Any:
+            sizes = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}
+            return make(name, pretrained=pretrained, **{**sizes, **special, **given})
+
+        entry.__name__ = name
+        register_model(entry)
+
+    register("small_vit", vision_transformer._create_vision_transformer)
+    dinov2 = {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True}
+    register("small_dinov2", vision_transformer._create_vision_transformer, **dinov2)
+    register("small_beit", beit._create_beit, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    register("small_eva02", eva._create_eva, swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(2, 2))
+
+
 def timm_config(*overrides: str, name: str = "vit_tiny_patch16_224", side: int | None = 32) -> TrialConfig:
     """A trial of seconds on a model of timm's with random weights."""
+    register_small()
     settings = ["model=timm", f"model.name={name}", "model.weights=null", "data=fake", "data.cache_size=16"]
     settings += [] if side is None else [f"model.image_size={side}"]
     settings += ["trainer.epochs=1", "trainer.precision=fp32", "trainer.accelerator=cpu", "trainer.log_every=1"]

@@ -23,7 +23,6 @@ timm_layers = pytest.importorskip("timm.layers")
 
 SIZES: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTH, MLP = 32, 64
-NORM_EPS = 1e-6
 GATED_MLP = 88  # two thirds of 128, rounded up to a multiple of 8, as HF does
 
 
@@ -35,52 +34,46 @@ def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
     return model.eval()
 
 
+DECODER = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+HF: dict[str, tuple[str, str, dict[str, Any]]] = {  # configuration, model and what is special
+    "ViT": ("ViT", "ForImageClassification", {}),
+    "ViT masked": ("ViT", "ForMaskedImageModeling", {"encoder_stride": 8}),
+    "DeiT": ("DeiT", "ForImageClassificationWithTeacher", {}),
+    "Dinov2": ("Dinov2", "ForImageClassification", {"mlp_ratio": 2}),
+    "Dinov2 gated": ("Dinov2", "Model", {"mlp_ratio": 4, "use_swiglu_ffn": True}),
+    "Dinov2 with registers": ("Dinov2WithRegisters", "Model", {"mlp_ratio": 2}),
+    "ViTMAE": ("ViTMAE", "ForPreTraining", {"mask_ratio": 0.0, "decoder_intermediate_size": 32, **DECODER}),
+    "DINOv3": ("DINOv3ViT", "Model", {}),
+    "CLIP": ("CLIPVision", "Model", {"hidden_act": "gelu"}),
+    "Siglip": ("SiglipVision", "Model", {"hidden_act": "gelu"}),
+}
+
+
 def hf(kind: str, **changes: Any) -> nn.Module:
-    name, model = {
-        "ViT": ("ViT", "ViTForImageClassification"),
-        "ViT masked": ("ViT", "ViTForMaskedImageModeling"),
-        "DeiT": ("DeiT", "DeiTForImageClassificationWithTeacher"),
-        "Dinov2": ("Dinov2", "Dinov2ForImageClassification"),
-        "Dinov2 gated": ("Dinov2", "Dinov2Model"),
-        "Dinov2 with registers": ("Dinov2WithRegisters", "Dinov2WithRegistersModel"),
-        "ViTMAE": ("ViTMAE", "ViTMAEForPreTraining"),
-        "DINOv3": ("DINOv3ViT", "DINOv3ViTModel"),
-        "CLIP": ("CLIPVision", "CLIPVisionModel"),
-        "Siglip": ("SiglipVision", "SiglipVisionModel"),
-    }[kind]
-    sizes = {**SIZES, "hidden_size": WIDTH, "intermediate_size": MLP, "layer_norm_eps": NORM_EPS, **changes}
-    if "inov2" in name:
-        sizes |= {"mlp_ratio": 4 if kind == "Dinov2 gated" else 2, "use_swiglu_ffn": kind == "Dinov2 gated"}
-    if name == "ViT" and "masked" in kind:
-        sizes |= {"encoder_stride": 8}
-    if name == "ViTMAE":
-        sizes |= {"mask_ratio": 0.0, "decoder_hidden_size": 16, "decoder_num_attention_heads": 2}
-        sizes |= {"decoder_num_hidden_layers": 1, "decoder_intermediate_size": 32}
-    if name in ("CLIPVision", "SiglipVision"):
-        sizes |= {"hidden_act": "gelu"}
-    return randomised(getattr(transformers, model)(getattr(transformers, f"{name}Config")(**sizes)))
+    name, model, special = HF[kind]
+    sizes = {**SIZES, "hidden_size": WIDTH, "intermediate_size": MLP, "layer_norm_eps": 1e-6, **special, **changes}
+    return randomised(getattr(transformers, f"{name}{model}")(getattr(transformers, f"{name}Config")(**sizes)))
 
 
-def timm_vit(**changes: Any) -> nn.Module:
+def timm_vit(kind: Any = timm.models.VisionTransformer, **changes: Any) -> nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return randomised(timm.models.VisionTransformer(**{**sizes, "num_classes": 0, **changes}), seed=2)
+    return randomised(kind(**{**sizes, "num_classes": 0, **changes}), seed=2)
+
+
+GATED: dict[str, Any] = {"init_values": 1.0, "mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU}
+TIMM: dict[str, dict[str, Any]] = {
+    "DeiT": {"kind": timm.models.deit.VisionTransformerDistilled},
+    "Dinov2": {"init_values": 1e-5},
+    "Dinov2 gated": {**GATED, "mlp_ratio": 2 * GATED_MLP / WIDTH},
+    "Dinov2 with registers": {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True},
+    "CLIP": {"pre_norm": True},
+    "Siglip": {"class_token": False, "global_pool": "map"},
+}
 
 
 def timm_for(kind: str, **changes: Any) -> nn.Module:
     """What timm builds for such weights."""
-    special: dict[str, Any] = {
-        "DeiT": {"reg_tokens": 1},
-        "Dinov2": {"init_values": 1e-5},
-        "Dinov2 gated": {"init_values": 1e-5, "mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU}
-        | {"mlp_ratio": 2 * GATED_MLP / WIDTH},
-        "Dinov2 with registers": {"init_values": 1e-5, "reg_tokens": 4, "no_embed_class": True},
-        "CLIP": {"pre_norm": True},
-        "Siglip": {"class_token": False, "global_pool": "map"},
-    }.get(kind, {})
-    if kind == "DeiT":
-        sizes = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-        return randomised(timm.models.deit.VisionTransformerDistilled(**{**sizes, "num_classes": 0, **changes}), seed=2)
-    return timm_vit(**{**special, **changes})
+    return timm_vit(**{**TIMM.get(kind, {}), **changes})
 
 
 def images(size: int = 32, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -143,18 +136,13 @@ def test_hf_models_give_the_same_features_in_timm(kind, dtype, tmp_path):
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": WIDTH, "mlp_dim": MLP}
 
 
-def torchvision_features(model: TorchvisionViT, x: Tensor) -> Tensor:
-    """Normed tokens."""
+def torchvision_features(trunk: nn.Module, x: Tensor) -> Tensor:
+    """Normed tokens of torchvision's own model with the weights of a trunk."""
+    model = TorchvisionViT(**SHAPE).eval()
+    model.load_state_dict(trunk.state_dict(), strict=False)
     with torch.no_grad():
         tokens = model._process_input(x)
         return model.encoder(torch.cat([model.class_token.expand(len(x), -1, -1), tokens], 1))
-
-
-def torchvision_trunk(state: dict[str, Tensor]) -> TorchvisionViT:
-    """torchvision's own model, with the weights of a trunk."""
-    model = TorchvisionViT(**SHAPE).eval()
-    model.load_state_dict(state, strict=False)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["ViT", "ViT masked", "ViTMAE"])
@@ -162,8 +150,7 @@ def test_hf_models_give_the_same_features_in_torchvision(kind, tmp_path):
     theirs, trunk = hf(kind), trunk_of(model_config(**SHAPE))
     theirs.save_pretrained(tmp_path)
     assert load(trunk, tmp_path) == f"model.weights={tmp_path}: {KINDS[kind]}"
-    ours = torchvision_trunk(trunk.state_dict())
-    assert_same(torchvision_features(ours, images()), hf_features(theirs, images(), kind), 1e-5)
+    assert_same(torchvision_features(trunk, images()), hf_features(theirs, images(), kind), 1e-5)
 
 
 def test_torchvision_and_timm_both_ways(tmp_path):
@@ -172,9 +159,8 @@ def test_torchvision_and_timm_both_ways(tmp_path):
     trunk = trunk_of(model_config(**SHAPE))
     note = load(trunk, tmp_path / "timm.pth")
     assert note.endswith(f"/timm.pth: {SEEN}, left out: head, taken from 'model'")
-    ours = torchvision_trunk(trunk.state_dict())
-    assert_same(torchvision_features(ours, images()), timm_features(timms, images(), ""), 1e-5)
-    torch.save(ours.state_dict(), tmp_path / "back.pth")
+    assert_same(torchvision_features(trunk, images()), timm_features(timms, images(), ""), 1e-5)
+    torch.save(trunk.state_dict(), tmp_path / "back.pth")
     back = timm_vit()
     load(back, tmp_path / "back.pth")
     assert all(torch.equal(t, timms.state_dict()[name]) for name, t in back.state_dict().items())
@@ -271,7 +257,6 @@ def renamed(state: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tens
 
 
 CHUNKS = (("blocks.1.1.", "blocks.1."), ("blocks.0.0.", "blocks.0."))
-GATED = {"init_values": 1.0, "mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU}
 ORIGINAL = {  # made from timm's model, whose names their authors took over, as their scripts write them
     "DINO": ({}, as_dino, ", taken from 'teacher.backbone' (it also has student.module.backbone)"),
     "DINOv2": ({"init_values": 1.0}, lambda s: s | {"mask_token": torch.zeros(1, WIDTH)}, ", left out: mask_token"),
@@ -319,43 +304,42 @@ def test_timms_other_families_keep_their_names(family):
     assert all(torch.equal(t, state[name]) for name, t in translated.items())
 
 
-class TestPositions:
-    """Of another grid: as the library of the model that is filled resamples them."""
+@pytest.mark.parametrize("size", [24, 48])
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2 with registers", "Siglip"])
+def test_positions_of_another_grid_are_resampled_as_timm_does(kind, size):
+    theirs, ours = hf(kind), timm_for(kind, img_size=size)
+    state = theirs.state_dict()
+    translated, note = translate(state, ours.state_dict())
+    assert note.endswith(f", positions 4x4 resampled to {size // 8}x{size // 8}")
+    name = next(name for name in state if "position_embedding" in name)
+    positions = state[name].reshape(1, -1, WIDTH)
+    ahead = positions.shape[1] - 16
+    expected = timm_layers.resample_abs_pos_embed(positions, [size // 8] * 2, num_prefix_tokens=ahead)
+    if kind == "Dinov2 with registers":
+        torch.testing.assert_close(
+            translated["cls_token"], state[name.replace("position_embeddings", "cls_token")] + expected[:, :1]
+        )
+        expected = expected[:, 1:]
+    assert torch.equal(translated["pos_embed"], expected)
 
-    @pytest.mark.parametrize("size", [24, 48])
-    @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2 with registers", "Siglip"])
-    def test_as_timm_does(self, kind, size):
-        theirs, ours = hf(kind), timm_for(kind, img_size=size)
-        state = theirs.state_dict()
-        translated, note = translate(state, ours.state_dict())
-        assert note.endswith(f", positions 4x4 resampled to {size // 8}x{size // 8}")
-        name = next(name for name in state if "position_embedding" in name)
-        positions = state[name].reshape(1, -1, WIDTH)
-        ahead = positions.shape[1] - 16
-        expected = timm_layers.resample_abs_pos_embed(positions, [size // 8] * 2, num_prefix_tokens=ahead)
-        if kind == "Dinov2 with registers":
-            torch.testing.assert_close(
-                translated["cls_token"], state[name.replace("position_embeddings", "cls_token")] + expected[:, :1]
-            )
-            expected = expected[:, 1:]
-        assert torch.equal(translated["pos_embed"], expected)
 
-    def test_as_torchvision_does(self):
-        theirs = hf("ViT")
-        own = trunk_of(model_config(**SHAPE | {"image_size": 48})).state_dict()
-        translated, _ = translate(theirs.state_dict(), own)
-        positions = theirs.state_dict()["vit.embeddings.position_embeddings"]
-        grid = positions[:, 1:].permute(0, 2, 1).reshape(1, WIDTH, 4, 4)
-        grid = nn.functional.interpolate(grid, size=6, mode="bicubic", align_corners=True)
-        expected = torch.cat([positions[:, :1], grid.reshape(1, WIDTH, 36).permute(0, 2, 1)], 1)
-        assert torch.equal(translated["encoder.pos_embedding"], expected)
+def test_positions_of_another_grid_are_resampled_as_torchvision_does():
+    theirs = hf("ViT")
+    own = trunk_of(model_config(**SHAPE | {"image_size": 48})).state_dict()
+    translated, _ = translate(theirs.state_dict(), own)
+    positions = theirs.state_dict()["vit.embeddings.position_embeddings"]
+    grid = positions[:, 1:].permute(0, 2, 1).reshape(1, WIDTH, 4, 4)
+    grid = nn.functional.interpolate(grid, size=6, mode="bicubic", align_corners=True)
+    expected = torch.cat([positions[:, :1], grid.reshape(1, WIDTH, 36).permute(0, 2, 1)], 1)
+    assert torch.equal(translated["encoder.pos_embedding"], expected)
 
-    def test_a_model_with_positions_for_tokens_takes_weights_without(self):
-        """timm's with no_embed_class into one that has positions for its class token: zeros there."""
-        theirs, ours = timm_vit(no_embed_class=True), timm_vit()
-        translated, _ = translate(theirs.state_dict(), ours.state_dict())
-        ours.load_state_dict(translated)
-        assert_same(timm_features(ours, images(), ""), timm_features(theirs, images(), ""), 1e-6)
+
+def test_a_model_with_positions_for_tokens_takes_weights_without():
+    """timm's with no_embed_class into one that has positions for its class token: zeros there."""
+    theirs, ours = timm_vit(no_embed_class=True), timm_vit()
+    translated, _ = translate(theirs.state_dict(), ours.state_dict())
+    ours.load_state_dict(translated)
+    assert_same(timm_features(ours, images(), ""), timm_features(theirs, images(), ""), 1e-6)
 
 
 HAS = "(the file has 2 blocks of width 32, patch 8"
