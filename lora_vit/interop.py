@@ -52,12 +52,11 @@ def logits(form: str, out: Path, images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     if form == "torch_export":
         return torch.export.load(out / "model.pt2").module()(images)
+    model = _read_model(out / "base" if form == "peft" else out)
     if form == "peft":
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(_read_model(out / "base"), out).eval()
-    else:
-        model = _read_model(out)
+        model = PeftModel.from_pretrained(model, out).eval()
     found = model(images)
     return found if isinstance(found, Tensor) else found.logits
 
@@ -67,7 +66,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    state, about = trunk_state(source), trained.about
+    state, about, classes = trunk_state(source), trained.about, trained.class_names
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
@@ -80,8 +79,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
         patch_size=patch,
         qkv_bias="blocks.0.attn.qkv.bias" in found,
         layer_norm_eps=next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6),
-        id2label=dict(enumerate(about["class_names"])),
-        label2id={name: i for i, name in enumerate(about["class_names"])},
+        id2label=dict(enumerate(classes)),
+        label2id={name: i for i, name in enumerate(classes)},
         **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}),
         **({"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}),
     )
@@ -92,10 +91,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     if odd := sorted(name for name, _ in shapes ^ own_shapes):
         what = f"{kind} differs in {odd[0]}"
         raise ConfigError(f"HF has no {about['model']} ({what}): give --format timm, onnx or torch_export")
-    head: Any = last_layer(source)
-    weight = head.weight
-    if kind != "ViT":  # its classifier reads the mean of the patches as well
-        weight = torch.cat([weight, torch.zeros_like(weight)], 1)
+    head: Any = last_layer(source)  # Dinov2's classifier reads the mean of the patches as well
+    weight = head.weight if kind == "ViT" else torch.cat([head.weight, torch.zeros_like(head.weight)], 1)
     model.load_state_dict({**translated, "classifier.weight": weight, "classifier.bias": head.bias}, strict=False)
     return model
 

@@ -148,10 +148,7 @@ class State:
 
 
 def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str = "") -> State:
-    """Where the trial in this folder stands; never raises for what is in the files.
-
-    ``config``: of the trial that is meant to be there, None: of whichever is; ``expected_id``: its id, if it is known.
-    """
+    """Where the trial in this folder stands, whatever is in the files: any trial, or that of a config or its id."""
     try:
         record = read_record(folder)
     except FileNotFoundError:
@@ -182,10 +179,7 @@ PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
 
 
 def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
-    """Replace ``predictions.npz``: for each split the fields ids, labels, predicted [N] int64, true_probability [N].
-
-    Arrays are stored as ``SPLIT.FIELD``. The zip carries no clock, so that equal predictions give equal bytes.
-    """
+    """Replace ``predictions.npz``: ``SPLIT.FIELD``, [N]; no clock in it, so equal predictions give equal bytes."""
     arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
     with replacing(folder / PREDICTIONS) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

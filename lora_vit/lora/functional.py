@@ -188,7 +188,7 @@ def adapted_linear(
         b_KGOR: lora_B of all trials; padded with zero columns.
         scale_K: factor of each trial's adapter; with a mask it includes 1/(1-p).
         slots: for each of the G adapters, which O-wide part of the output it adds to.
-        mask: key of the dropout mask on the adapters' input, or None.
+        mask: of the adapters' input.
         prologue: computed first and recomputed in backward.
     """
     norm = prologue.weight, prologue.bias

@@ -124,8 +124,7 @@ def replace_linear_with_lora(
         The model.
 
     Raises:
-        ValueError: an impossible value, nothing to adapt, or adapters that are there already; the model is left as it
-            was.
+        ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")

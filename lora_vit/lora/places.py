@@ -71,9 +71,7 @@ def _of_torchvision(name: str, block: EncoderBlock) -> list[Place]:
     ]
 
 
-def _linear(
-    block: nn.Module, name: str, layer: str, target: str, reads: str | None = None, front: str | None = None
-) -> Place:
+def _linear(block: Any, name: str, layer: str, target: str, reads: str = "", front: str | None = None) -> Place:
     """The place of one linear layer with one target."""
     full = f"{name}.{layer}"
     biases = () if block.get_submodule(layer).bias is None else (f"{full}.bias",)

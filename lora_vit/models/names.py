@@ -64,10 +64,7 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
 
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
-
-    Returns:
-        The tensors, some of which may be missing, unexpected or of another shape; and in one line the sizes, and what
-        was left out.
+    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out.
 
     Raises:
         ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
@@ -107,8 +104,8 @@ def describe(state: dict[str, Tensor]) -> str:
     line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
     name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
     if "reg_token" in found:
-        line += f", {found['reg_token'].shape[1]} registers"
-        name += f"_reg{found['reg_token'].shape[1]}"
+        count = found["reg_token"].shape[1]
+        line, name = f"{line}, {count} registers", f"{name}_reg{count}"
     if "blocks.0.ls1.gamma" in found:
         line += ", layer scale"
         name = f"{name}_dinov2" if patch == 14 else name.replace("vit", "deit3") + "_224"

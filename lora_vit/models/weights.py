@@ -42,10 +42,8 @@ def check_weights(model: str, weights: str) -> None:
         return
     names = SHIPPED[model] if model in SHIPPED else [w.name for w in get_model_weights(model)]
     if weights not in names:
-        raise ConfigError(
-            f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth, .bin "
-            "or .safetensors file or to a folder of save_pretrained, or null for random weights"
-        )
+        what = "a path to a .pth, .bin or .safetensors file or to a folder of save_pretrained, or null for random ones"
+        raise ConfigError(f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, {what}")
 
 
 def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
@@ -119,10 +117,8 @@ def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.read(64)
     if first[8:9] != b"{" and not first.startswith((b"PK", b"\x80")):
-        raise ConfigError(
-            f"model.weights={path} is neither a PyTorch nor a safetensors file: give the weights themselves, not a web "
-            "page or a pointer of Git LFS"
-        )
+        what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
+        raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
     return first[8:9] == b"{"
 
 
@@ -147,10 +143,8 @@ def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor],
     found = list(_state_dicts(held, ()))
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
-        raise ConfigError(
-            f"model.weights={m.weights} does not fit {m.name}: it holds no Vision Transformer as torchvision, timm, "
-            f"HF, DINO, DINOv2 or MAE name it (but {first}): give another file"
-        )
+        what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {first}): give another file")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
     where, state = found[0]
