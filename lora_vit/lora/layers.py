@@ -111,9 +111,6 @@ class LoRAAdapters(_KeyedDropout):
             tensors |= {f"{name}.lora_A": a_GRI[g, :rank], f"{name}.lora_B": b_GOR[g, :, :rank]}
         return tensors
 
-    def extra_repr(self) -> str:
-        return f"K={len(self.specs)}, ranks={[s.rank for s in self.specs]}, projections={len(self.names)}"
-
 
 class PackedHead(_KeyedDropout):
     """Dropout and a linear classifier for each of K trials: ``weight`` [K, C, I] and ``bias`` [K, C].

@@ -26,9 +26,7 @@ from lora_vit.training.trackers import write_adapter
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"
 PLACES = {  # target: the projection, and the widths of its lora_A and lora_B
-    "q": ("self_attention.q", D, D),
-    "k": ("self_attention.k", D, D),
-    "v": ("self_attention.v", D, D),
+    **{t: (f"self_attention.{t}", D, D) for t in "qkv"},
     "o": ("self_attention.out_proj", D, D),
     "fc1": ("mlp.0", D, MLP),
     "fc2": ("mlp.3", MLP, D),
@@ -124,15 +122,14 @@ def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_replace_the_bases(model, bias, tmp_path):
-    generator = torch.Generator().manual_seed(3)
     names = [n for n, _ in model.named_parameters() if n.endswith("bias") and "heads" not in n]
     if bias == "lora_only":
         names = [f"{FC1}.bias", f"{BLOCK}.self_attention.in_proj_bias"]
-    values = {n: torch.randn(model.state_dict()[n].shape, generator=generator) for n in names}
+    values = {n: torch.randn(model.state_dict()[n].shape) for n in names}
     folder = folder_of(tmp_path, tensors("v", "fc1", **values), card("v", "fc1", bias=bias))
-    merged, loaded = merge_adapter(copy.deepcopy(model), folder), load_adapter(model, folder)
-    for m in (merged, loaded):
-        assert all(torch.equal(m.state_dict()[n], value) for n, value in values.items())
+    for place in (merge_adapter, load_adapter):
+        changed = place(copy.deepcopy(model), folder).state_dict()
+        assert_same({n: changed[n] for n in names}, values)
 
 
 def test_full_fine_tuning_replaces_everything_and_once_only(model, tmp_path):
@@ -149,12 +146,11 @@ def test_full_fine_tuning_replaces_everything_and_once_only(model, tmp_path):
 def test_loaded_and_merged_compute_the_same_and_not_the_base(model, images, head, tmp_path):
     linear = nn.Linear(D, 5 if "another" in head else CLASSES)
     model.heads.head = nn.Sequential(nn.Dropout(0.5), linear) if "dropout" in head else linear
-    loaded = model.double().eval()
+    loaded, x = model.double().eval(), images.double()
     merged = copy.deepcopy(loaded)
     folder = folder_of(tmp_path, tensors(*EVERY), card(*EVERY, dropout=0.5))
     assert load_adapter(loaded, folder) is loaded
     assert merge_adapter(merged, folder) is merged
-    x = images.double()
     expected = merged(x)
     assert expected.shape == (4, CLASSES)
     # merged weights are rounded to fp32
@@ -183,11 +179,9 @@ def test_a_loaded_adapter_trains_on_with_its_dropout(model, images, tmp_path):
 @pytest.mark.parametrize("how", ["itself", "copied", "pickled", "by name", "replaced, not loaded"])
 def test_each_pass_in_train_mode_draws_other_masks(model, images, how, tmp_path):
     if how == "replaced, not loaded":
-        replace_linear_with_lora(model, dropout=0.5)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    nn.init.ones_(p)
+        for name, p in replace_linear_with_lora(model, dropout=0.5).named_parameters():
+            if "lora_B" in name:
+                nn.init.ones_(p)
     else:
         load_adapter(model, folder_of(tmp_path, tensors("fc1"), card("fc1", dropout=0.5)))
     model.train()
@@ -199,14 +193,10 @@ def test_each_pass_in_train_mode_draws_other_masks(model, images, how, tmp_path)
 
 
 def test_a_probe_has_a_head_alone(model, tmp_path):
-    folder = folder_of(tmp_path, tensors(), card())
-    assert read_adapter(folder).scaling == 1.0
-    base = model.state_dict()
+    folder, base = folder_of(tmp_path, tensors(), card()), new_model().state_dict()
     for _ in range(2):  # nothing that a second time could add
-        loaded = load_adapter(model, folder)
-    assert not [n for n in loaded.state_dict() if "lora" in n]
-    assert torch.equal(loaded.heads.head.bias, read_adapter(folder).tensors["heads.head.bias"])
-    assert all(torch.equal(t, base[n]) for n, t in loaded.state_dict().items() if not n.startswith("heads."))
+        load_adapter(model, folder)
+    assert_same(model.state_dict(), base | read_adapter(folder).tensors)
 
 
 WEIGHTS = "weights are not those that the adapter was trained on .GLYPHS_V1.: give these, in fp32"
@@ -325,7 +315,6 @@ def test_another_kind_of_head_is_refused(head, model, tmp_path):
         (["ant", "bee", "dog"], {}, "it lacks 'cat'"),
         (["bee", "ant", "cat"], {}, "in another order"),
         (["ant", "bee", "cat", "dog"], {}, "it has 'dog' in addition"),
-        (["ant", "bee"], {}, "it lacks 'cat'"),
         (None, {"fingerprint": "g", "train": 68, "val": 24}, "train 60 then, 68 now, val 20 then, 24 now"),
         (None, {"fingerprint": "g"}, "other contents or splits of as many images"),
     ],
@@ -359,10 +348,6 @@ WRONG = {  # what is written is wrong: tensors, changes of the card, the message
 DAMAGED = {  # the files are changed afterwards
     "scaling edited": (lambda f: edited(f, effective_scaling=16.0), "not of one trial, or were edited"),
     "of another trial": (lambda f: edited(f, trial_id="9876543210"), "not of one trial, or were edited"),
-    "tensors without a card": (
-        lambda f: save_file(tensors("fc1"), f / "adapter.safetensors"),
-        "not of one trial, or were edited",
-    ),
     "no card": (lambda f: (f / "adapter.json").unlink(), r"adapter\.json does not exist: give the folder of a comp"),
     "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), r"adapter\.safetensors does not exist: give the"),
     "nonsense": (lambda f: (f / "adapter.safetensors").write_bytes(b"nonsense"), "the adapter cannot be read"),

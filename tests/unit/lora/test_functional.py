@@ -53,8 +53,7 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
 
 
 def call(function, t, fixed):
-    norm = {"weight": t.get("ln_weight"), "bias": t.get("ln_bias")}
-    prologue = Prologue(fixed["kind"], 1e-6, **norm)
+    prologue = Prologue(fixed["kind"], 1e-6, t.get("ln_weight"), t.get("ln_bias"))
     adapters = t["a"], t["b"], fixed["scale_K"], fixed["slots"]
     return function(t["z"], fixed["weight"], t["bias"], *adapters, fixed["mask"], prologue)
 
@@ -79,18 +78,6 @@ def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bi
     shape = K * B, S, (max(slots) + 1) * O
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert_as_reference(tensors, fixed, upstream=upstream)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropouts", DROPOUTS)
-def test_gradcheck(kind, dropouts):
-    tensors, fixed = inputs(kind, (0, 2), dropouts)
-    names = list(tensors)
-
-    def run(*values):
-        return call(adapted_linear, dict(zip(names, values, strict=True)), fixed)
-
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)  # a random direction of each input
 
 
 @pytest.mark.parametrize("kind", ["gelu", "layer_norm"])

@@ -31,11 +31,8 @@ def images() -> torch.Tensor:
 
 
 def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {}
-    for module in model.modules():
-        if isinstance(module, LoRAAdapters):
-            found |= {name: t.detach().clone() for name, t in module.trial_tensors(0).items()}
-    return found
+    modules = (m for m in model.modules() if isinstance(m, LoRAAdapters))
+    return {name: t.detach().clone() for m in modules for name, t in m.trial_tensors(0).items()}
 
 
 def train_steps(model: nn.Module, images: torch.Tensor, steps: int) -> None:
@@ -189,9 +186,7 @@ def test_a_block_that_cannot_be_adapted_leaves_the_others_alone(model):
 
 
 def test_a_model_without_encoder_blocks_lists_its_linear_layers():
-    with pytest.raises(ValueError, match=r"no target matches.*its linear layers: 0, 2"):
-        replace_linear_with_lora(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"linear layers: 0, 1, .*, 18, 19\)"):  # not all of a long list
+    with pytest.raises(ValueError, match=r"no target matches.*linear layers: 0, 1, .*, 18, 19\)"):  # not all of many
         replace_linear_with_lora(nn.Sequential(*(nn.Linear(1, 1) for _ in range(30))))
     with pytest.raises(ValueError, match=r"linear layers: none\)"):
         replace_linear_with_lora(nn.Sequential(nn.ReLU()))
@@ -207,10 +202,11 @@ def test_mark_needs_adapters_and_a_head(model):
         mark_lora_and_head_as_trainable(model, bias="some")
 
 
-@pytest.mark.parametrize("settings", [{"rank": 1}, {"alpha": 0.5}, {"scaling": "rslora"}, {"blocks": [1]}])
-def test_the_smallest_values_are_taken(model, settings):
-    replace_linear_with_lora(model, **settings)
-    adapters = [m for m in model.modules() if isinstance(m, LoRAAdapters)]
-    assert len(adapters) == 4 * (1 if "blocks" in settings else 2)
-    expected = {"rank": 32.0, "alpha": 0.125, "scaling": 16.0, "blocks": 8.0}  # alpha 32, rank 4
-    assert all(a.scale_K.tolist() == [expected[next(iter(settings))]] for a in adapters)
+@pytest.mark.parametrize(
+    ("setting", "scaling"),  # alpha 32, rank 4
+    [({"rank": 1}, 32.0), ({"alpha": 0.5}, 0.125), ({"scaling": "rslora"}, 16.0), ({"blocks": [1]}, 8.0)],
+)
+def test_the_smallest_values_are_taken(model, setting, scaling):
+    modules = replace_linear_with_lora(model, **setting).modules()
+    scales = [m.scale_K.tolist() for m in modules if isinstance(m, LoRAAdapters)]
+    assert scales == [[scaling]] * (4 if "blocks" in setting else 8)

@@ -65,7 +65,6 @@ def test_adapters_start_as_each_trial_alone():
     assert adapters.lora_B.shape == (3, 2, O, 4)
     assert not adapters.lora_B.any()
     assert set(adapters.state_dict()) == {"lora_A", "lora_B"}
-    assert repr(adapters) == "LoRAAdapters(K=3, ranks=[2, 4, 1], projections=2)"
     for k, spec in enumerate(SPECS):
         for g, name in enumerate(("q", "v")):
             assert torch.equal(adapters.lora_A[k, g, : spec.rank], initial_lora_A(spec, name, I))
@@ -84,13 +83,12 @@ def test_adapters_start_as_each_trial_alone():
 def test_each_trial_gets_its_scaling_and_dropout(mode, kind):
     adapters = adapters_of(*SPECS).train(mode == "train")
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(3 * B, S, I, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3 * O, I, generator=generator, dtype=torch.float64)
-    bias = torch.randn(3 * O, generator=generator, dtype=torch.float64)
+    shapes = ((3 * B, S, I), (3 * O, I), (3 * O,))
+    z, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     norm = nn.LayerNorm(I, eps=1e-2).double()
     nn.init.normal_(norm.weight, generator=generator)
     nn.init.normal_(norm.bias, generator=generator)
-    x = {"none": lambda: z, "gelu": lambda: nn.functional.gelu(z), "layer_norm": lambda: norm(z)}[kind]()
+    x = {"none": lambda x: x, "gelu": nn.functional.gelu, "layer_norm": norm}[kind](z)
     parameters = (norm.weight, norm.bias) if kind == "layer_norm" else ()
     y = adapters.linear(z, weight, bias, Prologue(kind, 1e-2, *parameters))
     rows = adapters.state.rows(randomness.name_key("block.in"), S)

@@ -117,17 +117,13 @@ def test_a_trained_trunk_computes_in_the_images_dtype():
     assert float((low - full).norm() / full.norm()) < 0.05  # 8 significant bits through three blocks
 
 
-def test_building_a_trunk_is_repeatable_frozen_and_leaves_the_generator_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    one, two = trunk_of(model_config(**SHAPE)), trunk_of(model_config(**SHAPE))
-    assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not any(p.requires_grad for p in one.parameters())
-    assert not [n for n, _ in one.named_parameters() if n.startswith("heads")]
+def test_a_trunk_is_frozen_repeatable_and_leaves_the_generator_alone():
+    before = torch.get_rng_state()
+    trunk = trunk_of(model_config(**SHAPE))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(p.requires_grad for p in trunk.parameters())
     torch.manual_seed(0)
     reference = VisionTransformer(**SHAPE)
-    assert torch.equal(one.conv_proj.weight, reference.conv_proj.weight)
-    assert len(one.encoder.layers) == 3
-    assert one.encoder.layers[0].self_attention.num_heads == 4
+    reference.heads = torch.nn.Sequential()
+    torch.testing.assert_close(trunk.state_dict(), reference.state_dict(), rtol=0, atol=0)
+    assert trunk.encoder.layers[0].self_attention.num_heads == 4
