@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.config import SCHEMA_VERSION, SIZES
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import OF_HEADS, head_name, new_backbone, put_head, sizes_of, trunk_state
+from lora_vit.lora.backbones import OF_HEADS, Place, head_name, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, chosen_places, is_trained
 from lora_vit.lora.layers import AdapterSpec
-from lora_vit.lora.places import Place
 from lora_vit.records import state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")

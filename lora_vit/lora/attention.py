@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+from lora_vit.lora.backbones import plain_models
 from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import LoRAAdapters
-from lora_vit.lora.places import plain_models
 
 
 class AdaptedLinear(nn.Linear):

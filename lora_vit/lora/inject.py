@@ -16,9 +16,9 @@ from torchvision.models.vision_transformer import EncoderBlock
 from lora_vit import randomness
 from lora_vit.config import SCALINGS, TARGETS, effective_scaling
 from lora_vit.lora.attention import AdaptedLinear, Attention, Passed, become
+from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
-from lora_vit.lora.places import Place, places_of
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -111,7 +111,7 @@ def replace_linear_with_lora(
     lora_B starts at zero, so that the model's output does not change.
 
     Args:
-        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.places` lists them).
+        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.backbones` lists them).
         rank: of the update, from 1 to the layers' width.
         alpha: see ``scaling``.
         dropout: probability in [0, 1) on the adapters' input, in train mode.

@@ -19,10 +19,9 @@ from torchvision.models import VisionTransformer
 from lora_vit.config import SIZES, ModelConfig
 from lora_vit.errors import ConfigError
 from lora_vit.lora.attention import use_first_token_alone
-from lora_vit.lora.backbones import TORCHVISION, new_backbone, timm_model
+from lora_vit.lora.backbones import TORCHVISION, new_backbone, places_of, plain_models, timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
-from lora_vit.lora.places import places_of, plain_models
 
 
 def trunk_of(m: ModelConfig) -> Any:

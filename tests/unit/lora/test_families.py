@@ -16,11 +16,10 @@ from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
 from lora_vit.config import TARGETS
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.attention import Attention, use_first_token_alone
-from lora_vit.lora.backbones import head_name
+from lora_vit.lora.backbones import head_name, places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.lora.places import places_of
 from lora_vit.models.vit import PackedViT, cast
 
 D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
