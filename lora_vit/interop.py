@@ -16,8 +16,7 @@ from lora_vit.lora.backbones import last_layer, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
-OPSET = 20
-"""Of ONNX: the first with GELU as one operator."""
+OPSET = 20  # of ONNX: the first with GELU as one operator
 
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:

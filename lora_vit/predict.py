@@ -17,10 +17,8 @@ from lora_vit.files import replacing, user_path
 if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
 
-BATCH = 64
-"""Images that are classified together; more than these get a bar."""
-NAMED = 20
-"""Unreadable images that are named; the rest is counted."""
+BATCH = 64  # images that are classified together; more than these get a bar
+NAMED = 20  # unreadable images that are named; the rest is counted
 COLUMNS = ("image", "rank", "class", "probability")
 
 

@@ -24,8 +24,7 @@ LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 PLAN, SEARCH = "sweep.json", "search.db"
 """Of a sweep: what it was asked for, whether or not it left a record; of a search, also what Optuna knows."""
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
-STALE_AFTER = 300.0
-"""Seconds without a heartbeat after which a running trial counts as interrupted."""
+STALE_AFTER = 300.0  # seconds without a heartbeat, after which a running trial counts as interrupted
 NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"
 """What is wrong with the record of a completed trial that was edited."""
 

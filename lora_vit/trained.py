@@ -22,10 +22,8 @@ from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
 from lora_vit.lora.backbones import new_backbone
 
-TOLERANCE = 1e-3
-"""Largest difference of a logit, in fp32, relative to the largest logit (or 1): both sides round each product."""
-CHECKED = 16
-"""Made images that are classified both ways before anything is written."""
+TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
+CHECKED = 16  # made images that are classified both ways before anything is written
 
 
 class TrainedModel:

@@ -28,10 +28,8 @@ from lora_vit.records import state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")
 """How the parameters' names end that are interpolated to the image size."""
-POSITIONS_TOLERANCE = 1e-4
-"""Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
-SAME = 1e-4
-"""Largest difference between two models with the same weights, relative to the largest logit: kernels differ."""
+POSITIONS_TOLERANCE = 1e-4  # of a projection of these: interpolated on another kind of CPU, their last bits differ
+SAME = 1e-4  # of two models with the same weights, relative to the largest logit: kernels differ
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.lora.layers import LoRAAdapters
 
 TORCHVISION = "torchvision's VisionTransformer"
-OF_HEADS = ("heads.", "head.", "head_dist.")
-"""Prefixes of the classifiers' parameters, torchvision's and timm's."""
+OF_HEADS = ("heads.", "head.", "head_dist.")  # prefixes of the classifiers' parameters
 FAMILIES = "torchvision's ViT, and timm's ViT (AugReg, DeiT, DINO, DINOv2, MAE, CLIP, SigLIP), EVA-02, DINOv3, PE, BEiT"
 
 

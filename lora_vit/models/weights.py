@@ -20,8 +20,7 @@ from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
-SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
-"""Weights that travel in the package."""
+SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
 WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,17 +70,15 @@ def test_the_same_weights_in_another_model_of_the_name_are_refused(tmp_path):
         load_adapter(pooled, tmp_path / "0")
 
 
-@pytest.mark.parametrize("key", ["mean", "std"])
-def test_how_images_are_prepared_reaches_the_model(key):
-    own, other = (timm_config("lora=none", *more, name="test_vit") for more in ((), (f"model.{key}=[0.2,0.3,0.4]",)))
-    assert trial_id(own) != trial_id(other)
+def test_how_images_are_prepared_reaches_the_model():
+    settings = ("model.mean=[0.2,0.3,0.4]", "model.std=[0.5,0.6,0.7]")
+    own, other, both = (timm_config("lora=none", *settings[:n], name="small_vit") for n in range(3))
+    assert len({trial_id(config) for config in (own, other, both)}) == 3
     pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)
-    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5)
-    (mean if key == "mean" else std)[:] = torch.tensor([0.2, 0.3, 0.4])[:, None, None]
-    setup = build_setup(other, Process())
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.2, 0.3, 0.4], [0.5, 0.6, 0.7]))
     sized = torch.nn.functional.interpolate(pixels / 255, (32, 32), mode="bicubic", antialias=True)
-    # torch resizes in fp32 with rounded weights
-    torch.testing.assert_close(setup.transform.eval(pixels)[0], (sized[0] - mean) / std, rtol=1e-4, atol=1e-4)
+    found = build_setup(both, Process()).transform.eval(pixels)
+    torch.testing.assert_close(found, (sized - mean) / std, rtol=1e-4, atol=1e-4)  # torch resizes with rounded weights
 
 
 def test_a_file_of_timms_names_is_loaded_and_another_refused(tmp_path):
@@ -98,22 +95,18 @@ def test_a_file_of_timms_names_is_loaded_and_another_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("more", "model", "said"),
     [
-        (
-            {"name": "vit_tinny_patch16_224"},
-            r"model.name=vit_tinny_patch16_224 .* timm .*Unknown model.*, did you mean 'vit_tiny_patch16_224'",
-        ),
-        ({"name": "resnet18"}, r"model.name=resnet18 cannot be made .*DINOv2"),
-        ({"name": "convnext_atto", "side": None}, r"model.name=convnext_atto: no target matches.*DINOv2"),
-        ({"side": 40}, r"model.image_size=40: give a multiple of vit_tiny_patch16_224's patch size 16"),
-        ({"more": "lora.rank=300"}, r"lora.rank=300 is impossible: blocks\.0\.attn\.qkv is 192 wide"),
-        ({"more": "lora.blocks=[12]"}, r"lora.blocks=\[12\].*blocks 0 to 11"),
+        ([], {"name": "vit_tinny_patch16_224"}, r"model.name=vit_tinny_.* timm .*did you mean 'vit_tiny_patch16_224'"),
+        ([], {"name": "resnet18"}, r"model.name=resnet18 cannot be made .*DINOv2"),
+        ([], {"name": "convnext_atto", "side": None}, r"model.name=convnext_atto: no target matches.*DINOv2"),
+        ([], {"side": 40}, r"model.image_size=40: give a multiple of vit_tiny_patch16_224's patch size 16"),
+        (["lora.rank=300"], {}, r"lora.rank=300 is impossible: blocks\.0\.attn\.qkv is 192 wide"),
+        (["lora.blocks=[12]"], {}, r"lora.blocks=\[12\].*blocks 0 to 11"),
     ],
 )
-def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(overrides, said):
-    arguments = {key: value for key, value in overrides.items() if key != "more"}
-    config = timm_config(*([overrides["more"]] if "more" in overrides else []), **arguments)
+def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(more, model, said):
+    config = timm_config(*more, **model)
     for check in (lambda: prepare([config]), lambda: build_setup(config, Process())):
         with pytest.raises(ConfigError, match=said) as caught:
             check()
@@ -153,6 +146,5 @@ def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
         prepare([config])
 
 
-def test_the_models_own_size_is_taken(tmp_path: Path):
-    setup = build_setup(timm_config("lora=none", name="vit_tiny_patch16_224", side=None), Process())
-    assert setup.transform.image_size == 224
+def test_the_models_own_size_is_taken():
+    assert build_setup(timm_config("lora=none", side=None), Process()).transform.image_size == 224

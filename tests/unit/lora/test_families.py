@@ -366,19 +366,18 @@ def test_layers_with_one_input_share_its_dropout(family):
 
 
 @pytest.mark.parametrize("targets", [["q"], ["fc1"], ["o"], list(TARGETS)], ids=" ".join)
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_what_is_trained(family, targets, bias):
+def test_what_is_trained(family, targets):
     model = replace_linear_with_lora(plain(family), targets=targets)
     names = [n for n, _ in model.named_parameters()]
-    trained = mark_lora_and_head_as_trainable(model, head_substring=head_name(model), bias=bias)
-    assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert {n for n in names if ".lora_" in n or n.startswith("head")} <= set(trained)
+    always = {n for n in names if ".lora_" in n or n.startswith("head")}
+    every = {n for n in names if n.endswith("bias")} - always
     layers = {weight.removesuffix("weight") for weight, _, _ in places(family, targets)}
     adapted = {f"{layer}bias" for layer in layers}
     adapted |= {layer.replace("qkv.", f"{t}_bias") for layer in layers for t in "qv" if "qkv." in layer}
-    every = {n for n in names if n.endswith("bias") and not n.startswith("head")}
-    found = {n for n in trained if ".lora_" not in n and not n.startswith("head")}
-    assert found == {"none": set(), "lora_only": adapted & every, "all": every}[bias]
+    for bias, biases in {"none": set(), "lora_only": adapted & every, "all": every}.items():
+        trained = mark_lora_and_head_as_trainable(model, head_substring=head_name(model), bias=bias)
+        assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+        assert set(trained) == always | biases
 
 
 @pytest.mark.parametrize(
