@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit.terminal import Progress
     from lora_vit.trained import TrainedModel
 
+    images = found_images(args.images, user_path(config.data.cache_dir))
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
-    images = found_images(args.images, user_path(config.data.cache_dir))
     rows: list[dict[str, Any]] = []
     unreadable = []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:

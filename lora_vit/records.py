@@ -104,11 +104,10 @@ def read_record(folder: Path) -> TrialRecord:
         raise RecordError(f"{path} has record schema {schema}, {how}")
     known = {f.name: values[f.name] for f in dataclasses.fields(TrialRecord) if f.name in values}
     for f in dataclasses.fields(TrialRecord):
-        kind = type(known.get(f.name)).__name__
-        named = {"NoneType": "None", "int": "float" if f.type != "int" else "int"}.get(kind, kind)
         if f.name not in known and f.default is f.default_factory:  # neither is given
             raise RecordError(f"{path} lacks '{f.name}'")
-        if f.name in known and named not in re.sub(r"\[.*?\]", "", str(f.type)).split(" | "):
+        kinds = re.sub(r"\[.*?\]", "", str(f.type)).replace("None", "NoneType").replace("float", "float | int")
+        if f.name in known and (kind := type(known[f.name]).__name__) not in kinds.split(" | "):
             raise RecordError(f"{path}: '{f.name}' is a {kind}")
     record = TrialRecord(**known)
     if record.status not in STATUSES:

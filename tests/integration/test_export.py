@@ -42,18 +42,16 @@ TIMM = {  # name and settings
 @pytest.fixture(scope="module")
 def trial_of(tmp_path_factory):
     """Trials by kind, each trained once."""
-    done: dict[str, Path] = {}
+    place = tmp_path_factory.mktemp("trials")
 
     def of(kind: str) -> Path:
-        if kind not in done:
-            if kind == "torchvision":
-                config = trial_config(*LARGE, "lora.rank=3", "lora.alpha=5")
-            else:
+        if not (place / kind).exists():
+            config = trial_config(*LARGE, "lora.rank=3", "lora.alpha=5")
+            if kind in TIMM:
                 name, *settings = TIMM[kind]
                 config = timm_config(*LARGE, *settings, name=name)
-            done[kind] = tmp_path_factory.mktemp(kind) / "0"
-            train_together([config], done[kind].parent)
-        return done[kind]
+            train_together([config], place / kind)
+        return place / kind / "0"
 
     return of
 

@@ -252,11 +252,8 @@ def test_an_update_is_applied_once(first, second, model, images, tmp_path):
 
 def test_a_position_embedding_interpolated_elsewhere_is_the_same(model, tmp_path):
     """Kinds of CPU differ in the last bits of what they interpolate."""
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
-    with torch.no_grad():
-        model.encoder.pos_embedding *= 1 + 1e-6
-    load_adapter(model, folder)
-    assert any("lora" in name for name, _ in model.named_parameters())
+    model.encoder.pos_embedding.data *= 1 + 1e-6
+    load_adapter(model, folder_of(tmp_path, tensors("fc1"), card("fc1")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -323,7 +320,6 @@ def test_other_data_is_refused(names, data, message, model):
     about = card("fc1")
     adapter, base = Adapter(tensors("fc1"), about), base_of(model)
     bind(adapter, base, about["class_names"], about["data"])
-    bind(adapter, base)
     with pytest.raises(ConfigError, match=message):
         bind(adapter, base, names or about["class_names"], {**about["data"], **data})
 
