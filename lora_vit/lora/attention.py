@@ -8,7 +8,7 @@ Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ def project(
 ) -> Tensor:
     """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    prologue, norm = NOTHING, cast(Any, front[0]) if front else None
+    norm: Any = front[0] if front else None
+    prologue = NOTHING
     if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
         prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
     elif norm is not None:

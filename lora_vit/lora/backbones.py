@@ -51,7 +51,7 @@ def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
 
 
 def sizes_of(model: Any) -> dict[str, Any]:
-    """timm's name or torchvision's arguments. Raises ConfigError unless it is a plain backbone with such a head."""
+    """What makes a model one of its kind. Raises ConfigError unless it is a plain backbone with a head like ours."""
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
         raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
