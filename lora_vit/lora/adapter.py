@@ -1,7 +1,4 @@
-"""Adapters on disk, bound to their base, put on a plain model, and merged into its weights.
-
-Merging is a pure function on state dicts: W' = W + s B A for each adapted projection (Hu et al., 2021, section 4).
-"""
+"""Adapters on disk, bound to their base, put on a plain model, or merged: W' = W + s B A (Hu et al., 2021, 4)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
 
 
 def use_own_attention(model: nn.Module) -> None:
-    """Have every projection of the encoder called as a layer: torchvision's attention becomes ours, with equal results.
+    """Have every projection of the encoder called as a layer, with equal results: torchvision's attention becomes ours.
 
     timm's attention adds its bias of q, k and v after the layer, where it would else read the layer's weight.
     """
@@ -106,7 +106,7 @@ def replace_linear_with_lora(
     scaling: str = "standard",
     seed: int = 0,
 ) -> nn.Module:
-    """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place.
+    """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
     lora_B starts at zero, so that the model's output does not change.
 
@@ -119,9 +119,6 @@ def replace_linear_with_lora(
         blocks: indices of encoder blocks, None for all.
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         seed: of the initialisation and the dropout masks.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.

@@ -67,7 +67,7 @@ class LoRAAdapters(_KeyedDropout):
         input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
         in_features: I.
         out_features: O of each projection.
-        state: the key that all layers of the model share.
+        state: shared by all layers of the model.
     """
 
     scale_K: Tensor

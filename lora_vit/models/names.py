@@ -1,6 +1,5 @@
 """A Vision Transformer's weights under others' names, brought to those of the model that is to be filled.
 
-Torchvision, timm, HF transformers and the original DINO, DINOv2 and MAE name and arrange the same tensors differently.
 Both sides are brought to timm's names here, and the model's own follow from what each of its names became.
 """
 

@@ -111,8 +111,7 @@ class PackedViT(nn.Module):
     """K trials' logits from the images of G streams.
 
     The stem and all blocks below the first that is trained see each stream once; then the activations are repeated for
-    the trials of a stream and stacked along the batch, ``[K*B, S, D]``. Without adapters (a linear probe) only the
-    heads are per trial.
+    the trials of a stream and stacked along the batch, ``[K*B, S, D]``; in a linear probe, only before the heads.
     """
 
     def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
@@ -138,10 +137,7 @@ class PackedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
-        """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C].
-
-        They are in the head's dtype.
-        """
+        """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C]."""
         order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
         self._repeat.order = order
         own = {name: self.trunk.get_parameter(name) for name in self._trained}
