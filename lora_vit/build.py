@@ -47,11 +47,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
 
 
 def choose_world_size(config: TrialConfig) -> tuple[int, str]:
-    """Number of processes to start, and a note where it is not what one would expect.
-
-    Raises:
-        ConfigError: an explicit number that does not divide the batch or exceeds the GPUs.
-    """
+    """Number of processes to start, and a note where it is not what one would expect. Raises ConfigError."""
     t, batch = config.trainer, config.data.batch_size
     on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
     visible = torch.cuda.device_count() if on_gpu else 1
@@ -62,19 +58,15 @@ def choose_world_size(config: TrialConfig) -> tuple[int, str]:
         check_world_size(config, wanted)
         return wanted, ""
     chosen = max(n for n in range(1, visible + 1) if batch % n == 0)
-    if chosen == visible:
-        return chosen, ""
-    return chosen, f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
+    note = f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
+    return chosen, "" if chosen == visible else note
 
 
 def check_world_size(config: TrialConfig, world_size: int) -> None:
     """Raise ConfigError where the global batch does not divide among the processes."""
-    batch = config.data.batch_size
-    if batch % world_size:
-        raise ConfigError(
-            f"data.batch_size={batch} is not divisible by the {world_size} processes: give a multiple of "
-            f"{world_size}, or trainer.devices=auto"
-        )
+    if config.data.batch_size % world_size:
+        what = f"data.batch_size={config.data.batch_size} is not divisible by the {world_size} processes"
+        raise ConfigError(f"{what}: give a multiple of {world_size}, or trainer.devices=auto")
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
@@ -96,11 +88,9 @@ def _cpuinfo() -> str:
 
 
 class ModelFactory:
-    """Builds the packed model of any trials that share model, data and adapter places.
+    """Builds the packed model of any trials that share model, data and adapter places. Raises ConfigError.
 
     The frozen trunk is loaded once and shared; trials that train trunk parameters get a copy.
-
-    Raises ConfigError where model, weights and adapter places do not fit together.
     """
 
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
@@ -130,10 +120,13 @@ class ModelFactory:
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.method == "lora":
-            specs = [_adapter_spec(c) for c in configs]
+            specs = [
+                AdapterSpec(c.lora.rank or 0, c.lora.effective_scaling(), c.lora.dropout or 0.0, c.seed)
+                for c in configs
+            ]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
-                adapters.lora_A.data = adapters.lora_A.data.to(self.parameter_dtype)
-                adapters.lora_B.data = adapters.lora_B.data.to(self.parameter_dtype)
+                for p in adapters.parameters():
+                    p.data = p.data.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
         head = PackedHead(seeds, dropouts, width_of(trunk), self.classes, state, head_name(trunk))
         mark_trained(trunk, lora.method, lora.bias)
@@ -173,18 +166,8 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
         raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
-def _adapter_spec(config: TrialConfig) -> AdapterSpec:
-    lora = config.lora
-    assert lora.rank is not None
-    assert lora.dropout is not None
-    return AdapterSpec(lora.rank, lora.effective_scaling(), lora.dropout, config.seed)
-
-
 def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
-    """Load data and weights for trials that share a structure.
-
-    Raises ConfigError where device, precision, weights or the data set cannot be had.
-    """
+    """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
@@ -205,29 +188,20 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:
-    """Fetch and decode, with progress, what trials will need, and check that their weights are there.
-
-    Raises ConfigError for what the first trial that cannot run lacks.
-    """
+    """Fetch and decode what trials will need. Raises ConfigError for what the first that cannot run lacks."""
     ready: list[object] = []
-
-    def is_new(what: object) -> bool:
-        """Whether this was not asked for before."""
-        if what in ready:
-            return False
-        ready.append(what)
-        return True
-
     for config in configs:
         m, lora = config.model, config.lora
-        if is_new(m):
+        if m not in ready:
             fetch_weights(m, download=True)
         needs = (m.name, m.image_size, lora.method, lora.targets, lora.blocks, lora.rank)
-        if m.library == "timm" and is_new(needs):
+        if m.library == "timm" and needs not in ready:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
-        if is_new(config.data) and is_new(line := load_data(config.data).line(shape_of(m).image_size)):
+        line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
+        if line and line not in ready:
             print(line)
+        ready += [what for what in (m, needs, config.data, line) if what not in ready]
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:
@@ -260,7 +234,6 @@ def _git_state() -> tuple[str | None, bool | None]:
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None, None
-
     command = ["git", "-C", os.fspath(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -30,19 +30,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
     predictions = pack.predict(args.split)[0]
     print(f"{args.split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
-    recorded = record.metrics.get(f"{args.split}_accuracy")
-    if recorded is not None and recorded != predictions.accuracy:
+    recorded = record.metrics.get(f"{args.split}_accuracy", predictions.accuracy)
+    if recorded != predictions.accuracy:
         print(f"the record says {recorded:.4%}: other hardware or versions")
-        return 1
-    return 0
+    return int(recorded != predictions.accuracy)
 
 
 def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack:
-    """The trial as the trainer had it when it recorded its figures: a pack of one, on its own base and data.
-
-    Raises:
-        ConfigError: base or data are others.
-    """
+    """The trial as the trainer had it when it recorded its figures: a pack of one. Raises ConfigError as ``bind``."""
     from lora_vit.build import build_setup
     from lora_vit.distributed import Process
     from lora_vit.lora.adapter import bind, read_adapter

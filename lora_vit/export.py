@@ -28,12 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, let the other library load what was written, compare its logits with the trial's, and only then keep it.
-
-    Raises:
-        RecordError: the trial is not completed, a library is missing, or ``--out`` is there and not empty.
-        ConfigError: the format has no such model, or the logits differ.
-    """
+    """Write, let the other library load what was written, compare its logits with the trial's; only then keep it."""
     (libraries, opens), out = FORMATS[args.format], args.out
     missing = [package for package in libraries if find_spec(package) is None]
     if missing:
@@ -56,10 +51,8 @@ def run(args: argparse.Namespace) -> int:
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
             first = str(error).strip().partition("\n")[0][:200]
-            raise ConfigError(
-                f"--format {args.format} cannot be written for {config.model.name} ({type(error).__name__}: {first}): "
-                "give another format"
-            ) from error
+            what = f"cannot be written for {config.model.name} ({type(error).__name__}: {first})"
+            raise ConfigError(f"--format {args.format} {what}: give another format") from error
         for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
             file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)

@@ -16,27 +16,30 @@ from lora_vit.lora.backbones import last_layer, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
-OPSET = 20
-"""Of ONNX: the first with GELU as one operator."""
+OPSET = 20  # of ONNX: the first with GELU as one operator
 
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
-    """Write a trial in one of ``lora_vit.export``'s formats into a folder that is there.
-
-    Raises:
-        ConfigError: the other library has no such model.
-        Exception: of the other library.
-    """
+    """Write a trial into a folder. Raises ConfigError for a model that the other library lacks, or that one's error."""
     if form == "peft":
         _write_peft(trained, out)
-    elif form == "onnx":
-        _write_onnx(trained, out)
-    elif form == "torch_export":
-        any_number = ({0: torch.export.Dim.DYNAMIC},)
-        program = torch.export.export(trained.merged, _example(trained), dynamic_shapes=any_number)
-        torch.export.save(program, out / "model.pt2", extra_files={"lora_vit.json": json.dumps(trained.about)})
-    else:
+        return
+    if form in ("hf", "timm"):
         _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
+        return
+    model, about = trained.merged, json.dumps(trained.about)
+    images = torch.zeros(2, 3, *2 * [trained.about["image_size"]])  # of one, a graph would take the number for constant
+    if form == "torch_export":
+        exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(exported, out / "model.pt2", extra_files={"lora_vit.json": about})
+        return
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
+            module.fused_attn = False
+    names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, opset_version=OPSET, verbose=False, **names)
+    program.model.metadata_props["lora_vit"] = about
+    program.save(out / "model.onnx")
 
 
 def logits(form: str, out: Path, images: Tensor) -> Tensor:
@@ -48,12 +51,11 @@ def logits(form: str, out: Path, images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     if form == "torch_export":
         return torch.export.load(out / "model.pt2").module()(images)
+    model = _read_model(out / "base" if form == "peft" else out)
     if form == "peft":
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(_read_model(out / "base"), out).eval()
-    else:
-        model = _read_model(out)
+        model = PeftModel.from_pretrained(model, out).eval()
     found = model(images)
     return found if isinstance(found, Tensor) else found.logits
 
@@ -63,7 +65,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    state, about = trunk_state(source), trained.about
+    state, about, classes = trunk_state(source), trained.about, trained.class_names
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
@@ -76,8 +78,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
         patch_size=patch,
         qkv_bias="blocks.0.attn.qkv.bias" in found,
         layer_norm_eps=next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6),
-        id2label=dict(enumerate(about["class_names"])),
-        label2id={name: i for i, name in enumerate(about["class_names"])},
+        id2label=dict(enumerate(classes)),
+        label2id={name: i for i, name in enumerate(classes)},
         **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}),
         **({"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}),
     )
@@ -88,10 +90,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     if odd := sorted(name for name, _ in shapes ^ own_shapes):
         what = f"{kind} differs in {odd[0]}"
         raise ConfigError(f"HF has no {about['model']} ({what}): give --format timm, onnx or torch_export")
-    head: Any = last_layer(source)
-    weight = head.weight
-    if kind != "ViT":  # its classifier reads the mean of the patches as well
-        weight = torch.cat([weight, torch.zeros_like(weight)], 1)
+    head: Any = last_layer(source)  # Dinov2's classifier reads the mean of the patches as well
+    weight = head.weight if kind == "ViT" else torch.cat([head.weight, torch.zeros_like(head.weight)], 1)
     model.load_state_dict({**translated, "classifier.weight": weight, "classifier.bias": head.bias}, strict=False)
     return model
 
@@ -113,11 +113,7 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
 
 
 def _write_peft(trained: TrainedModel, out: Path) -> None:
-    """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's.
-
-    Raises:
-        ConfigError: the trial trained more than adapters, or the model takes no such adapters.
-    """
+    """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's."""
     import peft
 
     lora, scaling = trained.adapter.card["lora"], trained.adapter.scaling
@@ -138,15 +134,9 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
             lora_B[row : row + len(B), i * r : (i + 1) * r] = B
         state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.cat([A for A, _, _ in parts]), lora_B
     wider = {layer: len(parts) * r for layer, parts in layers.items() if len(parts) > 1}
-    config = peft.LoraConfig(
-        r=r,
-        lora_alpha=scaling * r,
-        lora_dropout=lora["dropout"],
-        target_modules=list(layers),
-        rank_pattern=wider,
-        alpha_pattern={layer: scaling * rank for layer, rank in wider.items()},
-        modules_to_save=heads,
-    )
+    patterns = {"rank_pattern": wider, "alpha_pattern": {layer: scaling * rank for layer, rank in wider.items()}}
+    settings = {"r": r, "lora_alpha": scaling * r, "lora_dropout": lora["dropout"], **patterns}
+    config = peft.LoraConfig(**settings, target_modules=list(layers), modules_to_save=heads)
     model = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
     model.save_pretrained(str(out), save_embedding_layers=False)  # "auto" looks for a vocabulary
@@ -188,14 +178,10 @@ def _save(trained: TrainedModel, model: Any, out: Path) -> None:
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+    shown = {"image_mean": about["mean"], "image_std": about["std"], "do_convert_rgb": True}
+    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[about["interpolation"]]}
     model.save_pretrained(out)
-    ViTImageProcessor(
-        **(crop if cropped else {"size": square}),
-        image_mean=about["mean"],
-        image_std=about["std"],
-        resample={"bilinear": 2, "bicubic": 3}[about["interpolation"]],
-        do_convert_rgb=True,
-    ).save_pretrained(out)
+    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)
 
 
 def _read_model(folder: Path) -> Any:
@@ -207,28 +193,3 @@ def _read_model(folder: Path) -> Any:
     import timm
 
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def _write_onnx(trained: TrainedModel, out: Path) -> None:
-    """``model.onnx``, for any number of images."""
-    module: Any
-    for module in trained.merged.modules():
-        if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
-            module.fused_attn = False
-    program: Any = torch.onnx.export(
-        trained.merged,
-        _example(trained),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
-    program.model.metadata_props["lora_vit"] = json.dumps(trained.about)
-    program.save(out / "model.onnx")
-
-
-def _example(trained: TrainedModel) -> tuple[Tensor]:
-    """Two images: of one, a graph would take the number for a constant."""
-    return (torch.zeros(2, 3, *2 * [trained.about["image_size"]]),)

@@ -19,12 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the merged weights, on made images, with base and adapter apart; write them, and print how to load them.
-
-    Raises:
-        RecordError: the trial is not completed, or ``--out`` cannot be written or is there.
-        ConfigError: the base is another, or the logits differ.
-    """
+    """Compare the merged weights with base and adapter apart, on made images; write them, say how to load them."""
     check_out(args.out, "--out", ".safetensors")
     if args.out.exists():  # perhaps the adapter, or the base
         raise RecordError(f"--out {args.out} is there already: give a new file")
@@ -33,20 +28,17 @@ def run(args: argparse.Namespace) -> int:
 
     from lora_vit.trained import TrainedModel
 
-    trained = TrainedModel(args.folder, config)
+    trained, m = TrainedModel(args.folder, config), config.model
     trained.compare(trained.merged, f"{args.folder}: the merged model")
     metadata = {"lora_vit": json.dumps(trained.about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(args.out) as file:
         file.write(save({name: t.contiguous() for name, t in trained.merged.state_dict().items()}, metadata))
-    of_torchvision = config.model.library == "torchvision"
-    sizes = {key: trained.adapter.card["base"][key] for key in (SIZES if of_torchvision else ("image_size",))}
-    sizes["num_classes"] = len(trained.class_names)
-    arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
-    print(f"import safetensors.torch, {config.model.library}")
-    if of_torchvision:
-        print(f"model = torchvision.models.VisionTransformer({arguments})")
-    else:
-        print(f"model = timm.create_model({config.model.name!r}, {arguments.replace('image_size', 'img_size')})")
+    keys = {key: key for key in SIZES} if m.library == "torchvision" else {"image_size": "img_size"}
+    sizes = {there: trained.adapter.card["base"][key] for key, there in keys.items()}
+    arguments = ", ".join(f"{key}={value}" for key, value in {**sizes, "num_classes": len(trained.class_names)}.items())
+    torchvisions, timms = f"torchvision.models.VisionTransformer({arguments})", f"{m.name!r}, {arguments}"
+    print(f"import safetensors.torch, {m.library}")
+    print(f"model = {torchvisions if m.library == 'torchvision' else f'timm.create_model({timms})'}")
     print(f"model.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
     return 0
 

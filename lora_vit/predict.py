@@ -17,10 +17,9 @@ from lora_vit.files import replacing, user_path
 if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
 
-BATCH = 64
-"""Images that are classified together; more than these get a bar."""
-NAMED = 20
-"""Unreadable images that are named; the rest is counted."""
+BATCH = 64  # images that are classified together; more than these get a bar
+NAMED = 20  # unreadable images that are named; the rest is counted
+COLUMNS = ("image", "rank", "class", "probability")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit.terminal import Progress
     from lora_vit.trained import TrainedModel
 
+    images = found_images(args.images, user_path(config.data.cache_dir))
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
-    images = found_images(args.images, user_path(config.data.cache_dir))
-    rows, unreadable = [], []
+    rows: list[dict[str, Any]] = []
+    unreadable = []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
         for path, found in classified(trained, images):
             bar.advance(1)
@@ -52,8 +52,16 @@ def run(args: argparse.Namespace) -> int:
                 continue
             ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
             for rank, (p, name) in enumerate(ranked[: args.top or 5], 1):
-                rows.append({"image": str(path), "rank": rank, "class": name, "probability": p})
-    _show(rows, args.csv)
+                rows.append(dict(zip(COLUMNS, (str(path), rank, name, p), strict=True)))
+    if args.csv is not None:
+        with replacing(args.csv) as file:
+            writer = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    for row in rows:  # after they are written: the reader of a pipe may leave early
+        if row["rank"] == 1:
+            print(_printable(row["image"]))
+        print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
     for message in unreadable[:NAMED]:
         print(f"error: {_printable(message)}", file=sys.stderr)
     if unreadable:
@@ -62,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
-    """The given files, and all images below the given folders; one line says what else lies there.
-
-    Raises ConfigError where there are none.
-    """
+    """The given files, and all images below the given folders; one line says what else is there. Raises ConfigError."""
     from lora_vit.data.files import Listing
 
     images: list[Path] = []
@@ -106,20 +111,6 @@ def classified(trained: TrainedModel, images: list[Path]) -> Iterator[tuple[Path
 def _printable(name: str) -> str:
     """A file's or class's name on one line of valid text, whatever its bytes are."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
-def _show(rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Write the rows, then print them (the reader of a pipe may leave early)."""
-    if out is not None:
-        with replacing(out) as file:
-            text = codecs.getwriter("utf-8")(file, "backslashreplace")
-            writer = csv.DictWriter(text, ["image", "rank", "class", "probability"])
-            writer.writeheader()
-            writer.writerows(rows)
-    for row in rows:
-        if row["rank"] == 1:
-            print(_printable(row["image"]))
-        print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 """Keyed randomness: every draw is a pure function of its key, so that no generator state decides a result.
 
-Resuming, packing, world size and worker count cannot change a run then. Three kinds of draw:
-
-- :func:`generator` for tensors drawn once (initialisation, permutations),
-- :func:`uniforms` for a few numbers per sample (augmentation),
-- :mod:`lora_vit.lora.dropout` for one decision per element, as stateless integer operations on the device.
+Here are tensors drawn once and a few numbers per sample; :mod:`lora_vit.lora.dropout` decides on single elements.
 """
 
 from __future__ import annotations

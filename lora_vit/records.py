@@ -1,16 +1,14 @@
-"""What a trial leaves on disk for others to read: ``record.json``, metric rows and predictions.
+"""What a trial leaves on disk for others to read: the interface between training and all that compares trials.
 
-Records are the interface between training and everything that compares trials. Every file is replaced atomically, so
-that a reader never sees half of one.
+Every file is replaced atomically, so that a reader never sees half of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,10 @@ from lora_vit.files import replacing, write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
-PLAN = "sweep.json"
-"""A sweep's plan: what it was asked for, whether or not it left a record."""
-SEARCH = "search.db"
-"""Beside it, of a search: what Optuna knows."""
+PLAN, SEARCH = "sweep.json", "search.db"
+"""Of a sweep: what it was asked for, whether or not it left a record; of a search, also what Optuna knows."""
 STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
-STALE_AFTER = 300.0
-"""Seconds without a heartbeat after which a running trial counts as interrupted."""
+STALE_AFTER = 300.0  # seconds without a heartbeat, after which a running trial counts as interrupted
 NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"
 """What is wrong with the record of a completed trial that was edited."""
 
@@ -83,17 +78,6 @@ def write_record(folder: Path, record: TrialRecord) -> None:
     write_json(folder / RECORD, dataclasses.asdict(record))
 
 
-_KINDS = typing.get_type_hints(TrialRecord)
-_REQUIRED = [f.name for f in dataclasses.fields(TrialRecord) if f.default is f.default_factory]  # neither is given
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether JSON has given a value of an annotated type; whole numbers are also fractions."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_a(value, k) for k in typing.get_args(kind))
-    return isinstance(value, (int, float) if kind is float else typing.get_origin(kind) or kind)
-
-
 def read_record(folder: Path) -> TrialRecord:
     """Read and validate the folder's ``record.json``.
 
@@ -118,13 +102,13 @@ def read_record(folder: Path) -> TrialRecord:
     if (schema := values["schema"]) != SCHEMA_VERSION:
         how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
         raise RecordError(f"{path} has record schema {schema}, {how}")
-    for name in _REQUIRED:
-        if name not in values:
-            raise RecordError(f"{path} lacks '{name}'")
-    known = {name: value for name, value in values.items() if name in _KINDS}
-    for name, value in known.items():
-        if not _is_a(value, _KINDS[name]):
-            raise RecordError(f"{path}: '{name}' is a {type(value).__name__}")
+    known = {f.name: values[f.name] for f in dataclasses.fields(TrialRecord) if f.name in values}
+    for f in dataclasses.fields(TrialRecord):
+        if f.name not in known and f.default is f.default_factory:  # neither is given
+            raise RecordError(f"{path} lacks '{f.name}'")
+        kinds = re.sub(r"\[.*?\]", "", str(f.type)).replace("None", "NoneType").replace("float", "float | int")
+        if f.name in known and (kind := type(known[f.name]).__name__) not in kinds.split(" | "):
+            raise RecordError(f"{path}: '{f.name}' is a {kind}")
     record = TrialRecord(**known)
     if record.status not in STATUSES:
         raise RecordError(f"{path}: status '{record.status}' is unknown")
@@ -146,7 +130,7 @@ class State:
     """Where a trial stands, as its folder says.
 
     Attributes:
-        status: new, running, completed, failed, stopped or interrupted; refused where the folder cannot be used.
+        status: a record's, or new, or refused where the folder cannot be used.
         record: None where there is none, or none of this trial.
         problem: why the folder cannot be used, in one line.
     """
@@ -162,13 +146,7 @@ class State:
 
 
 def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str = "") -> State:
-    """Where the trial in this folder stands; never raises for what is in the files.
-
-    Args:
-        folder: of the trial.
-        config: of the trial that is meant to be there; None: of whichever is.
-        expected_id: its trial id, where it is known already.
-    """
+    """Where the trial in this folder stands, whatever is in the files: any trial, or that of a config or its id."""
     try:
         record = read_record(folder)
     except FileNotFoundError:
@@ -185,44 +163,31 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
 
 
 def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """``key: theirs there, ours here`` of the first setting that makes it another trial."""
-    for name in (*IDENTITY, "seed"):
+    """``key is theirs there, ours here`` of the first setting that makes it another trial."""
+    names = [name for name in (*IDENTITY, "seed") if name != "model.weights"]  # a path does not matter, its sha256 does
+    for name in (*names, "model.weights"):
         section, _, key = name.rpartition(".")
         a, b = ((values[section] if section else values)[key] for values in (theirs, ours))
-        if a != b and name != "model.weights":  # a file's path does not matter, its sha256 comes later
-            return f"{name} is {a} there, {b} here"
-    return f"model.weights is {theirs['model']['weights']} there, {ours['model']['weights']} here"
+        if a != b:
+            break
+    return f"{name} is {a} there, {b} here"
 
 
 PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
 
 
 def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
-    """Replace ``predictions.npz``: for each split the fields ids, labels, predicted [N] int64, true_probability [N].
-
-    Arrays are stored as ``SPLIT.FIELD``, e.g. ``val.predicted``. The zip carries no clock, so that equal
-    predictions give equal bytes.
-    """
+    """Replace ``predictions.npz``: ``SPLIT.FIELD``, [N]; no clock in it, so equal predictions give equal bytes."""
     arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
     with replacing(folder / PREDICTIONS) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Inverse of :func:`write_predictions`. Raises RecordError where the file is missing or not whole."""
-    path = folder / PREDICTIONS
+    """Inverse of :func:`write_predictions`."""
     splits: dict[str, dict[str, np.ndarray]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for name in arrays.files:
-                split, _, column = name.partition(".")
-                splits.setdefault(split, {})[column] = arrays[name]
-    except FileNotFoundError:
-        raise RecordError(f"{path} does not exist") from None
-    except Exception as error:
-        raise RecordError(f"{path} cannot be read ({error})") from None
-    for split, fields in splits.items():
-        lengths = {len(fields[name]) for name in PREDICTION_FIELDS if name in fields}
-        if set(fields) != set(PREDICTION_FIELDS) or len(lengths) != 1:
-            raise RecordError(f"{path}: split '{split}' has missing fields or unequal lengths")
+    with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            split, _, column = name.partition(".")
+            splits.setdefault(split, {})[column] = arrays[name]
     return splits

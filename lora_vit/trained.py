@@ -22,41 +22,23 @@ from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
 from lora_vit.lora.backbones import new_backbone
 
-TOLERANCE = 1e-3
-"""Largest difference of a logit, in fp32, relative to the largest logit (or 1): both sides round each product."""
-CHECKED = 16
-"""Made images that are classified both ways before anything is written."""
+TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
+CHECKED = 16  # made images that are classified both ways before anything is written
 
 
 class TrainedModel:
-    """A completed trial's adapter on its base, whose models are built when they are asked for.
-
-    Raises ConfigError where the adapter cannot be read; the first model that is asked for raises ConfigError where the
-    base is another than the adapter was trained on.
-
-    Args:
-        folder: of the trial.
-        config: as :func:`~lora_vit.cli.completed_trial` gives it.
-    """
+    """A completed trial's adapter on its base. Raises ConfigError where it cannot be read or the base is another."""
 
     def __init__(self, folder: Path, config: TrialConfig):
         self.config, self.adapter = config, read_adapter(folder)
         self.class_names: list[str] = self.adapter.card["class_names"]
-
-    @cached_property
-    def factory(self) -> ModelFactory:
-        """Has the base, to which the adapter is bound."""
-        device = choose_device(self.config.trainer.accelerator, Process())
-        factory = ModelFactory(self.config, len(self.class_names), device, torch.float32)
-        bind(self.adapter, factory.base)
-        if factory.note:
-            print(factory.note)
-        return factory
-
-    @property
-    def about(self) -> dict[str, Any]:
+        device = choose_device(config.trainer.accelerator, Process())
+        self.factory = ModelFactory(config, len(self.class_names), device, torch.float32)
+        bind(self.adapter, self.factory.base)
+        if self.factory.note:
+            print(self.factory.note)
+        self.about = {"class_names": self.class_names, "model": config.model.name, **self.factory.inputs}
         """What every written file says: class names, the model's name, and how images are prepared."""
-        return {"class_names": self.class_names, "model": self.config.model.name, **self.factory.inputs}
 
     @cached_property
     def adapted(self) -> nn.Module:
@@ -66,7 +48,7 @@ class TrainedModel:
         return model.to(self.factory.device).eval()
 
     @cached_property
-    def merged(self) -> nn.Module:
+    def merged(self) -> Any:
         """The library's own model with the adapter in its weights."""
         model = new_backbone(self.factory.base, len(self.class_names))
         model.load_state_dict(merged_state_dict(self.factory.original, self.adapter))
@@ -74,9 +56,8 @@ class TrainedModel:
 
     def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
         """Print how far the logits of ``what`` are from the trial's. Raises ConfigError where they are too far."""
-        side = self.about["image_size"]
-        images = torch.rand(CHECKED, 3, side, side, generator=randomness.generator("merge")) * 4 - 2
-        images = images.to(self.factory.device)
+        shape = (CHECKED, 3, *2 * [self.about["image_size"]])
+        images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)
         largest = float((ours - theirs).abs().max())

@@ -1,7 +1,4 @@
-"""Adapters on disk, bound to their base, put on a plain model, and merged into its weights.
-
-Merging is a pure function on state dicts: W' = W + s B A for each adapted projection (Hu et al., 2021, section 4).
-"""
+"""Adapters on disk, bound to their base, put on a plain model, or merged: W' = W + s B A (Hu et al., 2021, 4)."""
 
 from __future__ import annotations
 
@@ -21,20 +18,15 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.config import SCHEMA_VERSION, SIZES
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import OF_HEADS, head_name, new_backbone, put_head, sizes_of, trunk_state
+from lora_vit.lora.backbones import OF_HEADS, Place, head_name, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, chosen_places, is_trained
 from lora_vit.lora.layers import AdapterSpec
-from lora_vit.lora.places import Place
 from lora_vit.records import state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")
-"""How the parameters' names end that are interpolated to the image size, torchvision's and timm's."""
-POSITIONS_TOLERANCE = 1e-4
-"""Of a projection of these: interpolated on another kind of CPU they differ in their last bits."""
-SAME = 1e-4
-"""Largest difference between two models with the same weights, relative to the largest logit: kernels differ."""
-INPUTS = ("image_size", "mean", "std", "interpolation")
-"""What the card says of the images that the model gets."""
+"""How the parameters' names end that are interpolated to the image size."""
+POSITIONS_TOLERANCE = 1e-4  # of a projection of these: interpolated on another kind of CPU, their last bits differ
+SAME = 1e-4  # of two models with the same weights, relative to the largest logit: kernels differ
 
 
 @dataclass(frozen=True)
@@ -61,28 +53,23 @@ class Adapter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the card promises."""
         lora = self.card["lora"]
-        found: dict[str, tuple[int, ...]] = {}
         with torch.device("meta"):
             model = new_backbone(self.card["base"], len(self.card["class_names"]))
-        biases: set[str] = set()
-        for name, place, _ in self.places(model):
+        places = {name: place for name, place, _ in self.places(model)}
+        biases = {bias for place in places.values() for bias in place.biases}
+        found: dict[str, tuple[int, ...]] = {}
+        for name, place in places.items():
             out_features, in_features = place.sizes(model)
             found[f"{name}.lora_A"], found[f"{name}.lora_B"] = (lora["rank"], in_features), (out_features, lora["rank"])
-            biases.update(place.biases)
         for name, p in model.named_parameters():
-            of_head = name.startswith(f"{head_name(model)}.")
-            if of_head or (not name.startswith(OF_HEADS) and is_trained(name, lora["method"], lora["bias"], biases)):
+            trained = not name.startswith(OF_HEADS) and is_trained(name, lora["method"], lora["bias"], biases)
+            if trained or name.startswith(f"{head_name(model)}."):
                 found[name] = tuple(p.shape)
         return found
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read ``adapter.safetensors`` and ``adapter.json``.
-
-    Raises:
-        ConfigError: they are missing, damaged or edited, do not belong together, hold NaN, or lie in the folder of a
-            trial that is not completed.
-    """
+    """Read ``adapter.safetensors`` and ``adapter.json``. Raises ConfigError unless they are whole and of one trial."""
     folder = Path(folder)
     trial = state_of(folder)
     if trial.status not in ("completed", "new"):  # new: the adapter's own two files may have been copied elsewhere
@@ -107,22 +94,17 @@ def read_adapter(folder: str | Path) -> Adapter:
         if expected.get(name) != found.get(name):
             there, wanted = (d.get(name, "absent") for d in (found, expected))
             raise ConfigError(f"{folder}: the adapter's {name} is {there}, expected {wanted}")
-        if not torch.isfinite(tensors[name]).all():
-            raise ConfigError(f"{folder}: the adapter's {name} holds NaN or infinite values")
     if "sha256" in card and card["sha256"] != sha256_of(tensors):
         raise ConfigError(f"{folder}: adapter.safetensors does not hold the values that were trained: copy it again")
     return adapter
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """A model as the base of adapters: its sizes, and its weights without head by content, as ``adapter.json`` has it.
+    """A model as the base of adapters, as ``adapter.json`` has it; raises as :func:`~.backbones.sizes_of`.
 
     Returns:
-        Of :func:`~lora_vit.lora.backbones.sizes_of`; ``sha256`` over names, shapes and fp32 values of the weights, and
-        the norms' eps; ``positions``: projections of the interpolated parameters, which are left out of the digest.
-
-    Raises:
-        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
+        Its sizes; ``sha256`` over names, shapes and fp32 values of its weights without head, and the norms' eps;
+        ``positions``: projections of the interpolated parameters, which are left out of the digest.
     """
     sizes = sizes_of(model)
     state = trunk_state(model)
@@ -144,21 +126,15 @@ def sha256_of(tensors: dict[str, Tensor], begin: str = "") -> str:
 
 
 def bind(
-    adapter: Adapter,
-    base: dict[str, Any],
-    class_names: Sequence[str] | None = None,
-    data: dict[str, Any] | None = None,
-) -> None:
+    adapter: Adapter, base: dict[str, Any],
+    class_names: Sequence[str] | None = None, data: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Raise ConfigError, which says what differs, unless adapter, base and data belong together.
 
-    Args:
-        adapter: whose card says what it was trained on.
-        base: from :func:`base_of`.
-        class_names: of the data that figures are to be shown for.
-        data: what that data's record says: fingerprint and number of images.
+    ``base``: from :func:`base_of`; ``class_names`` and ``data`` (its card): of what figures are to be shown for.
     """
     card, trained_on = adapter.card, adapter.card["base"]
-    for key in ("architecture", *SIZES, *INPUTS):
+    for key in ("architecture", *SIZES, "mean", "std", "interpolation"):
         if key in base and base[key] != trained_on.get(key):
             raise ConfigError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
     theirs, ours = np.array(trained_on["positions"]), np.array(base["positions"])
@@ -182,12 +158,7 @@ def bind(
 
 
 def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The plain state dict of base and adapter together, under the model's own names, in fp32, on the CPU.
-
-    Args:
-        model: the adapter's base, plain; it is not changed, and its head is replaced.
-        adapter: every tensor of it is used.
-    """
+    """The plain state dict of a base and its adapter and head together, in fp32, on the CPU; nothing is changed."""
     state = {name: t.float().cpu().clone() for name, t in trunk_state(model).items()}
     state |= {name: t.float().clone() for name, t in adapter.tensors.items() if ".lora_" not in name}
     if hasattr(model, "head_dist"):
@@ -201,18 +172,17 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
-    rest = dict(adapter.tensors)
-    put_head(model, *(rest.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
+    put_head(model, adapter.tensors)
     lora = adapter.card["lora"]
+    views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
+    if lora["method"] == "lora":
+        spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], 0)
+        for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
+            views |= adapters.trial_tensors(0)
     with torch.no_grad():
-        if lora["method"] == "lora":
-            spec = AdapterSpec(lora["rank"], adapter.scaling, lora["dropout"], 0)
-            for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
-                for name, view in adapters.trial_tensors(0).items():
-                    view.copy_(rest.pop(name))
-        parameters = dict(model.named_parameters())
-        for name, tensor in rest.items():  # trained trunk parameters
-            parameters[name].copy_(tensor)
+        for name, tensor in adapter.tensors.items():
+            if not name.startswith(OF_HEADS):
+                views[name].copy_(tensor)
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
@@ -236,17 +206,14 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put a trained adapter and its head on a plain model, in place.
+    """Put the adapter and head of a completed trial's folder on a plain model, in place; returns the model.
 
     Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass).
 
     Args:
         model: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that the
             adapter was trained on, in fp32, at the adapter's image size; on any device.
-        folder: of a completed trial.
-
-    Returns:
-        The model.
+        folder: of the trial.
 
     Raises:
         ConfigError: the adapter is unreadable or belongs to another model; the model is left as it was.
@@ -257,12 +224,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge a trained adapter and its head into a plain model's weights, in place.
+    """Merge an adapter and its head into a plain model's weights, in place: the model stays the library's own.
 
-    Unlike :func:`load_adapter` this leaves no extra layer: the model stays the library's own. Raises as that does.
+    Arguments, result and errors are those of :func:`load_adapter`.
     """
     adapter = _bound(model, folder)
-    state = merged_state_dict(model, adapter)
-    put_head(model, *(state.pop(f"{head_name(model)}.{leaf}") for leaf in ("weight", "bias")))
-    model.load_state_dict(state, strict=False)
+    put_head(model, adapter.tensors)
+    model.load_state_dict(merged_state_dict(model, adapter), strict=False)
     return model

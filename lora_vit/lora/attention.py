@@ -1,9 +1,8 @@
 """What the layers of a backbone become where they get adapters.
 
-A layer becomes one of these in place: its class is exchanged, so that its name, its parameters and all that refers
-to it stay. A norm or GELU in front is computed in the adapted layer, which recomputes it in backward instead of keeping
-its output; the module itself, whose parameters stay where they are, then passes on what it gets.
-
+A layer's class is exchanged in place, so that its name, its parameters and all that refers to it stay. A norm or GELU
+in front is computed in the adapted layer, which recomputes it in backward instead of keeping its output; the module
+itself, whose parameters stay where they are, then passes on what it gets.
 Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 """
 
@@ -11,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
+from lora_vit.lora.backbones import plain_models
 from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import LoRAAdapters
-from lora_vit.lora.places import plain_models
 
 
 class AdaptedLinear(nn.Linear):
@@ -35,8 +33,7 @@ class AdaptedLinear(nn.Linear):
 class Attention(nn.MultiheadAttention):
     """torchvision's self-attention: one product for q, k and v, then ``scaled_dot_product_attention``.
 
-    ``nn.MultiheadAttention`` reads ``in_proj_weight`` and ``out_proj.weight`` directly, so that other linear layers in
-    it change nothing; hence our own.
+    ``nn.MultiheadAttention`` reads its weights directly, so that other linear layers in it change nothing.
     """
 
     lora: LoRAAdapters | None
@@ -44,7 +41,7 @@ class Attention(nn.MultiheadAttention):
     first_token_only = False
 
     def forward(self, x_BSD: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Attention over tokens, [B, S, D] to [B, S, D], or [B, 1, D] for the first token alone; and no weights."""
+        """[B, S, D] to [B, S, D], or [B, 1, D] for the first token alone; and no weights."""
         B, S, D = x_BSD.shape
         qkv = project(x_BSD, self.in_proj_weight, self.in_proj_bias, self.lora, self.front)
         q, k, v = qkv.view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, S, E]
@@ -60,15 +57,14 @@ class Passed(nn.Module):
     original_class: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input."""
         return x
 
 
 def use_first_token_alone(model: Any) -> None:
-    """Have the last block compute no more than the class token, if the model's output needs no more of it.
+    """Have the last block compute no more than the class token, if the model's pooling takes no more of it.
 
     Hooks cut the other tokens before the MLP and behind the block. torchvision's attention, which is ours, computes one
-    query; timm's stays, and its output projection gets one token. timm's models that pool otherwise stay.
+    query; timm's stays, and its output projection gets one token.
     """
     if isinstance(model, VisionTransformer):
         block = model.encoder.layers[-1]
@@ -94,27 +90,17 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__dict__["original_class"], module.__class__ = type(module), cls
 
 
-def become_again(module: nn.Module) -> None:
-    """Undo :func:`become`."""
-    module.__class__ = module.__dict__.pop("original_class")
-
-
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: LoRAAdapters | None, front: tuple[Passed, ...]
 ) -> Tensor:
     """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    prologue = _prologue(*front, dtype=x.dtype)
+    norm: Any = front[0] if front else None
+    prologue = NOTHING
+    if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
+        prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
+    elif norm is not None:
+        prologue = Prologue("gelu")
     if adapters is None:
         return F.linear(prologue(x), weight, bias)
     return adapters.linear(x, weight, bias, prologue)
-
-
-def _prologue(front: Passed | None = None, *, dtype: torch.dtype) -> Prologue:
-    """What a module in front computes, with its parameters in ``dtype``."""
-    if front is None:
-        return NOTHING
-    if not issubclass(front.original_class, nn.LayerNorm):
-        return Prologue("gelu")
-    norm: Any = front
-    return Prologue("layer_norm", norm.eps, norm.weight.to(dtype), norm.bias.to(dtype))

@@ -1,31 +1,30 @@
-"""torchvision's and timm's Vision Transformers as bases of adapters: made, described, and given a classifier."""
+"""torchvision's and timm's Vision Transformers as bases of adapters: made, described, given a classifier and adapters.
+
+What differs between families and libraries is here. Where adapters sit is found here for every backbone.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from lora_vit.config import SIZES, nearest
 from lora_vit.errors import ConfigError
 from lora_vit.lora.layers import LoRAAdapters
-from lora_vit.lora.places import FAMILIES, plain_models
 
 TORCHVISION = "torchvision's VisionTransformer"
-OF_HEADS = ("heads.", "head.", "head_dist.")
-"""Prefixes of the classifiers' parameters, torchvision's and timm's."""
+OF_HEADS = ("heads.", "head.", "head_dist.")  # prefixes of the classifiers' parameters
+FAMILIES = "torchvision's ViT, and timm's ViT (AugReg, DeiT, DINO, DINOv2, MAE, CLIP, SigLIP), EVA-02, DINOv3, PE, BEiT"
 
 
 def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: bool = False) -> Any:
-    """timm's model, with random weights unless ``pretrained``; ``image_size`` None: its own.
-
-    Raises:
-        ConfigError: there is no timm, no such model, or it cannot have this size.
-    """
+    """timm's model, by default with random weights and at its own size. Raises ConfigError where it cannot be made."""
     try:
         import timm
     except ImportError:
@@ -44,18 +43,15 @@ def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
     """A plain model with random weights, of the kind that an adapter's card says; without head for no classes."""
     if base["architecture"] != TORCHVISION:
         return timm_model(base["model"], base["image_size"], classes)
-    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes)
+    # a head draws from the same generator: torchvision's own, of 1,000 classes, decides the random weights
+    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes or 1000)
     if not classes:
         model.heads = nn.Sequential()
     return model
 
 
 def sizes_of(model: Any) -> dict[str, Any]:
-    """What kind of model a plain backbone is: timm's name for it, or torchvision's arguments.
-
-    Raises:
-        ConfigError: it is no plain backbone with a head that can be replaced, or has adapters.
-    """
+    """What makes a model one of its kind. Raises ConfigError unless it is a plain backbone with a head like ours."""
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
         raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
@@ -66,15 +62,9 @@ def sizes_of(model: Any) -> dict[str, Any]:
         height, width = model.patch_embed.img_size
         size = height if height == width else [height, width]
         return {"architecture": getattr(model, "pretrained_cfg", {}).get("architecture"), "image_size": size}
-    return {
-        "architecture": TORCHVISION,
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "num_layers": len(model.encoder.layers),
-        "num_heads": model.encoder.layers[0].self_attention.num_heads,
-        "hidden_dim": model.hidden_dim,
-        "mlp_dim": model.mlp_dim,
-    }
+    layers = model.encoder.layers
+    counts = {"num_layers": len(layers), "num_heads": layers[0].self_attention.num_heads}
+    return {"architecture": TORCHVISION, **{k: counts.get(k) or getattr(model, k) for k in SIZES}}
 
 
 def trunk_state(model: nn.Module) -> dict[str, Tensor]:
@@ -90,38 +80,146 @@ def head_name(model: nn.Module) -> str:
 def last_layer(model: Any) -> nn.Linear | None:
     """The classifier's linear layer; None where the model has no head. Raises ConfigError for other heads."""
     if isinstance(model, VisionTransformer):
-        names = [name for name, _ in model.heads.named_children()]
-        if type(model.heads) is nn.Sequential and not names:
+        children = dict(model.heads.named_children())
+        if type(model.heads) is nn.Sequential and not children:
             return None
-        head = model.heads.head if names == ["head"] else None
-    elif isinstance(model.head, nn.Identity):
+        head = children.get("head") if len(children) == 1 else None
+    elif isinstance(head := model.head, nn.Identity):
         return None
-    else:
-        head = model.head
     *before, last = head if type(head) is nn.Sequential and len(head) else [head]
     if type(last) is nn.Linear and last.bias is not None and all(type(m) is nn.Dropout for m in before):
         return last
-    name = head_name(model)
-    raise ConfigError(
-        f"the model's heads are not one linear layer with bias, alone or after dropout: give it such a {name}"
-    )
+    what = "the model's heads are not one linear layer with bias, alone or after dropout"
+    raise ConfigError(f"{what}: give it such a {head_name(model)}")
 
 
-def put_head(model: Any, weight: Tensor, bias: Tensor) -> None:
-    """Give the model a classifier: a layer of another size is replaced, dropout before it stays."""
+def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays."""
     last = last_layer(model)
-    if last is None or last.weight.shape != weight.shape:
-        like = next(model.parameters())
-        new = nn.Linear(weight.shape[1], weight.shape[0], device=like.device, dtype=like.dtype)
-        owner, name = (model.heads, "head") if isinstance(model, VisionTransformer) else (model, "head")
-        head = getattr(owner, name, None)
-        if isinstance(head, nn.Sequential):
-            head[-1] = new
+    head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
+    if last is None or last.weight.shape != head["weight"].shape:
+        (classes, width), like = head["weight"].shape, next(model.parameters())
+        new = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+        owner = model.get_submodule(head_name(model).rpartition(".")[0])
+        if isinstance(getattr(owner, "head", None), nn.Sequential):
+            owner.head[-1] = new
         else:
-            setattr(owner, name, new)
+            owner.head = new
         last = new
-    with torch.no_grad():
-        last.weight.copy_(weight)
-        last.bias.copy_(bias)
+    last.load_state_dict(head)
     if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
         model.head_dist = copy.deepcopy(last)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer that can take adapters; everything by its dotted name in the model.
+
+    Attributes:
+        layer: the module: an ``nn.Linear``, or torchvision's attention, which has q, k and v's weight itself.
+        weight: its weight, [parts * O, I].
+        biases: that its output gets.
+        names: of the adapters in files, by target, in the order of the output's equal parts.
+        reads: name of the layer's input, one for all that read it: key of its dropout mask.
+        front: the LayerNorm or GELU before it, if its output is read only by places with this front.
+    """
+
+    layer: str
+    weight: str
+    biases: tuple[str, ...]
+    names: dict[str, str]
+    reads: str
+    front: str | None = None
+
+    def sizes(self, model: nn.Module) -> tuple[int, int]:
+        """O of each part, and I."""
+        rows, columns = model.get_parameter(self.weight).shape
+        return rows // len(self.names), columns
+
+
+def places_of(model: nn.Module) -> dict[str, list[Place]]:
+    """The places of each encoder block, by its name. Raises ValueError where one is unknown, or there is none."""
+    found: dict[str, list[Place]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, EncoderBlock):
+            found[name] = _of_torchvision(name, module)
+        elif type(module) in _timm_classes("blocks"):
+            found[name] = _of_timm(name, module)
+    if not found:
+        shown = ", ".join([name for name, m in model.named_modules() if isinstance(m, nn.Linear)][:20]) or "none"
+        what = f"{type(model).__name__} has no encoder block of {FAMILIES}"
+        raise ValueError(f"no target matches: {what} (its linear layers: {shown})")
+    return found
+
+
+def plain_models() -> Any:
+    """The classes of backbones; timm's once timm is imported."""
+    return (VisionTransformer, *_timm_classes("models"))
+
+
+def _of_torchvision(name: str, block: EncoderBlock) -> list[Place]:
+    source, attention = block.self_attention, f"{name}.self_attention"
+    if source.in_proj_weight is None or source.in_proj_bias is None or source.bias_k is not None:
+        raise ValueError("only self-attention with one biased q, k, v projection can take adapters")
+    qkv, fused = {t: f"{attention}.{t}" for t in "qkv"}, f"{attention}.in_proj"
+    return [
+        Place(attention, f"{fused}_weight", (f"{fused}_bias",), qkv, fused, f"{name}.ln_1"),
+        _linear(block, name, "self_attention.out_proj", "o"),
+        _linear(block, name, "mlp.0", "fc1", front=f"{name}.ln_2"),
+        _linear(block, name, "mlp.3", "fc2", front=f"{name}.mlp.1" if _is_idle(block.mlp[2]) else None),
+    ]
+
+
+def _linear(block: Any, name: str, layer: str, target: str, reads: str = "", front: str | None = None) -> Place:
+    """The place of one linear layer with one target."""
+    full = f"{name}.{layer}"
+    biases = () if block.get_submodule(layer).bias is None else (f"{full}.bias",)
+    return Place(full, f"{full}.weight", biases, {target: full}, reads or full, front)
+
+
+def _of_timm(name: str, block: Any) -> list[Place]:
+    attention, mlp = block.attn, block.mlp
+    kind = vars(attention).get("original_class", type(attention))
+    if kind not in _timm_classes("attentions") or type(mlp) not in _timm_classes("mlps"):
+        raise ValueError(f"{name} has {kind.__name__} and {type(mlp).__name__}: no adapters for these")
+    norm1, norm2 = (
+        f"{name}.{key}" if type(m) in _timm_classes("norms") and m.weight is not None and m.bias is not None else None
+        for key, m in (("norm1", block.norm1), ("norm2", block.norm2))
+    )
+    if getattr(attention, "gate", None) is not None:  # it reads the norm as well
+        norm1 = None
+    if attention.qkv is not None:
+        qkv, full = {t: f"{name}.attn.{t}" for t in "qkv"}, f"{name}.attn.qkv"
+        own = [f"{name}.attn.{t}_bias" for t in "qv"] if getattr(attention, "q_bias", None) is not None else []
+        biases = (*own, *([] if attention.qkv.bias is None else [f"{full}.bias"]))
+        places = [Place(full, f"{full}.weight", biases, qkv, full, norm1)]
+    else:
+        places = [_linear(block, name, f"attn.{t}_proj", t, f"{name}.attn.qkv", norm1) for t in "qkv"]
+    places.append(_linear(block, name, "attn.proj", "o"))
+    inputs = [layer for layer in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, layer)]
+    places += [_linear(block, name, f"mlp.{layer}", "fc1", f"{name}.mlp.fc1", norm2) for layer in inputs]
+    gelu = type(mlp.act) in _timm_classes("gelus") and getattr(mlp.act, "approximate", "none") == "none"
+    alone = inputs == ["fc1"] and type(mlp).__name__ == "Mlp" and _is_idle(mlp.drop1) and _is_idle(mlp.norm)
+    return [*places, _linear(block, name, "mlp.fc2", "fc2", front=f"{name}.mlp.act" if gelu and alone else None)]
+
+
+def _is_idle(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _timm_classes(kind: str) -> tuple[type, ...]:
+    """timm's classes whose forward is known to call the places; none before timm is imported."""
+    if "timm" not in sys.modules:
+        return ()
+    from timm import layers
+    from timm.models import beit, eva, vision_transformer
+
+    classes: dict[str, tuple[type, ...]] = {
+        "models": (vision_transformer.VisionTransformer, eva.Eva, beit.Beit),
+        "blocks": (vision_transformer.Block, eva.EvaBlock, beit.Block),
+        "attentions": (layers.Attention, layers.AttentionRope, eva.EvaAttention, beit.Attention),
+        "mlps": (layers.Mlp, layers.GluMlp, layers.SwiGLU),
+        "norms": (nn.LayerNorm, layers.LayerNorm),
+        "gelus": (nn.GELU, layers.GELU),
+    }
+    return classes[kind]

@@ -1,11 +1,9 @@
 """Keyed dropout: whether an element is kept is a hash of where it is, not of what was drawn before.
 
-Shape legend: K trial, B image, S token, D feature.
-
-The key of an element is (trial seed, trial step, module, position of the image in the trial's global batch,
-token, feature). Forward and backward recompute the same mask, a trial in a pack gets the mask that it gets
-alone, and any number of processes agrees. All arithmetic is 32-bit with wrap-around, in place: on a CPU one
-pass over int32 costs a tenth of one over int64.
+The key of an element is (trial seed, trial step, module, position of the image in the trial's global batch, token,
+feature). Forward and backward recompute the same mask, a trial in a pack gets the mask that it gets alone, and any
+number of processes agrees. All arithmetic is 32-bit with wrap-around, in place: on a CPU one pass over int32 costs a
+tenth of one over int64. Shape legend: K trial, B image, S token, D feature.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Multipliers of the 32-bit finaliser "lowbias32" (Wellons, 2018), as signed integers.
-_C1 = 0x7FEB352D
-_C2 = 0x846CA68B - (1 << 32)
+_C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _wrap(value: int) -> int:
     """The signed 32-bit integer with the same low bits."""
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -37,13 +33,11 @@ def _mix(x: Tensor) -> Tensor:
 class DropoutState:
     """The part of the key that all layers of a model share: trial seeds, trial steps and image positions.
 
-    The trainer calls :meth:`set` before each forward pass. Without a trainer (library use) call
-    :meth:`advance`, which counts forward passes.
+    The trainer calls :meth:`set` before each forward pass; without a trainer :meth:`advance` counts the passes.
     """
 
     def __init__(self, seeds: list[int]):
-        halves = [(_wrap(s), _wrap(s >> 32)) for s in seeds]
-        self._seed_K2 = torch.tensor(halves, dtype=torch.int32)
+        self._seed_K2 = torch.tensor([(_wrap(s), _wrap(s >> 32)) for s in seeds], dtype=torch.int32)
         self._forwards = 0
         self.base_KB: Tensor | None = None
 
@@ -90,18 +84,9 @@ def _hashed(rows: Tensor, feature_D: Tensor) -> Tensor:
 
 
 def keep_mask(rows: Tensor, feature_D: Tensor, threshold: Tensor) -> Tensor:
-    """True where an element is kept, bool [..., D].
-
-    Args:
-        rows: one key for each row, int32 [...].
-        feature_D: from :func:`feature_keys`.
-        threshold: of the rows, int32; its shape is a prefix of ``rows``'s, [K] or [K, B, S] or all of it.
-    """
+    """True where an element is kept, bool [..., D]; ``rows`` is int32 [...], and ``threshold`` has a prefix of that."""
     x = _hashed(rows, feature_D)
     return x >= threshold.view(threshold.shape + (1,) * (x.ndim - threshold.ndim))
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def keep_by_product_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
@@ -112,10 +97,9 @@ def keep_by_product_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, th
 
 
 def keep_by_bits_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, threshold_N: Tensor) -> None:
-    """The same mask, for devices whose comparisons are slow.
+    """The same mask as all ones or all zeros in the bits of an integer.
 
-    The decisions of :func:`keep_mask` as all ones or all zeros in the bits of an integer: on a CPU a comparison that
-    gives bools, and a product with bools, each take as long as four passes of integer arithmetic.
+    On a CPU a comparison that gives bools, and a product with them, each take as long as four passes over integers.
     """
     bits = _hashed(rows_N, feature_D)
     # x >= t is (t - 1 - x) < 0; halved, so that it cannot overflow, which loses nothing as t is even

@@ -1,7 +1,4 @@
-"""The linear layer with LoRA adapters of K trials: memory-lean, with its plain reference beside it.
-
-Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width, O output width, R rank,
-G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
+"""The linear layer with LoRA adapters of K trials, memory-lean.
 
 For each trial, with its own rank, scaling and dropout (Hu et al., 2021, eq. 3)::
 
@@ -9,10 +6,12 @@ For each trial, with its own rank, scaling and dropout (Hu et al., 2021, eq. 3):
     y = x W' + b                           # frozen, one product for all trials
     y[g] += s/(1-p) * (mask * x) A_g' B_g' # the trial's adapters
 
-What a frozen layer would keep for its backward pass is ``z`` alone. So is what we keep, with ``h = x A'`` (R
-wide): the LayerNorm or GELU output and the dropout mask are computed again in backward, for about 2 % of time.
-The products with a skinny side are written in the layout in which BLAS is fast; written the other way several
-take five times as long.
+Like a frozen layer it keeps ``z`` alone for its backward pass, and ``h = x A'`` (R wide): the LayerNorm or GELU output
+and the dropout mask are computed again, for about 2 % of time. The products with a skinny side are written in the
+layout in which BLAS is fast; written the other way several take five times as long.
+
+Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width, O output width, R rank,
+G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ _TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (keep_by_product_, 1 << 24)
 
 @dataclass(frozen=True)
 class Prologue:
-    """What happens between the saved input and the linear layer: "none", "gelu" or "layer_norm", which has parameters.
-
-    ``weight`` and ``bias`` are [I].
-    """
+    """Between the saved input and the linear layer: "none", "gelu" or "layer_norm", whose parameters are [I]."""
 
     kind: str = "none"
     eps: float = 0.0
@@ -46,7 +42,6 @@ class Prologue:
     bias: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The linear layer's input."""
         if self.kind == "gelu":
             return F.gelu(z)
         if self.kind == "layer_norm":
@@ -59,13 +54,9 @@ NOTHING = Prologue()
 
 @dataclass(frozen=True)
 class MaskKey:
-    """What a dropout mask is computed from.
+    """What a dropout mask is computed from: int32 keys of tokens and features, and each trial's threshold.
 
-    Attributes:
-        rows_KBS: int32 key of each token.
-        feature_I: int32 key of each feature.
-        threshold_K: int32 of each trial.
-        runs: first and last + 1 of neighbouring trials that drop at all; the others' elements are not looked at.
+    ``runs``: first and last + 1 of neighbouring trials that drop at all; the others' elements are not looked at.
     """
 
     rows_KBS: Tensor
@@ -152,11 +143,8 @@ class _AdaptedLinear(torch.autograd.Function):
         dx_adapters = None
         if mask is not None:
             x = x.clone() if x is z else x
-            if any(needs[:3]):
-                dx_adapters = (dh_KNr @ a_KGRI.flatten(1, 2)).view_as(x)
-                mask.apply_(x, dx_adapters)
-            else:
-                mask.apply_(x)
+            dx_adapters = (dh_KNr @ a_KGRI.flatten(1, 2)).view_as(x) if any(needs[:3]) else None
+            mask.apply_(*(t for t in (x, dx_adapters) if t is not None))
         da_KGRI = (dh_KNr.mT @ _rows(x, K)).view_as(a_KGRI)
         del x
 
@@ -190,40 +178,18 @@ def adapted_linear(
     a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
     slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
 ) -> Tensor:  # fmt: skip
-    """Linear layer plus the adapters of K trials (see the module's formula).
+    """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O], in the dtype of ``z``.
 
     Args:
         z: input before the prologue, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B.
-        weight: frozen weight, [slots*O, I]; it gets no gradient.
-        bias: [slots*O] or None; gets a gradient if it requires one.
-        a_KGRI: lora_A of all trials, [K, G, R, I]; ranks below R are padded with zero rows.
-        b_KGOR: lora_B of all trials, [K, G, O, R]; padded with zero columns.
-        scale_K: factor of each trial's adapter, [K]; with a mask it includes 1/(1-p).
+        weight: frozen weight, [slots*O, I], of that dtype; it gets no gradient.
+        bias: [slots*O] or None; it and the prologue's parameters get gradients if they require them.
+        a_KGRI: lora_A of all trials; ranks below R are padded with zero rows.
+        b_KGOR: lora_B of all trials; padded with zero columns.
+        scale_K: factor of each trial's adapter; with a mask it includes 1/(1-p).
         slots: for each of the G adapters, which O-wide part of the output it adds to.
-        mask: key of the dropout mask on the adapters' input, or None.
-        prologue: computed first and recomputed in backward; the norm's parameters get gradients if they require them.
-
-    Returns:
-        [K*B, S, slots*O], in the dtype of ``z``. Weight and adapters must have that dtype.
+        mask: of the adapters' input.
+        prologue: computed first and recomputed in backward.
     """
     norm = prologue.weight, prologue.bias
     return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)
-
-
-def adapted_linear_reference(
-    z: Tensor, weight: Tensor, bias: Tensor | None,
-    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
-    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
-) -> Tensor:  # fmt: skip
-    """The same in plain operations, trial by trial: what :func:`adapted_linear` is tested against."""
-    x = prologue(z)
-    y_trials = F.linear(x, weight, bias).chunk(len(a_KGRI))
-    xd_trials = (x if mask is None else mask.apply(x)).chunk(len(a_KGRI))
-    O = b_KGOR.shape[2]
-    out = []
-    for k, (y, xd) in enumerate(zip(y_trials, xd_trials, strict=True)):
-        parts = list(y.split(O, dim=-1))
-        for g, slot in enumerate(slots):
-            parts[slot] = parts[slot] + scale_K[k] * (xd @ a_KGRI[k, g].T) @ b_KGOR[k, g].T
-        out.append(torch.cat(parts, dim=-1))
-    return torch.cat(out)

@@ -1,13 +1,11 @@
 """Put adapters into a Vision Transformer of torchvision or timm, and choose what is trained.
 
-The public pair for a plain model is :func:`replace_linear_with_lora` and :func:`mark_lora_and_head_as_trainable`;
-:func:`inject_adapters` does the same for a pack of K trials.
+:func:`replace_linear_with_lora` is for a plain model, :func:`inject_adapters` for a pack of K trials.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,14 +15,14 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
 from lora_vit.config import SCALINGS, TARGETS, effective_scaling
-from lora_vit.lora.attention import AdaptedLinear, Attention, Passed, become, become_again
+from lora_vit.lora.attention import AdaptedLinear, Attention, Passed, become
+from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
-from lora_vit.lora.places import Place, places_of
 
 
 def use_own_attention(model: nn.Module) -> None:
-    """Have every projection of the encoder called as a layer: torchvision's attention becomes ours, with equal results.
+    """Have every projection of the encoder called as a layer, with equal results: torchvision's attention becomes ours.
 
     timm's attention adds its bias of q, k and v after the layer, where it would else read the layer's weight.
     """
@@ -41,29 +39,19 @@ def inject_adapters(
     model: nn.Module,
     specs: Sequence[AdapterSpec], targets: Sequence[str], blocks: Sequence[int] | None, state: DropoutState,
 ) -> list[LoRAAdapters]:  # fmt: skip
-    """Give the targeted projections adapters of K trials.
+    """Give the targeted projections adapters of K trials, in place: one spec each, one state for all dropout masks.
 
-    Args:
-        model: a Vision Transformer of torchvision or timm, changed in place.
-        specs: one per trial.
-        targets: some of q, k, v, o, fc1, fc2.
-        blocks: indices of the encoder blocks, or None for all.
-        state: shared key of the dropout masks.
-
-    Raises:
-        ValueError: there are adapters already, a target or block does not exist (the message lists those that do), or
-            a rank is above a layer's width; the model is left as it was.
+    Raises ValueError where there are adapters already, or as :func:`chosen_places`; the model is left as it was.
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
         raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
     chosen = chosen_places(model, targets, blocks, max(spec.rank for spec in specs))
     made: dict[str, LoRAAdapters] = {}
     for place in chosen:
-        slots = [slot for slot, target in enumerate(place.names) if target in targets]
+        slots = {slot: name for slot, (target, name) in enumerate(place.names.items()) if target in targets}
         if slots:
             out_features, in_features = place.sizes(model)
-            names = [list(place.names.values())[slot] for slot in slots]
-            adapters = LoRAAdapters(specs, names, slots, place.reads, in_features, out_features, state)
+            adapters = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
             made[place.layer] = adapters.to(model.get_parameter(place.weight).device).train(model.training)
     use_own_attention(model)
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
@@ -82,11 +70,7 @@ def inject_adapters(
 def chosen_places(
     model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1
 ) -> list[Place]:
-    """All places of the blocks that are to get adapters.
-
-    Raises:
-        ValueError: a target or block does not exist, or a targeted layer is narrower than the rank.
-    """
+    """All places of the blocks. Raises ValueError where a target or block is missing, or a target below the rank."""
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
     if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
@@ -109,7 +93,7 @@ def remove_adapters(model: nn.Module) -> None:
         elif isinstance(module, AdaptedLinear):
             del module.lora, module.front
         if isinstance(module, (AdaptedLinear, Passed)):
-            become_again(module)
+            module.__class__ = module.__dict__.pop("original_class")
 
 
 def replace_linear_with_lora(
@@ -122,12 +106,12 @@ def replace_linear_with_lora(
     scaling: str = "standard",
     seed: int = 0,
 ) -> nn.Module:
-    """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place.
+    """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
     lora_B starts at zero, so that the model's output does not change.
 
     Args:
-        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.places` lists them).
+        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.backbones` lists them).
         rank: of the update, from 1 to the layers' width.
         alpha: see ``scaling``.
         dropout: probability in [0, 1) on the adapters' input, in train mode.
@@ -136,12 +120,8 @@ def replace_linear_with_lora(
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         seed: of the initialisation and the dropout masks.
 
-    Returns:
-        The model.
-
     Raises:
-        ValueError: an impossible value, nothing to adapt, or adapters that are there already; the model is left as it
-            was.
+        ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
@@ -201,22 +181,15 @@ def mark_lora_and_head_as_trainable(
 def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring: str | None = None) -> None:
     """Set ``requires_grad`` by ``lora.method`` and ``lora.bias``; of a head, only where its name has the substring."""
     adapted = {name.rpartition(".")[0] for name, m in model.named_modules() if isinstance(m, LoRAAdapters)}
-    places = itertools.chain.from_iterable(places_of(model).values()) if adapted else ()
-    biases = {name for place in places if place.layer in adapted for name in place.biases}
+    blocks = places_of(model).values() if adapted else ()
+    biases = {bias for places in blocks for place in places if place.layer in adapted for bias in place.biases}
     for name, parameter in model.named_parameters():
         of_head = head_substring is not None and head_substring in name
         parameter.requires_grad = of_head or is_trained(name, method, bias, biases)
 
 
 def is_trained(name: str, method: str, bias: str | None, adapted_biases: Collection[str]) -> bool:
-    """The one rule of what is trained beside the head.
-
-    Args:
-        name: of the parameter.
-        method: ``lora.method``: lora, full or none.
-        bias: ``lora.bias``: all biases, those of layers with adapters (lora_only), or none.
-        adapted_biases: names of the biases of layers with adapters.
-    """
+    """Whether a parameter beside the head is trained with these ``lora.method`` and ``lora.bias``: the one rule."""
     if ".lora_" in name or method == "full":
         return True
     return name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted_biases))

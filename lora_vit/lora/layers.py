@@ -1,14 +1,13 @@
-"""The adapters of K trials on one linear projection, and the heads of K trials.
+"""The adapters of K trials on one linear projection, and the heads of K trials: they alone know of several trials.
 
-These two modules, and they alone, know that a pack holds several trials.
 Shape legend: K trial, G adapted projections, R rank, I input width, O output width, B image, S token, C class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,8 @@ from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
 from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
 
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What one trial asks of its adapters.
-
-    Attributes:
-        rank: R of the trial, at least 1.
-        scaling: factor of the adapter's output, alpha/rank or alpha/sqrt(rank).
-        dropout: probability in [0, 1) of dropping an element of the adapter's input.
-        seed: key of the initialisation and of the dropout masks.
-    """
+class AdapterSpec(NamedTuple):
+    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key."""
 
     rank: int
     scaling: float
@@ -36,10 +27,7 @@ class AdapterSpec:
 
 
 def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
-    """A trial's lora_A at the start, fp32 [rank, width], drawn as loralib does (Kaiming, uniform).
-
-    It is a function of the seed and the projection's name.
-    """
+    """A trial's lora_A at the start, fp32 [rank, width], from its seed and name, drawn as loralib does (Kaiming)."""
     bound = 1 / math.sqrt(width)  # kaiming_uniform_ with a = sqrt(5)
     generator = randomness.generator("lora_A", spec.seed, name)
     return torch.empty(spec.rank, width).uniform_(-bound, bound, generator=generator)
@@ -74,12 +62,12 @@ class LoRAAdapters(_KeyedDropout):
 
     Args:
         specs: one per trial.
-        names: name of each adapted projection, e.g. ``...self_attention.q``; keys of initialisation and export.
-        slots: which ``out_features``-wide part of the output each of them adds to.
+        slots: by ``out_features``-wide part of the output, the name of the projection (``...self_attention.q``) that
+            adds to it; key of initialisation and export.
         input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
         in_features: I.
         out_features: O of each projection.
-        state: the key that all layers of the model share.
+        state: shared by all layers of the model.
     """
 
     scale_K: Tensor
@@ -87,18 +75,17 @@ class LoRAAdapters(_KeyedDropout):
 
     def __init__(
         self,
-        specs: Sequence[AdapterSpec], names: Sequence[str], slots: Sequence[int],
+        specs: Sequence[AdapterSpec], slots: Mapping[int, str],
         input_name: str, in_features: int, out_features: int, state: DropoutState,
     ):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
-        K, G, R = len(specs), len(names), max(s.rank for s in specs)
-        self.specs, self.names, self.slots = specs, names, tuple(slots)
-        a_KGRI = torch.zeros(K, G, R, in_features)
-        for k, spec in enumerate(specs):
-            for g, name in enumerate(names):
-                a_KGRI[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
-        self.lora_A = nn.Parameter(a_KGRI)
+        K, G, R = len(specs), len(slots), max(s.rank for s in specs)
+        self.specs, self.names, self.slots = specs, tuple(slots.values()), tuple(slots)
+        self.lora_A = nn.Parameter(torch.zeros(K, G, R, in_features))
         self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
+        for k, spec in enumerate(specs):
+            for g, name in enumerate(self.names):
+                self.lora_A.data[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
         scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
         self.register_buffer("scale_K", scale_K, persistent=False)
         self.register_buffer("train_scale_K", scale_K / self.keep_K, persistent=False)
@@ -113,26 +100,23 @@ class LoRAAdapters(_KeyedDropout):
         return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
 
     def trial_tensors(self, k: int, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> dict[str, Tensor]:
-        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank] (views).
+        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank].
 
         They are views of the parameters, or of given tensors that are laid out like one trial's: [G, R, I], [G, O, R].
         """
         a_GRI, b_GOR = self.lora_A[k] if lora_A is None else lora_A, self.lora_B[k] if lora_B is None else lora_B
-        rank, tensors = self.specs[k].rank, {}
+        rank = self.specs[k].rank
+        tensors: dict[str, Tensor] = {}
         for g, name in enumerate(self.names):
-            tensors[f"{name}.lora_A"] = a_GRI[g, :rank]
-            tensors[f"{name}.lora_B"] = b_GOR[g, :, :rank]
+            tensors |= {f"{name}.lora_A": a_GRI[g, :rank], f"{name}.lora_B": b_GOR[g, :, :rank]}
         return tensors
-
-    def extra_repr(self) -> str:
-        return f"K={len(self.specs)}, ranks={[s.rank for s in self.specs]}, projections={len(self.names)}"
 
 
 class PackedHead(_KeyedDropout):
-    """Dropout and a linear classifier for each of K trials.
+    """Dropout and a linear classifier for each of K trials: ``weight`` [K, C, I] and ``bias`` [K, C].
 
-    ``weight`` is [K, C, I], ``bias`` [K, C]; both are drawn as ``nn.Linear`` draws them, keyed by the trial's
-    seed (torchvision's own head starts at zero, and then no adapter gets a gradient at the first step).
+    Both are drawn as ``nn.Linear`` draws them, keyed by the trial's seed (torchvision's own head starts at zero, and
+    then no adapter gets a gradient at the first step).
     """
 
     KEY = "heads.head"
@@ -145,14 +129,12 @@ class PackedHead(_KeyedDropout):
         """``name``: of the layer in adapter files."""
         super().__init__(dropouts, in_features, self.KEY, state)
         self.name = name
-        bound = 1 / math.sqrt(in_features)
-        weights, biases = [], []
-        for seed in seeds:
+        bound, K = 1 / math.sqrt(in_features), len(seeds)
+        self.weight, self.bias = (nn.Parameter(torch.empty(K, classes, *width)) for width in ((in_features,), ()))
+        for k, seed in enumerate(seeds):
             generator = randomness.generator(self.KEY, seed)
-            weights.append(torch.empty(classes, in_features).uniform_(-bound, bound, generator=generator))
-            biases.append(torch.empty(classes).uniform_(-bound, bound, generator=generator))
-        self.weight = nn.Parameter(torch.stack(weights))
-        self.bias = nn.Parameter(torch.stack(biases))
+            for p in (self.weight, self.bias):
+                p.data[k] = torch.empty(p.shape[1:]).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x_KBI: Tensor) -> Tensor:
         """Features of images [K, B, I] to logits [K, B, C], in the dtype of the weights."""

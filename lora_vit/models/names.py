@@ -1,6 +1,5 @@
 """A Vision Transformer's weights under others' names, brought to those of the model that is to be filled.
 
-Torchvision, timm, HF transformers and the original DINO, DINOv2 and MAE name and arrange the same tensors differently.
 Both sides are brought to timm's names here, and the model's own follow from what each of its names became.
 """
 
@@ -60,18 +59,11 @@ _TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
 def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Weights under the names, and in the arrangement, of the model to be filled; fp32.
+    """Weights under the names, and in the arrangement, of the model to be filled (``own``, without head); fp32.
 
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
-
-    Args:
-        state: tensors as a file has them, without a wrapper's prefix (see :data:`PATCHES`).
-        own: state dict of the model, without head.
-
-    Returns:
-        The tensors, some of which may be missing, unexpected or of another shape; and in one line the sizes, and what
-        was left out.
+    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out.
 
     Raises:
         ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
@@ -86,9 +78,14 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     line = describe(state)
     if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
         line += ", left out: " + ", ".join(named)
-    _stack(found, names)
+    for name, whole, parts in _stacked(found):
+        if name not in names and any(part in names for part in parts):
+            found |= dict(zip(parts, found.pop(name).chunk(len(whole)), strict=False))
+    for name, _, parts in _stacked(names):
+        if name not in found and all(part in found for part in parts):
+            found[name] = torch.cat([found.pop(part) for part in parts])
     if "pos_embed" in found and found.keys() == names.keys():
-        wanted = {name: own[there] for name, there in names.items() if name in (*_TOKENS, "pos_embed")}
+        wanted = {name: own[there] for name, there in names.items()}
         sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
         # each library's own way, which its users' numbers come from
         mode = {"align_corners": True} if "class_token" in own else {"antialias": True}
@@ -106,8 +103,8 @@ def describe(state: dict[str, Tensor]) -> str:
     line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
     name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
     if "reg_token" in found:
-        line += f", {found['reg_token'].shape[1]} registers"
-        name += f"_reg{found['reg_token'].shape[1]}"
+        count = found["reg_token"].shape[1]
+        line, name = f"{line}, {count} registers", f"{name}_reg{count}"
     if "blocks.0.ls1.gamma" in found:
         line += ", layer scale"
         name = f"{name}_dinov2" if patch == 14 else name.replace("vit", "deit3") + "_224"
@@ -133,16 +130,6 @@ def _checked(name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} holds NaN or infinite values")
     is_token = timm_name(name) in (*_TOKENS, "pos_embed") and tensor.ndim in (1, 2)  # CLIP has them without batch
     return tensor.reshape(1, -1, tensor.shape[-1]) if is_token else tensor
-
-
-def _stack(found: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Take query, key and value apart, or put them together, in place, as the model with ``names`` has them."""
-    for name, whole, parts in _stacked(found):
-        if name not in names and any(part in names for part in parts):
-            found |= dict(zip(parts, found.pop(name).chunk(len(whole)), strict=False))
-    for name, _, parts in _stacked(names):
-        if name not in found and all(part in found for part in parts):
-            found[name] = torch.cat([found.pop(part) for part in parts])
 
 
 def _stacked(names: Iterable[str]) -> list[tuple[str, str, list[str]]]:

@@ -5,10 +5,10 @@ Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,64 +19,34 @@ from torchvision.models import VisionTransformer
 from lora_vit.config import SIZES, ModelConfig
 from lora_vit.errors import ConfigError
 from lora_vit.lora.attention import use_first_token_alone
-from lora_vit.lora.backbones import timm_model
+from lora_vit.lora.backbones import TORCHVISION, new_backbone, places_of, plain_models, timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
-from lora_vit.lora.places import places_of, plain_models
-
-
-def build_trunk(
-    image_size: int, patch_size: int, num_layers: int, num_heads: int, hidden_dim: int, mlp_dim: int
-) -> VisionTransformer:
-    """torchvision's VisionTransformer without its head, with projections that take adapters; nothing is trainable.
-
-    Its last block computes the class token alone. The random weights are the same in every process (drawn under a fixed
-    seed; weights are usually loaded over them). The global generator is left as it was.
-    """
-    with _fixed_seed():
-        trunk = VisionTransformer(image_size, patch_size, num_layers, num_heads, hidden_dim, mlp_dim)
-    trunk.heads = nn.Sequential()
-    return _ready(trunk)
-
-
-def timm_trunk(name: str, image_size: int | None) -> Any:
-    """timm's model as :func:`build_trunk` gives torchvision's; the last block too, where pooling takes the class token.
-
-    Raises:
-        ConfigError: timm is not there or cannot make the model, or it is of a family that takes no adapters.
-    """
-    with _fixed_seed():
-        trunk = timm_model(name, image_size)
-    try:
-        places_of(trunk)
-    except ValueError as error:
-        raise ConfigError(f"model.name={name}: {error}") from None
-    if not isinstance(trunk, plain_models()) or not trunk.global_pool:
-        raise ConfigError(f"model.name={name} ({type(trunk).__name__}) does not give one vector for each image")
-    (height, width), patch = trunk.patch_embed.img_size, max(trunk.patch_embed.patch_size)
-    if height != width or height % patch:
-        raise ConfigError(f"model.image_size={image_size}: give a multiple of {name}'s patch size {patch}")
-    return _ready(trunk)
-
-
-@contextlib.contextmanager
-def _fixed_seed() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _ready(trunk: Any) -> Any:
-    use_own_attention(trunk)
-    use_first_token_alone(trunk)
-    return trunk.requires_grad_(False)
 
 
 def trunk_of(m: ModelConfig) -> Any:
-    """The trunk of a config. Raises ConfigError as :func:`timm_trunk`."""
-    if m.library == "torchvision":
-        return build_trunk(*(getattr(m, key) for key in SIZES))
-    return timm_trunk(m.name, m.image_size)
+    """The library's Vision Transformer without its head, with projections that take adapters; nothing is trainable.
+
+    Where pooling takes the class token, the last block computes that alone. The random weights are the same in every
+    process, and the global generator is left as it was. Raises ConfigError where timm cannot make the model.
+    """
+    library = TORCHVISION if m.library == "torchvision" else m.library
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk = new_backbone({**dataclasses.asdict(m), "architecture": library, "model": m.name})
+    if m.library == "timm":
+        try:
+            places_of(trunk)
+        except ValueError as error:
+            raise ConfigError(f"model.name={m.name}: {error}") from None
+        if not isinstance(trunk, plain_models()) or not trunk.global_pool:
+            raise ConfigError(f"model.name={m.name} ({type(trunk).__name__}) does not give one vector for each image")
+        (height, width), patch = trunk.patch_embed.img_size, max(trunk.patch_embed.patch_size)
+        if height != width or height % patch:
+            raise ConfigError(f"model.image_size={m.image_size}: give a multiple of {m.name}'s patch size {patch}")
+    use_own_attention(trunk)
+    use_first_token_alone(trunk)
+    return trunk.requires_grad_(False)
 
 
 class Shape(NamedTuple):
@@ -91,16 +61,16 @@ class Shape(NamedTuple):
 
 def shape_of(m: ModelConfig) -> Shape:
     """The sizes of a config's model, without its weights. Raises ConfigError as :func:`trunk_of`."""
-    return _shape(m.library, m.name, m.image_size, *(getattr(m, key) for key in SIZES[1:]))
+    if m.library == "timm":
+        return _timm_shape(m.name, m.image_size)
+    size, patch, layers, _, width, mlp = (int(getattr(m, key)) for key in SIZES)
+    return Shape(size, (size // patch) ** 2 + 1, layers, width, mlp)
 
 
 @functools.cache
-def _shape(library: str, name: str, image_size: int | None, *sizes: int) -> Shape:
-    if library == "torchvision" and image_size is not None:
-        patch_size, num_layers, _, hidden_dim, mlp_dim = sizes
-        return Shape(image_size, (image_size // patch_size) ** 2 + 1, num_layers, hidden_dim, mlp_dim)
+def _timm_shape(name: str, image_size: int | None) -> Shape:
     with torch.device("meta"):
-        trunk = timm_trunk(name, image_size)
+        trunk = timm_model(name, image_size)
     places = list(places_of(trunk).values())
     pixels, mlp = trunk.patch_embed.img_size[0], trunk.get_parameter(places[0][-1].weight).shape[1]
     tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
@@ -141,8 +111,7 @@ class PackedViT(nn.Module):
     """K trials' logits from the images of G streams.
 
     The stem and all blocks below the first that is trained see each stream once; then the activations are repeated for
-    the trials of a stream and stacked along the batch, ``[K*B, S, D]``. Without adapters (a linear probe) only the
-    heads are per trial.
+    the trials of a stream and stacked along the batch, ``[K*B, S, D]``; in a linear probe, only before the heads.
     """
 
     def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
@@ -168,12 +137,7 @@ class PackedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor, stream_of_trial: Sequence[int]) -> Tensor:
-        """Normalised images [G*B, 3, H, W] to logits [K, B, C] in the head's dtype.
-
-        Args:
-            images: of all streams, stream by stream.
-            stream_of_trial: for each trial, which stream it sees.
-        """
+        """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C]."""
         order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
         self._repeat.order = order
         own = {name: self.trunk.get_parameter(name) for name in self._trained}

@@ -20,90 +20,93 @@ from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
-SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}
-"""Weights that travel in the package."""
+SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
 WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
 
 
 def fetch_weights(m: ModelConfig, download: bool) -> None:
     """Check that the weights are there, or download them if they are published. Raises ConfigError."""
-    if m.weights is None:
-        return
-    if is_weights_file(m.weights):
+    if m.weights is not None and (m.library == "torchvision" or is_weights_file(m.weights)):
         check_weights(m.name, m.weights)
-    elif m.library == "torchvision":
-        (read_state_dict if download else check_weights)(m.name, m.weights)
-    elif download:
-        _of_timm(m)
-
-
-def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
-    """Load the weights, in fp32; returns a line on what a file holds, or ``""``. Raises ConfigError."""
-    if m.weights is None:
-        return ""
-    if m.library == "torchvision" or is_weights_file(m.weights):
-        return load_trunk_weights(trunk, m.name, m.weights)
-    trunk.load_state_dict(_of_timm(m))
-    return ""
-
-
-def _of_timm(m: ModelConfig) -> dict[str, Tensor]:
-    """The published weights of the name's tag, from timm's hub."""
-    with torch.device("meta"):
-        about = timm_model(m.name, m.image_size).pretrained_cfg
-    try:
-        return timm_model(m.name, m.image_size, pretrained=True).float().state_dict()
-    except ConfigError as error:
-        source = about.get("hf_hub_id") or about.get("url") or "nowhere: timm has no weights of this name"
-        raise ConfigError(
-            f"model.weights={m.weights}: {error}; connect to the network, or fetch {m.name}'s model.safetensors "
-            f"(published at {source}) and give model.weights=FILE.safetensors"
-        ) from None
+    if download and m.weights is not None and not is_weights_file(m.weights):
+        _published(m)
 
 
 def check_weights(model: str, weights: str) -> None:
     """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
     if is_weights_file(weights):
-        for file in _files(weights):
+        for file in weights_files(user_path(weights)):
             _is_safetensors(file)
         return
     names = SHIPPED[model] if model in SHIPPED else [w.name for w in get_model_weights(model)]
     if weights not in names:
-        raise ConfigError(
-            f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, a path to a .pth, .bin "
-            "or .safetensors file or to a folder of save_pretrained, or null for random weights"
-        )
+        what = "a path to a .pth, .bin or .safetensors file or to a folder of save_pretrained, or null for random ones"
+        raise ConfigError(f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, {what}")
 
 
-def read_state_dict(model: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    """The state dict behind ``model.weights``, under the names that it has there, and where a file had it.
+def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
+    """Load the weights in fp32, with positions brought to the trunk's grid; returns a line on what a file holds.
 
-    Raises:
-        ConfigError: unknown name, no network, or a file that is not a state dict of weights.
+    Raises ConfigError for an unknown name, no network, no file of weights, or names, shapes or values that do not fit.
     """
-    check_weights(model, weights)
-    if is_weights_file(weights):
-        parts = [part for part in map(_read_file, _files(weights)) if isinstance(part, dict)]
-        return _unwrapped({name: held for part in parts for name, held in part.items()}, model, weights)
-    if model in SHIPPED:
-        return load_file(Path(__file__).with_name(SHIPPED[model][weights])), ""
-    published = get_model_weights(model)[weights]
+    if m.weights is None:
+        return ""
+    if from_file := is_weights_file(m.weights):
+        parts = [part for part in map(_read_file, weights_files(user_path(m.weights))) if isinstance(part, dict)]
+        state, where = _unwrapped({name: held for part in parts for name, held in part.items()}, m)
+    else:
+        fetch_weights(m, download=False)
+        state, where = _published(m), ""
+        if m.library == "timm":
+            trunk.load_state_dict(state)
+            return ""
+    own = trunk.state_dict()
     try:
-        return dict(published.get_state_dict(progress=True, check_hash=True)), ""
+        translated, recognised = translate(state, own)
+    except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
+        raise ConfigError(f"model.weights={m.weights}: {str(error).splitlines()[0]}") from None
+    wrong = [f"it lacks {name}" for name in sorted(own.keys() - translated.keys())]
+    wrong += [f"it has the unknown {name}" for name in sorted(translated.keys() - own.keys())]
+    wrong = wrong or [
+        f"{name} is {list(t.shape)}, expected {list(own[name].shape)}"
+        for name, t in translated.items()
+        if t.shape != own[name].shape
+    ]
+    if wrong:
+        has = f"(the file has {describe(state)})"
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")
+    trunk.load_state_dict(translated)
+    return f"model.weights={m.weights}: {recognised}{where}" if from_file else ""
+
+
+def _published(m: ModelConfig) -> dict[str, Tensor]:
+    """Weights of the package, of torchvision, or of the name's tag from timm's hub; under their own names."""
+    if m.name in SHIPPED:
+        return load_file(Path(__file__).with_name(SHIPPED[m.name][str(m.weights)]))
+    if m.library == "timm":
+        with torch.device("meta"):
+            about = timm_model(m.name, m.image_size).pretrained_cfg
+        try:
+            return timm_model(m.name, m.image_size, pretrained=True).float().state_dict()
+        except ConfigError as error:
+            source = about.get("hf_hub_id") or about.get("url") or "nowhere: timm has no weights of this name"
+            raise ConfigError(
+                f"model.weights={m.weights}: {error}; connect to the network, or fetch {m.name}'s model.safetensors "
+                f"(published at {source}) and give model.weights=FILE.safetensors"
+            ) from None
+    published = get_model_weights(m.name)[str(m.weights)]
+    try:
+        return dict(published.get_state_dict(progress=True, check_hash=True))
     except Exception as error:
         kept = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
         if kept.exists() and not isinstance(error, urllib.error.URLError):
             raise ConfigError(f"{kept}, which was downloaded earlier, is damaged: remove it") from None
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise ConfigError(
-            f"model.weights={weights} of {model} cannot be downloaded ({reason}): connect to the network, give "
+            f"model.weights={m.weights} of {m.name} cannot be downloaded ({reason}): connect to the network, give "
             "model.weights=FILE.pth, or run experiment=quickstart, which needs no download"
         ) from None
-
-
-def _files(weights: str) -> list[Path]:
-    return weights_files(user_path(weights))
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -113,10 +116,8 @@ def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.read(64)
     if first[8:9] != b"{" and not first.startswith((b"PK", b"\x80")):
-        raise ConfigError(
-            f"model.weights={path} is neither a PyTorch nor a safetensors file: give the weights themselves, not a web "
-            "page or a pointer of Git LFS"
-        )
+        what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
+        raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
     return first[8:9] == b"{"
 
 
@@ -136,15 +137,13 @@ def _read_file(path: Path) -> Any:
         raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
 
 
-def _unwrapped(held: dict[str, Any], model: str, weights: str) -> tuple[dict[str, Tensor], str]:
+def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
     found = list(_state_dicts(held, ()))
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
-        raise ConfigError(
-            f"model.weights={weights} does not fit {model}: it holds no Vision Transformer as torchvision, timm, HF, "
-            f"DINO, DINOv2 or MAE name it (but {first}): give another file"
-        )
+        what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {first}): give another file")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
     where, state = found[0]
@@ -164,36 +163,3 @@ def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[s
             yield ".".join((*path, prefix)).rstrip("."), inside
     for key, value in held.items():
         yield from _state_dicts(value, (*path, str(key)))
-
-
-def load_trunk_weights(trunk: nn.Module, model: str, weights: str) -> str:
-    """Load weights into a trunk of torchvision or timm, in fp32, with the position embedding brought to its grid.
-
-    Args:
-        trunk: without a head.
-        model: its name.
-        weights: published weights of torchvision or of the package, a file, or a folder.
-
-    Returns:
-        A line on what a file holds; else ``""``.
-
-    Raises:
-        ConfigError: as :func:`read_state_dict`, or names, shapes or values do not fit the model.
-    """
-    state, where = read_state_dict(model, weights)
-    own = trunk.state_dict()
-    try:
-        translated, recognised = translate(state, own)
-    except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
-        raise ConfigError(f"model.weights={weights}: {str(error).splitlines()[0]}") from None
-    wrong = [f"it lacks {name}" for name in sorted(own.keys() - translated.keys())]
-    wrong += [f"it has the unknown {name}" for name in sorted(translated.keys() - own.keys())]
-    wrong = wrong or [
-        f"{name} is {list(t.shape)}, expected {list(own[name].shape)}"
-        for name, t in translated.items()
-        if t.shape != own[name].shape
-    ]
-    if wrong:
-        raise ConfigError(f"model.weights={weights} does not fit {model}: {wrong[0]} (the file has {describe(state)})")
-    trunk.load_state_dict(translated)
-    return f"model.weights={weights}: {recognised}{where}" if is_weights_file(weights) else ""

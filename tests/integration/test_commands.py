@@ -64,18 +64,18 @@ def copy(place, tmp_path, monkeypatch) -> Path:
     """The same in a folder that a test may change; its record names the paths in it. The test runs elsewhere."""
     copy = tmp_path / "place"
     shutil.copytree(place, copy)
-    change_record(copy, model={"weights": str(copy / "base.pth")}, data={"root": str(copy / "images")})
+    edit_record(copy, "model", weights=str(copy / "base.pth"))
+    edit_record(copy, "data", root=str(copy / "images"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return copy
 
 
-def change_record(place: Path, **sections: dict) -> None:
-    """Change settings in the trial's record, which then is that of the changed trial."""
+def edit_record(place: Path, key: str, **values: object) -> None:
+    """Change what the trial's record says; with other settings it is that of the changed trial."""
     path = place / "trial" / "record.json"
     record = json.loads(path.read_text())
-    for name, values in sections.items():
-        record["config"][name] |= values
+    (record["config"] if key in record["config"] else record)[key] |= values
     config = from_dict(record["config"])
     record |= {"trial_id": trial_id(config), "cell_id": cell_id(config)}
     path.write_text(json.dumps(record))
@@ -111,13 +111,12 @@ def test_relative_paths_are_recorded_as_absolute_ones_of_the_same_trial(place):
         assert trial_id(config) == record.trial_id
 
 
-@pytest.mark.parametrize("word", ["none", "None", "null"])
-def test_none_and_null_are_random_weights(word):
-    assert trial_config(f"model.weights={word}").model.weights is None
+def test_none_and_null_are_random_weights():
+    for word in ("none", "None", "null"):
+        assert trial_config(f"model.weights={word}").model.weights is None
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("command", "moved"), [("evaluate", False), *((command, True) for command in COMMANDS)])
 def test_a_command_runs_from_anywhere(moved, command, copy, call):
     file = (copy / "base.pth").rename(copy / "moved.pth") if moved else copy / "base.pth"
     code, out, err = call(command, *arguments(command, copy), *(["--weights", file] if moved else []))
@@ -127,11 +126,6 @@ def test_a_command_runs_from_anywhere(moved, command, copy, call):
     if command == "evaluate":
         assert f"Test Accuracy: {read_record(copy / 'trial').metrics['test_accuracy']:.2%}  (12 images)" in out
         assert "the record says" not in out
-
-
-def edit_environment(place: Path) -> None:
-    path = place / "trial" / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {}}))
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -148,7 +142,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["/trial has no record.json", "give the folder of a trial"],
     ),
     "no folder": (lambda place: shutil.rmtree(place / "trial"), ["/trial has no record.json"]),
-    "a record that was edited": (edit_environment, ["record.json was edited", "environment.precision is None"]),
+    "a record that was edited": (
+        lambda place: edit_record(place, "environment", precision=None),
+        ["record.json was edited", "environment.precision is None"],
+    ),
 }
 
 
@@ -160,22 +157,15 @@ def test_what_is_not_the_trials_own_is_refused(wrong, command, copy, call):
     assert_refused(call(command, *arguments(command, copy)), *words)
 
 
-def more_images(images: Path) -> None:
-    for i in range(5):
-        shutil.copy(images / "ant" / f"{i:02}.png", images / "ant" / f"new{i}.png")
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda images: (images / "ant").rename(images / "wasp"), "it lacks 'ant'"),
-        (lambda images: shutil.copytree(images / "cat", images / "dog"), "it has 'dog' in addition"),
-        (lambda images: shutil.rmtree(images / "cat"), "it lacks 'cat'"),
-        (more_images, "train 36 then, 39 now"),
-        (lambda images: (images / "ant/00.png").rename(images / "ant/99.png"), "other contents or splits of as many"),
+        (lambda images: shutil.copytree(images / "cat", images / "ant", dirs_exist_ok=True), "other contents or"),
+        (lambda images: [shutil.copy(p, f"{p}.png") for p in (images / "ant").glob("0[0-4].png")], "36 then, 39 now"),
         (lambda images: images.rename(images.parent / "pictures"), "is not a folder"),
     ],
-    ids=["renamed", "one class more", "one class less", "more images", "another image", "moved"],
+    ids=["renamed", "other images", "more images", "moved"],
 )
 def test_evaluate_refuses_other_data(change, words, copy, call):
     change(copy / "images")
@@ -203,15 +193,12 @@ def test_evaluate_refuses_an_option_that_names_nothing(given, words, copy, call)
 
 
 def test_a_data_root_that_could_have_no_effect_is_refused(copy, call):
-    change_record(copy, data={"name": "digits", "root": None})
+    edit_record(copy, "data", name="digits", root=None)
     assert_refused(call("evaluate", copy / "trial", "--data-root", "x"), "--data-root has no effect: data=digits")
 
 
 def test_another_figure_than_the_recorded_one_is_shown(copy, call):
-    path = copy / "trial" / "record.json"
-    record = json.loads(path.read_text())
-    record["metrics"]["test_accuracy"] = 0.125
-    path.write_text(json.dumps(record))
+    edit_record(copy, "metrics", test_accuracy=0.125)
     code, out, _ = call("evaluate", copy / "trial")
     assert (code, "the record says 12.5000%" in out) == (1, True)
 
@@ -253,12 +240,9 @@ def test_a_merged_model_that_computes_something_else_is_not_written(copy, call, 
 
 
 @pytest.mark.parametrize(("command", "option"), [("predict", "--csv"), ("merge", "--out")])
-@pytest.mark.parametrize("where", ["no folder", "a folder"])
-def test_the_outputs_place_is_tested_before_any_work(command, option, where, copy, call):
+def test_the_outputs_place_is_tested_before_any_work(command, option, copy, call):
     (copy / "base.pth").unlink()  # so that work would end in another line
-    out = Path("nowhere" if where == "no folder" else copy, "x.csv" if command == "predict" else "x.safetensors")
-    if where == "a folder":
-        out.mkdir()
+    out = Path("nowhere", "x.csv" if command == "predict" else "x.safetensors")
     given = arguments(command, copy)[: 2 if command == "predict" else 1]
     assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written")
 
@@ -279,32 +263,25 @@ def read_csv(path: str) -> list[dict[str, str]]:
 
 
 def test_what_can_be_read_is_predicted_and_the_rest_is_named(copy, call, monkeypatch):
+    """Batches give what single images give."""
     monkeypatch.setattr(predict, "BATCH", 3)
     good = [copy / "images" / name / f"0{i}.png" for name in CLASSES for i in range(3)]
     (copy / "broken.png").write_bytes(good[0].read_bytes()[:60])
     good.append(good[-1])  # given twice, shown twice
     given = [*good[:4], copy / "broken.png", *good[4:], copy / "absent.png"]
-    code, out, err = call("predict", copy / "trial", *given, "--csv", "p.csv", "--top", "1")
-    assert code == 1
+    code, out, err = call("predict", copy / "trial", *given, "--csv", "p.csv", "--top", "2")
     broken, absent, total = err.splitlines()
+    assert (code, total) == (1, "error: 2 of 12 images could not be read")
     assert broken.startswith(f"error: {copy}/broken.png cannot be read")
     assert absent.startswith(f"error: {copy}/absent.png cannot be read")
-    assert total == "error: 2 of 12 images could not be read"
     rows = read_csv("p.csv")
-    assert [row["image"] for row in rows] == [str(p) for p in good]
+    assert [row["image"] for row in rows[::2]] == [str(p) for p in good]
     assert [line for line in out.splitlines() if line.endswith(".png")] == [str(p) for p in good]
-
-
-def test_batches_give_what_single_images_give(copy, call):
-    images = sorted((copy / "images").rglob("*.png"))[:7]
-    call("predict", copy / "trial", *images, "--csv", "together.csv")
-    together = read_csv("together.csv")
-    for i, image in enumerate(images):
-        call("predict", copy / "trial", image, "--csv", "alone.csv")
-        for a, b in zip(read_csv("alone.csv"), together[3 * i : 3 * i + 3], strict=True):
-            assert (a["image"], a["class"]) == (b["image"], b["class"])
-            # fp32 in another order of additions
-            assert float(a["probability"]) == pytest.approx(float(b["probability"]), rel=1e-5)
+    call("predict", copy / "trial", good[4], "--csv", "alone.csv")
+    for a, b in zip(read_csv("alone.csv")[:2], rows[8:10], strict=True):
+        assert (a["image"], a["rank"], a["class"]) == (b["image"], b["rank"], b["class"])
+        # fp32 in another order of additions
+        assert float(a["probability"]) == pytest.approx(float(b["probability"]), rel=1e-5)
 
 
 def test_a_folder_is_all_images_below_it(copy, call):
@@ -314,27 +291,16 @@ def test_a_folder_is_all_images_below_it(copy, call):
     (copy / "images" / ".hidden.png").write_text("no image")
     (copy / "images" / "link").symlink_to(copy / "images" / "ant")
     single = copy / "images" / "bee" / "00.png"
-    code, _, err = call("predict", copy / "trial", copy / "images", single, "--csv", "p.csv", "--top", "2")
-    assert code == 0
-    assert sorted(err.strip().removeprefix("passed over: ").split(", ")) == [
-        "1 hidden (.hidden.png)",
-        "1 no images (notes.txt)",
-    ]
-    rows = read_csv("p.csv")
-    assert [r["image"] for r in rows[::2]] == [*expected, str(single)]
-    assert [r["rank"] for r in rows[:2]] == ["1", "2"]
-
-
-@pytest.mark.parametrize("top", ["1", "3"])
-def test_so_many_classes_are_shown(top, copy, call):
-    code, out, _ = call("predict", *arguments("predict", copy), "--top", top)
-    assert (code, len(out.splitlines()) - 2) == (0, int(top))
+    code, _, err = call("predict", copy / "trial", copy / "images", single, "--csv", "p.csv", "--top", "1")
+    passed = {"1 hidden (.hidden.png)", "1 no images (notes.txt)"}
+    assert (code, set(err.strip().removeprefix("passed over: ").split(", "))) == (0, passed)
+    assert [r["image"] for r in read_csv("p.csv")] == [*expected, str(single)]
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        *((["images/ant/00.png", "--top", top], [f"--top {top} ", "from 1 to 3"]) for top in ("0", "4", "-2")),
+        *((["images/ant/00.png", "--top", top], [f"--top {top} ", "from 1 to 3"]) for top in ("0", "4")),
         (["empty"], ["no image below ", "/empty: give image files"]),
     ],
 )
@@ -366,9 +332,8 @@ KINDS = [
         ("model.image_size=24", "lora.dropout=0.3"),
     )),
     (trial_config, ("model.weights=null",)),
-    *(pytest.param(timm_config, (f"model.name={name}", f"model.image_size={side}", *settings), marks=pytest.mark.slow)
-      for name, side in (("vit_tiny_patch16_224", 32), ("eva02_tiny_patch14_224", 28))
-      for settings in (("lora.blocks=[11]", "lora.dropout=0.1"), ("lora=none",), ("lora=full",))),
+    *((timm_config, (f"model.name={name}", *settings)) for name in ("small_vit", "small_eva02")
+      for settings in (("lora.blocks=[1]", "lora.dropout=0.1"), ("lora=none",), ("lora=full",))),
 ]  # fmt: skip
 
 

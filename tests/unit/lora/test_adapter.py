@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,7 @@ from lora_vit.training.checkpoint import write_adapter
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"
 PLACES = {  # target: the projection, and the widths of its lora_A and lora_B
-    "q": ("self_attention.q", D, D),
-    "k": ("self_attention.k", D, D),
-    "v": ("self_attention.v", D, D),
+    **{t: (f"self_attention.{t}", D, D) for t in "qkv"},
     "o": ("self_attention.out_proj", D, D),
     "fc1": ("mlp.0", D, MLP),
     "fc2": ("mlp.3", MLP, D),
@@ -71,8 +68,8 @@ def tensors(*targets: str, **more: Tensor) -> dict[str, Tensor]:
 
 def card(*targets: str, base: VisionTransformer | None = None, **lora: Any) -> dict[str, Any]:
     """The card of an adapter on the second block of the model, or of a linear probe."""
-    method = "lora" if targets else "none"
-    settings = {"method": method, "rank": RANK, "targets": list(targets), "blocks": [1], "dropout": 0.0, "bias": "none"}
+    settings = {"rank": RANK, "targets": list(targets), "blocks": [1], "dropout": 0.0, "bias": "none"}
+    settings["method"] = "lora" if targets else "none"
     return {
         "schema": SCHEMA_VERSION,
         "trial_id": "0123456789",
@@ -89,30 +86,28 @@ def folder_of(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> P
     return path
 
 
-def states(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
+def assert_same(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(dict(tensors), dict(others), rtol=0, atol=0)
 
 
-def assert_refused(action: Callable[[], object], model: nn.Module, message: str) -> None:
-    """In one line; the model is left as it was."""
-    before = states(model)
-    with pytest.raises(ConfigError, match=message) as error:
-        action()
-    assert "\n" not in str(error.value)
-    now = model.state_dict()
-    assert list(now) == list(before)
-    assert all(torch.equal(now[n], before[n]) for n in before)
-    assert "lora_vit" not in {type(m).__module__.partition(".")[0] for m in model.modules()}
+def assert_refused(model: nn.Module, folder: Path | str, message: str) -> None:
+    """By both functions, in one line; the model is left as it was."""
+    before = copy.deepcopy(model.state_dict())
+    for place in (load_adapter, merge_adapter):
+        with pytest.raises(ConfigError, match=message) as error:
+            place(model, folder)
+        assert "\n" not in str(error.value)
+        assert_same(model.state_dict(), before)
+        assert "lora_vit" not in {type(m).__module__.partition(".")[0] for m in model.modules()}
 
 
 def test_merging_does_not_change_what_it_is_given(model):
     base, adapter = model.state_dict(), Adapter(tensors(*EVERY), card(*EVERY))
-    copies = [{n: t.clone() for n, t in d.items()} for d in (base, adapter.tensors)]
-    merged = merged_state_dict(model, adapter)
-    for t in merged.values():
+    copies = copy.deepcopy((base, adapter.tensors))
+    for t in merged_state_dict(model, adapter).values():
         t.zero_()
     for now, before in zip((base, adapter.tensors), copies, strict=True):
-        assert all(torch.equal(now[n], before[n]) for n in before)
+        assert_same(now, before)
 
 
 def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
@@ -127,23 +122,22 @@ def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_trained_biases_replace_the_bases(model, bias, tmp_path):
-    generator = torch.Generator().manual_seed(3)
     names = [n for n, _ in model.named_parameters() if n.endswith("bias") and "heads" not in n]
     if bias == "lora_only":
         names = [f"{FC1}.bias", f"{BLOCK}.self_attention.in_proj_bias"]
-    values = {n: torch.randn(model.state_dict()[n].shape, generator=generator) for n in names}
+    values = {n: torch.randn(model.state_dict()[n].shape) for n in names}
     folder = folder_of(tmp_path, tensors("v", "fc1", **values), card("v", "fc1", bias=bias))
-    merged, loaded = merge_adapter(copy.deepcopy(model), folder), load_adapter(model, folder)
-    for m in (merged, loaded):
-        assert all(torch.equal(m.state_dict()[n], value) for n, value in values.items())
+    for place in (merge_adapter, load_adapter):
+        changed = place(copy.deepcopy(model), folder).state_dict()
+        assert_same({n: changed[n] for n in names}, values)
 
 
-def test_full_fine_tuning_replaces_everything_and_once_only(model, images, tmp_path):
+def test_full_fine_tuning_replaces_everything_and_once_only(model, tmp_path):
     tuned = new_model(seed=5, num_classes=CLASSES)
     about = card() | {"lora": {**card()["lora"], "method": "full"}}
     folder = folder_of(tmp_path, dict(tuned.state_dict()), about)
     load_adapter(model, folder)
-    assert all(torch.equal(t, tuned.state_dict()[n]) for n, t in model.state_dict().items())
+    assert_same(model.state_dict(), tuned.state_dict())
     with pytest.raises(ConfigError, match="are not those that the adapter was trained on"):
         load_adapter(model, folder)
 
@@ -152,22 +146,18 @@ def test_full_fine_tuning_replaces_everything_and_once_only(model, images, tmp_p
 def test_loaded_and_merged_compute_the_same_and_not_the_base(model, images, head, tmp_path):
     linear = nn.Linear(D, 5 if "another" in head else CLASSES)
     model.heads.head = nn.Sequential(nn.Dropout(0.5), linear) if "dropout" in head else linear
-    loaded = model.double().eval()
+    loaded, x = model.double().eval(), images.double()
     merged = copy.deepcopy(loaded)
     folder = folder_of(tmp_path, tensors(*EVERY), card(*EVERY, dropout=0.5))
     assert load_adapter(loaded, folder) is loaded
     assert merge_adapter(merged, folder) is merged
-    x = images.double()
     expected = merged(x)
     assert expected.shape == (4, CLASSES)
     # merged weights are rounded to fp32
     torch.testing.assert_close(loaded.double().eval()(x), expected, rtol=1e-4, atol=1e-4)
-    assert isinstance(merged.heads.head, nn.Sequential) == ("dropout" in head)
-    if "dropout" in head:
-        assert isinstance(merged.heads.head[0], nn.Dropout)
-        assert isinstance(loaded.heads.head[0], nn.Dropout)
-    names = set(merged.state_dict())
-    assert not [n for n in names if "lora" in n]
+    for m in (loaded, merged):
+        assert isinstance(m.heads.head, nn.Sequential) == ("dropout" in head)
+    assert not [n for n in merged.state_dict() if "lora" in n]
     with torch.no_grad():
         for name, p in loaded.named_parameters():
             if "lora_B" in name:
@@ -189,30 +179,24 @@ def test_a_loaded_adapter_trains_on_with_its_dropout(model, images, tmp_path):
 @pytest.mark.parametrize("how", ["itself", "copied", "pickled", "by name", "replaced, not loaded"])
 def test_each_pass_in_train_mode_draws_other_masks(model, images, how, tmp_path):
     if how == "replaced, not loaded":
-        replace_linear_with_lora(model, dropout=0.5)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    nn.init.ones_(p)
+        for name, p in replace_linear_with_lora(model, dropout=0.5).named_parameters():
+            if "lora_B" in name:
+                nn.init.ones_(p)
     else:
         load_adapter(model, folder_of(tmp_path, tensors("fc1"), card("fc1", dropout=0.5)))
     model.train()
     if how == "copied":
         model(images)
     used = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)(model)
-    first, second = (used(x=images), used(x=images)) if how == "by name" else (used(images), used(images))
+    first, second = (used(x=images) if how == "by name" else used(images) for _ in range(2))
     assert not torch.allclose(first, second)
 
 
 def test_a_probe_has_a_head_alone(model, tmp_path):
-    folder = folder_of(tmp_path, tensors(), card())
-    assert read_adapter(folder).scaling == 1.0
-    base = model.state_dict()
+    folder, base = folder_of(tmp_path, tensors(), card()), new_model().state_dict()
     for _ in range(2):  # nothing that a second time could add
-        loaded = load_adapter(model, folder)
-    assert not [n for n in loaded.state_dict() if "lora" in n]
-    assert torch.equal(loaded.heads.head.bias, read_adapter(folder).tensors["heads.head.bias"])
-    assert all(torch.equal(t, base[n]) for n, t in loaded.state_dict().items() if not n.startswith("heads."))
+        load_adapter(model, folder)
+    assert_same(model.state_dict(), base | read_adapter(folder).tensors)
 
 
 WEIGHTS = "weights are not those that the adapter was trained on .GLYPHS_V1.: give these, in fp32"
@@ -221,13 +205,7 @@ POSITIONS = "position embedding and perhaps other weights are not those"
 
 def changed(change: Any) -> Any:
     """A function that changes the model of these tests."""
-
-    def apply(model: VisionTransformer) -> nn.Module:
-        with torch.no_grad():
-            change(model)
-        return model
-
-    return apply
+    return torch.no_grad()(lambda model: (change(model), model)[1])
 
 
 OTHERS = {
@@ -250,21 +228,16 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
 @pytest.mark.parametrize("which", OTHERS)
-def test_another_base_is_refused_and_left_as_it_was(place, which, model, tmp_path):
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+def test_another_base_is_refused_and_left_as_it_was(which, model, tmp_path):
     change, message = OTHERS[which]
-    assert_refused(lambda: place(other, folder), other := change(model), message)
+    assert_refused(change(model), folder_of(tmp_path, tensors("fc1"), card("fc1")), message)
 
 
-@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
-def test_weights_of_half_precision_take_no_adapter_though_they_are_the_bases(place, model, tmp_path):
-    low = model.half()
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1", base=low))
-    with pytest.raises(ConfigError, match=r"the model is of torch\.float16, which would round the update away"):
-        place(low, folder)
-    place(low.float(), folder)
+def test_weights_of_half_precision_take_no_adapter_though_they_are_the_bases(model, tmp_path):
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1", base=model.half()))
+    assert_refused(model, folder, r"the model is of torch\.float16, which would round the update away")
+    load_adapter(model.float(), folder)
 
 
 @pytest.mark.parametrize("second", [load_adapter, merge_adapter])
@@ -279,11 +252,8 @@ def test_an_update_is_applied_once(first, second, model, images, tmp_path):
 
 def test_a_position_embedding_interpolated_elsewhere_is_the_same(model, tmp_path):
     """Kinds of CPU differ in the last bits of what they interpolate."""
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
-    with torch.no_grad():
-        model.encoder.pos_embedding *= 1 + 1e-6
-    load_adapter(model, folder)
-    assert any("lora" in name for name, _ in model.named_parameters())
+    model.encoder.pos_embedding.data *= 1 + 1e-6
+    load_adapter(model, folder_of(tmp_path, tensors("fc1"), card("fc1")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -293,51 +263,47 @@ def test_a_base_is_known_by_its_values(model, dtype):
     assert base_of(trained) == base_of(new_model())
 
 
-@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("compiled", marks=pytest.mark.slow),  # torch takes seconds to import its compiler
-        pytest.param("compiled in place", marks=pytest.mark.slow),
-        "parallel",
-        "another model",
-    ],
-)
-def test_what_is_no_plain_model_is_refused(place, kind, model, tmp_path):
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+SLOW = {"marks": pytest.mark.slow}  # torch takes seconds to import its compiler
+WRAPPED = [
+    pytest.param(torch.compile, **SLOW),
+    pytest.param(compiled_in_place, **SLOW),
+    nn.DataParallel,
+    lambda model: nn.Sequential(nn.Linear(2, 2)),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_is_no_plain_model_is_refused(wrap, model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
-    given: nn.Module = model
-    if kind == "compiled":
-        given = torch.compile(model)
-    elif kind == "compiled in place":
-        model.compile()
-    elif kind == "parallel":
-        given = nn.DataParallel(model)
-    else:
-        given = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"):
-        place(given, folder)
+    assert_refused(wrap(model), folder, r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it")
 
 
+LINEAR = nn.Linear(D, CLASSES)
 HEADS = {
-    "no bias": lambda: {"head": nn.Linear(D, CLASSES, bias=False)},
-    "identity": lambda: {"head": nn.Identity()},
-    "softmax": lambda: {"head": nn.Sequential(nn.Linear(D, CLASSES), nn.Softmax(-1))},
-    "norm": lambda: {"head": nn.Sequential(nn.LayerNorm(D), nn.Linear(D, CLASSES))},
-    "two layers": lambda: {"head": nn.Sequential(nn.Linear(D, D), nn.Linear(D, CLASSES))},
-    "empty": lambda: {"head": nn.Sequential()},
-    "norm beside it": lambda: {"norm": nn.LayerNorm(D), "head": nn.Linear(D, CLASSES)},
-    "softmax after it": lambda: {"head": nn.Linear(D, CLASSES), "softmax": nn.Softmax(-1)},
-    "hidden layer": lambda: dict(new_model(representation_size=7).heads.named_children()),
-    "no Sequential": lambda: nn.Linear(D, CLASSES),
+    "no bias": {"head": nn.Linear(D, CLASSES, bias=False)},
+    "identity": {"head": nn.Identity()},
+    "softmax": {"head": nn.Sequential(LINEAR, nn.Softmax(-1))},
+    "norm": {"head": nn.Sequential(nn.LayerNorm(D), LINEAR)},
+    "two layers": {"head": nn.Sequential(nn.Linear(D, D), LINEAR)},
+    "empty": {"head": nn.Sequential()},
+    "norm beside it": {"norm": nn.LayerNorm(D), "head": LINEAR},
+    "softmax after it": {"head": LINEAR, "softmax": nn.Softmax(-1)},
+    "hidden layer": dict(new_model(representation_size=7).heads.named_children()),
+    "no Sequential": LINEAR,
 }
 
 
-@pytest.mark.parametrize("place", [load_adapter, merge_adapter])
 @pytest.mark.parametrize("head", HEADS)
-def test_another_kind_of_head_is_refused(place, head, model, tmp_path):
-    folder, heads = folder_of(tmp_path, tensors("fc1"), card("fc1")), HEADS[head]()
+def test_another_kind_of_head_is_refused(head, model, tmp_path):
+    heads = copy.deepcopy(HEADS[head])
     model.heads = nn.Sequential(OrderedDict(heads)) if isinstance(heads, dict) else heads
-    assert_refused(lambda: place(model, folder), model, "heads are not one linear layer with bias, alone or after")
+    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
+    assert_refused(model, folder, "heads are not one linear layer with bias, alone or after")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +312,6 @@ def test_another_kind_of_head_is_refused(place, head, model, tmp_path):
         (["ant", "bee", "dog"], {}, "it lacks 'cat'"),
         (["bee", "ant", "cat"], {}, "in another order"),
         (["ant", "bee", "cat", "dog"], {}, "it has 'dog' in addition"),
-        (["ant", "bee"], {}, "it lacks 'cat'"),
         (None, {"fingerprint": "g", "train": 68, "val": 24}, "train 60 then, 68 now, val 20 then, 24 now"),
         (None, {"fingerprint": "g"}, "other contents or splits of as many images"),
     ],
@@ -355,7 +320,6 @@ def test_other_data_is_refused(names, data, message, model):
     about = card("fc1")
     adapter, base = Adapter(tensors("fc1"), about), base_of(model)
     bind(adapter, base, about["class_names"], about["data"])
-    bind(adapter, base)
     with pytest.raises(ConfigError, match=message):
         bind(adapter, base, names or about["class_names"], {**about["data"], **data})
 
@@ -376,16 +340,10 @@ WRONG = {  # what is written is wrong: tensors, changes of the card, the message
     ),
     "not adapted": (tensors("fc2"), {}, r"mlp\.3\.lora_A is \(2, 24\), expected absent"),
     "head": ({"heads.head.bias": torch.zeros(4)}, {}, r"heads\.head\.bias is \(4,\), expected \(3,\)"),
-    "NaN": ({"heads.head.bias": torch.full((3,), torch.nan)}, {}, r"heads\.head\.bias holds NaN or infinite values"),
-    "infinite": ({f"{FC1}.lora_B": torch.full((MLP, RANK), torch.inf)}, {}, r"lora_B holds NaN or infinite values"),
 }
 DAMAGED = {  # the files are changed afterwards
     "scaling edited": (lambda f: edited(f, effective_scaling=16.0), "not of one trial, or were edited"),
     "of another trial": (lambda f: edited(f, trial_id="9876543210"), "not of one trial, or were edited"),
-    "tensors without a card": (
-        lambda f: save_file(tensors("fc1"), f / "adapter.safetensors"),
-        "not of one trial, or were edited",
-    ),
     "no card": (lambda f: (f / "adapter.json").unlink(), r"adapter\.json does not exist: give the folder of a comp"),
     "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), r"adapter\.safetensors does not exist: give the"),
     "nonsense": (lambda f: (f / "adapter.safetensors").write_bytes(b"nonsense"), "the adapter cannot be read"),
@@ -400,8 +358,7 @@ DAMAGED = {  # the files are changed afterwards
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_is_refused(what, model, tmp_path):
     more, lora, message = WRONG[what]
-    folder = folder_of(tmp_path, {**tensors("fc1"), **more}, card("fc1", **lora))
-    assert_refused(lambda: load_adapter(model, str(folder)), model, message)
+    assert_refused(model, str(folder_of(tmp_path, {**tensors("fc1"), **more}, card("fc1", **lora))), message)
 
 
 @pytest.mark.parametrize("what", DAMAGED)
@@ -409,12 +366,12 @@ def test_what_is_damaged_is_refused(what, model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     damage, message = DAMAGED[what]
     damage(folder)
-    assert_refused(lambda: load_adapter(model, folder), model, message)
+    assert_refused(model, folder, message)
 
 
 def test_another_version_is_refused(model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), {**card("fc1"), "schema": 0})
-    assert_refused(lambda: load_adapter(model, folder), model, "the adapter is of version 0, this one reads")
+    assert_refused(model, folder, "the adapter is of version 0, this one reads")
 
 
 def test_a_value_that_has_changed_is_noticed(model, tmp_path):
@@ -424,8 +381,7 @@ def test_a_value_that_has_changed_is_noticed(model, tmp_path):
     written = bytearray((folder / "adapter.safetensors").read_bytes())
     written[-6] ^= 1  # within the last number
     (folder / "adapter.safetensors").write_bytes(written)
-    with pytest.raises(ConfigError, match=r"adapter\.safetensors does not hold the values that were trained"):
-        load_adapter(model, folder)
+    assert_refused(model, folder, r"adapter\.safetensors does not hold the values that were trained")
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "stopped", "interrupted", "completed"])
@@ -435,16 +391,13 @@ def test_only_a_completed_trials_adapter_is_used(status, model, tmp_path):
     write_record(folder, record)
     if status == "completed":
         load_adapter(model, folder)
-        return
-    with pytest.raises(ConfigError, match=f"the trial is {status}, not completed"):
-        load_adapter(model, folder)
+    else:
+        assert_refused(model, folder, f"the trial is {status}, not completed")
 
 
 def test_the_record_beside_it_is_of_the_same_trial(model, tmp_path):
     folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
     write_record(folder, make_record())
-    with pytest.raises(ConfigError, match="not of one trial"):
-        load_adapter(model, folder)
+    assert_refused(model, folder, "not of one trial")
     (folder / "record.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"record\.json is not complete JSON"):
-        load_adapter(model, folder)
+    assert_refused(model, folder, r"record\.json is not complete JSON")

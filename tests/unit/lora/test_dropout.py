@@ -5,15 +5,8 @@ import itertools
 import pytest
 import torch
 
-from lora_vit.lora.dropout import (
-    DropoutState,
-    _hashed,
-    feature_keys,
-    keep_by_bits_,
-    keep_by_product_,
-    keep_mask,
-    threshold,
-)
+from lora_vit.lora import dropout
+from lora_vit.lora.dropout import DropoutState, feature_keys, keep_by_bits_, keep_by_product_, keep_mask, threshold
 from lora_vit.randomness import name_key
 
 B, S, D = 32, 65, 256
@@ -39,13 +32,6 @@ def test_keep_rate(p):
     m = mask(p=p)
     sd = (p * (1 - p) / m.numel()) ** 0.5
     assert abs(float(m.mean()) - (1 - p)) <= 5 * sd
-
-
-def test_rates_of_rows_and_columns_spread_like_independent_draws():
-    m, p = mask(p=0.5), 0.5
-    for dims, count in (((-1,), D), ((0, 1), B * S)):
-        expected = (p * (1 - p) / count) ** 0.5
-        assert float(m.mean(dims).std()) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -96,7 +82,7 @@ def test_in_place_decides_alike(dtype):
     rows, features = torch.arange(9, dtype=torch.int32) * 12345, feature_keys(300)
     shares = (0.0, 2**-31, 0.1, 0.5, 0.7, 0.999, 1 - 2**-31, 0.5, 0.5)
     limits = torch.tensor([threshold(p) for p in shares], dtype=torch.int32)
-    hashed = _hashed(rows, features)
+    hashed = dropout._hashed(rows, features)
     even = (hashed % 2 == 0).int().argmax(1).tolist()  # thresholds are even
     odd = (hashed % 2 == 1).int().argmax(1).tolist()
     limits[3], limits[7], limits[8] = hashed[3, even[3]], hashed[7, even[7]] + 2, hashed[8, odd[8]] + 1
@@ -155,13 +141,8 @@ def test_each_decision_equals_integer_arithmetic(p, module):
         assert bool(keep) == kept_by_integers(seeds[k], steps[k], module, (0, 3, 4000)[b], s, d, p)
 
 
-def test_thresholds_and_keys_are_int32():
+def test_thresholds_are_int32():
     assert [threshold(p) for p in (0.0, 0.5, 0.75)] == [-(2**31), 0, 2**30]
-    assert feature_keys(4).dtype == torch.int32
-    state = DropoutState([1])
-    state.set(torch.tensor([3]), torch.arange(2))
-    assert state.rows(7, 5).dtype == torch.int32
-    assert state.rows(7, 5).shape == (1, 2, 5)
 
 
 def test_without_a_trainer_passes_count_as_steps():
@@ -176,10 +157,8 @@ def test_keys_lie_where_the_pass_is():
     """On "meta", which stands for every device but the CPU."""
     state, meta = DropoutState([5, 9]), torch.device("meta")
     state.advance(3, meta)
-    assert state.rows(7, 4).device == meta
+    assert (state.rows(7, 4).device, state.rows(7, 4).dtype) == (meta, torch.int32)
     assert state.rows(7, 4).shape == (2, 3, 4)
-    state.set(torch.tensor([3, 3]).to(meta), torch.arange(2).to(meta))
-    assert state.rows(7, 4).device == meta
 
 
 def test_a_threshold_has_one_shape_for_a_pack_or_one_entry_for_each_row():
@@ -187,10 +166,7 @@ def test_a_threshold_has_one_shape_for_a_pack_or_one_entry_for_each_row():
     state.set(torch.tensor([3, 4]), torch.arange(3))
     rows, features = state.rows(7, 4), feature_keys(6)
     limits = torch.tensor([threshold(0.2), threshold(0.7)], dtype=torch.int32)
-    whole = keep_mask(rows, features, limits)
-    assert whole.shape == (2, 3, 4, 6)
-    each = limits[:, None, None].expand(2, 3, 4)
-    assert torch.equal(keep_mask(rows, features, each), whole)
+    whole, each = keep_mask(rows, features, limits), limits[:, None, None].expand(2, 3, 4)
     assert torch.equal(keep_mask(rows.flatten(), features, each.flatten()), whole.flatten(0, 2))
     for k in range(2):
         assert torch.equal(keep_mask(rows[k], features, limits[k]), whole[k])

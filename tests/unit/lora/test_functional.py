@@ -5,12 +5,26 @@ import torch
 
 from lora_vit.lora import functional
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, adapted_linear_reference, runs_of
+from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
 
 K, B, S, I, O, R = 3, 2, 5, 6, 4, 3
 RANKS = (1, 3, 2)
 KINDS = ["none", "gelu", "layer_norm"]
 DROPOUTS = [None, (0.0, 0.3, 0.6), (0.3, 0.0, 0.6)]
+
+
+def reference(z, weight, bias, a_KGRI, b_KGOR, scale_K, slots, mask=None, prologue=functional.NOTHING):
+    """The layer in plain operations, trial by trial."""
+    x = prologue(z)
+    y_trials = torch.nn.functional.linear(x, weight, bias).chunk(len(a_KGRI))
+    xd_trials = (x if mask is None else mask.apply(x)).chunk(len(a_KGRI))
+    out = []
+    for k, (y, xd) in enumerate(zip(y_trials, xd_trials, strict=True)):
+        parts = list(y.split(b_KGOR.shape[2], dim=-1))
+        for g, slot in enumerate(slots):
+            parts[slot] = parts[slot] + scale_K[k] * (xd @ a_KGRI[k, g].T) @ b_KGOR[k, g].T
+        out.append(torch.cat(parts, dim=-1))
+    return torch.cat(out)
 
 
 def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None, bias: bool = True):
@@ -34,19 +48,12 @@ def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         runs = runs_of([p > 0 for p in dropouts])
         mask = MaskKey(state.rows(77, S), feature_keys(I), thresholds, runs)
-    fixed = {
-        "weight": torch.randn(width, I, generator=generator, dtype=torch.float64),
-        "scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64),
-        "slots": slots,
-        "mask": mask,
-        "kind": kind,
-    }
-    return tensors, fixed
+    fixed = {"scale_K": torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64), "slots": slots, "mask": mask, "kind": kind}
+    return tensors, fixed | {"weight": torch.randn(width, I, generator=generator, dtype=torch.float64)}
 
 
 def call(function, t, fixed):
-    norm = {"weight": t.get("ln_weight"), "bias": t.get("ln_bias")}
-    prologue = Prologue(fixed["kind"], 1e-6, **norm)
+    prologue = Prologue(fixed["kind"], 1e-6, t.get("ln_weight"), t.get("ln_bias"))
     adapters = t["a"], t["b"], fixed["scale_K"], fixed["slots"]
     return function(t["z"], fixed["weight"], t["bias"], *adapters, fixed["mask"], prologue)
 
@@ -54,7 +61,7 @@ def call(function, t, fixed):
 def assert_as_reference(tensors, fixed, wanted=None, upstream=None):
     """Output and gradients, by default of all tensors and of the sum of squares."""
     wanted = [tensors[name] for name in wanted or tensors if tensors[name] is not None]
-    y, expected = (call(function, tensors, fixed) for function in (adapted_linear, adapted_linear_reference))
+    y, expected = (call(function, tensors, fixed) for function in (adapted_linear, reference))
     # fp64, sums of at most 10 terms of size about 10: rounding stays well below 1e-12
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     got, want = (torch.autograd.grad(o, wanted, 2 * o if upstream is None else upstream) for o in (y, expected))
@@ -71,18 +78,6 @@ def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bi
     shape = K * B, S, (max(slots) + 1) * O
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert_as_reference(tensors, fixed, upstream=upstream)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dropouts", DROPOUTS)
-def test_gradcheck(kind, dropouts):
-    tensors, fixed = inputs(kind, (0, 2), dropouts)
-    names = list(tensors)
-
-    def run(*values):
-        return call(adapted_linear, dict(zip(names, values, strict=True)), fixed)
-
-    assert torch.autograd.gradcheck(run, tuple(tensors.values()), fast_mode=True)  # a random direction of each input
 
 
 @pytest.mark.parametrize("kind", ["gelu", "layer_norm"])
@@ -138,18 +133,24 @@ def test_bf16_gradients_follow_fp32():
         assert float((low.float() - full).norm() / full.norm()) < 0.02
 
 
-@pytest.mark.parametrize("way", ["cpu", "cuda"])
-@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 7, 10, 29, 30, 1000])
-def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
-    """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
-    keep_, _ = functional._TO_DROP[way]
+def counted(way: str, elements: int, monkeypatch) -> list[int]:
+    """Rows that are dropped at once, in one of the two ways and in pieces of so many elements (0: its own)."""
+    keep_, own = functional._TO_DROP[way]
     lengths = []
 
     def counting(xs, rows_N, feature_D, threshold_N):
         lengths.append(len(rows_N))
         keep_(xs, rows_N, feature_D, threshold_N)
 
-    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, rows_at_once * I + I - 1)})
+    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, elements or own)})
+    return lengths
+
+
+@pytest.mark.parametrize("way", ["cpu", "cuda"])
+@pytest.mark.parametrize("rows_at_once", [0, 1, 3, 7, 10, 29, 30, 1000])
+def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
+    """Both ways to drop, with borders between pieces inside an image, at a trial's end and beyond all rows."""
+    lengths = counted(way, rows_at_once * I + I - 1, monkeypatch)
     for dropouts in ((0.3, 0.5, 0.0), (0.0, 0.5, 0.3), (0.3, 0.0, 0.6), (0.9, 0.1, 0.6)):
         mask = inputs("none", (0,), dropouts)[1]["mask"]
         xs = [torch.randn(K * B, S, I, dtype=torch.float64) for _ in range(2)]
@@ -164,21 +165,11 @@ def test_a_mask_in_pieces_is_the_whole_mask(way, rows_at_once, monkeypatch):
 
 @pytest.mark.parametrize("way", ["cpu", "cuda"])
 def test_memory_for_a_mask_is_bounded(way, monkeypatch):
-    asked: list[int] = []
-    keep_, elements = functional._TO_DROP[way]
-
-    def counting(xs, rows_N, feature_D, threshold_N):
-        asked.append(4 * len(rows_N) * len(feature_D))
-        keep_(xs, rows_N, feature_D, threshold_N)
-
-    monkeypatch.setattr(functional, "_TO_DROP", {"cpu": (counting, elements)})
-    rows = elements // I + 5
-    mask = MaskKey(
-        torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32), ((0, 1),)
-    )
-    mask.apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
-    assert len(asked) == 2
-    assert max(asked) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]
+    rows, lengths = functional._TO_DROP[way][1] // I + 5, counted(way, 0, monkeypatch)
+    keys = torch.zeros(1, rows, 1, dtype=torch.int32), torch.arange(I), torch.zeros(1, dtype=torch.int32)
+    MaskKey(*keys, ((0, 1),)).apply_(torch.zeros(rows, 1, I, dtype=torch.bfloat16))
+    assert len(lengths) == 2
+    assert 4 * I * max(lengths) <= {"cpu": 1 << 20, "cuda": 1 << 26}[way]
 
 
 def test_another_device_drops_by_products(monkeypatch):
@@ -191,19 +182,9 @@ def test_another_device_drops_by_products(monkeypatch):
     assert asked == [3, 3, 3, 1]
 
 
-@pytest.mark.parametrize(
-    ("flags", "runs"),
-    [
-        ("", ()),
-        ("...", ()),
-        ("x", ((0, 1),)),
-        ("xxx", ((0, 3),)),
-        (".xx.x", ((1, 3), (4, 5))),
-        ("x.x.", ((0, 1), (2, 3))),
-    ],
-)
-def test_runs_of_neighbours(flags, runs):
-    assert runs_of([f == "x" for f in flags]) == runs
+def test_runs_of_neighbours():
+    runs = {"": (), "...": (), "x": ((0, 1),), "xxx": ((0, 3),), ".xx.x": ((1, 3), (4, 5)), "x.x.": ((0, 1), (2, 3))}
+    assert {flags: runs_of([f == "x" for f in flags]) for flags in runs} == runs
 
 
 def test_an_upstream_gradient_may_be_strided():
@@ -219,7 +200,7 @@ def test_the_reference_is_the_formula():
     z, a = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[[3.0]], [[5.0]]]])
     b, weight = torch.tensor([[[[7.0]], [[11.0]]]]), torch.tensor([[1.0], [2.0], [4.0]])
     scale, bias = torch.tensor([0.5]), torch.tensor([0.25, 0.5, 1.0])
-    for function in (adapted_linear, adapted_linear_reference):
+    for function in (adapted_linear, reference):
         y = function(z, weight, bias, a, b, scale, (0, 2))
         # x W' + b and, in the first and third place, half of x * 3 * 7 and of x * 5 * 11
         assert y.tolist() == [[[1.25 + 10.5, 2.5, 5.0 + 27.5]], [[2.25 + 21.0, 4.5, 9.0 + 55.0]]]

@@ -31,11 +31,8 @@ def images() -> torch.Tensor:
 
 
 def adapters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {}
-    for module in model.modules():
-        if isinstance(module, LoRAAdapters):
-            found |= {name: t.detach().clone() for name, t in module.trial_tensors(0).items()}
-    return found
+    modules = (m for m in model.modules() if isinstance(m, LoRAAdapters))
+    return {name: t.detach().clone() for m in modules for name, t in m.trial_tensors(0).items()}
 
 
 def train_steps(model: nn.Module, images: torch.Tensor, steps: int) -> None:
@@ -51,8 +48,6 @@ def test_the_documented_snippet_runs_as_it_stands():
     model.heads.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(768, 200))
     replace_linear_with_lora(model)
     mark_lora_and_head_as_trainable(model, head_substring="heads.head", bias="none")
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all(".lora_" in n or n.startswith("heads.head") for n in trained)
     # r (in + out) for q, k, v, o and the two MLP layers of 12 blocks, and the head
     adapter = 12 * 4 * (4 * (768 + 768) + 2 * (768 + 3072))
     head = 768 * 200 + 200
@@ -97,59 +92,39 @@ def test_blocks_are_found_at_any_depth_and_keep_their_order(model, images):
     expected = model.eval()(images)
     wrapped = nn.ModuleDict({"vit": model, "other": nn.Linear(2, 2)})
     assert replace_linear_with_lora(wrapped) is wrapped
-    layers = [m for m in model.encoder.layers if isinstance(m.self_attention, Attention)]
-    assert [n for n, _ in model.encoder.layers.named_children()] == ["encoder_layer_0", "encoder_layer_1"]
-    assert len(layers) == 2
+    assert all(isinstance(m.self_attention, Attention) for m in model.encoder.layers)
     torch.testing.assert_close(model.double()(images), expected, rtol=1e-12, atol=1e-12)
     assert len(adapters_of(wrapped)) == 2 * 2 * len(TARGETS)
     assert all(name.startswith("vit.encoder.layers.encoder_layer_") for name in adapters_of(wrapped))
 
 
 def test_ranks_up_to_the_narrowest_layer():
-    def adapted(mlp_dim: int, rank: int, targets=TARGETS) -> nn.Module:
+    def adapted(mlp_dim: int, rank: int, *targets: str) -> None:
         model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=mlp_dim, num_classes=5)
-        return replace_linear_with_lora(model, rank=rank, targets=targets)
+        replace_linear_with_lora(model, rank=rank, targets=targets or TARGETS)
 
     adapted(32, 16)
     adapted(8, 8)
-    adapted(8, 16, ["o"])
-    for targets in (TARGETS, ["fc1"], ["fc2"]):
-        with pytest.raises(
-            ValueError, match=r"rank=9 is impossible: encoder\.layers\.encoder_layer_0\.mlp\.\d is 8 wide"
-        ):
-            adapted(8, 9, targets)
+    adapted(8, 16, "o")
+    for targets in ((), ("fc1",), ("fc2",)):
+        with pytest.raises(ValueError, match=r"rank=9 is impossible: encoder\..*_0\.mlp\.\d is 8 wide"):
+            adapted(8, 9, *targets)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_dropout_reaches_every_target(model, images, target):
-    replace_linear_with_lora(model, dropout=0.5, targets=[target]).double()
-    mark_lora_and_head_as_trainable(model)
-    train_steps(model.train(), images, 1)
-    assert not torch.equal(model(images), model(images))  # each pass of a model without a trainer is a new step
-    assert torch.equal(model.eval()(images), model(images))
-
-
-def test_trained_adapters_are_not_replaced_unasked(model, images):
+def test_trained_adapters_are_not_replaced_unasked_and_leave_nothing(model, images):
     again = copy.deepcopy(model)
     replace_linear_with_lora(model, rank=3, dropout=0.9, seed=5)
-    mark_lora_and_head_as_trainable(model)
-    train_steps(model, images, 2)
     trained = adapters_of(model)
     with pytest.raises(ValueError, match="the model has adapters already: take them out with"):
         replace_linear_with_lora(model, rank=2)
-    assert all(torch.equal(t, trained[n]) for n, t in adapters_of(model).items())
+    torch.testing.assert_close(adapters_of(model), trained, rtol=0, atol=0)
     remove_adapters(model)
-    model.heads.load_state_dict(again.heads.state_dict())
     for m in (model, again):
         replace_linear_with_lora(m, rank=2, targets=["v", "fc1"], dropout=0.3, seed=7).double()
         mark_lora_and_head_as_trainable(m)
         train_steps(m.train(), images, 2)
-    first, second = adapters_of(model), adapters_of(again)
-    assert first.keys() == second.keys()
-    assert {n.split(".")[-2] for n in first} == {"v", "0"}
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name])
-    torch.testing.assert_close(model.eval()(images), again.eval()(images), rtol=0, atol=0)
+    assert {n.split(".")[-2] for n in adapters_of(model)} == {"v", "0"}
+    torch.testing.assert_close(adapters_of(model), adapters_of(again), rtol=0, atol=0)
 
 
 SETTINGS = {
@@ -179,18 +154,13 @@ def test_every_setting_changes_the_outcome(model, images, name):
     ("settings", "message"),
     [
         ({"targets": []}, r"blocks=None, targets=\[\] match nothing"),
-        ({"targets": ["qkv"]}, "q, k, v, o, fc1, fc2"),
         ({"targets": ["q", "qkv"]}, "q, k, v, o, fc1, fc2"),
-        ({"blocks": (7, 9)}, "blocks 0 to 1"),
         ({"blocks": [0, 7]}, "blocks 0 to 1"),
         ({"blocks": [-1]}, "blocks 0 to 1"),
         ({"blocks": []}, "blocks 0 to 1"),
         ({"rank": 0}, "rank=0 is impossible"),
-        ({"rank": -1}, "rank=-1 is impossible"),
         ({"rank": 2.5}, "rank=2.5 is impossible"),
         ({"rank": 17}, "16 wide"),
-        ({"rank": 17, "targets": ["fc1"]}, "16 wide"),
-        ({"rank": 1000, "targets": ["fc2"]}, "16 wide"),
         ({"alpha": 0.0}, "alpha=0.0 is impossible"),
         ({"alpha": float("nan")}, "alpha=nan is impossible"),
         ({"alpha": float("inf")}, "alpha=inf is impossible"),
@@ -216,9 +186,7 @@ def test_a_block_that_cannot_be_adapted_leaves_the_others_alone(model):
 
 
 def test_a_model_without_encoder_blocks_lists_its_linear_layers():
-    with pytest.raises(ValueError, match=r"no target matches.*its linear layers: 0, 2"):
-        replace_linear_with_lora(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"linear layers: 0, 1, .*, 18, 19\)"):  # not all of a long list
+    with pytest.raises(ValueError, match=r"no target matches.*linear layers: 0, 1, .*, 18, 19\)"):  # not all of many
         replace_linear_with_lora(nn.Sequential(*(nn.Linear(1, 1) for _ in range(30))))
     with pytest.raises(ValueError, match=r"linear layers: none\)"):
         replace_linear_with_lora(nn.Sequential(nn.ReLU()))
@@ -234,10 +202,11 @@ def test_mark_needs_adapters_and_a_head(model):
         mark_lora_and_head_as_trainable(model, bias="some")
 
 
-@pytest.mark.parametrize("settings", [{"rank": 1}, {"alpha": 0.5}, {"scaling": "rslora"}, {"blocks": [1]}])
-def test_the_smallest_values_are_taken(model, settings):
-    replace_linear_with_lora(model, **settings)
-    adapters = [m for m in model.modules() if isinstance(m, LoRAAdapters)]
-    assert len(adapters) == 4 * (1 if "blocks" in settings else 2)
-    expected = {"rank": 32.0, "alpha": 0.125, "scaling": 16.0, "blocks": 8.0}  # alpha 32, rank 4
-    assert all(a.scale_K.tolist() == [expected[next(iter(settings))]] for a in adapters)
+@pytest.mark.parametrize(
+    ("setting", "scaling"),  # alpha 32, rank 4
+    [({"rank": 1}, 32.0), ({"alpha": 0.5}, 0.125), ({"scaling": "rslora"}, 16.0), ({"blocks": [1]}, 8.0)],
+)
+def test_the_smallest_values_are_taken(model, setting, scaling):
+    modules = replace_linear_with_lora(model, **setting).modules()
+    scales = [m.scale_K.tolist() for m in modules if isinstance(m, LoRAAdapters)]
+    assert scales == [[scaling]] * (4 if "blocks" in setting else 8)

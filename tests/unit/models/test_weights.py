@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_models import load, model_config
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
@@ -19,8 +20,8 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
-from lora_vit.models.vit import build_trunk
-from lora_vit.models.weights import check_weights, load_trunk_weights, read_state_dict
+from lora_vit.models.vit import trunk_of
+from lora_vit.models.weights import check_weights, fetch_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 RECOGNISED = "2 blocks of width 32, patch 8, left out: heads"
@@ -35,8 +36,8 @@ def theirs(seed: int = 1, **changes: int) -> VisionTransformer:
 
 
 def loaded(path: Path) -> tuple[VisionTransformer, str]:
-    trunk = build_trunk(*SHAPE.values())
-    return trunk, load_trunk_weights(trunk, "vit_tiny", str(path))
+    trunk = trunk_of(model_config(**SHAPE))
+    return trunk, load(trunk, path, "vit_tiny")
 
 
 def assert_has(trunk: VisionTransformer, state: dict[str, Tensor]) -> None:
@@ -47,9 +48,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(ConfigError) as error:
         loaded(path)
     message = str(error.value)
-    assert message.startswith(f"model.weights={path}")
-    assert "\n" not in message
-    assert "weights_only" not in message
+    assert (message.startswith(f"model.weights={path}"), "\n" in message) == (True, False)
     return message
 
 
@@ -79,24 +78,18 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 WRAPPED = {
-    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
     "model": lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "lr": 0.1},
     "model_ema.module": lambda s: {"model_ema": {**prefixed(s, "module."), "n_averaged": torch.tensor(9)}},
     "teacher.backbone": lambda s: {"teacher": {**prefixed(s, "backbone."), "head.mlp.weight": torch.ones(2)}},
-    "student": lambda s: {"student": s},
-    "net": lambda s: {"net": s},
     "ema.module._orig_mod": lambda s: {"ema": prefixed(s, "module._orig_mod.")},
     "module": lambda s: prefixed(s, "module."),
-    "_orig_mod": lambda s: prefixed(s, "_orig_mod."),
     "state_dict.model": lambda s: {"state_dict": prefixed(s, "model."), "hyper_parameters": {"lr": 0.1}},
-    "encoder": lambda s: prefixed(s, "encoder."),
     "checkpoint.weights.trunk": lambda s: {"checkpoint": {"weights": prefixed(s, "trunk.")}},
 }
 
 
 SEVERAL = [  # what is saved of two models, which is taken, and which is named
     (lambda a, b: {"model_ema": b, "model": a}, "model", "model_ema"),
-    (lambda a, b: {"student": b, "teacher": a}, "teacher", "student"),
     (lambda a, b: {**prefixed(b, "student."), **prefixed(a, "teacher.")}, "teacher", "student"),
     (lambda a, b: {"other": b, "state_dict": a}, "state_dict", "other"),
     (lambda a, b: {"state_dict": {**prefixed(b, "ema."), **prefixed(a, "net.")}}, "state_dict.net", "state_dict.ema"),
@@ -134,16 +127,13 @@ def test_other_floating_points_become_fp32(dtype, tmp_path):
     ("name", "value", "message"),
     [
         ("conv_proj.bias", torch.full((32,), float("nan")), "conv_proj.bias holds NaN or infinite values"),
-        ("encoder.ln.weight", torch.full((32,), float("inf")), "encoder.ln.weight holds NaN or infinite values"),
         ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
         ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64 on cpu, not"),
         ("conv_proj.bias", torch.zeros(32, device="meta"), "conv_proj.bias is of torch.float32 on meta, not values"),
         ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
         ("class_token", None, "does not fit vit_tiny: it lacks class_token (the file has 2 blocks of width 32"),
-        ("encoder.ln.bias", None, "does not fit vit_tiny: it lacks encoder.ln.bias"),
         ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
         ("encoder.pos_embedding", torch.zeros(1, 13, 32), "[1, 13, 32] is not for a square grid of patches"),
-        ("encoder.pos_embedding", torch.zeros(1, 1, 32), "[1, 1, 32] is not for a square grid"),
         ("encoder.pos_embedding", torch.zeros(1, 2, 17, 32), "[1, 2, 17, 32] is not for a square grid"),
         ("conv_proj.weight", None, "holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"),
         ("encoder.pos_embedding", torch.zeros(1, 17, 16), "encoder.pos_embedding is [1, 17, 16], expected [1, 17, 32]"),
@@ -157,8 +147,7 @@ def test_weights_that_do_not_fit(name, value, message, tmp_path):
 
 
 def torch_bytes(held: Any, new: bool = True) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(held, buffer, _use_new_zipfile_serialization=new)
+    torch.save(held, buffer := io.BytesIO(), _use_new_zipfile_serialization=new)
     return buffer.getvalue()
 
 
@@ -167,14 +156,11 @@ FILES = {
     "empty": (lambda: b"", NO_FORMAT),
     "pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n", NO_FORMAT),
     "page": (lambda: b"\n <!DOCTYPE html><html>not found</html>", NO_FORMAT),
-    "index": (lambda: b'{"metadata": {}, "weight_map": {}}', NO_FORMAT),
     "model": (lambda: torch_bytes({"model": theirs()}), "objects (torchvision.models.vision_transformer.VisionT"),
     "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
     "a number in it": (lambda: torch_bytes({"best": np.float64(1)}), "holds Python objects (numpy"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
-    "cut early": (lambda: save(theirs().state_dict())[:30], "is damaged or cut off"),
-    "list": (lambda: torch_bytes([torch.ones(2)]), "holds no Vision Transformer"),
     "tensor": (lambda: torch_bytes(torch.ones(2)), "holds no Vision Transformer"),
     "nothing": (lambda: torch_bytes({}), "(but nothing)"),
     "resnet": (lambda: torch_bytes({"conv1.weight": torch.ones(2), "bn1.bias": torch.ones(2)}), "conv1.weight, bn1"),
@@ -189,9 +175,8 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path)
     assert message in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("kind", ["empty", "pointer", "page"])
-def test_another_format_is_reported_before_anything_is_loaded(kind, tmp_path):
-    (tmp_path / "w.pth").write_bytes(FILES[kind][0]())
+def test_another_format_is_reported_before_anything_is_loaded(tmp_path):
+    (tmp_path / "w.pth").write_bytes(FILES["page"][0]())
     with pytest.raises(ConfigError, match=NO_FORMAT):
         check_weights("vit_tiny", str(tmp_path / "w.pth"))
 
@@ -203,20 +188,19 @@ def test_a_folder_or_nothing_there(tmp_path):
         check_weights("vit_tiny", "GLYPHS")
 
 
-def offline(*_: object, **__: object) -> None:
-    raise urllib.error.URLError("no route\nto host")
-
-
 @pytest.mark.parametrize(
     ("there", "message"), [(True, "b_16-c867db91.pth, which was downloaded earlier"), (False, "cannot be downloaded")]
 )
 def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monkeypatch):
     """torchvision's own file where torch keeps downloads, or a network that is not there."""
+    def offline(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route\nto host")
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     if there:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "vit_b_16-c867db91.pth").write_bytes(b"half")
     with pytest.raises(ConfigError, match=message) as error:
-        read_state_dict("vit_b_16", "IMAGENET1K_V1")
+        fetch_weights(model_config(name="vit_b_16", weights="IMAGENET1K_V1"), download=True)
     assert "\n" not in str(error.value)
