@@ -77,10 +77,13 @@ def _folder(wanted: Wanted) -> Path | None:
 
 
 def _whole_in(root: Path) -> Path | None:
-    """The folder, or else the first one in it, that has the data set's list of classes and its training images."""
-    for folder in (root, root / FOLDER, *sorted(root.glob("*"))):
-        if (folder / "wnids.txt").is_file() and (folder / "train").is_dir():
-            return folder
+    """The folder, or the one in it, that has the list of classes and their images. Raises ConfigError for several."""
+    for folders in ([root], [root / FOLDER], sorted(root.glob("*"))):
+        whole = [folder for folder in folders if (folder / "wnids.txt").is_file() and (folder / "train").is_dir()]
+        if len(whole) > 1:
+            raise ConfigError(f"{root} holds {', '.join(f.name for f in whole)}: give one of them as data.root")
+        if whole:
+            return whole[0]
     return None
 
 

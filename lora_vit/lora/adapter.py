@@ -94,6 +94,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         if expected.get(name) != found.get(name):
             there, wanted = (d.get(name, "absent") for d in (found, expected))
             raise ConfigError(f"{folder}: the adapter's {name} is {there}, expected {wanted}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ConfigError(f"{folder}: the adapter's {name} holds NaN or infinite values")
     if "sha256" in card and card["sha256"] != sha256_of(tensors):
         raise ConfigError(f"{folder}: adapter.safetensors does not hold the values that were trained: copy it again")
     return adapter

@@ -107,8 +107,11 @@ def test_a_zip_that_was_replaced_since_it_was_unpacked(tmp_path):
     assert np.abs(np.subtract(shades(load(tmp_path, archive)), shades(first)) - 5).max() <= 2
 
 
-def test_several_zips_are_not_guessed_between(tmp_path):
+def test_several_sets_are_not_guessed_between(tmp_path):
     """But the published name goes before others."""
+    for name in ("one", "two"):
+        make(tmp_path / "sets" / name)
+    assert "one, two: give one of them" in refused(tmp_path, tmp_path / "sets")
     for i, name in enumerate(("a", "bb")):
         zipped(make(tmp_path / name, i), tmp_path / "data" / f"{FOLDER}-{name}.zip")
     assert f"{FOLDER}-a.zip, {FOLDER}-bb.zip: give one of them" in refused(tmp_path, tmp_path / "data")

@@ -340,6 +340,7 @@ WRONG = {  # what is written is wrong: tensors, changes of the card, the message
     ),
     "not adapted": (tensors("fc2"), {}, r"mlp\.3\.lora_A is \(2, 24\), expected absent"),
     "head": ({"heads.head.bias": torch.zeros(4)}, {}, r"heads\.head\.bias is \(4,\), expected \(3,\)"),
+    "NaN": ({"heads.head.bias": torch.full((3,), torch.nan)}, {}, r"heads\.head\.bias holds NaN or infinite"),
 }
 DAMAGED = {  # the files are changed afterwards
     "scaling edited": (lambda f: edited(f, effective_scaling=16.0), "not of one trial, or were edited"),
