@@ -19,6 +19,7 @@ from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import NO_ACCURACY, RECORD, State, write_record
+from lora_vit.resolve import is_identified
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.engines import Engine, start_engine
@@ -53,7 +54,10 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     if not trials and request.search is None:
         raise ConfigError("no trials: give at least one")
     sweep = Sweep(request.folder)
-    _report_changed(trials, sweep)
+    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
+        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
+    else:
+        _report_changed(trials, sweep)
     about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
                              "search": request.search, "workers": 1}  # fmt: skip
     if request.search is not None:
