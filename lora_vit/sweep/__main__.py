@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN, state_of
+from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.sweep.view import HEADER, accuracy_of, trial_row
 from lora_vit.terminal import make_console, print_table
@@ -35,8 +36,6 @@ def run(args: argparse.Namespace) -> int:
     if args.sweep != "work":
         raise ConfigError(f"{args.sweep} {args.folder}: give one sweep, or `work FOLDER`")
     if args.folder == "-":
-        from lora_vit.sweep.engines.local import work_for_command
-
         return work_for_command()
     from lora_vit.sweep.worker import work  # imports torch
 

@@ -26,14 +26,10 @@ from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
 LARGEST = 64
-MEMORY_SHARE = 0.8
-"""Part of the attainable memory that a pack may be expected to take."""
-MOST_STEPS, MOST_SECONDS = 6, 0.5
-"""A size is timed for so many steps, or fewer where they are slow."""
-GAIN = 0.03
-"""A larger pack must be faster by this part to be preferred."""
-MOST_MISSES, LONG = 2, 5.0
-"""Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
+MEMORY_SHARE = 0.8  # part of the attainable memory that a pack may be expected to take
+MOST_STEPS, MOST_SECONDS = 6, 0.5  # a size is timed for so many steps, or fewer where they are slow
+GAIN = 0.03  # a larger pack must be faster by this part to be preferred
+MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or one that takes so many seconds
 
 
 class PackSizes:

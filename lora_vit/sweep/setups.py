@@ -44,9 +44,9 @@ def uses_gpus(trials: Sequence[Trial]) -> bool:
 
 
 def own_device(trials: Sequence[Trial], claims: Claims) -> int:
-    """The index of the first visible GPU that no other worker of the sweep has; 0 on a CPU, which workers share.
+    """The index of the first visible GPU that no other worker of the sweep has claimed; 0 on a CPU, which is shared.
 
-    The GPU is claimed like a trial. Raises ConfigError if every visible GPU has a worker.
+    Raises ConfigError if every visible GPU has a worker.
     """
     if not uses_gpus(trials):
         return 0

@@ -22,10 +22,8 @@ from lora_vit.sweep.plan import Sweep, label
 from lora_vit.sweep.trial import Trial, digest, without_idle
 from lora_vit.sweep.view import accuracy_of
 
-BATCHES = 5
-"""A search asks for at most this part of its trials at once, unless the packs' size is given: it learns in between."""
-MOST_REPEATS = 50
-"""Suggestions in a row that are known, after which the space is taken to hold nothing new."""
+BATCHES = 5  # a search learns in between so many batches, unless the packs' size is given
+MOST_REPEATS = 50  # suggestions in a row that are known, after which the space is taken to hold nothing new
 
 
 class Source:
@@ -56,10 +54,10 @@ class RaceSource(Source):
 
     def __init__(self, sweep: Sweep):
         super().__init__(sweep)
-        self._begin(sweep.race or {})
+        self._begin(sweep.race)
 
-    def _begin(self, plan: dict[str, Any]) -> None:
-        self._plan = plan
+    def _begin(self, plan: Any) -> None:
+        self._plan: dict[str, Any] = plan
         one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
         self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
         self.ended: dict[str, tuple[str, int, object, object]] = {}
@@ -165,10 +163,9 @@ class SearchSource(Source):
         optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        path = str(self.sweep.folder / SEARCH)
+        path, name = str(self.sweep.folder / SEARCH), digest([search["space"], search["bases"]])
         file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
         storage = optuna.storages.JournalStorage(file)
-        name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
     def _tell(self, study: Any) -> dict[str, Any]:

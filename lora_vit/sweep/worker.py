@@ -29,10 +29,8 @@ from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import ClaimLost
 from lora_vit.training.trial import TrialRun
 
-POLL_EVERY = 0.5
-"""Seconds between looks while other processes hold what is left."""
-POLL_EVERY_TRIAL = 0.001
-"""Of a large sweep, whose folder takes long to list: so many seconds for each of its trials."""
+POLL_EVERY = 0.5  # seconds between looks while other processes hold what is left
+POLL_EVERY_TRIAL = 0.001  # or so many for each trial of a large sweep, whose folder takes long to list
 
 
 def work(folder: Path) -> None:

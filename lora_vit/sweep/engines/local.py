@@ -21,10 +21,9 @@ from typing import Any
 from lora_vit.config import TrialConfig
 from lora_vit.errors import ConfigError
 from lora_vit.stopping import SIGNALS, repeating
-from lora_vit.sweep.engines import Engine, into_log, last_lines
+from lora_vit.sweep.engines import LOG_LINES, Engine, into_log
 
-MOST_CPU_WORKERS = 8
-"""A CPU's cores are shared by at most so many processes."""
+MOST_CPU_WORKERS = 8  # that share the cores
 
 _waiting: list[subprocess.Popen[str]] = []
 
@@ -46,11 +45,11 @@ def _start_process() -> subprocess.Popen[str]:
 def _last_words(process: Any) -> list[str]:
     """The last lines of what a process has said; it gets no orders any more."""
     process.said.seek(0)
-    lines = last_lines(process.said.read())
+    lines = process.said.read().splitlines()[-LOG_LINES:]
     process.said.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    return lines
+    return list(lines)
 
 
 class Local(Engine):

@@ -257,13 +257,6 @@ def test_a_file_server_that_does_twice_what_it_is_asked_once(tmp_path, monkeypat
     assert seen(mine) == HELD
 
 
-def test_no_hard_links_are_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *_: pytest.fail("a hard link"))
-    mine = claims_of(tmp_path)
-    assert take(mine)
-    mine.release("a", ENDED)
-
-
 def test_on_a_full_disk_a_claim_stays_until_its_owner_ends(tmp_path, monkeypatch):
     mine = claims_of(tmp_path)
     assert take(mine)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plain_trials import BASELINE
+from plain_trials import BASELINE, SMALL
 from sweeps import another, claimed, leave_record, options, seed_trials, sweep_of, trial_of
 
+from lora_vit.compose import expand, initialized
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import CHECKPOINT, PLAN, RECORD, read_record
 from lora_vit.sweep import run as run_module
@@ -252,6 +254,33 @@ def test_a_restarted_race_trains_all_of_its_trials_again(engine, tmp_path):
         trial.config.trainer.resume = "restart"
     run(tmp_path, again, ended=lambda trial, state: trained.append(trial.trial_id), **race)
     assert len(trained) == 4
+
+
+def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
+    """Over other seeds; the commands ask for what it says."""
+    pytest.importorskip("optuna", reason="needs pip install lora_vit[search]")
+    lines = [*SMALL, "lora.rank=choice(1,2,4,8)", "optimizer.lr=tag(log,interval(1e-4,1e-2))"]
+    engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.5 + 0.01 * trial.config.lora.rank}}
+    with initialized():
+        request = expand([*lines, "sweep.trials=8", "sweep.pack_size=4", "sweep.workers=1"], tmp_path)
+        found = sorted(run_sweep(request).values(), reverse=True)
+        assert (len(found), engine.started) == (8, [1, 1])
+        said = capsys.readouterr().out
+        assert "8 trials completed, one seed each" in said
+        proposed = [line for line in said.splitlines() if "lora_vit.train" in line]
+        assert len(proposed) == 3
+        for value, line in zip(found, proposed, strict=False):
+            assert f"  {value:.2%}  rank=" in said
+            flag, *overrides = shlex.split(line.removesuffix(" && \\"))[3:]
+            race = expand(overrides)
+            (trial,) = race.trials
+            assert (flag, race.options.margin, trial.config.seed) == ("-m", 0.5, 1)
+            assert str(race.folder) == f"{tmp_path}-best"
+            assert 0.5 + 0.01 * (trial.config.lora.rank or 0) == value
+        engine.outcome = lambda trial: {"status": "failed", "error": {"message": "no", "step": 1}}
+        engine.folder = request.folder = tmp_path / "t"
+        with pytest.raises(ConfigError, match=r"no trial completed: python -m lora_vit\.sweep \S+/t says why"):
+            run_sweep(request)
 
 
 # --- a dry run

@@ -287,22 +287,6 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
     assert bench.statuses(trials) == ["completed"] * 3
 
 
-def test_an_error_holds_no_memory_of_its_pack(bench, monkeypatch):
-    freed: list[int] = []
-    monkeypatch.setattr(worker_module, "free_memory", lambda: freed.append(len(bench.packs)))
-    kept: list[Exception] = []
-
-    def act(trials: list[TrialRun], reporter: Worker) -> None:
-        if len(trials) > 1:
-            kept.append(RuntimeError("no"))
-            raise kept[-1]
-
-    bench.act = act
-    bench.work(seed_trials(2))
-    assert freed == [1]
-    assert kept[0].__traceback__ is None
-
-
 @pytest.mark.parametrize(
     ("error", "ran_out"),
     [
@@ -480,8 +464,3 @@ def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
     assert caught.value.signum == signal.SIGTERM
     assert bench.packs == [[0]]
     assert bench.states(trials) == [ENDED, FREE, FREE]
-
-
-def test_work_on_what_is_no_sweep(tmp_path):
-    with pytest.raises(ConfigError, match="is not a sweep folder"):
-        worker_module.work(tmp_path)
