@@ -20,7 +20,6 @@ from lora_vit.terminal import make_console, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the command takes."""
     parser.description = (
         "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: "
         "it trains packs of open trials on one device of this machine, until none is open or held by another worker."
@@ -30,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the trials, or be a worker."""
     if args.folder is None:
         return show(find(args.sweep))
     if args.sweep != "work":

@@ -36,7 +36,6 @@ class PackSizes:
     """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
 
     def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
-        """``say`` takes lines for the user."""
         self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}

@@ -169,7 +169,6 @@ class Worker(Reporter):
             return None
 
     def started(self, pack: Pack) -> None:
-        """Called before the first step."""
         self.say(f"training {', '.join(run.name for run in pack.trials)}")
 
     def advance(self, pack: Pack) -> None:
@@ -181,7 +180,6 @@ class Worker(Reporter):
             raise ClaimLost(", ".join(lost))
 
     def left(self, trial: TrialRun) -> None:
-        """Called when a trial is completed or failed."""
         self.claims.release(trial.name, ENDED)
         label = self.sweep.trials[trial.name].label
         self.say(ending(trial.name, label, State(trial.record.status, trial.record)))

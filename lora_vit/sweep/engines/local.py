@@ -29,7 +29,7 @@ _waiting: list[subprocess.Popen[str]] = []
 
 
 def start_early() -> None:
-    """Start a process that imports torch and waits for its orders; another call does nothing."""
+    """Have a process that imports torch and waits for its orders."""
     if not _waiting:
         _waiting.append(_start_process())
 
@@ -64,7 +64,6 @@ class Local(Engine):
         start_early()
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
-        """As many as are asked for, at most the trials. Raises ConfigError if there are not so many GPUs."""
         import torch
 
         from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
@@ -85,7 +84,6 @@ class Local(Engine):
         return count
 
     def start(self, count: int) -> str:
-        """Fork so many workers."""
         process = _waiting.pop() if _waiting else _start_process()
         orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
         with contextlib.suppress(BrokenPipeError):  # it has ended: `look` says why
@@ -96,8 +94,7 @@ class Local(Engine):
         return ""
 
     def look(self) -> tuple[int, list[str]]:
-        """Workers that run (a process that was forked for several counts until all have ended), and news of others."""
-        news = []
+        news = []  # a process that was forked for several workers counts until all have ended
         for process, count in list(self._crews):
             if (code := process.poll()) is not None:
                 self._crews.remove((process, count))
@@ -107,7 +104,6 @@ class Local(Engine):
         return sum(count for _, count in self._crews), news
 
     def stop(self, now: bool = False) -> None:
-        """Ask the workers to save and to end; ``now``: end them at once, what was saved stays."""
         for process, _ in self._crews:
             with contextlib.suppress(ProcessLookupError):
                 if now:
@@ -116,10 +112,9 @@ class Local(Engine):
                     process.send_signal(signal.SIGTERM)
 
     def withdraw(self) -> None:
-        """Wait for the workers, which end by themselves once nothing is left."""
         while _waiting:
             _last_words(_waiting.pop())
-        while self._crews:
+        while self._crews:  # they end by themselves
             process, _ = self._crews.pop()
             process.wait()
             _last_words(process)

@@ -58,13 +58,11 @@ class Slurm(Engine):
             raise ConfigError("engine=slurm: no Slurm here (no srun): start the command on a login node") from None
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
-        """As many as are asked for."""
         if asked == "auto":  # Slurm does not say how many there could be
             raise ConfigError("sweep.workers=auto: say how many jobs Slurm is to run side by side, as sweep.workers=4")
         return min(int(asked), len(trials))
 
     def start(self, count: int) -> str:
-        """Submit an array of jobs."""
         try:
             with contextlib.redirect_stderr(io.StringIO()), self.executor.batch():  # one array of jobs
                 jobs = [self.executor.submit(Job(self.folder)) for _ in range(count)]
@@ -77,8 +75,7 @@ class Slurm(Engine):
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
     def look(self) -> tuple[int, list[str]]:
-        """Jobs that Slurm still has, whichever command started them; why others have ended, with their logs' end."""
-        queue, texts = self._queue(), []
+        queue, texts = self._queue(), []  # of whichever command
         for job in [job for job in self.jobs if job.job_id not in queue]:
             self.jobs.remove(job)
             outcome, result = "lost", "it was killed, or its node died"
@@ -98,8 +95,7 @@ class Slurm(Engine):
         return len(queue), texts
 
     def stop(self, now: bool = False) -> None:
-        """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""
-        subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)
+        subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)  # kills half a minute later (KillWait)
 
     def withdraw(self) -> None:
         """Those of every command for this folder: they could wait for days, and then start for nothing."""
