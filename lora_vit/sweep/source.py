@@ -54,24 +54,24 @@ class RaceSource(Source):
 
     def __init__(self, sweep: Sweep):
         super().__init__(sweep)
-        self._begin(sweep.race)
-
-    def _begin(self, plan: Any) -> None:
-        self._plan: dict[str, Any] = plan
-        one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
-        self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
-        self.ended: dict[str, tuple[str, int, object, object]] = {}
+        self._plan: Any = None
         self.look()
 
     def look(self) -> None:
         """Read the records of the trials that were asked for, and decide."""
+        plan = self.sweep.race or {}
+        if plan != self._plan:  # at first, and if another command has changed its rules or cells
+            self._plan = plan
+            one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
+            self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
+            self.ended: dict[str, tuple[str, int, object, object]] = {}
         for name, trial in self.sweep.trials.items():
-            if name not in self.ended and trial.cell_id in self._plan["cells"]:
+            if name not in self.ended and trial.cell_id in plan["cells"]:
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
                     images = state.record.data.get("val")
                     self.ended[name] = (trial.cell_id, trial.config.seed, accuracy_of(state), images)
-        self.race: Race = standing(self._plan, self.ended.values())
+        self.race: Race = standing(plan, self.ended.values())
 
     def wanted(self) -> list[Trial]:
         """The trials that the race waits for."""
@@ -83,8 +83,6 @@ class RaceSource(Source):
         with self.sweep.changing():
             if self.sweep.race is None:  # another command asks for a fixed sweep
                 return False
-            if self.sweep.race != self._plan:  # or has changed its rules or cells
-                self._begin(self.sweep.race)
             self.look()
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
             new = [trial for trial in self.wanted() if trial.trial_id not in queued]

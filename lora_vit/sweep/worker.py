@@ -15,10 +15,9 @@ from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, out_of_memory, own_device
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups, free_memory, own_device
 from lora_vit.sweep.source import source_of
 from lora_vit.sweep.trial import Group, Trial
 from lora_vit.sweep.view import ending

@@ -66,8 +66,7 @@ class Local(Engine):
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         import torch
 
-        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
-        from lora_vit.sweep.setups import uses_gpus
+        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory, uses_gpus
 
         on_gpu = uses_gpus(trials)
         if on_gpu:

@@ -18,9 +18,8 @@ from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import pack_size as measure
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.pack_size import PackSizes, attainable_memory, choose_pack_size
+from lora_vit.sweep.pack_size import PackSizes, Setups, attainable_memory, choose_pack_size
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups
 from lora_vit.sweep.trial import Trial, make_groups
 from lora_vit.training.trial import TrialRun
 

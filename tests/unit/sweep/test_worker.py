@@ -20,9 +20,8 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep import claims as claims_module
 from lora_vit.sweep import worker as worker_module
 from lora_vit.sweep.claims import DEAD_AFTER, ENDED, FREE, HELD, Claims
-from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.pack_size import PackSizes, Setups, out_of_memory, own_device
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups, own_device
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun
