@@ -1,4 +1,4 @@
-"""What a worker trains on, and how many trials together: packs of 1, 2, 4 ... are timed, the fastest that fits is kept."""
+"""What a worker trains on, and how many trials together: packs of 1, 2, 4 ... are timed, the fastest is kept."""
 
 from __future__ import annotations
 

@@ -109,15 +109,6 @@ def test_a_late_worker_waits_for_what_a_dead_one_of_another_machine_holds(tmp_pa
     assert not any(map(dead.mine, sweep.trials))
 
 
-def test_what_cannot_be_worked_on_is_one_line(tmp_path):
-    (tmp_path / "empty").mkdir()
-    worker = start_worker(tmp_path / "empty")
-    out = worker.communicate(timeout=120)[0]
-    assert worker.returncode == 1
-    assert out.startswith(f"error: {tmp_path}/empty is not a sweep folder (no sweep.json): give")
-    assert out.count("\n") == 1
-
-
 # --- a command and its workers
 
 

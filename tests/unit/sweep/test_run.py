@@ -16,7 +16,7 @@ from sweeps import another, claimed, leave_record, options, seed_trials, sweep_o
 
 from lora_vit.compose import expand, initialized
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.records import CHECKPOINT, PLAN, RECORD, read_record
+from lora_vit.records import CHECKPOINT, RECORD, read_record
 from lora_vit.sweep import run as run_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.packs import Packs
@@ -211,12 +211,6 @@ def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
     assert f"note: 1 of these trials were run here with other images, weights or defaults ({before.trial_id})" in (
         capsys.readouterr().out
     )
-
-
-def test_devices_are_not_for_packs(engine, tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2.*sweep\.workers=2"):
-        run(tmp_path, [trial_of({"trainer.devices": "2"})])
-    assert not (tmp_path / PLAN).exists()
 
 
 # --- races and searches

@@ -35,6 +35,7 @@ def test_a_plan_holds_every_trial_ever_asked_for_with_the_newest_settings(tmp_pa
     again = trial_of({"lora.rank": 8, "trainer.log_every": 7, "data.root": "moved"}, "rank=8 seed=0")
     assert again.trial_id == first.trial_id
     ask(sweep, [again], "second command", is_open={first.trial_id, other.trial_id})
+    assert sweep.trials[first.trial_id].config == again.config
     plan = json.loads((tmp_path / "deep/sweep/sweep.json").read_text())
     assert plan["command"] == "second command"
     assert plan["trials"][first.trial_id] == {
