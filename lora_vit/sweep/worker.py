@@ -89,7 +89,7 @@ class Worker(Reporter):
 
     def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
-        in_vain = 0  # looks in a row that found free trials, of which we could take none
+        in_vain = 0  # looks in a row that found free trials, none for us
         asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()

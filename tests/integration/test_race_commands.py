@@ -1,4 +1,4 @@
-"""A race as a command: killed and gone on with, grown, narrowed, with a cell that fails, and from Python."""
+"""A race as a command: killed and resumed, grown, narrowed, with a cell that fails, and from Python."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_a_command_prints_it_as_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_fit_are_told_for_each_trial(tmp_path):
+def test_weights_that_do_not_fit_are_reported_for_each_trial(tmp_path):
     """What only loading shows is a worker's trouble: nothing is written for these trials, the others are trained."""
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", "sweep.workers=2")

@@ -15,7 +15,7 @@ from lora_vit.errors import ConfigError
 
 
 class Engine(Protocol):
-    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
+    """Starts processes that do ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
 
     folder: Path
     outlives_us: bool = False  # whether workers continue when the command ends

@@ -1,4 +1,4 @@
-"""Workers of this machine: how many there are, what they are told, and how they end; the processes are real."""
+"""Workers of this machine: how many there are, what they are asked, and how they end; the processes are real."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_workers_train_say_into_files_and_end(engine, tmp_path):
     assert all("no trial is left to train" in log.read_text() for log in logs)
 
 
-def test_why_workers_failed_is_told_once(engine, tmp_path):
+def test_why_workers_failed_is_reported_once(engine, tmp_path):
     engine.start(1)  # there is no sweep
     (news,) = until_ended(engine)
     assert "workers have failed" in news

@@ -314,7 +314,7 @@ def test_the_costliest_trials_of_the_first_seed_are_measured(monkeypatch):
 
 
 class Stage:
-    """A pack that trains nothing, on a clock of its own: an epoch of some steps, of which the first takes longer."""
+    """A pack that trains nothing, on a clock of its own: an epoch of some steps; the first takes longer."""
 
     def __init__(self, monkeypatch, steps=10, first=0.1, step=0.05, device=CPU):
         self.steps, self.seconds, self.now = steps, [first, *[step] * 99], 0.0

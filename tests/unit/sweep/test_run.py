@@ -115,7 +115,7 @@ def test_trials_are_trained_once_and_reported(engine, tmp_path, capsys):
     assert Sweep(tmp_path).plan["command"] == "the command"
 
 
-def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
+def test_what_failed_is_reported_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
     trials = seed_trials(3)
     engine.outcome = fails
     outcomes = run(tmp_path, trials)
@@ -132,7 +132,7 @@ def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, 
     assert again == {trials[0].trial_id: 0.5, trials[1].trial_id: 0.25, trials[2].trial_id: 0.5}
 
 
-def test_records_that_say_nothing_of_their_trials_are_told(engine, tmp_path, capsys):
+def test_records_that_say_nothing_of_their_trials_are_reported(engine, tmp_path, capsys):
     """One without accuracy, and another trial's."""
     first, second = seed_trials(2)
     sweep = sweep_of(tmp_path, [first])
@@ -203,7 +203,7 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     assert "note: 2 of 4 combinations are duplicates" in out
 
 
-def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
+def test_settings_whose_images_have_changed_are_reported(engine, tmp_path, capsys):
     before, now = (trial_of({"data.content": content}) for content in ("0" * 16, "1" * 16))
     before.overrides = now.overrides = ["lora.rank=4"]
     run(tmp_path, [before])

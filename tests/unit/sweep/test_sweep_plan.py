@@ -110,7 +110,7 @@ def test_an_edited_trial_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("errno", "remedy"), [(30, "another sweep.name or hydra.sweep.dir"), (38, "flock"), (37, "flock"), (95, "flock")]
 )
-def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported_with_its_remedy(errno, remedy, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno, os.strerror(errno))
 
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, 
         sweep_of(tmp_path, seed_trials(1))
 
 
-def test_what_no_worker_can_use_is_told(tmp_path, monkeypatch):
+def test_what_no_worker_can_use_is_reported(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"is not a sweep folder.*sweep\.json"):
         Sweep.existing(tmp_path)
     (tmp_path / "file").touch()
