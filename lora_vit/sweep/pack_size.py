@@ -1,9 +1,8 @@
-"""How many trials to train together: a few steps in packs of 1, 2, 4 ... and the fastest that fits."""
+"""What a worker trains on, and how many trials together: packs of 1, 2, 4 ... are timed, the fastest is kept."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -13,35 +12,81 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import choose_device, device_name
+from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import TrialConfig
-from lora_vit.errors import NO_SPACE, UserError, one_line
+from lora_vit.data.dataset import ImageData
+from lora_vit.data.load import load_data
+from lora_vit.distributed import Process
+from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups
-from lora_vit.sweep.trial import Group, digest
+from lora_vit.sweep.trial import Group, Trial, digest, setup_key
 from lora_vit.training.loop import peak_memory
-from lora_vit.training.pack import EVAL_BATCH, Pack
+from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
 LARGEST = 64
-MEMORY_SHARE = 0.8
-"""Part of the attainable memory that a pack may be expected to take."""
-MOST_STEPS, MOST_SECONDS = 6, 0.5
-"""A size is timed for so many steps, or fewer where they are slow."""
-GAIN = 0.03
-"""A larger pack must be faster by this part to be preferred."""
-MOST_MISSES, LONG = 2, 5.0
-"""Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
+MEMORY_SHARE = 0.8  # part of the attainable memory that a pack may be expected to take
+MOST_STEPS, MOST_SECONDS = 6, 0.5  # a size is timed for so many steps, or fewer where they are slow
+GAIN = 0.03  # a larger pack must be faster by this part to be preferred
+MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or one that takes so many seconds
+
+
+class Setups:
+    """Makes what trials train on; the last data set and the last backbone are kept."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self._setup: tuple[str, Setup] | None = None
+        self._data: tuple[str, ImageData] | None = None
+
+    def of(self, trial: Trial) -> Setup:
+        """Data and backbone for a trial. Raises ConfigError."""
+        key = setup_key(trial.config)
+        if self._setup is None or self._setup[0] != key:
+            self._setup = None
+            free_memory()
+            data_key = digest(vars(trial.config.data))
+            if self._data is None or self._data[0] != data_key:
+                self._data = (data_key, load_data(trial.config.data, quiet=True))
+            self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
+        return self._setup[1]
+
+
+def uses_gpus(trials: Sequence[Trial]) -> bool:
+    """Whether any trial runs on a GPU; each worker then has one to itself."""
+    return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
+
+
+def own_device(trials: Sequence[Trial], claims: Claims) -> int:
+    """The index of the first visible GPU that no other worker of the sweep has claimed; 0 on a CPU, which is shared.
+
+    Raises ConfigError if every visible GPU has a worker.
+    """
+    if not uses_gpus(trials):
+        return 0
+    claims.look()
+    for index in range(torch.cuda.device_count()):
+        if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
+            torch.cuda.set_device(index)
+            return index
+    raise ConfigError(f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep "
+                      "already: start one worker for each GPU")  # fmt: skip
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class PackSizes:
     """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
 
     def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
-        """``say`` takes lines for the user."""
         self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
@@ -49,7 +94,7 @@ class PackSizes:
     def of(self, group: Group, claims: Claims) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
         planned, wanted = len(group.trials), self.sweep.options.pack_size
-        if group.alone:
+        if group.alone or planned == 1:
             return 1
         if group.key not in self._sizes:
             size = int(wanted) if wanted != "auto" else self._measured(group, claims)
@@ -57,26 +102,30 @@ class PackSizes:
                 return None
             self._sizes[group.key] = size
         share = planned if wanted != "auto" else -(-planned // self.workers)
-        return max(1, min(self._sizes[group.key], share))
+        return min(self._sizes[group.key], share)
 
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
         self._sizes[group.key] = max(1, trials // 2)
 
     def known(self, group: Group) -> dict[str, Any] | None:
-        """What was measured for the group on this kind of machine, with as many workers."""
-        return self.sweep.pack_size(self._kind(group), len(group.trials))
+        """What was measured for the group on this kind of machine, with as many workers.
+
+        None if it was measured with too few trials to say anything for so many.
+        """
+        found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
+        if found is not None and found["limited_by_trials"]:
+            largest = max(map(int, found["seconds_per_trial_epoch"]))
+            return found if len(group.trials) < 2 * largest else None
+        return found
 
     def _kind(self, group: Group) -> str:
         device = choose_device(group.trials[0].config.trainer.accelerator, self.setups.process)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:
-        if len(group.trials) == 1:
-            return 1
-        figures = self.known(group)
+        figures, kind = self.known(group), self._kind(group)
         if figures is None:
-            kind = self._kind(group)
             if not claims.take(f"size-{kind}"):
                 return None
             try:
@@ -93,26 +142,21 @@ class PackSizes:
     def _measure(self, group: Group) -> dict[str, Any] | None:
         """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
+        configs = [trial.config for trial in group.trials]
         try:
-            size, measured = choose_pack_size(
-                [trial.config for trial in group.trials], self.setups.of(group.trials[0]), self.workers, self.stop
-            )
-        except UserError:
-            raise
+            figures = choose_pack_size(configs, self.setups.of(group.trials[0]), self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
+            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
             self.say(f"the pack size cannot be measured ({one_line(error)}): packs of 1")
             return None
-        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
-        self.say(f"packs of {size} (one epoch of one trial in packs of {times})")
-        return {"size": size, "group": group.title, **measured}
+        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in figures["seconds_per_trial_epoch"].items())
+        self.say(f"packs of {figures['size']} (the steps of an epoch of one trial in packs of {times})")
+        return {"group": group.title, **figures}
 
 
-def choose_pack_size(
-    configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest
-) -> tuple[int, dict[str, Any]]:
-    """The fastest size that fits beside the other workers, and the figures behind it.
+def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
+    """The fastest size that fits beside the other workers (``size``), and the figures behind it.
 
     Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
     The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
@@ -123,11 +167,7 @@ def choose_pack_size(
     memory: dict[int, int] = {}
     best = size = 1
     misses = 0
-    limited_by_trials = False
-    while size <= LARGEST and misses < MOST_MISSES:
-        if size > len(configs):
-            limited_by_trials = True
-            break
+    while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
@@ -143,8 +183,9 @@ def choose_pack_size(
             if misses and time.perf_counter() - began > LONG:
                 break
         size *= 2
-    return best, {
-        "limited_by_trials": limited_by_trials,
+    return {
+        "size": best,
+        "limited_by_trials": LARGEST >= size > len(configs) and misses < MOST_MISSES,
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},
     }
@@ -161,7 +202,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
-    """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile.
+    """Seconds that the steps of one epoch of one trial take in a pack of these, and the most bytes held meanwhile.
 
     Raises Interrupted when asked to stop.
     """
@@ -169,46 +210,15 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     _reset_peak_memory(setup.device)
     pack = Pack([TrialRun.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
-
-    def step(i: int) -> float:
-        stop.heed()
-        return _timed(setup, lambda: pack.step(rates[i], False))
-
-    times = [step(0)]  # the first one also warms up
+    times: list[float] = []  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
-        times.append(step(len(times)))
-    evaluation = _evaluation_seconds(pack, stop)
-    trainer = configs[0].trainer
-    validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
-    seconds = min(times) * len(rates) + evaluation * validations
-    return seconds / len(configs), _held_memory(setup.device)
-
-
-def _timed(setup: Setup, action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    action()
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    return time.perf_counter() - began
-
-
-@torch.inference_mode()
-def _evaluation_seconds(pack: Pack, stop: StopRequest) -> float:
-    """Seconds that one pass over the val split takes, from its first batches."""
-    setup = pack.setup
-    batch = max(1, EVAL_BATCH // pack.K)
-    total = max(1.0, len(setup.data.splits["val"]) / batch)
-    pack.model.eval()
-    times: list[float] = []
-    for images in (b.images for b in setup.eval_stream("val", batch)):
-        if times and len(images) < batch:
-            break  # the last batch is smaller
         stop.heed()
-        times.append(_timed(setup, functools.partial(pack.model, images, [0] * pack.K)))
-        if len(times) == MOST_STEPS or (len(times) > 1 and sum(times) > MOST_SECONDS):
-            break
-    pack.model.train()
-    return min(times) * total
+        began = time.perf_counter()
+        pack.step(rates[len(times)], False)
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize(setup.device)
+        times.append(time.perf_counter() - began)
+    return min(times) * len(rates) / len(configs), _held_memory(setup.device)
 
 
 def _reset_peak_memory(device: torch.device) -> None:

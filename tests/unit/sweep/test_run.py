@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plain_trials import BASELINE
-from sweeps import leave_record, options, seed_trials, sweep_of, trial_of
+from plain_trials import BASELINE, SMALL
+from sweeps import another, claimed, leave_record, options, seed_trials, sweep_of, trial_of
 
+from lora_vit.compose import expand, initialized
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.records import CHECKPOINT, PLAN, RECORD, read_record
+from lora_vit.records import CHECKPOINT, RECORD, read_record
 from lora_vit.sweep import run as run_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.packs import Packs
@@ -56,9 +59,7 @@ class Engine:
         sweep, claims = Sweep.existing(self.folder), Claims(self.folder)
         packs = Packs(sweep, claims)
         packs.look({})
-        while most and (pack := packs.take(lambda group: 1, {})):
-            most -= 1
-            (trial,) = pack[1]
+        for _, (trial,) in itertools.islice(packs.take(lambda group: 1, {}), most):
             fields = {"status": "completed"} | self.outcome(trial)
             leave_record(sweep, trial, **fields)
             claims.release(trial.trial_id, ENDED)
@@ -89,12 +90,6 @@ def unsuccessful(outcomes: Any) -> dict[str, str]:
     return {name: str(end) for name, end in outcomes.items() if isinstance(end, TrialFailed)}
 
 
-def states(folder: Path, trials: list[Trial]) -> list[str]:
-    claims = Claims(folder)
-    claims.look()
-    return [claims.state(trial.trial_id) for trial in trials]
-
-
 def fails(trial: Trial) -> dict[str, Any]:
     if trial.config.seed != 1:
         return {"metrics": {"val_accuracy": 0.5}}
@@ -120,7 +115,7 @@ def test_trials_are_trained_once_and_reported(engine, tmp_path, capsys):
     assert Sweep(tmp_path).plan["command"] == "the command"
 
 
-def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
+def test_what_failed_is_reported_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
     trials = seed_trials(3)
     engine.outcome = fails
     outcomes = run(tmp_path, trials)
@@ -137,23 +132,18 @@ def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, 
     assert again == {trials[0].trial_id: 0.5, trials[1].trial_id: 0.25, trials[2].trial_id: 0.5}
 
 
-def test_a_record_without_accuracy_is_told(engine, tmp_path, capsys):
-    engine.outcome = lambda trial: {"metrics": {}}
-    outcomes = run(tmp_path, seed_trials(1))
-    assert "1 of 1 trials did not complete" in "".join(unsuccessful(outcomes).values())
-    assert "retry_failed" not in "".join(unsuccessful(outcomes).values())
-    assert "has no val_accuracy: remove it" in capsys.readouterr().out
-
-
-def test_another_trials_record_in_the_folder_is_told(engine, tmp_path, capsys):
+def test_records_that_say_nothing_of_their_trials_are_reported(engine, tmp_path, capsys):
+    """One without accuracy, and another trial's."""
     first, second = seed_trials(2)
     sweep = sweep_of(tmp_path, [first])
     leave_record(sweep, first, "completed", metrics={"val_accuracy": 0.5})
     sweep.folder_of(first).rename(sweep.folder_of(second))
-    assert list(unsuccessful(run(tmp_path, [second]))) == [second.trial_id]
+    engine.outcome = lambda trial: {"metrics": {}}
+    failed = unsuccessful(run(tmp_path, [first, second]))
+    assert failed == dict.fromkeys((first.trial_id, second.trial_id), "2 of 2 trials did not complete")
     out = capsys.readouterr().out
+    assert "has no val_accuracy: remove it" in out
     assert f"holds trial {first.trial_id}" in out
-    assert "refused" in out
 
 
 def test_restart_trains_what_is_completed_once_more(engine, tmp_path):
@@ -172,12 +162,11 @@ def test_a_trial_in_training_is_neither_restarted_nor_retried(change, tmp_path):
     sweep = sweep_of(tmp_path, [trial])
     leave_record(sweep, trial, "failed")
     (sweep.folder_of(trial) / CHECKPOINT).touch()
-    other = Claims(tmp_path)
-    assert other.take(trial.trial_id)
-    restart = not change
-    assert run_module._reopened(sweep, trial, restart, bool(change)).status == "failed"
-    other.release(trial.trial_id)
-    assert run_module._reopened(sweep, trial, restart, bool(change)).status == ("new" if restart else "interrupted")
+    other = another(tmp_path, trial)
+    for status in ("failed", "interrupted" if change else "new"):
+        run_module._reopen(sweep, [trial], not change, bool(change))
+        assert sweep.state_of(trial).status == status
+        other.release(trial.trial_id)
 
 
 # --- what else is in the folder
@@ -214,7 +203,7 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     assert "note: 2 of 4 combinations are duplicates" in out
 
 
-def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
+def test_settings_whose_images_have_changed_are_reported(engine, tmp_path, capsys):
     before, now = (trial_of({"data.content": content}) for content in ("0" * 16, "1" * 16))
     before.overrides = now.overrides = ["lora.rank=4"]
     run(tmp_path, [before])
@@ -222,12 +211,6 @@ def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
     assert f"note: 1 of these trials were run here with other images, weights or defaults ({before.trial_id})" in (
         capsys.readouterr().out
     )
-
-
-def test_devices_are_not_for_packs(engine, tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2.*sweep\.workers=2"):
-        run(tmp_path, [trial_of({"trainer.devices": "2"})])
-    assert not (tmp_path / PLAN).exists()
 
 
 # --- races and searches
@@ -267,6 +250,33 @@ def test_a_restarted_race_trains_all_of_its_trials_again(engine, tmp_path):
     assert len(trained) == 4
 
 
+def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
+    """Over other seeds; the commands ask for what it says."""
+    pytest.importorskip("optuna", reason="needs pip install lora_vit[search]")
+    lines = [*SMALL, "lora.rank=choice(1,2,4,8)", "optimizer.lr=tag(log,interval(1e-4,1e-2))"]
+    engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.5 + 0.01 * trial.config.lora.rank}}
+    with initialized():
+        request = expand([*lines, "sweep.trials=8", "sweep.pack_size=4", "sweep.workers=1"], tmp_path)
+        found = sorted(run_sweep(request).values(), reverse=True)
+        assert (len(found), engine.started) == (8, [1, 1])
+        said = capsys.readouterr().out
+        assert "8 trials completed, one seed each" in said
+        proposed = [line for line in said.splitlines() if "lora_vit.train" in line]
+        assert len(proposed) == 3
+        for value, line in zip(found, proposed, strict=False):
+            assert f"  {value:.2%}  rank=" in said
+            flag, *overrides = shlex.split(line.removesuffix(" && \\"))[3:]
+            race = expand(overrides)
+            (trial,) = race.trials
+            assert (flag, race.options.margin, trial.config.seed) == ("-m", 0.5, 1)
+            assert str(race.folder) == f"{tmp_path}-best"
+            assert 0.5 + 0.01 * (trial.config.lora.rank or 0) == value
+        engine.outcome = lambda trial: {"status": "failed", "error": {"message": "no", "step": 1}}
+        engine.folder = request.folder = tmp_path / "t"
+        with pytest.raises(ConfigError, match=r"no trial completed: python -m lora_vit\.sweep \S+/t says why"):
+            run_sweep(request)
+
+
 # --- a dry run
 
 
@@ -303,8 +313,7 @@ def test_as_many_workers_are_started_as_trials_are_free(engine, tmp_path):
     """S10: and no more than are missing."""
     trials = seed_trials(4)
     sweep = sweep_of(tmp_path, trials)
-    other = Claims(tmp_path)
-    assert all(other.take(trial.trial_id) for trial in trials[:3])
+    other = another(tmp_path, *trials[:3])
     looks = []
 
     def looked() -> None:
@@ -326,10 +335,9 @@ def test_a_worker_that_died_is_replaced(engine, tmp_path):
 
     def looked() -> None:
         if engine.started == [1] and not claims:
-            claims.append(Claims(tmp_path))
-            assert claims[0].take(trials[0].trial_id)
+            claims.append(another(tmp_path, trials[0]))
             engine.works, engine.ends = False, False
-        elif claims and states(tmp_path, trials) == [HELD]:
+        elif claims and claimed(tmp_path, trials) == [HELD]:
             claims[0].release(trials[0].trial_id, FREE)
             engine.alive, engine.works = 0, True
 

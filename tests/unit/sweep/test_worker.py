@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stage import setup_of
-from sweeps import leave_record, seed_trials, sweep_of
+from sweeps import another, claimed, leave_record, seed_trials, sweep_of
 
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import CHECKPOINT, read_record
@@ -20,14 +20,13 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep import claims as claims_module
 from lora_vit.sweep import worker as worker_module
 from lora_vit.sweep.claims import DEAD_AFTER, ENDED, FREE, HELD, Claims
-from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.pack_size import PackSizes, Setups, out_of_memory, own_device
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups, own_device
 from lora_vit.sweep.trial import Trial
-from lora_vit.sweep.worker import PackReporter, Worker
+from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun
 
-Act = Callable[[list[TrialRun], PackReporter], None]
+Act = Callable[[list[TrialRun], Worker], None]
 
 
 class Bench:
@@ -41,7 +40,7 @@ class Bench:
         self.said: list[str] = []
         self.runs: list[TrialRun] = []
 
-    def train(self, trials: list[TrialRun], setup: object, reporter: PackReporter, stop: StopRequest) -> None:
+    def train(self, trials: list[TrialRun], setup: object, reporter: Worker, stop: StopRequest) -> None:
         assert setup is setup_of()
         assert stop is self.stop
         self.packs.append([trial.config.seed for trial in trials])
@@ -53,7 +52,7 @@ class Bench:
             if trial.record.status == "running":
                 self.complete(trial, reporter)
 
-    def complete(self, trial: TrialRun, reporter: PackReporter) -> None:
+    def complete(self, trial: TrialRun, reporter: Worker) -> None:
         trial.record.metrics["val_accuracy"] = 0.75
         trial.complete()
         reporter.left(trial)
@@ -84,13 +83,7 @@ class Bench:
         return [read_record(self.folder / trial.trial_id).status for trial in trials]
 
     def states(self, trials: list[Trial]) -> list[str]:
-        return states(self.folder, trials)
-
-
-def states(folder: Path, trials: list[Trial]) -> list[str]:
-    claims = Claims(folder)
-    claims.look()
-    return [claims.state(trial.trial_id) for trial in trials]
+        return claimed(self.folder, trials)
 
 
 @pytest.fixture
@@ -103,19 +96,10 @@ def bench(tmp_path, monkeypatch) -> Bench:
     return made
 
 
-def another(folder: Path, *trials: Trial) -> Claims:
-    """A process that has these trials; it lives, for it is this one."""
-    claims = Claims(folder)
-    claims.look()
-    for trial in trials:
-        assert claims.take(trial.trial_id)
-    return claims
-
-
 def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0) -> Act:
     """Packs with one of these seeds (None: with any) and of more than so many trials raise the error."""
 
-    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: Worker) -> None:
         if len(trials) > more_than and (seeds is None or seeds & {t.config.seed for t in trials}):
             raise error()
 
@@ -152,7 +136,7 @@ def test_trials_that_stand_elsewhere_in_an_epoch_train_apart(bench, monkeypatch)
 
 
 def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
-    """A GPU is claimed like a trial; a worker too many is told so."""
+    """A GPU is claimed like a trial; a worker too many ends with an error."""
     uuids = ["a", "b"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
@@ -290,7 +274,7 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
     """And one of a pack that is left alone is tried alone before it is blamed."""
     trials = seed_trials(3)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         if len(runs) == 3:
             for run in (runs[0], runs[2]):
                 bench.complete(run, reporter)
@@ -300,22 +284,6 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
     bench.work(trials)
     assert bench.packs == [[0, 1, 2], [1]]
     assert bench.statuses(trials) == ["completed"] * 3
-
-
-def test_an_error_holds_no_memory_of_its_pack(bench, monkeypatch):
-    freed: list[int] = []
-    monkeypatch.setattr(worker_module, "free_memory", lambda: freed.append(len(bench.packs)))
-    kept: list[Exception] = []
-
-    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
-        if len(trials) > 1:
-            kept.append(RuntimeError("no"))
-            raise kept[-1]
-
-    bench.act = act
-    bench.work(seed_trials(2))
-    assert freed == [1]
-    assert kept[0].__traceback__ is None
 
 
 @pytest.mark.parametrize(
@@ -339,7 +307,7 @@ def test_what_says_that_memory_ran_out(error, ran_out):
 
 
 def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
-    """S3: what its owner leaves is trained, also if it dies an hour later; nobody else may be there to do it."""
+    """S3: what its owner leaves is trained, also if it dies an hour later; no other may be there to do it."""
     trials = seed_trials(3)
     bench.ask(trials, pack_size="1")
     other = another(bench.folder, *trials[:2])
@@ -358,8 +326,8 @@ def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
     assert len(naps) >= 6
 
 
-@pytest.mark.parametrize("its_owner_goes_on", [False, True])
-def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on, bench, monkeypatch):
+@pytest.mark.parametrize("its_owner_continues", [False, True])
+def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_continues, bench, monkeypatch):
     """Its owner may be about to claim it; if it does not, it is taken."""
     trials = seed_trials(3)
     bench.ask(trials, pack_size="3")
@@ -368,7 +336,7 @@ def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on,
 
     def sleep(seconds: float) -> None:
         naps.append(seconds)
-        if its_owner_goes_on and len(naps) == 1:
+        if its_owner_continues and len(naps) == 1:
             assert all(other.take(trial.trial_id) for trial in trials[1:])
         if len(naps) == 2:
             for trial in trials:
@@ -376,7 +344,7 @@ def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_goes_on,
 
     monkeypatch.setattr(bench.stop, "sleep", sleep)
     bench.work()
-    assert bench.packs == ([] if its_owner_goes_on else [[1, 2]])
+    assert bench.packs == ([] if its_owner_continues else [[1, 2]])
 
 
 def test_who_measures_the_pack_size_is_waited_for(bench, monkeypatch):
@@ -387,7 +355,7 @@ def test_who_measures_the_pack_size_is_waited_for(bench, monkeypatch):
 
 
 def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
-    """S4, S5: suspended for longer than DEAD_AFTER; when it wakes up it writes nothing, and nobody gives up."""
+    """S4, S5: suspended for longer than DEAD_AFTER; when it wakes up it writes nothing, and no worker gives up."""
     trials = seed_trials(2)
     sweep = bench.ask(trials)
     now = [0.0]
@@ -405,7 +373,7 @@ def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
 
     late: list[TrialRun] = []
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         late.extend(runs)
         successor()
         for run in runs:  # awake again
@@ -427,14 +395,14 @@ def test_a_claim_that_is_lost_and_free_again_is_taken_again(bench):
     """What another process took over is left to it; the rest of the pack, and later the trial, are trained here."""
     trials = seed_trials(2)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         if len(bench.packs) == 1:
             for mark in ("", ".free"):
                 (bench.folder / ".claims" / f"{trials[0].trial_id}.2{mark}").touch()
             assert not reporter.claims.mine(trials[0].trial_id)
             pack: Any = SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4)
             reporter.advance(pack)
-            pytest.fail("the pack goes on")
+            pytest.fail("the pack continues")
 
     bench.act = act
     bench.work(trials)
@@ -450,7 +418,7 @@ def test_how_far_the_trials_are_goes_into_the_signs_of_life(bench):
     trials = seed_trials(2)
     seen: list[float] = []
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         runs[1].state.epoch = 3
         reporter.advance(SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4))  # type: ignore[arg-type]
         reporter.claims.beat()
@@ -472,7 +440,7 @@ def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
     trials = seed_trials(2)
     bench.ask(trials)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         raise raised
 
     bench.act = act
@@ -485,7 +453,7 @@ def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
 def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
     trials = [*seed_trials(2), *seed_trials(1, trainer__epochs=3)]
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         bench.stop.signum = signal.SIGTERM
 
     bench.act = act
@@ -495,8 +463,3 @@ def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
     assert caught.value.signum == signal.SIGTERM
     assert bench.packs == [[0]]
     assert bench.states(trials) == [ENDED, FREE, FREE]
-
-
-def test_work_on_what_is_no_sweep(tmp_path):
-    with pytest.raises(ConfigError, match="is not a sweep folder"):
-        worker_module.work(tmp_path)
