@@ -83,15 +83,12 @@ def sweep(
         Interrupted: everything is saved.
     """
     _refuse_torchrun()
-    if wrong := {"dry_run", "wait"} & set(options):
-        raise ConfigError(f"sweep.{wrong.pop()} is for the command: sweep() trains, and waits")
     forget()
     lines = [trial for trial in trials if isinstance(trial, str)]
     if not lines and folder is None:
         raise ConfigError("sweep() needs a folder for trials that are given as configs")
     with initialized():
-        given = [f"sweep.{key}={value}" for key, value in options.items()]
-        request = expand([*(lines or NO_FILES), *given], folder)
+        request = expand([*(lines or NO_FILES), *(f"sweep.{key}={value}" for key, value in options.items())], folder)
     if not lines:
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_vit.errors import ConfigError, TrialFailed, UserError, report
 from lora_vit.stopping import repeating
@@ -38,11 +39,7 @@ class Process:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment describes a group of processes that this one belongs to.
-
-    Raises:
-        ConfigError: the description of a group of several is not whole.
-    """
+    """Whether the environment describes a group that this process belongs to. Raises ConfigError if it is not whole."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     rank, size = given.get("RANK", ""), given.get("WORLD_SIZE", "1")
@@ -74,8 +71,10 @@ def group() -> Iterator[Process]:
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] != "0":
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if started_by_ourselves():
-            stack.enter_context(_ending_with_parent())
+        if started_by_ourselves():  # end with it
+            parent = os.getppid()
+            end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+            stack.enter_context(repeating(lambda: None if os.getppid() == parent else end(), 1.0))
         stack.callback(_leave)
         try:
             yield _join()
@@ -86,11 +85,6 @@ def group() -> Iterator[Process]:
 
                 get_error_handler().record_exception(error)
             sys.exit(report(error, quiet=known and not speaks))
-
-
-def _ending_with_parent() -> contextlib.AbstractContextManager[None]:
-    parent = os.getppid()
-    return repeating(lambda: os.kill(os.getpid(), signal.SIGTERM) if os.getppid() != parent else None, every=1.0)
 
 
 def _join() -> Process:
@@ -165,18 +159,18 @@ def on_all(action: Callable[[], T]) -> T:
 
     Raises the action's error where it failed, and TrialFailed on the other processes, with the first rank and error.
     """
-    results, errors = [], []
+    result, error = None, None
     try:
-        results.append(action())
+        result = action()
     except Exception as caught:
-        errors.append(caught)
-    problems = from_all([str(error) for error in errors])
-    if errors:
-        raise errors[0]
+        error = caught
+    problems = from_all(None if error is None else str(error))
+    if error is not None:
+        raise error
     for rank, problem in enumerate(problems):
-        if problem:
-            raise TrialFailed(f"process {rank}: {problem[0]}")
-    return results[0]
+        if problem is not None:
+            raise TrialFailed(f"process {rank}: {problem}")
+    return cast(T, result)
 
 
 def agree(value: str, problem: str) -> None:
@@ -188,7 +182,7 @@ def agree(value: str, problem: str) -> None:
 
 @contextlib.contextmanager
 def _expecting_others() -> Iterator[None]:
-    """Tell the end of another process by what torch says of its connection."""
+    """Know the end of another process by what torch says of its connection."""
     try:
         yield
     except RuntimeError as error:

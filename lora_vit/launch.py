@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def _literal(value: Any) -> str:
 def launch(config: TrialConfig, folder: Path, world_size: int) -> TrialRecord:
     """Train in processes of this machine, and wait for them; returns the trial's record.
 
-    A signal that asks to stop is passed on.
+    A signal that asks to stop is passed on. This process is left as it was: torch's launcher sets handlers of signals,
+    draws random numbers and logs what it sees.
 
     Raises:
         ConfigError, TrialFailed: what the processes report, or that one ended without a report.
@@ -59,43 +60,29 @@ def launch(config: TrialConfig, folder: Path, world_size: int) -> TrialRecord:
     def pass_on(signum: int, frame: Any) -> None:
         raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
 
-    command = ["-m", "lora_vit.train", *overrides_of(config), f"hydra.run.dir={_literal(str(folder.absolute()))}"]
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // world_size))
+    command = [f"HYDRA_FULL_ERROR={int(errors.FULL_ERROR)}", f"OMP_NUM_THREADS={threads}",
+               f"PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", sys.executable, "-m", "lora_vit.train",
+               *overrides_of(config), f"hydra.run.dir={_literal(str(folder.absolute()))}"]  # fmt: skip
     options = LaunchConfig(1, 1, world_size, run_id=distributed.OWN_RUN, rdzv_backend="c10d",
                            rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2)  # fmt: skip
-    try:
-        with _left_as_it_was():
-            for signum in SIGNALS:
-                if signal.getsignal(signum) is signal.SIG_DFL and signum != signal.SIGTERM:
-                    signal.signal(signum, pass_on)
-            os.environ |= {
-                "HYDRA_FULL_ERROR": str(int(errors.FULL_ERROR)),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size))),
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            }
-            elastic_launch(options, sys.executable)(*command)
-    except SignalException as error:
-        raise Interrupted(int(error.sigval)) from None
-    except ChildFailedError as error:
-        raise _cause(folder, config, error.failures) from None
+    logger = logging.getLogger("torch.distributed.elastic")
+    with contextlib.ExitStack() as as_before:
+        as_before.callback(random.setstate, random.getstate())
+        as_before.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        for signum in (*SIGNALS, signal.SIGQUIT):
+            handler = signal.getsignal(signum)
+            as_before.callback(signal.signal, signum, handler)
+            if handler is signal.SIG_DFL:
+                signal.signal(signum, pass_on)
+        try:
+            elastic_launch(options, "/usr/bin/env")(*command)
+        except SignalException as error:
+            raise Interrupted(int(error.sigval)) from None
+        except ChildFailedError as error:
+            raise _cause(folder, config, error.failures) from None
     return read_record(folder)
-
-
-@contextlib.contextmanager
-def _left_as_it_was() -> Iterator[None]:
-    """Restore what torch's launcher changes: signal handlers, variables, Python's generator; and keep it silent."""
-    handlers = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGQUIT)}
-    variables, generator, logger = dict(os.environ), random.getstate(), logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        os.environ.clear()
-        os.environ.update(variables)
-        random.setstate(generator)
 
 
 def _cause(folder: Path, config: TrialConfig, failures: Mapping[int, Any]) -> UserError:
@@ -105,13 +92,13 @@ def _cause(folder: Path, config: TrialConfig, failures: Mapping[int, Any]) -> Us
     """
     said = {r: f.message["message"] if isinstance(f.message, dict) else "" for r, f in failures.items()}
     first = min(failures, key=lambda r: (distributed.PEER_ENDED in said[r], failures[r].timestamp))
-    failure = failures[first]
-    if failure.exitcode - 128 in SIGNALS:
-        return Interrupted(failure.exitcode - 128)
+    code = failures[first].exitcode
+    if code - 128 in SIGNALS:
+        return Interrupted(code - 128)
     kind, _, text = said[first].partition(": ")
     if text:
         return ConfigError(text) if kind == "ConfigError" else TrialFailed(text)
-    reason = f"process {first} ended with code {failure.exitcode}"
+    reason = f"process {first} ended with code {code}"
     record = state_of(folder, config).record
     if record is not None and record.status != "completed":
         record.status, record.finished = "failed", time.time()

@@ -13,16 +13,8 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import (
-    DATASETS,
-    TrialConfig,
-    file_sha256,
-    from_dict,
-    is_weights_file,
-    known_keys,
-    nearest,
-    trial_id,
-    validate,
-)
+    DATASETS, TrialConfig, file_sha256, from_dict, is_weights_file, known_keys, nearest, trial_id, validate,
+)  # fmt: skip
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
@@ -87,9 +79,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         if key not in (*wanted, *SECTIONS_BESIDE):
             raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
     for key in wanted:
-        if OmegaConf.is_missing(cfg, key):
-            raise ConfigError(f"{key} has no value: give one, for example {key}=...")
-        if key not in cfg:
+        if key not in cfg.keys():  # noqa: SIM118  (``in cfg`` asks for a value)
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
         try:
             node = cfg[key]
@@ -100,22 +90,20 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    if in_sweep:
-        drop_idle(plain)
+    lora = plain["lora"]
+    if in_sweep and isinstance(lora, dict) and lora.get("method") in ("none", "full"):
+        plain["lora"] = {**dict.fromkeys(lora), "method": lora["method"]}
     trial = from_dict(plain)
-    absolute_paths(trial, cwd or Path.cwd())
+    _make_absolute(trial, cwd or Path.cwd())
     validate(trial)
     identify(trial, fetch)
     return trial
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what the trial's files contain, or compare it with what is given.
+    """Fill in what the trial's files contain, or compare it with what is given; without ``fetch`` download nothing.
 
-    Without ``fetch`` nothing is downloaded.
-
-    Raises:
-        ConfigError: a file cannot be read, or its content is not the given one.
+    Raises ConfigError: a file cannot be read, or its content is not the given one.
     """
     weights, digest = trial.model.weights, None
     in_package = DATASETS[trial.data.name].in_package
@@ -137,8 +125,8 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     trial.model.weights_sha256, trial.data.content = digest, content
 
 
-def absolute_paths(trial: TrialConfig, cwd: Path) -> None:
-    """Make the paths absolute that other commands need later; ``model.weights=none`` means null, as elsewhere."""
+def _make_absolute(trial: TrialConfig, cwd: Path) -> None:
+    """The paths that other commands need later; ``model.weights=none`` means null, as elsewhere."""
     if str(trial.model.weights).lower() in ("none", "null"):
         trial.model.weights = None
     if is_weights_file(trial.model.weights):
@@ -147,13 +135,3 @@ def absolute_paths(trial: TrialConfig, cwd: Path) -> None:
         trial.data.root = os.path.join(cwd, user_path(trial.data.root))
     if not trial.data.cache_dir.startswith("~"):  # each machine's own home
         trial.data.cache_dir = os.path.join(cwd, trial.data.cache_dir)
-
-
-def drop_idle(values: dict[str, Any]) -> list[str]:
-    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
-    lora = values.get("lora")
-    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
-        return []
-    idle = [key for key, value in lora.items() if key != "method" and value is not None]
-    lora.update(dict.fromkeys(idle))
-    return [f"lora.{key}" for key in idle]

@@ -37,9 +37,12 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
         TrialFailed: the trial's record says why, or a process could not take part.
         Interrupted: everything is saved.
     """
-    process = distributed.this_process()
+    process, devices = distributed.this_process(), config.trainer.devices
     if distributed.started_by_torchrun():
-        _check_group(config, process.world_size)
+        check_world_size(config, process.world_size)
+        if devices not in ("auto", str(process.world_size)):
+            started = f"torchrun has started {process.world_size} processes"
+            raise ConfigError(f"trainer.devices={devices}: {started}, leave it out")
     else:
         world_size, note = choose_world_size(config)
         if note:
@@ -66,14 +69,6 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     if trial.record.status == "failed":
         raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
     return trial.record
-
-
-def _check_group(config: TrialConfig, world_size: int) -> None:
-    """Raise ConfigError if the trial cannot train in the processes that torchrun has started."""
-    check_world_size(config, world_size)
-    devices = config.trainer.devices
-    if devices not in ("auto", str(world_size)):
-        raise ConfigError(f"trainer.devices={devices}: torchrun has started {world_size} processes, leave it out")
 
 
 def _take(config: TrialConfig, folder: Path, process: Process, held: contextlib.ExitStack) -> TrialRecord | None:

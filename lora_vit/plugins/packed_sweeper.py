@@ -43,7 +43,7 @@ class PackedSweeper(Sweeper):
             raise ConfigError("a sweep starts its own processes: give the same command without torchrun")
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
-        request = sweep_request(self.config, self.params, arguments)
+        request = sweep_request(self.config)
         request.ended = self._call_back
         from lora_vit.api import run_request  # imports torch
 

@@ -104,7 +104,7 @@ SWEEP = [*SMALL, "seed=0,1"]
         (api.sweep, [*SWEEP, "lora.rnk=1"], {}, "did you mean 'lora.rank'"),
         (api.sweep, [*SWEEP, "lora=qkv"], {}, "'lora/qkv' does not exist"),
         (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
-        (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run is for the command"),
+        (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
         (api.sweep, [*SWEEP, "hydra/launcher=basic"], {}, "hydra/launcher=basic has no effect"),
         (api.sweep, [*SWEEP, "-m"], {}, "-m"),
