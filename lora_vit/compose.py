@@ -24,7 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, known_keys, nearest, to_dict, validate_sweep
+from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, to_dict, unknown_key, validate_sweep
+from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
@@ -41,7 +42,7 @@ ELSEWHERE = ("hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydr
 
 
 def register() -> None:
-    """Put the schema, the engines, the resolvers and the sweeper into Hydra (call before it composes)."""
+    """Put the schema, the engines, the resolvers and the sweeper into Hydra, before it composes."""
     from hydra.core.plugins import Plugins
     from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
 
@@ -57,10 +58,7 @@ def register() -> None:
 
 @contextmanager
 def initialized() -> Iterator[None]:
-    """Hydra with our configuration, for a script or a notebook; then its state is as it was before.
-
-    Raises ConfigError instead of what Hydra raises.
-    """
+    """Hydra with our configuration, for a script or a notebook; then its state is as before. Raises ConfigError."""
     running, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
     try:
@@ -96,6 +94,7 @@ class Composer:
     def __init__(self, config_name: str, fixed: Sequence[str]):
         """``fixed``: overrides that all trials have, those of Hydra's own node too."""
         self.config_name, self.fixed = config_name, list(fixed)
+        self.fetch = True  # the content of images, which may have to be downloaded
         loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=loader)
         self._options = functools.cache(loader.get_group_options)
@@ -140,9 +139,10 @@ def sweep_request(master: Any) -> Request:
     Args:
         master: the composed config of what is not swept, with Hydra's node; a sweep without a name gets one.
 
-    Raises:
-        ConfigError: in one line; with every trial that cannot run, a line each.
+    Raises ConfigError: in one line, or a line for each trial that cannot run.
     """
+    if started_by_torchrun():
+        raise ConfigError("a sweep starts its own processes: start it without torchrun")
     given: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given["hydra"] if key_of(line) != "hydra.mode"])
     with in_one_line():
@@ -151,8 +151,9 @@ def sweep_request(master: Any) -> Request:
         overrides = {o.get_key_element(): o for o in parsed}
         swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
         fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
-        options: SweepConfig = OmegaConf.to_object(master.sweep)
+        options: Any = OmegaConf.to_object(master.sweep)
         validate_sweep(options)
+        composer.fetch = not options.dry_run
         refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
         refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
         if options.name is None:
@@ -187,11 +188,7 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
 
 
 def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequence[str]]) -> list[Trial]:
-    """Every trial of the sweep, validated; ``swept``: the overrides of each.
-
-    Raises:
-        ConfigError: with every trial that cannot run, one line each.
-    """
+    """Every trial of the sweep (``swept``: overrides of each). Raises ConfigError, a line for each that cannot run."""
     trials: list[Trial] = []
     refused: dict[str, list[str]] = {}
     plain = Every(5.0)
@@ -216,19 +213,19 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
 def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]) -> Trial:
     """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
     node = composer([*fixed, *swept])
-    config = from_omegaconf(node, in_sweep=True, cwd=Path(str(node.hydra.runtime.cwd)))
+    config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
     return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 
 def refuse_seed_dependent(composer: Composer, fixed: Sequence[str], trials: Sequence[Trial]) -> None:
     """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
-    seed = f"seed={trials[0].config.seed + 1}"
     for trial in trials:
-        other = compose_trial(composer, without_seed(fixed), [*without_seed(trial.overrides[len(fixed) :]), seed])
-        ours, theirs = to_dict(trial.config), to_dict(other.config)
-        if wrong := [key for key in ours if key != "seed" and ours[key] != theirs[key]]:
-            raise ConfigError(f"{wrong[0]} depends on the seed: a race compares cells over its seeds, so give every "
-                              "setting but seed a value of its own")  # fmt: skip
+        lines = without_seed(trial.overrides[len(fixed) :])
+        other = compose_trial(composer, without_seed(fixed), [*lines, f"seed={trials[0].config.seed + 1}"])
+        for key, value in to_dict(other.config).items():
+            if key != "seed" and value != to_dict(trial.config)[key]:
+                raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "
+                                  "setting but seed a value of its own")  # fmt: skip
 
 
 def search_space(
@@ -322,14 +319,18 @@ def quoted(key: str, text: str) -> str:
     return f"give the name in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
 
 
-_HYDRAS = (
+_ANSWERS: tuple[tuple[str, Any], ...] = (
     (r"Could not override '(hydra.sweeper.params[^']*)'",
-     "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2"),
-    (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)"),
+     "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2".format),
+    (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)".format),
+    (r"Could not override '([^']+)'", unknown_key),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
-     "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
+     "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]".format),
     (r"Config group override must be a string",
-     "a group has no option 'null': leave it out, or choose one (see --help)"),
+     "a group has no option 'null': leave it out, or choose one (see --help)".format),
+    (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
+     lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
+                            f"(one of: {', '.join(others.split())})"),
 )  # fmt: skip
 """What Hydra's messages say, and what ours say."""
 
@@ -347,15 +348,9 @@ def explain(error: BaseException) -> str:
             remedy = f": {quoted(key, text)}" if key.lstrip("+") in PATHS else ""
             return f"cannot read the override '{link.override}' ({link.message.splitlines()[0]}){remedy}"
     text = "\n".join(str(link) for link in chain)
-    for pattern, ours in _HYDRAS:
+    for pattern, answer in _ANSWERS:
         if found := re.search(pattern, text):
-            return ours.format(*found.groups())
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return f"unknown key '{found[1]}'{nearest(found[1], known_keys()) or ' (see --help)'}"
-    if found := re.search(r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)", text):
-        options = [o.strip() for o in found[2].split("\n") if o.strip()]
-        near = nearest(found[1].rpartition("/")[2], options)
-        return f"'{found[1]}' does not exist{near} (one of: {', '.join(options)})"
+            return str(answer(*found.groups()))
     if found := re.search(r"full_key: (\S+)", text):
         return f"{found[1]}: {next(str(link) for link in chain if found[0] in str(link)).splitlines()[0]}"
     lines = [line for line in text.splitlines() if line and not line.startswith("In '")]

@@ -39,17 +39,8 @@ class Process:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment describes a group that this process belongs to. Raises ConfigError if it is not whole."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    rank, size = given.get("RANK", ""), given.get("WORLD_SIZE", "1")
-    if len(given) < len(names) and (size == "1" or not rank) and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False  # left over by a scheduler
-    numbers = rank.isdecimal() and size.isdecimal() and given.get("MASTER_PORT", "").isdecimal()
-    if len(given) < len(names) or not numbers or int(rank) >= int(size):
-        shown = " ".join(f"{name}={given.get(name, '')}" for name in names)
-        raise ConfigError(f"{shown} do not describe a process group: start with torchrun, or unset RANK")
-    return True
+    """Whether torchrun has started this process; what a scheduler says of ranks does not count."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def started_by_ourselves() -> bool:
@@ -67,14 +58,12 @@ def group() -> Iterator[Process]:
     if not started_by_torchrun():
         yield Process()
         return
-    speaks = os.environ["RANK"] == "0" and not started_by_ourselves()
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] != "0":
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if started_by_ourselves():  # end with it
-            parent = os.getppid()
-            end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-            stack.enter_context(repeating(lambda: None if os.getppid() == parent else end(), 1.0))
+        if started_by_ourselves():  # end with that command
+            parent, end = os.getppid(), functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+            stack.enter_context(repeating(lambda: None if os.getppid() == parent else end(), every=1.0))
         stack.callback(_leave)
         try:
             yield _join()
@@ -84,9 +73,22 @@ def group() -> Iterator[Process]:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=known and not speaks))
+            sys.exit(report(error, quiet=known and (os.environ["RANK"] != "0" or started_by_ourselves())))
 
 
+@contextlib.contextmanager
+def _expecting_others() -> Iterator[None]:
+    """Know the end of another process by what torch says of its connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
+        if any(word in str(error) for word in words):
+            raise TrialFailed(PEER_ENDED) from None
+        raise
+
+
+@_expecting_others()
 def _join() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
     import torch
@@ -95,12 +97,11 @@ def _join() -> Process:
     # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
     import torch.distributed.nn.functional
 
-    backend, local_rank = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    with _expecting_others():
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return this_process()
 
 
@@ -123,34 +124,33 @@ def _joined() -> Any:
 
 def this_process() -> Process:
     """This process in the group that it has joined; alone it is rank 0 of 1."""
-    if (dist := _joined()) is None:
-        return Process()
-    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    dist = _joined()
+    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))) if dist else Process()
 
 
+@_expecting_others()
 def sum_over_processes_(tensor: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place; nothing to do for one process."""
+    """Add up a tensor over all processes, in place."""
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
     return tensor
 
 
+@_expecting_others()
 def from_main(value: T) -> T:
     """Rank 0's value, on every process."""
     box = [value]
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
     return box[0]
 
 
+@_expecting_others()
 def from_all(value: T) -> list[T]:
     """The values of all processes by rank, on every process."""
     values = [value] * this_process().world_size
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -178,15 +178,3 @@ def agree(value: str, problem: str) -> None:
     values = dict.fromkeys(from_all(value))
     if len(values) > 1:
         raise ConfigError(f"{problem}: {' | '.join(values)}")
-
-
-@contextlib.contextmanager
-def _expecting_others() -> Iterator[None]:
-    """Know the end of another process by what torch says of its connection."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
-        if any(word in str(error) for word in words):
-            raise TrialFailed(PEER_ENDED) from None
-        raise

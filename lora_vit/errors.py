@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (*IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
-
-
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)"""
 
@@ -96,8 +95,7 @@ def _check_process() -> None:
         gone = f"the folder that this is started in is gone ({error.strerror})"
         raise ConfigError(f"{gone}: cd to one that is there") from None
     if find_spec("lora_vit.conf") is None:
-        clone = Path(__file__).resolve().parent.parent
-        install = f"run `{sys.executable} -m pip install -e {clone}`"
+        install = f"run `{sys.executable} -m pip install -e {Path(__file__).resolve().parents[1]}`"
         raise ConfigError(f"lora_vit is not installed in this Python: {install}")
 
 
@@ -112,10 +110,10 @@ def line_of(error: BaseException) -> str:
     if not isinstance(error, OSError):
         return ""
     place = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, FileNotFoundError):
+        return f"error: {place} is gone: was a folder moved or removed meanwhile?"
+    if error.errno in IS_FULL:
         return f"error: {place} cannot be written ({error.strerror}): make room, then the same command resumes"
     if error.errno in NO_SPACE or isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return f"error: {place} cannot be written or read ({error.strerror}): give another folder"
-    if isinstance(error, FileNotFoundError):
-        return f"error: {place} is gone: was a folder moved or removed meanwhile?"
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import omegaconf
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import (
-    DATASETS, TrialConfig, file_sha256, from_dict, is_weights_file, known_keys, nearest, trial_id, validate,
-)  # fmt: skip
+from lora_vit.config import DATASETS, SECTIONS, TrialConfig, file_sha256, from_dict, is_weights_file, trial_id, validate
+from lora_vit.config.schema import unknown_key
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
@@ -22,24 +20,23 @@ from lora_vit.files import user_path
 UNKNOWN_ID = "TRIAL"
 """Stands for a trial id in a path, while that would need a download to know."""
 SECTIONS_BESIDE = ("hydra", "sweep", "engine")
-"""What is composed beside a trial."""
 
 
 def register_resolvers() -> None:
     """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
     is_old = omegaconf.__version__.startswith("2.3")  # a later one has another name for it
     new: Any = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
-    new("trial_id", _known_trial_id, replace=True)
-    new("rank_times", _rank_times, replace=True)
-    new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
-    new("at_least", _at_least, replace=True)
+    for name, resolver in (("trial_id", _known_trial_id), ("rank_times", _rank_times), ("at_least", _at_least),
+                           ("first", lambda *values: next((v for v in values if v is not None), None))):  # fmt: skip
+        new(name, resolver, replace=True)
 
 
 def _known_trial_id(_root_: Any) -> str:
     try:
-        return trial_id(from_omegaconf(_root_, in_sweep=True, fetch=False))
+        trial = from_omegaconf(_root_, in_sweep=True, fetch=False)
     except ConfigError:
         return UNKNOWN_ID  # whoever uses the path says what is wrong
+    return trial_id(trial) if is_identified(trial) else UNKNOWN_ID
 
 
 def _at_least(*sizes: Any, _root_: Any) -> Any:
@@ -67,17 +64,17 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     Args:
         cfg: the composed config; what is beside the trial (``sweep``, ``engine``, ``hydra``) is left out.
         in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
-        fetch: download and read what decides the trial's identity; else the trial has no id if that would be needed.
+        fetch: download and read what decides the trial's identity; else see :func:`is_identified`.
         cwd: the folder from which relative paths are seen; None: the current one.
 
     Raises:
         ConfigError: in one line, the key, the value and the remedy.
     """
-    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
+    wanted = [*SECTIONS, "seed"]
     plain: dict[str, Any] = {}
     for key in cfg:
         if key not in (*wanted, *SECTIONS_BESIDE):
-            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
+            raise ConfigError(unknown_key(key))
     for key in wanted:
         if key not in cfg.keys():  # noqa: SIM118  (``in cfg`` asks for a value)
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
@@ -94,16 +91,25 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     if in_sweep and isinstance(lora, dict) and lora.get("method") in ("none", "full"):
         plain["lora"] = {**dict.fromkeys(lora), "method": lora["method"]}
     trial = from_dict(plain)
-    _make_absolute(trial, cwd or Path.cwd())
+    model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
+    if str(model.weights).lower() in ("none", "null"):  # as elsewhere
+        model.weights = None
+    if is_weights_file(model.weights):
+        model.weights = os.path.join(cwd, user_path(str(model.weights)))
+    if data.root:
+        data.root = os.path.join(cwd, user_path(data.root))
+    if not data.cache_dir.startswith("~"):  # each machine's own home
+        data.cache_dir = os.path.join(cwd, data.cache_dir)
     validate(trial)
     identify(trial, fetch)
     return trial
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what the trial's files contain, or compare it with what is given; without ``fetch`` download nothing.
+    """Fill in what the trial's files contain, or compare it with what is given.
 
-    Raises ConfigError: a file cannot be read, or its content is not the given one.
+    Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed. Raises
+    ConfigError: a file cannot be read, or its content is not the given one.
     """
     weights, digest = trial.model.weights, None
     in_package = DATASETS[trial.data.name].in_package
@@ -114,24 +120,17 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
     content = known_content(trial.data, fetch)
+    if content is None and not fetch:
+        content = trial.data.content
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),
         ("data.content", trial.data.content, content),
     ):
         if given is not None and given != found:
             raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
-    if not fetch and content is None and not in_package:
-        raise ConfigError(f"data={trial.data.name} has not been read yet")
     trial.model.weights_sha256, trial.data.content = digest, content
 
 
-def _make_absolute(trial: TrialConfig, cwd: Path) -> None:
-    """The paths that other commands need later; ``model.weights=none`` means null, as elsewhere."""
-    if str(trial.model.weights).lower() in ("none", "null"):
-        trial.model.weights = None
-    if is_weights_file(trial.model.weights):
-        trial.model.weights = os.path.join(cwd, user_path(str(trial.model.weights)))
-    if trial.data.root:
-        trial.data.root = os.path.join(cwd, user_path(trial.data.root))
-    if not trial.data.cache_dir.startswith("~"):  # each machine's own home
-        trial.data.cache_dir = os.path.join(cwd, trial.data.cache_dir)
+def is_identified(trial: TrialConfig) -> bool:
+    """Whether it is known what the trial's images are, without which its id says nothing."""
+    return trial.data.content is not None or DATASETS[trial.data.name].in_package

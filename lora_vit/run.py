@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from pathlib import Path
+from typing import Any
 
 from lora_vit import distributed
 from lora_vit.build import build_setup, check_world_size, choose_world_size
 from lora_vit.config import TrialConfig
-from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed, one_line
 from lora_vit.files import remove_empty
 from lora_vit.launch import launch
@@ -17,7 +16,6 @@ from lora_vit.records import TrialRecord
 from lora_vit.stopping import StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun, completed_record, locked_folder
 
 
@@ -49,13 +47,25 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             print(note)
         if world_size > 1:
             return launch(config, folder, world_size)
+    restart = config.trainer.resume == "restart"
+
+    def take() -> TrialRecord | None:
+        """Lock the folder until ``held`` is left; the record of a trial that is completed and not restarted."""
+        held.callback(remove_empty, folder)
+        held.enter_context(locked_folder(folder))
+        completed = completed_record(folder, config)
+        return None if restart else completed
+
     with contextlib.ExitStack() as held:
-        completed = distributed.from_main(distributed.on_all(lambda: _take(config, folder, process, held)))
+        completed = distributed.from_main(distributed.on_all(lambda: take() if process.is_main else None))
         if completed is not None:
             return completed
         with StopRequest() as stop:
-            setup = distributed.on_all(functools.partial(build_setup, config, process))
-            trial = _open(config, folder, setup, hydra_files)
+            setup = distributed.on_all(lambda: build_setup(config, process))
+            opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
+                                        if process.is_main else None)  # fmt: skip
+            standing: Any = distributed.from_main(opened and (opened.record, opened.state))
+            trial = opened or TrialRun(config, *standing)  # without files
             reporter = RunReporter()
             try:
                 train_trials([trial], setup, reporter, stop)
@@ -69,26 +79,3 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     if trial.record.status == "failed":
         raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
     return trial.record
-
-
-def _take(config: TrialConfig, folder: Path, process: Process, held: contextlib.ExitStack) -> TrialRecord | None:
-    """On rank 0, lock the folder until ``held`` is left; the record of a trial that is completed and not restarted."""
-    if not process.is_main:
-        return None
-    held.callback(remove_empty, folder)
-    held.enter_context(locked_folder(folder))
-    completed = completed_record(folder, config)
-    return None if config.trainer.resume == "restart" else completed
-
-
-def _open(config: TrialConfig, folder: Path, setup: Setup, hydra_files: dict[str, str]) -> TrialRun:
-    """The trial at the state that its folder holds; without files except on rank 0."""
-
-    def open_here() -> TrialRun | None:
-        restart = config.trainer.resume == "restart"
-        return TrialRun.open(config, folder, setup, hydra_files, restart=restart) if setup.process.is_main else None
-
-    trial = distributed.on_all(open_here)
-    standing = distributed.from_main((trial.record, trial.state) if trial else None)
-    assert standing is not None
-    return trial or TrialRun(config, *standing)

@@ -28,22 +28,15 @@ class Every:
 
     def due(self) -> bool:
         """Whether it is time again."""
-        now = time.monotonic()
-        if now - self._since <= self.seconds:
-            return False
-        self._since = now
-        return True
+        if passed := time.monotonic() - self._since > self.seconds:
+            self._since = time.monotonic()
+        return passed
 
 
 class Progress:
     """How far ``total`` units of work are, with rate and time left; as a context also the time of all of it.
 
-    Args:
-        what: the work, e.g. "decoding images".
-        total: number of units.
-        quiet: show nothing.
-        unit: name of the units.
-        done: units that were done earlier.
+    ``done`` units were done earlier.
     """
 
     def __init__(self, what: str, total: int, quiet: bool, unit: str = "images", done: int = 0):
@@ -62,7 +55,6 @@ class Progress:
             self._bar.start()
 
     def advance(self, count: int) -> None:
-        """``count`` more units are done."""
         self._done += count
         rate = (self._done - self._before) / max(time.perf_counter() - self._start, 1e-9)
         figures = self.figures or f"{rate:,.0f} {self.unit}/s"
@@ -73,7 +65,6 @@ class Progress:
             self.console.print(f"{self.what}: {self._done:,}/{self.total:,}  {figures}  about {left:,.0f} s left")
 
     def close(self) -> None:
-        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -84,8 +75,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close()
         if kind is None:
-            seconds = time.perf_counter() - self._start
-            self.console.print(f"{self.what}: {self._done:,} {self.unit} in {seconds:.1f} s")
+            self.console.print(f"{self.what}: {self._done:,} {self.unit} in {time.perf_counter() - self._start:.1f} s")
 
 
 def make_console(quiet: bool = False) -> Console:

@@ -20,11 +20,7 @@ SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "m
 
 
 def validate(trial: TrialConfig) -> None:
-    """Check one trial, across fields too.
-
-    Raises:
-        ConfigError: in one line, the key, the value and what to do.
-    """
+    """Check one trial, across fields too. Raises ConfigError: in one line, the key, the value and what to do."""
     for name in SECTIONS:
         check_fields(getattr(trial, name), f"{name}.")
     check_fields(trial)
@@ -34,19 +30,14 @@ def validate(trial: TrialConfig) -> None:
 
 
 def validate_sweep(sweep: SweepConfig) -> None:
-    """Check how a sweep is to run.
-
-    Raises:
-        ConfigError: in one line, the key, the value and what to do.
-    """
+    """Check how a sweep is to run. Raises ConfigError likewise."""
     check_fields(sweep, "sweep.")
     if sweep.most_seeds < sweep.first_seeds:
-        remedy = f"give at least sweep.first_seeds={sweep.first_seeds}"
-        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: {remedy}")
+        least = f"sweep.first_seeds={sweep.first_seeds}"
+        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: give at least {least}")
 
 
 def _check_sizes(m: ModelConfig) -> None:
-    """Check a model of torchvision's, which is made from its sizes."""
     one_of("model.name", m.name, MODELS)
     sizes = {key: getattr(m, key) for key in SIZES}
     for key, value in sizes.items():
@@ -62,7 +53,6 @@ def _check_sizes(m: ModelConfig) -> None:
 
 
 def _check_timm(m: ModelConfig) -> None:
-    """Check what is known of timm's models without timm."""
     for key in SIZES[1:]:
         if getattr(m, key) is not None:
             refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
@@ -74,7 +64,6 @@ def _check_timm(m: ModelConfig) -> None:
 
 
 def _check_data(d: DataConfig) -> None:
-    """Check the settings that a data set needs, and those that have no effect on it."""
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
@@ -93,7 +82,6 @@ def _check_data(d: DataConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
-    """Check that adapters have all their settings and fit the model, and that a baseline has none."""
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
         if lora.method != "lora" and value is not None and f.name != "method":

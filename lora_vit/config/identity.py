@@ -1,6 +1,6 @@
 """Which trial a configuration is: its canonical form, trial id and cell id, with files by their content.
 
-A composed configuration says itself what its files contain, so that none is read to know which trial it is.
+A composed configuration says itself what its files contain: none is read to know which trial it is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, deciding
 from lora_vit.errors import ConfigError
 
-FOLDER_FILES = tuple(
-    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
-)
+FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 """Of what ``save_pretrained`` writes, the first that is there is taken."""
 
 
@@ -28,43 +27,39 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
     if trial.lora.blocks is not None:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
-    digest = values["model"].pop("weights_sha256")
-    if digest is not None:
+    if (digest := values["model"].pop("weights_sha256")) is not None:
         values["model"]["weights"] = "sha256:" + digest
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
-    values["schema"] = SCHEMA_VERSION
-    return values
+    return {**values, "schema": SCHEMA_VERSION}
 
 
-def _digest(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def ids(trial: TrialConfig) -> tuple[str, str]:
+    """Trial id and cell id: first 10 hex digits of the sha256 over the canonical config, with and without its seed.
+
+    Trials of one cell are repeats of each other.
+    """
+    values = canonical(trial)
+    cell = {key: value for key, value in values.items() if key != "seed"}
+    texts = [json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (values, cell)]
+    whole, without_seed = (hashlib.sha256(text.encode()).hexdigest()[:10] for text in texts)
+    return whole, without_seed
 
 
 def trial_id(trial: TrialConfig) -> str:
-    """First 10 hex digits of the sha256 over the canonical config."""
+    """The first of :func:`ids`."""
     return ids(trial)[0]
 
 
 def cell_id(trial: TrialConfig) -> str:
-    """The trial id without the seed: trials of one cell are repeats of each other."""
+    """The second of :func:`ids`."""
     return ids(trial)[1]
-
-
-def ids(trial: TrialConfig) -> tuple[str, str]:
-    """Trial id and cell id."""
-    values = canonical(trial)
-    whole = _digest(values)
-    del values["seed"]
-    return whole, _digest(values)
 
 
 def is_weights_file(weights: str | None) -> bool:
     """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    if weights is None:
-        return False
-    return weights.endswith((".pth", ".pt", ".bin", ".safetensors")) or "/" in weights or Path(weights).exists()
+    suffixes = (".pth", ".pt", ".bin", ".safetensors")
+    return weights is not None and (weights.endswith(suffixes) or "/" in weights or Path(weights).exists())
 
 
 def weights_files(path: Path) -> list[Path]:
@@ -88,13 +83,12 @@ def file_sha256(path: Path) -> str:
 
     Raises ConfigError where they cannot be read.
     """
-    digests = []
-    for file in weights_files(path):
-        try:
-            stat = file.stat()
-            digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
-        except OSError as error:
-            raise ConfigError(f"model.weights={file} cannot be read ({error.strerror}): check the path") from None
+    try:
+        digests = [_sha256(f, (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
+                   for f, s in ((file, file.stat()) for file in weights_files(path))]  # fmt: skip
+    except OSError as error:
+        name = error.filename or path
+        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): check the path") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -19,11 +19,6 @@ NO_IDENTITY = {"identity": False}
 """Of a setting that does not decide a trial's numbers: no part of the trial id."""
 
 
-def as_before(value: Any) -> dict[str, Any]:
-    """Of a setting that an earlier version did not have: at this value a trial is what it was there, and has its id."""
-    return {"as_before": value}
-
-
 def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | None = None) -> dict[str, Any]:
     """Of a number, or of each number of a list.
 
@@ -34,15 +29,14 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
         count: of the numbers in a list; None: at least one, each once.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
-    inside = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
+    above, below = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
     where = f" in {within}"
     if high == math.inf:
         where = f" from {low} up" if within[0] == "[" else f" above {low}" if low > -math.inf else ""
 
     def check(key: str, value: Any) -> None:
         numbers = value if isinstance(value, list) else [value]
-        good = all(inside[0](low, one) and inside[1](one, high) for one in numbers)
-        if not good or count not in (None, len(numbers)):
+        if not all(above(low, one) and below(one, high) for one in numbers) or count not in (None, len(numbers)):
             refuse(key, value, f"is impossible: give {what}{where}{also}")
         if count is None:
             _each_once(key, numbers, also)
@@ -94,8 +88,7 @@ def refuse(key: str, value: Any, why: str) -> NoReturn:
 def check_fields(settings: Any, prefix: str = "") -> None:
     """Ask the rules of a dataclass's fields. Raises ConfigError."""
     for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if value is not None and "check" in f.metadata:
+        if (value := getattr(settings, f.name)) is not None and "check" in f.metadata:
             f.metadata["check"](prefix + f.name, value)
 
 

@@ -35,12 +35,8 @@ class PackedSweeper(Sweeper):
             TrialFailed: some trials did not complete; all others are.
         """
         from lora_vit.compose import sweep_request
-        from lora_vit.distributed import started_by_torchrun
-        from lora_vit.errors import ConfigError
         from lora_vit.sweep.engines.local import start_early
 
-        if started_by_torchrun():
-            raise ConfigError("a sweep starts its own processes: give the same command without torchrun")
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
         request = sweep_request(self.config)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import command, contents, rows_of, run_command, start, wait_until
+from helpers import SMALL, command, contents, rows_of, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -41,7 +41,7 @@ def assert_resumes(cwd: Path, uninterrupted: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_several_points(uninterrupted, tmp_path):
     chance = random.Random(4)
-    for rows in (1, 9, 20, 33):
+    for rows in (1, 9, 33):
         process = start_until(rows, tmp_path)
         time.sleep(chance.random() * 0.03)  # somewhere in a step, a checkpoint's writing or a validation
         process.kill()
@@ -50,15 +50,12 @@ def test_killed_at_several_points(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
-)
-def test_asked_to_stop(signum, code, uninterrupted, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(signum, uninterrupted, tmp_path):
     process = start_until(10, tmp_path)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, out
+    assert process.returncode == 128 + signum, out
     said = f"interrupted by {signum.name}: saved; the same command with hydra.run.dir=run resumes"
     assert out.splitlines()[-1] == said
     assert "Traceback" not in out
@@ -87,23 +84,17 @@ def test_a_folder_in_use_is_refused(tmp_path):
     process.communicate()
 
 
-def test_restart_trains_from_scratch(tmp_path):
-    run_command("hydra.run.dir=run", "trainer.epochs=1", cwd=tmp_path)
-    first = contents(tmp_path / "run")
-    done = run_command("hydra.run.dir=run", "trainer.epochs=1", "trainer.resume=restart", cwd=tmp_path)
-    assert "epoch 1/1" in done.stdout
-    assert contents(tmp_path / "run") == first
-
-
 @pytest.mark.parametrize("place", ["file", "file/run", "locked/run"])
-def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "locked").mkdir(mode=0o500)
     if place.startswith("locked") and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
-    done = run_command(f"hydra.run.dir={place}", cwd=tmp_path, code=1)
-    (line,) = done.stderr.splitlines()
-    assert f"{place} cannot be written" in line.replace("locked/run", place)
+    code, _, err = call("train", *SMALL, f"hydra.run.dir={place}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{place} cannot be written" in err.replace("locked/run", place)
 
 
 def _small_files_only() -> None:

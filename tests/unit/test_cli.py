@@ -133,10 +133,12 @@ def test_what_is_missing_or_unknown_is_named(arguments, words, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_ways_to_a_command(name, tmp_path: Path):
-    lines = [[sys.executable, "-m", f"lora_vit.{name}", "--help"], [sys.executable, "-c", "", name, "--help"]]
-    lines[1][2] = "from lora_vit.cli import main; main()"
-    helps = [subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60) for line in lines]
-    assert [done.returncode for done in helps] == [0, 0]
-    if hasattr(import_module(cli.COMMANDS[name][0]), "add_arguments"):
-        assert helps[0].stdout == helps[1].stdout
+def test_both_ways_to_a_command(name, tmp_path: Path, monkeypatch, capsys):
+    line = [sys.executable, "-m", f"lora_vit.{name}", "--help"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    if name != "train":  # Hydra's own
+        monkeypatch.setattr(sys, "argv", ["lora-vit", name, "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert capsys.readouterr().out == done.stdout

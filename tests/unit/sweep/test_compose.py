@@ -31,7 +31,7 @@ GRID = [
     ["lora=full", "optimizer.lr=1e-4"],
     ["lora=mlp", "lora.dropout=0.1", "optimizer.clip_norm=1"],
     ["experiment=quickstart", "trainer.epochs=3"],
-    ["model.head_dropout=0.2", "data=digits", "data.cache_size=null", "data.train_per_class=5", "optimizer.clip_norm=null"],
+    ["model.head_dropout=0.2", "data=digits", "data.cache_size=null", "optimizer.clip_norm=null"],
 ]
 PRESETS = {"quickstart": 24, "rank_alpha_dropout": 81, "rank_lr": 45, "targets": 45, "baselines": 45}
 
