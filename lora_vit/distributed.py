@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OWN_RUN = "lora_vit"
-"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.launch`."""
+"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.run`."""
 PEER_ENDED = "another process has ended"
 
 

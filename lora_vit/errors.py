@@ -54,9 +54,24 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """For a command: an error that a user can cause is printed in one line, and ends the process."""
+    """For a command: an error that a user can cause is printed in one line, and ends the process.
+
+    Streams that were closed or lack a sign take what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as >&- does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _check_process()
+        if find_spec("lora_vit.conf") is None:
+            install = f"run `{sys.executable} -m pip install -e {Path(__file__).resolve().parents[1]}`"
+            raise ConfigError(f"lora_vit is not installed in this Python: {install}")
+        try:
+            os.getcwd()
+        except OSError as error:
+            gone = f"the folder that this is started in is gone ({error.strerror})"
+            raise ConfigError(f"{gone}: cd to one that is there") from None
         yield
     except (UserError, OSError, KeyboardInterrupt) as error:
         sys.exit(report(error))
@@ -69,8 +84,7 @@ def reporting() -> Iterator[None]:
 def report(error: BaseException, quiet: bool = False) -> int:
     """Print an error and return its exit code: one line for what a user can cause, else the traceback.
 
-    ``quiet``: print only tracebacks, for a process whose lines another one prints. ``HYDRA_FULL_ERROR=1`` asks for all
-    tracebacks.
+    ``quiet``: print only tracebacks, for a process whose lines another one prints.
     """
     if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
         os._exit(1)
@@ -80,23 +94,6 @@ def report(error: BaseException, quiet: bool = False) -> int:
     elif not quiet:
         print(text, file=sys.stderr)
     return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-
-
-def _check_process() -> None:
-    """Let streams that were closed or lack a sign take what is printed; raise ConfigError where nothing can start."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as >&- does
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        os.getcwd()
-    except OSError as error:
-        gone = f"the folder that this is started in is gone ({error.strerror})"
-        raise ConfigError(f"{gone}: cd to one that is there") from None
-    if find_spec("lora_vit.conf") is None:
-        install = f"run `{sys.executable} -m pip install -e {Path(__file__).resolve().parents[1]}`"
-        raise ConfigError(f"lora_vit is not installed in this Python: {install}")
 
 
 def line_of(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -23,9 +24,9 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
     """Of a number, or of each number of a list.
 
     Args:
-        what: what to give, with its unit.
+        what: to give, with its unit.
+        also: to give instead, or an example.
         within: the interval, as ``[0, 1)``: from 0, below 1.
-        also: what to give instead, or an example.
         count: of the numbers in a list; None: at least one, each once.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
@@ -61,16 +62,14 @@ def _each_once(key: str, values: list[Any], also: str) -> None:
         refuse(key, values, f"is impossible: name at least one, each once{also}")
 
 
-def number_or_auto(key: str, value: str) -> None:
-    """Refuse what is neither ``auto`` nor a number from 1 up."""
-    if value != "auto" and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= 1):
-        refuse(key, value, "is impossible: give a number from 1 up, or auto")
+def text(pattern: str, says: str) -> dict[str, Any]:
+    """Of a text that a regular expression describes, and what is said of another one."""
 
+    def check(key: str, value: str) -> None:
+        if not re.fullmatch(pattern, value):
+            refuse(key, value, says)
 
-def folder_name(key: str, value: str) -> None:
-    """Refuse what is not the name of one visible folder."""
-    if not value or "/" in value or value.startswith("."):
-        refuse(key, value, "cannot be a folder's name: give a word without '/'")
+    return {"check": check}
 
 
 def one_of(key: str, value: Any, names: Sequence[str]) -> None:

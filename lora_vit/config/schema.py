@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
-from lora_vit.config.rules import NO_IDENTITY, choice, folder_name, nearest, number, number_or_auto, refuse
+from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
 from lora_vit.errors import ConfigError
 
 SCHEMA_VERSION = 3
@@ -22,6 +22,7 @@ TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 SCALINGS = ("standard", "rslora")
 """Rules for the factor of an adapter's output (:func:`effective_scaling`)."""
 _SIZE = number("a whole number", "[1, inf)")
+_COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 
 
 @dataclass
@@ -125,7 +126,7 @@ class TrainerConfig:
     epochs: int = field(metadata=number("a whole number", "[1, inf)"))
     precision: str = field(metadata=choice("auto", "fp32", "bf16", "fp64"))
     accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
-    devices: str = field(metadata={"check": number_or_auto} | NO_IDENTITY)
+    devices: str = field(metadata=_COUNT | NO_IDENTITY)
     compile: bool
     resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)
     checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
@@ -149,9 +150,9 @@ class TrialConfig:
 class SweepConfig:
     """How a sweep (``-m``) runs; none of it decides a trial's numbers. ``conf/config.yaml`` says what each means."""
 
-    name: str | None = field(metadata={"check": folder_name})
-    pack_size: str = field(metadata={"check": number_or_auto})
-    workers: str = field(metadata={"check": number_or_auto})
+    name: str | None = field(metadata=text("[^/.][^/]*", "cannot be a folder's name: give a word without '/'"))
+    pack_size: str = field(metadata=_COUNT)
+    workers: str = field(metadata=_COUNT)
     retry_failed: bool
     dry_run: bool
     wait: bool
@@ -171,7 +172,6 @@ class RootConfig(TrialConfig):
 
 SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).items() if dataclasses.is_dataclass(cls)}
 """The parts of a trial's config by name: model, data, optimizer, lora, trainer."""
-
 _SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
 """Every setting that decides a trial's numbers, by dotted name."""
@@ -210,8 +210,7 @@ def _meant(settings: Mapping[str, Any], section: str, values: Mapping[str, Any])
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     """Inverse of :func:`to_dict`, also of an earlier version's; numbers take their field's type.
 
-    Raises:
-        ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
+    Raises ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
     """
     sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")

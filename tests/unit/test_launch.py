@@ -10,8 +10,8 @@ from plain_trials import BASELINE, plain_trial
 from lora_vit.compose import Composer, initialized, refuse_misread_paths
 from lora_vit.config import to_dict
 from lora_vit.errors import ConfigError
-from lora_vit.launch import launch, overrides_of
 from lora_vit.resolve import from_omegaconf
+from lora_vit.run import launch, overrides_of
 
 PATHS = [
     "a b", "a,b", "it's", "a\\", "\\'b\\\\'", '"c"', "'d'", "2024_11", "null", "true", "[e]", "{f: 1}", "(g)", "~h",
