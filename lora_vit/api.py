@@ -42,7 +42,7 @@ def compose(overrides: Sequence[str] = ()) -> TrialConfig:
     forget()  # files may have changed since the last call
     with initialized():
         refuse_misread_paths(overrides)
-        return from_omegaconf(Composer("config", [])(overrides))
+        return from_omegaconf(Composer()(overrides))
 
 
 def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:

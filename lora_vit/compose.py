@@ -89,20 +89,18 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
 
 
 class Composer:
-    """Composes trials as Hydra does; overrides that only change a value cost milliseconds."""
+    """Composes trials as Hydra does; overrides that only change a value cost milliseconds.
 
-    def __init__(self, config_name: str, fixed: Sequence[str]):
-        """``fixed``: overrides that all trials have, those of Hydra's own node too."""
-        self.config_name, self.fixed = config_name, list(fixed)
+    ``fixed``: overrides that all trials have, those of Hydra's own node too.
+    """
+
+    def __init__(self, config_name: str = "config", fixed: Sequence[str] = ()):
+        self.config_name, self.fixed = config_name, fixed
         self.fetch = True  # the content of images, which may have to be downloaded
         loader = GlobalHydra.instance().config_loader()
-        self._parser = OverridesParser.create(config_loader=loader)
+        self.parse = OverridesParser.create(config_loader=loader).parse_overrides
         self._options = functools.cache(loader.get_group_options)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
-
-    def parse(self, overrides: Sequence[str]) -> list[Override]:
-        """Overrides as Hydra reads them."""
-        return self._parser.parse_overrides(list(overrides))
 
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config by Hydra's own way, with Hydra's node."""
@@ -110,14 +108,13 @@ class Composer:
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config. Raises what Hydra raises."""
-        values = [o for o in self.parse(overrides) if self.changes_a_value(o)]
+        values = [o for o in self.parse(list(overrides)) if self.changes_a_value(o)]
         lines = {o.input_line for o in values}
         others = tuple(line for line in overrides if line not in lines)
-        base = self._bases.get(others)
-        if base is None:
-            base = self._bases[others] = self.exactly(others)
-        HydraConfig.instance().set_config(base)  # for ${hydra:...}
-        config = copy.deepcopy(base)
+        if others not in self._bases:
+            self._bases[others] = self.exactly(others)
+        HydraConfig.instance().set_config(self._bases[others])  # for ${hydra:...}
+        config = copy.deepcopy(self._bases[others])
         try:
             for override in values:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -134,12 +131,9 @@ class Composer:
 
 
 def sweep_request(master: Any) -> Request:
-    """What a sweep's command asks for, every trial of it composed and validated.
+    """What a sweep's command asks for, every trial of it composed and validated; a sweep without a name gets one.
 
-    Args:
-        master: the composed config of what is not swept, with Hydra's node; a sweep without a name gets one.
-
-    Raises ConfigError: in one line, or a line for each trial that cannot run.
+    ``master``: the composed config of what is not swept, with Hydra's node. Raises ConfigError.
     """
     if started_by_torchrun():
         raise ConfigError("a sweep starts its own processes: start it without torchrun")
@@ -228,13 +222,8 @@ def refuse_seed_dependent(composer: Composer, fixed: Sequence[str], trials: Sequ
                                   "setting but seed a value of its own")  # fmt: skip
 
 
-def search_space(
-    composer: Composer, swept: dict[str, Override], fixed: Sequence[str], trials: int
-) -> dict[str, Any]:
-    """What a search may choose from, as its plan keeps it; the ends of all ranges are composed and validated.
-
-    Raises ConfigError.
-    """
+def search_space(composer: Composer, swept: dict[str, Override], fixed: list[str], trials: int) -> dict[str, Any]:
+    """What a search may choose from, as its plan keeps it; the ends of all ranges are validated. Raises ConfigError."""
     if "seed" in swept:  # the best seed is luck
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
@@ -256,11 +245,12 @@ def search_space(
                 plain[section][name] = str(Path(str(config.hydra.runtime.cwd), value))
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
         bases.append([list(map(list, options)), OmegaConf.to_yaml(ours)])
-    ends = [[f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
-            for i, end in ((0, "low"), (-1, "high"))]  # fmt: skip
-    compose_all(composer, fixed, ends)
-    fixed = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
-    return {"trials": trials, "space": space, "bases": bases, "fixed": fixed}
+    compose_all(composer, fixed, [
+        [f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
+        for i, end in ((0, "low"), (-1, "high"))
+    ])  # fmt: skip
+    own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
+    return {"trials": trials, "space": space, "bases": bases, "fixed": own}
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:
@@ -268,13 +258,12 @@ def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> di
     value = override.value()
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
-        integer = isinstance(OmegaConf.select(composer(fixed), override.key_or_group), int)  # Hydra reads 1 as 1.0
-        if integer:
-            low, high = int(low or 0), int(high or 0)
+        if integer := isinstance(OmegaConf.select(composer(fixed), override.key_or_group), int):
+            low, high = int(low or 0), int(high or 0)  # Hydra reads 1 as 1.0
         return {"low": low, "high": high, "log": "log" in value.tags, "integer": integer, "group": False,
                 "step": 1 if integer else None}  # fmt: skip
-    lines = [(text, f"{override.get_key_element()}={text}") for text in override.sweep_string_iterator()]
-    choices = [[text, composer.parse([line])[0].value()] for text, line in lines]
+    choices = [[text, composer.parse([f"{override.get_key_element()}={text}"])[0].value()]
+               for text in override.sweep_string_iterator()]  # fmt: skip
     return {"choices": choices, "group": not composer.changes_a_value(override)}
 
 
@@ -326,8 +315,6 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (
     (r"Could not override '([^']+)'", unknown_key),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]".format),
-    (r"Config group override must be a string",
-     "a group has no option 'null': leave it out, or choose one (see --help)".format),
     (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
      lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
                             f"(one of: {', '.join(others.split())})"),

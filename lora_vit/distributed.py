@@ -44,7 +44,7 @@ def started_by_torchrun() -> bool:
 
 
 def started_by_ourselves() -> bool:
-    """Whether a command of ours has started this process. That command reports how it ends."""
+    """Whether a command of ours has started this process, and reports how it ends."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN
 
 
@@ -155,10 +155,7 @@ def from_all(value: T) -> list[T]:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """The action's result, once it has succeeded on every process.
-
-    Raises the action's error where it failed, and TrialFailed on the other processes, with the first rank and error.
-    """
+    """The action's result, once it has succeeded on every process; where another failed, TrialFailed says which."""
     result, error = None, None
     try:
         result = action()

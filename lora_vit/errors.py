@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE = (*IS_FULL, errno.EROFS, errno.EACCES, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)"""
@@ -54,10 +54,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
-    """For a command: an error that a user can cause is printed in one line, and ends the process.
-
-    Streams that were closed or lack a sign take what is printed.
-    """
+    """For a command: an error that a user can cause is printed in one line, and ends the process."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as >&- does
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -109,7 +106,7 @@ def line_of(error: BaseException) -> str:
     place = error.filename or "a file"
     if isinstance(error, FileNotFoundError):
         return f"error: {place} is gone: was a folder moved or removed meanwhile?"
-    if error.errno in IS_FULL:
+    if error.errno in _FULL:
         return f"error: {place} cannot be written ({error.strerror}): make room, then the same command resumes"
     if error.errno in NO_SPACE or isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return f"error: {place} cannot be written or read ({error.strerror}): give another folder"

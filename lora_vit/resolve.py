@@ -106,10 +106,9 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what the trial's files contain, or compare it with what is given.
+    """Fill in what the trial's files contain. Raises ConfigError: one cannot be read, or another content is given.
 
-    Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed. Raises
-    ConfigError: a file cannot be read, or its content is not the given one.
+    Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed.
     """
     weights, digest = trial.model.weights, None
     in_package = DATASETS[trial.data.name].in_package
@@ -119,9 +118,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
         from lora_vit.models.weights import check_weights  # imports torch
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
-    content = known_content(trial.data, fetch)
-    if content is None and not fetch:
-        content = trial.data.content
+    content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),
         ("data.content", trial.data.content, content),

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -48,9 +49,8 @@ class Progress:
         self._plain = Every(PLAIN_EVERY)
         self._bar: RichProgress | None = None
         if self.console.is_terminal and not quiet:
-            text, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
-            columns = (text, BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
-            self._bar = RichProgress(*columns, console=self.console, transient=True)
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[figures]}")
+            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self._task = self._bar.add_task(what, total=total, completed=done, figures="")
             self._bar.start()
 
@@ -67,12 +67,11 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: Any, *error: object) -> None:
         self.close()
         if kind is None:
             self.console.print(f"{self.what}: {self._done:,} {self.unit} in {time.perf_counter() - self._start:.1f} s")

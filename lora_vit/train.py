@@ -26,8 +26,7 @@ OF_SWEEPS = ("sweep.", "engine", "hydra.sweep.", "hydra.sweeper.", "hydra/sweepe
 def task(cfg: DictConfig) -> float:
     """What Hydra calls, in each process of a group: :func:`train`.
 
-    Its errors are carried past Hydra, which would print lines of its own, to :func:`main`; of several trials Hydra's
-    sweeper continues with the next.
+    Errors are carried past Hydra, which would print lines of its own, to :func:`main`, but of one of several trials.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -65,20 +64,16 @@ def train(cfg: DictConfig, hydra_cfg: Any, in_sweep: bool) -> float:
         config = distributed.on_all(validated)
     finally:
         remove_empty(folder)  # Hydra has made it, in every process
-    found = trial_id(config)
-    distributed.agree(found, "the processes found different files, and so would train different trials")
+    started = f"trial {trial_id(config)} of {shlex.join(sys.argv[1:])}"
+    distributed.agree(started, "the processes would train different trials, give each the same overrides and files")
     if "${trial_id:" in (given["sweep"]["subdir"] if in_sweep else given["run"]["dir"]):
-        folder = folder.with_name(folder.name.replace(UNKNOWN_ID, found))
-    files = {
-        "config.yaml": OmegaConf.to_yaml(cfg),
-        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra_cfg})),
-        "overrides.yaml": OmegaConf.to_yaml(hydra_cfg.overrides.task),
-    }
+        folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
+    files = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra_cfg}), "overrides": hydra_cfg.overrides.task}
     from lora_vit import run
 
     shown = from_here(folder)
     try:
-        record = run.train(config, folder, files)
+        record = run.train(config, folder, {f"{name}.yaml": OmegaConf.to_yaml(part) for name, part in files.items()})
     except Interrupted as stop:
         if not in_sweep:
             stop.command = f"the same command with hydra.run.dir={shown}"
@@ -103,8 +98,6 @@ def main() -> None:
             sys.argv.insert(1, "-m")  # a preset is a sweep
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
         with distributed.group():
-            given = shlex.join(sys.argv[1:])
-            distributed.agree(given, "nodes were started differently, give the same overrides on each")
             try:
                 hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(task)()
             except SystemExit as end:

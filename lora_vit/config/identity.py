@@ -35,10 +35,7 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
 
 
 def ids(trial: TrialConfig) -> tuple[str, str]:
-    """Trial id and cell id: first 10 hex digits of the sha256 over the canonical config, with and without its seed.
-
-    Trials of one cell are repeats of each other.
-    """
+    """Trial id and cell id: the sha256 over the canonical config, and without its seed (of repeats of each other)."""
     values = canonical(trial)
     cell = {key: value for key, value in values.items() if key != "seed"}
     texts = [json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (values, cell)]
@@ -66,23 +63,19 @@ def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
     if not path.is_dir():
         return [path]
-    there = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-    if not there:
+    file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if file is None:
         raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
-    if there[0].suffix != ".json":
-        return there[:1]
+    if file.suffix != ".json":
+        return [file]
     try:
-        parts = json.loads(there[0].read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({path / Path(part).name for part in parts})
+        return sorted({path / Path(part).name for part in json.loads(file.read_text())["weight_map"].values()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"model.weights={there[0]} is damaged: get it again") from None
+        raise ConfigError(f"model.weights={file} is damaged: get it again") from None
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes, read once while it stays as it is; of a folder's files if the weights are in several.
-
-    Raises ConfigError where they cannot be read.
-    """
+    """Sha256 of a file, read once while it stays as it is, or of a folder's files together. Raises ConfigError."""
     try:
         digests = [_sha256(f, (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
                    for f, s in ((file, file.stat()) for file in weights_files(path))]  # fmt: skip

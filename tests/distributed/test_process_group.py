@@ -27,11 +27,9 @@ ENDS = ("values differ", "all have it", "a rank's own")
 def test_a_process_alone():
     with distributed.group() as process:
         assert process == Process(rank=0, world_size=1, local_rank=0) == distributed.this_process()
-    assert Process().is_main
-    assert not Process(rank=1, world_size=2).is_main
+    assert (Process().is_main, Process(rank=1, world_size=2).is_main) == (True, False)
     tensor = torch.tensor([1.0, 2.0])
     assert distributed.sum_over_processes_(tensor) is tensor
-    assert tensor.tolist() == [1.0, 2.0]
     value = object()
     assert distributed.from_main(value) is value
     assert distributed.on_all(lambda: value) is value

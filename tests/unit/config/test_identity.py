@@ -107,8 +107,7 @@ def test_a_changed_file_is_read_again(what, tmp_path):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     absent = tmp_path / "w.pth"
-    message = rf"^model\.weights={absent} cannot be read \(No such file or directory\): check the path$"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"^model\.weights={absent} cannot be read \(No such .*: check the path$"):
         file_sha256(absent)
     with pytest.raises(ConfigError, match=r"the folder has none of model\.safetensors, model\.safe"):
         file_sha256(tmp_path)

@@ -190,9 +190,8 @@ def test_a_value_costs_no_composition(monkeypatch):
         first = loader(["data=fake", "seed=1", "lora=qv"])
         assert loader(["data=fake", "seed=2", "lora=qv"]).seed == 2
         assert (first.seed, loader(["data=fake", "lora=qv"]).seed) == (1, 0), "one trial's value is no other's"
-        assert whole == [["data=fake", "lora=qv"]]
         loader(["data=fake"])
-        assert whole[1:] == [["data=fake"]]
+    assert whole == [["data=fake", "lora=qv"], ["data=fake"]]
 
 
 def test_all_trials_with_their_labels(loader):
@@ -211,12 +210,9 @@ def test_trials_that_cannot_run_are_told_together(loader):
     swept = ["lora.rank=0"], ["lora.rank=2"], ["lora.rank=0", "seed=1"], ["lora.rnk=2"], ["lora.rank=two"]
     with pytest.raises(ConfigError) as caught:
         compose_all(loader, SMALL, swept)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "4 of 5 trials cannot run, so none is started:"
-    for line, words in zip(lines[1:], [("lora.rank=0", "from 1 up", "[rank=0 and 1 more]"),
-                                       ("'lora.rnk'", "'lora.rank'?", "[rnk=2]"),
-                                       ("lora.rank: ", "'two'", "[rank=two]")], strict=True):  # fmt: skip
-        assert all(word in line for word in words), line
+    told = (r"4 of 5 trials cannot run, so none is started:\n  lora.rank=0 .* from 1 up.*\[rank=0 and 1 more\]\n"
+            r"  .*'lora.rnk'.* 'lora.rank'\?.*\[rnk=2\]\n  lora.rank: .*'two'.*\[rank=two\]")  # fmt: skip
+    assert re.fullmatch(told, str(caught.value))
 
 
 def test_long_compositions_are_told(loader, monkeypatch, capsys):
@@ -323,11 +319,6 @@ def test_printing_the_configuration_fetches_nothing(what, tmp_path):
 # --- errors
 
 
-def caused(outer: Exception, inner: Exception) -> Exception:
-    outer.__cause__ = inner
-    return outer
-
-
 AVAILABLE = "Could not find 'lora/qvv'\n\nAvailable options in 'lora':\n\tdefault\n\tqv\nConfig search path:\n\tpkg"
 
 
@@ -335,17 +326,15 @@ AVAILABLE = "Could not find 'lora/qvv'\n\nAvailable options in 'lora':\n\tdefaul
     ("error", "line"),
     [
         (ConfigError("rank is bad"), "rank is bad"),
-        (caused(RuntimeError("outer"), ConfigError("rank is bad")), "rank is bad"),
         (OverrideParseException("a=[1", "no end\nthere"), "cannot read the override 'a=[1' (no end)"),
-        (caused(ValueError("x"), KeyError("Could not override 'lora.rnk'.")),
-         "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
+        (KeyError("Could not override 'lora.rnk'."), "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
         (ValueError("Could not override 'xyzzyx'."), "unknown key 'xyzzyx' (see --help)"),
         (ValueError("Ambiguous value for argument 'lr=1,2'"),
          "lr=1,2 names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
         (ValueError(AVAILABLE), "'lora/qvv' does not exist, did you mean 'qv'? (one of: default, qv)"),
         (ValueError(AVAILABLE.replace("find 'lora/qvv", "load 'zzz")), "'zzz' does not exist (one of: default, qv)"),
-        (caused(ValueError("first"), ValueError("bad value\n    full_key: lora.rank\n")), "lora.rank: bad value"),
-        (caused(ValueError("first\nline"), ValueError("other")), "first"),
+        (ValueError("bad value\n    full_key: lora.rank\n"), "lora.rank: bad value"),
+        (ValueError("first\nline"), "first"),
     ],
 )  # fmt: skip
 def test_errors_in_one_line(error, line):
@@ -353,9 +342,7 @@ def test_errors_in_one_line(error, line):
 
 
 def test_an_error_raised_while_another_was_handled():
-    later = ValueError("later")
+    later, one, two = ValueError("later"), ValueError("one"), ValueError("two")
     later.__context__ = ConfigError("rank is bad")
-    assert explain(later) == "rank is bad"
-    one, two = ValueError("one"), ValueError("two")
     one.__cause__, two.__context__ = two, one  # a ring
-    assert explain(one) == "one"
+    assert [explain(later), explain(one)] == ["rank is bad", "one"]
