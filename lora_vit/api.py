@@ -1,4 +1,4 @@
-"""Compose, train, sweep and summarize from a notebook or a script; the commands call the same functions.
+"""Compose, train, sweep and summarize from a notebook or a script, as the commands do.
 
 >>> from lora_vit import api
 >>> config = api.compose(["experiment=quickstart", "lora.rank=8"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import itertools
 import re
 import sys
@@ -37,8 +36,6 @@ HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith(
 """How Hydra is asked to behave; from 1.4 on it behaves so by itself."""
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
-ELSEWHERE = ("hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydra.output_subdir")
-"""Settings of Hydra for each job, which a packed sweep does not have."""
 
 
 def register() -> None:
@@ -47,7 +44,7 @@ def register() -> None:
     from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
 
     store = ConfigStore.instance().store
-    replace: Any = {"replace": True} if "replace" in inspect.signature(store).parameters else {}  # of Hydra 1.4
+    replace: Any = {} if HYDRA else {"replace": True}  # 1.3 replaces by itself
     store(name="schema", node=RootConfig, **replace)
     store(group="hydra/sweeper", name="packed", node=PackedSweeperConf, provider="lora_vit", **replace)
     for name, node in ENGINES.items():
@@ -280,7 +277,8 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
         (first_of(given, "hydra.run."), "has no effect on a sweep: give sweep.name or hydra.sweep.dir"),
         (first_of(given, "hydra/launcher", "hydra.launcher"),
          "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),
-        (first_of(given, *ELSEWHERE), "has no effect on packed trials: leave it out, or choose hydra/sweeper=basic"),
+        (first_of(given, "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydra.output_subdir"),
+         "has no effect on packed trials: leave it out, or choose hydra/sweeper=basic"),
         (not race and first_of(given, "sweep.first_seeds", "sweep.most_seeds"),
          "has no effect without sweep.margin, which makes the sweep a race"),
         (race and "seed" in swept and "seed",

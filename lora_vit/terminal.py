@@ -17,7 +17,6 @@ from rich.table import Table
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
-_PIPED_WIDTH = 400
 
 
 class Every:
@@ -79,8 +78,7 @@ class Progress:
 
 def make_console(quiet: bool = False) -> Console:
     """For lines and tables; nothing is cut or folded where there is no terminal."""
-    width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    return Console(highlight=False, soft_wrap=True, width=width, quiet=quiet)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 400, quiet=quiet)
 
 
 def from_here(folder: Path) -> str:

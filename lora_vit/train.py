@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from lora_vit.config import TrialConfig
 
-OF_SWEEPS = ("sweep.", "engine", "hydra.sweep.", "hydra.sweeper.", "hydra/sweeper", "hydra.launcher.", "hydra/launcher")
-
 
 def task(cfg: DictConfig) -> float:
     """What Hydra calls, in each process of a group: :func:`train`.
@@ -55,7 +53,8 @@ def train(cfg: DictConfig, hydra_cfg: Any, in_sweep: bool) -> float:
 
     def validated() -> TrialConfig:
         overrides = [*given["overrides"]["hydra"], *given["overrides"]["task"]]
-        if not in_sweep and (line := first_of(overrides, *OF_SWEEPS)):
+        of_sweeps = ("sweep.", "engine", "hydra.sweep", "hydra/sweeper", "hydra.launcher", "hydra/launcher")
+        if not in_sweep and (line := first_of(overrides, *of_sweeps)):
             raise ConfigError(f"{line} has no effect on a single run: add -m for a sweep, or leave it out")
         refuse_misread_paths(overrides)
         return from_omegaconf(cfg, in_sweep, cwd=Path(hydra_cfg.runtime.cwd))

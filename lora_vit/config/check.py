@@ -14,7 +14,6 @@ from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
 from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
 
-MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 """torchvision's arguments that make a Vision Transformer."""
 
@@ -32,13 +31,12 @@ def validate(trial: TrialConfig) -> None:
 def validate_sweep(sweep: SweepConfig) -> None:
     """Check how a sweep is to run. Raises ConfigError likewise."""
     check_fields(sweep, "sweep.")
-    if sweep.most_seeds < sweep.first_seeds:
-        least = f"sweep.first_seeds={sweep.first_seeds}"
-        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: give at least {least}")
+    if sweep.most_seeds < (least := sweep.first_seeds):
+        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: give at least sweep.first_seeds={least}")
 
 
 def _check_sizes(m: ModelConfig) -> None:
-    one_of("model.name", m.name, MODELS)
+    one_of("model.name", m.name, ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny"))
     sizes = {key: getattr(m, key) for key in SIZES}
     for key, value in sizes.items():
         if value is None:
