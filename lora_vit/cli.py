@@ -69,11 +69,9 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
 
 
 def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
-    """The record and the config of the trial that :func:`add_trial`'s arguments name.
+    """The record and the config of the trial that :func:`add_trial`'s arguments name. Raises RecordError.
 
     The config has the precision that the trial ran in, and weights and data where they are now (``root``).
-
-    Raises RecordError: the trial is not completed, the weights' file is not there, or the data need no ``root``.
     """
     from lora_vit.records import read_record
 

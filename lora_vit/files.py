@@ -42,8 +42,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
 
-    The file is deleted only if the folder is otherwise empty. Raises BlockingIOError if another process holds it and we
-    do not wait, OSError if it cannot be made.
+    The file is deleted only if the folder is otherwise empty. Raises BlockingIOError if it is held and we do not wait.
     """
     while True:
         with path.open("ab") as file:

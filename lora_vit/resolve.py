@@ -59,16 +59,15 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
 
 
 def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
-    """The plain, validated dataclass of a composed config.
+    """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
     Args:
-        cfg: the composed config; what is beside the trial (``sweep``, ``engine``, ``hydra``) is left out.
+        cfg: the composed config.
         in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
         fetch: download and read what decides the trial's identity; else see :func:`is_identified`.
         cwd: the folder from which relative paths are seen; None: the current one.
 
-    Raises:
-        ConfigError: in one line, the key, the value and the remedy.
+    Raises ConfigError: in one line, the key, the value and the remedy.
     """
     wanted = [*SECTIONS, "seed"]
     plain: dict[str, Any] = {}

@@ -27,15 +27,11 @@ from lora_vit.training.trial import TrialRun, completed_record, locked_folder
 
 
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
-    """Train the trial to its end, or return its record if it is completed already.
+    """Train the validated trial to its end, or return its record if it is completed already.
 
     Every process of a group calls this; rank 0 alone looks at the folder and writes. Outside a group, a trial that
-    asks for several devices trains in as many processes of their own.
-
-    Args:
-        config: validated; the same in every process.
-        folder: the trial's, made if need be; it does not stay empty.
-        hydra_files: name to text of what goes into ``.hydra/``.
+    asks for several devices trains in as many processes of their own. The folder is made if need be and does not stay
+    empty; ``hydra_files``: name to text of what goes into ``.hydra/``.
 
     Raises:
         ConfigError: nothing was trained; the message is one line.

@@ -34,10 +34,7 @@ class Every:
 
 
 class Progress:
-    """How far ``total`` units of work are, with rate and time left; as a context also the time of all of it.
-
-    ``done`` units were done earlier.
-    """
+    """How far ``total`` units of work are (``done`` earlier), with rate and time left; as a context also its time."""
 
     def __init__(self, what: str, total: int, quiet: bool, unit: str = "images", done: int = 0):
         self.what, self.total, self.unit = what, total, unit

