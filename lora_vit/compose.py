@@ -73,6 +73,10 @@ def in_one_line() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+    except ValueError as error:
+        if "Config group override must be" in str(error):
+            raise ConfigError("a group has no option 'null': leave it out, or choose one (see --help)") from error
+        raise
 
 
 def expand(overrides: Sequence[str], folder: Any = None) -> Request:

@@ -43,6 +43,7 @@ CASES = [
     ("optimizer.lr=fast", ["optimizer.lr", "fast"]),
     ("seed=-1", ["seed=-1"]),
     ("lora.rank=[1", ["lora.rank=[1"]),
+    ("data=null", ["'null'", "leave it out", "--help"]),
     ("data=fake model=vit_tiny data.batch_size=8 trainer.accelerator=cpu trainer.devices=3", ["batch_size=8"]),
 ]
 
