@@ -1,4 +1,4 @@
-"""Compose, train, sweep and summarize from a notebook or a script; the commands call the same functions.
+"""Compose, train, sweep and summarize from a notebook or a script, as the commands do.
 
 >>> from lora_vit import api
 >>> config = api.compose(["experiment=quickstart", "lora.rank=8"])
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.compose import Composer, expand, explain, initialized, refuse_misread_paths
+from lora_vit.compose import Composer, expand, in_one_line, initialized, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
@@ -30,15 +29,9 @@ from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Request
 from lora_vit.sweep.trial import Trial
 
-NO_FILES = ("data=fake", "model=vit_tiny", "model.weights=null")
-"""A trial that looks at no file: composed in place of those that are given as configs."""
-
 
 class Sweep(NamedTuple):
-    """A finished sweep: its folder, and its trials' records in the order in which they were asked for.
-
-    A race and a search ask for theirs as they go.
-    """
+    """A finished sweep: its folder, and its trials' records in the order in which they were asked for."""
 
     folder: Path
     records: list[TrialRecord]
@@ -49,20 +42,18 @@ def compose(overrides: Sequence[str] = ()) -> TrialConfig:
     forget()  # files may have changed since the last call
     with initialized():
         refuse_misread_paths(overrides)
-        return from_omegaconf(Composer("config", [])(overrides))
+        return from_omegaconf(Composer()(overrides))
 
 
 def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
     """Train a trial in a folder, or resume it there; a completed one is returned as it is.
 
-    Raises:
-        ConfigError: nothing was trained.
-        TrialFailed: the trial's record says why.
-        Interrupted: everything is saved.
+    Raises ConfigError: nothing was trained; TrialFailed: the record says why; Interrupted: everything is saved.
     """
     from lora_vit import run
 
-    _refuse_torchrun()
+    if started_by_torchrun():
+        raise ConfigError("processes are started by lora_vit itself: run the script without torchrun")
     config = checked(config)
     return run.train(config, Path(folder), {"config.yaml": OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))})
 
@@ -77,21 +68,15 @@ def sweep(
         folder: of the sweep; overrides may do without one, and get the folder that the command would give them.
         options: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
 
-    Raises:
-        ConfigError: nothing was trained; the message says which trials cannot run, and why.
-        TrialFailed: some trials failed; the records say why.
-        Interrupted: everything is saved.
+    Raises likewise.
     """
-    _refuse_torchrun()
-    if wrong := {"dry_run", "wait"} & set(options):
-        raise ConfigError(f"sweep.{wrong.pop()} is for the command: sweep() trains, and waits")
     forget()
     lines = [trial for trial in trials if isinstance(trial, str)]
     if not lines and folder is None:
         raise ConfigError("sweep() needs a folder for trials that are given as configs")
-    with initialized():
-        given = [f"sweep.{key}={value}" for key, value in options.items()]
-        request = expand([*(lines or NO_FILES), *given], folder)
+    with initialized():  # in place of configs, a trial that looks at no file
+        asked = [*(lines or ("data=fake", "model=vit_tiny", "model.weights=null"))]
+        request = expand([*asked, *(f"sweep.{key}={value}" for key, value in options.items())], folder)
     if not lines:
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:
@@ -109,11 +94,11 @@ def run_request(request: Request) -> dict[str, float] | None:
     """
     from lora_vit.sweep.run import run_sweep
 
-    outcomes = run_sweep(request)
-    failed = [outcome for outcome in (outcomes or {}).values() if isinstance(outcome, TrialFailed)]
-    if failed:
-        raise failed[0]
-    return None if outcomes is None else {k: v for k, v in outcomes.items() if not isinstance(v, TrialFailed)}
+    outcomes: Any = run_sweep(request)
+    for outcome in (outcomes or {}).values():
+        if isinstance(outcome, TrialFailed):
+            raise outcome
+    return outcomes
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
@@ -125,14 +110,6 @@ def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
 
 def checked(config: TrialConfig) -> TrialConfig:
     """A config whose fields may have been changed, as it would be composed. Raises ConfigError."""
-    given = {name: vars(part) if name != "seed" else part for name, part in vars(config).items()}
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(RootConfig), given)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from None
-    return from_omegaconf(typed)
-
-
-def _refuse_torchrun() -> None:
-    if started_by_torchrun():
-        raise ConfigError("processes are started by lora_vit itself: run the script without torchrun")
+    given = {name: part if name == "seed" else vars(part) for name, part in vars(config).items()}
+    with in_one_line():
+        return from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given))

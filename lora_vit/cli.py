@@ -1,8 +1,7 @@
 """``lora-vit COMMAND ...``: one parser for all commands. ``python -m lora_vit.COMMAND ...`` is the same.
 
 Only the module of the command that is given is imported. It offers ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code; of ``train``, Hydra reads the arguments. What the commands on a trained trial share is here, too.
-No torch, no numpy.
+returns the exit code. What the commands on a trained trial share is here, too. No torch, no numpy.
 """
 
 from __future__ import annotations
@@ -42,32 +41,24 @@ def main(command: str | None = None) -> None:
     The console script calls it, and with a name ``python -m lora_vit.NAME``.
     """
     with reporting():
-        given = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
-        name, module = given[0] if given else "", None
-        if name in COMMANDS:
-            module = import_module(COMMANDS[name][0])
-        if name == "train" and module is not None:  # Hydra reads its arguments
-            sys.argv = [f"lora-vit {name}", *given[1:]]
+        given = [*([command] if command else []), *sys.argv[1:]]
+        chosen = given[0] if given and given[0] in COMMANDS else ""
+        module: Any = import_module(COMMANDS[chosen][0]) if chosen else None
+        if chosen == "train":  # Hydra reads its arguments
+            sys.argv = ["lora-vit train", *given[1:]]
             module.main()
             return
-        args = _parser(name, module).parse_args(given)
-        code = args.run(args)
+        about = "LoRA on Vision Transformers: train, compare, use what was trained."
+        parser = argparse.ArgumentParser("lora-vit", description=about)
+        parser.add_argument("--version", action="version", version=f"lora-vit {__version__}")
+        commands = parser.add_subparsers(metavar="COMMAND", required=True)
+        for name, (_, what) in COMMANDS.items():
+            own = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+            if name == chosen:
+                module.add_arguments(own)
+        args = parser.parse_args(given)
+        code = module.run(args)
     sys.exit(code)
-
-
-def _parser(chosen: str, module: Any) -> argparse.ArgumentParser:
-    """All commands, with the arguments of the chosen one."""
-    parser = argparse.ArgumentParser(
-        prog="lora-vit", description="LoRA on Vision Transformers: train, compare, use what was trained."
-    )
-    parser.add_argument("--version", action="version", version=f"lora-vit {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (_, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        if name == chosen:
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    return parser
 
 
 def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
@@ -78,13 +69,9 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
 
 
 def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
-    """The record and the config of the trial that :func:`add_trial`'s arguments name.
+    """The record and the config of the trial that :func:`add_trial`'s arguments name. Raises RecordError.
 
-    The config has the precision that the trial ran in, and weights and data where they are now.
-
-    Raises:
-        RecordError: the trial is not completed, the weights' file is not there, or ``root`` is given for data that lie
-            in a package.
+    The config has the precision that the trial ran in, and weights and data where they are now (``root``).
     """
     from lora_vit.records import read_record
 
@@ -99,9 +86,7 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
         raise RecordError(f"record.json was edited: its environment.precision is {precision}")
     if root is not None and config.data.root is None:
         raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
-    config.trainer.precision = str(precision)
-    config.trainer.accelerator = args.device
-    config.trainer.compile = False
+    config.trainer.precision, config.trainer.accelerator, config.trainer.compile = str(precision), args.device, False
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if args.weights is None else args.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
@@ -117,7 +102,6 @@ def check_out(path: Path, option: str, suffix: str) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None

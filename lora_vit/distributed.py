@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lora_vit.errors import ConfigError, TrialFailed, UserError, report
 from lora_vit.stopping import repeating
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OWN_RUN = "lora_vit"
-"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.launch`."""
+"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.run`."""
 PEER_ENDED = "another process has ended"
 
 
@@ -38,25 +39,12 @@ class Process:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment describes a group of processes that this one belongs to.
-
-    Raises:
-        ConfigError: the description of a group of several is not whole.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    rank, size = given.get("RANK", ""), given.get("WORLD_SIZE", "1")
-    if len(given) < len(names) and (size == "1" or not rank) and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False  # left over by a scheduler
-    numbers = rank.isdecimal() and size.isdecimal() and given.get("MASTER_PORT", "").isdecimal()
-    if len(given) < len(names) or not numbers or int(rank) >= int(size):
-        shown = " ".join(f"{name}={given.get(name, '')}" for name in names)
-        raise ConfigError(f"{shown} do not describe a process group: start with torchrun, or unset RANK")
-    return True
+    """Whether torchrun has started this process; what a scheduler says of ranks does not count."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def started_by_ourselves() -> bool:
-    """Whether a command of ours has started this process. That command reports how it ends."""
+    """Whether a command of ours has started this process, and reports how it ends."""
     return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN
 
 
@@ -70,12 +58,12 @@ def group() -> Iterator[Process]:
     if not started_by_torchrun():
         yield Process()
         return
-    speaks = os.environ["RANK"] == "0" and not started_by_ourselves()
     with contextlib.ExitStack() as stack:
         if os.environ["RANK"] != "0":
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if started_by_ourselves():
-            stack.enter_context(_ending_with_parent())
+        if started_by_ourselves():  # end with that command
+            parent, end = os.getppid(), functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+            stack.enter_context(repeating(lambda: None if os.getppid() == parent else end(), every=1.0))
         stack.callback(_leave)
         try:
             yield _join()
@@ -85,14 +73,22 @@ def group() -> Iterator[Process]:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=known and not speaks))
+            sys.exit(report(error, quiet=known and (os.environ["RANK"] != "0" or started_by_ourselves())))
 
 
-def _ending_with_parent() -> contextlib.AbstractContextManager[None]:
-    parent = os.getppid()
-    return repeating(lambda: os.kill(os.getpid(), signal.SIGTERM) if os.getppid() != parent else None, every=1.0)
+@contextlib.contextmanager
+def _expecting_others() -> Iterator[None]:
+    """Know the end of another process by what torch says of its connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
+        if any(word in str(error) for word in words):
+            raise TrialFailed(PEER_ENDED) from None
+        raise
 
 
+@_expecting_others()
 def _join() -> Process:
     """Join the group that the environment describes, with NCCL for CUDA tensors and gloo for the others."""
     import torch
@@ -101,12 +97,11 @@ def _join() -> Process:
     # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
     import torch.distributed.nn.functional
 
-    backend, local_rank = "gloo", int(os.environ.get("LOCAL_RANK", 0))
+    backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    with _expecting_others():
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return this_process()
 
 
@@ -129,54 +124,50 @@ def _joined() -> Any:
 
 def this_process() -> Process:
     """This process in the group that it has joined; alone it is rank 0 of 1."""
-    if (dist := _joined()) is None:
-        return Process()
-    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
+    dist = _joined()
+    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))) if dist else Process()
 
 
+@_expecting_others()
 def sum_over_processes_(tensor: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place; nothing to do for one process."""
+    """Add up a tensor over all processes, in place."""
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
     return tensor
 
 
+@_expecting_others()
 def from_main(value: T) -> T:
     """Rank 0's value, on every process."""
     box = [value]
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=sys.modules["torch"].device("cpu"))
     return box[0]
 
 
+@_expecting_others()
 def from_all(value: T) -> list[T]:
     """The values of all processes by rank, on every process."""
     values = [value] * this_process().world_size
     if (dist := _joined()) is not None:
-        with _expecting_others():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
     return values
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """The action's result, once it has succeeded on every process.
-
-    Raises the action's error where it failed, and TrialFailed on the other processes, with the first rank and error.
-    """
-    results, errors = [], []
+    """The action's result, once it has succeeded on every process; where another failed, TrialFailed says which."""
+    result, error = None, None
     try:
-        results.append(action())
+        result = action()
     except Exception as caught:
-        errors.append(caught)
-    problems = from_all([str(error) for error in errors])
-    if errors:
-        raise errors[0]
+        error = caught
+    problems = from_all(None if error is None else str(error))
+    if error is not None:
+        raise error
     for rank, problem in enumerate(problems):
-        if problem:
-            raise TrialFailed(f"process {rank}: {problem[0]}")
-    return results[0]
+        if problem is not None:
+            raise TrialFailed(f"process {rank}: {problem}")
+    return cast(T, result)
 
 
 def agree(value: str, problem: str) -> None:
@@ -184,15 +175,3 @@ def agree(value: str, problem: str) -> None:
     values = dict.fromkeys(from_all(value))
     if len(values) > 1:
         raise ConfigError(f"{problem}: {' | '.join(values)}")
-
-
-@contextlib.contextmanager
-def _expecting_others() -> Iterator[None]:
-    """Tell the end of another process by what torch says of its connection."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection was likely closed")
-        if any(word in str(error) for word in words):
-            raise TrialFailed(PEER_ENDED) from None
-        raise

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO)
 """Errors of a disk that cannot be written, whatever is trained."""
-
-
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)"""
 
@@ -56,8 +55,20 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
     """For a command: an error that a user can cause is printed in one line, and ends the process."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as >&- does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _check_process()
+        if find_spec("lora_vit.conf") is None:
+            install = f"run `{sys.executable} -m pip install -e {Path(__file__).resolve().parents[1]}`"
+            raise ConfigError(f"lora_vit is not installed in this Python: {install}")
+        try:
+            os.getcwd()
+        except OSError as error:
+            gone = f"the folder that this is started in is gone ({error.strerror})"
+            raise ConfigError(f"{gone}: cd to one that is there") from None
         yield
     except (UserError, OSError, KeyboardInterrupt) as error:
         sys.exit(report(error))
@@ -70,8 +81,7 @@ def reporting() -> Iterator[None]:
 def report(error: BaseException, quiet: bool = False) -> int:
     """Print an error and return its exit code: one line for what a user can cause, else the traceback.
 
-    ``quiet``: print only tracebacks, for a process whose lines another one prints. ``HYDRA_FULL_ERROR=1`` asks for all
-    tracebacks.
+    ``quiet``: print only tracebacks, for a process whose lines another one prints.
     """
     if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
         os._exit(1)
@@ -81,24 +91,6 @@ def report(error: BaseException, quiet: bool = False) -> int:
     elif not quiet:
         print(text, file=sys.stderr)
     return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
-
-
-def _check_process() -> None:
-    """Let streams that were closed or lack a sign take what is printed; raise ConfigError where nothing can start."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, as >&- does
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what another encoding than UTF-8 lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        os.getcwd()
-    except OSError as error:
-        gone = f"the folder that this is started in is gone ({error.strerror})"
-        raise ConfigError(f"{gone}: cd to one that is there") from None
-    if find_spec("lora_vit.conf") is None:
-        clone = Path(__file__).resolve().parent.parent
-        install = f"run `{sys.executable} -m pip install -e {clone}`"
-        raise ConfigError(f"lora_vit is not installed in this Python: {install}")
 
 
 def line_of(error: BaseException) -> str:
@@ -112,10 +104,10 @@ def line_of(error: BaseException) -> str:
     if not isinstance(error, OSError):
         return ""
     place = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, FileNotFoundError):
+        return f"error: {place} is gone: was a folder moved or removed meanwhile?"
+    if error.errno in _FULL:
         return f"error: {place} cannot be written ({error.strerror}): make room, then the same command resumes"
     if error.errno in NO_SPACE or isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return f"error: {place} cannot be written or read ({error.strerror}): give another folder"
-    if isinstance(error, FileNotFoundError):
-        return f"error: {place} is gone: was a folder moved or removed meanwhile?"
     return ""

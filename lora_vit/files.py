@@ -23,8 +23,7 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file so that it appears whole or not at all: temporary file, fsync, rename.
 
-    Its modes are those of any new file (umask, access lists of the folder). A killed process leaves the temporary file,
-    ``.NAME.*``.
+    Its modes are those of any new file (umask, access lists of the folder). A killed process leaves ``.NAME.*``.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -43,11 +42,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
 
-    The lock file is deleted only if the folder is otherwise empty.
-
-    Raises:
-        BlockingIOError: another process holds it, and we do not wait.
-        OSError: the file cannot be made.
+    The file is deleted only if the folder is otherwise empty. Raises BlockingIOError if it is held and we do not wait.
     """
     while True:
         with path.open("ab") as file:
@@ -74,21 +69,19 @@ def remove_empty(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Replace ``path`` atomically by readable JSON (NaN and infinities become null)."""
+    """Replace ``path`` atomically by readable JSON."""
     with replacing(path) as file:
-        file.write((json.dumps(_finite(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+        file.write(_json(values, indent=1))
 
 
-def _finite(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON lacks."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+def _json(value: Any, **how: Any) -> bytes:
+    """A line (or lines) of JSON, which lacks NaN and infinities: they become null."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return (json.dumps(finite, sort_keys=True, **how) + "\n").encode()
 
 
 class JsonLines:
-    """An append-only file of JSON rows; a resumed run cuts it back to a known length.
-
-    Raises OSError from :meth:`write` when the disk is full or the folder unwritable.
-    """
+    """An append-only file of JSON rows; a resumed run cuts it back to a known length."""
 
     def __init__(self, path: Path, keep_bytes: int | None = None):
         self._file = path.open("ab")
@@ -96,8 +89,7 @@ class JsonLines:
             self._file.truncate(keep_bytes)
 
     def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(_finite(row), sort_keys=True, allow_nan=False) + "\n"
-        self._file.write(line.encode())
+        self._file.write(_json(row))
         self._file.flush()
 
     def length(self) -> int:
@@ -112,9 +104,7 @@ class JsonLines:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a ``.jsonl`` file; a last line cut off by a crash is left out, a missing file is empty."""
     rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

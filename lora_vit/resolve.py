@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,8 @@ import omegaconf
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_vit.config import (
-    DATASETS,
-    TrialConfig,
-    file_sha256,
-    from_dict,
-    is_weights_file,
-    known_keys,
-    nearest,
-    trial_id,
-    validate,
-)
+from lora_vit.config import DATASETS, SECTIONS, TrialConfig, file_sha256, from_dict, is_weights_file, trial_id, validate
+from lora_vit.config.schema import unknown_key
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
@@ -30,17 +20,15 @@ from lora_vit.files import user_path
 UNKNOWN_ID = "TRIAL"
 """Stands for a trial id in a path, while that would need a download to know."""
 SECTIONS_BESIDE = ("hydra", "sweep", "engine")
-"""What is composed beside a trial."""
 
 
 def register_resolvers() -> None:
     """Make the interpolations known that ``conf/`` uses. They read nothing but what is composed, and fetch nothing."""
     is_old = omegaconf.__version__.startswith("2.3")  # a later one has another name for it
     new: Any = OmegaConf.register_new_resolver if is_old else OmegaConf.register_resolver
-    new("trial_id", _known_trial_id, replace=True)
-    new("rank_times", _rank_times, replace=True)
-    new("first", lambda *values: next((v for v in values if v is not None), None), replace=True)
-    new("at_least", _at_least, replace=True)
+    for name, resolver in (("trial_id", _known_trial_id), ("rank_times", _rank_times), ("at_least", _at_least),
+                           ("first", lambda *values: next((v for v in values if v is not None), None))):  # fmt: skip
+        new(name, resolver, replace=True)
 
 
 def _known_trial_id(_root_: Any) -> str:
@@ -71,26 +59,23 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
 
 
 def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
-    """The plain, validated dataclass of a composed config.
+    """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
     Args:
-        cfg: the composed config; what is beside the trial (``sweep``, ``engine``, ``hydra``) is left out.
+        cfg: the composed config.
         in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
         fetch: download and read what decides the trial's identity; else see :func:`is_identified`.
         cwd: the folder from which relative paths are seen; None: the current one.
 
-    Raises:
-        ConfigError: in one line, the key, the value and the remedy.
+    Raises ConfigError: in one line, the key, the value and the remedy.
     """
-    wanted = [f.name for f in dataclasses.fields(TrialConfig)]
+    wanted = [*SECTIONS, "seed"]
     plain: dict[str, Any] = {}
     for key in cfg:
         if key not in (*wanted, *SECTIONS_BESIDE):
-            raise ConfigError(f"unknown key '{key}'{nearest(str(key), known_keys()) or ' (see --help)'}")
+            raise ConfigError(unknown_key(key))
     for key in wanted:
-        if OmegaConf.is_missing(cfg, key):
-            raise ConfigError(f"{key} has no value: give one, for example {key}=...")
-        if key not in cfg:
+        if key not in cfg.keys():  # noqa: SIM118  (``in cfg`` asks for a value)
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
         try:
             node = cfg[key]
@@ -101,22 +86,28 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
             raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    if in_sweep:
-        drop_idle(plain)
+    lora = plain["lora"]
+    if in_sweep and isinstance(lora, dict) and lora.get("method") in ("none", "full"):
+        plain["lora"] = {**dict.fromkeys(lora), "method": lora["method"]}
     trial = from_dict(plain)
-    absolute_paths(trial, cwd or Path.cwd())
+    model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
+    if str(model.weights).lower() in ("none", "null"):  # as elsewhere
+        model.weights = None
+    if is_weights_file(model.weights):
+        model.weights = os.path.join(cwd, user_path(str(model.weights)))
+    if data.root:
+        data.root = os.path.join(cwd, user_path(data.root))
+    if not data.cache_dir.startswith("~"):  # each machine's own home
+        data.cache_dir = os.path.join(cwd, data.cache_dir)
     validate(trial)
     identify(trial, fetch)
     return trial
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what the trial's files contain, or compare it with what is given.
+    """Fill in what the trial's files contain. Raises ConfigError: one cannot be read, or another content is given.
 
     Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed.
-
-    Raises:
-        ConfigError: a file cannot be read, or its content is not the given one.
     """
     weights, digest = trial.model.weights, None
     in_package = DATASETS[trial.data.name].in_package
@@ -126,9 +117,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
         from lora_vit.models.weights import check_weights  # imports torch
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
-    content = known_content(trial.data, fetch)
-    if content is None and not fetch:
-        content = trial.data.content
+    content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),
         ("data.content", trial.data.content, content),
@@ -141,25 +130,3 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
 def is_identified(trial: TrialConfig) -> bool:
     """Whether it is known what the trial's images are, without which its id says nothing."""
     return trial.data.content is not None or DATASETS[trial.data.name].in_package
-
-
-def absolute_paths(trial: TrialConfig, cwd: Path) -> None:
-    """Make the paths absolute that other commands need later; ``model.weights=none`` means null, as elsewhere."""
-    if str(trial.model.weights).lower() in ("none", "null"):
-        trial.model.weights = None
-    if is_weights_file(trial.model.weights):
-        trial.model.weights = os.path.join(cwd, user_path(str(trial.model.weights)))
-    if trial.data.root:
-        trial.data.root = os.path.join(cwd, user_path(trial.data.root))
-    if not trial.data.cache_dir.startswith("~"):  # each machine's own home
-        trial.data.cache_dir = os.path.join(cwd, trial.data.cache_dir)
-
-
-def drop_idle(values: dict[str, Any]) -> list[str]:
-    """Set to None what has no effect in a nested config (adapter settings of a baseline); returns their keys."""
-    lora = values.get("lora")
-    if not isinstance(lora, dict) or lora.get("method") not in ("none", "full"):
-        return []
-    idle = [key for key, value in lora.items() if key != "method" and value is not None]
-    lora.update(dict.fromkeys(idle))
-    return [f"lora.{key}" for key in idle]

@@ -12,19 +12,15 @@ from typing import Any
 
 from lora_vit.errors import Interrupted
 
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-    if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """What terminals, schedulers and launchers ask with: batch systems let a site choose the signal."""
 
 
 class StopRequest:
     """Remembers a request to stop until the step is finished; a second Ctrl-C ends at once.
 
-    A handler that a launcher had set is called when the work is saved and the context left. What the process was told
-    to ignore (``nohup``) stays ignored.
+    A handler that a launcher had set is called when the work is saved and the context left. What the process is to
+    ignore (``nohup``) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -67,11 +63,11 @@ def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
     """Call ``action`` every so many seconds in a thread of its own while the context lasts."""
     over = threading.Event()
 
-    def run() -> None:
+    def repeat() -> None:
         while not over.wait(every):
             action()
 
-    thread = threading.Thread(target=run, daemon=True, name="signs of life")
+    thread = threading.Thread(target=repeat, daemon=True, name="signs of life")
     thread.start()
     try:
         yield

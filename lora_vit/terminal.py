@@ -7,16 +7,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 PLAIN_EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
-_PIPED_WIDTH = 400
 
 
 class Every:
@@ -28,23 +28,13 @@ class Every:
 
     def due(self) -> bool:
         """Whether it is time again."""
-        now = time.monotonic()
-        if now - self._since <= self.seconds:
-            return False
-        self._since = now
-        return True
+        if passed := time.monotonic() - self._since > self.seconds:
+            self._since = time.monotonic()
+        return passed
 
 
 class Progress:
-    """How far ``total`` units of work are, with rate and time left; as a context also the time of all of it.
-
-    Args:
-        what: the work, e.g. "decoding images".
-        total: number of units.
-        quiet: show nothing.
-        unit: name of the units.
-        done: units that were done earlier.
-    """
+    """How far ``total`` units of work are (``done`` earlier), with rate and time left; as a context also its time."""
 
     def __init__(self, what: str, total: int, quiet: bool, unit: str = "images", done: int = 0):
         self.what, self.total, self.unit = what, total, unit
@@ -55,14 +45,12 @@ class Progress:
         self._plain = Every(PLAIN_EVERY)
         self._bar: RichProgress | None = None
         if self.console.is_terminal and not quiet:
-            text, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
-            columns = (text, BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
-            self._bar = RichProgress(*columns, console=self.console, transient=True)
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[figures]}")
+            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
             self._task = self._bar.add_task(what, total=total, completed=done, figures="")
             self._bar.start()
 
     def advance(self, count: int) -> None:
-        """``count`` more units are done."""
         self._done += count
         rate = (self._done - self._before) / max(time.perf_counter() - self._start, 1e-9)
         figures = self.figures or f"{rate:,.0f} {self.unit}/s"
@@ -73,25 +61,21 @@ class Progress:
             self.console.print(f"{self.what}: {self._done:,}/{self.total:,}  {figures}  about {left:,.0f} s left")
 
     def close(self) -> None:
-        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: Any, *error: object) -> None:
         self.close()
         if kind is None:
-            seconds = time.perf_counter() - self._start
-            self.console.print(f"{self.what}: {self._done:,} {self.unit} in {seconds:.1f} s")
+            self.console.print(f"{self.what}: {self._done:,} {self.unit} in {time.perf_counter() - self._start:.1f} s")
 
 
 def make_console(quiet: bool = False) -> Console:
     """For lines and tables; nothing is cut or folded where there is no terminal."""
-    width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    return Console(highlight=False, soft_wrap=True, width=width, quiet=quiet)
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 400, quiet=quiet)
 
 
 def from_here(folder: Path) -> str:

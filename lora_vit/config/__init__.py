@@ -7,6 +7,6 @@ from lora_vit.config.identity import canonical, cell_id, file_sha256, ids, is_we
 from lora_vit.config.rules import nearest
 from lora_vit.config.schema import (
     IDENTITY, SCALINGS, SCHEMA_VERSION, SECTIONS, TARGETS, WITHOUT_IDENTITY, DataConfig, LoraConfig, ModelConfig,
-    OptimizerConfig, RootConfig, SweepConfig, TrainerConfig, TrialConfig, effective_scaling, from_dict, known_keys,
-    to_dict,
+    OptimizerConfig, RootConfig, SweepConfig, TrainerConfig, TrialConfig, effective_scaling, from_dict, to_dict,
+    unknown_key,
 )  # fmt: skip

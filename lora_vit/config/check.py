@@ -14,17 +14,12 @@ from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
 from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
 
-MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny")
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 """torchvision's arguments that make a Vision Transformer."""
 
 
 def validate(trial: TrialConfig) -> None:
-    """Check one trial, across fields too.
-
-    Raises:
-        ConfigError: in one line, the key, the value and what to do.
-    """
+    """Check one trial, across fields too. Raises ConfigError: in one line, the key, the value and what to do."""
     for name in SECTIONS:
         check_fields(getattr(trial, name), f"{name}.")
     check_fields(trial)
@@ -34,20 +29,14 @@ def validate(trial: TrialConfig) -> None:
 
 
 def validate_sweep(sweep: SweepConfig) -> None:
-    """Check how a sweep is to run.
-
-    Raises:
-        ConfigError: in one line, the key, the value and what to do.
-    """
+    """Check how a sweep is to run. Raises ConfigError likewise."""
     check_fields(sweep, "sweep.")
-    if sweep.most_seeds < sweep.first_seeds:
-        remedy = f"give at least sweep.first_seeds={sweep.first_seeds}"
-        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: {remedy}")
+    if sweep.most_seeds < (least := sweep.first_seeds):
+        refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: give at least sweep.first_seeds={least}")
 
 
 def _check_sizes(m: ModelConfig) -> None:
-    """Check a model of torchvision's, which is made from its sizes."""
-    one_of("model.name", m.name, MODELS)
+    one_of("model.name", m.name, ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny"))
     sizes = {key: getattr(m, key) for key in SIZES}
     for key, value in sizes.items():
         if value is None:
@@ -62,7 +51,6 @@ def _check_sizes(m: ModelConfig) -> None:
 
 
 def _check_timm(m: ModelConfig) -> None:
-    """Check what is known of timm's models without timm."""
     for key in SIZES[1:]:
         if getattr(m, key) is not None:
             refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
@@ -74,7 +62,6 @@ def _check_timm(m: ModelConfig) -> None:
 
 
 def _check_data(d: DataConfig) -> None:
-    """Check the settings that a data set needs, and those that have no effect on it."""
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
@@ -93,7 +80,6 @@ def _check_data(d: DataConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
-    """Check that adapters have all their settings and fit the model, and that a baseline has none."""
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
         if lora.method != "lora" and value is not None and f.name != "method":

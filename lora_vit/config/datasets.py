@@ -7,23 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set.
+    """What is known of a data set; its parts are ``val`` and ``test``."""
 
-    Attributes:
-        loader: module of ``lora_vit/data`` whose ``find`` lists its images.
-        in_package: a Python package brings the images, so there is nothing to download, and its version tells which.
-        always: parts (``val``, ``test``) that it has of its own, so no fraction of ``train`` becomes them.
-        perhaps: parts that its folder may have of its own; a fraction of ``train`` becomes what it lacks.
-        one_size: all images have one size that never changes, so ``data.cache_size`` has no effect.
-        official_val: it has a further set of labelled images that ``data.official_val`` adds.
-    """
-
-    loader: str
-    in_package: bool = False
-    always: tuple[str, ...] = ()
-    perhaps: tuple[str, ...] = ()
-    one_size: bool = False
-    official_val: bool = False
+    loader: str  # module of ``lora_vit/data`` whose ``find`` lists its images
+    in_package: bool = False  # a Python package brings the images: nothing to download, its version tells which
+    always: tuple[str, ...] = ()  # parts that it has of its own, so no fraction of ``train`` becomes them
+    perhaps: tuple[str, ...] = ()  # parts that its folder may have; a fraction of ``train`` becomes what it lacks
+    one_size: bool = False  # all images have one size that never changes, so ``data.cache_size`` has no effect
+    official_val: bool = False  # it has a further set of labelled images that ``data.official_val`` adds
 
 
 DATASETS = {

@@ -1,7 +1,4 @@
-"""Which trial a configuration is: its canonical form, trial id and cell id, with files by their content.
-
-A composed configuration says itself what its files contain, so that none is read to know which trial it is.
-"""
+"""Which trial a configuration is: its canonical form and ids. It says itself what its files contain: none is read."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ from typing import Any
 from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, deciding
 from lora_vit.errors import ConfigError
 
-FOLDER_FILES = tuple(
-    name + index for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
-)
+FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 """Of what ``save_pretrained`` writes, the first that is there is taken."""
 
 
@@ -28,73 +24,61 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
     if trial.lora.blocks is not None:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
-    digest = values["model"].pop("weights_sha256")
-    if digest is not None:
+    if (digest := values["model"].pop("weights_sha256")) is not None:
         values["model"]["weights"] = "sha256:" + digest
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
-    values["schema"] = SCHEMA_VERSION
-    return values
+    return {**values, "schema": SCHEMA_VERSION}
 
 
-def _digest(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+def ids(trial: TrialConfig) -> tuple[str, str]:
+    """Trial id and cell id: the sha256 over the canonical config, and without its seed (of repeats of each other)."""
+    values = canonical(trial)
+    cell = {key: value for key, value in values.items() if key != "seed"}
+    texts = [json.dumps(part, sort_keys=True, separators=(",", ":")) for part in (values, cell)]
+    whole, without_seed = (hashlib.sha256(text.encode()).hexdigest()[:10] for text in texts)
+    return whole, without_seed
 
 
 def trial_id(trial: TrialConfig) -> str:
-    """First 10 hex digits of the sha256 over the canonical config."""
+    """The first of :func:`ids`."""
     return ids(trial)[0]
 
 
 def cell_id(trial: TrialConfig) -> str:
-    """The trial id without the seed: trials of one cell are repeats of each other."""
+    """The second of :func:`ids`."""
     return ids(trial)[1]
-
-
-def ids(trial: TrialConfig) -> tuple[str, str]:
-    """Trial id and cell id."""
-    values = canonical(trial)
-    whole = _digest(values)
-    del values["seed"]
-    return whole, _digest(values)
 
 
 def is_weights_file(weights: str | None) -> bool:
     """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    if weights is None:
-        return False
-    return weights.endswith((".pth", ".pt", ".bin", ".safetensors")) or "/" in weights or Path(weights).exists()
+    suffixes = (".pth", ".pt", ".bin", ".safetensors")
+    return weights is not None and (weights.endswith(suffixes) or "/" in weights or Path(weights).exists())
 
 
 def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
     if not path.is_dir():
         return [path]
-    there = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-    if not there:
+    file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if file is None:
         raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
-    if there[0].suffix != ".json":
-        return there[:1]
+    if file.suffix != ".json":
+        return [file]
     try:
-        parts = json.loads(there[0].read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({path / Path(part).name for part in parts})
+        return sorted({path / Path(part).name for part in json.loads(file.read_text())["weight_map"].values()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"model.weights={there[0]} is damaged: get it again") from None
+        raise ConfigError(f"model.weights={file} is damaged: get it again") from None
 
 
 def file_sha256(path: Path) -> str:
-    """Sha256 of a file's bytes, read once while it stays as it is; of a folder's files if the weights are in several.
-
-    Raises ConfigError where they cannot be read.
-    """
-    digests = []
-    for file in weights_files(path):
-        try:
-            stat = file.stat()
-            digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
-        except OSError as error:
-            raise ConfigError(f"model.weights={file} cannot be read ({error.strerror}): check the path") from None
+    """Sha256 of a file, read once while it stays as it is, or of a folder's files together. Raises ConfigError."""
+    try:
+        digests = [_sha256(f, (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
+                   for f, s in ((file, file.stat()) for file in weights_files(path))]  # fmt: skip
+    except OSError as error:
+        name = error.filename or path
+        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): check the path") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

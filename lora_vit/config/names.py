@@ -1,11 +1,7 @@
-"""How people read a configuration: one name for a cell, short names for settings, values as a person writes them.
-
-The sweep's tables, the live view, and the summary name a cell by these functions: ``rank 8, alpha 32, lr 0.002``.
-"""
+"""How people read a configuration, in every table: ``rank 8, alpha 32, lr 0.002`` for a cell, short names, values."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,31 +18,24 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide the numbers, by dotted name; lists as readable text."""
     values: dict[str, Any] = dict.fromkeys(IDENTITY)
     for section in SECTIONS:
-        content = config.get(section)
-        if isinstance(content, dict):
-            values.update({f"{section}.{key}": _readable(key, value) for key, value in content.items()})
-    for name in WITHOUT_IDENTITY:
-        values.pop(name, None)
+        values |= {f"{section}.{key}": _readable(key, value) for key, value in config[section].items()
+                   if f"{section}.{key}" not in WITHOUT_IDENTITY}  # fmt: skip
     if values[METHOD] == "lora" and values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
     return values
 
 
 def _readable(key: str, value: Any) -> Any:
-    if isinstance(value, list):
-        ordered = tuple(t for t in TARGETS if t in value) if key == "targets" else tuple(map(str, value))
-        return _TARGETS.get(ordered, " ".join(ordered))
-    return str(value) if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        return value
+    ordered = tuple(t for t in TARGETS if t in value) if key == "targets" else tuple(map(str, value))
+    return _TARGETS.get(ordered, " ".join(ordered))
 
 
 def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A name for each cell, by its id.
+    """A name for each cell, by its id, of the config of any of its seeds: the settings in which these cells differ.
 
-    Args:
-        cells: the config of each cell (:func:`lora_vit.config.to_dict`, of any of its seeds) by its id.
-
-    The name says the settings in which these cells differ; a baseline goes by its own name. Cells that would have the
-    same name get their id behind it.
+    A baseline goes by its own name. Cells that would have the same name get their id behind it.
     """
     rows = {cell: flat(config) for cell, config in cells.items()}
     return names(rows, varying(rows.values()))
@@ -67,10 +56,7 @@ def cell_text(row: Mapping[str, Any], settings: Sequence[str]) -> str:
 
 
 def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The settings in which the rows differ, the most interesting first.
-
-    A setting of adapters that a baseline leaves empty does not differ by that.
-    """
+    """The settings in which the rows differ (but by what a baseline leaves empty), the most interesting first."""
     values: dict[str, set[Any]] = {}
     for row in rows:
         for name, value in row.items():
@@ -101,4 +87,4 @@ def value_text(value: object) -> str:
 
 
 def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return value is None or value != value  # NaN

@@ -1,4 +1,4 @@
-"""Rules that stand with a field of a dataclass, as its metadata: what it may be, and what is said of other values.
+"""Rules that stand with a field of a dataclass, as its metadata: what it may be, what is said of other values.
 
 ``lr: float = field(metadata=number("a learning rate", "(0, inf)"))`` refuses 0 with "optimizer.lr=0.0 is impossible:
 give a learning rate above 0". A rule is not asked about None: whether a field may be None is said by its type.
@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -19,30 +20,20 @@ NO_IDENTITY = {"identity": False}
 """Of a setting that does not decide a trial's numbers: no part of the trial id."""
 
 
-def as_before(value: Any) -> dict[str, Any]:
-    """Of a setting that an earlier version did not have: at this value a trial is what it was there, and has its id."""
-    return {"as_before": value}
-
-
 def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | None = None) -> dict[str, Any]:
-    """Of a number, or of each number of a list.
+    """Of a number, or of each number of a list: of ``count`` numbers, or of at least one, each once.
 
-    Args:
-        what: what to give, with its unit.
-        within: the interval, as ``[0, 1)``: from 0, below 1.
-        also: what to give instead, or an example.
-        count: of the numbers in a list; None: at least one, each once.
+    ``what`` to give, with its unit, ``within`` which interval (``[0, 1)``: from 0, below 1), what ``also`` would do.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
-    inside = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
+    above, below = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
     where = f" in {within}"
     if high == math.inf:
         where = f" from {low} up" if within[0] == "[" else f" above {low}" if low > -math.inf else ""
 
     def check(key: str, value: Any) -> None:
         numbers = value if isinstance(value, list) else [value]
-        good = all(inside[0](low, one) and inside[1](one, high) for one in numbers)
-        if not good or count not in (None, len(numbers)):
+        if not all(above(low, one) and below(one, high) for one in numbers) or count not in (None, len(numbers)):
             refuse(key, value, f"is impossible: give {what}{where}{also}")
         if count is None:
             _each_once(key, numbers, also)
@@ -67,16 +58,14 @@ def _each_once(key: str, values: list[Any], also: str) -> None:
         refuse(key, values, f"is impossible: name at least one, each once{also}")
 
 
-def number_or_auto(key: str, value: str) -> None:
-    """Refuse what is neither ``auto`` nor a number from 1 up."""
-    if value != "auto" and not (value.isascii() and value.isdigit() and len(value) < 10 and int(value) >= 1):
-        refuse(key, value, "is impossible: give a number from 1 up, or auto")
+def text(pattern: str, says: str) -> dict[str, Any]:
+    """Of a text that a regular expression describes, and what is said of another one."""
 
+    def check(key: str, value: str) -> None:
+        if not re.fullmatch(pattern, value):
+            refuse(key, value, says)
 
-def folder_name(key: str, value: str) -> None:
-    """Refuse what is not the name of one visible folder."""
-    if not value or "/" in value or value.startswith("."):
-        refuse(key, value, "cannot be a folder's name: give a word without '/'")
+    return {"check": check}
 
 
 def one_of(key: str, value: Any, names: Sequence[str]) -> None:
@@ -94,8 +83,7 @@ def refuse(key: str, value: Any, why: str) -> NoReturn:
 def check_fields(settings: Any, prefix: str = "") -> None:
     """Ask the rules of a dataclass's fields. Raises ConfigError."""
     for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if value is not None and "check" in f.metadata:
+        if (value := getattr(settings, f.name)) is not None and "check" in f.metadata:
             f.metadata["check"](prefix + f.name, value)
 
 

@@ -12,32 +12,28 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
-from lora_vit.config.rules import NO_IDENTITY, choice, folder_name, nearest, number, number_or_auto, refuse
+from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
 from lora_vit.errors import ConfigError
 
 SCHEMA_VERSION = 3
 """Version of the trial's configuration and record; part of the trial id."""
-
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
 """The linear projections of an encoder block that can get an adapter, in canonical order."""
-
 SCALINGS = ("standard", "rslora")
 """Rules for the factor of an adapter's output (:func:`effective_scaling`)."""
-
 _SIZE = number("a whole number", "[1, inf)")
+_COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 
 
 @dataclass
 class ModelConfig:
-    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted.
+    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted; None: the model's own.
 
     Attributes:
         name: in its library; timm's names say the sizes, which are then None.
         weights: a name of published weights, a path, or None: random.
-        image_size: pixels; None: timm's own for the model.
-        mean: of each colour in [0, 1], subtracted; None: the model's own.
-        std: of each colour, divided by; None: the model's own.
-        interpolation: of images to the model's size; None: the model's own.
+        image_size: pixels.
+        mean: of each colour in [0, 1], subtracted; then ``std`` divides.
         weights_sha256: of the file that ``weights`` names, found out when the trial is composed.
     """
 
@@ -111,13 +107,11 @@ class LoraConfig:
     @property
     def trains_trunk(self) -> bool:
         """Whether parameters of the trunk are trained, so that trials cannot share it."""
-        return self.method == "full" or (self.bias or "none") != "none"
+        return self.method == "full" or self.bias not in (None, "none")
 
     def effective_scaling(self) -> float:
-        """Factor of the adapter's output."""
-        assert self.rank is not None
-        assert self.alpha is not None
-        return effective_scaling(self.alpha, self.rank, self.scaling)
+        """:func:`effective_scaling` of these adapters."""
+        return effective_scaling(self.alpha, self.rank, self.scaling)  # type: ignore[arg-type]  # given by "lora"
 
 
 def effective_scaling(alpha: float, rank: int, scaling: str | None) -> float:
@@ -132,7 +126,7 @@ class TrainerConfig:
     epochs: int = field(metadata=number("a whole number", "[1, inf)"))
     precision: str = field(metadata=choice("auto", "fp32", "bf16", "fp64"))
     accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
-    devices: str = field(metadata={"check": number_or_auto} | NO_IDENTITY)
+    devices: str = field(metadata=_COUNT | NO_IDENTITY)
     compile: bool
     resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)
     checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
@@ -156,9 +150,9 @@ class TrialConfig:
 class SweepConfig:
     """How a sweep (``-m``) runs; none of it decides a trial's numbers. ``conf/config.yaml`` says what each means."""
 
-    name: str | None = field(metadata={"check": folder_name})
-    pack_size: str = field(metadata={"check": number_or_auto})
-    workers: str = field(metadata={"check": number_or_auto})
+    name: str | None = field(metadata=text("[^/.][^/]*", "cannot be a folder's name: give a word without '/'"))
+    pack_size: str = field(metadata=_COUNT)
+    workers: str = field(metadata=_COUNT)
     retry_failed: bool
     dry_run: bool
     wait: bool
@@ -178,7 +172,6 @@ class RootConfig(TrialConfig):
 
 SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).items() if dataclasses.is_dataclass(cls)}
 """The parts of a trial's config by name: model, data, optimizer, lora, trainer."""
-
 _SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
 """Every setting that decides a trial's numbers, by dotted name."""
@@ -200,29 +193,28 @@ def deciding(trial: TrialConfig) -> dict[str, Any]:
     values = to_dict(trial)
     for section in SECTIONS:
         before, kept = _meant(ADDED, section, values[section]), _meant(REMOVED, section, values[section])
-        for key, value in values[section].items():
-            if f"{section}.{key}" in IDENTITY and not (key in before and value == before[key]):
-                kept[key] = value
-        values[section] = kept
+        values[section] = kept | {
+            key: value for key, value in values[section].items()
+            if f"{section}.{key}" in IDENTITY and not (key in before and value == before[key])
+        }  # fmt: skip
     return values
 
 
 def _meant(settings: Mapping[str, Any], section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ADDED or REMOVED (``settings``) in a section with these values; a baseline's adapters have None."""
     idle = section == "lora" and values.get("method") != "lora"
-    names = (name.split(".") for name in settings)
-    return {key: None if idle else settings[f"{of}.{key}"] for of, key in names if of == section}
+    own = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{section}.")}
+    return dict.fromkeys(own) if idle else own
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     """Inverse of :func:`to_dict`, also of an earlier version's; numbers take their field's type.
 
-    Raises:
-        ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
+    Raises ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
     """
     sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if type(seed) is not int:
         raise ConfigError(f"seed={seed} is not a whole number: give one, or several as seed=0,1 in a sweep")
     return TrialConfig(**sections, seed=seed)
 
@@ -235,24 +227,20 @@ def _section(name: str, values: Any) -> Any:
         if (given := values.pop(key, left)) != left:
             refuse(f"{name}.{key}", given, f"is of an earlier version, this one has only {left}: leave it out")
     types = {f.name: str(f.type) for f in dataclasses.fields(SECTIONS[name])}
-    for key in sorted(set(values) - set(types)):
-        raise ConfigError(f"unknown key '{name}.{key}'{nearest(f'{name}.{key}', known_keys()) or ' (see --help)'}")
-    for key in sorted(set(types) - set(values)):
+    for key in sorted(values.keys() - types):
+        raise ConfigError(unknown_key(f"{name}.{key}"))
+    for key in sorted(types.keys() - values):
         raise ConfigError(f"the key '{name}.{key}' is missing")
-    return SECTIONS[name](**{key: _typed(values[key], types[key]) for key in types})
+    return SECTIONS[name](**{key: _typed(values[key], kind) for key, kind in types.items()})
 
 
 def _typed(value: Any, annotation: str) -> Any:
-    if value is None:
-        return None
-    if annotation in ("float", "float | None"):
-        return float(value)
-    if annotation.startswith("list[float]"):
-        return [float(v) for v in value]
-    return list(value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_typed(one, annotation) for one in value]
+    return float(value) if "float" in annotation and value is not None else value
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of a composed config, for suggestions."""
+def unknown_key(key: str) -> str:
+    """What is said of a key that no composed config has."""
     sweep = [f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)]
-    return [*_SETTINGS, *sweep, *SECTIONS, "seed"]
+    return f"unknown key '{key}'{nearest(key, [*_SETTINGS, *sweep, *SECTIONS, 'seed']) or ' (see --help)'}"

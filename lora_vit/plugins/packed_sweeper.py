@@ -34,15 +34,11 @@ class PackedSweeper(Sweeper):
             TrialFailed: some trials did not complete; all others are.
         """
         from lora_vit.compose import sweep_request
-        from lora_vit.distributed import started_by_torchrun
-        from lora_vit.errors import ConfigError
         from lora_vit.sweep.engines.local import start_early
 
-        if started_by_torchrun():
-            raise ConfigError("a sweep starts its own processes: give the same command without torchrun")
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
-        request = sweep_request(self.config, self.params, arguments)
+        request = sweep_request(self.config)
         request.ended = self._call_back
         from lora_vit.api import run_request  # imports torch
 

@@ -58,9 +58,8 @@ def test_the_readmes_snippet_runs_as_it_stands(project_root: Path):
     subprocess.run([sys.executable, "-c", snippet + check], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
-def test_asking_costs_no_torch(flag: str, tmp_path: Path):
-    arguments = ["--cfg", "job"] if flag == "--cfg=job" else [flag]
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_asking_costs_no_torch(arguments: list[str], tmp_path: Path):
     script = (
         "import sys, runpy, atexit\n"
         "atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'light', file=sys.stderr))\n"

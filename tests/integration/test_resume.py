@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from helpers import command, contents, rows_of, run_command, start, wait_until
+from helpers import SMALL, command, contents, rows_of, run_command, start, wait_until
 
 from lora_vit.records import read_record
 
@@ -41,7 +40,7 @@ def assert_resumes(cwd: Path, uninterrupted: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_several_points(uninterrupted, tmp_path):
     chance = random.Random(4)
-    for rows in (1, 9, 20, 33):
+    for rows in (1, 9, 33):
         process = start_until(rows, tmp_path)
         time.sleep(chance.random() * 0.03)  # somewhere in a step, a checkpoint's writing or a validation
         process.kill()
@@ -50,15 +49,12 @@ def test_killed_at_several_points(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)],
-)
-def test_asked_to_stop(signum, code, uninterrupted, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(signum, uninterrupted, tmp_path):
     process = start_until(10, tmp_path)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, out
+    assert process.returncode == 128 + signum, out
     said = f"interrupted by {signum.name}: saved; the same command with hydra.run.dir=run resumes"
     assert out.splitlines()[-1] == said
     assert "Traceback" not in out
@@ -79,36 +75,27 @@ def test_a_finished_run_is_reported_and_that_of_another_trial_refused(uninterrup
     assert state() == before
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, call):
     process = start_until(1, tmp_path, "trainer.epochs=5000")
-    done = run_command(*LONG, "hydra.run.dir=run", cwd=tmp_path, code=1)
-    assert done.stderr == f"error: {tmp_path}/run: another process is training there, wait for it or stop it\n"
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("train", *SMALL, *LONG, "hydra.run.dir=run")
+    assert (code, err) == (1, f"error: {tmp_path}/run: another process is training there, wait for it or stop it\n")
     process.kill()
     process.communicate()
 
 
-def test_restart_trains_from_scratch(tmp_path):
-    run_command("hydra.run.dir=run", "trainer.epochs=1", cwd=tmp_path)
-    first = contents(tmp_path / "run")
-    done = run_command("hydra.run.dir=run", "trainer.epochs=1", "trainer.resume=restart", cwd=tmp_path)
-    assert "epoch 1/1" in done.stdout
-    assert contents(tmp_path / "run") == first
-
-
 @pytest.mark.parametrize("place", ["file", "file/run", "locked/run"])
-def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "locked").mkdir(mode=0o500)
     if place.startswith("locked") and os.geteuid() == 0:
         pytest.skip("root may write everywhere")
-    done = run_command(f"hydra.run.dir={place}", cwd=tmp_path, code=1)
-    (line,) = done.stderr.splitlines()
-    assert f"{place} cannot be written" in line.replace("locked/run", place)
-
-
-def _small_files_only() -> None:
-    # stands for a full disk: the checkpoint's writing breaks off half way
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    code, _, err = call("train", *SMALL, f"hydra.run.dir={place}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{place} cannot be written" in err.replace("locked/run", place)
 
 
 @pytest.mark.slow
@@ -117,9 +104,9 @@ def test_no_room_leaves_the_last_good_checkpoint(uninterrupted, tmp_path):
     process.kill()
     process.communicate()
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert len(good) > 20_000
-    done = subprocess.run(command(*LONG, "hydra.run.dir=run"), cwd=tmp_path, capture_output=True, text=True,
-                          preexec_fn=_small_files_only, timeout=120)  # fmt: skip
+    line = command(*LONG, "hydra.run.dir=run")
+    limit = ["sh", "-c", 'ulimit -f 40; exec "$@"', "sh"]  # stands for a full disk: writing the checkpoint breaks off
+    done = subprocess.run([*limit, *line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     assert "make room" in line

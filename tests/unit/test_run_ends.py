@@ -57,10 +57,14 @@ def test_a_completed_run_is_not_trained_again_but_to_restart(tmp_path, at_step):
     record = run(tmp_path / "a")
     assert record == read_record(tmp_path / "a")
     assert record.status == "completed"
-    at_step(raising(AssertionError))
+    rows = (tmp_path / "a/metrics.jsonl").read_bytes()
+    steps: list[int] = []
+    at_step(lambda: steps.append(2))
     assert run(tmp_path / "a") == record
-    with pytest.raises(AssertionError):
-        single.train(plain_trial({"trainer.resume": "restart"}), tmp_path / "a", {})
+    assert steps == []
+    again = single.train(plain_trial({"trainer.log_every": 3, "trainer.resume": "restart"}), tmp_path / "a", {})
+    assert (steps, again.metrics) == ([2], record.metrics)
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == rows
 
 
 def test_a_folder_that_is_refused_does_not_stay_empty(tmp_path, monkeypatch):

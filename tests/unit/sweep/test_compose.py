@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -16,12 +17,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lora_vit import compose, resolve
-from lora_vit.compose import Composer, compose_all, expand, explain, initialized, sweep_options
+from lora_vit.compose import Composer, compose_all, expand, explain, initialized
 from lora_vit.config import file_sha256, trial_id
 from lora_vit.errors import ConfigError
-from lora_vit.resolve import drop_idle, from_omegaconf, identify
+from lora_vit.resolve import from_omegaconf, identify
 from lora_vit.sweep.plan import Request
-from lora_vit.sweep.trial import without_idle
 
 GRID = [
     ["lora.rank=2", "optimizer.lr=1e-3", "seed=3"],
@@ -31,13 +31,7 @@ GRID = [
     ["lora=full", "optimizer.lr=1e-4"],
     ["lora=mlp", "lora.dropout=0.1", "optimizer.clip_norm=1"],
     ["experiment=quickstart", "trainer.epochs=3"],
-    [
-        "model.head_dropout=0.2",
-        "data=digits",
-        "data.cache_size=null",
-        "data.train_per_class=5",
-        "optimizer.clip_norm=null",
-    ],
+    ["model.head_dropout=0.2", "data=digits", "data.cache_size=null", "optimizer.clip_norm=null"],
 ]
 PRESETS = {"quickstart": 24, "rank_alpha_dropout": 81, "rank_lr": 45, "targets": 45, "baselines": 45}
 
@@ -60,38 +54,33 @@ def without_hydra(config):
 
 
 def test_the_quick_way_gives_hydras_config(loader):
+    ids = set()
     for overrides in GRID:
         line = [*SMALL, *overrides]
         quick, exact = loader(line), loader.exactly(line)
         assert without_hydra(quick) == without_hydra(exact), overrides
-        assert trial_id(from_omegaconf(quick, in_sweep=True)) == trial_id(from_omegaconf(exact, in_sweep=True))
-    assert len({trial_id(from_omegaconf(loader([*SMALL, *o]), in_sweep=True)) for o in GRID}) == len(GRID)
+        ids.add(trial_id(from_omegaconf(quick, in_sweep=True)))
+    assert len(ids) == len(GRID)
 
 
-def test_alpha_follows_the_rank(loader):
-    trial = from_omegaconf(loader([*SMALL, "lora.rank=8", "lora.alpha=${rank_times:2}"]))
-    assert trial.lora.alpha == 16.0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "trials"), PRESETS.items())
-def test_presets(name, trials, tmp_path, project_root):
+def test_presets(name, trials, project_root):
     text = (project_root / "conf" / "sweep" / f"{name}.yaml").read_text().splitlines()
     assert text[:2] == ["# @package _global_", f"# python -m lora_vit.train sweep={name}"]
     assert "?" in text[2]
-    line = [sys.executable, "-m", "lora_vit.train", f"sweep={name}", "sweep.dry_run=true", "sweep.pack_size=1"]
-    small = ["experiment=quickstart", "trainer.accelerator=cpu"]
-    done = subprocess.run([*line, *small], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"plan of outputs/sweeps/{name}-[0-9a-f]{{6}}: {trials} trials", done.stdout), done.stdout
-    assert list(Path(tmp_path).iterdir()) == []
+    with initialized():
+        request = expand([f"sweep={name}", "experiment=quickstart", "trainer.accelerator=cpu"])
+    assert len({trial.trial_id for trial in request.trials}) == trials
+    assert re.fullmatch(rf"outputs/sweeps/{name}-[0-9a-f]{{6}}", str(request.folder))
 
 
 # --- one trial
 
 
-def test_a_rank_that_is_not_there_has_no_alpha(small):
-    small.lora.rank, small.lora.alpha = None, "${rank_times:2}"
+def test_alpha_follows_the_rank(small):
+    small.lora.rank, small.lora.alpha = 8, "${rank_times:2}"
+    assert from_omegaconf(small).lora.alpha == 16.0
+    small.lora.rank = None
     assert small.lora.alpha is None
     waiting = OmegaConf.create({"params": {"lora.alpha": "${rank_times:2}"}})  # a preset's, before there are trials
     assert waiting.params["lora.alpha"] == "${rank_times:2}"
@@ -101,102 +90,69 @@ def test_resolvers_of_ids_and_sizes(loader, small):
     small.data.cache_size = "${at_least:16,${model.image_size},'9'}"
     assert small.data.cache_size == 16
     changed = loader([*SMALL, "lora=none", "lora.rank=4"])
+    assert changed.hydra.sweep.subdir == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
     OmegaConf.set_struct(changed, False)
     changed.run_name = "${trial_id:}"
     assert changed.run_name == resolve.UNKNOWN_ID, "nothing else may stand there"
-    name = loader([*SMALL, "lora=none", "lora.rank=4"]).hydra.sweep.subdir
-    assert name == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "said"),
     [
         ({"modle": 1}, "unknown key 'modle', did you mean 'model'?"),
         ({"xyzzyx": 1}, "unknown key 'xyzzyx' (see --help)"),
         ({"lora.rank": "???"}, "lora.rank has no value: give one, for example lora.rank=..."),
         ({"seed": "???"}, "seed has no value: give one, for example seed=..."),
         ({"seed": "${nothing}"}, "Interpolation key 'nothing' not found"),
-        (
-            {"lora.rank": 0},
-            "lora.rank=0 is impossible: give a whole number from 1 up, or lora=none to train the head alone",
-        ),
+        ({"lora.rank": 0}, "lora.rank=0 is impossible: give a whole number from 1 up, or lora=none"),
     ],
 )
-def test_an_impossible_trial_ends_in_a_line(small, changes, line):
+def test_an_impossible_trial_ends_in_a_line(small, changes, said):
     broken = OmegaConf.create(OmegaConf.to_container(small))
     for key, value in changes.items():
         OmegaConf.update(broken, key, value)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=re.escape(said)):
         from_omegaconf(broken)
-    assert str(caught.value) == line
-    from_omegaconf(small)
+    del broken.lora
+    with pytest.raises(ConfigError, match=r"unknown key|lora has no value: leave '~lora' out"):
+        from_omegaconf(broken)
 
 
-def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(loader):
-    idle = loader([*SMALL, "lora=none", "lora.rank=4"])
-    with pytest.raises(ConfigError, match=r"lora\.rank=4"):
-        from_omegaconf(idle)
-    assert from_omegaconf(idle, in_sweep=True) == trial_config("lora=none")
-
-
-@pytest.mark.parametrize("method", ["none", "full"])
-def test_a_baselines_idle_settings(method):
-    values = {"lora": {"method": method, "rank": 4, "alpha": None, "blocks": [0]}, "seed": 1}
-    assert drop_idle(values) == ["lora.rank", "lora.blocks"]
-    assert values == {"lora": {"method": method, "rank": None, "alpha": None, "blocks": None}, "seed": 1}
-
-
-@pytest.mark.parametrize("values", [{"lora": {"method": "lora", "rank": 4}}, {"lora": None}, {}, {"lora": {"rank": 4}}])
-def test_nothing_of_adapters_is_idle(values):
-    before = {key: dict(value) if value else value for key, value in values.items()}
-    assert drop_idle(values) == []
-    assert values == before
+@pytest.mark.parametrize(("method", "idle"), [("none", "lora.rank=4"), ("full", "lora.blocks=[0]")])
+def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(method, idle, loader):
+    config = loader([*SMALL, f"lora={method}", idle])
+    with pytest.raises(ConfigError, match=re.escape(idle)):
+        from_omegaconf(config)
+    assert from_omegaconf(config, in_sweep=True) == trial_config(f"lora={method}")
 
 
 def test_weights_are_known_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = tmp_path / "w.safetensors"
+    path, trial = tmp_path / "w.safetensors", trial_config()
     save_file({"a": torch.zeros(1)}, path)
-    trial = trial_config()
     trial.model.weights = "~/w.safetensors"
-    identify(trial)
-    assert trial.model.weights_sha256 == file_sha256(path)
-    identify(trial)  # once more: the given one is what is there
-    save_file({"a": torch.ones(1)}, path)
-    given = trial.model.weights_sha256
-    with pytest.raises(ConfigError) as caught:
+    for _ in range(2):  # the second time the given one is what is there
         identify(trial)
-    assert str(caught.value) == (
-        f"model.weights_sha256={given} is asked for, but what is there has {file_sha256(path)}: give the same files"
-    )
-    trial = trial_config()
-    trial.model.weights_sha256 = given
-    with pytest.raises(ConfigError, match="but what is there has None"):  # of random weights there is none
+    given = trial.model.weights_sha256
+    assert given == file_sha256(path)
+    save_file({"a": torch.ones(1)}, path)
+    says = f"model.weights_sha256={given} is asked for, but what is there has {file_sha256(path)}: give the same files"
+    with pytest.raises(ConfigError, match=says):
+        identify(trial)
+    trial.model.weights = None
+    with pytest.raises(ConfigError, match="but what is there has None"):
         identify(trial)
 
 
 def test_content_that_is_not_the_given_one(monkeypatch):
     monkeypatch.setattr(resolve, "known_content", lambda data, fetch: "60 images" if fetch else None)
     trial = trial_config()
-    trial.data.content = None
-    identify(trial)
-    assert trial.data.content == "60 images"
-    trial.data.content = None
-    identify(trial, fetch=False)
-    assert trial.data.content is None
-    trial.data.content = "7 images"
-    with pytest.raises(ConfigError) as caught:
+    for fetch, given, found in ((True, None, "60 images"), (False, None, None), (False, "7 images", "7 images")):
+        trial.data.content = given
+        identify(trial, fetch)
+        assert trial.data.content == found
+    with pytest.raises(ConfigError, match=r"data\.content=7 images .* has 60 images: give the same files"):
         identify(trial)
-    assert str(caught.value) == (
-        "data.content=7 images is asked for, but what is there has 60 images: give the same files"
-    )
-
-
-def test_the_sweeps_own_settings(loader):
-    options = sweep_options(loader([*SMALL, "sweep.pack_size=3", "sweep.retry_failed=true"]))
-    assert (options.pack_size, options.retry_failed) == ("3", True)
-    with pytest.raises(ConfigError, match=r"sweep\.pack_size=0"):
-        sweep_options(loader([*SMALL, "sweep.pack_size=0"]))
 
 
 # --- many trials
@@ -229,9 +185,8 @@ def test_a_value_costs_no_composition(monkeypatch):
         first = loader(["data=fake", "seed=1", "lora=qv"])
         assert loader(["data=fake", "seed=2", "lora=qv"]).seed == 2
         assert (first.seed, loader(["data=fake", "lora=qv"]).seed) == (1, 0), "one trial's value is no other's"
-        assert whole == [["data=fake", "lora=qv"]]
         loader(["data=fake"])
-        assert whole[1:] == [["data=fake"]]
+    assert whole == [["data=fake", "lora=qv"], ["data=fake"]]
 
 
 def test_all_trials_with_their_labels(loader):
@@ -244,30 +199,22 @@ def test_all_trials_with_their_labels(loader):
     assert [trial.label for trial in trials] == ["rank=2 seed=0", "lora=none seed=0", "lora=full seed=0"]
     assert [trial.overrides for trial in trials] == [[*SMALL, *overrides] for overrides in swept]
     assert [trial.config for trial in trials] == [trial_config(lines[0]) for lines in swept]
-    assert without_idle(trials[2].config, swept[2]) == ["lora=full", "seed=0"]
 
 
 def test_trials_that_cannot_run_are_told_together(loader):
     swept = ["lora.rank=0"], ["lora.rank=2"], ["lora.rank=0", "seed=1"], ["lora.rnk=2"], ["lora.rank=two"]
     with pytest.raises(ConfigError) as caught:
         compose_all(loader, SMALL, swept)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == "4 of 5 trials cannot run, so none is started:"
-    for line, words in zip(lines[1:], [("lora.rank=0", "from 1 up", "[rank=0 and 1 more]"),
-                                       ("'lora.rnk'", "'lora.rank'?", "[rnk=2]"),
-                                       ("lora.rank: ", "'two'", "[rank=two]")], strict=True):  # fmt: skip
-        assert all(word in line for word in words), line
+    told = (r"4 of 5 trials cannot run, so none is started:\n  lora.rank=0 .* from 1 up.*\[rank=0 and 1 more\]\n"
+            r"  .*'lora.rnk'.* 'lora.rank'\?.*\[rnk=2\]\n  lora.rank: .*'two'.*\[rank=two\]")  # fmt: skip
+    assert re.fullmatch(told, str(caught.value))
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(5.0, False), (5.1, True)])
-def test_long_compositions_are_told(seconds, told, loader, monkeypatch, capsys):
-    clock = iter((100.0, 100.0 + seconds, 100.0 + seconds))
-    monkeypatch.setattr(compose, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    due = iter((False, told))
+def test_long_compositions_are_told(loader, monkeypatch, capsys):
+    due = itertools.cycle((False, True))
     monkeypatch.setattr(compose, "Every", lambda period: SimpleNamespace(due=lambda: next(due)))
     compose_all(loader, SMALL, [["seed=0"], ["seed=1"]])
-    lines = ["composing: 2/2 trials", "composed 2 trials in 5.1 s"] if told else []
-    assert capsys.readouterr().err.splitlines() == lines
+    assert capsys.readouterr().err == "composing: 2/2 trials\n"
 
 
 # --- what a sweep's command asks for
@@ -295,6 +242,7 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
+        (["seed=0,1", "sweep.pack_size=0"], ["sweep.pack_size=0", "or auto"]),
         (["seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x", "sweep.name"]),
         (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
         (["seed=0,1", "sweep.first_seeds=3"], ["sweep.first_seeds=3", "without sweep.margin"]),
@@ -302,7 +250,7 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
         (["lora.rank=1,2", "sweep.margin=1", "sweep.trials=9"], ["sweep.trials=9", "sweep.margin", "give one"]),
         (["seed=0,1", "sweep.pack_size=1,2"], ["sweep.pack_size", "cannot be swept"]),
         (["seed=0,1", "sweep.wait=false"], ["sweep.wait=false", "engine=slurm"]),
-        (["seed=0,1", "hydra.job.chdir=true"], ["hydra.job.chdir=True", "hydra/sweeper=basic"]),
+        (["seed=0,1", "hydra.job.chdir=true"], ["hydra.job.chdir=true", "hydra/sweeper=basic"]),
         (["seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x", "hydra/sweeper=basic"]),
         (["optimizer.lr=interval(1,4)"], ["optimizer.lr", "sweep.trials=30"]),
         (["seed=choice(0,1)", "sweep.trials=9"], ["seed cannot be searched", "one value"]),
@@ -343,19 +291,18 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_paths_may_be_hydras(tmp_path):
-    """C2: ``${hydra:runtime.cwd}`` alone and in a sweep."""
-    for name, *flags in (("single",), ("sweep", "-m", "seed=0,1")):
-        place = ["hydra.run.dir=single"] if name == "single" else ["hydra.sweep.dir=sweep", "sweep.pack_size=2"]
-        run_command(*flags, *place, "data.cache_dir=${hydra:runtime.cwd}/here", "trainer.epochs=1", cwd=tmp_path)
-        records = list((tmp_path / name).rglob("record.json"))
-        assert len(records) == 1 + (name == "sweep")
-        assert all(f"{tmp_path}/here" in path.read_text() for path in records)
+    """``${hydra:runtime.cwd}`` alone and in a sweep."""
+    place = "data.cache_dir=${hydra:runtime.cwd}/here"
+    run_command("hydra.run.dir=single", place, "trainer.epochs=1", cwd=tmp_path)
+    run_command("-m", "seed=0,1", "hydra.sweep.dir=sweep", place, "trainer.epochs=1", "sweep.pack_size=2", cwd=tmp_path)
+    records = [path.read_text() for path in tmp_path.rglob("record.json")]
+    assert [f"{tmp_path}/here" in text for text in records] == [True] * 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["all", "hydra", "job"])
+@pytest.mark.parametrize("what", ["hydra", "job"])
 def test_printing_the_configuration_fetches_nothing(what, tmp_path):
-    """C3: the data set is not here, and a name that would need it says so."""
+    """The data set is not here, and a name that would need it says so."""
     line = [sys.executable, "-m", "lora_vit.train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -367,11 +314,6 @@ def test_printing_the_configuration_fetches_nothing(what, tmp_path):
 # --- errors
 
 
-def caused(outer: Exception, inner: Exception) -> Exception:
-    outer.__cause__ = inner
-    return outer
-
-
 AVAILABLE = "Could not find 'lora/qvv'\n\nAvailable options in 'lora':\n\tdefault\n\tqv\nConfig search path:\n\tpkg"
 
 
@@ -379,19 +321,15 @@ AVAILABLE = "Could not find 'lora/qvv'\n\nAvailable options in 'lora':\n\tdefaul
     ("error", "line"),
     [
         (ConfigError("rank is bad"), "rank is bad"),
-        (caused(RuntimeError("outer"), ConfigError("rank is bad")), "rank is bad"),
         (OverrideParseException("a=[1", "no end\nthere"), "cannot read the override 'a=[1' (no end)"),
-        (caused(ValueError("x"), KeyError("Could not override 'lora.rnk'.")),
-         "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
+        (KeyError("Could not override 'lora.rnk'."), "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
         (ValueError("Could not override 'xyzzyx'."), "unknown key 'xyzzyx' (see --help)"),
         (ValueError("Ambiguous value for argument 'lr=1,2'"),
          "lr=1,2 names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
-        (ValueError("Sweep parameters 'lr=range(2)' need -m"),
-         "lr=range(2) names several values: add -m for a sweep over them, or write a list as key=[a,b]"),
         (ValueError(AVAILABLE), "'lora/qvv' does not exist, did you mean 'qv'? (one of: default, qv)"),
         (ValueError(AVAILABLE.replace("find 'lora/qvv", "load 'zzz")), "'zzz' does not exist (one of: default, qv)"),
-        (caused(ValueError("first"), ValueError("bad value\n    full_key: lora.rank\n")), "lora.rank: bad value"),
-        (caused(ValueError("first\nline"), ValueError("other")), "first"),
+        (ValueError("bad value\n    full_key: lora.rank\n"), "lora.rank: bad value"),
+        (ValueError("first\nline"), "first"),
     ],
 )  # fmt: skip
 def test_errors_in_one_line(error, line):
@@ -399,9 +337,7 @@ def test_errors_in_one_line(error, line):
 
 
 def test_an_error_raised_while_another_was_handled():
-    later = ValueError("later")
+    later, one, two = ValueError("later"), ValueError("one"), ValueError("two")
     later.__context__ = ConfigError("rank is bad")
-    assert explain(later) == "rank is bad"
-    one, two = ValueError("one"), ValueError("two")
     one.__cause__, two.__context__ = two, one  # a ring
-    assert explain(one) == "one"
+    assert [explain(later), explain(one)] == ["rank is bad", "one"]
