@@ -39,8 +39,14 @@ class Process:
 
 
 def started_by_torchrun() -> bool:
-    """Whether torchrun has started this process; what a scheduler says of ranks does not count."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether torchrun has started this process. Raises ConfigError if another launcher has, as one of several."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a scheduler may leave some of them
+    if all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1":
+        shown = " ".join(f"{name}={os.environ[name]}" for name in names)
+        raise ConfigError(f"{shown}: each of these processes would train all of it: start with torchrun, or unset RANK")
+    return False
 
 
 def started_by_ourselves() -> bool:

@@ -41,6 +41,9 @@ def test_a_process_alone():
 def test_whether_torchrun_started_us(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"RANK=1 WORLD_SIZE=2 .*: start with torchrun, or unset RANK"):
+        distributed.started_by_torchrun()
+    monkeypatch.delenv("MASTER_PORT")
     assert not distributed.started_by_torchrun(), "what a scheduler leaves does not count"
     for run, ours in (("x", False), (distributed.OWN_RUN, True)):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
