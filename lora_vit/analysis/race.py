@@ -33,6 +33,7 @@ import numpy as np
 
 from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
 
+ALPHA = 0.05
 DRAWN = 100
 """Seeds that are drawn for an estimate of a race's length; what it takes beyond them follows from the means."""
 
@@ -44,7 +45,6 @@ class Rules:
     margin: float
     first_seeds: int
     most_seeds: int
-    alpha: float = 0.05
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Rules:
@@ -56,8 +56,6 @@ class Rules:
             raise ValueError(f"a race's margin must be above 0, not {self.margin}")
         if not 2 <= self.first_seeds <= self.most_seeds:
             raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"a race's alpha must lie between 0 and 0.5, not {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,12 @@ class Race:
     failed: np.ndarray
     means: np.ndarray
     room: np.ndarray
+    bounds: np.ndarray  # [m, m] of boundary()
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
     seeds: int = 0
     selected: int | None = None
     ended: bool = False
-    bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [m, m] of boundary()
     cells: list[str] = field(default_factory=list)
     first: int = 0
 
@@ -133,7 +131,7 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
         variance, df = wide_variance(fit), (m - 1) * (n - 1) / m * ((m + 1) // 2)
     floor = max(variance, resolution**2 / 12)
     s2 = 2 * np.fmax(floor, pair_variance(first, np.arange(m), blocked=True))
-    eta = ((2 * rules.alpha / (m - 1)) ** (-2 / df) - 1) / 2
+    eta = ((2 * ALPHA / (m - 1)) ** (-2 / df) - 1) / 2
     return 2 * eta * df * s2 / rules.margin
 
 
@@ -164,8 +162,8 @@ def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, o
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there = np.isfinite(y)
-    nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
+    m = len(y)
+    race = Race(rules, y, failed, np.full(m, np.nan), np.full(m, np.nan), np.zeros((m, m)), list(range(m)))
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -175,7 +173,7 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
             race.exits[cell] = Exit(int(np.argmax(failed[cell])) + 1, None)
         alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
         if r == rules.first_seeds and len(alive) > 1:
-            bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
+            race.bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
         _eliminate(race, alive, race.widths(alive, r))
         if len(race.survivors) <= 1:
@@ -187,20 +185,18 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
 
 def _eliminate(race: Race, alive: np.ndarray, width: np.ndarray) -> None:
     """Take out who is behind by more than ``width`` [n, n]; where all widths are 0, all but the first of the best."""
-    race.room[:] = np.nan
     means = race.means[alive]
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
-    if len(alive) > 1:
-        race.room[alive] = room.min(1)
     out = (room < -1e-12).any(1)
     if len(alive) > 1 and not width.any():
-        out[:] = True
-        out[np.argmax(means)] = False
+        out = np.arange(len(alive)) != np.argmax(means)
     for i in np.flatnonzero(out):
         race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
-        race.room[alive[i]] = np.nan
-    race.survivors = [int(i) for i in alive[~out]]
+    race.room[:] = np.nan
+    if len(alive) > 1:
+        race.room[alive[~out]] = room.min(1)[~out]
+    race.survivors = alive[~out].tolist()
 
 
 def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
@@ -210,10 +206,8 @@ def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
     """
     there = np.isfinite(race.y) | race.failed
     trials: list[tuple[int, int]] = []
-    if race.ended:
-        return trials
     first = max(race.seeds + 1, race.rules.first_seeds)
-    for seed in range(race.rules.most_seeds):
+    for seed in range(0 if race.ended else race.rules.most_seeds):
         if seed >= first and len(trials) >= workers:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
@@ -229,7 +223,7 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
     if cells < 2 or not math.isfinite(sd):
         return None
     known = 1e6  # degrees of freedom
-    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
+    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, ALPHA) * sd / rules.margin) ** 2))
 
 
 def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from made_up_records import make_sweep, make_trial
 
-from lora_vit.analysis import export
-from lora_vit.analysis.core import summarize
-from lora_vit.analysis.report import html_report
+from lora_vit.analysis import export, summarize
 from lora_vit.errors import RecordError
 
 
@@ -71,7 +69,7 @@ def test_odd_facts_beside_the_metric_break_nothing(sweep, key, value):
     summary = summarize(sweep)
     assert len(summary.cells) == 3
     assert export.table_md(summary)
-    assert html_report(summary, {}, "command")
+    assert export.html_report(summary, {}, "command")
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,6 @@ def test_facts_and_costs_are_no_settings(by_rank):
     assert list(got["label"]) == [f"rank {rank}" for rank in (1, 4, 16) for _ in range(3)]
 
 
-def test_a_user_may_call_columns_by_their_last_part_if_only_one_has_it():
-    columns = ["lora.rank", "model.name", "model.image_size", "data.image_size", "seed"]
-    assert tables.aliases(columns) == {**{c: c for c in columns}, "rank": "lora.rank", "model": "model.name"}
-
-
 @pytest.mark.parametrize(
     ("cells", "settings", "want"),
     [

@@ -141,12 +141,12 @@ def test_pictures_of_an_earlier_summary_are_removed_and_no_file_of_others(sweep,
     summary = sweep / "summary"
     summarize(sweep)
     kept = {"notes.png", "cells.csv", "cells.svg", "by_rank.svg"}
-    for name in ("heat_rank_lr.png", "pareto_seconds.svg", "pivot.csv", "notes.png"):
+    for name in ("heat_rank_lr.png", "pareto_seconds.svg", "notes.png"):
         (summary / name).touch()
     summarize(sweep)
     found = {path.name for path in summary.iterdir()}
     assert kept <= found
-    assert not {"heat_rank_lr.png", "pareto_seconds.svg", "pivot.csv"} & found
+    assert not {"heat_rank_lr.png", "pareto_seconds.svg"} & found
     summarize(sweep, "--no-plots")
     assert [path.name for path in summary.glob("*.*g")] == ["notes.png"]
 

@@ -36,7 +36,6 @@ def test_effects_and_intervals_of_a_balanced_design() -> None:
     error, df = (centred**2).sum() / 10, 10
     half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * 2 / 9)
     assert row["high"] - row["effect"] == pytest.approx(half)
-    assert row["p"] == pytest.approx(2 * scipy_stats.t.sf(abs(row["effect"]) / np.sqrt(error * 2 / 9), df))
 
 
 def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
@@ -74,7 +73,7 @@ def test_missing_trials_and_row_order_are_taken() -> None:
 
 
 def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray) -> dict[str, object]:
-    """The model by dummies: coefficients of ``x`` beside seeds, error between repeats, F of ``x``, lack of fit."""
+    """The model by dummies: coefficients of ``x`` beside seeds, error between repeats, lack of fit."""
 
     def dummies(values: np.ndarray) -> np.ndarray:
         return (values[:, None] == np.unique(values)[None, :]).astype(float)
@@ -88,11 +87,10 @@ def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray
     _, pure_ss, df = fit(np.column_stack([dummies(seeds), dummies(cells)]))
     error, k = pure_ss / df, x.shape[1]
     v = np.linalg.inv(design.T @ design)[-k:, -k:]
-    f = b[-k:] @ np.linalg.inv(v) @ b[-k:] / k / error
     lack_df = all_df - df
     lack = scipy_stats.f.sf((all_ss - pure_ss) / lack_df / error, lack_df, df) if lack_df else np.nan
     half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * np.diag(v))
-    return {"b": b[-k:], "half": half, "p": scipy_stats.f.sf(f, k, df), "lack": lack}
+    return {"b": b[-k:], "half": half, "lack": lack}
 
 
 @pytest.mark.parametrize("missing", [[], [4, 11]])
@@ -107,7 +105,6 @@ def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
     np.testing.assert_allclose(got.table["effect"], want["b"])
     np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
     np.testing.assert_allclose(got.table["effect"] - got.table["low"], want["half"])
-    np.testing.assert_allclose(got.table["p"], want["p"])
     assert got.lack_of_fit_p == pytest.approx(want["lack"])
 
 
@@ -131,7 +128,6 @@ def test_nine_levels_are_a_slope_by_dummies(name: str, values: np.ndarray, level
     assert got.table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [[name, level, "", 27]]
     np.testing.assert_allclose(got.table["effect"], want["b"])
     np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
-    np.testing.assert_allclose(got.table["p"], want["p"])
     assert got.lack_of_fit_p == pytest.approx(want["lack"])
 
 
@@ -198,7 +194,6 @@ def test_trials_without_any_noise(interaction: float, scale: float) -> None:
     want = np.array([1 + interaction / 2, 2 + interaction / 2]) * scale
     for name in ("effect", "low", "high"):
         np.testing.assert_allclose(got.table[name], want)
-    assert (got.table["p"] < 1e-10).all()
     assert got.lack_of_fit_p == pytest.approx(0.0 if interaction else 1.0)
 
 

@@ -133,7 +133,7 @@ def test_of_one_trial_the_last_sign_of_life_counts(tmp_path, monkeypatch):
     (trial,) = loaded.trials["trial"]
     assert list(loaded.trials["folder"]) == [str(tmp_path / "b" / trial)]
     assert len(loaded.problems) == 2
-    for line, old in zip(loaded.problems, "ac", strict=True):
+    for line, old in zip(loaded.problems, "ca", strict=True):
         counts, left_out = line.split(" counts, ")
         assert f"{tmp_path}/b/{trial} (completed)" in counts
         assert f"{tmp_path}/{old}/{trial} (completed)" in left_out

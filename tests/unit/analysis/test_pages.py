@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from made_up_records import grid, make_sweep, make_trial
 from rich.console import Console
 
-from lora_vit.analysis import export, plots, report, summarize
+from lora_vit.analysis import export, plots, summarize
 
 CELLS = [{"lora__rank": 1}, {"lora__rank": 2}]
 Y = np.array([[0.8, 0.81], [0.9, 0.91]])
@@ -56,23 +57,26 @@ def test_adjusted_means_are_shown_if_seeds_are_missing(tmp_path):
     assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
 
 
-def test_the_sections_below_the_cells(large):
+def test_the_sections_below_the_cells(large, monkeypatch):
     make_trial(large, 0.2, status="stopped", seed=3, lora__rank=1)
     summary = summarize(large)
-    rates, effects, unfinished = export.sections(summary)
-    assert rates.notes == [export.RATES_NOTE]
-    first, found = summary.learning_rates.iloc[0], rates.table.iloc[0]
+    (_, rates, notes), (_, effects, of_effects), (_, unfinished, _) = export.sections(summary)
+    assert notes == [export.RATES_NOTE]
+    first, found = summary.learning_rates.iloc[0], rates.iloc[0]
     assert found["best lr"].split()[0] == f"{first['best_lr']:g}"
     assert ("(edge)" in found["best lr"]) == first["edge"]
     assert found["best over lr, %"] == f"{100 * first['best_mean']:.2f}"
     shared = f"at shared lr {first['shared_lr']:g}, %"
     assert found[shared] == f"{100 * first['shared_mean']:.2f}"
-    assert effects.notes == summary.effects.notes != []
+    assert of_effects == summary.effects.notes != []
     effect = summary.effects.table.iloc[0]
-    assert list(effects.table.iloc[0]) == ["rank", "16", "1", f"{100 * effect['effect']:+.2f}",
+    assert list(effects.iloc[0]) == ["rank", "16", "1", f"{100 * effect['effect']:+.2f}",
                                            f"{100 * effect['low']:+.2f} to {100 * effect['high']:+.2f}"]  # fmt: skip
-    assert list(unfinished.table.iloc[0][["status", "epoch", "last value"]]) == ["stopped", "5", "20.00 %"]
-    assert unfinished.file == "trials.csv"
+    assert list(unfinished.iloc[0][["status", "epoch", "last value"]]) == ["stopped", "5", "20.00 %"]
+    monkeypatch.setattr(export, "PAGE_ROWS", 0)
+    page = export.html_report(summary, {}, "command")
+    files = re.findall(r"The first 0 of [\d,]+; all of them are in (\S+)\.csv", page)
+    assert files == ["cells", "cells", "cells", "trials", "trials", "cells"], "the last: the environment"
 
 
 def test_notes_are_shown_even_without_their_table(tmp_path):
@@ -82,14 +86,14 @@ def test_notes_are_shown_even_without_their_table(tmp_path):
     export.terminal(summary, console, 30)
     assert "note: why there is *none*" in console.file.getvalue()
     assert "### Main effects (points)\n\nwhy there is \\*none\\*\n" in export.table_md(summary)
-    assert "<p class=\"note\">Why there is *none*.</p>" in report.html_report(summary, {}, "command")
+    assert '<p class="note">Why there is *none*.</p>' in export.html_report(summary, {}, "command")
 
 
 @pytest.mark.parametrize("name", ["a<script>&_b%#{}$", "$\\bad{$ *x* <b>\n$y$|`"])
 def test_names_are_text_wherever_they_are_shown(tmp_path, name):
     make_sweep(tmp_path, [CELLS[0], {**CELLS[1], "model__weights": name}], Y)
     summary = summarize(tmp_path)
-    page = report.html_report(summary, {}, "command")
+    page = export.html_report(summary, {}, "command")
     assert name not in page
     assert page.count("<script>") == 1
     assert "<b>*x*" not in page
@@ -129,8 +133,8 @@ def test_long_tables_say_what_they_leave_out(tmp_path, monkeypatch):
     console = Console(width=160, file=io.StringIO())
     export.terminal(summary, console, 10)
     assert "... 32 more rows" in console.file.getvalue()
-    monkeypatch.setattr(report, "MOST_ROWS", 20)
-    page = report.html_report(summary, {}, "command")
+    monkeypatch.setattr(export, "PAGE_ROWS", 20)
+    page = export.html_report(summary, {}, "command")
     assert "The first 20 of 42; all of them are in cells.csv." in page
     assert "The first 20 of 42; all of them are in trials.csv." in page
 
@@ -138,8 +142,7 @@ def test_long_tables_say_what_they_leave_out(tmp_path, monkeypatch):
 def test_numbers_stand_on_the_right():
     table = pd.DataFrame({"number": ["–", "1,234 *", "-0.5"], "text": ["1", "rank 1", "–"]})
     assert export.markdown(table).splitlines()[1] == "| ---: | --- |"
-    assert "{rl}" in export.latex(table, "")
-    assert [column["right"] for column in report.page_table(table)["columns"]] == [True, False]
+    assert export.numeric(table) == [True, False]
 
 
 def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
@@ -147,10 +150,10 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
     hydra = {"mode": "MULTIRUN", "overrides": {"hydra": [], "task": ["sweep=quickstart", "sweep.name=a b"]}}
     (place := Path(folder) / ".hydra").mkdir()
     (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
-    page = report.html_report(summarize(large), {}, "command")
+    page = export.html_report(summarize(large), {}, "command")
     assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in page
     (place / "hydra.yaml").write_text("hydra: [")
-    assert "lora_vit.train" not in report.html_report(summarize(large), {}, "command")
+    assert "lora_vit.train" not in export.html_report(summarize(large), {}, "command")
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 160])

@@ -203,7 +203,7 @@ def test_as_many_seeds_as_it_takes_cost_no_more_than_those_that_there_are() -> N
     assert race.expected() > 1_000
 
 
-@pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}, {"alpha": 0.6}])
+@pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}])
 def test_rules_that_cannot_be_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a race"):
         Rules(**{"margin": 0.005, "first_seeds": 3, "most_seeds": 30, **bad})  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
-from lora_vit.analysis import texts
+from lora_vit.analysis import export
 from lora_vit.analysis.core import summarize
 from lora_vit.analysis.race import one_stage
 from lora_vit.errors import RecordError
@@ -70,19 +70,18 @@ def test_a_race_that_has_ended(tmp_path):
     for words in ("rank 2 selected: with 95 % no other of 4 cells is better by more than 1.00 points.",
                   f"12 trials of 24 decided it; one stage with the same guarantee would take {stage}."):  # fmt: skip
         assert words in got.verdict
-    assert np.isfinite(got.chosen.test), "of the selected cell"
-    assert got.within is not None
-    assert got.within.margin == pytest.approx(0.01)
+    assert np.isfinite(got.test.mean), "of the selected cell"
+    assert got.margin == pytest.approx(0.01)
     assert "No smaller cell is shown to be within 1.00 points of the best" in got.verdict
     assert cells["within"].to_dict() == {1: False, 2: True, 4: False, 8: False}, "the selected one, as the race says"
     assert got.learning_rates.empty
     assert got.unfinished.empty, "a cell that has left misses no seed"
     assert got.legend.startswith("A race: *selected*")
-    text = " ".join(texts.methods(got))
+    text = " ".join(export.html_report(got, {}, "command").split())
     for words in ("Paulson", "the same 3 seeds", "up to 6", "1.00 points", f"would take {stage} trials"):
         assert words in text
     assert "Tukey" not in text
-    assert len(texts.facts(got)) == len(texts.closing(got)) + 2 == 3, "nothing of a fixed sweep's power"
+    assert (text.count('class="fact"'), got.power_text()) == (3, ""), "nothing of a fixed sweep's power"
 
 
 def test_cells_leave_one_after_the_other(tmp_path):
@@ -119,7 +118,7 @@ def test_a_race_that_selects_nothing(tmp_path, values, plan, seeds, words):
     assert [line for line in words if line not in got.verdict] == []
     assert set(got.cells["mark"]) == {"left"}
     assert got.cells["mean"].is_monotonic_decreasing
-    assert not np.isfinite(got.chosen.test)
+    assert not np.isfinite(got.test.mean)
 
 
 def test_at_most_five_names_are_said(tmp_path):

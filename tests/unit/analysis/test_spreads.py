@@ -65,7 +65,8 @@ def test_three_cells_with_two_seeds_always_spread_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    "y", [HOLES[[0, 3]], np.ones((4, 3)) * np.arange(4)[:, None], np.arange(4.0)[:, None]]  # two cells, no error, no df
+    "y",
+    [HOLES[[0, 3]], np.ones((4, 3)) * np.arange(4)[:, None], np.arange(4.0)[:, None]],  # two cells, no error, no df
 )
 def test_spreads_that_cannot_be_tested(y: np.ndarray) -> None:
     assert math.isnan(stats.spread_test(fit_blocks(y)))

@@ -40,14 +40,12 @@ UNEQUAL[0, :2], UNEQUAL[1, 2:5], UNEQUAL[2, 5:] = [1, 4], [2, 3, 7], [0, 1, 1, 8
 
 
 @pytest.mark.parametrize("values", [[0.91, 0.93, 0.925, NAN], [0.91, 0.93]])
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_t_interval_equals_scipys(values: list[float], confidence: float) -> None:
-    x = np.array(values)
-    x, got = x[np.isfinite(x)], t_interval(x, confidence=confidence)
-    low, high = scipy_stats.ttest_1samp(x, 0).confidence_interval(confidence)
+def test_t_interval_equals_scipys(values: list[float]) -> None:
+    got, x = t_interval(np.array(values)), np.array(values)
+    x = x[np.isfinite(x)]
+    low, high = scipy_stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert (got.low, got.high, got.n) == (pytest.approx(low), pytest.approx(high), len(x))
     assert (got.mean, got.sd) == (pytest.approx(x.mean()), pytest.approx(np.std(x, ddof=1)))
-    assert t_interval(x) == t_interval(np.array(values), confidence=0.95)
 
 
 def test_t_interval_of_one_value_of_none_and_of_equal_ones() -> None:
