@@ -98,6 +98,8 @@ class Composer:
     def __init__(self, config_name: str, fixed: Sequence[str]):
         """``fixed``: overrides that all trials have, those of Hydra's own node too."""
         self.config_name, self.fixed = config_name, list(fixed)
+        self.fetch = True
+        """Whether trials are composed with the content of their images, which may have to be downloaded."""
         self._loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
@@ -155,6 +157,7 @@ def sweep_request(master: Any, params: dict[str, Any], arguments: Sequence[str])
         parsed = composer.parse([*(f"{key}={value}" for key, value in params.items()), *arguments])
         overrides = {o.get_key_element(): o for o in parsed}
         options = sweep_options(master)
+        composer.fetch = not options.dry_run
         swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
         fixed = [_line(o) for o in overrides.values() if not o.is_sweep_override()]
         refuse_without_effect(master, options, list(swept), [*map(str, given), *fixed])
@@ -236,7 +239,7 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
 def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]) -> Trial:
     """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
     node = composer([*fixed, *swept])
-    config = from_omegaconf(node, in_sweep=True, cwd=Path(str(node.hydra.runtime.cwd)))
+    config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
     return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 

@@ -45,9 +45,10 @@ def register_resolvers() -> None:
 
 def _known_trial_id(_root_: Any) -> str:
     try:
-        return trial_id(from_omegaconf(_root_, in_sweep=True, fetch=False))
+        trial = from_omegaconf(_root_, in_sweep=True, fetch=False)
     except ConfigError:
         return UNKNOWN_ID  # whoever uses the path says what is wrong
+    return trial_id(trial) if is_identified(trial) else UNKNOWN_ID
 
 
 def _at_least(*sizes: Any, _root_: Any) -> Any:
@@ -75,7 +76,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     Args:
         cfg: the composed config; what is beside the trial (``sweep``, ``engine``, ``hydra``) is left out.
         in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
-        fetch: download and read what decides the trial's identity; else the trial has no id if that would be needed.
+        fetch: download and read what decides the trial's identity; else see :func:`is_identified`.
         cwd: the folder from which relative paths are seen; None: the current one.
 
     Raises:
@@ -112,7 +113,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
     """Fill in what the trial's files contain, or compare it with what is given.
 
-    Without ``fetch`` nothing is downloaded.
+    Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed.
 
     Raises:
         ConfigError: a file cannot be read, or its content is not the given one.
@@ -126,15 +127,20 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
 
         check_weights(trial.model.name, weights)  # before data is fetched for it
     content = known_content(trial.data, fetch)
+    if content is None and not fetch:
+        content = trial.data.content
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),
         ("data.content", trial.data.content, content),
     ):
         if given is not None and given != found:
             raise ConfigError(f"{key}={given} is asked for, but what is there has {found}: give the same files")
-    if not fetch and content is None and not in_package:
-        raise ConfigError(f"data={trial.data.name} has not been read yet")
     trial.model.weights_sha256, trial.data.content = digest, content
+
+
+def is_identified(trial: TrialConfig) -> bool:
+    """Whether it is known what the trial's images are, without which its id says nothing."""
+    return trial.data.content is not None or DATASETS[trial.data.name].in_package
 
 
 def absolute_paths(trial: TrialConfig, cwd: Path) -> None:

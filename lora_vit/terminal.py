@@ -67,7 +67,7 @@ class Progress:
         rate = (self._done - self._before) / max(time.perf_counter() - self._start, 1e-9)
         figures = self.figures or f"{rate:,.0f} {self.unit}/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, figures=figures)
+            self._bar.update(self._task, total=self.total, completed=self._done, figures=figures)
         elif self._plain.due():
             left = (self.total - self._done) / rate
             self.console.print(f"{self.what}: {self._done:,}/{self.total:,}  {figures}  about {left:,.0f} s left")

@@ -10,7 +10,8 @@ from plain_trials import plain_trial
 
 from lora_vit.config import SweepConfig, to_dict
 from lora_vit.records import TrialRecord, write_record
-from lora_vit.sweep.plan import Sweep
+from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.trial import Trial
 
 
@@ -37,8 +38,24 @@ def sweep_of(folder: Path, trials: list[Trial], workers: int = 1, **changes: Any
     about = {key: changes.pop(key, None) for key in ("race", "search")}
     sweep = Sweep(folder)
     is_open = {trial.trial_id for trial in trials if not sweep.state_of(trial).ended}
-    sweep.ask(trials, trials, is_open, options(**changes), command="train", hydra="", workers=workers, **about)
+    sweep.ask(Request(folder, options(**changes), trials, command="train", workers=workers, **about), trials, is_open)
     return sweep
+
+
+def another(folder: Path, *trials: Trial) -> Claims:
+    """A process that has these trials; it lives, for it is this one."""
+    claims = Claims(folder)
+    claims.look()
+    for trial in trials:
+        assert claims.take(trial.trial_id)
+    return claims
+
+
+def claimed(folder: Path, trials: list[Trial]) -> list[str]:
+    """Whether each trial is free, held or ended."""
+    claims = Claims(folder)
+    claims.look()
+    return [claims.state(trial.trial_id) for trial in trials]
 
 
 def leave_record(sweep: Sweep, trial: Trial, status: str, **fields: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.plan import Sweep, trial_folders
+from lora_vit.sweep.view import HEADER, accuracy_of, trial_row
 from lora_vit.terminal import make_console, print_table
 
 
@@ -57,29 +58,15 @@ def find(text: str) -> Path:
 def show(folder: Path) -> int:
     """Print the trials, those with the highest validation accuracy first within each status."""
     sweep = Sweep(folder)
-    ids = dict.fromkeys([*sweep.trials, *(p.name for p in trial_folders(folder))])
-    order = {s: i for i, s in enumerate(("running", "interrupted", "stopped", "failed", "refused", "new"))}
-    rows = []
-    counts: Counter[str] = Counter()
-    for trial_id in ids:
-        state = state_of(folder / trial_id)
-        status = "waiting" if state.status == "new" else state.status
-        counts[status] += 1
-        record = state.record
-        why, epochs, accuracy = state.problem, "", None
-        if record is not None:
-            epochs = f"{record.metrics.get('epoch', 0)}/{record.config['trainer']['epochs']}"
-            accuracy = record.metrics.get("val_accuracy")
-            why = (record.error or {}).get("message") or ""
-        label = sweep.trials[trial_id].label if trial_id in sweep.trials else ""
-        shown = f"{accuracy:.2%}" if accuracy is not None else ""
-        rank = (order.get(state.status, -1), -(accuracy or 0.0))
-        rows.append((rank, (trial_id, label, status, epochs, shown, why)))
-    rows.sort(key=lambda row: row[0])
+    names = dict.fromkeys([*sweep.trials, *(path.name for path in trial_folders(folder))])
+    states = {name: state_of(folder / name) for name in names}
+    order = ("completed", "running", "interrupted", "stopped", "failed", "refused", "new")
+    best = sorted(states, key=lambda name: (order.index(states[name].status), -(accuracy_of(states[name]) or 0.0)))
+    labels = {name: trial.label for name, trial in sweep.trials.items()}
+    rows = [trial_row(name, labels.get(name, ""), states[name]) for name in best]
     console = make_console()
-    header = ("trial", "settings", "status", "epochs", "val accuracy", "")
-    print_table(console, "", header, [row for _, row in rows])
-    total = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    print_table(console, "", HEADER, rows)
+    total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
     if sweep.race:
         from lora_vit.sweep.run import print_race

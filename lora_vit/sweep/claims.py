@@ -18,6 +18,7 @@ import os
 import platform
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,11 @@ def _born(pid: int) -> str:
 def _is_running(pid: int, born: str) -> bool:
     if Path("/proc/self").exists():
         return _born(pid) == born
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    with contextlib.suppress(PermissionError):  # another user's
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
     return True
 
 
@@ -67,7 +67,7 @@ class Claims:
 
     Attributes:
         lost: ids of trials that another process has taken over from us.
-        progress: epochs of the trials that owners train, by trial id, as of the last look; ours are put in here.
+        progress: epochs of the trials that we train, by trial id, for others to see.
     """
 
     def __init__(self, folder: Path):
@@ -79,7 +79,7 @@ class Claims:
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
         self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
-        self._tokens: dict[tuple[str, int], str] = {}
+        self._tokens: dict[Path, str] = {}
         self._owners: dict[str, tuple[bool, dict[str, Any]]] = {}  # asked once a look
         self._signs: dict[str, tuple[int, float]] = {}  # last sign of life, and when we first saw it
         self._beat_at = time.monotonic()
@@ -101,29 +101,22 @@ class Claims:
 
     def state(self, trial_id: str) -> str:
         """``free``, ``held`` by a living process, or ``ended``: as of the last look."""
-        number, mark = self._last.get(trial_id, (0, FREE))
-        if mark:
-            return FREE if mark == FREE else ENDED
-        if trial_id in self._held:
-            return HELD
-        is_dead, _ = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
-        return FREE if is_dead else HELD
+        _, mark = self._last.get(trial_id, (0, FREE))
+        if not mark:
+            return HELD if trial_id in self._held or not self._owner(trial_id)[0] else FREE
+        return FREE if mark == FREE else ENDED
 
     def epochs(self, trial_id: str) -> float:
-        """How many epochs of a held trial its owner has said are trained."""
-        if trial_id in self._held:
-            return self.progress.get(trial_id, 0.0)
-        number, mark = self._last.get(trial_id, (0, FREE))
-        if mark:
-            return 0.0
-        _, values = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
-        return float(values.get("epochs", {}).get(trial_id, 0.0))
+        """How many epochs of a trial its owner has said are trained."""
+        _, mark = self._last.get(trial_id, (0, FREE))
+        return 0.0 if mark else float(self._owner(trial_id)[1].get("epochs", {}).get(trial_id, 0.0))
 
-    def holder(self, trial_id: str) -> str:
-        """The machine and process that hold a trial."""
-        number, _ = self._last.get(trial_id, (0, FREE))
-        _, values = self._owner(self._token_of(trial_id, number), self._path(trial_id, number))
-        return f"process {values.get('pid', '?')} on {str(values.get('host', '?')).partition('/')[0]}"
+    def token_of(self, trial_id: str) -> str:
+        """The token of a trial's owner; empty where it cannot be read."""
+        claim = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
+        if not self._tokens.get(claim):
+            self._tokens[claim] = _read(claim) or ""
+        return self._tokens[claim]
 
     def take(self, trial_id: str) -> bool:
         """Claim a trial that is free as of the last look; False if another process was faster."""
@@ -154,19 +147,17 @@ class Claims:
 
     def seen_elsewhere(self, trial_id: str) -> str:
         """The error for which another process gave a trial back before we took it."""
-        number = self._held.get(trial_id, 1) - 1
-        try:
-            said = json.loads(self._path(trial_id, number, FREE).read_text())
-            return "" if said["token"] == self.token else str(said["error"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return ""
+        _, said = _sign_of_life(self._path(trial_id, self._held.get(trial_id, 1) - 1, FREE))
+        return "" if said.get("token") == self.token else str(said.get("error", ""))
 
-    def reopen(self, trial_id: str) -> None:
-        """Make a trial free that has ended."""
-        if self.state(trial_id) == ENDED:
-            self._last[trial_id] = (self._last[trial_id][0], FREE)
-            if self.take(trial_id):
-                self.release(trial_id)
+    def reopen(self, trial_ids: Iterable[str]) -> None:
+        """Make trials free that have ended."""
+        self.look()
+        for trial_id in trial_ids:
+            if self.state(trial_id) == ENDED:
+                self._last[trial_id] = (self._last[trial_id][0], FREE)
+                if self.take(trial_id):
+                    self.release(trial_id)
 
     def mine(self, trial_id: str) -> bool:
         """Whether a claim of ours still is: no other process has taken the trial over."""
@@ -218,23 +209,17 @@ class Claims:
             file.write(text)
         return True
 
-    def _token_of(self, trial_id: str, number: int) -> str:
-        key = (trial_id, number)
-        if not self._tokens.get(key):
-            self._tokens[key] = _read(self._path(trial_id, number)) or ""
-        return self._tokens[key]
-
-    def _owner(self, token: str, claim: Path) -> tuple[bool, dict[str, Any]]:
-        """Whether an owner is dead, and what it says; the claim itself stands for an owner that left no file."""
+    def _owner(self, trial_id: str) -> tuple[bool, dict[str, Any]]:
+        """Whether a trial's owner is dead, and what it says; the claim itself stands for one that left no file."""
+        claim, token = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0]), self.token_of(trial_id)
         name = token if token.isalnum() else claim.name
         if name not in self._owners:
-            self._owners[name] = self._look_at(name, self.folder / f"{name}.owner", claim)
+            self._owners[name] = self._look_at(name, claim)
         return self._owners[name]
 
-    def _look_at(self, name: str, path: Path, claim: Path) -> tuple[bool, dict[str, Any]]:
-        sign, values = _stat_and_json(path)
-        if not sign:
-            sign, _ = _stat_and_json(claim)
+    def _look_at(self, name: str, claim: Path) -> tuple[bool, dict[str, Any]]:
+        sign, values = _sign_of_life(self.folder / f"{name}.owner")
+        sign = sign or _sign_of_life(claim)[0]
         if values.get("host") == self._identity["host"] and not _is_running(int(values["pid"]), str(values["born"])):
             return True, values
         last, since = self._signs.get(name, (None, 0.0))
@@ -251,15 +236,13 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _stat_and_json(path: Path) -> tuple[int, dict[str, Any]]:
-    """A file's time as of its opening (a file server then asks its disk), and its content; 0 and nothing if absent."""
-    try:
-        with path.open() as file:
-            sign = os.fstat(file.fileno()).st_mtime_ns
-            values = json.load(file)
-        return sign, values if isinstance(values, dict) else {}
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            return path.stat().st_mtime_ns, {}
-        return 0, {}
-
+def _sign_of_life(path: Path) -> tuple[int, dict[str, Any]]:
+    """A file's time as of its opening (a file server then asks its disk), and what it says; 0 and {} if absent."""
+    sign, values = 0, None
+    with contextlib.suppress(OSError, ValueError), path.open() as file:
+        sign = os.fstat(file.fileno()).st_mtime_ns
+        values = json.load(file)
+    if not sign:
+        with contextlib.suppress(OSError):  # there, and not ours to read
+            sign = path.stat().st_mtime_ns
+    return sign, values if isinstance(values, dict) else {}

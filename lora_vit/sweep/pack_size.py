@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups
 from lora_vit.sweep.trial import Group, digest
 from lora_vit.training.loop import peak_memory
-from lora_vit.training.pack import EVAL_BATCH, Pack
+from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
@@ -49,7 +48,7 @@ class PackSizes:
     def of(self, group: Group, claims: Claims) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
         planned, wanted = len(group.trials), self.sweep.options.pack_size
-        if group.alone:
+        if group.alone or planned == 1:
             return 1
         if group.key not in self._sizes:
             size = int(wanted) if wanted != "auto" else self._measured(group, claims)
@@ -57,26 +56,30 @@ class PackSizes:
                 return None
             self._sizes[group.key] = size
         share = planned if wanted != "auto" else -(-planned // self.workers)
-        return max(1, min(self._sizes[group.key], share))
+        return min(self._sizes[group.key], share)
 
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
         self._sizes[group.key] = max(1, trials // 2)
 
     def known(self, group: Group) -> dict[str, Any] | None:
-        """What was measured for the group on this kind of machine, with as many workers."""
-        return self.sweep.pack_size(self._kind(group), len(group.trials))
+        """What was measured for the group on this kind of machine, with as many workers.
+
+        None if it was measured with too few trials to say anything for so many.
+        """
+        found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
+        if found is not None and found["limited_by_trials"]:
+            largest = max(map(int, found["seconds_per_trial_epoch"]))
+            return found if len(group.trials) < 2 * largest else None
+        return found
 
     def _kind(self, group: Group) -> str:
         device = choose_device(group.trials[0].config.trainer.accelerator, self.setups.process)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:
-        if len(group.trials) == 1:
-            return 1
-        figures = self.known(group)
+        figures, kind = self.known(group), self._kind(group)
         if figures is None:
-            kind = self._kind(group)
             if not claims.take(f"size-{kind}"):
                 return None
             try:
@@ -93,26 +96,21 @@ class PackSizes:
     def _measure(self, group: Group) -> dict[str, Any] | None:
         """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
+        configs = [trial.config for trial in group.trials]
         try:
-            size, measured = choose_pack_size(
-                [trial.config for trial in group.trials], self.setups.of(group.trials[0]), self.workers, self.stop
-            )
-        except UserError:
-            raise
+            figures = choose_pack_size(configs, self.setups.of(group.trials[0]), self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
+            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
             self.say(f"the pack size cannot be measured ({one_line(error)}): packs of 1")
             return None
-        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in measured["seconds_per_trial_epoch"].items())
-        self.say(f"packs of {size} (one epoch of one trial in packs of {times})")
-        return {"size": size, "group": group.title, **measured}
+        times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in figures["seconds_per_trial_epoch"].items())
+        self.say(f"packs of {figures['size']} (the steps of an epoch of one trial in packs of {times})")
+        return {"group": group.title, **figures}
 
 
-def choose_pack_size(
-    configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest
-) -> tuple[int, dict[str, Any]]:
-    """The fastest size that fits beside the other workers, and the figures behind it.
+def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
+    """The fastest size that fits beside the other workers (``size``), and the figures behind it.
 
     Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
     The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
@@ -123,11 +121,7 @@ def choose_pack_size(
     memory: dict[int, int] = {}
     best = size = 1
     misses = 0
-    limited_by_trials = False
-    while size <= LARGEST and misses < MOST_MISSES:
-        if size > len(configs):
-            limited_by_trials = True
-            break
+    while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
@@ -143,8 +137,9 @@ def choose_pack_size(
             if misses and time.perf_counter() - began > LONG:
                 break
         size *= 2
-    return best, {
-        "limited_by_trials": limited_by_trials,
+    return {
+        "size": best,
+        "limited_by_trials": LARGEST >= size > len(configs) and misses < MOST_MISSES,
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},
     }
@@ -161,7 +156,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
-    """Seconds that one epoch of one trial takes in a pack of these, and the most bytes held meanwhile.
+    """Seconds that the steps of one epoch of one trial take in a pack of these, and the most bytes held meanwhile.
 
     Raises Interrupted when asked to stop.
     """
@@ -169,46 +164,15 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     _reset_peak_memory(setup.device)
     pack = Pack([TrialRun.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
-
-    def step(i: int) -> float:
-        stop.heed()
-        return _timed(setup, lambda: pack.step(rates[i], False))
-
-    times = [step(0)]  # the first one also warms up
+    times: list[float] = []  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
-        times.append(step(len(times)))
-    evaluation = _evaluation_seconds(pack, stop)
-    trainer = configs[0].trainer
-    validations = -(-trainer.epochs // trainer.validate_every) / trainer.epochs
-    seconds = min(times) * len(rates) + evaluation * validations
-    return seconds / len(configs), _held_memory(setup.device)
-
-
-def _timed(setup: Setup, action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    action()
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
-    return time.perf_counter() - began
-
-
-@torch.inference_mode()
-def _evaluation_seconds(pack: Pack, stop: StopRequest) -> float:
-    """Seconds that one pass over the val split takes, from its first batches."""
-    setup = pack.setup
-    batch = max(1, EVAL_BATCH // pack.K)
-    total = max(1.0, len(setup.data.splits["val"]) / batch)
-    pack.model.eval()
-    times: list[float] = []
-    for images in (b.images for b in setup.eval_stream("val", batch)):
-        if times and len(images) < batch:
-            break  # the last batch is smaller
         stop.heed()
-        times.append(_timed(setup, functools.partial(pack.model, images, [0] * pack.K)))
-        if len(times) == MOST_STEPS or (len(times) > 1 and sum(times) > MOST_SECONDS):
-            break
-    pack.model.train()
-    return min(times) * total
+        began = time.perf_counter()
+        pack.step(rates[len(times)], False)
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize(setup.device)
+        times.append(time.perf_counter() - began)
+    return min(times) * len(rates) / len(configs), _held_memory(setup.device)
 
 
 def _reset_peak_memory(device: torch.device) -> None:

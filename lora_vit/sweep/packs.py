@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.plan import Sweep
@@ -22,7 +22,6 @@ class Packs:
         self._groups: list[Group] = []
         self._planned: list[list[Trial]] | None = None
         self._open: list[Group] = []  # with a trial that was free at the last look
-        self._place = 0  # in the first of them, behind the last pack that was taken
 
     def look(self, skip: Container[str]) -> str:
         """See what others have taken, freed and ended: ``free`` if anything is, else ``held``, else ``ended``.
@@ -37,51 +36,40 @@ class Packs:
         ids = [[t.trial_id for t in group.trials if t.trial_id not in skip] for group in self._groups]
         states = [set(map(self.claims.state, names)) for names in ids]
         self._open = [group for group, found in zip(self._groups, states, strict=True) if FREE in found]
-        self._place = 0
         return FREE if self._open else HELD if any(HELD in found for found in states) else ENDED
 
     def take(
         self, size_of: Callable[[Group], int | None], skip: Container[str], strays: bool = False
-    ) -> tuple[Group, list[Trial]] | None:
-        """Claim the next pack that was free at the last look; None if there is none left.
+    ) -> Iterator[tuple[Group, list[Trial]]]:
+        """Claim the packs that were free at the last look, each when it is asked for.
 
         Args:
             size_of: trials that train together, or None while another process measures it.
             skip: ids of trials that this process cannot train.
-            strays: take every free trial, also of packs whose first one another process has.
+            strays: for the first pack take every free trial, also of packs whose first one another process has.
         """
-        while self._open:
-            group = self._open[0]
-            size = size_of(group)
-            taken = self._take_from(group, size, skip, strays) if size is not None else []
-            if taken:
-                return group, taken
-            self._open.pop(0)
-            self._place = 0
-        return None
-
-    def _take_from(self, group: Group, size: int, skip: Container[str], strays: bool) -> list[Trial]:
-        passes, step = 0, 1
-        for first in range(self._place, len(group.trials), size):
-            taken: list[Trial] = []
-            for trial in group.trials[first : first + size]:
-                state = self.claims.state(trial.trial_id)
-                if state == ENDED or trial.trial_id in skip:
-                    continue
-                if state == FREE and passes:
-                    passes -= 1
-                    break
-                if state == HELD or not self.claims.take(trial.trial_id):
-                    if strays:
+        for group in self._open:
+            place, passes, step = 0, 0, 1
+            while place < len(group.trials) and (size := size_of(group)) is not None:
+                taken: list[Trial] = []
+                for trial in group.trials[place : place + size]:
+                    state = self.claims.state(trial.trial_id)
+                    if state == ENDED or trial.trial_id in skip:
                         continue
-                    if state == FREE:  # taken since we looked, and so, probably, are the next ones: try ever fewer
-                        passes, step = step - 1, 2 * step
-                    break
-                if self.sweep.state_of(trial).ended:  # by a single run in its folder
-                    self.claims.release(trial.trial_id, ENDED)
-                else:
-                    taken.append(trial)
-            if taken:
-                self._place = first + size
-                return taken
-        return []
+                    if state == FREE and passes:
+                        passes -= 1
+                        break
+                    if state == HELD or not self.claims.take(trial.trial_id):
+                        if strays:
+                            continue
+                        if state == FREE:  # taken since we looked, as the next ones probably are: try ever fewer
+                            passes, step = step - 1, 2 * step
+                        break
+                    if self.sweep.state_of(trial).ended:  # by a single run in its folder
+                        self.claims.release(trial.trial_id, ENDED)
+                    else:
+                        taken.append(trial)
+                place += size
+                if taken:
+                    yield group, taken
+                    strays, passes, step = False, 0, 1

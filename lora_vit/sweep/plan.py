@@ -10,13 +10,13 @@ import contextlib
 import copy
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lora_vit import __version__
 from lora_vit.config import SweepConfig, from_dict, to_dict
@@ -33,13 +33,12 @@ class Request:
     """What one command asks of a sweep.
 
     Attributes:
-        folder: of the sweep.
-        options: how it runs.
-        trials: validated; none for a search.
+        trials: validated, each once; none for a search.
         engine: starts the workers (one of :data:`lora_vit.sweep.engines.ENGINES`).
-        command: as the user gave it.
+        command: to be given again.
         hydra: Hydra's own part of the configuration, as YAML.
         search: the space of a search.
+        race: the rules of a race and its cells.
         ended: called with each trial that has ended since the command began, and how it stands.
     """
 
@@ -47,9 +46,11 @@ class Request:
     options: SweepConfig
     trials: list[Trial] = field(default_factory=list)
     engine: Any = None
-    command: str = ""
+    command: str = field(default_factory=lambda: "python -m lora_vit.train " + shlex.join(sys.argv[1:]))
     hydra: str = ""
     search: dict[str, Any] | None = None
+    race: dict[str, Any] | None = None
+    workers: int = 1
     ended: Callable[[Trial, State], None] = lambda trial, state: None
 
 
@@ -57,12 +58,9 @@ class Sweep:
     """The trials under one folder, as every process sees them.
 
     Attributes:
-        folder: of the sweep.
         trials: every trial of the plan by its id.
-        batches: ids of the trials that are to train, in the order of training; packs never cross a batch.
-        options: of the newest command.
-        race: the rules of a race and its cells, or None.
-        search: the space of a search, or None.
+        batches: the trials that are to train, in the order of training; packs never cross a batch.
+        options, race, search: of the newest command (:class:`Request`).
     """
 
     def __init__(self, folder: Path):
@@ -85,18 +83,16 @@ class Sweep:
 
     def refresh(self) -> bool:
         """Read the plan again if another process has changed it; returns whether it has."""
-        path, version = self.folder / PLAN, tuple[int, ...]()
+        path = self.folder / PLAN
         try:
             with path.open(encoding="utf-8") as file:
                 stat = os.fstat(file.fileno())  # after opening: a file server then asks its disk
-                version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                version: tuple[int, ...] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
                 if version == self._version:
                     return False
                 plan = json.load(file)
         except FileNotFoundError:
-            plan = _empty()
-        except NotADirectoryError:
-            raise ConfigError(f"{self.folder} is a file: give another sweep.name") from None
+            plan, version = _empty(), ()
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
         except ValueError as error:
@@ -107,18 +103,15 @@ class Sweep:
         elif schema != PLAN_SCHEMA:
             raise ConfigError(f"{path} has version {schema}, this program writes {PLAN_SCHEMA}: use the matching "
                               "version of lora_vit, or another sweep.name")  # fmt: skip
-        self._take(plan, version)
-        return True
-
-    def _take(self, plan: dict[str, Any], version: tuple[int, ...]) -> None:
         try:
             trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
             self.options = SweepConfig(**plan["options"])
         except (LookupError, TypeError, ValueError) as error:
-            raise ConfigError(f"{self.folder / PLAN} was edited ({error!r}): give the sweep's command again") from None
+            raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
         self.plan, self.trials, self._version = plan, trials, version
         self.race, self.search = plan["race"], plan["search"]
+        return True
 
     def _trial(self, name: str, values: dict[str, Any]) -> Trial:
         """A trial of the plan; what was parsed before is used again."""
@@ -134,8 +127,7 @@ class Sweep:
     def changing(self) -> Any:
         """Hold the plan while no other process does; what is changed in ``self.plan`` is written at the end.
 
-        Raises:
-            ConfigError: the folder cannot be written, or its file system has no locks.
+        Raises ConfigError where the folder cannot be written, or its file system has no locks.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,30 +140,26 @@ class Sweep:
                     self.refresh()
         except OSError as error:
             remedy = "give another sweep.name or hydra.sweep.dir"
-            if error.errno in _NO_LOCKS:
+            if error.errno in (38, 37, 95):  # ENOSYS, ENOLCK, EOPNOTSUPP
                 remedy = "its file system has no locks (flock): mount it with them, or give another hydra.sweep.dir"
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): {remedy}") from None
 
-    def ask(
-        self, new: Sequence[Trial], asked: Sequence[Trial], is_open: set[str], options: SweepConfig, **about: Any
-    ) -> None:
+    def ask(self, request: Request, asked: Sequence[Trial], is_open: set[str]) -> None:
         """Write down what a command asks for: its trials train first, with its settings; earlier ones stay.
 
-        Args:
-            new: trials as the command has them, each once.
-            asked: those that it waits for.
-            is_open: ids of the trials, also of earlier commands, that need training.
-            options: how the sweep runs.
-            about: ``command`` as the user gave it, number of ``workers``, ``hydra``'s own part of the configuration as
-                YAML, and ``race`` or ``search`` if the sweep is one.
+        Of what it waits for (``asked``), trials that were started come first, then it is by seed: trials with one seed
+        share images and the frozen stem, and a sweep that is stopped early has whole seeds. ``is_open``: ids of the
+        trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._add(new)
+            self._add(request.trials)
             now = {trial.trial_id for trial in asked}
-            first = [trial.trial_id for trial in self._in_order(asked) if trial.trial_id in is_open]
+            ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
+            first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
             earlier = [[name for name in batch if name in is_open and name not in now] for batch in plan["batches"]]
-            batches = [batch for batch in (first, *earlier) if batch]
-            plan.update(batches=batches, options=asdict(options), version=__version__, **about)
+            plan.update({key: getattr(request, key) for key in ("command", "workers", "hydra", "race", "search")})
+            plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
+                        version=__version__)  # fmt: skip
 
     def extend(self, trials: Sequence[Trial]) -> None:
         """Append trials that a race or a search wants next; the caller holds the plan (:meth:`changing`)."""
@@ -186,51 +174,13 @@ class Sweep:
                 "board": known.get("board", trial.board), "config": to_dict(trial.config),
             }  # fmt: skip
 
-    def _in_order(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Trials that were started first, then by seed.
-
-        Trials with one seed share images and the frozen stem, and a sweep that is stopped early has whole seeds.
-        """
-
-        def place(trial: Trial) -> tuple[bool, int]:
-            return not (self.folder_of(trial) / CHECKPOINT).exists(), trial.config.seed
-
-        return sorted(trials, key=place)
-
     def folder_of(self, trial: Trial) -> Path:
         """The trial's folder."""
         return self.folder / trial.trial_id
 
-    def board_of(self, trial: Trial) -> Path:
-        """The trial's folder of event files."""
-        return self.folder / "tensorboard" / trial.board
-
     def state_of(self, trial: Trial) -> State:
         """How the trial stands, as its record says."""
         return state_of(self.folder_of(trial), trial.config, trial.trial_id)
-
-    def hydra_files(self, trial: Trial) -> dict[str, str]:
-        """Name to text of what goes into the trial's ``.hydra/``."""
-        config = {**to_dict(trial.config), "sweep": self.plan["options"]}
-        return {
-            "config.yaml": yaml.safe_dump(config, sort_keys=False),
-            "overrides.yaml": yaml.safe_dump(trial.overrides),
-            "hydra.yaml": self.plan["hydra"],
-        }
-
-    def pack_size(self, key: str, trials: int) -> dict[str, Any] | None:
-        """The size measured for a group on one kind of machine, and the figures behind it.
-
-        None if it was measured with too few trials to say anything for so many.
-        """
-        found: dict[str, Any] | None = self.plan["pack_sizes"].get(key)
-        if found is not None and found["limited_by_trials"]:
-            largest = max(map(int, found["seconds_per_trial_epoch"]))
-            return found if trials < 2 * largest else None
-        return found
-
-
-_NO_LOCKS = (38, 37, 95)  # ENOSYS, ENOLCK, EOPNOTSUPP
 
 
 def _empty() -> dict[str, Any]:

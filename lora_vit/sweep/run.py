@@ -9,7 +9,8 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -18,14 +19,15 @@ from lora_vit.build import prepare
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.records import NO_ACCURACY, RECORD, State, write_record
+from lora_vit.records import RECORD, write_record
+from lora_vit.resolve import is_identified
 from lora_vit.stopping import StopRequest
-from lora_vit.sweep.claims import Claims
+from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
-from lora_vit.sweep.view import View
+from lora_vit.sweep.view import HEADER, View, accuracy_of, trial_row
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3
@@ -49,58 +51,57 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         TrialFailed: workers end without training anything.
         Interrupted: everything is saved.
     """
-    trials, options = _each_once(request.trials), request.options
-    if not trials and request.search is None:
+    options, search, sweep = request.options, request.search, Sweep(request.folder)
+    if not request.trials and search is None:
         raise ConfigError("no trials: give at least one")
-    sweep = Sweep(request.folder)
-    _report_changed(trials, sweep)
-    about: dict[str, Any] = {"command": request.command or this_command(), "hydra": request.hydra, "race": None,
-                             "search": request.search, "workers": 1}  # fmt: skip
-    if request.search is not None:
-        trials = [_example(request.search)]
+    trials = _each_once(request.trials, sweep)
+    request = replace(request, trials=trials)
+    if search is not None:  # one of its trials, for what all of them train on
+        first = {key: of["choices"][0][0] if "choices" in of else of["low"] for key, of in search["space"].items()}
+        trials = [suggested(search, first)]
     if options.margin is not None:
-        trials, about["race"] = _cells(request, trials, sweep)
-    _refuse_devices(trials)
+        request.trials = trials = _begin_race(request, sweep)
+    for devices in (trial.config.trainer.devices for trial in trials):
+        if devices not in ("auto", "1"):
+            raise ConfigError(
+                f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
+                f"give sweep.workers={devices} instead (or hydra/sweeper=basic, one trial after another)"
+            )
     engine = start_engine(request.engine, request.folder)
-    about["workers"] = engine.number_of_workers(options.workers, trials * (request.search or {"trials": 1})["trials"])
+    request.workers = engine.number_of_workers(options.workers, trials * (search or {"trials": 1})["trials"])
     if options.dry_run:
-        print_plan(sweep, trials, about, options.pack_size)
+        print_plan(sweep, request)
         return None
     prepare([trial.config for trial in trials])
     asked = trials
-    if about["race"] or request.search:  # what it has asked for so far
-        cells = (about["race"] or {}).get("cells")
+    if request.race or search:  # what it has asked for so far
+        cells = (request.race or {}).get("cells")
         asked = [trial for trial in sweep.trials.values() if cells is None or trial.cell_id in cells]
-    restart = trials[0].config.trainer.resume == "restart"
-    states = {trial.trial_id: _reopened(sweep, trial, restart, options.retry_failed) for trial in asked}
-    for trial in (trial for batch in sweep.batches for trial in batch if trial.trial_id not in states):
-        states[trial.trial_id] = sweep.state_of(trial)  # left over by earlier commands
+    _reopen(sweep, asked, trials[0].config.trainer.resume == "restart", options.retry_failed)
+    ours = {trial.trial_id for trial in asked}
+    watched = [*asked, *(trial for batch in sweep.batches for trial in batch if trial.trial_id not in ours)]
+    states = {trial.trial_id: sweep.state_of(trial) for trial in watched}
     is_open = {name for name, state in states.items() if not state.ended}
-    sweep.ask(trials if request.search is None else [], asked, is_open, options, **about)
-    reopen(sweep, is_open)
-    source = source_of(sweep)
+    sweep.ask(request, asked, is_open)
+    Claims(sweep.folder).reopen(is_open)
     counts = Counter(states[trial.trial_id].status for trial in asked)
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
-    size = f"a race of {len(trials)} cells" if about["race"] else f"{options.trials or len(asked)} trials"
+    size = f"a race of {len(trials)} cells" if request.race else f"{options.trials or len(asked)} trials"
     print(f"sweep {sweep.folder}: {size}" + (f" ({finished})" if finished else ""))
-    if left := is_open.difference(trial.trial_id for trial in asked):
+    if left := is_open - ours:
         print(f"note: {len(left)} trials of earlier commands are open too: they train after these")
-    view = View(sweep, [(trial, states[trial.trial_id]) for trial in asked if trial.trial_id not in is_open])
+    source = source_of(sweep)
+    view = View(sweep, [(t, states[t.trial_id]) for t in watched if t.trial_id in is_open | ours])
     try:
         if not follow(sweep, source, engine, view, request):
             return None
     finally:
-        view.close()
+        view.progress.close()
     return finish(sweep, source, [row.trial for row in view.rows.values()], request)
 
 
-def this_command() -> str:
-    """The running command, to be given again."""
-    return "python -m lora_vit.train " + shlex.join(sys.argv[1:])
-
-
-def _each_once(trials: Sequence[Trial]) -> list[Trial]:
-    """Each trial at its first place; what has no effect, or names one twice, is reported."""
+def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
+    """Each trial at its first place; what has no effect, names one twice, or was another trial earlier is reported."""
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
@@ -110,38 +111,21 @@ def _each_once(trials: Sequence[Trial]) -> list[Trial]:
         print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
-    return list(once.values())
-
-
-def _report_changed(trials: Sequence[Trial], sweep: Sweep) -> None:
-    """Say if settings that were asked for earlier are other trials now: their images or weights have changed."""
-    ids = {trial.trial_id for trial in trials}
-    earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in ids}
-    changed = [t for t in trials if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
+    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
+        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
+        return list(once.values())
+    earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in once}
+    changed = [t for t in once.values() if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
     if changed:
         before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
+    return list(once.values())
 
 
-def _refuse_devices(trials: Iterable[Trial]) -> None:
-    for trial in trials:
-        devices = trial.config.trainer.devices
-        if devices not in ("auto", "1"):
-            raise ConfigError(
-                f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
-                f"give sweep.workers={devices} instead (or hydra/sweeper=basic, one trial after another)"
-            )
-
-
-def _example(search: dict[str, Any]) -> Trial:
-    """A trial of a search: what all of its trials train on."""
-    first = {key: of["choices"][0][0] if "choices" in of else of["low"] for key, of in search["space"].items()}
-    return suggested(search, first)
-
-
-def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Trial], dict[str, Any]]:
-    """A trial of each cell of a race, and its rules; cells that earlier commands raced here join."""
+def _begin_race(request: Request, sweep: Sweep) -> list[Trial]:
+    """Set the race's rules and cells; returns a trial of each. Cells that earlier commands raced here join."""
+    trials = request.trials
     asked, images = {trial.cell_id: trial for trial in trials}, {trial.config.data.content for trial in trials}
     settings = [set(without_seed(trial.overrides)) for trial in trials]
     raced = (sweep.race or {}).get("cells", ())
@@ -150,36 +134,27 @@ def _cells(request: Request, trials: list[Trial], sweep: Sweep) -> tuple[list[Tr
         if trial.cell_id in raced and trial.config.data.content in images and not same:
             asked.setdefault(trial.cell_id, trial.with_seed(trials[0].config.seed))
     rules = {key: getattr(request.options, key) for key in ("margin", "first_seeds", "most_seeds")}
-    cells = [asked[cell] for cell in sorted(asked)]
-    command = request.command or this_command()
-    return cells, {**rules, "seed": trials[0].config.seed, "cells": sorted(asked), "command": command}
+    more = {"seed": trials[0].config.seed, "cells": sorted(asked), "command": request.command}
+    request.race = {**rules, **more}
+    return [asked[cell] for cell in sorted(asked)]
 
 
-def _reopened(sweep: Sweep, trial: Trial, restart: bool, retry_failed: bool) -> State:
-    """How a trial stands, once what the command asks to train again is open; a trial in training is left alone."""
-    state = sweep.state_of(trial)
-    record = state.record
-    if record is None or not (restart or (retry_failed and record.status == "failed")):
-        return state
+def _reopen(sweep: Sweep, trials: Sequence[Trial], restart: bool, retry_failed: bool) -> None:
+    """Open what the command asks to train again; a trial in training is left alone."""
+    records = {trial.trial_id: sweep.state_of(trial).record for trial in trials if restart or retry_failed}
+    again = {n: record for n, record in records.items() if record and (restart or record.status == "failed")}
+    if not again:
+        return
     claims = Claims(sweep.folder)
     claims.look()
-    if claims.state(trial.trial_id) == "held":
-        return state
-    folder = sweep.folder_of(trial)
-    if restart:
-        (folder / RECORD).unlink()
-    else:
-        record.status = "interrupted"
-        write_record(folder, record)
-    return sweep.state_of(trial)
-
-
-def reopen(sweep: Sweep, trial_ids: Iterable[str]) -> None:
-    """Make trials free that were ended by an earlier command."""
-    claims = Claims(sweep.folder)
-    claims.look()
-    for name in trial_ids:
-        claims.reopen(name)
+    for name, record in again.items():
+        if claims.state(name) == HELD:
+            continue
+        if restart:
+            (sweep.folder / name / RECORD).unlink()
+        else:
+            record.status = "interrupted"
+            write_record(sweep.folder / name, record)
 
 
 def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Request) -> bool:
@@ -236,7 +211,7 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
 
 
 def _asks_to_cancel(view: View) -> bool:
-    view.close()
+    view.progress.close()
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     try:
@@ -250,30 +225,27 @@ def finish(
 ) -> dict[str, float | TrialFailed]:
     """Print the tables; the validation accuracy or the failure of each trial."""
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
-    outcomes: dict[str, float | TrialFailed] = {}
-    for name, state in states.items():
-        if state.status == "completed" and state.record and state.record.metrics.get("val_accuracy") is not None:
-            outcomes[name] = state.record.metrics["val_accuracy"]
+    outcomes: dict[str, Any] = {n: found for n, s in states.items() if (found := accuracy_of(s)) is not None}
     console = make_console()
     if isinstance(source, RaceSource):
         print_race(console, sweep, source)
     elif isinstance(source, SearchSource):
-        print_found(console, sweep, outcomes, request)
+        print_found(console, sweep, outcomes)
     else:
         print_cells(console, trials, outcomes)
-    failed = [(trial, states[trial.trial_id]) for trial in trials if trial.trial_id not in outcomes]
-    if failed:
-        print_failures(console, failed)
-        retry = not request.options.retry_failed and any(state.status == "failed" for _, state in failed)
+    if failed := [trial for trial in trials if trial.trial_id not in outcomes]:
+        rows = [trial_row(trial.trial_id, trial.label, states[trial.trial_id]) for trial in failed]
+        print_table(console, "Not completed", HEADER, rows, SHOWN)
+        retry = not request.options.retry_failed and any(row[2] == "failed" for row in rows)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         error = TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
-        outcomes.update(dict.fromkeys((trial.trial_id for trial, _ in failed), error))
+        outcomes.update(dict.fromkeys((trial.trial_id for trial in failed), error))
     where = from_here(sweep.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     return outcomes
 
 
-def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, Any]) -> None:
+def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, float]) -> None:
     """Cells by mean validation accuracy, best first."""
     cells: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -306,18 +278,15 @@ def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
             console.print(summarize(sweep.folder).verdict, markup=False)
 
 
-def print_found(console: Console, sweep: Sweep, accuracies: dict[str, Any], request: Request) -> None:
+def print_found(console: Console, sweep: Sweep, accuracies: dict[str, float]) -> None:
     """What a search found, and the command that says whether it holds. Raises ConfigError if all trials failed."""
-    best = sorted(accuracies, key=lambda name: -accuracies[name])[:COMPARED]
-    if not best:
+    if not accuracies:
         raise ConfigError(f"no trial completed: python -m lora_vit.sweep {shlex.quote(str(sweep.folder))} says why")
     console.print(f"{len(accuracies)} trials completed, one seed each: no significance, and the best is biased upwards")
-    for name in best:
-        console.print(f"  {accuracies[name]:.2%}  {sweep.trials[name].label}", markup=False)
-    new = f"{sweep.folder}-best"
-    commands = []
-    for name in best:
+    new, commands = f"{sweep.folder}-best", []
+    for name in sorted(accuracies, key=lambda name: -accuracies[name])[:COMPARED]:
         trial = sweep.trials[name]
+        console.print(f"  {accuracies[name]:.2%}  {trial.label}", markup=False)
         lines = [line for line in without_seed(trial.overrides) if not line.startswith(("sweep", "hydra"))]
         race = [f"seed={trial.config.seed + 1}", f"sweep.margin={MARGIN}", f"hydra.sweep.dir={new}"]
         commands.append("python -m lora_vit.train " + shlex.join(["-m", *lines, *race]))
@@ -325,35 +294,26 @@ def print_found(console: Console, sweep: Sweep, accuracies: dict[str, Any], requ
     console.print(" && \\\n".join([*commands, f"python -m lora_vit.summarize {shlex.quote(new)}"]), markup=False)
 
 
-def print_failures(console: Console, failed: Sequence[tuple[Trial, State]]) -> None:
-    """Which trials did not complete, and why."""
-    lines = []
-    for trial, state in failed:
-        why = f"{RECORD} {NO_ACCURACY}" if state.status == "completed" else state.problem
-        if state.record is not None and state.record.error:
-            why = str(state.record.error.get("message") or "")
-        lines.append((trial.trial_id, trial.label, "not started" if state.status == "new" else state.status, why))
-    print_table(console, "Not completed", ("trial", "settings", "status", "why"), lines, SHOWN)
-
-
-def print_plan(sweep: Sweep, trials: Sequence[Trial], about: dict[str, Any], pack_size: str) -> None:
+def print_plan(sweep: Sweep, request: Request) -> None:
     """What ``sweep.dry_run=false`` would train: its packs, and what is known from measured ones."""
-    console = make_console()
-    if about["race"] is not None:
-        sweep.race, sweep.trials = about["race"], {**sweep.trials, **{t.trial_id: t for t in trials}}
+    console, trials, pack_size = make_console(), request.trials, request.options.pack_size
+    if request.race is not None:
+        sweep.race, sweep.trials = request.race, {**sweep.trials, **{t.trial_id: t for t in trials}}
         source = RaceSource(sweep)
-        console.print(source.sizes(), markup=False)
+        k, rules = len(trials), source.race.rules
+        console.print(f"a race of {k} cells takes at least {k * rules.first_seeds} trials, at most "
+                      f"{k * rules.most_seeds}; {len(source.ended)} have ended", markup=False)  # fmt: skip
         trials = source.wanted()
     open_ones = [trial for trial in trials if not sweep.state_of(trial).ended]
     rows = []
     for group in make_groups(open_ones):
-        known = next((f for f in sweep.plan["pack_sizes"].values() if f["group"] == group.title), None)
-        size = "1" if group.alone else pack_size if pack_size != "auto" else "" if known is None else str(known["size"])
-        seconds = (known or {"seconds_per_trial_epoch": {}})["seconds_per_trial_epoch"].get(size)
+        measured = (f for f in sweep.plan["pack_sizes"].values() if f["group"] == group.title)
+        known: dict[str, Any] = next(measured, {"size": "", "seconds_per_trial_epoch": {}})
+        size = "1" if group.alone else pack_size if pack_size != "auto" else str(known["size"])
+        seconds = known["seconds_per_trial_epoch"].get(size)
         epochs = sum(trial.config.trainer.epochs for trial in group.trials)
-        time_in_all = "" if seconds is None else f"{seconds * epochs / about['workers']:,.0f} s"
+        time_in_all = "" if seconds is None else f"{seconds * epochs / request.workers:,.0f} s"
         rows.append((group.title, str(len(group.trials)), size or "measured at the start", time_in_all))
-    finished = len(trials) - len(open_ones)
-    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {finished} of them finished; "
-                  f"{about['workers']} workers", markup=False)  # fmt: skip
-    print_table(console, "", ("trials that share a backbone", "trials", "pack size", "time, as measured here"), rows)
+    console.print(f"plan of {sweep.folder}: {len(trials)} trials, {len(trials) - len(open_ones)} of them finished; "
+                  f"{request.workers} workers", markup=False)  # fmt: skip
+    print_table(console, "", ("trials that share a backbone", "trials", "pack size", "steps, as measured here"), rows)

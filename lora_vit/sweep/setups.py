@@ -1,4 +1,4 @@
-"""What a worker trains on: its device, and the data and backbone that it keeps while the next trials need the same."""
+"""What a worker trains on: its device, data and backbone."""
 
 from __future__ import annotations
 
@@ -55,10 +55,8 @@ def own_device(trials: Sequence[Trial], claims: Claims) -> int:
         if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
             torch.cuda.set_device(index)
             return index
-    raise ConfigError(
-        f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep already: start one "
-        "worker for each GPU"
-    )
+    raise ConfigError(f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep "
+                      "already: start one worker for each GPU")  # fmt: skip
 
 
 def free_memory() -> None:

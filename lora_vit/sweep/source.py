@@ -6,21 +6,21 @@ A source remembers nothing: it decides by the records, so any process at any tim
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from lora_vit.analysis.race import Race, standing, typical_trials, wanted
+from lora_vit.analysis.race import Race, standing, wanted
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError
-from lora_vit.records import SEARCH, State
+from lora_vit.records import SEARCH
 from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Sweep, label
 from lora_vit.sweep.trial import Trial, digest, without_idle
+from lora_vit.sweep.view import accuracy_of
 
 BATCHES = 5
 """A search asks for at most this part of its trials at once, unless the packs' size is given: it learns in between."""
@@ -28,46 +28,41 @@ MOST_REPEATS = 50
 """Suggestions in a row that are known, after which the space is taken to hold nothing new."""
 
 
-class Source(Protocol):
-    """Decides which trials a sweep wants."""
+class Source:
+    """Decides which trials a sweep wants: this one, those that its command asked for."""
+
+    def __init__(self, sweep: Sweep):
+        self.sweep = sweep
 
     def extend(self) -> bool:
         """Put what is wanted next into the plan; whether that is anything new."""
+        return False
 
 
 def source_of(sweep: Sweep) -> Source:
     """The source of a sweep, as its plan says."""
-    if sweep.race is not None:
-        return RaceSource(sweep)
-    return SearchSource(sweep) if sweep.search is not None else Grid()
+    kind = RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source
+    return kind(sweep)
 
 
-class Grid:
-    """A sweep that wants what its command asked for."""
-
-    def extend(self) -> bool:
-        """Nothing more is wanted."""
-        return False
-
-
-class RaceSource:
+class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left.
 
     Attributes:
         cells: a trial of each cell with the first seed, in the order of the cells' ids, which settles ties.
-        ended: how the trials of the race stand that have ended, by their ids.
+        ended: cell, seed, accuracy (None: failed) and val images of its trials that have ended, by their ids.
         race: where the race stood at the last look.
     """
 
     def __init__(self, sweep: Sweep):
-        self.sweep = sweep
+        super().__init__(sweep)
         self._begin(sweep.race or {})
 
     def _begin(self, plan: dict[str, Any]) -> None:
         self._plan = plan
         one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
         self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
-        self.ended: dict[str, State] = {}
+        self.ended: dict[str, tuple[str, int, object, object]] = {}
         self.look()
 
     def look(self) -> None:
@@ -76,8 +71,9 @@ class RaceSource:
             if name not in self.ended and trial.cell_id in self._plan["cells"]:
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
-                    self.ended[name] = state
-        self.race: Race = standing(self._plan, map(_for_race, self.ended.values()))
+                    images = state.record.data.get("val")
+                    self.ended[name] = (trial.cell_id, trial.config.seed, accuracy_of(state), images)
+        self.race: Race = standing(self._plan, self.ended.values())
 
     def wanted(self) -> list[Trial]:
         """The trials that the race waits for."""
@@ -111,8 +107,7 @@ class RaceSource:
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
     def _names(self) -> list[str]:
-        names = cell_names({cell.cell_id: to_dict(cell.config) for cell in self.cells})
-        return [names[cell.cell_id] for cell in self.cells]
+        return list(cell_names({cell.cell_id: to_dict(cell.config) for cell in self.cells}).values())
 
     def rows(self) -> list[tuple[str, ...]]:
         """The cells: name, mean, seeds, by how much the mean may still fall, and who left when; the leaders first."""
@@ -131,28 +126,6 @@ class RaceSource:
             rows.append((order, (names[i], text, str(race.seeds_of(i)), room, state)))
         return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
-    def sizes(self) -> str:
-        """How many trials the race may take, in a line."""
-        k, race = len(self.cells), self.race
-        known = [row[np.isfinite(row)] for row in race.y]
-        spreads = [float(row.var(ddof=1)) for row in known if len(row) > 1]
-        spread = math.sqrt(sum(spreads) / len(spreads)) if spreads else 0.6 * race.rules.margin
-        typical = len(self.ended) + race.expected()
-        if not race.seeds:
-            typical = max(typical, typical_trials(k, spread, race.rules) if k > 1 else 0)
-        here = ", as they do here" if spreads else ""
-        return (f"a race of {k} cells takes at least {k * race.rules.first_seeds} trials, at most "
-                f"{k * race.rules.most_seeds}, typically about {typical} (if trials of a cell spread by "
-                f"{100 * spread:.2f} points{here}); {len(self.ended)} have ended")  # fmt: skip
-
-
-def _for_race(state: State) -> tuple[str, int, object, object]:
-    """What a race asks of a trial: cell, seed, accuracy (None: failed) and number of val images."""
-    record = state.record
-    assert record is not None
-    accuracy = record.metrics.get("val_accuracy") if state.status == "completed" else None
-    return record.cell_id, record.config["seed"], accuracy, record.data.get("val")
-
 
 def import_optuna(trials: int) -> tuple[Any, Any]:
     """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
@@ -160,21 +133,17 @@ def import_optuna(trials: int) -> tuple[Any, Any]:
         import optuna
         from optuna.storages import journal
     except ImportError as error:
-        raise ConfigError(
-            f"sweep.trials={trials} needs Optuna from version 4 on ({error}): pip install 'lora_vit[search]'"
-        ) from None
+        needs = f"sweep.trials={trials} needs Optuna from version 4 on ({error})"
+        raise ConfigError(f"{needs}: pip install 'lora_vit[search]'") from None
     return optuna, journal
 
 
-class SearchSource:
+class SearchSource(Source):
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
 
     The study is kept in the sweep's folder; another space, or another fixed setting, is another study in the same file.
     Suggestions are drawn with seeds of their own, so that a search that was stopped does not draw its first ones again.
     """
-
-    def __init__(self, sweep: Sweep):
-        self.sweep = sweep
 
     def extend(self) -> bool:
         """Report to the study what has ended, and ask for the next trials."""
@@ -185,7 +154,9 @@ class SearchSource:
             study = self._open_study(search)
             known = self._tell(study)
             lost = [suggested(search, t.params) for name, t in known.items() if name not in self.sweep.trials]
-            new = lost or self._ask(study, search, self._at_once(search, len(known)), known)
+            size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
+            at_once = int(size) if size != "auto" else max(1, search["trials"] // BATCHES // workers)
+            new = lost or self._ask(study, search, min(at_once, search["trials"] - len(known)), known)
             if new:
                 self.sweep.extend(new)
         return bool(new)
@@ -205,24 +176,18 @@ class SearchSource:
         from optuna.trial import TrialState, create_trial
 
         for name, theirs in _named(study).items():
-            state = self.sweep.state_of(self.sweep.trials[name]) if name in self.sweep.trials else None
-            record = state.record if state is not None and state.ended else None
-            value = record.metrics.get("val_accuracy") if record is not None and record.status == "completed" else None
-            if record is None or theirs.state == TrialState.COMPLETE or (theirs.state.is_finished() and value is None):
+            if theirs.state == TrialState.COMPLETE or name not in self.sweep.trials:
                 continue
-            if theirs.state.is_finished():  # it had failed, and was tried again
+            state = self.sweep.state_of(self.sweep.trials[name])
+            if not state.ended or state.record is None:
+                continue
+            value = accuracy_of(state)
+            if not theirs.state.is_finished():
+                study.tell(theirs.number, value, state=TrialState.FAIL if value is None else None)
+            elif value is not None:  # it had failed, and was tried again
                 study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
                                              user_attrs=theirs.user_attrs))  # fmt: skip
-            elif value is not None:
-                study.tell(theirs.number, value)
-            else:
-                study.tell(theirs.number, state=TrialState.FAIL)
         return _named(study)
-
-    def _at_once(self, search: dict[str, Any], known: int) -> int:
-        size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
-        batch = int(size) if size != "auto" else max(1, search["trials"] // BATCHES // workers)
-        return max(0, min(batch, search["trials"] - known))
 
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
         """Up to ``count`` suggestions that are new."""
@@ -231,7 +196,7 @@ class SearchSource:
         space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
         for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
-            if len(new) == count:
+            if len(new) >= count:
                 break
             study.sampler = optuna.samplers.TPESampler(seed=number, multivariate=True, constant_liar=True)
             theirs = study.ask(space)
@@ -242,8 +207,7 @@ class SearchSource:
                 study.tell(theirs, state=optuna.trial.TrialState.FAIL)
                 continue
             if trial.trial_id in known or trial.trial_id in new:
-                same = known.get(trial.trial_id)
-                value = same.value if same is not None else None
+                value = known[trial.trial_id].value if trial.trial_id in known else None
                 study.tell(theirs, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
                 continue
             theirs.set_user_attr("trial_id", trial.trial_id)

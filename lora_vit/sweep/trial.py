@@ -10,9 +10,6 @@ from typing import Any
 
 from lora_vit.config import TrialConfig, canonical, ids, to_dict
 
-LONGEST_NAME = 100
-"""Characters of a label in the name of a folder: file systems allow 255 bytes."""
-
 
 @dataclass
 class Trial:
@@ -23,8 +20,6 @@ class Trial:
         overrides: what makes it this trial, as on the command line.
         label: the swept settings, short.
         board: the name of its folder of event files; it stays when a later command sweeps other settings.
-        trial_id: of the config.
-        cell_id: of the config.
     """
 
     config: TrialConfig
@@ -36,8 +31,8 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.trial_id, self.cell_id = ids(self.config)
-        name = "_".join(self.label.replace("/", "_").split())
-        self.board = self.board or f"{name[:LONGEST_NAME]}{name and '_'}{self.trial_id}"
+        name = "_".join(self.label.replace("/", "_").split())[:100]  # file systems allow 255 bytes
+        self.board = self.board or f"{name}{name and '_'}{self.trial_id}"
 
     def with_seed(self, seed: int) -> Trial:
         """The cell's trial with another seed; no other setting may depend on the seed."""
@@ -47,17 +42,15 @@ class Trial:
 
 @dataclass
 class Group:
-    """Trials that may train in one pack, in the order of training.
-
-    Attributes:
-        key: digest of what they share.
-        trials: at least one.
-        alone: whether each needs a pack of its own (it trains parameters of the trunk).
-    """
+    """Trials that may train in one pack, at least one, in the order of training; ``key``: digest of what they share."""
 
     key: str
     trials: list[Trial]
-    alone: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether each needs a pack of its own, because it trains parameters of the trunk."""
+        return self.trials[0].config.lora.trains_trunk
 
     @property
     def title(self) -> str:
@@ -77,7 +70,7 @@ def make_groups(trials: Sequence[Trial]) -> list[Group]:
     groups: dict[str, Group] = {}
     for trial in trials:
         key = group_key(trial.config)
-        groups.setdefault(key, Group(key, [], trial.config.lora.trains_trunk)).trials.append(trial)
+        groups.setdefault(key, Group(key, [])).trials.append(trial)
     return list(groups.values())
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import yaml
+
+from lora_vit.config import to_dict
 from lora_vit.distributed import Process
-from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line, reporting
+from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.pack_size import PackSizes, out_of_memory
@@ -17,6 +21,7 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups, free_memory, own_device
 from lora_vit.sweep.source import source_of
 from lora_vit.sweep.trial import Group, Trial
+from lora_vit.sweep.view import ending
 from lora_vit.terminal import make_console
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
@@ -33,59 +38,28 @@ POLL_EVERY_TRIAL = 0.001
 def work(folder: Path) -> None:
     """Be a worker of a sweep on a device of one's own, until no trial is left that is open or held by another process.
 
-    Raises:
-        ConfigError: there is no such sweep, no device, or there are trials that cannot be trained here.
-        TrialFailed: this process or its device is broken.
-        Interrupted: everything is saved.
+    It gives signs of life, says in plain lines what it does, and raises what :meth:`Worker.work` raises. Raises
+    ConfigError also if there is no such sweep, or no device.
     """
-    with at_work(folder) as worker:
-        worker.work()
-
-
-@contextlib.contextmanager
-def at_work(folder: Path) -> Iterator[Worker]:
-    """A worker of a sweep that gives signs of life, and says in plain lines what it does."""
-    console = make_console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False)
-
+    say = functools.partial(make_console().print, markup=False)
     with StopRequest() as stop, Claims(folder).living() as claims:
         sweep = Sweep.existing(folder)
         say(f"a worker of {folder}: {sum(map(len, sweep.batches))} trials are planned")
-        yield Worker(sweep, claims, stop, say)
+        Worker(sweep, claims, stop, say).work()
     say("no trial is left to train")
 
 
-class PackReporter(Reporter):
-    """Keeps the claims up to date with what the loop reports; ends the pack if a claim of it was lost."""
-
-    def __init__(self, claims: Claims, say: Callable[[str], None], labels: dict[str, str]):
-        self.claims, self.say, self.labels = claims, say, labels
-
-    def started(self, pack: Pack) -> None:
-        """Called before the first step."""
-        self.say(f"training {', '.join(run.name for run in pack.trials)}")
-
-    def advance(self, pack: Pack) -> None:
-        """Called after every step."""
-        part = pack.step_in_epoch / pack.steps_per_epoch
-        for run in pack.trials:
-            self.claims.progress[run.name] = run.state.epoch + part
-        if lost := [run.name for run in pack.trials if run.name in self.claims.lost]:
-            raise ClaimLost(", ".join(lost))
-
-    def left(self, trial: TrialRun) -> None:
-        """Called when a trial is completed or failed."""
-        self.claims.release(trial.name, ENDED)
-        record = trial.record
-        end = str(record.error["message"]) if record.status == "failed" and record.error else ""
-        if record.status == "completed":
-            end = f"val accuracy {record.metrics.get('val_accuracy', float('nan')):.2%}"
-        self.say(f"{trial.name} {self.labels.get(trial.name, '')}  {record.status}  {end}")
+def exit_code(folder: Path) -> int:
+    """Be a worker, in a process of its own; errors are printed."""
+    try:
+        with reporting():
+            work(folder)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
-class Worker:
+class Worker(Reporter):
     """Trains a sweep's open trials until none is left. There is one for each device.
 
     A worker's own trouble (no images, a sick GPU, a full disk) is never a trial's end: the worker gives back what it
@@ -99,7 +73,6 @@ class Worker:
         self.setups = Setups(Process(local_rank=own_device(planned, claims)))
         self.sizes = PackSizes(sweep, self.setups, stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
-        self.reporter = PackReporter(claims, say, {name: trial.label for name, trial in sweep.trials.items()})
         self.cannot: dict[str, str] = {}  # trials that this process cannot train, and why
         self._last_error = ""  # of a trial, if the one before this ended by it
 
@@ -111,17 +84,14 @@ class Worker:
             TrialFailed: this process or its device is broken.
             Interrupted: everything is saved.
         """
-        while (pack := self.next_pack()) is not None:
-            self.train(*pack)
+        for group, trials in self.claimed():
+            self.train(group, trials)
         if self.cannot:
             name, why = next(iter(self.cannot.items()))
             raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
 
-    def next_pack(self) -> tuple[Group, list[Trial]] | None:
-        """Claim the next pack; wait while others hold what is left. None if nothing is left that we can train."""
-        self.stop.heed()
-        if pack := self.packs.take(self.size_of, self.cannot):  # what is left of the last look
-            return pack
+    def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
+        """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
         in_vain = 0  # looks in a row that found free trials, of which we could take none
         asked = -1  # trials that had ended when we asked for more
         while True:
@@ -132,11 +102,15 @@ class Worker:
                 is_new = self.source.extend()
                 standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
             if standing == ENDED:
-                return None
-            if standing == FREE and (pack := self.packs.take(self.size_of, self.cannot, strays=in_vain > 0)):
-                return pack
-            in_vain = in_vain + 1 if standing == FREE else 0
-            self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
+                return
+            is_vain = True
+            for pack in self.packs.take(self.size_of, self.cannot, strays=in_vain > 0):
+                is_vain, asked = False, -1
+                yield pack
+                self.stop.heed()
+            in_vain = in_vain + 1 if is_vain and standing == FREE else 0
+            if is_vain:
+                self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
 
     def size_of(self, group: Group) -> int | None:
         """How many trials of a group train together; None while another process measures it, or if none can here."""
@@ -184,42 +158,45 @@ class Worker:
 
     def open(self, trial: Trial, setup: Setup) -> TrialRun | None:
         """Open a claimed trial; None: its folder does not fit what is here, so it is left to others."""
-        folder, name = self.sweep.folder_of(trial), trial.trial_id
+        folder, name, plan = self.sweep.folder_of(trial), trial.trial_id, self.sweep.plan
+        config = yaml.safe_dump({**to_dict(trial.config), "sweep": plan["options"]}, sort_keys=False)
+        files = {"config.yaml": config, "overrides.yaml": yaml.safe_dump(trial.overrides), "hydra.yaml": plan["hydra"]}
+        board = self.sweep.folder / "tensorboard" / trial.board
         try:
             folder.mkdir(exist_ok=True)
-            files, board = self.sweep.hydra_files(trial), self.sweep.board_of(trial)
             return TrialRun.open(trial.config, folder, setup, files, board, mine=lambda: self.claims.mine(name))
         except ConfigError as error:
             self.claims.release(name)
             self.give_up([name], str(error))
             return None
 
+    def started(self, pack: Pack) -> None:
+        """Called before the first step."""
+        self.say(f"training {', '.join(run.name for run in pack.trials)}")
+
+    def advance(self, pack: Pack) -> None:
+        """Called after every step: others see how far the trials are, and the pack ends if a claim of it was lost."""
+        part = pack.step_in_epoch / pack.steps_per_epoch
+        for run in pack.trials:
+            self.claims.progress[run.name] = run.state.epoch + part
+        if lost := [run.name for run in pack.trials if run.name in self.claims.lost]:
+            raise ClaimLost(", ".join(lost))
+
+    def left(self, trial: TrialRun) -> None:
+        """Called when a trial is completed or failed."""
+        self.claims.release(trial.name, ENDED)
+        label = self.sweep.trials[trial.name].label
+        self.say(ending(trial.name, label, State(trial.record.status, trial.record)))
+
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
-        """Train a pack; returns the ids of what is to train by itself after an error, in halves."""
-        errors: list[Exception] = []
-        with self.catching(runs, errors):
-            train_trials(runs, setup, self.reporter, self.stop)
-        if not errors:
-            self._last_error = ""
-            return []
-        if len(runs) == 1:
-            self.blame(runs[0], errors[0])
-            return []
-        if out_of_memory(errors[0]):
-            self.sizes.halve(group, len(runs))
-        rest = [run.name for run in runs if run.record.status == "running"]
-        half = max(1, len(rest) // 2)
-        self.say(f"a pack of {len(runs)} ended ({one_line(errors[0])}): packs of {half} resume from its checkpoints")
-        return [part for part in (rest[:half], rest[half:]) if part]
+        """Train a pack; returns the ids of what is to train by itself after an error, in halves.
 
-    @contextlib.contextmanager
-    def catching(self, runs: list[TrialRun], errors: list[Exception]) -> Iterator[None]:
-        """Put into ``errors`` what ends a pack by the fault of one of its trials.
-
-        Raises TrialFailed if the device is to blame, OSError if the disk is.
+        Raises TrialFailed if the device is to blame for the error, OSError if the disk is.
         """
         try:
-            yield
+            train_trials(runs, setup, self, self.stop)
+            self._last_error = ""
+            return []
         except (Interrupted, ClaimLost):
             raise
         except Exception as error:
@@ -227,8 +204,17 @@ class Worker:
                 raise
             if _is_of_the_device(error):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
-            # a traceback holds the pack's memory
-            errors.append(error.with_traceback(None) if len(runs) > 1 else error)
+            if len(runs) == 1:
+                self.blame(runs[0], error)
+            elif out_of_memory(error):
+                self.sizes.halve(group, len(runs))
+            text = one_line(error)
+            error.with_traceback(None)  # its frames hold the pack
+        rest = [run.name for run in runs if run.record.status == "running"]
+        half = max(1, len(rest) // 2)
+        if len(runs) > 1:
+            self.say(f"a pack of {len(runs)} ended ({text}): packs of {half} resume from its checkpoints")
+        return [part for part in (rest[:half], rest[half:]) if part]
 
     def blame(self, run: TrialRun, error: Exception) -> None:
         """An error of a trial alone: record it as failed if another process saw it too, else leave it to another.
@@ -238,7 +224,7 @@ class Worker:
         text = one_line(error)
         if _alike(self.claims.seen_elsewhere(run.name), text):
             run.fail(text, error=error)
-            self.reporter.left(run)
+            self.left(run)
         else:
             run.interrupt()
             self.claims.release(run.name, FREE, text)
@@ -246,7 +232,6 @@ class Worker:
             if _alike(self._last_error, text):
                 raise TrialFailed(f"two trials in a row ended here with the same error: {text}")
             self._last_error = text
-        error.with_traceback(None)  # its frames hold the pack
 
 
 def _alike(one: str, other: str) -> bool:

@@ -28,8 +28,7 @@ from lora_vit.config import SweepConfig, to_dict
 from lora_vit.records import RECORD, TrialRecord, write_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, Claims
-from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.run import reopen
+from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.trial import Group, Trial
 from lora_vit.sweep.view import View
 from lora_vit.sweep.worker import Worker
@@ -133,8 +132,8 @@ def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float,
     began, looks = time.perf_counter(), 0
     sweep = Sweep(folder)
     names = {trial.trial_id for trial in asked}
-    sweep.ask(asked, asked, names, options, command="simulated", hydra="", workers=workers, race=None, search=None)
-    reopen(sweep, names)
+    sweep.ask(Request(folder, options, asked, workers=workers), asked, names)
+    Claims(folder).reopen(names)
     with operations.counted():
         threads = [threading.Thread(target=work) for _ in range(workers)]
         for thread in threads:
@@ -147,7 +146,7 @@ def simulate(folder: Path, trials: int, workers: int, pack: int, seconds: float,
             time.sleep(LOOK_EVERY)
         for thread in threads:
             thread.join()
-        view.close()
+        view.progress.close()
     took = time.perf_counter() - began
     assert all(sweep.state_of(trial).status == "completed" for trial in asked)
     left = [p for p in folder.rglob("*") if p.name != RECORD and p.parent.name not in names]

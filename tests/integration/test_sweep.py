@@ -304,16 +304,14 @@ def test_a_killed_command_takes_its_workers_along(tmp_path):
 
 
 def test_auto_pack_size_is_measured_once(tmp_path):
-    arguments = ("-m", "lora.rank=1,2", "sweep.name=auto")
-    out = run_command(*arguments, cwd=tmp_path).stdout
-    assert "measuring the pack size" in out
-    plan = json.loads((tmp_path / "outputs/sweeps/auto/sweep.json").read_text())
-    (figures,) = plan["pack_sizes"].values()
-    assert figures["size"] in (1, 2)
-    assert set(figures["seconds_per_trial_epoch"]) <= {"1", "2"}
-    again = run_command("-m", "lora.rank=1,2,4", "sweep.name=auto", cwd=tmp_path).stdout
-    assert "measuring" not in again
-    assert "[3/3]" in again
+    arguments = ("sweep.name=auto", "sweep.workers=1")
+    run_command("-m", "lora.rank=range(1,9)", *arguments, cwd=tmp_path)
+    plan = tmp_path / "outputs/sweeps/auto/sweep.json"
+    (figures,) = json.loads(plan.read_text())["pack_sizes"].values()
+    assert figures["size"] in (1, 2, 4, 8)
+    assert {"1", "2"} <= set(figures["seconds_per_trial_epoch"]) <= {"1", "2", "4", "8"}
+    assert "[10/10]" in run_command("-m", "lora.rank=range(1,11)", *arguments, cwd=tmp_path).stdout
+    assert list(json.loads(plan.read_text())["pack_sizes"].values()) == [figures]
 
 
 def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
@@ -322,6 +320,7 @@ def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
     out = run([*line, f"data.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"], tmp_path)
     assert "vit_b_16 224 px, tiny_imagenet" in out
     assert "2 trials, 0 of them finished" in out
+    assert "data=tiny_imagenet has not been read yet" in out
     assert "measured at the start" in out
     assert list(tmp_path.iterdir()) == []
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +17,14 @@ from lora_vit.errors import ConfigError
 class Engine(Protocol):
     """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
 
-    outlives_us: bool
+    folder: Path
+    """Of the sweep."""
+    outlives_us: bool = False
     """Whether workers continue when the command ends."""
-    poll_every: float
+    poll_every: float = 2.0
     """Seconds between two looks of the command."""
 
-    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
+    def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         """How many ``sweep.workers`` means here. Raises ConfigError."""
 
     def start(self, count: int) -> str:
@@ -31,6 +38,20 @@ class Engine(Protocol):
 
     def withdraw(self) -> None:
         """Take back the workers whose turn has not come: nothing is left for them. Those that run end by themselves."""
+
+
+def last_lines(text: str) -> list[str]:
+    """Of a worker's log, what says why it ended."""
+    return text.splitlines()[-5:]
+
+
+@contextlib.contextmanager
+def into_log(logs: Path) -> Iterator[Path]:
+    """What a worker prints goes into a file of the sweep's folder."""
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / f"{platform.node()}-{os.getpid()}.log"
+    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+        yield path
 
 
 @dataclass
@@ -102,16 +123,8 @@ def start_engine(options: Any, folder: Path) -> Engine:
     values = asdict(options)
     name = values.pop("name")
     try:
-        if name == "slurm":
-            from lora_vit.sweep.engines.slurm import Slurm
-
-            return Slurm(values, folder)
-        if name == "ray":
-            from lora_vit.sweep.engines.ray import Ray
-
-            return Ray(values, folder)
+        module = import_module(f"lora_vit.sweep.engines.{name}")
     except ImportError as error:
         raise ConfigError(f"engine={name} needs {error.name}: pip install 'lora_vit[{name}]'") from None
-    from lora_vit.sweep.engines.local import Local
-
-    return Local(folder)
+    engine: Engine = getattr(module, name.title())(values, folder)
+    return engine

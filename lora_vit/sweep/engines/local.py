@@ -9,25 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_vit.config import TrialConfig
-from lora_vit.errors import ConfigError, reporting
+from lora_vit.errors import ConfigError
 from lora_vit.stopping import SIGNALS, repeating
+from lora_vit.sweep.engines import Engine, into_log, last_lines
 
 MOST_CPU_WORKERS = 8
 """A CPU's cores are shared by at most so many processes."""
-PROCESS_BYTES = 400 << 20
-"""About what Python and torch hold."""
-LOG_LINES = 5
 
 _waiting: list[subprocess.Popen[str]] = []
 
@@ -49,20 +46,19 @@ def _start_process() -> subprocess.Popen[str]:
 def _last_words(process: Any) -> list[str]:
     """The last lines of what a process has said; it gets no orders any more."""
     process.said.seek(0)
-    lines = process.said.read().splitlines()[-LOG_LINES:]
+    lines = last_lines(process.said.read())
     process.said.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    return list(lines)
+    return lines
 
 
-class Local:
+class Local(Engine):
     """Engine of ``engine=local``. The workers end with the command."""
 
-    outlives_us = False
     poll_every = 0.5
 
-    def __init__(self, folder: Path):
+    def __init__(self, parameters: dict[str, Any], folder: Path):
         self.folder = folder.resolve()
         self._crews: list[tuple[subprocess.Popen[str], int]] = []
         self._threads = 1
@@ -72,10 +68,16 @@ class Local:
         """As many as are asked for, at most the trials. Raises ConfigError if there are not so many GPUs."""
         import torch
 
+        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
         from lora_vit.sweep.setups import uses_gpus
 
         on_gpu = uses_gpus(trials)
-        visible = torch.cuda.device_count() if on_gpu else _on_cpu([trial.config for trial in trials])
+        if on_gpu:
+            visible = torch.cuda.device_count()
+        else:  # processes of few threads wait less for one another than one of many does
+            largest = max(expected_bytes(trial.config) for trial in trials)
+            fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
+            visible = min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
         wanted = visible if asked == "auto" else int(asked)
         if on_gpu and wanted > visible:
             raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
@@ -86,9 +88,7 @@ class Local:
     def start(self, count: int) -> str:
         """Fork so many workers."""
         process = _waiting.pop() if _waiting else _start_process()
-        logs = self.folder / ".local"
-        logs.mkdir(parents=True, exist_ok=True)
-        orders = {"folder": str(self.folder), "logs": str(logs), "count": count, "threads": self._threads}
+        orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
         with contextlib.suppress(BrokenPipeError):  # it has ended: `look` says why
             assert process.stdin is not None
             process.stdin.write(json.dumps(orders) + "\n")
@@ -126,57 +126,48 @@ class Local:
             _last_words(process)
 
 
-def _on_cpu(configs: Sequence[TrialConfig]) -> int:
-    """Processes that share the cores: of few threads, which waits less for one another than one of many does."""
-    import torch
+def expected_bytes(config: TrialConfig) -> int:
+    """About what a process holds that trains such a trial on a CPU.
 
-    from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
-
-    largest = max(expected_bytes(config) for config in configs)
-    fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
-    return min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
-
-
-def expected_bytes(config: TrialConfig, trials: int = 1) -> int:
-    """About what a process holds that trains such trials together on a CPU.
-
-    The weights twice (loading), and for each token of the batch what each block keeps for its backward pass:
-    seven vectors of the width and one of the MLP's.
+    Python and torch (400 MiB), the weights twice (loading), and for each token of the batch what each block keeps for
+    its backward pass: seven vectors of the width and one of the MLP's.
     """
     from lora_vit.models.vit import shape_of  # imports torch
 
     m = shape_of(config.model)
-    tokens = trials * config.data.batch_size * m.tokens
+    tokens = config.data.batch_size * m.tokens
     weights = m.layers * m.width * (4 * m.width + 2 * m.mlp)
     trained = 4 if config.lora.method == "full" else 2
-    return PROCESS_BYTES + 4 * (trained * weights + m.layers * tokens * (7 * m.width + m.mlp))
+    return (400 << 20) + 4 * (trained * weights + m.layers * tokens * (7 * m.width + m.mlp))
 
 
 def work_for_command() -> int:
     """Be the process that a command started: import torch, wait for its orders, and fork the workers.
 
-    They are asked to stop when the command has gone. Returns the largest exit code.
+    They are asked to stop when the command, or this process, has gone. Returns the largest exit code.
     """
     import torch
 
-    from lora_vit.sweep.worker import at_work
+    from lora_vit.sweep.worker import exit_code
 
     line = sys.stdin.readline()
     if not line:
         return 0
     orders = json.loads(line)
     torch.set_num_threads(orders["threads"])
-    pids: list[int] = []
+    ours, folder, pids = os.getpid(), Path(orders["folder"]), list[int]()
+
+    def end_if_alone() -> None:
+        if os.getppid() != ours:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     for _ in range(orders["count"]):
         if pid := os.fork():
             pids.append(pid)
             continue
-        code: Any = 0
-        try:  # a worker
-            with _as_worker(Path(orders["logs"])), reporting(), at_work(Path(orders["folder"])) as worker:
-                worker.work()
-        except SystemExit as end:
-            code = end.code or 0
+        os.close(0)  # a worker
+        with into_log(folder / ".local"), repeating(end_if_alone, 1.0):
+            code = exit_code(folder)
         os._exit(code)
 
     def stop(*_: Any) -> None:
@@ -189,12 +180,3 @@ def work_for_command() -> int:
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return max(code if code >= 0 else 128 - code for code in codes)
 
-
-@contextlib.contextmanager
-def _as_worker(logs: Path) -> Iterator[None]:
-    """What a worker prints goes into a file of the sweep's folder; the worker is asked to stop when we have gone."""
-    os.close(0)
-    path, parent = logs / f"{platform.node()}-{os.getpid()}.log", os.getppid()
-    beat = repeating(lambda: None if os.getppid() == parent else os.kill(os.getpid(), signal.SIGTERM), 1.0)
-    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), beat:
-        yield

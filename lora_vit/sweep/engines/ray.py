@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import signal
 import socket
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from lora_vit.errors import ConfigError, Interrupted, UserError
+from lora_vit.sweep.engines import Engine, into_log
 
 
 def _worker(folder: str) -> int:
@@ -21,10 +23,7 @@ def _worker(folder: str) -> int:
     from lora_vit.sweep.worker import work
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's way to cancel; a command behind & has it ignored
-    logs = Path(folder) / ".ray"
-    logs.mkdir(exist_ok=True)
-    path = logs / f"{platform.node()}-{os.getpid()}.log"
-    with path.open("a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with into_log(Path(folder) / ".ray") as path, contextlib.redirect_stderr(sys.stdout):
         try:
             work(Path(folder))
         except Interrupted as error:
@@ -34,16 +33,12 @@ def _worker(folder: str) -> int:
     return 0
 
 
-class Ray:
+class Ray(Engine):
     """Engine of ``engine=ray``. The tasks end with the command: they are its own."""
-
-    outlives_us = False
-    poll_every = 2.0
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
         """``parameters``: the fields of RayEngine. Raises ConfigError if there is no cluster."""
-        self.folder = folder.resolve()
-        self.parameters = parameters
+        self.folder, self.parameters = folder.resolve(), parameters
         ours = signal.getsignal(signal.SIGTERM)
         address = parameters["address"] or os.environ.get("RAY_ADDRESS", "local")  # Ray's None joins any cluster here
         try:
@@ -54,17 +49,16 @@ class Ray:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
                          runtime_env=parameters["runtime_env"] or None)  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"engine.address={address}: no Ray cluster ({str(error).splitlines()[0]}): start "
-                "one with `ray start --head`, or leave the address out"
-            ) from None
+            why = f"no Ray cluster ({str(error).splitlines()[0]})"
+            raise ConfigError(f"engine.address={address}: {why}: start one with `ray start --head`, or leave the "
+                              "address out") from None  # fmt: skip
         finally:
             signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
         self.tasks: list[Any] = []
 
-    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
+    def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         """As many as are asked for, or as the cluster has room for."""
         if asked != "auto":
             return min(int(asked), len(trials))
@@ -75,13 +69,9 @@ class Ray:
 
     def start(self, count: int) -> str:
         """Ask for tasks; they wait where the cluster has no room."""
-        task = ray.remote(_worker).options(
-            num_cpus=self.parameters["num_cpus"],
-            num_gpus=self.gpus,
-            resources=self.parameters["resources"] or None,
-            max_retries=0,
-            name="lora_vit worker",
-        )
+        cpus, others = self.parameters["num_cpus"], self.parameters["resources"] or None
+        task = ray.remote(_worker).options(num_cpus=cpus, num_gpus=self.gpus, resources=others, max_retries=0,
+                                           name="lora_vit worker")  # fmt: skip
         self.tasks += [task.remote(str(self.folder)) for _ in range(count)]
         return f"{count} workers: Ray tasks, logs in {self.folder / '.ray'}"
 
@@ -91,8 +81,7 @@ class Ray:
         for task in [task for task in self.tasks if task not in running]:
             self.tasks.remove(task)
             try:
-                code = ray.get(task)
-                if code:
+                if code := ray.get(task):
                     texts.append(f"a worker ended with code {code}")
             except ray.exceptions.TaskCancelledError:
                 pass
@@ -106,9 +95,6 @@ class Ray:
         """Ray interrupts the tasks, which save."""
         for task in self._running():
             ray.cancel(task)
-
-    def withdraw(self) -> None:
-        """Tasks end with the command, whether their turn has come or not."""
 
     def _running(self) -> list[Any]:
         return ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)[1] if self.tasks else []

@@ -6,19 +6,18 @@ import contextlib
 import io
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from lora_vit.errors import ConfigError, reporting
+from lora_vit.errors import ConfigError
+from lora_vit.sweep.engines import Engine, last_lines
 from lora_vit.sweep.plan import digest
-from lora_vit.sweep.worker import work
+from lora_vit.sweep.worker import exit_code
 
-GENERAL = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
-"""Parameters that submitit names alike for every engine; the others are Slurm's own."""
-LOG_LINES = 5
 QUEUE_EVERY = 10.0
 """Seconds between two questions to Slurm, whose sites throttle those who ask often."""
 
@@ -31,44 +30,35 @@ class Job:
 
     def __call__(self) -> int:
         """Be a worker; returns its exit code."""
-        try:
-            with reporting():
-                work(self.folder)
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+        return exit_code(self.folder)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the job is to be queued again."""
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Slurm:
+class Slurm(Engine):
     """Engine of ``engine=slurm``."""
 
     outlives_us = True
-    poll_every = 2.0
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
         """``parameters``: submitit's, by its names. Raises ConfigError if there is no Slurm."""
         self.folder = folder.resolve()
-        # names a sweep's workers, also those of an earlier command
+        # of a sweep's workers, also of those that an earlier command has started
         self.name = f"{parameters.pop('job_name')}-{digest(str(self.folder), 8)}"
         self.logs = self.folder / ".slurm"
         self.jobs: list[Any] = []
-        self._told: set[str] = set()
         self._seen: tuple[float, set[str]] = (0.0, set())
+        times, general = parameters.pop("max_num_timeout"), ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
+        theirs = {key if key in general else f"slurm_{key}": value for key, value in parameters.items()}
         try:
-            self.executor = submitit.AutoExecutor(
-                self.logs, cluster="slurm", slurm_max_num_timeout=parameters.pop("max_num_timeout")
-            )
-            self.executor.update_parameters(
-                name=self.name, **{k if k in GENERAL else f"slurm_{k}": v for k, v in parameters.items()}
-            )
+            self.executor = submitit.AutoExecutor(self.logs, cluster="slurm", slurm_max_num_timeout=times)
+            self.executor.update_parameters(name=self.name, **theirs)
         except RuntimeError:
             raise ConfigError("engine=slurm: no Slurm here (no srun): start the command on a login node") from None
 
-    def number_of_workers(self, asked: str, trials: list[Any]) -> int:
+    def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         """As many as are asked for: Slurm does not say how many there could be."""
         if asked == "auto":
             raise ConfigError("sweep.workers=auto: say how many jobs Slurm is to run side by side, as sweep.workers=4")
@@ -93,10 +83,8 @@ class Slurm:
         Of those that are gone and have not ended well: which, why, and the end of their logs.
         """
         queue, texts = self._queue(), []
-        for job in self.jobs:
-            if job.job_id in queue or job.job_id in self._told:
-                continue
-            self._told.add(job.job_id)
+        for job in [job for job in self.jobs if job.job_id not in queue]:
+            self.jobs.remove(job)
             outcome, result = "lost", "it was killed, or its node died"
             with contextlib.suppress(Exception):  # no result, or half of one
                 outcome, result = job._get_outcome_and_result()
@@ -107,7 +95,7 @@ class Slurm:
             lines = str(result).strip().splitlines()[-1:]
             for path in (job.paths.stdout, job.paths.stderr):
                 with contextlib.suppress(OSError):
-                    lines += path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                    lines += last_lines(path.read_text(errors="replace"))
             if not job.paths.stdout.exists():
                 lines.append(f"it left no log: do the nodes see {self.logs}?")
             texts.append("\n  ".join([f"worker {job.job_id} ({job.paths.stdout}):", *lines]))
@@ -119,9 +107,7 @@ class Slurm:
 
     def withdraw(self) -> None:
         """Those of every command for this folder: they could wait for days, and then start for nothing."""
-        waiting = self._queue("--states=PENDING")
-        self._told |= waiting
-        if waiting:
+        if waiting := self._queue("--states=PENDING"):
             subprocess.run(["scancel", *waiting], check=False)
 
     def _queue(self, *options: str) -> set[str]:

@@ -29,7 +29,7 @@ from lora_vit.sweep.trial import Trial
 
 @pytest.fixture
 def engine(tmp_path) -> Iterator[Local]:
-    made = Local(tmp_path)
+    made = Local({}, tmp_path)
     (early,) = local._waiting
     yield made
     made.stop(now=True)
@@ -167,7 +167,7 @@ def test_workers_end_with_the_command(how, engine, tmp_path):
 def test_a_process_that_was_started_early_ends_with_an_unneeded_engine(tmp_path, monkeypatch):
     waiting: list[object] = []
     monkeypatch.setattr(local, "_waiting", waiting)
-    engine = Local(tmp_path)
+    engine = Local({}, tmp_path)
     (process,) = waiting
     local.start_early()
     assert waiting == [process], "one is enough"

@@ -45,9 +45,9 @@ class Sizes:
         monkeypatch.setattr(Setups, "of", lambda setups, trial: ("setup of", trial))
         monkeypatch.setattr(measure, "choose_pack_size", self.choose)
 
-    def choose(self, *given: Any) -> tuple[int, dict[str, Any]]:
+    def choose(self, *given: Any) -> dict[str, Any]:
         self.measured.append(given)
-        return 4, FIGURES
+        return {"size": 4, **FIGURES}
 
     def of(self, trials: int = 10) -> int | None:
         self.group.trials = self.trials[:trials]
@@ -96,7 +96,7 @@ def test_a_size_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert sizes.measured == [(configs, ("setup of", sizes.trials[0]), 2, sizes.stop)]
     assert sizes.said == [
         f"measuring the pack size for {sizes.group.title}",
-        "packs of 4 (one epoch of one trial in packs of 1: 500 ms, 4: 250 ms)",
+        "packs of 4 (the steps of an epoch of one trial in packs of 1: 500 ms, 4: 250 ms)",
     ]
     assert sizes.of() == 4
     again = Sizes(tmp_path, monkeypatch, workers=2)
@@ -122,6 +122,18 @@ def test_a_size_holds_for_its_group_machine_and_number_of_workers(tmp_path, monk
         assert other.sizes.known(other.group) is None
     same = Sizes(tmp_path, monkeypatch)
     assert same.sizes.known(same.group) is not None
+
+
+def test_a_size_holds_for_as_many_trials_as_it_was_measured_with(tmp_path, monkeypatch):
+    """Of fewer trials than twice the largest pack, where there were too few for a larger one."""
+    sizes = Sizes(tmp_path, monkeypatch)
+    sizes.of(2)
+    (kind,) = sizes.sweep.plan["pack_sizes"]
+    for limited, trials, is_known in ((True, 7, True), (True, 8, False), (False, 10, True)):
+        with sizes.sweep.changing() as plan:
+            plan["pack_sizes"][kind]["limited_by_trials"] = limited
+        sizes.group.trials = sizes.trials[:trials]
+        assert (sizes.sizes.known(sizes.group) is not None) is is_known
 
 
 def test_one_process_measures_and_the_others_wait(tmp_path, monkeypatch):
@@ -222,8 +234,8 @@ def choose(
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(measure, "attainable_memory", bytes_for)
     configs = [plain_trial()] * trials
-    best, figures = choose_pack_size(configs, setup, workers, stop)
-    return best, figures, tried
+    figures = choose_pack_size(configs, setup, workers, stop)
+    return figures["size"], figures, tried
 
 
 @pytest.mark.parametrize(
@@ -247,6 +259,7 @@ def test_the_figures_behind_a_choice(monkeypatch):
     best, figures, _ = choose(monkeypatch, {1: 1.0, 2: 0.1234567}, trials=3, memory=7, workers=2)
     assert best == 2
     assert figures == {
+        "size": 2,
         "limited_by_trials": True,
         "seconds_per_trial_epoch": {"1": 1.0, "2": 0.12346},
         "memory_bytes": {"1": 7, "2": 14},
@@ -323,39 +336,13 @@ def test_the_costliest_trials_of_the_first_seed_are_measured(monkeypatch):
 # --- times
 
 
-class Model:
-    """Of a pack on a stage: evaluates whole batches in ``stage.batch`` seconds, others in their part of it."""
-
-    def __init__(self, stage: Stage):
-        self.stage = stage
-
-    def __call__(self, images: list[int], streams: list[int]) -> None:
-        assert torch.is_inference_mode_enabled()
-        assert self.stage.modes == ["eval"]
-        self.stage.evaluated.append((len(images), streams))
-        self.stage.now += self.stage.batch * len(images) / self.stage.streams[-1][1]
-
-    def eval(self) -> None:
-        self.stage.modes.append("eval")
-
-    def train(self) -> None:
-        self.stage.modes.append("train")
-
-
 class Stage:
-    """A pack that trains nothing, on a clock of its own: an epoch of some steps, and images to evaluate."""
+    """A pack that trains nothing, on a clock of its own: an epoch of some steps, of which the first takes longer."""
 
-    def __init__(self, monkeypatch, steps=10, first=0.1, step=0.05, images=600, batch=0.01, device=CPU):
-        self.steps, self.images, self.batch = steps, images, batch
-        self.seconds = [first, *[step] * 99]
-        self.now = 0.0
-        self.stop = StopRequest()
-        self.rates: list[object] = []
-        self.evaluated: list[tuple[int, list[int]]] = []
-        self.streams: list[tuple[str, int]] = []
-        self.modes: list[str] = []
-        data = SimpleNamespace(splits={"val": range(images)})
-        self.setup: Any = SimpleNamespace(device=device, data=data, eval_stream=self.stream)
+    def __init__(self, monkeypatch, steps=10, first=0.1, step=0.05, device=CPU):
+        self.steps, self.seconds, self.now = steps, [first, *[step] * 99], 0.0
+        self.stop, self.rates = StopRequest(), list[str]()
+        self.setup: Any = SimpleNamespace(device=device)
         monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(measure, "Pack", self.pack)
         monkeypatch.setattr(measure.gc, "collect", lambda: None)  # takes long, and there is nothing to free
@@ -363,24 +350,15 @@ class Stage:
     def pack(self, trials: list[TrialRun], setup: object) -> Any:
         assert setup is self.setup
         assert [trial.record.trial_id for trial in trials] == [trial_id(trial.config) for trial in trials]
-        rates = [f"rate {i}" for i in range(self.steps)]
-        return SimpleNamespace(
-            K=len(trials), setup=setup, step=self.step, learning_rates=lambda: rates, model=Model(self)
-        )
+        return SimpleNamespace(step=self.step, learning_rates=lambda: [f"rate {i}" for i in range(self.steps)])
 
     def step(self, rate: str, logging: bool) -> None:
         assert logging is False
         self.now += self.seconds[len(self.rates)]
         self.rates.append(rate)
 
-    def stream(self, split: str, batch: int):
-        self.streams.append((split, batch))
-        for first in range(0, self.images, batch):
-            yield SimpleNamespace(images=[0] * min(batch, self.images - first))
-
-    def measure(self, trials: int = 1, **changes: Any) -> tuple[float, int]:
-        named = {key.replace("__", "."): value for key, value in changes.items()}
-        return measure.measure([plain_trial({"seed": s, **named}) for s in range(trials)], self.setup, self.stop)
+    def measure(self, trials: int = 1) -> tuple[float, int]:
+        return measure.measure([plain_trial({"seed": s}) for s in range(trials)], self.setup, self.stop)
 
 
 @pytest.mark.parametrize(
@@ -389,56 +367,17 @@ class Stage:
 )
 def test_steps_are_timed_until_it_takes_long(stage, steps, seconds, monkeypatch):
     """Six of them or half a second, at least two: the first one also warms up. The quickest counts."""
-    there = Stage(monkeypatch, batch=0.0, **stage)
-    assert there.measure()[0] == pytest.approx(seconds)
+    there = Stage(monkeypatch, **stage)
+    assert there.measure(2)[0] == pytest.approx(seconds / 2), "of one trial"
     assert there.rates == [f"rate {i}" for i in range(steps)]
 
 
-@pytest.mark.parametrize(
-    ("stage", "trials", "evaluated", "batches"),
-    [
-        ({}, 2, [128] * 4, 600 / 128),
-        ({}, 3, [85] * 6, 600 / 85),
-        ({"batch": 0.3}, 3, [85] * 2, 600 / 85),
-        ({"images": 64}, 1, [64], 0.25),
-        ({"images": 10}, 257, [1] * 6, 10),
-    ],
-)
-def test_evaluation_is_timed_on_whole_batches(stage, trials, evaluated, batches, monkeypatch):
-    """Of 256 images over all trials; where there are fewer, on those. An epoch of a trial counts, not one of a pack."""
-    there = Stage(monkeypatch, **stage)
-    expected = (10 * 0.05 + there.batch * batches) / trials
-    assert there.measure(trials)[0] == pytest.approx(expected)
-    assert there.evaluated == [(size, [0] * trials) for size in evaluated]
-    assert there.streams == [("val", max(1, 256 // trials))]
-    assert there.modes == ["eval", "train"]
-
-
-@pytest.mark.parametrize(("epochs", "every", "part"), [(4, 1, 1.0), (5, 2, 0.6), (4, 2, 0.5), (2, 5, 0.5)])
-def test_evaluations_count_as_often_as_they_are_done(epochs, every, part, monkeypatch):
-    """Every so many epochs, and after the last one."""
-    there = Stage(monkeypatch, images=512)
-    seconds, _ = there.measure(trainer__epochs=epochs, trainer__validate_every=every)
-    assert seconds == pytest.approx(0.5 + part * 0.02)
-
-
-def test_measuring_stops_between_steps_and_between_batches(monkeypatch):
+def test_measuring_stops_between_steps(monkeypatch):
     there = Stage(monkeypatch)
     there.stop.signum = 2
     with pytest.raises(Interrupted):
         there.measure()
     assert there.rates == []
-    there = Stage(monkeypatch)
-    model = Model.__call__
-
-    def last(self: Model, *args: Any) -> None:
-        model(self, *args)
-        self.stage.stop.signum = 2
-
-    monkeypatch.setattr(Model, "__call__", last)
-    with pytest.raises(Interrupted):
-        there.measure()
-    assert len(there.evaluated) == 1
 
 
 # --- bytes
@@ -486,7 +425,7 @@ def test_the_most_that_a_process_held_is_counted_from_the_start_of_the_measureme
 def test_memory_and_time_on_a_gpu(monkeypatch):
     """What is reserved can be used again; a time is taken when the device is done."""
     calls: list[str] = []
-    there = Stage(monkeypatch, steps=2, images=256, device=GPU)
+    there = Stage(monkeypatch, steps=2, device=GPU)
 
     def synchronize(device: torch.device) -> None:
         assert device == GPU
@@ -509,6 +448,6 @@ def test_memory_and_time_on_a_gpu(monkeypatch):
     assert attainable_memory(GPU, 3) == 111
     calls.clear()
     seconds, held = there.measure()
-    assert seconds == pytest.approx(2 * 1.05 + 1.01)
+    assert seconds == pytest.approx(2 * 1.05)
     assert held == 77
-    assert calls == ["reset_peak_memory_stats", "done", "done", "done", "max_memory_allocated"]
+    assert calls == ["reset_peak_memory_stats", "done", "done", "max_memory_allocated"]

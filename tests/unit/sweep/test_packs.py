@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from sweeps import leave_record, seed_trials, sweep_of
+from sweeps import another, claimed, leave_record, seed_trials, sweep_of
 
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.packs import Packs
@@ -19,17 +17,8 @@ def packs_of(sweep: Sweep) -> Packs:
     return packs
 
 
-def take(packs: Packs, size: int, skip=(), strays: bool = False) -> list[Trial]:
-    pack = packs.take(lambda group: size, skip, strays)
-    return pack[1] if pack else []
-
-
-def another(folder: Path, *trials: Trial) -> Claims:
-    """A process that has these trials; it lives, for it is this one."""
-    claims = Claims(folder)
-    for trial in trials:
-        assert claims.take(trial.trial_id)
-    return claims
+def taken(packs: Packs, size: int, skip=(), strays: bool = False) -> list[list[Trial]]:
+    return [trials for _, trials in packs.take(lambda group: size, skip, strays)]
 
 
 def test_groups_and_batches_have_their_own_packs(tmp_path):
@@ -38,7 +27,7 @@ def test_groups_and_batches_have_their_own_packs(tmp_path):
     with sweep.changing():
         sweep.extend(later := seed_trials(5)[3:])
     packs = packs_of(sweep)
-    assert [take(packs, 2) for _ in range(5)] == [trials[:2], trials[2:3], trials[3:], later, []]
+    assert taken(packs, 2) == [trials[:2], trials[2:3], trials[3:], later]
     assert packs.look({}) == HELD
 
 
@@ -50,7 +39,7 @@ def test_packs_are_cut_from_what_was_asked_for(tmp_path):
     for trial in (trials[0], trials[4]):
         other.release(trial.trial_id, ENDED)
     packs = packs_of(sweep)
-    assert [take(packs, 3) for _ in range(4)] == [trials[1:3], [trials[3], trials[5]], trials[6:], []]
+    assert taken(packs, 3) == [trials[1:3], [trials[3], trials[5]], trials[6:]]
 
 
 @pytest.mark.parametrize("looked", [False, True])
@@ -61,47 +50,44 @@ def test_what_trains_together_does_not_depend_on_who_is_faster(looked, tmp_path)
     other = another(tmp_path, trials[0])
     if looked:
         assert packs.look({}) == FREE
-    assert take(packs, 3) == trials[3:]
-    assert take(packs, 3) == []
+    assert taken(packs, 3) == [trials[3:]]
     other.release(trials[0].trial_id)
     packs.look({})
-    assert take(packs, 3) == trials[:3]
+    assert taken(packs, 3) == [trials[:3]]
 
 
 def test_if_others_were_faster_ever_fewer_packs_are_tried(tmp_path):
     """They take packs in the same order, so the next are gone too; what is passed over is found at the next look."""
-    trials = seed_trials(20)
+    trials = seed_trials(10)
     packs = packs_of(sweep_of(tmp_path, trials))
     other = another(tmp_path, *trials[:7])
     tried: list[str] = []
     claim = packs.claims.take
     packs.claims.take = lambda trial: tried.append(trial) or claim(trial)  # type: ignore[func-returns-value]
-    assert take(packs, 1) == [trials[7]]
-    assert tried == [trials[i].trial_id for i in (0, 1, 3, 7)]
-    assert take(packs, 1) == [trials[8]]
+    assert taken(packs, 1) == [[trial] for trial in trials[7:]]
+    assert tried == [trials[i].trial_id for i in (0, 1, 3, 7, 8, 9)]
     other.release(trials[5].trial_id)
     packs.look({})
-    assert take(packs, 1) == [trials[5]]
+    assert taken(packs, 1) == [[trials[5]]]
 
 
 def test_a_pack_ends_before_a_trial_that_another_has(tmp_path):
     trials = seed_trials(5)
     packs = packs_of(sweep_of(tmp_path, trials))
     another(tmp_path, trials[1])
-    assert take(packs, 3) == [trials[0]]
-    assert take(packs, 3) == trials[3:]
+    assert taken(packs, 3) == [trials[:1], trials[3:]]
 
 
 def test_strays_are_the_rest_of_packs_whose_first_trial_another_has(tmp_path):
+    """One such pack at a look: its owner may still be about to take the others."""
     trials = seed_trials(6)
     packs = packs_of(sweep_of(tmp_path, trials))
     another(tmp_path, trials[0], trials[3], trials[4])
     packs.look({})
-    assert take(packs, 3) == []
-    packs.look({})
-    assert take(packs, 3, strays=True) == trials[1:3]
-    assert take(packs, 3, strays=True) == trials[5:]
-    assert take(packs, 3, strays=True) == []
+    assert taken(packs, 3) == []
+    for left in ([trials[1:3]], [trials[5:]], []):
+        packs.look({})
+        assert taken(packs, 3, strays=True) == left
 
 
 def test_what_a_record_says_has_ended_is_passed_over_and_marked(tmp_path):
@@ -111,16 +97,15 @@ def test_what_a_record_says_has_ended_is_passed_over_and_marked(tmp_path):
     for trial, status in zip(trials[:3], ("completed", "failed", "interrupted"), strict=True):
         leave_record(sweep, trial, status)
     packs = packs_of(sweep)
-    assert take(packs, 3) == [trials[2]]
-    packs.look({})
-    assert [packs.claims.state(trial.trial_id) for trial in trials] == [ENDED, ENDED, HELD, FREE]
+    assert taken(packs, 3) == [trials[2:3], trials[3:]]
+    assert claimed(tmp_path, trials) == [ENDED, ENDED, HELD, HELD]
 
 
 def test_what_cannot_be_trained_here_is_left_and_counts_for_nobody(tmp_path):
     trials = seed_trials(3)
     packs = packs_of(sweep_of(tmp_path, trials))
     here = {trials[0].trial_id: "no images"}
-    assert take(packs, 3, skip=here) == trials[1:]
+    assert taken(packs, 3, skip=here) == [trials[1:]]
     assert packs.look(here) == HELD
     for trial in trials[1:]:
         packs.claims.release(trial.trial_id, ENDED)
@@ -135,7 +120,5 @@ def test_a_group_whose_size_is_being_measured_is_passed_over(tmp_path):
     def size_of(group: Group) -> int | None:
         return None if group.trials[0] is packs.sweep.batches[0][0] else 2
 
-    _, taken = packs.take(size_of, {})
-    assert taken == trials[2:]
-    assert packs.take(size_of, {}) is None
+    assert [pack for _, pack in packs.take(size_of, {})] == [trials[2:]]
     assert packs.look({}) == FREE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from plain_trials import BASELINE
-from sweeps import leave_record, options, seed_trials, sweep_of, trial_of
+from sweeps import another, claimed, leave_record, options, seed_trials, sweep_of, trial_of
 
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import CHECKPOINT, PLAN, RECORD, read_record
@@ -56,9 +57,7 @@ class Engine:
         sweep, claims = Sweep.existing(self.folder), Claims(self.folder)
         packs = Packs(sweep, claims)
         packs.look({})
-        while most and (pack := packs.take(lambda group: 1, {})):
-            most -= 1
-            (trial,) = pack[1]
+        for _, (trial,) in itertools.islice(packs.take(lambda group: 1, {}), most):
             fields = {"status": "completed"} | self.outcome(trial)
             leave_record(sweep, trial, **fields)
             claims.release(trial.trial_id, ENDED)
@@ -87,12 +86,6 @@ def run(folder: Path, trials: list[Trial], **changes: Any) -> Any:
 
 def unsuccessful(outcomes: Any) -> dict[str, str]:
     return {name: str(end) for name, end in outcomes.items() if isinstance(end, TrialFailed)}
-
-
-def states(folder: Path, trials: list[Trial]) -> list[str]:
-    claims = Claims(folder)
-    claims.look()
-    return [claims.state(trial.trial_id) for trial in trials]
 
 
 def fails(trial: Trial) -> dict[str, Any]:
@@ -137,23 +130,18 @@ def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, 
     assert again == {trials[0].trial_id: 0.5, trials[1].trial_id: 0.25, trials[2].trial_id: 0.5}
 
 
-def test_a_record_without_accuracy_is_told(engine, tmp_path, capsys):
-    engine.outcome = lambda trial: {"metrics": {}}
-    outcomes = run(tmp_path, seed_trials(1))
-    assert "1 of 1 trials did not complete" in "".join(unsuccessful(outcomes).values())
-    assert "retry_failed" not in "".join(unsuccessful(outcomes).values())
-    assert "has no val_accuracy: remove it" in capsys.readouterr().out
-
-
-def test_another_trials_record_in_the_folder_is_told(engine, tmp_path, capsys):
+def test_records_that_say_nothing_of_their_trials_are_told(engine, tmp_path, capsys):
+    """One without accuracy, and another trial's."""
     first, second = seed_trials(2)
     sweep = sweep_of(tmp_path, [first])
     leave_record(sweep, first, "completed", metrics={"val_accuracy": 0.5})
     sweep.folder_of(first).rename(sweep.folder_of(second))
-    assert list(unsuccessful(run(tmp_path, [second]))) == [second.trial_id]
+    engine.outcome = lambda trial: {"metrics": {}}
+    failed = unsuccessful(run(tmp_path, [first, second]))
+    assert failed == dict.fromkeys((first.trial_id, second.trial_id), "2 of 2 trials did not complete")
     out = capsys.readouterr().out
+    assert "has no val_accuracy: remove it" in out
     assert f"holds trial {first.trial_id}" in out
-    assert "refused" in out
 
 
 def test_restart_trains_what_is_completed_once_more(engine, tmp_path):
@@ -172,12 +160,11 @@ def test_a_trial_in_training_is_neither_restarted_nor_retried(change, tmp_path):
     sweep = sweep_of(tmp_path, [trial])
     leave_record(sweep, trial, "failed")
     (sweep.folder_of(trial) / CHECKPOINT).touch()
-    other = Claims(tmp_path)
-    assert other.take(trial.trial_id)
-    restart = not change
-    assert run_module._reopened(sweep, trial, restart, bool(change)).status == "failed"
-    other.release(trial.trial_id)
-    assert run_module._reopened(sweep, trial, restart, bool(change)).status == ("new" if restart else "interrupted")
+    other = another(tmp_path, trial)
+    for status in ("failed", "interrupted" if change else "new"):
+        run_module._reopen(sweep, [trial], not change, bool(change))
+        assert sweep.state_of(trial).status == status
+        other.release(trial.trial_id)
 
 
 # --- what else is in the folder
@@ -303,8 +290,7 @@ def test_as_many_workers_are_started_as_trials_are_free(engine, tmp_path):
     """S10: and no more than are missing."""
     trials = seed_trials(4)
     sweep = sweep_of(tmp_path, trials)
-    other = Claims(tmp_path)
-    assert all(other.take(trial.trial_id) for trial in trials[:3])
+    other = another(tmp_path, *trials[:3])
     looks = []
 
     def looked() -> None:
@@ -326,10 +312,9 @@ def test_a_worker_that_died_is_replaced(engine, tmp_path):
 
     def looked() -> None:
         if engine.started == [1] and not claims:
-            claims.append(Claims(tmp_path))
-            assert claims[0].take(trials[0].trial_id)
+            claims.append(another(tmp_path, trials[0]))
             engine.works, engine.ends = False, False
-        elif claims and states(tmp_path, trials) == [HELD]:
+        elif claims and claimed(tmp_path, trials) == [HELD]:
             claims[0].release(trials[0].trial_id, FREE)
             engine.alive, engine.works = 0, True
 

@@ -7,26 +7,30 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from sweeps import leave_record, seed_trials, sweep_of
+from sweeps import claimed, leave_record, seed_trials, sweep_of
 
-from lora_vit.records import RECORD
+from lora_vit import terminal as terminal_module
+from lora_vit.records import RECORD, State
 from lora_vit.sweep import view as view_module
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
-from lora_vit.sweep.view import View
+from lora_vit.sweep.view import View, trial_row
 
 
 class Watched:
     """A sweep of four trials, a process that trains them, and the view of the command."""
 
-    def __init__(self, folder, monkeypatch, terminal: bool = False, ended: int = 0):
+    def __init__(self, folder, monkeypatch, terminal: bool = False):
         self.trials = seed_trials(4)
         self.sweep = sweep_of(folder, self.trials)
         self.owner, self.out = Claims(folder), io.StringIO()
         console = Console(file=self.out, force_terminal=terminal, width=160, highlight=False)
-        monkeypatch.setattr(view_module, "make_console", lambda: console)
-        self.view = View(Sweep(folder), [(t, self.sweep.state_of(t)) for t in self.trials[:ended]])
+        monkeypatch.setattr(terminal_module, "make_console", lambda quiet: console)
+        self.view = self.new_view()
+
+    def new_view(self) -> View:
+        return View(Sweep(self.sweep.folder), [(trial, self.sweep.state_of(trial)) for trial in self.trials])
 
     def take(self, *trials: Trial) -> None:
         self.owner.look()
@@ -40,8 +44,8 @@ class Watched:
     def look(self) -> list[tuple[str, str]]:
         return [(trial.trial_id, state.status) for trial, state in self.view.look()]
 
-    def statuses(self) -> list[str]:
-        return [self.view.rows[trial.trial_id].status for trial in self.trials]
+    def running(self) -> list[bool]:
+        return [self.view.rows[trial.trial_id].is_running for trial in self.trials]
 
 
 @pytest.fixture
@@ -52,10 +56,10 @@ def watched(tmp_path, monkeypatch) -> Watched:
 def test_trials_wait_run_and_end(watched):
     first, second, third, _ = watched.trials
     assert watched.look() == []
-    assert (watched.statuses(), watched.view.free()) == (["waiting"] * 4, 4)
+    assert (watched.running(), watched.view.free()) == ([False] * 4, 4)
     watched.take(first, second, third)
     assert watched.look() == []
-    assert (watched.statuses(), watched.view.free()) == (["running"] * 3 + ["waiting"], 1)
+    assert (watched.running(), watched.view.free(), watched.view.busy()) == ([True] * 3 + [False], 1, 1)
     watched.end(first)
     watched.end(second, "failed", metrics={}, error={"message": "the loss is not finite", "step": 3})
     assert watched.look() == [(first.trial_id, "completed"), (second.trial_id, "failed")]
@@ -73,7 +77,7 @@ def test_what_a_process_gave_back_or_died_with_is_free_again(watched):
     watched.look()
     watched.owner.release(watched.trials[0].trial_id, FREE)
     watched.look()
-    assert (watched.statuses(), watched.view.free()) == (["waiting", "running", "waiting", "waiting"], 3)
+    assert (watched.running(), watched.view.free()) == ([False, True, False, False], 3)
 
 
 def test_a_trial_whose_record_was_removed_is_open_again(watched):
@@ -83,8 +87,7 @@ def test_a_trial_whose_record_was_removed_is_open_again(watched):
     (watched.sweep.folder_of(trial) / RECORD).unlink()
     assert watched.look() == []
     watched.look()
-    watched.owner.look()
-    assert watched.owner.state(trial.trial_id) == FREE
+    assert claimed(watched.sweep.folder, [trial]) == [FREE]
     assert watched.view.free() == 4
 
 
@@ -108,48 +111,54 @@ def test_a_follower_opens_one_file_for_each_owner(watched, monkeypatch):
 
 
 def test_progress_counts_epochs_of_all_and_estimates_by_its_own_speed(watched, monkeypatch):
-    """Half of what was there when the command began took no time of it."""
+    """What was there when the command began took no time of it."""
     now = [100.0]
-    monkeypatch.setattr(view_module.time, "monotonic", lambda: now[0])
-    view = watched.view = View(Sweep(watched.sweep.folder), [])
-    watched.take(*watched.trials[:2])
-    watched.owner.progress = {watched.trials[0].trial_id: 1.0}
-    watched.owner.beat()
+    monkeypatch.setattr(terminal_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(terminal_module.Every, "due", lambda self: True)
+    first, second, *_ = watched.trials
+    leave_record(watched.sweep, first, "interrupted", metrics={"epoch": 1})
+    view = watched.view = watched.new_view()
+    watched.take(first, second)
+    for done in ({}, {first.trial_id: 1.5, second.trial_id: 1.5}):
+        now[0] += 15
+        watched.owner.progress = done
+        watched.owner.beat()
+        watched.look()
+    watched.end(first)
+    watched.end(second)
     watched.look()
-    assert view._progress_line() == "1/8 epochs, 0/4 trials ended"
-    now[0] += 30
-    watched.owner.progress = {watched.trials[0].trial_id: 1.5, watched.trials[1].trial_id: 1.5}
-    watched.owner.beat()
-    watched.look()
-    assert view._progress_line() == "3/8 epochs, 0/4 trials ended, about 0:01:15 left"
-    watched.end(watched.trials[0])
-    watched.look()
-    assert view._progress_line().startswith("4/8 epochs, 1/4 trials ended")
+    lines = [line for line in watched.out.getvalue().splitlines() if line.startswith("sweep: ")]
+    assert lines == ["sweep: 3/8  0/4 trials ended, 2 running  about 75 s left",
+                     "sweep: 4/8  2/4 trials ended, 0 running, best 75.00%  about 40 s left"]  # fmt: skip
+    assert view.free() == 2
 
 
-def test_what_needed_no_training_is_counted(tmp_path, monkeypatch):
-    leave_record(sweep_of(tmp_path, seed_trials(4)), seed_trials(1)[0], "completed", metrics={"val_accuracy": 0.5})
-    watched = Watched(tmp_path, monkeypatch, ended=1)
-    assert watched.look() == []
-    assert watched.view.free() == 3
-    assert watched.view._progress_line().startswith("2/8 epochs, 1/4 trials ended")
-
-
-def test_on_a_terminal_a_table_shows_what_runs_and_the_best(tmp_path, monkeypatch):
+def test_on_a_terminal_a_bar_shows_it(tmp_path, monkeypatch):
     watched = Watched(tmp_path, monkeypatch, terminal=True)
-    watched.take(*watched.trials[:3])
+    watched.take(*watched.trials[:2])
     watched.end(watched.trials[0])
-    watched.end(watched.trials[1], metrics={"val_accuracy": 0.9, "epoch": 2})
+    with watched.sweep.changing():
+        watched.sweep.extend(seed_trials(6)[4:])
     watched.look()
-    table, bar = watched.view._picture().renderables
-    shown = Console(file=io.StringIO(), width=160, record=True)
-    shown.print(table)
-    lines = shown.export_text().splitlines()[1:]
-    assert [line.split()[0] for line in lines] == [watched.trials[i].trial_id for i in (2, 1, 0)]
-    assert "running" in lines[0]
-    assert "90.00%" in lines[1]
-    assert bar.tasks[0].completed == 4
     watched.view.say("a line [with] brackets")
-    watched.view.close()
-    watched.view.close()
+    (task,) = watched.view.progress._bar.tasks
+    watched.view.progress.close()
+    assert (task.completed, task.total, task.fields["figures"]) == (2, 12, "1/6 trials ended, 1 running, best 75.00%")
     assert "a line [with] brackets" in watched.out.getvalue()
+
+
+def test_a_row_says_how_a_trial_stands(watched):
+    """The one row of all tables: the status command's, and those of what did not complete."""
+    trial = watched.trials[0]
+    ended = {"error": {"message": "the loss is not finite"}, "metrics": {"epoch": 1, "val_accuracy": 0.5}}
+    for status, fields, row in (
+        ("completed", {"metrics": {"epoch": 2, "val_accuracy": 0.75}}, ("completed", "2/2", "75.00%", "")),
+        ("completed", {}, ("completed", "0/2", "", "record.json has no val_accuracy: remove it, then the same command "
+                                                   "trains it again")),
+        ("failed", ended, ("failed", "1/2", "50.00%", "the loss is not finite")),
+        ("interrupted", {}, ("interrupted", "0/2", "", "")),
+    ):  # fmt: skip
+        leave_record(watched.sweep, trial, status, **fields)
+        assert trial_row("a", "b", watched.sweep.state_of(trial)) == ("a", "b", *row)
+    assert trial_row("a", "b", State("new")) == ("a", "b", "waiting", "", "", "")
+    assert trial_row("a", "b", State("refused", problem="why"))[2:] == ("refused", "", "", "why")

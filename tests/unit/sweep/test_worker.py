@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stage import setup_of
-from sweeps import leave_record, seed_trials, sweep_of
+from sweeps import another, claimed, leave_record, seed_trials, sweep_of
 
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import CHECKPOINT, read_record
@@ -24,10 +24,10 @@ from lora_vit.sweep.pack_size import PackSizes, out_of_memory
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.setups import Setups, own_device
 from lora_vit.sweep.trial import Trial
-from lora_vit.sweep.worker import PackReporter, Worker
+from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun
 
-Act = Callable[[list[TrialRun], PackReporter], None]
+Act = Callable[[list[TrialRun], Worker], None]
 
 
 class Bench:
@@ -41,7 +41,7 @@ class Bench:
         self.said: list[str] = []
         self.runs: list[TrialRun] = []
 
-    def train(self, trials: list[TrialRun], setup: object, reporter: PackReporter, stop: StopRequest) -> None:
+    def train(self, trials: list[TrialRun], setup: object, reporter: Worker, stop: StopRequest) -> None:
         assert setup is setup_of()
         assert stop is self.stop
         self.packs.append([trial.config.seed for trial in trials])
@@ -53,7 +53,7 @@ class Bench:
             if trial.record.status == "running":
                 self.complete(trial, reporter)
 
-    def complete(self, trial: TrialRun, reporter: PackReporter) -> None:
+    def complete(self, trial: TrialRun, reporter: Worker) -> None:
         trial.record.metrics["val_accuracy"] = 0.75
         trial.complete()
         reporter.left(trial)
@@ -84,13 +84,7 @@ class Bench:
         return [read_record(self.folder / trial.trial_id).status for trial in trials]
 
     def states(self, trials: list[Trial]) -> list[str]:
-        return states(self.folder, trials)
-
-
-def states(folder: Path, trials: list[Trial]) -> list[str]:
-    claims = Claims(folder)
-    claims.look()
-    return [claims.state(trial.trial_id) for trial in trials]
+        return claimed(self.folder, trials)
 
 
 @pytest.fixture
@@ -103,19 +97,10 @@ def bench(tmp_path, monkeypatch) -> Bench:
     return made
 
 
-def another(folder: Path, *trials: Trial) -> Claims:
-    """A process that has these trials; it lives, for it is this one."""
-    claims = Claims(folder)
-    claims.look()
-    for trial in trials:
-        assert claims.take(trial.trial_id)
-    return claims
-
-
 def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0) -> Act:
     """Packs with one of these seeds (None: with any) and of more than so many trials raise the error."""
 
-    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: Worker) -> None:
         if len(trials) > more_than and (seeds is None or seeds & {t.config.seed for t in trials}):
             raise error()
 
@@ -290,7 +275,7 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
     """And one of a pack that is left alone is tried alone before it is blamed."""
     trials = seed_trials(3)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         if len(runs) == 3:
             for run in (runs[0], runs[2]):
                 bench.complete(run, reporter)
@@ -307,7 +292,7 @@ def test_an_error_holds_no_memory_of_its_pack(bench, monkeypatch):
     monkeypatch.setattr(worker_module, "free_memory", lambda: freed.append(len(bench.packs)))
     kept: list[Exception] = []
 
-    def act(trials: list[TrialRun], reporter: PackReporter) -> None:
+    def act(trials: list[TrialRun], reporter: Worker) -> None:
         if len(trials) > 1:
             kept.append(RuntimeError("no"))
             raise kept[-1]
@@ -405,7 +390,7 @@ def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
 
     late: list[TrialRun] = []
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         late.extend(runs)
         successor()
         for run in runs:  # awake again
@@ -427,7 +412,7 @@ def test_a_claim_that_is_lost_and_free_again_is_taken_again(bench):
     """What another process took over is left to it; the rest of the pack, and later the trial, are trained here."""
     trials = seed_trials(2)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         if len(bench.packs) == 1:
             for mark in ("", ".free"):
                 (bench.folder / ".claims" / f"{trials[0].trial_id}.2{mark}").touch()
@@ -450,7 +435,7 @@ def test_how_far_the_trials_are_goes_into_the_signs_of_life(bench):
     trials = seed_trials(2)
     seen: list[float] = []
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         runs[1].state.epoch = 3
         reporter.advance(SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4))  # type: ignore[arg-type]
         reporter.claims.beat()
@@ -472,7 +457,7 @@ def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
     trials = seed_trials(2)
     bench.ask(trials)
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         raise raised
 
     bench.act = act
@@ -485,7 +470,7 @@ def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
 def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
     trials = [*seed_trials(2), *seed_trials(1, trainer__epochs=3)]
 
-    def act(runs: list[TrialRun], reporter: PackReporter) -> None:
+    def act(runs: list[TrialRun], reporter: Worker) -> None:
         bench.stop.signum = signal.SIGTERM
 
     bench.act = act
