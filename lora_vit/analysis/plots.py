@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from pathlib import Path
@@ -131,9 +132,9 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
     baselines = [_with_method(summary.cells, method).head(1) for method in BASELINES if METHOD in summary.cells]
     for row, colour in zip(baselines, ("#777777", "#000000"), strict=False):
-        for _, cell in row.iterrows():
-            axes.axhline(100 * cell["mean"], color=colour, ls="--", lw=1.2, label=BASELINES[cell[METHOD]])
-    names = [value_text(v) for v in ticks]
+        for mean, method in zip(row["mean"], row[METHOD], strict=True):
+            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
+    names = list(map(value_text, ticks))
     every = math.ceil(len(ticks) * (max(map(len, names)) + 2) / TICKS)
     axes.set_xticks(range(0, len(ticks), every), names[::every])
     axes.set_ylim(_limits(pd.concat([frame, *(row.assign(low=math.nan) for row in baselines)])))
@@ -142,15 +143,13 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
 
 def curves(folders: list[str]) -> pd.DataFrame:
     """Val accuracy after each epoch, one column per trial; trials without readable rows are left out."""
-    columns = {}
+    table = pd.DataFrame()
     for folder in folders:
-        try:
+        with contextlib.suppress(RecordError, OSError, UnicodeDecodeError):
             rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
-        except (RecordError, OSError, UnicodeDecodeError):
-            continue
-        values = {r["epoch"]: as_float(r.get("val_accuracy")) for r in rows if isinstance(r.get("epoch"), int)}
-        columns[folder] = pd.Series(values, dtype=float).dropna()
-    return pd.DataFrame({folder: known for folder, known in columns.items() if len(known)}).sort_index()
+            values = {r["epoch"]: as_float(r.get("val_accuracy")) for r in rows if isinstance(r.get("epoch"), int)}
+            table = table.join(pd.Series(values, dtype=float, name=folder).dropna(), how="outer")
+    return table.dropna(axis="columns", how="all")
 
 
 def learning_curves(summary: Summary) -> Figure | None:
@@ -222,12 +221,10 @@ def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | No
     """Means with their intervals, none where a cell has none; vertical ones are joined by a line."""
     mean = 100 * frame["mean"].to_numpy(float)
     bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
-    style: Any = {"capsize": 2.5, "linewidth": 1.6, "elinewidth": 1.3, "markersize": 5}
-    style |= {"label": label, "color": colour, "marker": marker}
-    if horizontal:
-        axes.errorbar(mean, places, xerr=bars, linestyle="none", **style)
-    else:
-        axes.errorbar(places, mean, yerr=bars, **style)
+    where: Any = (
+        {"x": mean, "y": places, "xerr": bars, "ls": "none"} if horizontal else {"x": places, "y": mean, "yerr": bars}
+    )
+    axes.errorbar(**where, label=label, color=colour, marker=marker, capsize=2.5, lw=1.6, elinewidth=1.3, ms=5)
 
 
 def _limits(frame: pd.DataFrame) -> tuple[float, float]:

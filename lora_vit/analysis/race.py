@@ -34,8 +34,6 @@ import numpy as np
 from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
 
 ALPHA = 0.05
-DRAWN = 100
-"""Seeds that are drawn for an estimate of a race's length; what it takes beyond them follows from the means."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,8 @@ class Race:
             none_leaves = math.floor((self.bounds[np.ix_(alive, alive)][pairs] / closing[pairs]).min()) - 1
             then = min(max(r, none_leaves) + 1, self.rules.most_seeds)
             trials, r = trials + len(alive) * (then - r), then
-            _eliminate(later, alive, self.widths(alive, r))
+            _eliminate(later, alive, r)
         return trials
-
-    def widths(self, cells: np.ndarray, r: int) -> np.ndarray:
-        """W(r) of each pair of these cells [n, n]."""
-        return np.maximum(0.0, self.bounds[np.ix_(cells, cells)] / (2 * r) - self.rules.margin / 2)
 
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
@@ -161,9 +155,8 @@ def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, o
 
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    there = np.isfinite(y)
-    m = len(y)
-    race = Race(rules, y, failed, np.full(m, np.nan), np.full(m, np.nan), np.zeros((m, m)), list(range(m)))
+    there, m, nan = np.isfinite(y), len(y), np.full(len(y), np.nan)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), np.zeros((m, m)), list(range(m)))
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -175,7 +168,7 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
         if r == rules.first_seeds and len(alive) > 1:
             race.bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
-        _eliminate(race, alive, race.widths(alive, r))
+        _eliminate(race, alive, r)
         if len(race.survivors) <= 1:
             break
     race.ended = True
@@ -183,8 +176,9 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
     return race
 
 
-def _eliminate(race: Race, alive: np.ndarray, width: np.ndarray) -> None:
-    """Take out who is behind by more than ``width`` [n, n]; where all widths are 0, all but the first of the best."""
+def _eliminate(race: Race, alive: np.ndarray, r: int) -> None:
+    """Take out who is behind by more than W(r); where that is 0 for all pairs, all but the first of the best."""
+    width = np.maximum(0.0, race.bounds[np.ix_(alive, alive)] / (2 * r) - race.rules.margin / 2)
     means = race.means[alive]
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
@@ -224,13 +218,3 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
         return None
     known = 1e6  # degrees of freedom
     return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, ALPHA) * sd / rules.margin) ** 2))
-
-
-def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
-    """Trials of a race whose seeds spread by ``sd`` and whose cells' true means by twice that: the median."""
-    rng, counts = np.random.default_rng(0), []
-    for _ in range(draws):
-        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, min(rules.most_seeds, DRAWN)))
-        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
-        counts.append(race.trials + race.expected())
-    return int(np.median(counts))

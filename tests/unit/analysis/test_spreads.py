@@ -20,7 +20,6 @@ HOLES = np.array([[5.0, 7.0, NAN, 6.2], [3.0, 5.5, 4.0, NAN], [2.0, NAN, 3.0, 3.
     ("ss", "dof", "want"),
     [
         ([2, 2, 2], [1, 1, 1], 1.0),
-        ([1, 3], [1, 1], 1.25),
         ([2, 3], [2, 1], 1.25),
         ([0, 0], [1, 0], 0.0),
         ([[1, 3], [1, 1]], [1, 1], [1.25, 1.0]),
@@ -31,8 +30,7 @@ def test_the_statistic_of_unequal_spreads(ss: Any, dof: Any, want: Any) -> None:
     np.testing.assert_allclose(stats.spread_statistic(np.array(ss, float), np.array(dof, float)), want)
 
 
-@pytest.mark.parametrize("block", [True, False])
-@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize(("missing", "block"), [(True, True), (False, False)])
 def test_the_spread_test_equals_a_simulation(missing: bool, block: bool) -> None:
     """4,000 draws against the test's 2,000: three errors are 0.041. Three data sets, from alike to unlike spreads."""
     y = HOLES if missing else np.where(np.isfinite(HOLES), HOLES, 4.4)
@@ -104,24 +102,6 @@ def test_from_which_p_on_spreads_count_as_equal(cells: int, df: int, level: floa
 def test_the_wide_variance_is_that_of_the_upper_half(ss: list, dof: list, want: float) -> None:
     fit: Any = SimpleNamespace(ss=np.array(ss, float), dof=np.array(dof, float))
     assert stats.wide_variance(fit) == pytest.approx(want)
-
-
-def draw(seed: int, spread: np.ndarray | float) -> np.ndarray:
-    """Ten cells and five seeds."""
-    rng = np.random.default_rng(seed)
-    return rng.normal(0, 3, 5) + rng.normal(size=(10, 5)) * np.reshape(spread, (-1, 1))
-
-
-def test_unequal_spreads_are_noticed_and_widen_the_error() -> None:
-    wild = np.repeat([1, 4.0], 5)
-    equal, unequal = (
-        np.array([stats.spread_test(fit_blocks(draw(k, spread))) for k in range(40)]) for spread in (1.0, wild)
-    )
-    assert np.mean(equal < 0.05) < 0.2
-    assert np.mean(unequal < 0.05) > 0.7
-    got, pooled = compare(draw(1, wild)), compare(draw(1, wild), spreads="equal")
-    assert got.wide
-    assert got.sd > pooled.sd
 
 
 def test_unpaired_cells_of_unequal_size_and_spread_are_not_pooled() -> None:
