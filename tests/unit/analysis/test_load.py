@@ -1,4 +1,4 @@
-"""Records to rows: where they are looked for, what each column holds, and which of several counts."""
+"""Records to rows: where they are looked for, what each column holds, which of several counts, which are left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
-from lora_vit.analysis import load
+from lora_vit.analysis import export, load, summarize
 from lora_vit.analysis.load import find_records, load_trials, row
 from lora_vit.config import IDENTITY
 from lora_vit.errors import RecordError
@@ -208,3 +208,67 @@ def test_a_plan_that_was_edited_is_named(planned, text):
     assert loaded.races == []
     (line,) = loaded.problems
     assert line.startswith(f"{sweep / PLAN} cannot be read")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    cells = [{"lora__rank": 1}, {"lora__rank": 2}, {"lora__rank": 4}]
+    return make_sweep(tmp_path, cells, np.array([[0.80, 0.81], [0.90, 0.91], [0.85, 0.86]]))
+
+
+def edit(folder, key, value, rank=2, seeds=(0,)):
+    """Set a value by dotted key in the records of that rank and seeds; returns their trial ids."""
+    changed = []
+    for path in sorted(folder.glob("*/record.json")):
+        values = json.loads(path.read_text())
+        if values["config"]["lora"]["rank"] == rank and values["config"]["seed"] in seeds:
+            *sections, name = key.split(".")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[name] = value
+            path.write_text(json.dumps(values))
+            changed.append(values["trial_id"])
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("config.lora.rank", 10**400, id="huge rank"),
+        ("config.lora.rank", 2.5),
+        ("config.optimizer.betas", [0.9, None]),
+        ("started", float("nan")),
+        pytest.param("heartbeat", 10**400, id="huge heartbeat"),
+        ("schema", 99),
+        ("status", "done"),
+    ],
+)
+def test_a_record_with_an_impossible_value_is_named_and_left_out(sweep, key, value):
+    (trial,) = edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert any(trial in line for line in summary.problems)
+    assert trial not in list(summary.trials["trial"])
+    assert len(summary.trials) == 5
+
+
+@pytest.mark.parametrize("value", [pytest.param(10**400, id="huge"), [], {}, "x", float("nan"), -1, None])
+def test_odd_facts_beside_the_metric_break_nothing(sweep, value):
+    for key in ("cost.seconds", "environment.device", "environment.versions", "metrics.epoch"):
+        edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert len(summary.cells) == 3
+    assert export.table_md(summary)
+    assert export.html_report(summary, {}, "command")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("config.lora.dropout", 0.3), ("config.seed", 1), ("cell_id", "0123456789"), ("trial_id", "x")]
+)
+def test_an_edited_record_is_left_out(sweep, key, value):
+    """Its figure is not that of the settings that it shows."""
+    (path,) = [p for p in sweep.glob("*/record.json") if p.parent.name == edit(sweep, "cost.seconds", 1.0)[0]]
+    edit(sweep, key, value)
+    summary = summarize(sweep)
+    assert len(summary.trials) == 5
+    assert [line for line in summary.problems if str(path) in line and "was edited: its config is" in line]
