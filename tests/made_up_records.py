@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,13 @@ def make_trial(
         rows.close()
     write_record(place, record)
     return record
+
+
+def write_race(folder: Path, **plan: Any) -> Path:
+    """Make the folder's sweep a race with a margin of a point and these other rules."""
+    race = {"command": "the command", "race": {"margin": 1.0, **plan}}
+    (folder / records.PLAN).write_text(json.dumps({"trials": {}, **race}))
+    return folder
 
 
 def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: Any) -> pd.DataFrame:

@@ -36,11 +36,6 @@ def message(folder: Any, **options: Any) -> str:
     return str(caught.value)
 
 
-def alike(tmp_path: Path, edit: Any = None) -> Path:
-    """Two cells whose seeds do not spread at all."""
-    return make_sweep(tmp_path, RANKS[:2], np.array([[0.9] * 3, [0.8] * 3]), curve=False, edit=edit)
-
-
 def test_a_summary_holds_everything_that_is_shown(sweep: Path) -> None:
     got = summarize(sweep)
     assert (got.folders, got.where, got.race, got.margin) == ([str(sweep)], None, None, None)
@@ -69,7 +64,8 @@ def test_no_error_is_finer_than_the_rounding_of_an_accuracy(tmp_path: Path, imag
     def edit(record: TrialRecord) -> None:
         record.data["val"] = record.data["test"] = images(record.config["seed"])
 
-    got = summarize(alike(tmp_path, edit))
+    alike = np.array([[0.9] * 3, [0.8] * 3])
+    got = summarize(make_sweep(tmp_path, RANKS[:2], alike, curve=False, edit=edit))
     sd = resolution / math.sqrt(12)
     assert got.comparison.sd == pytest.approx(sd, abs=1e-12)
     half = scipy_stats.t.ppf(0.975, 2) * sd / math.sqrt(3)
@@ -221,10 +217,6 @@ def test_the_cheapest_of_those_that_are_good_enough(sweep: Path) -> None:
     assert "No cell is shown to be within" in narrow.verdict
 
 
-def test_good_enough_is_said_of_the_cells_that_were_compared(tmp_path: Path) -> None:
-    """The cell with the highest mean has one seed and takes no part."""
-    y = np.vstack([Y, [[0.99, NAN, NAN]]])
-    got = summarize(make_sweep(tmp_path, [*RANKS, {"lora__rank": 8}], y, curve=False), margin=5.0)
-    assert got.verdict.endswith("is within 5.00 points of the best of the cells with two or more seeds.")
-    for margin in (math.inf, NAN, -1.0, 0.0):
-        assert message(tmp_path, margin=margin).startswith(f"--margin {margin:g} is impossible: give ")
+@pytest.mark.parametrize("margin", [math.inf, NAN, -1.0, 0.0])
+def test_margins_that_cannot_be(sweep: Path, margin: float) -> None:
+    assert message(sweep, margin=margin).startswith(f"--margin {margin:g} is impossible: give ")

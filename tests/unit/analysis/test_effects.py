@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis.effects import COLUMNS, main_effects
+from lora_vit.analysis.effects import COLUMNS, Effects, main_effects
 
 
 def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.DataFrame:
@@ -29,8 +29,9 @@ def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
     assert b["high"] - b["low"] == pytest.approx(a["high"] - a["low"])
 
 
-def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray) -> dict[str, object]:
-    """The model by dummies: coefficients of ``x`` beside seeds, error between repeats, lack of fit."""
+def agrees(got: Effects, frame: pd.DataFrame, x: np.ndarray) -> None:
+    """With the model by dummies: coefficients of ``x`` beside seeds, error between repeats, lack of fit."""
+    y, cells, seeds = (frame[name].to_numpy() for name in ("y", "cell", "seed"))
 
     def dummies(values: np.ndarray) -> np.ndarray:
         return (values[:, None] == np.unique(values)[None, :]).astype(float)
@@ -47,7 +48,9 @@ def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray
     lack_df = all_df - df
     lack = scipy_stats.f.sf((all_ss - pure_ss) / lack_df / error, lack_df, df) if lack_df else np.nan
     half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * np.diag(v))
-    return {"b": b[-k:], "half": half, "lack": lack}
+    for name, want in (("effect", b[-k:]), ("low", b[-k:] - half), ("high", b[-k:] + half)):
+        np.testing.assert_allclose(got.table[name], want)
+    assert got.lack_of_fit_p == pytest.approx(lack, nan_ok=True)
 
 
 @pytest.mark.parametrize("missing", [[], [4, 11], [3, 4, 5, 9, 10, 11, 15, 16, 17]])
@@ -56,14 +59,10 @@ def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
     frame = factorial(sd=0.5).drop(index=missing).sample(frac=1, random_state=0)
     x = np.column_stack([frame["rank"] == 4, frame["rank"] == 8]).astype(float)
     got = main_effects(frame, ["rank"], "y")
-    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    agrees(got, frame, x)
     assert list(got.table.columns) == COLUMNS
     assert got.table[["setting", "level", "against"]].to_numpy().tolist() == [["rank", 4, 2], ["rank", 8, 2]]
     assert list(got.table["trials"]) == [(frame["rank"] == level).sum() for level in (4, 8)]
-    np.testing.assert_allclose(got.table["effect"], want["b"])
-    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
-    np.testing.assert_allclose(got.table["effect"] - got.table["low"], want["half"])
-    assert got.lack_of_fit_p == pytest.approx(want["lack"], nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +81,8 @@ def test_nine_levels_are_a_slope_by_dummies(name: str, values: np.ndarray, level
     x = frame[name].to_numpy(float)[:, None]
     x = np.log2(x) if level == "per doubling" else x
     got = main_effects(frame, [name], "y")
-    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    agrees(got, frame, x)
     assert got.table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [[name, level, "", 27]]
-    np.testing.assert_allclose(got.table["effect"], want["b"])
-    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
-    assert got.lack_of_fit_p == pytest.approx(want["lack"])
 
 
 def test_eight_levels_have_an_effect_each_and_nine_names_none() -> None:

@@ -18,6 +18,12 @@ def table(means: list[float], seeds: int = 12, sd: float = 0.002, seed: int = 0)
     return np.array(means)[:, None] + rng.normal(0, 0.005, seeds) + rng.normal(0, sd, (len(means), seeds))
 
 
+def bound(variance: float, cells: int, df: float) -> float:
+    """``h2 * S2 / margin`` by the formulas; S2 is twice the variance of a trial's error."""
+    eta = ((2 * 0.05 / (cells - 1)) ** (-2 / df) - 1) / 2
+    return 2 * eta * df * 2 * variance / RULES.margin
+
+
 def raced(y: np.ndarray, failed: np.ndarray | None = None, rules: Rules = RULES) -> Race:
     return decide(y, np.zeros(y.shape, dtype=bool) if failed is None else failed, rules)
 
@@ -40,10 +46,9 @@ def run(y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int, rng: np.r
 def test_two_cells_leave_at_the_boundary_that_the_formulas_give(lead: float, leaves: bool) -> None:
     differences = np.array([0.004, -0.002, 0.001]) + lead
     y = np.stack([0.9 + differences, np.full(3, 0.9)])
-    s2, df = differences.var(ddof=1), 2
-    eta = ((2 * 0.05 / 1) ** (-2 / df) - 1) / 2
-    np.testing.assert_allclose(boundary(y, RULES)[0, 1], 2 * eta * df * s2 / RULES.margin, rtol=1e-9)  # float noise
-    width = max(0.0, RULES.margin / 6 * (2 * eta * df * s2 / RULES.margin**2 - 3))
+    want = bound(differences.var(ddof=1) / 2, 2, 2)
+    np.testing.assert_allclose(boundary(y, RULES)[0, 1], want, rtol=1e-9)  # float noise
+    width = max(0.0, RULES.margin / 6 * (want / RULES.margin - 3))
     race = raced(y)
     assert 0.0028 < width < 0.0030, "a point between the two leads"
     assert (1 in race.exits) == leaves == (differences.mean() > width)
@@ -54,15 +59,11 @@ def test_two_cells_leave_at_the_boundary_that_the_formulas_give(lead: float, lea
 def test_the_most_spread_half_and_the_pair_decide_the_variance() -> None:
     y = table([0.9] * 6, seeds=3)
     y[0] += [0.03, -0.03, 0.0]
-    bound = boundary(y, RULES)
-    assert bound[0, 1:].min() > bound[1:, 1:].max(), "the noisy cell's own pairs are wider"
+    got = boundary(y, RULES)
+    assert got[0, 1:].min() > got[1:, 1:].max(), "the noisy cell's own pairs are wider"
     df = 3 * 5 * 2 / 6  # three of the six cells, which share (6 - 1) * (3 - 1) degrees of freedom
-    eta = ((2 * 0.05 / 5) ** (-2 / df) - 1) / 2
-    paired = (y[0] - y[1]).var(ddof=1)
-    np.testing.assert_allclose(bound[0, 1], 2 * eta * df * paired / RULES.margin, rtol=1e-9)  # float noise
-    df = 2 * 3 * 2 / 4
-    eta = ((2 * 0.05 / 3) ** (-2 / df) - 1) / 2
-    rounding = 2 * eta * df * 2 * 0.001**2 / 12 / RULES.margin
+    np.testing.assert_allclose(got[0, 1], bound((y[0] - y[1]).var(ddof=1) / 2, 6, df), rtol=1e-9)  # float noise
+    rounding = bound(0.001**2 / 12, 4, 2 * 3 * 2 / 4)
     np.testing.assert_allclose(boundary(np.full((4, 3), 0.9), RULES, 0.001), rounding, rtol=1e-9)
 
 
@@ -70,9 +71,8 @@ def test_of_three_cells_two_are_the_half_that_spreads_most() -> None:
     y = np.array([[0.90, 0.93, 0.96, 0.93], [0.90, 0.92, 0.91, 0.93], [0.90, 0.91, 0.91, 0.90]])
     e = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
     own, df = (e**2).sum(1) / (2 * 3 / 3), 2 * (2 * 3 / 3)
-    s2 = max(2 * np.sort(own)[1:].mean(), (y[1] - y[2]).var(ddof=1))
-    eta = ((2 * 0.05 / 2) ** (-2 / df) - 1) / 2
-    np.testing.assert_allclose(boundary(y, RULES)[1, 2], 2 * eta * df * s2 / RULES.margin, rtol=1e-9)  # float noise
+    variance = max(np.sort(own)[1:].mean(), (y[1] - y[2]).var(ddof=1) / 2)
+    np.testing.assert_allclose(boundary(y, RULES)[1, 2], bound(variance, 3, df), rtol=1e-9)  # float noise
 
 
 def test_a_cell_left_behind_the_one_whose_bar_it_fell_below() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_records import make_record, make_sweep, make_trial
+from made_up_records import make_record, make_sweep, make_trial, write_race
 
-from lora_vit.analysis import export
-from lora_vit.analysis.core import summarize
+from lora_vit.analysis import export, summarize
 from lora_vit.analysis.race import one_stage
 from lora_vit.errors import RecordError
 
@@ -42,10 +41,8 @@ def race(folder: Path, values: dict[int, np.ndarray], seeds: int = 6, **plan: An
     """A folder with the first ``seeds`` of every cell, and the race's plan."""
     for rank, row in values.items():
         make_sweep(folder, [{"lora__rank": rank}], row[None, :seeds], range(FIRST, FIRST + seeds), curve=False)
-    rules = {"margin": 1.0, "first_seeds": 3, "most_seeds": 6, "seed": FIRST, "cells": sorted(map(cell, values))}
-    rules |= plan
-    (folder / "sweep.json").write_text(json.dumps({"trials": {}, "command": "the command", "race": rules}))
-    return folder
+    rules = {"first_seeds": 3, "most_seeds": 6, "seed": FIRST, "cells": sorted(map(cell, values))}
+    return write_race(folder, **{**rules, **plan})
 
 
 def marks(folder: Path, **options: Any) -> dict[int, str]:
@@ -137,16 +134,10 @@ def test_failed_trials_put_their_cells_out(tmp_path):
         leave(tmp_path, rank, FIRST, None, "failed")
     got = summarize(tmp_path)
     assert got.verdict.startswith("Nothing is selected: a trial of each cell failed. 4 of the cells are out")
-    for rank in RANKS:  # all that count
-        for seed in range(FIRST, FIRST + 3):
-            leave(tmp_path, rank, seed, None, "failed")
-    with pytest.raises(RecordError, match=r"^no completed trial with a val_accuracy"):
-        summarize(tmp_path)
 
 
 def test_one_cell_alone_and_one_that_is_left_of_several(tmp_path):
-    alone = summarize(race(tmp_path / "alone", {1: GAP[1]}))
-    assert alone.verdict.startswith("One cell, nothing to compare: ")
+    assert summarize(race(tmp_path / "alone", {1: GAP[1]})).verdict.startswith("One cell, nothing to compare: ")
     two = race(tmp_path / "two", {1: GAP[1], 2: GAP[2]}, 3)
     for seed in range(FIRST, FIRST + 3):
         leave(two, 2, seed, None, "failed")
@@ -223,18 +214,6 @@ def test_the_seeds_of_another_race_in_the_folder_do_not_count(tmp_path):
     assert marks(tmp_path)[2] == "selected"
     assert set(got.cells["n"]) == {3}
     assert got.comparison.df == 3 * 2
-
-
-@pytest.mark.parametrize("broken", ["1.5", '"high"', "null"])
-def test_an_accuracy_that_cannot_be_is_a_failure(tmp_path, broken):
-    race(tmp_path, GAP)
-    record = tmp_path / make_record(lora__rank=2, seed=FIRST + 1).trial_id / "record.json"
-    whole = record.read_text()
-    record.write_text(whole.replace(f'"val_accuracy": {GAP[2][1]}', f'"val_accuracy": {broken}'))
-    assert record.read_text() != whole
-    assert marks(tmp_path)[2] == "failed"
-    record.write_text("{")
-    assert set(marks(tmp_path).values()) == {"left"}, "it is waited for"
 
 
 def test_an_accuracy_counts_images(tmp_path):
