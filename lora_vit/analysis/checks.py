@@ -80,8 +80,7 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
     data = ("name", "split_seed", "fingerprint", "train", "val", "test")
     machine = ("commit", "dirty", "versions", "precision", "device", "host", "world_size")
     for column in [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]:
-        values = done[column].astype(object).where(done[column].notna(), None)
-        rows += [[column, text, count] for text, count in values.map(value_text).value_counts().items()]
+        rows += [[column, text, count] for text, count in done[column].map(value_text).value_counts().items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 

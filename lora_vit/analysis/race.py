@@ -19,7 +19,7 @@ Trials beyond r, and those of cells that have left, decide nothing. So neither t
 number of workers changes a decision. A changed margin or grid is another replay of the same records, in which a cell
 that had left may be in again.
 
-Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %). Nothing here reads files or prints.
+Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Unequal spreads make the pooled error too small for the cells that spread most. 
 by each pair's own variance, which errs far above 5 % with 2 to 5 seeds (docs/statistics.md). Here the *wide* error
 is used instead: the mean variance of that half of the cells that spreads most, or the pair's own if that is larger.
 
-All arrays: m cells, S seeds; a missing trial is NaN. Nothing here reads files or prints.
+All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
     difference, tukey, dunnett = fit.means[best] - fit.means, tukey_critical(k, fit.df), dunnett_critical(k - 1, fit.df)
     half = tukey / math.sqrt(2) * error
     half[best] = np.nan
-    t, below = _against_others(fit, common, wide, dunnett)
+    candidate, below = _against_others(fit, common, wide, dunnett)
 
     def of_all(values: np.ndarray) -> np.ndarray:
         out = np.full(m, False if values.dtype == bool else np.nan)
@@ -297,8 +297,8 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
         means=of_all(fit.means),
         difference=of_all(difference),
         half=of_all(half),
-        worse=of_all(_ratio(difference, error) * math.sqrt(2) > tukey),
-        candidate=of_all(t <= dunnett),
+        worse=of_all(difference * math.sqrt(2) > tukey * error),
+        candidate=of_all(candidate),
         below=of_all(below),
         best=int(np.flatnonzero(keep)[best]),
         df=fit.df,
@@ -321,22 +321,14 @@ def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.nda
     return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
 
 
-def _ratio(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / error)
-
-
 def _against_others(fit: Blocked, common: float, wide: bool, critical: float) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell the largest t by which another cell lies above it (0 or less for the best), and how far above it
-    another may lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+    """For each cell whether no other lies above it by more than ``critical`` errors, and how far above it another may
+    lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
     """
-    m = len(fit.means)
-    t, below = np.empty(m), np.empty(m)
+    m, near, below = len(fit.means), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        own = (np.arange(len(rows)), rows)
-        lead, errors = fit.means - fit.means[rows][:, None], _errors(fit, rows, common, wide)
-        ratio, bound = _ratio(lead, errors), lead + critical * errors
-        ratio[own], bound[own] = -np.inf, 0.0
-        t[rows], below[rows] = ratio.max(1), np.maximum(bound, 0.0).max(1)
-    return t, below
+        lead, error = fit.means - fit.means[rows][:, None], critical * _errors(fit, rows, common, wide)
+        near.append((lead <= error).all(1))
+        below.append(np.maximum(lead + error, 0.0).max(1))
+    return np.concatenate(near), np.concatenate(below)

@@ -81,10 +81,15 @@ class Summary:
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
         start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
+        group, smallest = cells[cells["mark"].isin(["best", "candidate"])], ""
+        sizes = group["trainable_parameters"]
+        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
+        if sizes.notna().all() and small["mark"] != "best":
+            smallest = f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
         lines = [
             f"{start}, {with_interval(best)} over {seeds(best['n'])}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
-            f"for the best: {counts.get('candidate', 0)}{self._smallest_candidate()}.",
+            f"for the best: {counts.get('candidate', 0)}{smallest}.",
             self._good_enough(),
         ]
         return " ".join(line for line in lines if line)
@@ -93,15 +98,6 @@ class Summary:
         cell = self.cells.iloc[0]
         figure = f"{with_interval(cell)} ({seeds(cell['n'])})"
         return f"One cell, nothing to compare: {cell['label']} has val accuracy {figure}."
-
-    def _smallest_candidate(self) -> str:
-        """The smallest of the best and the candidates, if that is not the best."""
-        group = self.cells[self.cells["mark"].isin(["best", "candidate"])]
-        sizes = group["trainable_parameters"]
-        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
-        if sizes.isna().any() or small["mark"] == "best":
-            return ""
-        return f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
 
     def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
         """Which cheapest cells are good enough, or that none is known yet; empty without a margin.

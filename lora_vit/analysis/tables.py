@@ -98,14 +98,10 @@ def _scaling_shown(first: pd.DataFrame, settings: list[str]) -> list[str]:
 
 def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """True where no other cell has at least the score at no more cost, one of them strictly. NaN: never."""
-    front = np.zeros(len(score), dtype=bool)
-    known = np.flatnonzero(np.isfinite(score) & np.isfinite(cost))
-    best, best_cost = -math.inf, math.nan
-    for k in known[np.lexsort((-score[known], cost[known]))]:
-        if score[k] > best:
-            best, best_cost = score[k], cost[k]
-        front[k] = score[k] == best and cost[k] == best_cost
-    return front
+    known = np.isfinite(score) & np.isfinite(cost)
+    score, cost = np.where(known, score, -np.inf), np.where(known, cost, np.inf)
+    no_worse = (score >= score[:, None]) & (cost <= cost[:, None])
+    return known & ~(no_worse & ((score > score[:, None]) | (cost < cost[:, None]))).any(1)
 
 
 def trials_table(trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
