@@ -111,13 +111,6 @@ def test_pareto_front_against_brute_force():
             assert front == (not better.any() and known[k]), (score, cost, k)
 
 
-def test_the_best_cell_is_the_marked_one_or_the_first():
-    cells = pd.DataFrame({"mark": ["no verdict", "best", "candidate"], "label": list("abc")})
-    assert tables.best_cell(cells)["label"] == "b"
-    assert tables.best_cell(cells.assign(mark="selected"))["label"] == "a"
-    assert tables.best_cell(cells.iloc[[2, 0]])["label"] == "c"
-
-
 @pytest.mark.parametrize(
     ("cells", "settings", "want"),
     [
