@@ -186,10 +186,10 @@ def terminal(summary: Summary, console: Console, top: int) -> None:
     for title, whole, notes in [cells, *sections(summary)]:
         table = whole.head(top)
         columns = dict(zip(table.columns, numeric(table), strict=True))
-        whole_texts = {
-            c: [*c.split(), *(table[c] if right else " ".join(table[c]).split())] for c, right in columns.items()
-        }
-        widths = {c: max(map(len, texts)) for c, texts in whole_texts.items()}
+        widths = {}
+        for c, right in columns.items():
+            unbroken = table[c] if right else " ".join(table[c]).split()
+            widths[c] = max(map(len, [*c.split(), *unbroken]))
         room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
         for c in LEAST_NEEDED:
             if room < 0 and c in widths:

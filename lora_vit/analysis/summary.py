@@ -163,6 +163,7 @@ class RaceSummary(Summary):
     """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
 
     race: Race
+    margin: float
     legend = (
         "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
         "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
@@ -197,8 +198,7 @@ class RaceSummary(Summary):
         trials, completed = int(self.cells.loc[in_race, "n"].sum()), int(np.isfinite(race.y).sum())
         if race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
-            stage = self.one_stage()
-            instead = f"; one stage with the same guarantee would take {stage}" if stage else ""
+            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
             return (
                 f"{best_cell(self.cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
                 f"{margin}. {trials} trials{ahead}{instead}."
@@ -213,7 +213,7 @@ class RaceSummary(Summary):
                 f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
             )
         seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
-        again = f": {self.command}" if self.command else ""
+        again = f": {self.command}" * bool(self.command)
         return (
             f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
             f"far. Nothing is selected yet; the sweep's command resumes it{again}."
@@ -264,6 +264,6 @@ def _mark(race: Race, cell: int) -> str:
     return "failed" if out.behind is None else "out"
 
 
-def _shows(race: Race, margin: float | None) -> bool:
+def _shows(race: Race, margin: float) -> bool:
     """Whether the race has shown the selected cell to be so close to the best."""
-    return race.selected is not None and margin is not None and margin >= race.rules.margin - 1e-12
+    return race.selected is not None and margin >= race.rules.margin - 1e-12
