@@ -24,7 +24,6 @@ class PackedSweeper(Sweeper):
         self.params = params
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra."""
         self.callbacks, self.task = hydra_context.callbacks, task_function
         self.config: Any = config
 

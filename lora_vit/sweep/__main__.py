@@ -13,13 +13,13 @@ from pathlib import Path
 
 from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN, state_of
+from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.sweep.view import HEADER, accuracy_of, trial_row
 from lora_vit.terminal import make_console, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the command takes."""
     parser.description = (
         "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: "
         "it trains packs of open trials on one device of this machine, until none is open or held by another worker."
@@ -29,14 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the trials, or be a worker."""
     if args.folder is None:
         return show(find(args.sweep))
     if args.sweep != "work":
         raise ConfigError(f"{args.sweep} {args.folder}: give one sweep, or `work FOLDER`")
     if args.folder == "-":
-        from lora_vit.sweep.engines.local import work_for_command
-
         return work_for_command()
     from lora_vit.sweep.worker import work  # imports torch
 

@@ -25,12 +25,8 @@ from typing import Any
 from lora_vit.files import replacing
 from lora_vit.stopping import repeating
 
-BEAT_EVERY = 5.0
-"""Seconds between signs of life of an owner."""
-
-DEAD_AFTER = 120.0
-"""Seconds without a sign of life after which an owner counts as dead."""
-
+BEAT_EVERY = 5.0  # seconds between signs of life of an owner
+DEAD_AFTER = 120.0  # seconds without one after which it counts as dead
 FREE, HELD, ENDED = "free", "held", "ended"
 
 
@@ -108,14 +104,14 @@ class Claims:
 
     def epochs(self, trial_id: str) -> float:
         """How many epochs of a trial its owner has said are trained."""
-        _, mark = self._last.get(trial_id, (0, FREE))
-        return 0.0 if mark else float(self._owner(trial_id)[1].get("epochs", {}).get(trial_id, 0.0))
+        is_held = not self._last.get(trial_id, (0, FREE))[1]
+        return float(self._owner(trial_id)[1].get("epochs", {}).get(trial_id, 0.0)) if is_held else 0.0
 
     def token_of(self, trial_id: str) -> str:
         """The token of a trial's owner; empty where it cannot be read."""
         claim = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
         if not self._tokens.get(claim):
-            self._tokens[claim] = _read(claim) or ""
+            self._tokens[claim] = _read(claim)
         return self._tokens[claim]
 
     def take(self, trial_id: str) -> bool:
@@ -133,10 +129,7 @@ class Claims:
         return True
 
     def release(self, trial_id: str, mark: str = FREE, error: str = "") -> None:
-        """Give a claim back: others may take the trial, or it has ended.
-
-        ``error``: what went wrong with the trial here, for the next process that takes it.
-        """
+        """Give a claim back, with what went wrong here for the next process: others may take it, or it has ended."""
         number = self._held.pop(trial_id, None)
         self.progress.pop(trial_id, None)
         if number is None or trial_id in self.lost:
@@ -229,11 +222,11 @@ class Claims:
         return time.monotonic() - since > DEAD_AFTER, values
 
 
-def _read(path: Path) -> str | None:
+def _read(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:
-        return None
+        return ""
 
 
 def _sign_of_life(path: Path) -> tuple[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How many trials to train together: a few steps in packs of 1, 2, 4 ... and the fastest that fits."""
+"""What a worker trains on, and how many trials together: packs of 1, 2, 4 ... are timed, the fastest is kept."""
 
 from __future__ import annotations
 
@@ -12,35 +12,81 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import choose_device, device_name
+from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import TrialConfig
-from lora_vit.errors import NO_SPACE, UserError, one_line
+from lora_vit.data.dataset import ImageData
+from lora_vit.data.load import load_data
+from lora_vit.distributed import Process
+from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups
-from lora_vit.sweep.trial import Group, digest
+from lora_vit.sweep.trial import Group, Trial, digest, setup_key
 from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import TrialRun
 
 LARGEST = 64
-MEMORY_SHARE = 0.8
-"""Part of the attainable memory that a pack may be expected to take."""
-MOST_STEPS, MOST_SECONDS = 6, 0.5
-"""A size is timed for so many steps, or fewer where they are slow."""
-GAIN = 0.03
-"""A larger pack must be faster by this part to be preferred."""
-MOST_MISSES, LONG = 2, 5.0
-"""Sizes in a row that gain nothing end the search; one is enough where measuring it took so many seconds."""
+MEMORY_SHARE = 0.8  # part of the attainable memory that a pack may be expected to take
+MOST_STEPS, MOST_SECONDS = 6, 0.5  # a size is timed for so many steps, or fewer where they are slow
+GAIN = 0.03  # a larger pack must be faster by this part to be preferred
+MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or one that takes so many seconds
+
+
+class Setups:
+    """Makes what trials train on; the last data set and the last backbone are kept."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self._setup: tuple[str, Setup] | None = None
+        self._data: tuple[str, ImageData] | None = None
+
+    def of(self, trial: Trial) -> Setup:
+        """Data and backbone for a trial. Raises ConfigError."""
+        key = setup_key(trial.config)
+        if self._setup is None or self._setup[0] != key:
+            self._setup = None
+            free_memory()
+            data_key = digest(vars(trial.config.data))
+            if self._data is None or self._data[0] != data_key:
+                self._data = (data_key, load_data(trial.config.data, quiet=True))
+            self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
+        return self._setup[1]
+
+
+def uses_gpus(trials: Sequence[Trial]) -> bool:
+    """Whether any trial runs on a GPU; each worker then has one to itself."""
+    return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
+
+
+def own_device(trials: Sequence[Trial], claims: Claims) -> int:
+    """The index of the first visible GPU that no other worker of the sweep has claimed; 0 on a CPU, which is shared.
+
+    Raises ConfigError if every visible GPU has a worker.
+    """
+    if not uses_gpus(trials):
+        return 0
+    claims.look()
+    for index in range(torch.cuda.device_count()):
+        if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
+            torch.cuda.set_device(index)
+            return index
+    raise ConfigError(f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep "
+                      "already: start one worker for each GPU")  # fmt: skip
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class PackSizes:
     """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
 
     def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
-        """``say`` takes lines for the user."""
         self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}

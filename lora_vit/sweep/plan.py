@@ -32,24 +32,17 @@ PLAN_SCHEMA = 4
 class Request:
     """What one command asks of a sweep.
 
-    Attributes:
-        trials: validated, each once; none for a search.
-        engine: starts the workers (one of :data:`lora_vit.sweep.engines.ENGINES`).
-        command: to be given again.
-        hydra: Hydra's own part of the configuration, as YAML.
-        search: the space of a search.
-        race: the rules of a race and its cells.
-        ended: called with each trial that has ended since the command began, and how it stands.
+    ``ended`` is called with each trial that has ended since the command began, and how it stands.
     """
 
     folder: Path
     options: SweepConfig
-    trials: list[Trial] = field(default_factory=list)
-    engine: Any = None
+    trials: list[Trial] = field(default_factory=list)  # validated; none for a search
+    engine: Any = None  # options of one of lora_vit.sweep.engines.ENGINES
     command: str = field(default_factory=lambda: "python -m lora_vit.train " + shlex.join(sys.argv[1:]))
-    hydra: str = ""
-    search: dict[str, Any] | None = None
-    race: dict[str, Any] | None = None
+    hydra: str = ""  # Hydra's own part of the configuration, as YAML
+    search: dict[str, Any] | None = None  # its space
+    race: dict[str, Any] | None = None  # its rules and cells
     workers: int = 1
     ended: Callable[[Trial, State], None] = lambda trial, state: None
 
@@ -175,11 +168,9 @@ class Sweep:
             }  # fmt: skip
 
     def folder_of(self, trial: Trial) -> Path:
-        """The trial's folder."""
         return self.folder / trial.trial_id
 
     def state_of(self, trial: Trial) -> State:
-        """How the trial stands, as its record says."""
         return state_of(self.folder_of(trial), trial.config, trial.trial_id)
 
 

@@ -30,21 +30,16 @@ from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, witho
 from lora_vit.sweep.view import HEADER, View, accuracy_of, trial_row
 from lora_vit.terminal import from_here, make_console, print_table
 
-TRIES = 3
-"""So often in a row workers are started without that a trial ends."""
-POLL_EVERY_TRIAL = 0.0005
-"""Seconds between two looks for each trial of a large sweep, whose folder takes long to list."""
-SHOWN = 30
-"""Rows of a table on the terminal."""
-COMPARED, MARGIN = 3, 0.5
-"""So many settings that a search found are proposed for a race over other seeds, to within so many points."""
+TRIES = 3  # so often in a row workers are started without that a trial ends
+POLL_EVERY_TRIAL = 0.0005  # seconds between two looks, for each trial: a large sweep's folder takes long to list
+SHOWN = 30  # rows of a table on the terminal
+COMPARED, MARGIN = 3, 0.5  # so many settings of a search are proposed for a race, to within so many points
 
 
 def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
-    Returns:
-        The validation accuracy or the failure of each trial id; None after a dry run or with ``sweep.wait=false``.
+    Returns the validation accuracy or the failure of each trial id; None after a dry run or with ``sweep.wait=false``.
 
     Raises:
         ConfigError: nothing was trained.
@@ -63,10 +58,8 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in (trial.config.trainer.devices for trial in trials):
         if devices not in ("auto", "1"):
-            raise ConfigError(
-                f"trainer.devices={devices}: a pack trains on one device and a sweep spreads its packs over them, so "
-                f"give sweep.workers={devices} instead (or hydra/sweeper=basic, one trial after another)"
-            )
+            raise ConfigError(f"trainer.devices={devices}: a pack trains on one device: give sweep.workers={devices} "
+                              "(or hydra/sweeper=basic, one trial after another)")  # fmt: skip
     engine = start_engine(request.engine, request.folder)
     request.workers = engine.number_of_workers(options.workers, trials * (search or {"trials": 1})["trials"])
     if options.dry_run:
@@ -128,14 +121,13 @@ def _begin_race(request: Request, sweep: Sweep) -> list[Trial]:
     trials = request.trials
     asked, images = {trial.cell_id: trial for trial in trials}, {trial.config.data.content for trial in trials}
     settings = [set(without_seed(trial.overrides)) for trial in trials]
-    raced = (sweep.race or {}).get("cells", ())
+    raced, seed = (sweep.race or {}).get("cells", ()), trials[0].config.seed
     for trial in sweep.trials.values():  # not what has become another cell, whose weights or images have changed
         same = set(without_seed(trial.overrides)) in settings
         if trial.cell_id in raced and trial.config.data.content in images and not same:
-            asked.setdefault(trial.cell_id, trial.with_seed(trials[0].config.seed))
+            asked.setdefault(trial.cell_id, trial.with_seed(seed))
     rules = {key: getattr(request.options, key) for key in ("margin", "first_seeds", "most_seeds")}
-    more = {"seed": trials[0].config.seed, "cells": sorted(asked), "command": request.command}
-    request.race = {**rules, **more}
+    request.race = {**rules, "seed": seed, "cells": sorted(asked), "command": request.command}
     return [asked[cell] for cell in sorted(asked)]
 
 
@@ -160,10 +152,7 @@ def _reopen(sweep: Sweep, trials: Sequence[Trial], restart: bool, retry_failed: 
 def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Request) -> bool:
     """Start workers while trials are free, and watch until all have ended; whether that was waited for.
 
-    Raises:
-        ConfigError: the engine refuses.
-        Interrupted: workers were asked to stop and have saved, or they continue by themselves.
-        TrialFailed: workers end, and no trial does.
+    Raises what :func:`run_sweep` raises; also if the user lets workers continue by themselves.
     """
     workers, tries = int(sweep.plan["workers"]), 0
     with StopRequest() as stop:
@@ -212,17 +201,13 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
 
 def _asks_to_cancel(view: View) -> bool:
     view.progress.close()
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    try:
-        return input("end the workers too, once they have saved? [y/N] ").strip().lower().startswith("y")
-    except (EOFError, KeyboardInterrupt):
-        return False
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            return input("end the workers too, once they have saved? [y/N] ").strip().lower().startswith("y")
+    return False
 
 
-def finish(
-    sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request
-) -> dict[str, float | TrialFailed]:
+def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, Any]:
     """Print the tables; the validation accuracy or the failure of each trial."""
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
     outcomes: dict[str, Any] = {n: found for n, s in states.items() if (found := accuracy_of(s)) is not None}
@@ -259,10 +244,9 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
             rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
     lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
-    header = ("", "cell", "mean val accuracy", "sd over seeds", "seeds")
     if lines:
         title = "Cells by mean validation accuracy (the summary says which differences are real)"
-        print_table(console, title, header, lines, SHOWN)
+        print_table(console, title, ("", "cell", "mean val accuracy", "sd over seeds", "seeds"), lines, SHOWN)
 
 
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:

@@ -22,10 +22,8 @@ from lora_vit.sweep.plan import Sweep, label
 from lora_vit.sweep.trial import Trial, digest, without_idle
 from lora_vit.sweep.view import accuracy_of
 
-BATCHES = 5
-"""A search asks for at most this part of its trials at once, unless the packs' size is given: it learns in between."""
-MOST_REPEATS = 50
-"""Suggestions in a row that are known, after which the space is taken to hold nothing new."""
+BATCHES = 5  # a search learns in between so many batches, unless the packs' size is given
+MOST_REPEATS = 50  # suggestions in a row that are known, after which the space is taken to hold nothing new
 
 
 class Source:
@@ -56,24 +54,24 @@ class RaceSource(Source):
 
     def __init__(self, sweep: Sweep):
         super().__init__(sweep)
-        self._begin(sweep.race or {})
-
-    def _begin(self, plan: dict[str, Any]) -> None:
-        self._plan = plan
-        one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
-        self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
-        self.ended: dict[str, tuple[str, int, object, object]] = {}
+        self._plan: Any = None
         self.look()
 
     def look(self) -> None:
         """Read the records of the trials that were asked for, and decide."""
+        plan = self.sweep.race or {}
+        if plan != self._plan:  # at first, and if another command has changed its rules or cells
+            self._plan = plan
+            one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
+            self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
+            self.ended: dict[str, tuple[str, int, object, object]] = {}
         for name, trial in self.sweep.trials.items():
-            if name not in self.ended and trial.cell_id in self._plan["cells"]:
+            if name not in self.ended and trial.cell_id in plan["cells"]:
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
                     images = state.record.data.get("val")
                     self.ended[name] = (trial.cell_id, trial.config.seed, accuracy_of(state), images)
-        self.race: Race = standing(self._plan, self.ended.values())
+        self.race: Race = standing(plan, self.ended.values())
 
     def wanted(self) -> list[Trial]:
         """The trials that the race waits for."""
@@ -85,8 +83,6 @@ class RaceSource(Source):
         with self.sweep.changing():
             if self.sweep.race is None:  # another command asks for a fixed sweep
                 return False
-            if self.sweep.race != self._plan:  # or has changed its rules or cells
-                self._begin(self.sweep.race)
             self.look()
             queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
             new = [trial for trial in self.wanted() if trial.trial_id not in queued]
@@ -165,10 +161,9 @@ class SearchSource(Source):
         optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        path = str(self.sweep.folder / SEARCH)
+        path, name = str(self.sweep.folder / SEARCH), digest([search["space"], search["bases"]])
         file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
         storage = optuna.storages.JournalStorage(file)
-        name = digest([search["space"], search["bases"]])
         return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
     def _tell(self, study: Any) -> dict[str, Any]:

@@ -15,11 +15,8 @@ from lora_vit.config import TrialConfig, canonical, ids, to_dict
 class Trial:
     """One trial of a sweep.
 
-    Attributes:
-        config: validated.
-        overrides: what makes it this trial, as on the command line.
-        label: the swept settings, short.
-        board: the name of its folder of event files; it stays when a later command sweeps other settings.
+    ``overrides``: what makes it this trial, as on the command line. ``label``: the swept settings, short. ``board``:
+    name of its folder of event files, which stays when a later command sweeps other settings.
     """
 
     config: TrialConfig

@@ -20,10 +20,8 @@ def trial_row(trial_id: str, label: str, state: State) -> tuple[str, ...]:
     if record is None:
         return trial_id, label, status, "", "", why
     accuracy = record.metrics.get("val_accuracy")
-    if record.error or accuracy is not None or status != "completed":
-        why = str((record.error or {}).get("message") or "")
-    else:
-        why = f"{RECORD} {NO_ACCURACY}"
+    why = f"{RECORD} {NO_ACCURACY}" if status == "completed" and accuracy is None else ""
+    why = str((record.error or {}).get("message") or why)
     epochs = f"{record.metrics.get('epoch', 0)}/{record.config['trainer']['epochs']}"
     return trial_id, label, status, epochs, "" if accuracy is None else f"{accuracy:.2%}", why
 
@@ -36,8 +34,9 @@ def ending(trial_id: str, label: str, state: State) -> str:
 
 def accuracy_of(state: State | None) -> float | None:
     """The validation accuracy of a trial that is completed."""
-    is_completed = state is not None and state.record is not None and state.status == "completed"
-    return state.record.metrics.get("val_accuracy") if is_completed else None  # type: ignore[union-attr]
+    if state is None or state.record is None or state.status != "completed":
+        return None
+    return state.record.metrics.get("val_accuracy")
 
 
 @dataclass
@@ -110,7 +109,6 @@ class View:
         return sum(row.state is None and not row.is_running for row in self.rows.values())
 
     def busy(self) -> int:
-        """Processes that train."""
         return len({self.claims.token_of(name) for name, row in self.rows.items() if row.is_running})
 
     def open(self) -> list[Trial]:
@@ -119,7 +117,6 @@ class View:
         return [trial for trial in planned if self.rows.get(trial.trial_id, Row(trial)).state is None]
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
         if text:
             self.console.print(text, markup=False)
 

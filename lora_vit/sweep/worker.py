@@ -15,10 +15,9 @@ from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, out_of_memory
+from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, out_of_memory, own_device
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.setups import Setups, free_memory, own_device
 from lora_vit.sweep.source import source_of
 from lora_vit.sweep.trial import Group, Trial
 from lora_vit.sweep.view import ending
@@ -29,10 +28,8 @@ from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import ClaimLost
 from lora_vit.training.trial import TrialRun
 
-POLL_EVERY = 0.5
-"""Seconds between looks while other processes hold what is left."""
-POLL_EVERY_TRIAL = 0.001
-"""Of a large sweep, whose folder takes long to list: so many seconds for each of its trials."""
+POLL_EVERY = 0.5  # seconds between looks while other processes hold what is left
+POLL_EVERY_TRIAL = 0.001  # or so many for each trial of a large sweep, whose folder takes long to list
 
 
 def work(folder: Path) -> None:
@@ -92,7 +89,7 @@ class Worker(Reporter):
 
     def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
-        in_vain = 0  # looks in a row that found free trials, of which we could take none
+        in_vain = 0  # looks in a row that found free trials, none for us
         asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
@@ -171,7 +168,6 @@ class Worker(Reporter):
             return None
 
     def started(self, pack: Pack) -> None:
-        """Called before the first step."""
         self.say(f"training {', '.join(run.name for run in pack.trials)}")
 
     def advance(self, pack: Pack) -> None:
@@ -183,7 +179,6 @@ class Worker(Reporter):
             raise ClaimLost(", ".join(lost))
 
     def left(self, trial: TrialRun) -> None:
-        """Called when a trial is completed or failed."""
         self.claims.release(trial.name, ENDED)
         label = self.sweep.trials[trial.name].label
         self.say(ending(trial.name, label, State(trial.record.status, trial.record)))

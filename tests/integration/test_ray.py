@@ -55,7 +55,7 @@ def workers_of(place: Path) -> list[int]:
 
 
 def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
-    """A worker a node; what the killed one had is gone on with, and all is told as by a local sweep."""
+    """A worker a node; what the killed one had is resumed, and all is reported as by a local sweep."""
     settings = (f"engine.address={address}", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
     process, place = start(command(*ON_RAY, *settings, "seed=range(8)"), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: len(workers_of(place)) >= 2 and list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
@@ -69,11 +69,11 @@ def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
     assert statuses(tmp_path) == ["completed"] * 8
     for path in place.glob("*/metrics.jsonl"):
         epochs = [line for line in path.read_text().splitlines() if "val_accuracy" in line]
-        assert len(epochs) == 40, "gone on with, nothing twice"
+        assert len(epochs) == 40, "resumed, nothing twice"
 
 
 def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_path):
-    """They are the command's own; the same command goes on."""
+    """They are the command's own; the same command resumes."""
     settings = (*ON_RAY, f"engine.address={address}", "seed=0,1", "trainer.epochs=400",
                 "trainer.checkpoint_every=0.001")  # fmt: skip
     process, place = start(command(*settings), tmp_path), tmp_path / "outputs/sweeps/s"
@@ -89,7 +89,7 @@ def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_
 
 
 @pytest.mark.parametrize("environment", [False, True])
-def test_what_ray_refuses_is_told_in_one_line(environment, tmp_path):
+def test_what_ray_refuses_is_reported_in_one_line(environment, tmp_path):
     where = [] if environment else ["engine.address=127.0.0.1:1"]
     env = {"RAY_ADDRESS": "127.0.0.1:1" if environment else "local"}
     done = run_command(*ON_RAY, "seed=0,1", *where, cwd=tmp_path, code=1, env=env)

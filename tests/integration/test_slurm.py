@@ -102,7 +102,7 @@ def test_at_the_end_a_worker_whose_turn_has_not_come_is_withdrawn(tmp_path):
         ((), "sweep.workers=auto: say how many jobs Slurm is to run side by side"),
     ],
 )
-def test_what_slurm_refuses_is_told_in_one_line(settings, said, tmp_path):
+def test_what_slurm_refuses_is_reported_in_one_line(settings, said, tmp_path):
     done = run_command(*ON_SLURM, "seed=0,1", *settings, cwd=tmp_path, code=1)
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
@@ -110,7 +110,7 @@ def test_what_slurm_refuses_is_told_in_one_line(settings, said, tmp_path):
     assert trials(tmp_path) == {}
 
 
-def test_where_there_is_no_slurm_it_is_told_in_one_line(tmp_path):
+def test_where_there_is_no_slurm_it_is_reported_in_one_line(tmp_path):
     path = str(Path(sys.executable).parent)
     done = run_command(*ON_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
     assert done.stderr == "error: engine=slurm: no Slurm here (no srun): start the command on a login node\n"

@@ -113,6 +113,27 @@ def packed(tmp_path_factory) -> Path:
     return sweep
 
 
+def test_what_one_sees_of_a_sweep(packed, call, monkeypatch):
+    """One folder of event files, and the status command: a row is a line."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(packed.parents[2])
+    runs = sorted((packed / "tensorboard").iterdir())
+    assert [p.name.rpartition("_")[0] for p in runs] == [f"experiment=t{i}" for i in range(4)]
+    events = EventAccumulator(str(runs[0])).Reload()
+    assert {"train/loss", "train/learning_rate", "val/accuracy", "final/val_accuracy"} <= set(events.Tags()["scalars"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    code, out, _ = call("sweep", "lists")
+    assert (code, len(out.splitlines())) == (0, 1 + 4 + 1)
+    for words in ("experiment=t3", "12/12", "4 trials (4 completed)"):
+        assert words in out
+    assert call("sweep", "outputs/sweeps/lists") == (0, out, "")
+    code, _, err = call("sweep", "gone")
+    assert code == 1
+    assert "neither a sweep in outputs/sweeps/ nor" in err
+    assert "(one of: lists)" in err
+
+
 def test_a_trial_in_a_pack_equals_the_trial_alone(packed, tmp_path):
     for i, trial in enumerate(DIFFERENT):
         # the last trial alone is shared by two processes
@@ -197,8 +218,7 @@ def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
 
 def test_a_diverging_trial_is_cut_out(tmp_path):
     rates = ("optimizer.lr=1e-3,1e300,1e-2", "lora.dropout=0.2", "trainer.log_every=2")
-    arguments = ("-m", *rates, "sweep.pack_size=3", "sweep.name=bad")
-    done = run_command(*arguments, cwd=tmp_path, code=1)
+    done = run_command("-m", *rates, "sweep.pack_size=3", "sweep.name=bad", cwd=tmp_path, code=1)
     sweep, good = (tmp_path / "outputs/sweeps" / name for name in ("bad", "good"))
     (failed,) = (r for r in records_of(sweep).values() if r.status == "failed")
     assert failed.config["optimizer"]["lr"] == 1e300
@@ -210,11 +230,6 @@ def test_a_diverging_trial_is_cut_out(tmp_path):
     run_command("-m", "optimizer.lr=1e-3,1e-2", *rates[1:], "sweep.pack_size=2", "sweep.name=good", cwd=tmp_path)
     assert [r.cost["pack_size"] for r in records_of(good).values()] == [2, 2]
     assert_equal_sweeps(sweep, good)
-    out = run_command(*arguments, cwd=tmp_path, code=1).stdout  # the failed one is not tried again
-    assert "(2 completed, 1 failed)" in out
-    assert records_of(sweep)[failed.trial_id].finished == failed.finished
-    run_command(*arguments, "sweep.retry_failed=true", cwd=tmp_path, code=1)
-    assert (records_of(sweep)[failed.trial_id].finished or 0) > (failed.finished or 0)
 
 
 def test_a_grown_grid_keeps_the_name_and_trains_what_is_new(tmp_path):
@@ -227,8 +242,6 @@ def test_a_grown_grid_keeps_the_name_and_trains_what_is_new(tmp_path):
     after = {i: (r.finished, contents(sweep / i)) for i, r in records_of(sweep).items()}
     assert len(after) == 3
     assert {i: after[i] for i in before} == before
-    run_command("-m", "lora.rank=1,2", "lora.alpha=8", "sweep.pack_size=3", cwd=tmp_path)
-    assert len(list((tmp_path / "outputs/sweeps").iterdir())) == 2, "a changed fixed setting is another sweep"
 
 
 def test_two_commands_share_a_sweep(tmp_path):
@@ -304,13 +317,13 @@ def test_a_killed_command_takes_its_workers_along(tmp_path):
 
 
 def test_auto_pack_size_is_measured_once(tmp_path):
-    arguments = ("sweep.name=auto", "sweep.workers=1")
-    run_command("-m", "lora.rank=range(1,9)", *arguments, cwd=tmp_path)
+    arguments = ("sweep.name=auto", "sweep.workers=1", "trainer.epochs=1")
+    run_command("-m", "lora.rank=range(1,5)", *arguments, cwd=tmp_path)
     plan = tmp_path / "outputs/sweeps/auto/sweep.json"
     (figures,) = json.loads(plan.read_text())["pack_sizes"].values()
-    assert figures["size"] in (1, 2, 4, 8)
-    assert {"1", "2"} <= set(figures["seconds_per_trial_epoch"]) <= {"1", "2", "4", "8"}
-    assert "[10/10]" in run_command("-m", "lora.rank=range(1,11)", *arguments, cwd=tmp_path).stdout
+    assert figures["size"] in (1, 2, 4)
+    assert {"1", "2"} <= set(figures["seconds_per_trial_epoch"]) <= {"1", "2", "4"}
+    assert "[5/5]" in run_command("-m", "lora.rank=range(1,6)", *arguments, cwd=tmp_path).stdout
     assert list(json.loads(plan.read_text())["pack_sizes"].values()) == [figures]
 
 
@@ -323,30 +336,3 @@ def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
     assert "data=tiny_imagenet has not been read yet" in out
     assert "measured at the start" in out
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_status_command(tmp_path):
-    long = ("lora.rank=1,2", "optimizer.lr=0.00123456,0.00234567", "optimizer.weight_decay=0.01234567,0.02345678")
-    run_command("-m", *long, "sweep.name=here", "sweep.pack_size=8", cwd=tmp_path)
-    line = [command()[0], "-m", "lora_vit.sweep"]
-    out = run([*line, "here"], tmp_path)
-    assert "8 trials (8 completed)" in out
-    assert len(out.splitlines()) == 1 + 8 + 1, "a row is one line, however long"
-    assert "rank=2" in out
-    assert "2/2" in out
-    assert out == run([*line, "outputs/sweeps/here"], tmp_path)
-    assert "neither a sweep in outputs/sweeps/ nor" in run([*line, "gone"], tmp_path, code=1)
-    assert "(one of: here)" in run([*line, "gone"], tmp_path, code=1)
-
-
-def test_one_tensorboard_folder_for_the_sweep(tmp_path):
-    run_command("-m", "lora.rank=1,2", "sweep.name=board", "sweep.pack_size=2", cwd=tmp_path)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    runs = sorted((tmp_path / "outputs/sweeps/board/tensorboard").iterdir())
-    assert [p.name.rpartition("_")[0] for p in runs] == ["rank=1", "rank=2"]
-    for folder in runs:
-        events = EventAccumulator(str(folder)).Reload()
-        tags = events.Tags()["scalars"]
-        assert {"train/loss", "train/learning_rate", "val/accuracy", "final/val_accuracy"} <= set(tags)
-        assert "_hparams_/session_start_info" in events.summary_metadata

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_command
+from plain_trials import SMALL
 from safetensors.torch import save_file
 
+from lora_vit import api
+from lora_vit.errors import ConfigError
 from lora_vit.records import read_record
 
 # overrides, words that the message must hold
@@ -26,7 +29,6 @@ CASES = [
     (["lora.rank=0,4,33"], ["2 of 3 trials cannot run, so none is started", "lora.rank=0", "[rank=0]", "lora.rank=33"]),
     (["lora.rnk=1,2"], ["lora.rnk", "did you mean 'lora.rank'"]),
     (["lora.rank=1,two"], ["1 of 2 trials", "two"]),
-    (["hydra.sweep.dir=/proc/sweep"], ["/proc/sweep cannot be written", "another sweep.name or hydra.sweep.dir"]),
     (["seed=0,1", "data=imagefolder", "data.root=nowhere"], ["nowhere", "not a folder"]),
     (["seed=0,1", "model.weights=missing.pth"], ["missing.pth", "check the path"]),
     (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local"]),
@@ -39,6 +41,8 @@ CASES = [
     (["sweep.trials=3", "lora.rank=1,64"], ["lora.rank=64 is impossible"]),
     (["sweep.trials=3", "lora.rank=1,2", "sweep.margin=1"], ["sweep.trials=3 makes a search", "sweep.margin a race"]),
     (["seed=0,1", "data.root=2024_11"], ["data.root=2024_11 is read as 202411", "\"data.root='2024_11'\""]),
+    (["lora.rank=1,2", "sweep.trials=0"], ["sweep.trials=0"]),
+    (["lora.rank=1,2", "sweep.trials=3", "sweep.dry_run=true"], ["sweep.dry_run=true cannot say what a search"]),
     (["lora.rank=1,2", "sweep.margin=0"], ["sweep.margin=0"]),
     (["lora.rank=1,2", "sweep.margin=1", "sweep.first_seeds=1"], ["sweep.first_seeds=1 is impossible"]),
     (["lora.rank=1,2", "sweep.margin=1", "sweep.most_seeds=4"], ["sweep.most_seeds=4", "sweep.first_seeds=5"]),
@@ -62,23 +66,30 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "words"), CASES, ids=[" ".join(o) for o, _ in CASES])
-def test_one_clear_message_and_nothing_written(overrides, words, tmp_path):
-    done = run_command("-m", *overrides, cwd=tmp_path, code=1)
+def test_one_clear_message_and_nothing_written(overrides, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        api.sweep([*(line for line in SMALL if line.partition("=")[0] not in overrides), *overrides])
     for word in words:
-        assert word in done.stderr, done.stderr
-    assert done.stderr.startswith("error: ")
+        assert word in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_command_prints_it_as_an_error(tmp_path):
+    done = run_command("-m", "hydra.sweep.dir=/proc/sweep", cwd=tmp_path, code=1)
+    assert done.stderr.startswith("error: /proc/sweep cannot be written")
+    assert "another sweep.name or hydra.sweep.dir" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_weights_that_do_not_fit_are_told_for_each_trial(workers, tmp_path):
+def test_weights_that_do_not_fit_are_reported_for_each_trial(tmp_path):
     """What only loading shows is a worker's trouble: nothing is written for these trials, the others are trained."""
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", f"sweep.workers={workers}")
+    arguments = ("-m", "model.weights=null,other.safetensors", "seed=0,1", "sweep.name=s", "sweep.workers=2")
     done = run_command(*arguments, cwd=tmp_path, code=1)
     assert done.stderr.startswith("error: 3 times workers were started and ended no trial")
     assert done.stdout.count("2 trials cannot be trained here") >= 3

@@ -6,7 +6,6 @@ import collections
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from helpers import start, trial_config, wait_until
-from PIL import Image
+from helpers import start, wait_until
 from sweeps import options, seed_trials, sweep_of
 
 from lora_vit.errors import Interrupted
@@ -110,41 +107,6 @@ def test_a_late_worker_waits_for_what_a_dead_one_of_another_machine_holds(tmp_pa
     assert worker.returncode == 0, out
     assert completed_by([out]) == dict.fromkeys(sweep.trials, 1)
     assert not any(map(dead.mine, sweep.trials))
-
-
-def test_a_machine_without_the_images_leaves_their_trials_to_others(tmp_path):
-    """It trains what it can, says what it cannot, and ends with an error; nothing is refused for all."""
-    images, away = tmp_path / "images", tmp_path / "away"
-    for i in range(24):
-        (images / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / "ab"[i % 2] / f"{i}.png")
-    data = ("data=imagefolder", f"data.root={images}", f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=4",
-            "trainer.epochs=1")  # fmt: skip
-    on_files = [Trial(trial_config(*data, f"seed={seed}"), [f"seed={seed}"]) for seed in range(3)]
-    sweep = planned(tmp_path / "s", [*on_files, *seed_trials(2)])
-    shutil.move(images, away)
-    without = start_worker(sweep.folder)
-    out = without.communicate(timeout=120)[0]
-    assert without.returncode == 1, out
-    assert "error: 3 trials cannot be trained here: " in out
-    assert f"{images} is not a folder" in out
-    assert [sweep.state_of(trial).status for trial in on_files] == ["new"] * 3
-    assert sorted(statuses(sweep)) == ["completed"] * 2 + ["new"] * 3
-    shutil.move(away, images)
-    healthy = start_worker(sweep.folder)
-    out = healthy.communicate(timeout=120)[0]
-    assert healthy.returncode == 0, out
-    assert statuses(sweep) == ["completed"] * 5
-
-
-def test_what_cannot_be_worked_on_is_one_line(tmp_path):
-    (tmp_path / "empty").mkdir()
-    worker = start_worker(tmp_path / "empty")
-    out = worker.communicate(timeout=120)[0]
-    assert worker.returncode == 1
-    assert out.startswith(f"error: {tmp_path}/empty is not a sweep folder (no sweep.json): give")
-    assert out.count("\n") == 1
 
 
 # --- a command and its workers

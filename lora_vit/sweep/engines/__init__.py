@@ -15,14 +15,11 @@ from lora_vit.errors import ConfigError
 
 
 class Engine(Protocol):
-    """Starts processes, each of which is ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
+    """Starts processes that do ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
 
     folder: Path
-    """Of the sweep."""
-    outlives_us: bool = False
-    """Whether workers continue when the command ends."""
-    poll_every: float = 2.0
-    """Seconds between two looks of the command."""
+    outlives_us: bool = False  # whether workers continue when the command ends
+    poll_every: float = 2.0  # seconds between two looks of the command
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         """How many ``sweep.workers`` means here. Raises ConfigError."""
@@ -40,9 +37,7 @@ class Engine(Protocol):
         """Take back the workers whose turn has not come: nothing is left for them. Those that run end by themselves."""
 
 
-def last_lines(text: str) -> list[str]:
-    """Of a worker's log, what says why it ended."""
-    return text.splitlines()[-5:]
+LOG_LINES = 5  # the last ones of a worker's log say why it ended
 
 
 @contextlib.contextmanager

@@ -21,16 +21,15 @@ from typing import Any
 from lora_vit.config import TrialConfig
 from lora_vit.errors import ConfigError
 from lora_vit.stopping import SIGNALS, repeating
-from lora_vit.sweep.engines import Engine, into_log, last_lines
+from lora_vit.sweep.engines import LOG_LINES, Engine, into_log
 
-MOST_CPU_WORKERS = 8
-"""A CPU's cores are shared by at most so many processes."""
+MOST_CPU_WORKERS = 8  # that share the cores
 
 _waiting: list[subprocess.Popen[str]] = []
 
 
 def start_early() -> None:
-    """Start a process that imports torch and waits for its orders; another call does nothing."""
+    """Have a process that imports torch and waits for its orders."""
     if not _waiting:
         _waiting.append(_start_process())
 
@@ -46,11 +45,11 @@ def _start_process() -> subprocess.Popen[str]:
 def _last_words(process: Any) -> list[str]:
     """The last lines of what a process has said; it gets no orders any more."""
     process.said.seek(0)
-    lines = last_lines(process.said.read())
+    lines = process.said.read().splitlines()[-LOG_LINES:]
     process.said.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    return lines
+    return list(lines)
 
 
 class Local(Engine):
@@ -65,11 +64,9 @@ class Local(Engine):
         start_early()
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
-        """As many as are asked for, at most the trials. Raises ConfigError if there are not so many GPUs."""
         import torch
 
-        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory
-        from lora_vit.sweep.setups import uses_gpus
+        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory, uses_gpus
 
         on_gpu = uses_gpus(trials)
         if on_gpu:
@@ -86,7 +83,6 @@ class Local(Engine):
         return count
 
     def start(self, count: int) -> str:
-        """Fork so many workers."""
         process = _waiting.pop() if _waiting else _start_process()
         orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
         with contextlib.suppress(BrokenPipeError):  # it has ended: `look` says why
@@ -97,8 +93,7 @@ class Local(Engine):
         return ""
 
     def look(self) -> tuple[int, list[str]]:
-        """Workers that run (a process that was forked for several counts until all have ended), and news of others."""
-        news = []
+        news = []  # a process that was forked for several workers counts until all have ended
         for process, count in list(self._crews):
             if (code := process.poll()) is not None:
                 self._crews.remove((process, count))
@@ -108,7 +103,6 @@ class Local(Engine):
         return sum(count for _, count in self._crews), news
 
     def stop(self, now: bool = False) -> None:
-        """Ask the workers to save and to end; ``now``: end them at once, what was saved stays."""
         for process, _ in self._crews:
             with contextlib.suppress(ProcessLookupError):
                 if now:
@@ -117,10 +111,9 @@ class Local(Engine):
                     process.send_signal(signal.SIGTERM)
 
     def withdraw(self) -> None:
-        """Wait for the workers, which end by themselves once nothing is left."""
         while _waiting:
             _last_words(_waiting.pop())
-        while self._crews:
+        while self._crews:  # they end by themselves
             process, _ = self._crews.pop()
             process.wait()
             _last_words(process)

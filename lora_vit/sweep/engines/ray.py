@@ -59,7 +59,6 @@ class Ray(Engine):
         self.tasks: list[Any] = []
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
-        """As many as are asked for, or as the cluster has room for."""
         if asked != "auto":
             return min(int(asked), len(trials))
         total = ray.cluster_resources()
@@ -68,15 +67,13 @@ class Ray(Engine):
         return max(1, min([*fit, len(trials)]))
 
     def start(self, count: int) -> str:
-        """Ask for tasks; they wait where the cluster has no room."""
         cpus, others = self.parameters["num_cpus"], self.parameters["resources"] or None
         task = ray.remote(_worker).options(num_cpus=cpus, num_gpus=self.gpus, resources=others, max_retries=0,
                                            name="lora_vit worker")  # fmt: skip
-        self.tasks += [task.remote(str(self.folder)) for _ in range(count)]
+        self.tasks += [task.remote(str(self.folder)) for _ in range(count)]  # they wait where there is no room
         return f"{count} workers: Ray tasks, logs in {self.folder / '.ray'}"
 
     def look(self) -> tuple[int, list[str]]:
-        """Tasks that have not ended; of those that have failed, why, in a line."""
         running, texts = self._running(), []
         for task in [task for task in self.tasks if task not in running]:
             self.tasks.remove(task)
@@ -92,9 +89,8 @@ class Ray(Engine):
         return len(running), texts
 
     def stop(self, now: bool = False) -> None:
-        """Ray interrupts the tasks, which save."""
         for task in self._running():
-            ray.cancel(task)
+            ray.cancel(task)  # interrupts it: it saves
 
     def _running(self) -> list[Any]:
         return ray.wait(self.tasks, num_returns=len(self.tasks), timeout=0)[1] if self.tasks else []

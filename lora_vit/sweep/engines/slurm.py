@@ -14,12 +14,11 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from lora_vit.errors import ConfigError
-from lora_vit.sweep.engines import Engine, last_lines
+from lora_vit.sweep.engines import LOG_LINES, Engine
 from lora_vit.sweep.plan import digest
 from lora_vit.sweep.worker import exit_code
 
-QUEUE_EVERY = 10.0
-"""Seconds between two questions to Slurm, whose sites throttle those who ask often."""
+QUEUE_EVERY = 10.0  # seconds between two questions to Slurm, whose sites throttle those who ask often
 
 
 class Job:
@@ -59,13 +58,11 @@ class Slurm(Engine):
             raise ConfigError("engine=slurm: no Slurm here (no srun): start the command on a login node") from None
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
-        """As many as are asked for: Slurm does not say how many there could be."""
-        if asked == "auto":
+        if asked == "auto":  # Slurm does not say how many there could be
             raise ConfigError("sweep.workers=auto: say how many jobs Slurm is to run side by side, as sweep.workers=4")
         return min(int(asked), len(trials))
 
     def start(self, count: int) -> str:
-        """Submit an array of jobs."""
         try:
             with contextlib.redirect_stderr(io.StringIO()), self.executor.batch():  # one array of jobs
                 jobs = [self.executor.submit(Job(self.folder)) for _ in range(count)]
@@ -78,11 +75,7 @@ class Slurm(Engine):
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
     def look(self) -> tuple[int, list[str]]:
-        """Jobs of the sweep that Slurm still has, whichever command has started them.
-
-        Of those that are gone and have not ended well: which, why, and the end of their logs.
-        """
-        queue, texts = self._queue(), []
+        queue, texts = self._queue(), []  # of whichever command
         for job in [job for job in self.jobs if job.job_id not in queue]:
             self.jobs.remove(job)
             outcome, result = "lost", "it was killed, or its node died"
@@ -95,15 +88,14 @@ class Slurm(Engine):
             lines = str(result).strip().splitlines()[-1:]
             for path in (job.paths.stdout, job.paths.stderr):
                 with contextlib.suppress(OSError):
-                    lines += last_lines(path.read_text(errors="replace"))
+                    lines += path.read_text(errors="replace").splitlines()[-LOG_LINES:]
             if not job.paths.stdout.exists():
                 lines.append(f"it left no log: do the nodes see {self.logs}?")
             texts.append("\n  ".join([f"worker {job.job_id} ({job.paths.stdout}):", *lines]))
         return len(queue), texts
 
     def stop(self, now: bool = False) -> None:
-        """Slurm asks with SIGTERM, and kills half a minute later (KillWait)."""
-        subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)
+        subprocess.run(["scancel", "--me", f"--name={self.name}"], check=False)  # kills half a minute later (KillWait)
 
     def withdraw(self) -> None:
         """Those of every command for this folder: they could wait for days, and then start for nothing."""

@@ -1,4 +1,4 @@
-"""Workers of this machine: how many there are, what they are told, and how they end; the processes are real."""
+"""Workers of this machine: how many there are, what they are asked, and how they end; the processes are real."""
 
 from __future__ import annotations
 
@@ -55,6 +55,14 @@ def long_trials(count: int) -> list[Trial]:
 # --- how many
 
 
+@pytest.fixture
+def idle(tmp_path, monkeypatch) -> Local:
+    """An engine that has started no process."""
+    monkeypatch.setattr(local, "_start_process", lambda: None)
+    monkeypatch.setattr(local, "_waiting", [])
+    return Local({}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("asked", "trials", "threads", "memory", "count"),
     [
@@ -68,25 +76,25 @@ def long_trials(count: int) -> list[Trial]:
     ],
 )
 def test_workers_share_threads_and_memory_and_are_no_more_than_trials(
-    asked, trials, threads, memory, count, engine, monkeypatch
+    asked, trials, threads, memory, count, idle, monkeypatch
 ):
     """C12: however many are asked for."""
     of = seed_trials(trials)
     held = expected_bytes(of[0].config)
     monkeypatch.setattr(pack_size, "attainable_memory", lambda device: memory * held)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert engine.number_of_workers(asked, of) == count
-    assert engine._threads == max(1, threads // count)
+    assert idle.number_of_workers(asked, of) == count
+    assert idle._threads == max(1, threads // count)
 
 
-def test_each_worker_has_a_gpu(engine, monkeypatch):
+def test_each_worker_has_a_gpu(idle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     trials = seed_trials(3, trainer__accelerator="auto")
-    assert engine.number_of_workers("auto", trials) == 2
-    assert engine.number_of_workers("1", trials) == 1
+    assert idle.number_of_workers("auto", trials) == 2
+    assert idle.number_of_workers("1", trials) == 1
     with pytest.raises(ConfigError, match=r"sweep\.workers=3: only 2 GPUs.*at most that"):
-        engine.number_of_workers("3", trials)
+        idle.number_of_workers("3", trials)
 
 
 def wide_config(batch: int) -> TrialConfig:
@@ -126,7 +134,7 @@ def test_workers_train_say_into_files_and_end(engine, tmp_path):
     assert all("no trial is left to train" in log.read_text() for log in logs)
 
 
-def test_why_workers_failed_is_told_once(engine, tmp_path):
+def test_why_workers_failed_is_reported_once(engine, tmp_path):
     engine.start(1)  # there is no sweep
     (news,) = until_ended(engine)
     assert "workers have failed" in news
@@ -178,9 +186,7 @@ def test_a_process_that_was_started_early_ends_with_an_unneeded_engine(tmp_path,
 # --- engines by name
 
 
-def test_an_engine_is_what_its_options_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "_start_process", lambda: None)
-    monkeypatch.setattr(local, "_waiting", [])
+def test_an_engine_is_what_its_options_say(idle, tmp_path, monkeypatch):
     assert isinstance(start_engine(LocalEngine(), tmp_path), Local)
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     monkeypatch.delitem(__import__("sys").modules, "lora_vit.sweep.engines.slurm", raising=False)

@@ -101,7 +101,7 @@ def test_what_a_record_says_has_ended_is_passed_over_and_marked(tmp_path):
     assert claimed(tmp_path, trials) == [ENDED, ENDED, HELD, HELD]
 
 
-def test_what_cannot_be_trained_here_is_left_and_counts_for_nobody(tmp_path):
+def test_what_cannot_be_trained_here_is_left_and_counts_for_none(tmp_path):
     trials = seed_trials(3)
     packs = packs_of(sweep_of(tmp_path, trials))
     here = {trials[0].trial_id: "no images"}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plain_trials import BASELINE
+from plain_trials import BASELINE, SMALL
 from sweeps import another, claimed, leave_record, options, seed_trials, sweep_of, trial_of
 
+from lora_vit.compose import expand, initialized
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.records import CHECKPOINT, PLAN, RECORD, read_record
+from lora_vit.records import CHECKPOINT, RECORD, read_record
 from lora_vit.sweep import run as run_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
 from lora_vit.sweep.packs import Packs
@@ -113,7 +115,7 @@ def test_trials_are_trained_once_and_reported(engine, tmp_path, capsys):
     assert Sweep(tmp_path).plan["command"] == "the command"
 
 
-def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
+def test_what_failed_is_reported_with_the_reason_and_the_way_back(engine, tmp_path, capsys):
     trials = seed_trials(3)
     engine.outcome = fails
     outcomes = run(tmp_path, trials)
@@ -130,7 +132,7 @@ def test_what_failed_is_told_with_the_reason_and_the_way_back(engine, tmp_path, 
     assert again == {trials[0].trial_id: 0.5, trials[1].trial_id: 0.25, trials[2].trial_id: 0.5}
 
 
-def test_records_that_say_nothing_of_their_trials_are_told(engine, tmp_path, capsys):
+def test_records_that_say_nothing_of_their_trials_are_reported(engine, tmp_path, capsys):
     """One without accuracy, and another trial's."""
     first, second = seed_trials(2)
     sweep = sweep_of(tmp_path, [first])
@@ -201,7 +203,7 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     assert "note: 2 of 4 combinations are duplicates" in out
 
 
-def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
+def test_settings_whose_images_have_changed_are_reported(engine, tmp_path, capsys):
     before, now = (trial_of({"data.content": content}) for content in ("0" * 16, "1" * 16))
     before.overrides = now.overrides = ["lora.rank=4"]
     run(tmp_path, [before])
@@ -209,12 +211,6 @@ def test_settings_whose_images_have_changed_are_told(engine, tmp_path, capsys):
     assert f"note: 1 of these trials were run here with other images, weights or defaults ({before.trial_id})" in (
         capsys.readouterr().out
     )
-
-
-def test_devices_are_not_for_packs(engine, tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.devices=2.*sweep\.workers=2"):
-        run(tmp_path, [trial_of({"trainer.devices": "2"})])
-    assert not (tmp_path / PLAN).exists()
 
 
 # --- races and searches
@@ -252,6 +248,33 @@ def test_a_restarted_race_trains_all_of_its_trials_again(engine, tmp_path):
         trial.config.trainer.resume = "restart"
     run(tmp_path, again, ended=lambda trial, state: trained.append(trial.trial_id), **race)
     assert len(trained) == 4
+
+
+def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
+    """Over other seeds; the commands ask for what it says."""
+    pytest.importorskip("optuna", reason="needs pip install lora_vit[search]")
+    lines = [*SMALL, "lora.rank=choice(1,2,4,8)", "optimizer.lr=tag(log,interval(1e-4,1e-2))"]
+    engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.5 + 0.01 * trial.config.lora.rank}}
+    with initialized():
+        request = expand([*lines, "sweep.trials=8", "sweep.pack_size=4", "sweep.workers=1"], tmp_path)
+        found = sorted(run_sweep(request).values(), reverse=True)
+        assert (len(found), engine.started) == (8, [1, 1])
+        said = capsys.readouterr().out
+        assert "8 trials completed, one seed each" in said
+        proposed = [line for line in said.splitlines() if "lora_vit.train" in line]
+        assert len(proposed) == 3
+        for value, line in zip(found, proposed, strict=False):
+            assert f"  {value:.2%}  rank=" in said
+            flag, *overrides = shlex.split(line.removesuffix(" && \\"))[3:]
+            race = expand(overrides)
+            (trial,) = race.trials
+            assert (flag, race.options.margin, trial.config.seed) == ("-m", 0.5, 1)
+            assert str(race.folder) == f"{tmp_path}-best"
+            assert 0.5 + 0.01 * (trial.config.lora.rank or 0) == value
+        engine.outcome = lambda trial: {"status": "failed", "error": {"message": "no", "step": 1}}
+        engine.folder = request.folder = tmp_path / "t"
+        with pytest.raises(ConfigError, match=r"no trial completed: python -m lora_vit\.sweep \S+/t says why"):
+            run_sweep(request)
 
 
 # --- a dry run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +168,13 @@ def test_what_one_sees_of_a_race(tmp_path):
 
 def test_a_race_of_as_many_seeds_as_it_takes(tmp_path):
     """C7: nothing is made for seeds that were never asked for."""
-    began = time.monotonic()
     race = race_of(tmp_path, most_seeds=1_000_000)
     assert race.extend()
     for trial in race.sweep.batches[0]:
         leave(race.sweep, trial, TIES[trial.config.lora.rank or 0, trial.config.seed])
     assert race.extend()
-    assert race.title()
+    assert race.race.y.shape[1] == 3
     assert len(race.sweep.trials) < 30
-    assert time.monotonic() - began < 20
 
 
 # --- a search
@@ -339,9 +336,3 @@ def test_the_source_is_the_plans(tmp_path):
     assert isinstance(source_of(race_of(tmp_path / "race").sweep), RaceSource)
     search = {"trials": 1, "space": {}, "bases": [], "fixed": []}
     assert isinstance(source_of(sweep_of(tmp_path / "search", [], search=search)), SearchSource)
-
-
-def test_a_setting_that_follows_the_seed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with initialized(), pytest.raises(ConfigError, match=r"^data depends on the seed.*of its own"):
-        expand(["experiment=quickstart", "data.split_seed=${seed}", "lora.rank=1,2", "sweep.margin=1"])

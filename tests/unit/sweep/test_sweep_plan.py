@@ -35,6 +35,7 @@ def test_a_plan_holds_every_trial_ever_asked_for_with_the_newest_settings(tmp_pa
     again = trial_of({"lora.rank": 8, "trainer.log_every": 7, "data.root": "moved"}, "rank=8 seed=0")
     assert again.trial_id == first.trial_id
     ask(sweep, [again], "second command", is_open={first.trial_id, other.trial_id})
+    assert sweep.trials[first.trial_id].config == again.config
     plan = json.loads((tmp_path / "deep/sweep/sweep.json").read_text())
     assert plan["command"] == "second command"
     assert plan["trials"][first.trial_id] == {
@@ -109,7 +110,7 @@ def test_an_edited_trial_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("errno", "remedy"), [(30, "another sweep.name or hydra.sweep.dir"), (38, "flock"), (37, "flock"), (95, "flock")]
 )
-def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_reported_with_its_remedy(errno, remedy, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno, os.strerror(errno))
 
@@ -118,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(errno, remedy, 
         sweep_of(tmp_path, seed_trials(1))
 
 
-def test_what_no_worker_can_use_is_told(tmp_path, monkeypatch):
+def test_what_no_worker_can_use_is_reported(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"is not a sweep folder.*sweep\.json"):
         Sweep.existing(tmp_path)
     (tmp_path / "file").touch()

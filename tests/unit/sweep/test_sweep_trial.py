@@ -4,88 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 from sweeps import trial_of
 
 from lora_vit.config import cell_id, trial_id
-from lora_vit.sweep.plan import default_name, label, short_key
+from lora_vit.sweep.plan import default_name, label
 from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
-INSIDE = {
-    "model.head_dropout": 0.4,
-    "optimizer.lr": 1.0,
-    "optimizer.weight_decay": 0.0,
-    "optimizer.betas": [0.5, 0.6],
-    "optimizer.eps": 1e-6,
-    "optimizer.schedule": "cosine",
-    "optimizer.warmup": 0.1,
-    "optimizer.clip_norm": 1.0,
-    "optimizer.label_smoothing": 0.1,
-    "lora.rank": 8,
-    "lora.alpha": 3.0,
-    "lora.dropout": 0.5,
-    "lora.scaling": "rslora",
-    "seed": 7,
-}
-"""Another value of each setting that may differ inside a pack."""
-BETWEEN = {
-    "lora.method": "none",
-    "lora.targets": ["q", "v"],
-    "lora.blocks": [0],
-    "lora.bias": "all",
-    "trainer.epochs": 3,
-    "trainer.devices": "2",
-    "trainer.resume": "restart",
-    "trainer.checkpoint_every": 1.0,
-    "trainer.log_every": 2,
-    "trainer.validate_every": 2,
-}
-"""Of each that makes another pack on the same data and backbone."""
-BELOW = {
-    "model.name": "vit_b_16",
-    "model.weights": "IMAGENET1K_V1",
-    "model.image_size": 8,
-    "model.patch_size": 4,
-    "model.num_layers": 3,
-    "model.num_heads": 4,
-    "model.hidden_dim": 64,
-    "model.mlp_dim": 64,
-    "model.library": "timm",
-    "model.mean": [0.1, 0.2, 0.3],
-    "model.std": [0.1, 0.2, 0.3],
-    "model.interpolation": "bicubic",
-    "model.weights_sha256": "0" * 64,
-    "data.name": "cifar100",
-    "data.content": "60 images",
-    "data.root": "elsewhere",
-    "data.batch_size": 4,
-    "data.augment": "crop_flip",
-    "data.split_seed": 1,
-    "data.val_fraction": 0.3,
-    "data.test_fraction": 0.3,
-    "data.train_per_class": 10,
-    "data.official_val": True,
-    "data.cache_size": 8,
-    "data.cache_dir": "elsewhere",
-    "trainer.precision": "fp32",
-    "trainer.accelerator": "gpu",
-    "trainer.compile": True,
-}
-"""Of each that needs other data or another backbone."""
+INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora.scaling", "seed"}
+"""What may differ inside a pack, beside the optimizer's settings."""
+BELOW = {"trainer.precision", "trainer.accelerator", "trainer.compile"}
+"""What needs other data or another backbone, beside the settings of both; all else makes another pack on the same."""
+OF_NONE: dict[str, Any] = {"lora.blocks": [0], "optimizer.clip_norm": 1.0,
+                           "model.mean": [0.1, 0.2, 0.3], "model.std": [0.1, 0.2, 0.3]}
+SETTINGS = ["seed", *(f"{group}.{key}" for group, keys in PLAIN.items() if isinstance(keys, dict) for key in keys)]
 
 
-def test_every_setting_is_inside_or_between_packs():
-    settings = {f"{group}.{key}" for group, keys in PLAIN.items() if isinstance(keys, dict) for key in keys}
-    assert settings | {"seed"} == INSIDE.keys() | BETWEEN.keys() | BELOW.keys()
+def another_value(setting: str) -> Any:
+    """Not the small trial's."""
+    group, _, key = setting.rpartition(".")
+    value = (PLAIN[group] if group else PLAIN)[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, list):
+        return value[:1]
+    return OF_NONE.get(setting, "0" * 64 if key == "weights_sha256" else f"other {value}")
 
 
-@pytest.mark.parametrize("setting", [*INSIDE, *BETWEEN, *BELOW])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_what_shares_a_pack_and_what_a_backbone(setting):
-    plain, other = plain_trial(), plain_trial({setting: {**INSIDE, **BETWEEN, **BELOW}[setting]})
-    assert (group_key(other) == group_key(plain)) == (setting in INSIDE)
-    assert (setup_key(other) == setup_key(plain)) == (setting not in BELOW)
+    plain, other = plain_trial(), plain_trial({setting: another_value(setting)})
+    inside = setting in INSIDE or setting.startswith("optimizer.")
+    below = setting in BELOW or (setting.startswith(("model.", "data.")) and not inside)
+    assert (group_key(other) == group_key(plain)) == inside
+    assert (setup_key(other) == setup_key(plain)) == (not below)
 
 
 def test_the_same_places_written_otherwise_share_a_pack():
@@ -108,37 +65,25 @@ def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
     assert first.trials == [trials[0], trials[2], trials[3], trials[4]]
     assert second.trials == [trials[1]]
     assert (first.key, second.key) == (group_key(trials[0].config), group_key(trials[1].config))
-    assert (first.alone, second.alone) == (False, True)
     assert make_groups([]) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "alone"),
+    ("changes", "what", "alone"),
     [
-        ({}, False),
-        ({"lora.bias": "all"}, True),
-        ({"lora.bias": "lora_only"}, True),
-        ({**BASELINE, "lora.method": "none"}, False),
-        ({**BASELINE, "lora.method": "full"}, True),
+        ({}, "LoRA on q k v o fc1 fc2", False),
+        ({"lora.targets": ["q", "v"], "lora.blocks": [0, 1]}, "LoRA on q v in blocks 0,1", False),
+        ({"lora.bias": "all", "lora.blocks": [1]}, "LoRA on q k v o fc1 fc2 in blocks 1, bias all", True),
+        ({"lora.bias": "lora_only"}, "LoRA on q k v o fc1 fc2, bias lora_only", True),
+        ({**BASELINE, "lora.method": "none"}, "linear probe", False),
+        ({**BASELINE, "lora.method": "full"}, "full fine-tuning", True),
     ],
 )
-def test_who_trains_parameters_of_the_trunk_trains_alone(changes, alone):
-    assert plain_trial(changes).lora.trains_trunk is alone
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({}, "LoRA on q k v o fc1 fc2"),
-        ({"lora.targets": ["q", "v"], "lora.blocks": [0, 1]}, "LoRA on q v in blocks 0,1"),
-        ({"lora.bias": "all", "lora.blocks": [1]}, "LoRA on q k v o fc1 fc2 in blocks 1, bias all"),
-        ({**BASELINE, "lora.method": "none"}, "linear probe"),
-        ({**BASELINE, "lora.method": "full"}, "full fine-tuning"),
-    ],
-)
-def test_how_a_group_is_called(changes, what):
+def test_how_a_group_is_called_and_whether_its_trials_train_alone(changes, what, alone):
+    """Who trains parameters of the trunk does."""
     (group,) = make_groups([trial_of(changes)])
     assert group.title == f"vit_tiny 16 px, fake, batch 8, {what}"
+    assert group.alone is alone
 
 
 def test_a_trial_knows_its_ids_and_how_to_repeat_its_cell():
@@ -169,40 +114,16 @@ def test_settings_of_adapters_have_no_effect_on_a_baseline():
 # --- names
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ({"b": [2, 3], "a": 1}, '{"a": 1, "b": [2, 3]}'),
-        ([Path("some") / "where", None], '["some/where", null]'),
-        ("x", '"x"'),
-    ],
-)
-def test_a_digest_is_of_the_text_that_a_value_is_as_json(value, text):
-    whole = hashlib.sha256(text.encode()).hexdigest()
-    assert digest(value) == whole[:10]
-    assert digest(value, 6) == whole[:6]
+def test_a_digest_is_of_the_text_that_a_value_is_as_json():
+    whole = hashlib.sha256(b'{"a": ["some/where", null], "b": 3}').hexdigest()
+    assert digest({"b": 3, "a": [Path("some") / "where", None]}) == whole[:10]
+    assert digest("x", 6) == hashlib.sha256(b'"x"').hexdigest()[:6]
 
 
-@pytest.mark.parametrize(
-    ("key", "short"),
-    [
-        ("seed", "seed"),
-        ("optimizer.lr", "lr"),
-        ("a.b.c", "c"),
-        ("hydra/launcher", "launcher"),
-        ("a/b/c", "c"),
-        ("+seed", "seed"),
-        ("++lora.rank", "rank"),
-        ("~seed", "seed"),
-    ],
-)
-def test_short_keys(key, short):
-    assert short_key(key) == short
-
-
-def test_label():
+def test_labels_have_the_last_words_of_keys():
     """A value may have any signs."""
-    assert label(["lora.rank=4", "seed=0", "model.weights=a/b=c.pt"]) == "rank=4 seed=0 weights=a/b=c.pt"
+    lines = ["lora.rank=4", "+seed=0", "hydra/launcher=x", "~a.b.c=1", "model.weights=a/b=c.pt"]
+    assert label(lines) == "rank=4 seed=0 launcher=x c=1 weights=a/b=c.pt"
 
 
 def test_a_name_changes_with_what_is_fixed_and_has_the_words_of_what_is_swept():

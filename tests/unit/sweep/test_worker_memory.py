@@ -14,7 +14,7 @@ from sweeps import seed_trials, sweep_of
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.records import read_record, write_record
+from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import pack_size
 from lora_vit.sweep.claims import Claims
@@ -23,7 +23,6 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import TrialRun
 
 
 def work(folder: Path, trials: list[Trial], **changes) -> list[str]:
@@ -94,21 +93,6 @@ def test_a_trial_that_ended_alone_is_freed_before_the_next(alive, tmp_path, monk
     assert statuses(tmp_path, trials) == ["interrupted", "completed"]
 
 
-@pytest.mark.parametrize("size", ["1", "2"])
-@pytest.mark.parametrize("raised", [SystemExit(), KeyboardInterrupt()])
-def test_what_a_foreign_handler_raises_is_an_interruption(raised, size, tmp_path, monkeypatch):
-    """Not a failure of the trials: the same command resumes them."""
-    trials = seed_trials(2, trainer__epochs=1)
-    once = iter([True])
-    with monkeypatch.context() as patch:
-        break_steps(patch, raised, lambda pack: pack.step_in_epoch == 2 and next(once, False))
-        with pytest.raises(type(raised)):
-            work(tmp_path, trials, pack_size=size)
-    assert statuses(tmp_path, trials[: int(size)]) == ["interrupted"] * int(size)
-    work(tmp_path, trials)
-    assert statuses(tmp_path, trials) == ["completed"] * 2
-
-
 def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
     """Packs of more than two run out of memory in their second epoch; nothing is trained twice."""
     trials = seed_trials(4, trainer__checkpoint_every=0.001)
@@ -129,34 +113,6 @@ def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
         record = read_record(tmp_path / trial.trial_id)
         assert (record.status, record.cost["pack_size"]) == ("completed", 2)
         assert steps[trial.trial_id] == list(range(14)), "every step once: it resumed from its checkpoint"
-
-
-def test_a_trial_that_failed_at_a_step_starts_from_scratch_when_it_is_retried(tmp_path, monkeypatch):
-    """One that failed otherwise resumes from its checkpoint."""
-    trials = seed_trials(2)
-    sweep = sweep_of(tmp_path, trials)
-    setup = build_setup(trials[0].config, Process())
-    for trial, at in zip(trials, (3, None), strict=True):
-        sweep.folder_of(trial).mkdir()
-        run = TrialRun.open(trial.config, sweep.folder_of(trial), setup, {})
-        pack = Pack([run], setup)
-        pack.step(pack.learning_rates()[0], False)
-        pack.pull()
-        run.save()
-        run.fail("failed", at)
-        run.record.status = "interrupted"  # as a command with sweep.retry_failed leaves it
-        write_record(sweep.folder_of(trial), run.record)
-    begun: list[tuple[int, int]] = []
-    init = Pack.__init__
-
-    def remember(pack: Pack, runs: list, of: object) -> None:
-        begun.extend((run.config.seed, run.state.step_in_epoch) for run in runs)
-        init(pack, runs, of)
-
-    monkeypatch.setattr(Pack, "__init__", remember)
-    work(tmp_path, trials)
-    assert begun == [(0, 0), (1, 1)]
-    assert statuses(tmp_path, trials) == ["completed"] * 2
 
 
 def test_a_pack_size_that_cannot_be_measured_is_one_and_each_trial_says_why(tmp_path, monkeypatch):
