@@ -8,18 +8,21 @@ if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one 
     cli.main("summarize")
 
 import argparse
+import math
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from lora_vit.analysis import Summary, export, summarize, texts
+from rich.console import Console
+from rich.markup import escape
+
+from lora_vit.analysis import Summary, export, summarize
 from lora_vit.analysis.load import OUTPUT
-from lora_vit.analysis.report import html_report
+from lora_vit.analysis.texts import number
 from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 
-PROGRAM = "python -m lora_vit.summarize"
 MOST_PROBLEMS = 20
 PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # heat maps: of earlier versions
 
@@ -45,18 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """
     out = Path(args.out or Path(args.folders[0]) / OUTPUT)
     summary = summarize(args.folders, where=args.where, margin=args.margin)
-    write_files(out, render_files(summary, _command(args), not args.no_plots))
+    given = {"--out": args.out, "--where": args.where, "--margin": args.margin}
+    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    again = shlex.join([*args.folders, *options, *["--no-plots"] * args.no_plots])
+    write_files(out, render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots))
     _print(summary, args.top, out)
     return 0
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command that makes the same files again."""
-    words = [str(folder) for folder in args.folders]
-    for name in ("out", "where", "margin"):
-        if (value := getattr(args, name)) is not None:
-            words += [f"--{name}", str(value)]
-    return f"{PROGRAM} {shlex.join(words + ['--no-plots'] * args.no_plots)}"
 
 
 def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[str, bytes]:
@@ -74,7 +71,7 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
         for name, figure in draw_all(summary).items():
             inside[name] = files[f"{name}.svg"] = render(figure, "svg")
             files[f"{name}.png"] = render(figure, "png")
-    files["report.html"] = html_report(summary, inside, command).encode()
+    files["report.html"] = export.html_report(summary, inside, command).encode()
     return files
 
 
@@ -90,8 +87,7 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
             with replacing(out / name) as file:
                 file.write(data)
         for old in out.iterdir():
-            ours = old.name == "pivot.csv" or (old.suffix in (".png", ".svg") and old.name.startswith(PICTURES))
-            if ours and old.name not in files:
+            if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:
                 old.unlink()
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
@@ -99,15 +95,15 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
 
 def _print(summary: Summary, top: int, out: Path) -> None:
     """The comparison on the terminal, the verdict last."""
-    from rich.console import Console
-    from rich.markup import escape
-
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, top))
     more = len(summary.problems) - MOST_PROBLEMS
     lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
     lines += [f"... {more} more problems (see the report)"] * (more > 0)
     lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
-    lines += [f"\n[bold]{escape(summary.verdict)}[/bold]", *map(escape, texts.closing(summary))]
+    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
+    if math.isfinite(summary.test.mean):
+        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
+    lines += filter(None, [summary.power_text()])
     for line in [*lines, f"Report: {escape(str(out / 'report.html'))}"]:
         console.print(line, soft_wrap=True)  # paths stay whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from lora_vit import records
 from lora_vit.analysis import load
 from lora_vit.config import cell_id, from_dict, trial_id
 from lora_vit.files import JsonLines
-from lora_vit.records import TrialRecord, write_predictions, write_record
+from lora_vit.records import TrialRecord, write_record
 
 CONFIG = composed("experiment=quickstart", "trainer.epochs=5", "trainer.precision=auto")
 IMAGES = 720
@@ -63,7 +65,6 @@ def make_trial(
     accuracy: float | None = 0.9,
     status: str = "completed",
     curve: bool = True,
-    predictions: bool = False,
     edit: Callable[[TrialRecord], None] | None = None,
     **settings: Any,
 ) -> TrialRecord:
@@ -76,15 +77,18 @@ def make_trial(
     if curve and accuracy is not None:
         rows = JsonLines(place / records.METRICS)
         for epoch in range(1, 6):
-            value = accuracy - 0.3 / epoch**2 + 0.3 / 25
-            rows.write({"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0, "lr": 1e-3})
-            rows.write({"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 1 - value,
-                        "val_loss": 1 - value, "val_accuracy": value})  # fmt: skip
+            rows.write({"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0})
+            rows.write({"kind": "epoch", "epoch": epoch, "val_accuracy": accuracy - 0.3 / epoch**2 + 0.3 / 25})
         rows.close()
-    if predictions and accuracy is not None:
-        write_predictions(place, {"val": made_up_predictions(accuracy, record.trial_id)})
     write_record(place, record)
     return record
+
+
+def write_race(folder: Path, **plan: Any) -> Path:
+    """Make the folder's sweep a race with a margin of a point and these other rules."""
+    race = {"command": "the command", "race": {"margin": 1.0, **plan}}
+    (folder / records.PLAN).write_text(json.dumps({"trials": {}, **race}))
+    return folder
 
 
 def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: Any) -> pd.DataFrame:
@@ -96,21 +100,6 @@ def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: 
         if np.isfinite(value)
     ]
     return pd.DataFrame(rows)
-
-
-def made_up_predictions(accuracy: float, key: str) -> dict[str, np.ndarray]:
-    """Predictions of IMAGES images, a fraction ``accuracy`` of them right; which ones depends on ``key``."""
-    rng = np.random.default_rng(int(key, 16))
-    labels = np.arange(IMAGES) % 10
-    wrong = rng.permutation(IMAGES)[: round(IMAGES * (1 - accuracy))]
-    predicted = labels.copy()
-    predicted[wrong] = (labels[wrong] + 1) % 10
-    return {
-        "ids": np.arange(IMAGES),
-        "labels": labels,
-        "predicted": predicted,
-        "true_probability": np.full(IMAGES, 0.5),
-    }
 
 
 def make_sweep(
@@ -130,22 +119,15 @@ def make_sweep(
 
 
 def grid(
-    rng: np.random.Generator,
-    ranks: Sequence[int],
-    dropouts: Sequence[float],
-    lrs: Sequence[float],
-    seeds: int,
-    sd: float = 0.004,
-):  # type: ignore[no-untyped-def]
+    rng: np.random.Generator, ranks: Sequence[int], dropouts: Sequence[float], lrs: Sequence[float], seeds: int
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """A realistic sweep: settings and accuracies that rise with rank and are best at lr 1e-3, with baselines."""
     cells: list[dict[str, Any]] = []
     means = []
-    for rank in ranks:
-        for dropout in dropouts:
-            for lr in lrs:
-                cells.append({"lora__rank": rank, "lora__dropout": dropout, "optimizer__lr": lr})
-                means.append(0.94 + 0.006 * np.log2(rank) - 0.012 * np.log10(lr / 1e-3) ** 2 - 0.03 * dropout)
+    for rank, dropout, lr in itertools.product(ranks, dropouts, lrs):
+        cells.append({"lora__rank": rank, "lora__dropout": dropout, "optimizer__lr": lr})
+        means.append(0.94 + 0.006 * np.log2(rank) - 0.012 * np.log10(lr / 1e-3) ** 2 - 0.03 * dropout)
     cells += [{"lora__method": "none"}, {"lora__method": "full"}]
     means += [0.925, 0.955]
-    y = np.array(means)[:, None] + rng.normal(0, 0.004, seeds) + rng.normal(0, sd, (len(means), seeds))
+    y = np.array(means)[:, None] + rng.normal(0, 0.004, seeds) + rng.normal(0, 0.004, (len(means), seeds))
     return cells, np.clip(np.round(y * IMAGES) / IMAGES, 0, 1)

@@ -12,14 +12,18 @@ from lora_vit.analysis.tables import FACTS, SCALING, averaged
 from lora_vit.config.names import LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
-VAL_SET = (
-    "data.name", "data.split_seed", "data.val_fraction", "data.test_fraction", "data.official_val", "data.val",
-    "data.classes", "data.content",
-)  # fmt: skip
+VAL_SET = tuple(f"data.{name}" for name in (
+    "name", "split_seed", "val_fraction", "test_fraction", "official_val", "val", "classes", "content",
+))  # fmt: skip
 """What decides which images a trial is validated on."""
-
-ENVIRONMENT = ("environment.commit", "environment.dirty", "environment.versions", "environment.precision")
-MACHINE = ("environment.device", "environment.host", "environment.world_size")
+_SAME = {
+    "environment.commit": "code versions",
+    "environment.versions": "library versions",
+    "environment.precision": "precisions",
+    "data.train": "numbers of training images",
+    "data.fingerprint": "data fingerprints",
+    "trainer.epochs": "numbers of epochs (unequal budgets)",
+}
 
 
 def refuse(trials: pd.DataFrame) -> None:
@@ -32,12 +36,14 @@ def refuse(trials: pd.DataFrame) -> None:
         counts = values.value_counts()
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
-            counts = counts.drop("null", errors="ignore")  # which no condition can name
+            usual = counts.drop("null", errors="ignore").index[0]  # no condition can name null
+            quoted = f"'{usual}'" if isinstance(usual, str) else value_text(usual)
             raise RecordError(
                 f"trials with different {column} ({told}) were validated on different images and cannot be compared: "
-                f'choose with --where "{column} == {_quoted(counts.index[0])}"'
+                f'choose with --where "{column} == {quoted}"'
             )
-    content = [c for c in counted.columns if c.startswith("data.") and c not in (*FACTS, *_TRAIN_ONLY)]
+    of_training = (*FACTS, "data.batch_size", "data.augment", "data.cache_size")
+    content = [c for c in counted.columns if c.startswith("data.") and c not in of_training]
     same = counted.groupby([counted[c].map(str) for c in content])["data.fingerprint"].nunique()
     if (same > 1).any():
         first = counted["data.fingerprint"].value_counts().index[0]
@@ -47,26 +53,16 @@ def refuse(trials: pd.DataFrame) -> None:
         )
 
 
-_TRAIN_ONLY = ("data.batch_size", "data.augment", "data.cache_size")
-
-
-def _quoted(value: object) -> str:
-    return f"'{value}'" if isinstance(value, str) else value_text(value)
-
-
 def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
     """Trials that are not in the averages, each with why: ``trial label seed status epoch value reason``.
 
     With ``same_seeds``, a seed that at least half of the cells have is listed as ``missing`` for a cell that lacks it.
     """
-    columns = ["trial", "label", "seed", "status", "epoch", "value", "reason"]
     rows = []
     for _, r in trials[~averaged(trials)].iterrows():
-        reason = str(r["error"])
-        if r["status"] == "completed":
-            reason = "no val_accuracy"
-        elif r["status"] == "stopped":
-            reason = reason or "stopped early: censored, its value is not the last epoch's"
+        reason = "no val_accuracy" if r["status"] == "completed" else str(r["error"])
+        if r["status"] == "stopped" and not reason:
+            reason = "stopped early: censored, its value is not the last epoch's"
         if not math.isnan(r["error_step"]):
             reason += f" (step {int(r['error_step'])})"
         rows.append([*r[["trial", "label", "seed", "status", "epoch", "val_accuracy"]], reason])
@@ -74,15 +70,17 @@ def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
     for seed in there.columns[(there > 0).mean() >= 0.5] if same_seeds else ():
         without = there.index[there[seed] == 0]
         rows += [["", label, seed, "missing", math.nan, math.nan, "no record"] for label in without]
-    return pd.DataFrame(rows, columns=columns).sort_values(["status", "label", "seed"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=["trial", "label", "seed", "status", "epoch", "value", "reason"])
+    return table.sort_values(["status", "label", "seed"], ignore_index=True)
 
 
 def environment(done: pd.DataFrame) -> pd.DataFrame:
     """Each fact of the environment and data with its values and how many trials have it."""
     rows = []
-    for column in (*VAL_SET[:2], "data.fingerprint", "data.train", "data.val", "data.test", *ENVIRONMENT, *MACHINE):
-        values = done[column].astype(object).where(done[column].notna(), None)
-        rows += [[column, text, count] for text, count in values.map(value_text).value_counts().items()]
+    data = ("name", "split_seed", "fingerprint", "train", "val", "test")
+    machine = ("commit", "dirty", "versions", "precision", "device", "host", "world_size")
+    for column in [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]:
+        rows += [[column, text, count] for text, count in done[column].map(value_text).value_counts().items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 
@@ -93,7 +91,9 @@ def warnings(
 
     ``rates``: :func:`.tables.learning_rates`; ``left_out``: :func:`unfinished`.
     """
-    yield from _learning_rate(done, rates)
+    adapted = done[done[METHOD] == "lora"]
+    if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
+        yield from _learning_rate(adapted, moved, rates)
     yield from _sameness(done)
     if single := int((cells["n"] == 1).sum()):
         yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
@@ -109,12 +109,8 @@ def warnings(
                "accuracies say little about classes that the model has never seen.")  # fmt: skip
 
 
-def _learning_rate(done: pd.DataFrame, rates: pd.DataFrame) -> Iterator[str]:
-    """Warn of differences that the learning rate may explain instead of rank and alpha."""
-    adapted = done[done[METHOD] == "lora"]
-    moved = [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]
-    if not moved:
-        return
+def _learning_rate(adapted: pd.DataFrame, moved: list[str], rates: pd.DataFrame) -> Iterator[str]:
+    """Warn of differences that the learning rate may explain instead of the settings that moved."""
     names = " and ".join(c.split(".")[1] for c in moved)
     if adapted[LR].nunique() < 2:
         yield (f"Only one learning rate ({value_text(adapted[LR].iloc[0])}) was tried: it may suit some values of "
@@ -131,16 +127,6 @@ def _learning_rate(done: pd.DataFrame, rates: pd.DataFrame) -> Iterator[str]:
     if "lora.rank" in moved and "lora.alpha" not in moved and adapted[SCALING].nunique() > 1:
         yield ("alpha is the same for every rank, so the effective scaling falls as the rank rises: the effect of rank "
                "includes that of scaling.")  # fmt: skip
-
-
-_SAME = {
-    "environment.commit": "code versions",
-    "environment.versions": "library versions",
-    "environment.precision": "precisions",
-    "data.train": "numbers of training images",
-    "data.fingerprint": "data fingerprints",
-    "trainer.epochs": "numbers of epochs (unequal budgets)",
-}
 
 
 def _sameness(done: pd.DataFrame) -> Iterator[str]:

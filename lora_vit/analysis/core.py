@@ -6,22 +6,19 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.analysis import checks, tables
-from lora_vit.analysis.effects import Effects, main_effects
-from lora_vit.analysis.fixed import FixedVerdict
+from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
-from lora_vit.analysis.power import detectable, expected_maximum, proportion_error, seeds_needed, seeds_within
-from lora_vit.analysis.raced import replay
-from lora_vit.analysis.stats import Comparison, compare, t_interval
-from lora_vit.analysis.summary import Chosen, Design, Summary, Within
+from lora_vit.analysis.stats import compare, t_interval
+from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import nearest
 from lora_vit.config.names import METHOD, short_names
 from lora_vit.errors import RecordError
-
-HALF_POINT = 0.005
 
 
 def summarize(
@@ -46,64 +43,76 @@ def summarize(
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if margin is not None and not 0 < margin < math.inf:
         raise RecordError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
-    loaded = load_trials(listed)
-    trials = select(loaded.trials, where) if where else loaded.trials
-    race = loaded.races[0] if not where and len(listed) == len(loaded.races) == loaded.sweeps == 1 else None
-    if loaded.races and race is None and len(trials) > 1:
-        trials = _first_seeds_alone(trials, loaded)
+    margin = None if margin is None else margin / 100
+    loaded, trials, plan = _load(listed, where)
     checks.refuse(trials)
     trials, settings = tables.named(trials)
-    says = FixedVerdict() if race is None else replay(race, trials)
+    race = None if plan is None else replay(plan, trials)
     averaged = trials[tables.averaged(trials)]
-    done = says.counted(averaged)
+    done = averaged if race is None else counted(race, averaged)
     if done.empty:
-        raise RecordError(_nothing_counts(trials, loaded.problems))
-    first, images = says.compared(done), averaged["data.val"].dropna()
-    resolution = 1 / float(images.min()) if len(images) and images.min() > 0 else 0.0
+        counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
+        failed = trials[trials["error"] != ""].head(1)
+        why = [f"trial {trial}: {error}" for trial, error in zip(failed["trial"], failed["error"], strict=True)]
+        nothing = f"no completed trial with a val_accuracy ({counts}): nothing to summarize yet"
+        raise RecordError("; ".join([nothing, *why, *loaded.problems[:1]]))
+    first = done if plan is None else first_seeds(plan, averaged)
+    images = averaged["data.val"].astype(float).min()
+    resolution = 1 / float(images) if images > 0 else 0.0
     values = tables.matrix(done)
     result = compare(tables.matrix(first).reindex(values.index).to_numpy(float), resolution)
-    cells = says.judged(tables.cells_table(done, values, result, settings, resolution), values)
-    margin = says.margin if margin is None else margin / 100
-    rates = tables.learning_rates(cells, settings) if says.same_seeds else pd.DataFrame()
-    unfinished = checks.unfinished(trials, says.same_seeds)
-    return Summary(
+    cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
+    if race is not None:
+        margin = race.rules.margin if margin is None else margin
+        cells = judged(race, cells, values, margin)
+    else:
+        rates = tables.learning_rates(cells, settings)
+        if margin is not None:
+            cells["within"] = cells["below"] <= margin
+    adapted = first[first[METHOD] == "lora"]  # baselines have no rank
+    short = short_names(tables.factors(adapted, settings))
+    effects = main_effects(adapted.rename(columns=short), list(short.values()), "val_accuracy")
+    chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
+    unfinished = checks.unfinished(trials, race is None)
+    return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
         where=where,
+        margin=margin,
         trials=tables.trials_table(trials, settings),
-        cells=cells if margin is None else cells.assign(within=says.within(cells, margin)),
+        cells=cells,
         unfinished=unfinished,
         settings=settings,
         comparison=result,
-        effects=_effects(first, settings),
+        effects=effects,
         learning_rates=rates,
-        design=_design(result),
-        chosen=_chosen(tables.best_cell(cells), done if says.chooses() else done[:0]),
-        within=None if margin is None else _within(cells, result, margin),
+        test=t_interval(chosen["test_accuracy"].to_numpy(float)),
+        test_images=int(np.nan_to_num(chosen["data.test"].astype(float).min())),
         environment=checks.environment(done),
         warnings=list(checks.warnings(done, cells, result, rates, unfinished)),
         problems=loaded.problems,
-        says=says,
+        race=race,
+        command=None if plan is None else plan["command"],
     )
 
 
-def _first_seeds_alone(trials: pd.DataFrame, loaded: Loaded) -> pd.DataFrame:
-    """The first seeds of races, comparable as a fixed sweep. Raises RecordError if their seeds differ at the start."""
-    seeds = {(race["seed"], race["first_seeds"]) for race in loaded.races}
-    if len(seeds) > 1:
-        raise RecordError("these races started with different seeds: summarize one folder at a time")
-    first, count = seeds.pop()
-    kept = trials[trials["seed"].between(first, first + count - 1)]
-    loaded.problems.append(f"a race: only the first {count} seeds, from {first} on, are compared here "
-                           f"({len(trials) - len(kept)} trials are left out): results decided which cells got later "
-                           "ones")  # fmt: skip
-    return kept
-
-
-def _nothing_counts(trials: pd.DataFrame, problems: list[str]) -> str:
-    counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-    why = [f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
-    why += [f"; {problem}" for problem in problems[:1]]
-    return f"no completed trial with a val_accuracy ({counts}): nothing to summarize yet{''.join(why)}"
+def _load(
+    listed: list[str | os.PathLike[str]], where: str | None
+) -> tuple[Loaded, pd.DataFrame, dict[str, Any] | None]:
+    """What the folders hold, the trials that are looked at, and the race if all of them are of one."""
+    loaded = load_trials(listed)
+    trials = select(loaded.trials, where) if where else loaded.trials
+    if not where and len(listed) == len(loaded.races) == loaded.sweeps == 1:
+        return loaded, trials, loaded.races[0]
+    if loaded.races and len(trials) > 1:  # the first seeds alone compare as a fixed sweep
+        race, *others = loaded.races
+        if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in others):
+            raise RecordError("these races started with different seeds: summarize one folder at a time")
+        kept = first_seeds(race, trials)
+        loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds, from {race['seed']} on, are "
+                               f"compared here ({len(trials) - len(kept)} trials are left out): results decided which "
+                               "cells got later ones")  # fmt: skip
+        trials = kept
+    return loaded, trials, None
 
 
 _WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w.]*)""")  # not the e6 of 1e6
@@ -111,7 +120,8 @@ _WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w.]*)""")
 
 def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
     """The trials that meet a condition in which settings go by short or dotted name. Raises RecordError."""
-    aliases = tables.aliases(list(trials.columns))
+    columns = list(trials.columns)
+    aliases = {**{short: c for c, short in short_names(columns).items()}, **{c: c for c in columns}}
 
     def named(match: re.Match[str]) -> str:
         word = match.group(2)
@@ -132,46 +142,3 @@ def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
     if not isinstance(kept, pd.DataFrame) or kept.empty:
         raise RecordError(f"--where '{where}' leaves none of the {len(trials)} trials")
     return kept.reset_index(drop=True)
-
-
-def _effects(done: pd.DataFrame, settings: list[str]) -> Effects:
-    """Main effects among the trials with adapters (baselines have no rank)."""
-    adapted = done[done[METHOD] == "lora"]
-    short = short_names(tables.factors(adapted, settings))
-    return main_effects(adapted.rename(columns=short), list(short.values()), "val_accuracy")
-
-
-def _design(result: Comparison) -> Design:
-    if not result.possible:
-        return Design()
-    cells = int(result.compared.sum())
-    return Design(
-        detectable=detectable(result.sd, cells, result.repeats, result.df),
-        seeds_for_half_a_point=seeds_needed(HALF_POINT, result.sd, cells),
-        optimism=result.sd / math.sqrt(result.repeats) * expected_maximum(cells),
-    )
-
-
-def _chosen(best: pd.Series, done: pd.DataFrame) -> Chosen:
-    """The test figure of the best cell, and of no other."""
-    trials = done[done["cell"] == best["cell"]]
-    interval = t_interval(trials["test_accuracy"].to_numpy(float))
-    sizes = trials["data.test"].dropna()
-    images = int(sizes.min()) if len(sizes) else 0
-    return Chosen(
-        label=str(best["label"]),
-        cell=str(best["cell"]),
-        test=interval.mean,
-        between_seeds=(interval.high - interval.low) / 2,
-        of_test_set=proportion_error(interval.mean, images),
-        images=images,
-    )
-
-
-def _within(cells: pd.DataFrame, result: Comparison, margin: float) -> Within:
-    """The cheapest cells that are good enough, and how many seeds it would take to find one."""
-    found, seeds = cells[cells["below"] <= margin], seeds_within(margin, result.sd, int(result.compared.sum()))
-    if found.empty:
-        return Within(margin, seeds=seeds)
-    small, fast = (found.sort_values(cost, kind="stable").iloc[0] for cost in ("trainable_parameters", "seconds"))
-    return Within(margin, small["label"], small["trainable_parameters"], fast["label"], fast["seconds"], seeds)

@@ -22,12 +22,12 @@ from lora_vit.analysis.stats import MOST_SEEDS
 
 MOST_LEVELS = 8
 DOUBLING = ("rank", "alpha", "effective_scaling", "lr")
-COLUMNS = ["setting", "level", "against", "effect", "low", "high", "p", "trials"]
+COLUMNS = ["setting", "level", "against", "effect", "low", "high", "trials"]
 
 
 @dataclass
 class Effects:
-    """``table`` has COLUMNS (effect in units of the metric; p: F test of the whole setting)."""
+    """``table`` has COLUMNS, effects in units of the metric."""
 
     table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS))
     notes: list[str] = field(default_factory=list)
@@ -41,45 +41,40 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     go along with the ones before them cannot be separated; they are left out and named in ``notes``.
     """
     frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
-    counts = frame.groupby("cell")["seed"].nunique()
-    if (counts >= 2).sum() < 2:
+    if (frame.groupby("cell")["seed"].nunique() >= 2).sum() < 2:
         return Effects()
     if frame["seed"].nunique() > MOST_SEEDS:
         return Effects(notes=[f"more than {MOST_SEEDS} seeds: no main effects"])
     y = frame[metric].to_numpy(float)
-    design, terms, notes = _design(frame, settings, _indicators(frame["seed"]))
-    error, df, lack_p = _error(y, design, *_pure_error(frame, y))
+    design, terms, notes = _design(frame, settings)
+    error, df, lack_p = _error(frame, y, design)
     if not terms or df < 1:
         return Effects(notes=notes)
     inverse = np.linalg.inv(design.T @ design)
-    coefficients = inverse @ design.T @ y
-    t = float(special.stdtrit(df, 0.975))
-    rows = []
-    for name, columns, levels, against, shown in terms:
-        b, v = coefficients[columns], inverse[np.ix_(columns, columns)]
-        f = float(b @ np.linalg.solve(v, b)) / len(columns) / error if error > 0 else math.inf
-        p = float(special.fdtrc(len(columns), df, f))
-        for level, effect, own, trials in zip(levels, b, np.diag(v), shown, strict=True):
-            half = t * math.sqrt(error * own)
-            rows.append([name, level, against, effect, effect - half, effect + half, p, trials])
+    table = pd.DataFrame(terms, columns=["setting", "level", "against", "trials"])
+    block = design.shape[1] - len(terms)
+    effect = (inverse @ design.T @ y)[block:]
+    half = float(special.stdtrit(df, 0.975)) * np.sqrt(error * np.diag(inverse)[block:])
     if lack_p < 0.05:
         notes.append(
             f"the settings do not simply add up (lack of fit, p = {lack_p:.2g}): a main effect is an average over the "
             "levels of the others, not what each of them shows"
         )
-    return Effects(pd.DataFrame(rows, columns=COLUMNS), notes, lack_p)
+    return Effects(table.assign(effect=effect, low=effect - half, high=effect + half)[COLUMNS], notes, lack_p)
 
 
-def _indicators(column: pd.Series) -> np.ndarray:
-    """Intercept and one column per level but the first."""
-    codes, levels = pd.factorize(column)
+def _seeds(frame: pd.DataFrame) -> np.ndarray:
+    """The block: an intercept and one column per seed but the first."""
+    codes, levels = pd.factorize(frame["seed"])
     return np.column_stack([np.ones(len(codes)), *(codes == k for k in range(1, len(levels)))]).astype(float)
 
 
-def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple[np.ndarray, list, list[str]]:
-    """Columns of the block and of every setting that can be separated from those before it."""
-    design, terms, notes = base, [], []
-    taken: list[str] = []
+def _design(frame: pd.DataFrame, settings: list[str]) -> tuple[np.ndarray, list, list[str]]:
+    """The block and a column for each level of every setting that can be separated from what is before it.
+
+    Of each such column: setting, level, what it is against, trials.
+    """
+    design, terms, notes = _seeds(frame), list[list[object]](), list[str]()
     for name in settings:
         values = frame[name]
         levels = sorted(values.dropna().unique(), key=lambda v: (isinstance(v, str), v))
@@ -100,41 +95,34 @@ def _design(frame: pd.DataFrame, settings: list[str], base: np.ndarray) -> tuple
             trials = new.sum(0).astype(int).tolist()
         wider = np.column_stack([design, new])
         if np.linalg.matrix_rank(wider / np.linalg.norm(wider, axis=0)) < wider.shape[1]:
+            taken = dict.fromkeys(str(term[0]) for term in terms)
             notes.append(f"{name} cannot be separated from {' and '.join(taken) or 'the seeds'}: no effect is shown")
             continue
-        terms.append((name, np.arange(design.shape[1], wider.shape[1]), labels, against, trials))
+        terms += [[name, label, against, n] for label, n in zip(labels, trials, strict=True)]
         design = wider
-        taken.append(name)
     return design, terms, notes
 
 
-def _squares(residual: np.ndarray, y: np.ndarray) -> float:
-    """Sum of squares of the residuals of ``y``; 0 where they are rounding alone."""
-    rounding = 1e-12 * np.abs(y).max()
-    return float((residual**2).sum()) if np.abs(residual).max() > rounding else 0.0
+def _fit(y: np.ndarray, design: np.ndarray, of: np.ndarray, rcond: float | None = None) -> tuple[float, int]:
+    """Sum of squares around the fit to ``y``, 0 where it is rounding of the values ``of`` alone, and the fit's rank."""
+    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=rcond)
+    residual = y - design @ fit
+    return float((residual**2).sum()) if np.abs(residual).max() > 1e-12 * np.abs(of).max() else 0.0, int(rank)
 
 
-def _pure_error(frame: pd.DataFrame, y: np.ndarray) -> tuple[float, int]:
-    """Residual sum of squares and degrees of freedom of the model with every cell and seed (no settings)."""
-    cells, _ = pd.factorize(frame["cell"])
-    counts = np.bincount(cells)
-
-    def centred(column: np.ndarray) -> np.ndarray:
-        return column - (np.bincount(cells, column) / counts)[cells]
-
-    seeds = np.column_stack([centred(column) for column in _indicators(frame["seed"]).T])
-    left = centred(y)
-    fit, _, rank, _ = np.linalg.lstsq(seeds, left, rcond=1e-10)
-    return _squares(left - seeds @ fit, y), len(y) - len(counts) - int(rank)
-
-
-def _error(y: np.ndarray, design: np.ndarray, pure_ss: float, pure_df: int) -> tuple[float, int, float]:
+def _error(frame: pd.DataFrame, y: np.ndarray, design: np.ndarray) -> tuple[float, int, float]:
     """Error mean square, its degrees of freedom, and the p-value of lack of fit (NaN: cannot be tested).
 
-    Without repeats that could tell (``pure_df`` below 1) the error is that around the model.
+    The error is that of the model with every cell and seed and no settings. Without repeats that could tell, it is that
+    around the model.
     """
-    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
-    all_ss, all_df = _squares(y - design @ fit, y), len(y) - int(rank)
+    cells, _ = pd.factorize(frame["cell"])
+    counts = np.bincount(cells)
+    centred = [column - (np.bincount(cells, column) / counts)[cells] for column in (y, *_seeds(frame).T)]
+    pure_ss, rank = _fit(centred[0], np.column_stack(centred[1:]), y, rcond=1e-10)
+    pure_df = len(y) - len(counts) - rank
+    all_ss, rank = _fit(y, design, y)
+    all_df = len(y) - rank
     if pure_df < 1:
         return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
     pure, lack_df = pure_ss / pure_df, all_df - pure_df

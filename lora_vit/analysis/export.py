@@ -1,28 +1,58 @@
-"""The tables of a summary as text, and text as Markdown, LaTeX and on a terminal."""
+"""The tables of a summary as text, and text as Markdown, LaTeX, on a terminal and as one self-contained HTML page.
+
+``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts the tables.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
+import yaml
+from markupsafe import Markup
+from markupsafe import escape as escape_html
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from lora_vit.analysis.summary import Summary
-from lora_vit.analysis.tables import SCALING
-from lora_vit.analysis.texts import count, duration, number, plain, signed, size
+from lora_vit.analysis.tables import SCALING, best_cell
+from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import BASELINES, METHOD, short_names, value_text
 
 RATES_NOTE = (
     "the best over learning rates is selected among several and so a little too good, more so the more rates were "
     "tried; at the shared rate nothing was selected, but the rate may suit some settings better"
 )
-LATEX_ROWS = 40
-"""Of a table, so that it fits a page."""
+LATEX_ROWS, PAGE_ROWS = 40, 500
+"""Of a table: so many fit a sheet of paper; of more the HTML page names the CSV file."""
 LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
 """Columns of the cells table that a narrow terminal does without, the first first."""
+
+
+Column = str | tuple[str, str, Callable[[Any], str]]
+
+
+def as_text(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
+    """A table of text: for each column its title, its name in the frame, and what says a value; or its name alone.
+
+    ``"low high"`` is an interval between two columns. A column that the frame lacks is left out.
+    """
+    out = {}
+    for column in columns:
+        title, name, text = (column, column, value_text) if isinstance(column, str) else column
+        ends = [[text(v) for v in frame[end]] for end in name.split() if end in frame]
+        if ends:
+            rows = zip(*ends, strict=True)
+            out[title] = [low if low == NONE or not high else f"{low} to {high[0]}" for low, *high in rows]
+    return pd.DataFrame(out, dtype=object)
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
@@ -30,119 +60,80 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
 
     ``wide=False`` leaves out what fits no terminal (sd, interval of the difference, throughput, memory, sizes).
     """
-    cells, fixed = summary.cells, summary.race is None
+    cells, comparison, fixed = summary.cells, summary.comparison, summary.race is None
     short = short_names(summary.settings)
-    out = pd.DataFrame({"#": np.arange(1, len(cells) + 1).astype(str)})
-    if METHOD in summary.settings:
-        out["method"] = [BASELINES.get(m, "LoRA") for m in cells[METHOD]]
-    for c in summary.settings:
-        if c != METHOD:
-            out[short[c]] = _each(value_text, cells[c])
-    if SCALING in cells and wide:
-        out["scaling"] = _each(value_text, cells[SCALING])
-    if len(out.columns) == 1:
-        out["cell"] = cells["label"]
-    out["val accuracy %"] = _each(plain, cells["mean"])
-    out["95 % interval"] = _intervals(cells, "low", "high")
-    if summary.comparison.blocked and not summary.comparison.complete and fixed:
-        out["adjusted"] = _each(plain, cells["adjusted"])
-    if wide:
-        out["sd"] = _each(plain, cells["sd"])
-    out["n"] = cells["n"].astype(str)
-    out["mark"] = cells["mark"]
-    if summary.within is not None:
-        out[f"within {plain(summary.within.margin)}"] = np.where(cells["within"], "yes", "")
+    settings = [(short[c], c, value_text if c != METHOD else lambda m: BASELINES.get(m, "LoRA")) for c in short]
     behind = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
-    out["vs best (points)" if wide else "vs best"] = _each(signed, behind)
-    if wide and fixed:
-        out["interval of it"] = _intervals(cells, "difference_low", "difference_high", signed)
-    for key, title in (("vs_probe", "vs linear probe"), ("vs_full", "vs full fine-tuning")):
-        if key in cells:
-            out[title] = _each(signed, cells[key])
-    star = {True: " *", False: ""}
-    out["parameters"] = _each(count, cells["trainable_parameters"]) + cells["pareto_parameters"].map(star)
-    out["seconds"] = _each(duration, cells["seconds"]) + cells["pareto_seconds"].map(star)
-    if wide:
-        out["images/s"] = _each(duration, cells["images_per_second"])
-        out["peak memory"] = _each(size, cells["peak_memory_bytes"])
-        out["adapter"] = _each(size, cells["adapter_bytes"])
-    return out
-
-
-def _each(text: Callable[[Any], str], column: Iterable) -> pd.Series:
-    return pd.Series([text(v) for v in column], dtype=object)
-
-
-def _intervals(frame: pd.DataFrame, low: str, high: str, text: Callable[[float], str] = plain) -> list[str]:
-    ends = zip(_each(text, frame[low]), _each(text, frame[high]), strict=True)
-    return ["–" if a == "–" else f"{a} to {b}" for a, b in ends]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table of text below the cells, what must be known to read it, and the file with more of it."""
-
-    title: str
-    table: pd.DataFrame
-    notes: list[str] = field(default_factory=list)
-    file: str = "cells.csv"
-
-
-def sections(summary: Summary) -> list[Section]:
-    """The tables below the cells, without empty ones."""
-    rates = summary.learning_rates
-    found = [
-        Section("Best over lr, and at the shared lr", _rates(rates), [RATES_NOTE] if len(rates) else []),
-        Section("Main effects (points)", _effects(summary.effects.table), summary.effects.notes),
-        Section("Not averaged", _unfinished(summary.unfinished), file="trials.csv"),
-    ]
-    return [section for section in found if len(section.table) or section.notes]
-
-
-def _rates(table: pd.DataFrame) -> pd.DataFrame:
-    """`best over lr` beside `at shared lr` as text."""
-    if table.empty:
-        return table
-    edges = [" (edge)" * edge for edge in table["edge"]]
-    return pd.DataFrame(
-        {
-            "setting": table["setting"],
-            "best lr": _each(value_text, table["best_lr"]) + edges,
-            "best over lr, %": _each(plain, table["best_mean"]),
-            "95 % interval": _intervals(table, "best_low", "best_high"),
-            "of rates": table["rates"].astype(str),
-            f"at shared lr {value_text(table['shared_lr'].iloc[0])}, %": _each(plain, table["shared_mean"]),
-            "its 95 % interval": _intervals(table, "shared_low", "shared_high"),
-        }
+    table = as_text(
+        cells.assign(place=np.arange(1, len(cells) + 1), behind=behind),
+        ("#", "place", str),
+        *(settings or [("cell", "label", str)]),
+        *[("effective scaling" if "lora.scaling" in short else "scaling", SCALING, value_text)] * wide,
+        ("val accuracy %", "mean", plain),
+        ("95 % interval", "low high", plain),
+        *[("adjusted", "adjusted", plain)] * (comparison.blocked and not comparison.complete and fixed),
+        *[("sd", "sd", plain)] * wide,
+        *("n", "mark"),
+        (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
+        ("vs best (points)" if wide else "vs best", "behind", signed),
+        *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
+        ("vs linear probe", "vs_probe", signed),
+        ("vs full fine-tuning", "vs_full", signed),
+        ("parameters", "trainable_parameters", count),
+        ("seconds", "seconds", duration),
+        *[("images/s", "images_per_second", duration)] * wide,
+        *[("peak memory", "peak_memory_bytes", size)] * wide,
+        *[("adapter", "adapter_bytes", size)] * wide,
     )
+    for name in ("parameters", "seconds"):
+        table[name] += np.where(cells[f"pareto_{name}"], " *", "")
+    return table
 
 
-def _effects(table: pd.DataFrame) -> pd.DataFrame:
-    """Main effects as text, in points."""
-    texts = {name: _each(value_text, table[name]) for name in ("setting", "level", "against")}
-    interval = _intervals(table, "low", "high", signed)
-    return pd.DataFrame({**texts, "effect": _each(signed, table["effect"]), "95 % interval": interval})
+def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Below the cells: a title, a table of text and what must be known to read it; those that hold anything."""
+    rates, effects, shared = summary.learning_rates, summary.effects, ""
+    if len(rates):
+        shared = value_text(rates["shared_lr"].iloc[0])
+        rates = rates.assign(best_lr=rates["best_lr"].map(value_text) + np.where(rates["edge"], " (edge)", ""))
+    best_over_lr = as_text(
+        rates,
+        "setting",
+        ("best lr", "best_lr", str),
+        ("best over lr, %", "best_mean", plain),
+        ("95 % interval", "best_low best_high", plain),
+        ("of rates", "rates", str),
+        (f"at shared lr {shared}, %", "shared_mean", plain),
+        ("its 95 % interval", "shared_low shared_high", plain),
+    )
+    signed_columns = ("effect", "effect", signed), ("95 % interval", "low high", signed)
+    main_effects = as_text(effects.table, "setting", "level", "against", *signed_columns)
+    of_trials = ("trial", "label", "seed", "status", "epoch", "reason", ("last value", "value", number))
+    found = [
+        ("Best over lr, and at the shared lr", best_over_lr, [RATES_NOTE] * bool(len(rates))),
+        ("Main effects (points)", main_effects, effects.notes),
+        ("Not averaged", as_text(summary.unfinished, *of_trials), []),
+    ]
+    return [section for section in found if len(section[1]) or section[2]]
 
 
-def _unfinished(table: pd.DataFrame) -> pd.DataFrame:
-    """The trials that are not in the averages, as text."""
-    epoch, last = _each(value_text, table["epoch"]), _each(number, table["value"])
-    return table.drop(columns="value").assign(epoch=epoch, **{"last value": last}).astype(str)
+def numeric(table: pd.DataFrame) -> list[bool]:
+    """Which columns of text hold numbers, and stand on the right."""
+    return [all(str(v)[:1] in "+-–0123456789" for v in table[c]) for c in table.columns]
 
 
-def numeric(column: pd.Series) -> bool:
-    """Whether a column of text holds numbers, and stands on the right."""
-    return all(str(v)[:1] in "+-–0123456789" for v in column)
+def _in_one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def markdown_escape(text: object) -> str:
     """Text as Markdown prints it, in one line."""
-    return re.sub(r"([\\|*`])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;")
+    return re.sub(r"([\\|*`])", r"\\\1", _in_one_line(text)).replace("<", "&lt;")
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A pipe table; text right-aligned where it is a number."""
-    rule = ["---:" if numeric(table[c]) else "---" for c in table.columns]
+    rule = ["---:" if right else "---" for right in numeric(table)]
     lines = [[markdown_escape(v) for v in row] for row in (list(table.columns), *table.to_numpy().tolist())]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
@@ -152,80 +143,132 @@ def table_md(summary: Summary) -> str:
     parts = [f"**{markdown_escape(summary.verdict)}**"]
     parts += [f"> Warning: {markdown_escape(w)}" for w in summary.warnings]
     parts += [markdown(readable(summary)), summary.legend]
-    for section in sections(summary):
-        parts += [f"### {section.title}", *([markdown(section.table)] if len(section.table) else [])]
-        parts += map(markdown_escape, section.notes)
+    for title, table, notes in sections(summary):
+        parts += [f"### {title}", *[markdown(table)] * bool(len(table)), *map(markdown_escape, notes)]
     return "\n\n".join(parts) + "\n"
 
 
-_LATEX = {
+_LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--",
     "<": r"\textless{}", ">": r"\textgreater{}", **{c: f"\\{c}" for c in "&%$#_{}"},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def latex_escape(text: object) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(c, c) for c in " ".join(str(text).split()))
-
-
-def latex(table: pd.DataFrame, caption: str) -> str:
-    """A table for the LaTeX packages booktabs and graphicx, in small type, shrunk where it is wider than the page."""
-    align = "".join("r" if numeric(table[c]) else "l" for c in table.columns)
-    style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
-    rows = style.to_latex(hrules=True, column_format=align)
-    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
-    head = "\\begin{table}\n\\centering\n\\caption{" + latex_escape(caption) + "}\n\\footnotesize\n"
-    return f"{head}\\setlength{{\\tabcolsep}}{{4pt}}\n{fits}{rows.rstrip()}}}\n\\end{{table}}\n"
+    return _in_one_line(text).translate(_LATEX)
 
 
 def table_tex(summary: Summary) -> str:
-    """``table.tex``: the columns that the terminal has, the verdict as caption, the warnings as comments."""
-    table = readable(summary, wide=False)
-    more = f" The first {LATEX_ROWS} of {len(table)} cells." if len(table) > LATEX_ROWS else ""
-    comments = "".join(f"% {' '.join(line.split())}\n" for line in [summary.verdict, *summary.warnings])
-    return comments + latex(table.head(LATEX_ROWS), summary.verdict + more)
+    """``table.tex``: the columns that the terminal has, the verdict as caption, the warnings as comments.
+
+    For the LaTeX packages booktabs and graphicx, in small type, shrunk where it is wider than the page.
+    """
+    whole = readable(summary, wide=False)
+    table, caption = whole.head(LATEX_ROWS), latex_escape(summary.verdict)
+    caption += f" The first {LATEX_ROWS} of {len(whole)} cells." if len(whole) > LATEX_ROWS else ""
+    comments = "".join(f"% {_in_one_line(line)}\n" for line in [summary.verdict, *summary.warnings])
+    style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
+    align = "".join("r" if right else "l" for right in numeric(table))
+    rows = style.to_latex(hrules=True, column_format=align).rstrip()
+    head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\footnotesize\n\\setlength{{\\tabcolsep}}{{4pt}}\n"
+    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+    return f"{comments}{head}{fits}{rows}}}\n\\end{{table}}\n"
 
 
-def terminal(summary: Summary, console: Any, top: int) -> None:
-    """Print the tables; at most ``top`` rows each."""
+def terminal(summary: Summary, console: Console, top: int) -> None:
+    """Print the tables, at most ``top`` rows each, without the columns that the terminal has no room for.
+
+    Headers and text wrap, and no number and no word is broken.
+    """
     many = "s" * (len(summary.cells) > 1)
-    _print_table(Section(f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False)), console, top)
-    for section in sections(summary):
-        _print_table(section, console, top)
+    cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
+    for title, whole, notes in [cells, *sections(summary)]:
+        table = whole.head(top)
+        columns = dict(zip(table.columns, numeric(table), strict=True))
+        widths = {}
+        for c, right in columns.items():
+            unbroken = table[c] if right else " ".join(table[c]).split()
+            widths[c] = max(map(len, [*c.split(), *unbroken]))
+        room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
+        for c in LEAST_NEEDED:
+            if room < 0 and c in widths:
+                room += widths.pop(c) + 2
+        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for c, least in widths.items():
+            more = min(max(map(len, [c, *table[c]])) - least, max(room, 0))
+            side: Any = "right" if columns[c] else "left"
+            grid.add_column(escape(c), justify=side, overflow="fold", width=None if room < 0 else least + more)
+            room -= more
+        for row in table[list(widths)].itertuples(index=False):
+            grid.add_row(*map(escape, row))
+        if len(table):
+            console.print(grid)
+        if len(whole) > top:
+            console.print(f"... {len(whole) - top} more rows (see the files)")
+        if left_out := [c for c in columns if c not in widths]:
+            console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
+        for note in notes:
+            console.print(f"note: {escape(note)}")
+        console.print()
 
 
-def _print_table(section: Section, console: Any, top: int) -> None:
-    """Print a table in which headers and text wrap, without the columns that the terminal has no room for."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = section.table.head(top)
-    widths = {c: _narrowest(table[c]) for c in table.columns}
-    room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
-    for c in LEAST_NEEDED:
-        if room < 0 and c in widths:
-            room += widths.pop(c) + 2
-    grid = Table(title=section.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for c, least in widths.items():
-        more = min(max(len(str(v)) for v in (c, *table[c])) - least, max(room, 0))
-        side: Any = "right" if numeric(table[c]) else "left"
-        grid.add_column(escape(str(c)), justify=side, overflow="fold", width=None if room < 0 else least + more)
-        room -= more
-    for row in table[list(widths)].itertuples(index=False):
-        grid.add_row(*(escape(str(v)) for v in row))
-    if len(table):
-        console.print(grid)
-    if len(section.table) > top:
-        console.print(f"... {len(section.table) - top} more rows (see the files)")
-    if left_out := [c for c in table.columns if c not in widths]:
-        console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
-    for note in section.notes:
-        console.print(f"note: {escape(note)}")
-    console.print()
+def inline_svg(data: bytes, name: str) -> Markup:
+    """An SVG picture inside the page: no XML head, ids of its own."""
+    text = data.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
 
 
-def _narrowest(column: pd.Series) -> int:
-    """Characters that a column needs so that no number and no word is broken."""
-    whole = list(column) if numeric(column) else [word for text in column for word in str(text).split()]
-    return max(map(len, [*str(column.name).split(), *map(str, whole)]), default=1)
+def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
+    """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again."""
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    pages.filters.update(number=number, plain=plain, points=points)
+    pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
+    names = ", ".join(Path(f).name or f for f in summary.folders)
+    trials, facts = summary.trials, summary.environment
+    best, completed = best_cell(summary.cells), trials["status"] == "completed"
+    folders = trials.loc[completed & (trials["cell"] == best["cell"]), "folder"]
+    commits = facts.loc[(facts["fact"] == "environment.commit") & (facts["value"] != NONE), "value"].tolist()
+    return pages.get_template("report.html.j2").render(
+        title=names + (f", where {summary.where}" if summary.where else ""),
+        summary=summary,
+        best=best,
+        tested=math.isfinite(summary.test.mean),
+        power=summary.power(),
+        completed=int(completed.sum()),
+        numeric=numeric,
+        most=PAGE_ROWS,
+        cells=readable(summary),
+        sections=sections(summary),
+        pictures=[inline_svg(data, name) for name, data in pictures.items()],
+        trials=as_text(
+            trials,
+            *("trial", ("cell", "label", str), "seed", "status", "epoch"),
+            ("val accuracy %", "val_accuracy", plain),
+            ("val loss", "val_loss", loss),
+            ("training loss", "train_loss", loss),
+            ("seconds", "seconds", duration),
+            ("pack", "pack_size", value_text),
+        ),
+        commands=[*training_commands(folders.head(5).tolist()), command],
+        commits=commits[:5],
+    )
+
+
+def training_commands(folders: list[str]) -> list[str]:
+    """What Hydra was called with to train the trials in these folders, each once; unknown ones are left out."""
+    found = []
+    for folder in folders:
+        try:
+            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
+            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
+            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
+            found.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            continue
+    return list(dict.fromkeys(found))

@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Loaded:
     """
 
     trials: pd.DataFrame
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     races: list[dict[str, Any]] = field(default_factory=list)
     sweeps: int = 0
 
@@ -52,7 +52,7 @@ def find_records(folder: Path, depth: int = 2) -> list[Path]:
 
 
 def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
-    """Read every record of the folders; of records with one trial id the newest counts.
+    """Read every record of the folders; of records with one trial id the one with the last sign of life counts.
 
     Raises:
         RecordError: a folder does not exist, or there is no readable record at all.
@@ -69,68 +69,58 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     if not paths:
         raise RecordError(f"no trial in {', '.join(map(str, given))}: no {RECORD} there or up to two folders below")
     problems: list[str] = []
-    rows = _newest_rows(paths, problems)
-    if not rows:
-        raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
-    frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
-    loaded = Loaded(frame, problems)
-    for folder in given:
-        _read_plans(folder, {*rows, *(path.name for path in paths)}, loaded)
-    return loaded
-
-
-def _newest_rows(paths: Iterable[Path], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """A row for each trial id, of its newest record; ``problems`` name what is left out."""
-    rows: dict[str, dict[str, Any]] = {}
+    read = []
     for path in paths:
         try:
-            new = row(read_record(path), path, problems)
+            read.append(row(read_record(path), path, problems))
         except FileNotFoundError:
             continue  # removed since it was found
         except RecordError as error:
             problems.append(f"{error}; left out")
-            continue
-        trial, old = new["trial"], rows.get(new["trial"])
-        if old is not None:
-            new, old = (new, old) if _age(new) >= _age(old) else (old, new)
+    if not read:
+        raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
+    rows: dict[str, dict[str, Any]] = {}
+    for old in sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True):
+        new = rows.setdefault(old["trial"], old)
+        if new is not old:
             problems.append(
-                f"trial {trial} is there twice: {new['folder']} ({new['status']}) is newer and counts, "
+                f"trial {old['trial']} is there twice: {new['folder']} ({new['status']}) is newer and counts, "
                 f"{old['folder']} ({old['status']}) is left out"
             )
-        rows[trial] = new
-    return rows
+    frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
+    loaded = Loaded(frame, problems)
+    for folder in given:
+        inside = (folder / RECORD).is_file()  # one trial of a sweep, whose others need not be here
+        for path in [folder.parent / PLAN] if inside else [folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))]:
+            _read_plan(path, loaded, None if inside else {*rows, *(path.name for path in paths)})
+    return loaded
 
 
-def _age(values: dict[str, Any]) -> tuple[float, str]:
-    """The last sign of life; the folder's name settles ties, so that reading order never does."""
-    return (max(values["started"], values["heartbeat"]), values["folder"])
-
-
-def _read_plans(folder: Path, found: set[str], loaded: Loaded) -> None:
-    """Note the races of the sweeps at or below the folder, and which of their trials have left no record."""
-    inside = (folder / RECORD).is_file()  # one trial of a sweep, whose others need not be here
-    for path in [folder.parent / PLAN] if inside else [folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))]:
-        try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
-            planned = list(plan["trials"])
-            if race := plan.get("race"):
-                Rules.of(race)  # refuses what was edited
-                race = {"command": plan.get("command"), **race}
-                race.update(seed=int(race["seed"]), cells=list(race["cells"]))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            loaded.problems.append(f"{path} cannot be read ({error}): whether trials of the sweep lack a record is not "
-                                   "known, nor whether they raced")  # fmt: skip
-            continue
-        loaded.sweeps += not inside
-        loaded.races += [race] if race else []
-        missing = [trial for trial in planned if trial not in found and not inside]
-        if missing:
-            shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
-            loaded.problems.append(f"{len(missing)} of {len(planned)} trials of the sweep have no record ({shown}); "
-                                   f"python -m lora_vit.sweep work {shlex.quote(str(path.parent))} trains "
-                                   "them")  # fmt: skip
+def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
+    """Note a sweep's race, and which of its trials have left no record (``found``: ids; None: that does not matter)."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        planned = list(plan["trials"])
+        if race := plan.get("race"):
+            Rules.of(race)  # refuses what was edited
+            race = {"command": plan.get("command"), **race}
+            race.update(seed=int(race["seed"]), cells=list(race["cells"]))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        loaded.problems.append(f"{path} cannot be read ({error}): whether trials of the sweep lack a record is not "
+                               "known, nor whether they raced")  # fmt: skip
+        return
+    loaded.races += [race] if race else []
+    if found is None:
+        return
+    loaded.sweeps += 1
+    if missing := [trial for trial in planned if trial not in found]:
+        shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
+        command = f"python -m lora_vit.sweep work {shlex.quote(str(path.parent))}"
+        loaded.problems.append(
+            f"{len(missing)} of {len(planned)} trials of the sweep have no record ({shown}); {command} trains them"
+        )
 
 
 def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any]:
@@ -145,7 +135,8 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     """
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
-    lora = LoraConfig(**{f.name: record.config["lora"].get(f.name) for f in fields(LoraConfig)})
+    lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
+    versions = facts.get("versions")
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
@@ -154,23 +145,29 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **flat(record.config),
         "lora.effective_scaling": lora.effective_scaling() if lora.rank else math.nan,
         "epoch": as_float(record.metrics.get("epoch")),
-    }
-    for name in FIGURES:
-        values[name] = _metric(name, record, folder, problems)
-    values.update({name: as_float(record.cost.get(name)) for name in COSTS})
-    for name in ("trainable", "adapter", "head", "total"):
-        values[f"{name}_parameters"] = as_float(record.parameters.get(name))
-    values["data.fingerprint"] = _fact(record.data.get("fingerprint"))
-    values.update({f"data.{k}": _count(record.data.get(k)) for k in ("classes", "train", "val", "test")})
-    for name in ("commit", "dirty", "host", "device", "precision", "world_size"):
-        values[f"environment.{name}"] = _fact(record.environment.get(name))
-    versions = record.environment.get("versions")
-    named = sorted(versions.items()) if isinstance(versions, dict) else []
-    values["environment.versions"] = ", ".join(f"{k} {v}" for k, v in named)
-    error = record.error or {}
-    values["error"] = str(error.get("message", "")).strip().split("\n")[0]
-    values["error_step"] = as_float(error.get("step"))
-    values.update(started=record.started, heartbeat=record.heartbeat, folder=str(folder))
+        **{name: as_float(record.metrics.get(name)) for name in FIGURES},
+        **{name: as_float(record.cost.get(name)) for name in COSTS},
+        **{f"{name}_parameters": as_float(record.parameters.get(name))
+           for name in ("trainable", "adapter", "head", "total")},
+        "data.fingerprint": _fact(record.data.get("fingerprint")),
+        **{f"data.{name}": _count(record.data.get(name)) for name in ("classes", "train", "val", "test")},
+        **{f"environment.{name}": _fact(facts.get(name))
+           for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
+        "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        if isinstance(versions, dict) else "",
+        "error": str(error.get("message", "")).strip().split("\n")[0],
+        "error_step": as_float(error.get("step")),
+        "started": record.started,
+        "heartbeat": record.heartbeat,
+        "folder": str(folder),
+    }  # fmt: skip
+    for name in (name for name in FIGURES if name.endswith("accuracy")):
+        value = values[name]
+        if not (math.isnan(value) or 0 <= value <= 1):
+            problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
+            values[name] = math.nan
+        elif record.status == "completed" and math.isnan(value) and name == "val_accuracy":
+            problems.append(f"{folder / RECORD}: completed without {name}; taken as missing")
     return values
 
 
@@ -183,19 +180,9 @@ def as_float(value: Any) -> float:
 
 def _count(value: Any) -> int | None:
     """The value where it is a whole number from 0 up."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _fact(value: Any) -> Any:
     """A value to be shown and counted; anything but text, a flag or a number as text."""
     return value if value is None or isinstance(value, (str, bool, int)) else str(value)
-
-
-def _metric(name: str, record: TrialRecord, folder: Path, problems: list[str]) -> float:
-    value = as_float(record.metrics.get(name))
-    if name.endswith("accuracy") and not (math.isnan(value) or 0 <= value <= 1):
-        problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")
-        return math.nan
-    if record.status == "completed" and math.isnan(value) and name == "val_accuracy":
-        problems.append(f"{folder / RECORD}: completed without {name}; taken as missing")
-    return value

@@ -1,7 +1,11 @@
-"""Pictures of a summary, drawn without a display. Colours: Okabe & Ito (2008), safe for the colour-blind."""
+"""Pictures of a summary, drawn without a display. Colours: Okabe & Ito (2008), safe for the colour-blind.
+
+``report.mplstyle`` has their style.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from pathlib import Path
@@ -20,6 +24,7 @@ from lora_vit.errors import RecordError
 from lora_vit.files import read_rows
 from lora_vit.records import METRICS
 
+STYLE = Path(__file__).with_name("report.mplstyle")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARK_STYLE = {
@@ -30,26 +35,11 @@ MARK_STYLE = {
 MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
 LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture
 ACCURACY = "Val accuracy (%)"
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "svg.hashsalt": "lora_vit",
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-}
 
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figures = {
             "cells": cells(summary),
             "race": race(summary),
@@ -64,7 +54,7 @@ def render(figure: Figure, kind: str) -> bytes:
     """The figure as ``png`` or ``svg``, the same bytes every time."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
     return buffer.getvalue()
 
@@ -72,20 +62,19 @@ def render(figure: Figure, kind: str) -> bytes:
 def cells(summary: Summary) -> Figure:
     """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
     shown, more = _best_and_baselines(summary.cells, MOST_ROWS, 4)
-    figure, axes = _axes(f"Cells{more}", height=1.3 + 0.26 * max(len(shown), 3), beside=shown["label"])
+    axes = _axes(f"Cells{more}", "", "", height=1.3 + 0.26 * max(len(shown), 3), beside=shown["label"])
     for mark, (colour, marker) in MARK_STYLE.items():
         here = np.flatnonzero(shown["mark"] == mark)
         if len(here):
-            _points(axes, shown.iloc[here], here, mark, colour, marker, horizontal=True, linestyle="none")
+            _points(axes, shown.iloc[here], here, mark, colour, marker, horizontal=True)
     axes.set_yticks(range(len(shown)), [_shorten(t) for t in shown["label"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(_limits(shown))
-    low, high = axes.get_xlim()
+    low, high = _limits(shown)
+    axes.set_xlim(low, high)
     beyond = bool(((100 * shown["low"] < low) | (100 * shown["high"] > high)).any())
     axes.set_xlabel(f"{ACCURACY}, {_what_is_shown(shown)}" + "\n(bars without ends are longer than shown)" * beyond)
-    _legend(figure, 5)
-    return figure
+    return _with_legend(axes, 5)
 
 
 def race(summary: Summary) -> Figure | None:
@@ -96,7 +85,8 @@ def race(summary: Summary) -> Figure | None:
     labels = dict(zip(summary.cells["cell"], summary.cells["label"], strict=True))
     order = [race.cells.index(cell) for cell in labels if cell in race.cells]
     more = f", {MOST_LINES} of {len(order)} cells named" if len(order) > MOST_LINES else ""
-    figure, axes = _axes(f"The race: mean of each cell so far{more}", 8.0, 4.6)
+    seeds_axis = "Seeds (dotted: the first that a decision was made with; a cross: the cell left)"
+    axes = _axes(f"The race: mean of each cell so far{more}", seeds_axis, "Mean val accuracy (%)", 8.0, 4.6)
     for k, i in enumerate(order):
         seeds = np.arange(1, race.seeds_of(i) + 1)
         means = 100 * np.cumsum(race.y[i, : len(seeds)]) / seeds
@@ -108,10 +98,7 @@ def race(summary: Summary) -> Figure | None:
             axes.plot(seeds[-1], means[-1], marker="x", color=colour, markersize=7, markeredgewidth=1.8)
     axes.axvline(race.rules.first_seeds, color="#999999", linestyle=":", linewidth=1)
     axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("Seeds (dotted: the first that a decision was made with; a cross: the cell left)")
-    axes.set_ylabel("Mean val accuracy (%)")
-    _legend(figure, 2)
-    return figure
+    return _with_legend(axes, 2)
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
@@ -134,7 +121,8 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
             frame = frame[frame[c].map(value_text) == value_text(best[c])]
             held.append(f"{short[c]} {value_text(best[c])}")
     at = f"\n{_shorten('at ' + ', '.join(held))}" if held else ""
-    figure, axes = _axes(f"Val accuracy by {short[x]}, {_what_is_shown(frame)}{at}")
+    name = "Learning rate" if short[x] == "lr" else short[x].replace("_", " ").capitalize()
+    axes = _axes(f"Val accuracy by {short[x]}, {_what_is_shown(frame)}{at}", name)
     ticks = sorted(frame[x].unique())
     groups = list(frame.groupby(lines[0])) if lines else [(None, frame)]
     for k, (value, group) in enumerate(groups):
@@ -144,31 +132,24 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
     baselines = [_with_method(summary.cells, method).head(1) for method in BASELINES if METHOD in summary.cells]
     for row, colour in zip(baselines, ("#777777", "#000000"), strict=False):
-        for _, cell in row.iterrows():
-            axes.axhline(100 * cell["mean"], color=colour, ls="--", lw=1.2, label=BASELINES[cell[METHOD]])
-    names = [value_text(v) for v in ticks]
+        for mean, method in zip(row["mean"], row[METHOD], strict=True):
+            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
+    names = list(map(value_text, ticks))
     every = math.ceil(len(ticks) * (max(map(len, names)) + 2) / TICKS)
     axes.set_xticks(range(0, len(ticks), every), names[::every])
-    axes.set_xlabel("Learning rate" if short[x] == "lr" else short[x].replace("_", " ").capitalize())
-    axes.set_ylabel(ACCURACY)
     axes.set_ylim(_limits(pd.concat([frame, *(row.assign(low=math.nan) for row in baselines)])))
-    _legend(figure, 4)
-    return {f"by_{short[x].replace('.', '_')}": figure}
+    return {f"by_{short[x].replace('.', '_')}": _with_legend(axes, 4)}
 
 
 def curves(folders: list[str]) -> pd.DataFrame:
     """Val accuracy after each epoch, one column per trial; trials without readable rows are left out."""
-    columns = {}
+    table = pd.DataFrame()
     for folder in folders:
-        try:
+        with contextlib.suppress(RecordError, OSError, UnicodeDecodeError):
             rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
-        except (RecordError, OSError, UnicodeDecodeError):
-            continue
-        values = {r["epoch"]: as_float(r.get("val_accuracy")) for r in rows if isinstance(r.get("epoch"), int)}
-        known = pd.Series(values, dtype=float).dropna()
-        if len(known):
-            columns[folder] = known
-    return pd.DataFrame(columns).sort_index()
+            values = {r["epoch"]: as_float(r.get("val_accuracy")) for r in rows if isinstance(r.get("epoch"), int)}
+            table = table.join(pd.Series(values, dtype=float, name=folder).dropna(), how="outer")
+    return table.dropna(axis="columns", how="all")
 
 
 def learning_curves(summary: Summary) -> Figure | None:
@@ -179,15 +160,15 @@ def learning_curves(summary: Summary) -> Figure | None:
     shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
     done = summary.trials[summary.trials["status"] == "completed"]
     seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
-    figure, axes = _axes(f"Learning curves: {seeds}{more}")
+    axes = _axes(f"Learning curves: {seeds}{more}", "Epoch")
     later = []
-    for k, (_, cell) in enumerate(shown.iterrows()):
+    for (_, cell), colour, marker in zip(shown.iterrows(), COLOURS, MARKERS, strict=False):
         table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist())
         if len(table):
             mean, low, high = table.mean(axis=1), table.min(axis=1), table.max(axis=1)
-            axes.plot(mean.index, mean, color=COLOURS[k], marker=MARKERS[k], markersize=3.5, linewidth=1.6,
-                      label=_shorten(str(cell["label"])))  # fmt: skip
-            axes.fill_between(table.index, low, high, color=COLOURS[k], alpha=0.15, linewidth=0)
+            style: Any = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
+            axes.plot(mean.index, mean, label=_shorten(str(cell["label"])), **style)
+            axes.fill_between(table.index, low, high, color=colour, alpha=0.15, linewidth=0)
             later.append(low[low.index > low.index[0] + (low.index[-1] - low.index[0]) / 3])
     if not later:
         return None
@@ -195,10 +176,7 @@ def learning_curves(summary: Summary) -> Figure | None:
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
     axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("Epoch")
-    axes.set_ylabel(ACCURACY)
-    _legend(figure, 1 if shown["label"].str.len().max() > 44 else 2)
-    return figure
+    return _with_legend(axes, 1 if shown["label"].str.len().max() > 44 else 2)
 
 
 def pareto(summary: Summary) -> Figure | None:
@@ -208,7 +186,8 @@ def pareto(summary: Summary) -> Figure | None:
     if frame[cost].nunique() < 2:
         return None
     chosen, rest = frame[frame[front]], frame[~frame[front]]
-    figure, axes = _axes("Val accuracy against trainable parameters", height=4.6, beside=chosen["label"])
+    axes = _axes("Val accuracy against trainable parameters", "Trainable parameters", height=4.6,
+                 beside=chosen["label"])  # fmt: skip
     if frame[cost].min() > 0:
         axes.set_xscale("log")
     if len(rest):
@@ -223,31 +202,29 @@ def pareto(summary: Summary) -> Figure | None:
     named = names[:MOST_NAMES] + [f"… {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
     axes.annotate("\n".join(named), (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8)
     axes.margins(y=0.1)
-    axes.set_xlabel("Trainable parameters")
-    axes.set_ylabel(ACCURACY)
     axes.legend(loc="best", fontsize=9)
-    return figure
+    return axes.figure  # type: ignore[return-value]
 
 
-def _axes(title: str, width: float = 7.0, height: float = 4.2, beside: pd.Series | None = None) -> tuple[Figure, Axes]:
-    """A figure (inches) with one picture; ``beside``: labels that need room of their own."""
+def _axes(title: str, x: str, y: str = ACCURACY, width: float = 7.0, height: float = 4.2,
+          beside: pd.Series | None = None) -> Axes:  # fmt: skip
+    """One picture in a figure of its own (inches); ``beside``: labels that need room of their own."""
     if beside is not None:
         width = 7.5 + 0.08 * max(0, min(int(beside.str.len().max()), LONGEST) - 44)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    return figure, axes
+    axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return axes
 
 
 def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | None, colour: str, marker: str,
-            horizontal: bool = False, linestyle: str = "-") -> None:  # fmt: skip
-    """Means with their intervals, none where a cell has none."""
+            horizontal: bool = False) -> None:  # fmt: skip
+    """Means with their intervals, none where a cell has none; vertical ones are joined by a line."""
     mean = 100 * frame["mean"].to_numpy(float)
     bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
-    x, y = (mean, places) if horizontal else (places, mean)
-    sizes: Any = {"capsize": 2.5, "linewidth": 1.6, "elinewidth": 1.3, "markersize": 5}
-    axes.errorbar(x, y, xerr=bars if horizontal else None, yerr=None if horizontal else bars, label=label,
-                  color=colour, marker=marker, linestyle=linestyle, **sizes)  # fmt: skip
+    where: Any = (
+        {"x": mean, "y": places, "xerr": bars, "ls": "none"} if horizontal else {"x": places, "y": mean, "yerr": bars}
+    )
+    axes.errorbar(**where, label=label, color=colour, marker=marker, capsize=2.5, lw=1.6, elinewidth=1.3, ms=5)
 
 
 def _limits(frame: pd.DataFrame) -> tuple[float, float]:
@@ -264,10 +241,12 @@ def _limits(frame: pd.DataFrame) -> tuple[float, float]:
     return low - edge, min(high, 100.0) + edge
 
 
-def _legend(figure: Figure, columns: int) -> None:
-    """The legend below the picture; none where nothing has a name."""
-    if figure.axes[0].get_legend_handles_labels()[0]:
+def _with_legend(axes: Axes, columns: int) -> Figure:
+    """The figure, with a legend below the picture if anything has a name."""
+    figure: Any = axes.figure
+    if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5)
+    return figure
 
 
 def _shorten(text: str) -> str:

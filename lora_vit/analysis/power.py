@@ -11,6 +11,9 @@ from scipy import optimize, special
 
 from lora_vit.analysis.stats import MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
+WANTED = 0.8
+"""The power of a design that is large enough."""
+
 
 def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
     """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
@@ -29,45 +32,38 @@ def power(difference: float, sd: float, cells: int, seeds: float, df: float | No
     return float(weights @ special.ndtr(away - critical * s))
 
 
-def detectable(sd: float, cells: int, seeds: float, df: float | None = None, wanted: float = 0.8) -> float:
-    """Smallest true difference that :func:`power` finds with probability ``wanted``; NaN below two seeds."""
+def detectable(sd: float, cells: int, seeds: float, df: float) -> float:
+    """Smallest true difference that :func:`power` finds with 80 %; NaN below two seeds."""
     if cells < 2 or seeds < 2 or not sd > 0:
         return 0.0 if sd == 0 and cells > 1 and seeds > 1 else math.nan
     top = sd
-    while power(top, sd, cells, seeds, df) < wanted:
+    while power(top, sd, cells, seeds, df) < WANTED:
         top *= 2
-    return float(optimize.brentq(lambda x: power(x, sd, cells, seeds, df) - wanted, 0.0, top, rtol=1e-6))
+    return float(optimize.brentq(lambda x: power(x, sd, cells, seeds, df) - WANTED, 0.0, top, rtol=1e-6))
 
 
-def seeds_needed(difference: float, sd: float, cells: int, wanted: float = 0.8) -> int | None:
-    """Fewest seeds with which :func:`power` reaches ``wanted``; None above ``MOST_SEEDS``."""
-    return _fewest(lambda seeds: power(difference, sd, cells, seeds), sd, cells, wanted)
+def seeds_needed(difference: float, sd: float, cells: int) -> int | None:
+    """Fewest seeds with which :func:`power` reaches 80 %; None above ``MOST_SEEDS``."""
+    return _fewest(lambda seeds: power(difference, sd, cells, seeds), sd, cells)
 
 
-def seeds_within(margin: float, sd: float, cells: int, wanted: float = 0.8) -> int | None:
-    """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin; None above MOST_SEEDS.
+def seeds_within(margin: float, sd: float, cells: int) -> int | None:
+    """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin with 80 %, or None.
 
     ``P(D + critical * error <= margin)``, D normal with the error ``sd sqrt(2 / seeds)``, the sd taken as it is.
     """
 
     def found(seeds: int) -> float:
-        if seeds < 2:
-            return 0.0
         critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1))
         return float(special.ndtr(margin / (sd * math.sqrt(2 / seeds)) - critical)) if sd > 0 else 1.0
 
-    return _fewest(found, sd, cells, wanted)
+    return _fewest(found, sd, cells)
 
 
-def _fewest(found: Callable[[int], float], sd: float, cells: int, wanted: float) -> int | None:
-    if cells < 2 or not math.isfinite(sd):
-        return None
-    high = 2
-    while high < MOST_SEEDS and found(high) < wanted:
-        high *= 2
-    counts = range(min(high, MOST_SEEDS) + 1)
-    fewest = bisect.bisect_left(counts, wanted, high // 2, key=found)
-    return fewest if fewest in counts else None
+def _fewest(found: Callable[[int], float], sd: float, cells: int) -> int | None:
+    counts = range(2, MOST_SEEDS + 1) if cells > 1 and math.isfinite(sd) else range(0)
+    place = bisect.bisect_left(counts, WANTED, key=found)
+    return counts[place] if place < len(counts) else None
 
 
 def expected_maximum(count: int) -> float:

@@ -19,7 +19,7 @@ Trials beyond r, and those of cells that have left, decide nothing. So neither t
 number of workers changes a decision. A changed margin or grid is another replay of the same records, in which a cell
 that had left may be in again.
 
-Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %). Nothing here reads files or prints.
+Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ import numpy as np
 
 from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
 
-DRAWN = 100
-"""Seeds that are drawn for an estimate of a race's length; what it takes beyond them follows from the means."""
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Rules:
     margin: float
     first_seeds: int
     most_seeds: int
-    alpha: float = 0.05
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Rules:
@@ -56,8 +54,6 @@ class Rules:
             raise ValueError(f"a race's margin must be above 0, not {self.margin}")
         if not 2 <= self.first_seeds <= self.most_seeds:
             raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"a race's alpha must lie between 0 and 0.5, not {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -84,12 +80,12 @@ class Race:
     failed: np.ndarray
     means: np.ndarray
     room: np.ndarray
+    bounds: np.ndarray  # [m, m] of boundary()
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
     seeds: int = 0
     selected: int | None = None
     ended: bool = False
-    bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # [m, m] of boundary()
     cells: list[str] = field(default_factory=list)
     first: int = 0
 
@@ -112,12 +108,8 @@ class Race:
             none_leaves = math.floor((self.bounds[np.ix_(alive, alive)][pairs] / closing[pairs]).min()) - 1
             then = min(max(r, none_leaves) + 1, self.rules.most_seeds)
             trials, r = trials + len(alive) * (then - r), then
-            _eliminate(later, alive, self.widths(alive, r))
+            _eliminate(later, alive, r)
         return trials
-
-    def widths(self, cells: np.ndarray, r: int) -> np.ndarray:
-        """W(r) of each pair of these cells [n, n]."""
-        return np.maximum(0.0, self.bounds[np.ix_(cells, cells)] / (2 * r) - self.rules.margin / 2)
 
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
@@ -133,7 +125,7 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
         variance, df = wide_variance(fit), (m - 1) * (n - 1) / m * ((m + 1) // 2)
     floor = max(variance, resolution**2 / 12)
     s2 = 2 * np.fmax(floor, pair_variance(first, np.arange(m), blocked=True))
-    eta = ((2 * rules.alpha / (m - 1)) ** (-2 / df) - 1) / 2
+    eta = ((2 * ALPHA / (m - 1)) ** (-2 / df) - 1) / 2
     return 2 * eta * df * s2 / rules.margin
 
 
@@ -163,9 +155,8 @@ def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, o
 
 def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    there = np.isfinite(y)
-    nan, bounds = np.full(len(y), np.nan), np.zeros((len(y), len(y)))
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), list(range(len(y))), bounds=bounds)
+    there, m, nan = np.isfinite(y), len(y), np.full(len(y), np.nan)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), np.zeros((m, m)), list(range(m)))
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -175,9 +166,9 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
             race.exits[cell] = Exit(int(np.argmax(failed[cell])) + 1, None)
         alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
         if r == rules.first_seeds and len(alive) > 1:
-            bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
+            race.bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
-        _eliminate(race, alive, race.widths(alive, r))
+        _eliminate(race, alive, r)
         if len(race.survivors) <= 1:
             break
     race.ended = True
@@ -185,22 +176,21 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
     return race
 
 
-def _eliminate(race: Race, alive: np.ndarray, width: np.ndarray) -> None:
-    """Take out who is behind by more than ``width`` [n, n]; where all widths are 0, all but the first of the best."""
-    race.room[:] = np.nan
+def _eliminate(race: Race, alive: np.ndarray, r: int) -> None:
+    """Take out who is behind by more than W(r); where that is 0 for all pairs, all but the first of the best."""
+    width = np.maximum(0.0, race.bounds[np.ix_(alive, alive)] / (2 * r) - race.rules.margin / 2)
     means = race.means[alive]
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
-    if len(alive) > 1:
-        race.room[alive] = room.min(1)
     out = (room < -1e-12).any(1)
     if len(alive) > 1 and not width.any():
-        out[:] = True
-        out[np.argmax(means)] = False
+        out = np.arange(len(alive)) != np.argmax(means)
     for i in np.flatnonzero(out):
         race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
-        race.room[alive[i]] = np.nan
-    race.survivors = [int(i) for i in alive[~out]]
+    race.room[:] = np.nan
+    if len(alive) > 1:
+        race.room[alive[~out]] = room.min(1)[~out]
+    race.survivors = alive[~out].tolist()
 
 
 def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
@@ -210,10 +200,8 @@ def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
     """
     there = np.isfinite(race.y) | race.failed
     trials: list[tuple[int, int]] = []
-    if race.ended:
-        return trials
     first = max(race.seeds + 1, race.rules.first_seeds)
-    for seed in range(race.rules.most_seeds):
+    for seed in range(0 if race.ended else race.rules.most_seeds):
         if seed >= first and len(trials) >= workers:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
@@ -229,14 +217,4 @@ def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
     if cells < 2 or not math.isfinite(sd):
         return None
     known = 1e6  # degrees of freedom
-    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, rules.alpha) * sd / rules.margin) ** 2))
-
-
-def typical_trials(cells: int, sd: float, rules: Rules, draws: int = 20) -> int:
-    """Trials of a race whose seeds spread by ``sd`` and whose cells' true means by twice that: the median."""
-    rng, counts = np.random.default_rng(0), []
-    for _ in range(draws):
-        y = rng.normal(0, 2 * sd, (cells, 1)) + rng.normal(0, sd, (cells, min(rules.most_seeds, DRAWN)))
-        race = decide(y, np.zeros(y.shape, dtype=bool), rules)
-        counts.append(race.trials + race.expected())
-    return int(np.median(counts))
+    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, ALPHA) * sd / rules.margin) ** 2))

@@ -11,7 +11,7 @@ Unequal spreads make the pooled error too small for the cells that spread most. 
 by each pair's own variance, which errs far above 5 % with 2 to 5 seeds (docs/statistics.md). Here the *wide* error
 is used instead: the mean variance of that half of the cells that spreads most, or the pair's own if that is larger.
 
-All arrays: m cells, S seeds; a missing trial is NaN. Nothing here reads files or prints.
+All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_SEEDS = 400
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean, standard deviation, number of seeds and t interval; the interval is NaN for n < 2."""
+    """Over seeds; sd and t interval are NaN for n < 2."""
 
     mean: float
     sd: float
@@ -39,8 +39,8 @@ class Interval:
     high: float
 
 
-def t_interval(values: np.ndarray, resolution: float = 0.0, confidence: float = CONFIDENCE) -> Interval:
-    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values. With n < 2, sd and interval are NaN.
+def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values.
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
     """
@@ -51,13 +51,13 @@ def t_interval(values: np.ndarray, resolution: float = 0.0, confidence: float = 
     if n < 2:
         return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
 @dataclass
 class Blocked:
-    """Least-squares fit of the model with cells and seeds (see :func:`fit_blocks`)."""
+    """The fit of :func:`fit_blocks`."""
 
     y: np.ndarray  # [m, S], NaN where missing
     means: np.ndarray  # [m] adjusted for the seeds each cell has; equal to the plain means in a complete design
@@ -75,24 +75,15 @@ class Blocked:
 
     def difference_variance(self, rows: np.ndarray) -> np.ndarray:
         """Variance of ``means[rows] - means`` in units of the error variance: [len(rows), m]."""
-        own = 1 / self.counts
-        left = self.shares[rows] @ self.inverse
-        diagonal = np.einsum("ms,st,mt->m", self.shares, self.inverse, self.shares)
-        cross = left @ self.shares.T
+        own, diagonal = 1 / self.counts, np.einsum("ms,st,mt->m", self.shares, self.inverse, self.shares)
+        cross = self.shares[rows] @ self.inverse @ self.shares.T
         variance = own[rows][:, None] + own + diagonal[rows][:, None] + diagonal - 2 * cross
         variance[np.arange(len(rows)), rows] = 0.0
         return variance
 
 
-def _packed(y: np.ndarray) -> np.ndarray:
-    """Each row's values moved to the left; which seed they come from is lost."""
-    there = np.isfinite(y)
-    order = np.argsort(~there, axis=1, kind="stable")[:, : int(there.sum(1).max())]
-    return np.take_along_axis(y, order, axis=1)
-
-
 def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
-    """Fit cell means and seed effects to ``y`` [m, S] (NaN: no such trial; each row has at least one value).
+    """Fit cell means and seed effects by least squares to ``y`` [m, S] (NaN: no such trial; no row is empty).
 
     If cells and seeds are not connected (some cells share no seed with the others, directly or through others), the
     seeds cannot be taken out of the differences between cells: the fit then leaves the seeds out, as it does with
@@ -100,18 +91,14 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     """
     there = np.isfinite(y)
     counts = there.sum(1).astype(float)
-    shares = there / counts[:, None]
-    used = there.any(0)
-    filled = np.where(there, y, 0.0)
+    shares, used = there / counts[:, None], there.any(0)
     information = np.diag(there.sum(0).astype(float)) - there.T @ shares
     blocked = bool(block and used.sum() > 1 and np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1)
-    plain = filled.sum(1) / counts
+    plain = np.where(there, y, 0.0).sum(1) / counts
+    inverse, effects = np.zeros_like(information), np.zeros(y.shape[1])
     if blocked:
         inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
         effects = inverse @ np.where(there, y - plain[:, None], 0.0).sum(0)
-    else:
-        inverse = np.zeros((y.shape[1], y.shape[1]))
-        effects = np.zeros(y.shape[1])
     means = plain - shares @ effects
     residual = np.where(there, y - means[:, None] - effects, 0.0)
     centred = np.diag(inverse)[None, :] - 2 * shares @ inverse
@@ -166,12 +153,8 @@ def equal_spread_level(fit: Blocked) -> float:
     m = len(fit.counts)
     if m < 3:
         return 0.0 if fit.blocked else 1.01  # two cells: the blocked residual is the pair's own error
-    per_cell, many = fit.df / (m - 1), m >= 20
-    if per_cell < 1.5:
-        return 0.7 if many else 1.01
-    if per_cell < 2.5:
-        return 0.25 if many else 0.45
-    return 0.1 if many else 0.3 if per_cell < 3.5 else 0.2
+    levels = (1.5, 1.01, 0.7), (2.5, 0.45, 0.25), (3.5, 0.3, 0.1), (math.inf, 0.2, 0.1)
+    return next(few if m < 20 else many for below, few, many in levels if fit.df / (m - 1) < below)
 
 
 def wide_variance(fit: Blocked) -> float:
@@ -187,9 +170,8 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
     NaN with fewer than two common seeds. Not blocked: the mean of the two cells' variances, each weighted by
     1 / n, as in the variance of the difference of their means.
     """
-    there = np.isfinite(y)
-    x = np.where(there, y - np.nanmean(y, axis=1, keepdims=True), 0.0)
-    t = there.astype(float)
+    t = np.isfinite(y).astype(float)
+    x = np.where(np.isfinite(y), y - np.nanmean(y, axis=1, keepdims=True), 0.0)
     if not blocked:
         w = 1 / t.sum(1)
         v = (x**2).sum(1) / np.maximum(t.sum(1) - 1, 1) * w
@@ -203,11 +185,11 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
 
 
 @functools.cache
-def tukey_critical(m: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
-    """Upper point of the studentized range."""
-    from scipy import stats
+def tukey_critical(m: int, df: float) -> float:
+    """Upper 5 % point of the studentized range."""
+    from scipy import stats  # slow to import
 
-    return float(stats.studentized_range.ppf(1 - alpha, m, df))
+    return float(stats.studentized_range.ppf(CONFIDENCE, m, df))
 
 
 @functools.cache
@@ -286,33 +268,37 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
     keep = np.isfinite(y).sum(1) >= 2
     fit = None
     if keep.sum() >= 2:
-        part = y[keep][:, np.isfinite(y[keep]).any(0)]
-        fit = fit_blocks(_packed(part), block=False) if part.shape[1] > MOST_SEEDS else fit_blocks(part)
+        part = y[keep]
+        blocks = bool(np.isfinite(part).any(0).sum() <= MOST_SEEDS)
+        if not blocks:  # which seed a value comes from does not matter
+            part = np.take_along_axis(part, np.argsort(~np.isfinite(part), axis=1, kind="stable"), axis=1)
+        fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
         return Comparison(no, nan, nan, nan, no, no, nan)
 
-    def of_all(values: np.ndarray) -> np.ndarray:
-        out = np.zeros(m, dtype=bool) if values.dtype == bool else np.full(m, np.nan)
-        out[keep] = values
-        return out
-
-    spread_p = spread_test(fit)
-    wide = spreads == "unequal" or (spreads == "auto" and not _looks_equal(spread_p, fit))
+    spread_p, level = spread_test(fit), equal_spread_level(fit)
+    wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
     error = _errors(fit, np.array([best]), common, wide)[0]
     difference, tukey, dunnett = fit.means[best] - fit.means, tukey_critical(k, fit.df), dunnett_critical(k - 1, fit.df)
     half = tukey / math.sqrt(2) * error
     half[best] = np.nan
-    t, below = _against_others(fit, common, wide, dunnett)
+    candidate, below = _against_others(fit, common, wide, dunnett)
+
+    def of_all(values: np.ndarray) -> np.ndarray:
+        out = np.full(m, False if values.dtype == bool else np.nan)
+        out[keep] = values
+        return out
+
     return Comparison(
         compared=keep,
         means=of_all(fit.means),
         difference=of_all(difference),
         half=of_all(half),
-        worse=of_all(_ratio(difference, error) * math.sqrt(2) > tukey),
-        candidate=of_all(t <= dunnett),
+        worse=of_all(difference * math.sqrt(2) > tukey * error),
+        candidate=of_all(candidate),
         below=of_all(below),
         best=int(np.flatnonzero(keep)[best]),
         df=fit.df,
@@ -327,11 +313,6 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
     )
 
 
-def _looks_equal(spread_p: float, fit: Blocked) -> bool:
-    level = equal_spread_level(fit)
-    return level <= 1 and (math.isnan(spread_p) or spread_p >= level)
-
-
 def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
     """Standard errors of ``means[rows] - means``: [len(rows), m]."""
     variance = np.full((len(rows), len(fit.means)), common)
@@ -340,22 +321,14 @@ def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.nda
     return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
 
 
-def _ratio(difference: np.ndarray, error: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(difference == 0, 0.0, difference / error)
-
-
 def _against_others(fit: Blocked, common: float, wide: bool, critical: float) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell the largest t by which another cell lies above it (0 or less for the best), and how far above it
-    another may lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+    """For each cell whether no other lies above it by more than ``critical`` errors, and how far above it another may
+    lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
     """
-    m = len(fit.means)
-    t, below = np.empty(m), np.empty(m)
+    m, near, below = len(fit.means), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        own = (np.arange(len(rows)), rows)
-        lead, errors = fit.means - fit.means[rows][:, None], _errors(fit, rows, common, wide)
-        ratio, bound = _ratio(lead, errors), lead + critical * errors
-        ratio[own], bound[own] = -np.inf, 0.0
-        t[rows], below[rows] = ratio.max(1), np.maximum(bound, 0.0).max(1)
-    return t, below
+        lead, error = fit.means - fit.means[rows][:, None], critical * _errors(fit, rows, common, wide)
+        near.append((lead <= error).all(1))
+        below.append(np.maximum(lead + error, 0.0).max(1))
+    return np.concatenate(near), np.concatenate(below)

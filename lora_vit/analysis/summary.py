@@ -1,105 +1,43 @@
-"""What a summary consists of. Everything that is computed goes in here, everything that is shown comes from here."""
+"""A summary: everything that is computed goes in here, everything that is shown comes from here.
+
+In a race results decided which cells got more seeds, so that its marks are the race's own and claim no more.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.race import Race
-from lora_vit.analysis.stats import Comparison
+from lora_vit.analysis.power import detectable, expected_maximum, proportion_error, seeds_needed, seeds_within
+from lora_vit.analysis.race import Race, one_stage, standing
+from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval
+from lora_vit.analysis.tables import best_cell
+from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
+from lora_vit.records import SEARCH
 
-
-@dataclass
-class Design:
-    """What the sweep's size can show (differences of accuracies; NaN or None: cannot be said)."""
-
-    detectable: float = math.nan
-    seeds_for_half_a_point: int | None = None
-    optimism: float = math.nan
-
-
-@dataclass
-class Within:
-    """What is *good enough*: cells shown to lie at most ``margin`` (a difference of accuracies) below the best.
-
-    ``smallest`` and ``fastest``: labels of the cheapest of them by parameters and by seconds; None: there is none.
-    ``seeds``: of each cell, with which a cell as good as the best would be found with 80 % (None: too many).
-    """
-
-    margin: float
-    smallest: str | None = None
-    parameters: float = math.nan
-    fastest: str | None = None
-    seconds: float = math.nan
-    seeds: int | None = None
-
-
-@dataclass
-class Chosen:
-    """The cell chosen on val, and its test figure with both errors (half widths at 95 %)."""
-
-    label: str
-    cell: str
-    test: float
-    between_seeds: float
-    of_test_set: float
-    images: int
-
-
-class Verdict(ABC):
-    """What the results of one kind of sweep can say, and in which words.
-
-    ``legend``: what the marks mean, in Markdown. ``same_seeds``: whether every cell was meant to get the same seeds.
-    ``margin``: the difference of accuracies that this kind of sweep is about, if there is one.
-    """
-
-    legend: str
-    same_seeds = True
-    margin: float | None = None
-    race: Race | None = None
-
-    def counted(self, done: pd.DataFrame) -> pd.DataFrame:
-        """Which completed trials make the cells."""
-        return done
-
-    def compared(self, done: pd.DataFrame) -> pd.DataFrame:
-        """Which of these every cell was meant to have, whatever came out: what claims about any pair come from."""
-        return done
-
-    def judged(self, cells: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
-        """The cells with this kind's marks, order and differences; ``values``: :func:`.tables.matrix`."""
-        return cells
-
-    def within(self, cells: pd.DataFrame, margin: float) -> pd.Series:
-        """Which of the judged cells are shown to be at most ``margin`` below the best."""
-        return cells["below"] <= margin
-
-    def chooses(self) -> bool:
-        """Whether the first cell is chosen, so that its test figure may be shown."""
-        return True
-
-    @abstractmethod
-    def sentence(self, summary: Summary) -> str:
-        """What is best, what is shown to be worse, and what is still open."""
-
-    @abstractmethod
-    def methods(self, summary: Summary) -> list[str]:
-        """How the marks were found, in plain words."""
+ORDER = {"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4}
 
 
 @dataclass
 class Summary:
-    """Everything that is shown. ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``.
+    """Of a fixed sweep: every cell was meant to get the same seeds, and claims come from all trials together.
 
-    ``says``: how this kind of sweep is read.
+    ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
+    this difference of accuracies below the best are good enough. ``test``: the accuracy of the chosen cell on
+    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``race``: if the sweep was one, with the
+    ``command`` that resumes it.
     """
 
     folders: list[str]
     where: str | None
+    margin: float | None
     trials: pd.DataFrame
     cells: pd.DataFrame
     unfinished: pd.DataFrame
@@ -107,25 +45,225 @@ class Summary:
     comparison: Comparison
     effects: Effects
     learning_rates: pd.DataFrame
-    design: Design
-    chosen: Chosen
-    within: Within | None
+    test: Interval
+    test_images: int
     environment: pd.DataFrame
     warnings: list[str]
     problems: list[str]
-    says: Verdict
+    race: Race | None = None
+    command: str | None = None
 
-    @property
-    def race(self) -> Race | None:
-        """The race, if the sweep was one."""
-        return self.says.race
+    legend = (
+        "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
+        "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
+        "is no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of val "
+        "accuracy against that cost."
+    )
+    """What the cells table's marks mean, in Markdown."""
 
     @property
     def verdict(self) -> str:
-        """The result in a sentence."""
-        return self.says.sentence(self)
+        """What is best, what is shown to be worse, and what is still open."""
+        cells, c, best = self.cells, self.comparison, best_cell(self.cells)
+        if len(cells) == 1:
+            return self._alone()
+        start = f"{best['label']} has the highest val accuracy"
+        if not c.possible:
+            repeat = "Repeat the sweep with seed=0,1,2."
+            if any((Path(folder) / SEARCH).is_file() for folder in self.folders):
+                repeat = (
+                    "Run the search's command again: it names the commands that race its best cells over other seeds."
+                )
+            return (
+                f"{start}, {number(best['mean'])}, but too few cells have two or more seeds to say whether the "
+                f"difference is real. {repeat}"
+            )
+        start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
+        start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
+        counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
+        group, smallest = cells[cells["mark"].isin(["best", "candidate"])], ""
+        sizes = group["trainable_parameters"]
+        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
+        if sizes.notna().all() and small["mark"] != "best":
+            smallest = f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
+        lines = [
+            f"{start}, {with_interval(best)} over {seeds(best['n'])}.",
+            f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
+            f"for the best: {counts.get('candidate', 0)}{smallest}.",
+            self._good_enough(),
+        ]
+        return " ".join(line for line in lines if line)
+
+    def _alone(self) -> str:
+        cell = self.cells.iloc[0]
+        figure = f"{with_interval(cell)} ({seeds(cell['n'])})"
+        return f"One cell, nothing to compare: {cell['label']} has val accuracy {figure}."
+
+    def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
+        """Which cheapest cells are good enough, or that none is known yet; empty without a margin.
+
+        ``selected``: a cell that is good enough by other means, ``seen``: by which trials the others are.
+        """
+        c, margin = self.comparison, self.margin
+        if margin is None or not c.possible:
+            return ""
+        of_them = "" if c.compared.all() else " of the cells with two or more seeds"
+        close = f"within {points(margin)} of the best{of_them}"
+        found = self.cells[self.cells["below"] <= margin].sort_values("trainable_parameters", kind="stable")
+        if found.empty or (selected is not None and found["label"].iloc[0] == selected["label"]):
+            if selected is not None and selected["trainable_parameters"] <= self.cells["trainable_parameters"].min():
+                return ""
+            text = f"No {'' if selected is None else 'smaller '}cell is shown to be {close}"
+            needed = seeds_within(margin, c.sd, int(c.compared.sum()))
+            if needed is not None and needed <= c.repeats:  # as many are there already
+                return f"{text}."
+            return (
+                f"{text}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds per cell would be needed."
+            )
+        small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
+        text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
+        if fast["label"] != small["label"]:
+            text += f", and so is the fastest such cell, {fast['label']} ({duration(fast['seconds'])} s a trial)"
+        return f"{text}."
+
+    def power(self) -> tuple[str, str] | None:
+        """The true difference that is detected with 80 % power, and how many seeds per cell detect half a point.
+
+        None if nothing was compared, or if results decided who got which seeds.
+        """
+        c, cells = self.comparison, int(self.comparison.compared.sum())
+        if not c.possible or self.race is not None:
+            return None
+        seeds = seeds_needed(0.005, c.sd, cells) or f"more than {MOST_SEEDS}"
+        return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
+
+    def power_text(self) -> str:
+        """:meth:`power` in a sentence, or nothing."""
+        if (found := self.power()) is None:
+            return ""
+        return (
+            f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
+            f"point would take {found[1]} seeds per cell."
+        )
+
+    def errors_of_test(self) -> str:
+        """Both half widths of the test accuracy at 95 %."""
+        seeds = (self.test.high - self.test.low) / 2
+        between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
+        of_set = plain(proportion_error(self.test.mean, self.test_images))
+        return f"{between}± {of_set} from the {self.test_images:,} test images"
+
+    def optimism(self) -> float:
+        """How far the best mean would lie above the others if all cells were equally good."""
+        c = self.comparison
+        return c.sd / math.sqrt(c.repeats) * expected_maximum(int(c.compared.sum()))
+
+
+class RaceSummary(Summary):
+    """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
+
+    race: Race
+    margin: float
+    legend = (
+        "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
+        "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
+        "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
+        "marks the Pareto front of val accuracy against that cost."
+    )
 
     @property
-    def legend(self) -> str:
-        """What the cells table's marks mean, in Markdown."""
-        return self.says.legend
+    def verdict(self) -> str:
+        """What the race has come to; what is not decided yet is not said."""
+        cells, race = self.cells, self.race
+        if len(cells) == len(race.cells) == 1:
+            return self._alone()
+        lines = [self._outcome()]
+        if failed := sum(out.behind is None for out in race.exits.values()):
+            lines.append(f"{failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed.")
+        if others := int((cells["mark"] == "not raced").sum()):
+            lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
+        shown = _shows(race, self.margin) and cells["within"][0]
+        if good := self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "):
+            lines.append(good)
+        return " ".join(lines)
+
+    def one_stage(self) -> int:
+        """Trials of one stage with the same guarantee; 0 if the spread is not known."""
+        k = len(self.race.cells)
+        return k * (one_stage(self.comparison.sd, k, self.race.rules) or 0)
+
+    def _outcome(self) -> str:
+        race, k, margin = self.race, len(self.race.cells), points(self.race.rules.margin)
+        in_race = self.cells["mark"] != "not raced"
+        trials, completed = int(self.cells.loc[in_race, "n"].sum()), int(np.isfinite(race.y).sum())
+        if race.selected is not None:
+            ahead = f" of {completed} decided it" if completed > trials else ""
+            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
+            return (
+                f"{best_cell(self.cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
+                f"{margin}. {trials} trials{ahead}{instead}."
+            )
+        left = self.cells.loc[self.cells["mark"] == "left", "label"]
+        if race.ended and left.empty:
+            return "Nothing is selected: a trial of each cell failed."
+        if race.ended:
+            names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+            return (
+                f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
+                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
+            )
+        seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
+        again = f": {self.command}" * bool(self.command)
+        return (
+            f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
+            f"far. Nothing is selected yet; the sweep's command resumes it{again}."
+        )
+
+
+def replay(plan: Mapping[str, Any], trials: pd.DataFrame) -> Race:
+    """The race of a ``sweep.json``, from the records of its trials."""
+    ended = trials[trials["status"].isin(["completed", "failed"])]
+    accuracies = ended["val_accuracy"].where(ended["status"] == "completed")
+    return standing(plan, zip(ended["cell"], ended["seed"], accuracies, ended["data.val"], strict=True))
+
+
+def first_seeds(plan: Mapping[str, Any], trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that every cell was meant to have, whatever came out: what claims about any pair come from."""
+    return trials[trials["seed"].between(plan["seed"], plan["seed"] + plan["first_seeds"] - 1)]
+
+
+def counted(race: Race, done: pd.DataFrame) -> pd.DataFrame:
+    """Until a cell left or the race ended, else as many as may come; of other cells the race's first seeds."""
+    first, racing = race.rules.first_seeds, () if race.ended else race.survivors
+    seeds = {cell: race.rules.most_seeds if i in racing else max(first, race.seeds_of(i))
+             for i, cell in enumerate(race.cells)}  # fmt: skip
+    return done[done["seed"].between(race.first, race.first + done["cell"].map(seeds).fillna(first) - 1)]
+
+
+def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """The cells with the race's marks and order.
+
+    With ``seeds_raced`` (when a cell left), and ``difference`` over the seeds that it shares with the first row. The
+    claims of fixed sweeps go. ``within`` the margin is also the selected one, if the race was about this margin.
+    """
+    frame, nothing = cells.set_index("cell").drop(columns=["worse", "candidate"]), ("not raced", 0)
+    raced = {cell: (_mark(race, i), race.seeds_of(i)) for i, cell in enumerate(race.cells)}
+    frame["adjusted"], frame["difference_low"], frame["difference_high"] = frame["mean"], math.nan, math.nan
+    frame["mark"], frame["seeds_raced"] = zip(*(raced.get(cell, nothing) for cell in frame.index), strict=True)
+    frame = frame.sort_values(["mark", "seeds_raced", "mean"], key=lambda c: c.map(ORDER) if c.name == "mark" else -c)
+    frame["difference"] = (values.loc[frame.index] - values.loc[frame.index[0]]).mean(axis=1)
+    by_race = _shows(race, margin) and not (frame["mark"] == "not raced").any()
+    frame["within"] = (frame["below"] <= margin) | ((frame["mark"] == "selected") & by_race)
+    return frame.reset_index()
+
+
+def _mark(race: Race, cell: int) -> str:
+    out = race.exits.get(cell)
+    if out is None:
+        return "selected" if cell == race.selected else "left"
+    return "failed" if out.behind is None else "out"
+
+
+def _shows(race: Race, margin: float) -> bool:
+    """Whether the race has shown the selected cell to be so close to the best."""
+    return race.selected is not None and margin >= race.rules.margin - 1e-12

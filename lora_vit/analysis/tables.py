@@ -11,12 +11,11 @@ import pandas as pd
 from lora_vit.analysis.load import COSTS
 from lora_vit.analysis.stats import Comparison, t_interval
 from lora_vit.config import SECTIONS
-from lora_vit.config.names import LR, METHOD, cell_text, names, preferred, short_names, varying
+from lora_vit.config.names import LR, METHOD, cell_text, names, preferred, varying
 
 SCALING = "lora.effective_scaling"
 FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.test", SCALING)
 MOST_RAN = 0.75  # of the settings at the commonest learning rate, for a rate to count as shared
-CELL_COSTS = ("trainable_parameters", *(c for c in COSTS if c != "pack_size"))
 
 
 def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -27,11 +26,6 @@ def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return trials.assign(label=trials["cell"].map(names(rows, settings))), settings
 
 
-def aliases(columns: list[str]) -> dict[str, str]:
-    """Every name by which a user may call a column: its own, and the last part if only one has it."""
-    return {**{short: c for c, short in short_names(columns).items()}, **{c: c for c in columns}}
-
-
 def averaged(trials: pd.DataFrame) -> pd.Series:
     """Which trials count: completed ones that have a val accuracy."""
     return (trials["status"] == "completed") & np.isfinite(trials["val_accuracy"].astype(float))
@@ -40,16 +34,15 @@ def averaged(trials: pd.DataFrame) -> pd.Series:
 def best_cell(cells: pd.DataFrame) -> pd.Series:
     """The cell marked best or selected; the first one if no cells could be compared."""
     marked = cells[cells["mark"].isin(["best", "selected"])]
-    return marked.iloc[0] if len(marked) else cells.iloc[0]
+    return (marked if len(marked) else cells).iloc[0]
 
 
 def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
     """Settings for the model of main effects, the most asked-for first; scaling stands for alpha beside rank."""
-    there = [c for c in settings if c != METHOD and adapted[c].nunique() > 1]
-    scaled = "lora.rank" in there and SCALING in adapted and adapted[SCALING].nunique() > 1
-    drop = {"lora.alpha", "lora.scaling"} if scaled else set()
-    chosen = sorted([c for c in there if c not in drop] + ([SCALING] if scaled else []))
-    return preferred(chosen, ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
+    there = {c for c in settings if c != METHOD and adapted[c].nunique() > 1}
+    if "lora.rank" in there and adapted[SCALING].nunique() > 1:
+        there = there - {"lora.alpha", "lora.scaling"} | {SCALING}
+    return preferred(sorted(there), ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
 
 
 def matrix(done: pd.DataFrame) -> pd.DataFrame:
@@ -64,8 +57,9 @@ def cells_table(
 
     ``values`` and ``result``: :func:`matrix` and the comparison of its rows. ``adjusted`` is the mean freed of which
     seeds are missing; cells are sorted and compared by it. ``difference`` is cell minus best;
-    ``difference_low``/``_high`` its simultaneous 95 % interval. ``vs_probe``/``vs_full``: see
-    :func:`_baseline_columns`. Costs are means over the cell's trials.
+    ``difference_low``/``_high`` its simultaneous 95 % interval. ``mark``: best | candidate | worse | open (neither
+    shown worse nor a candidate) | no verdict (one seed). ``vs_probe`` and ``vs_full``: cell minus the best cell of that
+    baseline, paired by seed, with its t interval. Costs are means over the cell's trials.
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
@@ -76,10 +70,21 @@ def cells_table(
     frame["difference_low"] = frame["difference"] - result.half
     frame["difference_high"] = frame["difference"] + result.half
     frame["worse"], frame["candidate"] = result.worse, result.candidate
-    frame["mark"] = _marks(result)
+    is_best = np.arange(len(y)) == result.best
+    frame["mark"] = np.select(
+        [~result.compared, is_best, result.worse, result.candidate],
+        ["no verdict", "best", "worse", "candidate"], "open",
+    ).astype(object)  # fmt: skip
     frame["below"] = result.below
-    _baseline_columns(frame, y, first[METHOD].to_numpy(), resolution)
-    frame = frame.join(done.groupby("cell")[list(CELL_COSTS)].mean(), on="cell")
+    for method, name in (("none", "vs_probe"), ("full", "vs_full")):
+        rows = np.flatnonzero(first[METHOD] == method)
+        if len(rows):
+            base = rows[np.argmax(frame["mean"].to_numpy(float)[rows])]
+            paired = pd.DataFrame([t_interval(row - y[base], resolution) for row in y])[["mean", "low", "high"]]
+            paired.loc[base] = math.nan
+            frame[[name, f"{name}_low", f"{name}_high"]] = paired
+    costs = ["trainable_parameters", *(c for c in COSTS if c != "pack_size")]
+    frame = frame.join(done.groupby("cell")[costs].mean(), on="cell")
     score = frame["adjusted"].to_numpy(float)
     for name, cost in (("pareto_parameters", "trainable_parameters"), ("pareto_seconds", "seconds")):
         frame[name] = pareto_front(score, frame[cost].to_numpy(float))
@@ -91,37 +96,12 @@ def _scaling_shown(first: pd.DataFrame, settings: list[str]) -> list[str]:
     return [SCALING] if moved and first[SCALING].nunique() > 1 else []
 
 
-def _marks(result: Comparison) -> np.ndarray:
-    """best | candidate | worse | open (neither shown worse nor a candidate) | no verdict (one seed)."""
-    marks = np.where(result.worse, "worse", np.where(result.candidate, "candidate", "open"))
-    marks = np.where(result.compared, marks, "no verdict").astype(object)
-    if result.best is not None:
-        marks[result.best] = "best"
-    return marks
-
-
-def _baseline_columns(frame: pd.DataFrame, y: np.ndarray, methods: np.ndarray, resolution: float) -> None:
-    """``vs_probe`` and ``vs_full``: cell minus the best cell of that baseline, paired by seed, with its t interval."""
-    for method, name in (("none", "vs_probe"), ("full", "vs_full")):
-        rows = np.flatnonzero(methods == method)
-        if len(rows):
-            base = rows[np.argmax(frame["mean"].to_numpy(float)[rows])]
-            paired = pd.DataFrame([t_interval(row - y[base], resolution) for row in y])[["mean", "low", "high"]]
-            paired.loc[base] = math.nan
-            frame[[name, f"{name}_low", f"{name}_high"]] = paired
-
-
 def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """True where no other cell has at least the score at no more cost, one of them strictly. NaN: never."""
-    front = np.zeros(len(score), dtype=bool)
-    known = np.flatnonzero(np.isfinite(score) & np.isfinite(cost))
-    order = known[np.lexsort((-score[known], cost[known]))]
-    best, best_cost = -math.inf, math.nan
-    for k in order:
-        front[k] = score[k] > best or (score[k] == best and cost[k] == best_cost)
-        if score[k] > best:
-            best, best_cost = score[k], cost[k]
-    return front
+    known = np.isfinite(score) & np.isfinite(cost)
+    score, cost = np.where(known, score, -np.inf), np.where(known, cost, np.inf)
+    no_worse = (score >= score[:, None]) & (cost <= cost[:, None])
+    return known & ~(no_worse & ((score > score[:, None]) | (cost < cost[:, None]))).any(1)
 
 
 def trials_table(trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
@@ -151,13 +131,12 @@ def learning_rates(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     common = scores[tried.index[tried >= MOST_RAN * tried.max()]]
     everywhere = common.dropna()
     shared = (everywhere if len(everywhere) else common).mean().idxmax()
-    rows = []
-    for _, group in groups.sort_values("mean", ascending=False, kind="stable").groupby("_group", sort=False):
-        best, at = group.iloc[0], group[group[LR] == shared]
-        rates = sorted(group[LR].unique())
-        row = {"setting": cell_text(dict(best), others) or "all", "best_lr": best[LR]}
-        row.update({f"best_{k}": best[k] for k in ("mean", "low", "high", "n")})
-        row.update(rates=len(rates), edge=len(rates) > 1 and best[LR] in (rates[0], rates[-1]), shared_lr=shared)
-        row.update({f"shared_{k}": at.iloc[0][k] if len(at) else math.nan for k in ("mean", "low", "high", "n")})
-        rows.append(row)
-    return pd.DataFrame(rows)
+    best = groups.sort_values("mean", ascending=False, kind="stable").drop_duplicates("_group").set_index("_group")
+    at = groups[groups[LR] == shared].set_index("_group").reindex(best.index)
+    rates = groups.groupby("_group")[LR].agg(["nunique", "min", "max"]).loc[best.index]
+    edge = (rates["nunique"] > 1) & ((best[LR] == rates["min"]) | (best[LR] == rates["max"]))
+    shown = ("mean", "low", "high", "n")
+    columns = {"setting": [cell_text(dict(row), others) or "all" for _, row in best.iterrows()], "best_lr": best[LR]}
+    columns |= {f"best_{name}": best[name] for name in shown} | {"rates": rates["nunique"], "edge": edge}
+    columns |= {"shared_lr": shared} | {f"shared_{name}": at[name] for name in shown}
+    return pd.DataFrame(columns, best.index).reset_index(drop=True)

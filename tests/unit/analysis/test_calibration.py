@@ -42,11 +42,6 @@ def test_null_sweeps_err_at_most_nominally(script: ModuleType, cells: int, seeds
     assert min(rates.kept, rates.kept_last) >= 0.95 - ERROR
 
 
-def test_a_sweep_without_any_noise_has_no_differences(script: ModuleType) -> None:
-    rates = script.simulate(script.Case(10, 3, 0.0), 20, rng())
-    assert (rates.worse, rates.kept) == (0, 1)
-
-
 def test_a_true_lead_is_found(script: ModuleType) -> None:
     rates = script.simulate(script.Case(10, 5, 0.3, lead=1.0), RUNS, rng())
     assert rates.excluded > rates.found > 0.85
@@ -88,8 +83,6 @@ def test_the_single_stage_designs_give_the_published_figures(script: ModuleType)
 @pytest.mark.parametrize(("cells", "seeds"), [(2, 3), (10, 5)])
 def test_cells_marked_within_the_margin_are(script: ModuleType, cells: int, seeds: int, spread: str) -> None:
     case = script.Case(cells, seeds, 0.3, spread, lead=0.5)
-    assert script.simulate_margin(case, 0.5, RUNS, rng()).errs <= 0.05 + ERROR
-
-
-def test_cells_within_the_margin_are_found(script: ModuleType) -> None:
-    assert script.simulate_margin(script.Case(10, 10, 0.3), 0.5, 100, rng()).found > 0.3
+    rates = script.simulate_margin(case, 0.5, RUNS, rng())
+    assert rates.errs <= 0.05 + ERROR
+    assert rates.found > 0

@@ -30,7 +30,8 @@ def table(trials: pd.DataFrame, resolution: float = 0.0) -> pd.DataFrame:
 
 @pytest.fixture
 def by_rank() -> pd.DataFrame:
-    return make_frame(RANKS, Y)
+    """With facts that differ and are no settings."""
+    return make_frame(RANKS, Y).assign(**{"data.train": range(9), "data.fingerprint": list("abcdefghi")})
 
 
 def test_a_cell_has_the_figures_of_its_trials(by_rank):
@@ -49,6 +50,8 @@ def test_a_cell_has_the_figures_of_its_trials(by_rank):
     }.items():  # fmt: skip
         np.testing.assert_allclose(got[name].astype(float), want, err_msg=name, atol=1e-15)
     assert not {"pack_size", "index", "vs_probe"} & set(got)
+    fast = table(by_rank.assign(seconds=np.repeat([9.0, 5.0, 1.0], 3)))
+    assert list(fast["pareto_seconds"]) == [True, True, False], "each front has its own cost"
     assert list(got["mark"]) == ["best", "candidate", "worse"]
     assert list(got["pareto_parameters"]) == [True, False, True]
     ids = list(tables.matrix(by_rank).index)
@@ -106,36 +109,6 @@ def test_pareto_front_against_brute_force():
         for k, front in enumerate(found):
             better = known & (score >= score[k]) & (cost <= cost[k]) & ((score > score[k]) | (cost < cost[k]))
             assert front == (not better.any() and known[k]), (score, cost, k)
-
-
-def test_both_fronts_have_their_own_cost(by_rank):
-    got = table(by_rank.assign(seconds=np.repeat([9.0, 5.0, 1.0], 3)))
-    assert list(got["pareto_parameters"]) == [True, False, True]  # rank 4, 16, 1
-    assert list(got["pareto_seconds"]) == [True, True, False]
-
-
-def test_equal_cells_keep_the_order_of_their_ids():
-    trials = make_frame(RANKS, np.full((3, 2), 0.9))
-    assert list(table(trials)["cell"]) == sorted(trials["cell"].unique())
-
-
-def test_the_best_cell_is_the_marked_one_or_the_first():
-    cells = pd.DataFrame({"mark": ["no verdict", "best", "candidate"], "label": list("abc")})
-    assert tables.best_cell(cells)["label"] == "b"
-    assert tables.best_cell(cells.assign(mark="selected"))["label"] == "a"
-    assert tables.best_cell(cells.iloc[[2, 0]])["label"] == "c"
-
-
-def test_facts_and_costs_are_no_settings(by_rank):
-    facts = {"data.train": range(9), "seconds": range(9), "data.fingerprint": list("abcdefghi")}
-    got, settings = tables.named(by_rank.assign(**facts))
-    assert settings == ["lora.rank"]
-    assert list(got["label"]) == [f"rank {rank}" for rank in (1, 4, 16) for _ in range(3)]
-
-
-def test_a_user_may_call_columns_by_their_last_part_if_only_one_has_it():
-    columns = ["lora.rank", "model.name", "model.image_size", "data.image_size", "seed"]
-    assert tables.aliases(columns) == {**{c: c for c in columns}, "rank": "lora.rank", "model": "model.name"}
 
 
 @pytest.mark.parametrize(

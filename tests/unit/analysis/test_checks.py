@@ -42,10 +42,6 @@ def quiet() -> pd.DataFrame:
     return make_frame([{"lora__dropout": 0.0}, {"lora__dropout": 0.1}], TWO)
 
 
-def test_nothing_is_warned_of_without_a_reason(quiet):
-    assert told(quiet) == []
-
-
 def one_line_each(lines: list[str], words: list[tuple[str, ...]]) -> None:
     """The lines are as many as ``words``, and each says its words."""
     assert len(lines) == len(words), lines
@@ -65,15 +61,12 @@ OWN_RATE = ("Each rank was tried at one learning rate", "several rates")
     ("cells", "lines"),
     [
         ([{"lora__rank": 1}, {"lora__rank": 2}], [one_rate("rank"), FALLING]),
-        ([{"lora__rank": 1, "lora__alpha": 1.0}, {"lora__rank": 2, "lora__alpha": 2.0}], [one_rate("rank and alpha")]),
         ([{"lora__rank": 1, "lora__alpha": 4.0}, {"lora__rank": 2, "lora__alpha": 6.0}], [one_rate("rank and alpha")]),
         ([{"lora__rank": 1, "lora__alpha": 4.0}, {"lora__rank": 2, "lora__alpha": 4.0, "lora__scaling": "rslora"}],
          [one_rate("rank and scaling"), FALLING]),
-        ([{"lora__alpha": 1.0}, {"lora__alpha": 2.0}], [one_rate("alpha")]),
         ([{"lora__scaling": "rslora"}, {"lora__scaling": "standard"}], [one_rate("scaling")]),
         ([{"lora__rank": 1, "optimizer__lr": 0.1}, {"lora__rank": 2}], [OWN_RATE, FALLING]),
         ([{"lora__rank": 1}, {"lora__rank": 2}, {"lora__rank": 2, "optimizer__lr": 0.1}], [FALLING]),
-        ([{"lora__method": "none"}, {"lora__method": "full"}], []),
         ([{"lora__rank": 1}, {"lora__method": "none"}], []),
         ([{"lora__rank": 1}, {"lora__rank": 2}, {"lora__method": "none", "optimizer__lr": 0.1}],
          [one_rate("rank"), FALLING]),
@@ -100,7 +93,6 @@ def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines)
 @pytest.mark.parametrize(
     ("column", "values", "words"),
     [
-        ("environment.commit", ["a", "a", "a", "b"], "different code versions: a (3), b (1)."),
         ("environment.commit", ["a", "b", "c", "c"], "different code versions: c (2), a (1), b (1)."),
         ("environment.commit", ["a", "b", "c", "d"], "different code versions: a (1), b (1), c (1) and 1 more."),
         ("environment.versions", ["x" * 70] * 3 + ["y"], f"different library versions: {'x' * 60} (3), y (1)."),
@@ -110,19 +102,14 @@ def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines)
         ("trainer.epochs", [5, 5, 5, 4], "different numbers of epochs (unequal budgets): 5 (3), 4 (1)."),
         ("environment.dirty", [False, None, True, False], "uncommitted changes"),
         ("epoch", [5.0, 4.0, 3.0, 6.0], "2 completed trials have fewer epochs"),
-        ("environment.device", ["a", "b", "b", None], "2 kinds of device: seconds, images/s and memory"),
-        ("pack_size", [4.0, 1.0, math.nan, 4.0], "packs of different size (1, 4)"),
+        ("environment.device", ["a", "b", "b", None], "2 kinds of device: seconds, images/s and memory"),  # no packs
         ("pack_size", [4.0, 1.0, math.nan, 2.0], "packs of different size (1, 2, 4)"),
     ],
 )
 def test_what_is_not_the_same_in_all_trials(quiet, column, values, words):
     series = pd.Series(values, dtype=object if column != "epoch" else float)
-    one_line_each(told(quiet.assign(**{column: series})), [(words,)])
-
-
-def test_packs_are_not_told_of_where_devices_differ(quiet):
-    both = quiet.assign(pack_size=[1.0, 2.0, 2.0, 2.0], **{"environment.device": ["a", "b", "b", "b"]})
-    one_line_each(told(both), [("2 kinds of device",)])
+    sizes = [1.0, 2.0, 2.0, 2.0] if column == "environment.device" else 4.0
+    one_line_each(told(quiet.assign(**{"pack_size": sizes, column: series})), [(words,)])
 
 
 WIDER = "the wider error is used"
@@ -136,7 +123,6 @@ WIDER = "the wider error is used"
         ({"wide": True, "spread_p": math.nan}, [("2 seeds cannot show that all cells spread equally:", WIDER)]),
         ({"spread_p": 0.0123}, [("spread unequally", "(p = 0.012)", "yet one common error is used")]),
         ({"spread_p": 0.05}, []),
-        ({"spread_p": math.nan}, []),
         ({"blocked": False, "complete": False}, [("The cells do not share seeds", "unpaired")]),
         ({"complete": False}, [("Some seeds are missing", "adjusted")]),
         ({"best": None, "complete": False, "wide": True}, []),
@@ -193,9 +179,7 @@ def test_a_missing_setting_is_another_one_and_a_missing_fact_is_not(trials):
     ("changes", "refused"),
     [
         ({}, True),
-        ({"data.batch_size": [1, 2, 2, 2]}, True),  # what decides the training alone
-        ({"data.augment": ["a", "b", "b", "b"]}, True),
-        ({"data.cache_size": [1, 2, 2, 2]}, True),
+        ({"data.batch_size": [1, 2, 2, 2], "data.augment": list("abbb"), "data.cache_size": [1, 2, 2, 2]}, True),
         ({"data.train_per_class": [9, 10, 10, 10]}, False),  # another config may have other files
         ({"data.fingerprint": ["g", "f", "h", "h"], "data.train_per_class": [9, 9, 10, 10]}, True),  # one of several
     ],
@@ -218,7 +202,6 @@ def test_what_is_not_averaged_has_its_reason(trials):
     frame.loc[7, "val_accuracy"] = math.nan
     got = checks.unfinished(frame)
     assert list(got.columns) == ["trial", "label", "seed", "status", "epoch", "value", "reason"]
-    assert list(got.index) == list(range(len(got)))
     own = got[got["status"] != "missing"]
     assert own[["trial", "status", "seed", "reason"]].to_numpy().tolist() == [
         ["t7", "completed", 5, "no val_accuracy"],
@@ -247,12 +230,7 @@ def test_a_seed_that_half_of_the_cells_have_is_missing_elsewhere():
 def test_the_environment_is_counted(trials):
     frame = trials.assign(**{"environment.commit": ["a", "a", None, "b"], "data.val": [720, 720, 720, None]})
     got = checks.environment(frame)
-    assert list(got.columns) == ["fact", "value", "trials"]
-    assert list(dict.fromkeys(got["fact"])) == [
-        "data.name", "data.split_seed", "data.fingerprint", "data.train", "data.val", "data.test",
-        "environment.commit", "environment.dirty", "environment.versions", "environment.precision",
-        "environment.device", "environment.host", "environment.world_size",
-    ]  # fmt: skip
+    assert {"data.fingerprint", "environment.device", "environment.host", "environment.precision"} < set(got["fact"])
     counts = {fact: dict(zip(rows["value"], rows["trials"], strict=True)) for fact, rows in got.groupby("fact")}
     assert counts["environment.commit"] == {"a": 2, "b": 1, "–": 1}
     assert counts["data.val"] == {"720": 3, "–": 1}

@@ -1,4 +1,4 @@
-"""Main effects on balanced designs, where they are differences of plain means."""
+"""Main effects against the same model by dummies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis.effects import COLUMNS, main_effects
+from lora_vit.analysis.effects import COLUMNS, Effects, main_effects
 
 
 def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.DataFrame:
@@ -22,59 +22,16 @@ def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.D
     return pd.DataFrame(rows, columns=["cell", "seed", "rank", "dropout", "y"])
 
 
-def test_effects_and_intervals_of_a_balanced_design() -> None:
-    frame = factorial()
-    table = main_effects(frame, ["rank", "dropout"], "y").table.set_index(["setting", "level"])
-    means = frame.groupby("rank")["y"].mean()
-    assert table.loc[("rank", 8), "effect"] == pytest.approx(means[8] - means[2])
-    by_dropout = frame.groupby("dropout")["y"].mean()
-    row = table.loc[("dropout", 0.1)]
-    assert row["effect"] == pytest.approx(by_dropout[0.1] - by_dropout[0.0])
-    # error: between repeats, cells and seeds taken out, by textbook sums of squares
-    cells = frame.pivot(index="cell", columns="seed", values="y").to_numpy()
-    centred = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
-    error, df = (centred**2).sum() / 10, 10
-    half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * 2 / 9)
-    assert row["high"] - row["effect"] == pytest.approx(half)
-    assert row["p"] == pytest.approx(2 * scipy_stats.t.sf(abs(row["effect"]) / np.sqrt(error * 2 / 9), df))
-
-
 def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
     flat, bent = (main_effects(factorial(interaction=x), ["rank", "dropout"], "y") for x in (0.0, 3.0))
     a, b = (e.table.set_index(["setting", "level"]).loc[("rank", 8)] for e in (flat, bent))
     assert b["effect"] - a["effect"] == pytest.approx(3.0 / 2)  # at one of two dropouts
     assert b["high"] - b["low"] == pytest.approx(a["high"] - a["low"])
-    # lack of fit, by textbook sums of squares
-    cells = factorial(interaction=3.0).pivot(index="cell", columns="seed", values="y").to_numpy()
-    centred = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
-    grid = cells.mean(1).reshape(3, 2)
-    left = grid - grid.mean(0) - grid.mean(1, keepdims=True) + grid.mean()
-    lack = 3 * (left**2).sum() / 2
-    assert bent.lack_of_fit_p == pytest.approx(scipy_stats.f.sf(lack / ((centred**2).sum() / 10), 2, 10))
 
 
-def test_intervals_hold_with_the_probability_they_claim() -> None:
-    """With an interaction: the average effect is inside in 95 % (200 sweeps: within 4.6 points, three errors)."""
-    inside = []
-    for k in range(200):
-        rng = np.random.default_rng(k)
-        frame = factorial(sd=0.0, interaction=0.5)
-        frame["y"] += rng.normal(0, 0.3, len(frame))
-        row = main_effects(frame, ["rank", "dropout"], "y").table.set_index(["setting", "level"]).loc[("rank", 8)]
-        inside.append(row["low"] <= 2 + 0.25 <= row["high"])
-    assert np.mean(inside) == pytest.approx(0.95, abs=0.046)
-
-
-def test_missing_trials_and_row_order_are_taken() -> None:
-    frame = factorial().drop(index=[4, 11])
-    a = main_effects(frame, ["rank", "dropout"], "y").table
-    b = main_effects(frame.sample(frac=1, random_state=0), ["rank", "dropout"], "y").table
-    pd.testing.assert_frame_equal(a, b)
-    assert a.set_index(["setting", "level"]).loc[("rank", 8), "effect"] == pytest.approx(2, abs=0.3)
-
-
-def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray) -> dict[str, object]:
-    """The model by dummies: coefficients of ``x`` beside seeds, error between repeats, F of ``x``, lack of fit."""
+def agrees(got: Effects, frame: pd.DataFrame, x: np.ndarray) -> None:
+    """With the model by dummies: coefficients of ``x`` beside seeds, error between repeats, lack of fit."""
+    y, cells, seeds = (frame[name].to_numpy() for name in ("y", "cell", "seed"))
 
     def dummies(values: np.ndarray) -> np.ndarray:
         return (values[:, None] == np.unique(values)[None, :]).astype(float)
@@ -88,27 +45,24 @@ def reference(y: np.ndarray, x: np.ndarray, cells: np.ndarray, seeds: np.ndarray
     _, pure_ss, df = fit(np.column_stack([dummies(seeds), dummies(cells)]))
     error, k = pure_ss / df, x.shape[1]
     v = np.linalg.inv(design.T @ design)[-k:, -k:]
-    f = b[-k:] @ np.linalg.inv(v) @ b[-k:] / k / error
     lack_df = all_df - df
     lack = scipy_stats.f.sf((all_ss - pure_ss) / lack_df / error, lack_df, df) if lack_df else np.nan
     half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * np.diag(v))
-    return {"b": b[-k:], "half": half, "p": scipy_stats.f.sf(f, k, df), "lack": lack}
+    for name, want in (("effect", b[-k:]), ("low", b[-k:] - half), ("high", b[-k:] + half)):
+        np.testing.assert_allclose(got.table[name], want)
+    assert got.lack_of_fit_p == pytest.approx(lack, nan_ok=True)
 
 
-@pytest.mark.parametrize("missing", [[], [4, 11]])
+@pytest.mark.parametrize("missing", [[], [4, 11], [3, 4, 5, 9, 10, 11, 15, 16, 17]])
 def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
-    frame = factorial(sd=0.5).drop(index=missing)
+    """In any order of the trials; the last without a dropout, which leaves nothing to test for lack of fit."""
+    frame = factorial(sd=0.5).drop(index=missing).sample(frac=1, random_state=0)
     x = np.column_stack([frame["rank"] == 4, frame["rank"] == 8]).astype(float)
     got = main_effects(frame, ["rank"], "y")
-    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    agrees(got, frame, x)
     assert list(got.table.columns) == COLUMNS
     assert got.table[["setting", "level", "against"]].to_numpy().tolist() == [["rank", 4, 2], ["rank", 8, 2]]
     assert list(got.table["trials"]) == [(frame["rank"] == level).sum() for level in (4, 8)]
-    np.testing.assert_allclose(got.table["effect"], want["b"])
-    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
-    np.testing.assert_allclose(got.table["effect"] - got.table["low"], want["half"])
-    np.testing.assert_allclose(got.table["p"], want["p"])
-    assert got.lack_of_fit_p == pytest.approx(want["lack"])
 
 
 @pytest.mark.parametrize(
@@ -127,12 +81,8 @@ def test_nine_levels_are_a_slope_by_dummies(name: str, values: np.ndarray, level
     x = frame[name].to_numpy(float)[:, None]
     x = np.log2(x) if level == "per doubling" else x
     got = main_effects(frame, [name], "y")
-    want = reference(frame["y"].to_numpy(), x, frame["cell"].to_numpy(), frame["seed"].to_numpy())
+    agrees(got, frame, x)
     assert got.table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [[name, level, "", 27]]
-    np.testing.assert_allclose(got.table["effect"], want["b"])
-    np.testing.assert_allclose(got.table["high"] - got.table["effect"], want["half"])
-    np.testing.assert_allclose(got.table["p"], want["p"])
-    assert got.lack_of_fit_p == pytest.approx(want["lack"])
 
 
 def test_eight_levels_have_an_effect_each_and_nine_names_none() -> None:
@@ -178,14 +128,6 @@ def test_lack_of_fit_is_told_below_5_percent() -> None:
     assert {len(got.notes) for got in found} == {0, 1}
 
 
-def test_a_saturated_model_has_no_lack_of_fit() -> None:
-    frame = factorial(seeds=2)
-    frame = frame[frame["dropout"] == 0]
-    got = main_effects(frame, ["rank"], "y")
-    assert np.isnan(got.lack_of_fit_p)
-    assert len(got.table) == 2
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-6, -1e6])
 @pytest.mark.parametrize("interaction", [0.0, 1.0])
 def test_trials_without_any_noise(interaction: float, scale: float) -> None:
@@ -198,7 +140,6 @@ def test_trials_without_any_noise(interaction: float, scale: float) -> None:
     want = np.array([1 + interaction / 2, 2 + interaction / 2]) * scale
     for name in ("effect", "low", "high"):
         np.testing.assert_allclose(got.table[name], want)
-    assert (got.table["p"] < 1e-10).all()
     assert got.lack_of_fit_p == pytest.approx(0.0 if interaction else 1.0)
 
 

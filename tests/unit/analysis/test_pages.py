@@ -1,20 +1,23 @@
-"""The tables as people read them: text, Markdown, LaTeX, terminal and page."""
+"""What people look at: tables as text, Markdown, LaTeX, on the terminal and the page; pictures and their words."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from made_up_records import grid, make_sweep, make_trial
+from made_up_records import grid, make_record, make_sweep, make_trial, write_race
+from matplotlib.text import Text
 from rich.console import Console
 
-from lora_vit.analysis import export, plots, report, summarize
+from lora_vit.analysis import export, plots, summarize
+from lora_vit.records import METRICS
 
 CELLS = [{"lora__rank": 1}, {"lora__rank": 2}]
 Y = np.array([[0.8, 0.81], [0.9, 0.91]])
@@ -56,23 +59,33 @@ def test_adjusted_means_are_shown_if_seeds_are_missing(tmp_path):
     assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
 
 
-def test_the_sections_below_the_cells(large):
+def test_the_rule_of_scaling_and_its_value_have_a_column_each(tmp_path):
+    cells = [{"lora__rank": 4}, {"lora__rank": 4, "lora__scaling": "rslora"}]
+    table = export.readable(summarize(make_sweep(tmp_path, cells, Y)))
+    assert table[["scaling", "effective scaling"]].to_numpy().tolist() == [["rslora", "16"], ["standard", "8"]]
+
+
+def test_the_sections_below_the_cells(large, monkeypatch):
     make_trial(large, 0.2, status="stopped", seed=3, lora__rank=1)
     summary = summarize(large)
-    rates, effects, unfinished = export.sections(summary)
-    assert rates.notes == [export.RATES_NOTE]
-    first, found = summary.learning_rates.iloc[0], rates.table.iloc[0]
+    (_, rates, notes), (_, effects, of_effects), (_, unfinished, _) = export.sections(summary)
+    assert notes == [export.RATES_NOTE]
+    assert export.markdown(rates).splitlines()[1].startswith("| --- | ---: | ---: |"), "numbers stand on the right"
+    first, found = summary.learning_rates.iloc[0], rates.iloc[0]
     assert found["best lr"].split()[0] == f"{first['best_lr']:g}"
     assert ("(edge)" in found["best lr"]) == first["edge"]
     assert found["best over lr, %"] == f"{100 * first['best_mean']:.2f}"
     shared = f"at shared lr {first['shared_lr']:g}, %"
     assert found[shared] == f"{100 * first['shared_mean']:.2f}"
-    assert effects.notes == summary.effects.notes != []
+    assert of_effects == summary.effects.notes != []
     effect = summary.effects.table.iloc[0]
-    assert list(effects.table.iloc[0]) == ["rank", "16", "1", f"{100 * effect['effect']:+.2f}",
+    assert list(effects.iloc[0]) == ["rank", "16", "1", f"{100 * effect['effect']:+.2f}",
                                            f"{100 * effect['low']:+.2f} to {100 * effect['high']:+.2f}"]  # fmt: skip
-    assert list(unfinished.table.iloc[0][["status", "epoch", "last value"]]) == ["stopped", "5", "20.00 %"]
-    assert unfinished.file == "trials.csv"
+    assert list(unfinished.iloc[0][["status", "epoch", "last value"]]) == ["stopped", "5", "20.00 %"]
+    monkeypatch.setattr(export, "PAGE_ROWS", 0)
+    page = export.html_report(summary, {}, "command")
+    files = re.findall(r"The first 0 of [\d,]+; all of them are in (\S+)\.csv", page)
+    assert files == ["cells", "cells", "cells", "trials", "trials", "cells"], "the last: the environment"
 
 
 def test_notes_are_shown_even_without_their_table(tmp_path):
@@ -82,14 +95,14 @@ def test_notes_are_shown_even_without_their_table(tmp_path):
     export.terminal(summary, console, 30)
     assert "note: why there is *none*" in console.file.getvalue()
     assert "### Main effects (points)\n\nwhy there is \\*none\\*\n" in export.table_md(summary)
-    assert "<p class=\"note\">Why there is *none*.</p>" in report.html_report(summary, {}, "command")
+    assert '<p class="note">Why there is *none*.</p>' in export.html_report(summary, {}, "command")
 
 
 @pytest.mark.parametrize("name", ["a<script>&_b%#{}$", "$\\bad{$ *x* <b>\n$y$|`"])
 def test_names_are_text_wherever_they_are_shown(tmp_path, name):
     make_sweep(tmp_path, [CELLS[0], {**CELLS[1], "model__weights": name}], Y)
     summary = summarize(tmp_path)
-    page = report.html_report(summary, {}, "command")
+    page = export.html_report(summary, {}, "command")
     assert name not in page
     assert page.count("<script>") == 1
     assert "<b>*x*" not in page
@@ -120,7 +133,7 @@ def test_the_latex_table_fits_a_page(tmp_path):
     assert "Float too large" not in log
 
 
-def test_long_tables_say_what_they_leave_out(tmp_path, monkeypatch):
+def test_long_tables_say_what_they_leave_out(tmp_path):
     cells = [{"lora__rank": rank, "lora__dropout": p} for rank in (1, 2, 4, 8, 16, 32) for p in np.arange(7) / 10]
     summary = summarize(make_sweep(tmp_path, cells, np.linspace(0.5, 0.9, 42)[:, None], curve=False))
     tex = export.table_tex(summary)
@@ -129,17 +142,6 @@ def test_long_tables_say_what_they_leave_out(tmp_path, monkeypatch):
     console = Console(width=160, file=io.StringIO())
     export.terminal(summary, console, 10)
     assert "... 32 more rows" in console.file.getvalue()
-    monkeypatch.setattr(report, "MOST_ROWS", 20)
-    page = report.html_report(summary, {}, "command")
-    assert "The first 20 of 42; all of them are in cells.csv." in page
-    assert "The first 20 of 42; all of them are in trials.csv." in page
-
-
-def test_numbers_stand_on_the_right():
-    table = pd.DataFrame({"number": ["–", "1,234 *", "-0.5"], "text": ["1", "rank 1", "–"]})
-    assert export.markdown(table).splitlines()[1] == "| ---: | --- |"
-    assert "{rl}" in export.latex(table, "")
-    assert [column["right"] for column in report.page_table(table)["columns"]] == [True, False]
 
 
 def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
@@ -147,10 +149,10 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
     hydra = {"mode": "MULTIRUN", "overrides": {"hydra": [], "task": ["sweep=quickstart", "sweep.name=a b"]}}
     (place := Path(folder) / ".hydra").mkdir()
     (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
-    page = report.html_report(summarize(large), {}, "command")
+    page = export.html_report(summarize(large), {}, "command")
     assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in page
     (place / "hydra.yaml").write_text("hydra: [")
-    assert "lora_vit.train" not in report.html_report(summarize(large), {}, "command")
+    assert "lora_vit.train" not in export.html_report(summarize(large), {}, "command")
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 160])
@@ -166,3 +168,108 @@ def test_the_terminal_breaks_no_word_and_names_what_it_has_no_room_for(large, wi
         marks = [word for line in table for word in line.split() if word in ("best", "candidate", "open", "worse")]
         assert len([m for m in marks if m != "best"]) == len(summary.cells) - 1
         assert all("LoRA" in line or "fine-tuning" in line or "probe" in line for line in table if "worse" in line)
+
+
+LONG = "a_very_long_name_of_a_file_with_weights_" * 3 + "$x$"
+
+
+def drawn(folder, **options):
+    return plots.draw_all(summarize(folder, **options))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Rank x dropout x learning rate with baselines, one cell under a long name."""
+    cells, y = grid(np.random.default_rng(3), (1, 2, 8), (0.0, 0.1), (3e-4, 1e-3), 3)
+    y[-2] -= 0.2  # the linear probe, far below
+    folder = make_sweep(tmp_path_factory.mktemp("quick"), cells, y)
+    return make_sweep(folder, [{"lora__rank": 16, "model__weights": LONG}], np.array([[0.99, 0.995, 0.985]]))
+
+
+def race(folder):
+    """Four cells, of which two leave at once and one with the fourth seed."""
+    cells = [{"lora__rank": rank} for rank in (1, 2, 4, 8)]
+    rng = np.random.default_rng(0)
+    y = np.array([0.8, 0.82, 0.935, 0.95])[:, None] + rng.normal(0, 0.002, 8) + rng.normal(0, 0.003, (4, 8))
+    ids = [make_record(**cell).cell_id for cell in cells]
+    return write_race(make_sweep(folder, cells, y), first_seeds=2, most_seeds=8, seed=0, cells=ids)
+
+
+def words(figure):
+    """The texts that are drawn: ticks beyond an axis' ends are there, too."""
+    beyond = set()
+    for axis in itertools.chain.from_iterable((axes.xaxis, axes.yaxis) for axes in figure.axes):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        beyond |= {label for t in ticks if not low <= t.get_loc() <= high for label in (t.label1, t.label2)}
+    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in beyond]
+
+
+def test_every_word_lies_inside_its_picture_and_on_no_other(quick, tmp_path):
+    rates = [{"optimizer__lr": float(f"{lr:.3g}")} for lr in np.geomspace(1e-4, 1e-2, 40)]
+    make_sweep(tmp_path / "rates", rates, np.full((40, 1), 0.9), curve=False)
+    race(tmp_path / "race")
+    figures = {**drawn(quick), "race": drawn(tmp_path / "race")["race"], "by_lr": drawn(tmp_path / "rates")["by_lr"]}
+    assert set(figures) == {"cells", "by_rank", "by_lr", "learning_curves", "pareto_parameters", "race"}
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        inside, picture = figure.bbox.padded(1), figure.axes[0].bbox
+        assert picture.width > figure.bbox.width / 3, "the names leave room for the picture"
+        assert picture.height > figure.bbox.height / 3
+        boxes = [(t.get_text(), t.get_window_extent()) for t in words(figure)]
+        for text, box in boxes:
+            assert inside.contains(box.x0, box.y0), (name, text)
+            assert inside.contains(box.x1, box.y1), (name, text)
+        for (a, one), (b, other) in itertools.combinations(boxes, 2):
+            assert not one.padded(-1).overlaps(other.padded(-1)), (name, a, b)
+
+
+def test_what_neither_axis_nor_lines_show_is_held_at_the_best_cells_values(quick):
+    where = "weights == 'GLYPHS_V1' and (method != 'lora' or rank < 16)"
+    cells = summarize(quick, where=where).cells
+    figure, same = (drawn(quick, where=where)["by_rank"] for _ in range(2))
+    assert plots.render(figure, "svg") == plots.render(same, "svg")
+    axes = figure.axes[0]
+    best = cells[cells["lora.method"] == "lora"].iloc[0]
+    assert f"at lr {best['optimizer.lr']:g}" in axes.get_title(loc="left")
+    lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
+    assert set(lines) == {"dropout 0", "dropout 0.1"}
+    for label, heights in lines.items():
+        held = cells["optimizer.lr"] == best["optimizer.lr"]
+        shown = cells[held & (cells["lora.dropout"] == float(label.split()[1]))].sort_values("lora.rank")
+        np.testing.assert_allclose(heights, 100 * shown["mean"])
+    low, high = axes.get_ylim()
+    baselines = cells[cells["lora.method"] != "lora"]["mean"] * 100
+    assert ((low < baselines) & (baselines < high)).all()
+
+
+def test_one_huge_interval_is_cut_and_no_mean(tmp_path):
+    y = np.array([[0.900, 0.902, 0.901], [0.910, 0.912, 0.911], [0.85, 0.95, 0.92], [0.920, 0.922, 0.921]])
+    make_sweep(tmp_path, [{"lora__rank": rank} for rank in (1, 2, 4, 8)], y)
+    axes = drawn(tmp_path)["cells"].axes[0]
+    low, high = axes.get_xlim()
+    assert low < 90
+    assert high > 92.2
+    assert high - low < 10, "the interval of the third is 25 points wide"
+    assert "longer than shown" in axes.get_xlabel()
+
+
+def test_the_race_ends_each_line_with_the_seed_that_its_cell_left_with(tmp_path):
+    summary = summarize(race(tmp_path))
+    lines = plots.draw_all(summary)["race"].axes[0].lines
+    named = {line.get_label(): line.get_xdata()[-1] for line in lines if line.get_label().startswith("rank")}
+    assert named == dict(zip(summary.cells["label"], summary.cells["seeds_raced"], strict=True))
+    assert sorted(named.values()) == [2, 2, 4, 4]
+    crosses = [line for line in lines if line.get_marker() == "x"]
+    assert len(crosses) == 3
+
+
+def test_curves_of_trials_whose_rows_can_be_read(tmp_path):
+    good, bad, odd = (tmp_path / make_trial(tmp_path, 0.9, seed=seed).trial_id for seed in range(3))
+    (bad / METRICS).write_text("{\n")
+    with (odd / METRICS).open("a") as file:
+        file.write('[1]\n{"kind": "epoch", "epoch": "six"}\n{"kind": "epoch", "epoch": 6, "val_accuracy": true}\n')
+    table = plots.curves([str(good), str(bad), str(odd), str(tmp_path / "gone")])
+    assert list(table.columns) == [str(good), str(odd)]
+    assert list(table.index) == [1, 2, 3, 4, 5]
+    assert list(table.iloc[-1]) == [0.9, 0.9]

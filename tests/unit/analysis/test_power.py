@@ -25,20 +25,6 @@ def test_power_is_the_tail_of_the_noncentral_t(cells: int, seeds: float, df: flo
     assert power(difference, 0.3, cells, seeds, df) == pytest.approx(want, abs=1e-5 if freedom >= 4 else 2e-4)
 
 
-def test_power_equals_simulation() -> None:
-    """10,000 sweeps: three errors are 0.015."""
-    cells, seeds = 10, 3
-    y = np.random.default_rng(0).normal(0, 0.3, (10_000, cells, seeds))
-    y[:, 0] += 1.0
-    centred = y - y.mean(1, keepdims=True)
-    residual = centred - centred.mean(2, keepdims=True)
-    df = (cells - 1) * (seeds - 1)
-    error = np.sqrt((residual**2).sum((1, 2)) / df / seeds)
-    q = (y[:, 0].mean(1) - y[:, 1].mean(1)) / error
-    found = (q > scipy_stats.studentized_range.ppf(0.95, cells, df)).mean()
-    assert power(1.0, 0.3, cells, seeds) == pytest.approx(found, abs=0.015)
-
-
 @pytest.mark.parametrize(
     ("difference", "sd", "cells", "seeds", "want"),
     [
@@ -53,20 +39,12 @@ def test_power_at_its_ends(difference: float, sd: float, cells: int, seeds: int,
     assert power(difference, sd, cells, seeds) == want
 
 
-@pytest.mark.parametrize(("cells", "seeds", "df", "wanted"), [(2, 2, None, 0.8), (8, 4, None, 0.8), (5, 3.5, 9, 0.5)])
-def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: int | None, wanted: float) -> None:
-    smallest = detectable(0.003, cells, seeds, df, wanted)
-    assert power(smallest, 0.003, cells, seeds, df) == pytest.approx(wanted, abs=1e-5)
-    assert (detectable(0.003, cells, seeds, df) == smallest) == (wanted == 0.8), "what is commonly asked for"
-
-
-@pytest.mark.parametrize(
-    ("sd", "cells", "seeds", "want"),
-    [(0.003, 1, 4, math.nan), (0.003, 3, 1, math.nan), (0.0, 2, 2, 0.0), (0.0, 1, 3, math.nan), (0.0, 3, 1, math.nan),
-     (math.nan, 3, 3, math.nan)],
-)  # fmt: skip
-def test_the_detectable_difference_at_its_ends(sd: float, cells: int, seeds: int, want: float) -> None:
-    assert detectable(sd, cells, seeds) == pytest.approx(want, nan_ok=True)
+@pytest.mark.parametrize(("cells", "seeds", "df"), [(2, 2, 1), (8, 4, 21), (5, 3.5, 9)])
+def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: int) -> None:
+    assert power(detectable(0.003, cells, seeds, df), 0.003, cells, seeds, df) == pytest.approx(0.8, abs=1e-5)
+    assert detectable(0.0, cells, seeds, df) == 0
+    for sd, few, many in ((0.003, 1, 4), (0.003, 3, 1), (0.0, 1, 3), (0.0, 3, 1), (math.nan, 3, 3)):
+        assert math.isnan(detectable(sd, few, many, df))
 
 
 @pytest.fixture
@@ -76,14 +54,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> float:
     return 4.0
 
 
-@pytest.mark.parametrize("wanted", [0.8, 0.5])
 @pytest.mark.parametrize("sd", [1e-5, 0.002, 0.003, 0.005, 0.0125, 0.017])
-def test_seeds_needed_are_the_fewest(quick: float, sd: float, wanted: float) -> None:
-    n = seeds_needed(0.005, sd, 8, wanted)
+def test_seeds_needed_are_the_fewest(quick: float, sd: float) -> None:
+    n = seeds_needed(0.005, sd, 8)
     assert n is not None
     assert n >= 2
-    assert power(0.005, sd, 8, n) >= wanted > power(0.005, sd, 8, n - 1)
-    assert seeds_needed(0.005, sd, 8) == seeds_needed(0.005, sd, 8, 0.8)
+    assert power(0.005, sd, 8, n) >= 0.8 > power(0.005, sd, 8, n - 1)
 
 
 def test_more_than_400_seeds_are_not_looked_for(quick: float) -> None:
@@ -111,7 +87,7 @@ def test_error_of_a_test_set(p: float, n: int, want: float) -> None:
 
 
 def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
-    """Two cells that are equally good: how often the first is within the margin. 2,000 draws: two errors are 2 %.
+    """Two cells that are equally good: how often the first is within the margin. 1,000 draws: two errors are 2.5 %.
 
     The formula takes the sd as known, which it is not: with as many seeds as here the share moves by a few percent.
     """
@@ -120,7 +96,7 @@ def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
     assert seeds is not None
 
     def share(n: int) -> float:
-        draws = rng.normal(0, sd, (2000, 2, n))
+        draws = rng.normal(0, sd, (1000, 2, n))
         return float(np.mean([compare(y).below[0] <= margin for y in draws]))
 
     assert 0.75 < share(seeds) < 0.87

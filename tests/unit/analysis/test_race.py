@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_vit.analysis.race import Exit, Race, Rules, boundary, decide, one_stage, standing, typical_trials, wanted
+from lora_vit.analysis.race import Exit, Race, Rules, boundary, decide, one_stage, standing, wanted
 
 RULES = Rules(margin=0.005, first_seeds=3, most_seeds=12)
 
@@ -16,6 +16,12 @@ RULES = Rules(margin=0.005, first_seeds=3, most_seeds=12)
 def table(means: list[float], seeds: int = 12, sd: float = 0.002, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return np.array(means)[:, None] + rng.normal(0, 0.005, seeds) + rng.normal(0, sd, (len(means), seeds))
+
+
+def bound(variance: float, cells: int, df: float) -> float:
+    """``h2 * S2 / margin`` by the formulas; S2 is twice the variance of a trial's error."""
+    eta = ((2 * 0.05 / (cells - 1)) ** (-2 / df) - 1) / 2
+    return 2 * eta * df * 2 * variance / RULES.margin
 
 
 def raced(y: np.ndarray, failed: np.ndarray | None = None, rules: Rules = RULES) -> Race:
@@ -40,10 +46,9 @@ def run(y: np.ndarray, failed: np.ndarray, rules: Rules, workers: int, rng: np.r
 def test_two_cells_leave_at_the_boundary_that_the_formulas_give(lead: float, leaves: bool) -> None:
     differences = np.array([0.004, -0.002, 0.001]) + lead
     y = np.stack([0.9 + differences, np.full(3, 0.9)])
-    s2, df = differences.var(ddof=1), 2
-    eta = ((2 * 0.05 / 1) ** (-2 / df) - 1) / 2
-    np.testing.assert_allclose(boundary(y, RULES)[0, 1], 2 * eta * df * s2 / RULES.margin, rtol=1e-9)  # float noise
-    width = max(0.0, RULES.margin / 6 * (2 * eta * df * s2 / RULES.margin**2 - 3))
+    want = bound(differences.var(ddof=1) / 2, 2, 2)
+    np.testing.assert_allclose(boundary(y, RULES)[0, 1], want, rtol=1e-9)  # float noise
+    width = max(0.0, RULES.margin / 6 * (want / RULES.margin - 3))
     race = raced(y)
     assert 0.0028 < width < 0.0030, "a point between the two leads"
     assert (1 in race.exits) == leaves == (differences.mean() > width)
@@ -54,15 +59,11 @@ def test_two_cells_leave_at_the_boundary_that_the_formulas_give(lead: float, lea
 def test_the_most_spread_half_and_the_pair_decide_the_variance() -> None:
     y = table([0.9] * 6, seeds=3)
     y[0] += [0.03, -0.03, 0.0]
-    bound = boundary(y, RULES)
-    assert bound[0, 1:].min() > bound[1:, 1:].max(), "the noisy cell's own pairs are wider"
+    got = boundary(y, RULES)
+    assert got[0, 1:].min() > got[1:, 1:].max(), "the noisy cell's own pairs are wider"
     df = 3 * 5 * 2 / 6  # three of the six cells, which share (6 - 1) * (3 - 1) degrees of freedom
-    eta = ((2 * 0.05 / 5) ** (-2 / df) - 1) / 2
-    paired = (y[0] - y[1]).var(ddof=1)
-    np.testing.assert_allclose(bound[0, 1], 2 * eta * df * paired / RULES.margin, rtol=1e-9)  # float noise
-    df = 2 * 3 * 2 / 4
-    eta = ((2 * 0.05 / 3) ** (-2 / df) - 1) / 2
-    rounding = 2 * eta * df * 2 * 0.001**2 / 12 / RULES.margin
+    np.testing.assert_allclose(got[0, 1], bound((y[0] - y[1]).var(ddof=1) / 2, 6, df), rtol=1e-9)  # float noise
+    rounding = bound(0.001**2 / 12, 4, 2 * 3 * 2 / 4)
     np.testing.assert_allclose(boundary(np.full((4, 3), 0.9), RULES, 0.001), rounding, rtol=1e-9)
 
 
@@ -70,9 +71,8 @@ def test_of_three_cells_two_are_the_half_that_spreads_most() -> None:
     y = np.array([[0.90, 0.93, 0.96, 0.93], [0.90, 0.92, 0.91, 0.93], [0.90, 0.91, 0.91, 0.90]])
     e = y - y.mean(0) - y.mean(1, keepdims=True) + y.mean()
     own, df = (e**2).sum(1) / (2 * 3 / 3), 2 * (2 * 3 / 3)
-    s2 = max(2 * np.sort(own)[1:].mean(), (y[1] - y[2]).var(ddof=1))
-    eta = ((2 * 0.05 / 2) ** (-2 / df) - 1) / 2
-    np.testing.assert_allclose(boundary(y, RULES)[1, 2], 2 * eta * df * s2 / RULES.margin, rtol=1e-9)  # float noise
+    variance = max(np.sort(own)[1:].mean(), (y[1] - y[2]).var(ddof=1) / 2)
+    np.testing.assert_allclose(boundary(y, RULES)[1, 2], bound(variance, 3, df), rtol=1e-9)  # float noise
 
 
 def test_a_cell_left_behind_the_one_whose_bar_it_fell_below() -> None:
@@ -94,7 +94,7 @@ def test_bars_of_which_some_are_0_let_ties_stay() -> None:
     assert raced(y[:, :3], rules=rules).survivors == [0, 1, 2]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_neither_order_nor_workers_change_a_decision(seed: int) -> None:
     y = table([0.9, 0.899, 0.897, 0.893, 0.888], seed=seed)
     failed = np.zeros(y.shape, dtype=bool)
@@ -199,29 +199,13 @@ def test_as_many_seeds_as_it_takes_cost_no_more_than_those_that_there_are() -> N
     assert race.y.shape == (2, 3)
     assert wanted(race, 4) == [(0, 3), (1, 3), (0, 4), (1, 4)]
     reach = race.bounds[0, 1] / (2 * abs(y[0].mean() - y[1].mean()) + 0.0002)  # W(r) falls below the lead there
-    assert race.expected() == 2 * (math.floor(reach) + 1 - 3)
-    assert race.expected() > 1_000
+    assert race.expected() == 2 * (math.floor(reach) + 1 - 3) > 1_000
 
 
-@pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}, {"alpha": 0.6}])
+@pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}])
 def test_rules_that_cannot_be_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a race"):
         Rules(**{"margin": 0.005, "first_seeds": 3, "most_seeds": 30, **bad})  # type: ignore[arg-type]
-
-
-def test_what_the_race_still_takes_if_the_means_stay() -> None:
-    """Of two cells by the boundary itself, and of all by going on with seeds that change no mean."""
-    for lead, k in ((0.0, 2), (0.002, 2), (0.001, 5), (0.02, 4)):
-        y = table([0.9] * k, seeds=3, sd=0.004, seed=3)
-        y += 0.9 + np.linspace(lead, 0, k)[:, None] - y.mean(1, keepdims=True)
-        whole = np.hstack([y, np.repeat(y.mean(1, keepdims=True), 27, axis=1)])
-        rules = Rules(0.005, 3, 30)
-        race = raced(np.where(np.arange(30) < 3, whole, np.nan), rules=rules)
-        assert race.seeds == 3
-        end = raced(whole, rules=rules)
-        used = sum(e.seeds for e in end.exits.values()) + len(end.survivors) * end.seeds
-        assert race.expected() == used - 3 * k, (lead, k)
-        assert end.expected() == 0
 
 
 @pytest.mark.parametrize("seed", [4, 14, 18, 74])
@@ -234,7 +218,8 @@ def test_what_it_still_takes_where_cells_leave_that_others_were_behind(seed: int
     rules = Rules(0.02, 3, 28)
     race = raced(np.where(np.arange(28) < 3, whole, np.nan), rules=rules)
     before = (race.survivors, dict(race.exits), race.room.copy(), race.seeds)
-    assert race.expected() == raced(whole, rules=rules).trials - race.trials
+    end = raced(whole, rules=rules)
+    assert (race.expected(), end.expected()) == (end.trials - race.trials, 0)
     assert (race.survivors, race.exits, race.seeds) == (before[0], before[1], before[3])
     np.testing.assert_array_equal(race.room, before[2])
 
@@ -243,22 +228,13 @@ def test_one_stage_takes_as_many_seeds_as_select_the_best_with_95_percent() -> N
     """Simulated: the best of ten, ahead by the margin. 20,000 draws: two Monte Carlo errors are 0.3 %."""
     rules, sd, rng = Rules(0.005, 3, 30), 0.006, np.random.default_rng(0)
     n = one_stage(sd, 10, rules)
-    right = {}
-    for seeds in (n - 1, n):
-        means = rng.normal(0, sd / np.sqrt(seeds), (20_000, 10))
-        means[:, 0] += rules.margin
-        right[seeds] = (means.argmax(1) == 0).mean()
+    means = rng.normal(0, sd / np.sqrt([[[n - 1]], [[n]]]), (2, 20_000, 10))
+    means[:, :, 0] += rules.margin
+    right = (means.argmax(2) == 0).mean(1)
     tables = {2: 1.645, 4: 2.062, 10: 2.417}  # of the largest of k - 1 normals with correlation 1/2, 95 %
     for k, point in tables.items():
         assert one_stage(sd, k, rules) == math.ceil(2 * (point * sd / rules.margin) ** 2)
     assert one_stage(0.0, 4, rules) == 1
     assert one_stage(math.nan, 4, rules) is one_stage(0.1, 1, rules) is None
-    assert right[n - 1] < 0.953
-    assert right[n] > 0.947
-
-
-def test_a_typical_race_takes_more_the_more_the_seeds_spread() -> None:
-    counts = [typical_trials(10, sd, Rules(0.005, 5, 30)) for sd in (1e-6, 0.003, 0.01)]
-    assert counts[0] == 50
-    assert 50 < counts[1] < counts[2] <= 300
-    assert counts[2] < typical_trials(10, 0.01, Rules(0.005, 5, 1_000_000)) < 10_000, "not all seeds are drawn"
+    assert right[0] < 0.953
+    assert right[1] > 0.947

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,14 +42,12 @@ UNEQUAL[0, :2], UNEQUAL[1, 2:5], UNEQUAL[2, 5:] = [1, 4], [2, 3, 7], [0, 1, 1, 8
 
 
 @pytest.mark.parametrize("values", [[0.91, 0.93, 0.925, NAN], [0.91, 0.93]])
-@pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_t_interval_equals_scipys(values: list[float], confidence: float) -> None:
-    x = np.array(values)
-    x, got = x[np.isfinite(x)], t_interval(x, confidence=confidence)
-    low, high = scipy_stats.ttest_1samp(x, 0).confidence_interval(confidence)
+def test_t_interval_equals_scipys(values: list[float]) -> None:
+    got, x = t_interval(np.array(values)), np.array(values)
+    x = x[np.isfinite(x)]
+    low, high = scipy_stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert (got.low, got.high, got.n) == (pytest.approx(low), pytest.approx(high), len(x))
     assert (got.mean, got.sd) == (pytest.approx(x.mean()), pytest.approx(np.std(x, ddof=1)))
-    assert t_interval(x) == t_interval(np.array(values), confidence=0.95)
 
 
 def test_t_interval_of_one_value_of_none_and_of_equal_ones() -> None:
@@ -96,15 +96,6 @@ def test_fits_without_blocks_and_without_degrees_of_freedom() -> None:
     assert (plain.blocked, plain.df) == (False, 13 - 4)
 
 
-def test_a_seed_that_no_cell_has_changes_nothing() -> None:
-    y = holes(draw(1, 4, 4), 1, 3)
-    got, want = fit_blocks(np.insert(y, 2, NAN, axis=1)), fit_blocks(y)
-    assert (got.df, got.blocked) == (want.df, True)
-    for name in ("means", "ss", "dof", "counts"):
-        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-12)
-    np.testing.assert_allclose(got.difference_variance(np.arange(4)), want.difference_variance(np.arange(4)))
-
-
 @pytest.mark.parametrize("shift", [0.0, 1e6])
 @pytest.mark.parametrize("missing", [0, 4])
 def test_pair_variance_is_that_of_the_differences(missing: int, shift: float) -> None:
@@ -131,40 +122,22 @@ def test_critical_values_are_those_of_the_tables() -> None:
         assert stats.tukey_critical(m, df) == pytest.approx(q, abs=6e-3)
     for others, df, d in [(1, 10, 1.81), (2, 10, 2.15), (5, 10, 2.56), (9, 20, 2.60), (3, 5, 2.68)]:
         assert stats.dunnett_critical(others, df) == pytest.approx(d, abs=6e-3)
-    for others, df, alpha in [(1, 1, 0.05), (9, 1, 0.05), (4, 7, 0.1), (30, 60, 0.05)]:
-        critical = stats.dunnett_critical(others, df, alpha)
-        assert stats.dunnett_tail(critical, others, df) == pytest.approx(alpha, abs=1e-6)
-
-
-def test_dunnett_tail_equals_the_multivariate_t() -> None:
     shape = np.full((4, 4), 0.5) + np.eye(4) / 2
     for t in (0.5, 2.0, 3.5):
         cdf = scipy_stats.multivariate_t(shape=shape, df=7, seed=0).cdf(np.full(4, t), maxpts=200_000)
         assert stats.dunnett_tail(t, 4, 7) == pytest.approx(1 - cdf, abs=2e-4)
 
 
-def test_the_nodes_give_the_moments_of_the_estimated_sd() -> None:
-    """E s^2 = 1 for any df; 160 nodes leave 1e-4."""
-    for df in (1, 4, 30):
-        s, weights = stats.chi_nodes(df)
-        assert weights.sum() == pytest.approx(1)
-        assert weights @ s**2 == pytest.approx(1, abs=1e-4)
-        assert weights @ s**4 == pytest.approx(1 + 2 / df, rel=2e-3)
-
-
 def test_two_cells_are_compared_by_the_paired_t_test() -> None:
     y = draw(3, 2, 5)
-    got = compare(y)
-    assert got.best == 1
-    assert got.worse[0] == (scipy_stats.ttest_rel(y[0], y[1]).pvalue < 0.05)
-    one_sided = scipy_stats.ttest_rel(y[1], y[0], alternative="greater").pvalue
-    assert got.candidate[0] == (one_sided >= 0.05)
-    low, high = scipy_stats.ttest_rel(y[1], y[0]).confidence_interval(0.95)
-    assert got.difference[0] + got.half[0] == pytest.approx(high, rel=1e-4)
-    assert got.difference[0] - got.half[0] == pytest.approx(low, rel=1e-4)
+    got, want = compare(y), scipy_stats.ttest_rel(y[1], y[0])
+    assert (got.best, got.worse[0]) == (1, want.pvalue < 0.05)
+    assert got.candidate[0] == (scipy_stats.ttest_rel(y[1], y[0], alternative="greater").pvalue >= 0.05)
+    bounds = got.difference[0] - got.half[0], got.difference[0] + got.half[0]
+    assert bounds == pytest.approx(want.confidence_interval(0.95), rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", [4, 5, 6])
+@pytest.mark.parametrize("seed", [4, 5])
 def test_unpaired_cells_are_compared_as_scipys_tukey_hsd_and_dunnett_do(seed: int) -> None:
     y = draw(seed, 5, 4)
     got, want = compare(unshared(y), spreads="equal"), scipy_stats.tukey_hsd(*y)
@@ -210,7 +183,7 @@ HOLES = np.array([[5.0, 7.0, NAN, 6.2], [3.0, 5.5, 4.0, NAN], [2.0, NAN, 3.0, 3.
 
 
 @pytest.mark.parametrize("spreads", ["equal", "unequal"])
-@pytest.mark.parametrize("y", [HOLES, np.where(np.isfinite(HOLES), HOLES, 4.4), NOISY], ids=["holes", "whole", "noisy"])
+@pytest.mark.parametrize("y", [HOLES, NOISY], ids=["holes", "noisy"])
 def test_a_whole_comparison_by_loops(y: np.ndarray, spreads: str) -> None:
     fit, wide = fit_blocks(y), spreads == "unequal"
     common = stats.wide_variance(fit) if wide else fit.mse
@@ -220,8 +193,10 @@ def test_a_whole_comparison_by_loops(y: np.ndarray, spreads: str) -> None:
     np.testing.assert_allclose(got.below, below, atol=1e-12)
     np.testing.assert_allclose(got.half, half, rtol=1e-4)
     assert (got.worse.tolist(), got.candidate.tolist()) == (worse.tolist(), candidate.tolist())
-    assert (got.wide, got.blocked, got.complete, got.possible) == (wide, True, bool(np.isfinite(y).all()), True)
+    assert (got.wide, got.blocked, got.possible) == (wide, True, True)
+    assert got.complete == np.isfinite(y).all()
     assert (got.seeds, got.df, got.best) == (4, fit.df, 0)
+    assert got.repeats == pytest.approx(4 / (1 / np.isfinite(y).sum(1)).sum())
     assert got.sd == pytest.approx(math.sqrt(common))
     assert got.pooled_sd == pytest.approx(math.sqrt(fit.mse))
     if y is NOISY and wide:
@@ -230,7 +205,7 @@ def test_a_whole_comparison_by_loops(y: np.ndarray, spreads: str) -> None:
     assert (least.sd, least.pooled_sd) == (pytest.approx(2 * got.sd), got.pooled_sd), "no finer than the rounding"
 
 
-@pytest.mark.parametrize("cells", [300, 257, 256])
+@pytest.mark.parametrize("cells", [300, 257])
 def test_candidates_among_more_cells_than_are_taken_at_once(cells: int) -> None:
     y = np.random.default_rng(0).normal(size=(cells, 3)) * 0.1 + np.linspace(0, 1, cells)[:, None]
     got, fit = compare(y, spreads="equal"), fit_blocks(y)
@@ -238,17 +213,6 @@ def test_candidates_among_more_cells_than_are_taken_at_once(cells: int) -> None:
     want = fit.means.max() - fit.means <= stats.dunnett_critical(cells - 1, fit.df) * error
     assert 1 < want.sum() < cells - 1
     np.testing.assert_array_equal(got.candidate, want)
-
-
-def test_no_cell_is_both_worse_and_a_candidate() -> None:
-    for seed in range(6):
-        for m, n in ((2, 3), (6, 3), (8, 2)):
-            got = compare(draw(seed, m, n))
-            others = np.arange(m) != got.best
-            assert got.candidate[got.best]
-            assert not got.worse[got.best]
-            assert not (got.worse & got.candidate).any()
-            np.testing.assert_array_equal(got.worse[others], (got.difference - got.half)[others] > 0)
 
 
 def test_the_order_of_cells_and_seeds_and_a_seeds_own_luck_change_nothing() -> None:
@@ -285,21 +249,6 @@ def test_what_cannot_be_compared_gets_no_verdict(y: np.ndarray) -> None:
     assert not (got.compared | got.worse | got.candidate).any()
 
 
-def test_a_cell_with_one_seed_stays_out_of_the_comparison() -> None:
-    y = draw(9, 4, 3)
-    a, b = compare(y), compare(np.concatenate([y, [[100.0, NAN, NAN]]]))
-    assert b.best == a.best
-    assert b.compared.tolist() == [True] * 4 + [False]
-    np.testing.assert_array_equal(b.half[:4], a.half)
-
-
-def test_repeats_are_the_seeds_of_a_cell() -> None:
-    y = draw(11, 3, 4)
-    assert compare(y).repeats == compare(unshared(y)).repeats == 4
-    y[0, :2] = NAN
-    assert compare(y).repeats == pytest.approx(3 / (1 / 2 + 1 / 4 + 1 / 4))
-
-
 def test_seeds_that_were_drawn_for_each_cell_are_no_blocks() -> None:
     """500 columns with two or three trials of each cell: the error is that within cells."""
     rng = np.random.default_rng(0)
@@ -315,10 +264,100 @@ def test_seeds_that_were_drawn_for_each_cell_are_no_blocks() -> None:
         assert compare(rng.normal(size=(2, seeds))).blocked == blocked
 
 
-def test_how_far_another_cell_may_lie_above_holds() -> None:
-    """Three cells: the true distances are kept with 95 % (three Monte Carlo errors)."""
+@pytest.mark.parametrize(
+    ("ss", "dof", "want"),
+    [
+        ([2, 2, 2], [1, 1, 1], 1.0),
+        ([2, 3], [2, 1], 1.25),
+        ([0, 0], [1, 0], 0.0),
+        ([[1, 3], [1, 1]], [1, 1], [1.25, 1.0]),
+        ([1e-5, 3e-5], [1, 1], 1.25),
+    ],
+)
+def test_the_statistic_of_unequal_spreads(ss: Any, dof: Any, want: Any) -> None:
+    np.testing.assert_allclose(stats.spread_statistic(np.array(ss, float), np.array(dof, float)), want)
+
+
+@pytest.mark.parametrize(("missing", "block"), [(True, True), (False, False)])
+def test_the_spread_test_equals_a_simulation(missing: bool, block: bool) -> None:
+    """4,000 draws against the test's 2,000: three errors are 0.041. Three data sets, from alike to unlike spreads."""
+    y = HOLES if missing else np.where(np.isfinite(HOLES), HOLES, 4.4)
     rng = np.random.default_rng(3)
-    truth, runs = np.array([0.90, 0.897, 0.88]), 400
-    draws = truth[:, None] + rng.normal(0, 0.005, (runs, 1, 4)) + rng.normal(0, 0.003, (runs, 3, 4))
-    held = np.mean([(compare(y, spreads="equal").below >= truth.max() - truth - 1e-12).all() for y in draws])
-    assert held > 0.95 - 3 * math.sqrt(0.05 * 0.95 / runs), held
+
+    def statistic(values: np.ndarray) -> float:
+        fit = fit_blocks(np.where(np.isfinite(y), values, NAN), block)
+        return float(stats.spread_statistic(fit.ss, fit.dof))
+
+    null = np.array([statistic(rng.normal(size=y.shape)) for _ in range(4000)])
+    noise = np.random.default_rng(1).normal(size=y.shape)
+    for spread in (1.0, 2.0, 4.0):
+        values = y + noise * np.array([[spread], [1.0], [1.0], [1.0]])
+        fit = fit_blocks(np.where(np.isfinite(y), values, NAN), block)
+        assert stats.spread_test(fit) == pytest.approx((null >= statistic(values)).mean(), abs=0.041)
+
+
+@pytest.mark.parametrize(("cells", "seeds", "draws"), [(5, 4, 2000), (100, 40, 1000), (200, 60, 400), (400, 60, 200)])
+def test_the_smallest_p_of_the_spread_test(cells: int, seeds: int, draws: int) -> None:
+    """The larger the sweep, the fewer draws: about 4 million numbers."""
+    y = np.random.default_rng(0).normal(size=(cells, seeds)) * 1e-3
+    y[0] += 100 * np.arange(seeds) ** 2
+    assert stats.spread_test(fit_blocks(y)) == 1 / (1 + draws)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [HOLES[[0, 3]], np.ones((4, 3)) * np.arange(4)[:, None], np.arange(4.0)[:, None]],  # two cells, no error, no df
+)
+def test_spreads_that_cannot_be_tested(y: np.ndarray) -> None:
+    assert math.isnan(stats.spread_test(fit_blocks(y)))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, -1e6])
+def test_rounding_is_no_spread_and_a_small_spread_is_no_rounding(scale: float) -> None:
+    """Sums of tenths and thirds leave 1e-16 of the values; real spreads of 1e-9 of them are far above."""
+    y = scale * (np.array([0.1, 0.7, 1.3])[:, None] + np.array([0.0, 0.3, 1 / 3, 1.1]))
+    fit = fit_blocks(y)
+    assert 0 < fit.ss.sum() < (1e-14 * abs(scale)) ** 2
+    assert math.isnan(stats.spread_test(fit))
+    assert 0 < stats.spread_test(fit_blocks(y + scale * 1e-9 * HOLES[:3, [0, 1, 3, 3]] ** 2)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("cells", "df", "level"),
+    [
+        (3, 2, 1.01), (19, 26, 1.01), (19, 27, 0.45), (20, 28, 0.7), (20, 29, 0.25),
+        (3, 3, 0.45), (5, 9, 0.45), (5, 10, 0.3), (20, 47, 0.25), (20, 48, 0.1),
+        (5, 13, 0.3), (5, 14, 0.2), (5, 40, 0.2), (19, 63, 0.2), (20, 100, 0.1), (2, 2, 0.0),
+    ],
+)  # fmt: skip
+def test_from_which_p_on_spreads_count_as_equal(cells: int, df: int, level: float) -> None:
+    fit: Any = SimpleNamespace(counts=np.ones(cells), df=df, blocked=True)
+    assert stats.equal_spread_level(fit) == level
+    fit.blocked = False
+    assert stats.equal_spread_level(fit) == (level if cells > 2 else 1.01)
+
+
+@pytest.mark.parametrize(
+    ("ss", "dof", "want"),
+    [([6, 4, 3], [6, 1, 1], 3.5), ([1, 4, 9], [1, 2, 3], 2.6), ([1, 2, 3, 4], [1, 1, 1, 1], 3.5), ([5], [2], 2.5)],
+)
+def test_the_wide_variance_is_that_of_the_upper_half(ss: list, dof: list, want: float) -> None:
+    fit: Any = SimpleNamespace(ss=np.array(ss, float), dof=np.array(dof, float))
+    assert stats.wide_variance(fit) == pytest.approx(want)
+
+
+def test_unpaired_cells_of_unequal_size_and_spread_are_not_pooled() -> None:
+    y = np.full((2, 8), NAN)
+    y[0, :2], y[1, 2:] = [0.90, 0.93], [0.87, 0.872, 0.871, 0.869, 0.87, 0.871]
+    got, pooled = compare(y), compare(y, spreads="equal")
+    assert (got.blocked, got.wide) == (False, True)
+    assert got.half[1] > pooled.half[1]
+
+
+@pytest.mark.parametrize(("cells", "paired", "wide"), [(2, True, False), (2, False, True), (3, True, True)])
+def test_when_the_error_is_called_wide(cells: int, paired: bool, wide: bool) -> None:
+    y = np.random.default_rng(0).normal(size=(cells, 4))
+    if not paired:
+        y = np.vstack([np.r_[y[0], np.full(4, NAN)], np.r_[np.full(4, NAN), y[1]]])
+    got = compare(y, spreads="unequal")
+    assert (got.wide, got.blocked) == (wide, paired)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_vit.analysis import texts
+from lora_vit.analysis import export, texts
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.fixed import FixedVerdict
-from lora_vit.analysis.stats import Comparison
-from lora_vit.analysis.summary import Chosen, Design, Summary, Within
+from lora_vit.analysis.power import power
+from lora_vit.analysis.stats import Comparison, Interval
+from lora_vit.analysis.summary import Summary
 
 NAN = math.nan
 BEST, CANDIDATE, OPEN, WORSE, ALONE = (
@@ -26,27 +28,26 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
     """Of cells A, B, ... of ``(mark, mean)``, best first, each with an interval of 1 point to either side."""
     cells = pd.DataFrame(rows, columns=["mark", "mean"])
     cells = cells.assign(label=list("ABCDEFG"[: len(rows)]), n=n, low=cells["mean"] - low, high=cells["mean"] + 0.01,
-                         trainable_parameters=sizes)  # fmt: skip
+                         trainable_parameters=sizes, seconds=9.0, below=1.0, difference=0.0, cell="a",
+                         pareto_parameters=False, pareto_seconds=False)  # fmt: skip
     compared, nothing = (cells["mark"] != "no verdict").to_numpy(), np.zeros(len(rows))
     values = {"best": 0 if compared.any() else None, "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432,
               "repeats": 3.0, **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
-        folders=[], where=None, cells=cells, unfinished=empty, settings=[], learning_rates=empty, environment=empty,
-        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"]}),
+        folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[], learning_rates=empty,
+        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there"}),
+        environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
         comparison=Comparison(compared, nothing, nothing, nothing, nothing, nothing, nothing, **values),
-        effects=Effects(), design=Design(0.0206, 39, 0.0046), chosen=Chosen("A", "a", 0.9536, 0.0121, 0.0154, 1719),
-        within=None, warnings=[], problems=[], says=FixedVerdict(),
+        effects=Effects(), test=Interval(0.9536, NAN, 3, 0.9415, 0.9657), test_images=1719, warnings=[], problems=[],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("rows", "worse", "candidates"),
     [
-        ([BEST, WORSE], "1 of 1 other cell;", 0),
         ([BEST, CANDIDATE], "0 of 1 other cell;", 1),
         ([BEST, OPEN], "0 of 1 other cell;", 0),
-        ([BEST, WORSE, WORSE], "2 of 2 other cells;", 0),
         ([BEST, CANDIDATE, CANDIDATE, OPEN, WORSE, WORSE], "2 of 5 other cells;", 2),
         ([ALONE, BEST, WORSE], "1 of 1 other cell;", 0),
     ],
@@ -94,29 +95,30 @@ def test_the_verdict_on_one_cell_and_on_one_seed(tmp_path):
     assert single.verdict.startswith("A has the highest val accuracy, 99.00 %, but too few cells have two or more")
     assert single.verdict.endswith("Repeat the sweep with seed=0,1,2.")
     single.folders = [str(tmp_path)]
-    assert single.verdict.endswith("seed=0,1,2.")
     (tmp_path / "search.db").touch()
     assert "race its best cells over other seeds" in single.verdict
 
 
 @pytest.mark.parametrize(
-    ("within", "comparison", "end"),
+    ("margin", "below", "seconds", "comparison", "end"),
     [
-        (Within(0.02, "B", 12345.0, "B", 4.0), {}, " B (12,345 parameters) is within 2.00 points of the best."),
-        (Within(0.02, "B", 12345.0, "C", 123.4), {},
-         "is within 2.00 points of the best, and so is the fastest such cell, C (123 s a trial)."),
-        (Within(0.02, seeds=16), {}, " No cell is shown to be within 2.00 points of the best; about 16 seeds per cell "
-                                     "would be needed."),
-        (Within(0.02), {}, "; about more than 400 seeds per cell would be needed."),
-        (Within(0.02, seeds=3), {}, " No cell is shown to be within 2.00 points of the best."),  # as many are there
-        (Within(0.02, seeds=3), {"compared": np.array([True, False])},
-         " No cell is shown to be within 2.00 points of the best of the cells with two or more seeds."),
-        (None, {}, "for the best: 0."),
+        (0.02, [1, 0.02], [1, 9], {}, " B (12,345 parameters) is within 2.00 points of the best."),
+        (0.02, [0.01, 0], [123.4, 200], {},
+         "is within 2.00 points of the best, and so is the fastest such cell, A (123 s a trial)."),
+        (0.02, [1, 0.03], [1, 9], {"sd": 0.01}, "No cell is shown to be within 2.00 points of the best; about 5 seeds "
+                                                "per cell would be needed."),
+        (0.0001, [1, 1], [1, 9], {}, "; more than 400 seeds per cell would be needed."),
+        (0.02, [1, 1], [1, 9], {"repeats": 20.0}, " No cell is shown to be within 2.00 points of the best."),
+        (0.02, [1, 1], [1, 9], {"repeats": 20.0, "compared": np.array([True, False])},
+         " No cell is shown to be within 2.00 points of the best of the cells with two or more seeds; more than 400 "
+         "seeds per cell would be needed."),
+        (None, [0, 0], [1, 9], {}, "for the best: 0."),
     ],
 )  # fmt: skip
-def test_what_is_good_enough(within, comparison, end):
-    got = summary(BEST, WORSE)
-    got.within, got.comparison = within, replace(got.comparison, **comparison)
+def test_what_is_good_enough(margin, below, seconds, comparison, end):
+    got = summary(BEST, WORSE, sizes=[50_000.0, 12_345.0])
+    got.margin, got.comparison = margin, replace(got.comparison, **comparison)
+    got.cells = got.cells.assign(below=below, seconds=seconds)
     assert got.verdict.endswith(end)
 
 
@@ -151,45 +153,50 @@ def test_costs_in_few_characters(text, value, want):
     assert text(value) == want
 
 
-TEST = "± 1.21 between seeds, ± 1.54 from the 1,719 test images"
+TEST = "± 1.21 between seeds, ± 0.99 from the 1,719 test images"
 
 
-def test_the_lines_below_the_verdict():
+def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
+    """By the definition of power, with the comparison's cells, seeds, error and degrees of freedom."""
     known = summary(BEST, WORSE)
-    test, power = texts.closing(known)
-    assert test == f"Test accuracy of that cell: 95.36 % ({TEST})."
-    assert "a true difference of 2.06 points" in power
-    assert "80 % power; half a point would take 39 seeds per cell." in power
-    known.chosen.between_seeds = NAN
-    assert texts.closing(known)[0].endswith("95.36 % (± 1.54 from the 1,719 test images).")
-    known.chosen.test = NAN
-    assert texts.closing(known) == [power]
-    known.design.seeds_for_half_a_point = None
-    assert "more than 400 seeds per cell" in texts.closing(known)[0]
-    nothing = summary(ALONE)
-    nothing.chosen.test = NAN
-    assert texts.closing(nothing) == []
+    found, seeds = known.power()
+    assert found.endswith(" points")
+    assert power(float(found.split()[0]) / 100, 0.00561, 2, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
+    assert power(0.005, 0.00561, 2, int(seeds)) >= 0.8 > power(0.005, 0.00561, 2, int(seeds) - 1)
+    assert f"a true difference of {found}" in known.power_text()
+    assert f"80 % power; half a point would take {seeds} seeds per cell." in known.power_text()
+    assert known.optimism() == pytest.approx(0.00561 / math.sqrt(3 * math.pi)), "the mean of the larger of two normals"
+    assert known.errors_of_test() == TEST
+    known.test = replace(known.test, low=NAN)
+    assert known.errors_of_test() == "± 0.99 from the 1,719 test images"
+    assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400"
+    assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
+
+
+def page(known: Summary) -> str:
+    return " ".join(html.unescape(export.html_report(known, {}, "command")).split())
 
 
 def test_the_most_important_figures():
     known = summary(BEST, WORSE)
-    assert [(figure, what.split()[0]) for figure, what in texts.facts(known)] == [
-        ("90.00 %", "val"), ("95.36 %", "test"), ("2.06 points", "smallest"), ("39", "seeds"), ("5 of 6", "trials"),
-    ]  # fmt: skip
-    assert texts.facts(known)[:2] == [
+    found, seeds = known.power()
+    figures = re.findall('<div class="fact"><b>(.*?)</b><span>(.*?)</span>', page(known))
+    assert figures == [
         ("90.00 %", "val accuracy of A, n = 3"), ("95.36 %", f"test accuracy of that cell alone ({TEST})"),
+        (found, "smallest true difference that is detected with 80 % power"),
+        (seeds, "seeds per cell that detect half a point with 80 % power"),
+        ("5 of 6", "trials completed, in 2 cells"),
     ]  # fmt: skip
-    assert texts.facts(known)[-1][1] == "trials completed, in 2 cells"
-    known.chosen.test = NAN
-    assert [figure for figure, _ in texts.facts(known)] == ["90.00 %", "2.06 points", "39", "5 of 6"]
-    assert [figure for figure, _ in texts.facts(summary(ALONE))] == ["99.00 %", "95.36 %", "5 of 6"]
+    known.test, known.comparison = replace(known.test, mean=NAN), replace(known.comparison, best=None)
+    assert re.findall("<b>(.*?)</b>", page(known)) == ["90.00 %", "5 of 6"]
 
 
 @pytest.mark.parametrize(
     ("comparison", "said", "not_said"),
     [
         ({}, ["the seed is a block; 2 cells and 3 seeds leave 4 degrees", "0.56 points (pooled over all cells: 0.43)",
-              "Tukey", "Hsu", "2.06 points", "39 seeds", "0.46 points above"], ["wider", "Main effects", "fewer"]),
+              "Tukey", "Hsu", "With these seeds", "0.18 points above", "after the last epoch"],
+         ["wider", "Main effects", "fewer"]),
         ({"complete": False}, ["3 seeds, some missing leave 4"], []),
         ({"wide": True, "repeats": 4.9}, ["The wider error", "With fewer than five seeds"], []),
         ({"wide": True, "repeats": 5.0}, ["The wider error"], ["With fewer than five seeds"]),
@@ -197,23 +204,10 @@ def test_the_most_important_figures():
         ({"best": None}, ["No cells were compared: at least two cells with two seeds"], ["Tukey", "degrees"]),
     ],
 )  # fmt: skip
-def test_the_methods_in_words(comparison, said, not_said):
-    lines = texts.methods(summary(BEST, WORSE, **comparison))
-    assert "after the last epoch" in lines[0]
-    assert all(lines)
-    text = " ".join(lines)
+def test_the_page_says_what_was_done(comparison, said, not_said):
+    known = summary(BEST, WORSE, **comparison)
+    text = page(known)
     assert [words for words in said if words not in text] == []
     assert [words for words in not_said if words in text] == []
-
-
-def test_main_effects_are_explained_where_there_are_some():
-    known = summary(BEST, WORSE)
     known.effects.table = pd.DataFrame({"effect": [0.1]})
-    assert texts.methods(known)[-1].startswith("Main effects come from a linear model with the seed as block")
-
-
-def test_the_legend_explains_every_mark():
-    legend = summary(BEST).legend
-    assert [f"*{mark}*" in legend for mark in ("best", "candidate", "worse", "open", "no verdict")] == [True] * 5
-    assert "95 %" in legend
-    assert "5 %" in legend
+    assert ("Main effects come from a linear model with the seed as block" in page(known)) == known.comparison.possible
