@@ -58,7 +58,7 @@ class Progress:
             self._bar.update(self._task, total=self.total, completed=self._done, figures=figures)
         elif self._plain.due():
             left = (self.total - self._done) / rate
-            self.console.print(f"{self.what}: {self._done:,}/{self.total:,}  {figures}  about {left:,.0f} s left")
+            self.console.print(f"{self.what}: {self._done:,}/{self.total:,} {self.unit}  {figures}  about {left:,.0f} s left")
 
     def close(self) -> None:
         if self._bar is not None:

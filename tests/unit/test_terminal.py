@@ -48,9 +48,9 @@ def test_lines_now_and_then_where_there_is_no_terminal(hands, capsys):
     progress.advance(75)
     progress.close()
     assert capsys.readouterr().out.splitlines() == [
-        "decoding: 2,100/4,000  100 images/s  about 19 s left",
-        "decoding: 2,925/4,000  90 images/s  about 12 s left",
-        "decoding: 3,000/4,000  loss 0.5  about 20 s left",
+        "decoding: 2,100/4,000 images  100 images/s  about 19 s left",
+        "decoding: 2,925/4,000 images  90 images/s  about 12 s left",
+        "decoding: 3,000/4,000 images  loss 0.5  about 20 s left",
     ]
 
 
