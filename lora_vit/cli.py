@@ -63,10 +63,7 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
 
 
 def completed_trial(args: argparse.Namespace, root: str | None = None) -> "tuple[TrialRecord, TrialConfig]":
-    """The record and the config of the trial that :func:`add_trial`'s arguments name. Raises RecordError.
-
-    The config has the precision that the trial ran in, and weights and data where they are now (``root``).
-    """
+    """Record and config of the named trial, in its precision, weights and data where they are. Raises RecordError."""
     from lora_vit.records import read_record
 
     try:

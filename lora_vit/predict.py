@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
 
 BATCH = 64  # images that are classified together; more than these get a bar
-NAMED = 20  # unreadable images that are named; the rest is counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         if rank == 1:
             print(_printable(image))
         print(f"  {p:7.2%}  {_printable(name)}")
-    for message in unreadable[:NAMED]:
+    for message in unreadable[:20]:  # the rest is counted
         print(f"error: {_printable(message)}", file=sys.stderr)
     if unreadable:
         print(f"error: {len(unreadable)} of {len(images)} images could not be read", file=sys.stderr)

@@ -19,7 +19,6 @@ from lora_vit.files import replacing, write_json
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 PLAN, SEARCH = "sweep.json", "search.db"  # of a sweep: what it was asked for; of a search: what Optuna knows
-STALE_AFTER = 300.0  # seconds without a heartbeat, after which a running trial counts as interrupted
 NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"  # a completed trial's, edited
 
 
@@ -47,8 +46,8 @@ class TrialRecord:
     schema: int = SCHEMA_VERSION
 
     def shown_status(self) -> str:
-        """The status, where a running trial without a fresh heartbeat counts as interrupted."""
-        silent = time.time() - self.heartbeat > STALE_AFTER
+        """The status, where a running trial without a heartbeat for five minutes counts as interrupted."""
+        silent = time.time() - self.heartbeat > 300.0
         return "interrupted" if self.status == "running" and silent else self.status
 
 

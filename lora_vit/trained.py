@@ -63,8 +63,7 @@ class TrainedModel:
         images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)
-        largest = float((ours - theirs).abs().max())
-        changed = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+        largest, changed = float((ours - theirs).abs().max()), int((ours.argmax(-1) != theirs.argmax(-1)).sum())
         print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
         if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
             raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")
