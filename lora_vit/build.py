@@ -1,7 +1,6 @@
 """From configuration to objects: the one module that wires models, data and training together."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
 import functools
 import os
@@ -46,27 +45,26 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-def choose_world_size(config: TrialConfig) -> tuple[int, str]:
-    """Number of processes to start, and a note where it is not what one would expect. Raises ConfigError."""
+def choose_world_size(config: TrialConfig, started: int) -> int:
+    """The number of processes: those that torchrun has ``started``, or if it has not (0) how many there should be.
+
+    A line says where these are not all GPUs. Raises ConfigError, also where the batch does not divide among them.
+    """
     t, batch = config.trainer, config.data.batch_size
     on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
     visible = torch.cuda.device_count() if on_gpu else 1
-    if t.devices != "auto":
-        wanted = int(t.devices)
-        if on_gpu and wanted > visible:
-            raise ConfigError(f"trainer.devices={wanted}: only {visible} GPUs are visible, give at most that")
-        check_world_size(config, wanted)
-        return wanted, ""
-    chosen = max(n for n in range(1, visible + 1) if batch % n == 0)
-    note = f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more"
-    return chosen, "" if chosen == visible else note
-
-
-def check_world_size(config: TrialConfig, world_size: int) -> None:
-    """Raise ConfigError where the global batch does not divide among the processes."""
-    if config.data.batch_size % world_size:
-        what = f"data.batch_size={config.data.batch_size} is not divisible by the {world_size} processes"
-        raise ConfigError(f"{what}: give a multiple of {world_size}, or trainer.devices=auto")
+    wanted = started if t.devices == "auto" else int(t.devices)
+    if started not in (0, wanted):
+        raise ConfigError(f"trainer.devices={wanted}: torchrun has started {started} processes, leave it out")
+    if on_gpu and not started and wanted > visible:
+        raise ConfigError(f"trainer.devices={wanted}: only {visible} GPUs are visible, give at most that")
+    if wanted and batch % wanted:
+        what = f"data.batch_size={batch} is not divisible by the {wanted} processes"
+        raise ConfigError(f"{what}: give a multiple of {wanted}, or trainer.devices=auto")
+    chosen = wanted or max(n for n in range(1, visible + 1) if batch % n == 0)
+    if not wanted and chosen < visible:
+        print(f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more")
+    return chosen
 
 
 def choose_precision(requested: str, device: torch.device) -> str:
@@ -88,10 +86,7 @@ def _cpuinfo() -> str:
 
 
 class ModelFactory:
-    """Builds the packed model of any trials that share model, data and adapter places. Raises ConfigError.
-
-    The frozen trunk is loaded once and shared; trials that train trunk parameters get a copy.
-    """
+    """Builds the packed model of any trials that share model, data and places of adapters. Raises ConfigError."""
 
     def __init__(self, config: TrialConfig, classes: int, device: torch.device, dtype: torch.dtype):
         m = config.model
@@ -102,12 +97,13 @@ class ModelFactory:
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
-        self.note = load_weights(self.original, m)
+        if note := load_weights(self.original, m):
+            print(note)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property
     def frozen_trunk(self) -> Any:
-        """The trunk that all packs share, in the compute precision."""
+        """The trunk that all packs share but of trials that train its parameters, in the compute precision."""
         return self._trunk(self.dtype)
 
     def _trunk(self, dtype: torch.dtype) -> Any:
@@ -120,10 +116,8 @@ class ModelFactory:
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.method == "lora":
-            specs = [
-                AdapterSpec(c.lora.rank or 0, c.lora.effective_scaling(), c.lora.dropout or 0.0, c.seed)
-                for c in configs
-            ]
+            each: Any = [(c.lora, c.seed) for c in configs]
+            specs = [AdapterSpec(own.rank, own.effective_scaling(), own.dropout, seed) for own, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 for p in adapters.parameters():
                     p.data = p.data.to(self.parameter_dtype)
@@ -136,15 +130,12 @@ class ModelFactory:
         return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs))
 
     def transform(self, augment: str) -> Transform:
-        """The transform from images to the model's input."""
-        i = self.inputs
-        return Transform(
-            i["image_size"], augment, self.device, self.dtype, i["mean"], i["std"], i["interpolation"] == "bicubic"
-        )
+        side, mean, std, interpolation = self.inputs.values()
+        return Transform(side, augment, self.device, self.dtype, mean, std, interpolation == "bicubic")
 
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
-    """How images are prepared: image_size, mean, std and interpolation, as set or else the model's own."""
+    """How images are prepared: image_size, mean, std and interpolation (in this order), as set or the model's own."""
     if m.library == "torchvision":
         own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "image_size": m.image_size}
     else:
@@ -171,20 +162,11 @@ def build_setup(config: TrialConfig, process: Process, data: ImageData | None = 
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = data or load_data(config.data, quiet=not process.is_main)
+    data = data or load_data(config.data, quiet=process.rank > 0)
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
-    if factory.note and process.is_main:
-        print(factory.note)
-    return Setup(
-        build_model=factory,
-        samples=Samples(data, device),
-        transform=factory.transform(config.data.augment),
-        device=device,
-        process=process,
-        compile=config.trainer.compile,
-        environment=environment(device, precision, process.world_size),
-        base=factory.base,
-    )
+    samples, transform = Samples(data, device), factory.transform(config.data.augment)
+    where = environment(device, precision, process.world_size)
+    return Setup(factory, samples, transform, device, process, config.trainer.compile, where, factory.base)
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:
@@ -194,24 +176,22 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         m, lora = config.model, config.lora
         if m not in ready:
             fetch_weights(m, download=True)
-        needs = (m.name, m.image_size, lora.method, lora.targets, lora.blocks, lora.rank)
+        needs = (m, lora.method, lora.targets, lora.blocks, lora.rank)
         if m.library == "timm" and needs not in ready:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
         line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
         if line and line not in ready:
             print(line)
-        ready += [what for what in (m, needs, config.data, line) if what not in ready]
+        ready += [m, needs, config.data, line]
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:
     """Where and with what a trial runs, for its record."""
-    commit, dirty = _git_state()
     packages = ("lora-vit", "torch", "torchvision", "numpy", "hydra-core")
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "commit": commit,
-        "dirty": dirty,
+        **_git_state(),
         "host": platform.node(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -229,14 +209,12 @@ def device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine() or "cpu"
 
 
-def _git_state() -> tuple[str | None, bool | None]:
+def _git_state() -> dict[str, str | bool | None]:
     """Commit of the package's own checkout and whether it has changes; None for an installed package."""
-    folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
-        return None, None
+    lines, folder = [], Path(__file__).resolve().parent.parent
     command = ["git", "-C", os.fspath(folder), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return lines[0].removeprefix("# branch.oid "), not all(line.startswith("#") for line in lines)
+    if (folder / ".git").exists():
+        with contextlib.suppress(OSError):
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    dirty = not all(line.startswith("#") for line in lines) if lines else None
+    return {"commit": lines[0].removeprefix("# branch.oid ") if lines else None, "dirty": dirty}

@@ -1,10 +1,8 @@
-"""``lora-vit COMMAND ...``: one parser for all commands. ``python -m lora_vit.COMMAND ...`` is the same.
+"""``lora-vit COMMAND ...``: one parser for all commands, and what those on a trained trial share. No torch, no numpy.
 
-Only the module of the command that is given is imported. It offers ``add_arguments(parser)`` and ``run(args)``, which
-returns the exit code. What the commands on a trained trial share is here, too. No torch, no numpy.
+Only the module of the command that is given is imported: its ``add_arguments(parser)`` and ``run(args)``, which returns
+the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 """
-
-from __future__ import annotations
 
 import argparse
 import errno
@@ -23,7 +21,7 @@ from lora_vit.errors import RecordError, reporting
 if TYPE_CHECKING:
     from lora_vit.records import TrialRecord
 
-COMMANDS = {
+COMMANDS = {  # the module of each, and what it does
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
     "sweep": ("lora_vit.sweep.__main__", "list a sweep's trials, or train some of them on this machine"),
     "summarize": ("lora_vit.summarize", "compare the trials of sweeps: tables, pictures, a report"),
@@ -32,14 +30,10 @@ COMMANDS = {
     "merge": ("lora_vit.merge", "write a trained trial's weights under the backbone's own names"),
     "export": ("lora_vit.export", "write a trained trial for other libraries"),
 }
-"""Module of each command, and what it does."""
 
 
 def main(command: str | None = None) -> None:
-    """Run a command with the arguments in ``sys.argv`` and exit with its code; without ``command`` the first names it.
-
-    The console script calls it, and with a name ``python -m lora_vit.NAME``.
-    """
+    """Run a command with the arguments in ``sys.argv`` and exit with its code; the first one may name it."""
     with reporting():
         given = [*([command] if command else []), *sys.argv[1:]]
         chosen = given[0] if given and given[0] in COMMANDS else ""
@@ -68,11 +62,8 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
     parser.add_argument("--device", choices=devices, default=devices[0])
 
 
-def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
-    """The record and the config of the trial that :func:`add_trial`'s arguments name. Raises RecordError.
-
-    The config has the precision that the trial ran in, and weights and data where they are now (``root``).
-    """
+def completed_trial(args: argparse.Namespace, root: str | None = None) -> "tuple[TrialRecord, TrialConfig]":
+    """Record and config of the named trial, in its precision, weights and data where they are. Raises RecordError."""
     from lora_vit.records import read_record
 
     try:

@@ -1,7 +1,5 @@
 """Processes that torchrun starts: who we are, exact sums, and agreement on values. Only a group imports torch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
@@ -10,17 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from lora_vit.errors import ConfigError, TrialFailed, UserError, report
 from lora_vit.stopping import repeating
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 T = TypeVar("T")
-OWN_RUN = "lora_vit"
-"""torchrun's run id when one of our commands has started itself again, see :mod:`lora_vit.run`."""
+OWN_RUN = "lora_vit"  # torchrun's run id of processes that a command of ours has started; it reports how they end
 PEER_ENDED = "another process has ended"
 
 
@@ -31,11 +25,6 @@ class Process:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and to the terminal."""
-        return self.rank == 0
 
 
 def started_by_torchrun() -> bool:
@@ -49,11 +38,6 @@ def started_by_torchrun() -> bool:
     return False
 
 
-def started_by_ourselves() -> bool:
-    """Whether a command of ours has started this process, and reports how it ends."""
-    return os.environ.get("TORCHELASTIC_RUN_ID") == OWN_RUN
-
-
 @contextlib.contextmanager
 def group() -> Iterator[Process]:
     """Join the processes that torchrun has started, if it started this one, and leave them at the end.
@@ -64,10 +48,11 @@ def group() -> Iterator[Process]:
     if not started_by_torchrun():
         yield Process()
         return
+    is_main, ours = os.environ["RANK"] == "0", os.environ["TORCHELASTIC_RUN_ID"] == OWN_RUN
     with contextlib.ExitStack() as stack:
-        if os.environ["RANK"] != "0":
+        if not is_main:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        if started_by_ourselves():  # end with that command
+        if ours:  # end with that command
             parent, end = os.getppid(), functools.partial(os.kill, os.getpid(), signal.SIGTERM)
             stack.enter_context(repeating(lambda: None if os.getppid() == parent else end(), every=1.0))
         stack.callback(_leave)
@@ -75,11 +60,11 @@ def group() -> Iterator[Process]:
             yield _join()
         except (Exception, KeyboardInterrupt) as error:  # printed before we leave: torchrun then ends the other ranks
             known = isinstance(error, (UserError, KeyboardInterrupt))
-            if known and started_by_ourselves():
+            if known and ours:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=known and (os.environ["RANK"] != "0" or started_by_ourselves())))
+            sys.exit(report(error, quiet=known and (ours or not is_main)))
 
 
 @contextlib.contextmanager
@@ -113,11 +98,9 @@ def _join() -> Process:
 
 def _leave() -> None:
     if (dist := _joined()) is not None:
-        group = dist.group.WORLD
         # Held until the end: a gloo thread may still need the GIL to let go of its last tensor, and of the group and
         # its backend only the latter waits for that thread without the GIL. (torch 2.6 hangs here otherwise.)
-        backend = group._get_backend(sys.modules["torch"].device("cpu"))
-        del group
+        backend = dist.group.WORLD._get_backend(sys.modules["torch"].device("cpu"))
         dist.destroy_process_group()
         del backend
 
@@ -135,7 +118,7 @@ def this_process() -> Process:
 
 
 @_expecting_others()
-def sum_over_processes_(tensor: Tensor) -> Tensor:
+def sum_over_processes_(tensor: T) -> T:
     """Add up a tensor over all processes, in place."""
     if (dist := _joined()) is not None:
         dist.all_reduce(tensor)
@@ -162,18 +145,15 @@ def from_all(value: T) -> list[T]:
 
 def on_all(action: Callable[[], T]) -> T:
     """The action's result, once it has succeeded on every process; where another failed, TrialFailed says which."""
-    result, error = None, None
     try:
         result = action()
-    except Exception as caught:
-        error = caught
-    problems = from_all(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, problem in enumerate(problems):
+    except Exception as error:
+        from_all(str(error))
+        raise
+    for rank, problem in enumerate(from_all(None)):
         if problem is not None:
             raise TrialFailed(f"process {rank}: {problem}")
-    return cast(T, result)
+    return result
 
 
 def agree(value: str, problem: str) -> None:

@@ -1,7 +1,5 @@
 """What a user can cause: four kinds of error, and the one place that turns them into a line and an exit code."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
@@ -14,10 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO)
-"""Errors of a disk that cannot be written, whatever is trained."""
+NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO)  # a disk cannot be written, whatever is trained
+# Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
-"""Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)"""
 
 
 class UserError(Exception):
@@ -48,8 +45,7 @@ class Interrupted(UserError):  # noqa: N818  (not an error)
 
 def one_line(error: BaseException) -> str:
     """Type and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 @contextlib.contextmanager
@@ -79,10 +75,7 @@ def reporting() -> Iterator[None]:
 
 
 def report(error: BaseException, quiet: bool = False) -> int:
-    """Print an error and return its exit code: one line for what a user can cause, else the traceback.
-
-    ``quiet``: print only tracebacks, for a process whose lines another one prints.
-    """
+    """Print an error, return its exit code: a line (unless ``quiet``) for what a user can cause, or the traceback."""
     if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`, before all was done
         os._exit(1)
     text = line_of(error)

@@ -1,7 +1,5 @@
 """Write a trained trial for other libraries: ``lora-vit export FOLDER --format FORMAT --out DIR``."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from importlib.util import find_spec
@@ -10,18 +8,16 @@ from pathlib import Path
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.errors import ConfigError, RecordError
 
-FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {  # the libraries that write and read each, and what opens it
     "peft": (("peft", "transformers"), "peft.PeftModel.from_pretrained(MODEL_OF_BASE, {0!r})"),
     "hf": (("transformers",), "transformers.pipeline('image-classification', {0!r})"),
     "timm": (("timm",), "timm.create_model('local-dir:{0}', pretrained=True)"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnxruntime.InferenceSession('{0}/model.onnx')"),
     "torch_export": ((), "torch.export.load('{0}/model.pt2').module()"),
 }
-"""The libraries that write and read each format, and what opens it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
     add_trial(parser, devices=("cpu",))
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which is not there yet")

@@ -1,7 +1,5 @@
 """Files that are whole or absent: atomic replacement, locks, JSON and append-only rows."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

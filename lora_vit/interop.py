@@ -1,7 +1,5 @@
 """A trained trial in the files of PEFT, HF transformers, timm, ONNX and torch.export, and its logits from these."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -16,17 +14,13 @@ from lora_vit.lora.backbones import last_layer, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
-OPSET = 20  # of ONNX: the first with GELU as one operator
-
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
     """Write a trial into a folder. Raises ConfigError for a model that the other library lacks, or that one's error."""
     if form == "peft":
-        _write_peft(trained, out)
-        return
+        return _write_peft(trained, out)
     if form in ("hf", "timm"):
-        _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
-        return
+        return _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
     model, about = trained.merged, json.dumps(trained.about)
     images = torch.zeros(2, 3, *2 * [trained.about["image_size"]])  # of one, a graph would take the number for constant
     if form == "torch_export":
@@ -36,8 +30,9 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
             module.fused_attn = False
-    names: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
-    program: Any = torch.onnx.export(model, (images,), dynamo=True, opset_version=OPSET, verbose=False, **names)
+    options: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    options |= {"opset_version": 20}  # the first with GELU as one operator
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **options)
     program.model.metadata_props["lora_vit"] = about
     program.save(out / "model.onnx")
 
@@ -51,7 +46,15 @@ def logits(form: str, out: Path, images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     if form == "torch_export":
         return torch.export.load(out / "model.pt2").module()(images)
-    model = _read_model(out / "base" if form == "peft" else out)
+    place = out / "base" if form == "peft" else out
+    if "architectures" in json.loads((place / "config.json").read_text(encoding="utf-8")):
+        from transformers import AutoModelForImageClassification
+
+        model: Any = AutoModelForImageClassification.from_pretrained(place)
+    else:
+        import timm
+
+        model = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
     if form == "peft":
         from peft import PeftModel
 
@@ -182,14 +185,3 @@ def _save(trained: TrainedModel, model: Any, out: Path) -> None:
     shown |= {"resample": {"bilinear": 2, "bicubic": 3}[about["interpolation"]]}
     model.save_pretrained(out)
     ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)
-
-
-def _read_model(folder: Path) -> Any:
-    """HF's or timm's model from its folder."""
-    if "architectures" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        from transformers import AutoModelForImageClassification
-
-        return AutoModelForImageClassification.from_pretrained(folder)
-    import timm
-
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

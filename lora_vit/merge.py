@@ -1,7 +1,5 @@
 """Merge a trained adapter into weights of the backbone's names: ``lora-vit merge FOLDER --out FILE``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
@@ -13,7 +11,6 @@ from lora_vit.files import replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
     add_trial(parser)
     parser.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
 
@@ -28,17 +25,17 @@ def run(args: argparse.Namespace) -> int:
 
     from lora_vit.trained import TrainedModel
 
-    trained, m = TrainedModel(args.folder, config), config.model
+    trained, library, name = TrainedModel(args.folder, config), config.model.library, config.model.name
     trained.compare(trained.merged, f"{args.folder}: the merged model")
     metadata = {"lora_vit": json.dumps(trained.about, sort_keys=True)}  # with several entries the bytes are not stable
     with replacing(args.out) as file:
         file.write(save({name: t.contiguous() for name, t in trained.merged.state_dict().items()}, metadata))
-    keys = {key: key for key in SIZES} if m.library == "torchvision" else {"image_size": "img_size"}
-    sizes = {there: trained.adapter.card["base"][key] for key, there in keys.items()}
-    arguments = ", ".join(f"{key}={value}" for key, value in {**sizes, "num_classes": len(trained.class_names)}.items())
-    torchvisions, timms = f"torchvision.models.VisionTransformer({arguments})", f"{m.name!r}, {arguments}"
-    print(f"import safetensors.torch, {m.library}")
-    print(f"model = {torchvisions if m.library == 'torchvision' else f'timm.create_model({timms})'}")
+    base = trained.adapter.card["base"]
+    if library == "torchvision":
+        made = "torchvision.models.VisionTransformer(" + "".join(f"{k}={base[k]}, " for k in SIZES)
+    else:
+        made = f"timm.create_model({name!r}, img_size={base['image_size']}, "
+    print(f"import safetensors.torch, {library}\nmodel = {made}num_classes={len(trained.class_names)})")
     print(f"model.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
     return 0
 

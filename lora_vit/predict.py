@@ -1,14 +1,12 @@
 """Classify images with a trained trial: ``lora-vit predict FOLDER IMAGE...``."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import ConfigError
@@ -18,12 +16,9 @@ if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
 
 BATCH = 64  # images that are classified together; more than these get a bar
-NAMED = 20  # unreadable images that are named; the rest is counted
-COLUMNS = ("image", "rank", "class", "probability")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
     add_trial(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
     parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
@@ -42,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[str, int, str, float]] = []
     unreadable = []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
         for path, found in classified(trained, images):
@@ -51,30 +46,27 @@ def run(args: argparse.Namespace) -> int:
                 unreadable.append(str(found))
                 continue
             ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
-            for rank, (p, name) in enumerate(ranked[: args.top or 5], 1):
-                rows.append(dict(zip(COLUMNS, (str(path), rank, name, p), strict=True)))
+            rows += [(str(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: args.top or 5], 1)]
     if args.csv is not None:
         with replacing(args.csv) as file:
-            writer = csv.DictWriter(codecs.getwriter("utf-8")(file, "backslashreplace"), COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-    for row in rows:  # after they are written: the reader of a pipe may leave early
-        if row["rank"] == 1:
-            print(_printable(row["image"]))
-        print(f"  {row['probability']:7.2%}  {_printable(row['class'])}")
-    for message in unreadable[:NAMED]:
+            writer = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
+            writer.writerows([("image", "rank", "class", "probability"), *rows])
+    for image, rank, name, p in rows:  # after they are written: the reader of a pipe may leave early
+        if rank == 1:
+            print(_printable(image))
+        print(f"  {p:7.2%}  {_printable(name)}")
+    for message in unreadable[:20]:  # the rest is counted
         print(f"error: {_printable(message)}", file=sys.stderr)
     if unreadable:
         print(f"error: {len(unreadable)} of {len(images)} images could not be read", file=sys.stderr)
-    return 1 if unreadable else 0
+    return int(bool(unreadable))
 
 
 def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
     """The given files, and all images below the given folders; one line says what else is there. Raises ConfigError."""
     from lora_vit.data.files import Listing
 
-    images: list[Path] = []
-    files = Listing(cache_dir)
+    images, files = [], Listing(cache_dir)
     for path in given:
         images += [path / name for name in files.images(path, "")] if path.is_dir() else [path]
     if files.passed:
@@ -84,13 +76,13 @@ def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
     return images
 
 
-def classified(trained: TrainedModel, images: list[Path]) -> Iterator[tuple[Path, list[float] | ConfigError]]:
+def classified(trained: "TrainedModel", images: list[Path]) -> Iterator[tuple[Path, list[float] | ConfigError]]:
     """Each image with its probability of each class, or with the error that reading it gave."""
     import torch
 
     from lora_vit.data.decode import decode
 
-    card, model, device = trained.adapter.card, trained.adapted, trained.factory.device
+    card, device = trained.adapter.card, trained.factory.device
     for start in range(0, len(images), BATCH):
         transform = trained.factory.transform("none")  # keeps matrices for each size
         paths, inputs = [], []
@@ -104,7 +96,7 @@ def classified(trained: TrainedModel, images: list[Path]) -> Iterator[tuple[Path
             inputs.append(transform.eval(pixels[None].to(device)))
         if inputs:
             with torch.no_grad():
-                p_BC = torch.softmax(model(torch.cat(inputs)), -1)
+                p_BC = torch.softmax(trained.adapted(torch.cat(inputs)), -1)
             yield from zip(paths, p_BC.tolist(), strict=True)
 
 

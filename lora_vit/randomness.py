@@ -3,8 +3,6 @@
 Here are tensors drawn once and a few numbers per sample; :mod:`lora_vit.lora.dropout` decides on single elements.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 

@@ -1,7 +1,4 @@
-"""What a trial leaves on disk for others to read: the interface between training and all that compares trials.
-
-Every file is replaced atomically, so that a reader never sees half of one.
-"""
+"""What a trial leaves on disk for others to read: the interface between training and all that compares trials."""
 
 from __future__ import annotations
 
@@ -21,54 +18,36 @@ from lora_vit.files import replacing, write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
-PLAN, SEARCH = "sweep.json", "search.db"
-"""Of a sweep: what it was asked for, whether or not it left a record; of a search, also what Optuna knows."""
-STATUSES = ("running", "completed", "failed", "stopped", "interrupted")
-STALE_AFTER = 300.0  # seconds without a heartbeat, after which a running trial counts as interrupted
-NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"
-"""What is wrong with the record of a completed trial that was edited."""
+PLAN, SEARCH = "sweep.json", "search.db"  # of a sweep: what it was asked for; of a search: what Optuna knows
+NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"  # a completed trial's, edited
 
 
 @dataclass
 class TrialRecord:
-    """One trial's ``record.json``.
+    """One trial's ``record.json``. Times are seconds since 1970, accuracies fractions."""
 
-    Attributes:
-        trial_id: 10 hex digits, see :func:`lora_vit.config.trial_id`.
-        cell_id: the same without the seed; trials of one cell are repeats.
-        status: running, completed, failed, stopped or interrupted.
-        config: the typed config as nested dictionaries (``config["lora"]["rank"]``).
-        metrics: of the last epoch: ``epoch`` (finished epochs), ``step``, ``train_loss``, ``val_loss``,
-            ``val_accuracy`` (fraction), and at the end ``test_loss``, ``test_accuracy``.
-        best: ``epoch`` and ``val_accuracy`` of the epoch with the highest one, for information only.
-        parameters: counts: ``trainable``, ``adapter``, ``head``, ``total``.
-        cost: ``seconds``, ``images_per_second``, ``peak_memory_bytes``, ``pack_size``, ``adapter_bytes``.
-        environment: versions, commit, dirty, host, device, resolved precision, world size.
-        data: ``fingerprint``, ``classes``, and the number of samples of each split.
-        heartbeat: seconds since 1970 of the last sign of life (later ones are the file's time while it runs);
-            ``started``, ``finished`` likewise.
-        error: None, or ``message``, ``traceback`` and, where known, ``step``.
-    """
-
-    trial_id: str
-    cell_id: str
-    status: str
-    config: dict[str, Any]
+    trial_id: str  # 10 hex digits
+    cell_id: str  # the same without the seed; trials of one cell are repeats
+    status: str  # running, completed, failed, stopped or interrupted
+    config: dict[str, Any]  # the typed config as nested dictionaries (config["lora"]["rank"])
+    # of the last epoch: epoch (finished ones), step, train_loss, val_loss, val_accuracy; at the end test_loss/_accuracy
     metrics: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # epoch and val_accuracy of the best, for information
+    parameters: dict[str, int] = field(default_factory=dict)  # counts: trainable, adapter, head, total
+    # seconds, images_per_second, peak_memory_bytes, pack_size, adapter_bytes
     cost: dict[str, Any] = field(default_factory=dict)
+    # versions, commit, dirty, host, device, threads, resolved precision, world size, command
     environment: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprint, classes, the number of samples of each split
     started: float = 0.0
-    heartbeat: float = 0.0
+    heartbeat: float = 0.0  # the last sign of life (later ones are the file's time while it runs)
     finished: float | None = None
-    error: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None  # message, traceback and, where known, step
     schema: int = SCHEMA_VERSION
 
     def shown_status(self) -> str:
-        """The status, where a running trial without a fresh heartbeat counts as interrupted."""
-        silent = time.time() - self.heartbeat > STALE_AFTER
+        """The status, where a running trial without a heartbeat for five minutes counts as interrupted."""
+        silent = time.time() - self.heartbeat > 300.0
         return "interrupted" if self.status == "running" and silent else self.status
 
 
@@ -79,14 +58,10 @@ def write_record(folder: Path, record: TrialRecord) -> None:
 
 
 def read_record(folder: Path) -> TrialRecord:
-    """Read and validate the folder's ``record.json``.
+    """Read the folder's ``record.json``; a field with a default may be missing, as in those of earlier versions.
 
-    A field with a default may be missing, as in the records of earlier versions. The heartbeat of a running trial is
-    the file's time.
-
-    Raises:
-        FileNotFoundError: the folder has no record.
-        RecordError: it is cut off, of another schema version, or edited: its config is not that of its trial id.
+    Raises FileNotFoundError where there is none, and RecordError where it is cut off, of another schema version, or
+    edited: its config is not that of its trial id.
     """
     path = folder / RECORD
     try:
@@ -110,7 +85,7 @@ def read_record(folder: Path) -> TrialRecord:
         if f.name in known and (kind := type(known[f.name]).__name__) not in kinds.split(" | "):
             raise RecordError(f"{path}: '{f.name}' is a {kind}")
     record = TrialRecord(**known)
-    if record.status not in STATUSES:
+    if record.status not in ("running", "completed", "failed", "stopped", "interrupted"):
         raise RecordError(f"{path}: status '{record.status}' is unknown")
     if record.status == "running":
         record.heartbeat = alive
@@ -127,17 +102,11 @@ def read_record(folder: Path) -> TrialRecord:
 
 @dataclass(frozen=True)
 class State:
-    """Where a trial stands, as its folder says.
+    """Where a trial stands, as its folder says."""
 
-    Attributes:
-        status: a record's, or new, or refused where the folder cannot be used.
-        record: None where there is none, or none of this trial.
-        problem: why the folder cannot be used, in one line.
-    """
-
-    status: str
-    record: TrialRecord | None = None
-    problem: str = ""
+    status: str  # a record's, or new, or refused where the folder cannot be used
+    record: TrialRecord | None = None  # None where there is none, or none of this trial
+    problem: str = ""  # why the folder cannot be used, in one line
 
     @property
     def ended(self) -> bool:
@@ -164,8 +133,8 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
 
 def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """``key is theirs there, ours here`` of the first setting that makes it another trial."""
-    names = [name for name in (*IDENTITY, "seed") if name != "model.weights"]  # a path does not matter, its sha256 does
-    for name in (*names, "model.weights"):
+    # that of the weights last: a path does not matter, its sha256 does
+    for name in sorted((*IDENTITY, "seed"), key=lambda name: name == "model.weights"):
         section, _, key = name.rpartition(".")
         a, b = ((values[section] if section else values)[key] for values in (theirs, ours))
         if a != b:
@@ -173,12 +142,10 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return f"{name} is {a} there, {b} here"
 
 
-PREDICTION_FIELDS = ("ids", "labels", "predicted", "true_probability")
-
-
 def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
     """Replace ``predictions.npz``: ``SPLIT.FIELD``, [N]; no clock in it, so equal predictions give equal bytes."""
-    arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in PREDICTION_FIELDS}
+    names = ("ids", "labels", "predicted", "true_probability")
+    arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in names}
     with replacing(folder / PREDICTIONS) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -187,7 +154,7 @@ def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Inverse of :func:`write_predictions`."""
     splits: dict[str, dict[str, np.ndarray]] = {}
     with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
-        for name in arrays.files:
+        for name, array in arrays.items():
             split, _, column = name.partition(".")
-            splits.setdefault(split, {})[column] = arrays[name]
+            splits.setdefault(split, {})[column] = array
     return splits

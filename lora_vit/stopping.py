@@ -1,7 +1,5 @@
 """Requests to stop: signals are remembered until work is saved, then raised as :class:`Interrupted`."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
@@ -19,15 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 class StopRequest:
     """Remembers a request to stop until the step is finished; a second Ctrl-C ends at once.
 
-    A handler that a launcher had set is called when the work is saved and the context left. What the process is to
-    ignore (``nohup``) stays ignored.
+    A handler that a launcher had set is called at the end. What the process is to ignore (``nohup``) stays ignored.
     """
 
     def __init__(self) -> None:
         self.signum = 0
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread alone
             for signum in SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:

@@ -1,7 +1,5 @@
 """The progress of long work (a bar on a terminal, a line now and then elsewhere), and plain tables."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 import time
@@ -15,9 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-PLAIN_EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
-
 
 class Every:
     """Reports, once every so many seconds, that they have passed."""
@@ -27,7 +22,6 @@ class Every:
         self._since = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time again."""
         if passed := time.monotonic() - self._since > self.seconds:
             self._since = time.monotonic()
         return passed
@@ -42,7 +36,7 @@ class Progress:
         self.console = make_console(quiet)
         self._done = self._before = done
         self._start = time.perf_counter()
-        self._plain = Every(PLAIN_EVERY)
+        self._plain = Every(10.0)  # seconds between two lines where there is no terminal
         self._bar: RichProgress | None = None
         if self.console.is_terminal and not quiet:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[figures]}")
@@ -64,7 +58,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: Any, *error: object) -> None:

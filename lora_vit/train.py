@@ -1,31 +1,18 @@
-"""Train one trial or a sweep: ``python -m lora_vit.train lora.rank=8``.
-
-Hydra composes the configuration; torch is imported only once it is known to be good.
-"""
-
-from __future__ import annotations
+"""Train one trial or a sweep: ``python -m lora_vit.train lora.rank=8``. Hydra composes; only then torch is imported."""
 
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_vit import distributed
 from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, reporting
 from lora_vit.files import remove_empty
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
-    from lora_vit.config import TrialConfig
-
-
-def task(cfg: DictConfig) -> float:
-    """What Hydra calls, in each process of a group: :func:`train`.
-
-    Errors are carried past Hydra, which would print lines of its own, to :func:`main`, but of one of several trials.
-    """
+def task(cfg: Any) -> float:
+    """What Hydra calls. Errors are carried past it, which would print its own lines, but of one of several trials."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -38,12 +25,12 @@ def task(cfg: DictConfig) -> float:
         raise SystemExit(error) from None
 
 
-def train(cfg: DictConfig, hydra_cfg: Any, in_sweep: bool) -> float:
+def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     """Train the composed trial; returns its validation accuracy (a fraction)."""
     from omegaconf import OmegaConf
 
     from lora_vit.compose import first_of, refuse_misread_paths
-    from lora_vit.config import trial_id
+    from lora_vit.config import TrialConfig, trial_id
     from lora_vit.records import NO_ACCURACY, RECORD
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
     from lora_vit.terminal import from_here
@@ -67,8 +54,8 @@ def train(cfg: DictConfig, hydra_cfg: Any, in_sweep: bool) -> float:
     distributed.agree(started, "the processes would train different trials, give each the same overrides and files")
     if "${trial_id:" in (given["sweep"]["subdir"] if in_sweep else given["run"]["dir"]):
         folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
-    files = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra_cfg}), "overrides": hydra_cfg.overrides.task}
-    from lora_vit import run
+    files = {"config": cfg, "hydra": {"hydra": hydra_cfg}, "overrides": hydra_cfg.overrides.task}
+    from lora_vit import run  # imports torch
 
     shown = from_here(folder)
     try:
@@ -80,8 +67,7 @@ def train(cfg: DictConfig, hydra_cfg: Any, in_sweep: bool) -> float:
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
         raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
-    if not distributed.started_by_ourselves():
-        print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
+    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
     return float(accuracy)
 
 

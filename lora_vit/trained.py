@@ -1,9 +1,4 @@
-"""A trained trial as plain models in fp32: its adapter, bound to its base. ``predict merge export`` use these.
-
-``evaluate`` uses the trainer's own pack instead, in the precision of the training: it must give the recorded figures.
-"""
-
-from __future__ import annotations
+"""A trained trial as plain models in fp32, for ``predict merge export``, or as the trainer had it, for ``evaluate``."""
 
 import copy
 from collections.abc import Callable
@@ -15,15 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.build import ModelFactory, choose_device
+from lora_vit.build import ModelFactory, build_setup, choose_device
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
 from lora_vit.lora.backbones import new_backbone
+from lora_vit.records import TrialRecord
+from lora_vit.training.checkpoint import TrialState
+from lora_vit.training.pack import Pack
+from lora_vit.training.trial import TrialRun
 
 TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
 CHECKED = 16  # made images that are classified both ways before anything is written
+
+
+def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack:
+    """The trial as the trainer had it when it recorded its figures: a pack of one. Raises ConfigError as ``bind``."""
+    adapter, setup = read_adapter(folder), build_setup(config, Process())
+    bind(adapter, setup.base, setup.data.class_names, setup.data.card())
+    return Pack([TrialRun(config, record, TrialState(values=adapter.tensors))], setup)
 
 
 class TrainedModel:
@@ -35,10 +41,7 @@ class TrainedModel:
         device = choose_device(config.trainer.accelerator, Process())
         self.factory = ModelFactory(config, len(self.class_names), device, torch.float32)
         bind(self.adapter, self.factory.base)
-        if self.factory.note:
-            print(self.factory.note)
         self.about = {"class_names": self.class_names, "model": config.model.name, **self.factory.inputs}
-        """What every written file says: class names, the model's name, and how images are prepared."""
 
     @cached_property
     def adapted(self) -> nn.Module:
@@ -60,8 +63,7 @@ class TrainedModel:
         images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)
-        largest = float((ours - theirs).abs().max())
-        changed = int((ours.argmax(-1) != theirs.argmax(-1)).sum())
+        largest, changed = float((ours - theirs).abs().max()), int((ours.argmax(-1) != theirs.argmax(-1)).sum())
         print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
         if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
             raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")

@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 
 from lora_vit import run
 from lora_vit.config import TrialConfig, from_dict
-from lora_vit.evaluate import trained_pack
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_predictions, read_record
 from lora_vit.sweep.plan import trial_folders
+from lora_vit.trained import trained_pack
 from lora_vit.training.pack import EVAL_BATCH
 
 FP64_LOSS, FP32_FIRST_LOSS, FP32_PREDICTIONS, FP32_GAP = 1e-9, 1e-6, 0.002, 1e-3

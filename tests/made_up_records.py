@@ -14,7 +14,7 @@ from plain_trials import BASELINE, composed, with_changes
 
 from lora_vit import records
 from lora_vit.analysis import load
-from lora_vit.config import cell_id, from_dict, trial_id
+from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.files import JsonLines
 from lora_vit.records import TrialRecord, write_record
 
@@ -37,7 +37,7 @@ def make_record(accuracy: float | None = 0.9, status: str = "completed", **setti
     loss = None if accuracy is None else 2.5 * (1 - accuracy)
     return TrialRecord(
         trial_id=trial_id(typed),
-        cell_id=cell_id(typed),
+        cell_id=ids(typed)[1],
         status=status,
         config=config,
         metrics={

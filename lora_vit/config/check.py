@@ -1,9 +1,4 @@
-"""Refuse what cannot work before any model is built: in one line, the key, the value and the remedy.
-
-What a setting may be stands with its field in :mod:`lora_vit.config.schema`, what settings mean for each other here.
-"""
-
-from __future__ import annotations
+"""What settings mean for each other; what each may be stands with its field in :mod:`lora_vit.config.schema`."""
 
 import dataclasses
 import math
@@ -37,11 +32,10 @@ def validate_sweep(sweep: SweepConfig) -> None:
 
 def _check_sizes(m: ModelConfig) -> None:
     one_of("model.name", m.name, ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny"))
-    sizes = {key: getattr(m, key) for key in SIZES}
-    for key, value in sizes.items():
-        if value is None:
+    for key in SIZES:
+        if getattr(m, key) is None:
             refuse(f"model.{key}", None, f"is impossible: {m.name} is made from its sizes, give a number from 1 up")
-    size, patch, width, heads = (sizes[key] for key in ("image_size", "patch_size", "hidden_dim", "num_heads"))
+    size, patch, _, heads, width, _ = (getattr(m, key) for key in SIZES)
     if size % patch:
         below = max(patch, size // patch * patch)
         remedy = f"give for example {below} or {below + patch}"

@@ -1,7 +1,5 @@
 """The data sets by name: the one table that says what each is before any of its files is looked at."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Which trial a configuration is: its canonical form and ids. It says itself what its files contain: none is read."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -13,7 +11,6 @@ from lora_vit.errors import ConfigError
 
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
-"""Of what ``save_pretrained`` writes, the first that is there is taken."""
 
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
@@ -41,13 +38,7 @@ def ids(trial: TrialConfig) -> tuple[str, str]:
 
 
 def trial_id(trial: TrialConfig) -> str:
-    """The first of :func:`ids`."""
     return ids(trial)[0]
-
-
-def cell_id(trial: TrialConfig) -> str:
-    """The second of :func:`ids`."""
-    return ids(trial)[1]
 
 
 def is_weights_file(weights: str | None) -> bool:
@@ -60,7 +51,7 @@ def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
     if not path.is_dir():
         return [path]
-    file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)  # the first that is there
     if file is None:
         raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
     if file.suffix != ".json":

@@ -1,35 +1,29 @@
 """How people read a configuration, in every table: ``rank 8, alpha 32, lr 0.002`` for a cell, short names, values."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_vit.config.schema import IDENTITY, SECTIONS, TARGETS, WITHOUT_IDENTITY
+from lora_vit.config.schema import IDENTITY, SECTIONS, TARGETS
 
 LR, METHOD = "optimizer.lr", "lora.method"
-BASELINES = {"none": "linear probe", "full": "full fine-tuning"}
-"""What trials without adapters are called, by ``lora.method``."""
-_TARGETS = {tuple(TARGETS): "all", ("q", "k", "v", "o"): "attention", ("fc1", "fc2"): "mlp"}
+BASELINES = {"none": "linear probe", "full": "full fine-tuning"}  # trials without adapters, by ``lora.method``
+_TARGETS = {"q k v o fc1 fc2": "all", "q k v o": "attention", "fc1 fc2": "mlp"}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide the numbers, by dotted name; lists as readable text."""
-    values: dict[str, Any] = dict.fromkeys(IDENTITY)
-    for section in SECTIONS:
-        values |= {f"{section}.{key}": _readable(key, value) for key, value in config[section].items()
-                   if f"{section}.{key}" not in WITHOUT_IDENTITY}  # fmt: skip
+    values: dict[str, Any] = {}
+    for name in IDENTITY:
+        section, key = name.split(".")
+        value = config[section][key]
+        if isinstance(value, list):
+            words = " ".join([t for t in TARGETS if t in value] if key == "targets" else map(str, value))
+            value = _TARGETS.get(words, words)
+        values[name] = value
     if values[METHOD] == "lora" and values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
     return values
-
-
-def _readable(key: str, value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    ordered = tuple(t for t in TARGETS if t in value) if key == "targets" else tuple(map(str, value))
-    return _TARGETS.get(ordered, " ".join(ordered))
 
 
 def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -61,9 +55,8 @@ def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         for name, value in row.items():
             values.setdefault(name, set()).add(None if _is_missing(value) else value)
-    sections = list(SECTIONS)[::-1]
     found = [c for c, v in values.items() if len(v - {None} if c.startswith("lora.") and c != METHOD else v) > 1]
-    found.sort(key=lambda c: (sections.index(c.split(".")[0]), c))
+    found.sort(key=lambda c: (-list(SECTIONS).index(c.split(".")[0]), c))
     return preferred(found, [METHOD, "lora.rank", "lora.alpha", "lora.scaling", "lora.dropout"])
 
 

@@ -1,23 +1,19 @@
-"""Rules that stand with a field of a dataclass, as its metadata: what it may be, what is said of other values.
+"""Rules that stand with a field as its metadata: what it may be (its type says whether None), what is said of others.
 
 ``lr: float = field(metadata=number("a learning rate", "(0, inf)"))`` refuses 0 with "optimizer.lr=0.0 is impossible:
-give a learning rate above 0". A rule is not asked about None: whether a field may be None is said by its type.
+give a learning rate above 0".
 """
-
-from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
-import operator
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lora_vit.errors import ConfigError
 
-NO_IDENTITY = {"identity": False}
-"""Of a setting that does not decide a trial's numbers: no part of the trial id."""
+NO_IDENTITY = {"identity": False}  # of a setting that does not decide a trial's numbers: no part of the trial id
 
 
 def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | None = None) -> dict[str, Any]:
@@ -26,14 +22,14 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
     ``what`` to give, with its unit, ``within`` which interval (``[0, 1)``: from 0, below 1), what ``also`` would do.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
-    above, below = {"[": operator.le, "(": operator.lt}[within[0]], {"]": operator.le, ")": operator.lt}[within[-1]]
     where = f" in {within}"
     if high == math.inf:
         where = f" from {low} up" if within[0] == "[" else f" above {low}" if low > -math.inf else ""
 
     def check(key: str, value: Any) -> None:
         numbers = value if isinstance(value, list) else [value]
-        if not all(above(low, one) and below(one, high) for one in numbers) or count not in (None, len(numbers)):
+        ends = {end for end, kept in ((low, within[0] == "["), (high, within[-1] == "]")) if not kept}
+        if not all(low <= n <= high and n not in ends for n in numbers) or count not in (None, len(numbers)):
             refuse(key, value, f"is impossible: give {what}{where}{also}")
         if count is None:
             _each_once(key, numbers, also)

@@ -3,8 +3,6 @@
 Values live in ``conf/*.yaml`` only. Below the entry points the project passes these plain dataclasses around.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -15,66 +13,50 @@ from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
 from lora_vit.errors import ConfigError
 
-SCHEMA_VERSION = 3
-"""Version of the trial's configuration and record; part of the trial id."""
-TARGETS = ("q", "k", "v", "o", "fc1", "fc2")
-"""The linear projections of an encoder block that can get an adapter, in canonical order."""
-SCALINGS = ("standard", "rslora")
-"""Rules for the factor of an adapter's output (:func:`effective_scaling`)."""
+SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
+TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
+SCALINGS = ("standard", "rslora")  # rules for the factor of an adapter's output (effective_scaling)
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 
 
 @dataclass
 class ModelConfig:
-    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted; None: the model's own.
+    """The Vision Transformer (Dosovitskiy et al., 2021) that is adapted; None: the model's own."""
 
-    Attributes:
-        name: in its library; timm's names say the sizes, which are then None.
-        weights: a name of published weights, a path, or None: random.
-        image_size: pixels.
-        mean: of each colour in [0, 1], subtracted; then ``std`` divides.
-        weights_sha256: of the file that ``weights`` names, found out when the trial is composed.
-    """
-
-    name: str
+    name: str  # in its library; timm's names say the sizes, which are then None
     library: str = field(metadata=choice("torchvision", "timm"))
-    weights: str | None
-    image_size: int | None = field(metadata=_SIZE)
+    weights: str | None  # a name of published weights, a path, or None: random
+    image_size: int | None = field(metadata=_SIZE)  # pixels
     patch_size: int | None = field(metadata=_SIZE)
     num_layers: int | None = field(metadata=_SIZE)
     num_heads: int | None = field(metadata=_SIZE)
     hidden_dim: int | None = field(metadata=_SIZE)
     mlp_dim: int | None = field(metadata=_SIZE)
+    # of each colour in [0, 1], subtracted; then ``std`` divides
     mean: list[float] | None = field(metadata=number("three numbers (red, green, blue)", count=3))
     std: list[float] | None = field(metadata=number("three numbers (red, green, blue)", "(0, inf)", count=3))
     interpolation: str | None = field(metadata=choice("bilinear", "bicubic"))
     head_dropout: float = field(metadata=number("a probability", "[0, 1)"))
-    weights_sha256: str | None = None
+    weights_sha256: str | None = None  # of the file that ``weights`` names, found out when the trial is composed
 
 
 @dataclass
 class DataConfig:
-    """A data set, its splits and its batches.
-
-    Attributes:
-        batch_size: global: over all processes.
-        cache_size: pixels of the cached images' sides; None: the images' own size.
-        content: which images with which classes, found out when the trial is composed (None: those of a package).
-    """
+    """A data set, its splits and its batches."""
 
     name: str = field(metadata=choice(*DATASETS))
     root: str | None = field(metadata=NO_IDENTITY)
-    batch_size: int = field(metadata=number("a whole number", "[1, inf)"))
+    batch_size: int = field(metadata=number("a whole number", "[1, inf)"))  # global: over all processes
     augment: str = field(metadata=choice("none", "flip", "crop_flip"))
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
     val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
     test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
     train_per_class: int | None = field(metadata=number("a number of images", "[1, inf)", ", or null for all"))
     official_val: bool
-    cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))
+    cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are
     cache_dir: str = field(metadata=NO_IDENTITY)
-    content: str | None = None
+    content: str | None = None  # digest of images and classes, found out when composed (None: those of a package)
 
 
 @dataclass
@@ -110,7 +92,6 @@ class LoraConfig:
         return self.method == "full" or self.bias not in (None, "none")
 
     def effective_scaling(self) -> float:
-        """:func:`effective_scaling` of these adapters."""
         return effective_scaling(self.alpha, self.rank, self.scaling)  # type: ignore[arg-type]  # given by "lora"
 
 
@@ -170,17 +151,16 @@ class RootConfig(TrialConfig):
     engine: Any
 
 
+# The parts of a trial's config by name: model, data, optimizer, lora, trainer.
 SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).items() if dataclasses.is_dataclass(cls)}
-"""The parts of a trial's config by name: model, data, optimizer, lora, trainer."""
 _SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+# Every setting that decides a trial's numbers, by dotted name, and the other ones.
 IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
-"""Every setting that decides a trial's numbers, by dotted name."""
 WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
-"""The other ones."""
+# Settings that an earlier version did not have, each with the value at which a trial is what it was there.
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
-"""Settings that an earlier version did not have, each with the value at which a trial is what it was there."""
+# Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
-"""Settings that an earlier version had, each with the only value that is left. They stay in every trial's id."""
 
 
 def to_dict(trial: TrialConfig) -> dict[str, Any]:
@@ -192,11 +172,10 @@ def deciding(trial: TrialConfig) -> dict[str, Any]:
     """The settings that decide a trial's numbers, as the version had them that first had a trial with these numbers."""
     values = to_dict(trial)
     for section in SECTIONS:
-        before, kept = _meant(ADDED, section, values[section]), _meant(REMOVED, section, values[section])
-        values[section] = kept | {
-            key: value for key, value in values[section].items()
-            if f"{section}.{key}" in IDENTITY and not (key in before and value == before[key])
-        }  # fmt: skip
+        own = values[section]
+        before = _meant(ADDED, section, own).items()
+        kept = {key: own[key] for key in own if f"{section}.{key}" in IDENTITY and (key, own[key]) not in before}
+        values[section] = kept | _meant(REMOVED, section, own)
     return values
 
 
@@ -208,10 +187,7 @@ def _meant(settings: Mapping[str, Any], section: str, values: Mapping[str, Any])
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
-    """Inverse of :func:`to_dict`, also of an earlier version's; numbers take their field's type.
-
-    Raises ConfigError: a key is unknown or missing, or a setting has a value that this version no longer has.
-    """
+    """Inverse of :func:`to_dict`, also of an earlier version's; numbers take their field's type. Raises ConfigError."""
     sections = {name: _section(name, values.get(name)) for name in SECTIONS}
     seed = values.get("seed")
     if type(seed) is not int:
@@ -227,17 +203,12 @@ def _section(name: str, values: Any) -> Any:
         if (given := values.pop(key, left)) != left:
             refuse(f"{name}.{key}", given, f"is of an earlier version, this one has only {left}: leave it out")
     types = {f.name: str(f.type) for f in dataclasses.fields(SECTIONS[name])}
-    for key in sorted(values.keys() - types):
-        raise ConfigError(unknown_key(f"{name}.{key}"))
-    for key in sorted(types.keys() - values):
-        raise ConfigError(f"the key '{name}.{key}' is missing")
-    return SECTIONS[name](**{key: _typed(values[key], kind) for key, kind in types.items()})
-
-
-def _typed(value: Any, annotation: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_typed(one, annotation) for one in value]
-    return float(value) if "float" in annotation and value is not None else value
+    for key in sorted(values.keys() ^ types, key=lambda key: (key in types, key)):
+        raise ConfigError(unknown_key(f"{name}.{key}") if key in values else f"the key '{name}.{key}' is missing")
+    for key, value in values.items():
+        typed: Any = float if "float" in types[key] and value is not None else lambda one: one
+        values[key] = list(map(typed, value)) if isinstance(value, (list, tuple)) else typed(value)
+    return SECTIONS[name](**values)
 
 
 def unknown_key(key: str) -> str:

@@ -20,7 +20,7 @@ from torchvision.models import VisionTransformer
 
 from lora_vit import load_adapter, merge_adapter, predict, trained
 from lora_vit.build import build_setup
-from lora_vit.config import cell_id, from_dict, trial_id
+from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.distributed import Process
 from lora_vit.records import read_record
 
@@ -77,7 +77,7 @@ def edit_record(place: Path, key: str, **values: object) -> None:
     record = json.loads(path.read_text())
     (record["config"] if key in record["config"] else record)[key] |= values
     config = from_dict(record["config"])
-    record |= {"trial_id": trial_id(config), "cell_id": cell_id(config)}
+    record |= {"trial_id": trial_id(config), "cell_id": ids(config)[1]}
     path.write_text(json.dumps(record))
 
 

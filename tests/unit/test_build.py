@@ -3,8 +3,10 @@
 import pytest
 import torch
 from helpers import trial_config
+from plain_trials import plain_trial
 
-from lora_vit.build import ModelFactory
+from lora_vit.build import ModelFactory, choose_world_size
+from lora_vit.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,24 @@ def test_a_trunk_that_is_trained_is_no_other_packs(overrides, shared):
     trained = {p.dtype for p in two.parameters() if p.requires_grad}
     frozen = {p.dtype for p in two.trunk.parameters() if not p.requires_grad}
     assert (trained, frozen) == ({torch.float32}, set() if "lora=full" in overrides else {torch.bfloat16})
+
+
+@pytest.mark.parametrize(
+    ("devices", "started", "gpus", "batch", "found"),
+    [
+        ("auto", 0, 0, 4, 1), ("auto", 0, 4, 4, 4), ("auto", 0, 4, 6, 3), ("auto", 2, 1, 4, 2), ("02", 2, 0, 4, 2),
+        ("3", 0, 0, 6, 3), ("2", 0, 4, 4, 2),
+        ("3", 2, 0, 6, r"devices=3: torchrun has started 2"), ("3", 0, 2, 6, r"devices=3: only 2 GPUs are visible"),
+        ("3", 0, 0, 4, r"batch_size=4 .* give a multiple of 3"), ("auto", 3, 0, 4, r"batch_size=4 .* multiple of 3"),
+    ],
+)  # fmt: skip
+def test_the_number_of_processes(devices, started, gpus, batch, found, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = plain_trial({"trainer.devices": devices, "data.batch_size": batch, "trainer.accelerator": "auto"})
+    if isinstance(found, str):
+        with pytest.raises(ConfigError, match=found):
+            choose_world_size(config, started)
+    else:
+        assert choose_world_size(config, started) == found
+    assert ("using 3 of 4 GPUs" in capsys.readouterr().out) == (batch == 6 and gpus == 4)

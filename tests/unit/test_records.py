@@ -17,7 +17,7 @@ import pytest
 from plain_trials import PLAIN, plain_trial
 
 from lora_vit import files, records
-from lora_vit.config import TrialConfig, cell_id, to_dict, trial_id
+from lora_vit.config import TrialConfig, ids, to_dict, trial_id
 from lora_vit.errors import RecordError
 from lora_vit.files import JsonLines, locked, read_rows, replacing, write_json
 from lora_vit.records import (
@@ -162,8 +162,7 @@ def test_signs_of_life_are_repeated_until_the_end():
 
 def some_record(status: str = "completed", config: TrialConfig | None = None, **changes: Any) -> TrialRecord:
     config = config or plain_trial()
-    ids = (trial_id(config), cell_id(config))
-    return TrialRecord(*ids, status, to_dict(config), started=1.0, finished=2.0, **changes)
+    return TrialRecord(*ids(config), status, to_dict(config), started=1.0, finished=2.0, **changes)
 
 
 def test_a_record_is_read_as_it_was_written(clock, tmp_path):
@@ -364,8 +363,8 @@ def test_whole_rows_are_read(tmp_path):
 
 
 def some_predictions(count: int) -> dict[str, np.ndarray]:
-    ids = np.arange(count)
-    return {"ids": ids, "labels": ids % 3, "predicted": ids % 2, "true_probability": np.linspace(0, 1, count)}
+    n = np.arange(count)
+    return {"ids": n, "labels": n % 3, "predicted": n % 2, "true_probability": np.linspace(0, 1, count)}
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path):

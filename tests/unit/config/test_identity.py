@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 
-from lora_vit.config import WITHOUT_IDENTITY, canonical, cell_id, file_sha256, is_weights_file, trial_id
+from lora_vit.config import WITHOUT_IDENTITY, canonical, file_sha256, ids, is_weights_file, trial_id
 from lora_vit.errors import ConfigError
 
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
@@ -41,7 +41,7 @@ def test_the_canonical_form_is_what_is_hashed():
     assert canonical(plain_trial()) == CANONICAL
     assert trial_id(plain_trial()) == ten_digits(CANONICAL) == "2e18b1cf72"
     without_seed = {key: value for key, value in CANONICAL.items() if key != "seed"}
-    assert cell_id(plain_trial()) == ten_digits(without_seed) == "a8b665e937"
+    assert ids(plain_trial())[1] == ten_digits(without_seed) == "a8b665e937"
     assert set(WITHOUT_IDENTITY) == ELSEWHERE
 
 
@@ -57,7 +57,7 @@ def another(key: str, value: Any) -> Any:
 def test_what_makes_another_trial(key, value):
     other, matters = plain_trial({key: another(key, value)}), key not in ELSEWHERE
     assert (trial_id(other) != trial_id(plain_trial())) == matters
-    assert (cell_id(other) != cell_id(plain_trial())) == (matters and key != "seed")
+    assert (ids(other)[1] != ids(plain_trial())[1]) == (matters and key != "seed")
 
 
 def test_spellings_of_one_trial():

@@ -15,7 +15,7 @@ from packs import new_trials
 from plain_trials import plain_trial
 
 from lora_vit import files, records
-from lora_vit.config import cell_id, to_dict, trial_id
+from lora_vit.config import ids, to_dict, trial_id
 from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
@@ -70,12 +70,12 @@ def test_a_new_trial(tmp_path):
     config = trial.config
     assert before <= trial.record.started <= time.time()
     assert trial.record == TrialRecord(
-        *(trial_id(config), cell_id(config), "running", to_dict(config)),
+        *ids(config), "running", to_dict(config),
         environment=ENVIRONMENT,
         data=CARD,
         started=trial.record.started,
     )
-    assert trial.name == trial_id(config) != cell_id(config)
+    assert trial.name == trial_id(config) != ids(config)[1]
     assert trial.state == TrialState()
     assert (tmp_path / "a/.hydra/config.yaml").read_bytes() == "a: ä\n".encode()
     trial.beat()
@@ -147,7 +147,7 @@ def damaged(folder: Path) -> None:
 
 def of_another(folder: Path) -> None:
     config = plain_trial({"seed": 1})
-    edit(folder, trial_id=trial_id(config), cell_id=cell_id(config), config=to_dict(config))
+    edit(folder, trial_id=trial_id(config), cell_id=ids(config)[1], config=to_dict(config))
 
 
 @pytest.mark.parametrize(
