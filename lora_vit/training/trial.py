@@ -68,7 +68,7 @@ class TrialRun:
         state: TrialState | None = None,
         folder: Path | None = None,
         tensorboard: Path | None = None,
-        mine: Callable[[], bool] | None = None,
+        mine: Callable[[], bool] = lambda: True,
     ):
         """Open the folder's logs, cut back to what the state knows of. Without record and state the trial is new."""
         self.config, self.state, self.folder = config, state or TrialState(), folder
@@ -89,7 +89,7 @@ class TrialRun:
         hydra_files: dict[str, str],
         tensorboard: Path | None = None,
         restart: bool = False,
-        mine: Callable[[], bool] | None = None,
+        mine: Callable[[], bool] = lambda: True,
     ) -> TrialRun:
         """The trial in its folder, ready to train; no other process may use the folder.
 
@@ -102,7 +102,7 @@ class TrialRun:
         there = records.state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)
-        if mine is not None and not mine():
+        if not mine():
             raise ClaimLost(trial_id(config))
         for path in (folder / name for name in OWN_FILES):
             for temporary in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while it replaced it
@@ -144,11 +144,10 @@ class TrialRun:
 
     def _ask(self, every: float = 0.0) -> Path | None:
         """The folder, if any. Raises ClaimLost if another process has the trial; asks once in so many seconds."""
-        now = time.monotonic()
-        if self._mine is not None and now - self._asked >= every:
+        if time.monotonic() - self._asked >= every:
             if not self._mine():
                 raise ClaimLost(self.name)
-            self._asked = now
+            self._asked = time.monotonic()
         return self.folder
 
     def write_record(self) -> None:
