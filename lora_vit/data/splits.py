@@ -40,7 +40,7 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
         if sum(counts) >= len(of_class):
             few = f"class '{found.class_names[label]}' has {len(of_class)} images"
             raise ConfigError(f"{few}, too few to be in train, {', '.join(fractions)}: add images, or drop the class")
-        *parts, rest = np.split(of_class, np.cumsum(counts, dtype=int))
+        *parts, rest = np.split(of_class, np.cumsum(counts))
         if keep is not None:
             if len(rest) < keep:
                 few = f"class '{found.class_names[label]}' has only {len(rest)} training images"

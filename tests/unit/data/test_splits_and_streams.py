@@ -67,7 +67,8 @@ def test_a_class_is_divided_and_reduced_in_the_orders_of_its_own_keys():
 )
 def test_numbers_are_rounded_to_the_nearest_whole_and_at_least_one(size, fraction, count):
     """Halves go to the even number, as Python rounds."""
-    found, _ = divided(np.arange(size), np.zeros(size, int), {"test": IDS[:0]}, val_fraction=fraction)
+    how = {"val_fraction": fraction, "train_per_class": size - count}
+    found, _ = divided(np.arange(size), np.zeros(size, int), {"test": IDS[:0]}, **how)
     assert {name: len(ids) for name, ids in found.items()} == {"val": count, "train": size - count, "test": 0}
 
 
