@@ -21,7 +21,7 @@ from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import train_trials
 from lora_vit.training.progress import RunReporter
-from lora_vit.training.trial import TrialRun, completed_record, locked_folder
+from lora_vit.training.trial import TrialRun, locked_folder
 
 
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
@@ -42,8 +42,10 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     def take() -> TrialRecord | None:
         held.callback(remove_empty, folder)
         held.enter_context(locked_folder(folder))
-        completed = completed_record(folder, config)
-        return None if restart else completed
+        there = state_of(folder, config)
+        if there.problem:
+            raise ConfigError(there.problem)
+        return there.record if there.status == "completed" and not restart else None
 
     with contextlib.ExitStack() as held:
         completed = distributed.from_main(distributed.on_all(lambda: take() if process.rank == 0 else None))

@@ -91,8 +91,10 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
 def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
     pack = trained_pack(folder, read_record(folder), config)
+    samples, transform, ids = pack.setup.samples, pack.setup.transform, pack.setup.data.splits[split]
+    parts = np.array_split(ids, -(-len(ids) // EVAL_BATCH))
     with torch.no_grad():
-        logits = [pack.model.eval()(batch.images, [0])[0] for batch in pack.setup.eval_stream(split, EVAL_BATCH)]
+        logits = [pack.model.eval()(transform.eval(samples.gather(part)[0]), [0])[0] for part in parts]
     top = torch.cat(logits).topk(2).values
     return (top[:, 0] - top[:, 1]).cpu().numpy()
 

@@ -12,7 +12,7 @@ from lora_vit.training.trial import TrialRun
 
 def new_trials(configs: list[TrialConfig]) -> list[TrialRun]:
     """Trials that have not begun and write nothing."""
-    return [TrialRun.without_files(config) for config in configs]
+    return [TrialRun(config) for config in configs]
 
 
 def new_pack(configs: list[TrialConfig], setup: Setup | None = None) -> Pack:

@@ -13,7 +13,7 @@ import torch
 
 from lora_vit.lora import layers
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.training import optim, pack, step
+from lora_vit.training import optim, pack
 
 
 def swap_dropout_seeds(monkeypatch):
@@ -31,8 +31,8 @@ def share_one_clip_norm(monkeypatch):
 
 
 def mean_over_the_pack(monkeypatch):
-    original = step.sample_losses
-    monkeypatch.setattr(step, "sample_losses", lambda x, y, s: original(x, y, s) / len(x))
+    original = pack.sample_losses
+    monkeypatch.setattr(pack, "sample_losses", lambda x, y, s: original(x, y, s) / len(x))
 
 
 def pad_before_drawing(monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from plain_trials import plain_trial
 
+from lora_vit import terminal
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
 from lora_vit.stopping import StopRequest
@@ -49,7 +50,9 @@ class Stage(Reporter):
         self.events: list[tuple[Any, ...]] = []
         self.after: dict[int, Callable[[Pack], None]] = {}
         self.making: dict[int, Callable[[None], None]] = {}
-        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        for module in (loop, terminal):
+            hands = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now)
+            monkeypatch.setattr(module, "time", hands)
         monkeypatch.setattr(trial, "EPOCH_CHECKPOINT_EVERY", 0.0)
         self._watch_packs(monkeypatch)
         self._watch_files(monkeypatch)

@@ -21,8 +21,7 @@ from lora_vit import randomness
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-CROP_SCALE = (0.08, 1.0)
-"""Area of a random crop as a fraction of the image's (torchvision's RandomResizedCrop)."""
+CROP_SCALE = (0.08, 1.0)  # area of a random crop as a fraction of the image's (torchvision's RandomResizedCrop)
 CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_TRIES = 10
 
@@ -38,14 +37,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def resampling_matrix(
-    start_B: Tensor, length_B: Tensor, flip_B: Tensor, source: int, target: int, bicubic: bool = False
-) -> Tensor:
+def resampling_matrix(start_B: Tensor, length_B: Tensor, source: int, target: int, bicubic: bool = False) -> Tensor:
     """Antialiased resampling of ``[start, start + length)`` to ``target`` pixels, [B, target, source].
 
     A triangle filter, or Keys's cubic one with a = -0.5 (1981), whose support grows with the scale when shrinking,
     weights normalised over the pixels inside the box, as in PIL and torchvision's ``resized_crop(antialias=True)``.
-    ``source``: pixels of the whole image along this axis; ``flip_B``: whether the output is mirrored.
+    ``source``: pixels of the whole image along this axis.
     """
     device = start_B.device
     start, length = start_B.double()[:, None, None], length_B.double()[:, None, None]
@@ -58,8 +55,7 @@ def resampling_matrix(
     if bicubic:
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
     weight = weight * ((pixel >= start) & (pixel < start + length))
-    weight = weight / weight.sum(-1, keepdim=True)
-    return torch.where(flip_B[:, None, None], weight.flip(1), weight)
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> np.ndarray:
@@ -85,15 +81,10 @@ def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> n
 
 
 class Transform:
-    """Makes the model's input of uint8 images.
+    """Makes the model's input, of S = ``image_size`` pixels a side, of uint8 images.
 
-    Args:
-        image_size: S, the model's input size in pixels.
-        augment: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``.
-        device: where it runs and returns.
-        dtype: of the result; the arithmetic is float32 (float64 for a float64 result).
-        mean, std: of each colour in [0, 1].
-        bicubic: resampled so, not bilinearly.
+    ``augment``: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``; ``dtype``: of the result, the
+    arithmetic is float32 (float64 for a float64 result); ``mean``, ``std``: of each colour in [0, 1].
     """
 
     def __init__(
@@ -127,10 +118,9 @@ class Transform:
             return self.eval(torch.where(flip_B[:, None, None, None], images.flip(-1), images))
         h, w = images.shape[-2:]
         boxes = to_device(crop_boxes(ids, h, w, seed, epoch), self.device)
-        never = torch.zeros_like(flip_B)
-        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], never, h, self.image_size, self.bicubic)
-        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], flip_B, w, self.image_size, self.bicubic)
-        return self._resample(images, rows, columns)
+        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], h, self.image_size, self.bicubic)
+        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], w, self.image_size, self.bicubic)
+        return self._resample(images, rows, torch.where(flip_B[:, None, None], columns.flip(1), columns))
 
     def eval(self, images: Tensor) -> Tensor:
         """Resized and normalised, [B, 3, S, S]."""
@@ -138,10 +128,8 @@ class Transform:
         if h == w == self.image_size:
             return self._normalise(images.to(self.work_dtype)).to(self.dtype)
         if (h, w) not in self._whole:
-            zero, no = torch.zeros(1, device=self.device), torch.zeros(1, dtype=torch.bool, device=self.device)
-            rows, columns = (
-                resampling_matrix(zero, zero + side, no, side, self.image_size, self.bicubic) for side in (h, w)
-            )
+            zero = torch.zeros(1, device=self.device)
+            rows, columns = (resampling_matrix(zero, zero + s, s, self.image_size, self.bicubic) for s in (h, w))
             self._whole[h, w] = rows, columns
         return self._resample(images, *self._whole[h, w])
 

@@ -27,24 +27,16 @@ from lora_vit.files import write_json
 from lora_vit.terminal import Progress
 
 _FORMAT = 3
-_NAMED = 20
-"""Broken files that one message names."""
-_CHUNK = 64
-"""Most images that a process decodes before it reports."""
-_BYTES_PER_WORKER = 4 << 20
-"""Image files that are worth the start of another process (a quarter of a second)."""
-_IDLE_SECONDS = 10
-"""After so long without work a process that decoded ends."""
+_NAMED = 20  # broken files that one message names
+_CHUNK = 64  # most images that a process decodes before it reports
+_BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
+_IDLE_SECONDS = 10  # after so long without work a process that decoded ends
 
-Parts = dict[str, list[tuple[str, int]]]
-"""The images of each part: their paths below the data set's folder, and their labels."""
+Parts = dict[str, list[tuple[str, int]]]  # images of each part: paths below the data set's folder, and labels
 
 
 def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, wanted: Wanted) -> Found | None:
-    """The data set of the images in ``parts``, which lie below ``root``; None if they may not be read and have to be.
-
-    Raises OSError and ConfigError as :func:`~lora_vit.data.files.digests_of`.
-    """
+    """The data set of the images in ``parts``, below ``root``; None or an error as ``digests_of`` has it."""
     names = [name for images in parts.values() for name, _ in images]
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
     ends = np.cumsum([len(images) for images in parts.values()])
@@ -63,10 +55,8 @@ def decoded(
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
-    not. Runs that start together wait for the first. It appears whole or not at all.
-
-    ``names``: paths below ``root``, in the order of the array; ``digests``: sha256 of each, uint8 [N, 32]; ``size``:
-    pixels of each side, None for the images' own (then all must agree).
+    not. Runs that start together wait for the first. It appears whole or not at all. ``names``: paths below ``root``,
+    in the array's order; ``size``: pixels of each side, None for the images' own (then all must agree).
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
@@ -134,10 +124,8 @@ def _first_shape(root: Path, names: list[str], size: int | None) -> tuple[int, .
 
 
 def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Note]:
-    """Decode all files: in this process if there are few, else in several, because Pillow keeps the interpreter's lock.
-
-    loky's processes import neither the user's main script nor torch.
-    """
+    """Decode all files: if they are many in several processes, because Pillow keeps the interpreter's lock."""
+    # loky's processes import neither the user's main script nor torch.
     from joblib import Parallel, cpu_count, delayed
 
     file_bytes = 0

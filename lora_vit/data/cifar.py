@@ -14,10 +14,7 @@ from lora_vit.errors import ConfigError
 
 
 def find(wanted: Wanted) -> Found | None:
-    """50,000 images for train and val; the official 10,000 test images are ``test``. Downloaded if absent.
-
-    Raises ConfigError where that fails.
-    """
+    """50,000 images for train and val, the official 10,000 for test; downloaded if absent. Raises ConfigError."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind: Any = CIFAR10 if wanted.name == "cifar10" else CIFAR100

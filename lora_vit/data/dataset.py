@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-Range = tuple[float, float]
-"""The values that become 0 and 255 where pixels have more than 8 bits."""
+Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Wanted:
     cache_dir: Path
     official_val: bool = False
     cache_size: int | None = None
-    quiet: bool = False  # show no progress
-    fetch: bool = True  # download and read what is not known yet; without it a loader returns None instead
+    quiet: bool = field(default=False, compare=False)  # show no progress
+    fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
 
 
 class Decoded(NamedTuple):

@@ -20,11 +20,8 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from lora_vit.data.dataset import Range, shown
 from lora_vit.errors import ConfigError
 
-_DARK = 16
-"""Upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer."""
-
-_LOOK_EVERY = 0.5
-"""Seconds after which a process that decodes looks whether its parent is still there."""
+_DARK = 16  # upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer
+_LOOK_EVERY = 0.5  # seconds after which a process that decodes looks whether its parent is still there
 
 
 def decode(file: Path, size: int | None, value_range: Range | None = None) -> np.ndarray:
@@ -129,23 +126,19 @@ def _decoded(file: io.BytesIO | Path, size: int | None, value_range: Range | Non
         with contextlib.suppress(Exception):  # what follows the first picture may be damaged
             has_more = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))  # MPO: with its preview
     if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image)
+        grey = np.asarray(image, np.float64)
         if not np.isfinite(grey).all():
             raise ValueError("it has values that are not finite")
         values = float(grey.min()), float(grey.max())
         if value_range is None:
             return values, has_more
-        image = Image.fromarray(_scaled(grey.astype(np.float64), values, value_range, image.mode != "F"))
+        low, high = value_range
+        if np.mean((grey < low) | (grey > high)) > 0.5:
+            raise ValueError("its values are {:g} .. {:g}, those trained on {:g} .. {:g}".format(*values, low, high))
+        scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too
+        image = Image.fromarray(np.clip((grey - low) * scale, 0, 255).astype(np.uint8))  # Pillow would clip at 255
     if image.mode != "RGB":
         image = image.convert("RGB")
     if size is not None:
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), has_more
-
-
-def _scaled(grey: np.ndarray, values: Range, value_range: Range, whole: bool) -> np.ndarray:
-    """Values mapped from a range to 0 .. 255 (Pillow's own conversion clips at 255); ``whole``: they are integers."""
-    low, high = value_range
-    if np.mean((grey < low) | (grey > high)) > 0.5:
-        raise ValueError("its values are {:g} .. {:g}, those trained on {:g} .. {:g}".format(*values, low, high))
-    return np.clip((grey - low) * (256 / max(high - low + whole, 1e-30)), 0, 255).astype(np.uint8)

@@ -29,13 +29,10 @@ _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
-_UNSETTLED = 2_000_000_000
-"""Nanoseconds for which a file that was just changed may change again without its time showing it."""
-_STAT = struct.Struct("=qqqQ")
-"""Size, time of writing, time of change and inode."""
-_CHUNK = 256
-_NAMED = 3
-"""Files of a kind that one line names."""
+_UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
+_STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
+_CHUNK = 256  # files that a thread reads before it reports
+_NAMED = 3  # files of a kind that one line names
 
 
 @functools.cache
@@ -102,11 +99,10 @@ class Listing:
                 self.skip("hidden", name)
             elif entry.name in _SYSTEM:
                 self.skip("of the file system", name)
+            elif entry.is_dir() and self._is_own(Path(entry.path)):
+                self.skip("of lora_vit's own", name)
             elif entry.is_dir():
-                if self._is_own(Path(entry.path)):
-                    self.skip("of lora_vit's own", name)
-                else:
-                    yield name, True
+                yield name, True
             elif not entry.is_file():
                 self.skip("broken links", name)
             elif os.path.splitext(name)[1].lower() in image_endings():
@@ -124,9 +120,7 @@ class Listing:
         return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 
-def digests_of(
-    root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True
-) -> np.ndarray | None:
+def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
     Returns None if files would have to be read and ``fetch`` is false. Raises OSError for a file that cannot be read,

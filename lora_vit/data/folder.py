@@ -10,16 +10,13 @@ from lora_vit.data.dataset import Found, Wanted, shown
 from lora_vit.data.files import Listing
 from lora_vit.errors import ConfigError
 
+# What the folder of each part may be called, in small letters or capitals.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""What the folder of each part may be called, in small letters or capitals."""
 _LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
 
 
 def find(wanted: Wanted) -> Found | None:
-    """Class folders below ``root``, or below its train/ and val/ and test/ where it has them.
-
-    Raises ConfigError where classes or images are missing, or folders are not clearly parts or classes.
-    """
+    """Class folders below ``root`` or its train/, val/ and test/. Raises ConfigError where these are not clear."""
     top, files = wanted.root, Listing(wanted.cache_dir)
     if not top.is_dir():
         raise ConfigError(f"data.root={shown(top)} is not a folder: give the folder that holds your class folders")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 
 from lora_vit.config import DATASETS, DataConfig
@@ -14,10 +13,7 @@ _FOUND: dict[Wanted, Found] = {}
 
 
 def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
-    """The decoded and divided data set of a config; downloads and caches what is not there.
-
-    Raises ConfigError for what is wrong with it; also where its content is not ``data.content``.
-    """
+    """The decoded and divided data set. Raises ConfigError, also where its content is not ``data.content``."""
     from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
 
     found = _find(config, quiet)
@@ -50,16 +46,16 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
     if not config.root and not known.in_package:
         raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
     root, cache_dir = user_path(config.root or ""), user_path(config.cache_dir)
-    wanted = Wanted(config.name, root, cache_dir, config.official_val, config.cache_size if known.in_package else None)
+    size = config.cache_size if known.in_package else None
+    wanted = Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)
     if wanted not in _FOUND:
         # Imported when chosen: each needs another heavy package.
         find = import_module(f"lora_vit.data.{known.loader}").find
         try:
-            found: Found | None = find(replace(wanted, quiet=quiet, fetch=fetch))
+            found: Found | None = find(wanted)
         except OSError as error:
             place = shown(error.filename or root)
             raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
-        if found is None:
-            return None
-        _FOUND[wanted] = found
-    return _FOUND[wanted]
+        if found is not None:
+            _FOUND[wanted] = found
+    return _FOUND.get(wanted)

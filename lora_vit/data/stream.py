@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,26 +9,16 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.data.augment import Transform, to_device
 from lora_vit.data.dataset import ImageData
+from lora_vit.distributed import Process
 
-_DEVICE_SHARE = 0.25
-"""Largest part of a GPU's free memory that the uint8 images may take."""
-
-
-@dataclass
-class Batch:
-    """Images ready for the model, on the device."""
-
-    images: Tensor  # normalised, [B, 3, S, S]
-    labels: Tensor  # int64 [B]
-    ids: np.ndarray  # of the samples, int64 [B], on the host
+_DEVICE_SHARE = 0.25  # largest part of a GPU's free memory that the uint8 images may take
 
 
 class Samples:
     """The uint8 images of a data set where batches are gathered from: on the GPU if there is room, else mapped."""
 
     def __init__(self, data: ImageData, device: torch.device):
-        self.device = device
-        self.data = data
+        self.device, self.data = device, data
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
         if device.type == "cuda":
@@ -41,9 +29,8 @@ class Samples:
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
         index = to_device(ids, self.device)
-        if self._resident is not None:
-            return self._resident[index], self.labels[index]
-        return to_device(self.data.images[ids], self.device), self.labels[index]
+        images = to_device(self.data.images[ids], self.device) if self._resident is None else self._resident[index]
+        return images, self.labels[index]
 
 
 class TrainStream:
@@ -53,25 +40,23 @@ class TrainStream:
     so that any number of processes trains on the same samples. The incomplete last batch is dropped.
     """
 
-    def __init__(
-        self, samples: Samples, transform: Transform, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
+    def __init__(self, samples: Samples, transform: Transform, batch_size: int, seed: int, process: Process):
         self.samples, self.transform, self.seed = samples, transform, seed
         self.ids = samples.data.splits["train"]
-        self.batch_size, self.local = batch_size, batch_size // world_size
-        self.first = rank * self.local
+        self.batch_size, self.local = batch_size, batch_size // process.world_size
+        self.first = process.rank * self.local
         self.steps_per_epoch = len(self.ids) // batch_size
         self._order: tuple[int, np.ndarray] = (-1, self.ids)
 
     def batch_ids(self, epoch: int, step: int) -> np.ndarray:
-        """Sample ids of this process's part of a batch, int64 [B]."""
+        """Sample ids of this process's part of a batch, int64 [B]; ``step`` counts within the epoch."""
         if self._order[0] != epoch:
             self._order = epoch, self.ids[randomness.permutation(len(self.ids), "order", self.seed, epoch)]
         start = step * self.batch_size + self.first
         return self._order[1][start : start + self.local]
 
-    def batch(self, epoch: int, step: int) -> Batch:
-        """This process's part of a batch; ``step`` counts within the epoch."""
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch, on the device: images for the model [B, 3, S, S], labels int64 [B]."""
         ids = self.batch_ids(epoch, step)
         images, labels = self.samples.gather(ids)
-        return Batch(self.transform.train(images, self.seed, epoch, ids), labels, ids)
+        return self.transform.train(images, self.seed, epoch, ids), labels

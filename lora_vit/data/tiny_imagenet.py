@@ -26,10 +26,7 @@ MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def find(wanted: Wanted) -> Found | None:
-    """The data set at ``root`` (folder or zip), downloaded first if it is not there.
-
-    Raises ConfigError for no network, a damaged archive, a class without images.
-    """
+    """The data set at ``root`` (folder or zip), downloaded if it is absent. Raises ConfigError where it is damaged."""
     folder = _folder(wanted)
     if folder is None:
         return None
@@ -61,7 +58,12 @@ def _folder(wanted: Wanted) -> Path | None:
         return whole
     if is_there:
         raise ConfigError(f"{target} lacks wnids.txt or train/: unpack {FOLDER}.zip again, or give another data.root")
-    archive = _archive(root)
+    if root.suffix == ".zip" and not root.exists():
+        raise ConfigError(f"data.root={root} does not exist: give a zip, or a folder to download to")
+    zips = [root] if root.is_file() else sorted(root.glob(f"{FOLDER}*.zip"), key=lambda path: len(path.name))
+    if len(zips) > 1 and zips[0].stem != FOLDER:
+        raise ConfigError(f"{root} holds {', '.join(p.name for p in zips)}: give one of them as data.root")
+    archive = zips[0] if zips else None
     if archive is not None:  # its folder may be read-only, and another zip may take its place
         digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)
         if digest is None:
@@ -85,18 +87,6 @@ def _whole_in(root: Path) -> Path | None:
         if whole:
             return whole[0]
     return None
-
-
-def _archive(root: Path) -> Path | None:
-    """The zip that ``root`` is or holds."""
-    if root.is_file():
-        return root
-    if root.suffix == ".zip" and not root.exists():
-        raise ConfigError(f"data.root={root} does not exist: give a zip, or a folder to download to")
-    found = sorted(root.glob(f"{FOLDER}*.zip"), key=lambda path: len(path.name))
-    if len(found) > 1 and found[0].stem != FOLDER:
-        raise ConfigError(f"{root} holds {', '.join(p.name for p in found)}: give one of them as data.root")
-    return found[0] if found else None
 
 
 def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:

@@ -208,7 +208,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     """
     gc.collect()  # what an earlier pack left
     _reset_peak_memory(setup.device)
-    pack = Pack([TrialRun.without_files(config) for config in configs], setup)
+    pack = Pack([TrialRun(config) for config in configs], setup)
     rates = pack.learning_rates()
     times: list[float] = []  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):

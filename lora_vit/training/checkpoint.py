@@ -18,10 +18,7 @@ from lora_vit.records import CHECKPOINT
 
 @dataclass
 class TrialState:
-    """Where a trial stands. Tensors are on the CPU, unpadded, without a trial axis.
-
-    There is no generator state: every draw is keyed by what is here.
-    """
+    """Where a trial stands; every draw is keyed by it. Tensors are on the CPU, unpadded, without a trial axis."""
 
     epoch: int = 0  # finished epochs
     step_in_epoch: int = 0
@@ -62,13 +59,10 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Replace ``adapter.safetensors`` and ``adapter.json``.
-
-    The file's one metadata entry is a sorted JSON string: with several, safetensors orders them differently in
-    every process.
-    """
+    """Replace ``adapter.safetensors`` and ``adapter.json``."""
     from safetensors.torch import save
 
+    # One entry, a sorted JSON string: several are in another order in every process.
     metadata = {"lora_vit": json.dumps(card, sort_keys=True)}
     data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
     with files.replacing(folder / "adapter.safetensors") as file:

@@ -11,12 +11,12 @@ import torch
 
 from lora_vit.errors import Interrupted
 from lora_vit.stopping import StopRequest, repeating
+from lora_vit.terminal import Every
 from lora_vit.training.pack import Pack
 from lora_vit.training.setup import Setup
 from lora_vit.training.trial import ClaimLost, TrialRun
 
-HEARTBEAT_EVERY = 30.0
-"""Seconds between signs of life of a running trial."""
+HEARTBEAT_EVERY = 30.0  # seconds between signs of life of a running trial
 
 
 class Reporter:
@@ -45,7 +45,13 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
             trial.beat()
 
     staying = trials
-    pack: Pack | None = start(trials, setup, reporter)
+    pack: Pack | None
+    pack = Pack(trials, setup)
+    for k, trial in enumerate(trials):
+        trial.record.parameters = pack.parameter_counts(k)
+        trial.record.cost["pack_size"] = pack.K
+        trial.write_record()
+    reporter.started(pack)
     with repeating(beat, HEARTBEAT_EVERY):
         try:
             while pack is not None:
@@ -59,22 +65,9 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
                     pack = Pack(staying, setup) if staying else None
                 if pack is not None and stop_requested(pack, stop, logging=True):
                     raise Interrupted(stop.signum or signal.SIGTERM)
-        except BaseException as error:
-            # Interrupted apart: SystemExit of somebody's signal handler, a second Ctrl-C
-            if isinstance(error, Interrupted) or not isinstance(error, Exception):
-                interrupt(staying, pack)
+        except (Interrupted, SystemExit, KeyboardInterrupt):  # of somebody's signal handler, of a second Ctrl-C
+            interrupt(staying, pack)
             raise
-
-
-def start(trials: list[TrialRun], setup: Setup, reporter: Reporter) -> Pack:
-    """The first pack; parameter counts go into the records, and the trials are marked running."""
-    pack = Pack(trials, setup)
-    for k, trial in enumerate(trials):
-        trial.record.parameters = pack.parameter_counts(k)
-        trial.record.cost["pack_size"] = pack.K
-        trial.write_record()
-    reporter.started(pack)
-    return pack
 
 
 def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
@@ -84,7 +77,7 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
     """
     if any(trial.done() for trial in pack.trials):  # stopped between its last epoch and its end
         return []
-    clock = Clock(pack)
+    clock, saving = Clock(pack), Every(pack.trials[0].config.trainer.checkpoint_every)
     for lr_K1 in pack.learning_rates():
         losses_K = pack.step(lr_K1, bool(stop.signum))
         reporter.advance(pack)
@@ -104,9 +97,9 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
                 return failed
         if stopping and not last:
             raise Interrupted(stop.signum or signal.SIGTERM)
-        if not last and clock.checkpoint_due():
+        if not last and saving.due():
             clock.charge()
-            for trial in pull(pack):
+            for trial in pack.pull():
                 trial.save()
     clock.charge()
     finish_epoch(pack, reporter)
@@ -114,11 +107,10 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
 
 
 class Clock:
-    """Charges the seconds of an epoch to its trials, in equal shares; knows its speed and when a checkpoint is due."""
+    """Charges the seconds of an epoch to its trials, in equal shares, and knows its speed."""
 
     def __init__(self, pack: Pack):
-        self.pack = pack
-        self._charged = self._saved = time.perf_counter()
+        self.pack, self._charged = pack, time.perf_counter()
         self._logged = pack.step_in_epoch, pack.trials[0].state.seconds
 
     def charge(self) -> None:
@@ -134,53 +126,31 @@ class Clock:
         images = (self._logged[0] - step) * self.pack.global_batch
         return images / max(self._logged[1] - seconds, 1e-9)
 
-    def checkpoint_due(self) -> bool:
-        """Whether ``checkpoint_every`` seconds have passed since the last."""
-        now = time.perf_counter()
-        due = now - self._saved >= self.pack.trials[0].config.trainer.checkpoint_every
-        if due:
-            self._saved = now
-        return due
-
 
 def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     """Whether any process was asked to stop; all processes get the same answer at the same step."""
     if pack.setup.process.world_size == 1:
         return bool(stop.signum)
-    if pack.setup.device.type == "cpu" or logging:  # elsewhere reading costs a sync
-        return bool(pack.flat.stop.item() > 0)
-    return False
+    may_read = pack.setup.device.type == "cpu" or logging  # elsewhere it costs a sync
+    return may_read and bool(pack.flat.stop.item() > 0)
 
 
 def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
-    """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them.
-
-    At an epoch's ``last`` step also those whose parameters are not: no next loss will tell.
-    """
+    """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them."""
     bad_steps = pack.first_bad_step_K.tolist()
+    # At an epoch's last step the parameters count as well: no next loss will tell.
     finite = torch.isfinite(pack.flat.values_KP).all(1).tolist() if last else [True] * pack.K
     failed = []
     for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
         if bad_step < 0 and is_finite:
             continue
-        what, step = "the loss or its gradient", bad_step + 1
-        if bad_step < 0:
-            what, step = "a parameter", pack.step_of(trial)
+        step = bad_step + 1 or pack.step_of(trial)
+        what = "a parameter" if bad_step < 0 else "the loss or its gradient"
         o = trial.config.optimizer
         remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
         trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         failed.append(trial)
     return failed
-
-
-def pull(pack: Pack) -> list[TrialRun]:
-    """Bring the trials' states up to date; returns those worth a checkpoint.
-
-    After a bad step none is: it would hide that step from a run that resumes.
-    """
-    pack.pull()
-    bad_steps = pack.first_bad_step_K.tolist()
-    return [trial for trial, bad_step in zip(pack.trials, bad_steps, strict=True) if bad_step < 0]
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
@@ -194,7 +164,7 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
-        state, step = trial.state, trial.state.epoch * pack.steps_per_epoch
+        state, step = trial.state, pack.step_of(trial)
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
         if validated[k]:
             val = predictions[k]
@@ -251,11 +221,8 @@ def complete(pack: Pack) -> list[TrialRun]:
 
 
 def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
-    """Save the trials, unless their state is half changed, and mark them interrupted.
-
-    ``pack`` holds their state; None: it is in the trials themselves, between two packs.
-    """
-    to_save = trials if pack is None else [] if pack.updating else pull(pack)
+    """Save the trials, unless ``pack`` (None between two) is in the midst of an update, and mark them interrupted."""
+    to_save = trials if pack is None else [] if pack.updating else pack.pull()
     for trial in trials:
         try:
             if trial in to_save:

@@ -23,28 +23,21 @@ class FlatParameters:
     def __init__(self, named: dict[str, nn.Parameter], per_trial: set[str], K: int):
         if K > 1 and set(named) - per_trial:
             raise ValueError("trained trunk parameters need a pack of one")
+        self.parameters = list(named.values())
+        self.values_KP = torch.cat([p.data.reshape(K, -1) for p in self.parameters], 1)
+        # The losses and the request to stop ride on the gradients' all-reduce.
+        self.buffer = self.values_KP.new_zeros(self.values_KP.numel() + K + 1)
+        self.grads_KP = self.buffer[: -K - 1].view(K, -1)
+        self.losses_K, self.stop = self.buffer[-K - 1 : -1], self.buffer[-1:]
         self.slices: dict[str, tuple[slice, torch.Size]] = {}
+        self.gradients: list[Tensor] = []  # views into grads_KP
         offset = 0
         for name, p in named.items():
-            shape = p.shape[1:] if name in per_trial else p.shape
-            self.slices[name] = (slice(offset, offset + shape.numel()), shape)
-            offset += shape.numel()
-        first = next(iter(named.values()))
-        self.K, self.P = K, offset
-        self.values_KP = torch.zeros(K, offset, dtype=first.dtype, device=first.device)
-        # The losses and the request to stop ride on the gradients' all-reduce.
-        self.buffer = torch.zeros(K * offset + K + 1, dtype=first.dtype, device=first.device)
-        self.grads_KP = self.buffer[: K * offset].view(K, offset)
-        self.losses_K = self.buffer[K * offset : -1]
-        self.stop = self.buffer[-1:]
-        self.parameters = list(named.values())
-        self.gradients: list[Tensor] = []  # views into grads_KP
-        for name, p in named.items():
-            where, _ = self.slices[name]
-            value = self.values_KP[:, where].view(p.shape)
-            value.copy_(p.data)
-            p.data = value
+            where = slice(offset, offset + p.numel() // K)
+            self.slices[name] = where, p.shape[1:] if name in per_trial else p.shape
+            p.data = self.values_KP[:, where].view(p.shape)
             self.gradients.append(self.grads_KP[:, where].view(p.shape))
+            offset = where.stop
 
     def differentiate(self, loss: Tensor) -> None:
         """Fill the gradients of all parameters from the loss."""
@@ -67,7 +60,7 @@ class PackedAdamW:
         self.flat = flat
         self.exp_avg_KP = torch.zeros_like(flat.values_KP)
         self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP)
-        self.updates_K1 = flat.values_KP.new_zeros(flat.K, 1)
+        self.updates_K1 = flat.values_KP.new_zeros(len(configs), 1)
         clip = [math.inf if c.clip_norm is None else c.clip_norm for c in configs]
         self.clips = min(clip) < math.inf
         rows = [(*c.betas, c.eps, most, c.weight_decay) for c, most in zip(configs, clip, strict=True)]
@@ -101,12 +94,8 @@ class PackedAdamW:
 def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """The learning rate at step 0, 1, ...: linear warm-up, then linear or cosine decay to 0, or constant."""
     warmup = round(config.warmup * total_steps)
-    done = (step - warmup) / max(1, total_steps - warmup)
-    factor = 1.0
     if step < warmup:
-        factor = (step + 1) / (warmup + 1)
-    elif config.schedule == "linear":
-        factor = 1.0 - done
-    elif config.schedule == "cosine":
-        factor = 0.5 * (1.0 + math.cos(math.pi * done))
-    return factor * config.lr
+        return (step + 1) / (warmup + 1) * config.lr
+    done = (step - warmup) / max(1, total_steps - warmup)
+    factors = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return factors[config.schedule] * config.lr

@@ -1,39 +1,45 @@
-"""K trials on one model: their streams, flat parameters, optimizer rows, and the way in and out for each."""
+"""K trials on one model: their streams, flat parameters, optimizer rows, steps, and the way in and out for each.
+
+Shape legend: K trial, G stream, B image of this process, N sample of a split, C class, P trained value of a trial.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
-from lora_vit.config import TrialConfig
+from lora_vit import distributed
+from lora_vit.data.augment import to_device
+from lora_vit.data.stream import TrainStream
 from lora_vit.lora.layers import LoRAAdapters
-from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.evaluate import Predictions, evaluate
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.setup import Setup
-from lora_vit.training.step import train_step
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Predictions, TrialRun
 
-EVAL_BATCH = 256
-"""Largest number of images of one evaluation step, times trials."""
+EVAL_BATCH = 256  # largest number of images of one evaluation step, times trials
+
+
+def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
+    """Cross entropy with per-trial label smoothing (Szegedy et al., 2016), [K, B]."""
+    log_p_KBC = log_softmax(logits_KBC, dim=-1)
+    true_KB = log_p_KBC.gather(-1, labels_KB[..., None]).squeeze(-1)
+    return -(1 - smoothing_K1) * true_KB - smoothing_K1 * log_p_KBC.mean(-1)
 
 
 class Pack:
-    """Trials that train together. They stand at the same step of their epochs, not in the same epoch."""
+    """Trials that train together. They stand at the same step of their epochs (or ValueError), not in one epoch."""
 
     def __init__(self, trials: list[TrialRun], setup: Setup):
         configs = [t.config for t in trials]
         self.trials, self.setup, self.K = trials, setup, len(trials)
         self._predictions: dict[str, list[Predictions]] = {}
-        offsets = {t.state.step_in_epoch for t in trials}
-        if len(offsets) != 1:
-            raise ValueError(f"trials of a pack stand at different steps of their epochs: {sorted(offsets)}")
-        self.step_in_epoch = offsets.pop()
+        (self.step_in_epoch,) = {t.state.step_in_epoch for t in trials}
         self.model = setup.build_model(configs).train()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
-        owners = {*self._adapters, "head"}
-        per_trial = {name for name in named if name.rpartition(".")[0] in owners}
+        per_trial = {name for name in named if name.rpartition(".")[0] in {*self._adapters, "head"}}
         self.flat = FlatParameters(named, per_trial, self.K)
         self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         # One stream for each (seed, epoch): trials that agree in both share images and stem.
@@ -41,27 +47,32 @@ class Pack:
         own_keys = list(dict.fromkeys(keys))
         self.stream_of_trial = [own_keys.index(key) for key in keys]
         self._first_of_stream = [trials[keys.index(key)] for key in own_keys]
-        self.streams = [setup.train_stream(t.config) for t in self._first_of_stream]
-        self.steps_per_epoch = self.streams[0].steps_per_epoch
-        self._init_step(configs)
-        for k, trial in enumerate(trials):
-            if trial.state.values:
-                self._load(k, trial.state)
-
-    def _init_step(self, configs: list[TrialConfig]) -> None:
-        """What :func:`train_step` reads and updates on the device."""
-        device, head, process = self.setup.device, self.model.head, self.setup.process
-        self.forward = torch.compile(self.model) if self.setup.compile else self.model
-        self.dropout = head.state
         self.global_batch = configs[0].data.batch_size
+        self.streams = [
+            TrainStream(setup.samples, setup.transform, self.global_batch, t.config.seed, setup.process)
+            for t in self._first_of_stream
+        ]
+        self.steps_per_epoch = self.streams[0].steps_per_epoch
+        # What a step reads and updates on the device.
+        device, process = setup.device, setup.process
+        self.forward = torch.compile(self.model) if setup.compile else self.model
         local = self.global_batch // process.world_size
         self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
-        self.step_K = torch.tensor([self.step_of(t) for t in self.trials], dtype=torch.int64, device=device)
-        self.smoothing_K1 = head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
-        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in self.trials], dtype=torch.float64, device=device)
+        self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
+        smoothing = [c.optimizer.label_smoothing for c in configs]
+        self.smoothing_K1 = self.model.head.weight.new_tensor(smoothing)[:, None]
+        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
         # first step with a loss or gradient that is not finite, -1: none
         self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
         self.updating = False  # between the first change of a step and its last
+        for k, s in enumerate(t.state for t in trials):
+            self.optimizer.updates_K1[k] = s.updates
+            for matrix_KP, tensors in zip(self._matrices(), (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
+                if tensors:  # a new trial has none, one that is only evaluated no moments
+                    row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
+                    for name, view in self._views(k, row_P).items():
+                        view.copy_(tensors[name])
+                    matrix_KP[k] = row_P
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
@@ -74,25 +85,74 @@ class Pack:
         return torch.tensor(rates, dtype=torch.float64)[..., None].to(like.device, like.dtype)
 
     def step(self, lr_K1: Tensor, stop: bool) -> Tensor:
-        """Train one step; returns the losses [K] on the device."""
+        """Train one step on the streams' next batches; returns as :meth:`update`."""
         batches = [
             stream.batch(trial.state.epoch, self.step_in_epoch)
             for stream, trial in zip(self.streams, self._first_of_stream, strict=True)
         ]
-        images = batches[0].images if len(batches) == 1 else torch.cat([b.images for b in batches])
-        labels_KB = torch.stack([batches[g].labels for g in self.stream_of_trial])
-        loss_K = train_step(self, images, labels_KB, lr_K1, stop)
+        images = batches[0][0] if len(batches) == 1 else torch.cat([images for images, _ in batches])
+        labels_KB = torch.stack([batches[g][1] for g in self.stream_of_trial])
+        loss_K = self.update(images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
         self.updating = False
         self._predictions.clear()
         return loss_K
 
+    def update(self, images: Tensor, labels_KB: Tensor, lr_K1: Tensor, stop: bool) -> Tensor:
+        """Forward, backward, one all-reduce, one optimizer update: no host sync. Returns the losses, [K].
+
+        A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
+        that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
+        from then on.
+
+        ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which
+        is summed over processes into ``flat.stop``.
+        """
+        flat = self.flat
+        self.model.head.state.set(self.step_K, self.position_B)
+        logits_KBC = self.forward(images, self.stream_of_trial)
+        loss_K = sample_losses(logits_KBC, labels_KB, self.smoothing_K1).sum(1) / self.global_batch
+        flat.differentiate(loss_K.sum())
+        flat.losses_K.copy_(loss_K.detach())
+        flat.stop.fill_(float(stop))
+        distributed.sum_over_processes_(flat.buffer)
+
+        norm_K1 = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
+        loss_K = flat.losses_K.clone()
+        ok_K = torch.isfinite(loss_K) & torch.isfinite(norm_K1[:, 0]) & (self.first_bad_step_K < 0)
+        self.updating = True
+        self.first_bad_step_K = torch.where(ok_K | (self.first_bad_step_K >= 0), self.first_bad_step_K, self.step_K)
+        self.optimizer.step(lr_K1, ok_K[:, None], norm_K1)
+        self.loss_sum_K += loss_K
+        self.step_K += 1
+        return loss_K
+
+    @torch.no_grad()
     def predict(self, split: str) -> list[Predictions]:
-        """Each trial's predictions on a split; kept until the next step."""
-        if split not in self._predictions:
-            data, batch = self.setup.data, max(1, EVAL_BATCH // self.K)
-            stream = self.setup.eval_stream(split, batch)
-            self._predictions[split] = evaluate(self.model, stream, data.splits[split], data.labels, self.setup.device)
+        """Each trial's predictions on a split; kept until the next step. No sample is padded or dropped."""
+        if split in self._predictions:
+            return self._predictions[split]
+        setup, model, K = self.setup, self.model, self.K
+        ids = setup.data.splits[split]
+        labels, N = setup.data.labels[ids], len(ids)
+        # Each process fills its own share; the sum over processes then is the whole, exactly.
+        predicted_KN = torch.zeros(K, N, dtype=torch.int64, device=setup.device)
+        log_p_KN = torch.zeros(K, N, dtype=torch.float64, device=setup.device)
+        own, size = np.arange(setup.process.rank, N, setup.process.world_size), max(1, EVAL_BATCH // K)
+        model.eval()
+        for places in (own[start : start + size] for start in range(0, len(own), size)):
+            images, labels_B = setup.samples.gather(ids[places])
+            logits_KBC = model(setup.transform.eval(images), [0] * K)
+            where = to_device(places, setup.device)
+            predicted_KN[:, where] = logits_KBC.argmax(-1)
+            true_KB1 = labels_B.expand(K, -1)[..., None]
+            log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()
+        model.train()
+        summed = (distributed.sum_over_processes_(x_KN).cpu().numpy() for x_KN in (predicted_KN, log_p_KN))
+        self._predictions[split] = [
+            Predictions(ids, labels, predicted, np.exp(log_p).astype(np.float32), -float(log_p.mean()))
+            for predicted, log_p in zip(*summed, strict=True)
+        ]
         return self._predictions[split]
 
     def end_epoch(self) -> None:
@@ -104,8 +164,11 @@ class Pack:
         self.step_in_epoch = 0
         self.loss_sum_K.zero_()
 
-    def pull(self) -> None:
-        """Copy what is on the device into the trials' states."""
+    def pull(self) -> list[TrialRun]:
+        """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint.
+
+        After a bad step none is: it would hide that step from a run that resumes.
+        """
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
@@ -113,23 +176,11 @@ class Pack:
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
+        return [t for t, bad_step in zip(self.trials, self.first_bad_step_K.tolist(), strict=True) if bad_step < 0]
 
     def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
-
-    def _load(self, k: int, state: TrialState) -> None:
-        for matrix_KP, tensors in zip(self._matrices(), (state.values, state.exp_avg, state.exp_avg_sq), strict=True):
-            if not tensors:
-                continue  # not trained here: there are no moments yet
-            row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
-            views = self._views(k, row_P)
-            if set(views) != set(tensors):
-                raise ValueError(f"the checkpoint of {self.trials[k].name} has other tensors than its model")
-            for name, view in views.items():
-                view.copy_(tensors[name])
-            matrix_KP[k] = row_P
-        self.optimizer.updates_K1[k] = state.updates
 
     def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.flat.values_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP

@@ -15,7 +15,7 @@ class RunReporter(Reporter):
 
     def __init__(self) -> None:
         self.console = make_console()
-        self._progress: Progress | None = None  # until the first pack is there
+        self._progress = Progress("nothing", 0, quiet=True)  # until the first pack is there
 
     def started(self, pack: Pack) -> None:
         """Print the data, the place and the table of parameters, and start the bar."""
@@ -33,22 +33,17 @@ class RunReporter(Reporter):
         if trial.config.lora.method == "lora":
             lora, factor = trial.config.lora, trial.config.lora.effective_scaling()
             self.console.print(f"LoRA rank {lora.rank}, alpha {lora.alpha:g}: effective scaling {factor:g}")
-        total = trial.config.trainer.epochs * steps
-        self._progress = Progress("training", total, False, "steps", pack.step_of(trial))
+        self._progress = Progress("training", trial.config.trainer.epochs * steps, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 
     def advance(self, pack: Pack) -> None:
-        if self._progress is not None:
-            self._progress.advance(1)
+        self._progress.advance(1)
 
     def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None:
-        if self._progress is not None:
-            self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
+        self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
 
     def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
         self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(row)}")
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()

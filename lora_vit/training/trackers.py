@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,13 @@ class TensorBoard:
 
     def __init__(self, folder: Path, record: TrialRecord):
         self.folder, self.record = folder, record
-        self._writer: Any = None
 
-    @property
+    @functools.cached_property
     def writer(self) -> Any:
-        """Opened once; rows after the resumed step are superseded."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        """Rows after the resumed step are superseded."""
+        from torch.utils.tensorboard import SummaryWriter
 
-            step = int(self.record.metrics.get("step") or 0)
-            self._writer = SummaryWriter(str(self.folder), purge_step=step or None)
-        return self._writer
+        return SummaryWriter(str(self.folder), purge_step=int(self.record.metrics.get("step") or 0) or None)
 
     def log_step(self, step: int, loss: float, lr: float, images_per_second: float) -> None:
         """Called at logging steps; ``step`` counts from 1, over all epochs."""
@@ -60,5 +57,5 @@ class TensorBoard:
 
     def close(self) -> None:
         """Called when the trial's files are closed."""
-        if self._writer is not None:
-            self._writer.close()
+        if "writer" in vars(self):
+            self.writer.close()

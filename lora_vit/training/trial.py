@@ -10,9 +10,11 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lora_vit import records
@@ -22,24 +24,35 @@ from lora_vit.files import JsonLines, locked, replacing
 from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_adapter
-from lora_vit.training.evaluate import Predictions
 from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import TensorBoard
 
-EPOCH_CHECKPOINT_EVERY = 5.0
-"""Seconds between checkpoints at the ends of epochs, where epochs are shorter than writing them is worth."""
-ROWS_ASK_EVERY = 10.0
-"""Seconds after which a training step's row asks whether the trial is still ours."""
-OWN_FILES = (
+EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
+ROWS_ASK_EVERY = 10.0  # seconds after which a training step's row asks whether the trial is still ours
+OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
     *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
     *("adapter.safetensors", "adapter.json"),
     *(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")),
 )
-"""What a trial writes, beside its folder ``tensorboard``."""
 
 
 class ClaimLost(Exception):  # noqa: N818  (not an error)
     """Another process has taken over the trial with this id: this process writes no more."""
+
+
+@dataclass
+class Predictions:
+    """A trial's predictions on a split of N samples, in the split's order."""
+
+    ids: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int64 [N]
+    predicted: np.ndarray  # int64 [N]
+    true_probability: np.ndarray  # float32 [N]
+    loss: float  # mean cross entropy, without label smoothing
+
+    @property
+    def accuracy(self) -> float:
+        return int((self.predicted == self.labels).sum()) / len(self.labels)
 
 
 class TrialRun:
@@ -51,24 +64,21 @@ class TrialRun:
     def __init__(
         self,
         config: TrialConfig,
-        record: TrialRecord,
-        state: TrialState,
+        record: TrialRecord | None = None,
+        state: TrialState | None = None,
         folder: Path | None = None,
         tensorboard: Path | None = None,
-        mine: Callable[[], bool] | None = None,
+        mine: Callable[[], bool] = lambda: True,
     ):
-        """Open the folder's logs, cut back to what the state knows of; the arguments are those of :meth:`open`."""
-        self.config, self.record, self.state, self.folder = config, record, state, folder
+        """Open the folder's logs, cut back to what the state knows of. Without record and state the trial is new."""
+        self.config, self.state, self.folder = config, state or TrialState(), folder
+        self.record = record or TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
         self._mine, self._asked, self._saved = mine, -math.inf, -math.inf
         self.trackers: list[TensorBoard] = []
         if folder is not None:
-            self.trackers = [TensorBoard(tensorboard or folder / "tensorboard", record)]
-            self._metrics = JsonLines(folder / records.METRICS, state.metrics_bytes)
+            self.trackers = [TensorBoard(tensorboard or folder / "tensorboard", self.record)]
+            self._metrics = JsonLines(folder / records.METRICS, self.state.metrics_bytes)
             self._timing = JsonLines(folder / records.TIMING)
-
-    @classmethod
-    def without_files(cls, config: TrialConfig) -> TrialRun:
-        return cls(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState())
 
     @classmethod
     def open(
@@ -79,7 +89,7 @@ class TrialRun:
         hydra_files: dict[str, str],
         tensorboard: Path | None = None,
         restart: bool = False,
-        mine: Callable[[], bool] | None = None,
+        mine: Callable[[], bool] = lambda: True,
     ) -> TrialRun:
         """The trial in its folder, ready to train; no other process may use the folder.
 
@@ -92,29 +102,27 @@ class TrialRun:
         there = records.state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)
-        if mine is not None and not mine():
+        if not mine():
             raise ClaimLost(trial_id(config))
         for path in (folder / name for name in OWN_FILES):
             for temporary in path.parent.glob(f".{path.name}.*"):  # of a process that was killed while it replaced it
                 temporary.unlink(missing_ok=True)
-        record = there.record
+        record, state = there.record, None
         if record is None or restart or (record.error or {}).get("step") is not None:
             for name in OWN_FILES:
                 (folder / name).unlink(missing_ok=True)
             for board in filter(None, (folder / "tensorboard", tensorboard)):
                 if board.is_dir():
                     shutil.rmtree(board)
-            record = TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
-            state = TrialState()
+            record = None
         elif there.status == "completed":
             raise ValueError(f"{folder}: the trial is completed")  # its checkpoint is gone
         else:
             state = _last_state(folder, record, setup)
             record.config, record.error, record.finished = to_dict(config), None, None
-            record.metrics, record.best = dict(state.last), dict(state.best)
-        record.status = "running"
-        record.environment, record.data = setup.environment, setup.data.card()
+            record.metrics, record.best, record.status = dict(state.last), dict(state.best), "running"
         trial = cls(config, record, state, folder, tensorboard, mine)
+        trial.record.environment, trial.record.data = setup.environment, setup.data.card()
         for name, text in hydra_files.items():
             (folder / ".hydra").mkdir(exist_ok=True)
             with replacing(folder / ".hydra" / name) as file:
@@ -135,15 +143,11 @@ class TrialRun:
                 os.utime(self.folder / records.RECORD)
 
     def _ask(self, every: float = 0.0) -> Path | None:
-        """The folder, if there is one. Raises ClaimLost if the trial is another process's now.
-
-        ``every``: it does not ask within so many seconds after the last time.
-        """
-        now = time.monotonic()
-        if self._mine is not None and now - self._asked >= every:
+        """The folder, if any. Raises ClaimLost if another process has the trial; asks once in so many seconds."""
+        if time.monotonic() - self._asked >= every:
             if not self._mine():
                 raise ClaimLost(self.name)
-            self._asked = now
+            self._asked = time.monotonic()
         return self.folder
 
     def write_record(self) -> None:
@@ -159,7 +163,7 @@ class TrialRun:
                 tracker.log_step(step, loss, lr, images_per_second)
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
-        """An epoch's row: train_loss, and where the epoch was validated val_loss and val_accuracy."""
+        """Write an epoch's row: train_loss, and where it was validated val_loss and val_accuracy."""
         if self._ask():
             self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
             for tracker in self.trackers:
@@ -266,17 +270,6 @@ def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
             remedy = "resume it where and with what it was started, or give trainer.resume=restart"
             raise ConfigError(f"{folder} was started with {what} {there} there, {here} here): {remedy}")
     return load_checkpoint(folder, record.trial_id)
-
-
-def completed_record(folder: Path, config: TrialConfig) -> TrialRecord | None:
-    """The record of a trial that is completed; None: there is something to train.
-
-    Raises ConfigError where the folder holds another trial, or a record that cannot be read.
-    """
-    there = records.state_of(folder, config)
-    if there.problem:
-        raise ConfigError(there.problem)
-    return there.record if there.status == "completed" else None
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from lora_vit.data.cache import decoded
 from lora_vit.data.files import digests_of
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples, TrainStream
+from lora_vit.distributed import Process
 
 BATCH = 64
 _QUEUED = 5
@@ -60,7 +61,7 @@ def loader(folder: Path, normalised: bool, workers: int) -> Iterator[object]:
 
 
 def ours(samples: Samples, normalised: bool) -> Iterator[object]:
-    stream = TrainStream(samples, Transform(224, "flip", torch.device("cpu"), torch.float32), BATCH, 0)
+    stream = TrainStream(samples, Transform(224, "flip", torch.device("cpu"), torch.float32), BATCH, 0, Process())
     epoch = 0
     while True:
         for step in range(stream.steps_per_epoch):

@@ -36,7 +36,7 @@ setup = build_setup(config, Process())
 mark("data and weights")
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import TrialRun
-pack = Pack([TrialRun.without_files(config)], setup)
+pack = Pack([TrialRun(config)], setup)
 mark("adapters, optimizer")
 pack.step(pack.learning_rates()[0], False)
 mark("first step")

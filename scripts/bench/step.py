@@ -34,7 +34,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
 from lora_vit.models.vit import PackedViT, width_of
 from lora_vit.training.optim import FlatParameters, PackedAdamW
-from lora_vit.training.step import train_step
+from lora_vit.training.pack import Pack
 
 CLASSES, SIZE = 200, 224
 RANK, ALPHA = 8, 32.0
@@ -58,7 +58,7 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
         stream_of_trial=[0],
         flat=flat,
         optimizer=optimizer,
-        dropout=model.head.state,
+        model=model,
         step_K=torch.zeros(1, dtype=torch.int64, device=device),
         position_B=torch.arange(len(labels), device=device),
         smoothing_K1=torch.zeros(1, 1, device=device),
@@ -67,7 +67,7 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
         global_batch=len(labels),
     )
     lr_K1 = torch.full((1, 1), config.optimizer.lr, device=device)
-    return lambda: train_step(pack, images, labels[None], lr_K1, False)
+    return lambda: Pack.update(pack, images, labels[None], lr_K1, False)
 
 
 def torch_step(model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:

@@ -126,7 +126,7 @@ def curve(rounds: int, sizes: list[int], only: str) -> list[dict[str, Any]]:
         setup = build_setup(configs[0], Process())
 
         def step_of(k: int, setup: Any = setup, configs: list[TrialConfig] = configs) -> Any:
-            pack = Pack([TrialRun.without_files(c) for c in configs[:k]], setup)
+            pack = Pack([TrialRun(c) for c in configs[:k]], setup)
             rates = pack.learning_rates()
 
             def step() -> None:

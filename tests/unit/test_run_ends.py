@@ -12,7 +12,7 @@ from plain_trials import plain_trial
 from lora_vit import run as single
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import read_record
-from lora_vit.training import step
+from lora_vit.training import pack
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.pack import Pack
 
@@ -118,9 +118,9 @@ def test_an_error_is_recorded_with_its_traceback(tmp_path, at_step):
 def test_a_run_that_failed_at_a_step_is_restarted_by_the_same_command(tmp_path, monkeypatch):
     """To the end of one that never failed, though checkpoints from before the bad step were there."""
     whole = run(tmp_path / "whole")
-    losses, count = step.sample_losses, iter(range(1000))
+    losses, count = pack.sample_losses, iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(step, "sample_losses", lambda *args: losses(*args) * (math.inf if next(count) == 9 else 1.0))
+        patch.setattr(pack, "sample_losses", lambda *args: losses(*args) * (math.inf if next(count) == 9 else 1.0))
         with pytest.raises(TrialFailed, match="not finite at step 10"):
             run(tmp_path / "a")
     assert load_checkpoint(tmp_path / "a", whole.trial_id).epoch == 1

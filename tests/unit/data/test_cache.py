@@ -119,12 +119,6 @@ def test_a_cache_larger_than_the_disk_is_refused_with_its_size(pictures, monkeyp
     assert "need 0.0 GiB" in refused(*pictures)
 
 
-def test_a_cache_that_cannot_be_written(pictures, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"data\.cache_dir=.*/file/cache cannot be written"):
-        decoded(*pictures, None, tmp_path / "file" / "cache")
-
-
 def test_it_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     """Not their places, names or times."""
     for i in range(4):
@@ -183,12 +177,6 @@ def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path)
         found = decoded(tmp_path, names)
         assert (abs(found.images.astype(int) - 10) <= 2).all()
         assert found.with_more == 5
-
-
-def test_names_that_are_not_utf8(tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")
-    paint(tmp_path / name)
-    assert decoded(tmp_path, [name]).images.shape == (1, 3, 8, 8)
 
 
 BUILD = """

@@ -29,14 +29,6 @@ def test_every_field_is_kept(tmp_path, monkeypatch):
         torch.testing.assert_close(getattr(back, field.name), before, rtol=0, atol=0)
 
 
-def test_a_fresh_state_has_not_begun(tmp_path):
-    """Also where there is no file; and none shares its dictionaries with another."""
-    assert load_checkpoint(tmp_path, "mine") == TrialState(0, 0, 0, 0.0, 0, 0.0, {}, {}, {}, {}, {})
-    one, other = TrialState(), TrialState()
-    for name in ("best", "last", "values", "exp_avg", "exp_avg_sq"):
-        assert getattr(one, name) is not getattr(other, name)
-
-
 @pytest.mark.parametrize("damage", ["cut", "no owner", "unknown field", "no dictionary"])
 def test_a_damaged_file_is_one_line(damage, tmp_path):
     path = tmp_path / "checkpoint.pt"

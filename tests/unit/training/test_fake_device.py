@@ -116,7 +116,7 @@ def three_trials() -> Pack:
     with unset_fake_temporarily():
         data = load_data(configs[0].data)
     setup = build.build_setup(configs[0], Process(), data)
-    return Pack([TrialRun.without_files(config) for config in configs], setup)
+    return Pack([TrialRun(config) for config in configs], setup)
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)

@@ -83,7 +83,7 @@ def test_a_bad_step_before_a_last_update_that_overflows_is_the_one_to_blame(stag
 def test_no_checkpoint_hides_a_bad_step(bad, stage):
     """The one of the step before stays until the failure is found, while the others are saved."""
     stage.after = {bad + 1: spoilt(0, bad)}
-    stage.train(stage.trials(1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=2.0))
+    stage.train(stage.trials(1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=1.0))
     expected = [(1, 0, 1), (2, 0, 1), (2, 0, 2), (2, 0, 3), (2, 1, 0)]
     assert saved(stage) == expected[1 - bad :]
 

@@ -1,19 +1,23 @@
-"""What a pack keeps, gives and lets go: states, padding, values that are not finite, memory."""
+"""What a pack keeps and gives: states, padding, streams, and predictions against sample-by-sample arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from packs import new_pack, new_trials, take_steps
 from plain_trials import BASELINE, plain_trial
 from torch import Tensor
 
+from lora_vit import distributed
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
+from lora_vit.training.trial import Predictions
 
 TRIALS = (
     {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
@@ -81,28 +85,6 @@ def test_a_pack_of_saved_states_continues_bit_for_bit(pack):
     assert torch.equal(again.step_K, pack.step_K)
 
 
-def test_a_state_without_moments_brings_its_values(pack, setup):
-    """As one whose training begins from another's values."""
-    take_steps(pack, 1)
-    pack.pull()
-    values, moments = (m.clone() for m in matrices(pack)[:2])
-    pack.trials[1].state.exp_avg, pack.trials[1].state.exp_avg_sq, pack.trials[1].state.updates = {}, {}, 0
-    again = Pack(pack.trials, setup)
-    assert torch.equal(again.flat.values_KP, values)
-    assert torch.equal(again.optimizer.exp_avg_KP[[0, 2]], moments[[0, 2]])
-    assert not again.optimizer.exp_avg_KP[1].any()
-    assert not again.optimizer.exp_avg_sq_KP[1].any()
-    assert again.optimizer.updates_K1[:, 0].tolist() == [1, 0, 1]
-
-
-def test_a_state_of_another_model_is_refused(pack, setup):
-    take_steps(pack, 1)
-    pack.pull()
-    del pack.trials[1].state.exp_avg["heads.head.bias"]
-    with pytest.raises(ValueError, match=f"the checkpoint of {pack.trials[1].name} has other tensors"):
-        Pack(pack.trials, setup)
-
-
 def test_padding_that_has_moved_is_noticed(pack):
     take_steps(pack, 2)
     lora_A = pack.model.trunk.encoder.layers[1].mlp[0].lora.lora_A
@@ -117,7 +99,7 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
     trials = new_trials(configs())
     trials[2].state.epoch = 1
     later = Pack(trials, setup)
-    assert later.stream_of_trial == [0, 1, 2]
+    assert later.stream_of_trial == [0, 1, 2]  # of seeds 1 and 2, and 1 again in another epoch
     assert later.step_K.tolist() == [0, 0, 7]
     asked = []
     for stream in later.streams:
@@ -129,19 +111,10 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
 @pytest.mark.parametrize(("of", "streams"), [([0, 2], [0, 0]), ([0, 1, 2], [0, 1, 0])])
 def test_the_model_sees_each_streams_images_once(of, streams, setup):
     pack, seen = new_pack([configs()[i] for i in of], setup), []
-    pack.model.register_forward_hook(lambda model, args, out: seen.append(args))
+    pack.model.register_forward_hook(lambda model, args, out: seen.extend(args))
     take_steps(pack, 1)
-    images, stream_of_trial = seen[0]
-    assert stream_of_trial == streams
-    batches = [setup.train_stream(configs()[i]).batch(0, 0).images for i in range(1 + max(streams))]
-    torch.testing.assert_close(images, torch.cat(batches), rtol=0, atol=0)
-
-
-def test_trials_at_different_steps_are_refused(setup):
-    trials = new_trials(configs())
-    trials[1].state.step_in_epoch = 2
-    with pytest.raises(ValueError, match=r"stand at different steps of their epochs: \[0, 2\]"):
-        Pack(trials, setup)
+    assert seen[1] == streams
+    torch.testing.assert_close(seen[0], torch.cat([s.batch(0, 0)[0] for s in pack.streams]), rtol=0, atol=0)
 
 
 def test_learning_rates_of_the_rest_of_the_epoch(setup):
@@ -172,18 +145,16 @@ def test_a_step_begins_with_each_trials_settings(precision, dtype):
         trial.state.step_in_epoch, trial.state.loss_sum = 2, 0.1 + trial.config.seed
     trials[1].state.epoch = 1
     pack = Pack(trials, build_setup(trials[0].config, Process(1, 2, 0)))
-    s = pack
-    assert s.position_B.tolist() == [4, 5, 6, 7]
-    torch.testing.assert_close(s.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
+    assert pack.position_B.tolist() == [4, 5, 6, 7]
+    torch.testing.assert_close(pack.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
     loss_sum_K = torch.tensor([1.1, 2.1, 0.1], dtype=torch.float64)
-    torch.testing.assert_close(s.loss_sum_K, loss_sum_K, rtol=0, atol=0)
-    assert s.step_K.tolist() == [pack.step_of(t) for t in trials] == [2, 9, 2]
-    assert s.first_bad_step_K.tolist() == [-1, -1, -1]
-    assert {t.dtype for t in (s.step_K, s.first_bad_step_K, s.position_B)} == {torch.int64}
-    assert s.global_batch == 8
+    torch.testing.assert_close(pack.loss_sum_K, loss_sum_K, rtol=0, atol=0)
+    assert pack.step_K.tolist() == [pack.step_of(t) for t in trials] == [2, 9, 2]
+    assert pack.first_bad_step_K.tolist() == [-1, -1, -1]
+    assert {t.dtype for t in (pack.step_K, pack.first_bad_step_K, pack.position_B)} == {torch.int64}
+    assert pack.global_batch == 8
     assert pack.learning_rates().dtype == dtype
-    assert s.forward is pack.model
-    assert s.dropout is pack.model.head.state
+    assert pack.forward is pack.model
 
 
 def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
@@ -203,15 +174,6 @@ def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
     assert pack.predict("val") is not pack.predict("test")
     take_steps(pack, 1)
     assert [a.loss != b.loss for a, b in zip(pack.predict("test"), first, strict=True)] == [True] * 3
-
-
-@pytest.mark.parametrize(("most", "batch"), [(256, 85), (7, 2), (2, 1)])
-def test_evaluation_batches_count_images_times_trials(most, batch, pack, monkeypatch):
-    monkeypatch.setattr("lora_vit.training.pack.EVAL_BATCH", most)
-    seen = []
-    pack.model.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
-    pack.predict("val")
-    assert max(seen) == min(batch, len(pack.setup.data.splits["val"]))
 
 
 def test_parameter_counts(setup):
@@ -238,3 +200,77 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
     assert calls == [2]
     assert losses == take_steps(new_pack(configs(), setup), 1)
     assert calls == [2]
+
+
+K, CLASSES = 3, 4
+IDS = np.array([2, 20, 7, 3, 11, 19, 8])  # of the split, in its order; the data set has others
+LABELS = np.arange(25) * 7 % CLASSES
+LOGITS = 2 * torch.randn(K, 25, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Table:
+    """A pack's model that looks its logits up; an image holds its sample id. It notes the batches that it sees."""
+
+    def __init__(self) -> None:
+        self.training = True
+        self.seen: list[list[int]] = []
+
+    def __call__(self, images, stream_of_trial):
+        assert stream_of_trial == [0] * K
+        assert not torch.is_grad_enabled()
+        assert not self.training
+        ids = images[:, 0, 0, 0].long()
+        self.seen.append(ids.tolist())
+        return LOGITS[:, ids]
+
+    def train(self, mode: bool = True):
+        self.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+
+def predictions_of(process: Process) -> tuple[list[Predictions], Table]:
+    """What a pack of the table predicts in a process, and the table."""
+    setup = SimpleNamespace(
+        samples=SimpleNamespace(gather=lambda ids: (torch.from_numpy(ids), torch.from_numpy(LABELS[ids]))),
+        transform=SimpleNamespace(eval=lambda images: images.view(-1, 1, 1, 1).double()),
+        data=SimpleNamespace(splits={"val": IDS}, labels=LABELS),
+        device=torch.device("cpu"),
+        process=process,
+    )
+    model = Table()
+    return Pack.predict(SimpleNamespace(setup=setup, model=model, K=K, _predictions={}), "val"), model  # type: ignore[arg-type]
+
+
+def check(found: list[Predictions]) -> None:
+    assert len(found) == K
+    for k, p in enumerate(found):
+        probability = torch.softmax(LOGITS[k], -1).numpy()
+        assert p.ids.tolist() == IDS.tolist()
+        assert p.labels.tolist() == LABELS[IDS].tolist()
+        assert p.predicted.tolist() == [int(probability[i].argmax()) for i in IDS]
+        true = np.array([probability[i, LABELS[i]] for i in IDS])
+        dtypes = [a.dtype for a in (p.ids, p.labels, p.predicted, p.true_probability)]
+        assert dtypes == [np.int64, np.int64, np.int64, np.float32]
+        np.testing.assert_allclose(p.true_probability, true, rtol=1e-6)  # rounded to fp32
+        assert p.loss == pytest.approx(-np.log(true).mean(), rel=1e-12)
+        assert p.accuracy == sum(probability[i].argmax() == LABELS[i] for i in IDS) / 7
+    assert len({p.loss for p in found}) == K
+
+
+@pytest.mark.parametrize(("world_size", "most", "size"), [(1, 256, 85), (1, 11, 3), (2, 6, 2), (3, 2, 1)])
+def test_shares_of_all_processes_add_up(world_size, most, size, monkeypatch):
+    """Each sample is seen once, in the split's order; a batch's size counts images times trials."""
+    monkeypatch.setattr("lora_vit.training.pack.EVAL_BATCH", most)
+    shares: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: shares.append(t.clone()) or t)
+    for rank in range(world_size):
+        _, model = predictions_of(Process(rank, world_size))
+        own = IDS[rank::world_size].tolist()
+        assert model.seen == [own[i : i + size] for i in range(0, len(own), size)]
+        assert model.training
+    sums = [sum(shares[i::2]) for i in (0, 1)]
+    monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: t.copy_(sums.pop(0)))
+    check(predictions_of(Process(0, world_size))[0])

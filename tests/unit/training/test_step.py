@@ -14,8 +14,7 @@ from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
 from lora_vit import distributed
-from lora_vit.training.pack import Pack
-from lora_vit.training.step import sample_losses
+from lora_vit.training.pack import Pack, sample_losses
 
 TRIALS = (
     "seed=1 lora.rank=2 lora.alpha=4 optimizer.lr=3e-3 optimizer.clip_norm=0.5 optimizer.label_smoothing=0.2",
@@ -90,10 +89,10 @@ def test_an_epoch_of_a_pack_equals_plain_pytorch():
     plain = [Plain(pack, k) for k in range(3)]
     losses, expected = [], []
     for i, lr_K1 in enumerate(pack.learning_rates()):
-        batches = [pack.setup.train_stream(t.config).batch(0, i) for t in pack.trials]
+        batches = [pack.streams[g].batch(0, i) for g in pack.stream_of_trial]
         factor = 1 - i / (2 * pack.steps_per_epoch)  # two epochs
         rates = [c.optimizer.lr * (1 if c.optimizer.schedule == "constant" else factor) for c in configs()]
-        expected.append([p.step(b.images, b.labels, r) for p, b, r in zip(plain, batches, rates, strict=True)])
+        expected.append([p.step(*b, r) for p, b, r in zip(plain, batches, rates, strict=True)])
         losses.append(pack.step(lr_K1, False).tolist())
     assert len(losses) == 7
     # fp64, products and sums in another order over seven steps
@@ -145,7 +144,7 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
         return found
 
     monkeypatch.setattr(pack.flat, "differentiate", troubled)
-    monkeypatch.setattr("lora_vit.training.step.sample_losses", losses)
+    monkeypatch.setattr("lora_vit.training.pack.sample_losses", losses)
     for i, lr_K1 in enumerate(pack.learning_rates()[:4]):
         pack.step(lr_K1, False)
         for now, other, frozen in zip(state_of(pack), untroubled[i + 1], untroubled[bad_step], strict=True):

@@ -20,7 +20,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, completed_record, locked_folder
+from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, locked_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}
@@ -172,16 +172,6 @@ def test_who_is_refused_leaves_the_folder_as_it_is(change, how, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         opened(tmp_path / "a", **how)
     assert contents(tmp_path / "a") == before
-
-
-def test_the_record_of_a_completed_trial(tmp_path):
-    assert completed_record(tmp_path / "a", plain_trial()) is None
-    stopped(tmp_path / "a")
-    assert completed_record(tmp_path / "a", plain_trial()) is None
-    edit(tmp_path / "a", status="completed")
-    assert completed_record(tmp_path / "a", plain_trial()) == read_record(tmp_path / "a")
-    with pytest.raises(ConfigError, match="holds trial"):
-        completed_record(tmp_path / "a", plain_trial({"seed": 1}))
 
 
 def test_a_restart_removes_what_a_trial_writes_and_nothing_else(tmp_path):
