@@ -113,23 +113,14 @@ def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A linear layer that can take adapters; everything by its dotted name in the model.
+    """A linear layer that can take adapters; everything by its dotted name in the model."""
 
-    Attributes:
-        layer: the module: an ``nn.Linear``, or torchvision's attention, which has q, k and v's weight itself.
-        weight: its weight, [parts * O, I].
-        biases: that its output gets.
-        names: of the adapters in files, by target, in the order of the output's equal parts.
-        reads: name of the layer's input, one for all that read it: key of its dropout mask.
-        front: the LayerNorm or GELU before it, if its output is read only by places with this front.
-    """
-
-    layer: str
-    weight: str
-    biases: tuple[str, ...]
-    names: dict[str, str]
-    reads: str
-    front: str | None = None
+    layer: str  # the module: an nn.Linear, or torchvision's attention, which has q, k and v's weight itself
+    weight: str  # [parts * O, I]
+    biases: tuple[str, ...]  # that its output gets
+    names: dict[str, str]  # of the adapters in files, by target, in the order of the output's equal parts
+    reads: str  # name of the layer's input, one for all that read it: key of its dropout mask
+    front: str | None = None  # the LayerNorm or GELU before it, if its output is read only by places with this front
 
     def sizes(self, model: nn.Module) -> tuple[int, int]:
         """O of each part, and I."""

@@ -63,10 +63,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
 
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
-    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out.
-
-    Raises:
-        ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
+    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out. Raises
+    ValueError where a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
