@@ -76,11 +76,10 @@ def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
 
 def environment(done: pd.DataFrame) -> pd.DataFrame:
     """Each fact of the environment and data with its values and how many trials have it."""
-    rows = []
     data = ("name", "split_seed", "fingerprint", "train", "val", "test")
     machine = ("commit", "dirty", "versions", "precision", "device", "host", "world_size")
-    for column in [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]:
-        rows += [[column, text, count] for text, count in done[column].map(value_text).value_counts().items()]
+    columns = [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]
+    rows = [(column, *row) for column in columns for row in done[column].map(value_text).value_counts().items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 
@@ -97,7 +96,7 @@ def warnings(
     yield from _sameness(done)
     if single := int((cells["n"] == 1).sum()):
         yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
-    if comparison.possible:
+    if comparison.best is not None:
         yield from _design(comparison)
     if len(left_out):
         counts = left_out["status"].replace("completed", "without val accuracy").value_counts()

@@ -40,7 +40,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     Needs at least two cells with two seeds and a setting that varies; otherwise the table is empty. Settings that
     go along with the ones before them cannot be separated; they are left out and named in ``notes``.
     """
-    frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
+    frame = frame.reset_index(drop=True)
     if (frame.groupby("cell")["seed"].nunique() >= 2).sum() < 2:
         return Effects()
     if frame["seed"].nunique() > MOST_SEEDS:
