@@ -1,7 +1,5 @@
 """Adapters on disk, bound to their base, put on a plain model, or merged: W' = W + s B A (Hu et al., 2021, 4)."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -187,10 +185,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge an adapter and its head into a plain model's weights, in place: the model stays the library's own.
-
-    Arguments, result and errors are those of :func:`load_adapter`.
-    """
+    """Merge an adapter and its head into a plain model, which stays the library's own; else as :func:`load_adapter`."""
     adapter = _bound(model, folder)
     put_head(model, adapter.tensors)
     model.load_state_dict(merged_state_dict(model, adapter), strict=False)

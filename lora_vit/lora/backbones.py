@@ -3,8 +3,6 @@
 What differs between families and libraries is here. Where adapters sit is found here for every backbone.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Mapping
@@ -99,13 +97,12 @@ def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
     head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
     if last is None or last.weight.shape != head["weight"].shape:
         (classes, width), like = head["weight"].shape, next(model.parameters())
-        new = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+        last = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
         owner = model.get_submodule(head_name(model).rpartition(".")[0])
         if isinstance(getattr(owner, "head", None), nn.Sequential):
-            owner.head[-1] = new
+            owner.head[-1] = last
         else:
-            owner.head = new
-        last = new
+            owner.head = last
     last.load_state_dict(head)
     if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
         model.head_dist = copy.deepcopy(last)

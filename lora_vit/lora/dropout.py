@@ -6,8 +6,6 @@ number of processes agrees. All arithmetic is 32-bit with wrap-around, in place:
 tenth of one over int64. Shape legend: K trial, B image, S token, D feature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -14,8 +14,6 @@ Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width,
 G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise

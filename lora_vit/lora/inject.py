@@ -6,8 +6,6 @@ itself, whose parameters stay where they are, then passes on what it gets.
 Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +20,15 @@ from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
+
+
+class Passed(nn.Module):
+    """A norm or GELU that the layers behind it compute."""
+
+    original_class: type[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class AdaptedLinear(nn.Linear):
@@ -54,15 +61,6 @@ class Attention(nn.MultiheadAttention):
             q = q[:, :, :1]
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, -1, D)), None
-
-
-class Passed(nn.Module):
-    """A norm or GELU that the layers behind it compute."""
-
-    original_class: type[nn.Module]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -3,8 +3,6 @@
 Shape legend: K trial, G adapted projections, R rank, I input width, O output width, B image, S token, C class.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -151,7 +149,7 @@ class PackedViT(nn.Module):
             first_trained.register_forward_pre_hook(self._repeat)
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
 
-    def train(self, mode: bool = True) -> PackedViT:
+    def train(self, mode: bool = True) -> "PackedViT":
         """Switch modes; the trunk stays in evaluation mode: it draws nothing, and batch norms keep their statistics."""
         super().train(mode)
         for module in self.trunk.modules():

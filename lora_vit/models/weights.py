@@ -1,7 +1,5 @@
 """A trunk's pretrained weights: published by torchvision, by timm's hub or in the package, or a user's own file."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import urllib.error
