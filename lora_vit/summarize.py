@@ -1,7 +1,5 @@
 """``python -m lora_vit.summarize outputs/sweeps/NAME``: what can be told apart, what cannot, and what it cost."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
     from lora_vit import cli
 

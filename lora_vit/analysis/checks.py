@@ -1,7 +1,5 @@
 """Remarks beside the numbers: refusals, warnings, and trials that did not finish."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -12,10 +10,9 @@ from lora_vit.analysis.tables import FACTS, SCALING, averaged
 from lora_vit.config.names import LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
-VAL_SET = tuple(f"data.{name}" for name in (
+VAL_SET = tuple(f"data.{name}" for name in (  # what decides which images a trial is validated on
     "name", "split_seed", "val_fraction", "test_fraction", "official_val", "val", "classes", "content",
 ))  # fmt: skip
-"""What decides which images a trial is validated on."""
 _SAME = {
     "environment.commit": "code versions",
     "environment.versions": "library versions",

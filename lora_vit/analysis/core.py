@@ -1,7 +1,5 @@
 """From folders to one :class:`Summary`: what the report, the files and a notebook show."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

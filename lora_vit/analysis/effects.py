@@ -9,8 +9,6 @@ levels that were tried: where settings interact, a main effect is its average ov
 test of lack of fit says so in ``notes``.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Folders to a table: one row per trial, and a list of what could not be read."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

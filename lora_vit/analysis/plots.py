@@ -3,8 +3,6 @@
 ``report.mplstyle`` has their style.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

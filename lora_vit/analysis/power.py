@@ -1,7 +1,5 @@
 """Power: the differences that a design can detect."""
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable

@@ -22,8 +22,6 @@ that had left may be in again.
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +43,7 @@ class Rules:
     most_seeds: int
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any]) -> Rules:
+    def of(cls, plan: Mapping[str, Any]) -> "Rules":
         """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
         return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"])
 

@@ -14,8 +14,6 @@ is used instead: the mean variance of that half of the cells that spreads most, 
 All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 In a race results decided which cells got more seeds, so that its marks are the race's own and claim no more.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
