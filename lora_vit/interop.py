@@ -119,7 +119,7 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's."""
     import peft
 
-    lora, scaling = trained.adapter.card["lora"], trained.adapter.scaling
+    lora, scaling = (trained.adapter.card[key] for key in ("lora", "effective_scaling"))
     if lora["method"] != "lora" or lora["bias"] != "none":
         what = f"lora={lora['method']}" if lora["method"] != "lora" else f"lora.bias={lora['bias']}"
         raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format timm or hf")

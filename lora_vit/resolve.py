@@ -114,9 +114,9 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     if weights is not None and is_weights_file(weights):
         digest = file_sha256(user_path(weights))
     elif weights is not None and trial.model.library == "torchvision" and not in_package and fetch:
-        from lora_vit.models.weights import check_weights  # imports torch
+        from lora_vit.models.weights import fetch_weights  # imports torch
 
-        check_weights(trial.model.name, weights)  # before data is fetched for it
+        fetch_weights(trial.model)  # before data is fetched for it
     content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),

@@ -1,7 +1,5 @@
 """``python -m lora_vit.summarize outputs/sweeps/NAME``: what can be told apart, what cannot, and what it cost."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
     from lora_vit import cli
 
@@ -41,17 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files, print the comparison; 0.
-
-    Raises:
-        RecordError: there is nothing to compare, or the files cannot be written.
-    """
+    """Write the files, print the comparison; 0. Raises RecordError: nothing to compare, or files cannot be written."""
     out = Path(args.out or Path(args.folders[0]) / OUTPUT)
     summary = summarize(args.folders, where=args.where, margin=args.margin)
     given = {"--out": args.out, "--where": args.where, "--margin": args.margin}
     options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     again = shlex.join([*args.folders, *options, *["--no-plots"] * args.no_plots])
-    write_files(out, render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots))
+    files = render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with replacing(out / name) as file:
+                file.write(data)
+        for old in out.iterdir():  # of an earlier summary
+            if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:
+                old.unlink()
+    except OSError as error:
+        raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
     _print(summary, args.top, out)
     return 0
 
@@ -73,24 +77,6 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
             files[f"{name}.png"] = render(figure, "png")
     files["report.html"] = export.html_report(summary, inside, command).encode()
     return files
-
-
-def write_files(out: Path, files: dict[str, bytes]) -> None:
-    """Write each file atomically; pictures of an earlier summary that this one does not have are removed.
-
-    Raises:
-        RecordError: the folder cannot be made or written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            with replacing(out / name) as file:
-                file.write(data)
-        for old in out.iterdir():
-            if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:
-                old.unlink()
-    except OSError as error:
-        raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
 
 
 def _print(summary: Summary, top: int, out: Path) -> None:

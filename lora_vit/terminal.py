@@ -52,7 +52,8 @@ class Progress:
             self._bar.update(self._task, total=self.total, completed=self._done, figures=figures)
         elif self._plain.due():
             left = (self.total - self._done) / rate
-            self.console.print(f"{self.what}: {self._done:,}/{self.total:,} {self.unit}  {figures}  about {left:,.0f} s left")
+            done = f"{self._done:,}/{self.total:,} {self.unit}"
+            self.console.print(f"{self.what}: {done}  {figures}  about {left:,.0f} s left")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,7 +1,5 @@
 """Remarks beside the numbers: refusals, warnings, and trials that did not finish."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -12,10 +10,9 @@ from lora_vit.analysis.tables import FACTS, SCALING, averaged
 from lora_vit.config.names import LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
-VAL_SET = tuple(f"data.{name}" for name in (
+VAL_SET = tuple(f"data.{name}" for name in (  # what decides which images a trial is validated on
     "name", "split_seed", "val_fraction", "test_fraction", "official_val", "val", "classes", "content",
 ))  # fmt: skip
-"""What decides which images a trial is validated on."""
 _SAME = {
     "environment.commit": "code versions",
     "environment.versions": "library versions",
@@ -76,11 +73,10 @@ def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
 
 def environment(done: pd.DataFrame) -> pd.DataFrame:
     """Each fact of the environment and data with its values and how many trials have it."""
-    rows = []
     data = ("name", "split_seed", "fingerprint", "train", "val", "test")
     machine = ("commit", "dirty", "versions", "precision", "device", "host", "world_size")
-    for column in [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]:
-        rows += [[column, text, count] for text, count in done[column].map(value_text).value_counts().items()]
+    columns = [*(f"data.{name}" for name in data), *(f"environment.{name}" for name in machine)]
+    rows = [(column, *row) for column in columns for row in done[column].map(value_text).value_counts().items()]
     return pd.DataFrame(rows, columns=["fact", "value", "trials"])
 
 
@@ -97,7 +93,7 @@ def warnings(
     yield from _sameness(done)
     if single := int((cells["n"] == 1).sum()):
         yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
-    if comparison.possible:
+    if comparison.best is not None:
         yield from _design(comparison)
     if len(left_out):
         counts = left_out["status"].replace("completed", "without val accuracy").value_counts()

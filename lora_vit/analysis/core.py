@@ -1,7 +1,5 @@
 """From folders to one :class:`Summary`: what the report, the files and a notebook show."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -26,34 +24,27 @@ def summarize(
     where: str | None = None,
     margin: float | None = None,
 ) -> Summary:
-    """Compare the trials below the folders by their val accuracy after the last epoch.
+    """Compare the trials below the folders, of sweeps or runs, by their val accuracy after the last epoch.
 
-    Args:
-        folders: of sweeps or runs.
-        where: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``.
-        margin: cells shown to be at most so many percentage points below the best are *within margin*; None: a race's
-            own.
-
-    All that is no race's own (``comparison``, effects) is computed from a race's first seeds, which every cell has
-    whatever came out. With ``where``, nothing else of a race is looked at.
-
-    Raises:
-        RecordError: nothing to summarize, an unknown name, or records that must not be compared.
+    ``where``: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``. ``margin``: cells shown to be at
+    most so many percentage points below the best are *within margin*; None: a race's own. All that is no race's own
+    (``comparison``, effects) is computed from a race's first seeds, which every cell has whatever came out. With
+    ``where``, nothing else of a race is looked at. Raises RecordError: nothing to summarize, an unknown name, or
+    records that must not be compared.
     """
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if margin is not None and not 0 < margin < math.inf:
         raise RecordError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     margin = None if margin is None else margin / 100
-    loaded, trials, plan = _load(listed, where)
-    checks.refuse(trials)
-    trials, settings = tables.named(trials)
+    loaded, plan = _load(listed, where)
+    checks.refuse(loaded.trials)
+    trials, settings = tables.named(loaded.trials)
     race = None if plan is None else replay(plan, trials)
     averaged = trials[tables.averaged(trials)]
     done = averaged if race is None else counted(race, averaged)
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-        failed = trials[trials["error"] != ""].head(1)
-        why = [f"trial {trial}: {error}" for trial, error in zip(failed["trial"], failed["error"], strict=True)]
+        why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
         nothing = f"no completed trial with a val_accuracy ({counts}): nothing to summarize yet"
         raise RecordError("; ".join([nothing, *why, *loaded.problems[:1]]))
     first = done if plan is None else first_seeds(plan, averaged)
@@ -95,24 +86,22 @@ def summarize(
     )
 
 
-def _load(
-    listed: list[str | os.PathLike[str]], where: str | None
-) -> tuple[Loaded, pd.DataFrame, dict[str, Any] | None]:
-    """What the folders hold, the trials that are looked at, and the race if all of them are of one."""
+def _load(listed: list[str | os.PathLike[str]], where: str | None) -> tuple[Loaded, dict[str, Any] | None]:
+    """What the folders hold, of trials those that are looked at, and the race if all of them are of one."""
     loaded = load_trials(listed)
-    trials = select(loaded.trials, where) if where else loaded.trials
-    if not where and len(listed) == len(loaded.races) == loaded.sweeps == 1:
-        return loaded, trials, loaded.races[0]
-    if loaded.races and len(trials) > 1:  # the first seeds alone compare as a fixed sweep
+    if where:
+        loaded.trials = select(loaded.trials, where)
+    elif len(listed) == len(loaded.races) == loaded.sweeps == 1:
+        return loaded, loaded.races[0]
+    if loaded.races and len(loaded.trials) > 1:  # the first seeds alone compare as a fixed sweep
         race, *others = loaded.races
         if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in others):
             raise RecordError("these races started with different seeds: summarize one folder at a time")
-        kept = first_seeds(race, trials)
+        whole, loaded.trials = len(loaded.trials), first_seeds(race, loaded.trials)
         loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds, from {race['seed']} on, are "
-                               f"compared here ({len(trials) - len(kept)} trials are left out): results decided which "
-                               "cells got later ones")  # fmt: skip
-        trials = kept
-    return loaded, trials, None
+                               f"compared here ({whole - len(loaded.trials)} trials are left out): results decided "
+                               "which cells got later ones")  # fmt: skip
+    return loaded, None
 
 
 _WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w.]*)""")  # not the e6 of 1e6

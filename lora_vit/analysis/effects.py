@@ -9,8 +9,6 @@ levels that were tried: where settings interact, a main effect is its average ov
 test of lack of fit says so in ``notes``.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 
@@ -40,7 +38,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effec
     Needs at least two cells with two seeds and a setting that varies; otherwise the table is empty. Settings that
     go along with the ones before them cannot be separated; they are left out and named in ``notes``.
     """
-    frame = frame[np.isfinite(frame[metric].to_numpy(float))].reset_index(drop=True)
+    frame = frame.reset_index(drop=True)
     if (frame.groupby("cell")["seed"].nunique() >= 2).sum() < 2:
         return Effects()
     if frame["seed"].nunique() > MOST_SEEDS:

@@ -3,8 +3,6 @@
 ``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts the tables.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shlex
@@ -31,11 +29,9 @@ RATES_NOTE = (
     "the best over learning rates is selected among several and so a little too good, more so the more rates were "
     "tried; at the shared rate nothing was selected, but the rate may suit some settings better"
 )
-LATEX_ROWS, PAGE_ROWS = 40, 500
-"""Of a table: so many fit a sheet of paper; of more the HTML page names the CSV file."""
+LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
 LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
 """Columns of the cells table that a narrow terminal does without, the first first."""
-
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 
@@ -81,8 +77,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         ("vs full fine-tuning", "vs_full", signed),
         ("parameters", "trainable_parameters", count),
         ("seconds", "seconds", duration),
-        *[("images/s", "images_per_second", duration)] * wide,
-        *[("peak memory", "peak_memory_bytes", size)] * wide,
+        *[("images/s", "images_per_second", duration), ("peak memory", "peak_memory_bytes", size)] * wide,
         *[("adapter", "adapter_bytes", size)] * wide,
     )
     for name in ("parameters", "seconds"):

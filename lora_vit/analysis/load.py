@@ -1,7 +1,5 @@
 """Folders to a table: one row per trial, and a list of what could not be read."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -19,43 +17,35 @@ from lora_vit.config.names import flat
 from lora_vit.errors import RecordError
 from lora_vit.records import PLAN, RECORD, TrialRecord, read_record
 
-OUTPUT = "summary"
-"""Name of the folder that a summary is written into; never searched."""
-
+OUTPUT = "summary"  # name of the folder that a summary is written into; never searched
 FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
+COUNTS = ("classes", "train", "val", "test")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
 
 
 @dataclass
 class Loaded:
-    """``trials``: one row per trial id (columns: see :func:`row`); ``problems``: lines for the user.
+    """What the folders hold."""
 
-    ``races``: what the folders' ``sweep.json`` say of their race, with the sweep's ``command``. ``sweeps``: how many
-    sweeps were given whole.
-    """
-
-    trials: pd.DataFrame
-    problems: list[str]
-    races: list[dict[str, Any]] = field(default_factory=list)
-    sweeps: int = 0
+    trials: pd.DataFrame  # one row per trial id (columns: see row())
+    problems: list[str]  # lines for the user
+    races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command
+    sweeps: int = 0  # how many were given whole
 
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
     """Folders with a record at or below ``folder``, at most ``depth`` levels down, sorted."""
     if (folder / RECORD).is_file():
         return [folder]
-    if depth == 0:
-        return []
-    with os.scandir(folder) as entries:
-        below = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name != OUTPUT)
-    return [found for name in below for found in find_records(folder / name, depth - 1)]
+    inside = sorted(folder.iterdir()) if depth else []
+    below = [path for path in inside if path.is_dir() and not path.name.startswith(".") and path.name != OUTPUT]
+    return [found for path in below for found in find_records(path, depth - 1)]
 
 
 def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
     """Read every record of the folders; of records with one trial id the one with the last sign of life counts.
 
-    Raises:
-        RecordError: a folder does not exist, or there is no readable record at all.
+    Raises RecordError if a folder does not exist, or there is no readable record at all.
     """
     given = [Path(folder) for folder in folders]
     paths: dict[Path, None] = {}  # each once, in order
@@ -112,10 +102,8 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
                                "known, nor whether they raced")  # fmt: skip
         return
     loaded.races += [race] if race else []
-    if found is None:
-        return
-    loaded.sweeps += 1
-    if missing := [trial for trial in planned if trial not in found]:
+    loaded.sweeps += found is not None
+    if missing := [trial for trial in planned if found is not None and trial not in found]:
         shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")
         command = f"python -m lora_vit.sweep work {shlex.quote(str(path.parent))}"
         loaded.problems.append(
@@ -128,15 +116,12 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
 
     ``trial cell status seed``, settings by dotted name (``lora.rank``), metrics (fractions), costs, counts
     (``trainable`` ...), ``data.*`` and ``environment.*``, ``error``, ``folder``. A metric that is missing or
-    impossible is NaN and named in ``problems``.
-
-    Raises:
-        RecordError: a time is none.
+    impossible is NaN and named in ``problems``. Raises RecordError if a time is none.
     """
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
-    versions = facts.get("versions")
+    versions, counts = facts.get("versions"), {name: record.data.get(name) for name in COUNTS}
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
@@ -150,7 +135,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **{f"{name}_parameters": as_float(record.parameters.get(name))
            for name in ("trainable", "adapter", "head", "total")},
         "data.fingerprint": _fact(record.data.get("fingerprint")),
-        **{f"data.{name}": _count(record.data.get(name)) for name in ("classes", "train", "val", "test")},
+        **{f"data.{name}": n if type(n) is int and 0 <= n < 2**63 else None for name, n in counts.items()},
         **{f"environment.{name}": _fact(facts.get(name))
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
         "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
@@ -176,11 +161,6 @@ def as_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         return math.nan
     return float(value)
-
-
-def _count(value: Any) -> int | None:
-    """The value where it is a whole number from 0 up."""
-    return value if type(value) is int and 0 <= value < 2**63 else None
 
 
 def _fact(value: Any) -> Any:

@@ -3,8 +3,6 @@
 ``report.mplstyle`` has their style.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math
@@ -106,7 +104,8 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
 
     Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
     """
-    frame = _with_method(summary.cells, "lora").infer_objects()
+    cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
+    frame = cells[cells[METHOD] == "lora"].infer_objects()
     moved = [c for c in summary.settings if c != METHOD and frame[c].nunique() > 1]
     numeric = [c for c in moved if pd.api.types.is_numeric_dtype(frame[c])]
     if not numeric:
@@ -130,7 +129,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
         label = _shorten(f"{short[lines[0]]} {value_text(value)}") if lines else None
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
-    baselines = [_with_method(summary.cells, method).head(1) for method in BASELINES if METHOD in summary.cells]
+    baselines = [cells[cells[METHOD] == method].head(1) for method in BASELINES]
     for row, colour in zip(baselines, ("#777777", "#000000"), strict=False):
         for mean, method in zip(row["mean"], row[METHOD], strict=True):
             axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
@@ -221,9 +220,9 @@ def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | No
     """Means with their intervals, none where a cell has none; vertical ones are joined by a line."""
     mean = 100 * frame["mean"].to_numpy(float)
     bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
-    where: Any = (
-        {"x": mean, "y": places, "xerr": bars, "ls": "none"} if horizontal else {"x": places, "y": mean, "yerr": bars}
-    )
+    where: Any = {"x": places, "y": mean, "yerr": bars}
+    if horizontal:
+        where = {"x": mean, "y": places, "xerr": bars, "ls": "none"}
     axes.errorbar(**where, label=label, color=colour, marker=marker, capsize=2.5, lw=1.6, elinewidth=1.3, ms=5)
 
 
@@ -252,11 +251,6 @@ def _with_legend(axes: Axes, columns: int) -> Figure:
 def _shorten(text: str) -> str:
     """At most LONGEST characters, and no formula between two dollars."""
     return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…").replace("$", r"\$")
-
-
-def _with_method(cells: pd.DataFrame, method: str) -> pd.DataFrame:
-    """The cells of a method; all of them where only one was tried."""
-    return cells[cells[METHOD] == method] if METHOD in cells else cells
 
 
 def _best_and_baselines(frame: pd.DataFrame, best: int, baselines: int) -> tuple[pd.DataFrame, str]:

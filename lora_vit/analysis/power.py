@@ -1,7 +1,5 @@
 """Power: the differences that a design can detect."""
 
-from __future__ import annotations
-
 import bisect
 import math
 from collections.abc import Callable
@@ -11,8 +9,7 @@ from scipy import optimize, special
 
 from lora_vit.analysis.stats import MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
-WANTED = 0.8
-"""The power of a design that is large enough."""
+WANTED = 0.8  # of a design that is large enough
 
 
 def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
@@ -71,8 +68,3 @@ def expected_maximum(count: int) -> float:
     z = np.linspace(-9, 9, 2001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     return float((count * z * density * special.ndtr(z) ** (count - 1)).sum() * (z[1] - z[0])) if count > 1 else 0.0
-
-
-def proportion_error(p: float, n: int) -> float:
-    """Half width of the 95 % interval of an accuracy ``p`` on ``n`` images: ``1.96 sqrt(p (1 - p) / n)``."""
-    return 1.959964 * math.sqrt(max(p * (1 - p), 0.0) / n) if n > 0 and math.isfinite(p) else math.nan

@@ -22,8 +22,6 @@ that had left may be in again.
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +43,7 @@ class Rules:
     most_seeds: int
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any]) -> Rules:
+    def of(cls, plan: Mapping[str, Any]) -> "Rules":
         """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
         return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"])
 
@@ -66,27 +64,20 @@ class Exit:
 
 @dataclass
 class Race:
-    """Where a race stands (see the module's rule), and what it was decided from.
-
-    ``y`` [m, S]: accuracies (NaN: none); ``failed`` [m, S]: trials that failed. Row i is the cell ``cells[i]`` (an id),
-    column n the seed ``first + n``. ``seeds``: the last r that was decided (0: first seeds are missing). ``room`` [m]:
-    by how much each survivor's mean may still fall against the others before it leaves (NaN: has left, or undecided);
-    ``means`` [m] over its seeds when last judged. ``selected``: the one that is left. ``ended`` without it: most_seeds
-    came first, or all failed.
-    """
+    """Where a race stands (see the module's rule), and what it was decided from."""
 
     rules: Rules
-    y: np.ndarray
-    failed: np.ndarray
-    means: np.ndarray
-    room: np.ndarray
+    y: np.ndarray  # [m, S] accuracies (NaN: none): row i is the cell cells[i], column n the seed first + n
+    failed: np.ndarray  # [m, S] trials that failed
+    means: np.ndarray  # [m] over its seeds when last judged
+    room: np.ndarray  # [m] by how much a mean may still fall before the cell leaves (NaN: has left, or undecided)
     bounds: np.ndarray  # [m, m] of boundary()
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
-    seeds: int = 0
-    selected: int | None = None
-    ended: bool = False
-    cells: list[str] = field(default_factory=list)
+    seeds: int = 0  # the last r that was decided (0: first seeds are missing)
+    selected: int | None = None  # the one that is left
+    ended: bool = False  # without one selected: most_seeds came first, or all failed
+    cells: list[str] = field(default_factory=list)  # ids
     first: int = 0
 
     def seeds_of(self, cell: int) -> int:
@@ -132,11 +123,10 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
 def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, object]]) -> Race:
     """Where a race stands by its trials that have ended: what the sweep and the summary both ask.
 
-    Args:
-        plan: the race as ``sweep.json`` has it: ``margin`` (points), ``first_seeds``, ``most_seeds``, ``seed`` (the
-            first one) and ``cells`` (ids, in the order that settles ties).
-        trials: cell id, seed, accuracy as the record says it (None: the trial failed), and number of val images (None:
-            not known). An accuracy that is no fraction in [0, 1] is a failure. Other cells and seeds do not matter.
+    ``plan``: the race as ``sweep.json`` has it: ``margin`` (points), ``first_seeds``, ``most_seeds``, ``seed`` (the
+    first one) and ``cells`` (ids, in the order that settles ties). ``trials``: cell id, seed, accuracy as the record
+    says it (None, or no fraction in [0, 1]: the trial failed), and number of val images (None: not known). Other cells
+    and seeds do not matter.
     """
     rules, first, row = Rules.of(plan), plan["seed"], {cell: i for i, cell in enumerate(plan["cells"])}
     raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials

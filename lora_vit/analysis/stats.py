@@ -14,8 +14,6 @@ is used instead: the mean variance of that half of the cells that spreads most, 
 All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ import numpy as np
 from scipy import optimize, special
 
 CONFIDENCE = 0.95
-MOST_SEEDS = 400
-"""With more columns than this the seeds are no blocks: so many seeds were drawn at random for each cell."""
+MOST_SEEDS = 400  # with more columns the seeds are no blocks: so many were drawn at random for each cell
 
 
 @dataclass(frozen=True)
@@ -223,19 +220,15 @@ def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> f
 
 @dataclass
 class Comparison:
-    """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``).
-
-    ``difference`` is best minus cell (never negative), ``half`` its simultaneous 95 % half width. ``below``: with 95 %
-    for all cells at once, no other cell's true mean is more than this above the cell's (Hsu's bounds, never negative).
-    """
+    """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``)."""
 
     compared: np.ndarray
     means: np.ndarray
-    difference: np.ndarray
-    half: np.ndarray
+    difference: np.ndarray  # best minus cell (never negative)
+    half: np.ndarray  # its simultaneous 95 % half width
     worse: np.ndarray
     candidate: np.ndarray
-    below: np.ndarray
+    below: np.ndarray  # with 95 % for all at once, no other true mean is more than this above (Hsu's, never negative)
     best: int | None = None
     df: int = 0
     sd: float = math.nan  # error sd of one trial, as used
@@ -247,22 +240,14 @@ class Comparison:
     seeds: int = 0
     repeats: float = math.nan  # seeds of a cell (harmonic mean)
 
-    @property
-    def possible(self) -> bool:
-        return self.best is not None
-
 
 def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Comparison:
-    """Compare m cells with the best of them (higher is better).
+    """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
-    Args:
-        y: [m, S], one column per seed; NaN where there is no such trial.
-        resolution: smallest step of the metric (1 / number of images); its rounding variance
-            ``resolution**2 / 12`` is the least error variance used.
-        spreads: ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say
-            ``equal`` (pooled error) or ``unequal`` (wide error).
-
-    Cells with fewer than two seeds take no part.
+    ``y`` [m, S]: one column per seed, NaN where there is no such trial. ``resolution``: smallest step of the metric (1
+    / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
+    ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
+    (pooled error) or ``unequal`` (wide error).
     """
     m = len(y)
     keep = np.isfinite(y).sum(1) >= 2

@@ -3,8 +3,6 @@
 In a race results decided which cells got more seeds, so that its marks are the race's own and claim no more.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import detectable, expected_maximum, proportion_error, seeds_needed, seeds_within
+from lora_vit.analysis.power import detectable, expected_maximum, seeds_needed, seeds_within
 from lora_vit.analysis.race import Race, one_stage, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval
 from lora_vit.analysis.tables import best_cell
@@ -68,7 +66,7 @@ class Summary:
         if len(cells) == 1:
             return self._alone()
         start = f"{best['label']} has the highest val accuracy"
-        if not c.possible:
+        if c.best is None:
             repeat = "Repeat the sweep with seed=0,1,2."
             if any((Path(folder) / SEARCH).is_file() for folder in self.folders):
                 repeat = (
@@ -105,7 +103,7 @@ class Summary:
         ``selected``: a cell that is good enough by other means, ``seen``: by which trials the others are.
         """
         c, margin = self.comparison, self.margin
-        if margin is None or not c.possible:
+        if margin is None or c.best is None:
             return ""
         of_them = "" if c.compared.all() else " of the cells with two or more seeds"
         close = f"within {points(margin)} of the best{of_them}"
@@ -132,7 +130,7 @@ class Summary:
         None if nothing was compared, or if results decided who got which seeds.
         """
         c, cells = self.comparison, int(self.comparison.compared.sum())
-        if not c.possible or self.race is not None:
+        if c.best is None or self.race is not None:
             return None
         seeds = seeds_needed(0.005, c.sd, cells) or f"more than {MOST_SEEDS}"
         return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
@@ -150,8 +148,9 @@ class Summary:
         """Both half widths of the test accuracy at 95 %."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        of_set = plain(proportion_error(self.test.mean, self.test_images))
-        return f"{between}± {of_set} from the {self.test_images:,} test images"
+        p, n = self.test.mean, self.test_images
+        of_set = 1.959964 * math.sqrt(max(p * (1 - p), 0.0) / n) if n else math.nan
+        return f"{between}± {plain(of_set)} from the {n:,} test images"
 
     def optimism(self) -> float:
         """How far the best mean would lie above the others if all cells were equally good."""
@@ -246,22 +245,18 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
     With ``seeds_raced`` (when a cell left), and ``difference`` over the seeds that it shares with the first row. The
     claims of fixed sweeps go. ``within`` the margin is also the selected one, if the race was about this margin.
     """
-    frame, nothing = cells.set_index("cell").drop(columns=["worse", "candidate"]), ("not raced", 0)
-    raced = {cell: (_mark(race, i), race.seeds_of(i)) for i, cell in enumerate(race.cells)}
+    frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
+    for i, cell in enumerate(race.cells):
+        stays = "selected" if i == race.selected else "left"
+        mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"
+        raced[cell] = mark, race.seeds_of(i)
     frame["adjusted"], frame["difference_low"], frame["difference_high"] = frame["mean"], math.nan, math.nan
-    frame["mark"], frame["seeds_raced"] = zip(*(raced.get(cell, nothing) for cell in frame.index), strict=True)
+    frame["mark"], frame["seeds_raced"] = zip(*(raced.get(cell, ("not raced", 0)) for cell in frame.index), strict=True)
     frame = frame.sort_values(["mark", "seeds_raced", "mean"], key=lambda c: c.map(ORDER) if c.name == "mark" else -c)
     frame["difference"] = (values.loc[frame.index] - values.loc[frame.index[0]]).mean(axis=1)
     by_race = _shows(race, margin) and not (frame["mark"] == "not raced").any()
     frame["within"] = (frame["below"] <= margin) | ((frame["mark"] == "selected") & by_race)
     return frame.reset_index()
-
-
-def _mark(race: Race, cell: int) -> str:
-    out = race.exits.get(cell)
-    if out is None:
-        return "selected" if cell == race.selected else "left"
-    return "failed" if out.behind is None else "out"
 
 
 def _shows(race: Race, margin: float) -> bool:

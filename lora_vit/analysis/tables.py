@@ -1,7 +1,5 @@
 """Trials and cells as DataFrames. Accuracies are fractions here; ``texts`` says them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

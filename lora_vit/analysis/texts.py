@@ -1,7 +1,5 @@
 """Numbers as people read them: the same on the terminal, in the files and on the page."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -3,8 +3,6 @@
 What differs between families and libraries is here. Where adapters sit is found here for every backbone.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Mapping
@@ -99,13 +97,12 @@ def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
     head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
     if last is None or last.weight.shape != head["weight"].shape:
         (classes, width), like = head["weight"].shape, next(model.parameters())
-        new = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+        last = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
         owner = model.get_submodule(head_name(model).rpartition(".")[0])
         if isinstance(getattr(owner, "head", None), nn.Sequential):
-            owner.head[-1] = new
+            owner.head[-1] = last
         else:
-            owner.head = new
-        last = new
+            owner.head = last
     last.load_state_dict(head)
     if hasattr(model, "head_dist"):  # DeiT's, on the second token: the heads' mean is our head of the tokens' mean
         model.head_dist = copy.deepcopy(last)
@@ -113,23 +110,14 @@ def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A linear layer that can take adapters; everything by its dotted name in the model.
+    """A linear layer that can take adapters; everything by its dotted name in the model."""
 
-    Attributes:
-        layer: the module: an ``nn.Linear``, or torchvision's attention, which has q, k and v's weight itself.
-        weight: its weight, [parts * O, I].
-        biases: that its output gets.
-        names: of the adapters in files, by target, in the order of the output's equal parts.
-        reads: name of the layer's input, one for all that read it: key of its dropout mask.
-        front: the LayerNorm or GELU before it, if its output is read only by places with this front.
-    """
-
-    layer: str
-    weight: str
-    biases: tuple[str, ...]
-    names: dict[str, str]
-    reads: str
-    front: str | None = None
+    layer: str  # the module: an nn.Linear, or torchvision's attention, which has q, k and v's weight itself
+    weight: str  # [parts * O, I]
+    biases: tuple[str, ...]  # that its output gets
+    names: dict[str, str]  # of the adapters in files, by target, in the order of the output's equal parts
+    reads: str  # name of the layer's input, one for all that read it: key of its dropout mask
+    front: str | None = None  # the LayerNorm or GELU before it, if its output is read only by places with this front
 
     def sizes(self, model: nn.Module) -> tuple[int, int]:
         """O of each part, and I."""

@@ -6,12 +6,11 @@ number of processes agrees. All arithmetic is 32-bit with wrap-around, in place:
 tenth of one over int64. Shape legend: K trial, B image, S token, D feature.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
@@ -49,11 +48,13 @@ class DropoutState:
         x_K = _mix(x_K ^ step_K.to(torch.int32))
         self.base_KB = _mix(x_K[:, None] ^ _mix(position_B.to(torch.int32) + _GOLDEN)[None, :])
 
-    def advance(self, batch: int, device: torch.device) -> None:
-        """Key the next pass of a model used without a trainer: one more step for every trial."""
-        step_K = torch.full((len(self._seed_K2),), self._forwards, device=device)
-        self.set(step_K, torch.arange(batch, device=device))
-        self._forwards += 1
+    def advance(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook of a model without a trainer: in train mode, each pass is one more step for every trial."""
+        if module.training:
+            images = (*args, *kwargs.values())[0]
+            step_K = torch.full((len(self._seed_K2),), self._forwards, device=images.device)
+            self.set(step_K, torch.arange(len(images), device=images.device))
+            self._forwards += 1
 
     def rows(self, module_key: int, tokens: int) -> Tensor:
         """One well-mixed int32 for each token of each image in this module, [K, B, S]."""

@@ -14,8 +14,6 @@ Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width,
 G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,15 +52,12 @@ NOTHING = Prologue()
 
 @dataclass(frozen=True)
 class MaskKey:
-    """What a dropout mask is computed from: int32 keys of tokens and features, and each trial's threshold.
-
-    ``runs``: first and last + 1 of neighbouring trials that drop at all; the others' elements are not looked at.
-    """
+    """What a dropout mask is computed from: int32 keys of tokens and features, and each trial's threshold."""
 
     rows_KBS: Tensor
     feature_I: Tensor
     threshold_K: Tensor
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int], ...]  # of neighbouring trials that drop at all; the others' elements are not looked at
 
     def apply(self, x: Tensor) -> Tensor:
         """``x`` [K*B, S, I] with the dropped elements at zero (not rescaled)."""
@@ -91,10 +86,9 @@ def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
-        a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
-        prologue: Prologue, slots: tuple[int, ...], mask: MaskKey | None,
+        ctx: Any, z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+        a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor, prologue: Prologue, slots: tuple[int, ...],
+        mask: MaskKey | None,
     ) -> Tensor:  # fmt: skip
         K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
@@ -174,22 +168,15 @@ def _rows(x: Tensor, K: int) -> Tensor:
 
 
 def adapted_linear(
-    z: Tensor, weight: Tensor, bias: Tensor | None,
-    a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
+    z: Tensor, weight: Tensor, bias: Tensor | None, a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
     slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
 ) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O], in the dtype of ``z``.
 
-    Args:
-        z: input before the prologue, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B.
-        weight: frozen weight, [slots*O, I], of that dtype; it gets no gradient.
-        bias: [slots*O] or None; it and the prologue's parameters get gradients if they require them.
-        a_KGRI: lora_A of all trials; ranks below R are padded with zero rows.
-        b_KGOR: lora_B of all trials; padded with zero columns.
-        scale_K: factor of each trial's adapter; with a mask it includes 1/(1-p).
-        slots: for each of the G adapters, which O-wide part of the output it adds to.
-        mask: of the adapters' input.
-        prologue: computed first and recomputed in backward.
+    ``z``: input before the prologue, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``: frozen, without
+    gradient, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get gradients if they require them.
+    ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``: each trial's factor, with a
+    mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each of the G adapters adds to.
     """
     norm = prologue.weight, prologue.bias
     return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)

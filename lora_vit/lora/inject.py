@@ -1,24 +1,87 @@
 """Put adapters into a Vision Transformer of torchvision or timm, and choose what is trained.
 
-:func:`replace_linear_with_lora` is for a plain model, :func:`inject_adapters` for a pack of K trials.
+A layer's class is exchanged in place, so that its name, its parameters and all that refers to it stay. A norm or GELU
+in front is computed in the adapted layer, which recomputes it in backward instead of keeping its output; the module
+itself, whose parameters stay where they are, then passes on what it gets.
+Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 """
 
-from __future__ import annotations
-
-import functools
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
-from lora_vit.config import SCALINGS, TARGETS, effective_scaling
-from lora_vit.lora.attention import AdaptedLinear, Attention, Passed, become
+from lora_vit.config import TARGETS, LoraConfig, effective_scaling
+from lora_vit.config.rules import check_fields, one_of
 from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
+from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
+
+
+class Passed(nn.Module):
+    """A norm or GELU that the layers behind it compute."""
+
+    original_class: type[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with its adapters if it has any, after the norm or GELU in ``front`` (one or none)."""
+
+    lora: LoRAAdapters | None
+    front: tuple[Passed, ...]  # not registered: it has its own name in the model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K*B, S, I] to [K*B, S, O]."""
+        return project(x, self.weight, self.bias, self.lora, self.front)
+
+
+class Attention(nn.MultiheadAttention):
+    """torchvision's self-attention: one product for q, k and v, then ``scaled_dot_product_attention``.
+
+    ``nn.MultiheadAttention`` reads its weights directly, so that other linear layers in it change nothing.
+    """
+
+    lora: LoRAAdapters | None
+    front: tuple[Passed, ...]
+    first_token_only = False
+
+    def forward(self, x_BSD: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[B, S, D] to [B, S, D], or [B, 1, D] for the first token alone; and no weights."""
+        B, S, D = x_BSD.shape
+        qkv = project(x_BSD, self.in_proj_weight, self.in_proj_bias, self.lora, self.front)
+        q, k, v = qkv.view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, S, E]
+        if self.first_token_only:
+            q = q[:, :, :1]
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(mixed.transpose(1, 2).reshape(B, -1, D)), None
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Exchange a module's class, in place."""
+    module.__dict__["original_class"], module.__class__ = type(module), cls
+
+
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: LoRAAdapters | None, front: tuple[Passed, ...]
+) -> Tensor:
+    """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    norm: Any = front[0] if front else None
+    prologue = NOTHING
+    if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
+        prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
+    elif norm is not None:
+        prologue = Prologue("gelu")
+    if adapters is None:
+        return F.linear(prologue(x), weight, bias)
+    return adapters.linear(x, weight, bias, prologue)
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -35,10 +98,8 @@ def use_own_attention(model: nn.Module) -> None:
             module.qkv_bias_separate = True
 
 
-def inject_adapters(
-    model: nn.Module,
-    specs: Sequence[AdapterSpec], targets: Sequence[str], blocks: Sequence[int] | None, state: DropoutState,
-) -> list[LoRAAdapters]:  # fmt: skip
+def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Sequence[str],
+                    blocks: Sequence[int] | None, state: DropoutState) -> list[LoRAAdapters]:  # fmt: skip
     """Give the targeted projections adapters of K trials, in place: one spec each, one state for all dropout masks.
 
     Raises ValueError where there are adapters already, or as :func:`chosen_places`; the model is left as it was.
@@ -67,9 +128,7 @@ def inject_adapters(
     return list(made.values())
 
 
-def chosen_places(
-    model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1
-) -> list[Place]:
+def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1) -> list[Place]:
     """All places of the blocks. Raises ValueError where a target or block is missing, or a target below the rank."""
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
@@ -97,15 +156,9 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def replace_linear_with_lora(
-    model: nn.Module,
-    rank: int = 4,
-    alpha: float = 32.0,
-    dropout: float = 0.0,
-    targets: Sequence[str] = TARGETS,
-    blocks: Sequence[int] | None = None,
-    scaling: str = "standard",
-    seed: int = 0,
-) -> nn.Module:
+    model: nn.Module, rank: int = 4, alpha: float = 32.0, dropout: float = 0.0, targets: Sequence[str] = TARGETS,
+    blocks: Sequence[int] | None = None, scaling: str = "standard", seed: int = 0,
+) -> nn.Module:  # fmt: skip
     """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
     lora_B starts at zero, so that the model's output does not change.
@@ -120,17 +173,11 @@ def replace_linear_with_lora(
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         seed: of the initialisation and the dropout masks.
 
-    Raises:
-        ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
+    Raises ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha} is impossible: give a number above 0")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} is impossible: give a probability in [0, 1)")
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling '{scaling}' is unknown ({', '.join(SCALINGS)})")
+    check_fields(LoraConfig("lora", None, alpha, dropout, None, None, scaling, None))
     adapt(model, AdapterSpec(rank, effective_scaling(alpha, rank, scaling), dropout, seed), targets, blocks)
     return model
 
@@ -141,16 +188,9 @@ def adapt(
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
     state = DropoutState([randomness.key("dropout", spec.seed)])
     injected = inject_adapters(model, [spec], targets, blocks, state)
-    if spec.dropout > 0:  # a partial, not a closure: a copied or pickled model then takes its own key along
-        model.register_forward_pre_hook(functools.partial(_key_pass, state), with_kwargs=True)
+    if spec.dropout > 0:  # a method, not a closure: a copied or pickled model then takes its own key along
+        model.register_forward_pre_hook(state.advance, with_kwargs=True)
     return injected
-
-
-def _key_pass(state: DropoutState, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Forward pre-hook: a model without a trainer draws other dropout masks in each pass in train mode."""
-    if module.training:
-        images = (*args, *kwargs.values())[0]
-        state.advance(len(images), images.device)
 
 
 def mark_lora_and_head_as_trainable(
@@ -158,16 +198,10 @@ def mark_lora_and_head_as_trainable(
 ) -> list[str]:
     """Freeze everything but the adapters and the head; return the names of what is trained.
 
-    Args:
-        model: after :func:`replace_linear_with_lora`.
-        head_substring: parameters with this in their name are the head's.
-        bias: also train no bias ("none"), those of adapted layers ("lora_only"), or all ("all").
-
-    Raises:
-        ValueError: no adapter or no head parameter is found, or ``bias`` is unknown.
+    Parameters with ``head_substring`` in their name are the head's. ``bias``: also train no bias ("none"), those of
+    adapted layers ("lora_only"), or all ("all"). Raises ValueError where there is no adapter or no head parameter.
     """
-    if bias not in ("none", "lora_only", "all"):
-        raise ValueError(f"bias '{bias}' is unknown (none, lora_only, all)")
+    one_of("bias", bias, ("none", "lora_only", "all"))
     names = [name for name, _ in model.named_parameters()]
     if not any(".lora_" in name for name in names):
         raise ValueError("the model has no LoRA adapter: call replace_linear_with_lora first")
@@ -185,11 +219,5 @@ def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring
     biases = {bias for places in blocks for place in places if place.layer in adapted for bias in place.biases}
     for name, parameter in model.named_parameters():
         of_head = head_substring is not None and head_substring in name
-        parameter.requires_grad = of_head or is_trained(name, method, bias, biases)
-
-
-def is_trained(name: str, method: str, bias: str | None, adapted_biases: Collection[str]) -> bool:
-    """Whether a parameter beside the head is trained with these ``lora.method`` and ``lora.bias``: the one rule."""
-    if ".lora_" in name or method == "full":
-        return True
-    return name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in adapted_biases))
+        of_bias = name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in biases))
+        parameter.requires_grad = of_head or ".lora_" in name or method == "full" or of_bias

@@ -3,8 +3,6 @@
 Shape legend: K trial, G adapted projections, R rank, I input width, O output width, B image, S token, C class.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -58,26 +56,18 @@ class _KeyedDropout(nn.Module):
 
 
 class LoRAAdapters(_KeyedDropout):
-    """Adapters of K trials on one (possibly fused) linear projection.
+    """Adapters of K trials, one spec each, on one (possibly fused) linear projection.
 
-    Args:
-        specs: one per trial.
-        slots: by ``out_features``-wide part of the output, the name of the projection (``...self_attention.q``) that
-            adds to it; key of initialisation and export.
-        input_name: name of the shared input; key of the dropout mask, so that q, k and v share one.
-        in_features: I.
-        out_features: O of each projection.
-        state: shared by all layers of the model.
+    ``slots``: by ``out_features``-wide part of the output, the name of the projection (``...self_attention.q``) that
+    adds to it, key of initialisation and export; ``input_name``: of the shared input, key of the dropout mask, so that
+    q, k and v share one; ``state``: shared by all layers of the model.
     """
 
     scale_K: Tensor
     train_scale_K: Tensor
 
-    def __init__(
-        self,
-        specs: Sequence[AdapterSpec], slots: Mapping[int, str],
-        input_name: str, in_features: int, out_features: int, state: DropoutState,
-    ):  # fmt: skip
+    def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
+                 out_features: int, state: DropoutState):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
         K, G, R = len(specs), len(slots), max(s.rank for s in specs)
         self.specs, self.names, self.slots = specs, tuple(slots.values()), tuple(slots)
@@ -121,11 +111,8 @@ class PackedHead(_KeyedDropout):
 
     KEY = "heads.head"
 
-    def __init__(
-        self,
-        seeds: Sequence[int], dropouts: Sequence[float],
-        in_features: int, classes: int, state: DropoutState, name: str = KEY,
-    ):  # fmt: skip
+    def __init__(self, seeds: Sequence[int], dropouts: Sequence[float], in_features: int, classes: int,
+                 state: DropoutState, name: str = KEY):  # fmt: skip
         """``name``: of the layer in adapter files."""
         super().__init__(dropouts, in_features, self.KEY, state)
         self.name = name

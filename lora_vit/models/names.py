@@ -3,8 +3,6 @@
 Both sides are brought to timm's names here, and the model's own follow from what each of its names became.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable
@@ -14,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _HF_PREFIX = r"(?:vit|deit|dinov2|dinov2_with_registers|vision_model)\."
-PATCHES = re.compile(
+PATCHES = re.compile(  # a Vision Transformer's tensors are where the projection of its patches is, after its prefix
     rf"(?<![^.])(?:conv_proj|patch_embed\.proj|(?:{_HF_PREFIX})?embeddings\.patch_embeddings?(?:\.projection)?)\.weight$"
 )
-"""The projection of the patches: a Vision Transformer's tensors are where it is in a file, after its prefix."""
 _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
     ("^" + _HF_PREFIX[:-2], ""),
     (r"conv_proj|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
@@ -46,11 +43,10 @@ _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls 
     (r"encoder\.ln|layernorm|post_layernorm", "norm"),
 )
 _COUNTED = r"(?:relative_position_index|position_ids)"  # buffers of whole numbers, which follow from the sizes
-_LEFT_OUT = re.compile(
+_LEFT_OUT = re.compile(  # no part of features: heads of other tasks, tokens of the pretraining, another modality
     r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
     rf"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.{_COUNTED}$"
 )
-"""What has no part in features: heads of other tasks, tokens of the pretraining, another modality."""
 _SIZES = {
     (192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1152, 27): "so400m",
     (1280, 32): "huge", (1536, 40): "giant",
@@ -63,10 +59,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
 
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
-    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out.
-
-    Raises:
-        ValueError: a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
+    Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out. Raises
+    ValueError where a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}

@@ -3,8 +3,6 @@
 Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -18,7 +16,6 @@ from torchvision.models import VisionTransformer
 
 from lora_vit.config import SIZES, ModelConfig
 from lora_vit.errors import ConfigError
-from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.backbones import TORCHVISION, new_backbone, places_of, plain_models, timm_model
 from lora_vit.lora.inject import use_own_attention
 from lora_vit.lora.layers import LoRAAdapters, PackedHead
@@ -30,10 +27,10 @@ def trunk_of(m: ModelConfig) -> Any:
     Where pooling takes the class token, the last block computes that alone. The random weights are the same in every
     process, and the global generator is left as it was. Raises ConfigError where timm cannot make the model.
     """
-    library = TORCHVISION if m.library == "torchvision" else m.library
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trunk = new_backbone({**dataclasses.asdict(m), "architecture": library, "model": m.name})
+        kind = {"architecture": TORCHVISION if m.library == "torchvision" else m.library, "model": m.name}
+        trunk = new_backbone({**dataclasses.asdict(m), **kind})
     if m.library == "timm":
         try:
             places_of(trunk)
@@ -47,6 +44,31 @@ def trunk_of(m: ModelConfig) -> Any:
     use_own_attention(trunk)
     use_first_token_alone(trunk)
     return trunk.requires_grad_(False)
+
+
+def use_first_token_alone(model: Any) -> None:
+    """Have the last block compute no more than the class token, if the model's pooling takes no more of it.
+
+    Hooks cut the other tokens before the MLP and behind the block. torchvision's attention, which is ours, computes one
+    query; timm's stays, and its output projection gets one token.
+    """
+    if isinstance(model, VisionTransformer):
+        block = model.encoder.layers[-1]
+        block.self_attention.first_token_only = True
+        cut = [block.ln_2]
+    elif type(model) in plain_models() and model.global_pool == "token":
+        block = model.blocks[-1]
+        cut = [block.attn.proj, block.norm2]
+    else:
+        return
+    for module in cut:
+        module.register_forward_pre_hook(_first_token)
+    block.register_forward_hook(_first_token)
+
+
+def _first_token(_: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> Tensor:
+    """Forward hook, before or behind a module: the first token alone."""
+    return (args[0] if output is None else output)[:, :1]
 
 
 class Shape(NamedTuple):
@@ -94,8 +116,7 @@ def cast(trunk: Any, dtype: torch.dtype) -> Any:
 class _Repeat:
     """Forward pre-hook: repeats each stream's activations for the trials of ``order``, stacked along the batch."""
 
-    def __init__(self) -> None:
-        self.order: Sequence[int] | None = None
+    order: Sequence[int] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args if self.order is None else (repeated(args[0], self.order), *args[1:])
@@ -119,9 +140,8 @@ class PackedViT(nn.Module):
         super().__init__()
         self.trunk, self.head, self.K = trunk, head, K
         blocks = [trunk.get_submodule(name) for name in places_of(trunk)]
-        for block in blocks:
-            for key in [key for key, hook in block._forward_pre_hooks.items() if isinstance(hook, _Repeat)]:
-                del block._forward_pre_hooks[key]
+        for block in blocks:  # of an earlier pack on the shared trunk
+            block._forward_pre_hooks.clear()
         self._repeat = _Repeat()
         first_trained = next((b for b in blocks if any(p.requires_grad for p in b.parameters())), None)
         self._shares_trunk = first_trained is None
@@ -129,7 +149,7 @@ class PackedViT(nn.Module):
             first_trained.register_forward_pre_hook(self._repeat)
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
 
-    def train(self, mode: bool = True) -> PackedViT:
+    def train(self, mode: bool = True) -> "PackedViT":
         """Switch modes; the trunk stays in evaluation mode: it draws nothing, and batch norms keep their statistics."""
         super().train(mode)
         for module in self.trunk.modules():

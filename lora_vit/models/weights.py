@@ -1,7 +1,5 @@
 """A trunk's pretrained weights: published by torchvision, by timm's hub or in the package, or a user's own file."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import urllib.error
@@ -25,24 +23,21 @@ WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "mo
 """What training scripts call the model in their files; where a file holds several, the first of these is taken."""
 
 
-def fetch_weights(m: ModelConfig, download: bool) -> None:
-    """Check that the weights are there, or download them if they are published. Raises ConfigError."""
-    if m.weights is not None and (m.library == "torchvision" or is_weights_file(m.weights)):
-        check_weights(m.name, m.weights)
-    if download and m.weights is not None and not is_weights_file(m.weights):
-        _published(m)
-
-
-def check_weights(model: str, weights: str) -> None:
-    """Raise ConfigError for an unknown name, a file that is not there or holds something else; loads nothing."""
-    if is_weights_file(weights):
-        for file in weights_files(user_path(weights)):
+def fetch_weights(m: ModelConfig, download: bool = False) -> None:
+    """Refuse an unknown name and what is no file of weights, or download published ones. Raises ConfigError."""
+    if m.weights is None:
+        return
+    if is_weights_file(m.weights):
+        for file in weights_files(user_path(m.weights)):
             _is_safetensors(file)
         return
-    names = SHIPPED[model] if model in SHIPPED else [w.name for w in get_model_weights(model)]
-    if weights not in names:
-        what = "a path to a .pth, .bin or .safetensors file or to a folder of save_pretrained, or null for random ones"
-        raise ConfigError(f"model.weights={weights} is unknown for {model}: one of {', '.join(names)}, {what}")
+    if m.library == "torchvision":
+        names = SHIPPED[m.name] if m.name in SHIPPED else [w.name for w in get_model_weights(m.name)]
+        if m.weights not in names:
+            what = "a path to a .pth, .bin or .safetensors file or folder of save_pretrained, or null for random ones"
+            raise ConfigError(f"model.weights={m.weights} is unknown for {m.name}: one of {', '.join(names)}, {what}")
+    if download:
+        _published(m)
 
 
 def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
@@ -56,7 +51,7 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
         parts = [part for part in map(_read_file, weights_files(user_path(m.weights))) if isinstance(part, dict)]
         state, where = _unwrapped({name: held for part in parts for name, held in part.items()}, m)
     else:
-        fetch_weights(m, download=False)
+        fetch_weights(m)
         state, where = _published(m), ""
         if m.library == "timm":
             trunk.load_state_dict(state)
@@ -66,13 +61,10 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
         translated, recognised = translate(state, own)
     except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
         raise ConfigError(f"model.weights={m.weights}: {str(error).splitlines()[0]}") from None
-    wrong = [f"it lacks {name}" for name in sorted(own.keys() - translated.keys())]
-    wrong += [f"it has the unknown {name}" for name in sorted(translated.keys() - own.keys())]
-    wrong = wrong or [
-        f"{name} is {list(t.shape)}, expected {list(own[name].shape)}"
-        for name, t in translated.items()
-        if t.shape != own[name].shape
-    ]
+    theirs, ours = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (translated, own))
+    wrong = [f"it lacks {name}" for name in sorted(ours.keys() - theirs)]
+    wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)]
+    wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)]
     if wrong:
         has = f"(the file has {describe(state)})"
         raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")

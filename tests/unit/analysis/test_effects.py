@@ -151,12 +151,6 @@ def test_two_cells_with_two_seeds_are_the_least() -> None:
     assert main_effects(factorial(seeds=1), ["rank", "dropout"], "y").table.empty
 
 
-def test_trials_without_the_metric_do_not_count() -> None:
-    frame = factorial()
-    more = pd.concat([frame, frame.iloc[:4].assign(seed=[9, 9, 9, 9], y=np.nan)]).astype({"y": object})
-    pd.testing.assert_frame_equal(main_effects(more, ["rank"], "y").table, main_effects(frame, ["rank"], "y").table)
-
-
 def test_repeats_that_share_no_seed_leave_the_error_around_the_model() -> None:
     """Two cells of two seeds and one seed more in each: nothing is left between repeats; x = 1, 1, 2, 2 by hand."""
     frame = pd.DataFrame(

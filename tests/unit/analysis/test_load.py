@@ -145,10 +145,10 @@ def test_folders_without_a_trial(tmp_path, monkeypatch):
         with pytest.raises(RecordError, match=said):
             load_trials([tmp_path / folder for folder in folders])
 
-    def scandir(path: Path) -> Any:
+    def iterdir(path: Path) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(load.os, "scandir", scandir)
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(RecordError, match=f"{tmp_path} cannot be read: Permission denied"):
         load_trials([str(tmp_path)])
 

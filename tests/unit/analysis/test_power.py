@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lora_vit.analysis import power as module
-from lora_vit.analysis.power import detectable, expected_maximum, power, proportion_error, seeds_needed, seeds_within
+from lora_vit.analysis.power import detectable, expected_maximum, power, seeds_needed, seeds_within
 from lora_vit.analysis.stats import compare
 
 
@@ -75,15 +75,6 @@ def test_expected_maximum_of_normal_values() -> None:
     # Harter (1961): 2 / 5 / 10 values
     for n, value in ((1, 0.0), (2, 1 / math.sqrt(math.pi)), (5, 1.1629645), (10, 1.5387527)):
         assert expected_maximum(n) == pytest.approx(value, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("p", "n", "want"),
-    [(0.88, 10_000, 0.0063691291), (0.5, 100, 0.0979982), (1.0, 50, 0.0), (1.0000001, 50, 0.0), (0.5, 0, math.nan),
-     (math.nan, 50, math.nan), (0.5, 1, 0.979982)],
-)  # fmt: skip
-def test_error_of_a_test_set(p: float, n: int, want: float) -> None:
-    assert proportion_error(p, n) == pytest.approx(want, rel=1e-6, nan_ok=True)
 
 
 def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():

@@ -193,7 +193,7 @@ def test_a_whole_comparison_by_loops(y: np.ndarray, spreads: str) -> None:
     np.testing.assert_allclose(got.below, below, atol=1e-12)
     np.testing.assert_allclose(got.half, half, rtol=1e-4)
     assert (got.worse.tolist(), got.candidate.tolist()) == (worse.tolist(), candidate.tolist())
-    assert (got.wide, got.blocked, got.possible) == (wide, True, True)
+    assert (got.wide, got.blocked, got.best is None) == (wide, True, False)
     assert got.complete == np.isfinite(y).all()
     assert (got.seeds, got.df, got.best) == (4, fit.df, 0)
     assert got.repeats == pytest.approx(4 / (1 / np.isfinite(y).sum(1)).sum())
@@ -244,7 +244,7 @@ def test_without_any_spread_ties_are_ties_and_the_rest_is_worse(
 @pytest.mark.parametrize("y", [draw(0, 1, 5), draw(0, 4, 1), np.array([[1.0, 2.0], [3.0, NAN]])])
 def test_what_cannot_be_compared_gets_no_verdict(y: np.ndarray) -> None:
     got = compare(y)
-    assert (got.possible, got.wide, got.blocked, got.complete, got.seeds, got.df) == (False, False, True, True, 0, 0)
+    assert (got.best, got.wide, got.blocked, got.complete, got.seeds, got.df) == (None, False, True, True, 0, 0)
     assert np.isnan([*got.means, *got.below, got.sd, got.pooled_sd, got.spread_p, got.repeats]).all()
     assert not (got.compared | got.worse | got.candidate).any()
 

@@ -210,4 +210,5 @@ def test_the_page_says_what_was_done(comparison, said, not_said):
     assert [words for words in said if words not in text] == []
     assert [words for words in not_said if words in text] == []
     known.effects.table = pd.DataFrame({"effect": [0.1]})
-    assert ("Main effects come from a linear model with the seed as block" in page(known)) == known.comparison.possible
+    explained = "Main effects come from a linear model with the seed as block" in page(known)
+    assert explained == (known.comparison.best is not None)

@@ -9,11 +9,11 @@ from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
-from lora_vit.lora.attention import use_first_token_alone
 from lora_vit.lora.backbones import places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters, use_own_attention
 from lora_vit.lora.layers import AdapterSpec
+from lora_vit.models.vit import use_first_token_alone
 
 D, HEADS = 16, 4
 SPEC = AdapterSpec(3, 2.0, 0.0, 0)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from lora_vit.lora import dropout
 from lora_vit.lora.dropout import DropoutState, feature_keys, keep_by_bits_, keep_by_product_, keep_mask, threshold
@@ -148,7 +149,7 @@ def test_thresholds_are_int32():
 def test_without_a_trainer_passes_count_as_steps():
     counted, told = DropoutState([5, 9]), DropoutState([5, 9])
     for step in range(3):
-        counted.advance(4, torch.device("cpu"))
+        counted.advance(nn.Identity(), (), {"x": torch.zeros(4, 3)})
         told.set(torch.tensor([step, step]), torch.arange(4))
         assert torch.equal(counted.rows(1, 3), told.rows(1, 3))
 
@@ -156,7 +157,7 @@ def test_without_a_trainer_passes_count_as_steps():
 def test_keys_lie_where_the_pass_is():
     """On "meta", which stands for every device but the CPU."""
     state, meta = DropoutState([5, 9]), torch.device("meta")
-    state.advance(3, meta)
+    state.advance(nn.Identity(), (torch.zeros(3, device=meta),), {})
     assert (state.rows(7, 4).device, state.rows(7, 4).dtype) == (meta, torch.int32)
     assert state.rows(7, 4).shape == (2, 3, 4)
 

@@ -15,12 +15,11 @@ from torchvision.models import VisionTransformer
 from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
 from lora_vit.config import TARGETS
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
-from lora_vit.lora.attention import Attention, use_first_token_alone
 from lora_vit.lora.backbones import head_name, places_of
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import inject_adapters, remove_adapters
+from lora_vit.lora.inject import Attention, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT, cast
+from lora_vit.models.vit import PackedViT, cast, use_first_token_alone
 
 D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
 SMALL = {"depth": 2, "embed_dim": D, "num_heads": 3, "img_size": 32, "num_classes": CLASSES}

@@ -11,9 +11,8 @@ from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
 from lora_vit.config import TARGETS
-from lora_vit.lora.attention import Attention
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import remove_adapters
+from lora_vit.lora.inject import Attention, remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
 
 
@@ -166,7 +165,7 @@ def test_every_setting_changes_the_outcome(model, images, name):
         ({"alpha": float("inf")}, "alpha=inf is impossible"),
         ({"dropout": 1.0}, "dropout=1.0 is impossible"),
         ({"dropout": -0.1}, "dropout=-0.1 is impossible"),
-        ({"scaling": "half"}, "scaling 'half' is unknown"),
+        ({"scaling": "half"}, "scaling=half is unknown.*standard, rslora"),
     ],
 )
 def test_impossible_settings_say_what_exists_and_change_nothing(model, settings, message):
@@ -198,7 +197,7 @@ def test_mark_needs_adapters_and_a_head(model):
     replace_linear_with_lora(model)
     with pytest.raises(ValueError, match=r"'classifier' \(top level: class_token, conv_proj, encoder, heads\)"):
         mark_lora_and_head_as_trainable(model, head_substring="classifier")
-    with pytest.raises(ValueError, match="bias 'some' is unknown"):
+    with pytest.raises(ValueError, match=r"bias=some is unknown.*none, lora_only, all"):
         mark_lora_and_head_as_trainable(model, bias="some")
 
 

@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from lora_vit.errors import ConfigError
 from lora_vit.models.names import describe, translate
 from lora_vit.models.vit import trunk_of
-from lora_vit.models.weights import check_weights
+from lora_vit.models.weights import fetch_weights
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -224,10 +224,10 @@ def test_folders_with_an_index(as_bin, tmp_path):
     missing = tmp_path / (parts[-1].replace("safetensors", "bin") if as_bin else parts[-1])
     missing.unlink()
     with pytest.raises(ConfigError, match=f"^model.weights={missing} is not a file: check the path$"):
-        check_weights("it", str(tmp_path))
+        fetch_weights(model_config(weights=str(tmp_path)))
     index.write_text("{")
     with pytest.raises(ConfigError, match=f"^model.weights={index} is damaged: get it again$"):
-        check_weights("it", str(tmp_path))
+        fetch_weights(model_config(weights=str(tmp_path)))
 
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
@@ -235,7 +235,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
     torch.save(timm_vit().state_dict(), tmp_path / "w.bin")
     (tmp_path / "here" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../w.bin"}}))
     with pytest.raises(ConfigError, match=r"here/w\.bin is not a file"):
-        check_weights("it", str(tmp_path / "here"))
+        fetch_weights(model_config(weights=str(tmp_path / "here")))
 
 
 def as_dino(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.models.vit import trunk_of
-from lora_vit.models.weights import check_weights, fetch_weights
+from lora_vit.models.weights import fetch_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 RECOGNISED = "2 blocks of width 32, patch 8, left out: heads"
@@ -178,14 +178,14 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path)
 def test_another_format_is_reported_before_anything_is_loaded(tmp_path):
     (tmp_path / "w.pth").write_bytes(FILES["page"][0]())
     with pytest.raises(ConfigError, match=NO_FORMAT):
-        check_weights("vit_tiny", str(tmp_path / "w.pth"))
+        fetch_weights(model_config(weights=str(tmp_path / "w.pth")))
 
 
 def test_a_folder_or_nothing_there(tmp_path):
     assert "the folder has none of model.safetensors, model.safetensors.index.json, py" in refusal(tmp_path)
     assert "is not a file: check the path" in refusal(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"model\.weights=GLYPHS is unknown for vit_tiny: one of GLYPHS_V1, a path"):
-        check_weights("vit_tiny", "GLYPHS")
+        fetch_weights(model_config(weights="GLYPHS"))
 
 
 @pytest.mark.parametrize(
