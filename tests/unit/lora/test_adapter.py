@@ -82,7 +82,7 @@ def card(*targets: str, base: VisionTransformer | None = None, **lora: Any) -> d
 
 
 def folder_of(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
-    write_adapter(path, tensors, card)
+    write_adapter(path, tensors, {"sha256": sha256_of(tensors), **card})
     return path
 
 
