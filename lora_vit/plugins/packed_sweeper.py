@@ -40,9 +40,9 @@ class PackedSweeper(Sweeper):
             start_early()
         request = sweep_request(self.config)
         request.ended = self._call_back
-        from lora_vit.api import run_request  # imports torch
+        from lora_vit.sweep.run import run_sweep  # imports torch
 
-        found = run_request(request)
+        found = run_sweep(request)
         return None if found is None else list(found.values())
 
     def _call_back(self, trial: Any, state: Any) -> None:

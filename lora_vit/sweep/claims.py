@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lora_vit.files import replacing
 from lora_vit.stopping import repeating
 
@@ -48,14 +50,7 @@ def _born(pid: int) -> str:
 
 
 def _is_running(pid: int, born: str) -> bool:
-    if Path("/proc/self").exists():
-        return _born(pid) == born
-    with contextlib.suppress(PermissionError):  # another user's
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
+    return _born(pid) == born if Path("/proc/self").exists() else psutil.pid_exists(pid)
 
 
 class Claims:
@@ -78,7 +73,6 @@ class Claims:
         self._tokens: dict[Path, str] = {}
         self._owners: dict[str, tuple[bool, dict[str, Any]]] = {}  # asked once a look
         self._signs: dict[str, tuple[int, float]] = {}  # last sign of life, and when we first saw it
-        self._beat_at = time.monotonic()
 
     def look(self) -> None:
         """See how all trials stand now: one listing of the folder."""
@@ -109,7 +103,7 @@ class Claims:
 
     def token_of(self, trial_id: str) -> str:
         """The token of a trial's owner; empty where it cannot be read."""
-        claim = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
+        claim = self._claim(trial_id)
         if not self._tokens.get(claim):
             self._tokens[claim] = _read(claim)
         return self._tokens[claim]
@@ -149,24 +143,19 @@ class Claims:
         for trial_id in trial_ids:
             if self.state(trial_id) == ENDED:
                 self._last[trial_id] = (self._last[trial_id][0], FREE)
-                if self.take(trial_id):
-                    self.release(trial_id)
+                self.take(trial_id)
+                self.release(trial_id)
 
     def mine(self, trial_id: str) -> bool:
         """Whether a claim of ours still is: no other process has taken the trial over."""
         number = self._held.get(trial_id)
-        if number is None or trial_id in self.lost:
-            return False
-        try:
-            taken_over = self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()
-        except OSError:
-            return True  # an absent disk fails the write itself
-        if taken_over:
-            self.lost.add(trial_id)
-        return not taken_over
+        with contextlib.suppress(OSError):  # an absent disk fails the write itself
+            if number and (self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()):
+                self.lost.add(trial_id)
+        return number is not None and trial_id not in self.lost
 
     def beat(self) -> None:
-        """Give a sign of life; after a long silence look for claims that others have taken over meanwhile."""
+        """Give a sign of life."""
         path = self.folder / f"{self.token}.owner"
         try:
             with replacing(path) as file:
@@ -174,10 +163,6 @@ class Claims:
         except OSError:
             with contextlib.suppress(OSError):  # a full disk ends the training itself
                 os.utime(path)
-        silence, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
-        if silence > DEAD_AFTER / 2:
-            for trial_id in list(self._held):
-                self.mine(trial_id)
 
     @contextlib.contextmanager
     def living(self) -> Any:
@@ -188,6 +173,9 @@ class Claims:
             finally:
                 for trial_id in list(self._held):
                     self.release(trial_id)
+
+    def _claim(self, trial_id: str) -> Path:
+        return self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
 
     def _path(self, trial_id: str, number: int, mark: str = "") -> Path:
         return self.folder / f"{trial_id}.{number}{mark and '.'}{mark}"
@@ -204,7 +192,7 @@ class Claims:
 
     def _owner(self, trial_id: str) -> tuple[bool, dict[str, Any]]:
         """Whether a trial's owner is dead, and what it says; the claim itself stands for one that left no file."""
-        claim, token = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0]), self.token_of(trial_id)
+        claim, token = self._claim(trial_id), self.token_of(trial_id)
         name = token if token.isalnum() else claim.name
         if name not in self._owners:
             self._owners[name] = self._look_at(name, claim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import torch
 
 from lora_vit.build import build_setup, choose_device, device_name
-from lora_vit.config import TrialConfig
+from lora_vit.config import DataConfig, TrialConfig
 from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
@@ -40,17 +41,16 @@ class Setups:
     def __init__(self, process: Process):
         self.process = process
         self._setup: tuple[str, Setup] | None = None
-        self._data: tuple[str, ImageData] | None = None
+        self._data: tuple[DataConfig, ImageData] | None = None
 
     def of(self, trial: Trial) -> Setup:
         """Data and backbone for a trial. Raises ConfigError."""
-        key = setup_key(trial.config)
+        key, data = setup_key(trial.config), trial.config.data
         if self._setup is None or self._setup[0] != key:
             self._setup = None
             free_memory()
-            data_key = digest(vars(trial.config.data))
-            if self._data is None or self._data[0] != data_key:
-                self._data = (data_key, load_data(trial.config.data, quiet=True))
+            if self._data is None or self._data[0] != data:
+                self._data = (data, load_data(data, quiet=True))
             self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
         return self._setup[1]
 
@@ -96,13 +96,11 @@ class PackSizes:
         planned, wanted = len(group.trials), self.sweep.options.pack_size
         if group.alone or planned == 1:
             return 1
-        if group.key not in self._sizes:
-            size = int(wanted) if wanted != "auto" else self._measured(group, claims)
-            if size is None:
-                return None
-            self._sizes[group.key] = size
-        share = planned if wanted != "auto" else -(-planned // self.workers)
-        return min(self._sizes[group.key], share)
+        size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group, claims))
+        if size is None:
+            return None
+        self._sizes[group.key] = size
+        return min(size, planned if wanted != "auto" else -(-planned // self.workers))
 
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
@@ -114,9 +112,8 @@ class PackSizes:
         None if it was measured with too few trials to say anything for so many.
         """
         found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
-        if found is not None and found["limited_by_trials"]:
-            largest = max(map(int, found["seconds_per_trial_epoch"]))
-            return found if len(group.trials) < 2 * largest else None
+        if found and found["limited_by_trials"]:
+            return found if len(group.trials) < 2 * max(map(int, found["seconds_per_trial_epoch"])) else None
         return found
 
     def _kind(self, group: Group) -> str:
@@ -130,8 +127,7 @@ class PackSizes:
                 return None
             try:
                 self.sweep.refresh()  # another process may just have measured
-                figures = self.known(group) or self._measure(group)
-                if figures is None:
+                if (figures := self.known(group) or self._measure(group)) is None:
                     return 1
                 with self.sweep.changing() as plan:
                     plan["pack_sizes"][kind] = figures
@@ -142,9 +138,9 @@ class PackSizes:
     def _measure(self, group: Group) -> dict[str, Any] | None:
         """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
-        configs = [trial.config for trial in group.trials]
         try:
-            figures = choose_pack_size(configs, self.setups.of(group.trials[0]), self.workers, self.stop)
+            setup, configs = self.setups.of(group.trials[0]), [trial.config for trial in group.trials]
+            figures = choose_pack_size(configs, setup, self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
             if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
@@ -193,12 +189,9 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )
+    said = "out of memory|can't allocate memory|not enough memory|alloc_failed"
+    ran_out = isinstance(error, RuntimeError) and re.search(said, str(error), re.IGNORECASE)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(ran_out)
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
@@ -207,7 +200,11 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     Raises Interrupted when asked to stop.
     """
     gc.collect()  # what an earlier pack left
-    _reset_peak_memory(setup.device)
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    else:
+        with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
+            Path("/proc/self/clear_refs").write_text("5")
     pack = Pack([TrialRun.without_files(config) for config in configs], setup)
     rates = pack.learning_rates()
     times: list[float] = []  # the first one also warms up
@@ -219,14 +216,6 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
             torch.cuda.synchronize(setup.device)
         times.append(time.perf_counter() - began)
     return min(times) * len(rates) / len(configs), _held_memory(setup.device)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _held_memory(device: torch.device) -> int:

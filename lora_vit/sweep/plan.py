@@ -53,6 +53,7 @@ class Sweep:
     Attributes:
         trials: every trial of the plan by its id.
         batches: the trials that are to train, in the order of training; packs never cross a batch.
+        planned: the same in one list.
         options, race, search: of the newest command (:class:`Request`).
     """
 
@@ -99,6 +100,7 @@ class Sweep:
         try:
             trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
+            self.planned = [trial for batch in self.batches for trial in batch]
             self.options = SweepConfig(**plan["options"])
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
@@ -154,10 +156,11 @@ class Sweep:
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         version=__version__)  # fmt: skip
 
-    def extend(self, trials: Sequence[Trial]) -> None:
-        """Append trials that a race or a search wants next; the caller holds the plan (:meth:`changing`)."""
+    def extend(self, trials: Sequence[Trial]) -> bool:
+        """Append what a race or a search wants next, if anything; the caller holds the plan (:meth:`changing`)."""
         self._add(trials)
-        self.plan["batches"].append([trial.trial_id for trial in trials])
+        self.plan["batches"] += [[trial.trial_id for trial in trials]] if trials else []
+        return bool(trials)
 
     def _add(self, trials: Iterable[Trial]) -> None:
         for trial in trials:

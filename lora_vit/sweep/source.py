@@ -84,11 +84,8 @@ class RaceSource(Source):
             if self.sweep.race is None:  # another command asks for a fixed sweep
                 return False
             self.look()
-            queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
-            new = [trial for trial in self.wanted() if trial.trial_id not in queued]
-            if new:
-                self.sweep.extend(new)
-        return bool(new)
+            queued = {trial.trial_id for trial in self.sweep.planned}
+            return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
 
     def title(self) -> str:
         """Where the race stands, in a line."""
@@ -152,10 +149,9 @@ class SearchSource(Source):
             lost = [suggested(search, t.params) for name, t in known.items() if name not in self.sweep.trials]
             size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
             at_once = int(size) if size != "auto" else max(1, search["trials"] // BATCHES // workers)
-            new = lost or self._ask(study, search, min(at_once, search["trials"] - len(known)), known)
-            if new:
-                self.sweep.extend(new)
-        return bool(new)
+            return self.sweep.extend(
+                lost or self._ask(study, search, min(at_once, search["trials"] - len(known)), known)
+            )
 
     def _open_study(self, search: dict[str, Any]) -> Any:
         optuna, journal = import_optuna(search["trials"])

@@ -26,10 +26,10 @@ def trial_row(trial_id: str, label: str, state: State) -> tuple[str, ...]:
     return trial_id, label, status, epochs, "" if accuracy is None else f"{accuracy:.2%}", why
 
 
-def ending(trial_id: str, label: str, state: State) -> str:
+def ending(trial: Trial, state: State) -> str:
     """What a trial has come to, in a line."""
-    _, _, status, _, accuracy, why = trial_row(trial_id, label, state)
-    return f"{trial_id} {label}  {status}  {why or (accuracy and f'val accuracy {accuracy}')}"
+    name, label, status, _, accuracy, why = trial_row(trial.trial_id, trial.label, state)
+    return f"{name} {label}  {status}  {why or (accuracy and f'val accuracy {accuracy}')}"
 
 
 def accuracy_of(state: State | None) -> float | None:
@@ -52,18 +52,18 @@ class Row:
 class View:
     """Watches the trials of a sweep: a bar, or plain lines when piped, and a line for each trial that ends.
 
-    It reads what any process can read: the plan, the claims and the records.
+    It reads what any process can read: the plan, the claims and the records. ``trials``: those that the command waits
+    for, and how they stand.
     """
 
     def __init__(self, sweep: Sweep, trials: Iterable[tuple[Trial, State]]):
-        """``trials``: those that the command waits for, and how they stand."""
         self.sweep, self.claims = sweep, Claims(sweep.folder)
         self.rows: dict[str, Row] = {}
         for trial, state in trials:
             epochs = float(state.record.metrics.get("epoch") or 0) if state.record is not None else 0.0
             self.rows[trial.trial_id] = Row(trial, state if state.ended else None, False, epochs)
-        self._shown = self._done()
-        self.progress = Progress("sweep", self._total(), quiet=False, unit="epochs", done=self._shown)
+        self._shown, total = self._epochs()
+        self.progress = Progress("sweep", total, quiet=False, unit="epochs", done=self._shown)
         self.console = self.progress.console
 
     def look(self) -> list[tuple[Trial, State]]:
@@ -71,38 +71,31 @@ class View:
         self.claims.look()
         self.sweep.refresh()
         ended: list[tuple[Trial, State]] = []
-        for trial in (trial for batch in self.sweep.batches for trial in batch):
+        for trial in self.sweep.planned:
             row = self.rows.setdefault(trial.trial_id, Row(trial))
-            if row.state is None:
-                self._see(row)
-                if row.state is not None:
-                    ended.append((trial, row.state))
+            if row.state is not None:
+                continue
+            standing = self.claims.state(trial.trial_id)
+            row.is_running = standing == HELD
+            if standing != ENDED:
+                row.epochs = max(row.epochs, self.claims.epochs(trial.trial_id))
+            elif (state := self.sweep.state_of(trial)).ended:
+                row.state = state
+                ended.append((trial, state))
+            else:  # its record was removed
+                self.claims.reopen([trial.trial_id])
         total = sum(row.state is not None for row in self.rows.values())
         for trial, state in ended:
-            self.say(f"[{total}/{len(self.rows)}] {ending(trial.trial_id, trial.label, state)}")
+            self.say(f"[{total}/{len(self.rows)}] {ending(trial, state)}")
         running = sum(row.is_running for row in self.rows.values())
         best = max((accuracy_of(row.state) or 0.0 for row in self.rows.values()), default=0.0)
         figures = f"{total}/{len(self.rows)} trials ended, {running} running" + (f", best {best:.2%}" if best else "")
-        self.progress.total, self.progress.figures = self._total(), figures
-        new = self._done() - self._shown
-        if new > 0 or self.console.is_terminal:
-            self.progress.advance(new)
-            self._shown += new
+        done, self.progress.total = self._epochs()
+        self.progress.figures = figures
+        if done > self._shown or self.console.is_terminal:
+            self.progress.advance(done - self._shown)
+            self._shown = done
         return ended
-
-    def _see(self, row: Row) -> None:
-        """Bring the row of a trial up to date that had not ended."""
-        name = row.trial.trial_id
-        standing = self.claims.state(name)
-        row.is_running = standing == HELD
-        if standing != ENDED:
-            row.epochs = max(row.epochs, self.claims.epochs(name))
-            return
-        state = self.sweep.state_of(row.trial)
-        if state.ended:
-            row.state = state
-        else:  # its record was removed
-            self.claims.reopen([name])
 
     def free(self) -> int:
         """Trials that no process has."""
@@ -113,17 +106,13 @@ class View:
 
     def open(self) -> list[Trial]:
         """Trials of the plan that have not ended, as far as we have seen."""
-        planned = (trial for batch in self.sweep.batches for trial in batch)
-        return [trial for trial in planned if self.rows.get(trial.trial_id, Row(trial)).state is None]
+        return [trial for trial in self.sweep.planned if self.rows.get(trial.trial_id, Row(trial)).state is None]
 
     def say(self, text: str) -> None:
         if text:
             self.console.print(text, markup=False)
 
-    def _total(self) -> int:
-        return sum(row.trial.config.trainer.epochs for row in self.rows.values())
-
-    def _done(self) -> int:
-        """Epochs that are trained; what has ended needs no more."""
-        done = (row.epochs if row.state is None else row.trial.config.trainer.epochs for row in self.rows.values())
-        return int(sum(done))
+    def _epochs(self) -> tuple[int, int]:
+        """Those that are trained, and all; what has ended needs no more."""
+        pairs = [(row, row.trial.config.trainer.epochs) for row in self.rows.values()]
+        return int(sum(row.epochs if row.state is None else n for row, n in pairs)), sum(n for _, n in pairs)
