@@ -28,8 +28,8 @@ from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
-from lora_vit.sweep.plan import Request, default_name, label
-from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
+from lora_vit.sweep.plan import Request, label, short_key
+from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
@@ -156,7 +156,7 @@ def sweep_request(master: Any) -> Request:
         request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
                           hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
         if options.trials is not None:
-            request.search = search_space(composer, swept, fixed, options.trials)
+            request.search, request.trials = search_space(composer, swept, fixed, options.trials)
             return request
         if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
             raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
@@ -165,12 +165,15 @@ def sweep_request(master: Any) -> Request:
         if not request.trials:
             raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
         if options.margin is not None:
-            refuse_seed_dependent(composer, fixed, request.trials)
+            refuse_seed_dependent(composer, request.trials)
     return request
 
 
 def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
-    """A sweep's name, of what is swept and what is fixed."""
+    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
+
+    A grown list of values keeps the name; a changed fixed setting changes it.
+    """
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
     for key in (*WITHOUT_IDENTITY, *swept):
@@ -179,7 +182,8 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
             rest[section].pop(name, None)
     ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
             if not key.startswith(("hydra", "sweep.", "engine")) and key not in WITHOUT_IDENTITY}  # fmt: skip
-    return default_name(swept, ours.get("sweep"), [rest, ours])
+    words = [ours["sweep"]] if "sweep" in ours else [short_key(key) for key in swept] or ["sweep"]
+    return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, ours], 6)
 
 
 def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequence[str]]) -> list[Trial]:
@@ -212,19 +216,20 @@ def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]
     return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
 
 
-def refuse_seed_dependent(composer: Composer, fixed: Sequence[str], trials: Sequence[Trial]) -> None:
+def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
     for trial in trials:
-        lines = without_seed(trial.overrides[len(fixed) :])
-        other = compose_trial(composer, without_seed(fixed), [*lines, f"seed={trials[0].config.seed + 1}"])
+        other = compose_trial(composer, without_seed(trial.overrides), [f"seed={trials[0].config.seed + 1}"])
         for key, value in to_dict(other.config).items():
             if key != "seed" and value != to_dict(trial.config)[key]:
                 raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "
                                   "setting but seed a value of its own")  # fmt: skip
 
 
-def search_space(composer: Composer, swept: dict[str, Override], fixed: list[str], trials: int) -> dict[str, Any]:
-    """What a search may choose from, as its plan keeps it; the ends of all ranges are validated. Raises ConfigError."""
+def search_space(
+    composer: Composer, swept: dict[str, Override], fixed: list[str], trials: int
+) -> tuple[dict[str, Any], list[Trial]]:
+    """What a search may choose from, as its plan keeps it; and the trials at both ends. Raises ConfigError."""
     if "seed" in swept:  # the best seed is luck
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
@@ -245,13 +250,13 @@ def search_space(composer: Composer, swept: dict[str, Override], fixed: list[str
             if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
                 plain[section][name] = str(Path(str(config.hydra.runtime.cwd), value))
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
-        bases.append([list(map(list, options)), OmegaConf.to_yaml(ours)])
-    compose_all(composer, fixed, [
+        bases.append([list(options), OmegaConf.to_yaml(ours)])
+    ends = compose_all(composer, fixed, [
         [f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
         for i, end in ((0, "low"), (-1, "high"))
     ])  # fmt: skip
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
-    return {"trials": trials, "space": space, "bases": bases, "fixed": own}
+    return {"trials": trials, "space": space, "bases": bases, "fixed": own}, ends
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lora_vit.config import SweepConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, write_json
 from lora_vit.records import CHECKPOINT, PLAN, RECORD, State, state_of
-from lora_vit.sweep.trial import Trial, digest
+from lora_vit.sweep.trial import Trial
 
 PLAN_SCHEMA = 4
 
@@ -37,7 +37,7 @@ class Request:
 
     folder: Path
     options: SweepConfig
-    trials: list[Trial] = field(default_factory=list)  # validated; none for a search
+    trials: list[Trial] = field(default_factory=list)  # validated; of a search those at both ends of its space
     engine: Any = None  # options of one of lora_vit.sweep.engines.ENGINES
     command: str = field(default_factory=lambda: "python -m lora_vit.train " + shlex.join(sys.argv[1:]))
     hydra: str = ""  # Hydra's own part of the configuration, as YAML
@@ -212,12 +212,3 @@ def short_key(key: str) -> str:
 def label(overrides: Sequence[str]) -> str:
     """``rank=4 lr=0.001`` of the overrides that are swept."""
     return " ".join(f"{short_key(key)}={value}" for key, _, value in (o.partition("=") for o in overrides))
-
-
-def default_name(swept: Sequence[str], preset: str | None, fixed: Any) -> str:
-    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
-
-    A grown list of values keeps the name; a changed fixed setting changes it.
-    """
-    words = [preset] if preset else [short_key(key) for key in swept] or ["sweep"]
-    return "_".join(dict.fromkeys(words))[:60] + "-" + digest(fixed, 6)

@@ -25,7 +25,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
+from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import HEADER, View, accuracy_of, trial_row
 from lora_vit.terminal import from_here, make_console, print_table
@@ -47,13 +47,10 @@ def run_sweep(request: Request) -> dict[str, float] | None:
         Interrupted: everything is saved.
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
-    if not request.trials and search is None:
+    if not request.trials:
         raise ConfigError("no trials: give at least one")
-    trials = _each_once(request.trials, sweep)
-    request = replace(request, trials=trials)
-    if search is not None:  # one of its trials, for what all of them train on
-        first = {key: of["choices"][0][0] if "choices" in of else of["low"] for key, of in search["space"].items()}
-        trials = [suggested(search, first)]
+    trials = _each_once(request.trials, sweep) if search is None else request.trials[:1]
+    request = replace(request, trials=trials if search is None else [])
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in (trial.config.trainer.devices for trial in trials):

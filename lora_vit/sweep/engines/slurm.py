@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError
 
 from lora_vit.errors import ConfigError
 from lora_vit.sweep.engines import LOG_LINES, Engine
-from lora_vit.sweep.plan import digest
+from lora_vit.sweep.trial import digest
 from lora_vit.sweep.worker import exit_code
 
 QUEUE_EVERY = 10.0  # seconds between two questions to Slurm, whose sites throttle those who ask often
