@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -83,17 +83,13 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
     """What ``python -m lora_vit.train -m OVERRIDES`` asks for, in a Hydra that is initialized. Raises ConfigError."""
     place = [] if folder is None else [f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
     ours: Any = GlobalHydra.instance().hydra
-    with in_one_line():
-        master = ours.compose_config("config", [*overrides, *place], RunMode.MULTIRUN, from_shell=False)
-        HydraConfig.instance().set_config(master)
-        return sweep_request(master)
+    master = ours.compose_config("config", [*overrides, *place], RunMode.MULTIRUN, from_shell=False)
+    HydraConfig.instance().set_config(master)
+    return sweep_request(master)
 
 
 class Composer:
-    """Composes trials as Hydra does; overrides that only change a value cost milliseconds.
-
-    ``fixed``: overrides that all trials have, those of Hydra's own node too.
-    """
+    """Composes trials as Hydra does, with what is ``fixed``; overrides that only change a value cost milliseconds."""
 
     def __init__(self, config_name: str = "config", fixed: Sequence[str] = ()):
         self.config_name, self.fixed = config_name, fixed
@@ -125,10 +121,8 @@ class Composer:
 
     def changes_a_value(self, override: Override) -> bool:
         """Whether an override only replaces a value of the composed config."""
-        key = override.key_or_group
-        if override.is_add() or override.is_delete() or override.is_force_add() or override.package:
-            return False
-        return not key.startswith("hydra") and not self._options(key)
+        key, is_plain = override.key_or_group, override.type == OverrideType.CHANGE
+        return is_plain and not override.package and not key.startswith("hydra") and not self._options(key)
 
 
 def sweep_request(master: Any) -> Request:
@@ -140,32 +134,31 @@ def sweep_request(master: Any) -> Request:
         raise ConfigError("a sweep starts its own processes: start it without torchrun")
     given: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given["hydra"] if key_of(line) != "hydra.mode"])
-    with in_one_line():
-        params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
-        parsed = composer.parse([*params, *given["task"]])  # the command line replaces a preset's keys
-        overrides = {o.get_key_element(): o for o in parsed}
-        swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
-        fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
-        options: Any = OmegaConf.to_object(master.sweep)
-        validate_sweep(options)
-        composer.fetch = not options.dry_run
-        refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
-        refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
-        if options.name is None:
-            master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
-        request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
-                          hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
-        if options.trials is not None:
-            request.search, request.trials = search_space(composer, swept, fixed, options.trials)
-            return request
-        if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
-            raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
-        axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
-        request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
-        if not request.trials:
-            raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
-        if options.margin is not None:
-            refuse_seed_dependent(composer, request.trials)
+    params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
+    parsed = composer.parse([*params, *given["task"]])  # the command line replaces a preset's keys
+    overrides = {o.get_key_element(): o for o in parsed}
+    swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
+    fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
+    options: Any = OmegaConf.to_object(master.sweep)
+    validate_sweep(options)
+    composer.fetch = not options.dry_run
+    refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
+    refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
+    if options.name is None:
+        master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
+    request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
+                      hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
+    if options.trials is not None:
+        request.search, request.trials = search_space(composer, swept, fixed, options.trials)
+        return request
+    if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
+        raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
+    axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
+    request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
+    if not request.trials:
+        raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
+    if options.margin is not None:
+        refuse_seed_dependent(composer, request.trials)
     return request
 
 
@@ -193,7 +186,10 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     plain = Every(5.0)
     for i, lines in enumerate(swept, 1):
         try:
-            trials.append(compose_trial(composer, fixed, lines))
+            node = composer([*fixed, *lines])
+            cwd = Path(str(node.hydra.runtime.cwd))
+            config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=cwd)
+            trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))
         if plain.due():
@@ -209,17 +205,11 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     raise ConfigError("\n".join(said))
 
 
-def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]) -> Trial:
-    """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
-    node = composer([*fixed, *swept])
-    config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
-    return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
-
-
 def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
-    for trial in trials:
-        other = compose_trial(composer, without_seed(trial.overrides), [f"seed={trials[0].config.seed + 1}"])
+    seed = f"seed={trials[0].config.seed + 1}"
+    others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
+    for trial, other in zip(trials, others, strict=True):
         for key, value in to_dict(other.config).items():
             if key != "seed" and value != to_dict(trial.config)[key]:
                 raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "

@@ -195,19 +195,14 @@ class Claims:
         claim, token = self._claim(trial_id), self.token_of(trial_id)
         name = token if token.isalnum() else claim.name
         if name not in self._owners:
-            self._owners[name] = self._look_at(name, claim)
+            sign, values = _sign_of_life(self.folder / f"{name}.owner")
+            sign, is_here = sign or _sign_of_life(claim)[0], values.get("host") == self._identity["host"]
+            if name not in self._signs or self._signs[name][0] != sign:
+                self._signs[name] = (sign, time.monotonic())
+            is_silent = time.monotonic() - self._signs[name][1] > DEAD_AFTER
+            has_ended = is_here and not _is_running(int(values["pid"]), str(values["born"]))
+            self._owners[name] = is_silent or has_ended, values
         return self._owners[name]
-
-    def _look_at(self, name: str, claim: Path) -> tuple[bool, dict[str, Any]]:
-        sign, values = _sign_of_life(self.folder / f"{name}.owner")
-        sign = sign or _sign_of_life(claim)[0]
-        if values.get("host") == self._identity["host"] and not _is_running(int(values["pid"]), str(values["born"])):
-            return True, values
-        last, since = self._signs.get(name, (None, 0.0))
-        if last != sign:
-            self._signs[name] = (sign, time.monotonic())
-            return False, values
-        return time.monotonic() - since > DEAD_AFTER, values
 
 
 def _read(path: Path) -> str:

@@ -14,9 +14,7 @@ import psutil
 import torch
 
 from lora_vit.build import build_setup, choose_device, device_name
-from lora_vit.config import DataConfig, TrialConfig
-from lora_vit.data.dataset import ImageData
-from lora_vit.data.load import load_data
+from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line
 from lora_vit.stopping import StopRequest
@@ -36,23 +34,20 @@ MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or 
 
 
 class Setups:
-    """Makes what trials train on; the last data set and the last backbone are kept."""
+    """Makes what trials train on, and keeps the last."""
 
     def __init__(self, process: Process):
         self.process = process
-        self._setup: tuple[str, Setup] | None = None
-        self._data: tuple[DataConfig, ImageData] | None = None
+        self._last: tuple[str, Setup] | None = None
 
     def of(self, trial: Trial) -> Setup:
         """Data and backbone for a trial. Raises ConfigError."""
-        key, data = setup_key(trial.config), trial.config.data
-        if self._setup is None or self._setup[0] != key:
-            self._setup = None
+        key = setup_key(trial.config)
+        if self._last is None or self._last[0] != key:
+            self._last = None
             free_memory()
-            if self._data is None or self._data[0] != data:
-                self._data = (data, load_data(data, quiet=True))
-            self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
-        return self._setup[1]
+            self._last = key, build_setup(trial.config, self.process)
+        return self._last[1]
 
 
 def uses_gpus(trials: Sequence[Trial]) -> bool:

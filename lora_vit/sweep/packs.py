@@ -43,10 +43,8 @@ class Packs:
     ) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim the packs that were free at the last look, each when it is asked for.
 
-        Args:
-            size_of: trials that train together, or None while another process measures it.
-            skip: ids of trials that this process cannot train.
-            strays: for the first pack take every free trial, also of packs whose first one another process has.
+        ``size_of``: trials that train together, or None while another process measures it; ``strays``: for the first
+        pack take every free trial, also of packs whose first one another process has.
         """
         for group in self._open:
             place, passes, step = 0, 0, 1

@@ -39,12 +39,9 @@ COMPARED, MARGIN = 3, 0.5  # so many settings of a search are proposed for a rac
 def run_sweep(request: Request) -> dict[str, float] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
-    Returns the validation accuracy of each trial id; None after a dry run or with ``sweep.wait=false``.
-
-    Raises:
-        ConfigError: nothing was trained.
-        TrialFailed: some trials did not complete, all others are; or workers end without training anything.
-        Interrupted: everything is saved.
+    Returns the validation accuracy of each trial id; None after a dry run or with ``sweep.wait=false``. Raises
+    ConfigError: nothing was trained; TrialFailed: some trials did not complete, all others are, or workers end without
+    training anything; Interrupted: everything is saved.
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
     if not request.trials:
@@ -87,7 +84,7 @@ def run_sweep(request: Request) -> dict[str, float] | None:
             return None
     finally:
         view.progress.close()
-    return finish(sweep, source, [row.trial for row in view.rows.values()], request)
+    return finish(sweep, source, list(view.trials.values()), request)
 
 
 def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
@@ -101,12 +98,11 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
         print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
-    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
-        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
-        return list(once.values())
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in once}
     changed = [t for t in once.values() if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
-    if changed:
+    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
+        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
+    elif changed:
         before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
@@ -175,7 +171,7 @@ def follow(source: Source, engine: Engine, view: View, request: Request) -> bool
                 elif missing > 0 and not alive:
                     raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
                                       "saved stays, and the same command resumes")  # fmt: skip
-                stop.sleep(max(engine.poll_every, len(view.rows) * POLL_EVERY_TRIAL))
+                stop.sleep(max(engine.poll_every, len(view.trials) * POLL_EVERY_TRIAL))
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
             raise

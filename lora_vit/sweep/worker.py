@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from lora_vit.training.trial import ClaimLost, TrialRun
 
 POLL_EVERY = 0.5  # seconds between looks while other processes hold what is left
 POLL_EVERY_TRIAL = 0.001  # or so many for each trial of a large sweep, whose folder takes long to list
+OF_THE_DEVICE = re.compile("CUDA error|CUDA driver|cuDNN error|CUBLAS_STATUS|NCCL error")  # nothing works after these
 
 
 def work(folder: Path) -> None:
@@ -73,10 +75,8 @@ class Worker(Reporter):
     def work(self) -> None:
         """Train until no trial is left.
 
-        Raises:
-            ConfigError: some trials cannot be trained here.
-            TrialFailed: this process or its device is broken.
-            Interrupted: everything is saved.
+        Raises ConfigError: some trials cannot be trained here; TrialFailed: this process or its device is broken;
+        Interrupted: everything is saved.
         """
         for group, trials in self.claimed():
             try:
@@ -94,7 +94,7 @@ class Worker(Reporter):
 
     def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
-        in_vain = 0  # looks in a row that found free trials, none for us
+        strays = False  # whether the last look found free trials, none for us
         asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
@@ -106,11 +106,11 @@ class Worker(Reporter):
             if standing == ENDED:
                 return
             is_vain = True
-            for pack in self.packs.take(self.size_of, self.cannot, strays=in_vain > 0):
+            for pack in self.packs.take(self.size_of, self.cannot, strays):
                 is_vain, asked = False, -1
                 yield pack
                 self.stop.heed()
-            in_vain = in_vain + 1 if is_vain and standing == FREE else 0
+            strays = is_vain and standing == FREE
             if is_vain:
                 self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
 
@@ -129,18 +129,14 @@ class Worker(Reporter):
 
     def train_pack(self, group: Group, trials: list[Trial], setup: Setup) -> None:
         """Train trials together that stand at one step of their epochs; after an error, each half by itself."""
-        runs: list[TrialRun] = []
         parts: list[list[str]] = []
-        try:
-            by_step: dict[int, list[TrialRun]] = {}
+        by_step: dict[int, list[TrialRun]] = {}
+        with contextlib.ExitStack() as opened:
             for run in filter(None, (self.open(trial, setup) for trial in trials)):
-                runs.append(run)
+                opened.callback(run.close)
                 by_step.setdefault(run.state.step_in_epoch, []).append(run)
             for members in by_step.values():
                 parts += self.train_together(group, members, setup)
-        finally:
-            for run in runs:
-                run.close()
         if parts:
             free_memory()
         for part in parts:
@@ -184,7 +180,7 @@ class Worker(Reporter):
         except Exception as error:
             if isinstance(error, (Interrupted, ClaimLost)) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
-            if _is_of_the_device(error):
+            if isinstance(error, RuntimeError) and OF_THE_DEVICE.search(str(error)) and not out_of_memory(error):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
             if len(runs) == 1:
                 self.blame(runs[0], error)
@@ -219,11 +215,3 @@ class Worker(Reporter):
 def _alike(one: str, other: str) -> bool:
     """Whether two errors say the same but for their numbers: a full GPU's names free bytes and processes."""
     return re.sub(r"[\d.]+", "#", one) == re.sub(r"[\d.]+", "#", other)
-
-
-def _is_of_the_device(error: Exception) -> bool:
-    """Whether a fresh process would not have the error: after one of these nothing works in this one."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and not out_of_memory(error) and any(
-        word in text for word in ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS", "NCCL error")
-    )

@@ -55,7 +55,7 @@ class Ray(Engine):
         finally:
             signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
+        self.gpus = float(has_gpus) if parameters["num_gpus"] is None else parameters["num_gpus"]
         self.tasks: list[Any] = []
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
