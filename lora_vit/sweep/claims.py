@@ -56,16 +56,13 @@ def _is_running(pid: int, born: str) -> bool:
 class Claims:
     """This process's claims in one sweep's folder, and how those of others stood at the last look.
 
-    Attributes:
-        lost: ids of trials that another process has taken over from us.
-        progress: epochs of the trials that we train, by trial id, for others to see.
+    ``progress``: epochs of the trials that we train, by trial id, for others to see.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = uuid.uuid4().hex
-        self.lost: set[str] = set()
         self.progress: dict[str, float] = {}
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
@@ -119,14 +116,13 @@ class Claims:
             return False
         self._last[trial_id] = (number, "")
         self._held[trial_id] = number
-        self.lost.discard(trial_id)
         return True
 
     def release(self, trial_id: str, mark: str = FREE, error: str = "") -> None:
         """Give a claim back, with what went wrong here for the next process: others may take it, or it has ended."""
         number = self._held.pop(trial_id, None)
         self.progress.pop(trial_id, None)
-        if number is None or trial_id in self.lost:
+        if number is None:
             return
         with contextlib.suppress(OSError):  # a full disk: the trial is free once our process has ended
             self._create(self._path(trial_id, number, mark), json.dumps({"token": self.token, "error": error}))
@@ -151,8 +147,8 @@ class Claims:
         number = self._held.get(trial_id)
         with contextlib.suppress(OSError):  # an absent disk fails the write itself
             if number and (self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()):
-                self.lost.add(trial_id)
-        return number is not None and trial_id not in self.lost
+                del self._held[trial_id]
+        return trial_id in self._held
 
     def beat(self) -> None:
         """Give a sign of life."""

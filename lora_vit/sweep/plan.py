@@ -147,7 +147,7 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._add(request.trials)
+            self._add(request.trials if request.search is None else [])
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]

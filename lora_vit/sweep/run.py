@@ -47,7 +47,7 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     if not request.trials:
         raise ConfigError("no trials: give at least one")
     trials = _each_once(request.trials, sweep) if search is None else request.trials[:1]
-    request = replace(request, trials=trials if search is None else [])
+    request = replace(request, trials=trials)
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in (trial.config.trainer.devices for trial in trials):

@@ -270,7 +270,7 @@ def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
         engine.folder = request.folder = tmp_path / "t"
         with pytest.raises(TrialFailed, match="8 of 8 trials did not complete"):
             run_sweep(request)
-        assert "race" not in capsys.readouterr().out
+        assert "A race over" not in capsys.readouterr().out
 
 
 # --- a dry run
