@@ -233,7 +233,7 @@ def search_space(
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
-        config = composer([*fixed, *(f"{key}={text}" for key, text in options)])
+        config = composer([*fixed, *map("=".join, options)])
         plain: Any = OmegaConf.to_container(config, resolve=False)
         for section, name in (("data", "root"), ("data", "cache_dir"), ("model", "weights")):
             value = plain[section][name]  # a worker may be started in another folder

@@ -156,8 +156,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
-    best = size = 1
-    misses = 0
+    best, size, misses = 1, 1, 0
     while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory

@@ -13,8 +13,7 @@ class Packs:
     """The open trials of a sweep in packs, from which a worker takes those that are free.
 
     The packs follow from the plan's order and the pack size alone, not from who was faster or when a worker came: a
-    process that finds a pack's first open trial taken leaves the whole pack to its owner. So with a fixed
-    ``sweep.pack_size`` the same sweep on the same machine gives the same bits.
+    process that finds a pack's first open trial taken leaves the whole pack to its owner.
     """
 
     def __init__(self, sweep: Sweep, claims: Claims):

@@ -30,10 +30,7 @@ PLAN_SCHEMA = 4
 
 @dataclass
 class Request:
-    """What one command asks of a sweep.
-
-    ``ended`` is called with each trial that has ended since the command began, and how it stands.
-    """
+    """What one command asks of a sweep."""
 
     folder: Path
     options: SweepConfig
@@ -44,7 +41,7 @@ class Request:
     search: dict[str, Any] | None = None  # its space
     race: dict[str, Any] | None = None  # its rules and cells
     workers: int = 1
-    ended: Callable[[Trial, State], None] = lambda trial, state: None
+    ended: Callable[[Trial, State], None] = lambda trial, state: None  # called for each that ends while we watch
 
 
 class Sweep:

@@ -46,10 +46,8 @@ def source_of(sweep: Sweep) -> Source:
 class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left.
 
-    Attributes:
-        cells: a trial of each cell with the first seed, in the order of the cells' ids, which settles ties.
-        ended: cell, seed, accuracy (None: failed) and val images of its trials that have ended, by their ids.
-        race: where the race stood at the last look.
+    ``cells``: a trial of each with the first seed, in the order of their ids, which settles ties. ``ended``: cell, seed,
+    accuracy (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
     """
 
     def __init__(self, sweep: Sweep):

@@ -61,9 +61,8 @@ class Ray(Engine):
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         if asked != "auto":
             return min(int(asked), len(trials))
-        total = ray.cluster_resources()
-        fit = [int(total.get("CPU", 0) // self.parameters["num_cpus"])] if self.parameters["num_cpus"] else []
-        fit += [int(total.get("GPU", 0) // self.gpus)] if self.gpus else []
+        total, needs = ray.cluster_resources(), {"CPU": self.parameters["num_cpus"], "GPU": self.gpus}
+        fit = [int(total.get(kind, 0) // need) for kind, need in needs.items() if need]
         return max(1, min([*fit, len(trials)]))
 
     def start(self, count: int) -> str:
