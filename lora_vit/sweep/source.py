@@ -46,7 +46,7 @@ def source_of(sweep: Sweep) -> Source:
 class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left.
 
-    ``cells``: a trial of each with the first seed, in the order of their ids, which settles ties. ``ended``: cell, seed,
+    ``cells``: a trial of each with the first seed, in the order of ids, which settles ties. ``ended``: cell, seed,
     accuracy (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
     """
 
