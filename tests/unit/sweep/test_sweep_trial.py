@@ -10,7 +10,7 @@ import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 from sweeps import trial_of
 
-from lora_vit.config import cell_id, trial_id
+from lora_vit.config import ids, trial_id
 from lora_vit.sweep.plan import label
 from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
@@ -88,7 +88,7 @@ def test_how_a_group_is_called_and_whether_its_trials_train_alone(changes, what,
 
 def test_a_trial_knows_its_ids_and_how_to_repeat_its_cell():
     trial = Trial(plain_trial({"lora.rank": 2}), ["lora.rank=2", "seed=0"], "rank=2 seed=0")
-    assert (trial.trial_id, trial.cell_id) == (trial_id(trial.config), cell_id(trial.config))
+    assert (trial.trial_id, trial.cell_id) == ids(trial.config)
     other = trial.with_seed(3)
     assert other.cell_id == trial.cell_id
     assert other.trial_id == trial_id(plain_trial({"lora.rank": 2, "seed": 3}))
