@@ -23,10 +23,9 @@ from lora_vit.compose import Composer, expand, in_one_line, initialized, refuse_
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
-from lora_vit.errors import ConfigError, TrialFailed
+from lora_vit.errors import ConfigError
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.resolve import from_omegaconf
-from lora_vit.sweep.plan import Request
 from lora_vit.sweep.trial import Trial
 
 
@@ -81,24 +80,12 @@ def sweep(
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
     if request.options.dry_run or not request.options.wait:
         raise ConfigError("sweep.dry_run=true and sweep.wait=false are for the command: sweep() trains, and waits")
-    names = list(run_request(request) or ())
+    from lora_vit.sweep.run import run_sweep  # imports torch
+
+    names = list(run_sweep(request) or ())
     if request.search is None and request.options.margin is None:
         names = [trial.trial_id for trial in request.trials]
     return Sweep(request.folder, [read_record(request.folder / name) for name in names])
-
-
-def run_request(request: Request) -> dict[str, float] | None:
-    """Train what a command asks for; the validation accuracy of each trial id, or None if nothing was waited for.
-
-    Raises TrialFailed once all are done, if some trials did not complete.
-    """
-    from lora_vit.sweep.run import run_sweep
-
-    outcomes: Any = run_sweep(request)
-    for outcome in (outcomes or {}).values():
-        if isinstance(outcome, TrialFailed):
-            raise outcome
-    return outcomes
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +28,8 @@ from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
-from lora_vit.sweep.plan import Request, default_name, label
-from lora_vit.sweep.trial import Trial, key_of, without_idle, without_seed
+from lora_vit.sweep.plan import Request, label, short_key
+from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
@@ -83,17 +83,13 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
     """What ``python -m lora_vit.train -m OVERRIDES`` asks for, in a Hydra that is initialized. Raises ConfigError."""
     place = [] if folder is None else [f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
     ours: Any = GlobalHydra.instance().hydra
-    with in_one_line():
-        master = ours.compose_config("config", [*overrides, *place], RunMode.MULTIRUN, from_shell=False)
-        HydraConfig.instance().set_config(master)
-        return sweep_request(master)
+    master = ours.compose_config("config", [*overrides, *place], RunMode.MULTIRUN, from_shell=False)
+    HydraConfig.instance().set_config(master)
+    return sweep_request(master)
 
 
 class Composer:
-    """Composes trials as Hydra does; overrides that only change a value cost milliseconds.
-
-    ``fixed``: overrides that all trials have, those of Hydra's own node too.
-    """
+    """Composes trials as Hydra does, with what is ``fixed``; overrides that only change a value cost milliseconds."""
 
     def __init__(self, config_name: str = "config", fixed: Sequence[str] = ()):
         self.config_name, self.fixed = config_name, fixed
@@ -125,10 +121,8 @@ class Composer:
 
     def changes_a_value(self, override: Override) -> bool:
         """Whether an override only replaces a value of the composed config."""
-        key = override.key_or_group
-        if override.is_add() or override.is_delete() or override.is_force_add() or override.package:
-            return False
-        return not key.startswith("hydra") and not self._options(key)
+        key, is_plain = override.key_or_group, override.type == OverrideType.CHANGE
+        return is_plain and not override.package and not key.startswith("hydra") and not self._options(key)
 
 
 def sweep_request(master: Any) -> Request:
@@ -140,37 +134,39 @@ def sweep_request(master: Any) -> Request:
         raise ConfigError("a sweep starts its own processes: start it without torchrun")
     given: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given["hydra"] if key_of(line) != "hydra.mode"])
-    with in_one_line():
-        params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
-        parsed = composer.parse([*params, *given["task"]])  # the command line replaces a preset's keys
-        overrides = {o.get_key_element(): o for o in parsed}
-        swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
-        fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
-        options: Any = OmegaConf.to_object(master.sweep)
-        validate_sweep(options)
-        composer.fetch = not options.dry_run
-        refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
-        refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
-        if options.name is None:
-            master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
-        request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
-                          hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
-        if options.trials is not None:
-            request.search = search_space(composer, swept, fixed, options.trials)
-            return request
-        if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
-            raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
-        axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
-        request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
-        if not request.trials:
-            raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
-        if options.margin is not None:
-            refuse_seed_dependent(composer, fixed, request.trials)
+    params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
+    parsed = composer.parse([*params, *given["task"]])  # the command line replaces a preset's keys
+    overrides = {o.get_key_element(): o for o in parsed}
+    swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
+    fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
+    options: Any = OmegaConf.to_object(master.sweep)
+    validate_sweep(options)
+    composer.fetch = not options.dry_run
+    refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
+    refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
+    if options.name is None:
+        master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
+    request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
+                      hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
+    if options.trials is not None:
+        request.search, request.trials = search_space(composer, swept, fixed, options.trials)
+        return request
+    if intervals := [key for key, o in swept.items() if not o.is_discrete_sweep()]:
+        raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
+    axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
+    request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
+    if not request.trials:
+        raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
+    if options.margin is not None:
+        refuse_seed_dependent(composer, request.trials)
     return request
 
 
 def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
-    """A sweep's name, of what is swept and what is fixed."""
+    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
+
+    A grown list of values keeps the name; a changed fixed setting changes it.
+    """
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
     for key in (*WITHOUT_IDENTITY, *swept):
@@ -179,7 +175,8 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
             rest[section].pop(name, None)
     ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
             if not key.startswith(("hydra", "sweep.", "engine")) and key not in WITHOUT_IDENTITY}  # fmt: skip
-    return default_name(swept, ours.get("sweep"), [rest, ours])
+    words = [ours["sweep"]] if "sweep" in ours else [short_key(key) for key in swept] or ["sweep"]
+    return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, ours], 6)
 
 
 def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequence[str]]) -> list[Trial]:
@@ -189,7 +186,10 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     plain = Every(5.0)
     for i, lines in enumerate(swept, 1):
         try:
-            trials.append(compose_trial(composer, fixed, lines))
+            node = composer([*fixed, *lines])
+            cwd = Path(str(node.hydra.runtime.cwd))
+            config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=cwd)
+            trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))
         if plain.due():
@@ -205,26 +205,21 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     raise ConfigError("\n".join(said))
 
 
-def compose_trial(composer: Composer, fixed: Sequence[str], swept: Sequence[str]) -> Trial:
-    """One trial of a sweep. Raises ConfigError, or what Hydra raises."""
-    node = composer([*fixed, *swept])
-    config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
-    return Trial(config, [*fixed, *swept], label(without_idle(config, swept)))
-
-
-def refuse_seed_dependent(composer: Composer, fixed: Sequence[str], trials: Sequence[Trial]) -> None:
+def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     """Raise ConfigError if a setting follows the seed: a race gives each cell other seeds."""
-    for trial in trials:
-        lines = without_seed(trial.overrides[len(fixed) :])
-        other = compose_trial(composer, without_seed(fixed), [*lines, f"seed={trials[0].config.seed + 1}"])
+    seed = f"seed={trials[0].config.seed + 1}"
+    others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
+    for trial, other in zip(trials, others, strict=True):
         for key, value in to_dict(other.config).items():
             if key != "seed" and value != to_dict(trial.config)[key]:
                 raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "
                                   "setting but seed a value of its own")  # fmt: skip
 
 
-def search_space(composer: Composer, swept: dict[str, Override], fixed: list[str], trials: int) -> dict[str, Any]:
-    """What a search may choose from, as its plan keeps it; the ends of all ranges are validated. Raises ConfigError."""
+def search_space(
+    composer: Composer, swept: dict[str, Override], fixed: list[str], trials: int
+) -> tuple[dict[str, Any], list[Trial]]:
+    """What a search may choose from, as its plan keeps it; and the trials at both ends. Raises ConfigError."""
     if "seed" in swept:  # the best seed is luck
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
@@ -238,20 +233,20 @@ def search_space(composer: Composer, swept: dict[str, Override], fixed: list[str
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
-        config = composer([*fixed, *(f"{key}={text}" for key, text in options)])
+        config = composer([*fixed, *map("=".join, options)])
         plain: Any = OmegaConf.to_container(config, resolve=False)
         for section, name in (("data", "root"), ("data", "cache_dir"), ("model", "weights")):
             value = plain[section][name]  # a worker may be started in another folder
             if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
                 plain[section][name] = str(Path(str(config.hydra.runtime.cwd), value))
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
-        bases.append([list(map(list, options)), OmegaConf.to_yaml(ours)])
-    compose_all(composer, fixed, [
+        bases.append([list(options), OmegaConf.to_yaml(ours)])
+    ends = compose_all(composer, fixed, [
         [f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
         for i, end in ((0, "low"), (-1, "high"))
     ])  # fmt: skip
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
-    return {"trials": trials, "space": space, "bases": bases, "fixed": own}
+    return {"trials": trials, "space": space, "bases": bases, "fixed": own}, ends
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:

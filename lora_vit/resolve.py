@@ -32,11 +32,10 @@ def register_resolvers() -> None:
 
 
 def _known_trial_id(_root_: Any) -> str:
-    try:
+    with contextlib.suppress(ConfigError):  # whoever uses the path says what is wrong
         trial = from_omegaconf(_root_, in_sweep=True, fetch=False)
-    except ConfigError:
-        return UNKNOWN_ID  # whoever uses the path says what is wrong
-    return trial_id(trial) if is_identified(trial) else UNKNOWN_ID
+        return trial_id(trial) if is_identified(trial) else UNKNOWN_ID
+    return UNKNOWN_ID
 
 
 def _at_least(*sizes: Any, _root_: Any) -> Any:
@@ -61,13 +60,9 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
 def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
     """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
-    Args:
-        cfg: the composed config.
-        in_sweep: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
-        fetch: download and read what decides the trial's identity; else see :func:`is_identified`.
-        cwd: the folder from which relative paths are seen; None: the current one.
-
-    Raises ConfigError: in one line, the key, the value and the remedy.
+    ``in_sweep``: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
+    ``fetch``: download and read what decides the trial's identity; else see :func:`is_identified`. ``cwd``: from where
+    relative paths are seen, if not from here. Raises ConfigError: in one line, the key, the value and the remedy.
     """
     wanted = [*SECTIONS, "seed"]
     plain: dict[str, Any] = {}
@@ -78,12 +73,11 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         if key not in cfg.keys():  # noqa: SIM118  (``in cfg`` asks for a value)
             raise ConfigError(f"{key} has no value: leave '~{key}' out")
         try:
-            node = cfg[key]
-            is_node = OmegaConf.is_config(node)
-            plain[key] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if is_node else node
+            plain[key] = node = cfg[key]
+            if OmegaConf.is_config(node):
+                plain[key] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
-            missing = error.full_key or key
-            raise ConfigError(f"{missing} has no value: give one, for example {missing}=...") from None
+            raise ConfigError(f"{error.full_key} has no value: give one, for example {error.full_key}=...") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
     lora = plain["lora"]
@@ -109,12 +103,16 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
 
     Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed.
     """
-    weights, digest = trial.model.weights, None
-    in_package = DATASETS[trial.data.name].in_package
+    weights, digest, known = trial.model.weights, None, DATASETS[trial.data.name]
     if weights is not None and is_weights_file(weights):
         digest = file_sha256(user_path(weights))
+<<<<<<< HEAD
     elif weights is not None and trial.model.library == "torchvision" and not in_package and fetch:
         from lora_vit.models.weights import fetch_weights  # imports torch
+=======
+    elif weights is not None and fetch and trial.model.library == "torchvision" and not known.in_package:
+        from lora_vit.models.weights import check_weights  # imports torch
+>>>>>>> sweep
 
         fetch_weights(trial.model)  # before data is fetched for it
     content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)

@@ -28,11 +28,7 @@ class PackedSweeper(Sweeper):
         self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep; returns the validation accuracies of its trials. Called by Hydra.
-
-        Raises:
-            TrialFailed: some trials did not complete; all others are.
-        """
+        """Run the sweep for Hydra; returns the validation accuracies. Raises TrialFailed if a trial has none."""
         from lora_vit.compose import sweep_request
         from lora_vit.sweep.engines.local import start_early
 
@@ -40,10 +36,9 @@ class PackedSweeper(Sweeper):
             start_early()
         request = sweep_request(self.config)
         request.ended = self._call_back
-        from lora_vit.api import run_request  # imports torch
+        from lora_vit.sweep.run import run_sweep  # imports torch
 
-        found = run_request(request)
-        return None if found is None else list(found.values())
+        return list((run_sweep(request) or {}).values())
 
     def _call_back(self, trial: Any, state: Any) -> None:
         """What Hydra calls for each job, once the trial has ended."""

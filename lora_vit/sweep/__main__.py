@@ -59,8 +59,7 @@ def show(folder: Path) -> int:
     states = {name: state_of(folder / name) for name in names}
     order = ("completed", "running", "interrupted", "stopped", "failed", "refused", "new")
     best = sorted(states, key=lambda name: (order.index(states[name].status), -(accuracy_of(states[name]) or 0.0)))
-    labels = {name: trial.label for name, trial in sweep.trials.items()}
-    rows = [trial_row(name, labels.get(name, ""), states[name]) for name in best]
+    rows = [trial_row(n, sweep.trials[n].label if n in sweep.trials else "", states[n]) for n in best]
     console = make_console()
     print_table(console, "", HEADER, rows)
     total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())

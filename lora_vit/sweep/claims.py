@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lora_vit.files import replacing
 from lora_vit.stopping import repeating
 
@@ -48,29 +50,19 @@ def _born(pid: int) -> str:
 
 
 def _is_running(pid: int, born: str) -> bool:
-    if Path("/proc/self").exists():
-        return _born(pid) == born
-    with contextlib.suppress(PermissionError):  # another user's
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return True
+    return _born(pid) == born if Path("/proc/self").exists() else psutil.pid_exists(pid)
 
 
 class Claims:
     """This process's claims in one sweep's folder, and how those of others stood at the last look.
 
-    Attributes:
-        lost: ids of trials that another process has taken over from us.
-        progress: epochs of the trials that we train, by trial id, for others to see.
+    ``progress``: epochs of the trials that we train, by trial id, for others to see.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = uuid.uuid4().hex
-        self.lost: set[str] = set()
         self.progress: dict[str, float] = {}
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
@@ -78,7 +70,6 @@ class Claims:
         self._tokens: dict[Path, str] = {}
         self._owners: dict[str, tuple[bool, dict[str, Any]]] = {}  # asked once a look
         self._signs: dict[str, tuple[int, float]] = {}  # last sign of life, and when we first saw it
-        self._beat_at = time.monotonic()
 
     def look(self) -> None:
         """See how all trials stand now: one listing of the folder."""
@@ -109,7 +100,7 @@ class Claims:
 
     def token_of(self, trial_id: str) -> str:
         """The token of a trial's owner; empty where it cannot be read."""
-        claim = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
+        claim = self._claim(trial_id)
         if not self._tokens.get(claim):
             self._tokens[claim] = _read(claim)
         return self._tokens[claim]
@@ -125,14 +116,13 @@ class Claims:
             return False
         self._last[trial_id] = (number, "")
         self._held[trial_id] = number
-        self.lost.discard(trial_id)
         return True
 
     def release(self, trial_id: str, mark: str = FREE, error: str = "") -> None:
         """Give a claim back, with what went wrong here for the next process: others may take it, or it has ended."""
         number = self._held.pop(trial_id, None)
         self.progress.pop(trial_id, None)
-        if number is None or trial_id in self.lost:
+        if number is None:
             return
         with contextlib.suppress(OSError):  # a full disk: the trial is free once our process has ended
             self._create(self._path(trial_id, number, mark), json.dumps({"token": self.token, "error": error}))
@@ -149,24 +139,19 @@ class Claims:
         for trial_id in trial_ids:
             if self.state(trial_id) == ENDED:
                 self._last[trial_id] = (self._last[trial_id][0], FREE)
-                if self.take(trial_id):
-                    self.release(trial_id)
+                self.take(trial_id)
+                self.release(trial_id)
 
     def mine(self, trial_id: str) -> bool:
         """Whether a claim of ours still is: no other process has taken the trial over."""
         number = self._held.get(trial_id)
-        if number is None or trial_id in self.lost:
-            return False
-        try:
-            taken_over = self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()
-        except OSError:
-            return True  # an absent disk fails the write itself
-        if taken_over:
-            self.lost.add(trial_id)
-        return not taken_over
+        with contextlib.suppress(OSError):  # an absent disk fails the write itself
+            if number and (self._path(trial_id, number + 1).exists() or not self._path(trial_id, number).exists()):
+                del self._held[trial_id]
+        return trial_id in self._held
 
     def beat(self) -> None:
-        """Give a sign of life; after a long silence look for claims that others have taken over meanwhile."""
+        """Give a sign of life."""
         path = self.folder / f"{self.token}.owner"
         try:
             with replacing(path) as file:
@@ -174,10 +159,6 @@ class Claims:
         except OSError:
             with contextlib.suppress(OSError):  # a full disk ends the training itself
                 os.utime(path)
-        silence, self._beat_at = time.monotonic() - self._beat_at, time.monotonic()
-        if silence > DEAD_AFTER / 2:
-            for trial_id in list(self._held):
-                self.mine(trial_id)
 
     @contextlib.contextmanager
     def living(self) -> Any:
@@ -188,6 +169,9 @@ class Claims:
             finally:
                 for trial_id in list(self._held):
                     self.release(trial_id)
+
+    def _claim(self, trial_id: str) -> Path:
+        return self._path(trial_id, self._last.get(trial_id, (0, FREE))[0])
 
     def _path(self, trial_id: str, number: int, mark: str = "") -> Path:
         return self.folder / f"{trial_id}.{number}{mark and '.'}{mark}"
@@ -204,22 +188,17 @@ class Claims:
 
     def _owner(self, trial_id: str) -> tuple[bool, dict[str, Any]]:
         """Whether a trial's owner is dead, and what it says; the claim itself stands for one that left no file."""
-        claim, token = self._path(trial_id, self._last.get(trial_id, (0, FREE))[0]), self.token_of(trial_id)
+        claim, token = self._claim(trial_id), self.token_of(trial_id)
         name = token if token.isalnum() else claim.name
         if name not in self._owners:
-            self._owners[name] = self._look_at(name, claim)
+            sign, values = _sign_of_life(self.folder / f"{name}.owner")
+            sign, is_here = sign or _sign_of_life(claim)[0], values.get("host") == self._identity["host"]
+            if name not in self._signs or self._signs[name][0] != sign:
+                self._signs[name] = (sign, time.monotonic())
+            is_silent = time.monotonic() - self._signs[name][1] > DEAD_AFTER
+            has_ended = is_here and not _is_running(int(values["pid"]), str(values["born"]))
+            self._owners[name] = is_silent or has_ended, values
         return self._owners[name]
-
-    def _look_at(self, name: str, claim: Path) -> tuple[bool, dict[str, Any]]:
-        sign, values = _sign_of_life(self.folder / f"{name}.owner")
-        sign = sign or _sign_of_life(claim)[0]
-        if values.get("host") == self._identity["host"] and not _is_running(int(values["pid"]), str(values["born"])):
-            return True, values
-        last, since = self._signs.get(name, (None, 0.0))
-        if last != sign:
-            self._signs[name] = (sign, time.monotonic())
-            return False, values
-        return time.monotonic() - since > DEAD_AFTER, values
 
 
 def _read(path: Path) -> str:

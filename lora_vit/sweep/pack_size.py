@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,6 @@ import torch
 
 from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import TrialConfig
-from lora_vit.data.dataset import ImageData
-from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line
 from lora_vit.stopping import StopRequest
@@ -35,24 +34,20 @@ MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or 
 
 
 class Setups:
-    """Makes what trials train on; the last data set and the last backbone are kept."""
+    """Makes what trials train on, and keeps the last."""
 
     def __init__(self, process: Process):
         self.process = process
-        self._setup: tuple[str, Setup] | None = None
-        self._data: tuple[str, ImageData] | None = None
+        self._last: tuple[str, Setup] | None = None
 
     def of(self, trial: Trial) -> Setup:
         """Data and backbone for a trial. Raises ConfigError."""
         key = setup_key(trial.config)
-        if self._setup is None or self._setup[0] != key:
-            self._setup = None
+        if self._last is None or self._last[0] != key:
+            self._last = None
             free_memory()
-            data_key = digest(vars(trial.config.data))
-            if self._data is None or self._data[0] != data_key:
-                self._data = (data_key, load_data(trial.config.data, quiet=True))
-            self._setup = (key, build_setup(trial.config, self.process, self._data[1]))
-        return self._setup[1]
+            self._last = key, build_setup(trial.config, self.process)
+        return self._last[1]
 
 
 def uses_gpus(trials: Sequence[Trial]) -> bool:
@@ -96,13 +91,11 @@ class PackSizes:
         planned, wanted = len(group.trials), self.sweep.options.pack_size
         if group.alone or planned == 1:
             return 1
-        if group.key not in self._sizes:
-            size = int(wanted) if wanted != "auto" else self._measured(group, claims)
-            if size is None:
-                return None
-            self._sizes[group.key] = size
-        share = planned if wanted != "auto" else -(-planned // self.workers)
-        return min(self._sizes[group.key], share)
+        size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group, claims))
+        if size is None:
+            return None
+        self._sizes[group.key] = size
+        return min(size, planned if wanted != "auto" else -(-planned // self.workers))
 
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
@@ -114,9 +107,8 @@ class PackSizes:
         None if it was measured with too few trials to say anything for so many.
         """
         found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
-        if found is not None and found["limited_by_trials"]:
-            largest = max(map(int, found["seconds_per_trial_epoch"]))
-            return found if len(group.trials) < 2 * largest else None
+        if found and found["limited_by_trials"]:
+            return found if len(group.trials) < 2 * max(map(int, found["seconds_per_trial_epoch"])) else None
         return found
 
     def _kind(self, group: Group) -> str:
@@ -130,8 +122,7 @@ class PackSizes:
                 return None
             try:
                 self.sweep.refresh()  # another process may just have measured
-                figures = self.known(group) or self._measure(group)
-                if figures is None:
+                if (figures := self.known(group) or self._measure(group)) is None:
                     return 1
                 with self.sweep.changing() as plan:
                     plan["pack_sizes"][kind] = figures
@@ -142,9 +133,9 @@ class PackSizes:
     def _measure(self, group: Group) -> dict[str, Any] | None:
         """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
-        configs = [trial.config for trial in group.trials]
         try:
-            figures = choose_pack_size(configs, self.setups.of(group.trials[0]), self.workers, self.stop)
+            setup, configs = self.setups.of(group.trials[0]), [trial.config for trial in group.trials]
+            figures = choose_pack_size(configs, setup, self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
             if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
@@ -165,8 +156,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
-    best = size = 1
-    misses = 0
+    best, size, misses = 1, 1, 0
     while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
             break  # twice the pack takes at most twice the memory
@@ -193,12 +183,9 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    )
+    said = "out of memory|can't allocate memory|not enough memory|alloc_failed"
+    ran_out = isinstance(error, RuntimeError) and re.search(said, str(error), re.IGNORECASE)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(ran_out)
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
@@ -207,8 +194,17 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     Raises Interrupted when asked to stop.
     """
     gc.collect()  # what an earlier pack left
+<<<<<<< HEAD
     _reset_peak_memory(setup.device)
     pack = Pack([TrialRun(config) for config in configs], setup)
+=======
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
+    else:
+        with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
+            Path("/proc/self/clear_refs").write_text("5")
+    pack = Pack([TrialRun.without_files(config) for config in configs], setup)
+>>>>>>> sweep
     rates = pack.learning_rates()
     times: list[float] = []  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):
@@ -219,14 +215,6 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
             torch.cuda.synchronize(setup.device)
         times.append(time.perf_counter() - began)
     return min(times) * len(rates) / len(configs), _held_memory(setup.device)
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _held_memory(device: torch.device) -> int:

@@ -13,8 +13,7 @@ class Packs:
     """The open trials of a sweep in packs, from which a worker takes those that are free.
 
     The packs follow from the plan's order and the pack size alone, not from who was faster or when a worker came: a
-    process that finds a pack's first open trial taken leaves the whole pack to its owner. So with a fixed
-    ``sweep.pack_size`` the same sweep on the same machine gives the same bits.
+    process that finds a pack's first open trial taken leaves the whole pack to its owner.
     """
 
     def __init__(self, sweep: Sweep, claims: Claims):
@@ -43,10 +42,8 @@ class Packs:
     ) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim the packs that were free at the last look, each when it is asked for.
 
-        Args:
-            size_of: trials that train together, or None while another process measures it.
-            skip: ids of trials that this process cannot train.
-            strays: for the first pack take every free trial, also of packs whose first one another process has.
+        ``size_of``: trials that train together, or None while another process measures it; ``strays``: for the first
+        pack take every free trial, also of packs whose first one another process has.
         """
         for group in self._open:
             place, passes, step = 0, 0, 1

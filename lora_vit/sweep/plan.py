@@ -23,28 +23,25 @@ from lora_vit.config import SweepConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, write_json
 from lora_vit.records import CHECKPOINT, PLAN, RECORD, State, state_of
-from lora_vit.sweep.trial import Trial, digest
+from lora_vit.sweep.trial import Trial
 
 PLAN_SCHEMA = 4
 
 
 @dataclass
 class Request:
-    """What one command asks of a sweep.
-
-    ``ended`` is called with each trial that has ended since the command began, and how it stands.
-    """
+    """What one command asks of a sweep."""
 
     folder: Path
     options: SweepConfig
-    trials: list[Trial] = field(default_factory=list)  # validated; none for a search
+    trials: list[Trial] = field(default_factory=list)  # validated; of a search those at both ends of its space
     engine: Any = None  # options of one of lora_vit.sweep.engines.ENGINES
     command: str = field(default_factory=lambda: "python -m lora_vit.train " + shlex.join(sys.argv[1:]))
     hydra: str = ""  # Hydra's own part of the configuration, as YAML
     search: dict[str, Any] | None = None  # its space
     race: dict[str, Any] | None = None  # its rules and cells
     workers: int = 1
-    ended: Callable[[Trial, State], None] = lambda trial, state: None
+    ended: Callable[[Trial, State], None] = lambda trial, state: None  # called for each that ends while we watch
 
 
 class Sweep:
@@ -53,6 +50,7 @@ class Sweep:
     Attributes:
         trials: every trial of the plan by its id.
         batches: the trials that are to train, in the order of training; packs never cross a batch.
+        planned: the same in one list.
         options, race, search: of the newest command (:class:`Request`).
     """
 
@@ -99,6 +97,7 @@ class Sweep:
         try:
             trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
+            self.planned = [trial for batch in self.batches for trial in batch]
             self.options = SweepConfig(**plan["options"])
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
@@ -145,7 +144,7 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._add(request.trials)
+            self._add(request.trials if request.search is None else [])
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
@@ -154,10 +153,11 @@ class Sweep:
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         version=__version__)  # fmt: skip
 
-    def extend(self, trials: Sequence[Trial]) -> None:
-        """Append trials that a race or a search wants next; the caller holds the plan (:meth:`changing`)."""
+    def extend(self, trials: Sequence[Trial]) -> bool:
+        """Append what a race or a search wants next, if anything; the caller holds the plan (:meth:`changing`)."""
         self._add(trials)
-        self.plan["batches"].append([trial.trial_id for trial in trials])
+        self.plan["batches"] += [[trial.trial_id for trial in trials]] if trials else []
+        return bool(trials)
 
     def _add(self, trials: Iterable[Trial]) -> None:
         for trial in trials:
@@ -209,12 +209,3 @@ def short_key(key: str) -> str:
 def label(overrides: Sequence[str]) -> str:
     """``rank=4 lr=0.001`` of the overrides that are swept."""
     return " ".join(f"{short_key(key)}={value}" for key, _, value in (o.partition("=") for o in overrides))
-
-
-def default_name(swept: Sequence[str], preset: str | None, fixed: Any) -> str:
-    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
-
-    A grown list of values keeps the name; a changed fixed setting changes it.
-    """
-    words = [preset] if preset else [short_key(key) for key in swept] or ["sweep"]
-    return "_".join(dict.fromkeys(words))[:60] + "-" + digest(fixed, 6)

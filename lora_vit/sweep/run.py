@@ -25,7 +25,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of, suggested
+from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
 from lora_vit.sweep.view import HEADER, View, accuracy_of, trial_row
 from lora_vit.terminal import from_here, make_console, print_table
@@ -36,24 +36,18 @@ SHOWN = 30  # rows of a table on the terminal
 COMPARED, MARGIN = 3, 0.5  # so many settings of a search are proposed for a race, to within so many points
 
 
-def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
+def run_sweep(request: Request) -> dict[str, float] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
-    Returns the validation accuracy or the failure of each trial id; None after a dry run or with ``sweep.wait=false``.
-
-    Raises:
-        ConfigError: nothing was trained.
-        TrialFailed: workers end without training anything.
-        Interrupted: everything is saved.
+    Returns the validation accuracy of each trial id; None after a dry run or with ``sweep.wait=false``. Raises
+    ConfigError: nothing was trained; TrialFailed: some trials did not complete, all others are, or workers end without
+    training anything; Interrupted: everything is saved.
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
-    if not request.trials and search is None:
+    if not request.trials:
         raise ConfigError("no trials: give at least one")
-    trials = _each_once(request.trials, sweep)
+    trials = _each_once(request.trials, sweep) if search is None else request.trials[:1]
     request = replace(request, trials=trials)
-    if search is not None:  # one of its trials, for what all of them train on
-        first = {key: of["choices"][0][0] if "choices" in of else of["low"] for key, of in search["space"].items()}
-        trials = [suggested(search, first)]
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in (trial.config.trainer.devices for trial in trials):
@@ -72,7 +66,7 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
         asked = [trial for trial in sweep.trials.values() if cells is None or trial.cell_id in cells]
     _reopen(sweep, asked, trials[0].config.trainer.resume == "restart", options.retry_failed)
     ours = {trial.trial_id for trial in asked}
-    watched = [*asked, *(trial for batch in sweep.batches for trial in batch if trial.trial_id not in ours)]
+    watched = [*asked, *(trial for trial in sweep.planned if trial.trial_id not in ours)]
     states = {trial.trial_id: sweep.state_of(trial) for trial in watched}
     is_open = {name for name, state in states.items() if not state.ended}
     sweep.ask(request, asked, is_open)
@@ -86,11 +80,11 @@ def run_sweep(request: Request) -> dict[str, float | TrialFailed] | None:
     source = source_of(sweep)
     view = View(sweep, [(t, states[t.trial_id]) for t in watched if t.trial_id in is_open | ours])
     try:
-        if not follow(sweep, source, engine, view, request):
+        if not follow(source, engine, view, request):
             return None
     finally:
         view.progress.close()
-    return finish(sweep, source, [row.trial for row in view.rows.values()], request)
+    return finish(sweep, source, list(view.trials.values()), request)
 
 
 def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
@@ -104,12 +98,11 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
         print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
-    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
-        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
-        return list(once.values())
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in once}
     changed = [t for t in once.values() if tuple(t.overrides) in earlier and t.trial_id not in sweep.trials]
-    if changed:
+    if unread := [trial for trial in trials if not is_identified(trial.config)]:  # by a dry run
+        print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
+    elif changed:
         before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
         print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
               "they are trained again, and the summary does not mix the two")  # fmt: skip
@@ -135,26 +128,24 @@ def _reopen(sweep: Sweep, trials: Sequence[Trial], restart: bool, retry_failed: 
     """Open what the command asks to train again; a trial in training is left alone."""
     records = {trial.trial_id: sweep.state_of(trial).record for trial in trials if restart or retry_failed}
     again = {n: record for n, record in records.items() if record and (restart or record.status == "failed")}
-    if not again:
+    if not again:  # the folder may not be there, or not be ours to write
         return
     claims = Claims(sweep.folder)
     claims.look()
     for name, record in again.items():
-        if claims.state(name) == HELD:
-            continue
-        if restart:
+        if restart and claims.state(name) != HELD:
             (sweep.folder / name / RECORD).unlink()
-        else:
+        elif claims.state(name) != HELD:
             record.status = "interrupted"
             write_record(sweep.folder / name, record)
 
 
-def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Request) -> bool:
+def follow(source: Source, engine: Engine, view: View, request: Request) -> bool:
     """Start workers while trials are free, and watch until all have ended; whether that was waited for.
 
-    Raises what :func:`run_sweep` raises; also if the user lets workers continue by themselves.
+    Raises TrialFailed, Interrupted; also if the user lets workers continue by themselves.
     """
-    workers, tries = int(sweep.plan["workers"]), 0
+    tries = 0
     with StopRequest() as stop:
         try:
             while True:
@@ -170,7 +161,8 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                     break
                 if stop.signum:
                     _end(engine, view, stop)
-                missing = min(workers - alive, view.free() - max(0, alive - view.busy()))  # the idle will take some
+                idle = max(0, alive - view.busy())  # they will take some
+                missing = min(request.workers - alive, view.free() - idle)
                 if missing > 0 and tries < TRIES:
                     tries += 1
                     view.say(engine.start(missing))
@@ -179,7 +171,7 @@ def follow(sweep: Sweep, source: Source, engine: Engine, view: View, request: Re
                 elif missing > 0 and not alive:
                     raise TrialFailed(f"{tries} times workers were started and ended no trial, see above: what is "
                                       "saved stays, and the same command resumes")  # fmt: skip
-                stop.sleep(max(engine.poll_every, len(view.rows) * POLL_EVERY_TRIAL))
+                stop.sleep(max(engine.poll_every, len(view.trials) * POLL_EVERY_TRIAL))
         except KeyboardInterrupt:  # the second one
             engine.stop(now=True)
             raise
@@ -207,27 +199,27 @@ def _asks_to_cancel(view: View) -> bool:
     return False
 
 
-def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, Any]:
-    """Print the tables; the validation accuracy or the failure of each trial."""
+def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, float]:
+    """Print the tables; the validation accuracy of each trial. Raises TrialFailed if some have none."""
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
-    outcomes: dict[str, Any] = {n: found for n, s in states.items() if (found := accuracy_of(s)) is not None}
+    accuracies = {n: found for n, state in states.items() if (found := accuracy_of(state)) is not None}
     console = make_console()
     if isinstance(source, RaceSource):
         print_race(console, sweep, source)
-    elif isinstance(source, SearchSource):
-        print_found(console, sweep, outcomes)
-    else:
-        print_cells(console, trials, outcomes)
-    if failed := [trial for trial in trials if trial.trial_id not in outcomes]:
-        rows = [trial_row(trial.trial_id, trial.label, states[trial.trial_id]) for trial in failed]
-        print_table(console, "Not completed", HEADER, rows, SHOWN)
-        retry = not request.options.retry_failed and any(row[2] == "failed" for row in rows)
-        again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
-        error = TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
-        outcomes.update(dict.fromkeys((trial.trial_id for trial in failed), error))
+    elif not isinstance(source, SearchSource):
+        print_cells(console, trials, accuracies)
+    elif accuracies:
+        print_found(console, sweep, accuracies)
+    failed = [trial_row(t.trial_id, t.label, states[t.trial_id]) for t in trials if t.trial_id not in accuracies]
+    if failed:
+        print_table(console, "Not completed", HEADER, failed, SHOWN)
     where = from_here(sweep.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
-    return outcomes
+    if failed:
+        retry = not request.options.retry_failed and any(row[2] == "failed" for row in failed)
+        again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
+        raise TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
+    return accuracies
 
 
 def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, float]) -> None:
@@ -243,8 +235,8 @@ def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str,
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
-    lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
-    if lines:
+    if rows:
+        lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
         title = "Cells by mean validation accuracy (the summary says which differences are real)"
         print_table(console, title, ("", "cell", "mean val accuracy", "sd over seeds", "seeds"), lines, SHOWN)
 
@@ -263,9 +255,7 @@ def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
 
 
 def print_found(console: Console, sweep: Sweep, accuracies: dict[str, float]) -> None:
-    """What a search found, and the command that says whether it holds. Raises ConfigError if all trials failed."""
-    if not accuracies:
-        raise ConfigError(f"no trial completed: python -m lora_vit.sweep {shlex.quote(str(sweep.folder))} says why")
+    """What a search found, and the command that says whether it holds."""
     console.print(f"{len(accuracies)} trials completed, one seed each: no significance, and the best is biased upwards")
     new, commands = f"{sweep.folder}-best", []
     for name in sorted(accuracies, key=lambda name: -accuracies[name])[:COMPARED]:

@@ -46,10 +46,8 @@ def source_of(sweep: Sweep) -> Source:
 class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left.
 
-    Attributes:
-        cells: a trial of each cell with the first seed, in the order of the cells' ids, which settles ties.
-        ended: cell, seed, accuracy (None: failed) and val images of its trials that have ended, by their ids.
-        race: where the race stood at the last look.
+    ``cells``: a trial of each with the first seed, in the order of ids, which settles ties. ``ended``: cell, seed,
+    accuracy (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
     """
 
     def __init__(self, sweep: Sweep):
@@ -84,11 +82,8 @@ class RaceSource(Source):
             if self.sweep.race is None:  # another command asks for a fixed sweep
                 return False
             self.look()
-            queued = {trial.trial_id for batch in self.sweep.batches for trial in batch}
-            new = [trial for trial in self.wanted() if trial.trial_id not in queued]
-            if new:
-                self.sweep.extend(new)
-        return bool(new)
+            queued = {trial.trial_id for trial in self.sweep.planned}
+            return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
 
     def title(self) -> str:
         """Where the race stands, in a line."""
@@ -98,8 +93,7 @@ class RaceSource(Source):
         if not race.ended:
             return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
                     f"far, about {race.expected()} more if the means stay")  # fmt: skip
-        name = None if race.selected is None else self._names()[race.selected]
-        end = "not resolved" if name is None else f"{name} is selected"
+        end = "not resolved" if race.selected is None else f"{self._names()[race.selected]} is selected"
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
     def _names(self) -> list[str]:
@@ -152,10 +146,8 @@ class SearchSource(Source):
             lost = [suggested(search, t.params) for name, t in known.items() if name not in self.sweep.trials]
             size, workers = self.sweep.options.pack_size, int(self.sweep.plan["workers"])
             at_once = int(size) if size != "auto" else max(1, search["trials"] // BATCHES // workers)
-            new = lost or self._ask(study, search, min(at_once, search["trials"] - len(known)), known)
-            if new:
-                self.sweep.extend(new)
-        return bool(new)
+            left = search["trials"] - len(known)
+            return self.sweep.extend(lost or self._ask(study, search, min(at_once, left), known))
 
     def _open_study(self, search: dict[str, Any]) -> Any:
         optuna, journal = import_optuna(search["trials"])
@@ -201,8 +193,8 @@ class SearchSource(Source):
                 theirs.set_user_attr("error", str(error))
                 study.tell(theirs, state=optuna.trial.TrialState.FAIL)
                 continue
-            if trial.trial_id in known or trial.trial_id in new:
-                value = known[trial.trial_id].value if trial.trial_id in known else None
+            if trial.trial_id in {**known, **new}:
+                value = getattr(known.get(trial.trial_id), "value", None)
                 study.tell(theirs, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
                 continue
             theirs.set_user_attr("trial_id", trial.trial_id)
@@ -232,10 +224,8 @@ def distribution(key: str, of: dict[str, Any]) -> Any:
 def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
     """The trial of a suggestion; a number between two ends gets four digits. Raises ConfigError if it cannot be.
 
-    Args:
-        search: ``space`` (what each key may be), ``bases`` (the composed config, unresolved, for each combination of
-            group options) and ``fixed`` (the other overrides).
-        params: the value of each key, or its text among the choices.
+    ``search``: ``space`` (what each key may be), ``bases`` (the composed config, unresolved, for each combination of
+    group options) and ``fixed`` (the other overrides); ``params``: each key's value, or its text among the choices.
     """
     from omegaconf import OmegaConf
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_vit.config import TrialConfig, canonical, ids, to_dict
+from lora_vit.config.names import BASELINES
 
 
 @dataclass
@@ -52,12 +53,10 @@ class Group:
     @property
     def title(self) -> str:
         """How a plan names the group."""
-        c = self.trials[0].config
-        where = "linear probe" if c.lora.method == "none" else "full fine-tuning"
-        if c.lora.method == "lora":
-            blocks = "" if c.lora.blocks is None else f" in blocks {','.join(map(str, c.lora.blocks))}"
-            where = "LoRA on " + " ".join(c.lora.targets or []) + blocks
-            where += f", bias {c.lora.bias}" if c.lora.bias != "none" else ""
+        c, lora = self.trials[0].config, self.trials[0].config.lora
+        blocks = "" if lora.blocks is None else f" in blocks {','.join(map(str, lora.blocks))}"
+        bias = "" if lora.bias == "none" else f", bias {lora.bias}"
+        where = BASELINES.get(lora.method) or f"LoRA on {' '.join(lora.targets or [])}{blocks}{bias}"
         size = "" if c.model.image_size is None else f" {c.model.image_size} px"
         return f"{c.model.name}{size}, {c.data.name}, batch {c.data.batch_size}, {where}"
 

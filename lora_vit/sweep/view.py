@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from lora_vit.records import NO_ACCURACY, RECORD, State
 from lora_vit.sweep.claims import ENDED, HELD, Claims
@@ -26,10 +25,10 @@ def trial_row(trial_id: str, label: str, state: State) -> tuple[str, ...]:
     return trial_id, label, status, epochs, "" if accuracy is None else f"{accuracy:.2%}", why
 
 
-def ending(trial_id: str, label: str, state: State) -> str:
+def ending(trial: Trial, state: State) -> str:
     """What a trial has come to, in a line."""
-    _, _, status, _, accuracy, why = trial_row(trial_id, label, state)
-    return f"{trial_id} {label}  {status}  {why or (accuracy and f'val accuracy {accuracy}')}"
+    name, label, status, _, accuracy, why = trial_row(trial.trial_id, trial.label, state)
+    return f"{name} {label}  {status}  {why or (accuracy and f'val accuracy {accuracy}')}"
 
 
 def accuracy_of(state: State | None) -> float | None:
@@ -39,91 +38,71 @@ def accuracy_of(state: State | None) -> float | None:
     return state.record.metrics.get("val_accuracy")
 
 
-@dataclass
-class Row:
-    """How a trial stands; ``state`` once it has ended."""
-
-    trial: Trial
-    state: State | None = None
-    is_running: bool = False
-    epochs: float = 0.0
-
-
 class View:
     """Watches the trials of a sweep: a bar, or plain lines when piped, and a line for each trial that ends.
 
-    It reads what any process can read: the plan, the claims and the records.
+    It reads what any process can read: the plan, the claims and the records. ``trials``: those that the command waits
+    for, and those that others have added; ``ended``: what has become of them, by their ids.
     """
 
-    def __init__(self, sweep: Sweep, trials: Iterable[tuple[Trial, State]]):
-        """``trials``: those that the command waits for, and how they stand."""
+    def __init__(self, sweep: Sweep, trials: Sequence[tuple[Trial, State]]):
         self.sweep, self.claims = sweep, Claims(sweep.folder)
-        self.rows: dict[str, Row] = {}
-        for trial, state in trials:
-            epochs = float(state.record.metrics.get("epoch") or 0) if state.record is not None else 0.0
-            self.rows[trial.trial_id] = Row(trial, state if state.ended else None, False, epochs)
-        self._shown = self._done()
-        self.progress = Progress("sweep", self._total(), quiet=False, unit="epochs", done=self._shown)
+        self.trials = {trial.trial_id: trial for trial, _ in trials}
+        self.ended = {trial.trial_id: state for trial, state in trials if state.ended}
+        self._trained = {t.trial_id: float(s.record.metrics.get("epoch") or 0) for t, s in trials if s.record}
+        self._shown, total = self._epochs()
+        self.progress = Progress("sweep", total, quiet=False, unit="epochs", done=self._shown)
         self.console = self.progress.console
 
     def look(self) -> list[tuple[Trial, State]]:
         """See how the trials stand, and show it; returns those that have ended since the last look."""
         self.claims.look()
         self.sweep.refresh()
-        ended: list[tuple[Trial, State]] = []
-        for trial in (trial for batch in self.sweep.batches for trial in batch):
-            row = self.rows.setdefault(trial.trial_id, Row(trial))
-            if row.state is None:
-                self._see(row)
-                if row.state is not None:
-                    ended.append((trial, row.state))
-        total = sum(row.state is not None for row in self.rows.values())
-        for trial, state in ended:
-            self.say(f"[{total}/{len(self.rows)}] {ending(trial.trial_id, trial.label, state)}")
-        running = sum(row.is_running for row in self.rows.values())
-        best = max((accuracy_of(row.state) or 0.0 for row in self.rows.values()), default=0.0)
-        figures = f"{total}/{len(self.rows)} trials ended, {running} running" + (f", best {best:.2%}" if best else "")
-        self.progress.total, self.progress.figures = self._total(), figures
-        new = self._done() - self._shown
-        if new > 0 or self.console.is_terminal:
-            self.progress.advance(new)
-            self._shown += new
-        return ended
-
-    def _see(self, row: Row) -> None:
-        """Bring the row of a trial up to date that had not ended."""
-        name = row.trial.trial_id
-        standing = self.claims.state(name)
-        row.is_running = standing == HELD
-        if standing != ENDED:
-            row.epochs = max(row.epochs, self.claims.epochs(name))
-            return
-        state = self.sweep.state_of(row.trial)
-        if state.ended:
-            row.state = state
-        else:  # its record was removed
-            self.claims.reopen([name])
-
-    def free(self) -> int:
-        """Trials that no process has."""
-        return sum(row.state is None and not row.is_running for row in self.rows.values())
-
-    def busy(self) -> int:
-        return len({self.claims.token_of(name) for name, row in self.rows.items() if row.is_running})
+        new: list[tuple[Trial, State]] = []
+        for trial in self.open():
+            name = trial.trial_id
+            self.trials[name] = trial
+            if self.claims.state(name) != ENDED:
+                self._trained[name] = max(self._trained.get(name, 0.0), self.claims.epochs(name))
+            elif (state := self.sweep.state_of(trial)).ended:
+                self.ended[name] = state
+                new.append((trial, state))
+            else:  # its record was removed
+                self.claims.reopen([name])
+        count = f"{len(self.ended)}/{len(self.trials)}"
+        for trial, state in new:
+            self.say(f"[{count}] {ending(trial, state)}")
+        best = max((accuracy_of(state) or 0.0 for state in self.ended.values()), default=0.0)
+        figures = f"{count} trials ended, {len(self.running())} running" + (f", best {best:.2%}" if best else "")
+        done, self.progress.total = self._epochs()
+        self.progress.figures = figures
+        if done > self._shown or self.console.is_terminal:
+            self.progress.advance(done - self._shown)
+            self._shown = done
+        return new
 
     def open(self) -> list[Trial]:
         """Trials of the plan that have not ended, as far as we have seen."""
-        planned = (trial for batch in self.sweep.batches for trial in batch)
-        return [trial for trial in planned if self.rows.get(trial.trial_id, Row(trial)).state is None]
+        return [trial for trial in self.sweep.planned if trial.trial_id not in self.ended]
+
+    def running(self) -> list[str]:
+        """Ids of the trials that a process has."""
+        return [name for name in self.trials if name not in self.ended and self.claims.state(name) == HELD]
+
+    def free(self) -> int:
+        """Trials that no process has."""
+        return len(self.trials) - len(self.ended) - len(self.running())
+
+    def busy(self) -> int:
+        """Processes that have a trial."""
+        return len({self.claims.token_of(name) for name in self.running()})
 
     def say(self, text: str) -> None:
         if text:
             self.console.print(text, markup=False)
 
-    def _total(self) -> int:
-        return sum(row.trial.config.trainer.epochs for row in self.rows.values())
-
-    def _done(self) -> int:
-        """Epochs that are trained; what has ended needs no more."""
-        done = (row.epochs if row.state is None else row.trial.config.trainer.epochs for row in self.rows.values())
-        return int(sum(done))
+    def _epochs(self) -> tuple[int, int]:
+        """Those that are trained, and all; what has ended needs no more."""
+        of = {name: trial.config.trainer.epochs for name, trial in self.trials.items()}
+        done = sum(n if name in self.ended else self._trained.get(name, 0.0) for name, n in of.items())
+        return int(done), sum(of.values())

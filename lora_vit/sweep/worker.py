@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -29,18 +30,18 @@ from lora_vit.training.trial import ClaimLost, TrialRun
 
 POLL_EVERY = 0.5  # seconds between looks while other processes hold what is left
 POLL_EVERY_TRIAL = 0.001  # or so many for each trial of a large sweep, whose folder takes long to list
+OF_THE_DEVICE = re.compile("CUDA error|CUDA driver|cuDNN error|CUBLAS_STATUS|NCCL error")  # nothing works after these
 
 
 def work(folder: Path) -> None:
     """Be a worker of a sweep on a device of one's own, until no trial is left that is open or held by another process.
 
-    It gives signs of life, says in plain lines what it does, and raises what :meth:`Worker.work` raises. Raises
-    ConfigError also if there is no such sweep, or no device.
+    Raises what :meth:`Worker.work` raises; ConfigError also if there is no such sweep, or no device.
     """
     say = functools.partial(make_console().print, markup=False)
     with StopRequest() as stop, Claims(folder).living() as claims:
         sweep = Sweep.existing(folder)
-        say(f"a worker of {folder}: {sum(map(len, sweep.batches))} trials are planned")
+        say(f"a worker of {folder}: {len(sweep.planned)} trials are planned")
         Worker(sweep, claims, stop, say).work()
     say("no trial is left to train")
 
@@ -65,8 +66,7 @@ class Worker(Reporter):
 
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
-        planned = [trial for batch in sweep.batches for trial in batch]
-        self.setups = Setups(Process(local_rank=own_device(planned, claims)))
+        self.setups = Setups(Process(local_rank=own_device(sweep.planned, claims)))
         self.sizes = PackSizes(sweep, self.setups, stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
         self.cannot: dict[str, str] = {}  # trials that this process cannot train, and why
@@ -75,20 +75,26 @@ class Worker(Reporter):
     def work(self) -> None:
         """Train until no trial is left.
 
-        Raises:
-            ConfigError: some trials cannot be trained here.
-            TrialFailed: this process or its device is broken.
-            Interrupted: everything is saved.
+        Raises ConfigError: some trials cannot be trained here; TrialFailed: this process or its device is broken;
+        Interrupted: everything is saved.
         """
         for group, trials in self.claimed():
-            self.train(group, trials)
+            try:
+                self.train_pack(group, trials, self.setups.of(trials[0]))
+            except ConfigError as error:  # what the group trains on cannot be had here
+                self.give_up([trial.trial_id for trial in group.trials], str(error))
+            except ClaimLost as error:
+                self.say(f"{error} was taken over by another process")
+            finally:
+                for trial in trials:
+                    self.claims.release(trial.trial_id)
         if self.cannot:
             name, why = next(iter(self.cannot.items()))
             raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
 
     def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
-        in_vain = 0  # looks in a row that found free trials, none for us
+        strays = False  # whether the last look found free trials, none for us
         asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
@@ -100,11 +106,11 @@ class Worker(Reporter):
             if standing == ENDED:
                 return
             is_vain = True
-            for pack in self.packs.take(self.size_of, self.cannot, strays=in_vain > 0):
+            for pack in self.packs.take(self.size_of, self.cannot, strays):
                 is_vain, asked = False, -1
                 yield pack
                 self.stop.heed()
-            in_vain = in_vain + 1 if is_vain and standing == FREE else 0
+            strays = is_vain and standing == FREE
             if is_vain:
                 self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
 
@@ -121,32 +127,16 @@ class Worker(Reporter):
         self.say(f"{len(trial_ids)} trials cannot be trained here: {why}")
         self.cannot.update(dict.fromkeys(trial_ids, why))
 
-    def train(self, group: Group, trials: list[Trial]) -> None:
-        """Train claimed trials; those that have not ended are free afterwards."""
-        try:
-            self.train_pack(group, trials, self.setups.of(trials[0]))
-        except ConfigError as error:  # what the group trains on cannot be had here
-            self.give_up([trial.trial_id for trial in group.trials], str(error))
-        except ClaimLost as error:
-            self.say(f"{error} was taken over by another process")
-        finally:
-            for trial in trials:
-                self.claims.release(trial.trial_id)
-
     def train_pack(self, group: Group, trials: list[Trial], setup: Setup) -> None:
         """Train trials together that stand at one step of their epochs; after an error, each half by itself."""
-        runs: list[TrialRun] = []
         parts: list[list[str]] = []
-        try:
-            by_step: dict[int, list[TrialRun]] = {}
+        by_step: dict[int, list[TrialRun]] = {}
+        with contextlib.ExitStack() as opened:
             for run in filter(None, (self.open(trial, setup) for trial in trials)):
-                runs.append(run)
+                opened.callback(run.close)
                 by_step.setdefault(run.state.step_in_epoch, []).append(run)
             for members in by_step.values():
                 parts += self.train_together(group, members, setup)
-        finally:
-            for run in runs:
-                run.close()
         if parts:
             free_memory()
         for part in parts:
@@ -170,17 +160,13 @@ class Worker(Reporter):
         self.say(f"training {', '.join(run.name for run in pack.trials)}")
 
     def advance(self, pack: Pack) -> None:
-        """Called after every step: others see how far the trials are, and the pack ends if a claim of it was lost."""
-        part = pack.step_in_epoch / pack.steps_per_epoch
+        """Called after every step: others see how far the trials are."""
         for run in pack.trials:
-            self.claims.progress[run.name] = run.state.epoch + part
-        if lost := [run.name for run in pack.trials if run.name in self.claims.lost]:
-            raise ClaimLost(", ".join(lost))
+            self.claims.progress[run.name] = run.state.epoch + pack.step_in_epoch / pack.steps_per_epoch
 
     def left(self, trial: TrialRun) -> None:
         self.claims.release(trial.name, ENDED)
-        label = self.sweep.trials[trial.name].label
-        self.say(ending(trial.name, label, State(trial.record.status, trial.record)))
+        self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record)))
 
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
         """Train a pack; returns the ids of what is to train by itself after an error, in halves.
@@ -191,12 +177,10 @@ class Worker(Reporter):
             train_trials(runs, setup, self, self.stop)
             self._last_error = ""
             return []
-        except (Interrupted, ClaimLost):
-            raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
+            if isinstance(error, (Interrupted, ClaimLost)) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
-            if _is_of_the_device(error):
+            if isinstance(error, RuntimeError) and OF_THE_DEVICE.search(str(error)) and not out_of_memory(error):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
             if len(runs) == 1:
                 self.blame(runs[0], error)
@@ -231,11 +215,3 @@ class Worker(Reporter):
 def _alike(one: str, other: str) -> bool:
     """Whether two errors say the same but for their numbers: a full GPU's names free bytes and processes."""
     return re.sub(r"[\d.]+", "#", one) == re.sub(r"[\d.]+", "#", other)
-
-
-def _is_of_the_device(error: Exception) -> bool:
-    """Whether a fresh process would not have the error: after one of these nothing works in this one."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and not out_of_memory(error) and any(
-        word in text for word in ("CUDA error", "CUDA driver", "cuDNN error", "CUBLAS_STATUS", "NCCL error")
-    )

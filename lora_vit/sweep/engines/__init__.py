@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 from lora_vit.errors import ConfigError
 
+LOG_LINES = 5  # the last ones of a worker's log say why it ended
+
 
 class Engine(Protocol):
     """Starts processes that do ``python -m lora_vit.sweep work FOLDER``; the plan says what to train."""
 
-    folder: Path
     outlives_us: bool = False  # whether workers continue when the command ends
     poll_every: float = 2.0  # seconds between two looks of the command
 
@@ -35,9 +36,6 @@ class Engine(Protocol):
 
     def withdraw(self) -> None:
         """Take back the workers whose turn has not come: nothing is left for them. Those that run end by themselves."""
-
-
-LOG_LINES = 5  # the last ones of a worker's log say why it ended
 
 
 @contextlib.contextmanager
@@ -121,5 +119,4 @@ def start_engine(options: Any, folder: Path) -> Engine:
         module = import_module(f"lora_vit.sweep.engines.{name}")
     except ImportError as error:
         raise ConfigError(f"engine={name} needs {error.name}: pip install 'lora_vit[{name}]'") from None
-    engine: Engine = getattr(module, name.title())(values, folder)
-    return engine
+    return getattr(module, name.title())(values, folder)

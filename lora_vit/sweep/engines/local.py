@@ -25,31 +25,28 @@ from lora_vit.sweep.engines import LOG_LINES, Engine, into_log
 
 MOST_CPU_WORKERS = 8  # that share the cores
 
-_waiting: list[subprocess.Popen[str]] = []
+_waiting: list[Any] = []
 
 
 def start_early() -> None:
-    """Have a process that imports torch and waits for its orders."""
+    """Have a process that imports torch and waits for its orders; it prints into ``said``."""
     if not _waiting:
-        _waiting.append(_start_process())
-
-
-def _start_process() -> subprocess.Popen[str]:
-    said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
-    process = subprocess.Popen([sys.executable, "-m", "lora_vit.sweep", "work", "-"], text=True, stdin=subprocess.PIPE,
-                               stdout=said, stderr=said, start_new_session=True)  # fmt: skip
-    process.said = said  # type: ignore[attr-defined]
-    return process
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
+        command = [sys.executable, "-m", "lora_vit.sweep", "work", "-"]
+        process: Any = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=said, stderr=said,
+                                        start_new_session=True)  # fmt: skip
+        process.said = said
+        _waiting.append(process)
 
 
 def _last_words(process: Any) -> list[str]:
     """The last lines of what a process has said; it gets no orders any more."""
     process.said.seek(0)
-    lines = process.said.read().splitlines()[-LOG_LINES:]
+    lines = process.said.readlines()[-LOG_LINES:]
     process.said.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    return list(lines)
+    return [line.rstrip() for line in lines]
 
 
 class Local(Engine):
@@ -59,7 +56,7 @@ class Local(Engine):
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
         self.folder = folder.resolve()
-        self._crews: list[tuple[subprocess.Popen[str], int]] = []
+        self._crews: list[tuple[Any, int]] = []
         self._threads = 1
         start_early()
 
@@ -68,25 +65,24 @@ class Local(Engine):
 
         from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory, uses_gpus
 
-        on_gpu = uses_gpus(trials)
-        if on_gpu:
-            visible = torch.cuda.device_count()
+        wanted = 0 if asked == "auto" else int(asked)
+        if uses_gpus(trials):
+            most = torch.cuda.device_count()
+            if wanted > most:
+                raise ConfigError(f"sweep.workers={wanted}: only {most} GPUs are visible, give at most that")
         else:  # processes of few threads wait less for one another than one of many does
             largest = max(expected_bytes(trial.config) for trial in trials)
             fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
-            visible = min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
-        wanted = visible if asked == "auto" else int(asked)
-        if on_gpu and wanted > visible:
-            raise ConfigError(f"sweep.workers={wanted}: only {visible} GPUs are visible, give at most that")
-        count = max(1, min(wanted, len(trials)))
+            most = min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
+        count = max(1, min(wanted or most, len(trials)))
         self._threads = max(1, torch.get_num_threads() // count)
         return count
 
     def start(self, count: int) -> str:
-        process = _waiting.pop() if _waiting else _start_process()
-        orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
+        start_early()
+        process = _waiting.pop()
         with contextlib.suppress(BrokenPipeError):  # it has ended: `look` says why
-            assert process.stdin is not None
+            orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
             process.stdin.write(json.dumps(orders) + "\n")
             process.stdin.flush()
         self._crews.append((process, count))
@@ -105,18 +101,15 @@ class Local(Engine):
     def stop(self, now: bool = False) -> None:
         for process, _ in self._crews:
             with contextlib.suppress(ProcessLookupError):
-                if now:
-                    os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGKILL) if now else process.send_signal(signal.SIGTERM)
 
     def withdraw(self) -> None:
         while _waiting:
             _last_words(_waiting.pop())
-        while self._crews:  # they end by themselves
-            process, _ = self._crews.pop()
+        for process, _ in self._crews:  # they end by themselves
             process.wait()
             _last_words(process)
+        self._crews.clear()
 
 
 def expected_bytes(config: TrialConfig) -> int:
@@ -129,9 +122,8 @@ def expected_bytes(config: TrialConfig) -> int:
 
     m = shape_of(config.model)
     tokens = config.data.batch_size * m.tokens
-    weights = m.layers * m.width * (4 * m.width + 2 * m.mlp)
-    trained = 4 if config.lora.method == "full" else 2
-    return (400 << 20) + 4 * (trained * weights + m.layers * tokens * (7 * m.width + m.mlp))
+    weights = (4 if config.lora.method == "full" else 2) * m.layers * m.width * (4 * m.width + 2 * m.mlp)
+    return (400 << 20) + 4 * (weights + m.layers * tokens * (7 * m.width + m.mlp))
 
 
 def work_for_command() -> int:
@@ -143,8 +135,7 @@ def work_for_command() -> int:
 
     from lora_vit.sweep.worker import exit_code
 
-    line = sys.stdin.readline()
-    if not line:
+    if not (line := sys.stdin.readline()):
         return 0
     orders = json.loads(line)
     torch.set_num_threads(orders["threads"])

@@ -55,15 +55,14 @@ class Ray(Engine):
         finally:
             signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self.gpus = parameters["num_gpus"] if parameters["num_gpus"] is not None else float(has_gpus)
+        self.gpus = float(has_gpus) if parameters["num_gpus"] is None else parameters["num_gpus"]
         self.tasks: list[Any] = []
 
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         if asked != "auto":
             return min(int(asked), len(trials))
-        total = ray.cluster_resources()
-        fit = [int(total.get("CPU", 0) // self.parameters["num_cpus"])] if self.parameters["num_cpus"] else []
-        fit += [int(total.get("GPU", 0) // self.gpus)] if self.gpus else []
+        total, needs = ray.cluster_resources(), {"CPU": self.parameters["num_cpus"], "GPU": self.gpus}
+        fit = [int(total.get(kind, 0) // need) for kind, need in needs.items() if need]
         return max(1, min([*fit, len(trials)]))
 
     def start(self, count: int) -> str:

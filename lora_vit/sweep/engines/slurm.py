@@ -7,6 +7,7 @@ import io
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from submitit.core.utils import FailedJobError
 
 from lora_vit.errors import ConfigError
 from lora_vit.sweep.engines import LOG_LINES, Engine
-from lora_vit.sweep.plan import digest
+from lora_vit.sweep.trial import digest
 from lora_vit.sweep.worker import exit_code
 
 QUEUE_EVERY = 10.0  # seconds between two questions to Slurm, whose sites throttle those who ask often
 
 
+@dataclass
 class Job:
     """What a job runs. On its time limit or preemption it saves, and submitit queues it again."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    folder: Path
 
     def __call__(self) -> int:
         """Be a worker; returns its exit code."""
@@ -83,8 +84,7 @@ class Slurm(Engine):
                 outcome, result = job._get_outcome_and_result()
             if outcome == "success" and result == 0:
                 continue
-            if outcome == "success":
-                result = f"ended with code {result}"
+            result = f"ended with code {result}" if outcome == "success" else result
             lines = str(result).strip().splitlines()[-1:]
             for path in (job.paths.stdout, job.paths.stderr):
                 with contextlib.suppress(OSError):

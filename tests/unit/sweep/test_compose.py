@@ -235,6 +235,10 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
     assert asked("lora.rank=2,4,8", "seed=0,1").folder == request.folder, "a grown list"
     assert asked("lora.rank=2,4", "seed=0,1", "trainer.log_every=5").folder == request.folder, "no other numbers"
     assert asked("lora.rank=2,4", "seed=0,1", "trainer.epochs=3").folder != request.folder
+    assert re.fullmatch(r"sweep-[0-9a-f]{6}", asked("seed=0").folder.name)
+    assert asked("model.name=vit_tiny,vit_tiny", "data.name=fake,fake").folder.name[:5] == "name-", "each word once"
+    many = ("optimizer.weight_decay", "trainer.validate_every", "trainer.checkpoint_every", "data.train_per_class")
+    assert asked("data.batch_size=8,16", *(f"{key}=choice(1)" for key in many)).folder.name[60] == "-", "bounded"
     assert asked("seed=0,1", "sweep.name=mine").folder == Path("outputs/sweeps/mine")
     assert asked("seed=0,1", folder=tmp_path / "a,b c").folder == tmp_path / "a,b c"
 
@@ -276,7 +280,7 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     request = asked("lora=choice(default,none)", "lora.rank=interval(1,4)", "optimizer.lr=tag(log,interval(1e-4,0.1))",
                     "sweep.trials=9", "data.root=images")  # fmt: skip
     search = request.search or {}
-    assert request.trials == []
+    assert [trial.config.optimizer.lr for trial in request.trials] == [1e-4, 0.1], "both ends are validated"
     assert search["trials"] == 9
     rank = {"low": 1, "high": 4, "log": False, "integer": True, "group": False, "step": 1}
     assert search["space"]["lora.rank"] == rank

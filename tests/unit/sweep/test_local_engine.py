@@ -58,8 +58,7 @@ def long_trials(count: int) -> list[Trial]:
 @pytest.fixture
 def idle(tmp_path, monkeypatch) -> Local:
     """An engine that has started no process."""
-    monkeypatch.setattr(local, "_start_process", lambda: None)
-    monkeypatch.setattr(local, "_waiting", [])
+    monkeypatch.setattr(local, "start_early", lambda: None)
     return Local({}, tmp_path)
 
 

@@ -11,7 +11,7 @@ from plain_trials import BASELINE, PLAIN, plain_trial
 from sweeps import trial_of
 
 from lora_vit.config import ids, trial_id
-from lora_vit.sweep.plan import default_name, label
+from lora_vit.sweep.plan import label
 from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
 INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora.scaling", "seed"}
@@ -124,20 +124,3 @@ def test_labels_have_the_last_words_of_keys():
     """A value may have any signs."""
     lines = ["lora.rank=4", "+seed=0", "hydra/launcher=x", "~a.b.c=1", "model.weights=a/b=c.pt"]
     assert label(lines) == "rank=4 seed=0 launcher=x c=1 weights=a/b=c.pt"
-
-
-def test_a_name_changes_with_what_is_fixed_and_has_the_words_of_what_is_swept():
-    assert default_name(["lora.rank"], None, ["a"]) != default_name(["lora.rank"], None, ["b"])
-
-    def words(swept=("lora.rank", "seed"), preset=None) -> str:
-        name, _, digits = default_name(swept, preset, []).rpartition("-")
-        assert len(bytes.fromhex(digits)) == 3
-        return name
-
-    assert words() == "rank_seed"
-    assert words(swept=("seed", "lora.rank")) == "seed_rank"
-    assert words(swept=("lora.rank", "model.rank", "seed")) == "rank_seed"
-    assert words(swept=()) == "sweep"
-    assert words(preset="rank_lr") == "rank_lr"
-    long = [f"optimizer.long_name_{i}" for i in range(20)]
-    assert words(swept=long) == "_".join(f"long_name_{i}" for i in range(20))[:60]

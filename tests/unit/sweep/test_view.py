@@ -11,7 +11,7 @@ from sweeps import claimed, leave_record, seed_trials, sweep_of
 
 from lora_vit import terminal as terminal_module
 from lora_vit.records import RECORD, State
-from lora_vit.sweep import view as view_module
+from lora_vit.sweep import claims as claims_module
 from lora_vit.sweep.claims import ENDED, FREE, Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
@@ -45,7 +45,7 @@ class Watched:
         return [(trial.trial_id, state.status) for trial, state in self.view.look()]
 
     def running(self) -> list[bool]:
-        return [self.view.rows[trial.trial_id].is_running for trial in self.trials]
+        return [trial.trial_id in self.view.running() for trial in self.trials]
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_follower_opens_one_file_for_each_owner(watched, monkeypatch):
     watched.owner.beat()
     watched.look()
     opened = []
-    monkeypatch.setattr(view_module.Claims, "_look_at", lambda *args: opened.append(args) or (False, {}))
+    monkeypatch.setattr(claims_module, "_sign_of_life", lambda *args: opened.append(args) or (1, {}))
     monkeypatch.setattr(Sweep, "state_of", lambda *args: pytest.fail("a record is read"))
     watched.look()
     assert len(opened) == 1
