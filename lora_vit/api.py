@@ -10,8 +10,6 @@ Errors are those of :mod:`lora_vit.errors`. Interrupted is raised when the proce
 notebook's stop button): what was trained is saved, and the same call resumes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

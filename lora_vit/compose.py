@@ -1,7 +1,5 @@
 """Hydra's part: from overrides to typed, validated trials, and Hydra's errors as one line."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

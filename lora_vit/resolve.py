@@ -1,7 +1,5 @@
 """From a composed OmegaConf node to a typed, validated trial that knows which files it uses."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path
@@ -106,13 +104,8 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     weights, digest, known = trial.model.weights, None, DATASETS[trial.data.name]
     if weights is not None and is_weights_file(weights):
         digest = file_sha256(user_path(weights))
-<<<<<<< HEAD
-    elif weights is not None and trial.model.library == "torchvision" and not in_package and fetch:
-        from lora_vit.models.weights import fetch_weights  # imports torch
-=======
     elif weights is not None and fetch and trial.model.library == "torchvision" and not known.in_package:
-        from lora_vit.models.weights import check_weights  # imports torch
->>>>>>> sweep
+        from lora_vit.models.weights import fetch_weights  # imports torch
 
         fetch_weights(trial.model)  # before data is fetched for it
     content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)

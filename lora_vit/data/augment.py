@@ -7,8 +7,6 @@ whatever box each image has, on CPU and GPU alike.
 Shapes: B image, h w source pixels, S target pixels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Images decoded once, on all cores, into a uint8 array that every later run maps into memory."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

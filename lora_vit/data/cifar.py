@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) through torchvision."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from typing import Any

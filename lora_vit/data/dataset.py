@@ -1,7 +1,5 @@
 """What every data set becomes: uint8 images in memory (or mapped into it), labels, names and splits."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What an image file becomes: RGB, uint8, upright. Light: the processes that decode import it, and little else."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

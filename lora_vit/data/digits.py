@@ -1,7 +1,5 @@
 """Data that needs no files: scikit-learn's handwritten digits, and made-up images for tests."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from lora_vit import randomness

@@ -4,8 +4,6 @@ A data set is what its files contain, never their names and sizes alone. Each fi
 images and holds while size, times and inode stay.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

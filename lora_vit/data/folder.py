@@ -1,7 +1,5 @@
 """The user's own images: a folder for each class, with given splits or with ours."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A data set by its configuration: found by its loader, divided and decoded."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from lora_vit.config import DATASETS, DataConfig

@@ -1,7 +1,5 @@
 """Which samples are for training, validation and test: stratified per class, keyed by the split's seed."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Batches: which samples, in which order, and this process's part of each."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ Our train, val and test come out of its train folder, whose labels are sure; its
 further test set.
 """
 
-from __future__ import annotations
-
 import http.client
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """``python -m lora_vit.sweep NAME``: a sweep's trials as they stand; ``... work FOLDER``: one more worker for it."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
     from lora_vit import cli
 

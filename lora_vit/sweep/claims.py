@@ -10,8 +10,6 @@ our own clock: clocks of other machines are never compared. An owner that was on
 each asks whether a claim is still its own before it writes a record or a checkpoint (:meth:`Claims.mine`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a worker trains on, and how many trials together: packs of 1, 2, 4 ... are timed, the fastest is kept."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import re
@@ -194,17 +192,12 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
     Raises Interrupted when asked to stop.
     """
     gc.collect()  # what an earlier pack left
-<<<<<<< HEAD
-    _reset_peak_memory(setup.device)
-    pack = Pack([TrialRun(config) for config in configs], setup)
-=======
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.device)
     else:
         with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
             Path("/proc/self/clear_refs").write_text("5")
-    pack = Pack([TrialRun.without_files(config) for config in configs], setup)
->>>>>>> sweep
+    pack = Pack([TrialRun(config) for config in configs], setup)
     rates = pack.learning_rates()
     times: list[float] = []  # the first one also warms up
     while len(times) < min(len(rates), MOST_STEPS) and (len(times) < 2 or sum(times) < MOST_SECONDS):

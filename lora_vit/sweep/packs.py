@@ -1,7 +1,5 @@
 """The packs of a sweep, and which of them trains next. Knows no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterator
 
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims

@@ -1,7 +1,5 @@
 """Run a sweep for a command: accept its folder, start workers, watch until the trials have ended, and report."""
 
-from __future__ import annotations
-
 import contextlib
 import shlex
 import signal

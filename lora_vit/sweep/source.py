@@ -4,8 +4,6 @@ Any worker asks its source once nothing is left to train, and what the source wa
 A source remembers nothing: it decides by the records, so any process at any time comes to the same decision.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What the user sees of a sweep's trials: rows of a table, and a view while they are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from lora_vit.records import NO_ACCURACY, RECORD, State

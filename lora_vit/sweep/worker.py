@@ -1,7 +1,5 @@
 """A worker of a sweep: takes packs of open trials, trains them on one device, and leaves records."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

@@ -1,7 +1,5 @@
 """One trial's tensors on disk: its checkpoint and its adapter, each whole or absent."""
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import dataclass, field

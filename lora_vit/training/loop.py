@@ -1,7 +1,5 @@
 """The training loop: packs of trials, epoch by epoch, until each is completed, failed or interrupted."""
 
-from __future__ import annotations
-
 import resource
 import signal
 import sys

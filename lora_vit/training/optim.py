@@ -3,8 +3,6 @@
 Shape legend: K trial, P number of trained values of a trial (padded to the widest).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Shape legend: K trial, G stream, B image of this process, N sample of a split, C class, P trained value of a trial.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

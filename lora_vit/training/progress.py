@@ -1,7 +1,5 @@
 """The view of a single run: a progress bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 from rich.table import Column, Table
 
 from lora_vit.terminal import Progress, make_console

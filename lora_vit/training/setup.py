@@ -1,7 +1,5 @@
 """What all trials of a pack share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Trackers: where a trial's figures go beside its own files."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Any

@@ -6,7 +6,7 @@
 
 ``peers``: 30 simulated cells, margin 0.5 points, at most 30 seeds: our race, Optuna's WilcoxonPruner and SMAC's
 intensifier, the real libraries (``pip install smac`` in an environment of its own; without it SMAC is left out).
-``digits``: a race of eight settings and one stage with the same guarantee; what they select is compared with
+``digits``: the commands of ``sweep=race`` and of one stage with the same guarantee; what they select is compared with
 ``race_truth.csv``, the cells' means over seeds that neither of them has, which ``truth`` trains. Overrides
 (``lora.rank=1,2``) and ``--truth FILE`` make it another sweep, with a truth of its own.
 """
@@ -124,15 +124,12 @@ def peers(args: argparse.Namespace) -> None:
 
 FIRST_OF_TRUTH = 1000
 """The truth's first seed."""
-GRID = ("experiment=quickstart", "lora=default,none,full", "lora.rank=1,8", "lora.alpha=${rank_times:4}",
-        "optimizer.lr=1e-3,2e-3", "sweep.margin=1.5")  # fmt: skip
-"""Eight settings of few digits, small enough for forty seeds each."""
 
 
 def trained(*overrides: str) -> tuple[Summary, float]:
-    """The summary of the race of ``GRID`` so changed, run in an empty folder, and its seconds."""
+    """The summary of ``sweep=race`` so changed, run in an empty folder, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "lora_vit.train", "-m", *GRID, *overrides, "hydra.sweep.dir=s"]
+        line = [sys.executable, "-m", "lora_vit.train", "sweep=race", *overrides, "hydra.sweep.dir=s"]
         began = time.perf_counter()
         subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         return summarize(Path(folder) / "s"), time.perf_counter() - began

@@ -1,7 +1,5 @@
 """What starts a sweep's workers: this machine, Slurm or Ray. Options are typed here; code is imported when used."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

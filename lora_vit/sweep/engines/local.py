@@ -4,8 +4,6 @@ They are ``python -m lora_vit.sweep work FOLDER`` like all others. One process i
 worker, and it is started before the command knows what to train, so that the import costs no time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Workers as tasks of a Ray cluster."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

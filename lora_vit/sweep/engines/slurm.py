@@ -1,7 +1,5 @@
 """Workers as an array of Slurm jobs, through submitit."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import subprocess
