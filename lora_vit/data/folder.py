@@ -19,7 +19,12 @@ def find(wanted: Wanted) -> Found | None:
     if not top.is_dir():
         raise ConfigError(f"data.root={shown(top)} is not a folder: give the folder that holds your class folders")
     folders = _part_folders(top, files)
-    classes = _class_folders(top / folders["train"], files)
+    place, classes = top / folders["train"], files.folders(top / folders["train"])
+    if len(classes) < 2:
+        count = "no class folders" if not classes else f"one class folder ({shown(classes[0])})"
+        lower = [name for name in classes if len(files.folders(place / name)) > 1]
+        hint = f"; did you mean data.root={shown(place / lower[0])}?" if lower else ""
+        raise ConfigError(f"{shown(place)} holds {count}: a classifier needs two or more, each with its images{hint}")
     if folders["train"] == ".":
         _refuse_splits(top, classes, wanted.cache_dir)
     parts: Parts = {}
@@ -30,10 +35,10 @@ def find(wanted: Wanted) -> Found | None:
             raise ConfigError(f"{there}, which {folders['train']}/ lacks: take it away, or add it there")
         parts[part] = []
         for label, class_name in enumerate(classes):
-            place = Path(folder) / class_name
-            found = files.images(top, str(place)) if (top / place).is_dir() else []
+            place = top / folder / class_name
+            found = files.images(top, str(Path(folder, class_name))) if place.is_dir() else []
             if not found and part == "train":
-                raise ConfigError(f"class folder {shown(top / place)} has nothing that Pillow opens: fill or remove it")
+                raise ConfigError(f"class folder {shown(place)} has nothing that Pillow opens: fill or remove it")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so, or rename it")
@@ -57,17 +62,6 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
     for name in files.folders(top):
         if name not in found.values():
             files.skip("folders beside train/", name)
-    return found
-
-
-def _class_folders(folder: Path, files: Listing) -> list[str]:
-    """Names of the class folders. Raises ConfigError for fewer than two."""
-    found = files.folders(folder)
-    if len(found) < 2:
-        count = "no class folders" if not found else f"one class folder ({shown(found[0])})"
-        lower = [name for name in found if len(files.folders(folder / name)) > 1]
-        hint = f"; did you mean data.root={shown(folder / lower[0])}?" if lower else ""
-        raise ConfigError(f"{shown(folder)} holds {count}: a classifier needs two or more, each with its images{hint}")
     return found
 
 

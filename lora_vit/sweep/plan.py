@@ -4,8 +4,6 @@
 newest command that named it, and the order of training. Claims say who has a trial, records say how it stands.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
@@ -62,7 +60,7 @@ class Sweep:
         self.refresh()
 
     @classmethod
-    def existing(cls, folder: Path) -> Sweep:
+    def existing(cls, folder: Path) -> "Sweep":
         """The sweep of a folder that holds one. Raises ConfigError otherwise, or if another version made it."""
         sweep = cls(folder)
         if not sweep._version:

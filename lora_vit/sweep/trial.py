@@ -1,7 +1,5 @@
 """A trial as a sweep asks for it, and which trials may train together. Knows no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -32,7 +30,7 @@ class Trial:
         name = "_".join(self.label.replace("/", "_").split())[:100]  # file systems allow 255 bytes
         self.board = self.board or f"{name}{name and '_'}{self.trial_id}"
 
-    def with_seed(self, seed: int) -> Trial:
+    def with_seed(self, seed: int) -> "Trial":
         """The cell's trial with another seed; no other setting may depend on the seed."""
         overrides, label = ([*without_seed(lines), f"seed={seed}"] for lines in (self.overrides, self.label.split()))
         return Trial(replace(self.config, seed=seed), overrides, " ".join(label))

@@ -1,7 +1,5 @@
 """One trial from start or resume to its end, and its folder (outputs/README.md lists the files)."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import math
@@ -90,7 +88,7 @@ class TrialRun:
         tensorboard: Path | None = None,
         restart: bool = False,
         mine: Callable[[], bool] = lambda: True,
-    ) -> TrialRun:
+    ) -> "TrialRun":
         """The trial in its folder, ready to train; no other process may use the folder.
 
         It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
