@@ -27,4 +27,4 @@ def test_operations_a_trial(tmp_path):
         assert float(figures["operations a look"]) < workers + 3 * trials / 100 + 5
         assert float(figures["names a trial"]) < 3.5, "a claim, its end, the trial"
     assert 5 < found[400] < 30
-    assert found[400] < 1.5 * found[100]
+    assert found[400] < 2 * found[100], "not four times; the looks of those who wait depend on the machine"
