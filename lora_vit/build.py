@@ -183,7 +183,7 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
         if line and line not in ready:
             print(line)
-        ready += [m, needs, config.data, line]
+        ready += [what for what in (m, needs, config.data, line) if what not in ready]
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:

@@ -208,8 +208,9 @@ def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     seed = f"seed={trials[0].config.seed + 1}"
     others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
     for trial, other in zip(trials, others, strict=True):
-        for key, value in to_dict(other.config).items():
-            if key != "seed" and value != to_dict(trial.config)[key]:
+        own, moved = to_dict(trial.config), to_dict(other.config)
+        for key, value in moved.items():
+            if key != "seed" and value != own[key]:
                 raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "
                                   "setting but seed a value of its own")  # fmt: skip
 

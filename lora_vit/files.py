@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic replacement, locks, JSON and append-only rows."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_vit.errors import RecordError
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that is mounted without flock
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:

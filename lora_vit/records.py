@@ -51,6 +51,15 @@ class TrialRecord:
         return "interrupted" if self.status == "running" and silent else self.status
 
 
+def _kinds(annotation: str) -> list[str]:
+    """The names of the types that JSON may give for an annotation; a float may be written as a whole number."""
+    plain = re.sub(r"\[.*?\]", "", annotation).replace("None", "NoneType")
+    return plain.replace("float", "float | int").split(" | ")
+
+
+_KINDS = {f.name: _kinds(str(f.type)) for f in dataclasses.fields(TrialRecord)}
+
+
 def write_record(folder: Path, record: TrialRecord) -> None:
     """Replace the folder's ``record.json``; the heartbeat is set to now."""
     record.heartbeat = time.time()
@@ -81,8 +90,7 @@ def read_record(folder: Path) -> TrialRecord:
     for f in dataclasses.fields(TrialRecord):
         if f.name not in known and f.default is f.default_factory:  # neither is given
             raise RecordError(f"{path} lacks '{f.name}'")
-        kinds = re.sub(r"\[.*?\]", "", str(f.type)).replace("None", "NoneType").replace("float", "float | int")
-        if f.name in known and (kind := type(known[f.name]).__name__) not in kinds.split(" | "):
+        if f.name in known and (kind := type(known[f.name]).__name__) not in _KINDS[f.name]:
             raise RecordError(f"{path}: '{f.name}' is a {kind}")
     record = TrialRecord(**known)
     if record.status not in ("running", "completed", "failed", "stopped", "interrupted"):

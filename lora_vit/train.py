@@ -1,5 +1,6 @@
 """Train one trial or a sweep: ``python -m lora_vit.train lora.rank=8``. Hydra composes; only then torch is imported."""
 
+import functools
 import os
 import shlex
 import sys
@@ -71,12 +72,22 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     return float(accuracy)
 
 
+def _refuse(error: Exception) -> None:
+    """Raise what Hydra stopped at, in one line where a user can cause it."""
+    from lora_vit.compose import in_one_line
+
+    if isinstance(error, OSError) and (line := line_of(error)):  # Hydra makes the folder
+        raise ConfigError(line.removeprefix("error: ")) from error
+    with in_one_line():
+        raise error
+
+
 def main() -> None:
     """Command-line entry. Hydra composes the command line and calls the task; in a group, in each process."""
     with reporting():
         import hydra
 
-        from lora_vit.compose import HYDRA, in_one_line, register
+        from lora_vit.compose import HYDRA, register
 
         register()
         if any(a.startswith("sweep=") for a in sys.argv[1:]) and not {"-m", "--multirun"} & set(sys.argv):
@@ -88,15 +99,7 @@ def main() -> None:
             except SystemExit as end:
                 raise end.code if isinstance(end.code, Exception) else end from None
             except Exception as error:
-                stopped = error
-
-                def refuse() -> None:
-                    if isinstance(stopped, OSError) and (line := line_of(stopped)):  # Hydra makes the folder
-                        raise ConfigError(line.removeprefix("error: ")) from stopped
-                    with in_one_line():
-                        raise stopped
-
-                distributed.on_all(refuse)
+                distributed.on_all(functools.partial(_refuse, error))
 
 
 if __name__ == "__main__":

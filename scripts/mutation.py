@@ -35,7 +35,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each mutant would load them anew; no test needs one
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # each mutant would load them again; no test needs one
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads do not survive a fork
 
 import coverage

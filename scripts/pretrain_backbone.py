@@ -4,8 +4,8 @@ The idea is that of Kataoka et al., "Pre-training without Natural Images" (ACCV 
 by a random formula, samples by varying its parameters, and a network that learns to tell the classes
 apart learns features that transfer. Here a class is a *glyph*: two or three strokes, each a quadratic
 Bezier curve, a longer quadratic B-spline, or a closed loop. A sample jitters the control points and
-varies pose, thickness, sharpness, resolution, contrast, colour and noise. No photograph and nobody's
-drawing is used.
+varies pose, thickness, sharpness, resolution, contrast, colour and noise. No photograph and no
+drawing made by a person is used.
 
     python scripts/pretrain_backbone.py --out lora_vit/models/vit_tiny.safetensors
     python scripts/pretrain_backbone.py --steps 20 --out smoke.safetensors      # seconds, to try it

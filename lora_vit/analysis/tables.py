@@ -53,8 +53,8 @@ def cells_table(
 ) -> pd.DataFrame:
     """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
-    ``values`` and ``result``: :func:`matrix` and the comparison of its rows. ``adjusted`` is the mean freed of which
-    seeds are missing; cells are sorted and compared by it. ``difference`` is cell minus best;
+    ``values`` and ``result``: :func:`matrix` and the comparison of its rows. ``adjusted`` is the mean corrected for
+    missing seeds; cells are sorted and compared by it. ``difference`` is cell minus best;
     ``difference_low``/``_high`` its simultaneous 95 % interval. ``mark``: best | candidate | worse | open (neither
     shown worse nor a candidate) | no verdict (one seed). ``vs_probe`` and ``vs_full``: cell minus the best cell of that
     baseline, paired by seed, with its t interval. Costs are means over the cell's trials.

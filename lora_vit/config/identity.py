@@ -57,16 +57,19 @@ def weights_files(path: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     try:
-        return sorted({path / Path(part).name for part in json.loads(file.read_text())["weight_map"].values()})
+        parts = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({path / Path(part).name for part in parts})
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(f"model.weights={file} is damaged: get it again") from None
 
 
 def file_sha256(path: Path) -> str:
     """Sha256 of a file, read once while it stays as it is, or of a folder's files together. Raises ConfigError."""
+    digests = []
     try:
-        digests = [_sha256(f, (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino))
-                   for f, s in ((file, file.stat()) for file in weights_files(path))]  # fmt: skip
+        for file in weights_files(path):
+            stat = file.stat()
+            digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
         name = error.filename or path
         raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): check the path") from None

@@ -22,14 +22,14 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
     ``what`` to give, with its unit, ``within`` which interval (``[0, 1)``: from 0, below 1), what ``also`` would do.
     """
     low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
+    excluded = {end for end, kept in ((low, within[0] == "["), (high, within[-1] == "]")) if not kept}
     where = f" in {within}"
     if high == math.inf:
         where = f" from {low} up" if within[0] == "[" else f" above {low}" if low > -math.inf else ""
 
     def check(key: str, value: Any) -> None:
         numbers = value if isinstance(value, list) else [value]
-        ends = {end for end, kept in ((low, within[0] == "["), (high, within[-1] == "]")) if not kept}
-        if not all(low <= n <= high and n not in ends for n in numbers) or count not in (None, len(numbers)):
+        if not all(low <= n <= high and n not in excluded for n in numbers) or count not in (None, len(numbers)):
             refuse(key, value, f"is impossible: give {what}{where}{also}")
         if count is None:
             _each_once(key, numbers, also)

@@ -1,4 +1,4 @@
-"""The typed configuration: what can be set, of which type, and what of it decides a trial's numbers.
+"""The typed configuration: each setting, its type, its rule, and whether it decides a trial's numbers.
 
 Values live in ``conf/*.yaml`` only. Below the entry points the project passes these plain dataclasses around.
 """

@@ -116,8 +116,8 @@ def _decoded(file: io.BytesIO | Path, size: int | None, value_range: Range | Non
         opened.load()
         if kept_upper_bits and (brightest := int(np.asarray(opened)[..., :3].max())) < _DARK:
             raise ValueError(
-                f"16-bit {opened.mode} with values up to {256 * brightest + 255} of 65535, of which the upper 8 bits "
-                "are black: convert it to 8 bits"
+                f"16-bit {opened.mode} with values up to {256 * brightest + 255} of 65535: its upper 8 bits "
+                "are black, convert it to 8 bits"
             )
         image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
         has_more = False

@@ -19,7 +19,7 @@ from typing import Any
 from lora_vit import __version__
 from lora_vit.config import SweepConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError
-from lora_vit.files import locked, write_json
+from lora_vit.files import NO_LOCKS, locked, write_json
 from lora_vit.records import CHECKPOINT, PLAN, RECORD, State, state_of
 from lora_vit.sweep.trial import Trial
 
@@ -130,7 +130,7 @@ class Sweep:
                     self.refresh()
         except OSError as error:
             remedy = "give another sweep.name or hydra.sweep.dir"
-            if error.errno in (38, 37, 95):  # ENOSYS, ENOLCK, EOPNOTSUPP
+            if error.errno in NO_LOCKS:
                 remedy = "its file system has no locks (flock): mount it with them, or give another hydra.sweep.dir"
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): {remedy}") from None
 

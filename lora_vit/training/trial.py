@@ -1,7 +1,6 @@
 """One trial from start or resume to its end, and its folder (outputs/README.md lists the files)."""
 
 import contextlib
-import errno
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
 from lora_vit.errors import ConfigError
-from lora_vit.files import JsonLines, locked, replacing
+from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
 from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_adapter
@@ -280,7 +279,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
         except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            if error.errno in NO_LOCKS:
                 remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
                 raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
             raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None

@@ -135,7 +135,7 @@ def curve(rounds: int, sizes: list[int], only: str) -> list[dict[str, Any]]:
 
             return step
 
-        # a pack's adapters hang on the shared trunk, so packs of different sizes take turns by being made anew
+        # a pack's adapters hang on the shared trunk, so packs of different sizes are rebuilt at each turn
         times: dict[int, list[float]] = {k: [] for k in sizes}
         memory = {k: peak_memory(step_of(k)) for k in sizes}
         for _ in range(rounds):

@@ -42,7 +42,7 @@ def quiet() -> pd.DataFrame:
     return make_frame([{"lora__dropout": 0.0}, {"lora__dropout": 0.1}], TWO)
 
 
-def one_line_each(lines: list[str], words: list[tuple[str, ...]]) -> None:
+def assert_lines(lines: list[str], words: list[tuple[str, ...]]) -> None:
     """The lines are as many as ``words``, and each says its words."""
     assert len(lines) == len(words), lines
     for line, some in zip(lines, words, strict=True):
@@ -73,7 +73,7 @@ OWN_RATE = ("Each rank was tried at one learning rate", "several rates")
     ],
 )  # fmt: skip
 def test_effects_that_the_learning_rate_may_explain(cells, lines):
-    one_line_each(told(make_frame(cells, np.full((len(cells), 2), 0.9))), lines)
+    assert_lines(told(make_frame(cells, np.full((len(cells), 2), 0.9))), lines)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_effects_that_the_learning_rate_may_explain(cells, lines):
 def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines):
     two = make_frame([{"lora__rank": 1}, {"lora__rank": 1, "optimizer__lr": 0.1}, {"lora__rank": 2}],
                      np.full((3, 1), 0.9))  # fmt: skip
-    one_line_each(told(two, rates={"edge": edge, "rates": rates}), [*lines, FALLING])
+    assert_lines(told(two, rates={"edge": edge, "rates": rates}), [*lines, FALLING])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines)
 def test_what_is_not_the_same_in_all_trials(quiet, column, values, words):
     series = pd.Series(values, dtype=object if column != "epoch" else float)
     sizes = [1.0, 2.0, 2.0, 2.0] if column == "environment.device" else 4.0
-    one_line_each(told(quiet.assign(**{"pack_size": sizes, column: series})), [(words,)])
+    assert_lines(told(quiet.assign(**{"pack_size": sizes, column: series})), [(words,)])
 
 
 WIDER = "the wider error is used"
@@ -129,14 +129,14 @@ WIDER = "the wider error is used"
     ],
 )
 def test_what_the_design_cannot_show(quiet, comparison, lines):
-    one_line_each(told(quiet, **comparison), lines)
+    assert_lines(told(quiet, **comparison), lines)
 
 
 def test_what_is_missing_is_counted(quiet):
-    one_line_each(told(quiet, n=[1, 1, 2]), [("2 of 3 cells have one seed only",)])
+    assert_lines(told(quiet, n=[1, 1, 2]), [("2 of 3 cells have one seed only",)])
     status = ["failed", "failed", "completed", "missing", "failed", "missing"]
     lines = told(quiet, left_out=pd.DataFrame({"status": status}))
-    one_line_each(lines, [("Not in the averages: 3 failed, 2 missing, 1 without val accuracy (",)])
+    assert_lines(lines, [("Not in the averages: 3 failed, 2 missing, 1 without val accuracy (",)])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_is_missing_is_counted(quiet):
 )
 def test_tiny_imagenets_classes_were_seen_before(quiet, name, weights, warned):
     lines = told(quiet.assign(**{"data.name": name, "model.weights": ["GLYPHS_V1"] * 3 + [weights]}))
-    one_line_each(lines, [("Tiny-ImageNet's classes are a subset of ImageNet-1k's",)] * warned)
+    assert_lines(lines, [("Tiny-ImageNet's classes are a subset of ImageNet-1k's",)] * warned)
 
 
 def refusal(trials: pd.DataFrame) -> str:

@@ -111,7 +111,7 @@ class Reading:
 
         monkeypatch.setattr(Path, "read_bytes", read)
 
-    def check(self, names: list[str], read: list[str]) -> None:
+    def assert_digests(self, names: list[str], read: list[str]) -> None:
         """The right digests of ``names``, in their order, while exactly ``read`` are read."""
         self.names.clear()
         found = digests_of(self.root, names, self.root.parent / "cache", True)
@@ -136,12 +136,12 @@ def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path, c
     assert capsys.readouterr().out.count("reading images") == 1, "no bar for few"
     assert digests_of(reading.root, names, tmp_path / "cache", True, fetch=False) is None
     assert not (tmp_path / "cache").exists()
-    reading.check(names, names)
-    reading.check([*names[10:3:-1], "new.png"], ["new.png"])
-    reading.check([*names, "new.png"], [])
+    reading.assert_digests(names, names)
+    reading.assert_digests([*names[10:3:-1], "new.png"], ["new.png"])
+    reading.assert_digests([*names, "new.png"], [])
     assert digests_of(reading.root, names, tmp_path / "cache", True, fetch=False) is not None
     reading.root = fill(tmp_path / "twin", *names[:2])
-    reading.check(names[:2], names[:2])
+    reading.assert_digests(names[:2], names[:2])
     assert len(list((tmp_path / "cache").glob("files-*.npz"))) == 2
 
 
@@ -149,7 +149,7 @@ def test_files_are_read_once_whatever_is_asked_for(reading, settled, tmp_path, c
 def test_a_file_is_read_again_where_anything_of_it_changed(field, reading, settled, monkeypatch):
     """Also to an inode as large as they get."""
     fill(reading.root, "a.png", "b.png")
-    reading.check(["a.png", "b.png"], ["a.png", "b.png"])
+    reading.assert_digests(["a.png", "b.png"], ["a.png", "b.png"])
     whole = os.stat
 
     class Changed:
@@ -162,7 +162,7 @@ def test_a_file_is_read_again_where_anything_of_it_changed(field, reading, settl
         return Changed(whole(path, **options)) if str(path).endswith("b.png") else whole(path, **options)
 
     monkeypatch.setattr(files.os, "stat", stat)
-    reading.check(["a.png", "b.png"], ["b.png"])
+    reading.assert_digests(["a.png", "b.png"], ["b.png"])
 
 
 @pytest.mark.parametrize(("age", "again"), [(0.0, True), (1.9, True), (30.0, False)])
@@ -172,15 +172,15 @@ def test_what_changed_a_moment_ago_is_read_again(age, again, reading, monkeypatc
     os.utime(reading.root / "b.png", ns=(0, 0))
     changed = os.stat(reading.root / "b.png").st_ctime_ns
     monkeypatch.setattr(files.time, "time_ns", lambda: changed + int(age * 1e9))
-    reading.check(["b.png"], ["b.png"])
-    reading.check(["b.png"], ["b.png"] * again)
+    reading.assert_digests(["b.png"], ["b.png"])
+    reading.assert_digests(["b.png"], ["b.png"] * again)
 
 
 @pytest.mark.parametrize("damage", ["cut", "stats", "digests"])
 def test_kept_digests_that_are_damaged_are_read_again(damage, reading, settled, tmp_path):
     names = ["a.png", "b.png"]
     fill(reading.root, *names)
-    reading.check(names, names)
+    reading.assert_digests(names, names)
     (store,) = (tmp_path / "cache").glob("files-*.npz")
     if damage == "cut":
         store.write_bytes(store.read_bytes()[:50])
@@ -188,13 +188,13 @@ def test_kept_digests_that_are_damaged_are_read_again(damage, reading, settled, 
         with np.load(store) as arrays:
             kept = dict(arrays)
         np.savez(store, **{**kept, damage: kept[damage][:1]})
-    reading.check(names, names)
+    reading.assert_digests(names, names)
 
 
 def test_another_run_that_has_just_read_the_files_is_made_use_of(reading, settled, monkeypatch):
     """It held the lock meanwhile."""
     fill(reading.root, "a.png", "b.png")
-    reading.check(["a.png"], ["a.png"])
+    reading.assert_digests(["a.png"], ["a.png"])
     whole = files.locked_in
 
     def as_if_waited(cache_dir, what):
@@ -203,7 +203,7 @@ def test_another_run_that_has_just_read_the_files_is_made_use_of(reading, settle
         return whole(cache_dir, what)
 
     monkeypatch.setattr(files, "locked_in", as_if_waited)
-    reading.check(["a.png", "b.png"], ["b.png"])
+    reading.assert_digests(["a.png", "b.png"], ["b.png"])
 
 
 def test_what_cannot_be_read_or_written(tmp_path):

@@ -28,7 +28,7 @@ GATED_MLP = 88  # two thirds of 128, rounded up to a multiple of 8, as HF does
 
 
 def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
-    """Every parameter drawn anew, so that none stays at a one or zero that would hide its loss."""
+    """Every parameter drawn again, so that none stays at a one or zero that would hide its loss."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         nn.init.normal_(p, std=0.3, generator=generator)
