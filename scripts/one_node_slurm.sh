@@ -31,7 +31,7 @@ CONF
 [ -f /etc/munge/munge.key ] || mungekey --create
 chown -R munge: /etc/munge /run/munge /var/lib/munge /var/log/munge
 munge --no-input >/dev/null 2>&1 || setpriv --reuid=munge --regid=munge --clear-groups munged
-pgrep -x slurmctld >/dev/null || slurmctld
+pgrep -x slurmctld >/dev/null || slurmctld -c # without the jobs of an earlier one
 pgrep -x slurmd >/dev/null || slurmd
 for _ in $(seq 30); do
   if sinfo --noheader --format=%T 2>/dev/null | grep -qE 'idle|mixed|alloc'; then exit 0; fi

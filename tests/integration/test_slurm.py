@@ -40,16 +40,16 @@ def trials(folder: Path) -> dict[str, str]:
     return {p.parent.name: read_record(p.parent).status for p in (folder / "outputs/sweeps/s").glob("*/record.json")}
 
 
-def queue() -> list[str]:
-    """Jobs of the workers, as Slurm has them: id and state."""
-    done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %T %j"], capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "lora_vit-" in line]
+def queue(folder: Path) -> list[str]:
+    """State and script of each job that was asked for below this folder, as Slurm has them."""
+    done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%T %o"], capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if f" {folder}/" in line]
 
 
-def none_is_left() -> None:
+def none_is_left(folder: Path) -> None:
     """Those that run see that nothing is open, and end."""
     until = time.monotonic() + 120
-    while left := queue():
+    while left := queue(folder):
         assert time.monotonic() < until, left
         time.sleep(1)
 
@@ -71,7 +71,7 @@ def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     assert "it was killed, or its node died" in out
     assert f"logs in {place}/.slurm" in out
     assert "[6/6]" in out
-    none_is_left()
+    none_is_left(tmp_path)
 
 
 def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path):
@@ -79,7 +79,7 @@ def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path
     arguments = (*ON_SLURM, "sweep.workers=1", "seed=0,1", "trainer.epochs=200")
     done = run_command(*arguments, "sweep.wait=false", cwd=tmp_path)
     assert "1 workers: Slurm job" in done.stdout
-    assert len(queue()) == 1
+    assert len(queue(tmp_path)) == 1
     done = run_command(*arguments, cwd=tmp_path, timeout=400)
     assert "Slurm job" not in done.stdout
     assert "[2/2]" in done.stdout
@@ -89,10 +89,10 @@ def test_a_sweep_that_is_not_waited_for_is_followed_by_the_same_command(tmp_path
 def test_at_the_end_a_worker_whose_turn_has_not_come_is_withdrawn(tmp_path):
     later = ("sweep.workers=1", "sweep.wait=false", "+engine.additional_parameters.begin=now+1hour")
     run_command(*ON_SLURM, "seed=0,1", *later, cwd=tmp_path)
-    assert [line.split()[1] for line in queue()] == ["PENDING"]
+    assert [line.split()[0] for line in queue(tmp_path)] == ["PENDING"]
     run_command(*ON_SLURM, "seed=0,1", "sweep.workers=2", cwd=tmp_path, timeout=400)
     assert list(trials(tmp_path).values()) == ["completed"] * 2
-    none_is_left()
+    none_is_left(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,4 +123,4 @@ def test_a_race_on_slurm_is_the_race_that_runs_here(tmp_path):
     here = run_command("-m", *race, "sweep.pack_size=2", "sweep.workers=1", "sweep.name=here", cwd=tmp_path)
     ends = [out[out.rindex("race: ") : out.index("\noutputs/sweeps/")] for out in (done.stdout, here.stdout)]
     assert ends[0] == ends[1]
-    none_is_left()
+    none_is_left(tmp_path)
