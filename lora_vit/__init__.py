@@ -11,6 +11,7 @@ _PUBLIC = {
     "load_adapter": "lora_vit.lora.adapter",
     "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
     "merge_adapter": "lora_vit.lora.adapter",
+    "preprocessing": "lora_vit.data.preprocessing",
     "replace_linear_with_lora": "lora_vit.lora.inject",
 }
 

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             interop.write(args.format, trained, written)
             trained.compare(lambda images: interop.logits(args.format, written, images), f"{args.folder}: the export")
+            odd = interop.prepared_otherwise(args.format, trained, written)
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
@@ -53,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
             file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)
     print(f"{opens.format(str(out))} opens it (docs/interop.md)")
+    if odd:
+        what = f"its own reader prepares {' and '.join(odd)} pictures otherwise than the trial"
+        print(f"{what}: give it what lora_vit.preprocessing({str(out)!r})(FILE) returns")
     return 0
 
 

@@ -20,6 +20,11 @@ def user_path(text: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def shown(name: str | os.PathLike[str]) -> str:
+    """A file's name or path as text, whatever its bytes are."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file so that it appears whole or not at all: temporary file, fsync, rename.

@@ -2,30 +2,41 @@
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from lora_vit import randomness
 from lora_vit.config import SIZES
+from lora_vit.data.preprocessing import ABOUT, preprocessing
 from lora_vit.errors import ConfigError
 from lora_vit.lora.backbones import last_layer, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
+SAME_INPUT = 0.05  # of a normalised pixel, on average: three of 255 levels, where others round once more or resize so
+_ORIENTATION = 0x0112  # EXIF's tag
+
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
     """Write a trial into a folder. Raises ConfigError for a model that the other library lacks, or that one's error."""
+    about = json.dumps(trained.about)
+    (out / ABOUT).write_text(about, encoding="utf-8")
     if form == "peft":
         return _write_peft(trained, out)
     if form in ("hf", "timm"):
         return _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
-    model, about = trained.merged, json.dumps(trained.about)
-    images = torch.zeros(2, 3, *2 * [trained.about["image_size"]])  # of one, a graph would take the number for constant
+    model = trained.merged
+    side = trained.preprocessing.image_size
+    images = torch.zeros(2, 3, side, side)  # of one, a graph would take the number for constant
     if form == "torch_export":
         exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        torch.export.save(exported, out / "model.pt2", extra_files={"lora_vit.json": about})
+        torch.export.save(exported, out / "model.pt2", extra_files={ABOUT: about})
         return
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
@@ -47,7 +58,7 @@ def logits(form: str, out: Path, images: Tensor) -> Tensor:
     if form == "torch_export":
         return torch.export.load(out / "model.pt2").module()(images)
     place = out / "base" if form == "peft" else out
-    if "architectures" in json.loads((place / "config.json").read_text(encoding="utf-8")):
+    if _is_hf(place):
         from transformers import AutoModelForImageClassification
 
         model: Any = AutoModelForImageClassification.from_pretrained(place)
@@ -61,6 +72,55 @@ def logits(form: str, out: Path, images: Tensor) -> Tensor:
         model = PeftModel.from_pretrained(model, out).eval()
     found = model(images)
     return found if isinstance(found, Tensor) else found.logits
+
+
+def _is_hf(place: Path) -> bool:
+    """Whether a folder holds a model of HF, else timm's."""
+    return "architectures" in json.loads((place / "config.json").read_text(encoding="utf-8"))
+
+
+def prepared(form: str, out: Path, file: Path) -> np.ndarray:
+    """What the other library makes of a picture file, float32 [3, S, S], by the lines in docs/interop.md."""
+    if form in ("onnx", "torch_export"):
+        return preprocessing(next(out.glob("model.*")))(file)
+    place = out / "base" if form == "peft" else out
+    if _is_hf(place):
+        from transformers import AutoImageProcessor
+        from transformers.image_utils import load_image
+
+        found: Any = AutoImageProcessor.from_pretrained(place)(load_image(str(file)), return_tensors="np")
+        return found["pixel_values"][0]
+    import timm
+
+    described = json.loads((place / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(described))
+    return transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).numpy()
+
+
+def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]:
+    """Kinds of pictures of which the other library's own reader makes another input than the trial's."""
+    how, odd = trained.preprocessing, []
+    side = 2 * max(how.image_size, how.decoding.size or 0)
+    wide = randomness.uniforms(np.arange(3 * side * side), 4, "pictures").reshape(side, 3 * side, 4)
+    image = Image.fromarray((wide * 256).astype(np.uint8))
+    turned = Image.Exif()
+    turned[_ORIENTATION] = 6  # lies on its side
+    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "wide": (image.convert("RGB"), {}),
+        "sideways": (image.convert("RGB"), {"exif": turned}),
+        "grey": (image.convert("L"), {}),
+        "transparent": (image, {}),
+    }
+    if how.decoding.value_range is not None:
+        low, high = how.decoding.value_range
+        kinds["deep"] = Image.fromarray((low + wide[..., 0] * (high - low)).astype(np.float32)), {}
+    with tempfile.TemporaryDirectory() as place:
+        for kind, (picture, settings) in kinds.items():
+            file = Path(place, f"{kind}.tiff" if kind == "deep" else f"{kind}.png")
+            picture.save(file, **settings)
+            if not np.abs(prepared(form, out, file) - how(file)).mean() <= SAME_INPUT:
+                odd.append(kind)
+    return odd
 
 
 def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
@@ -77,7 +137,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
         hidden_size=width,
         num_hidden_layers=sum(name.endswith(".norm1.weight") for name in found),
         num_attention_heads=next(m.num_heads for m in source.modules() if hasattr(m, "num_heads")),
-        image_size=about["image_size"],
+        image_size=trained.preprocessing.image_size,
         patch_size=patch,
         qkv_bias="blocks.0.attn.qkv.bias" in found,
         layer_norm_eps=next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6),
@@ -167,21 +227,21 @@ def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple
 
 def _save(trained: TrainedModel, model: Any, out: Path) -> None:
     """Write a model of HF or timm as its library does, with class names and how images are prepared."""
-    about, side = trained.about, trained.about["image_size"]
-    cropped = trained.adapter.card["decoded_size"] is not None
+    how, side = trained.preprocessing, trained.preprocessing.image_size
+    cropped = how.decoding.size is not None
     if hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        shown = {key: about[key] for key in ("mean", "std", "interpolation")}
+        shown = {key: getattr(how, key) for key in ("mean", "std", "interpolation")}
         shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
-        described = {"pretrained_cfg": shown, "label_names": about["class_names"]}
+        described = {"pretrained_cfg": shown, "label_names": trained.class_names}
         save_for_hf(model, str(out), described, safe_serialization=True)
         return
     from transformers import ViTImageProcessor
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-    shown = {"image_mean": about["mean"], "image_std": about["std"], "do_convert_rgb": True}
-    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[about["interpolation"]]}
+    shown = {"image_mean": how.mean, "image_std": how.std, "do_convert_rgb": True}
+    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
     model.save_pretrained(out)
     ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         made = "torchvision.models.VisionTransformer(" + "".join(f"{k}={base[k]}, " for k in SIZES)
     else:
         made = f"timm.create_model({name!r}, img_size={base['image_size']}, "
+    print(f"lora_vit.preprocessing({str(args.out)!r})(FILE) prepares a picture for it:")
     print(f"import safetensors.torch, {library}\nmodel = {made}num_classes={len(trained.class_names)})")
     print(f"model.load_state_dict(safetensors.torch.load_file({str(args.out)!r}))")
     return 0

@@ -80,23 +80,18 @@ def classified(trained: "TrainedModel", images: list[Path]) -> Iterator[tuple[Pa
     """Each image with its probability of each class, or with the error that reading it gave."""
     import torch
 
-    from lora_vit.data.decode import decode
-
-    card, device = trained.adapter.card, trained.factory.device
     for start in range(0, len(images), BATCH):
-        transform = trained.factory.transform("none")  # keeps matrices for each size
         paths, inputs = [], []
         for path in images[start : start + BATCH]:
             try:
-                pixels = torch.from_numpy(decode(path, card["decoded_size"], card["value_range"]))
+                inputs.append(torch.from_numpy(trained.preprocessing(path)))
             except ConfigError as error:
                 yield path, error
                 continue
             paths.append(path)
-            inputs.append(transform.eval(pixels[None].to(device)))
         if inputs:
             with torch.no_grad():
-                p_BC = torch.softmax(trained.adapted(torch.cat(inputs)), -1)
+                p_BC = torch.softmax(trained.adapted(torch.stack(inputs).to(trained.factory.device)), -1)
             yield from zip(paths, p_BC.tolist(), strict=True)
 
 

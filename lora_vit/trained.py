@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.build import ModelFactory, build_setup, choose_device
 from lora_vit.config import TrialConfig
+from lora_vit.data.preprocessing import Preprocessing, of_card
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
@@ -41,7 +42,9 @@ class TrainedModel:
         device = choose_device(config.trainer.accelerator, Process())
         self.factory = ModelFactory(config, len(self.class_names), device, torch.float32)
         bind(self.adapter, self.factory.base)
-        self.about = {"class_names": self.class_names, "model": config.model.name, **self.factory.inputs}
+        self.preprocessing = Preprocessing.from_dict(of_card(self.adapter.card))
+        how = self.preprocessing.to_dict()
+        self.about = {"class_names": self.class_names, "model": config.model.name, "preprocessing": how}
 
     @cached_property
     def adapted(self) -> nn.Module:
@@ -59,7 +62,7 @@ class TrainedModel:
 
     def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
         """Print how far the logits of ``what`` are from the trial's. Raises ConfigError where they are too far."""
-        shape = (CHECKED, 3, *2 * [self.about["image_size"]])
+        shape = (CHECKED, 3, *2 * [self.preprocessing.image_size])
         images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)

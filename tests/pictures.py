@@ -14,6 +14,7 @@ from lora_vit.data import cache
 from lora_vit.data.dataset import Decoded, ImageData
 from lora_vit.data.files import digests_of
 from lora_vit.data.load import forget, load_data
+from lora_vit.data.preprocessing import Decoding
 
 
 def paint(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> Path:
@@ -41,7 +42,7 @@ def decoded(root: Path, names: list[str], size: int | None = None, place: Path |
     place = place or root / "cache"
     digests = digests_of(root, names, place, True)
     assert digests is not None
-    return cache.decoded(root, names, digests, place, True, size)
+    return cache.decoded(root, names, digests, place, True, Decoding(size))
 
 
 def shades(data: ImageData | Decoded) -> list[int]:

@@ -66,6 +66,8 @@ def _check_data(d: DataConfig) -> None:
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
+    if d.background != [255, 255, 255] and known.one_size:
+        refuse("data.background", d.background, f"has no effect with data={d.name} (no transparency): leave it white")
     if d.cache_size is not None and known.one_size:
         refuse("data.cache_size", d.cache_size, f"has no effect with data={d.name} (images of one size): leave it null")
     if d.official_val and not known.official_val:

@@ -56,6 +56,8 @@ class DataConfig:
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are
     cache_dir: str = field(metadata=NO_IDENTITY)
+    # behind transparent pixels
+    background: list[int] = field(metadata=number("red, green, blue", "[0, 255]", count=3) | {"as_before": [255] * 3})
     content: str | None = None  # digest of images and classes, found out when composed (None: those of a package)
 
 

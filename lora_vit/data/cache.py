@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.data.dataset import Decoded, Found, Wanted, content_of, shown
-from lora_vit.data.decode import Job, Note, decode, end_with
+from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
+from lora_vit.data.decode import Job, Note, end_with
 from lora_vit.data.files import Listing, digests_of, locked_in, writing_to
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
-from lora_vit.files import write_json
+from lora_vit.files import shown, write_json
 from lora_vit.terminal import Progress
 
-_FORMAT = 3
+_FORMAT = 4
 _NAMED = 20  # broken files that one message names
 _CHUNK = 64  # most images that a process decodes before it reports
 _BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
@@ -48,23 +49,23 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
 
 
 def decoded(
-    root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool, size: int | None
+    root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool, decoding: Decoding
 ) -> Decoded:
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
     not. Runs that start together wait for the first. It appears whole or not at all. ``names``: paths below ``root``,
-    in the array's order; ``size``: pixels of each side, None for the images' own (then all must agree).
+    in the array's order; without a size for them in ``decoding``, all images must have one.
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
-    key = hashlib.sha256(f"{_FORMAT} {size}\n".encode() + digests.tobytes()).hexdigest()[:16]
+    key = hashlib.sha256(f"{_FORMAT} {decoding.size} {decoding.background}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
     found = _open(path, len(names))
     if found is None:
         with writing_to(cache_dir), locked_in(cache_dir, path.name):
             if _open(path, len(names)) is None:  # no other run has just made it
-                _build(root, names, digests, size, path, quiet)
+                _build(root, names, digests, decoding, path, quiet)
             found = _open(path, len(names))
         assert found is not None, path
     return found
@@ -82,8 +83,8 @@ def _open(path: Path, count: int) -> Decoded | None:
         return None
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, path: Path, quiet: bool) -> None:
-    shape = (len(names), *_first_shape(root, names, size))
+def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> None:
+    shape = (len(names), *_first_shape(root, names, decoding))
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
         lacking = f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB"
@@ -91,11 +92,12 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
-        job = Job(str(root), size, shape, str(partial), offset)
+        job = Job(str(root), decoding, shape, str(partial), offset)
         notes = _run(job, names, digests, quiet)
         if deep := [values for _, kind, values in notes if kind == "values"]:
             # one range for all, so that equal values stay equal
-            job = replace(job, value_range=(min(low for low, _ in deep), max(high for _, high in deep)))
+            value_range = min(low for low, _ in deep), max(high for _, high in deep)
+            job = replace(job, decoding=replace(job.decoding, value_range=value_range))
             notes = _run(job, names, digests, quiet)
         broken = sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken")
         if broken:
@@ -107,17 +109,17 @@ def _build(root: Path, names: list[str], digests: np.ndarray, size: int | None, 
             raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(path.with_suffix(".json"), [job.value_range, sum(kind == "more" for _, kind, _ in notes)])
+        write_json(path.with_suffix(".json"), [job.decoding.value_range, sum(kind == "more" for _, kind, _ in notes)])
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _first_shape(root: Path, names: list[str], size: int | None) -> tuple[int, ...]:
+def _first_shape(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ...]:
     """The shape of any image that decodes; where none does, all are named later."""
     for name in names:
         with contextlib.suppress(ConfigError):
-            return decode(root / name, size, (-1e39, 1e39)).shape
+            return replace(decoding, value_range=(-1e39, 1e39))(root / name).shape
     return (3, 1, 1)
 
 

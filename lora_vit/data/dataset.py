@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
+from lora_vit.data.preprocessing import Decoding, Range
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Found:
     class_names: list[str]
     parts: dict[str, np.ndarray]  # sample ids, int64, of train and of what is given apart: val, test, official_val
     content: str  # which images with which classes, as content_of says it
-    decode: Callable[[int | None], Decoded]  # the images at a number of pixels (None: their own)
+    decode: Callable[[Decoding], Decoded]  # the images, as they are to be decoded
     passed_over: tuple[str, ...] = ()  # what lies among them and is not used, a line for each kind
     digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
 
@@ -104,8 +103,3 @@ def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.n
         digest.update(len(values).to_bytes(8, "little") + values.astype("<i8").tobytes())
     digest.update(np.ascontiguousarray(digests).tobytes())
     return f"{len(labels)} images, {len(class_names)} classes, sha256 {digest.hexdigest()[:16]}"
-
-
-def shown(name: str | os.PathLike[str]) -> str:
-    """A file's name or path as text, whatever its bytes are."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_vit.data.dataset import shown
 from lora_vit.errors import ConfigError
-from lora_vit.files import locked, replacing
+from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Progress
 

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from lora_vit.data.cache import Parts, found_in
-from lora_vit.data.dataset import Found, Wanted, shown
+from lora_vit.data.dataset import Found, Wanted
 from lora_vit.data.files import Listing
 from lora_vit.errors import ConfigError
+from lora_vit.files import shown
 
 # What the folder of each part may be called, in small letters or capitals.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}

@@ -3,9 +3,10 @@
 from importlib import import_module
 
 from lora_vit.config import DATASETS, DataConfig
-from lora_vit.data.dataset import Found, ImageData, Wanted, shown
+from lora_vit.data.dataset import Found, ImageData, Wanted
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
-from lora_vit.files import user_path
+from lora_vit.files import shown, user_path
 
 _FOUND: dict[Wanted, Found] = {}
 
@@ -20,7 +21,7 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         there = f"data.root={config.root} holds other images, labels or class names than asked for"
         raise ConfigError(f"{there}: {found.content}, not {config.content}")
     splits, fingerprint = divide(found, config)
-    decoded = found.decode(config.cache_size)
+    decoded = found.decode(Decoding(config.cache_size, background=tuple(config.background)))
     return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
+from lora_vit.data.preprocessing import Decoding, Preprocessing
 from lora_vit.errors import ConfigError
 from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
 from lora_vit.lora.adapter import sha256_of
@@ -187,6 +188,10 @@ class TrialRun:
         records.write_predictions(folder, {name: vars(predictions) for name, predictions in splits.items()})
         lora = self.config.lora
         height, width = (int(n) for n in setup.data.images.shape[-2:])
+        background = tuple(self.config.data.background)
+        decoding = Decoding(height if height == width else None, setup.data.value_range, background)
+        inputs: Any = (setup.base[key] for key in ("image_size", "mean", "std", "interpolation"))
+        preparation = Preprocessing(decoding, *inputs)
         card: dict[str, Any] = {
             "schema": self.record.schema,
             "trial_id": self.name,
@@ -194,8 +199,7 @@ class TrialRun:
             "data": self.record.data,
             "lora": self.record.config["lora"],
             "effective_scaling": lora.effective_scaling() if lora.method == "lora" else None,
-            "decoded_size": height if height == width else None,
-            "value_range": setup.data.value_range,
+            "preprocessing": preparation.to_dict(),
             "class_names": setup.data.class_names,
             "sha256": sha256_of(tensors),
         }

@@ -18,7 +18,7 @@ from PIL import Image
 from plain_models import SIZES, plain_model, timm_config
 from torchvision.models import VisionTransformer
 
-from lora_vit import load_adapter, merge_adapter, predict, trained
+from lora_vit import load_adapter, merge_adapter, predict, preprocessing, trained
 from lora_vit.build import build_setup
 from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.distributed import Process
@@ -217,11 +217,15 @@ def test_the_merged_file_and_the_printed_lines_are_all_one_needs(copy, call):
     with safetensors.safe_open("it's merged.safetensors", "pt") as file:
         assert list(file.metadata()) == ["lora_vit"]
         about = json.loads(file.metadata()["lora_vit"])
-    assert (about["class_names"], about["image_size"]) == (list(CLASSES), 16)
+    assert about["class_names"] == list(CLASSES)
+    how = about["preprocessing"]
+    assert (how["image_size"], how["decoded_size"], how["crop"], how["background"]) == (16, 16, "centre", [255] * 3)
     pixels = torch.from_numpy(np.asarray(Image.open(kept)).transpose(2, 0, 1) / 255).float()
-    mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(how[key])[:, None, None] for key in ("mean", "std"))
+    prepared = torch.from_numpy(preprocessing("it's merged.safetensors")(kept))
+    torch.testing.assert_close(prepared, (pixels - mean) / std)
     with torch.no_grad():
-        p = names["model"].eval()(((pixels - mean) / std)[None]).softmax(-1)[0]
+        p = names["model"].eval()(prepared[None]).softmax(-1)[0]
     best = int(p.argmax())
     assert f"{float(p[best]):.2%}  {CLASSES[best]}" in predicted.splitlines()[2]
     assert sorted(os.listdir()) == ["it's merged.safetensors"]

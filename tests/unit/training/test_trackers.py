@@ -116,6 +116,9 @@ def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_p
     trial.close()
 
 
+INPUTS = {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "interpolation": "bicubic"}
+
+
 @pytest.mark.parametrize(
     ("changes", "scaling", "width", "size"),
     [
@@ -127,7 +130,7 @@ def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_p
 def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
     trial = trial_in(tmp_path, changes)
     data = SimpleNamespace(images=np.zeros((2, 3, 16, width)), class_names=["a", "b"], value_range=(0, 4095))
-    setup = SimpleNamespace(base={"weights": "W", "sha256": "S"}, data=data)
+    setup = SimpleNamespace(base={"weights": "W", "sha256": "S", **INPUTS}, data=data)
     trial.record.data, trial.record.metrics = {"fingerprint": "F"}, {"val_accuracy": 0.5}
     predictions, tensors = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0), {"b": torch.ones(2, 3)}
     trial.write_results({"val": predictions, "test": predictions}, tensors, setup)
@@ -144,12 +147,15 @@ def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
     assert json.loads((tmp_path / "adapter.json").read_text()) == {
         "schema": trial.record.schema,
         "trial_id": trial.name,
-        "base": {"weights": "W", "sha256": "S"},
+        "base": {"weights": "W", "sha256": "S", **INPUTS},
         "data": {"fingerprint": "F"},
         "lora": trial.record.config["lora"],
         "effective_scaling": scaling,
-        "decoded_size": size,
-        "value_range": [0, 4095],
+        "preprocessing": {
+            **INPUTS,
+            **{"orientation": "exif", "background": [255, 255, 255], "value_range": [0, 4095]},
+            **{"decoded_size": size, "crop": "centre" if size else "squash"},
+        },
         "class_names": ["a", "b"],
         "sha256": sha256_of(tensors),
     }

@@ -1,0 +1,191 @@
+"""What is done to a picture before a model sees it: the one description of it, and the code that does it.
+
+It needs NumPy and Pillow alone, so a deployed model can use it too:
+
+>>> from lora_vit import preprocessing
+>>> prepare = preprocessing("exported/onnx")  # or the folder of a trial, or a file that merge or export wrote
+>>> images = prepare("image.jpg")[None]  # float32 [1, 3, S, S]
+"""
+
+import contextlib
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from lora_vit.errors import ConfigError
+from lora_vit.files import shown
+
+Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
+WHITE = (255, 255, 255)
+ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
+_DARK = 16  # upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a file becomes RGB, uint8 [3, h, w]: its first picture, turned upright where its EXIF data says so.
+
+    ``size``: pixels to which the short side is resized (antialiased), around whose centre a square is cropped; None: as
+    it is. ``value_range``: what becomes 0 and 255 where pixels have 16 or 32 bits. ``background``: the colour behind
+    transparent pixels; None, in adapters from before there was one: transparency is dropped.
+    """
+
+    size: int | None
+    value_range: Range | None = None
+    background: tuple[int, ...] | None = WHITE
+
+    def __call__(self, file: "str | os.PathLike[str]") -> np.ndarray:
+        """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
+        try:
+            pixels, _ = self.read(Path(file))
+            if isinstance(pixels, tuple):
+                raise ValueError("its values are {:g} .. {:g}, not 8-bit as those trained on".format(*pixels))
+            return pixels
+        except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
+            raise ConfigError(f"{shown(file)} cannot be read as an image ({reason(error)})") from None
+
+    def read(self, file: io.BytesIO | Path) -> tuple[np.ndarray | Range, bool]:
+        """The pixels of a file, and whether it holds more pictures.
+
+        Smallest and largest value take the pixels' place where they have more than 8 bits and there is no range.
+        """
+        # The user's own files: large ones are no attack.
+        Image.MAX_IMAGE_PIXELS = None
+        PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
+        with warnings.catch_warnings(), Image.open(file) as opened:
+            warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
+            if self.size is not None:
+                opened.draft("RGB", (self.size, self.size))  # JPEG decodes straight to a size not below this
+            kept_upper_bits = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)
+            opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
+            opened.load()
+            if kept_upper_bits and (brightest := int(np.asarray(opened)[..., :3].max())) < _DARK:
+                raise ValueError(
+                    f"16-bit {opened.mode} with values up to {256 * brightest + 255} of 65535: its upper 8 bits "
+                    "are black, convert it to 8 bits"
+                )
+            image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
+            has_more = False
+            with contextlib.suppress(Exception):  # what follows the first picture may be damaged
+                has_more = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))  # with its preview
+        if image.mode.startswith(("I", "F")):
+            grey = np.asarray(image, np.float64)
+            if not np.isfinite(grey).all():
+                raise ValueError("it has values that are not finite")
+            values = float(grey.min()), float(grey.max())
+            if self.value_range is None:
+                return values, has_more
+            low, high = self.value_range
+            if np.mean((grey < low) | (grey > high)) > 0.5:
+                what = "its values are {:g} .. {:g}, those trained on {:g} .. {:g}"
+                raise ValueError(what.format(*values, low, high))
+            scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too
+            image = Image.fromarray(np.clip((grey - low) * scale, 0, 255).astype(np.uint8))  # Pillow would clip at 255
+        if self.background is not None and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), image)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if self.size is not None:
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), has_more
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture's file to the model's input: decoding, one resize (antialiased) and normalisation.
+
+    ``image_size``: pixels of a side that the model wants, S; ``mean`` and ``std``: of each colour in [0, 1].
+    """
+
+    decoding: Decoding
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __call__(self, file: "str | os.PathLike[str]") -> np.ndarray:
+        """The model's input, float32 [3, S, S], of an image file. Raises ConfigError as :class:`Decoding`."""
+        pixels, size = self.decoding(file).astype(np.float32), (self.image_size, self.image_size)
+        if pixels.shape[1:] != size:
+            how = Image.Resampling[self.interpolation.upper()]
+            pixels = np.stack([np.asarray(Image.fromarray(one).resize(size, how)) for one in pixels])
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it by name, for JSON."""
+        own = {key: value for key, value in vars(self).items() if key != "decoding"}
+        read = self.decoding
+        return {"orientation": "exif", "background": read.background, "value_range": read.value_range,
+                "decoded_size": read.size, "crop": "squash" if read.size is None else "centre", **own}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any]) -> "Preprocessing":
+        """Inverse of :meth:`to_dict`."""
+        pair, colour = (None if said[key] is None else tuple(said[key]) for key in ("value_range", "background"))
+        decoding = Decoding(said["decoded_size"], pair, colour)
+        mean, std = (tuple(said[key]) for key in ("mean", "std"))
+        return cls(decoding, said["image_size"], mean, std, said["interpolation"])
+
+
+def preprocessing(place: "str | os.PathLike[str]") -> Preprocessing:
+    """What a trained model wants done to pictures, from what belongs to it.
+
+    Args:
+        place: the folder of a trial or an export, or a file: a merged ``.safetensors``, an ``.onnx`` or a ``.pt2``.
+
+    Raises:
+        ConfigError: nothing there says it.
+    """
+    path = Path(place)
+    try:
+        about = _about(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename or path} does not exist: give a trial's folder or an export") from None
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} says nothing of how its images are prepared ({error})") from None
+    return Preprocessing.from_dict(of_card(about))
+
+
+def of_card(card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description in an adapter's card, which older ones have in parts."""
+    if "preprocessing" in card:
+        return card["preprocessing"]
+    base = {key: card["base"][key] for key in ("image_size", "mean", "std", "interpolation")}
+    return {**base, "decoded_size": card["decoded_size"], "value_range": card["value_range"], "background": None}
+
+
+def _about(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        path = next((path / name for name in ("adapter.json", ABOUT) if (path / name).exists()), path / ABOUT)
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return json.loads(header["__metadata__"]["lora_vit"])
+    if path.suffix == ".pt2":
+        with zipfile.ZipFile(path) as archive:
+            found = [name for name in archive.namelist() if name.endswith(ABOUT)]
+            return json.loads(archive.read(found[-1]))
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["lora_vit"])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def reason(error: Exception) -> str:
+    """Why a file is no image."""
+    if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
+        return "no format that Pillow knows"
+    return str(error) or type(error).__name__
+
