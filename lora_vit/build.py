@@ -19,7 +19,6 @@ from torch import nn
 from lora_vit import randomness
 from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
@@ -31,7 +30,7 @@ from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, r
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
 from lora_vit.models.weights import fetch_weights, load_weights
-from lora_vit.training.setup import Setup
+from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -157,16 +156,16 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
         raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
-def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
+def build_setup(config: TrialConfig, process: Process) -> Setup:
     """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = data or load_data(config.data, quiet=process.rank > 0)
+    data = load_data(config.data, quiet=process.rank > 0)
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data.augment)
     where = environment(device, precision, process.world_size)
-    return Setup(factory, samples, transform, device, process, config.trainer.compile, where, factory.base)
+    return Setup(factory, samples, transform, device, process, where, factory.base)
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:

@@ -28,8 +28,7 @@ from lora_vit.records import read_predictions
 from lora_vit.stopping import StopRequest
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 
 def trial_config(*overrides: str) -> TrialConfig:

@@ -11,8 +11,7 @@ from lora_vit.errors import Interrupted
 from lora_vit.stopping import StopRequest, repeating
 from lora_vit.terminal import Every
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import ClaimLost, TrialRun
+from lora_vit.training.trial import ClaimLost, Setup, TrialRun
 
 HEARTBEAT_EVERY = 30.0  # seconds between signs of life of a running trial
 

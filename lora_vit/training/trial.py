@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
+from lora_vit.data.augment import Transform
+from lora_vit.data.dataset import ImageData
+from lora_vit.data.stream import Samples
+from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
 from lora_vit.lora.adapter import sha256_of
+from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_adapter
-from lora_vit.training.setup import Setup
 from lora_vit.training.trackers import TensorBoard
 
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
@@ -35,6 +40,23 @@ OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
 
 class ClaimLost(Exception):  # noqa: N818  (not an error)
     """Another process has taken over the trial with this id: this process writes no more."""
+
+
+@dataclass
+class Setup:
+    """What all trials of a pack share: data, device, process, and what builds their model."""
+
+    build_model: Callable[[list[TrialConfig]], PackedViT]
+    samples: Samples
+    transform: Transform
+    device: torch.device
+    process: Process
+    environment: dict[str, object]  # for the record
+    base: dict[str, Any]  # for the adapter's card
+
+    @property
+    def data(self) -> ImageData:
+        return self.samples.data
 
 
 @dataclass
