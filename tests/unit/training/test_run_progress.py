@@ -10,7 +10,7 @@ from plain_trials import BASELINE, plain_trial
 
 from lora_vit import terminal
 from lora_vit.distributed import Process
-from lora_vit.training.progress import RunReporter
+from lora_vit.training.loop import RunReporter
 
 
 def pack_of(changes=None, epoch=0):
