@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
@@ -92,12 +92,9 @@ class LoraConfig:
         return self.method == "full" or self.bias not in (None, "none")
 
     def effective_scaling(self) -> float:
-        return effective_scaling(self.alpha, self.rank, self.scaling)  # type: ignore[arg-type]  # given by "lora"
-
-
-def effective_scaling(alpha: float, rank: int, scaling: str | None) -> float:
-    """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
-    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+        """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        alpha, rank = cast(tuple[float, int], (self.alpha, self.rank))  # given by "lora"
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
-from lora_vit.config import TARGETS, LoraConfig, effective_scaling
+from lora_vit.config import TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
 from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
@@ -177,8 +177,9 @@ def replace_linear_with_lora(
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
-    check_fields(LoraConfig("lora", None, alpha, dropout, None, None, scaling, None))
-    adapt(model, AdapterSpec(rank, effective_scaling(alpha, rank, scaling), dropout, seed), targets, blocks)
+    lora = LoraConfig("lora", rank, alpha, dropout, None, None, scaling, None)
+    check_fields(lora)
+    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed), targets, blocks)
     return model
 
 
