@@ -20,7 +20,7 @@ from lora_vit import records
 from lora_vit.config import ids, to_dict
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of
-from lora_vit.records import TrialRecord, read_predictions
+from lora_vit.records import PREDICTIONS, TrialRecord
 from lora_vit.training import trial as trials
 from lora_vit.training.checkpoint import TrialState, write_adapter
 from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, Predictions, TrialRun
@@ -132,13 +132,9 @@ def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
     predictions, tensors = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0), {"b": torch.ones(2, 3)}
     trial.write_results({"val": predictions, "test": predictions}, tensors, setup)
     trial.close()
-    found = read_predictions(tmp_path)
-    assert found.keys() == {"val", "test"}
-    assert {name: column.tolist() for name, column in found["test"].items()} == {
-        "ids": [0, 1, 2],
-        "labels": [1, 2, 3],
-        "predicted": [2, 3, 4],
-        "true_probability": [3, 4, 5],
+    columns = {"ids": [0, 1, 2], "labels": [1, 2, 3], "predicted": [2, 3, 4], "true_probability": [3, 4, 5]}
+    assert {name: column.tolist() for name, column in np.load(tmp_path / PREDICTIONS).items()} == {
+        f"{split}.{name}": values for split in ("val", "test") for name, values in columns.items()
     }
     assert trial.record.cost == {"adapter_bytes": (tmp_path / "adapter.safetensors").stat().st_size}
     assert json.loads((tmp_path / "adapter.json").read_text()) == {
