@@ -296,7 +296,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
