@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_vit.config import IDENTITY, SCHEMA_VERSION, TrialConfig, from_dict, ids, to_dict, trial_id
 from lora_vit.errors import ConfigError, RecordError
-from lora_vit.files import replacing, write_json
+from lora_vit.files import write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
@@ -146,11 +144,3 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
         if a != b:
             break
     return f"{name} is {a} there, {b} here"
-
-
-def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
-    """Replace ``predictions.npz``: ``SPLIT.FIELD``, [N]; no clock in it, so equal predictions give equal bytes."""
-    names = ("ids", "labels", "predicted", "true_probability")
-    arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in names}
-    with replacing(folder / PREDICTIONS) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
