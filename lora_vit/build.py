@@ -28,7 +28,7 @@ from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
-from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
+from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import fetch_weights, load_weights
 from lora_vit.training.trial import Setup
 
@@ -118,10 +118,10 @@ class ModelFactory:
             each: Any = [(c.lora, c.seed) for c in configs]
             specs = [AdapterSpec(own.rank, own.effective_scaling(), own.dropout, seed) for own, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
-                for p in adapters.parameters():
-                    p.data = p.data.to(self.parameter_dtype)
+                adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
-        head = PackedHead(seeds, dropouts, width_of(trunk), self.classes, state, head_name(trunk))
+        width = shape_of(configs[0].model).width
+        head = PackedHead(seeds, dropouts, width, self.classes, state, head_name(trunk))
         mark_trained(trunk, lora.method, lora.bias)
         for p in trunk.parameters():
             if not p.requires_grad:
@@ -135,10 +135,8 @@ class ModelFactory:
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
     """How images are prepared: image_size, mean, std and interpolation (in this order), as set or the model's own."""
-    if m.library == "torchvision":
-        own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "image_size": m.image_size}
-    else:
-        own = {**trunk.pretrained_cfg, "image_size": trunk.patch_embed.img_size[0]}
+    of_torchvision = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
+    own = {**getattr(trunk, "pretrained_cfg", of_torchvision), "image_size": shape_of(m).image_size}
     given = {key: getattr(m, key) for key in ("image_size", "mean", "std", "interpolation")}
     found = {key: own[key] if value is None else value for key, value in given.items()}
     if found["interpolation"] not in ("bilinear", "bicubic"):
