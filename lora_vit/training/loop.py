@@ -41,11 +41,9 @@ class RunReporter(Reporter):
     def started(self, pack: Pack) -> None:
         """Print the data, the place and the table of parameters, and start the bar."""
         trial, setup, steps = pack.trials[0], pack.setup, pack.steps_per_epoch
-        env = setup.environment
+        where = "{device}, {precision}, {world_size} process(es)".format(**setup.environment)
         self.console.print(setup.data.line(setup.transform.image_size), markup=False)
-        self.console.print(
-            f"trial {trial.name} on {env['device']}, {env['precision']}, {setup.process.world_size} process(es)"
-        )
+        self.console.print(f"trial {trial.name} on {where}")
         counts, columns = trial.record.parameters, (Column(name, justify="right") for name in ("count", "share"))
         table = Table("parameters", *columns, box=None, pad_edge=False)
         for name in ("adapter", "head", "trainable", "total"):
