@@ -15,7 +15,6 @@ from lora_vit.errors import ConfigError
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
-SCALINGS = ("standard", "rslora")  # rules for the factor of an adapter's output (effective_scaling)
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 
@@ -83,7 +82,7 @@ class LoraConfig:
     dropout: float | None = field(metadata=number("a probability", "[0, 1)"))
     targets: list[str] | None = field(metadata=choice(*TARGETS, also=", or give lora=none"))
     blocks: list[int] | None = field(metadata=number("blocks", "[0, inf)", ", or null for all"))
-    scaling: str | None = field(metadata=choice(*SCALINGS))
+    scaling: str | None = field(metadata=choice("standard", "rslora"))
     bias: str | None = field(metadata=choice("none", "lora_only", "all"))
 
     @property
