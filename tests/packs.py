@@ -6,8 +6,7 @@ from lora_vit.build import build_setup
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 
 def new_trials(configs: list[TrialConfig]) -> list[TrialRun]:

@@ -19,8 +19,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.training import loop, trial
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 STEPS = 4
 """Of an epoch: 32 training images in batches of 8."""

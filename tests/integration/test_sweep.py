@@ -18,7 +18,7 @@ from helpers import command, contents, is_running, rows_of, run_command, start, 
 from safetensors.numpy import load_file
 
 from lora_vit.files import read_rows
-from lora_vit.records import TrialRecord, read_predictions, read_record, write_predictions
+from lora_vit.records import PREDICTIONS, TrialRecord, read_record
 
 pytestmark = pytest.mark.slow
 
@@ -92,9 +92,9 @@ def assert_equal_trials(a: Path, b: Path) -> float:
     assert files.keys() == other_files.keys()
     for name, values in files.items():
         np.testing.assert_allclose(values, other_files[name], rtol=1e-6, atol=1e-12, err_msg=name)  # stored in fp32
-    predictions, other_predictions = read_predictions(a), read_predictions(b)
-    for split in ("val", "test"):
-        np.testing.assert_array_equal(predictions[split]["predicted"], other_predictions[split]["predicted"])
+    predictions, other_predictions = np.load(a / PREDICTIONS), np.load(b / PREDICTIONS)
+    for name in ("val.predicted", "test.predicted"):
+        np.testing.assert_array_equal(predictions[name], other_predictions[name])
     return worst
 
 
@@ -167,10 +167,10 @@ def test_single_precision_differs_by_rounding_alone(tmp_path, project_root):
     out = run(script, tmp_path)
     assert out.count("within") == 1, out
     first = sweep / next(iter(records))
-    splits = read_predictions(first)  # one prediction that was not close
-    sure = splits["val"]["true_probability"].argmax()
-    splits["val"]["predicted"][sure] = (splits["val"]["predicted"][sure] + 1) % 10
-    write_predictions(first, splits)
+    arrays = dict(np.load(first / PREDICTIONS))  # one prediction that was not close
+    sure = arrays["val.true_probability"].argmax()
+    arrays["val.predicted"][sure] = (arrays["val.predicted"][sure] + 1) % 10
+    np.savez(first / PREDICTIONS, **arrays)
     assert "TOO FAR" in run(script, tmp_path, code=1)
 
 

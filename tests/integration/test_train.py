@@ -13,7 +13,7 @@ from PIL import Image
 
 from lora_vit import train
 from lora_vit.files import read_rows
-from lora_vit.records import read_predictions, read_record
+from lora_vit.records import PREDICTIONS, read_record
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,11 @@ def test_the_folder(run):
     rows = read_rows(folder / "metrics.jsonl")
     assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == [1, 2]
     assert sum(r["kind"] == "step" for r in rows) == 14
+    found = np.load(folder / PREDICTIONS)
     for split in ("val", "test"):
-        found = read_predictions(folder)[split]
-        assert len(found["ids"]) == 20
-        assert float(np.mean(found["predicted"] == found["labels"])) == record.metrics[f"{split}_accuracy"]
+        assert len(found[f"{split}.ids"]) == 20
+        right = found[f"{split}.predicted"] == found[f"{split}.labels"]
+        assert float(np.mean(right)) == record.metrics[f"{split}_accuracy"]
 
 
 def test_the_default_folder_is_named_by_date_and_trial(tmp_path, monkeypatch):

@@ -19,9 +19,10 @@ from torchvision.models import VisionTransformer
 from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapter, replace_linear_with_lora
 from lora_vit.config import SCHEMA_VERSION
 from lora_vit.errors import ConfigError
+from lora_vit.files import write_json
 from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of
 from lora_vit.records import write_record
-from lora_vit.training.checkpoint import write_adapter
+from lora_vit.training.checkpoint import write_tensors
 
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"
@@ -82,7 +83,9 @@ def card(*targets: str, base: VisionTransformer | None = None, **lora: Any) -> d
 
 
 def folder_of(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
-    write_adapter(path, tensors, {"sha256": sha256_of(tensors), **card})
+    card = {"sha256": sha256_of(tensors), **card}
+    write_tensors(path / "adapter.safetensors", tensors, card)
+    write_json(path / "adapter.json", card)
     return path
 
 

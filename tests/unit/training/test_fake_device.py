@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 import lora_vit
 from lora_vit import build, distributed, randomness
-from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
@@ -89,13 +88,16 @@ def apply_by_exchange(module: nn.Module, change, recurse: bool = True) -> nn.Mod
 
 def pretend(device: str, free_bytes: int, monkeypatch) -> None:
     """Choose a device that is not there, and leave out what looks at values while a model is built."""
-    draw = randomness.permutation
 
-    def real_permutation(*parts):
-        with unset_fake_temporarily():
-            return draw(*parts)
+    def with_values(function):
+        def call(*args, **named):
+            with unset_fake_temporarily():
+                return function(*args, **named)
 
-    monkeypatch.setattr(randomness, "permutation", real_permutation)
+        return call
+
+    monkeypatch.setattr(randomness, "permutation", with_values(randomness.permutation))
+    monkeypatch.setattr(build, "load_data", with_values(build.load_data))
     monkeypatch.setattr(build, "choose_device", lambda accelerator, process: torch.device(device))
     monkeypatch.setattr(build, "device_name", lambda device: "none")
     monkeypatch.setattr(build, "base_of", lambda model: {})
@@ -113,9 +115,7 @@ def three_trials() -> Pack:
     configs = [
         trial_config(*t, "data.augment=crop_flip", "model.num_layers=1", "trainer.precision=bf16") for t in TRIALS
     ]
-    with unset_fake_temporarily():
-        data = load_data(configs[0].data)
-    setup = build.build_setup(configs[0], Process(), data)
+    setup = build.build_setup(configs[0], Process())
     return Pack([TrialRun(config) for config in configs], setup)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -195,7 +194,7 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
         return lambda *args: calls.append(len(args)) or model(*args)
 
     monkeypatch.setattr(torch, "compile", compiler)
-    pack = new_pack(configs(), dataclasses.replace(setup, compile=True))
+    pack = new_pack([plain_trial({**t, "trainer.compile": True}) for t in TRIALS], setup)
     losses = take_steps(pack, 1)
     assert calls == [2]
     assert losses == take_steps(new_pack(configs(), setup), 1)
