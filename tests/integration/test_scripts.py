@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import run_command
 from pictures import paint
 from safetensors.numpy import load_file
 
@@ -17,16 +16,6 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
 RACE = SCRIPTS / "bench" / "race.py"
 CALIBRATE = SCRIPTS / "calibrate_statistics.py"
-
-
-@pytest.mark.slow
-def test_packed_trials_are_trained_again_alone_and_summarized(tmp_path):
-    run_command("-m", "lora.rank=1,2", "sweep.pack_size=2", "hydra.sweep.dir=s", cwd=tmp_path)
-    (empty := tmp_path / "empty").mkdir()
-    *_, row = run(SCRIPTS / "pack_equals_alone.py", empty, str(tmp_path / "s"), "--trials", "1").strip().splitlines()
-    assert row.split()[-1] == "within"
-    out = run(SCRIPTS / "summarize.py", empty, str(tmp_path / "s"), "--no-plots")
-    assert "Repeat the sweep with seed=0,1,2" in out
 
 
 @pytest.mark.slow

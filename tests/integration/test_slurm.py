@@ -17,13 +17,7 @@ from lora_vit.records import read_record
 
 pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-ON_SLURM = (
-    "-m",
-    "engine=slurm",
-    "sweep.name=s",
-    "sweep.pack_size=2",
-    "engine.cpus_per_task=1",
-)
+ON_SLURM = ("-m", "engine=slurm", "sweep.name=s", "sweep.pack_size=2", "engine.cpus_per_task=1")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,13 +108,3 @@ def test_where_there_is_no_slurm_it_is_reported_in_one_line(tmp_path):
     path = str(Path(sys.executable).parent)
     done = run_command(*ON_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
     assert done.stderr == "error: engine=slurm: no Slurm here (no srun): start the command on a login node\n"
-
-
-def test_a_race_on_slurm_is_the_race_that_runs_here(tmp_path):
-    """The workers are asked for once; decisions are those of any engine."""
-    race = ("sweep.margin=40", "sweep.first_seeds=3", "sweep.most_seeds=4", "optimizer.lr=1e-2,1e-9")
-    done = run_command(*ON_SLURM, "sweep.workers=1", *race, cwd=tmp_path, timeout=400)
-    here = run_command("-m", *race, "sweep.pack_size=2", "sweep.workers=1", "sweep.name=here", cwd=tmp_path)
-    ends = [out[out.rindex("race: ") : out.index("\noutputs/sweeps/")] for out in (done.stdout, here.stdout)]
-    assert ends[0] == ends[1]
-    none_is_left(tmp_path)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SMALL, run_command, trial_config
+from helpers import SMALL, trial_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lora_vit import api, compose, resolve
 from lora_vit.compose import Composer, compose_all, expand, explain, initialized
-from lora_vit.config import file_sha256, trial_id
+from lora_vit.config import file_sha256, from_dict, trial_id
 from lora_vit.errors import ConfigError
+from lora_vit.records import read_record
 from lora_vit.resolve import from_omegaconf, identify
 from lora_vit.sweep.plan import Request
 
@@ -325,28 +324,25 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     assert "hydra" not in search["bases"][0][1]
 
 
-# --- Hydra's own idioms, in real commands
+# --- Hydra's own idioms
 
 
-@pytest.mark.slow
-def test_paths_may_be_hydras(tmp_path):
+def test_paths_may_be_hydras(tmp_path, monkeypatch, call):
     """``${hydra:runtime.cwd}`` alone and in a sweep."""
+    monkeypatch.chdir(tmp_path)
     place = "data.cache_dir=${hydra:runtime.cwd}/here"
-    run_command("hydra.run.dir=single", place, "trainer.epochs=1", cwd=tmp_path)
-    run_command("-m", "seed=0,1", "hydra.sweep.dir=sweep", place, "trainer.epochs=1", "sweep.pack_size=2", cwd=tmp_path)
-    records = [path.read_text() for path in tmp_path.rglob("record.json")]
-    assert [f"{tmp_path}/here" in text for text in records] == [True] * 3
+    assert call("train", *SMALL, place, "trainer.epochs=1", "hydra.run.dir=single")[0] == 0
+    trials = [from_dict(read_record(tmp_path / "single").config), *(trial.config for trial in asked(place).trials)]
+    assert [trial.data.cache_dir for trial in trials] == [f"{tmp_path}/here"] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["hydra", "job"])
-def test_printing_the_configuration_fetches_nothing(what, tmp_path):
+def test_printing_the_configuration_fetches_nothing(what, tmp_path, monkeypatch, call):
     """The data set is not here, and a name that would need it says so."""
-    line = [sys.executable, "-m", "lora_vit.train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "fetch" not in done.stderr + done.stdout
-    assert (f"_{resolve.UNKNOWN_ID}" in done.stdout) == (what != "job")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty")
+    assert (code, "fetch" in err + out) == (0, False)
+    assert (f"_{resolve.UNKNOWN_ID}" in out) == (what != "job")
     assert list(tmp_path.iterdir()) == []
 
 
