@@ -18,11 +18,11 @@ def trials(sweep: Path) -> dict[str, Path]:
     return {p.parent.name: p.parent for p in sorted(sweep.glob("*/record.json"))}
 
 
-def test_it_leaves_the_same_trials_for_the_summary(tmp_path, monkeypatch, call):
+def test_it_leaves_the_same_trials_for_the_summary(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = (*SMALL, "lora=default,none", "lora.rank=1,2", "seed=3", "trainer.epochs=1")
-    api.sweep(settings, "packed", workers=1, pack_size=2)
-    assert call("train", "-m", "hydra/sweeper=basic", "hydra.sweep.dir=basic", *settings)[0] == 0
+    settings = ("lora=default,none", "lora.rank=1,2", "seed=3", "trainer.epochs=1")
+    api.sweep([*SMALL, *settings], "packed", workers=1, pack_size=2)
+    run_command("-m", "hydra/sweeper=basic", "hydra.sweep.dir=basic", *settings, cwd=tmp_path)
     one, other = trials(tmp_path / "packed"), trials(tmp_path / "basic")
     assert list(one) == list(other)
     assert len(one) == 3, "settings without effect are dropped, so two of them name one trial"

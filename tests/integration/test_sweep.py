@@ -153,12 +153,12 @@ def test_a_broken_trial_axis_is_noticed(sabotage, packed, tmp_path, monkeypatch)
 
 def test_single_precision_differs_by_rounding_alone(tmp_path, project_root):
     """On real images and weights: the first loss, and who is classified otherwise (see the script)."""
-    arguments = ("-m", "experiment=quickstart", "trainer.epochs=4", "lora.rank=2,8", "lora.dropout=0.2")
-    rates = ("optimizer.lr=1e-3,2e-3", "sweep.name=s", "sweep.pack_size=4", "trainer.accelerator=cpu")
-    run([sys.executable, "-m", "lora_vit.train", *arguments, *rates], tmp_path)
+    arguments = ("-m", "experiment=quickstart", "trainer.epochs=2", "lora.rank=2,8", "lora.dropout=0.2")
+    own = ("sweep.name=s", "sweep.pack_size=2", "trainer.accelerator=cpu")
+    run([sys.executable, "-m", "lora_vit.train", *arguments, *own], tmp_path)
     sweep = tmp_path / "outputs/sweeps/s"
     records = records_of(sweep)
-    assert [r.cost["pack_size"] for r in records.values()] == [4] * 4
+    assert [r.cost["pack_size"] for r in records.values()] == [2, 2]
     script = [sys.executable, str(project_root / "scripts/pack_equals_alone.py"), "outputs/sweeps/s", "--trials", "1"]
     out = run(script, tmp_path)
     assert out.count("within") == 1, out
@@ -173,7 +173,7 @@ def test_single_precision_differs_by_rounding_alone(tmp_path, project_root):
 def test_killed_and_finished_by_the_same_command(packed, tmp_path):
     line = sweep_of_different(tmp_path)
     sweep = tmp_path / "outputs/sweeps/lists"
-    for rows in (2, 30, 55):
+    for rows in (2, 40):
         process = start(line, tmp_path)
         wait_for_rows(process, sweep, rows)
         kill_all(process, sweep)

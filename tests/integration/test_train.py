@@ -101,8 +101,7 @@ def test_settings_without_effect_on_the_numbers_keep_the_id_and_the_result(plain
     assert largest_difference(again, plain) == 0
 
 
-def test_a_diverging_run_fails_in_one_line(tmp_path, monkeypatch, call):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+def test_a_diverging_run_fails_in_one_line(tmp_path, call):
     code, _, err = call("train", *SMALL, "optimizer.lr=1e200", f"hydra.run.dir={tmp_path}/run")
     assert (code, err.count("\n")) == (1, 1)
     assert "not finite at step" in err

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SMALL, trial_config
+from helpers import SMALL, run, run_command, trial_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -327,22 +328,25 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
 # --- Hydra's own idioms
 
 
-def test_paths_may_be_hydras(tmp_path, monkeypatch, call):
+@pytest.mark.slow
+def test_paths_may_be_hydras(tmp_path, monkeypatch):
     """``${hydra:runtime.cwd}`` alone and in a sweep."""
     monkeypatch.chdir(tmp_path)
     place = "data.cache_dir=${hydra:runtime.cwd}/here"
-    assert call("train", *SMALL, place, "trainer.epochs=1", "hydra.run.dir=single")[0] == 0
+    run_command("hydra.run.dir=single", place, "trainer.epochs=1", cwd=tmp_path)
     trials = [from_dict(read_record(tmp_path / "single").config), *(trial.config for trial in asked(place).trials)]
     assert [trial.data.cache_dir for trial in trials] == [f"{tmp_path}/here"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["hydra", "job"])
-def test_printing_the_configuration_fetches_nothing(what, tmp_path, monkeypatch, call):
+def test_printing_the_configuration_fetches_nothing(what, tmp_path):
     """The data set is not here, and a name that would need it says so."""
-    monkeypatch.chdir(tmp_path)
-    code, out, err = call("train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty")
-    assert (code, "fetch" in err + out) == (0, False)
-    assert (f"_{resolve.UNKNOWN_ID}" in out) == (what != "job")
+    line = [sys.executable, "-m", "lora_vit.train", "--cfg", what, "--resolve", f"data.root={tmp_path}/empty"]
+    done = run(line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fetch" not in done.stderr + done.stdout
+    assert (f"_{resolve.UNKNOWN_ID}" in done.stdout) == (what != "job")
     assert list(tmp_path.iterdir()) == []
 
 
