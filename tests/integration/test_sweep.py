@@ -70,10 +70,14 @@ def wait_for_rows(process: subprocess.Popen[str], sweep: Path, rows: int) -> Non
     wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")) >= rows, process, every=0.002)
 
 
+def owners(sweep: Path) -> set[int]:
+    """The processes that have or had claims."""
+    return {json.loads(path.read_text())["pid"] for path in (sweep / ".claims").glob("*.owner")}
+
+
 def kill_all(process: subprocess.Popen[str], sweep: Path) -> None:
     """At once: the workers of a killed command alone would notice within a second, and could be done by then."""
-    for path in (sweep / ".claims").glob("*.owner"):
-        pid = json.loads(path.read_text())["pid"]
+    for pid in owners(sweep):
         if pid != process.pid and is_running(pid):
             os.kill(pid, signal.SIGKILL)
     process.kill()
@@ -289,15 +293,12 @@ def test_a_killed_command_takes_its_workers_along(tmp_path):
     sweep = tmp_path / "outputs/sweeps/s"
     process = start(line, tmp_path)
     wait_for_rows(process, sweep, 40)
-    owners: set[int] = set()
-    until = time.monotonic() + 60
-    while len(owners) < 2:
-        assert time.monotonic() < until
-        owners = {json.loads(p.read_text())["pid"] for p in (sweep / ".claims").glob("*.owner")}
+    wait_until(lambda: len(owners(sweep)) >= 2, process)
+    workers = owners(sweep)
     process.kill()
     process.wait()
     until = time.monotonic() + 30
-    while any(is_running(pid) for pid in owners):
+    while any(map(is_running, workers)):
         assert time.monotonic() < until
         time.sleep(0.1)
     process.stdout.close()
