@@ -275,9 +275,9 @@ def test_two_commands_share_a_sweep(tmp_path):
 def test_two_workers_give_the_same_bits_again(tmp_path):
     """Also of full fine-tuning, which has packs of its own and leaves the others' backbone alone."""
     sweeps = [tmp_path / f"outputs/sweeps/{name}" for name in ("first", "second")]
+    own = ("lora=default,none,full", "lora.rank=1,2", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2")
     for sweep in sweeps:
-        own = ("lora=default,none,full", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2", f"sweep.name={sweep.name}")
-        assert "[6/6]" in run_command("-m", *own, cwd=tmp_path).stdout
+        assert "[8/8]" in run_command("-m", *own, f"sweep.name={sweep.name}", cwd=tmp_path).stdout
     records = records_of(sweeps[0]).values()
     sizes = {(r.config["lora"]["method"], r.cost["pack_size"]) for r in records}
     assert sizes == {("lora", 2), ("none", 2), ("full", 1)}
