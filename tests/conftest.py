@@ -51,6 +51,8 @@ def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; its exit code and what it printed."""
     from lora_vit import cli
 
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which `train` sets
+
     def run(command: str, *arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lora-vit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

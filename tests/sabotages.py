@@ -1,14 +1,7 @@
-"""Ways to break the trial axis that every comparison of packed with alone must notice.
-
-As a program, ``python sabotages.py NAME FOLDER`` is ``python -m lora_vit.sweep work FOLDER``, broken.
-"""
+"""Ways to break the trial axis that every comparison of packed with alone must notice."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
 from lora_vit.lora import layers
@@ -72,9 +65,3 @@ SABOTAGES = {
         share_the_head_dropout,
     )
 }
-
-if __name__ == "__main__":
-    from lora_vit.sweep.worker import work
-
-    SABOTAGES[sys.argv[1]](pytest.MonkeyPatch())
-    work(Path(sys.argv[2]))
