@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 from pictures import data_config, fresh, paint
 
 from lora_vit.config import DATASETS
-from lora_vit.data.dataset import ImageData, shown
+from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import forget, known_content, load_data
 from lora_vit.errors import ConfigError
 
@@ -62,11 +61,6 @@ def test_the_line_of_a_data_set(changes, size, told):
     start = "data: 2,010 images of 2 classes: train 2,000, val 4, test 6"
     assert image_data(**changes).line(size) == start + told
     assert "of 1,000 classes" in image_data(class_names=["x"] * 1000).line(8)
-
-
-def test_names_are_shown_whatever_their_bytes_are():
-    assert shown("chèvre") == "chèvre"
-    assert shown(os.fsdecode(b"ch\xe8vre")) == "ch\\xe8vre"
 
 
 def test_each_data_set_has_a_loader_and_a_preset(project_root):

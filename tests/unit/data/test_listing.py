@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,14 +153,12 @@ def test_a_file_is_read_again_where_anything_of_it_changed(field, reading, settl
     reading.assert_digests(["a.png", "b.png"], ["a.png", "b.png"])
     whole = os.stat
 
-    class Changed:
-        def __init__(self, stat):
-            for name in ("st_mode", "st_size", "st_ino", "st_mtime_ns", "st_ctime_ns"):
-                setattr(self, name, getattr(stat, name))
-            setattr(self, field, 2**64 - 1 if field == "st_ino" else getattr(stat, field) + 1)
-
     def stat(path, **options):
-        return Changed(whole(path, **options)) if str(path).endswith("b.png") else whole(path, **options)
+        found = whole(path, **options)
+        if not str(path).endswith("b.png"):
+            return found
+        values = {name: getattr(found, name) for name in ("st_mode", "st_size", "st_ino", "st_mtime_ns", "st_ctime_ns")}
+        return SimpleNamespace(**values | {field: 2**64 - 1 if field == "st_ino" else values[field] + 1})
 
     monkeypatch.setattr(files.os, "stat", stat)
     reading.assert_digests(["a.png", "b.png"], ["b.png"])
