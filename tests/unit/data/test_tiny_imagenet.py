@@ -170,10 +170,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves one archive; ``behaviour`` is how, and may be changed between requests."""
 
     daemon_threads = True
-
-    def __init__(self, content: bytes):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.behaviour, self.served = content, "good", 0
+    content, behaviour, served = b"", "good", 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -200,7 +197,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[Server]:
-    server = Server(zipped(make(tmp_path / "made"), tmp_path / "published" / "it.zip").read_bytes())
+    server = Server(("127.0.0.1", 0), Handler)
+    server.content = zipped(make(tmp_path / "made"), tmp_path / "published" / "it.zip").read_bytes()
     monkeypatch.setattr(tiny_imagenet, "URL", f"http://127.0.0.1:{server.server_port}/{ARCHIVE}")
     monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(server.content, usedforsecurity=False).hexdigest())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
