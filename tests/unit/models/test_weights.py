@@ -19,7 +19,7 @@ from torchvision.models import VisionTransformer
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.models.vit import trunk_of
-from lora_vit.models.weights import fetch_weights
+from lora_vit.models.weights import fetch_weights, load_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 RECOGNISED = "2 blocks of width 32, patch 8, left out: heads"
@@ -96,6 +96,24 @@ def test_wrapped_weights_are_found_and_reported(held, taken, other, tmp_path):
     assert note == f"model.weights={path}: {RECOGNISED}, taken from '{taken}'{others}"
 
 
+def test_weights_from_a_gpu_need_none(tmp_path, monkeypatch):
+    state = theirs().state_dict()
+    with monkeypatch.context() as there:
+        there.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(state, tmp_path / "w.pth")
+    assert_has(loaded(tmp_path / "w.pth")[0], state)
+
+
+def test_weights_of_timms_hub(monkeypatch):
+    """A download puts its values into the model."""
+    pytest.importorskip("timm")
+    config = model_config(library="timm", name="vit_tiny_patch16_224", image_size=32, weights="DEFAULT")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda model, **_: randomised(model, 0.1))
+    trunk, expected = trunk_of(config), randomised(trunk_of(config), 0.1)
+    assert load_weights(trunk, config) == ""
+    torch.testing.assert_close(trunk.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_points_become_fp32(dtype, tmp_path):
     state = {name: t.to(dtype) for name, t in theirs().state_dict().items()}
@@ -165,11 +183,17 @@ def test_a_folder_or_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "message"), [(True, "b_16-c867db91.pth, which was downloaded earlier"), (False, "cannot be downloaded")]
+    ("there", "message"),
+    [
+        (True, r"b_16-c867db91\.pth, which was downloaded earlier"),
+        (False, r"cannot be downloaded \(no route to host\): connect to the network, give"),
+    ],
 )
 def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monkeypatch):
     """torchvision's own file where torch keeps downloads, or a network that is not there."""
-    def offline(*_: object, **__: object) -> None:
+
+    def offline(url: str, file: str, hash_prefix: str, **_: object) -> None:
+        assert hash_prefix == "c867db91", "else half a download would be taken"
         raise urllib.error.URLError("no route\nto host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
