@@ -80,21 +80,12 @@ def test_given_parts_the_fingerprint_and_the_largest_batch():
         divided(parts=given, train_per_class=20, batch_size=101)
 
 
-@pytest.fixture(scope="module")
-def samples():
-    return Samples(fresh(plain_trial().data), torch.device("cpu"))
-
-
-def stream(samples, process, seed):
-    transform = Transform(16, "crop_flip", torch.device("cpu"), torch.float64)
-    return TrainStream(samples, transform, 8, seed, process)
-
-
-def test_two_processes_share_each_batch(samples):
+def test_two_processes_share_each_batch():
     """It holds the augmented images and the labels of its samples, in the order of its key."""
-    one, halves = stream(samples, Process(), 4), [stream(samples, Process(r, 2), 4) for r in (0, 1)]
+    data, cpu = fresh(plain_trial().data), torch.device("cpu")
+    shared = Samples(data, cpu), Transform(16, "crop_flip", cpu, torch.float64), 8, 4
+    one, *halves = (TrainStream(*shared, process) for process in (Process(), Process(0, 2), Process(1, 2)))
     assert one.steps_per_epoch == 60 // 8
-    data = samples.data
     for epoch, step in ((1, 0), (0, 6), (3, 2), (2, 1)):
         order = data.splits["train"][randomness.permutation(60, "order", 4, epoch)]
         ids = order[8 * step : 8 * step + 8]

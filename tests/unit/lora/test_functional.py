@@ -76,8 +76,8 @@ def assert_as_reference(tensors, fixed, wanted=None, upstream=None):
 def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bias):
     """Of an upstream gradient that is strided; the tests below have contiguous ones."""
     tensors, fixed = inputs(kind, slots, dropouts, bias)
-    shape = (max(slots) + 1) * O, K * B, S
-    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
+    shape = (max(slots) + 1) * O, S, K * B
+    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
     assert_as_reference(tensors, fixed, upstream=upstream)
 
 

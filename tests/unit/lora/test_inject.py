@@ -97,16 +97,13 @@ def test_blocks_are_found_at_any_depth_and_keep_their_order(model, images):
     assert all(name.startswith("vit.encoder.layers.encoder_layer_") for name in adapters_of(wrapped))
 
 
-def test_ranks_up_to_the_narrowest_layer():
-    def adapted(mlp_dim: int, rank: int, *targets: str) -> None:
-        model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=mlp_dim, num_classes=5)
-        replace_linear_with_lora(model, rank=rank, targets=targets or TARGETS)
-
-    adapted(8, 8)
-    adapted(8, 16, "o")
-    for targets in ((), ("fc1",), ("fc2",)):
-        with pytest.raises(ValueError, match=r"rank=9 is impossible: encoder\..*_0\.mlp\.\d is 8 wide"):
-            adapted(8, 9, *targets)
+@pytest.mark.parametrize("targets", [TARGETS, ("fc1",), ("fc2",)])
+def test_ranks_up_to_the_narrowest_layer(targets):
+    model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=8, num_classes=5)
+    with pytest.raises(ValueError, match=r"rank=9 is impossible: encoder\..*_0\.mlp\.\d is 8 wide"):
+        replace_linear_with_lora(model, rank=9, targets=targets)
+    replace_linear_with_lora(copy.deepcopy(model), rank=16, targets=["o"])
+    replace_linear_with_lora(model, rank=8, targets=targets)
 
 
 def test_trained_adapters_are_not_replaced_unasked_and_leave_nothing(model, images):

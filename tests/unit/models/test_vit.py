@@ -9,7 +9,7 @@ from torchvision.models import VisionTransformer
 
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.layers import PackedHead
-from lora_vit.models.vit import PackedViT, trunk_of
+from lora_vit.models.vit import PackedViT, shape_of, trunk_of
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 3, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 
@@ -79,15 +79,6 @@ def test_nothing_is_kept_for_backward_below_what_is_trained(first_trained):
     assert trunk.encoder.ln.weight.grad is None, "frozen, and a gradient passes it"
 
 
-def test_only_the_last_block_is_cut_to_the_class_token():
-    model, lengths = ours(theirs()), []
-    for layer in model.trunk.encoder.layers:
-        for module in (layer.self_attention.out_proj, layer.mlp, layer):
-            module.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
-    model(torch.randn(2, 3, 32, 32), [0])
-    assert lengths == [17] * 6 + [1] * 3
-
-
 def test_a_trunk_is_frozen_repeatable_and_leaves_the_generator_alone():
     before = torch.get_rng_state()
     trunk = trunk_of(model_config(**SHAPE))
@@ -98,3 +89,16 @@ def test_a_trunk_is_frozen_repeatable_and_leaves_the_generator_alone():
     reference.heads = torch.nn.Sequential()
     torch.testing.assert_close(trunk.state_dict(), reference.state_dict(), rtol=0, atol=0)
     assert trunk.encoder.layers[0].self_attention.num_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (SHAPE, (32, 17, 3, 32, 64)),
+        ({"library": "timm", "name": "vit_small_patch14_reg4_dinov2", "image_size": 28}, (28, 9, 12, 384, 1536)),
+    ],
+)
+def test_the_sizes_that_cost_depends_on(model, shape):
+    """Pixels, tokens (with those of class and registers), blocks and widths."""
+    pytest.importorskip("timm")
+    assert shape_of(model_config(**model)) == shape
