@@ -12,7 +12,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit.config import TARGETS
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import inject_adapters, use_own_attention
+from lora_vit.lora.inject import Passed, inject_adapters, use_own_attention
 from lora_vit.lora.layers import AdapterSpec
 from lora_vit.models.vit import use_first_token_alone
 
@@ -60,6 +60,7 @@ def test_a_block_equals_torchvisions_with_its_dropout(dropouts, mode, x):
     for adapters in inject_adapters(nn.Sequential(block), [SPEC], TARGETS, None, DropoutState([0])):
         adapters.double()
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+    assert isinstance(block.mlp[1], Passed) == (dropouts[1] == 0)
     if dropouts == (0.0, 0.0, 0.0) or mode == "eval":
         torch.testing.assert_close(ours(reference, True)(x), expected[:, :1], rtol=1e-12, atol=1e-12)
 

@@ -15,7 +15,7 @@ from torchvision.models import VisionTransformer
 from lora_vit import mark_lora_and_head_as_trainable, replace_linear_with_lora
 from lora_vit.config import TARGETS
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
-from lora_vit.lora.backbones import head_name, places_of
+from lora_vit.lora.backbones import head_name, places_of, sizes_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import Attention, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
@@ -186,7 +186,7 @@ def tokens_in_last_block(model: Any) -> list[int]:
     ("name", "changes"),
     [
         ("torchvision", {}),
-        ("vit_tiny_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"act_layer": "gelu"}),  # timm's own class
         ("vit_tiny_patch16_224", {"qk_norm": True, "norm_layer": "layernorm", "scale_attn_norm": True}),
         ("vit_small_patch14_reg4_dinov2", {"img_size": 28}),
         ("vit_giant_patch14_dinov2", {"img_size": 28}),
@@ -365,6 +365,12 @@ def test_what_is_trained(family, targets):
         trained = mark_lora_and_head_as_trainable(model, head_substring=head_name(model), bias=bias)
         assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
         assert set(trained) == always | biases
+
+
+@pytest.mark.parametrize(("given", "size"), [(32, 32), ((32, 48), [32, 48])])
+def test_timms_models_are_known_by_name_and_size(given, size):
+    model = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", **SMALL | {"img_size": given})
+    assert sizes_of(model) == {"architecture": "vit_tiny_patch16_224", "image_size": size}
 
 
 def test_a_block_of_another_kind_is_refused_with_what_fits():
