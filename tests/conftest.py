@@ -48,10 +48,10 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; its exit code and what it printed."""
+    """Run a command in this process, None for ``lora-vit`` itself; its exit code and what it printed."""
     from lora_vit import cli
 
-    def run(command: str, *arguments: str | Path) -> tuple[int, str, str]:
+    def run(command: str | None, *arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lora-vit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main(command)
