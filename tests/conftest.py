@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,16 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is not beside the checkout")
     return path
+
+
+@pytest.fixture
+def hands(monkeypatch) -> SimpleNamespace:
+    """The clock of bars and lines, which stands at what the test sets."""
+    from lora_vit import terminal
+
+    hands = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now))
+    return hands
 
 
 @pytest.fixture

@@ -380,8 +380,3 @@ def test_predictions_are_read_as_they_were_written(tmp_path):
     assert (tmp_path / "a/predictions.npz").read_bytes() == (tmp_path / "b/predictions.npz").read_bytes()
     with np.load(tmp_path / "a/predictions.npz") as arrays:
         assert set(arrays.files) == {f"{split}.{name}" for split in splits for name in splits["val"]}
-
-
-def test_the_files_of_a_trial_keep_their_names():
-    names = (records.RECORD, records.METRICS, records.TIMING, records.PREDICTIONS, records.LOG, records.CHECKPOINT)
-    assert names == ("record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz", "train.log", "checkpoint.pt")

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from lora_vit import terminal
 from lora_vit.terminal import Every, Progress, from_here, make_console, print_table
-
-
-@pytest.fixture
-def hands(monkeypatch):
-    """A clock that stands at what the test sets."""
-    hands = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now))
-    return hands
 
 
 @pytest.fixture
