@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from packs import new_pack, new_trials, take_steps
+from packs import new_pack, new_trials, take_steps, three
 from plain_trials import BASELINE, plain_trial
 from torch import Tensor
 
@@ -19,26 +18,15 @@ from lora_vit.distributed import Process
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Predictions
 
-TRIALS = (
-    {"seed": 1, "lora.rank": 2, "lora.dropout": 0.3},
-    {"seed": 2, "lora.rank": 5, "optimizer.clip_norm": 0.5},
-    {"seed": 1, "lora.rank": 1, "model.head_dropout": 0.5},
-)
-
-
-@functools.cache
-def configs():
-    return [plain_trial(t) for t in TRIALS]
-
 
 @pytest.fixture(scope="module")
 def setup():
-    return build_setup(configs()[0], Process())
+    return build_setup(plain_trial(), Process())
 
 
 @pytest.fixture
 def pack(setup) -> Pack:
-    return new_pack(configs(), setup)
+    return new_pack(three(), setup)
 
 
 def matrices(pack: Pack) -> tuple[Tensor, ...]:
@@ -72,7 +60,7 @@ def test_saved_states_are_unpadded_and_stay_as_they_are(pack):
 def test_a_pack_of_saved_states_continues_bit_for_bit(pack):
     take_steps(pack, 3)
     pack.pull()
-    again = Pack(pack.trials, build_setup(configs()[0], Process()))  # a trunk carries the adapters of one pack
+    again = Pack(pack.trials, build_setup(plain_trial(), Process()))  # a trunk carries the adapters of one pack
     for mine, other in zip(matrices(again), matrices(pack), strict=True):
         assert torch.equal(mine, other)
     assert torch.equal(again.optimizer.updates_K1, pack.optimizer.updates_K1)
@@ -96,7 +84,7 @@ def test_padding_that_has_moved_is_noticed(pack):
 
 
 def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
-    trials = new_trials(configs())
+    trials = new_trials(three())
     trials[2].state.epoch = 1
     later = Pack(trials, setup)
     assert later.stream_of_trial == [0, 1, 2]  # of seeds 1 and 2, and 1 again in another epoch
@@ -110,7 +98,7 @@ def test_trials_of_one_seed_and_epoch_share_a_stream(setup, monkeypatch):
 
 @pytest.mark.parametrize(("of", "streams"), [([0, 2], [0, 0]), ([0, 1, 2], [0, 1, 0])])
 def test_the_model_sees_each_streams_images_once(of, streams, setup):
-    pack, seen = new_pack([configs()[i] for i in of], setup), []
+    pack, seen = new_pack([three()[i] for i in of], setup), []
     pack.model.register_forward_hook(lambda model, args, out: seen.extend(args))
     take_steps(pack, 1)
     assert seen[1] == streams
@@ -177,7 +165,7 @@ def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
 
 
 def test_parameter_counts(setup):
-    pack = new_pack(configs(), setup)
+    pack = new_pack(three(), setup)
     base = sum(p.numel() for p in setup.build_model.original.parameters())
     head = 4 * 32 + 4
     for k, rank in enumerate((2, 5, 1)):
@@ -195,10 +183,10 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
         return lambda *args: calls.append(len(args)) or model(*args)
 
     monkeypatch.setattr(torch, "compile", compiler)
-    pack = new_pack(configs(), dataclasses.replace(setup, compile=True))
+    pack = new_pack(three(), dataclasses.replace(setup, compile=True))
     losses = take_steps(pack, 1)
     assert calls == [2]
-    assert losses == take_steps(new_pack(configs(), setup), 1)
+    assert losses == take_steps(new_pack(three(), setup), 1)
     assert calls == [2]
 
 
