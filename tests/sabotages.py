@@ -54,14 +54,6 @@ def share_the_head_dropout(monkeypatch):
     monkeypatch.setattr(layers.PackedHead, "__init__", shared)
 
 
-SABOTAGES = {
-    f.__name__: f
-    for f in (
-        swap_dropout_seeds,
-        share_one_clip_norm,
-        mean_over_the_pack,
-        pad_before_drawing,
-        share_the_learning_rate,
-        share_the_head_dropout,
-    )
-}
+WAYS = (swap_dropout_seeds, share_one_clip_norm, mean_over_the_pack, pad_before_drawing, share_the_learning_rate,
+        share_the_head_dropout)  # fmt: skip
+SABOTAGES = {way.__name__: way for way in WAYS}

@@ -138,10 +138,10 @@ def asked(stop: StopRequest) -> Callable[[object], None]:
     return lambda _: setattr(stop, "signum", signal.SIGHUP)
 
 
-def raised(error: type[BaseException]) -> Callable[[object], None]:
-    """An error, to come after a step."""
+def raised(error: BaseException | type[BaseException]) -> Callable[..., Any]:
+    """An error, to come after a step or in place of a function."""
 
-    def throw(_: object) -> None:
+    def throw(*_: object) -> None:
         raise error
 
     return throw

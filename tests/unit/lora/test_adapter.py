@@ -325,7 +325,7 @@ def retrained(path: Path, change: Any) -> None:
     """Write other tensors with the card of those that were there."""
     found = tensors("fc1")
     change(found)
-    write_adapter(path, found, json.loads((path / "adapter.json").read_text()))
+    write_tensors(path / "adapter.safetensors", found, json.loads((path / "adapter.json").read_text()))
 
 
 OTHER_VALUES = r"adapter\.safetensors does not hold the values that were trained"

@@ -19,7 +19,7 @@ from lora_vit.lora.backbones import head_name, places_of, sizes_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import Attention, inject_adapters, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
-from lora_vit.models.vit import PackedViT, cast, trunk_of, use_first_token_alone, width_of
+from lora_vit.models.vit import PackedViT, cast, trunk_of, use_first_token_alone
 
 D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
 SMALL = {"depth": 2, "embed_dim": D, "num_heads": 3, "img_size": 32, "num_classes": CLASSES}
@@ -244,7 +244,8 @@ def test_a_trunk_computes_in_its_last_block_what_its_pooling_takes(name, size, t
     with torch.device("meta"):
         trunk = trunk_of(model_config(image_size=size)) if name == "torchvision" else timm_trunk(name, size)
         seen = tokens_in_last_block(trunk)
-        assert trunk(torch.empty(2, 3, size, size)).shape == (2, width_of(trunk))
+        width = trunk.hidden_dim if name == "torchvision" else trunk.num_features
+        assert trunk(torch.empty(2, 3, size, size)).shape == (2, width)
     assert seen == [tokens] * 3
 
 

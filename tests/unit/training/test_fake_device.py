@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trial_config
+from packs import new_pack, three
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,14 +23,8 @@ from lora_vit import build, distributed, randomness
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import TrialRun
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
-TRIALS = (
-    ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
-    ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.label_smoothing=0.1"),
-    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5"),
-)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "equal", "repeat_interleave")
 """Operations whose result, or its shape, the host has to read from the device."""
 
@@ -110,13 +104,9 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
         monkeypatch.setattr(FlatParameters, "differentiate", lambda self, loss: None)
 
 
-def three_trials() -> Pack:
-    """A pack of two streams."""
-    configs = [
-        trial_config(*t, "data.augment=crop_flip", "model.num_layers=1", "trainer.precision=bf16") for t in TRIALS
-    ]
-    setup = build.build_setup(configs[0], Process())
-    return Pack([TrialRun(config) for config in configs], setup)
+def pack_of_three() -> Pack:
+    configs = three({"data.augment": "crop_flip", "model.num_layers": 1, "trainer.precision": "bf16"})
+    return new_pack(configs, build.build_setup(configs[0], Process()))
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)
@@ -138,7 +128,7 @@ def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, m
 
     pretend(device, free_bytes, monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=device == "meta"):
-        pack = three_trials()
+        pack = pack_of_three()
         rates = pack.learning_rates()
         pack.step(rates[0], False)  # the first brings the seeds to the device
         with Waits(device) as waits:

@@ -24,14 +24,6 @@ def pack_of(changes=None, epoch=0):
     return SimpleNamespace(trials=[trial], steps_per_epoch=7, step_of=lambda t: 7 * t.state.epoch + 2, setup=setup)
 
 
-@pytest.fixture
-def hands(monkeypatch):
-    hands = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now)
-    monkeypatch.setattr(terminal, "time", fake)
-    return hands
-
-
 def test_a_run_line_by_line(hands, capsys, monkeypatch):
     pack = pack_of(epoch=1)
     reporter = RunReporter()
