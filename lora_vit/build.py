@@ -19,7 +19,6 @@ from torch import nn
 from lora_vit import randomness
 from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
@@ -29,9 +28,9 @@ from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
-from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of, width_of
+from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import fetch_weights, load_weights
-from lora_vit.training.setup import Setup
+from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -119,10 +118,10 @@ class ModelFactory:
             each: Any = [(c.lora, c.seed) for c in configs]
             specs = [AdapterSpec(own.rank, own.effective_scaling(), own.dropout, seed) for own, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
-                for p in adapters.parameters():
-                    p.data = p.data.to(self.parameter_dtype)
+                adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
-        head = PackedHead(seeds, dropouts, width_of(trunk), self.classes, state, head_name(trunk))
+        width = shape_of(configs[0].model).width
+        head = PackedHead(seeds, dropouts, width, self.classes, state, head_name(trunk))
         mark_trained(trunk, lora.method, lora.bias)
         for p in trunk.parameters():
             if not p.requires_grad:
@@ -136,10 +135,8 @@ class ModelFactory:
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
     """How images are prepared: image_size, mean, std and interpolation (in this order), as set or the model's own."""
-    if m.library == "torchvision":
-        own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear", "image_size": m.image_size}
-    else:
-        own = {**trunk.pretrained_cfg, "image_size": trunk.patch_embed.img_size[0]}
+    of_torchvision = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"}
+    own = {**getattr(trunk, "pretrained_cfg", of_torchvision), "image_size": shape_of(m).image_size}
     given = {key: getattr(m, key) for key in ("image_size", "mean", "std", "interpolation")}
     found = {key: own[key] if value is None else value for key, value in given.items()}
     if found["interpolation"] not in ("bilinear", "bicubic"):
@@ -157,16 +154,16 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
         raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
-def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
+def build_setup(config: TrialConfig, process: Process) -> Setup:
     """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
     device = choose_device(config.trainer.accelerator, process)
     precision = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = data or load_data(config.data, quiet=process.rank > 0)
+    data = load_data(config.data, quiet=process.rank > 0)
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data.augment)
     where = environment(device, precision, process.world_size)
-    return Setup(factory, samples, transform, device, process, config.trainer.compile, where, factory.base)
+    return Setup(factory, samples, transform, device, process, where, factory.base)
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:

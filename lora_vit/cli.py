@@ -12,14 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_vit import __version__
 from lora_vit.config import TrialConfig, from_dict, is_weights_file
 from lora_vit.errors import RecordError, reporting
-
-if TYPE_CHECKING:
-    from lora_vit.records import TrialRecord
+from lora_vit.records import TrialRecord, read_record
 
 COMMANDS = {  # the module of each, and what it does
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
@@ -62,10 +60,8 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
     parser.add_argument("--device", choices=devices, default=devices[0])
 
 
-def completed_trial(args: argparse.Namespace, root: str | None = None) -> "tuple[TrialRecord, TrialConfig]":
+def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
     """Record and config of the named trial, in its precision, weights and data where they are. Raises RecordError."""
-    from lora_vit.records import read_record
-
     try:
         record = read_record(args.folder)
     except FileNotFoundError:

@@ -46,10 +46,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock that a file stands for; the system drops it when the process ends, however it ends.
+    """Hold the lock that a file stands for, in a folder made if need be; it ends with the process, however that ends.
 
     The file is deleted only if the folder is otherwise empty. Raises BlockingIOError if it is held and we do not wait.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

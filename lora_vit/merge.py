@@ -1,13 +1,11 @@
 """Merge a trained adapter into weights of the backbone's names: ``lora-vit merge FOLDER --out FILE``."""
 
 import argparse
-import json
 from pathlib import Path
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.config import SIZES
 from lora_vit.errors import RecordError
-from lora_vit.files import replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +19,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():  # perhaps the adapter, or the base
         raise RecordError(f"--out {args.out} is there already: give a new file")
     _, config = completed_trial(args)
-    from safetensors.torch import save
-
     from lora_vit.trained import TrainedModel
+    from lora_vit.training.checkpoint import write_tensors
 
     trained, library, name = TrainedModel(args.folder, config), config.model.library, config.model.name
     trained.compare(trained.merged, f"{args.folder}: the merged model")
-    metadata = {"lora_vit": json.dumps(trained.about, sort_keys=True)}  # with several entries the bytes are not stable
-    with replacing(args.out) as file:
-        file.write(save({name: t.contiguous() for name, t in trained.merged.state_dict().items()}, metadata))
+    write_tensors(args.out, trained.merged.state_dict(), trained.about)
     base = trained.adapter.card["base"]
     if library == "torchvision":
         made = "torchvision.models.VisionTransformer(" + "".join(f"{k}={base[k]}, " for k in SIZES)

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_vit.config import IDENTITY, SCHEMA_VERSION, TrialConfig, from_dict, ids, to_dict, trial_id
 from lora_vit.errors import ConfigError, RecordError
-from lora_vit.files import replacing, write_json
+from lora_vit.files import write_json
 
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
@@ -51,13 +49,11 @@ class TrialRecord:
         return "interrupted" if self.status == "running" and silent else self.status
 
 
-def _kinds(annotation: str) -> list[str]:
-    """The names of the types that JSON may give for an annotation; a float may be written as a whole number."""
-    plain = re.sub(r"\[.*?\]", "", annotation).replace("None", "NoneType")
-    return plain.replace("float", "float | int").split(" | ")
-
-
-_KINDS = {f.name: _kinds(str(f.type)) for f in dataclasses.fields(TrialRecord)}
+# The names of the types that JSON may give for each field; a float may be written as a whole number.
+_KINDS = {
+    f.name: re.sub(r"\[.*?\]", "", str(f.type)).replace("None", "NoneType").replace("float", "float | int").split(" | ")
+    for f in dataclasses.fields(TrialRecord)
+}
 
 
 def write_record(folder: Path, record: TrialRecord) -> None:
@@ -148,21 +144,3 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
         if a != b:
             break
     return f"{name} is {a} there, {b} here"
-
-
-def write_predictions(folder: Path, splits: dict[str, dict[str, np.ndarray]]) -> None:
-    """Replace ``predictions.npz``: ``SPLIT.FIELD``, [N]; no clock in it, so equal predictions give equal bytes."""
-    names = ("ids", "labels", "predicted", "true_probability")
-    arrays = {f"{split}.{name}": fields[name] for split, fields in splits.items() for name in names}
-    with replacing(folder / PREDICTIONS) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
-def read_predictions(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Inverse of :func:`write_predictions`."""
-    splits: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
-        for name, array in arrays.items():
-            split, _, column = name.partition(".")
-            splits.setdefault(split, {})[column] = array
-    return splits

@@ -19,8 +19,7 @@ from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, on
 from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
-from lora_vit.training.loop import train_trials
-from lora_vit.training.progress import RunReporter
+from lora_vit.training.loop import RunReporter, train_trials
 from lora_vit.training.trial import TrialRun, locked_folder
 
 

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from lora_vit import run
 from lora_vit.config import TrialConfig, from_dict
 from lora_vit.files import read_rows
-from lora_vit.records import TrialRecord, read_predictions, read_record
+from lora_vit.records import PREDICTIONS, TrialRecord, read_record
 from lora_vit.sweep.plan import trial_folders
 from lora_vit.trained import trained_pack
 from lora_vit.training.pack import EVAL_BATCH
@@ -75,16 +75,17 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
     losses = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
     a, b = (load_file(p / "adapter.safetensors") for p in (packed, alone))
     adapter = max(float(np.linalg.norm(a[n] - b[n]) / max(np.linalg.norm(b[n]), 1e-30)) for n in b)
-    p, q = read_predictions(packed), read_predictions(alone)
-    differ = {s: p[s]["predicted"] != q[s]["predicted"] for s in q}
+    p, q = np.load(packed / PREDICTIONS), np.load(alone / PREDICTIONS)
+    splits = dict.fromkeys(name.partition(".")[0] for name in q.files)
+    differ = {s: p[f"{s}.predicted"] != q[f"{s}.predicted"] for s in splits}
     share = float(np.mean(np.concatenate(list(differ.values()))))
-    probability = max(float(np.abs(p[s]["true_probability"] - q[s]["true_probability"]).max()) for s in q)
+    moved = [np.abs(p[f"{s}.true_probability"] - q[f"{s}.true_probability"]).max() for s in splits]
     gap = max((float(gaps(alone, config, s)[where].max()) for s, where in differ.items() if where.any()), default=0.0)
     if record.environment["precision"] == "fp64":
         fine = max(losses) <= FP64_LOSS and share == 0
     else:
         fine = losses[0] <= FP32_FIRST_LOSS and share <= FP32_PREDICTIONS and gap <= FP32_GAP
-    figures = (losses[0], losses[-1], adapter, probability)
+    figures = (losses[0], losses[-1], adapter, float(max(moved)))
     return [*(f"{x:.1e}" for x in figures), f"{share:.2%}", f"{gap:.1e}"], fine
 
 

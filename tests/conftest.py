@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,11 +48,23 @@ def tiny_imagenet_zip(project_root: Path) -> Path:
 
 
 @pytest.fixture
+def hands(monkeypatch) -> SimpleNamespace:
+    """The clock of bars and lines, which stands at what the test sets."""
+    from lora_vit import terminal
+
+    hands = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now))
+    return hands
+
+
+@pytest.fixture
 def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; its exit code and what it printed."""
+    """Run a command in this process, None for ``lora-vit`` itself; its exit code and what it printed."""
     from lora_vit import cli
 
-    def run(command: str, *arguments: str | Path) -> tuple[int, str, str]:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which `train` sets
+
+    def run(command: str | None, *arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lora-vit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main(command)

@@ -24,12 +24,11 @@ from lora_vit import api
 from lora_vit.build import build_setup
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
-from lora_vit.records import read_predictions
+from lora_vit.records import PREDICTIONS
 from lora_vit.stopping import StopRequest
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 
 def trial_config(*overrides: str) -> TrialConfig:
@@ -76,7 +75,7 @@ def outcome(folder: Path, trial: TrialRun, recorder: Recorder) -> Outcome:
     """The trial's end: full-precision tensors from its state, predictions from its folder."""
     predicted = np.empty(0)
     if trial.record.status == "completed":
-        predicted = read_predictions(folder)["val"]["predicted"]
+        predicted = np.load(folder / PREDICTIONS)["val.predicted"]
     return Outcome(trial, recorder.losses.get(trial.name, []), trial.state.values, predicted)
 
 

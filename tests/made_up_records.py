@@ -84,13 +84,6 @@ def make_trial(
     return record
 
 
-def write_race(folder: Path, **plan: Any) -> Path:
-    """Make the folder's sweep a race with a margin of a point and these other rules."""
-    race = {"command": "the command", "race": {"margin": 1.0, **plan}}
-    (folder / records.PLAN).write_text(json.dumps({"trials": {}, **race}))
-    return folder
-
-
 def make_frame(cells: Sequence[dict[str, Any]], accuracies: np.ndarray, **more: Any) -> pd.DataFrame:
     """The trials of :func:`make_sweep` as the loader reads them, without the disk, in the order of the cells."""
     rows = [
@@ -115,6 +108,20 @@ def make_sweep(
         for seed, value in zip(seeds, row, strict=True):
             if np.isfinite(value):
                 make_trial(folder, float(value), seed=seed, **settings, **more)
+    return folder
+
+
+FIRST = 7
+"""First seed of :func:`make_race`."""
+
+
+def make_race(folder: Path, values: dict[int, np.ndarray], seeds: int = 6, **plan: Any) -> Path:
+    """A race of ranks, of which so many of each one's accuracies are there; its margin is a point unless changed."""
+    for rank, row in values.items():
+        make_sweep(folder, [{"lora__rank": rank}], row[None, :seeds], range(FIRST, FIRST + seeds), curve=False)
+    cells = sorted(make_record(lora__rank=rank).cell_id for rank in values)
+    rules = {"margin": 1.0, "first_seeds": 3, "most_seeds": 6, "seed": FIRST, "cells": cells, **plan}
+    (folder / records.PLAN).write_text(json.dumps({"trials": {}, "command": "the command", "race": rules}))
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from plain_trials import PLAIN
 
@@ -15,6 +17,7 @@ from lora_vit.data.dataset import Decoded, ImageData
 from lora_vit.data.files import digests_of
 from lora_vit.data.load import forget, load_data
 from lora_vit.data.preprocessing import Decoding
+from lora_vit.errors import ConfigError
 
 
 def paint(path: Path, shade: int = 0, size: tuple[int, int] = (8, 8)) -> Path:
@@ -35,6 +38,14 @@ def fresh(config: DataConfig) -> ImageData:
     """The data set, as a new command loads it: its files are listed again."""
     forget()
     return load_data(config, quiet=True)
+
+
+def refused(load: Callable[..., object], *args: Any, **changes: Any) -> str:
+    """The one line with which something cannot be loaded."""
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None) -> Decoded:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from plain_trials import plain_trial
+from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -21,6 +22,14 @@ from lora_vit.records import read_record
 
 SIZES = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
 """torchvision's arguments for the small trial's backbone."""
+
+
+def randomised(model: Any, std: float, seed: int = 1, mean: float = 0.0) -> Any:
+    """Every parameter drawn again, so that none stays at a one or zero that would hide its loss; to evaluate."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        nn.init.normal_(p, mean, std, generator=generator)
+    return model.eval()
 
 
 def model_config(**changes: Any) -> ModelConfig:

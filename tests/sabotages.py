@@ -1,14 +1,7 @@
-"""Ways to break the trial axis that every comparison of packed with alone must notice.
-
-As a program, ``python sabotages.py NAME FOLDER`` is ``python -m lora_vit.sweep work FOLDER``, broken.
-"""
+"""Ways to break the trial axis that every comparison of packed with alone must notice."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
 import torch
 
 from lora_vit.lora import layers
@@ -61,20 +54,6 @@ def share_the_head_dropout(monkeypatch):
     monkeypatch.setattr(layers.PackedHead, "__init__", shared)
 
 
-SABOTAGES = {
-    f.__name__: f
-    for f in (
-        swap_dropout_seeds,
-        share_one_clip_norm,
-        mean_over_the_pack,
-        pad_before_drawing,
-        share_the_learning_rate,
-        share_the_head_dropout,
-    )
-}
-
-if __name__ == "__main__":
-    from lora_vit.sweep.worker import work
-
-    SABOTAGES[sys.argv[1]](pytest.MonkeyPatch())
-    work(Path(sys.argv[2]))
+WAYS = (swap_dropout_seeds, share_one_clip_norm, mean_over_the_pack, pad_before_drawing, share_the_learning_rate,
+        share_the_head_dropout)  # fmt: skip
+SABOTAGES = {way.__name__: way for way in WAYS}

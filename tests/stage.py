@@ -19,8 +19,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.training import loop, trial
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 STEPS = 4
 """Of an epoch: 32 training images in batches of 8."""
@@ -139,10 +138,10 @@ def asked(stop: StopRequest) -> Callable[[object], None]:
     return lambda _: setattr(stop, "signum", signal.SIGHUP)
 
 
-def raised(error: type[BaseException]) -> Callable[[object], None]:
-    """An error, to come after a step."""
+def raised(error: BaseException | type[BaseException]) -> Callable[..., Any]:
+    """An error, to come after a step or in place of a function."""
 
-    def throw(_: object) -> None:
+    def throw(*_: object) -> None:
         raise error
 
     return throw

@@ -84,22 +84,12 @@ class Race:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
-    @property
-    def trials(self) -> int:
-        """Trials that decided the race so far."""
-        return sum(map(self.seeds_of, range(len(self.means))))
-
     def expected(self) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
         later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds
         while 0 < r < self.rules.most_seeds and len(later.survivors) > 1:
-            alive = np.array(later.survivors)
-            closing = 2 * (self.means[alive] - self.means[alive][:, None]) + self.rules.margin
-            pairs = (closing > 0) & ~np.eye(len(alive), dtype=bool)
-            none_leaves = math.floor((self.bounds[np.ix_(alive, alive)][pairs] / closing[pairs]).min()) - 1
-            then = min(max(r, none_leaves) + 1, self.rules.most_seeds)
-            trials, r = trials + len(alive) * (then - r), then
-            _eliminate(later, alive, r)
+            trials, r = trials + len(later.survivors), r + 1
+            _eliminate(later, np.array(later.survivors), r)
         return trials
 
 

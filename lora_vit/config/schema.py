@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
@@ -15,7 +15,6 @@ from lora_vit.errors import ConfigError
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
-SCALINGS = ("standard", "rslora")  # rules for the factor of an adapter's output (effective_scaling)
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 
@@ -85,7 +84,7 @@ class LoraConfig:
     dropout: float | None = field(metadata=number("a probability", "[0, 1)"))
     targets: list[str] | None = field(metadata=choice(*TARGETS, also=", or give lora=none"))
     blocks: list[int] | None = field(metadata=number("blocks", "[0, inf)", ", or null for all"))
-    scaling: str | None = field(metadata=choice(*SCALINGS))
+    scaling: str | None = field(metadata=choice("standard", "rslora"))
     bias: str | None = field(metadata=choice("none", "lora_only", "all"))
 
     @property
@@ -94,12 +93,9 @@ class LoraConfig:
         return self.method == "full" or self.bias not in (None, "none")
 
     def effective_scaling(self) -> float:
-        return effective_scaling(self.alpha, self.rank, self.scaling)  # type: ignore[arg-type]  # given by "lora"
-
-
-def effective_scaling(alpha: float, rank: int, scaling: str | None) -> float:
-    """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
-    return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+        """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
+        alpha, rank = cast(tuple[float, int], (self.alpha, self.rank))  # given by "lora"
+        return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
 @dataclass

@@ -61,8 +61,7 @@ def decoded(
     """
     key = hashlib.sha256(f"{_FORMAT} {decoding.size} {decoding.background}\n".encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
-    found = _open(path, len(names))
-    if found is None:
+    if (found := _open(path, len(names))) is None:
         with writing_to(cache_dir), locked_in(cache_dir, path.name):
             if _open(path, len(names)) is None:  # no other run has just made it
                 _build(root, names, digests, decoding, path, quiet)

@@ -181,7 +181,6 @@ def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
     """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
     with contextlib.ExitStack() as stack:
         with writing_to(cache_dir):
-            cache_dir.mkdir(parents=True, exist_ok=True)
             lock = cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"
             stack.enter_context(locked(lock))
         yield

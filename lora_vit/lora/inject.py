@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
-from lora_vit.config import TARGETS, LoraConfig, effective_scaling
+from lora_vit.config import TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
 from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
@@ -39,7 +39,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K*B, S, I] to [K*B, S, O]."""
-        return project(x, self.weight, self.bias, self.lora, self.front)
+        return project(self, x, self.weight, self.bias)
 
 
 class Attention(nn.MultiheadAttention):
@@ -55,7 +55,7 @@ class Attention(nn.MultiheadAttention):
     def forward(self, x_BSD: Tensor, *_: Tensor, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """[B, S, D] to [B, S, D], or [B, 1, D] for the first token alone; and no weights."""
         B, S, D = x_BSD.shape
-        qkv = project(x_BSD, self.in_proj_weight, self.in_proj_bias, self.lora, self.front)
+        qkv = project(self, x_BSD, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, S, E]
         if self.first_token_only:
             q = q[:, :, :1]
@@ -68,20 +68,18 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__dict__["original_class"], module.__class__ = type(module), cls
 
 
-def project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: LoRAAdapters | None, front: tuple[Passed, ...]
-) -> Tensor:
+def project(layer: AdaptedLinear | Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    norm: Any = front[0] if front else None
+    norm: Any = layer.front[0] if layer.front else None
     prologue = NOTHING
     if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
         prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
     elif norm is not None:
         prologue = Prologue("gelu")
-    if adapters is None:
+    if layer.lora is None:
         return F.linear(prologue(x), weight, bias)
-    return adapters.linear(x, weight, bias, prologue)
+    return layer.lora.linear(x, weight, bias, prologue)
 
 
 def use_own_attention(model: nn.Module) -> None:
@@ -177,8 +175,9 @@ def replace_linear_with_lora(
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
-    check_fields(LoraConfig("lora", None, alpha, dropout, None, None, scaling, None))
-    adapt(model, AdapterSpec(rank, effective_scaling(alpha, rank, scaling), dropout, seed), targets, blocks)
+    lora = LoraConfig("lora", rank, alpha, dropout, None, None, scaling, None)
+    check_fields(lora)
+    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed), targets, blocks)
     return model
 
 

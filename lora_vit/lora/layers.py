@@ -34,19 +34,15 @@ def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
 class _KeyedDropout(nn.Module):
     """Base of both modules: a dropout probability for each of K trials, with masks by key."""
 
-    keep_K: Tensor
-    threshold_K: Tensor
-    feature_I: Tensor
-
     def __init__(self, dropouts: Sequence[float], width: int, key: str, state: DropoutState):
         """``width``: I of what is dropped; ``key``: name that sets its masks apart from those of other modules."""
         super().__init__()
         self.state, self._module_key = state, randomness.name_key(key)
         self._dropping = runs_of([p > 0 for p in dropouts])
-        self.register_buffer("keep_K", 1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
+        self.keep_K = nn.Buffer(1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
-        self.register_buffer("threshold_K", thresholds, persistent=False)
-        self.register_buffer("feature_I", feature_keys(width), persistent=False)
+        self.threshold_K = nn.Buffer(thresholds, persistent=False)
+        self.feature_I = nn.Buffer(feature_keys(width), persistent=False)
 
     def mask(self, tokens: int) -> MaskKey | None:
         """Key of this pass's mask; None where nothing is dropped."""
@@ -63,9 +59,6 @@ class LoRAAdapters(_KeyedDropout):
     q, k and v share one; ``state``: shared by all layers of the model.
     """
 
-    scale_K: Tensor
-    train_scale_K: Tensor
-
     def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
                  out_features: int, state: DropoutState):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
@@ -77,15 +70,14 @@ class LoRAAdapters(_KeyedDropout):
             for g, name in enumerate(self.names):
                 self.lora_A.data[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
         scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
-        self.register_buffer("scale_K", scale_K, persistent=False)
-        self.register_buffer("train_scale_K", scale_K / self.keep_K, persistent=False)
+        self.scale_K = nn.Buffer(scale_K, persistent=False)
+        self.train_scale_K = nn.Buffer(scale_K / self.keep_K, persistent=False)
 
     def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = NOTHING) -> Tensor:
         """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O], all in the dtype of ``z``."""
         mask = self.mask(z.shape[1])
-        scale_K = self.scale_K if mask is None else self.train_scale_K
-        # a factor in bf16 would be off by up to 0.2 %
-        scale_K = scale_K.to(torch.promote_types(z.dtype, torch.float32))
+        dtype = torch.promote_types(z.dtype, torch.float32)  # a factor in bf16 would be off by up to 0.2 %
+        scale_K = (self.scale_K if mask is None else self.train_scale_K).to(dtype)
         a_KGRI, b_KGOR = self.lora_A.to(z.dtype), self.lora_B.to(z.dtype)
         return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
 

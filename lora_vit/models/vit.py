@@ -99,11 +99,6 @@ def _timm_shape(name: str, image_size: int | None) -> Shape:
     return Shape(pixels, tokens, len(places), trunk.num_features, mlp)
 
 
-def width_of(trunk: Any) -> int:
-    """Width of what the trunk gives for an image."""
-    return trunk.hidden_dim if isinstance(trunk, VisionTransformer) else trunk.num_features
-
-
 def cast(trunk: Any, dtype: torch.dtype) -> Any:
     """Cast a trunk in place; rotary embeddings keep their precision, and what they rotate its dtype."""
     rope = copy.deepcopy(getattr(trunk, "rope", None))

@@ -21,8 +21,7 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
 from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 LARGEST = 64
 MEMORY_SHARE = 0.8  # part of the attainable memory that a pack may be expected to take

@@ -120,7 +120,6 @@ class Sweep:
         Raises ConfigError where the folder cannot be written, or its file system has no locks.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder / ".sweep.lock"):
                 self.refresh()
                 before = json.dumps(self.plan, sort_keys=True)

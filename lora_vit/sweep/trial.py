@@ -80,7 +80,7 @@ def group_key(config: TrialConfig) -> str:
     """Digest of what the trials of a pack share; all else may differ inside a pack."""
     shared = canonical(config)
     lora = {key: shared["lora"][key] for key in ("method", "targets", "blocks", "bias")}
-    return digest([setup_key(config), lora, to_dict(config)["trainer"]])
+    return digest([setup_key(config), lora, vars(config.trainer)])
 
 
 def digest(value: Any, length: int = 10) -> str:

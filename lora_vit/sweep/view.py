@@ -80,8 +80,9 @@ class View:
         return new
 
     def open(self) -> list[Trial]:
-        """Trials of the plan that have not ended, as far as we have seen."""
-        return [trial for trial in self.sweep.planned if trial.trial_id not in self.ended]
+        """Trials that we wait for or that are planned, and have not ended as far as we have seen."""
+        every = {**self.trials, **{trial.trial_id: trial for trial in self.sweep.planned}}
+        return [trial for name, trial in every.items() if name not in self.ended]
 
     def running(self) -> list[str]:
         """Ids of the trials that a process has."""

@@ -23,8 +23,7 @@ from lora_vit.sweep.view import ending
 from lora_vit.terminal import make_console
 from lora_vit.training.loop import Reporter, train_trials
 from lora_vit.training.pack import Pack
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import ClaimLost, TrialRun
+from lora_vit.training.trial import ClaimLost, Setup, TrialRun
 
 POLL_EVERY = 0.5  # seconds between looks while other processes hold what is left
 POLL_EVERY_TRIAL = 0.001  # or so many for each trial of a large sweep, whose folder takes long to list

@@ -1,4 +1,4 @@
-"""One trial's tensors on disk: its checkpoint and its adapter, each whole or absent."""
+"""Tensors on disk, whole or absent: a trial's checkpoint, and files of safetensors."""
 
 import io
 import json
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from lora_vit import files
 from lora_vit.errors import ConfigError
+from lora_vit.files import replacing
 from lora_vit.records import CHECKPOINT
 
 
@@ -35,7 +36,7 @@ def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
     """Replace the folder's checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
     buffer = io.BytesIO()
     torch.save({"trial_id": trial_id, **vars(state)}, buffer)
-    with files.replacing(folder / CHECKPOINT) as file:
+    with replacing(folder / CHECKPOINT) as file:
         file.write(buffer.getbuffer())
 
 
@@ -56,13 +57,10 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
     return state
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Replace ``adapter.safetensors`` and ``adapter.json``."""
-    from safetensors.torch import save
-
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Replace a ``.safetensors`` file, which says in one entry of its metadata what it holds."""
     # One entry, a sorted JSON string: several are in another order in every process.
-    metadata = {"lora_vit": json.dumps(card, sort_keys=True)}
+    metadata = {"lora_vit": json.dumps(about, sort_keys=True)}
     data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
-    with files.replacing(folder / "adapter.safetensors") as file:
+    with replacing(path) as file:
         file.write(data)
-    files.write_json(folder / "adapter.json", card)

@@ -13,8 +13,7 @@ from lora_vit.data.augment import to_device
 from lora_vit.data.stream import TrainStream
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
-from lora_vit.training.setup import Setup
-from lora_vit.training.trial import Predictions, TrialRun
+from lora_vit.training.trial import Predictions, Setup, TrialRun
 
 EVAL_BATCH = 256  # largest number of images of one evaluation step, times trials
 
@@ -53,7 +52,7 @@ class Pack:
         self.steps_per_epoch = self.streams[0].steps_per_epoch
         # What a step reads and updates on the device.
         device, process = setup.device, setup.process
-        self.forward = torch.compile(self.model) if setup.compile else self.model
+        self.forward = torch.compile(self.model) if configs[0].trainer.compile else self.model
         local = self.global_batch // process.world_size
         self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)

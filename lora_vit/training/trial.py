@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
+from lora_vit.data.augment import Transform
+from lora_vit.data.dataset import ImageData
 from lora_vit.data.preprocessing import Decoding, Preprocessing
+from lora_vit.data.stream import Samples
+from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
+from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing, write_json
 from lora_vit.lora.adapter import sha256_of
+from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_adapter
-from lora_vit.training.setup import Setup
+from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_tensors
 from lora_vit.training.trackers import TensorBoard
 
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
@@ -36,6 +41,23 @@ OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
 
 class ClaimLost(Exception):  # noqa: N818  (not an error)
     """Another process has taken over the trial with this id: this process writes no more."""
+
+
+@dataclass
+class Setup:
+    """What all trials of a pack share: data, device, process, and what builds their model."""
+
+    build_model: Callable[[list[TrialConfig]], PackedViT]
+    samples: Samples
+    transform: Transform
+    device: torch.device
+    process: Process
+    environment: dict[str, object]  # for the record
+    base: dict[str, Any]  # for the adapter's card
+
+    @property
+    def data(self) -> ImageData:
+        return self.samples.data
 
 
 @dataclass
@@ -185,7 +207,10 @@ class TrialRun:
         folder = self._ask()
         if folder is None:
             return
-        records.write_predictions(folder, {name: vars(predictions) for name, predictions in splits.items()})
+        names = ("ids", "labels", "predicted", "true_probability")
+        arrays: Any = {f"{split}.{name}": getattr(own, name) for split, own in splits.items() for name in names}
+        with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
+            np.savez(file, **arrays)
         lora = self.config.lora
         height, width = (int(n) for n in setup.data.images.shape[-2:])
         background = tuple(self.config.data.background)
@@ -203,7 +228,8 @@ class TrialRun:
             "class_names": setup.data.class_names,
             "sha256": sha256_of(tensors),
         }
-        write_adapter(folder, tensors, card)
+        write_tensors(folder / "adapter.safetensors", tensors, card)
+        write_json(folder / "adapter.json", card)
         self.record.cost["adapter_bytes"] = (folder / "adapter.safetensors").stat().st_size
         for tracker in self.trackers:
             tracker.log_hparams()
@@ -278,7 +304,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
     with contextlib.ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None

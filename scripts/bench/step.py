@@ -32,7 +32,7 @@ from lora_vit.config import TrialConfig
 from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
-from lora_vit.models.vit import PackedViT, width_of
+from lora_vit.models.vit import PackedViT
 from lora_vit.training.optim import FlatParameters, PackedAdamW
 from lora_vit.training.pack import Pack
 
@@ -198,7 +198,7 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
             steps[name] = torch_step(model, lambda im, m=model: _reset(m, im, y)[0], x, y)
         else:
             model, config = ours()
-            head = nn.Linear(width_of(model.trunk), CLASSES, device=device, dtype=dtype)
+            head = nn.Linear(model.head.weight.shape[-1], CLASSES, device=device, dtype=dtype)
             remove_adapters(model.trunk)
             trunk, head = model.trunk.float(), head.float()
             plain, peft = hf_peft(trunk, head) if of_timm is None else timm_peft(of_timm, trunk, head)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import largest_difference, run_command, train_together, trial_config
+from helpers import largest_difference, run_command, train_together
+from packs import three
 
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
@@ -12,20 +13,13 @@ from lora_vit.records import read_record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-TRIALS = (
-    ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
-    ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.lr=1e-2"),
-    ("seed=1", "lora.rank=1", "model.head_dropout=0.5"),
-)
-
-
-def configs(*more: str):
-    return [trial_config(*t, "data.augment=crop_flip", *more) for t in TRIALS]
+ON_GPU = {"trainer.accelerator": "gpu"}
+AUGMENTED = {"data.augment": "crop_flip"}
 
 
 def test_gpu_equals_cpu_in_fp64(tmp_path):
-    on_gpu = train_together(configs("trainer.accelerator=gpu"), tmp_path / "gpu")
-    on_cpu = train_together(configs("trainer.accelerator=cpu"), tmp_path / "cpu")
+    on_gpu = train_together(three(AUGMENTED | ON_GPU), tmp_path / "gpu")
+    on_cpu = train_together(three(AUGMENTED), tmp_path / "cpu")
     for a, b in zip(on_gpu, on_cpu, strict=True):
         assert largest_difference(a, b) < 1e-9  # fp64, other kernels
         assert (a.predicted == b.predicted).all()
@@ -33,7 +27,7 @@ def test_gpu_equals_cpu_in_fp64(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pack_equals_alone_on_gpu(precision, tmp_path):
-    chosen = configs("trainer.accelerator=gpu", f"trainer.precision={precision}")
+    chosen = three(AUGMENTED | ON_GPU | {"trainer.precision": precision})
     together = train_together(chosen, tmp_path / "together")
     first = train_together([chosen[0]], tmp_path / "alone")[0]
     tolerance = 1e-5 if precision == "fp32" else 3e-2  # relative; bf16 has 8 bits
@@ -41,7 +35,7 @@ def test_pack_equals_alone_on_gpu(precision, tmp_path):
 
 
 def test_images_lie_on_the_device():
-    samples = build_setup(trial_config("trainer.accelerator=gpu"), Process()).samples
+    samples = build_setup(three(ON_GPU)[0], Process()).samples
     images, labels = samples.gather(samples.data.splits["val"][:5])
     assert images.is_cuda
     assert labels.is_cuda
@@ -49,10 +43,8 @@ def test_images_lie_on_the_device():
 
 
 def test_compiled_step_equals_eager(tmp_path):
-    eager = train_together([trial_config("trainer.accelerator=gpu", *TRIALS[0])], tmp_path / "eager")[0]
-    compiled = train_together(
-        [trial_config("trainer.accelerator=gpu", "trainer.compile=true", *TRIALS[0])], tmp_path / "compiled"
-    )[0]
+    (eager,) = train_together(three(ON_GPU)[:1], tmp_path / "eager")
+    (compiled,) = train_together(three(ON_GPU | {"trainer.compile": True})[:1], tmp_path / "compiled")
     assert largest_difference(compiled, eager) < 1e-7  # fp64; fused kernels round differently
 
 

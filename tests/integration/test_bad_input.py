@@ -51,7 +51,6 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "words"), CASES, ids=[c[0] for c in CASES])
 def test_wrong_setting(overrides, words, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     code, out, err = call("train", *overrides.split(" "), "hydra.run.dir=run")
     assert (code, out) == (1, "")
     (line,) = err.splitlines()

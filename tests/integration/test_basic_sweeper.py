@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import command, rows_of, run_command, start, wait_until
+from helpers import SMALL, command, rows_of, run_command, start, wait_until
 
-from lora_vit.analysis import summarize
+from lora_vit import api
 from lora_vit.records import read_record
 
 pytestmark = pytest.mark.slow
@@ -18,11 +18,12 @@ def trials(sweep: Path) -> dict[str, Path]:
     return {p.parent.name: p.parent for p in sorted(sweep.glob("*/record.json"))}
 
 
-def test_it_leaves_the_same_trials_for_the_summary(tmp_path):
+def test_it_leaves_the_same_trials_for_the_summary(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = ("lora=default,none", "lora.rank=1,2", "seed=3", "trainer.epochs=1")
-    run_command("-m", *settings, "sweep.name=packed", "sweep.workers=1", "sweep.pack_size=2", cwd=tmp_path)
+    api.sweep([*SMALL, *settings], "packed", workers=1, pack_size=2)
     run_command("-m", "hydra/sweeper=basic", "hydra.sweep.dir=basic", *settings, cwd=tmp_path)
-    one, other = trials(tmp_path / "outputs/sweeps/packed"), trials(tmp_path / "basic")
+    one, other = trials(tmp_path / "packed"), trials(tmp_path / "basic")
     assert list(one) == list(other)
     assert len(one) == 3, "settings without effect are dropped, so two of them name one trial"
     for name in one:
@@ -30,7 +31,7 @@ def test_it_leaves_the_same_trials_for_the_summary(tmp_path):
         assert (a.status, a.cell_id, a.metrics["step"]) == (b.status, b.cell_id, b.metrics["step"])
         assert a.metrics["val_loss"] == pytest.approx(b.metrics["val_loss"], rel=1e-9)  # fp64, other packs
         assert (other[name] / ".hydra/overrides.yaml").exists()
-    assert len(summarize([tmp_path / "basic"]).cells) == 3
+    assert len(api.summarize("basic").cells) == 3
 
 
 def test_a_failure_is_reported_and_an_unnamed_sweep_has_a_folder(tmp_path):

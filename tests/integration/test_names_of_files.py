@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from helpers import command, run_command
@@ -29,13 +28,6 @@ def test_the_form_that_a_message_shows_works(tmp_path):
     assert f"tensorboard --logdir '{ODD}'/tensorboard\n" in done.stdout
     data = read_record(tmp_path / ODD).config["data"]
     assert (data["root"], data["cache_dir"]) == (str(tmp_path / "2024_11"), str(tmp_path / "it's (1)"))
-
-
-def test_a_comma_in_quotes_is_part_of_a_name(tmp_path):
-    own = ("sweep.name='2024_11'", "data.root='a,b'", "lora.rank=1,2", "trainer.epochs=1")
-    run_command("-m", *own, cwd=tmp_path)
-    records = [read_record(p.parent) for p in (tmp_path / "outputs/sweeps/2024_11").glob("*/record.json")]
-    assert [Path(r.config["data"]["root"]).name for r in records] == ["a,b"] * 2
 
 
 def test_what_the_terminals_encoding_lacks_is_escaped(tmp_path):

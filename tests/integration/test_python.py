@@ -103,7 +103,6 @@ SWEEP = [*SMALL, "seed=0,1"]
         (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
-        (api.sweep, [*SWEEP, "hydra/launcher=basic"], {}, "hydra/launcher=basic has no effect"),
         (api.sweep, [*SWEEP, "-m"], {}, "-m"),
         (api.sweep, [api.compose(SMALL)], {}, "sweep() needs a folder for trials that are given as configs"),
     ],

@@ -56,7 +56,7 @@ def workers_of(place: Path) -> list[int]:
 
 def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
     """A worker a node; what the killed one had is resumed, and all is reported as by a local sweep."""
-    settings = (f"engine.address={address}", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
+    settings = (f"engine.address={address}", "trainer.epochs=20", "trainer.checkpoint_every=0.001")
     process, place = start(command(*ON_RAY, *settings, "seed=range(8)"), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: len(workers_of(place)) >= 2 and list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     os.kill(workers_of(place)[0], signal.SIGKILL)
@@ -69,12 +69,12 @@ def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
     assert statuses(tmp_path) == ["completed"] * 8
     for path in place.glob("*/metrics.jsonl"):
         epochs = [line for line in path.read_text().splitlines() if "val_accuracy" in line]
-        assert len(epochs) == 40, "resumed, nothing twice"
+        assert len(epochs) == 20, "resumed, nothing twice"
 
 
 def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_path):
     """They are the command's own; the same command resumes."""
-    settings = (*ON_RAY, f"engine.address={address}", "seed=0,1", "trainer.epochs=400",
+    settings = (*ON_RAY, f"engine.address={address}", "seed=0,1", "trainer.epochs=60",
                 "trainer.checkpoint_every=0.001")  # fmt: skip
     process, place = start(command(*settings), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)

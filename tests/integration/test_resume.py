@@ -49,13 +49,12 @@ def test_killed_at_several_points(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(signum, uninterrupted, tmp_path):
+def test_asked_to_stop(uninterrupted, tmp_path):
     process = start_until(10, tmp_path)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, out
-    said = f"interrupted by {signum.name}: saved; the same command with hydra.run.dir=run resumes"
+    assert process.returncode == 128 + signal.SIGINT, out
+    said = "interrupted by SIGINT: saved; the same command with hydra.run.dir=run resumes"
     assert out.splitlines()[-1] == said
     assert "Traceback" not in out
     assert read_record(tmp_path / "run").status == "interrupted"
@@ -77,7 +76,6 @@ def test_a_finished_run_is_reported_and_that_of_another_trial_refused(uninterrup
 
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, call):
     process = start_until(1, tmp_path, "trainer.epochs=5000")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     monkeypatch.chdir(tmp_path)
     code, _, err = call("train", *SMALL, *LONG, "hydra.run.dir=run")
     assert (code, err) == (1, f"error: {tmp_path}/run: another process is training there, wait for it or stop it\n")
@@ -88,7 +86,6 @@ def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, call):
 @pytest.mark.parametrize("place", ["file", "file/run", "locked/run"])
 def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "locked").mkdir(mode=0o500)
     if place.startswith("locked") and os.geteuid() == 0:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import run_command
 from pictures import paint
 from safetensors.numpy import load_file
 
@@ -17,16 +16,6 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 SUMMARY = SCRIPTS / "bench" / "summary.py"
 RACE = SCRIPTS / "bench" / "race.py"
 CALIBRATE = SCRIPTS / "calibrate_statistics.py"
-
-
-@pytest.mark.slow
-def test_packed_trials_are_trained_again_alone_and_summarized(tmp_path):
-    run_command("-m", "lora.rank=1,2", "sweep.pack_size=2", "hydra.sweep.dir=s", cwd=tmp_path)
-    (empty := tmp_path / "empty").mkdir()
-    *_, row = run(SCRIPTS / "pack_equals_alone.py", empty, str(tmp_path / "s"), "--trials", "1").strip().splitlines()
-    assert row.split()[-1] == "within"
-    out = run(SCRIPTS / "summarize.py", empty, str(tmp_path / "s"), "--no-plots")
-    assert "Repeat the sweep with seed=0,1,2" in out
 
 
 @pytest.mark.slow
@@ -76,7 +65,7 @@ def test_the_race_is_compared_with_its_peers(tmp_path):
 def test_a_race_on_digits_is_compared_with_one_stage(tmp_path):
     """Of two ranks, one epoch each; so wide a margin takes one seed in a single stage."""
     (empty := tmp_path / "empty").mkdir()
-    small = ["lora=default", "lora.rank=1,2", "optimizer.lr=1e-3", "trainer.epochs=1"]
+    small = ["lora=default", "lora.rank=1,2", "optimizer.lr=1e-3", "trainer.epochs=1", "sweep.pack_size=2"]
     truth = tmp_path / "truth.csv"
     run(RACE, empty, "truth", "--truth", str(truth), "--runs", "2", *small)
     names = pd.read_csv(truth)["label"].tolist()
@@ -130,7 +119,8 @@ def test_the_data_path_is_measured(tmp_path):
     [
         (("bench/sweep.py", "compose", "--sizes", "3"), ["| 3 | "]),
         (("bench/sweep.py", "curve", "--rounds", "1", "--sizes", "1,2", "--only", "vit_tiny"), ["| vit_tiny"] * 2),
-        (("bench/sweep.py", "ways", "--only", "packed", "trainer.epochs=1"), ["| packed |", "| packed, one process"]),
+        (("bench/sweep.py", "ways", "--only", "packed", "trainer.epochs=1", "seed=0", "lora=default"),
+         ["| packed |", "| packed, one process"]),
         (("bench/start.py", "--rounds", "1"), ["| --help |", "| first step |", "| - data and weights |"]),
         (("bench/step.py", "--rounds", "1", "--batch", "1", "--only", "plain LoRA modules"),
          ["| floor |", "| ours |", "| plain LoRA modules |"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,19 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import command, run_command, start, wait_until
+from helpers import SMALL, command, run_command, start, wait_until
 
+from lora_vit import api
+from lora_vit.errors import ConfigError
 from lora_vit.records import read_record
 
 pytest.importorskip("submitit")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-ON_SLURM = (
-    "-m",
-    "engine=slurm",
-    "sweep.name=s",
-    "sweep.pack_size=2",
-    "engine.cpus_per_task=1",
-)
+ON_SLURM = ("-m", "engine=slurm", "sweep.name=s", "sweep.pack_size=2", "engine.cpus_per_task=1")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,7 +53,7 @@ def none_is_left(folder: Path) -> None:
 
 def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     """Its claims pass on, a worker is asked for in its place, and every trial is trained to its end."""
-    settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=40", "trainer.checkpoint_every=0.001")
+    settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=20", "trainer.checkpoint_every=0.001")
     process, place = start(command(*ON_SLURM, *settings), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     found = subprocess.run(
@@ -102,25 +99,14 @@ def test_at_the_end_a_worker_whose_turn_has_not_come_is_withdrawn(tmp_path):
         ((), "sweep.workers=auto: say how many jobs Slurm is to run side by side"),
     ],
 )
-def test_what_slurm_refuses_is_reported_in_one_line(settings, said, tmp_path):
-    done = run_command(*ON_SLURM, "seed=0,1", *settings, cwd=tmp_path, code=1)
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
+def test_what_slurm_refuses_is_reported_in_one_line(settings, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}.*$"):
+        api.sweep([*SMALL, *ON_SLURM[1:], "seed=0,1", *settings])
     assert trials(tmp_path) == {}
 
 
-def test_where_there_is_no_slurm_it_is_reported_in_one_line(tmp_path):
-    path = str(Path(sys.executable).parent)
-    done = run_command(*ON_SLURM, "sweep.workers=1", "seed=0,1", cwd=tmp_path, code=1, env={"PATH": path})
-    assert done.stderr == "error: engine=slurm: no Slurm here (no srun): start the command on a login node\n"
-
-
-def test_a_race_on_slurm_is_the_race_that_runs_here(tmp_path):
-    """The workers are asked for once; decisions are those of any engine."""
-    race = ("sweep.margin=40", "sweep.first_seeds=3", "sweep.most_seeds=4", "optimizer.lr=1e-2,1e-9")
-    done = run_command(*ON_SLURM, "sweep.workers=1", *race, cwd=tmp_path, timeout=400)
-    here = run_command("-m", *race, "sweep.pack_size=2", "sweep.workers=1", "sweep.name=here", cwd=tmp_path)
-    ends = [out[out.rindex("race: ") : out.index("\noutputs/sweeps/")] for out in (done.stdout, here.stdout)]
-    assert ends[0] == ends[1]
-    none_is_left(tmp_path)
+def test_where_there_is_no_slurm_it_is_reported_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    with pytest.raises(ConfigError, match=r"^engine=slurm: no Slurm here .*: start the command on a login node$"):
+        api.sweep([*SMALL, *ON_SLURM[1:], "seed=0,1", "sweep.workers=1"], tmp_path)

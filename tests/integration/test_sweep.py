@@ -11,14 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import sabotages
-from helpers import command, contents, is_running, rows_of, run_command, start, wait_until
+from helpers import command, contents, is_running, rows_of, run_command, start, trial_config, wait_until
 from safetensors.numpy import load_file
 
+from lora_vit import api
+from lora_vit.config import trial_id
 from lora_vit.files import read_rows
-from lora_vit.records import TrialRecord, read_predictions, read_record, write_predictions
+from lora_vit.records import PREDICTIONS, TrialRecord, read_record
+from lora_vit.sweep import worker
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +56,7 @@ def sweep_of_different(folder: Path) -> list[str]:
 
 
 def run(line: list[str], cwd: Path, code: int = 0) -> str:
-    done = subprocess.run(
-        line, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = helpers.run(line, cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -68,39 +70,40 @@ def wait_for_rows(process: subprocess.Popen[str], sweep: Path, rows: int) -> Non
     wait_until(lambda: rows_of(*sweep.glob("*/metrics.jsonl")) >= rows, process, every=0.002)
 
 
+def owners(sweep: Path) -> set[int]:
+    """The processes that have or had claims."""
+    return {json.loads(path.read_text())["pid"] for path in (sweep / ".claims").glob("*.owner")}
+
+
 def kill_all(process: subprocess.Popen[str], sweep: Path) -> None:
     """At once: the workers of a killed command alone would notice within a second, and could be done by then."""
-    for path in (sweep / ".claims").glob("*.owner"):
-        pid = json.loads(path.read_text())["pid"]
+    for pid in owners(sweep):
         if pid != process.pid and is_running(pid):
             os.kill(pid, signal.SIGKILL)
     process.kill()
     process.communicate()
 
 
-def assert_equal_trials(a: Path, b: Path) -> float:
-    """Losses and adapters within the tolerance, predictions identical; returns the largest difference."""
+def assert_equal_trials(a: Path, b: Path) -> None:
+    """Losses and adapters within the tolerance, predictions identical."""
     rows, others = read_rows(a / "metrics.jsonl"), read_rows(b / "metrics.jsonl")
     assert len(rows) == len(others) > 0
-    worst = 0.0
     for row, other in zip(rows, others, strict=True):
         assert row["kind"] == other["kind"]
         for key in row.keys() - {"kind"}:
             assert row[key] == pytest.approx(other[key], rel=TOLERANCE), (key, row, other)
-            worst = max(worst, abs(row[key] - other[key]) / max(abs(other[key]), 1e-300))
     files, other_files = (load_file(p / "adapter.safetensors") for p in (a, b))
     assert files.keys() == other_files.keys()
     for name, values in files.items():
         np.testing.assert_allclose(values, other_files[name], rtol=1e-6, atol=1e-12, err_msg=name)  # stored in fp32
-    predictions, other_predictions = read_predictions(a), read_predictions(b)
-    for split in ("val", "test"):
-        np.testing.assert_array_equal(predictions[split]["predicted"], other_predictions[split]["predicted"])
-    return worst
+    predictions, other_predictions = np.load(a / PREDICTIONS), np.load(b / PREDICTIONS)
+    for name in ("val.predicted", "test.predicted"):
+        np.testing.assert_array_equal(predictions[name], other_predictions[name])
 
 
 def assert_equal_sweeps(a: Path, b: Path) -> None:
-    for trial_id in records_of(b):
-        assert_equal_trials(a / trial_id, b / trial_id)
+    for name in records_of(b):
+        assert_equal_trials(a / name, b / name)
 
 
 @pytest.fixture(scope="module")
@@ -135,21 +138,18 @@ def test_what_one_sees_of_a_sweep(packed, call, monkeypatch):
 
 
 def test_a_trial_in_a_pack_equals_the_trial_alone(packed, tmp_path):
-    for i, trial in enumerate(DIFFERENT):
-        # the last trial alone is shared by two processes
-        devices = ("trainer.devices=2",) if i == len(DIFFERENT) - 1 else ()
-        run_command(*COMMON, *trial, *devices, f"hydra.run.dir=alone{i}", cwd=tmp_path)
-        record = read_record(tmp_path / f"alone{i}")
-        assert record.cost["pack_size"] == 1
-        assert record.environment["world_size"] == 1 + len(devices)
-        assert_equal_trials(packed / record.trial_id, tmp_path / f"alone{i}")
+    for trial in DIFFERENT:
+        config = trial_config(*COMMON, *trial)
+        assert api.train(config, tmp_path / trial_id(config)).cost["pack_size"] == 1
+    assert_equal_sweeps(tmp_path, packed)
 
 
 @pytest.mark.parametrize("sabotage", sabotages.SABOTAGES)
-def test_a_broken_trial_axis_is_noticed(sabotage, packed, tmp_path):
+def test_a_broken_trial_axis_is_noticed(sabotage, packed, tmp_path, monkeypatch):
     (sweep := tmp_path / "s").mkdir()
     shutil.copy(packed / "sweep.json", sweep)
-    run([sys.executable, sabotages.__file__, sabotage, str(sweep)], tmp_path)
+    sabotages.SABOTAGES[sabotage](monkeypatch)
+    worker.work(sweep)
     assert records_of(sweep).keys() == records_of(packed).keys()
     with pytest.raises(AssertionError, match=r"loss|lora_|heads"):
         assert_equal_sweeps(sweep, packed)
@@ -157,27 +157,27 @@ def test_a_broken_trial_axis_is_noticed(sabotage, packed, tmp_path):
 
 def test_single_precision_differs_by_rounding_alone(tmp_path, project_root):
     """On real images and weights: the first loss, and who is classified otherwise (see the script)."""
-    arguments = ("-m", "experiment=quickstart", "trainer.epochs=4", "lora.rank=2,8", "lora.dropout=0.2")
-    rates = ("optimizer.lr=1e-3,2e-3", "sweep.name=s", "sweep.pack_size=4", "trainer.accelerator=cpu")
-    run([sys.executable, "-m", "lora_vit.train", *arguments, *rates], tmp_path)
+    arguments = ("-m", "experiment=quickstart", "trainer.epochs=2", "lora.rank=2,8", "lora.dropout=0.2")
+    own = ("sweep.name=s", "sweep.pack_size=2", "trainer.accelerator=cpu")
+    run([sys.executable, "-m", "lora_vit.train", *arguments, *own], tmp_path)
     sweep = tmp_path / "outputs/sweeps/s"
     records = records_of(sweep)
-    assert [r.cost["pack_size"] for r in records.values()] == [4] * 4
+    assert [r.cost["pack_size"] for r in records.values()] == [2, 2]
     script = [sys.executable, str(project_root / "scripts/pack_equals_alone.py"), "outputs/sweeps/s", "--trials", "1"]
     out = run(script, tmp_path)
     assert out.count("within") == 1, out
     first = sweep / next(iter(records))
-    splits = read_predictions(first)  # one prediction that was not close
-    sure = splits["val"]["true_probability"].argmax()
-    splits["val"]["predicted"][sure] = (splits["val"]["predicted"][sure] + 1) % 10
-    write_predictions(first, splits)
+    arrays = dict(np.load(first / PREDICTIONS))  # one prediction that was not close
+    sure = arrays["val.true_probability"].argmax()
+    arrays["val.predicted"][sure] = (arrays["val.predicted"][sure] + 1) % 10
+    np.savez(first / PREDICTIONS, **arrays)
     assert "TOO FAR" in run(script, tmp_path, code=1)
 
 
 def test_killed_and_finished_by_the_same_command(packed, tmp_path):
     line = sweep_of_different(tmp_path)
     sweep = tmp_path / "outputs/sweeps/lists"
-    for rows in (2, 30, 55):
+    for rows in (2, 40):
         process = start(line, tmp_path)
         wait_for_rows(process, sweep, rows)
         kill_all(process, sweep)
@@ -197,8 +197,8 @@ def test_stopped_and_finished_in_the_same_pack_is_bit_identical(packed, tmp_path
     assert process.returncode == 143, out
     assert out.endswith("interrupted by SIGTERM: saved; the same command resumes\n")
     run(line, tmp_path)
-    for trial_id in records_of(packed):
-        assert contents(sweep / trial_id) == contents(packed / trial_id)
+    for name in records_of(packed):
+        assert contents(sweep / name) == contents(packed / name)
 
 
 def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
@@ -211,15 +211,15 @@ def test_trials_in_different_epochs_train_in_one_pack(packed, tmp_path):
     begun = records_of(sweep)
     assert [r.metrics["epoch"] for r in begun.values()] == [1, 1]
     run([*line, "sweep.pack_size=4"], tmp_path)
-    for trial_id, record in records_of(sweep).items():
-        assert record.cost["pack_size"] == (4 if trial_id in begun else 2)
-        assert_equal_trials(sweep / trial_id, packed / trial_id)
+    for name, record in records_of(sweep).items():
+        assert record.cost["pack_size"] == (4 if name in begun else 2)
+        assert_equal_trials(sweep / name, packed / name)
 
 
 def test_a_diverging_trial_is_cut_out(tmp_path):
-    rates = ("optimizer.lr=1e-3,1e300,1e-2", "lora.dropout=0.2", "trainer.log_every=2")
-    done = run_command("-m", *rates, "sweep.pack_size=3", "sweep.name=bad", cwd=tmp_path, code=1)
-    sweep, good = (tmp_path / "outputs/sweeps" / name for name in ("bad", "good"))
+    rates = "optimizer.lr=1e-3,1e300,1e-2"
+    done = run_command("-m", rates, "sweep.pack_size=3", "sweep.name=bad", cwd=tmp_path, code=1)
+    sweep = tmp_path / "outputs/sweeps/bad"
     (failed,) = (r for r in records_of(sweep).values() if r.status == "failed")
     assert failed.config["optimizer"]["lr"] == 1e300
     assert failed.error is not None
@@ -227,20 +227,23 @@ def test_a_diverging_trial_is_cut_out(tmp_path):
     assert "not finite at step" in done.stdout
     assert done.stderr.startswith("error: 1 of 3 trials did not complete; sweep.retry_failed=true")
     assert not (sweep / failed.trial_id / "adapter.safetensors").exists()
-    run_command("-m", "optimizer.lr=1e-3,1e-2", *rates[1:], "sweep.pack_size=2", "sweep.name=good", cwd=tmp_path)
-    assert [r.cost["pack_size"] for r in records_of(good).values()] == [2, 2]
-    assert_equal_sweeps(sweep, good)
 
 
-def test_a_grown_grid_keeps_the_name_and_trains_what_is_new(tmp_path):
-    assert "[2/2]" in run_command("-m", "lora.rank=1,2", "sweep.pack_size=3", cwd=tmp_path).stdout
+def test_a_grown_grid_keeps_name_and_pack_size_and_trains_what_is_new(tmp_path):
+    own = ("-m", "sweep.pack_size=auto", "sweep.workers=1", "trainer.epochs=1")
+    assert "[4/4]" in run_command(*own, "lora.rank=range(1,5)", cwd=tmp_path).stdout
     (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
+    sizes = json.loads((sweep / "sweep.json").read_text())["pack_sizes"]
+    (figures,) = sizes.values()
+    assert figures["size"] in (1, 2, 4)
+    assert {"1", "2"} <= set(figures["seconds_per_trial_epoch"]) <= {"1", "2", "4"}
     before = {i: (r.finished, contents(sweep / i)) for i, r in records_of(sweep).items()}
-    grown = run_command("-m", "lora.rank=1,2,4", "sweep.pack_size=3", cwd=tmp_path).stdout
-    assert "3 trials (2 completed)" in grown
+    grown = run_command(*own, "lora.rank=range(1,6)", cwd=tmp_path).stdout
+    assert "5 trials (4 completed)" in grown
     assert [p.name for p in (tmp_path / "outputs/sweeps").iterdir()] == [sweep.name]
+    assert json.loads((sweep / "sweep.json").read_text())["pack_sizes"] == sizes, "measured once"
     after = {i: (r.finished, contents(sweep / i)) for i, r in records_of(sweep).items()}
-    assert len(after) == 3
+    assert len(after) == 5
     assert {i: after[i] for i in before} == before
 
 
@@ -263,37 +266,26 @@ def test_two_commands_share_a_sweep(tmp_path):
     records = records_of(sweep)
     assert len(records) == 12
     assert {r.status for r in records.values()} == {"completed"}
-    for trial_id in records:  # one "completed" line each: none was trained to its end twice
-        assert (sweep / trial_id / "train.log").read_text().count("completed") == 1
+    for name in records:  # one "completed" line each: none was trained to its end twice
+        assert (sweep / name / "train.log").read_text().count("completed") == 1
     for out in outs:
         assert "[12/12]" in out
 
 
-def test_two_workers_and_full_fine_tuning(tmp_path):
-    out = run_command(
-        "-m", "lora=default,none,full", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2", cwd=tmp_path
-    ).stdout
-    (sweep,) = (tmp_path / "outputs/sweeps").iterdir()
-    records = records_of(sweep)
-    assert {r.status for r in records.values()} == {"completed"}
-    sizes = {r.config["lora"]["method"]: set() for r in records.values()}
-    for r in records.values():
-        sizes[r.config["lora"]["method"]].add(r.cost["pack_size"])
-    assert sizes["full"] == {1}
-    assert "[6/6]" in out
-    for index, trial in enumerate((("lora=none", "seed=0"), ("lora=full", "seed=1"))):
-        run_command(*trial, f"hydra.run.dir=alone{index}", cwd=tmp_path)
-        assert_equal_trials(sweep / read_record(tmp_path / f"alone{index}").trial_id, tmp_path / f"alone{index}")
-
-
 def test_two_workers_give_the_same_bits_again(tmp_path):
+    """Also of full fine-tuning, which has packs of its own and leaves the others' backbone alone."""
     sweeps = [tmp_path / f"outputs/sweeps/{name}" for name in ("first", "second")]
+    own = ("lora=default,none,full", "lora.rank=1,2", "seed=0,1", "sweep.workers=2", "sweep.pack_size=2")
     for sweep in sweeps:
-        arguments = ("lora.rank=1,2,4", "seed=0,1", "sweep.workers=2", "sweep.pack_size=3", f"sweep.name={sweep.name}")
-        run_command("-m", *arguments, cwd=tmp_path)
-        assert [r.cost["pack_size"] for r in records_of(sweep).values()] == [3] * 6
-    for trial_id in records_of(sweeps[0]):
-        assert contents(sweeps[0] / trial_id) == contents(sweeps[1] / trial_id)
+        assert "[8/8]" in run_command("-m", *own, f"sweep.name={sweep.name}", cwd=tmp_path).stdout
+    records = records_of(sweeps[0]).values()
+    sizes = {(r.config["lora"]["method"], r.cost["pack_size"]) for r in records}
+    assert sizes == {("lora", 2), ("none", 2), ("full", 1)}
+    for record in records:
+        assert contents(sweeps[0] / record.trial_id) == contents(sweeps[1] / record.trial_id)
+    for trial in (("lora=none", "seed=0"), ("lora=full", "seed=1")):
+        record = api.train(trial_config(*trial), tmp_path / trial[0])
+        assert_equal_trials(sweeps[0] / record.trial_id, tmp_path / trial[0])
 
 
 def test_a_killed_command_takes_its_workers_along(tmp_path):
@@ -301,38 +293,23 @@ def test_a_killed_command_takes_its_workers_along(tmp_path):
     sweep = tmp_path / "outputs/sweeps/s"
     process = start(line, tmp_path)
     wait_for_rows(process, sweep, 40)
-    owners: set[int] = set()
-    until = time.monotonic() + 60
-    while len(owners) < 2:
-        assert time.monotonic() < until
-        owners = {json.loads(p.read_text())["pid"] for p in (sweep / ".claims").glob("*.owner")}
+    wait_until(lambda: len(owners(sweep)) >= 2, process)
+    workers = owners(sweep)
     process.kill()
     process.wait()
     until = time.monotonic() + 30
-    while any(is_running(pid) for pid in owners):
+    while any(map(is_running, workers)):
         assert time.monotonic() < until
         time.sleep(0.1)
     process.stdout.close()
     assert {r.status for r in records_of(sweep).values()} != {"completed"}
 
 
-def test_auto_pack_size_is_measured_once(tmp_path):
-    arguments = ("sweep.name=auto", "sweep.workers=1", "trainer.epochs=1")
-    run_command("-m", "lora.rank=range(1,5)", *arguments, cwd=tmp_path)
-    plan = tmp_path / "outputs/sweeps/auto/sweep.json"
-    (figures,) = json.loads(plan.read_text())["pack_sizes"].values()
-    assert figures["size"] in (1, 2, 4)
-    assert {"1", "2"} <= set(figures["seconds_per_trial_epoch"]) <= {"1", "2", "4"}
-    assert "[5/5]" in run_command("-m", "lora.rank=range(1,6)", *arguments, cwd=tmp_path).stdout
-    assert list(json.loads(plan.read_text())["pack_sizes"].values()) == [figures]
-
-
 def test_a_dry_run_needs_neither_weights_nor_data_and_writes_nothing(tmp_path):
     """The headline task: no download, no step of the large model."""
-    line = [sys.executable, "-m", "lora_vit.train", "-m", "lora.rank=2,4", "sweep.dry_run=true", "data.root=nowhere"]
-    out = run([*line, f"data.cache_dir={tmp_path}/cache", "trainer.accelerator=cpu"], tmp_path)
-    assert "vit_b_16 224 px, tiny_imagenet" in out
-    assert "2 trials, 0 of them finished" in out
-    assert "data=tiny_imagenet has not been read yet" in out
-    assert "measured at the start" in out
+    overrides = ("lora.rank=2,4", "sweep.dry_run=true", "data.root=nowhere", "data.cache_dir=cache")
+    out = run([sys.executable, "-m", "lora_vit.train", "-m", *overrides, "trainer.accelerator=cpu"], tmp_path)
+    for words in ("vit_b_16 224 px, tiny_imagenet", "2 trials, 0 of them finished", "measured at the start",
+                  "data=tiny_imagenet has not been read yet"):  # fmt: skip
+        assert words in out
     assert list(tmp_path.iterdir()) == []

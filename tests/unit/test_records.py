@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from plain_trials import PLAIN, plain_trial
 
@@ -23,10 +22,8 @@ from lora_vit.files import JsonLines, locked, read_rows, replacing, write_json
 from lora_vit.records import (
     State,
     TrialRecord,
-    read_predictions,
     read_record,
     state_of,
-    write_predictions,
     write_record,
 )
 from lora_vit.stopping import repeating
@@ -357,29 +354,6 @@ def test_whole_rows_are_read(tmp_path):
     path.write_text('{"a": 1}\nnonsense\n{"c": 3}\n')
     with pytest.raises(RecordError, match=f"^{path}: row 2 is not JSON$"):
         read_rows(path)
-
-
-# --- predictions
-
-
-def some_predictions(count: int) -> dict[str, np.ndarray]:
-    n = np.arange(count)
-    return {"ids": n, "labels": n % 3, "predicted": n % 2, "true_probability": np.linspace(0, 1, count)}
-
-
-def test_predictions_are_read_as_they_were_written(tmp_path):
-    """Each split has its own number of images; equal predictions give equal bytes."""
-    splits = {"val": some_predictions(5), "test": some_predictions(3)}
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write_predictions(tmp_path / name, splits)
-    again = read_predictions(tmp_path / "a")
-    for split, fields in splits.items():
-        for name, values in fields.items():
-            np.testing.assert_array_equal(again[split][name], values, strict=True)
-    assert (tmp_path / "a/predictions.npz").read_bytes() == (tmp_path / "b/predictions.npz").read_bytes()
-    with np.load(tmp_path / "a/predictions.npz") as arrays:
-        assert set(arrays.files) == {f"{split}.{name}" for split in splits for name in splits["val"]}
 
 
 def test_the_files_of_a_trial_keep_their_names():

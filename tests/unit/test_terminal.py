@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from lora_vit import terminal
 from lora_vit.terminal import Every, Progress, from_here, make_console, print_table
-
-
-@pytest.fixture
-def hands(monkeypatch):
-    """A clock that stands at what the test sets."""
-    hands = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now))
-    return hands
 
 
 @pytest.fixture
@@ -74,8 +65,7 @@ def test_a_bar_on_a_terminal(hands, screen):
         progress.figures = "loss 0.5"
         progress.advance(1)
         progress._bar.refresh()
-        progress.close()
-        progress.close()
+    progress.close()
     drawn = screen.getvalue()
     assert "1501/4000" in drawn
     assert "loss 0.5" in drawn

@@ -29,21 +29,19 @@ def trials() -> pd.DataFrame:
     return frame.assign(**{"label": named, "data.content": "1000 images"})
 
 
-def told(
-    done: pd.DataFrame, rates: Any = (), n: Any = (2, 2, 3), left_out: pd.DataFrame = NOTHING, **comparison: Any
-) -> list[str]:
-    cells = pd.DataFrame({"n": n})
-    return list(checks.warnings(done, cells, replace(QUIET, **comparison), pd.DataFrame(rates), left_out))
-
-
 @pytest.fixture
 def quiet() -> pd.DataFrame:
     """Two dropouts at one learning rate: nothing to warn of."""
     return make_frame([{"lora__dropout": 0.0}, {"lora__dropout": 0.1}], TWO)
 
 
-def assert_lines(lines: list[str], words: list[tuple[str, ...]]) -> None:
-    """The lines are as many as ``words``, and each says its words."""
+def assert_told(
+    words: list[tuple[str, ...]], done: pd.DataFrame, rates: Any = (), n: Any = (2, 2, 3),
+    left_out: pd.DataFrame = NOTHING, **comparison: Any,
+) -> None:
+    """The warnings are as many as ``words``, and each says its words."""
+    cells = pd.DataFrame({"n": n})
+    lines = list(checks.warnings(done, cells, replace(QUIET, **comparison), pd.DataFrame(rates), left_out))
     assert len(lines) == len(words), lines
     for line, some in zip(lines, words, strict=True):
         assert all(word in line for word in some), (line, some)
@@ -73,7 +71,7 @@ OWN_RATE = ("Each rank was tried at one learning rate", "several rates")
     ],
 )  # fmt: skip
 def test_effects_that_the_learning_rate_may_explain(cells, lines):
-    assert_lines(told(make_frame(cells, np.full((len(cells), 2), 0.9))), lines)
+    assert_told(lines, make_frame(cells, np.full((len(cells), 2), 0.9)))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +85,7 @@ def test_effects_that_the_learning_rate_may_explain(cells, lines):
 def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines):
     two = make_frame([{"lora__rank": 1}, {"lora__rank": 1, "optimizer__lr": 0.1}, {"lora__rank": 2}],
                      np.full((3, 1), 0.9))  # fmt: skip
-    assert_lines(told(two, rates={"edge": edge, "rates": rates}), [*lines, FALLING])
+    assert_told([*lines, FALLING], two, rates={"edge": edge, "rates": rates})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_best_rates_at_the_edge_and_unequal_numbers_of_rates(edge, rates, lines)
 def test_what_is_not_the_same_in_all_trials(quiet, column, values, words):
     series = pd.Series(values, dtype=object if column != "epoch" else float)
     sizes = [1.0, 2.0, 2.0, 2.0] if column == "environment.device" else 4.0
-    assert_lines(told(quiet.assign(**{"pack_size": sizes, column: series})), [(words,)])
+    assert_told([(words,)], quiet.assign(**{"pack_size": sizes, column: series}))
 
 
 WIDER = "the wider error is used"
@@ -129,14 +127,14 @@ WIDER = "the wider error is used"
     ],
 )
 def test_what_the_design_cannot_show(quiet, comparison, lines):
-    assert_lines(told(quiet, **comparison), lines)
+    assert_told(lines, quiet, **comparison)
 
 
 def test_what_is_missing_is_counted(quiet):
-    assert_lines(told(quiet, n=[1, 1, 2]), [("2 of 3 cells have one seed only",)])
+    assert_told([("2 of 3 cells have one seed only",)], quiet, n=[1, 1, 2])
     status = ["failed", "failed", "completed", "missing", "failed", "missing"]
-    lines = told(quiet, left_out=pd.DataFrame({"status": status}))
-    assert_lines(lines, [("Not in the averages: 3 failed, 2 missing, 1 without val accuracy (",)])
+    said = "Not in the averages: 3 failed, 2 missing, 1 without val accuracy ("
+    assert_told([(said,)], quiet, left_out=pd.DataFrame({"status": status}))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +142,8 @@ def test_what_is_missing_is_counted(quiet):
     [("tiny_imagenet", "IMAGENET1K_V1", True), ("tiny_imagenet", None, False), ("cifar100", "IMAGENET1K_V1", False)],
 )
 def test_tiny_imagenets_classes_were_seen_before(quiet, name, weights, warned):
-    lines = told(quiet.assign(**{"data.name": name, "model.weights": ["GLYPHS_V1"] * 3 + [weights]}))
-    assert_lines(lines, [("Tiny-ImageNet's classes are a subset of ImageNet-1k's",)] * warned)
+    trials = quiet.assign(**{"data.name": name, "model.weights": ["GLYPHS_V1"] * 3 + [weights]})
+    assert_told([("Tiny-ImageNet's classes are a subset of ImageNet-1k's",)] * warned, trials)
 
 
 def refusal(trials: pd.DataFrame) -> str:

@@ -82,7 +82,6 @@ def test_the_page_names_the_command_that_makes_it_again(sweep, summarize, tmp_pa
     [
         (["empty"], "no trial in empty"),
         (["SWEEP", "--where", "ranc > 1"], "ranc"),
-        (["SWEEP", "--margin", "0"], "--margin 0"),
         (["SWEEP", "--no-plots", "--out", "SWEEP/file"], "--out"),
     ],
 )

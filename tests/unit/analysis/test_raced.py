@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_records import make_record, make_sweep, make_trial, write_race
+from made_up_records import FIRST, make_race, make_record, make_sweep, make_trial
 
 from lora_vit.analysis import export, summarize
 from lora_vit.analysis.race import one_stage
 from lora_vit.errors import RecordError
 
 RANKS = (1, 2, 4, 8)
-FIRST = 7  # the race's first seed
 
 
 def accuracies(means: dict[int, float], sd: float = 0.003) -> dict[int, np.ndarray]:
@@ -37,21 +36,13 @@ def leave(folder: Path, rank: int, seed: int, accuracy: float | None, status: st
     make_trial(folder, accuracy, status, curve=False, lora__rank=rank, seed=seed)
 
 
-def race(folder: Path, values: dict[int, np.ndarray], seeds: int = 6, **plan: Any) -> Path:
-    """A folder with the first ``seeds`` of every cell, and the race's plan."""
-    for rank, row in values.items():
-        make_sweep(folder, [{"lora__rank": rank}], row[None, :seeds], range(FIRST, FIRST + seeds), curve=False)
-    rules = {"first_seeds": 3, "most_seeds": 6, "seed": FIRST, "cells": sorted(map(cell, values))}
-    return write_race(folder, **{**rules, **plan})
-
-
 def marks(folder: Path, **options: Any) -> dict[int, str]:
     return summarize(folder, **options).cells.set_index("lora.rank")["mark"].to_dict()
 
 
 def test_a_race_that_has_ended(tmp_path):
     """Its later trials, whatever they say, decide nothing and are not in the cells."""
-    race(tmp_path, GAP)
+    make_race(tmp_path, GAP)
     leave(tmp_path, 8, FIRST + 5, 0.99)
     got = summarize(tmp_path)
     cells = got.cells.set_index("lora.rank")
@@ -83,7 +74,7 @@ def test_a_race_that_has_ended(tmp_path):
 def test_cells_leave_one_after_the_other(tmp_path):
     """After 3, 4 and 5 seeds; each was ahead of others when it left."""
     values = accuracies({1: 0.93, 4: 0.94, 2: 0.928, 8: 0.85}, sd=0.006)
-    got = summarize(race(tmp_path, values))
+    got = summarize(make_race(tmp_path, values))
     assert got.race is not None
     seeds = {rank: got.race.seeds_of(got.race.cells.index(cell(rank))) for rank in RANKS}
     assert sorted(seeds.values()) == [3, 4, 5, 5]
@@ -112,7 +103,7 @@ def test_cells_leave_one_after_the_other(tmp_path):
     ],
 )  # fmt: skip
 def test_a_race_that_selects_nothing(tmp_path, values, plan, seeds, words):
-    got = summarize(race(tmp_path, values, seeds, **plan))
+    got = summarize(make_race(tmp_path, values, seeds, **plan))
     assert [line for line in words if line not in got.verdict] == []
     assert set(got.cells["mark"]) == {"left"}
     assert got.cells["mean"].is_monotonic_decreasing
@@ -121,7 +112,7 @@ def test_a_race_that_selects_nothing(tmp_path, values, plan, seeds, words):
 
 def test_failed_trials_put_their_cells_out(tmp_path):
     """The accuracy that a failed trial had reached is no trial's."""
-    race(tmp_path, GAP)
+    make_race(tmp_path, GAP)
     for rank, seed in ((2, FIRST), (8, FIRST + 1)):
         leave(tmp_path, rank, seed, 0.5, "failed")
     got = summarize(tmp_path)
@@ -137,8 +128,8 @@ def test_failed_trials_put_their_cells_out(tmp_path):
 
 
 def test_one_cell_alone_and_one_that_is_left_of_several(tmp_path):
-    assert summarize(race(tmp_path / "alone", {1: GAP[1]})).verdict.startswith("One cell, nothing to compare: ")
-    two = race(tmp_path / "two", {1: GAP[1], 2: GAP[2]}, 3)
+    assert summarize(make_race(tmp_path / "alone", {1: GAP[1]})).verdict.startswith("One cell, nothing to compare: ")
+    two = make_race(tmp_path / "two", {1: GAP[1], 2: GAP[2]}, 3)
     for seed in range(FIRST, FIRST + 3):
         leave(two, 2, seed, None, "failed")
     got = summarize(two)
@@ -151,7 +142,7 @@ def test_one_cell_alone_and_one_that_is_left_of_several(tmp_path):
 
 def test_a_cell_that_was_not_raced_is_named_and_nothing_is_claimed_about_it(tmp_path):
     """Of a fixed sweep in the same folder, and better than the selected one."""
-    race(tmp_path, GAP)
+    make_race(tmp_path, GAP)
     for seed, accuracy in enumerate(GAP[2]):
         leave(tmp_path, 16, FIRST + seed, accuracy + 0.05)
     got = summarize(tmp_path)
@@ -164,11 +155,11 @@ def test_a_cell_that_was_not_raced_is_named_and_nothing_is_claimed_about_it(tmp_
 
 
 def test_what_is_within_another_margin(tmp_path):
-    small = summarize(race(tmp_path / "small", accuracies({1: 0.94, 2: 0.85, 4: 0.85}, sd=0.001), margin=3.0))
+    small = summarize(make_race(tmp_path / "small", accuracies({1: 0.94, 2: 0.85, 4: 0.85}, sd=0.001), margin=3.0))
     assert small.verdict.startswith("rank 1 selected")
     assert "within" not in small.verdict.split("guarantee")[1], "the smallest cell needs no other"
     tmp_path = tmp_path / "large"
-    race(tmp_path, accuracies({1: 0.90, 2: 0.94, 4: 0.9385, 8: 0.85}), margin=2.0)
+    make_race(tmp_path, accuracies({1: 0.90, 2: 0.94, 4: 0.9385, 8: 0.85}), margin=2.0)
     assert summarize(tmp_path).cells["within"][0], "the selected one"
     wide = summarize(tmp_path, margin=8.0)
     assert wide.cells.set_index("lora.rank")["within"].to_dict() == {1: True, 2: True, 4: True, 8: False}
@@ -179,7 +170,7 @@ def test_what_is_within_another_margin(tmp_path):
 
 
 def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
-    race(tmp_path, TIES)
+    make_race(tmp_path, TIES)
     assert set(summarize(tmp_path).cells["n"]) == {6}
     trials = [path.parent for path in tmp_path.glob("*/record.json")]
     for got in (summarize(tmp_path, where="rank > 1"), summarize(trials)):
@@ -190,13 +181,13 @@ def test_parts_of_a_race_are_compared_by_the_first_seeds_alone(tmp_path):
         assert "best" in set(got.cells["mark"])
     alone = summarize(trials[0])
     assert (alone.problems, len(alone.cells), alone.race) == ([], 1, None)
-    other = race(tmp_path.parent / f"{tmp_path.name}-other", TIES, first_seeds=2)
+    other = make_race(tmp_path.parent / f"{tmp_path.name}-other", TIES, first_seeds=2)
     with pytest.raises(RecordError, match="different seeds: summarize one folder at a time"):
         summarize([tmp_path, other])
 
 
 def test_a_fixed_sweep_beside_a_race_makes_it_no_part_of_it(tmp_path):
-    race(tmp_path / "a", GAP)
+    make_race(tmp_path / "a", GAP)
     assert summarize(tmp_path).race is not None, "the folder above a race alone"
     make_sweep(tmp_path / "b", [{"lora__rank": 4}], np.full((1, 6), 0.99), range(FIRST, FIRST + 6), curve=False)
     (tmp_path / "b" / "sweep.json").write_text(json.dumps({"trials": {}}))
@@ -206,10 +197,10 @@ def test_a_fixed_sweep_beside_a_race_makes_it_no_part_of_it(tmp_path):
 
 def test_the_seeds_of_another_race_in_the_folder_do_not_count(tmp_path):
     """A race's later seeds were trained because results asked for them, whichever race comes after it."""
-    race(tmp_path, TIES)
+    make_race(tmp_path, TIES)
     for rank in RANKS:
         make_sweep(tmp_path, [{"lora__rank": rank}], GAP[rank][None], range(107, 113), curve=False)
-    race(tmp_path, {}, seed=107, cells=sorted(map(cell, RANKS)))
+    make_race(tmp_path, {}, seed=107, cells=sorted(map(cell, RANKS)))
     got = summarize(tmp_path)
     assert marks(tmp_path)[2] == "selected"
     assert set(got.cells["n"]) == {3}
@@ -218,5 +209,5 @@ def test_the_seeds_of_another_race_in_the_folder_do_not_count(tmp_path):
 
 def test_an_accuracy_counts_images(tmp_path):
     """Of 720 images: no spread over seeds does not mean that half a thousandth is real."""
-    race(tmp_path, {1: np.full(3, 0.9), 2: np.full(3, 0.9005)}, 3, margin=0.01)
+    make_race(tmp_path, {1: np.full(3, 0.9), 2: np.full(3, 0.9005)}, 3, margin=0.01)
     assert set(marks(tmp_path).values()) == {"left"}

@@ -43,60 +43,46 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("rows", "worse", "candidates"),
-    [
-        ([BEST, CANDIDATE], "0 of 1 other cell;", 1),
-        ([BEST, OPEN], "0 of 1 other cell;", 0),
-        ([BEST, CANDIDATE, CANDIDATE, OPEN, WORSE, WORSE], "2 of 5 other cells;", 2),
-        ([ALONE, BEST, WORSE], "1 of 1 other cell;", 0),
-    ],
-)
-def test_the_verdict_counts_what_is_worse_and_what_may_be_best(rows, worse, candidates):
-    got = summary(*rows).verdict
-    assert "% (95 % interval 89.00 % to 91.00 %) over 3 seeds. " in got
-    assert got.endswith(f"Shown to be worse: {worse} still candidates for the best: {candidates}.")
+HIGHEST = "A has the highest val accuracy, 90.00 % (95 % interval 89.00 % to 91.00 %) over 3 seeds. "
+COMPARED = "B has the highest val accuracy among the cells with two or more seeds, 90.00 % ("
+ADJUSTED = "A has the highest val accuracy adjusted for missing seeds, 90.00 % ("
+ONE = "One cell, nothing to compare: A has val accuracy 99.00 %"
+THREE = [BEST, CANDIDATE, CANDIDATE, OPEN, WORSE]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "named"),
+    ("rows", "how", "start", "end"),
     [
-        ([9e3, 8e3, 7e3, 6e3, 5e3], "C (7,000 parameters)"),
-        ([9e3, 6e3, 7e3, 6e3, 5e3], "B (6,000 parameters)"),
-        ([9e3, 7e3, 7e3, 1.0, 1.0], "B (7,000 parameters)"),
-        ([7e3, 8e3, 9e3, 6e3, 5e3], None),
-        ([7e3, 7e3, 7e3, 7e3, 7e3], None),
-        ([7e3, NAN, 5e3, 6e3, 5e3], None),
+        ([BEST, CANDIDATE], {}, HIGHEST, "Shown to be worse: 0 of 1 other cell; still candidates for the best: 1."),
+        ([BEST, OPEN], {}, HIGHEST, "worse: 0 of 1 other cell; still candidates for the best: 0."),
+        ([*THREE, WORSE], {}, HIGHEST, "worse: 2 of 5 other cells; still candidates for the best: 2."),
+        ([ALONE, BEST, WORSE], {}, COMPARED, "worse: 1 of 1 other cell; still candidates for the best: 0."),
+        ([BEST, WORSE], {"complete": False}, ADJUSTED, "best: 0."),
+        ([BEST, WORSE], {"complete": False, "blocked": False}, HIGHEST, "best: 0."),
+        (THREE, {"sizes": [9e3, 8e3, 7e3, 6e3, 5e3]}, "", "2; the smallest of all candidates is C (7,000 parameters)."),
+        (THREE, {"sizes": [9e3, 6e3, 7e3, 6e3, 5e3]}, "", "2; the smallest of all candidates is B (6,000 parameters)."),
+        (THREE, {"sizes": [9e3, 7e3, 7e3, 1.0, 1.0]}, "", "2; the smallest of all candidates is B (7,000 parameters)."),
+        (THREE, {"sizes": [7e3, 8e3, 9e3, 6e3, 5e3]}, "", "for the best: 2."),
+        (THREE, {"sizes": [7e3, 7e3, 7e3, 7e3, 7e3]}, "", "for the best: 2."),
+        (THREE, {"sizes": [7e3, NAN, 5e3, 6e3, 5e3]}, "", "for the best: 2."),
+        ([ALONE], {"n": 1, "low": NAN}, ONE, "99.00 % (one seed)."),
+        ([ALONE], {"n": 2}, ONE, "99.00 % (95 % interval 98.00 % to 100.00 %) (2 seeds)."),
+        ([ALONE, ("no verdict", 0.8)], {"n": 1}, "A has the highest val accuracy, 99.00 %, but too few cells have two",
+         "Repeat the sweep with seed=0,1,2."),
     ],
-)
-def test_the_verdict_names_the_smallest_candidate(sizes, named):
-    got = summary(BEST, CANDIDATE, CANDIDATE, OPEN, WORSE, sizes=sizes).verdict
-    assert got.endswith(f"for the best: 2; the smallest of all candidates is {named}." if named else "the best: 2.")
+)  # fmt: skip
+def test_the_verdict(rows, how, start, end):
+    """What the best is and what its figure is of, what is worse, what may be best, and the smallest of those."""
+    got = summary(*rows, **how).verdict
+    assert got.startswith(start)
+    assert got.endswith(end)
 
 
-@pytest.mark.parametrize(
-    ("rows", "comparison", "start"),
-    [
-        ([BEST, WORSE], {}, "A has the highest val accuracy, 90.00 %"),
-        ([ALONE, BEST, WORSE], {}, "B has the highest val accuracy among the cells with two or more seeds, 90.00 %"),
-        ([BEST, WORSE], {"complete": False}, "A has the highest val accuracy adjusted for missing seeds, 90.00 %"),
-        ([BEST, WORSE], {"complete": False, "blocked": False}, "A has the highest val accuracy, 90.00 %"),
-    ],
-)
-def test_the_verdict_says_what_the_means_are_of(rows, comparison, start):
-    assert summary(*rows, **comparison).verdict.startswith(start)
-
-
-def test_the_verdict_on_one_cell_and_on_one_seed(tmp_path):
-    one = "One cell, nothing to compare: A has val accuracy 99.00 %"
-    assert summary(ALONE, n=1, low=NAN).verdict == f"{one} (one seed)."
-    assert summary(ALONE, n=2).verdict == f"{one} (95 % interval 98.00 % to 100.00 %) (2 seeds)."
-    single = summary(ALONE, ("no verdict", 0.8), n=1)
-    assert single.verdict.startswith("A has the highest val accuracy, 99.00 %, but too few cells have two or more")
-    assert single.verdict.endswith("Repeat the sweep with seed=0,1,2.")
-    single.folders = [str(tmp_path)]
+def test_the_verdict_on_a_search_of_one_seed_is_to_race_its_best_cells(tmp_path):
+    found = summary(ALONE, ("no verdict", 0.8), n=1)
+    found.folders = [str(tmp_path)]
     (tmp_path / "search.db").touch()
-    assert "race its best cells over other seeds" in single.verdict
+    assert "race its best cells over other seeds" in found.verdict
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
+from sweeps import options
 
-from lora_vit.config import SECTIONS, SweepConfig, validate, validate_sweep
+from lora_vit.config import SECTIONS, validate, validate_sweep
 from lora_vit.errors import ConfigError
 
 NO_ADAPTERS = {**BASELINE, "lora.method": "none"}
@@ -120,7 +120,6 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     ({"lora.blocks": [0, 2]}, ("lora.blocks=[0, 2] ", "0 .. 1", "vit_tiny")),
 ]  # fmt: skip
 
-SWEEP = SweepConfig("s", "4", "auto", False, False, True, None, 5, 30, None)
 OF_SWEEPS = [  # changes, and what is said of them
     *(({key: value}, ()) for key in ("pack_size", "workers") for value in ("auto", "1", "64")),
     *(({key: value}, (f"sweep.{key}={value} ", "from 1 up, or auto"))
@@ -182,4 +181,4 @@ def test_settings_together(changes, says):
 
 @pytest.mark.parametrize(("changes", "says"), OF_SWEEPS, ids=case_name)
 def test_a_sweep(changes, says):
-    assert_said(refusal(validate_sweep, dataclasses.replace(SWEEP, **changes)), says)
+    assert_said(refusal(validate_sweep, options(**changes)), says)

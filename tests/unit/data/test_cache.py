@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,14 +16,13 @@ import numpy as np
 import psutil
 import pytest
 from helpers import is_running, wait_until
-from pictures import decoded, paint, shades
+from pictures import decoded, paint, refused, shades
 from PIL import Image
 
 from lora_vit.data import cache
 from lora_vit.data.decode import Job
 from lora_vit.data.files import digests_of
 from lora_vit.data.preprocessing import Decoding
-from lora_vit.errors import ConfigError
 
 
 @pytest.fixture
@@ -49,13 +49,11 @@ def left_in(place: Path) -> set[str]:
     return {path.suffix for path in place.iterdir()} - {".npz", ".lock"}
 
 
-def refused(root: Path, names: list[str], size: int | None = None) -> str:
+def refused_build(root: Path, names: list[str]) -> str:
     """The one line; nothing is left of the cache."""
-    with pytest.raises(ConfigError) as caught:
-        decoded(root, names, size, root.parent / "cache")
+    message = refused(decoded, root, names, None, root.parent / "cache")
     assert left_in(root.parent / "cache") == set()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return message
 
 
 @pytest.mark.parametrize(("size", "workers"), [(None, 2), (16, 2), (20, 1)])
@@ -75,18 +73,18 @@ def test_every_broken_file_is_named_up_to_twenty(pictures, two_workers):
     root, names = pictures
     for name in names[10:35]:
         (root / name).write_bytes((root / name).read_bytes()[:200])
-    message = refused(root, names)
+    message = refused_build(root, names)
     assert all(name in message for name in names[10:30])
     assert "25 broken images" in message
     assert "and 5 more" in message
     assert names[30] not in message
-    assert "2 broken images" in refused(root, names[10:12]), "none of them can be read"
+    assert "2 broken images" in refused_build(root, names[10:12]), "none of them can be read"
 
 
 def test_images_of_several_sizes_need_a_cache_size(tmp_path):
     for i, width in enumerate((12, 14, 13)):
         paint(tmp_path / "a" / f"{i}.png", 0, (width, 12))
-    message = refused(tmp_path / "a", ["0.png", "2.png", "1.png"])
+    message = refused_build(tmp_path / "a", ["0.png", "2.png", "1.png"])
     assert "a/1.png is 14x12, other images are 12x12: give data.cache_size" in message
     assert decoded(tmp_path / "a", ["0.png", "1.png"], 8).images.shape == (2, 3, 8, 8)
 
@@ -101,23 +99,21 @@ def test_a_file_that_changes_between_reading_and_decoding_is_named(harm, picture
     if harm == "changed":
         (root / names[3]).write_bytes((root / names[4]).read_bytes())
     reason = "it changed while it was read" if harm == "changed" else ".*No such file"
-    with pytest.raises(ConfigError, match=rf"1 broken image below .*003\.jpg \({reason}"):
-        decoded(root, names, None, tmp_path / "cache")
-    assert left_in(tmp_path / "cache") == set()
+    assert re.search(rf"1 broken image below .*003\.jpg \({reason}", refused_build(root, names))
 
 
 def test_a_full_disk_is_an_error_of_one_line(pictures, two_workers, monkeypatch):
     """/dev/full takes the place of the partial file: every write to it fails as on a full disk."""
     whole = cache._run
     monkeypatch.setattr(cache, "_run", lambda job, *rest: whole(dataclasses.replace(job, out="/dev/full"), *rest))
-    message = refused(*pictures)
+    message = refused_build(*pictures)
     assert "data.cache_dir=" in message
     assert "No space left" in message
 
 
 def test_a_cache_larger_than_the_disk_is_refused_with_its_size(pictures, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    assert "need 0.0 GiB" in refused(*pictures)
+    assert "need 0.0 GiB" in refused_build(*pictures)
 
 
 def test_it_is_kept_and_follows_the_files(tmp_path, monkeypatch):
@@ -253,6 +249,6 @@ def test_a_process_that_dies_ends_the_build(pictures, two_workers, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(cache, "Job", Deadly)
-    message = refused(*pictures)
+    message = refused_build(*pictures)
     assert "a process that decodes images below" in message
     assert "enough memory" in message

@@ -33,16 +33,6 @@ def divided(ids=IDS, labels=LABELS, parts=None, **changes) -> tuple[dict[str, np
     return divide(found, dataclasses.replace(plain_trial().data, **values))
 
 
-def test_stratified_disjoint_complete_and_keyed():
-    found, _ = divided()
-    assert {k: len(v) for k, v in found.items()} == {"val": 20, "test": 40, "train": 140}
-    assert sorted(np.concatenate(list(found.values()))) == list(IDS)
-    for name, count in (("val", 4), ("test", 8), ("train", 28)):
-        assert (np.bincount(LABELS[found[name]]) == count).all()
-    kept = [set(divided(train_per_class=n)[0]["train"]) for n in (3, 10, 28)]
-    assert kept[0] < kept[1] < kept[2] == set(found["train"])
-
-
 def test_too_few_images_name_the_class():
     with pytest.raises(ConfigError, match=r"class 'c' has 2 images, too few .*: add images, or drop the class"):
         divided(np.delete(IDS, slice(82, 120)), test_fraction=0.1)
@@ -51,7 +41,10 @@ def test_too_few_images_name_the_class():
 
 
 def test_a_class_is_divided_and_reduced_in_the_orders_of_its_own_keys():
-    """Written out for unsorted ids of four classes: val first, test next, in the order of ("split", seed, class)."""
+    """Written out for unsorted ids of four classes: val first, test next, in the order of ("split", seed, class).
+
+    So splits are stratified, disjoint and complete, and fewer training images are a subset of more.
+    """
     orders = [40 * c + randomness.permutation(40, "split", 3, c) for c in range(1, 5)]
     kept = [np.sort(o[12:])[randomness.permutation(28, "train_per_class", 3, c)] for c, o in enumerate(orders, 1)]
     for number in (None, 7):
@@ -87,22 +80,13 @@ def test_given_parts_the_fingerprint_and_the_largest_batch():
         divided(parts=given, train_per_class=20, batch_size=101)
 
 
-@pytest.fixture(scope="module")
-def samples():
-    return Samples(fresh(plain_trial().data), torch.device("cpu"))
-
-
-def stream(samples, process, seed):
-    transform = Transform(16, "crop_flip", torch.device("cpu"), torch.float64)
-    return TrainStream(samples, transform, 8, seed, process)
-
-
-def test_two_processes_share_each_batch(samples):
+def test_two_processes_share_each_batch():
     """It holds the augmented images and the labels of its samples, in the order of its key."""
-    one, halves = stream(samples, Process(), 4), [stream(samples, Process(r, 2), 4) for r in (0, 1)]
+    data, cpu = fresh(plain_trial().data), torch.device("cpu")
+    shared = Samples(data, cpu), Transform(16, "crop_flip", cpu, torch.float64), 8, 4
+    one, *halves = (TrainStream(*shared, process) for process in (Process(), Process(0, 2), Process(1, 2)))
     assert one.steps_per_epoch == 60 // 8
-    data = samples.data
-    for epoch, step in ((0, 0), (0, 6), (3, 2), (2, 1)):
+    for epoch, step in ((1, 0), (0, 6), (3, 2), (2, 1)):
         order = data.splits["train"][randomness.permutation(60, "order", 4, epoch)]
         ids = order[8 * step : 8 * step + 8]
         images, labels = one.batch(epoch, step)

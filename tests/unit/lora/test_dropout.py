@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from lora_vit.lora import dropout
 from lora_vit.lora.dropout import DropoutState, feature_keys, keep_by_bits_, keep_by_product_, keep_mask, threshold
@@ -28,16 +27,11 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).mean() / (a.std() * b.std())) * a.numel() ** 0.5
 
 
-@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.9])
-def test_keep_rate(p):
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_that_is_kept_and_neighbours_are_uncorrelated(p):
     m = mask(p=p)
     sd = (p * (1 - p) / m.numel()) ** 0.5
     assert abs(float(m.mean()) - (1 - p)) <= 5 * sd
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_neighbours_are_uncorrelated(p):
-    m = mask(p=p)
     pairs = {
         "image": (m[1:], m[:-1]),
         "token": (m[:, 1:], m[:, :-1]),
@@ -140,34 +134,3 @@ def test_each_decision_equals_integer_arithmetic(p, module):
         itertools.product(range(3), range(3), range(4), range(6)), kept.flatten(), strict=True
     ):
         assert bool(keep) == kept_by_integers(seeds[k], steps[k], module, (0, 3, 4000)[b], s, d, p)
-
-
-def test_thresholds_are_int32():
-    assert [threshold(p) for p in (0.0, 0.5, 0.75)] == [-(2**31), 0, 2**30]
-
-
-def test_without_a_trainer_passes_count_as_steps():
-    counted, told = DropoutState([5, 9]), DropoutState([5, 9])
-    for step in range(3):
-        counted.advance(nn.Identity(), (), {"x": torch.zeros(4, 3)})
-        told.set(torch.tensor([step, step]), torch.arange(4))
-        assert torch.equal(counted.rows(1, 3), told.rows(1, 3))
-
-
-def test_keys_lie_where_the_pass_is():
-    """On "meta", which stands for every device but the CPU."""
-    state, meta = DropoutState([5, 9]), torch.device("meta")
-    state.advance(nn.Identity(), (torch.zeros(3, device=meta),), {})
-    assert (state.rows(7, 4).device, state.rows(7, 4).dtype) == (meta, torch.int32)
-    assert state.rows(7, 4).shape == (2, 3, 4)
-
-
-def test_a_threshold_has_one_shape_for_a_pack_or_one_entry_for_each_row():
-    state = DropoutState([5, 9])
-    state.set(torch.tensor([3, 4]), torch.arange(3))
-    rows, features = state.rows(7, 4), feature_keys(6)
-    limits = torch.tensor([threshold(0.2), threshold(0.7)], dtype=torch.int32)
-    whole, each = keep_mask(rows, features, limits), limits[:, None, None].expand(2, 3, 4)
-    assert torch.equal(keep_mask(rows.flatten(), features, each.flatten()), whole.flatten(0, 2))
-    for k in range(2):
-        assert torch.equal(keep_mask(rows[k], features, limits[k]), whole[k])

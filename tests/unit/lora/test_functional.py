@@ -74,9 +74,10 @@ def assert_as_reference(tensors, fixed, wanted=None, upstream=None):
 @pytest.mark.parametrize("dropouts", DROPOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_every_gradient_equal_the_reference(kind, slots, dropouts, bias):
+    """Of an upstream gradient that is strided; the tests below have contiguous ones."""
     tensors, fixed = inputs(kind, slots, dropouts, bias)
-    shape = K * B, S, (max(slots) + 1) * O
-    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    shape = (max(slots) + 1) * O, S, K * B
+    upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
     assert_as_reference(tensors, fixed, upstream=upstream)
 
 
@@ -117,20 +118,6 @@ def test_what_is_given_stays_as_it_is(kind, dropouts, frozen):
     assert torch.equal(upstream, before)
     for name, t in (tensors | {"weight": fixed["weight"]}).items():
         assert torch.equal(t.detach(), given[name]), name
-
-
-def test_bf16_gradients_follow_fp32():
-    def gradients(dtype):
-        g = torch.Generator().manual_seed(0)
-        shapes = ((4, 5, 16), (2, 3, 3, 16), (2, 3, 8, 3), (24, 16))
-        z, a, b, w = (torch.randn(s, generator=g).to(dtype) for s in shapes)
-        trained = [t.requires_grad_() for t in (z, a, b)]
-        y = adapted_linear(z, w, None, a, b, torch.ones(2, dtype=dtype), (0, 1, 2))
-        return torch.autograd.grad(y.float().pow(2).sum(), trained)
-
-    for low, full in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
-        # 8 significant bits, a few roundings in a row
-        assert float((low.float() - full).norm() / full.norm()) < 0.02
 
 
 def counted(way: str, elements: int, monkeypatch) -> list[int]:
@@ -185,14 +172,6 @@ def test_another_device_drops_by_products(monkeypatch):
 def test_runs_of_neighbours():
     runs = {"": (), "...": (), "x": ((0, 1),), "xxx": ((0, 3),), ".xx.x": ((1, 3), (4, 5)), "x.x.": ((0, 1), (2, 3))}
     assert {flags: runs_of([f == "x" for f in flags]) for flags in runs} == runs
-
-
-def test_an_upstream_gradient_may_be_strided():
-    tensors, fixed = inputs("none", (0, 1, 2), None)
-    upstream = torch.randn(3 * O, S, K * B, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).mT
-    upstream = upstream.permute(1, 2, 0)
-    assert not upstream.is_contiguous()
-    assert_as_reference(tensors, fixed, upstream=upstream)
 
 
 def test_the_reference_is_the_formula():

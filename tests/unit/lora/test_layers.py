@@ -20,13 +20,10 @@ SPECS = (
 )
 
 
-QV = {0: "block.q", 2: "block.v"}
-
-
-def adapters_of(*specs: AdapterSpec, slots=QV) -> LoRAAdapters:
+def adapters_of(*specs: AdapterSpec) -> LoRAAdapters:
     """Adapters with a lora_B that is not zero, in fp64."""
     state = DropoutState([s.seed for s in specs])
-    adapters = LoRAAdapters(list(specs), slots, "block.in", I, O, state).double()
+    adapters = LoRAAdapters(list(specs), {0: "block.q", 2: "block.v"}, "block.in", I, O, state).double()
     nn.init.normal_(adapters.lora_B, generator=torch.Generator().manual_seed(0))
     for k, spec in enumerate(specs):
         adapters.lora_B.data[k, :, :, spec.rank :] = 0
@@ -111,16 +108,17 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
 
     Activations and gradients have a mean, or the adapters' gradients would be sums of noise as the roundings are.
     """
-    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, 0), slots={0: "fc1"}).train()
+    adapters = adapters_of(AdapterSpec(3, 32 / 3, dropout, 0)).train()
     adapters.lora_A.data, adapters.lora_B.data = (p.data.bfloat16().float() for p in adapters.parameters())
     generator = torch.Generator().manual_seed(1)
     z = (1 + torch.randn(B, 10000, I, generator=generator)).bfloat16()
-    upstream = (1 + torch.randn(B, 10000, O, generator=generator)).bfloat16()
-    zero = torch.zeros(O, I)
+    upstream = (1 + torch.randn(B, 10000, 3 * O, generator=generator)).bfloat16()
+    zero = torch.zeros(3 * O, I)
 
     def run(dtype):
-        y = adapters.linear(z.to(dtype), zero.to(dtype), None)
-        return [y.detach(), *torch.autograd.grad(y, list(adapters.parameters()), upstream.to(dtype))]
+        x = z.to(dtype).requires_grad_()
+        y = adapters.linear(x, zero.to(dtype), None)
+        return [y.detach(), *torch.autograd.grad(y, [x, *adapters.parameters()], upstream.to(dtype))]
 
     for low, full in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         ratio = float((low.double() * full.double()).sum() / full.double().square().sum())
@@ -174,11 +172,3 @@ def test_a_head_computes_in_its_weights_dtype_and_saves_nothing_else():
     full, single = head(x), PackedHead([0, 1], [0.0, 0.5], I, 7, head.state).train()(x)
     assert (full.dtype, single.dtype) == (torch.float64, torch.float32)
     torch.testing.assert_close(single.double(), full, rtol=1e-4, atol=1e-5)  # fp32, sums of 24 terms
-
-
-def test_without_dropout_no_key_is_needed():
-    """Also in train mode, where a model without a trainer has none."""
-    state = DropoutState([1])
-    adapters = LoRAAdapters([AdapterSpec(2, 1.0, 0.0, 1)], {0: "fc1"}, "in", I, O, state).train()
-    assert adapters.linear(torch.ones(B, S, I), torch.ones(O, I), None).shape == (B, S, O)
-    assert PackedHead([1], [0.0], I, 7, state).train()(torch.ones(1, B, I)).shape == (1, B, 7)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import pty
 import shlex
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,12 +351,16 @@ def test_who_does_not_wait_returns_when_workers_are_asked_for(engine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("outlives_us", "answer", "stops"), [(False, None, [False]), (True, False, []), (True, True, [False])]
+    ("outlives_us", "answer", "stops"),
+    [(False, "", [False]), (True, "", []), (True, "n\n", []), (True, "Y\n", [False])],
 )
 def test_a_request_to_stop(outlives_us, answer, stops, engine, tmp_path, monkeypatch):
-    """Workers that outlive the command are asked to end only if the user says so."""
+    """Workers that outlive the command are asked to end only if the user says so, on a terminal."""
+    ours, terminal = pty.openpty() if answer else os.pipe()[::-1]
+    os.write(ours, answer.encode())
+    for name, mode in (("stdin", "r"), ("stderr", "w")):
+        monkeypatch.setattr(sys, name, os.fdopen(terminal, mode, closefd=False))
     engine.outlives_us, engine.works, engine.ends = outlives_us, False, False
-    monkeypatch.setattr(run_module, "_asks_to_cancel", lambda view: answer)
     engine.looked = lambda: signal.raise_signal(signal.SIGTERM) if engine.started and not engine.stops else None
     with pytest.raises(Interrupted) as stopped:
         run(tmp_path, seed_trials(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from sweeps import leave_record, options, seed_trials, sweep_of, trial_of
@@ -125,6 +126,8 @@ def test_what_no_worker_can_use_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"Not a directory.*sweep\.name"):
         Sweep(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"/proc/s cannot be written.*another sweep\.name or hydra\.sweep\.dir"):
+        sweep_of(Path("/proc/s"), seed_trials(1))
     sweep_of(tmp_path, seed_trials(1))
     monkeypatch.setattr(plan_module, "__version__", "0.0.9")
     with pytest.raises(ConfigError, match=r"0\.0\.9: install the same"):

@@ -98,6 +98,17 @@ def test_trials_that_a_source_adds_are_watched_too(watched):
     assert watched.view.open() == [*watched.trials, *more]
 
 
+def test_what_another_command_no_longer_plans_is_seen_to_end(watched):
+    """The same command given again plans what is open by then: a trial that ended since our last look is not."""
+    first = watched.trials[0]
+    watched.take(first)
+    watched.end(first)
+    with watched.sweep.changing() as plan:
+        plan["batches"] = [[trial.trial_id for trial in watched.trials[1:]]]
+    assert watched.look() == [(first.trial_id, "completed")]
+    assert "[1/4]" in watched.out.getvalue()
+
+
 def test_a_follower_opens_one_file_for_each_owner(watched, monkeypatch):
     """S9: not one for each trial in training; records are read when trials have ended."""
     watched.take(*watched.trials)

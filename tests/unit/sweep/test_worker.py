@@ -120,6 +120,8 @@ def test_all_groups_are_trained_in_packs(bench):
     completed = [line for line in bench.said if "completed" in line]
     assert len(completed) == 4
     assert all("75.00%" in line for line in completed)
+    bench.work()
+    assert len(bench.packs) == 3, "nothing is left for who comes later"
 
 
 def test_trials_that_stand_elsewhere_in_an_epoch_train_apart(bench, monkeypatch):

@@ -115,14 +115,6 @@ def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
         assert steps[trial.trial_id] == list(range(14)), "every step once: it resumed from its checkpoint"
 
 
-def test_a_pack_size_that_cannot_be_measured_is_one_and_each_trial_says_why(tmp_path, monkeypatch):
-    trials = seed_trials(2)
-    break_steps(monkeypatch, ValueError("this model cannot be trained"), lambda pack: pack.trials[0].folder is None)
-    said = work(tmp_path, trials, pack_size="auto")
-    assert any("cannot be measured (ValueError: this model cannot be trained)" in line for line in said)
-    assert {read_record(tmp_path / trial.trial_id).cost["pack_size"] for trial in trials} == {1}
-
-
 def test_what_torch_says_of_too_much_memory_is_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from stage import raised
 
 from lora_vit.errors import ConfigError
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
@@ -49,11 +50,7 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
 def test_no_room_leaves_the_last_good_file(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, "mine", STATE)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", raised(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, "mine", TrialState())
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"checkpoint.pt": before}

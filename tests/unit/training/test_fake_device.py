@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trial_config
+from packs import new_pack, three
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,18 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 import lora_vit
 from lora_vit import build, distributed, randomness
-from lora_vit.data.load import load_data
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import TrialRun
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
-TRIALS = (
-    ("seed=1", "lora.rank=2", "lora.dropout=0.3", "optimizer.clip_norm=0.5"),
-    ("seed=2", "lora.rank=5", "lora.dropout=0.1", "optimizer.label_smoothing=0.1"),
-    ("seed=1", "lora.rank=1", "lora.dropout=0", "model.head_dropout=0.5"),
-)
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "equal", "repeat_interleave")
 """Operations whose result, or its shape, the host has to read from the device."""
 
@@ -89,13 +82,16 @@ def apply_by_exchange(module: nn.Module, change, recurse: bool = True) -> nn.Mod
 
 def pretend(device: str, free_bytes: int, monkeypatch) -> None:
     """Choose a device that is not there, and leave out what looks at values while a model is built."""
-    draw = randomness.permutation
 
-    def real_permutation(*parts):
-        with unset_fake_temporarily():
-            return draw(*parts)
+    def with_values(function):
+        def call(*args, **named):
+            with unset_fake_temporarily():
+                return function(*args, **named)
 
-    monkeypatch.setattr(randomness, "permutation", real_permutation)
+        return call
+
+    monkeypatch.setattr(randomness, "permutation", with_values(randomness.permutation))
+    monkeypatch.setattr(build, "load_data", with_values(build.load_data))
     monkeypatch.setattr(build, "choose_device", lambda accelerator, process: torch.device(device))
     monkeypatch.setattr(build, "device_name", lambda device: "none")
     monkeypatch.setattr(build, "base_of", lambda model: {})
@@ -108,15 +104,9 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
         monkeypatch.setattr(FlatParameters, "differentiate", lambda self, loss: None)
 
 
-def three_trials() -> Pack:
-    """A pack of two streams."""
-    configs = [
-        trial_config(*t, "data.augment=crop_flip", "model.num_layers=1", "trainer.precision=bf16") for t in TRIALS
-    ]
-    with unset_fake_temporarily():
-        data = load_data(configs[0].data)
-    setup = build.build_setup(configs[0], Process(), data)
-    return Pack([TrialRun(config) for config in configs], setup)
+def pack_of_three() -> Pack:
+    configs = three({"data.augment": "crop_flip", "model.num_layers": 1, "trainer.precision": "bf16"})
+    return new_pack(configs, build.build_setup(configs[0], Process()))
 
 
 class Evaluated(Exception):  # noqa: N818  (not an error)
@@ -138,7 +128,7 @@ def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, m
 
     pretend(device, free_bytes, monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=device == "meta"):
-        pack = three_trials()
+        pack = pack_of_three()
         rates = pack.learning_rates()
         pack.step(rates[0], False)  # the first brings the seeds to the device
         with Waits(device) as waits:

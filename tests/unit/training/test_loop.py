@@ -17,8 +17,7 @@ from plain_trials import plain_trial
 from safetensors import safe_open
 from stage import STEPS, setup_of
 
-from lora_vit import records
-from lora_vit.records import read_predictions, read_record
+from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.training import loop
 from lora_vit.training.loop import peak_memory
 from lora_vit.training.pack import Pack
@@ -95,11 +94,11 @@ def test_records_follow_the_epochs(stage):
         assert (first, epochs) == ({}, [{"epoch": i, "step": STEPS * i, **row} for i, row in enumerate(rows, 1)])
         losses = [e[2][k] for e in stage.of("train")]
         assert [r["train_loss"] for r in rows] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4])
-        found = read_predictions(stage.folder / str(seed))
+        found = np.load(stage.folder / str(seed) / PREDICTIONS)
         for name, figures in (("val", epochs[-1]), ("test", end)):
-            right = found[name]["predicted"] == found[name]["labels"]
+            right = found[f"{name}.predicted"] == found[f"{name}.labels"]
             assert figures[f"{name}_accuracy"] == right.mean()
-            loss = -np.log(found[name]["true_probability"]).mean()
+            loss = -np.log(found[f"{name}.true_probability"]).mean()
             assert figures[f"{name}_loss"] == pytest.approx(loss, rel=1e-6)
         assert end == epochs[-1] | {key: end[key] for key in ("test_accuracy", "test_loss")}
         assert read_record(stage.folder / str(seed)).metrics == end
@@ -148,18 +147,6 @@ def test_trials_in_different_epochs_are_validated_and_leave_each_in_its_own(stag
     assert stage.of("left") == [(2, "completed"), (1, "completed")]
     assert [e[0] for e in stage.of("train")] == [2] * 8 + [1] * 4
     assert [t.record.cost["pack_size"] for t in trials] == [1, 2]
-
-
-def test_a_completed_trial_keeps_its_results_and_not_its_checkpoint(stage):
-    seen = []
-    (trial,) = stage.trials(1, trainer__checkpoint_every=1.0)
-    stage.after[6] = lambda pack: seen.append((stage.folder / "1/checkpoint.pt").exists())
-    stage.train([trial])
-    assert seen == [True]
-    assert {p.name for p in (stage.folder / "1").iterdir()} == {
-        *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS),
-        *("adapter.safetensors", "adapter.json", "tensorboard"),
-    }
 
 
 def test_checkpoints_at_the_ends_of_epochs_where_due_and_after_the_last(stage, monkeypatch):

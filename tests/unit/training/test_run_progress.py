@@ -9,8 +9,7 @@ from packs import new_trials
 from plain_trials import BASELINE, plain_trial
 
 from lora_vit import terminal
-from lora_vit.distributed import Process
-from lora_vit.training.progress import RunReporter
+from lora_vit.training.loop import RunReporter
 
 
 def pack_of(changes=None, epoch=0):
@@ -20,18 +19,9 @@ def pack_of(changes=None, epoch=0):
     setup = SimpleNamespace(
         data=SimpleNamespace(line=lambda size: f"data: at [{size}] px"),
         transform=SimpleNamespace(image_size=16),
-        environment={"device": "cpu", "precision": "fp64"},
-        process=Process(0, 2),
+        environment={"device": "cpu", "precision": "fp64", "world_size": 2},
     )
     return SimpleNamespace(trials=[trial], steps_per_epoch=7, step_of=lambda t: 7 * t.state.epoch + 2, setup=setup)
-
-
-@pytest.fixture
-def hands(monkeypatch):
-    hands = SimpleNamespace(now=100.0)
-    fake = SimpleNamespace(monotonic=lambda: hands.now, perf_counter=lambda: hands.now)
-    monkeypatch.setattr(terminal, "time", fake)
-    return hands
 
 
 def test_a_run_line_by_line(hands, capsys, monkeypatch):

@@ -20,9 +20,9 @@ from lora_vit import records
 from lora_vit.config import ids, to_dict
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of
-from lora_vit.records import TrialRecord, read_predictions
+from lora_vit.records import PREDICTIONS, TrialRecord
 from lora_vit.training import trial as trials
-from lora_vit.training.checkpoint import TrialState, write_adapter
+from lora_vit.training.checkpoint import TrialState, write_tensors
 from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, Predictions, TrialRun
 
 
@@ -119,6 +119,11 @@ def test_a_checkpoint_at_an_epochs_end_is_due_by_the_clock(every, seconds, tmp_p
 INPUTS = {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "interpolation": "bicubic"}
 
 
+def some_predictions(count: int) -> Predictions:
+    n = np.arange(count)
+    return Predictions(n, n % 3, n % 2, np.linspace(0, 1, count, dtype=np.float32), loss=1.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "scaling", "width", "size"),
     [
@@ -132,17 +137,16 @@ def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
     data = SimpleNamespace(images=np.zeros((2, 3, 16, width)), class_names=["a", "b"], value_range=(0, 4095))
     setup = SimpleNamespace(base={"weights": "W", "sha256": "S", **INPUTS}, data=data)
     trial.record.data, trial.record.metrics = {"fingerprint": "F"}, {"val_accuracy": 0.5}
-    predictions, tensors = Predictions(*(np.arange(3) + i for i in range(4)), loss=1.0), {"b": torch.ones(2, 3)}
-    trial.write_results({"val": predictions, "test": predictions}, tensors, setup)
+    splits, tensors = {"val": some_predictions(5), "test": some_predictions(3)}, {"b": torch.ones(2, 3)}
+    trial.write_results(splits, tensors, setup)
     trial.close()
-    found = read_predictions(tmp_path)
-    assert found.keys() == {"val", "test"}
-    assert {name: column.tolist() for name, column in found["test"].items()} == {
-        "ids": [0, 1, 2],
-        "labels": [1, 2, 3],
-        "predicted": [2, 3, 4],
-        "true_probability": [3, 4, 5],
-    }
+    with np.load(tmp_path / PREDICTIONS) as arrays:
+        assert {f"{split}.{name}" for split in splits for name in vars(splits["val"]) if name != "loss"} == {*arrays}
+        for name, values in arrays.items():
+            split, _, column = name.partition(".")
+            np.testing.assert_array_equal(getattr(splits[split], column), values, strict=True)
+        no_clock = {member.date_time for member in arrays.zip.infolist()}
+    assert no_clock == {(1980, 1, 1, 0, 0, 0)}, "equal predictions give equal bytes"
     assert trial.record.cost == {"adapter_bytes": (tmp_path / "adapter.safetensors").stat().st_size}
     assert json.loads((tmp_path / "adapter.json").read_text()) == {
         "schema": trial.record.schema,
@@ -161,21 +165,19 @@ def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
     }
 
 
-def test_an_adapter_file_is_the_same_bytes_whatever_the_order(tmp_path):
+def test_a_file_of_tensors_is_the_same_bytes_whatever_the_order(tmp_path):
     """Names and card sorted, the card in the file's one metadata entry; tensors that are views become whole."""
     table = torch.arange(6.0).view(2, 3)
-    (tmp_path / "other").mkdir()
-    write_adapter(tmp_path, {"b": table.t(), "a": table[:, 1]}, {"y": 1, "x": {"d": 2, "c": [3]}})
-    write_adapter(tmp_path / "other", {"a": table[:, 1], "b": table.t()}, {"x": {"c": [3], "d": 2}, "y": 1})
-    data = (tmp_path / "adapter.safetensors").read_bytes()
-    assert data == (tmp_path / "other/adapter.safetensors").read_bytes()
+    write_tensors(tmp_path / "a", {"b": table.t(), "a": table[:, 1]}, {"y": 1, "x": {"d": 2, "c": [3]}})
+    write_tensors(tmp_path / "b", {"a": table[:, 1], "b": table.t()}, {"x": {"c": [3], "d": 2}, "y": 1})
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     assert header["__metadata__"] == {"lora_vit": '{"x": {"c": [3], "d": 2}, "y": 1}'}
-    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+    with safe_open(tmp_path / "a", "pt") as file:
         assert sorted(file.keys()) == ["a", "b"]
         assert torch.equal(file.get_tensor("b"), table.t())
         assert torch.equal(file.get_tensor("a"), table[:, 1])
-    assert json.loads((tmp_path / "adapter.json").read_text()) == {"x": {"c": [3], "d": 2}, "y": 1}
 
 
 LORA = {"alpha": 32.0, "dropout": 0.25, "method": "lora", "rank": 4, "seed": 3, "targets": "q v"}
