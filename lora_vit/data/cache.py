@@ -59,7 +59,8 @@ def decoded(
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
-    key = hashlib.sha256(f"{_FORMAT} {decoding.size} {decoding.background}\n".encode() + digests.tobytes()).hexdigest()[:16]
+    how = f"{_FORMAT} {decoding.size} {decoding.background}\n"
+    key = hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
     if (found := _open(path, len(names))) is None:
         with writing_to(cache_dir), locked_in(cache_dir, path.name):

@@ -15,7 +15,6 @@ from lora_vit.config import DATASETS
 from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import forget, known_content, load_data
 from lora_vit.errors import ConfigError
-from lora_vit.files import shown
 
 
 def image_data(**changes: Any) -> ImageData:
