@@ -149,12 +149,11 @@ def preprocessing(place: "str | os.PathLike[str]") -> Preprocessing:
     """
     path = Path(place)
     try:
-        about = _about(path)
+        return Preprocessing.from_dict(of_card(_about(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or path} does not exist: give a trial's folder or an export") from None
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} says nothing of how its images are prepared ({error})") from None
-    return Preprocessing.from_dict(of_card(about))
+    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} says nothing of how its images are prepared ({error!r})") from None
 
 
 def of_card(card: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,8 @@ from PIL import Image
 from plain_models import images, plain_model, timm_config, trials_logits
 from safetensors.torch import load_file
 
-from lora_vit import interop, trained
+from lora_vit import interop, preprocessing, trained
+from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.export import FORMATS
 from lora_vit.lora.adapter import Adapter
 from lora_vit.lora.backbones import put_head
@@ -153,6 +154,27 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
     with torch.no_grad():
         p = model(transform(Image.open(image).convert("RGB"))[None]).softmax(-1)[0]
     assert dict(zip(model.pretrained_cfg["label_names"], p.tolist(), strict=True)) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "odd"),
+    [
+        ("hf", {}, "transparent"),
+        ("timm", {}, "transparent"),
+        ("peft", {"value_range": [0, 4095]}, "transparent and deep"),
+        ("timm", {"decoded_size": 8}, "wide and sideways and grey and transparent"),  # resized twice
+        ("torch_export", {"value_range": [0, 4095], "decoded_size": 8}, ""),
+    ],
+)
+def test_which_pictures_others_prepare_otherwise_is_said(form, changes, odd, trial, tmp_path, call, monkeypatch):
+    """By their own readers, of picture files; what is prepared by our description is the trial's."""
+    adapter = trained.read_adapter(trial)
+    card = {**adapter.card, "preprocessing": {**adapter.card["preprocessing"], **changes}}
+    monkeypatch.setattr(trained, "read_adapter", lambda folder: Adapter(adapter.tensors, card))
+    code, out, err = call("export", trial, "--format", form, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert re.findall(r"prepares (.*) pictures otherwise", out) == ([odd] if odd else [])
+    assert preprocessing(tmp_path / "out") == Preprocessing.from_dict(card["preprocessing"])
 
 
 def test_peft_adapts_what_the_trial_adapted(tmp_path, call):
