@@ -46,6 +46,7 @@ def test_the_cells_as_text(tmp_path):
     assert list(table["vs linear probe"]) == ["+20.00", "+10.00", "+5.00", "–"]
     assert list(table["parameters"]) == ["56,586 *", "28,938 *", "1.20 M", "1,290 *"]
     assert list(table["seconds"]) == ["4.1 *", "4.1 *", "4.0 *", "4.0"]
+    assert list(table["images/s"]) == ["898", "899", "900", "900"]
     assert list(table["peak memory"]) == ["200.06 MB", "200.03 MB", "201.20 MB", "200.00 MB"]
     assert "adjusted" not in table
     less = export.readable(summary, wide=False)
