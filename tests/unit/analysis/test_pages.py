@@ -148,6 +148,7 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
     (place := Path(folder) / ".hydra").mkdir()
     (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
     page = export.html_report(summarize(large), {}, "command")
+    assert "ran at commit 0123abc." in page
     assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in page
     (place / "hydra.yaml").write_text("hydra: [")
     assert "lora_vit.train" not in export.html_report(summarize(large), {}, "command")
