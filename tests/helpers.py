@@ -38,7 +38,7 @@ def trial_config(*overrides: str) -> TrialConfig:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a trial came to."""
+    """What a trial came to: its tensors in full precision, and what it predicted on the validation images."""
 
     trial: TrialRun
     losses: list[float]
@@ -68,15 +68,12 @@ def train_together(configs: list[TrialConfig], folder: Path, setup: Setup | None
     recorder = Recorder()
     with StopRequest() as stop:
         train_trials(trials, setup, recorder, stop)
-    return [outcome(folder / str(i), trial, recorder) for i, trial in enumerate(trials)]
-
-
-def outcome(folder: Path, trial: TrialRun, recorder: Recorder) -> Outcome:
-    """The trial's end: full-precision tensors from its state, predictions from its folder."""
-    predicted = np.empty(0)
-    if trial.record.status == "completed":
-        predicted = np.load(folder / PREDICTIONS)["val.predicted"]
-    return Outcome(trial, recorder.losses.get(trial.name, []), trial.state.values, predicted)
+    outcomes = []
+    for i, trial in enumerate(trials):
+        completed = trial.record.status == "completed"
+        predicted = np.load(folder / str(i) / PREDICTIONS)["val.predicted"] if completed else np.empty(0)
+        outcomes.append(Outcome(trial, recorder.losses.get(trial.name, []), trial.state.values, predicted))
+    return outcomes
 
 
 def largest_difference(a: Outcome, b: Outcome) -> float:

@@ -14,7 +14,7 @@ import pytest
 from helpers import command, rows_of, wait_until
 from made_up_records import make_trial
 
-FIRST = {"train": "hydra", "train x": "torch", "summarize": "pandas", "evaluate": "numpy", "sweep": "numpy"}
+FIRST = {"train": "hydra", "train x": "torch", "summarize": "pandas"}
 """A large package that each command imports."""
 COMMANDS = {
     "train": (["model=vit_tiny", "data=fake", "hydra.run.dir=trial"], "trial/record.json"),

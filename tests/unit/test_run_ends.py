@@ -56,6 +56,8 @@ def test_a_completed_run_is_not_trained_again_but_to_restart(tmp_path, at_step):
     at_step(lambda pack: steps.append(2))
     assert run(tmp_path / "a") == record
     assert steps == []
+    with pytest.raises(ConfigError, match="holds trial"):
+        single.train(plain_trial({"seed": 1}), tmp_path / "a", {})
     again = single.train(plain_trial({"trainer.log_every": 3, "trainer.resume": "restart"}), tmp_path / "a", {})
     assert (steps, again.metrics) == ([2], record.metrics)
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == rows

@@ -102,11 +102,12 @@ class Local(Engine):
                 os.killpg(process.pid, signal.SIGKILL) if now else process.send_signal(signal.SIGTERM)
 
     def withdraw(self) -> None:
-        while _waiting:
-            _last_words(_waiting.pop())
-        for process, _ in self._crews:  # they end by themselves
+        for process in _waiting:  # it has nothing to save
+            process.kill()
+        for process in (*_waiting, *(process for process, _ in self._crews)):  # these end by themselves
             process.wait()
             _last_words(process)
+        _waiting.clear()
         self._crews.clear()
 
 

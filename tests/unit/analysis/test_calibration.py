@@ -55,9 +55,7 @@ def test_one_common_error_would_err_too_often_where_spreads_differ(script: Modul
 @pytest.mark.parametrize(
     ("cells", "sd", "spread", "most", "runs"), [(2, 2.0, "equal", 300, 1000), (10, 0.3, "half 3x, best", 60, 400)]
 )
-def test_a_race_selects_within_the_margin(
-    script: ModuleType, cells: int, sd: float, spread: str, most: int, runs: int
-) -> None:
+def test_a_race_selects_within_the_margin(script, cells: int, sd: float, spread: str, most: int, runs: int) -> None:
     """Two cells that spread much use the 5 % up (a boundary of half the width errs in 8.5 %); the others test S2."""
     case = script.Case(cells, most, sd, spread, lead=0.5)
     rates = script.simulate_race(case, Rules(0.005, 5, most), runs, rng())

@@ -10,20 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from made_up_records import make_trial
-
-ACCURACY = {1: [0.900, 0.904, 0.902], 4: [0.930, 0.936, 0.930], 16: [0.931, 0.935, 0.933]}
+from made_up_records import make_sweep, make_trial
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    folder = tmp_path / "sweep"
-    for rank, values in ACCURACY.items():
-        for seed, accuracy in enumerate(values):
-            make_trial(folder, accuracy, lora__rank=rank, seed=seed)
-    return folder
+    accuracies = np.array([[0.900, 0.904, 0.902], [0.930, 0.936, 0.930], [0.931, 0.935, 0.933]])
+    return make_sweep(tmp_path / "sweep", [{"lora__rank": rank} for rank in (1, 4, 16)], accuracies)
 
 
 @pytest.fixture

@@ -53,9 +53,11 @@ def agrees(got: Effects, frame: pd.DataFrame, x: np.ndarray) -> None:
     assert got.lack_of_fit_p == pytest.approx(lack, nan_ok=True)
 
 
-@pytest.mark.parametrize("missing", [[], [4, 11], [3, 4, 5, 9, 10, 11, 15, 16, 17]])
+@pytest.mark.parametrize(
+    "missing", [[], [4, 11], [2, 5, 7, 8, 10, 11, 13, 14, 16, 17], [3, 4, 5, 9, 10, 11, 15, 16, 17]]
+)
 def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
-    """In any order of the trials; the last without a dropout, which leaves nothing to test for lack of fit."""
+    """In any order of the trials; one degree of freedom; without a dropout nothing is left to test for lack of fit."""
     frame = factorial(sd=0.5).drop(index=missing).sample(frac=1, random_state=0)
     x = np.column_stack([frame["rank"] == 4, frame["rank"] == 8]).astype(float)
     got = main_effects(frame, ["rank"], "y")

@@ -46,6 +46,7 @@ def test_the_cells_as_text(tmp_path):
     assert list(table["vs linear probe"]) == ["+20.00", "+10.00", "+5.00", "–"]
     assert list(table["parameters"]) == ["56,586 *", "28,938 *", "1.20 M", "1,290 *"]
     assert list(table["seconds"]) == ["4.1 *", "4.1 *", "4.0 *", "4.0"]
+    assert list(table["images/s"]) == ["898", "899", "900", "900"]
     assert list(table["peak memory"]) == ["200.06 MB", "200.03 MB", "201.20 MB", "200.00 MB"]
     assert "adjusted" not in table
     less = export.readable(summary, wide=False)
@@ -147,6 +148,7 @@ def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
     (place := Path(folder) / ".hydra").mkdir()
     (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
     page = export.html_report(summarize(large), {}, "command")
+    assert "ran at commit 0123abc." in page
     assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in page
     (place / "hydra.yaml").write_text("hydra: [")
     assert "lora_vit.train" not in export.html_report(summarize(large), {}, "command")

@@ -232,9 +232,7 @@ def test_the_order_of_cells_and_seeds_and_a_seeds_own_luck_change_nothing() -> N
         ([0.5, 0.75, 0.75], 0.0, [True, False, False], [False, True, True]),
     ],
 )
-def test_without_any_spread_ties_are_ties_and_the_rest_is_worse(
-    means: list[float], resolution: float, worse: list[bool], candidate: list[bool]
-) -> None:
+def test_without_any_spread_ties_are_ties_and_the_rest_is_worse(means, resolution, worse, candidate) -> None:
     got = compare(np.repeat(np.array(means)[:, None], 3, axis=1), resolution)
     assert (got.worse.tolist(), got.candidate.tolist()) == (worse, candidate)
     assert got.sd == pytest.approx(resolution / math.sqrt(12), abs=1e-15)

@@ -48,18 +48,13 @@ def test_numbers_take_the_type_of_their_field(key, given, kept):
         ({"lora.rnk": 8}, "unknown key 'lora.rnk', did you mean 'lora.rank'?"),
         ({"lora.zank": 8, "lora.aank": 8}, "unknown key 'lora.aank'"),  # the first by name, whichever came first
         ({"lora.xxxxxxxxxxxxxxxxx": 8}, "unknown key 'lora.xxxxxxxxxxxxxxxxx' (see --help)"),
+        *(({"seed": seed}, f"seed={seed} is not a whole number: give one") for seed in (None, True, 1.0, "7")),
     ],
 )  # fmt: skip
-def test_a_section_a_key_too_few_or_too_many(changes, says):
+def test_a_section_or_key_too_few_or_too_many_and_a_seed_that_is_no_number(changes, says):
     with pytest.raises(ConfigError) as refused:
         plain_trial(changes)
     assert str(refused.value).startswith(says)
-
-
-@pytest.mark.parametrize("seed", [None, True, 1.0, "7"])
-def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ConfigError, match=rf"^seed={seed} is not a whole number: give one"):
-        from_dict({**PLAIN, "seed": seed})
 
 
 def test_a_key_that_no_config_has():

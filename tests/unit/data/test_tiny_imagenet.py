@@ -80,11 +80,13 @@ def test_an_unpacked_folder(made, root, tmp_path):
 def test_a_zip(prefix, name, root, tmp_path):
     """It is unpacked once, in the cache: its own folder may be a mount that cannot be written."""
     zipped(make(tmp_path / "made"), tmp_path / "data" / name, prefix)
-    root = tmp_path / root
+    root, cache = tmp_path / root, tmp_path / "cache"
+    assert tiny_imagenet.find(Wanted("tiny_imagenet", root, cache, fetch=False)) is None
+    assert not cache.exists(), "a dry run reads nothing"
     data = load(tmp_path, root)
     assert data.fingerprint == load(tmp_path, tmp_path / "made").fingerprint
     assert names_in(tmp_path / "data") == [name]
-    (unpacked,) = (tmp_path / "cache").glob(f"{FOLDER}-*")
+    (unpacked,) = cache.glob(f"{FOLDER}-*")
     os.utime(unpacked / "wnids.txt", (7, 7))
     assert load(tmp_path, root).fingerprint == data.fingerprint
     assert (unpacked / "wnids.txt").stat().st_mtime == 7
@@ -208,12 +210,13 @@ def server(tmp_path, monkeypatch) -> Iterator[Server]:
     server.server_close()
 
 
-def test_runs_that_start_together_fetch_it_once(server, tmp_path):
+def test_runs_that_start_together_fetch_it_once(server, tmp_path, capsys):
     """Threads take the place of processes: each opens the lock file itself, as a process would."""
-    wanted = Wanted("tiny_imagenet", tmp_path / "data", tmp_path / "cache", quiet=True)
+    wanted = Wanted("tiny_imagenet", tmp_path / "data", tmp_path / "cache")
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lambda _: tiny_imagenet.find(wanted), range(4)))) == 4
     assert server.served == 1
+    assert f"unpacking {ARCHIVE}: 22 files in" in capsys.readouterr().out
     assert names_in(tmp_path / "data") == [FOLDER]
     assert np.abs(np.subtract(shades(load(tmp_path, tmp_path / "data")), GREY)).max() <= 2
 
@@ -284,13 +287,12 @@ def test_real_images_with_their_official_val(tiny_imagenet_zip, tmp_path):
         wnids = whole.read(f"{FOLDER}/wnids.txt").split()[:5]
         rows = whole.read(f"{FOLDER}/val/val_annotations.txt").splitlines(keepends=True)
         rows = [row for row in rows if row.split(b"\t")[1] in wnids]
-        own = {*(wnid.decode() for wnid in wnids), *(row.split(b"\t")[0].decode() for row in rows)}
+        own = {"words.txt", *(wnid.decode() for wnid in wnids), *(row.split(b"\t")[0].decode() for row in rows)}
         for name in whole.namelist():
-            if own & {*name.split("/")[2:]}:
+            if own & {*name.split("/")[1:]}:
                 part.writestr(name, whole.read(name))
         part.writestr(f"{FOLDER}/wnids.txt", b"\n".join(wnids))
         part.writestr(f"{FOLDER}/val/val_annotations.txt", b"".join(rows))
-        part.writestr(f"{FOLDER}/words.txt", whole.read(f"{FOLDER}/words.txt"))
     data = load(tmp_path, tmp_path / ARCHIVE, val_fraction=0.1, test_fraction=0.1, official_val=True)
     assert data.images.shape == (550, 3, 64, 64)
     for name, per_class in (("train", 80), ("val", 10), ("test", 10), ("official_val", 10)):

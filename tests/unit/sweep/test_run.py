@@ -195,8 +195,11 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     trials = [trial_of(), trial_of(), trial_of(baseline), trial_of(baseline)]
     for trial, rank in zip(trials[2:], (2, 4), strict=True):
         trial.overrides = ["lora=none", f"lora.rank={rank}"]
+    engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.75 if trial.config.lora.method == "none" else 0.5}}
     assert len(run(tmp_path, trials)) == 2
     out = capsys.readouterr().out
+    table = out[out.index("Cells by mean") :]
+    assert table.index("75.00") < table.index("50.00"), "the best first"
     assert "note: lora.rank without effect on baselines" in out
     assert "note: 2 of 4 combinations are duplicates" in out
 
@@ -239,6 +242,7 @@ def test_a_race_selects_and_says_so(engine, tmp_path, capsys):
 def test_a_restarted_race_trains_all_of_its_trials_again(engine, tmp_path):
     engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.5 + 0.1 * ((trial.config.lora.rank or 0) > 4)}}
     race = {"margin": 1.0, "first_seeds": 2, "most_seeds": 2}
+    run(tmp_path, race_trials(4))  # no race, and no part of it
     assert len(run(tmp_path, race_trials(2, 8), **race)) == 4
     trained: list[str] = []
     again = race_trials(2, 8)

@@ -44,6 +44,7 @@ def test_a_damaged_file_is_one_line(damage, tmp_path):
     text = str(caught.value)
     assert text.startswith(f"{path} is damaged (")
     assert text.endswith("): remove it, or give trainer.resume=restart")
+    assert ("'x'" in text) == (damage == "unknown field"), "the reason is told"
     assert "\n" not in text
 
 

@@ -27,6 +27,7 @@ def pack_of(changes=None, epoch=0):
 def test_a_run_line_by_line(hands, capsys, monkeypatch):
     pack = pack_of(epoch=1)
     reporter = RunReporter()
+    assert reporter._progress.console.quiet, "no bar before there is a pack"
     reporter.close()  # as where the first pack cannot be made
     assert capsys.readouterr().out == ""
     reporter.started(pack)

@@ -17,18 +17,16 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_vit import records
-from lora_vit.config import ids, to_dict
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of
-from lora_vit.records import PREDICTIONS, TrialRecord
+from lora_vit.records import PREDICTIONS
 from lora_vit.training import trial as trials
-from lora_vit.training.checkpoint import TrialState, write_tensors
+from lora_vit.training.checkpoint import write_tensors
 from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, Predictions, TrialRun
 
 
 def trial_in(folder, changes=None, **where) -> TrialRun:
-    config = plain_trial(changes)
-    return TrialRun(config, TrialRecord(*ids(config), "running", to_dict(config)), TrialState(), folder, **where)
+    return TrialRun(plain_trial(changes), folder=folder, **where)
 
 
 @pytest.fixture

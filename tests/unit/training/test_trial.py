@@ -61,20 +61,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def failed_at(step) -> dict:
-    return {"status": "failed", "error": {"message": "x", "step": step, "traceback": None}}
-
-
 def test_a_new_trial(tmp_path):
     before = time.time()
     trial = opened(tmp_path / "a", hydra_files={"config.yaml": "a: ä\n"})
     config = trial.config
     assert before <= trial.record.started <= time.time()
     assert trial.record == TrialRecord(
-        *ids(config), "running", to_dict(config),
-        environment=ENVIRONMENT,
-        data=CARD,
-        started=trial.record.started,
+        *ids(config), "running", to_dict(config), environment=ENVIRONMENT, data=CARD, started=trial.record.started
     )
     assert trial.name == trial_id(config) != ids(config)[1]
     assert trial.state == TrialState()
@@ -121,10 +114,10 @@ def test_an_interrupted_trial_resumes(tmp_path):
         ({"status": "stopped"}, False, 1),
         ({"data": {}}, False, 1),  # refused before its data were known
         ({"environment": {}}, False, 1),
-        (failed_at(None), False, 1),
+        ({"status": "failed", "error": {"message": "x", "step": None}}, False, 1),
         ({"status": "failed", "error": {"message": "x"}}, False, 1),
-        (failed_at(0), False, 0),
-        (failed_at(5), False, 0),
+        ({"status": "failed", "error": {"message": "x", "step": 0}}, False, 0),
+        ({"status": "failed", "error": {"message": "x", "step": 5}}, False, 0),
         ({"status": "interrupted"}, True, 0),
         ({"status": "completed"}, True, 0),
         ({"data": {"fingerprint": "others"}}, True, 0),
@@ -277,7 +270,7 @@ def test_nothing_is_written_once_another_process_has_the_trial(write, tmp_path):
         write(trial)
     assert contents(tmp_path / "a") == before
     trial.close()
-    with pytest.raises(ClaimLost):
+    with pytest.raises(ClaimLost, match=trial.name):
         opened(tmp_path / "a", mine=lambda: held[0], restart=True)
     assert contents(tmp_path / "a") == before
 

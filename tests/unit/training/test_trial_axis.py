@@ -33,14 +33,6 @@ def test_pack_equals_alone(alone, tmp_path):
         assert (a.trial.record.cost["pack_size"], b.trial.record.cost["pack_size"]) == (3, 1)
 
 
-def test_the_trials_differ_and_have_learned(alone):
-    assert len({tuple(o.losses) for o in alone}) == 3
-    assert len({o.trial.record.metrics["test_loss"] for o in alone}) == 3
-    for o in alone:
-        moved = [n for n, t in o.tensors.items() if n.endswith("lora_B") and bool(t.abs().max() > 0)]
-        assert len(moved) == 12  # six targets in two blocks
-
-
 @pytest.mark.parametrize("sabotage", SABOTAGES)
 def test_sabotage_is_noticed(sabotage, alone, tmp_path, monkeypatch):
     SABOTAGES[sabotage](monkeypatch)
