@@ -8,9 +8,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,14 @@ _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
+_PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
+_MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|ground_?truths?|xmls?", re.I)
+_ELSEWHERE = {
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".jsonl", ".parquet", ".arrow"), "tables, which are not read"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"), "archives, to be unpacked"),
+    **dict.fromkeys((".heic", ".heif", ".dcm", ".nef", ".cr2", ".dng"), "of kinds to convert to JPEG or PNG"),
+}
+"""What images or their classes may lie in that are not found, by ending."""
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -39,6 +48,21 @@ def image_endings() -> frozenset[str]:
 
     extensions = Image.registered_extensions()  # fills OPEN
     return frozenset(ending for ending, kind in extensions.items() if kind in Image.OPEN.keys() - _NO_PIXELS)
+
+
+def marks_among(names: Iterable[str]) -> list[str]:
+    """Those of a folder's sub-folders that hold masks or annotations of the images in another one."""
+    names = list(names)
+    return [n for n in names if _MARKS.fullmatch(n)] if any(map(_PICTURES.fullmatch, names)) else []
+
+
+def _opens(path: str) -> bool:
+    """Whether Pillow knows the format of a file, whatever its name is."""
+    from PIL import Image
+
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.format not in _NO_PIXELS
+    return False
 
 
 @dataclass
@@ -59,6 +83,10 @@ class Listing:
             for reason, names in self.passed.items()
         )
 
+    def aside(self) -> str:
+        """What was passed over, in brackets, or nothing."""
+        return f" (passed over: {', '.join(self.lines())})" if self.passed else ""
+
     def folders(self, root: Path) -> list[str]:
         """Names of the folders in ``root`` that are neither hidden nor our own."""
         found = []
@@ -78,8 +106,12 @@ class Listing:
             if here in above:
                 self.skip("links that lead back", place)
                 return
-            for name, is_folder in self._entries(root, place):
-                if is_folder:
+            inside = list(self._entries(root, place))
+            marks = marks_among(os.path.basename(name) if is_folder else "images" for name, is_folder in inside)
+            for name, is_folder in inside:
+                if is_folder and os.path.basename(name) in marks:
+                    self.skip("folders of masks or annotations", name)
+                elif is_folder:
                     walk(name, above | {here})
                 else:
                     found.append(name)
@@ -102,10 +134,10 @@ class Listing:
                 yield name, True
             elif not entry.is_file():
                 self.skip("broken links", name)
-            elif os.path.splitext(name)[1].lower() in image_endings():
+            elif (ending := os.path.splitext(name)[1].lower()) in image_endings() or (not ending and _opens(entry.path)):
                 yield name, False
             else:
-                self.skip("no images", name)
+                self.skip(_ELSEWHERE.get(ending, "no images"), name)
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""

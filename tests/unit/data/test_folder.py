@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,10 @@ def test_a_missing_part_comes_out_of_train_alone(part, parts, tmp_path):
     assert np.bincount(data.labels[data.splits["train"]]).tolist() == [2, 2]
     assert set(data.splits[part]) | set(data.splits["train"]) < set(range(10))
     fractions = {"val_fraction": None, "test_fraction": None}
-    assert f"no {part}/ and data.{part}_fraction is null" in refused(load, tmp_path, **fractions)
+    if part == "val":
+        assert "no val/ and data.val_fraction is null" in refused(load, tmp_path, **fractions)
+    else:
+        assert sizes(load(tmp_path, **fractions)) == {"val": 4, "train": 10}
 
 
 @pytest.mark.parametrize(
@@ -123,15 +127,33 @@ def test_names_that_are_not_text(tmp_path):
         ((), "{} holds no class folders: a classifier needs two or more, each with its images"),
         (("inner",), "{} holds one class folder (inner): a classifier needs two or more, each with its images"),
         (("inner/cat", "inner/dog"), "each with its images; did you mean data.root={}/inner?"),
+        (("deep/deeper/cat", "deep/deeper/dog"), "did you mean data.root={}/deep/deeper?"),
+        (("Data/CLS/train/a", "-Annotations/CLS/train", "-Sets"), "Annotations has nothing that Pillow opens: fill or "
+         "remove it; did you mean data.root={}/Data/CLS?"),
         (("cat", "dog", "-bird"), "class folder {}/bird has nothing that Pillow opens: fill or remove it"),
         (("train/cat", "train/dog", "-train/bird"), "class folder {}/train/bird has nothing that Pillow opens"),
         (("train/cat", "train/dog", "-val"), "{}/val holds no images in class folders: sort"),
-        (("train/cat", "train/dog", "test"), "{}/test holds no images in class folders: sort"),
+        (("train/cat", "train/dog", "test/more"), "{}/test has the class 'more', which train/ lacks"),
         (("train/cat", "train/dog", "val/emu", "val/bird"), "{}/val has the class 'bird', which train/ lacks"),
         (("train/cat", "train/dog", "valid", "validation"), "{} has valid/ and validation/: keep one of them"),
-        (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set and training_set in {}"),
-        (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test and seg_train in {}"),
-        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test and cat/train in {} look like splits: put"),
+        (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set, training_set in {} look"),
+        (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test, seg_train in {} look like splits"),
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test, cat/train in {} look like splits, not like"),
+        (("train_images/a", "train_images/b", "test_images"), "test_images, train_images in {} look like splits, not "
+         "like classes: put train/, val/ and test/, with classes in each, at the top (links will do); did you mean "
+         "data.root={}/train_images?"),
+        (("train_images", "test_images"), "test_images, train_images in {} look like splits"),
+        (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "fold_0, fold_1 in {} look like numbered parts, not like "
+         "classes: make a folder for each class (links will do); did you mean data.root={}/fold_0?"),
+        (("HAM_images_part_1", "HAM_images_part_2"), "HAM_images_part_1, HAM_images_part_2 in {} look like numbered"),
+        (("images_001/images", "images_002/images", "images_003/images", "images_012/images"),
+         "images_001, images_002, images_003, ... in {} look like numbered parts"),
+        (("images", "annotations"), "annotations in {} look like masks or annotations, not like classes"),
+        (("train/images", "-train/labels", "-val/images"), "labels in {}/train look like masks or annotations"),
+        (("color/a", "color/b", "grayscale/a", "grayscale/b"), "color, grayscale in {} look like variants of one set, "
+         "not like classes: choose one; did you mean data.root={}/color?"),
+        (("cat", "dog", "cells/cat", "cells/dog"), "cells in {} look like copies of the set, not like classes: leave "
+         "one; did you mean data.root={}/cells?"),
         (("cat", "dog", "test/cat", "test/dog"), "{} has test/ but no train/: add it, or rename the class"),
         (("cat", "dog", "Test"), "{} has Test/ but no train/"),
     ],
@@ -147,9 +169,52 @@ def test_folders_that_cannot_be_used(folders, message, tmp_path):
 
 
 def test_classes_whose_names_have_such_words_in_them(tmp_path):
+    """And people that are in several classes."""
     names = ("test tube", "valley/deep", "latest/old", "train station/platform", "vehicle/bus", "vehicle/train")
-    fill(tmp_path / "pets", *names)
-    assert load(tmp_path).class_names == ["latest", "test tube", "train station", "valley", "vehicle"]
+    fill(tmp_path / "pets", *names, "with mask/anna", "with mask/ben", "grade_1/anna", "grade_1/ben", "images/x")
+    assert load(tmp_path).class_names == [
+        "grade_1", "images", "latest", "test tube", "train station", "valley", "vehicle", "with mask",
+    ]  # fmt: skip
+
+
+def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, tmp_path):
+    """On a mount that cannot be written: masks in a class, test images without classes, files without endings."""
+    before = load(tmp_path).fingerprint
+    shutil.rmtree(parts / "test")
+    without_test = load(tmp_path).fingerprint
+    assert without_test != before
+    for part, name in (("train", "cat"), ("train", "dog"), ("val", "dog")):
+        shutil.copytree(parts / part / name, parts / part / name / "images")
+        for path in (parts / part / name).glob("*.png"):
+            path.unlink()
+        paint(parts / part / name / "masks" / "0.png")
+    (parts / "train/dog/images/0.png").rename(parts / "train/dog/images/0")
+    (parts / "train/dog/images/notes").write_text("x")
+    paint(parts / "test" / "0.png")
+    for name in ("train/labels.csv", "train/IMG.HEIC", "more.tar"):
+        (parts / name).write_text("x")
+    data = load(tmp_path)
+    assert data.fingerprint == without_test
+    assert set(data.passed_over) == {
+        "1 archives, to be unpacked (more.tar)", "1 folders beside train/ without classes (test)",
+        "1 tables, which are not read (labels.csv)", "1 of kinds to convert to JPEG or PNG (IMG.HEIC)",
+        "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/masks)",
+        "1 no images (train/dog/images/notes)",
+    }  # fmt: skip
+    assert sizes(load(tmp_path, test_fraction=None)) == {"val": 4, "train": 10}
+    root = str(parts / "train")
+    assert "2 parts beside train/, used with the folder of all as data.root (test, val)" in load(
+        tmp_path, root=root
+    ).passed_over
+
+
+def test_both_unicode_forms_of_a_name_are_one_class(parts, tmp_path):
+    for part, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFD")):
+        (parts / part / "cat").rename(parts / part / unicodedata.normalize(form, "café"))
+    before = load(tmp_path)
+    assert before.class_names == ["café", "dog"]
+    paint(parts / "train" / unicodedata.normalize("NFD", "café") / "0.png", 90)
+    assert sizes(load(tmp_path)) == {**SIZES, "train": 11}
 
 
 def test_other_things_that_cannot_be_used(tmp_path):
