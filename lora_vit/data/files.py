@@ -29,12 +29,6 @@ _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.B
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
 _MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|ground_?truths?|xmls?", re.I)
-_ELSEWHERE = {
-    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".jsonl", ".parquet", ".arrow"), "tables, which are not read"),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"), "archives, to be unpacked"),
-    **dict.fromkeys((".heic", ".heif", ".dcm", ".nef", ".cr2", ".dng"), "of kinds to convert to JPEG or PNG"),
-}
-"""What images or their classes may lie in that are not found, by ending."""
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -56,8 +50,10 @@ def marks_among(names: Iterable[str]) -> list[str]:
     return [n for n in names if _MARKS.fullmatch(n)] if any(map(_PICTURES.fullmatch, names)) else []
 
 
-def _opens(path: str) -> bool:
-    """Whether Pillow knows the format of a file, whatever its name is."""
+def _is_image(path: str) -> bool:
+    """Whether Pillow opens files of this ending, or this one if it has no ending."""
+    if ending := os.path.splitext(path)[1].lower():
+        return ending in image_endings()
     from PIL import Image
 
     with contextlib.suppress(Exception), Image.open(path) as image:
@@ -82,10 +78,6 @@ class Listing:
             f"{len(names):,} {reason} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
             for reason, names in self.passed.items()
         )
-
-    def aside(self) -> str:
-        """What was passed over, in brackets, or nothing."""
-        return f" (passed over: {', '.join(self.lines())})" if self.passed else ""
 
     def folders(self, root: Path) -> list[str]:
         """Names of the folders in ``root`` that are neither hidden nor our own."""
@@ -134,10 +126,10 @@ class Listing:
                 yield name, True
             elif not entry.is_file():
                 self.skip("broken links", name)
-            elif (ending := os.path.splitext(name)[1].lower()) in image_endings() or (not ending and _opens(entry.path)):
+            elif _is_image(entry.path):
                 yield name, False
             else:
-                self.skip(_ELSEWHERE.get(ending, "no images"), name)
+                self.skip("no images", name)
 
     def _is_own(self, folder: Path) -> bool:
         """Whether a folder is the cache, or holds what training wrote: never a class, regardless of its content."""

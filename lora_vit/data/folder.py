@@ -29,9 +29,9 @@ def find(wanted: Wanted) -> Found | None:
     folders = _part_folders(top, files)
     place, classes = top / folders["train"], _classes(top / folders["train"], files)
     if len(classes) < 2:
-        count = f"one class folder ({shown(min(classes))})" if classes else f"no class folders{files.aside()}"
-        wants = "a classifier needs two or more, each with its images"
-        raise ConfigError(f"{shown(place)} holds {count}: {wants}{_root_below(place, files)}")
+        holds = f"{shown(place)} holds {f'one class folder ({shown(min(classes))})' if classes else 'no class folders'}"
+        wants = f"a classifier needs two or more, each with its images{_root_below(place, files)}"
+        raise ConfigError(f"{', '.join([holds, *files.lines()])}: {wants}")
     _refuse_parts(place, [name for names in classes.values() for name in names], files)
     parts: Parts = {}
     for part, folder in folders.items():
@@ -43,15 +43,12 @@ def find(wanted: Wanted) -> Found | None:
         for label, class_name in enumerate(classes):
             found = [name for each in own.get(class_name, []) for name in files.images(top, str(Path(folder, each)))]
             if not found and part == "train":
-                empty, looked = place / own[class_name][0], Listing(wanted.cache_dir)
-                looked.images(empty, "")
-                nothing = f"class folder {shown(empty)} has nothing that Pillow opens{looked.aside()}"
-                raise ConfigError(f"{nothing}: fill or remove it{_root_below(place, files)}")
+                holds = f"class folder {shown(place / class_name)} has nothing that Pillow opens"
+                remedy = f"fill or remove it{_root_below(place, files)}"
+                raise ConfigError(f"{', '.join([holds, *files.lines()])}: {remedy}")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise ConfigError(
-                f"{shown(top / folder)} holds no images in class folders: sort them so (links will do), or rename it"
-            )
+            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so (links will do)")
     return found_in(top, [shown(c) for c in classes], parts, files, wanted)
 
 
@@ -78,10 +75,9 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
         if there:
             found[part] = there[0]
     if not found:
-        if top.name.lower() in _NAMES["train"]:
-            for name in _folders(top.parent):
-                if name.lower() in (*_NAMES["val"], *_NAMES["test"]):
-                    files.skip(f"parts beside {shown(top.name)}/, used with the folder of all as data.root", name)
+        for name in _folders(top.parent) if top.name.lower() in _NAMES["train"] else ():
+            if name.lower() in (*_NAMES["val"], *_NAMES["test"]):
+                files.skip(f"parts beside {top.name}/, used with the folder of all as data.root", name)
         return {"train": "."}
     if "train" not in found:
         raise ConfigError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
@@ -96,25 +92,20 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
 def _refuse_parts(place: Path, classes: list[str], files: Listing) -> None:
     """Raise ConfigError where class folders are named, or filled, like something else that data sets consist of."""
     inside = {name: _folders(place / name) for name in classes}
-    shared = {low for low, count in Counter(low for lows in inside.values() for low in lows).items() if count > 1}
-    alike = [name for name in classes if len(shared & {*inside[name]}) > 1]
+    shared = Counter(low for lows in inside.values() for low in lows)
+    alike = [name for name in classes if sum(shared[low] > 1 for low in inside[name]) > 1]
     stems = Counter(_SPLIT.sub("", name) for name in classes)
     splits = [name for name in classes if _SPLIT.search(name) and (inside[name] or stems[_SPLIT.sub("", name)] > 1)]
-    in_one = ([f"{name}/{low}" for low in inside[name] if _SPLIT.search(low)] for name in classes)
-    copies = [name for name in classes if len({*inside[name]} & {*classes}) > 1]
-    at_top = "put train/, val/ and test/, with classes in each, at the top (links will do)"
-    sort = "make a folder for each class (links will do)"
-    for like, least, what, remedy in (
-        *((group, 2, "splits", at_top) for group in (splits, *in_one)),
-        ([name for name in classes if _NUMBERED.search(name)], 2, "numbered parts", sort),
-        (marks_among(classes), 1, "masks or annotations", sort),
-        (copies, 1, "copies of the set", "leave one"),
-        (alike if any(map(_VARIANT.search, alike)) else [], 2, "variants of one set", "choose one"),
-    ):
-        if len(like) >= least:
+    kinds = [("splits", splits), ("numbered parts", [name for name in classes if _NUMBERED.search(name)])]
+    kinds += [("splits", [f"{name}/{low}" for low in inside[name] if _SPLIT.search(low)]) for name in classes]
+    kinds += [("a copy", [f"{name}/{low}" for low in inside[name] if low in inside]) for name in classes]
+    kinds.append(("variants of one set", alike if any(map(_VARIANT.search, alike)) else []))
+    kinds.append(("images and their annotations", classes if marks_among(classes) else []))
+    for what, like in kinds:
+        if len(like) > 1:
             which = ", ".join(map(shown, sorted(like)[:3])) + (", ..." if len(like) > 3 else "")
-            looks = f"{which} in {shown(place)} look like {what}, not like classes"
-            raise ConfigError(f"{looks}: {remedy}{_root_below(place, files)}")
+            remedy = f"give a folder for each class, or train/, val/ and test/ with these{_root_below(place, files)}"
+            raise ConfigError(f"{which} in {shown(place)} look like {what}, not like classes: {remedy} (links will do)")
 
 
 def _root_below(place: Path, files: Listing) -> str:

@@ -89,11 +89,25 @@ def test_a_part_may_lack_a_class(parts, tmp_path):
 
 def test_what_decoding_found_is_in_the_line(tmp_path):
     fill(tmp_path / "pets", "cat", "dog")
-    Image.fromarray(np.array([[7, 4095]], np.uint16)).save(tmp_path / "pets" / "cat" / "deep.png")
+    Image.fromarray(np.array([[7, 65535]], np.uint16)).save(tmp_path / "pets" / "cat" / "deep.png")
     pages = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
     pages[0].save(tmp_path / "pets" / "dog" / "pages.gif", save_all=True, append_images=pages[1:])
-    line = load(tmp_path).line(8)
-    assert "; values 7 .. 4095 scaled to 0 .. 255; of 1 files with several pictures the first is used" in line
+    for name, alpha in (("clear", 254), ("opaque", 255)):
+        Image.new("LA", (8, 8), (7, alpha)).save(tmp_path / "pets" / "dog" / f"{name}.png")
+    for _ in range(2):
+        assert load(tmp_path).line(8).endswith(
+            "; values 0 .. 65535 scaled to 0 .. 255; 1 files have more than 8 bits; 1 files have transparent pixels; "
+            "1 files hold several pictures, of which the first is used"
+        )
+
+
+@pytest.mark.parametrize("shades", [(0, 0), (9, 11)])
+def test_pictures_in_which_nothing_is_to_be_seen(shades, tmp_path):
+    fill(tmp_path / "pets", "cat", "dog", count=5, first=shades[0])
+    for i, path in enumerate(sorted((tmp_path / "pets").rglob("*.png"))):
+        paint(path, shades[i % 2], (12, 10))
+    message = refused(load, tmp_path)
+    assert f"every pixel of the images of data.root={tmp_path}/pets becomes about {shades[0]} of 0 .. 255" in message
 
 
 def test_what_lies_at_each_level_is_left_aside_with_a_word(parts, tmp_path):
@@ -140,20 +154,22 @@ def test_names_that_are_not_text(tmp_path):
         (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test, seg_train in {} look like splits"),
         (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test, cat/train in {} look like splits, not like"),
         (("train_images/a", "train_images/b", "test_images"), "test_images, train_images in {} look like splits, not "
-         "like classes: put train/, val/ and test/, with classes in each, at the top (links will do); did you mean "
-         "data.root={}/train_images?"),
+         "like classes: give a folder for each class, or train/, val/ and test/ with these; did you mean "
+         "data.root={}/train_images? (links will do)"),
         (("train_images", "test_images"), "test_images, train_images in {} look like splits"),
         (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "fold_0, fold_1 in {} look like numbered parts, not like "
-         "classes: make a folder for each class (links will do); did you mean data.root={}/fold_0?"),
+         "classes: give a folder for each class"),
+        (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "; did you mean data.root={}/fold_0?"),
         (("HAM_images_part_1", "HAM_images_part_2"), "HAM_images_part_1, HAM_images_part_2 in {} look like numbered"),
         (("images_001/images", "images_002/images", "images_003/images", "images_012/images"),
          "images_001, images_002, images_003, ... in {} look like numbered parts"),
-        (("images", "annotations"), "annotations in {} look like masks or annotations, not like classes"),
-        (("train/images", "-train/labels", "-val/images"), "labels in {}/train look like masks or annotations"),
+        (("images", "annotations"), "annotations, images in {} look like images and their annotations"),
+        (("train/images", "-train/labels", "-val/images"), "images, labels in {}/train look like images and their"),
         (("color/a", "color/b", "grayscale/a", "grayscale/b"), "color, grayscale in {} look like variants of one set, "
-         "not like classes: choose one; did you mean data.root={}/color?"),
-        (("cat", "dog", "cells/cat", "cells/dog"), "cells in {} look like copies of the set, not like classes: leave "
-         "one; did you mean data.root={}/cells?"),
+         "not like classes: give a"),
+        (("color/a", "color/b", "grayscale/a", "grayscale/b"), "; did you mean data.root={}/color?"),
+        (("cat", "dog", "cells/cat", "cells/dog"), "cells/cat, cells/dog in {} look like a copy, not like classes"),
+        (("cat", "dog", "cells/cat", "cells/dog"), "; did you mean data.root={}/cells?"),
         (("cat", "dog", "test/cat", "test/dog"), "{} has test/ but no train/: add it, or rename the class"),
         (("cat", "dog", "Test"), "{} has Test/ but no train/"),
     ],
@@ -196,10 +212,9 @@ def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, t
     data = load(tmp_path)
     assert data.fingerprint == without_test
     assert set(data.passed_over) == {
-        "1 archives, to be unpacked (more.tar)", "1 folders beside train/ without classes (test)",
-        "1 tables, which are not read (labels.csv)", "1 of kinds to convert to JPEG or PNG (IMG.HEIC)",
+        "1 folders beside train/ without classes (test)",
         "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/masks)",
-        "1 no images (train/dog/images/notes)",
+        "4 no images (more.tar, IMG.HEIC, labels.csv, ...)",
     }  # fmt: skip
     assert sizes(load(tmp_path, test_fraction=None)) == {"val": 4, "train": 10}
     root = str(parts / "train")
@@ -222,6 +237,11 @@ def test_other_things_that_cannot_be_used(tmp_path):
     assert f"data.root={tmp_path}/pets is not a folder: give the folder that holds" in refused(load, tmp_path)
     assert "data.root has no value" in refused(load, tmp_path, root=None)
     (tmp_path / "pets").unlink()
+    paint(tmp_path / "pets/0.png")
+    (tmp_path / "pets/labels.parquet").write_text("x")
+    aside = "1 images outside the class folders (0.png), 1 no images (labels.parquet)"
+    assert f"pets holds no class folders, {aside}: a classifier needs" in refused(load, tmp_path)
+    shutil.rmtree(tmp_path / "pets")
     fill(tmp_path / "pets", "cat", "dog")
     (tmp_path / "pets/dog/1.png").write_bytes(b"not a picture")
     assert f"1 broken image below {tmp_path}/pets: dog/1.png" in refused(load, tmp_path)
