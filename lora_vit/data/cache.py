@@ -31,7 +31,7 @@ _NAMED = 20  # broken files that one message names
 _CHUNK = 64  # most images that a process decodes before it reports
 _BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
 _BLOCK, _BLOCKS = 1 << 20, 256  # bytes and number of the parts of a cache that are read again when it is opened
-_FAR = 8  # times as wide as where nearly all pixels lie: too wide a range to keep their differences
+_LEVELS = 32  # of 256: fewer for nearly all pixels of deep images show that a value stands alone
 _IDLE_SECONDS = 10  # after so long without work a process that decoded ends
 
 Parts = dict[str, list[tuple[str, int]]]  # images of each part: paths below the data set's folder, and labels
@@ -134,15 +134,16 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     """What becomes 0 and 255 in deep images, by name, among ``count``. Raises ConfigError where that is not clear."""
     lowest, highest = min(deep, key=lambda name: deep[name][0]), max(deep, key=lambda name: deep[name][-1])
     low, high = float(deep[lowest][0]), float(deep[highest][-1])
-    first, last = np.quantile(np.concatenate([values[1:-1] for values in deep.values()]), (0.01, 0.99))
-    mixed = len(deep) < count
+    some, mixed = np.concatenate([values[1:-1] for values in deep.values()]), len(deep) < count
     if mixed and low >= 0 and WHOLE[1] / 2 < high <= WHOLE[1]:
         return WHOLE
-    if mixed or high - low > _FAR * (last - first):
-        name, value = (lowest, low) if first - low > high - last else (highest, high)
-        most = f"98 % of the pixels of the {len(deep)} deep ones of {count} images lie in {first:g} .. {last:g}"
+    _, pixels = np.unique(np.floor((some - low) / max(high - low, 1e-30) * 255), return_counts=True)
+    levels = 1 + int(np.searchsorted(np.sort(pixels)[::-1].cumsum(), 0.99 * len(some)))
+    if mixed or 4 * levels < min(len(np.unique(some)), 4 * _LEVELS):  # where there are so few values, they are kept
+        name, value = (lowest, low) if 2 * np.median(some) > low + high else (highest, high)
+        most = f"99 % of the pixels of {len(deep)} deep ones among {count} images would be {levels} of 256 grey levels"
         remedy = "repair it, or say with data.value_range=[low,high] what becomes 0 and 255"
-        raise ConfigError(f"{shown(root / name)} has the value {value:g}, while {most}: {remedy}")
+        raise ConfigError(f"{shown(root / name)} has the value {value:g}, by which {most}: {remedy}")
     return low, high
 
 

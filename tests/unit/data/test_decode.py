@@ -154,23 +154,28 @@ def test_pixels_without_data_are_none(tmp_path):
     assert "d.tif (none of its pixels holds data)" in refused(decoded, tmp_path, ["a.tif", "d.tif"])
 
 
-@pytest.mark.parametrize(
-    ("odd", "high", "kind", "message"),
-    [
-        (65535, 4095, np.uint16, "b.tif has the value 65535, while 98 % of the pixels of the 2 deep ones of 2 "),
-        (-9999, 1, np.float32, "b.tif has the value -9999, while 98 % of the pixels of the 2 deep"),
-    ],
-)
-def test_a_value_that_stands_alone_decides_no_range(odd, high, kind, message, tmp_path):
+@pytest.mark.parametrize(("odd", "share", "high", "kind"), [
+    (65535, 1, 4095, np.uint16), (-9999, 1, 1, np.float32), (-9999, 9, 1, np.float32), (-9999, 400, 1, np.float32),
+])  # fmt: skip
+def test_a_value_that_stands_alone_decides_no_range(odd, share, high, kind, tmp_path):
+    """However many pixels have it."""
     for name in ("a.tif", "b.tif"):
         pixels = some(0, high, kind)
-        pixels[0, 0] = odd if name == "b.tif" else 0
+        pixels.flat[:share] = odd if name == "b.tif" or share > 9 else 0
         Image.fromarray(pixels).save(tmp_path / name)
-    assert f"{tmp_path}/{message}" in (text := refused(decoded, tmp_path, ["a.tif", "b.tif"]))
-    assert "data.value_range=[low,high]" in text
+    message = refused(decoded, tmp_path, ["a.tif", "b.tif"])
+    assert f".tif has the value {odd}, by which 99 % of the pixels of 2 deep ones among 2 images" in message
+    assert "data.value_range=[low,high]" in message
     images, value_range, _ = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
     assert (value_range, images.max(), images[1, 0, 0, 0]) == ((0, high), 255, 255 * (odd > 0))
-    assert shades(decoded(tmp_path, ["a.tif"], value_range=(0.0, 2.0 * high))) != shades(decoded(tmp_path, ["a.tif"]))
+    other = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, 2.0 * high))
+    assert shades(other) != shades(decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high)))
+
+
+def test_deep_images_of_few_values_keep_them(tmp_path):
+    for name, low in (("a.tif", 0), ("b.tif", 50000)):
+        Image.fromarray(np.array([[low, 60000]], np.uint16)).save(tmp_path / name)
+    assert decoded(tmp_path, ["a.tif", "b.tif"]).value_range == (0, 60000)
 
 
 @pytest.mark.parametrize(("high", "kind"), [(65535, np.uint16), (4095, np.uint16), (1, np.float32)])
@@ -185,7 +190,7 @@ def test_deep_images_among_others(high, kind, tmp_path):
     else:
         message = refused(decoded, tmp_path, ["a.png", "b.tif"])
         assert f"{tmp_path}/b.tif has the value" in message
-        assert "the 1 deep ones of 2 images lie in" in message
+        assert "1 deep ones among 2 images" in message
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
