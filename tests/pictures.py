@@ -48,12 +48,12 @@ def refused(load: Callable[..., object], *args: Any, **changes: Any) -> str:
     return str(caught.value)
 
 
-def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None) -> Decoded:
+def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None, **how: Any) -> Decoded:
     """The decoded files, by a cache in ``place``."""
     place = place or root / "cache"
     digests = digests_of(root, names, place, True)
     assert digests is not None
-    return cache.decoded(root, names, digests, place, True, Decoding(size))
+    return cache.decoded(root, names, digests, place, True, Decoding(size, **how))
 
 
 def shades(data: ImageData | Decoded) -> list[int]:

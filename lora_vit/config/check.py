@@ -68,6 +68,8 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
     if d.background != [255, 255, 255] and known.one_size:
         refuse("data.background", d.background, f"has no effect with data={d.name} (no transparency): leave it white")
+    if d.value_range is not None and (known.one_size or d.value_range[0] >= d.value_range[1]):
+        refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
     if d.cache_size is not None and known.one_size:
         refuse("data.cache_size", d.cache_size, f"has no effect with data={d.name} (images of one size): leave it null")
     if d.official_val and not known.official_val:

@@ -57,6 +57,8 @@ class DataConfig:
     cache_dir: str = field(metadata=NO_IDENTITY)
     # behind transparent pixels
     background: list[int] = field(metadata=number("red, green, blue", "[0, 255]", count=3) | {"as_before": [255] * 3})
+    # what becomes 0 and 255 where pixels have more than 8 bits; None: the smallest and largest of all
+    value_range: list[float] | None = field(metadata=number("low and high", count=2) | {"as_before": None})
     content: str | None = None  # digest of images and classes, found out when composed (None: those of a package)
 
 

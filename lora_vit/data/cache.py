@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -20,7 +21,7 @@ import numpy as np
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
 from lora_vit.data.decode import Job, Note, end_with
 from lora_vit.data.files import Listing, digests_of, locked_in, writing_to
-from lora_vit.data.preprocessing import Decoding
+from lora_vit.data.preprocessing import WHOLE, Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, write_json
 from lora_vit.terminal import Progress
@@ -29,6 +30,8 @@ _FORMAT = 4
 _NAMED = 20  # broken files that one message names
 _CHUNK = 64  # most images that a process decodes before it reports
 _BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
+_BLOCK, _BLOCKS = 1 << 20, 256  # bytes and number of the parts of a cache that are read again when it is opened
+_LEVELS = 32  # of 256: fewer for nearly all pixels of deep images show that a value stands alone
 _IDLE_SECONDS = 10  # after so long without work a process that decoded ends
 
 Parts = dict[str, list[tuple[str, int]]]  # images of each part: paths below the data set's folder, and labels
@@ -59,28 +62,37 @@ def decoded(
 
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
-    how = f"{_FORMAT} {decoding.size} {decoding.background}\n"
+    how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"
     key = hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
-    if (found := _open(path, len(names))) is None:
+    if (found := _open(path)) is None:
         with writing_to(cache_dir), locked_in(cache_dir, path.name):
-            if _open(path, len(names)) is None:  # no other run has just made it
+            if _open(path) is None:  # no other run has just made it
                 _build(root, names, digests, decoding, path, quiet)
-            found = _open(path, len(names))
+            found = _open(path)
         assert found is not None, path
     return found
 
 
-def _open(path: Path, count: int) -> Decoded | None:
+def _open(path: Path) -> Decoded | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:
-        images: np.ndarray = np.load(path, mmap_mode="r")
-        low_high, more = json.loads(path.with_suffix(".json").read_text())
+        low_high, told, digest = json.loads(path.with_suffix(".json").read_text())
         value_range = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        whole = images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
-        return Decoded(images, value_range, int(more)) if whole else None
+        same = digest == _digest(path)
+        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(told)) if same else None
     except Exception:  # damaged in one of many ways
         return None
+
+
+def _digest(path: Path) -> str:
+    """By which a cache is known again: of all its bytes, or of blocks all over it where they are many."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> None:
@@ -94,10 +106,10 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
         job = Job(str(root), decoding, shape, str(partial), offset)
         notes = _run(job, names, digests, quiet)
-        if deep := [values for _, kind, values in notes if kind == "values"]:
+        deep = {name: values for name, kind, values in notes if kind == "values"}
+        if deep and all(kind != "broken" for _, kind, _ in notes):
             # one range for all, so that equal values stay equal
-            value_range = min(low for low, _ in deep), max(high for _, high in deep)
-            job = replace(job, decoding=replace(job.decoding, value_range=value_range))
+            job = replace(job, decoding=replace(job.decoding, value_range=_range_of(root, deep, len(names))))
             notes = _run(job, names, digests, quiet)
         broken = sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken")
         if broken:
@@ -109,10 +121,30 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
             raise ConfigError(f"{differs}: give data.cache_size to bring all to one size")
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        write_json(path.with_suffix(".json"), [job.decoding.value_range, sum(kind == "more" for _, kind, _ in notes)])
+        told = Counter(what for _, what, nothing in notes if nothing is None)
+        value_range = job.decoding.value_range if "have more than 8 bits" in told else None
+        lines = [f"{count:,} files {what}" for what, count in sorted(told.items())]
+        write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
+    """What becomes 0 and 255 in deep images, by name, among ``count``. Raises ConfigError where that is not clear."""
+    lowest, highest = min(deep, key=lambda name: deep[name][0]), max(deep, key=lambda name: deep[name][-1])
+    low, high = float(deep[lowest][0]), float(deep[highest][-1])
+    some, mixed = np.concatenate([values[1:-1] for values in deep.values()]), len(deep) < count
+    if mixed and low >= 0 and WHOLE[1] / 2 < high <= WHOLE[1]:
+        return WHOLE
+    _, pixels = np.unique(np.floor((some - low) / max(high - low, 1e-30) * 255), return_counts=True)
+    levels = 1 + int(np.searchsorted(np.sort(pixels)[::-1].cumsum(), 0.99 * len(some)))
+    if mixed or 4 * levels < min(len(np.unique(some)), 4 * _LEVELS):  # where there are so few values, they are kept
+        name, value = (lowest, low) if 2 * np.median(some) > low + high else (highest, high)
+        most = f"99 % of the pixels of {len(deep)} deep ones among {count} images would be {levels} of 256 grey levels"
+        remedy = "repair it, or say with data.value_range=[low,high] what becomes 0 and 255"
+        raise ConfigError(f"{shown(root / name)} has the value {value:g}, by which {most}: {remedy}")
+    return low, high
 
 
 def _first_shape(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ...]:

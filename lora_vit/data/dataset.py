@@ -26,11 +26,11 @@ class Wanted:
 
 
 class Decoded(NamedTuple):
-    """Images uint8 [N, 3, h, w], what became 0 and 255 in them, and how many files hold pictures that are not used."""
+    """Images uint8 [N, 3, h, w], what became 0 and 255 in them, and what is told of how many files."""
 
     images: np.ndarray
     value_range: Range | None = None
-    with_more: int = 0
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ImageData(Found):
 
     images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map; the next two as in Decoded
     value_range: Range | None = None
-    with_more: int = 0
+    told: tuple[str, ...] = ()
     splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
     fingerprint: str  # hex digest of content and splits
 
@@ -65,7 +65,8 @@ class ImageData(Found):
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
-        text = f"data: {used:,} images of {len(self.class_names):,} classes: {sizes}"
+        classes = f"{', '.join(self.class_names[:3])}{', ...' if len(self.class_names) > 3 else ''}"
+        text = f"data: {used:,} images of {len(self.class_names):,} classes ({classes}): {sizes}"
         if used < len(self.labels):
             text += f"; {len(self.labels) - used:,} training images left out by data.train_per_class"
         height, width = self.images.shape[-2:]
@@ -78,7 +79,11 @@ class ImageData(Found):
             for name, ids in self.splits.items():
                 count = np.isin(first[ids], first[self.splits["train"]]).sum()
                 text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
-        text += f"; of {self.with_more:,} files with several pictures the first is used" if self.with_more else ""
+            order = np.lexsort((self.labels, first))
+            again = order[1:][(np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0)]
+            if len(again):
+                text += f"; {len(np.unique(first[again])):,} images lie in two classes"
+        text = "; ".join([text, *self.told])
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 

@@ -20,8 +20,8 @@ _LOOK_EVERY = 0.5  # seconds after which a process that decodes looks whether it
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
-``broken``: why it cannot be used. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``: smallest and
-largest, where it has more than 8 bits and there is no range to scale them by. ``more``: it holds further pictures.
+``broken``: why it cannot be used. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``: some, where it has
+more than 8 bits and there is no range to scale them by. Or what is told of such files, and None.
 """
 
 
@@ -38,27 +38,27 @@ class Job:
     def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> list[Note]:
         """Decode the files into rows ``start`` and on; returns what there is to say of some. Raises OSError."""
         rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        notes = [self._fill(*each) for each in zip(rows, names, digests, strict=True)]
+        notes = [note for each in zip(rows, names, digests, strict=True) for note in self._fill(*each)]
         # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
         with open(self.out, "r+b") as file:
             file.seek(self.offset + start * rows[0].nbytes)
             file.write(rows.data)
-        return [note for note in notes if note is not None]
+        return notes
 
-    def _fill(self, row: np.ndarray, name: str, digest: np.ndarray) -> Note | None:
+    def _fill(self, row: np.ndarray, name: str, digest: np.ndarray) -> list[Note]:
         try:
             content = Path(self.root, name).read_bytes()
             if hashlib.sha256(content).digest() != digest.tobytes():
-                return name, "broken", "it changed while it was read: run the command again"
-            pixels, has_more = self.decoding.read(io.BytesIO(content))
+                return [(name, "broken", "it changed while it was read: run the command again")]
+            pixels, told = self.decoding.read(io.BytesIO(content), find=True)
         except Exception as error:
-            return name, "broken", reason(error)
-        if isinstance(pixels, tuple):
-            return name, "values", pixels
+            return [(name, "broken", reason(error))]
+        if pixels.ndim == 1:
+            return [(name, "values", pixels)]
         if pixels.shape != row.shape:
-            return name, "size", f"{pixels.shape[2]}x{pixels.shape[1]}"
+            return [(name, "size", f"{pixels.shape[2]}x{pixels.shape[1]}")]
         row[:] = pixels
-        return (name, "more", None) if has_more else None
+        return [(name, what, None) for what in told]
 
 
 def end_with(parent: int) -> None:

@@ -8,9 +8,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
+_PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
+_MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|ground_?truths?|xmls?", re.I)
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -39,6 +42,23 @@ def image_endings() -> frozenset[str]:
 
     extensions = Image.registered_extensions()  # fills OPEN
     return frozenset(ending for ending, kind in extensions.items() if kind in Image.OPEN.keys() - _NO_PIXELS)
+
+
+def marks_among(names: Iterable[str]) -> list[str]:
+    """Those of a folder's sub-folders that hold masks or annotations of the images in another one."""
+    names = list(names)
+    return [n for n in names if _MARKS.fullmatch(n)] if any(map(_PICTURES.fullmatch, names)) else []
+
+
+def _is_image(path: str) -> bool:
+    """Whether Pillow opens files of this ending, or this one if it has no ending."""
+    if ending := os.path.splitext(path)[1].lower():
+        return ending in image_endings()
+    from PIL import Image
+
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        return image.format not in _NO_PIXELS
+    return False
 
 
 @dataclass
@@ -78,8 +98,12 @@ class Listing:
             if here in above:
                 self.skip("links that lead back", place)
                 return
-            for name, is_folder in self._entries(root, place):
-                if is_folder:
+            inside = list(self._entries(root, place))
+            marks = marks_among(os.path.basename(name) if is_folder else "images" for name, is_folder in inside)
+            for name, is_folder in inside:
+                if is_folder and os.path.basename(name) in marks:
+                    self.skip("folders of masks or annotations", name)
+                elif is_folder:
                     walk(name, above | {here})
                 else:
                     found.append(name)
@@ -102,7 +126,7 @@ class Listing:
                 yield name, True
             elif not entry.is_file():
                 self.skip("broken links", name)
-            elif os.path.splitext(name)[1].lower() in image_endings():
+            elif _is_image(entry.path):
                 yield name, False
             else:
                 self.skip("no images", name)

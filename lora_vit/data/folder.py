@@ -1,17 +1,24 @@
 """The user's own images: a folder for each class, with given splits or with ours."""
 
+import os
 import re
+from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 from lora_vit.data.cache import Parts, found_in
 from lora_vit.data.dataset import Found, Wanted
-from lora_vit.data.files import Listing
+from lora_vit.data.files import Listing, marks_among
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown
 
 # What the folder of each part may be called, in small letters or capitals.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_LIKE_A_PART = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
+# What is no class: a split, one of several numbered parts, and, beside another that holds the same folders, a variant.
+_SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
+_NUMBERED = re.compile(r"(?<![a-z])(part|fold|split|batch|chunk|shard|(sub|data)?set|images?|imgs?)[ _.-]*\d+$", re.I)
+_VARIANT = re.compile("colou?r|gr[ae]y|rgb|segment|original|raw|augment|process|resize|crop|normali[sz]", re.I)
+_LEVELS = 3  # below a folder that is not the right one, at which that is looked for
 
 
 def find(wanted: Wanted) -> Found | None:
@@ -20,36 +27,47 @@ def find(wanted: Wanted) -> Found | None:
     if not top.is_dir():
         raise ConfigError(f"data.root={shown(top)} is not a folder: give the folder that holds your class folders")
     folders = _part_folders(top, files)
-    place, classes = top / folders["train"], files.folders(top / folders["train"])
+    place, classes = top / folders["train"], _classes(top / folders["train"], files)
     if len(classes) < 2:
-        count = "no class folders" if not classes else f"one class folder ({shown(classes[0])})"
-        lower = [name for name in classes if len(files.folders(place / name)) > 1]
-        hint = f"; did you mean data.root={shown(place / lower[0])}?" if lower else ""
-        raise ConfigError(f"{shown(place)} holds {count}: a classifier needs two or more, each with its images{hint}")
-    if folders["train"] == ".":
-        _refuse_splits(top, classes, wanted.cache_dir)
+        holds = f"{shown(place)} holds {f'one class folder ({shown(min(classes))})' if classes else 'no class folders'}"
+        wants = f"a classifier needs two or more, each with its images{_root_below(place, files)}"
+        raise ConfigError(f"{', '.join([holds, *files.lines()])}: {wants}")
+    _refuse_parts(place, [name for names in classes.values() for name in names], files)
     parts: Parts = {}
     for part, folder in folders.items():
-        others = set() if part == "train" else set(files.folders(top / folder)) - set(classes)
-        if others:
+        own = classes if part == "train" else _classes(top / folder, files)
+        if others := set(own) - set(classes):
             there = f"{shown(top / folder)} has the class '{shown(min(others))}'"
             raise ConfigError(f"{there}, which {folders['train']}/ lacks: take it away, or add it there")
         parts[part] = []
         for label, class_name in enumerate(classes):
-            place = top / folder / class_name
-            found = files.images(top, str(Path(folder, class_name))) if place.is_dir() else []
+            found = [name for each in own.get(class_name, []) for name in files.images(top, str(Path(folder, each)))]
             if not found and part == "train":
-                raise ConfigError(f"class folder {shown(place)} has nothing that Pillow opens: fill or remove it")
+                holds = f"class folder {shown(place / class_name)} has nothing that Pillow opens"
+                remedy = f"fill or remove it{_root_below(place, files)}"
+                raise ConfigError(f"{', '.join([holds, *files.lines()])}: {remedy}")
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so, or rename it")
+            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so (links will do)")
     return found_in(top, [shown(c) for c in classes], parts, files, wanted)
+
+
+def _classes(place: Path, files: Listing) -> dict[str, list[str]]:
+    """The folders of each class, by its name: the two forms that Unicode has of one, as disks write them, are one."""
+    found: dict[str, list[str]] = {}
+    for name in files.folders(place):
+        found.setdefault(normalize("NFC", name), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def _folders(place: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _part_folders(top: Path, files: Listing) -> dict[str, str]:
     """Folder of each part that is there; ``train`` is ``.`` where the class folders are at the top."""
     found = {}
-    folders = sorted(path.name for path in top.iterdir() if path.is_dir())
+    folders = _folders(top)
     for part, called in _NAMES.items():
         there = [name for name in folders if name.lower() in called]
         if len(there) > 1:
@@ -57,20 +75,49 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
         if there:
             found[part] = there[0]
     if not found:
+        for name in _folders(top.parent) if top.name.lower() in _NAMES["train"] else ():
+            if name.lower() in (*_NAMES["val"], *_NAMES["test"]):
+                files.skip(f"parts beside {top.name}/, used with the folder of all as data.root", name)
         return {"train": "."}
     if "train" not in found:
         raise ConfigError(f"{shown(top)} has {min(found.values())}/ but no train/: add it, or rename the class")
     for name in files.folders(top):
         if name not in found.values():
             files.skip("folders beside train/", name)
+    if "test" in found and not _folders(top / found["test"]):
+        files.skip("folders beside train/ without classes", found.pop("test"))
     return found
 
 
-def _refuse_splits(top: Path, classes: list[str], cache_dir: Path) -> None:
-    """Raise ConfigError if two class folders that hold folders, or two folders in one class, are named like parts."""
-    inside = {name: Listing(cache_dir).folders(top / name) for name in classes}
-    for group in ([c for c in inside if inside[c]], *([f"{c}/{low}" for low in lower] for c, lower in inside.items())):
-        like = [place for place in group if _LIKE_A_PART.search(place.rpartition("/")[2])]
+def _refuse_parts(place: Path, classes: list[str], files: Listing) -> None:
+    """Raise ConfigError where class folders are named, or filled, like something else that data sets consist of."""
+    inside = {name: _folders(place / name) for name in classes}
+    shared = Counter(low for lows in inside.values() for low in lows)
+    alike = [name for name in classes if sum(shared[low] > 1 for low in inside[name]) > 1]
+    stems = Counter(_SPLIT.sub("", name) for name in classes)
+    splits = [name for name in classes if _SPLIT.search(name) and (inside[name] or stems[_SPLIT.sub("", name)] > 1)]
+    kinds = [("splits", splits), ("numbered parts", [name for name in classes if _NUMBERED.search(name)])]
+    kinds += [("splits", [f"{name}/{low}" for low in inside[name] if _SPLIT.search(low)]) for name in classes]
+    kinds += [("a copy", [f"{name}/{low}" for low in inside[name] if low in inside]) for name in classes]
+    kinds.append(("variants of one set", alike if any(map(_VARIANT.search, alike)) else []))
+    kinds.append(("images and their annotations", classes if marks_among(classes) else []))
+    for what, like in kinds:
         if len(like) > 1:
-            which = f"{' and '.join(map(shown, like))} in {shown(top)}"
-            raise ConfigError(f"{which} look like splits: put train/, val/ and test/, with classes in each, at the top")
+            which = ", ".join(map(shown, sorted(like)[:3])) + (", ..." if len(like) > 3 else "")
+            remedy = f"give a folder for each class, or train/, val/ and test/ with these{_root_below(place, files)}"
+            raise ConfigError(f"{which} in {shown(place)} look like {what}, not like classes: {remedy} (links will do)")
+
+
+def _root_below(place: Path, files: Listing) -> str:
+    """``; did you mean data.root=...?`` for the nearest folder below that holds train/ or class folders, or nothing."""
+    below, look = [place], Listing(files.cache_dir)
+    for _ in range(_LEVELS):
+        below = [folder / name for folder in below for name in _folders(folder) if not marks_among([name, "images"])]
+        below.sort(key=lambda folder: "train" not in folder.name.lower())
+        for folder in below:
+            names = _folders(folder)
+            if any(name.lower() in _NAMES["train"] for name in names) or (
+                len(names) > 1 and all(look.images(folder, name) for name in names[:2])
+            ):
+                return f"; did you mean data.root={shown(folder)}?"
+    return ""

@@ -1,6 +1,7 @@
 """A data set by its configuration: found by its loader, divided and decoded."""
 
 from importlib import import_module
+from typing import Any
 
 from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.dataset import Found, ImageData, Wanted
@@ -21,7 +22,14 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         there = f"data.root={config.root} holds other images, labels or class names than asked for"
         raise ConfigError(f"{there}: {found.content}, not {config.content}")
     splits, fingerprint = divide(found, config)
-    decoded = found.decode(Decoding(config.cache_size, background=tuple(config.background)))
+    given: Any = config.value_range and tuple(config.value_range)
+    images, value_range, _ = decoded = found.decode(Decoding(config.cache_size, given, tuple(config.background)))
+    if given and not value_range:
+        raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
+    shade = int(images[0, 0, 0, 0])
+    if all(abs(image.astype("i2") - shade).max() < 3 for image in images):  # seldom looks at more than the first
+        same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
+        raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
 
 

@@ -25,9 +25,12 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import shown
 
 Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
+WHOLE = (0.0, 65535.0)  # of 16 bits
 WHITE = (255, 255, 255)
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
-_DARK = 16  # upper 8 bits of 16 that no sound colour image stays below: it has 12 bits or fewer
+_DARK = 4096  # of 65536, below which colours have no upper 8 bits, and those are all that Pillow keeps
+_NODATA = 42113  # GDAL's tag of a TIFF: the value of pixels that hold nothing
+_SOME = 64  # pixels of a deep image that say where its values lie
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Decoding:
     """How a file becomes RGB, uint8 [3, h, w]: its first picture, turned upright where its EXIF data says so.
 
     ``size``: pixels to which the short side is resized (antialiased), around whose centre a square is cropped; None: as
-    it is. ``value_range``: what becomes 0 and 255 where pixels have 16 or 32 bits. ``background``: the colour behind
-    transparent pixels; None, in adapters from before there was one: transparency is dropped.
+    it is. ``value_range``: what becomes 0 and 255 where pixels have 16 or 32 bits; those without data become 0.
+    ``background``: the colour behind transparent pixels; None, in older adapters: transparency is dropped.
     """
 
     size: int | None
@@ -47,17 +50,19 @@ class Decoding:
         """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
         try:
             pixels, _ = self.read(Path(file))
-            if isinstance(pixels, tuple):
-                raise ValueError("its values are {:g} .. {:g}, not 8-bit as those trained on".format(*pixels))
+            if pixels.ndim == 1:
+                raise ValueError(f"its values are {pixels[0]:g} .. {pixels[-1]:g}, not 8-bit as those trained on")
             return pixels
         except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
             raise ConfigError(f"{shown(file)} cannot be read as an image ({reason(error)})") from None
 
-    def read(self, file: io.BytesIO | Path) -> tuple[np.ndarray | Range, bool]:
-        """The pixels of a file, and whether it holds more pictures.
+    def read(self, file: io.BytesIO | Path, find: bool = False) -> tuple[np.ndarray, set[str]]:
+        """The pixels of a file, and what is to be told of it: what such files do.
 
-        Smallest and largest value take the pixels' place where they have more than 8 bits and there is no range.
+        Smallest value, those of some pixels and largest take the pixels' place where they have more than 8 bits and
+        there is no range. For 16 bits of colour there is one, unless it is to ``find``.
         """
+        told = set()
         # The user's own files: large ones are no attack.
         Image.MAX_IMAGE_PIXELS = None
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
@@ -65,39 +70,49 @@ class Decoding:
             warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
             if self.size is not None:
                 opened.draft("RGB", (self.size, self.size))  # JPEG decodes straight to a size not below this
-            kept_upper_bits = opened.mode in ("RGB", "RGBA") and ";16" in str(opened.tile)
+            colour = opened.mode in ("RGB", "RGBA", "LA") and ";16" in str(opened.tile)  # LA is read as colour is
             opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
             opened.load()
-            if kept_upper_bits and (brightest := int(np.asarray(opened)[..., :3].max())) < _DARK:
-                raise ValueError(
-                    f"16-bit {opened.mode} with values up to {256 * brightest + 255} of 65535: its upper 8 bits "
-                    "are black, convert it to 8 bits"
-                )
+            no_data = getattr(opened, "tag_v2", {}).get(_NODATA)
             image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
-            has_more = False
             with contextlib.suppress(Exception):  # what follows the first picture may be damaged
-                has_more = opened.format != "MPO" and bool(getattr(opened, "is_animated", False))  # with its preview
-        if image.mode.startswith(("I", "F")):
-            grey = np.asarray(image, np.float64)
-            if not np.isfinite(grey).all():
-                raise ValueError("it has values that are not finite")
-            values = float(grey.min()), float(grey.max())
-            if self.value_range is None:
-                return values, has_more
-            low, high = self.value_range
-            if np.mean((grey < low) | (grey > high)) > 0.5:
+                if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
+                    told.add("hold several pictures, of which the first is used")
+        if colour or image.mode.startswith(("I", "F")):
+            told.add("have more than 8 bits")
+            values = np.asarray(image.convert("RGB"), np.float64) * 256 if colour else np.asarray(image, np.float64)
+            empty = np.isclose(values, float(no_data.strip(" \0")), 1e-6, equal_nan=True) if no_data else False
+            known = values[~np.broadcast_to(empty, values.shape)]
+            if not known.size or not np.isfinite(known).all():
+                raise ValueError("it has values that are not finite" if known.size else "none of its pixels holds data")
+            ends = float(known.min()), float(known.max()) + 255 * colour
+            if colour and ends[1] < _DARK and not image.has_transparency_data:
+                black = f"16-bit {image.mode} with values up to {ends[1]:g} of 65535: its upper 8 bits are black"
+                raise ValueError(f"{black}, convert it to 8 bits")
+            if self.value_range is None and (find or not colour):
+                some = known[np.random.default_rng(0).integers(0, known.size, _SOME)]
+                return np.array([ends[0], *some, ends[1]]), told
+            low, high = self.value_range or WHOLE
+            if np.mean((known < low) | (known > high)) > 0.5:
                 what = "its values are {:g} .. {:g}, those trained on {:g} .. {:g}"
-                raise ValueError(what.format(*values, low, high))
+                raise ValueError(what.format(*ends, low, high))
             scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too
-            image = Image.fromarray(np.clip((grey - low) * scale, 0, 255).astype(np.uint8))  # Pillow would clip at 255
+            if colour:
+                table = np.clip((256 * np.arange(256) - low) * scale, 0, 255).astype(int).tolist()
+                image = image.point([n for band in image.getbands() for n in (range(256) if band == "A" else table)])
+            else:
+                scaled = np.clip((np.where(empty, low, values) - low) * scale, 0, 255)  # Pillow would clip at 255
+                image = Image.fromarray(scaled.astype(np.uint8))
         if self.background is not None and image.has_transparency_data:
             image = image.convert("RGBA")
+            if np.asarray(image.getchannel("A")).min() < 255:
+                told.add("have transparent pixels")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), image)
         if image.mode != "RGB":
             image = image.convert("RGB")
         if self.size is not None:
             image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), has_more
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), told
 
 
 @dataclass(frozen=True)

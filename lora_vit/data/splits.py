@@ -16,11 +16,14 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
     Each class is divided, in the order of its own key, by the same fractions, rounded to the nearest whole, at least 1;
     the rest is ``train``. Of it ``train_per_class`` are kept, in a second order, so that fewer are a subset of more.
 
-    Raises ConfigError for a part that neither is there nor has a fraction, and where there are too few images.
+    Without test images and a fraction of them there is no ``test``. Raises ConfigError where ``val`` neither is there
+    nor has a fraction, and where there are too few images.
     """
     fractions = {}
     for part, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
         if part not in found.parts:
+            if fraction is None and part == "test":
+                continue  # all the rest is for training
             if fraction is None:
                 lacks = f"data.root={config.root} has no {part}/"
                 raise ConfigError(f"{lacks} and data.{part}_fraction is null: give one of them")

@@ -38,6 +38,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.train_per_class": ([1, None], [0], "or null for all"),
     "data.cache_size": ([8, None], [7], "pixels from 8 up"),
     "data.background": ([[0, 0, 0], [255, 255, 255]], [[0, 0], [0, 0, 256], [-1, 0, 0]], "green, blue in [0, 255]"),
+    "data.value_range": ([[0.0, 4095.0], [-1.5, 1.0], None], [[0.0], [0.0, math.inf]], "low and high"),
     "optimizer.lr": ABOVE_ZERO,
     "optimizer.weight_decay": ([0.0], [-1e-9, math.inf], "from 0 up"),
     "optimizer.betas": ([[0.0, 0.0]], [[0.9], [0.9] * 3, [], [0.9, 1.0], [-0.1, 0.9], [0.9, math.nan]],
@@ -101,6 +102,8 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
       for data in (DIGITS, CIFAR, {**CIFAR, "data.name": "cifar100"})),
     *(({**data, "data.background": [0, 0, 0]}, ("data.background=[0, 0, 0] has no effect", data["data.name"]))
       for data in (DIGITS, CIFAR)),
+    *(({**data, "data.value_range": pair}, ("data.value_range=", "low and high of deep images, or null"))
+      for data, pair in ((DIGITS, [0.0, 1.0]), (CIFAR, [0.0, 1.0]), ({}, [1.0, 1.0]), ({}, [2.0, 1.0]))),
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ("data.val_fraction=0.5 and data.test_fraction=0.5",

@@ -16,7 +16,7 @@ from lora_vit.errors import ConfigError
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
              "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every"}  # fmt: skip
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
-AS_BEFORE = {"data.background"}
+AS_BEFORE = {"data.background", "data.value_range"}
 """Added later, and in the small trial at the value that means as before."""
 CANONICAL: dict[str, Any] = {
     "model": {key: value for key, value in PLAIN["model"].items() if key != "weights_sha256"},
@@ -29,7 +29,8 @@ CANONICAL: dict[str, Any] = {
 }
 SETTINGS = [(f"{section}.{key}", value) for section, keys in PLAIN.items() if section != "seed"
             for key, value in keys.items()]  # fmt: skip
-OTHERS = {"lora.blocks": [1], "model.mean": [0.5], "model.std": [0.5], "optimizer.clip_norm": 1.0}
+OTHERS = {"lora.blocks": [1], "model.mean": [0.5], "model.std": [0.5], "data.value_range": [0.0, 1.0],
+          "optimizer.clip_norm": 1.0}
 """Another value of a setting where :func:`another` would give none that counts."""
 
 

@@ -139,19 +139,24 @@ def test_a_cache_of_an_earlier_release_is_found(tmp_path):
     assert [path.name for path in (tmp_path / "cache").glob("*.npy")] == ["images-5f73f41c48ad7b9b.npy"]
 
 
-@pytest.mark.parametrize("harm", ["cut", "short", "kind", "header", "range gone", "range cut", "range of another kind"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "short", "kind", "header", "pixel", "range gone", "range cut", "range of another kind"]
+)
 def test_a_damaged_cache_is_made_again(harm, tmp_path):
     """Without its range the images would pass for 8-bit ones, and predict would refuse their like."""
     for i in range(3):
         Image.fromarray(np.array([[i, 4095]], np.uint16)).save(tmp_path / f"{i}.png")
     for _ in range(2):
         images, *beside_them = decoded(tmp_path, ["0.png", "1.png", "2.png"])
-        assert (images[0, 0].tolist(), beside_them) == ([[0, 255]], [(0.0, 4095.0), 0])
+        assert images[0, 0].tolist() == [[0, 255]]
+        assert beside_them == [(0.0, 4095.0), ("3 files have more than 8 bits",)]
         (array,), (beside,) = (tmp_path / "cache").glob("*.npy"), (tmp_path / "cache").glob("*.json")
         if harm == "cut":
             array.write_bytes(array.read_bytes()[:130])
         elif harm in ("short", "kind"):
             np.save(array, images[:-1] if harm == "short" else images.astype(np.float32))
+        elif harm == "pixel":
+            np.lib.format.open_memmap(array, "r+")[1, 2, 0, 1] = 7
         elif harm == "header":
             array.write_bytes(array.read_bytes().replace(b"False", b"Fals{"))
         elif harm == "range gone":
@@ -172,7 +177,7 @@ def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path)
     for _ in range(2):
         found = decoded(tmp_path, names)
         assert (abs(found.images.astype(int) - 10) <= 2).all()
-        assert found.with_more == 5
+        assert found.told == ("5 files hold several pictures, of which the first is used",)
 
 
 BUILD = """

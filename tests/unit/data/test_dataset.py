@@ -52,15 +52,17 @@ def test_what_a_record_says_of_the_data():
         ({}, 21, "; 30x20 px, enlarged to 21 px"),
         ({"images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),
         ({"digests": digests((2001, 7), (2003, 9), (5, 6))}, 8, "; 2 images of val are in train too"),
-        ({"value_range": (0.5, 4095.0), "with_more": 2, "passed_over": ("1 x (a)", "2 y (b)")}, 8,
-         "; values 0.5 .. 4095 scaled to 0 .. 255; of 2 files with several pictures the first is used"
+        ({"digests": digests((0, 1), (3, 2001)), "labels": np.arange(2010) % 2}, 8,
+         "; 1 images of val are in train too; 1 images lie in two classes"),
+        ({"value_range": (0.5, 4095.0), "told": ("1,200 files do", "1 not"), "passed_over": ("1 x (a)", "2 y (b)")}, 8,
+         "; values 0.5 .. 4095 scaled to 0 .. 255; 1,200 files do; 1 not"
          "; passed over: 1 x (a), 2 y (b)"),
     ],
 )  # fmt: skip
 def test_the_line_of_a_data_set(changes, size, told):
-    start = "data: 2,010 images of 2 classes: train 2,000, val 4, test 6"
+    start = "data: 2,010 images of 2 classes (cat, dog): train 2,000, val 4, test 6"
     assert image_data(**changes).line(size) == start + told
-    assert "of 1,000 classes" in image_data(class_names=["x"] * 1000).line(8)
+    assert "of 1,000 classes (x, x, x, ...): train" in image_data(class_names=["x"] * 1000).line(8)
 
 
 def test_each_data_set_has_a_loader_and_a_preset(project_root):

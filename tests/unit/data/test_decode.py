@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import decoded
+from pictures import decoded, refused, shades
 from PIL import Image, PngImagePlugin
 
 from lora_vit.data.preprocessing import Decoding
@@ -100,23 +101,96 @@ def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
     assert Decoding(None, (0.0, 2900.0))(tmp_path / "like.png")[0].tolist() == [[255, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(("largest", "refused"), [(4095, True), (4096, False), (65535, False)])
-def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, refused, tmp_path):
-    """Pillow keeps the upper eight of sixteen bits of colour: a PNG of one pixel, written by hand."""
+def sixteen_bits(path: Path, kind: int, *values: int) -> None:
+    """A PNG of one pixel, written by hand: Pillow writes no colours of 16 bits. ``kind``: 2 RGB, 4 LA, 6 RGBA."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         body = kind + content
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 7, largest, 7))
-    path = tmp_path / "a.png"
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b""))
-    if refused:
+
+
+@pytest.mark.parametrize("largest", [4095, 4096, 65535])
+def test_twelve_bits_of_colour_in_sixteen_are_refused(largest, tmp_path):
+    """Pillow keeps the upper eight of sixteen bits of colour."""
+    path = tmp_path / "a.png"
+    sixteen_bits(path, 2, 7, largest, 7)
+    if largest == 4095:
         with pytest.raises(ConfigError, match=r"16-bit RGB with values up to 4095 of 65535"):
             Decoding(None)(path)
     else:
         assert Decoding(None)(path)[:, 0, 0].tolist() == [0, largest >> 8, 0]
+
+
+def test_fourteen_bits_of_colour_are_scaled_as_those_of_grey_are(tmp_path):
+    """One range for all, whatever is transparent."""
+    for name, kind, values in (("a", 2, (0, 8192, 16383)), ("b", 4, (8192, 65535)), ("c", 6, (0, 0, 0, 0))):
+        sixteen_bits(tmp_path / f"{name}.png", kind, *values)
+    images, value_range, told = decoded(tmp_path, ["a.png", "b.png", "c.png"])
+    assert value_range == (0, 16383)
+    assert told == ("3 files have more than 8 bits", "1 files have transparent pixels")
+    assert images[..., 0, 0].tolist() == [[0, 128, 252], [128] * 3, [255] * 3]
+
+
+def some(low: float, high: float, kind: type) -> np.ndarray:
+    """Values that fill a range, 32 x 32."""
+    return np.linspace(low, high, 1024).reshape(32, 32).astype(kind)
+
+
+def test_pixels_without_data_are_none(tmp_path):
+    """As the tag that GDAL writes says which these are."""
+    for name, no_data in (("a.tif", "-9999"), ("b.tif", "nan "), ("c.tif", "-3.4028234663852886e+38")):
+        pixels = some(0, 10, np.float32)
+        pixels[:2] = float(no_data)
+        Image.fromarray(pixels).save(tmp_path / name, tiffinfo={42113: no_data})
+    images, value_range, _ = decoded(tmp_path, ["a.tif", "b.tif", "c.tif"])
+    assert value_range == (some(0, 10, np.float32)[2, 0], 10)
+    assert (images[:, :, :2] == 0).all()
+    assert (images[:, :, -1, -1] == 255).all()
+    Image.fromarray(np.full((4, 4), -1, np.float32)).save(tmp_path / "d.tif", tiffinfo={42113: "-1"})
+    assert "d.tif (none of its pixels holds data)" in refused(decoded, tmp_path, ["a.tif", "d.tif"])
+
+
+@pytest.mark.parametrize(("odd", "share", "high", "kind"), [
+    (65535, 1, 4095, np.uint16), (-9999, 1, 1, np.float32), (-9999, 9, 1, np.float32), (-9999, 400, 1, np.float32),
+])  # fmt: skip
+def test_a_value_that_stands_alone_decides_no_range(odd, share, high, kind, tmp_path):
+    """However many pixels have it."""
+    for name in ("a.tif", "b.tif"):
+        pixels = some(0, high, kind)
+        pixels.flat[:share] = odd if name == "b.tif" or share > 9 else 0
+        Image.fromarray(pixels).save(tmp_path / name)
+    message = refused(decoded, tmp_path, ["a.tif", "b.tif"])
+    assert f".tif has the value {odd}, by which 99 % of the pixels of 2 deep ones among 2 images" in message
+    assert "data.value_range=[low,high]" in message
+    images, value_range, _ = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
+    assert (value_range, images.max(), images[1, 0, 0, 0]) == ((0, high), 255, 255 * (odd > 0))
+    other = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, 2.0 * high))
+    assert shades(other) != shades(decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high)))
+
+
+def test_deep_images_of_few_values_keep_them(tmp_path):
+    for name, low in (("a.tif", 0), ("b.tif", 50000)):
+        Image.fromarray(np.array([[low, 60000]], np.uint16)).save(tmp_path / name)
+    assert decoded(tmp_path, ["a.tif", "b.tif"]).value_range == (0, 60000)
+
+
+@pytest.mark.parametrize(("high", "kind"), [(65535, np.uint16), (4095, np.uint16), (1, np.float32)])
+def test_deep_images_among_others(high, kind, tmp_path):
+    """16 bits are as many times brighter; of other depths nobody knows."""
+    Image.fromarray(some(0, 255, np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(some(0, high, kind)).save(tmp_path / "b.tif")
+    if high == 65535:
+        images, *beside = decoded(tmp_path, ["a.png", "b.tif"])
+        assert beside == [(0, 65535), ("1 files have more than 8 bits",)]
+        assert abs(images[0].astype(int) - images[1]).max() <= 1
+    else:
+        message = refused(decoded, tmp_path, ["a.png", "b.tif"])
+        assert f"{tmp_path}/b.tif has the value" in message
+        assert "1 deep ones among 2 images" in message
 
 
 def test_files_that_are_no_images_are_named(tmp_path):

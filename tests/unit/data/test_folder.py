@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,10 @@ def test_a_missing_part_comes_out_of_train_alone(part, parts, tmp_path):
     assert np.bincount(data.labels[data.splits["train"]]).tolist() == [2, 2]
     assert set(data.splits[part]) | set(data.splits["train"]) < set(range(10))
     fractions = {"val_fraction": None, "test_fraction": None}
-    assert f"no {part}/ and data.{part}_fraction is null" in refused(load, tmp_path, **fractions)
+    if part == "val":
+        assert "no val/ and data.val_fraction is null" in refused(load, tmp_path, **fractions)
+    else:
+        assert sizes(load(tmp_path, **fractions)) == {"val": 4, "train": 10}
 
 
 @pytest.mark.parametrize(
@@ -85,11 +89,25 @@ def test_a_part_may_lack_a_class(parts, tmp_path):
 
 def test_what_decoding_found_is_in_the_line(tmp_path):
     fill(tmp_path / "pets", "cat", "dog")
-    Image.fromarray(np.array([[7, 4095]], np.uint16)).save(tmp_path / "pets" / "cat" / "deep.png")
+    Image.fromarray(np.array([[7, 65535]], np.uint16)).save(tmp_path / "pets" / "cat" / "deep.png")
     pages = [Image.new("L", (8, 8), shade) for shade in (10, 200)]
     pages[0].save(tmp_path / "pets" / "dog" / "pages.gif", save_all=True, append_images=pages[1:])
-    line = load(tmp_path).line(8)
-    assert "; values 7 .. 4095 scaled to 0 .. 255; of 1 files with several pictures the first is used" in line
+    for name, alpha in (("clear", 254), ("opaque", 255)):
+        Image.new("LA", (8, 8), (7, alpha)).save(tmp_path / "pets" / "dog" / f"{name}.png")
+    for _ in range(2):
+        assert load(tmp_path).line(8).endswith(
+            "; values 0 .. 65535 scaled to 0 .. 255; 1 files have more than 8 bits; 1 files have transparent pixels; "
+            "1 files hold several pictures, of which the first is used"
+        )
+
+
+@pytest.mark.parametrize("shades", [(0, 0), (9, 11)])
+def test_pictures_in_which_nothing_is_to_be_seen(shades, tmp_path):
+    fill(tmp_path / "pets", "cat", "dog", count=5, first=shades[0])
+    for i, path in enumerate(sorted((tmp_path / "pets").rglob("*.png"))):
+        paint(path, shades[i % 2], (12, 10))
+    message = refused(load, tmp_path)
+    assert f"every pixel of the images of data.root={tmp_path}/pets becomes about {shades[0]} of 0 .. 255" in message
 
 
 def test_what_lies_at_each_level_is_left_aside_with_a_word(parts, tmp_path):
@@ -123,15 +141,35 @@ def test_names_that_are_not_text(tmp_path):
         ((), "{} holds no class folders: a classifier needs two or more, each with its images"),
         (("inner",), "{} holds one class folder (inner): a classifier needs two or more, each with its images"),
         (("inner/cat", "inner/dog"), "each with its images; did you mean data.root={}/inner?"),
+        (("deep/deeper/cat", "deep/deeper/dog"), "did you mean data.root={}/deep/deeper?"),
+        (("Data/CLS/train/a", "-Annotations/CLS/train", "-Sets"), "Annotations has nothing that Pillow opens: fill or "
+         "remove it; did you mean data.root={}/Data/CLS?"),
         (("cat", "dog", "-bird"), "class folder {}/bird has nothing that Pillow opens: fill or remove it"),
         (("train/cat", "train/dog", "-train/bird"), "class folder {}/train/bird has nothing that Pillow opens"),
         (("train/cat", "train/dog", "-val"), "{}/val holds no images in class folders: sort"),
-        (("train/cat", "train/dog", "test"), "{}/test holds no images in class folders: sort"),
+        (("train/cat", "train/dog", "test/more"), "{}/test has the class 'more', which train/ lacks"),
         (("train/cat", "train/dog", "val/emu", "val/bird"), "{}/val has the class 'bird', which train/ lacks"),
         (("train/cat", "train/dog", "valid", "validation"), "{} has valid/ and validation/: keep one of them"),
-        (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set and training_set in {}"),
-        (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test and seg_train in {}"),
-        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test and cat/train in {} look like splits: put"),
+        (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set, training_set in {} look"),
+        (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test, seg_train in {} look like splits"),
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test, cat/train in {} look like splits, not like"),
+        (("train_images/a", "train_images/b", "test_images"), "test_images, train_images in {} look like splits, not "
+         "like classes: give a folder for each class, or train/, val/ and test/ with these; did you mean "
+         "data.root={}/train_images? (links will do)"),
+        (("train_images", "test_images"), "test_images, train_images in {} look like splits"),
+        (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "fold_0, fold_1 in {} look like numbered parts, not like "
+         "classes: give a folder for each class"),
+        (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "; did you mean data.root={}/fold_0?"),
+        (("HAM_images_part_1", "HAM_images_part_2"), "HAM_images_part_1, HAM_images_part_2 in {} look like numbered"),
+        (("images_001/images", "images_002/images", "images_003/images", "images_012/images"),
+         "images_001, images_002, images_003, ... in {} look like numbered parts"),
+        (("images", "annotations"), "annotations, images in {} look like images and their annotations"),
+        (("train/images", "-train/labels", "-val/images"), "images, labels in {}/train look like images and their"),
+        (("color/a", "color/b", "grayscale/a", "grayscale/b"), "color, grayscale in {} look like variants of one set, "
+         "not like classes: give a"),
+        (("color/a", "color/b", "grayscale/a", "grayscale/b"), "; did you mean data.root={}/color?"),
+        (("cat", "dog", "cells/cat", "cells/dog"), "cells/cat, cells/dog in {} look like a copy, not like classes"),
+        (("cat", "dog", "cells/cat", "cells/dog"), "; did you mean data.root={}/cells?"),
         (("cat", "dog", "test/cat", "test/dog"), "{} has test/ but no train/: add it, or rename the class"),
         (("cat", "dog", "Test"), "{} has Test/ but no train/"),
     ],
@@ -147,9 +185,51 @@ def test_folders_that_cannot_be_used(folders, message, tmp_path):
 
 
 def test_classes_whose_names_have_such_words_in_them(tmp_path):
+    """And people that are in several classes."""
     names = ("test tube", "valley/deep", "latest/old", "train station/platform", "vehicle/bus", "vehicle/train")
-    fill(tmp_path / "pets", *names)
-    assert load(tmp_path).class_names == ["latest", "test tube", "train station", "valley", "vehicle"]
+    fill(tmp_path / "pets", *names, "with mask/anna", "with mask/ben", "grade_1/anna", "grade_1/ben", "images/x")
+    assert load(tmp_path).class_names == [
+        "grade_1", "images", "latest", "test tube", "train station", "valley", "vehicle", "with mask",
+    ]  # fmt: skip
+
+
+def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, tmp_path):
+    """On a mount that cannot be written: masks in a class, test images without classes, files without endings."""
+    before = load(tmp_path).fingerprint
+    shutil.rmtree(parts / "test")
+    without_test = load(tmp_path).fingerprint
+    assert without_test != before
+    for part, name in (("train", "cat"), ("train", "dog"), ("val", "dog")):
+        shutil.copytree(parts / part / name, parts / part / name / "images")
+        for path in (parts / part / name).glob("*.png"):
+            path.unlink()
+        paint(parts / part / name / "masks" / "0.png")
+    (parts / "train/dog/images/0.png").rename(parts / "train/dog/images/0")
+    (parts / "train/dog/images/notes").write_text("x")
+    paint(parts / "test" / "0.png")
+    for name in ("train/labels.csv", "train/IMG.HEIC", "more.tar"):
+        (parts / name).write_text("x")
+    data = load(tmp_path)
+    assert data.fingerprint == without_test
+    assert set(data.passed_over) == {
+        "1 folders beside train/ without classes (test)",
+        "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/masks)",
+        "4 no images (more.tar, IMG.HEIC, labels.csv, ...)",
+    }  # fmt: skip
+    assert sizes(load(tmp_path, test_fraction=None)) == {"val": 4, "train": 10}
+    root = str(parts / "train")
+    assert "2 parts beside train/, used with the folder of all as data.root (test, val)" in load(
+        tmp_path, root=root
+    ).passed_over
+
+
+def test_both_unicode_forms_of_a_name_are_one_class(parts, tmp_path):
+    for part, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFD")):
+        (parts / part / "cat").rename(parts / part / unicodedata.normalize(form, "café"))
+    before = load(tmp_path)
+    assert before.class_names == ["café", "dog"]
+    paint(parts / "train" / unicodedata.normalize("NFD", "café") / "0.png", 90)
+    assert sizes(load(tmp_path)) == {**SIZES, "train": 11}
 
 
 def test_other_things_that_cannot_be_used(tmp_path):
@@ -157,6 +237,11 @@ def test_other_things_that_cannot_be_used(tmp_path):
     assert f"data.root={tmp_path}/pets is not a folder: give the folder that holds" in refused(load, tmp_path)
     assert "data.root has no value" in refused(load, tmp_path, root=None)
     (tmp_path / "pets").unlink()
+    paint(tmp_path / "pets/0.png")
+    (tmp_path / "pets/labels.parquet").write_text("x")
+    aside = "1 images outside the class folders (0.png), 1 no images (labels.parquet)"
+    assert f"pets holds no class folders, {aside}: a classifier needs" in refused(load, tmp_path)
+    shutil.rmtree(tmp_path / "pets")
     fill(tmp_path / "pets", "cat", "dog")
     (tmp_path / "pets/dog/1.png").write_bytes(b"not a picture")
     assert f"1 broken image below {tmp_path}/pets: dog/1.png" in refused(load, tmp_path)

@@ -43,7 +43,7 @@ def make(folder: Path, shade: int = 0) -> Path:
     for i in range(2):
         paint(folder / "val" / "images" / f"val_{i}.JPEG", 240 + i)
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\t0\t7\t7\nval_1.JPEG\tn2\t0\t0\t7\t7\n")
-    (folder / "wnids.txt").write_text("n2\nn1\n")
+    (folder / "wnids.txt").write_text("n2\nn1\n", encoding="utf-8-sig")  # with a byte order mark, as editors leave
     (folder / "words.txt").write_text("n1\ttabby, tabby cat\nn2\tsea slug, nudibranch\nn3\tunused\n")
     return folder
 
