@@ -65,13 +65,10 @@ def decoded(
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"
     key = hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]
     path = cache_dir / f"images-{key}.npy"
-    if (found := _open(path)) is None:
-        with writing_to(cache_dir), locked_in(cache_dir, path.name):
-            if _open(path) is None:  # no other run has just made it
-                _build(root, names, digests, decoding, path, quiet)
-            found = _open(path)
-        assert found is not None, path
-    return found
+    if found := _open(path):
+        return found
+    with writing_to(cache_dir), locked_in(cache_dir, path.name):
+        return _open(path) or _build(root, names, digests, decoding, path, quiet)  # another run may just have made it
 
 
 def _open(path: Path) -> Decoded | None:
@@ -95,7 +92,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> None:
+def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> Decoded:
     shape = (len(names), *_first_shape(root, names, decoding))
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -126,6 +123,7 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         lines = [f"{count:,} files {what}" for what, count in sorted(told.items())]
         write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
         os.replace(partial, path)
+        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(lines))
     finally:
         partial.unlink(missing_ok=True)
 

@@ -18,7 +18,6 @@ _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 _SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
 _NUMBERED = re.compile(r"(?<![a-z])(part|fold|split|batch|chunk|shard|(sub|data)?set|images?|imgs?)[ _.-]*\d+$", re.I)
 _VARIANT = re.compile("colou?r|gr[ae]y|rgb|segment|original|raw|augment|process|resize|crop|normali[sz]", re.I)
-_LEVELS = 3  # below a folder that is not the right one, at which that is looked for
 
 
 def find(wanted: Wanted) -> Found | None:
@@ -111,7 +110,7 @@ def _refuse_parts(place: Path, classes: list[str], files: Listing) -> None:
 def _root_below(place: Path, files: Listing) -> str:
     """``; did you mean data.root=...?`` for the nearest folder below that holds train/ or class folders, or nothing."""
     below, look = [place], Listing(files.cache_dir)
-    for _ in range(_LEVELS):
+    for _ in range(3):  # levels
         below = [folder / name for folder in below for name in _folders(folder) if not marks_among([name, "images"])]
         below.sort(key=lambda folder: "train" not in folder.name.lower())
         for folder in below:

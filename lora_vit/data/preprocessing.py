@@ -96,6 +96,8 @@ class Decoding:
             if np.mean((known < low) | (known > high)) > 0.5:
                 what = "its values are {:g} .. {:g}, those trained on {:g} .. {:g}"
                 raise ValueError(what.format(*ends, low, high))
+            if ends[0] < low or ends[1] > high:
+                told.add("have values beyond this range, which are clipped")
             scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too
             if colour:
                 table = np.clip((256 * np.arange(256) - low) * scale, 0, 255).astype(int).tolist()

@@ -60,7 +60,7 @@ def test_the_default_folder_is_named_by_date_and_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which the command sets
     for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "b/3"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+        Image.new("L", (8, 8), 20 * int(name[-1])).save(tmp_path / "images" / f"{name}.png")
     own = ("data=imagefolder", "data.root=images", "data.batch_size=1", "data.val_fraction=0.3", "data.cache_dir=cache")
     for overrides in ((), own, ("seed=1", *own), ("hydra.run.dir=TRIAL",)):
         monkeypatch.setattr(sys, "argv", ["train", *SMALL, "trainer.epochs=1", *overrides])

@@ -165,6 +165,16 @@ def test_a_damaged_cache_is_made_again(harm, tmp_path):
             beside.write_text("[1.0" if harm == "range cut" else "{}")
 
 
+def test_of_a_large_cache_blocks_all_over_it_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BLOCK", 2)
+    monkeypatch.setattr(cache, "_BLOCKS", 5)
+    seen = []
+    for i in range(21):  # at last all are as at first
+        (tmp_path / "a").write_bytes(bytes(1 if at == i else 0 for at in range(20)))
+        seen.append(cache._digest(tmp_path / "a"))
+    assert [i for i in range(20) if seen[i] != seen[20]] == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17]
+
+
 def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path):
     """A photo with a preview of itself (MPO) is one picture."""
     first, second = Image.new("L", (2, 1), 10), Image.new("L", (2, 1), 200)

@@ -166,7 +166,9 @@ def test_a_value_that_stands_alone_decides_no_range(odd, share, high, kind, tmp_
     message = refused(decoded, tmp_path, ["a.tif", "b.tif"])
     assert f".tif has the value {odd}, by which 99 % of the pixels of 2 deep ones among 2 images" in message
     assert "data.value_range=[low,high]" in message
-    images, value_range, _ = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
+    images, value_range, told = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
+    clipped = f"{2 if share > 9 else 1} files have values beyond this range, which are clipped"
+    assert told == ("2 files have more than 8 bits", clipped)
     assert (value_range, images.max(), images[1, 0, 0, 0]) == ((0, high), 255, 255 * (odd > 0))
     other = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, 2.0 * high))
     assert shades(other) != shades(decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high)))
