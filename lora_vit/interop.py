@@ -101,12 +101,13 @@ def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]
     """Kinds of pictures of which the other library's own reader makes another input than the trial's."""
     how, odd = trained.preprocessing, []
     side = 2 * max(how.image_size, how.decoding.size or 0)
-    wide = randomness.uniforms(np.arange(3 * side * side), 4, "pictures").reshape(side, 3 * side, 4)
+    wide = np.mean([_noise(side, grain) for grain in (1, side // 16, side // 4)], 0)  # details and shapes, as photos
     image = Image.fromarray((wide * 256).astype(np.uint8))
     turned = Image.Exif()
     turned[_ORIENTATION] = 6  # lies on its side
     kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "wide": (image.convert("RGB"), {}),
+        "small": (image.convert("RGB").crop((0, 0, how.image_size, how.image_size)), {}),
         "sideways": (image.convert("RGB"), {"exif": turned}),
         "grey": (image.convert("L"), {}),
         "transparent": (image, {}),
@@ -121,6 +122,13 @@ def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]
             if not np.abs(prepared(form, out, file) - how(file)).mean() <= SAME_INPUT:
                 odd.append(kind)
     return odd
+
+
+def _noise(side: int, grain: int) -> np.ndarray:
+    """Random grains of so many pixels, [side, 3 * side, 4] in [0, 1)."""
+    rows, columns = (-(-pixels // grain) for pixels in (side, 3 * side))
+    drawn = randomness.uniforms(np.arange(rows * columns), 4, "pictures", grain).reshape(rows, columns, 4)
+    return drawn.repeat(grain, 0).repeat(grain, 1)[:side, : 3 * side]
 
 
 def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:

@@ -133,15 +133,18 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     lowest, highest = min(deep, key=lambda name: deep[name][0]), max(deep, key=lambda name: deep[name][-1])
     low, high = float(deep[lowest][0]), float(deep[highest][-1])
     some, mixed = np.concatenate([values[1:-1] for values in deep.values()]), len(deep) < count
-    if mixed and low >= 0 and WHOLE[1] / 2 < high <= WHOLE[1]:
-        return WHOLE
-    _, pixels = np.unique(np.floor((some - low) / max(high - low, 1e-30) * 255), return_counts=True)
+    found, (low, high) = (low, high), WHOLE if mixed else (low, high)
+    _, pixels = np.unique(np.floor(((some - low) / max(high - low, 1e-30)).clip(0, 1) * 255), return_counts=True)
     levels = 1 + int(np.searchsorted(np.sort(pixels)[::-1].cumsum(), 0.99 * len(some)))
-    if mixed or 4 * levels < min(len(np.unique(some)), 4 * _LEVELS):  # where there are so few values, they are kept
+    if 4 * levels < min(len(np.unique(some)), 4 * _LEVELS):  # where there are so few values, they are kept
         name, value = (lowest, low) if 2 * np.median(some) > low + high else (highest, high)
-        most = f"99 % of the pixels of {len(deep)} deep ones among {count} images would be {levels} of 256 grey levels"
-        remedy = "repair it, or say with data.value_range=[low,high] what becomes 0 and 255"
-        raise ConfigError(f"{shown(root / name)} has the value {value:g}, by which {most}: {remedy}")
+        what = f"{shown(root / name)} has the value {value:g}"
+        if mixed:
+            of_all = f"{len(deep)} of {count} images below {shown(root)}"
+            what = "{} have more than 8 bits ({:g} .. {:g})".format(of_all, *found)
+        most = f"by {low:g} .. {high:g} 99 % of their pixels would be {levels} of 256 grey levels"
+        remedy = "say with data.value_range=[low,high] what becomes 0 and 255, or repair what stands alone"
+        raise ConfigError(f"{what}: {most}: {remedy}")
     return low, high
 
 

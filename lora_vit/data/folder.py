@@ -45,6 +45,8 @@ def find(wanted: Wanted) -> Found | None:
                 holds = f"class folder {shown(place / class_name)} has nothing that Pillow opens"
                 remedy = f"fill or remove it{_root_below(place, files)}"
                 raise ConfigError(f"{', '.join([holds, *files.lines()])}: {remedy}")
+            if not found:
+                files.skip(f"classes without images in {folder}/", class_name)
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
             raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so (links will do)")

@@ -94,7 +94,7 @@ class Decoding:
                 return np.array([ends[0], *some, ends[1]]), told
             low, high = self.value_range or WHOLE
             if np.mean((known < low) | (known > high)) > 0.5:
-                what = "its values are {:g} .. {:g}, those trained on {:g} .. {:g}"
+                what = "its values are {:g} .. {:g}, value_range is {:g} .. {:g}"
                 raise ValueError(what.format(*ends, low, high))
             if ends[0] < low or ends[1] > high:
                 told.add("have values beyond this range, which are clipped")

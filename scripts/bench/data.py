@@ -26,6 +26,7 @@ from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.cache import decoded
 from lora_vit.data.files import digests_of
 from lora_vit.data.load import load_data
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.data.stream import Samples, TrainStream
 from lora_vit.distributed import Process
 
@@ -47,6 +48,8 @@ def config(root: Path, cache: str) -> DataConfig:
         official_val=False,
         cache_size=None,
         cache_dir=cache,
+        background=[255, 255, 255],
+        value_range=None,
     )
 
 
@@ -99,7 +102,7 @@ def main() -> None:
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.JPEG"))]
         start = time.perf_counter()
         second = Path(cache) / "second"
-        decoded(folder, names, digests_of(folder, names, second, True), second, True, None)
+        decoded(folder, names, digests_of(folder, names, second, True), second, True, Decoding(None))
         build = time.perf_counter() - start
         start = time.perf_counter()
         for _ in DataLoader(ImageFolder(str(folder), v2.PILToTensor()), BATCH, num_workers=torch.get_num_threads()):

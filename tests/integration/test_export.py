@@ -162,7 +162,7 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
         ("hf", {}, "transparent"),
         ("timm", {}, "transparent"),
         ("peft", {"value_range": [0, 4095]}, "transparent and deep"),
-        ("timm", {"decoded_size": 8}, "wide and sideways and grey and transparent"),  # resized twice
+        ("timm", {"decoded_size": 8}, "wide and small and sideways and grey and transparent"),  # resized twice
         ("torch_export", {"value_range": [0, 4095], "decoded_size": 8}, ""),
     ],
 )

@@ -94,7 +94,7 @@ def test_an_image_outside_the_range_is_refused_not_clipped(tmp_path):
     """As one of another camera is given to predict: it would be white all over. A few brighter pixels may be."""
     for name, values in (("other.png", [60000, 60000, 60000, 9]), ("like.png", [60000, 9, 9, 9])):
         Image.fromarray(np.array([values], np.uint16)).save(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, those trained on 0 \.\. 2900"):
+    with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, value_range is 0 \.\. 2900"):
         Decoding(None, (0.0, 2900.0))(tmp_path / "other.png")
     with pytest.raises(ConfigError, match=r"other\.png .*its values are 9 \.\. 60000, not 8-bit"):
         Decoding(None)(tmp_path / "other.png")
@@ -164,7 +164,7 @@ def test_a_value_that_stands_alone_decides_no_range(odd, share, high, kind, tmp_
         pixels.flat[:share] = odd if name == "b.tif" or share > 9 else 0
         Image.fromarray(pixels).save(tmp_path / name)
     message = refused(decoded, tmp_path, ["a.tif", "b.tif"])
-    assert f".tif has the value {odd}, by which 99 % of the pixels of 2 deep ones among 2 images" in message
+    assert f".tif has the value {odd}: by " in message
     assert "data.value_range=[low,high]" in message
     images, value_range, told = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
     clipped = f"{2 if share > 9 else 1} files have values beyond this range, which are clipped"
@@ -191,8 +191,7 @@ def test_deep_images_among_others(high, kind, tmp_path):
         assert abs(images[0].astype(int) - images[1]).max() <= 1
     else:
         message = refused(decoded, tmp_path, ["a.png", "b.tif"])
-        assert f"{tmp_path}/b.tif has the value" in message
-        assert "1 deep ones among 2 images" in message
+        assert f"1 of 2 images below {tmp_path} have more than 8 bits (0 .. {high}): " in message
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
@@ -212,3 +211,17 @@ def test_a_picture_larger_than_pillow_allows(tmp_path, monkeypatch):
     text.add_text("comment", "x" * 30, zip=True)
     Image.new("RGB", (30, 30), (9, 9, 9)).save(tmp_path / "a.png", pnginfo=text)
     assert (Decoding(8)(tmp_path / "a.png") == 9).all()
+
+
+@pytest.mark.parametrize("hot", [0, 60000])
+def test_twelve_bits_beside_eight_are_no_black_pictures(hot, tmp_path):
+    """All of 16 bits counts beside 8 bits, also where one pixel reaches that high."""
+    for name in ("a.png", "b.png"):
+        pixels = some(0, 4095, np.uint16)
+        pixels[0, 0] = hot
+        Image.fromarray(pixels).save(tmp_path / name)
+    Image.new("L", (32, 32), 100).save(tmp_path / "c.png")
+    message = refused(decoded, tmp_path, ["a.png", "b.png", "c.png"])
+    assert f"2 of 3 images below {tmp_path} have more than 8 bits " in message
+    assert f" .. {hot or 4095}): " in message
+    assert "data.value_range=[low,high]" in message

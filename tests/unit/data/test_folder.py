@@ -53,6 +53,13 @@ def test_given_parts_are_used_as_they_are(parts, tmp_path):
     assert load(tmp_path, cache_size=None).images.shape == (20, 3, 10, 12)
 
 
+def test_a_class_that_a_part_lacks_is_told(parts, tmp_path):
+    """The figure is of the other ones."""
+    (parts / "val/dog").rename(tmp_path / "away")
+    data = load(tmp_path)
+    assert (sizes(data)["val"], data.passed_over) == (2, ("1 classes without images in val/ (dog)",))
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_missing_part_comes_out_of_train_alone(part, parts, tmp_path):
     other = {"val": "test", "test": "val"}[part]
