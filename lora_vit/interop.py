@@ -101,7 +101,7 @@ def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]
     """Kinds of pictures of which the other library's own reader makes another input than the trial's."""
     how, odd = trained.preprocessing, []
     side = 2 * max(how.image_size, how.decoding.size or 0)
-    wide = np.mean([_noise(side, grain) for grain in (1, side // 16 + 1, side // 4 + 1)], 0)  # details and shapes, as photos
+    wide = np.mean([_noise(side, grain) for grain in (1, side // 16 + 1, side // 4 + 1)], 0)  # as photos: also shapes
     image = Image.fromarray((wide * 256).astype(np.uint8))
     turned = Image.Exif()
     turned[_ORIENTATION] = 6  # lies on its side
