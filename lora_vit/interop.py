@@ -98,7 +98,7 @@ def prepared(form: str, out: Path, file: Path) -> np.ndarray:
 
 
 def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]:
-    """Kinds of pictures of which the other library's own reader makes another input than the trial's."""
+    """Kinds of pictures that the other library's own reader prepares differently from the trial."""
     how, odd = trained.preprocessing, []
     side = 2 * max(how.image_size, how.decoding.size or 0)
     wide = np.mean([_noise(side, grain) for grain in (1, side // 16 + 1, side // 4 + 1)], 0)  # as photos: also shapes

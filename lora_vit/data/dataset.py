@@ -26,7 +26,7 @@ class Wanted:
 
 
 class Decoded(NamedTuple):
-    """Images uint8 [N, 3, h, w], what became 0 and 255 in them, and what is told of how many files."""
+    """Images uint8 [N, 3, h, w], the values that became 0 and 255, and notes on files, each with their number."""
 
     images: np.ndarray
     value_range: Range | None = None

@@ -21,7 +21,7 @@ Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
 ``broken``: why it cannot be used. ``size``: ``WIDTHxHEIGHT``, which is not the array's. ``values``: some, where it has
-more than 8 bits and there is no range to scale them by. Or what is told of such files, and None.
+more than 8 bits and there is no range to scale them by. Anything else is a note on the file, with None.
 """
 
 

@@ -1,6 +1,6 @@
 """What is done to a picture before a model sees it: the one description of it, and the code that does it.
 
-It needs NumPy and Pillow alone, so a deployed model can use it too:
+It needs neither torch nor the data, so a deployed model can use it too:
 
 >>> from lora_vit import preprocessing
 >>> prepare = preprocessing("exported/onnx")  # or the folder of a trial, or a file that merge or export wrote
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown
@@ -169,7 +170,7 @@ def preprocessing(place: "str | os.PathLike[str]") -> Preprocessing:
         return Preprocessing.from_dict(of_card(_about(path)))
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or path} does not exist: give a trial's folder or an export") from None
-    except (OSError, ValueError, LookupError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} says nothing of how its images are prepared ({error!r})") from None
 
 
@@ -185,9 +186,8 @@ def _about(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = next((path / name for name in ("adapter.json", ABOUT) if (path / name).exists()), path / ABOUT)
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return json.loads(header["__metadata__"]["lora_vit"])
+        with safe_open(path, "np") as file:
+            return json.loads(file.metadata()["lora_vit"])
     if path.suffix == ".pt2":
         with zipfile.ZipFile(path) as archive:
             found = [name for name in archive.namelist() if name.endswith(ABOUT)]
@@ -204,4 +204,3 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
         return "no format that Pillow knows"
     return str(error) or type(error).__name__
-
