@@ -50,9 +50,9 @@ class Found:
 class ImageData(Found):
     """A decoded and divided data set."""
 
-    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map; the next two as in Decoded
-    value_range: Range | None = None
-    told: tuple[str, ...] = ()
+    images: np.ndarray  # uint8 [N, 3, h, w], perhaps a read-only memory map
+    decoding: Decoding  # how they became so, and how another file becomes like them
+    told: tuple[str, ...] = ()  # as in Decoded
     splits: dict[str, np.ndarray]  # train, val, test and perhaps official_val; sorted sample ids, int64
     fingerprint: str  # hex digest of content and splits
 
@@ -72,8 +72,8 @@ class ImageData(Found):
         height, width = self.images.shape[-2:]
         if min(height, width) < image_size:
             text += f"; {width}x{height} px, enlarged to {image_size} px"
-        if self.value_range is not None:
-            text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.value_range)
+        if self.decoding.value_range is not None:
+            text += "; values {:g} .. {:g} scaled to 0 .. 255".format(*self.decoding.value_range)
         if self.digests is not None:
             first = self.digests[:, :8].copy().view(np.uint64)[:, 0]
             for name, ids in self.splits.items():

@@ -1,5 +1,6 @@
 """A data set by its configuration: found by its loader, divided and decoded."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -23,14 +24,18 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         raise ConfigError(f"{there}: {found.content}, not {config.content}")
     splits, fingerprint = divide(found, config)
     given: Any = config.value_range and tuple(config.value_range)
-    images, value_range, _ = decoded = found.decode(Decoding(config.cache_size, given, tuple(config.background)))
+    decoding = Decoding(config.cache_size, given, tuple(config.background))
+    images, value_range, told = found.decode(decoding)
     if given and not value_range:
         raise ConfigError(f"data.value_range={config.value_range} has no effect on 8-bit images: leave it null")
     shade = int(images[0, 0, 0, 0])
     if all(abs(image.astype("i2") - shade).max() < 3 for image in images):  # seldom looks at more than the first
         same = f"every pixel of the images of data.root={config.root} becomes about {shade} of 0 .. 255"
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
-    return ImageData(**vars(found), **decoded._asdict(), splits=splits, fingerprint=fingerprint)
+    height, width = images.shape[-2:]
+    decoding = replace(decoding, size=height if height == width else None, value_range=value_range)
+    whole: Any = {"images": images, "decoding": decoding, "told": told, "splits": splits, "fingerprint": fingerprint}
+    return ImageData(**vars(found), **whole)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:

@@ -19,7 +19,7 @@ from lora_vit import records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import ImageData
-from lora_vit.data.preprocessing import Decoding, Preprocessing
+from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
@@ -212,11 +212,7 @@ class TrialRun:
         with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
             np.savez(file, **arrays)
         lora = self.config.lora
-        height, width = (int(n) for n in setup.data.images.shape[-2:])
-        background = tuple(self.config.data.background)
-        decoding = Decoding(height if height == width else None, setup.data.value_range, background)
         inputs: Any = (setup.base[key] for key in ("image_size", "mean", "std", "interpolation"))
-        preparation = Preprocessing(decoding, *inputs)
         card: dict[str, Any] = {
             "schema": self.record.schema,
             "trial_id": self.name,
@@ -224,7 +220,7 @@ class TrialRun:
             "data": self.record.data,
             "lora": self.record.config["lora"],
             "effective_scaling": lora.effective_scaling() if lora.method == "lora" else None,
-            "preprocessing": preparation.to_dict(),
+            "preprocessing": Preprocessing(setup.data.decoding, *inputs).to_dict(),
             "class_names": setup.data.class_names,
             "sha256": sha256_of(tensors),
         }

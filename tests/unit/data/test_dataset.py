@@ -14,6 +14,7 @@ from pictures import data_config, fresh, paint
 from lora_vit.config import DATASETS
 from lora_vit.data.dataset import ImageData
 from lora_vit.data.load import forget, known_content, load_data
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
 
 
@@ -27,6 +28,7 @@ def image_data(**changes: Any) -> ImageData:
         "class_names": ["cat", "dog"],
         "splits": splits,
         "fingerprint": "f00d",
+        "decoding": Decoding(None),
     }
     return ImageData(**{**values, **changes})
 
@@ -54,7 +56,8 @@ def test_what_a_record_says_of_the_data():
         ({"digests": digests((2001, 7), (2003, 9), (5, 6))}, 8, "; 2 images of val are in train too"),
         ({"digests": digests((0, 1), (3, 2001)), "labels": np.arange(2010) % 2}, 8,
          "; 1 images of val are in train too; 1 images lie in two classes"),
-        ({"value_range": (0.5, 4095.0), "told": ("1,200 files do", "1 not"), "passed_over": ("1 x (a)", "2 y (b)")}, 8,
+        ({"decoding": Decoding(8, (0.5, 4095.0)), "told": ("1,200 files do", "1 not"),
+          "passed_over": ("1 x (a)", "2 y (b)")}, 8,
          "; values 0.5 .. 4095 scaled to 0 .. 255; 1,200 files do; 1 not"
          "; passed over: 1 x (a), 2 y (b)"),
     ],

@@ -13,6 +13,7 @@ from pictures import data_config, fresh, paint, refused, shades
 from PIL import Image
 
 from lora_vit.data.dataset import ImageData
+from lora_vit.data.preprocessing import Decoding
 
 SIZES = {"train": 10, "val": 4, "test": 6}
 
@@ -50,7 +51,9 @@ def test_given_parts_are_used_as_they_are(parts, tmp_path):
     assert data.labels.tolist() == [0] * 5 + [1] * 5 + [0] * 2 + [1] * 2 + [0] * 3 + [1] * 3
     assert (data.class_names, data.labels.dtype) == (["cat", "dog"], np.int64)
     assert sizes(load(tmp_path, val_fraction=None, test_fraction=None)) == SIZES
-    assert load(tmp_path, cache_size=None).images.shape == (20, 3, 10, 12)
+    own = load(tmp_path, cache_size=None)
+    assert (own.images.shape, own.decoding) == ((20, 3, 10, 12), Decoding(None)), "not square: they are squashed"
+    assert load(tmp_path, cache_size=8, background=[1, 2, 3]).decoding == Decoding(8, None, (1, 2, 3))
 
 
 def test_a_class_that_a_part_lacks_is_told(parts, tmp_path):

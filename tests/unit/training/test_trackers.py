@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_vit import records
+from lora_vit.data.preprocessing import Decoding
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of
 from lora_vit.records import PREDICTIONS
@@ -123,16 +124,16 @@ def some_predictions(count: int) -> Predictions:
 
 
 @pytest.mark.parametrize(
-    ("changes", "scaling", "width", "size"),
+    ("changes", "scaling", "size"),
     [
-        ({}, 8.0, 16, 16),
-        ({"lora.scaling": "rslora"}, 16.0, 24, None),
-        (BASELINE | {"lora.method": "none"}, None, 16, 16),
+        ({}, 8.0, 16),
+        ({"lora.scaling": "rslora"}, 16.0, None),
+        (BASELINE | {"lora.method": "none"}, None, 16),
     ],
 )
-def test_results_and_the_adapters_card(changes, scaling, width, size, tmp_path):
+def test_results_and_the_adapters_card(changes, scaling, size, tmp_path):
     trial = trial_in(tmp_path, changes)
-    data = SimpleNamespace(images=np.zeros((2, 3, 16, width)), class_names=["a", "b"], value_range=(0, 4095))
+    data = SimpleNamespace(class_names=["a", "b"], decoding=Decoding(size, (0, 4095)))
     setup = SimpleNamespace(base={"weights": "W", "sha256": "S", **INPUTS}, data=data)
     trial.record.data, trial.record.metrics = {"fingerprint": "F"}, {"val_accuracy": 0.5}
     splits, tensors = {"val": some_predictions(5), "test": some_predictions(3)}, {"b": torch.ones(2, 3)}
