@@ -42,7 +42,7 @@ def find(wanted: Wanted) -> Found | None:
         for label, class_name in enumerate(classes):
             found = [name for each in own.get(class_name, []) for name in files.images(top, str(Path(folder, each)))]
             if not found and part == "train":
-                holds = f"class folder {shown(place / class_name)} has nothing that Pillow opens"
+                holds = f"class folder {shown(place / class_name)} holds no image that Pillow can open"
                 remedy = f"fill or remove it{_root_below(place, files)}"
                 raise ConfigError(f"{', '.join([holds, *files.lines()])}: {remedy}")
             if not found:

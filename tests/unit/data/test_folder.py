@@ -107,7 +107,7 @@ def test_what_decoding_found_is_in_the_line(tmp_path):
     for _ in range(2):
         assert load(tmp_path).line(8).endswith(
             "; values 0 .. 65535 scaled to 0 .. 255; 1 files have more than 8 bits; 1 files have transparent pixels; "
-            "1 files hold several pictures, of which the first is used"
+            "1 files hold several pictures, and only the first is used"
         )
 
 
@@ -152,10 +152,10 @@ def test_names_that_are_not_text(tmp_path):
         (("inner",), "{} holds one class folder (inner): a classifier needs two or more, each with its images"),
         (("inner/cat", "inner/dog"), "each with its images; did you mean data.root={}/inner?"),
         (("deep/deeper/cat", "deep/deeper/dog"), "did you mean data.root={}/deep/deeper?"),
-        (("Data/CLS/train/a", "-Annotations/CLS/train", "-Sets"), "Annotations has nothing that Pillow opens: fill or "
-         "remove it; did you mean data.root={}/Data/CLS?"),
-        (("cat", "dog", "-bird"), "class folder {}/bird has nothing that Pillow opens: fill or remove it"),
-        (("train/cat", "train/dog", "-train/bird"), "class folder {}/train/bird has nothing that Pillow opens"),
+        (("Data/CLS/train/a", "-Annotations/CLS/train", "-Sets"), "Annotations holds no image that Pillow can open: "
+         "fill or remove it; did you mean data.root={}/Data/CLS?"),
+        (("cat", "dog", "-bird"), "class folder {}/bird holds no image that Pillow can open: fill or remove it"),
+        (("train/cat", "train/dog", "-train/bird"), "class folder {}/train/bird holds no image that Pillow can open"),
         (("train/cat", "train/dog", "-val"), "{}/val holds no images in class folders: sort"),
         (("train/cat", "train/dog", "test/more"), "{}/test has the class 'more', which train/ lacks"),
         (("train/cat", "train/dog", "val/emu", "val/bird"), "{}/val has the class 'bird', which train/ lacks"),
