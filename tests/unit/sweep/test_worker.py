@@ -1,110 +1,24 @@
-"""What a worker does with packs, errors, claims and requests to stop; records and claims are real, nothing trains."""
+"""What a worker does with packs and with errors; records and claims are real, nothing trains."""
 
 from __future__ import annotations
 
 import errno
-import signal
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from stage import setup_of
-from sweeps import another, claimed, leave_record, seed_trials, sweep_of
+from sweeps import leave_record, seed_trials
+from worker_bench import breaks
 
-from lora_vit.errors import ConfigError, Interrupted, TrialFailed
-from lora_vit.records import CHECKPOINT, read_record
-from lora_vit.stopping import StopRequest
-from lora_vit.sweep import claims as claims_module
-from lora_vit.sweep import worker as worker_module
-from lora_vit.sweep.claims import DEAD_AFTER, ENDED, FREE, HELD, Claims
-from lora_vit.sweep.pack_size import PackSizes, Setups, out_of_memory, own_device
-from lora_vit.sweep.plan import Sweep
+from lora_vit.errors import ConfigError, TrialFailed
+from lora_vit.records import read_record
+from lora_vit.sweep.claims import ENDED, FREE, Claims
+from lora_vit.sweep.pack_size import PackSizes, out_of_memory, own_device
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun
-
-Act = Callable[[list[TrialRun], Worker], None]
-
-
-class Bench:
-    """Workers whose packs do what ``act`` says, and then complete; each worker stands for a process."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.stop = folder, StopRequest()
-        self.act: Act = lambda trials, reporter: None
-        self.built: Callable[[Trial], object] = lambda trial: setup_of()
-        self.packs: list[list[int]] = []
-        self.said: list[str] = []
-        self.runs: list[TrialRun] = []
-
-    def train(self, trials: list[TrialRun], setup: object, reporter: Worker, stop: StopRequest) -> None:
-        assert setup is setup_of()
-        assert stop is self.stop
-        self.packs.append([trial.config.seed for trial in trials])
-        self.runs += trials
-        for trial in trials:
-            trial.write_record()
-        self.act(trials, reporter)
-        for trial in trials:
-            if trial.record.status == "running":
-                self.complete(trial, reporter)
-
-    def complete(self, trial: TrialRun, reporter: Worker) -> None:
-        trial.record.metrics["val_accuracy"] = 0.75
-        trial.complete()
-        reporter.left(trial)
-
-    def ask(self, trials: list[Trial], **options: Any) -> Sweep:
-        return sweep_of(self.folder, trials, **options)
-
-    def work(self, trials: list[Trial] | None = None, **options: Any) -> Worker:
-        """Ask for the trials, and be a new worker."""
-        if trials is not None:
-            self.ask(trials, **options)
-        claims = Claims(self.folder)
-        worker = Worker(Sweep.existing(self.folder), claims, self.stop, self.said.append)
-        try:
-            worker.work()
-        finally:
-            for name in list(claims._held):  # as `living` does
-                claims.release(name)
-        return worker
-
-    def fails(self, kind: type[Exception], *words: str) -> None:
-        """Be a new worker, which ends so."""
-        with pytest.raises(kind) as ended:
-            self.work()
-        assert all(word in str(ended.value) for word in words), ended.value
-
-    def statuses(self, trials: list[Trial]) -> list[str]:
-        return [read_record(self.folder / trial.trial_id).status for trial in trials]
-
-    def states(self, trials: list[Trial]) -> list[str]:
-        return claimed(self.folder, trials)
-
-
-@pytest.fixture
-def bench(tmp_path, monkeypatch) -> Bench:
-    made = Bench(tmp_path)
-    monkeypatch.setattr(worker_module, "train_trials", made.train)
-    monkeypatch.setattr(worker_module, "free_memory", lambda: None)  # takes long, and there is nothing to free
-    monkeypatch.setattr(worker_module, "POLL_EVERY", 0.001)
-    monkeypatch.setattr(Setups, "of", lambda setups, trial: made.built(trial))
-    return made
-
-
-def breaks(error: Callable[[], Exception], seeds: set[int] | None = None, more_than: int = 0) -> Act:
-    """Packs with one of these seeds (None: with any) and of more than so many trials raise the error."""
-
-    def act(trials: list[TrialRun], reporter: Worker) -> None:
-        if len(trials) > more_than and (seeds is None or seeds & {t.config.seed for t in trials}):
-            raise error()
-
-    return act
-
 
 # --- packs
 
@@ -303,163 +217,3 @@ def test_trials_that_left_before_the_error_are_not_trained_again(bench):
 )
 def test_what_says_that_memory_ran_out(error, ran_out):
     assert out_of_memory(error) is ran_out
-
-
-# --- other workers
-
-
-def test_a_worker_stays_while_something_is_held(bench, monkeypatch):
-    """S3: what its owner leaves is trained, also if it dies an hour later; no other may be there to do it."""
-    trials = seed_trials(3)
-    bench.ask(trials, pack_size="1")
-    other = another(bench.folder, *trials[:2])
-    naps: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        naps.append(seconds)
-        if len(naps) == 3:
-            other.release(trials[0].trial_id)
-        if len(naps) == 6:
-            other.release(trials[1].trial_id, ENDED)
-
-    monkeypatch.setattr(bench.stop, "sleep", sleep)
-    bench.work()
-    assert bench.packs == [[2], [0]]
-    assert len(naps) >= 6
-
-
-@pytest.mark.parametrize("its_owner_continues", [False, True])
-def test_what_is_left_of_anothers_pack_is_waited_for_a_moment(its_owner_continues, bench, monkeypatch):
-    """Its owner may be about to claim it; if it does not, it is taken."""
-    trials = seed_trials(3)
-    bench.ask(trials, pack_size="3")
-    other = another(bench.folder, trials[0])
-    naps: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        naps.append(seconds)
-        if its_owner_continues and len(naps) == 1:
-            assert all(other.take(trial.trial_id) for trial in trials[1:])
-        if len(naps) == 2:
-            for trial in trials:
-                other.release(trial.trial_id, ENDED)
-
-    monkeypatch.setattr(bench.stop, "sleep", sleep)
-    bench.work()
-    assert bench.packs == ([] if its_owner_continues else [[1, 2]])
-
-
-def test_who_measures_the_pack_size_is_waited_for(bench, monkeypatch):
-    sizes = [None, None, 2]
-    monkeypatch.setattr(PackSizes, "_measured", lambda *args: sizes.pop(0))
-    bench.work(seed_trials(3), pack_size="auto")
-    assert bench.packs == [[0, 1], [2]]
-
-
-def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
-    """S4, S5: suspended for longer than DEAD_AFTER; when it wakes up it writes nothing, and no worker gives up."""
-    trials = seed_trials(2)
-    sweep = bench.ask(trials)
-    now = [0.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(claims_module, "_is_running", lambda pid, born: True)
-
-    def successor() -> None:
-        claims = Claims(bench.folder)
-        claims.look()
-        assert claims.state(trials[0].trial_id) == HELD, "first seen now"
-        now[0] += DEAD_AFTER + 1
-        second = Worker(Sweep.existing(bench.folder), claims, bench.stop, bench.said.append)
-        bench.act = lambda runs, reporter: None
-        second.work()
-
-    late: list[TrialRun] = []
-
-    def act(runs: list[TrialRun], reporter: Worker) -> None:
-        late.extend(runs)
-        successor()
-        for run in runs:  # awake again
-            run.record.metrics["val_accuracy"] = 0.0
-            run.save()
-        pytest.fail("wrote where another has completed")
-
-    bench.act = act
-    bench.work()
-    assert bench.packs == [[0, 1], [0, 1]]
-    assert any(f"{trials[0].trial_id} was taken over" in line for line in bench.said)
-    assert bench.statuses(trials) == ["completed"] * 2
-    assert [read_record(sweep.folder_of(trial)).metrics["val_accuracy"] for trial in trials] == [0.75] * 2
-    assert not (sweep.folder_of(trials[0]) / CHECKPOINT).exists()
-    assert bench.states(trials) == [ENDED] * 2
-
-
-def test_a_claim_that_is_lost_and_free_again_is_taken_again(bench):
-    """What another process took over is left to it; the rest of the pack, and later the trial, are trained here."""
-    trials = seed_trials(2)
-
-    def act(runs: list[TrialRun], reporter: Worker) -> None:
-        if len(bench.packs) == 1:
-            for mark in ("", ".free"):
-                (bench.folder / ".claims" / f"{trials[0].trial_id}.2{mark}").touch()
-            runs[0].write_record()
-            pytest.fail("the pack continues")
-
-    bench.act = act
-    bench.work(trials)
-    assert bench.packs == [[0, 1], [0, 1]]
-    assert [line for line in bench.said if "taken over" in line] == [
-        f"{trials[0].trial_id} was taken over by another process"
-    ]
-    assert bench.statuses(trials) == ["completed"] * 2
-
-
-def test_how_far_the_trials_are_goes_into_the_signs_of_life(bench):
-    """A step of a pack is a part of an epoch of each of its trials."""
-    trials = seed_trials(2)
-    seen: list[float] = []
-
-    def act(runs: list[TrialRun], reporter: Worker) -> None:
-        runs[1].state.epoch = 3
-        reporter.advance(SimpleNamespace(trials=runs, step_in_epoch=1, steps_per_epoch=4))  # type: ignore[arg-type]
-        reporter.claims.beat()
-        other = Claims(bench.folder)
-        other.look()
-        seen.extend(other.epochs(trial.trial_id) for trial in trials)
-
-    bench.act = act
-    bench.work(trials)
-    assert seen == [0.25, 3.25]
-
-
-# --- requests to stop
-
-
-@pytest.mark.parametrize("raised", [Interrupted(signal.SIGINT), SystemExit(1), KeyboardInterrupt()])
-def test_a_pack_that_was_interrupted_is_given_back(raised, bench):
-    """Also by what a foreign handler raises."""
-    trials = seed_trials(2)
-    bench.ask(trials)
-
-    def act(runs: list[TrialRun], reporter: Worker) -> None:
-        raise raised
-
-    bench.act = act
-    with pytest.raises(type(raised)):
-        bench.work()
-    assert bench.packs == [[0, 1]]
-    assert bench.states(trials) == [FREE] * 2
-
-
-def test_a_request_to_stop_is_obeyed_before_the_next_pack(bench):
-    trials = [*seed_trials(2), *seed_trials(1, trainer__epochs=3)]
-
-    def act(runs: list[TrialRun], reporter: Worker) -> None:
-        bench.stop.signum = signal.SIGTERM
-
-    bench.act = act
-    bench.ask(trials, pack_size="1")
-    with pytest.raises(Interrupted) as caught:
-        bench.work()
-    assert caught.value.signum == signal.SIGTERM
-    assert bench.packs == [[0]]
-    assert bench.states(trials) == [ENDED, FREE, FREE]

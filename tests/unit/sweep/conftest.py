@@ -1,0 +1,19 @@
+"""A bench for workers: records and claims are real, nothing trains."""
+
+from __future__ import annotations
+
+import pytest
+from worker_bench import Bench
+
+from lora_vit.sweep import worker as worker_module
+from lora_vit.sweep.pack_size import Setups
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    made = Bench(tmp_path)
+    monkeypatch.setattr(worker_module, "train_trials", made.train)
+    monkeypatch.setattr(worker_module, "free_memory", lambda: None)  # takes long, and there is nothing to free
+    monkeypatch.setattr(worker_module, "POLL_EVERY", 0.001)
+    monkeypatch.setattr(Setups, "of", lambda setups, trial: made.built(trial))
+    return made
