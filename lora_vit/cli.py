@@ -21,6 +21,7 @@ from lora_vit.records import TrialRecord, read_record
 
 COMMANDS = {  # the module of each, and what it does
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
+    "fetch": ("lora_vit.fetch", "bring weights and images here, before jobs that have no network"),
     "sweep": ("lora_vit.sweep.__main__", "list a sweep's trials, or train some of them on this machine"),
     "summarize": ("lora_vit.summarize", "compare the trials of sweeps: tables, pictures, a report"),
     "evaluate": ("lora_vit.evaluate", "measure a trained trial's accuracy on its own data"),

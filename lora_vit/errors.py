@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def reporting() -> Iterator[None]:
     """For a command: an error that a user can cause is printed in one line, and ends the process."""
-    gc.set_threshold(10_000, 10, 10)  # importing torch makes a million objects that stay: collections took a third of it
+    gc.set_threshold(10_000, 10, 10)  # torch makes a million objects that stay: looking at them took a third of a start
     atexit.register(gc.freeze)  # nor are they garbage at the end
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as >&- does

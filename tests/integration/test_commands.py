@@ -111,6 +111,19 @@ def test_relative_paths_are_recorded_as_absolute_ones_of_the_same_trial(place):
         assert trial_id(config) == record.trial_id
 
 
+def test_fetch_decodes_what_a_trial_needs_once(place, tmp_path, call):
+    given = ["data=imagefolder", f"data.root={place}/images", "model=vit_tiny", "data.cache_size=16"]
+    given.append(f"data.cache_dir={tmp_path}/cache")
+    code, out, err = call("fetch", *given)
+    assert (code, err) == (0, "")
+    assert "ant" in out
+    assert "model=vit_tiny model.weights=GLYPHS_V1 data=imagefolder" in out
+    held = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert held
+    assert call("fetch", *given)[0] == 0
+    assert {file: file.stat().st_mtime_ns for file in held} == held
+
+
 def test_none_and_null_are_random_weights():
     for word in ("none", "None", "null"):
         assert trial_config(f"model.weights={word}").model.weights is None
