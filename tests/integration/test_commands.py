@@ -112,7 +112,7 @@ def test_relative_paths_are_recorded_as_absolute_ones_of_the_same_trial(place):
 
 
 def test_fetch_decodes_what_a_trial_needs_once(place, tmp_path, call):
-    given = ["data=imagefolder", f"data.root={place}/images", "model=vit_tiny", "data.cache_size=16"]
+    given = ["data=imagefolder", f"data.root={place}/images", "model=vit_tiny", "data.batch_size=8"]
     given.append(f"data.cache_dir={tmp_path}/cache")
     code, out, err = call("fetch", *given)
     assert (code, err) == (0, "")
