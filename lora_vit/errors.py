@@ -1,6 +1,5 @@
 """What a user can cause: four kinds of error, and the one place that turns them into a line and an exit code."""
 
-import atexit
 import contextlib
 import errno
 import gc
@@ -54,7 +53,6 @@ def one_line(error: BaseException) -> str:
 def reporting() -> Iterator[None]:
     """For a command: an error that a user can cause is printed in one line, and ends the process."""
     gc.set_threshold(10_000, 10, 10)  # torch makes a million objects that stay: looking at them took a third of a start
-    atexit.register(gc.freeze)  # nor are they garbage at the end
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as >&- does
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
