@@ -17,8 +17,9 @@ from typing import Any
 from lora_vit import __version__
 from lora_vit.config import TrialConfig, from_dict, is_weights_file
 from lora_vit.errors import RecordError, reporting
-from lora_vit.records import TrialRecord, read_record
+from lora_vit.records import PLAN, TrialRecord, read_record
 
+SWEEPS = Path("outputs/sweeps")
 COMMANDS = {  # the module of each, and what it does
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
     "fetch": ("lora_vit.fetch", "bring weights and images here, before jobs that have no network"),
@@ -54,15 +55,25 @@ def main(command: str | None = None) -> None:
     sys.exit(code)
 
 
+def named(text: str) -> Path:
+    """The folder that is given to a command; a sweep in ``outputs/sweeps`` may be given by its name."""
+    return SWEEPS / text if Path(text).name == text not in ("", "..") and (SWEEPS / text).is_dir() else Path(text)
+
+
 def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
     """Add the arguments of every command on a trial."""
-    parser.add_argument("folder", type=Path, help="folder of a completed trial")
+    parser.add_argument("folder", type=named, help="a completed trial's folder, or a sweep: its best cell's first seed")
     parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
     parser.add_argument("--device", choices=devices, default=devices[0])
 
 
 def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
-    """Record and config of the named trial, in its precision, weights and data where they are. Raises RecordError."""
+    """Record and config of the trial (of a sweep the chosen one, now in ``args``) to use here. Raises RecordError."""
+    if (args.folder / PLAN).is_file():
+        from lora_vit.analysis import summarize  # imports pandas
+
+        args.folder = summarize(args.folder).chosen
+        print(f"{args.folder}: of the best cell, the first seed", file=sys.stderr)
     try:
         record = read_record(args.folder)
     except FileNotFoundError:
@@ -91,5 +102,7 @@ def check_out(path: Path, option: str, suffix: str) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         tempfile.TemporaryFile(dir=path.parent).close()
+    except FileNotFoundError:
+        raise RecordError(f"{option} {path}: the folder {path.parent} is not there, make it or give another") from None
     except OSError as error:
         raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None

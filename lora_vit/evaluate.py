@@ -17,7 +17,10 @@ def run(args: argparse.Namespace) -> int:
     record, config = completed_trial(args, args.data_root)
     from lora_vit.trained import trained_pack
 
-    pack = trained_pack(args.folder, record, config)
+    try:
+        pack = trained_pack(args.folder, record, config)
+    except ConfigError as error:  # the setting is an option here
+        raise ConfigError(str(error).replace("data.root", "--data-root")) from None
     if args.split not in pack.setup.data.splits:
         raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
     predictions = pack.predict(args.split)[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import ConfigError
-from lora_vit.files import replacing, user_path
+from lora_vit.files import replacing, shown, user_path
 
 if TYPE_CHECKING:
     from lora_vit.trained import TrainedModel
@@ -21,8 +21,8 @@ BATCH = 64  # images that are classified together; more than these get a bar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trial(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders with images at any depth")
-    parser.add_argument("--top", type=int, help="how many classes to show (default: five, or all if there are fewer)")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--top", type=int, help="how many classes to show and write (default: show five, write one)")
+    parser.add_argument("--csv", type=Path, help="also write a row for each image to this file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
                 unreadable.append(str(found))
                 continue
             ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
-            rows += [(str(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: args.top or 5], 1)]
+            rows += [(shown(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: args.top or 5], 1)]
     if args.csv is not None:
         with replacing(args.csv) as file:
             writer = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
-            writer.writerows([("image", "rank", "class", "probability"), *rows])
+            writer.writerow(("image", "rank", "class", "probability"))
+            writer.writerows(row for row in rows if row[1] <= (args.top or 1))
     for image, rank, name, p in rows:  # after they are written: the reader of a pipe may leave early
         if rank == 1:
             print(_printable(image))

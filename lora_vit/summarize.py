@@ -1,4 +1,4 @@
-"""``python -m lora_vit.summarize outputs/sweeps/NAME``: what can be told apart, what cannot, and what it cost."""
+"""``python -m lora_vit.summarize NAME``: what can be told apart, what cannot, and what it cost."""
 
 if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
     from lora_vit import cli
@@ -18,8 +18,10 @@ from rich.markup import escape
 from lora_vit.analysis import Summary, export, summarize
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.texts import number
+from lora_vit.cli import named
 from lora_vit.errors import RecordError
 from lora_vit.files import replacing
+from lora_vit.terminal import from_here
 
 MOST_PROBLEMS = 20
 PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # heat maps: of earlier versions
@@ -28,7 +30,7 @@ PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # he
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("folders", nargs="+", metavar="FOLDER", help="a sweep's or a run's folder")
+    add("folders", nargs="+", type=named, metavar="SWEEP", help="a sweep's name, or the folder of a sweep or a run")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
     add("--where", metavar="CONDITION", help='which trials, for example "rank >= 4 and dropout == 0"')
     add("--margin", type=float, metavar="POINTS",
@@ -40,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files, print the comparison; 0. Raises RecordError: nothing to compare, or files cannot be written."""
-    out = Path(args.out or Path(args.folders[0]) / OUTPUT)
+    out = Path(args.out or args.folders[0] / OUTPUT)
     summary = summarize(args.folders, where=args.where, margin=args.margin)
     given = {"--out": args.out, "--where": args.where, "--margin": args.margin}
     options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
-    again = shlex.join([*args.folders, *options, *["--no-plots"] * args.no_plots])
+    again = shlex.join([*map(str, args.folders), *options, *["--no-plots"] * args.no_plots])
     files = render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,5 +93,6 @@ def _print(summary: Summary, top: int, out: Path) -> None:
     if math.isfinite(summary.test.mean):
         lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
     lines += filter(None, [summary.power_text()])
-    for line in [*lines, f"Report: {escape(str(out / 'report.html'))}"]:
+    use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (likewise evaluate, merge, export)"
+    for line in [*lines, f"Report: {escape(str(out / 'report.html'))}", f"The best cell's first seed: {escape(use)}"]:
         console.print(line, soft_wrap=True)  # paths stay whole

@@ -92,6 +92,12 @@ class Summary:
         ]
         return " ".join(line for line in lines if line)
 
+    @property
+    def chosen(self) -> Path:
+        """The folder of the trial to use: the best cell's first seed, since the best one of some seeds is luck."""
+        of_best = self.trials[self.trials["cell"] == best_cell(self.cells)["cell"]]
+        return Path(of_best[of_best["status"] == "completed"].sort_values("seed")["folder"].iloc[0])
+
     def _alone(self) -> str:
         cell = self.cells.iloc[0]
         figure = f"{with_interval(cell)} ({seeds(cell['n'])})"

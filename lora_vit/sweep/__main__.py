@@ -9,6 +9,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from lora_vit.cli import SWEEPS, named
 from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.engines.local import work_for_command
@@ -35,19 +36,18 @@ def run(args: argparse.Namespace) -> int:
         return work_for_command()
     from lora_vit.sweep.worker import work  # imports torch
 
-    work(Path(args.folder))
+    work(named(args.folder))
     return 0
 
 
 def find(text: str) -> Path:
     """The sweep's folder. Raises ConfigError with the names that exist."""
-    root = Path("outputs/sweeps")
-    for folder in (root / text, Path(text)):
-        if folder.is_dir() and ((folder / PLAN).is_file() or trial_folders(folder)):
-            return folder
-    names = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    folder = named(text)
+    if folder.is_dir() and ((folder / PLAN).is_file() or trial_folders(folder)):
+        return folder
+    names = sorted(p.name for p in SWEEPS.iterdir() if p.is_dir()) if SWEEPS.is_dir() else []
     known = f" (one of: {', '.join(names)})" if names else ""
-    raise ConfigError(f"{text} is neither a sweep in {root}/ nor the folder of one: give a name{known}")
+    raise ConfigError(f"{text} is neither a sweep in {SWEEPS}/ nor the folder of one: give a name{known}")
 
 
 def show(folder: Path) -> int:
