@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,11 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, to_dict, unknown_key, validate_sweep
 from lora_vit.distributed import started_by_torchrun
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
@@ -69,11 +71,13 @@ def in_one_line() -> Iterator[None]:
     """Raise ConfigError, with one line, for an error of Hydra or OmegaConf."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(explain(error)) from error
     except ValueError as error:
         if "Config group override must be" in str(error):
             raise ConfigError("a group has no option 'null': leave it out, or choose one (see --help)") from error
+        if "Only one of --run" in str(error):
+            raise ConfigError("--cfg and --info show one trial: leave -m out") from error
         raise
 
 
@@ -275,7 +279,8 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
         (first_of(given, "hydra.run."), "has no effect on a sweep: give sweep.name or hydra.sweep.dir"),
         (first_of(given, "hydra/launcher", "hydra.launcher"),
          "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),
-        (first_of(given, "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydra.output_subdir"),
+        (first_of(given, "hydra.sweep.subdir", "hydra.job.chdir", "hydra.job.env_set", "hydra.output_subdir",
+                  "hydra.verbose", "hydra.job_logging", "hydra/job_logging"),
          "has no effect on packed trials: leave it out, or choose hydra/sweeper=basic"),
         (not race and first_of(given, "sweep.first_seeds", "sweep.most_seeds"),
          "has no effect without sweep.margin, which makes the sweep a race"),
@@ -295,6 +300,8 @@ def refuse_misread_paths(lines: Sequence[str]) -> None:
     for override in OverridesParser.create().parse_overrides([line for line in lines if key_of(line) in PATHS]):
         if not override.is_sweep_override():
             value, text = override.value(), override.get_value_string()
+            if value == "":  # as of a shell's variable that is not set; it would mean the current folder
+                raise ConfigError(f"{override.key_or_group} has no value: give one, or leave it out")
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")
 
@@ -314,13 +321,19 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (
     (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
      lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
                             f"(one of: {', '.join(others.split())})"),
+    (r"Key '([^']+)' not in 'RootConfig'[\s\S]*In '\1/",
+     "its first line has to be: # @package _global_ (in UTF-8 without a byte order mark)".format),
+    (r"not in '[A-Z]\w+Config'\s+full_key: (\S+)", unknown_key),
+    (r"does not support deletion\s+full_key: (\S+)",
+     "{0} cannot be removed: give it a value, or null where it may have none".format),
+    (r"is not a ListConfig, list or tuple\.\s+full_key: (\S+)", "{0} is a list: give it as [a,b]".format),
 )  # fmt: skip
 """What Hydra's messages say, and what ours say."""
 
 
 def explain(error: BaseException) -> str:
     """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
-    chain = [error]
+    chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     for link in chain:
@@ -329,12 +342,19 @@ def explain(error: BaseException) -> str:
         if isinstance(link, OverrideParseException):
             key, _, text = str(link.override).partition("=")
             remedy = f": {quoted(key, text)}" if key.lstrip("+") in PATHS else ""
-            return f"cannot read the override '{link.override}' ({link.message.splitlines()[0]}){remedy}"
-    text = "\n".join(str(link) for link in chain)
+            return f"cannot read the override {link.override!r} ({link.message.splitlines()[0]}){remedy}"
+        if mark := getattr(link, "problem_mark", None):  # of YAML
+            return f"{mark.name}, line {mark.line + 1}: {link.problem}"
+        if isinstance(link, (YAMLError, UnicodeDecodeError)):
+            seen = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(link.__traceback__)]  # Hydra's
+            return f"{next(filter(None, seen), 'a YAML file')}: {one_line(link)}: save it as UTF-8"
+    text = "\n".join(map(str, reversed(chain)))  # the cause first
+    place = "".join(f"{name}.yaml: " for name in re.findall(r"In '([^']+)': \w+ raised while", text)[:1])
     for pattern, answer in _ANSWERS:
         if found := re.search(pattern, text):
-            return str(answer(*found.groups()))
+            return place + str(answer(*found.groups()))
     if found := re.search(r"full_key: (\S+)", text):
-        return f"{found[1]}: {next(str(link) for link in chain if found[0] in str(link)).splitlines()[0]}"
-    lines = [line for line in text.splitlines() if line and not line.startswith("In '")]
+        reason = next(str(link) for link in reversed(chain) if found[0] in str(link)).splitlines()[0]
+        return f"{place}{found[1]}: {reason}"
+    lines = [line for link in chain for line in str(link).splitlines() if line and not line.startswith("In '")]
     return lines[0] if lines else type(error).__name__

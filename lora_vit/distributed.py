@@ -92,7 +92,13 @@ def _join() -> Process:
     if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except RuntimeError as error:
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR", "MASTER_PORT")
+        given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        why = str(error).strip().splitlines()[0].rpartition("] ")[2]  # behind a place in C++
+        raise ConfigError(f"the processes cannot connect with {given} ({why}): change or unset these") from None
     return this_process()
 
 

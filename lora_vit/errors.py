@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO)  # a disk cannot be written, whatever is trained
+NO_SPACE = (*_FULL, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # a disk cannot be written, whatever is trained
 # Whether the user asks for tracebacks. (The command itself sets the variable later, so that Hydra raises.)
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -68,7 +68,7 @@ def reporting() -> Iterator[None]:
             gone = f"the folder that this is started in is gone ({error.strerror})"
             raise ConfigError(f"{gone}: cd to one that is there") from None
         yield
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(report(error))
     try:
         sys.stdout.flush()
@@ -96,6 +96,8 @@ def line_of(error: BaseException) -> str:
         return f"{error}: saved; {error.command} resumes"
     if isinstance(error, UserError):
         return f"error: {error}"
+    if isinstance(error, ImportError) and "failed to map" in str(error):
+        return f"error: too little memory to load a library ({error}): give this process more"
     if not isinstance(error, OSError):
         return ""
     place = error.filename or "a file"

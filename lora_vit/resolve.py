@@ -75,7 +75,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
             if OmegaConf.is_config(node):
                 plain[key] = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
-            raise ConfigError(f"{error.full_key} has no value: give one, for example {error.full_key}=...") from None
+            preset = ", or begin a preset of your own with `defaults: [NAME]`" * (len(OmegaConf.missing_keys(node)) > 1)
+            raise ConfigError(f"{(k := error.full_key)} has no value: give one, for example {k}=...{preset}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
     lora = plain["lora"]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     from lora_vit.config import TrialConfig, trial_id
     from lora_vit.records import NO_ACCURACY, RECORD
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
-    from lora_vit.terminal import from_here
+    from lora_vit.terminal import from_here, waiting
 
     folder = Path(hydra_cfg.runtime.output_dir)
     given: Any = OmegaConf.to_container(hydra_cfg, resolve=False)
@@ -56,7 +57,8 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     if "${trial_id:" in (given["sweep"]["subdir"] if in_sweep else given["run"]["dir"]):
         folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
     files = {"config": cfg, "hydra": {"hydra": hydra_cfg}, "overrides": hydra_cfg.overrides.task}
-    from lora_vit import run  # imports torch
+    with waiting("importing torch"):
+        from lora_vit import run
 
     shown = from_here(folder)
     try:
@@ -87,11 +89,15 @@ def main() -> None:
     with reporting():
         import hydra
 
-        from lora_vit.compose import HYDRA, register
+        from lora_vit.compose import HYDRA, first_of, register
 
         register()
-        if any(a.startswith("sweep=") for a in sys.argv[1:]) and not {"-m", "--multirun"} & set(sys.argv):
-            sys.argv.insert(1, "-m")  # a preset is a sweep
+        given = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
+        if len(given) < len(sys.argv) - 1 or first_of(given, "sweep="):  # a preset is a sweep
+            given = ["-m", *given]  # Hydra wants it before the first override
+        sys.argv[1:] = given
+        if wrong := next((a for a in given if re.match(r"--(?!config-|package|info|cfg|experimental-)\S+=", a)), ""):
+            raise ConfigError(f"{wrong}: give it without dashes, as {wrong[2:]}")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
         with distributed.group():
             try:

@@ -213,5 +213,7 @@ def _section(name: str, values: Any) -> Any:
 
 def unknown_key(key: str) -> str:
     """What is said of a key that no composed config has."""
-    sweep = [f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)]
-    return f"unknown key '{key}'{nearest(key, [*_SETTINGS, *sweep, *SECTIONS, 'seed']) or ' (see --help)'}"
+    known = [*_SETTINGS, *(f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)), *SECTIONS, "seed"]
+    if key in known:
+        return f"there is no '{key}': leave --config-name out, an experiment is chosen by experiment=NAME"
+    return f"unknown key '{key}'{nearest(key, known) or ' (see --help)'}"

@@ -58,6 +58,8 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
     if not config.root and not known.in_package:
         raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
     root, cache_dir = user_path(config.root or ""), user_path(config.cache_dir)
+    if not known.in_package and cache_dir.parts[0] == "~":
+        raise ConfigError(f"data.cache_dir={cache_dir}: no home folder is known here, give another folder or set HOME")
     size = config.cache_size if known.in_package else None
     wanted = Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)
     if wanted not in _FOUND:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_vit.analysis.race import Race, standing, wanted
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.records import SEARCH
 from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Sweep, label
@@ -152,9 +152,13 @@ class SearchSource(Source):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path, name = str(self.sweep.folder / SEARCH), digest([search["space"], search["bases"]])
-        file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
-        storage = optuna.storages.JournalStorage(file)
-        return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        try:
+            file = journal.JournalFileBackend(path, lock_obj=journal.JournalFileOpenLock(path))
+            storage = optuna.storages.JournalStorage(file)
+            return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:  # whatever is in the file
+            why = f"cannot be read by Optuna {optuna.__version__} ({one_line(error)})"
+            raise ConfigError(f"{path} {why}: move it away, a new study starts and no trial is lost") from None
 
     def _tell(self, study: Any) -> dict[str, Any]:
         """Tell what trials came to; returns the study's trials by the ids of ours."""

@@ -37,6 +37,15 @@ def test_a_process_alone():
         distributed.on_all(lambda: 1 // 0)
 
 
+def test_processes_that_cannot_connect_name_the_variables(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    error = RuntimeError("[enforce fail at /a/device.cc:84] ifa != nullptr. Unable to find: nope\nmore")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *given, **more: (_ for _ in ()).throw(error))
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME=nope.* \(ifa .*nope\): change or unset these"):
+        distributed._join()
+
+
 def test_whether_torchrun_started_us(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -34,7 +34,8 @@ CASES = [
     ("data=imagefolder", ["data.root"]),
     ("data=imagefolder data.root=nowhere", ["nowhere", "not a folder"]),
     ("data=imagefolder data.root=null", ["data.root has no value", "data=imagefolder"]),
-    ("data=imagefolder data.root=", ["data.root has no value", "data=imagefolder"]),
+    ("data=imagefolder data.root=", ["data.root has no value"]),
+    ("hydra.run.dir=", ["hydra.run.dir has no value", "leave it out"]),  # not the current folder
     ("data=imagefolder data.root=~nobody9/x", ["data.root", "in quotes"]),
     ("data=imagefolder data.root='~nobody9/x'", ["~nobody9/x is not a folder"]),
     ("data=digits model.weights='~nobody9/x.pth'", ["~nobody9/x.pth cannot be read"]),
@@ -44,6 +45,13 @@ CASES = [
     ("seed=-1", ["seed=-1"]),
     ("lora.rank=[1", ["lora.rank=[1"]),
     ("data=null", ["'null'", "leave it out", "--help"]),
+    ("~lora.rank", ["lora.rank", "cannot be removed"]),
+    ("lora.targets=on", ["lora.targets", "[a,b]"]),
+    ("lora.rank=8\r", [r"'lora.rank=8\r'"]),
+    ("--lora.rank=8", ["--lora.rank=8", "without dashes"]),
+    ("--experiment=quickstart", ["as experiment=quickstart"]),
+    ("--config-name=experiment/quickstart", ["leave --config-name out"]),
+    ("--cfg job lora.rank=1,2 -m", ["leave -m out"]),
     ("data=fake model=vit_tiny data.batch_size=8 trainer.accelerator=cpu trainer.devices=3", ["batch_size=8"]),
 ]
 
@@ -56,6 +64,31 @@ def test_wrong_setting(overrides, words, tmp_path, monkeypatch, call):
     (line,) = err.splitlines()
     assert [word for word in words if word not in line] == [], line
     assert list(tmp_path.iterdir()) == []
+
+
+HEAD = "# @package _global_\n"
+FILES = [  # of one's own: its group, its content, words that the one line must hold
+    ("experiment", "\ufeff" + HEAD + "lora: {rank: 8}", ["experiment/mine.yaml", "# @package _global_", "byte order"]),
+    ("experiment", "lora: {rank: 8}", ["experiment/mine.yaml", "first line", "# @package _global_"]),
+    ("experiment", HEAD + "lora: {rnk: 8}", ["experiment/mine.yaml", "lora.rnk", "lora.rank"]),
+    ("experiment", HEAD + "lora: {rank: 1e3}", ["experiment/mine.yaml", "lora.rank", "1000.0"]),
+    ("experiment", HEAD + "lora: {targets: on}", ["experiment/mine.yaml", "lora.targets", "[a,b]"]),
+    ("experiment", HEAD + "lora:\n\trank: 8", ["experiment/mine.yaml, line 3", "'\\t'"]),
+    ("experiment", HEAD + "lora: [8", ["experiment/mine.yaml, line 2"]),
+    ("experiment", (HEAD + "lora: {rank: 8}").encode("utf-16"), ["experiment/mine.yaml", "UTF-8"]),
+    ("experiment", (HEAD + "# \xe9").encode("latin-1"), ["experiment/mine.yaml", "UTF-8"]),
+    ("lora", "rank: 8\nalpha: 16", ["lora.method", "`defaults: [NAME]`"]),
+]
+
+
+@pytest.mark.parametrize(("group", "content", "words"), FILES)
+def test_a_file_of_ones_own(group, content, words, tmp_path, monkeypatch, call):
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("train", "--config-dir=.", "model=vit_tiny", "data=fake", f"{group}=mine")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert [word for word in words if word not in err] == [], err
 
 
 @pytest.mark.parametrize("overrides", ["lora.rank=0", "lora.rnk=8"])

@@ -38,6 +38,8 @@ def script(action: str) -> str:
         ("raise OSError(28, 'No space', 'there')", 1, "error: there cannot be written (No space): make room"),
         ("raise PermissionError(13, 'Denied', 'there')", 1, "error: there cannot be written or read (Denied): give"),
         ("raise FileNotFoundError(2, 'No such file', 'there')", 1, "error: there is gone"),
+        ("raise ImportError('t.so: failed to map segment')", 1, "error: too little memory to load a library (t.so"),
+        ("raise ImportError('no such name')", 1, "Traceback"),
         ("raise KeyError('x')", 1, "Traceback"),
     ],
 )

@@ -138,3 +138,10 @@ def test_without_fetching_nothing_is_downloaded(name, trial, tmp_path, monkeypat
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
     assert not is_identified(trial(tmp_path / "none", fetch=False, name=name))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_is_told(pets, trial, monkeypatch):
+    """And gets no folder that is called ~."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match=r"data\.cache_dir=~/x: no home folder .* another folder or set HOME"):
+        trial(pets, cache_dir="~/x")

@@ -276,6 +276,8 @@ REFUSED = [
     (["lora.rank=1,2", "seed=0,1", "sweep.margin=1"], ["seed cannot be swept in a race (sweep.margin)", "seed=0"]),
     (["lora.rank=1,2", "sweep.margin=1", "data.split_seed=${seed}"], ["data depends on the seed"]),
     (["seed=0,1", "hydra.job.chdir=true"], ["hydra.job.chdir=true has no effect", "hydra/sweeper=basic"]),
+    (["seed=0,1", "hydra.verbose=true"], ["hydra.verbose=true has no effect", "hydra/sweeper=basic"]),
+    (["seed=0,1", "hydra/job_logging=default"], ["hydra/job_logging=default has no effect", "hydra/sweeper=basic"]),
     (["seed=0,1", "hydra.sweep.subdir=x"], ["hydra.sweep.subdir=x has no effect", "hydra/sweeper=basic"]),
     (["seed=0,1", "hydra.run.dir=x"], ["hydra.run.dir=x has no effect on a sweep", "sweep.name"]),
     (["lora.rank=1,2", "lora.alpha=${rank_times:2}", "hydra.run.dir=x"], ["hydra.run.dir=x has no effect on a sweep"]),

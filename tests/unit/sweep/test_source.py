@@ -264,6 +264,14 @@ def test_settings_that_were_suggested_before_do_not_count(search_of):
     assert len(study.trials) > 3, "they were suggested again"
 
 
+@pytest.mark.parametrize("line", ["garbage", '{"op_code": 99, "worker_id": "x"}'])
+def test_a_study_that_cannot_be_read_is_named(line, search_of):
+    source = search_of("s", 2, "lora.rank=choice(1,2)")
+    (source.sweep.folder / "search.db").write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"search\.db cannot be read by Optuna .*: move it away"):
+        source.extend()
+
+
 def test_failed_trials_end_nothing_and_count_once_they_have_a_value(search_of):
     source = search_of(trials=12)
     order = train(source, failing=4)
