@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_vit import randomness
-from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_file
+from lora_vit.config import DATASETS, ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
@@ -29,7 +29,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
-from lora_vit.models.weights import fetch_weights, load_weights
+from lora_vit.models.weights import SHIPPED, fetch_weights, load_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -178,6 +178,10 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
         line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
+        if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[config.data.name].in_package:
+            line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "
+                     "model.image_size=224 (vit_b_16-c867db91.pth of download.pytorch.org/models, 330 MB; without a "
+                     "network model.weights=FILE)")  # fmt: skip
         if line and line not in ready:
             print(line)
         ready += [what for what in (m, needs, config.data, line) if what not in ready]

@@ -4,14 +4,24 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+
+from lora_vit.stopping import repeating
+
+WORTH_SAYING = 20.0  # seconds of work after which its rate says when it ends
+
+
+def waiting(what: str) -> AbstractContextManager[None]:
+    """A line every few seconds, as long as the context lasts."""
+    return repeating(lambda: print(f"{what} ...", file=sys.stderr, flush=True), every=4.0)
 
 
 class Every:
@@ -35,25 +45,29 @@ class Progress:
         self.figures = ""  # shown instead of the rate
         self.console = make_console(quiet)
         self._done = self._before = done
-        self._start = time.perf_counter()
+        self._start = self._since = time.perf_counter()
         self._plain = Every(10.0)  # seconds between two lines where there is no terminal
         self._bar: RichProgress | None = None
         if self.console.is_terminal and not quiet:
             columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[figures]}")
-            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._bar = RichProgress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(what, total=total, completed=done, figures="")
             self._bar.start()
 
     def advance(self, count: int) -> None:
         self._done += count
-        rate = (self._done - self._before) / max(time.perf_counter() - self._start, 1e-9)
-        figures = self.figures or f"{rate:,.0f} {self.unit}/s"
+        now = time.perf_counter()
+        ran = now - self._since
+        rate = (self._done - self._before) / max(ran, 1e-9)
+        figures = self.figures or f"{rate:,.{'0f' if rate >= 10 else '2g'}} {self.unit}/s"
+        if self._since > self._start and ran > WORTH_SAYING and rate:
+            figures += f"  about {(self.total - self._done) / rate:,.0f} s left"
         if self._bar is not None:
             self._bar.update(self._task, total=self.total, completed=self._done, figures=figures)
         elif self._plain.due():
-            left = (self.total - self._done) / rate
-            done = f"{self._done:,}/{self.total:,} {self.unit}"
-            self.console.print(f"{self.what}: {done}  {figures}  about {left:,.0f} s left")
+            self.console.print(f"{self.what}: {self._done:,}/{self.total:,} {self.unit}  {figures}")
+        if count and self._since == self._start:  # what came before was the start
+            self._since, self._before = now, self._done
 
     def close(self) -> None:
         if self._bar is not None:

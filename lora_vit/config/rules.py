@@ -34,7 +34,7 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
         if count is None:
             _each_once(key, numbers, also)
 
-    return {"check": check}
+    return {"check": check, "says": f"{what}{where}{also}"}
 
 
 def choice(*names: str, also: str = "") -> dict[str, Any]:
@@ -46,7 +46,7 @@ def choice(*names: str, also: str = "") -> dict[str, Any]:
             one_of(key, word, names)
         _each_once(key, words, also)
 
-    return {"check": check}
+    return {"check": check, "says": f"of {', '.join(names)}{also}"}
 
 
 def _each_once(key: str, values: list[Any], also: str) -> None:

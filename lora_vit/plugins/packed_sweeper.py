@@ -31,12 +31,14 @@ class PackedSweeper(Sweeper):
         """Run the sweep for Hydra; returns the validation accuracies. Raises TrialFailed if a trial has none."""
         from lora_vit.compose import sweep_request
         from lora_vit.sweep.engines.local import start_early
+        from lora_vit.terminal import waiting
 
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
         request = sweep_request(self.config)
         request.ended = self._call_back
-        from lora_vit.sweep.run import run_sweep  # imports torch
+        with waiting("importing torch"):
+            from lora_vit.sweep.run import run_sweep
 
         return list((run_sweep(request) or {}).values())
 

@@ -172,6 +172,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
         size *= 2
     return {
         "size": best,
+        "beside_load": setup.device.type == "cpu" and psutil.getloadavg()[0] > (psutil.cpu_count() or 1),
         "limited_by_trials": LARGEST >= size > len(configs) and misses < MOST_MISSES,
         "seconds_per_trial_epoch": {str(k): round(v, 5) for k, v in seconds.items()},
         "memory_bytes": {str(k): v for k, v in memory.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ def test_a_backbone_is_pretrained(tmp_path):
     assert "step 2/2" in run(SCRIPTS / "pretrain_backbone.py", empty, "--out", str(tmp_path / "b.safetensors"), *few)
     ours = load_file(SCRIPTS.parent / "lora_vit" / "models" / "vit_tiny.safetensors")
     assert load_file(tmp_path / "b.safetensors").keys() == ours.keys()
+
+
+def test_the_page_of_settings_is_what_the_schema_and_conf_say():
+    """`python scripts/settings_reference.py` writes it again."""
+    script = runpy.run_path(str(SCRIPTS / "settings_reference.py"))
+    assert script["PAGE"].read_text() == script["page"]()
 
 
 @pytest.mark.slow

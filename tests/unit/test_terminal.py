@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lora_vit import terminal
-from lora_vit.terminal import Every, Progress, from_here, make_console, print_table
+from lora_vit.terminal import Every, Progress, from_here, make_console, print_table, waiting
 
 
 @pytest.fixture
@@ -39,10 +40,17 @@ def test_lines_now_and_then_where_there_is_no_terminal(hands, capsys):
     progress.advance(75)
     progress.close()
     assert capsys.readouterr().out.splitlines() == [
-        "decoding: 2,100/4,000 images  100 images/s  about 19 s left",
-        "decoding: 2,925/4,000 images  90 images/s  about 12 s left",
-        "decoding: 3,000/4,000 images  loss 0.5  about 20 s left",
+        "decoding: 2,100/4,000 images  100 images/s",  # since the first ones were done, at 105 s
+        "decoding: 2,925/4,000 images  86 images/s",
+        "decoding: 3,000/4,000 images  loss 0.5  about 23 s left",
     ]
+
+
+def test_what_is_waited_for_is_told_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "repeating", lambda action, every: contextlib.nullcontext(every and action()))
+    with waiting("importing torch"):
+        pass
+    assert capsys.readouterr().err == "importing torch ...\n"
 
 
 def test_a_context_says_what_was_done_in_which_time(hands, capsys):
@@ -50,6 +58,10 @@ def test_a_context_says_what_was_done_in_which_time(hands, capsys):
         progress.advance(1500)
         hands.now = 102.25
     assert capsys.readouterr().out == "decoding: 1,500 files in 2.2 s\n"
+    with Progress("training", 9, quiet=False, unit="steps") as progress:
+        hands.now += 200
+        progress.advance(5)
+    assert "training: 5/9 steps  0.025 steps/s\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="x"), Progress("decoding", 3, quiet=False):
         raise ValueError("x")
     assert capsys.readouterr().out == ""

@@ -86,6 +86,15 @@ def test_workers_share_threads_and_memory_and_are_no_more_than_trials(
     assert idle._threads == max(1, threads // count)
 
 
+def test_threads_that_a_variable_takes_away_are_told(idle, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for asked in ("1", "auto"):
+        assert idle.number_of_workers(asked, seed_trials(3)) == 1
+    assert capsys.readouterr().out.count("OMP_NUM_THREADS=1 leaves 1 of 8 cores") == 1
+
+
 def test_each_worker_has_a_gpu(idle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

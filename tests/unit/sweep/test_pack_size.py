@@ -245,6 +245,7 @@ def test_the_figures_behind_a_choice(monkeypatch):
     assert figures == {
         "size": 2,
         "limited_by_trials": True,
+        "beside_load": figures["beside_load"],
         "seconds_per_trial_epoch": {"1": 1.0, "2": 0.12346},
         "memory_bytes": {"1": 7, "2": 14},
     }

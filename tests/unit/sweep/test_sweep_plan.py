@@ -76,6 +76,10 @@ def test_a_change_by_another_process_is_seen_and_only_changes_are_written(tmp_pa
     assert ours.refresh()
     assert ours.plan["pack_sizes"] == {"x": {"size": 2}}
     assert ours.batches[0][0] is ours.trials[ours.batches[0][0].trial_id]
+    with ours.changing() as plan:
+        plan["pack_sizes"]["y"] = {"size": 1, "beside_load": True}
+    ours.ask(Request(tmp_path, ours.options), [], set())
+    assert ours.plan["pack_sizes"] == {"x": {"size": 2}}, "what was measured beside other load is not kept"
 
 
 def test_a_plan_is_changed_by_one_process_at_a_time(tmp_path):

@@ -135,12 +135,13 @@ def test_progress_counts_epochs_of_all_and_estimates_by_its_own_speed(watched, m
         watched.owner.progress = done
         watched.owner.beat()
         watched.look()
+    now[0] += 25
     watched.end(first)
     watched.end(second)
     watched.look()
     lines = [line for line in watched.out.getvalue().splitlines() if line.startswith("sweep: ")]
-    assert lines == ["sweep: 3/8 epochs  0/4 trials ended, 2 running  about 75 s left",
-                     "sweep: 4/8 epochs  2/4 trials ended, 0 running, best 75.00%  about 40 s left"]  # fmt: skip
+    assert lines == ["sweep: 3/8 epochs  0/4 trials ended, 2 running",
+                     "sweep: 4/8 epochs  2/4 trials ended, 0 running, best 75.00%  about 100 s left"]  # fmt: skip
     assert view.free() == 2
 
 
