@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         with replacing(args.csv) as file:
             writer = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
-            writer.writerow(("image", "rank", "class", "probability"))
-            writer.writerows(row for row in rows if row[1] <= (args.top or 1))
+            kept = (row for row in rows if row[1] <= (args.top or 1))
+            writer.writerows([("image", "rank", "class", "probability"), *kept])
     for image, rank, name, p in rows:  # after they are written: the reader of a pipe may leave early
         if rank == 1:
             print(_printable(image))

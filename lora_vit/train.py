@@ -93,9 +93,8 @@ def main() -> None:
 
         register()
         given = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
-        if len(given) < len(sys.argv) - 1 or first_of(given, "sweep="):  # a preset is a sweep
-            given = ["-m", *given]  # Hydra wants it before the first override
-        sys.argv[1:] = given
+        many = len(given) < len(sys.argv) - 1 or first_of(given, "sweep=")  # a preset is a sweep
+        sys.argv[1:] = ["-m", *given] if many else given  # Hydra wants it before the first override
         if wrong := next((a for a in given if re.match(r"--(?!config-|package|info|cfg|experimental-)\S+=", a)), ""):
             raise ConfigError(f"{wrong}: give it without dashes, as {wrong[2:]}")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
