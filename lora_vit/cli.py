@@ -5,10 +5,8 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 """
 
 import argparse
-import errno
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -98,11 +96,5 @@ def check_out(path: Path, option: str, suffix: str) -> None:
     """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
     if path.suffix != suffix:
         raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except FileNotFoundError:
-        raise RecordError(f"{option} {path}: the folder {path.parent} is not there, make it or give another") from None
-    except OSError as error:
-        raise RecordError(f"{option} {path} cannot be written ({error.strerror}): give another file") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")

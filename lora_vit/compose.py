@@ -25,15 +25,14 @@ from yaml import YAMLError
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, to_dict, unknown_key, validate_sweep
 from lora_vit.distributed import started_by_torchrun
-from lora_vit.errors import ConfigError, one_line
+from lora_vit.errors import ConfigError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
 from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}
-"""How Hydra is asked to behave; from 1.4 on it behaves so by itself."""
+HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # by itself from 1.4
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
 
@@ -68,7 +67,7 @@ def initialized() -> Iterator[None]:
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Raise ConfigError, with one line, for an error of Hydra or OmegaConf."""
+    """Raise ConfigError, with one line, for an error of Hydra, OmegaConf or YAML that a user can cause."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
@@ -78,6 +77,10 @@ def in_one_line() -> Iterator[None]:
             raise ConfigError("a group has no option 'null': leave it out, or choose one (see --help)") from error
         if "Only one of --run" in str(error):
             raise ConfigError("--cfg and --info show one trial: leave -m out") from error
+        raise
+    except OSError as error:  # Hydra makes the folder
+        if line := line_of(error):
+            raise ConfigError(line.removeprefix("error: ")) from error
         raise
 
 
@@ -215,8 +218,7 @@ def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
         own, moved = to_dict(trial.config), to_dict(other.config)
         for key, value in moved.items():
             if key != "seed" and value != own[key]:
-                raise ConfigError(f"{key} depends on the seed: a race compares cells over its seeds, so give every "
-                                  "setting but seed a value of its own")  # fmt: skip
+                raise ConfigError(f"{key} depends on the seed, over which a race compares: give it a value of its own")
 
 
 def search_space(
@@ -311,7 +313,7 @@ def quoted(key: str, text: str) -> str:
     return f"give the name in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
 
 
-_ANSWERS: tuple[tuple[str, Any], ...] = (
+_ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what ours say
     (r"Could not override '(hydra.sweeper.params[^']*)'",
      "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2".format),
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)".format),
@@ -328,7 +330,6 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (
      "{0} cannot be removed: give it a value, or null where it may have none".format),
     (r"is not a ListConfig, list or tuple\.\s+full_key: (\S+)", "{0} is a list: give it as [a,b]".format),
 )  # fmt: skip
-"""What Hydra's messages say, and what ours say."""
 
 
 def explain(error: BaseException) -> str:

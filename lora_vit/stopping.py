@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,3 +72,8 @@ def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def waiting(what: str) -> contextlib.AbstractContextManager[None]:
+    """A line every few seconds, as long as the context lasts."""
+    return repeating(lambda: print(f"{what} ...", file=sys.stderr, flush=True), every=4.0)

@@ -4,7 +4,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from lora_vit.stopping import repeating
-
 WORTH_SAYING = 20.0  # seconds of work after which its rate says when it ends
-
-
-def waiting(what: str) -> AbstractContextManager[None]:
-    """A line every few seconds, as long as the context lasts."""
-    return repeating(lambda: print(f"{what} ...", file=sys.stderr, flush=True), every=4.0)
 
 
 class Every:
@@ -44,7 +36,7 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self.figures = ""  # shown instead of the rate
         self.console = make_console(quiet)
-        self._done = self._before = done
+        self.done = self._before = done
         self._start = self._since = time.perf_counter()
         self._plain = Every(10.0)  # seconds between two lines where there is no terminal
         self._bar: RichProgress | None = None
@@ -55,19 +47,19 @@ class Progress:
             self._bar.start()
 
     def advance(self, count: int) -> None:
-        self._done += count
+        self.done += count
         now = time.perf_counter()
         ran = now - self._since
-        rate = (self._done - self._before) / max(ran, 1e-9)
+        rate = (self.done - self._before) / max(ran, 1e-9)
         figures = self.figures or f"{rate:,.{'0f' if rate >= 10 else '2g'}} {self.unit}/s"
         if self._since > self._start and ran > WORTH_SAYING and rate:
-            figures += f"  about {(self.total - self._done) / rate:,.0f} s left"
+            figures += f"  about {(self.total - self.done) / rate:,.0f} s left"
         if self._bar is not None:
-            self._bar.update(self._task, total=self.total, completed=self._done, figures=figures)
+            self._bar.update(self._task, total=self.total, completed=self.done, figures=figures)
         elif self._plain.due():
-            self.console.print(f"{self.what}: {self._done:,}/{self.total:,} {self.unit}  {figures}")
+            self.console.print(f"{self.what}: {self.done:,}/{self.total:,} {self.unit}  {figures}")
         if count and self._since == self._start:  # what came before was the start
-            self._since, self._before = now, self._done
+            self._since, self._before = now, self.done
 
     def close(self) -> None:
         if self._bar is not None:
@@ -79,7 +71,7 @@ class Progress:
     def __exit__(self, kind: Any, *error: object) -> None:
         self.close()
         if kind is None:
-            self.console.print(f"{self.what}: {self._done:,} {self.unit} in {time.perf_counter() - self._start:.1f} s")
+            self.console.print(f"{self.what}: {self.done:,} {self.unit} in {time.perf_counter() - self._start:.1f} s")
 
 
 def make_console(quiet: bool = False) -> Console:
@@ -93,9 +85,7 @@ def from_here(folder: Path) -> str:
     return shlex.quote(str(full.relative_to(here) if full.is_relative_to(here) else folder))
 
 
-def print_table(
-    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], most: int | None = None
-) -> None:
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any], most: int = 10**9) -> None:
     """A plain table under a title, of so many rows at most."""
     table = Table(*header, box=None, pad_edge=False)
     for row in rows[:most]:
@@ -103,5 +93,5 @@ def print_table(
     if title:
         console.print(f"[bold]{title}[/bold]")
     console.print(table)
-    if most is not None and len(rows) > most:
+    if len(rows) > most:
         console.print(f"... {len(rows) - most} more")

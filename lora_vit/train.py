@@ -1,6 +1,5 @@
 """Train one trial or a sweep: ``python -m lora_vit.train lora.rank=8``. Hydra composes; only then torch is imported."""
 
-import functools
 import os
 import re
 import shlex
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed
-from lora_vit.errors import ConfigError, Interrupted, RecordError, line_of, reporting
+from lora_vit.errors import ConfigError, Interrupted, RecordError, reporting
 from lora_vit.files import remove_empty
 
 
@@ -35,7 +34,8 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     from lora_vit.config import TrialConfig, trial_id
     from lora_vit.records import NO_ACCURACY, RECORD
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
-    from lora_vit.terminal import from_here, waiting
+    from lora_vit.stopping import waiting
+    from lora_vit.terminal import from_here
 
     folder = Path(hydra_cfg.runtime.output_dir)
     given: Any = OmegaConf.to_container(hydra_cfg, resolve=False)
@@ -74,22 +74,12 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     return float(accuracy)
 
 
-def _refuse(error: Exception) -> None:
-    """Raise what Hydra stopped at, in one line where a user can cause it."""
-    from lora_vit.compose import in_one_line
-
-    if isinstance(error, OSError) and (line := line_of(error)):  # Hydra makes the folder
-        raise ConfigError(line.removeprefix("error: ")) from error
-    with in_one_line():
-        raise error
-
-
 def main() -> None:
     """Command-line entry. Hydra composes the command line and calls the task; in a group, in each process."""
     with reporting():
         import hydra
 
-        from lora_vit.compose import HYDRA, first_of, register
+        from lora_vit.compose import HYDRA, first_of, in_one_line, register
 
         register()
         given = [a for a in sys.argv[1:] if a not in ("-m", "--multirun")]
@@ -100,11 +90,13 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
         with distributed.group():
             try:
-                hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(task)()
+                with in_one_line():
+                    hydra.main(config_path="pkg://lora_vit.conf", config_name="config", **HYDRA)(task)()
             except SystemExit as end:
                 raise end.code if isinstance(end.code, Exception) else end from None
             except Exception as error:
-                distributed.on_all(functools.partial(_refuse, error))
+                distributed.from_all(str(error))  # the others may have composed
+                raise
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class PackedSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep for Hydra; returns the validation accuracies. Raises TrialFailed if a trial has none."""
         from lora_vit.compose import sweep_request
+        from lora_vit.stopping import waiting
         from lora_vit.sweep.engines.local import start_early
-        from lora_vit.terminal import waiting
 
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()

@@ -272,8 +272,9 @@ def test_the_outputs_place_is_tested_before_any_work(command, option, copy, call
     (copy / "base.pth").unlink()  # so that work would end in another line
     given = arguments(command, copy)[: 2 if command == "predict" else 1]
     out = Path("nowhere", "x.csv" if command == "predict" else "x.safetensors")
-    assert_refused(call(command, *given, option, out), f"{option} {out}: the folder nowhere is not there, make it")
-    out.mkdir(parents=True)
+    assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written", "in a folder that is there")
+    out = copy / out.name
+    out.mkdir()
     assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written")
 
 

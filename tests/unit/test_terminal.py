@@ -9,8 +9,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lora_vit import terminal
-from lora_vit.terminal import Every, Progress, from_here, make_console, print_table, waiting
+from lora_vit import stopping, terminal
+from lora_vit.terminal import Every, Progress, from_here, make_console, print_table
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_lines_now_and_then_where_there_is_no_terminal(hands, capsys):
 
 
 def test_what_is_waited_for_is_told_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "repeating", lambda action, every: contextlib.nullcontext(every and action()))
-    with waiting("importing torch"):
+    monkeypatch.setattr(stopping, "repeating", lambda action, every: contextlib.nullcontext(every and action()))
+    with stopping.waiting("importing torch"):
         pass
     assert capsys.readouterr().err == "importing torch ...\n"
 
