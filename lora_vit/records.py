@@ -129,18 +129,12 @@ def state_of(folder: Path, config: TrialConfig | None = None, expected_id: str =
     if config is not None:
         expected_id = expected_id or trial_id(config)
         if record.trial_id != expected_id:
-            difference = _first_difference(record.config, to_dict(config))
             problem = f"{folder} holds trial {record.trial_id}, this is trial {expected_id}: give another folder"
-            return State("refused", problem=f"{problem} ({difference})")
+            # the first setting that differs; that of the weights last: a path does not matter, its sha256 does
+            for name in sorted((*IDENTITY, "seed"), key=lambda name: name == "model.weights"):
+                section, _, key = name.rpartition(".")
+                there, here = ((v[section] if section else v)[key] for v in (record.config, to_dict(config)))
+                if there != here:
+                    break
+            return State("refused", problem=f"{problem} ({name} is {there} there, {here} here)")
     return State(record.shown_status(), record)
-
-
-def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """``key is theirs there, ours here`` of the first setting that makes it another trial."""
-    # that of the weights last: a path does not matter, its sha256 does
-    for name in sorted((*IDENTITY, "seed"), key=lambda name: name == "model.weights"):
-        section, _, key = name.rpartition(".")
-        a, b = ((values[section] if section else values)[key] for values in (theirs, ours))
-        if a != b:
-            break
-    return f"{name} is {a} there, {b} here"

@@ -15,8 +15,7 @@ from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 
-UNKNOWN_ID = "TRIAL"
-"""Stands for a trial id in a path, while that would need a download to know."""
+UNKNOWN_ID = "TRIAL"  # stands for a trial id in a path, while that would need a download to know
 SECTIONS_BESIDE = ("hydra", "sweep", "engine")
 
 

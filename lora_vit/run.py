@@ -85,8 +85,8 @@ def launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world
     Raises as :func:`train`, also where a process ends without a report.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise ConfigError(f"trainer.devices={config.trainer.devices}: processes are started from the main thread "
-                          "alone, so give 1 or call from there")  # fmt: skip
+        several = f"trainer.devices={config.trainer.devices}"
+        raise ConfigError(f"{several}: the main thread alone can start processes, so give 1 or call from there")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

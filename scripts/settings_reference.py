@@ -4,6 +4,7 @@ python scripts/settings_reference.py
 """
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -46,21 +47,17 @@ def table(title: str, kind: type, values: dict[str, object], said: dict[str, str
 
 def page() -> str:
     """The whole page."""
-    schema = (ROOT / "lora_vit/config/schema.py").read_text()
     parts = [HEAD]
     for section, kind in SECTIONS.items():
         text = (ROOT / "conf" / section / f"{DEFAULTS[section]}.yaml").read_text()
-        own = re.search(rf"class {kind.__name__}:.*?(?=\n\n\n)", schema, re.DOTALL)
-        said = described(own[0] if own else "") | described(text)
+        said = described(inspect.getsource(kind)) | described(text)
         parts.append(table(f"{section}.* ({section}={DEFAULTS[section]})", kind, yaml.safe_load(text), said))
     config = (ROOT / "conf/config.yaml").read_text()
     seed = described(config)["seed"]
     parts.append(f"\n## seed\n\n`seed` (int, default `0`): {seed}.\n")
     parts.append(table("sweep.*", SweepConfig, yaml.safe_load(config)["sweep"], described(config)))
     for name, kind in ENGINES.items():
-        said = {key: " ".join(words.split()).rstrip(".") for key, words in
-                re.findall(r"^ +(\w+): (.*?)(?=\n +\w+: |\n *$|\Z)", kind.__doc__ or "", re.MULTILINE | re.DOTALL)}
-        parts.append(table(f"engine.* (engine={name})", kind, {"name": name}, said))
+        parts.append(table(f"engine.* (engine={name})", kind, {"name": name}, described(inspect.getsource(kind))))
     return "".join(parts)
 
 

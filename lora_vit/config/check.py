@@ -9,8 +9,7 @@ from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
 from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
 
-SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
-"""torchvision's arguments that make a Vision Transformer."""
+SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # of torchvision's
 
 
 def validate(trial: TrialConfig) -> None:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def find(text: str) -> Path:
     """The sweep's folder. Raises ConfigError with the names that exist."""
     folder = named(text)
-    if folder.is_dir() and ((folder / PLAN).is_file() or trial_folders(folder)):
+    if (folder / PLAN).is_file() or trial_folders(folder):
         return folder
     names = sorted(p.name for p in SWEEPS.iterdir() if p.is_dir()) if SWEEPS.is_dir() else []
     known = f" (one of: {', '.join(names)})" if names else ""

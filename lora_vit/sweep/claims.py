@@ -5,9 +5,7 @@ its owner's token. The highest N of a trial is its claim, until ``TRIAL.N.free``
 owner is done with it. Whoever finds the trial free, or its owner dead, creates N + 1. Nothing is removed, so nothing
 can be removed by mistake. ``TOKEN.owner`` is an owner's one sign of life for all its claims, and says how far they are.
 
-An owner is dead when its process on this machine has ended, or when it has given no sign of life for two minutes by
-our own clock: clocks of other machines are never compared. An owner that was only stopped for so long may wake up, so
-each asks whether a claim is still its own before it writes a record or a checkpoint (:meth:`Claims.mine`).
+docs/architecture.md (*Sweeps*) says when an owner is dead, and what one does that wakes up (:meth:`Claims.mine`).
 """
 
 import contextlib
@@ -39,29 +37,24 @@ def this_host() -> str:
 
 
 def _born(pid: int) -> str:
-    """When Linux started a process (ids are used again); empty if it has ended or is a zombie."""
+    """When Linux started a process (ids are used again), elsewhere nothing; ``ended`` if it has, or is a zombie."""
+    if not Path("/proc/self").exists():
+        return "" if psutil.pid_exists(pid) else ENDED
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
-def _is_running(pid: int, born: str) -> bool:
-    return _born(pid) == born if Path("/proc/self").exists() else psutil.pid_exists(pid)
+        return ENDED
+    return ENDED if fields[0] == "Z" else fields[19]
 
 
 class Claims:
-    """This process's claims in one sweep's folder, and how those of others stood at the last look.
-
-    ``progress``: epochs of the trials that we train, by trial id, for others to see.
-    """
+    """This process's claims in one sweep's folder, and how those of others stood at the last look."""
 
     def __init__(self, folder: Path):
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = uuid.uuid4().hex
-        self.progress: dict[str, float] = {}
+        self.progress: dict[str, float] = {}  # epochs of the trials that we train, for others to see
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
         self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
@@ -194,7 +187,7 @@ class Claims:
             if name not in self._signs or self._signs[name][0] != sign:
                 self._signs[name] = (sign, time.monotonic())
             is_silent = time.monotonic() - self._signs[name][1] > DEAD_AFTER
-            has_ended = is_here and not _is_running(int(values["pid"]), str(values["born"]))
+            has_ended = is_here and _born(values["pid"]) != values["born"]
             self._owners[name] = is_silent or has_ended, values
         return self._owners[name]
 

@@ -53,10 +53,7 @@ def uses_gpus(trials: Sequence[Trial]) -> bool:
 
 
 def own_device(trials: Sequence[Trial], claims: Claims) -> int:
-    """The index of the first visible GPU that no other worker of the sweep has claimed; 0 on a CPU, which is shared.
-
-    Raises ConfigError if every visible GPU has a worker.
-    """
+    """The index of the first visible GPU that no other worker has claimed; 0 on a CPU, shared. Raises ConfigError."""
     if not uses_gpus(trials):
         return 0
     claims.look()
@@ -64,8 +61,7 @@ def own_device(trials: Sequence[Trial], claims: Claims) -> int:
         if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
             torch.cuda.set_device(index)
             return index
-    raise ConfigError(f"every GPU that is visible here ({torch.cuda.device_count()}) has a worker of this sweep "
-                      "already: start one worker for each GPU")  # fmt: skip
+    raise ConfigError(f"all {torch.cuda.device_count()} visible GPUs have a worker of this sweep: start one for each")
 
 
 def free_memory() -> None:
@@ -99,10 +95,7 @@ class PackSizes:
         self._sizes[group.key] = max(1, trials // 2)
 
     def known(self, group: Group) -> dict[str, Any] | None:
-        """What was measured for the group on this kind of machine, with as many workers.
-
-        None if it was measured with too few trials to say anything for so many.
-        """
+        """What was measured for the group on this kind of machine, with as many workers; not with far fewer trials."""
         found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
         if found and found["limited_by_trials"]:
             return found if len(group.trials) < 2 * max(map(int, found["seconds_per_trial_epoch"])) else None
@@ -148,7 +141,6 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
 
     Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
     The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
-    Raises Interrupted when asked to stop.
     """
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
@@ -187,10 +179,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
-    """Seconds that the steps of one epoch of one trial take in a pack of these, and the most bytes held meanwhile.
-
-    Raises Interrupted when asked to stop.
-    """
+    """Seconds that the steps of one epoch of one trial take in a pack of these, most bytes held. Raises Interrupted."""
     gc.collect()  # what an earlier pack left
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.device)

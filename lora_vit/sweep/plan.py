@@ -43,14 +43,7 @@ class Request:
 
 
 class Sweep:
-    """The trials under one folder, as every process sees them.
-
-    Attributes:
-        trials: every trial of the plan by its id.
-        batches: the trials that are to train, in the order of training; packs never cross a batch.
-        planned: the same in one list.
-        options, race, search: of the newest command (:class:`Request`).
-    """
+    """The trials under one folder, as every process sees them."""
 
     def __init__(self, folder: Path):
         """Read the plan, an empty one where there is none. Raises ConfigError where it cannot be read."""
@@ -90,13 +83,14 @@ class Sweep:
         if schema == 3:
             plan = _from_schema_3(plan)
         elif schema != PLAN_SCHEMA:
-            raise ConfigError(f"{path} has version {schema}, this program writes {PLAN_SCHEMA}: use the matching "
-                              "version of lora_vit, or another sweep.name")  # fmt: skip
+            how = f"this version reads {PLAN_SCHEMA}: use the matching version of lora_vit, or another sweep.name"
+            raise ConfigError(f"{path} has version {schema}, {how}")
         try:
             trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
+            # those that are to train, in the order of training; packs never cross a batch
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
             self.planned = [trial for batch in self.batches for trial in batch]
-            self.options = SweepConfig(**plan["options"])
+            self.options = SweepConfig(**plan["options"])  # of the newest command, as are race and search
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
         self.plan, self.trials, self._version = plan, trials, version
@@ -115,10 +109,7 @@ class Sweep:
 
     @contextlib.contextmanager
     def changing(self) -> Any:
-        """Hold the plan while no other process does; what is changed in ``self.plan`` is written at the end.
-
-        Raises ConfigError where the folder cannot be written, or its file system has no locks.
-        """
+        """Hold the plan while no other process does; what changes in ``self.plan`` is written at the end."""
         try:
             with locked(self.folder / ".sweep.lock"):
                 self.refresh()
@@ -193,10 +184,7 @@ def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
 
 def trial_folders(folder: Path) -> list[Path]:
     """Folders of the sweep that hold a record; files and folders of others are left alone."""
-    try:
-        return sorted(p for p in folder.iterdir() if (p / RECORD).is_file())
-    except OSError:
-        return []
+    return sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
 
 
 def short_key(key: str) -> str:

@@ -48,10 +48,9 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     request = replace(request, trials=trials)
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
-    for devices in (trial.config.trainer.devices for trial in trials):
-        if devices not in ("auto", "1"):
-            raise ConfigError(f"trainer.devices={devices}: a pack trains on one device: give sweep.workers={devices} "
-                              "(or hydra/sweeper=basic, one trial after another)")  # fmt: skip
+    for devices in {trial.config.trainer.devices for trial in trials} - {"auto", "1"}:
+        remedy = f"give sweep.workers={devices} (or hydra/sweeper=basic, one trial after another)"
+        raise ConfigError(f"trainer.devices={devices}: a pack trains on one device: {remedy}")
     engine = start_engine(request.engine, request.folder)
     request.workers = engine.number_of_workers(options.workers, trials * (search or {"trials": 1})["trials"])
     if options.dry_run:
@@ -102,8 +101,8 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
         print(f"note: data={unread[0].config.data.name} has not been read yet: which trials are finished is not known")
     elif changed:
         before = ", ".join(earlier[tuple(trial.overrides)] for trial in changed[:3]) + ", ..." * (len(changed) > 3)
-        print(f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before}); "
-              "they are trained again, and the summary does not mix the two")  # fmt: skip
+        was = f"note: {len(changed)} of these trials were run here with other images, weights or defaults ({before})"
+        print(f"{was}; they are trained again, and the summary does not mix the two")
     return list(once.values())
 
 
@@ -179,22 +178,20 @@ def follow(source: Source, engine: Engine, view: View, request: Request) -> bool
 
 def _end(engine: Engine, view: View, stop: StopRequest) -> None:
     """End as the user asks: a terminal is asked whether workers that outlive the command are to end too."""
-    if engine.outlives_us and not _asks_to_cancel(view):
-        view.say("the workers continue; the same command follows them again")
-        raise Interrupted(stop.signum)
+    if engine.outlives_us:
+        view.progress.close()
+        answer = ""
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty() and sys.stderr.isatty():
+                answer = input("end the workers too, once they have saved? [y/N] ")
+        if not answer.strip().lower().startswith("y"):
+            view.say("the workers continue; the same command follows them again")
+            raise Interrupted(stop.signum)
     view.say("asking the workers to save and to end")
     engine.stop()
     while engine.look()[0]:
         time.sleep(engine.poll_every)
     raise Interrupted(stop.signum or signal.SIGTERM)
-
-
-def _asks_to_cancel(view: View) -> bool:
-    view.progress.close()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty() and sys.stderr.isatty():
-            return input("end the workers too, once they have saved? [y/N] ").strip().lower().startswith("y")
-    return False
 
 
 def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, float]:

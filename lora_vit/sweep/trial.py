@@ -12,16 +12,12 @@ from lora_vit.config.names import BASELINES
 
 @dataclass
 class Trial:
-    """One trial of a sweep.
-
-    ``overrides``: what makes it this trial, as on the command line. ``label``: the swept settings, short. ``board``:
-    name of its folder of event files, which stays when a later command sweeps other settings.
-    """
+    """One trial of a sweep."""
 
     config: TrialConfig
-    overrides: list[str] = field(default_factory=list)
-    label: str = ""
-    board: str = ""
+    overrides: list[str] = field(default_factory=list)  # what makes it this trial, as on the command line
+    label: str = ""  # the swept settings, short
+    board: str = ""  # its folder of event files, whose name stays when a later command sweeps other settings
     trial_id: str = field(init=False)
     cell_id: str = field(init=False)
 

@@ -39,17 +39,16 @@ def accuracy_of(state: State | None) -> float | None:
 class View:
     """Watches the trials of a sweep: a bar, or plain lines when piped, and a line for each trial that ends.
 
-    It reads what any process can read: the plan, the claims and the records. ``trials``: those that the command waits
-    for, and those that others have added; ``ended``: what has become of them, by their ids.
+    It reads what any process can read: the plan, the claims and the records.
     """
 
     def __init__(self, sweep: Sweep, trials: Sequence[tuple[Trial, State]]):
         self.sweep, self.claims = sweep, Claims(sweep.folder)
-        self.trials = {trial.trial_id: trial for trial, _ in trials}
+        self.trials = {trial.trial_id: trial for trial, _ in trials}  # we wait for, and others have added
         self.ended = {trial.trial_id: state for trial, state in trials if state.ended}
         self._trained = {t.trial_id: float(s.record.metrics.get("epoch") or 0) for t, s in trials if s.record}
-        self._shown, total = self._epochs()
-        self.progress = Progress("sweep", total, quiet=False, unit="epochs", done=self._shown)
+        done, total = self._epochs()
+        self.progress = Progress("sweep", total, quiet=False, unit="epochs", done=done)
         self.console = self.progress.console
 
     def look(self) -> list[tuple[Trial, State]]:
@@ -74,9 +73,8 @@ class View:
         figures = f"{count} trials ended, {len(self.running())} running" + (f", best {best:.2%}" if best else "")
         done, self.progress.total = self._epochs()
         self.progress.figures = figures
-        if done > self._shown or self.console.is_terminal:
-            self.progress.advance(done - self._shown)
-            self._shown = done
+        if done > self.progress.done or self.console.is_terminal:
+            self.progress.advance(done - self.progress.done)
         return new
 
     def open(self) -> list[Trial]:

@@ -31,10 +31,7 @@ OF_THE_DEVICE = re.compile("CUDA error|CUDA driver|cuDNN error|CUBLAS_STATUS|NCC
 
 
 def work(folder: Path) -> None:
-    """Be a worker of a sweep on a device of one's own, until no trial is left that is open or held by another process.
-
-    Raises what :meth:`Worker.work` raises; ConfigError also if there is no such sweep, or no device.
-    """
+    """Be a worker of a sweep on a device of its own, until no trial is open or held by others; raises as it does."""
     say = functools.partial(make_console().print, markup=False)
     with StopRequest() as stop, Claims(folder).living() as claims:
         sweep = Sweep.existing(folder)
@@ -66,7 +63,6 @@ class Worker(Reporter):
         self.setups = Setups(Process(local_rank=own_device(sweep.planned, claims)))
         self.sizes = PackSizes(sweep, self.setups, stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
-        self.cannot: dict[str, str] = {}  # trials that this process cannot train, and why
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
@@ -85,9 +81,8 @@ class Worker(Reporter):
             finally:
                 for trial in trials:
                     self.claims.release(trial.trial_id)
-        if self.cannot:
-            name, why = next(iter(self.cannot.items()))
-            raise ConfigError(f"{len(self.cannot)} trials cannot be trained here: {name}: {why}")
+        for name, why in self.packs.skip.items():
+            raise ConfigError(f"{len(self.packs.skip)} trials cannot be trained here: {name}: {why}")
 
     def claimed(self) -> Iterator[tuple[Group, list[Trial]]]:
         """Claim pack after pack, and wait while others hold what is left, until nothing is left that we can train."""
@@ -95,15 +90,15 @@ class Worker(Reporter):
         asked = -1  # trials that had ended when we asked for more
         while True:
             self.stop.heed()
-            standing = self.packs.look(self.cannot)
+            standing = self.packs.look()
             if standing == ENDED or (standing != FREE and asked != self.claims.ended()):
                 asked = self.claims.ended()  # another worker may just have asked
                 is_new = self.source.extend()
-                standing = self.packs.look(self.cannot) if is_new or standing == ENDED else standing
+                standing = self.packs.look() if is_new or standing == ENDED else standing
             if standing == ENDED:
                 return
             is_vain = True
-            for pack in self.packs.take(self.size_of, self.cannot, strays):
+            for pack in self.packs.take(self.size_of, strays):
                 is_vain, asked = False, -1
                 yield pack
                 self.stop.heed()
@@ -122,7 +117,7 @@ class Worker(Reporter):
     def give_up(self, trial_ids: list[str], why: str) -> None:
         """Leave trials to other processes."""
         self.say(f"{len(trial_ids)} trials cannot be trained here: {why}")
-        self.cannot.update(dict.fromkeys(trial_ids, why))
+        self.packs.skip.update(dict.fromkeys(trial_ids, why))
 
     def train_pack(self, group: Group, trials: list[Trial], setup: Setup) -> None:
         """Train trials together that stand at one step of their epochs; after an error, each half by itself."""

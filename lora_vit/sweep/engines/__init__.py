@@ -54,20 +54,13 @@ class LocalEngine:
 
 @dataclass
 class SlurmEngine:
-    """``engine=slurm``: each worker is a job. The names are submitit's, and mean what they mean there.
-
-    Attributes:
-        timeout_min: minutes of a job; a worker that has not ended by then saves, and is queued again.
-        gpus_per_node: of a job; a worker trains on one.
-        signal_delay_s: seconds before the limit at which it is asked to save.
-        max_num_timeout: how often it is queued again.
-    """
+    """``engine=slurm``: each worker is a job. The names are submitit's, and mean what they mean there."""
 
     name: str = "slurm"
     job_name: str = "lora_vit"
-    timeout_min: int = 60
+    timeout_min: int = 60  # minutes of a job; a worker that has not ended by then saves, and is queued again
     cpus_per_task: int | None = None
-    gpus_per_node: int | None = None
+    gpus_per_node: int | None = None  # of a job; a worker trains on one
     mem_gb: int | None = None
     partition: str | None = None
     qos: str | None = None
@@ -79,8 +72,8 @@ class SlurmEngine:
     cpus_per_gpu: int | None = None
     mem_per_gpu: str | None = None
     mem_per_cpu: str | None = None
-    signal_delay_s: int = 120
-    max_num_timeout: int = 100
+    signal_delay_s: int = 120  # seconds before the limit at which it is asked to save
+    max_num_timeout: int = 100  # how often it is queued again
     array_parallelism: int = 256
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     setup: list[str] | None = None
@@ -88,22 +81,14 @@ class SlurmEngine:
 
 @dataclass
 class RayEngine:
-    """``engine=ray``: each worker is a task.
-
-    Attributes:
-        address: of a running cluster, or ``auto``; None: a cluster of its own on this machine.
-        num_cpus: of a task.
-        num_gpus: of a task; None: 1 if the cluster has GPUs.
-        resources: further ones of a task, by name.
-        runtime_env: as Ray's.
-    """
+    """``engine=ray``: each worker is a task."""
 
     name: str = "ray"
-    address: str | None = None
-    num_cpus: float = 1
-    num_gpus: float | None = None
-    resources: dict[str, float] = field(default_factory=dict)
-    runtime_env: dict[str, Any] = field(default_factory=dict)
+    address: str | None = None  # of a running cluster, or ``auto``; None: a cluster of its own on this machine
+    num_cpus: float = 1  # of a task
+    num_gpus: float | None = None  # of a task; None: 1 if the cluster has GPUs
+    resources: dict[str, float] = field(default_factory=dict)  # further ones of a task, by name
+    runtime_env: dict[str, Any] = field(default_factory=dict)  # as Ray's
 
 
 ENGINES: dict[str, Any] = {"local": LocalEngine, "slurm": SlurmEngine, "ray": RayEngine}

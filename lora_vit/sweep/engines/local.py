@@ -74,8 +74,7 @@ class Local(Engine):
             most = min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
             limit, cores = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
             if limit and not wanted and most == torch.get_num_threads() < min(cores, len(trials)):
-                print(f"note: OMP_NUM_THREADS={limit} leaves {most} of {cores} cores to the sweep: unset it, or give "
-                      "sweep.workers=N for N workers of one thread")  # fmt: skip
+                print(f"note: OMP_NUM_THREADS={limit} leaves {most} of {cores} cores: unset it, or give sweep.workers")
         count = max(1, min(wanted or most, len(trials)))
         self._threads = max(1, torch.get_num_threads() // count)
         return count

@@ -47,9 +47,8 @@ class Ray(Engine):
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
                          runtime_env=parameters["runtime_env"] or None)  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
-            why = f"no Ray cluster ({str(error).splitlines()[0]})"
-            raise ConfigError(f"engine.address={address}: {why}: start one with `ray start --head`, or leave the "
-                              "address out") from None  # fmt: skip
+            why = f"engine.address={address}: no Ray cluster ({str(error).splitlines()[0]})"
+            raise ConfigError(f"{why}: start one with `ray start --head`, or leave the address out") from None
         finally:
             signal.signal(signal.SIGTERM, ours)  # Ray's handler would end the command with code 15
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0

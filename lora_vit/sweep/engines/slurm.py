@@ -21,18 +21,13 @@ QUEUE_EVERY = 10.0  # seconds between two questions to Slurm, whose sites thrott
 
 
 @dataclass
-class Job:
+class Job(submitit.helpers.Checkpointable):
     """What a job runs. On its time limit or preemption it saves, and submitit queues it again."""
 
     folder: Path
 
     def __call__(self) -> int:
-        """Be a worker; returns its exit code."""
         return exit_code(self.folder)
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit when the job is to be queued again."""
-        return submitit.helpers.DelayedSubmission(self)
 
 
 class Slurm(Engine):

@@ -151,7 +151,7 @@ def test_a_process_of_this_machine_that_has_ended_loses_its_claim_at_once(born, 
 
 def test_a_zombie_has_ended(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", ""])
-    while claims_module._born(child.pid):
+    while claims_module._born(child.pid) != ENDED:
         time.sleep(0.01)
     assert take(claims_of(tmp_path, pid=child.pid, born="1"))
     assert seen(claims_of(tmp_path)) == FREE

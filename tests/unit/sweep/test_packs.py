@@ -13,12 +13,12 @@ from lora_vit.sweep.trial import Group, Trial
 
 def packs_of(sweep: Sweep) -> Packs:
     packs = Packs(sweep, Claims(sweep.folder))
-    packs.look({})
+    packs.look()
     return packs
 
 
-def taken(packs: Packs, size: int, skip=(), strays: bool = False) -> list[list[Trial]]:
-    return [trials for _, trials in packs.take(lambda group: size, skip, strays)]
+def taken(packs: Packs, size: int, strays: bool = False) -> list[list[Trial]]:
+    return [trials for _, trials in packs.take(lambda group: size, strays)]
 
 
 def test_groups_and_batches_have_their_own_packs(tmp_path):
@@ -28,7 +28,7 @@ def test_groups_and_batches_have_their_own_packs(tmp_path):
         sweep.extend(later := seed_trials(5)[3:])
     packs = packs_of(sweep)
     assert taken(packs, 2) == [trials[:2], trials[2:3], trials[3:], later]
-    assert packs.look({}) == HELD
+    assert packs.look() == HELD
 
 
 def test_packs_are_cut_from_what_was_asked_for(tmp_path):
@@ -49,10 +49,10 @@ def test_what_trains_together_does_not_depend_on_who_is_faster(looked, tmp_path)
     packs = packs_of(sweep_of(tmp_path, trials))
     other = another(tmp_path, trials[0])
     if looked:
-        assert packs.look({}) == FREE
+        assert packs.look() == FREE
     assert taken(packs, 3) == [trials[3:]]
     other.release(trials[0].trial_id)
-    packs.look({})
+    packs.look()
     assert taken(packs, 3) == [trials[:3]]
 
 
@@ -67,7 +67,7 @@ def test_if_others_were_faster_ever_fewer_packs_are_tried(tmp_path):
     assert taken(packs, 1) == [[trial] for trial in trials[7:]]
     assert tried == [trials[i].trial_id for i in (0, 1, 3, 7, 8, 9)]
     other.release(trials[5].trial_id)
-    packs.look({})
+    packs.look()
     assert taken(packs, 1) == [[trials[5]]]
 
 
@@ -83,10 +83,10 @@ def test_strays_are_the_rest_of_packs_whose_first_trial_another_has(tmp_path):
     trials = seed_trials(6)
     packs = packs_of(sweep_of(tmp_path, trials))
     another(tmp_path, trials[0], trials[3], trials[4])
-    packs.look({})
+    packs.look()
     assert taken(packs, 3) == []
     for left in ([trials[1:3]], [trials[5:]], []):
-        packs.look({})
+        packs.look()
         assert taken(packs, 3, strays=True) == left
 
 
@@ -104,13 +104,14 @@ def test_what_a_record_says_has_ended_is_passed_over_and_marked(tmp_path):
 def test_what_cannot_be_trained_here_is_left_and_counts_for_none(tmp_path):
     trials = seed_trials(3)
     packs = packs_of(sweep_of(tmp_path, trials))
-    here = {trials[0].trial_id: "no images"}
-    assert taken(packs, 3, skip=here) == [trials[1:]]
-    assert packs.look(here) == HELD
+    packs.skip[trials[0].trial_id] = "no images"
+    assert taken(packs, 3) == [trials[1:]]
+    assert packs.look() == HELD
     for trial in trials[1:]:
         packs.claims.release(trial.trial_id, ENDED)
-    assert packs.look(here) == ENDED
-    assert packs.look({}) == FREE
+    assert packs.look() == ENDED
+    packs.skip.clear()
+    assert packs.look() == FREE
 
 
 def test_a_group_whose_size_is_being_measured_is_passed_over(tmp_path):
@@ -120,5 +121,5 @@ def test_a_group_whose_size_is_being_measured_is_passed_over(tmp_path):
     def size_of(group: Group) -> int | None:
         return None if group.trials[0] is packs.sweep.batches[0][0] else 2
 
-    assert [pack for _, pack in packs.take(size_of, {})] == [trials[2:]]
-    assert packs.look({}) == FREE
+    assert [pack for _, pack in packs.take(size_of)] == [trials[2:]]
+    assert packs.look() == FREE

@@ -61,8 +61,8 @@ class Engine:
     def work(self, most: int = 99) -> None:
         sweep, claims = Sweep.existing(self.folder), Claims(self.folder)
         packs = Packs(sweep, claims)
-        packs.look({})
-        for _, (trial,) in itertools.islice(packs.take(lambda group: 1, {}), most):
+        packs.look()
+        for _, (trial,) in itertools.islice(packs.take(lambda group: 1), most):
             fields = {"status": "completed"} | self.outcome(trial)
             leave_record(sweep, trial, **fields)
             claims.release(trial.trial_id, ENDED)

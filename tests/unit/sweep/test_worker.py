@@ -62,7 +62,7 @@ def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
     trials = seed_trials(1, trainer__accelerator="auto")
     others = [Claims(tmp_path) for _ in range(3)]
     assert [own_device(trials, claims) for claims in others[:2]] == chosen == [0, 1]
-    with pytest.raises(ConfigError, match=r"\(2\).*one worker for each GPU"):
+    with pytest.raises(ConfigError, match=r"all 2 visible GPUs have a worker .*: start one for each"):
         own_device(trials, others[2])
     assert own_device(seed_trials(1), others[2]) == 0, "a CPU is shared"
 

@@ -74,7 +74,7 @@ def test_a_stalled_owner_gives_way_and_its_successor_trains(bench, monkeypatch):
     sweep = bench.ask(trials)
     now = [0.0]
     monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(claims_module, "_is_running", lambda pid, born: True)
+    monkeypatch.setattr(claims_module, "_born", lambda pid: "")
 
     def successor() -> None:
         claims = Claims(bench.folder)
