@@ -58,14 +58,11 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
 def sweep(
     trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None, **options: Any
 ) -> Sweep:
-    """Train many trials together.
+    """Train many trials together; raises as :func:`train`.
 
-    Args:
-        trials: configs, or overrides as after ``python -m lora_vit.train -m``, in which commas separate values.
-        folder: of the sweep; overrides may do without one, and get the folder that the command would give them.
-        options: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
-
-    Raises likewise.
+    ``trials``: configs, or overrides as after ``python -m lora_vit.train -m``, in which commas separate values.
+    ``folder``: of the sweep; overrides may do without one, and get the folder that the command would give them.
+    ``options``: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
     """
     forget()
     lines = [trial for trial in trials if isinstance(trial, str)]

@@ -192,8 +192,7 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     for i, lines in enumerate(swept, 1):
         try:
             node = composer([*fixed, *lines])
-            cwd = Path(str(node.hydra.runtime.cwd))
-            config = from_omegaconf(node, in_sweep=True, fetch=composer.fetch, cwd=cwd)
+            config = from_omegaconf(node, True, composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
             trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))

@@ -36,9 +36,8 @@ def _check_sizes(m: ModelConfig) -> None:
             refuse(f"model.{key}", None, f"is impossible: {m.name} is made from its sizes, give a number from 1 up")
     size, patch, _, heads, width, _ = (getattr(m, key) for key in SIZES)
     if size % patch:
-        below = max(patch, size // patch * patch)
-        remedy = f"give for example {below} or {below + patch}"
-        refuse("model.image_size", size, f"is not a multiple of the patch size {patch}: {remedy}")
+        near = max(patch, size // patch * patch)
+        refuse("model.image_size", size, f"is not a multiple of the patch size {patch}: give {near} or {near + patch}")
     if width % heads:
         refuse("model.hidden_dim", width, f"is not a multiple of model.num_heads={heads}: change one of them")
 
@@ -50,8 +49,7 @@ def _check_timm(m: ModelConfig) -> None:
     if not re.fullmatch(r"[\w.]+", m.name):
         refuse("model.name", m.name, "is not a name of timm's: give one like vit_small_patch14_dinov2.lvd142m")
     if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
-        remedy = "give DEFAULT (those of the name's tag), a file, or null for random weights"
-        refuse("model.weights", m.weights, f"is unknown for {m.name}: {remedy}")
+        refuse("model.weights", m.weights, f"is unknown for {m.name}: give DEFAULT, a file, or null for random weights")
 
 
 def _check_data(d: DataConfig) -> None:
@@ -80,8 +78,7 @@ def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
         if lora.method != "lora" and value is not None and f.name != "method":
-            remedy = "drop it, or choose adapters with lora=default"
-            refuse(f"lora.{f.name}", value, f"has no effect with lora={lora.method}: {remedy}")
+            refuse(f"lora.{f.name}", value, f"has no effect with lora={lora.method}: drop it, or give lora=default")
         if lora.method == "lora" and value is None and f.name != "blocks":
             refuse(f"lora.{f.name}", value, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)

@@ -58,8 +58,7 @@ class Sweep:
         sweep = cls(folder)
         if not sweep._version:
             raise ConfigError(f"{folder} is not a sweep folder (no {PLAN}): give a path like outputs/sweeps/NAME")
-        version = sweep.plan["version"]
-        if version not in (None, __version__):
+        if (version := sweep.plan["version"]) not in (None, __version__):
             raise ConfigError(f"{folder} was planned by lora_vit {version}, this is {__version__}: install the same")
         return sweep
 

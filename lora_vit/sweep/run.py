@@ -16,7 +16,7 @@ from rich.console import Console
 from lora_vit.build import prepare
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
-from lora_vit.errors import ConfigError, Interrupted, TrialFailed
+from lora_vit.errors import ConfigError, Interrupted, RecordError, TrialFailed
 from lora_vit.records import RECORD, write_record
 from lora_vit.resolve import is_identified
 from lora_vit.stopping import StopRequest
@@ -243,7 +243,6 @@ def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     print_table(console, source.title(), header, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas
-        from lora_vit.errors import RecordError
 
         with contextlib.suppress(RecordError):  # all have failed
             console.print(summarize(sweep.folder).verdict, markup=False)

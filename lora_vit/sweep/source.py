@@ -121,8 +121,7 @@ def import_optuna(trials: int) -> tuple[Any, Any]:
         import optuna
         from optuna.storages import journal
     except ImportError as error:
-        needs = f"sweep.trials={trials} needs Optuna from version 4 on ({error})"
-        raise ConfigError(f"{needs}: pip install 'lora_vit[search]'") from None
+        raise ConfigError(f"sweep.trials={trials} needs Optuna 4 ({error}): pip install 'lora_vit[search]'") from None
     return optuna, journal
 
 

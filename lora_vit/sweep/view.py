@@ -70,9 +70,9 @@ class View:
         for trial, state in new:
             self.say(f"[{count}] {ending(trial, state)}")
         best = max((accuracy_of(state) or 0.0 for state in self.ended.values()), default=0.0)
-        figures = f"{count} trials ended, {len(self.running())} running" + (f", best {best:.2%}" if best else "")
+        running = f"{count} trials ended, {len(self.running())} running"
+        self.progress.figures = running + (f", best {best:.2%}" if best else "")
         done, self.progress.total = self._epochs()
-        self.progress.figures = figures
         if done > self.progress.done or self.console.is_terminal:
             self.progress.advance(done - self.progress.done)
         return new

@@ -54,7 +54,7 @@ class Local(Engine):
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
         self.folder = folder.resolve()
-        self._crews: list[tuple[Any, int]] = []
+        self._crews: list[Any] = []  # processes, each forked for ``count`` workers
         self._threads = 1
         start_early()
 
@@ -86,28 +86,28 @@ class Local(Engine):
             orders = {"folder": str(self.folder), "count": count, "threads": self._threads}
             process.stdin.write(json.dumps(orders) + "\n")
             process.stdin.flush()
-        self._crews.append((process, count))
+        process.count = count
+        self._crews.append(process)
         return ""
 
     def look(self) -> tuple[int, list[str]]:
-        news = []  # a process that was forked for several workers counts until all have ended
-        for process, count in list(self._crews):
-            if (code := process.poll()) is not None:
-                self._crews.remove((process, count))
-                lines = _last_words(process)
-                if code and code - 128 not in SIGNALS:
-                    news.append("\n  ".join([f"workers have failed (exit code {code}):", *lines]))
-        return sum(count for _, count in self._crews), news
+        news = []
+        for process in [process for process in self._crews if process.poll() is not None]:
+            self._crews.remove(process)
+            lines, code = _last_words(process), process.returncode
+            if code and code - 128 not in SIGNALS:
+                news.append("\n  ".join([f"workers have failed (exit code {code}):", *lines]))
+        return sum(process.count for process in self._crews), news  # each counts until all of its workers have ended
 
     def stop(self, now: bool = False) -> None:
-        for process, _ in self._crews:
+        for process in self._crews:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL) if now else process.send_signal(signal.SIGTERM)
 
     def withdraw(self) -> None:
         for process in _waiting:  # it has nothing to save
             process.kill()
-        for process in (*_waiting, *(process for process, _ in self._crews)):  # these end by themselves
+        for process in (*_waiting, *self._crews):  # these end by themselves
             process.wait()
             _last_words(process)
         _waiting.clear()

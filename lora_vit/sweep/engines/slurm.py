@@ -92,19 +92,16 @@ class Slurm(Engine):
 
     def withdraw(self) -> None:
         """Those of every command for this folder: they could wait for days, and then start for nothing."""
-        if waiting := self._queue("--states=PENDING"):
-            subprocess.run(["scancel", *waiting], check=False)
+        subprocess.run(["scancel", "--me", f"--name={self.name}", "--state=PENDING"], check=False)
 
-    def _queue(self, *options: str) -> set[str]:
+    def _queue(self) -> set[str]:
         """Ids of the sweep's jobs in the queue; a site is asked at most every ``QUEUE_EVERY`` seconds."""
         since, seen = self._seen
-        if not options and time.monotonic() - since < QUEUE_EVERY:
+        if time.monotonic() - since < QUEUE_EVERY:
             return seen
-        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i", *options]
+        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:  # Slurm is away
             return {job.job_id for job in self.jobs}
-        found = set(done.stdout.split())
-        if not options:
-            self._seen = (time.monotonic(), found)
-        return found
+        self._seen = (time.monotonic(), set(done.stdout.split()))
+        return self._seen[1]

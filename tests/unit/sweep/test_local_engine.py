@@ -167,7 +167,7 @@ def test_workers_end_with_the_command(how, engine, tmp_path):
         assert engine.look()[0] == 2
         time.sleep(0.1)
     workers = pids(tmp_path)
-    (process, _), *_ = engine._crews
+    process, *_ = engine._crews
     if how == "left alone":
         os.kill(process.pid, signal.SIGKILL)
     else:
