@@ -53,7 +53,7 @@ def none_is_left(folder: Path) -> None:
 
 def test_a_sweep_on_slurm_whose_worker_is_killed(tmp_path):
     """Its claims pass on, a worker is asked for in its place, and every trial is trained to its end."""
-    settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=20", "trainer.checkpoint_every=0.001")
+    settings = ("sweep.workers=2", "seed=0,1,2,3,4,5", "trainer.epochs=60", "trainer.checkpoint_every=0.001")
     process, place = start(command(*ON_SLURM, *settings), tmp_path), tmp_path / "outputs/sweeps/s"
     wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
     found = subprocess.run(
