@@ -119,8 +119,8 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         told = Counter(what for _, what, nothing in notes if nothing is None)
-        value_range = job.decoding.value_range if "have more than 8 bits" in told else None
-        lines = [f"{count:,} files {what}" for what, count in sorted(told.items())]
+        value_range = job.decoding.value_range if "more than 8 bits" in told else None
+        lines = [f"{count:,} file{'s' * (count > 1)} with {what}" for what, count in sorted(told.items())]
         write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
         os.replace(partial, path)
         return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(lines))

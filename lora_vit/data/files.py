@@ -74,10 +74,11 @@ class Listing:
 
     def lines(self) -> tuple[str, ...]:
         """``3 hidden (.DS_Store, ...)`` for each reason."""
-        return tuple(
-            f"{len(names):,} {reason} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
-            for reason, names in self.passed.items()
-        )
+        said = []
+        for reason, names in self.passed.items():
+            what = reason if len(names) > 1 else re.sub(r"^(folder|image|(broken )?link)s\b", r"\1", reason)
+            said.append(f"{len(names):,} {what} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})")
+        return tuple(said)
 
     def folders(self, root: Path) -> list[str]:
         """Names of the folders in ``root`` that are neither hidden nor our own."""
@@ -96,7 +97,7 @@ class Listing:
         def walk(place: str, above: frozenset[str]) -> None:
             here = os.path.realpath(root / place)
             if here in above:
-                self.skip("links that lead back", place)
+                self.skip("links in a circle", place)
                 return
             inside = list(self._entries(root, place))
             marks = marks_among(os.path.basename(name) if is_folder else "images" for name, is_folder in inside)

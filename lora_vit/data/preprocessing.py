@@ -58,7 +58,7 @@ class Decoding:
             raise ConfigError(f"{shown(file)} cannot be read as an image ({reason(error)})") from None
 
     def read(self, file: io.BytesIO | Path, find: bool = False) -> tuple[np.ndarray, set[str]]:
-        """The pixels of a file, and what is to be told of it: what such files do.
+        """The pixels of a file, and what is to be told of it: what such files have.
 
         Smallest value, those of some pixels and largest take the pixels' place where they have more than 8 bits and
         there is no range. For 16 bits of colour there is one, unless it is to ``find``.
@@ -78,9 +78,9 @@ class Decoding:
             image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
             with contextlib.suppress(Exception):  # what follows the first picture may be damaged
                 if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
-                    told.add("hold several pictures, and only the first is used")
+                    told.add("several pictures, of which the first is used")
         if colour or image.mode.startswith(("I", "F")):
-            told.add("have more than 8 bits")
+            told.add("more than 8 bits")
             values = np.asarray(image.convert("RGB"), np.float64) * 256 if colour else np.asarray(image, np.float64)
             empty = np.isclose(values, float(no_data.strip(" \0")), 1e-6, equal_nan=True) if no_data else False
             known = values[~np.broadcast_to(empty, values.shape)]
@@ -98,7 +98,7 @@ class Decoding:
                 what = "its values are {:g} .. {:g}, value_range is {:g} .. {:g}"
                 raise ValueError(what.format(*ends, low, high))
             if ends[0] < low or ends[1] > high:
-                told.add("have values beyond this range, which are clipped")
+                told.add("values beyond this range, which are clipped")
             scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too
             if colour:
                 table = np.clip((256 * np.arange(256) - low) * scale, 0, 255).astype(int).tolist()
@@ -109,7 +109,7 @@ class Decoding:
         if self.background is not None and image.has_transparency_data:
             image = image.convert("RGBA")
             if np.asarray(image.getchannel("A")).min() < 255:
-                told.add("have transparent pixels")
+                told.add("transparent pixels")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*self.background, 255)), image)
         if image.mode != "RGB":
             image = image.convert("RGB")

@@ -149,7 +149,7 @@ def test_a_damaged_cache_is_made_again(harm, tmp_path):
     for _ in range(2):
         images, *beside_them = decoded(tmp_path, ["0.png", "1.png", "2.png"])
         assert images[0, 0].tolist() == [[0, 255]]
-        assert beside_them == [(0.0, 4095.0), ("3 files have more than 8 bits",)]
+        assert beside_them == [(0.0, 4095.0), ("3 files with more than 8 bits",)]
         (array,), (beside,) = (tmp_path / "cache").glob("*.npy"), (tmp_path / "cache").glob("*.json")
         if harm == "cut":
             array.write_bytes(array.read_bytes()[:130])
@@ -187,7 +187,7 @@ def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path)
     for _ in range(2):
         found = decoded(tmp_path, names)
         assert (abs(found.images.astype(int) - 10) <= 2).all()
-        assert found.told == ("5 files hold several pictures, and only the first is used",)
+        assert found.told == ("5 files with several pictures, of which the first is used",)
 
 
 BUILD = """

@@ -131,7 +131,7 @@ def test_fourteen_bits_of_colour_are_scaled_as_those_of_grey_are(tmp_path):
         sixteen_bits(tmp_path / f"{name}.png", kind, *values)
     images, value_range, told = decoded(tmp_path, ["a.png", "b.png", "c.png"])
     assert value_range == (0, 16383)
-    assert told == ("3 files have more than 8 bits", "1 files have transparent pixels")
+    assert told == ("3 files with more than 8 bits", "1 file with transparent pixels")
     assert images[..., 0, 0].tolist() == [[0, 128, 252], [128] * 3, [255] * 3]
 
 
@@ -167,8 +167,8 @@ def test_a_value_that_stands_alone_decides_no_range(odd, share, high, kind, tmp_
     assert f".tif has the value {odd}: by " in message
     assert "data.value_range=[low,high]" in message
     images, value_range, told = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high))
-    clipped = f"{2 if share > 9 else 1} files have values beyond this range, which are clipped"
-    assert told == ("2 files have more than 8 bits", clipped)
+    clipped = f"{'2 files' if share > 9 else '1 file'} with values beyond this range, which are clipped"
+    assert told == ("2 files with more than 8 bits", clipped)
     assert (value_range, images.max(), images[1, 0, 0, 0]) == ((0, high), 255, 255 * (odd > 0))
     other = decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, 2.0 * high))
     assert shades(other) != shades(decoded(tmp_path, ["a.tif", "b.tif"], value_range=(0.0, high)))
@@ -187,7 +187,7 @@ def test_deep_images_among_others(high, kind, tmp_path):
     Image.fromarray(some(0, high, kind)).save(tmp_path / "b.tif")
     if high == 65535:
         images, *beside = decoded(tmp_path, ["a.png", "b.tif"])
-        assert beside == [(0, 65535), ("1 files have more than 8 bits",)]
+        assert beside == [(0, 65535), ("1 file with more than 8 bits",)]
         assert abs(images[0].astype(int) - images[1]).max() <= 1
     else:
         message = refused(decoded, tmp_path, ["a.png", "b.tif"])

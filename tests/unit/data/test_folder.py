@@ -106,8 +106,8 @@ def test_what_decoding_found_is_in_the_line(tmp_path):
         Image.new("LA", (8, 8), (7, alpha)).save(tmp_path / "pets" / "dog" / f"{name}.png")
     for _ in range(2):
         assert load(tmp_path).line(8).endswith(
-            "; values 0 .. 65535 scaled to 0 .. 255; 1 files have more than 8 bits; 1 files have transparent pixels; "
-            "1 files hold several pictures, and only the first is used"
+            "; values 0 .. 65535 scaled to 0 .. 255; 1 file with more than 8 bits; "
+            "1 file with several pictures, of which the first is used; 1 file with transparent pixels"
         )
 
 
@@ -132,7 +132,7 @@ def test_what_lies_at_each_level_is_left_aside_with_a_word(parts, tmp_path):
     assert data.fingerprint == before.fingerprint
     assert set(data.passed_over) == {
         "2 folders beside train/ (more, unlabelled)", "2 no images (sweep.json, train/cat/Thumbs.db)",
-        "1 images outside the class folders (loose.png)", "2 of lora_vit's own (outputs, run)",
+        "1 image outside the class folders (loose.png)", "2 of lora_vit's own (outputs, run)",
         "1 hidden (train/dog/.hidden)",
     }  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, t
     data = load(tmp_path)
     assert data.fingerprint == without_test
     assert set(data.passed_over) == {
-        "1 folders beside train/ without classes (test)",
+        "1 folder beside train/ without classes (test)",
         "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/masks)",
         "4 no images (more.tar, IMG.HEIC, labels.csv, ...)",
     }  # fmt: skip
@@ -249,7 +249,7 @@ def test_other_things_that_cannot_be_used(tmp_path):
     (tmp_path / "pets").unlink()
     paint(tmp_path / "pets/0.png")
     (tmp_path / "pets/labels.parquet").write_text("x")
-    aside = "1 images outside the class folders (0.png), 1 no images (labels.parquet)"
+    aside = "1 image outside the class folders (0.png), 1 no images (labels.parquet)"
     assert f"pets holds no class folders, {aside}: a classifier needs" in refused(load, tmp_path)
     shutil.rmtree(tmp_path / "pets")
     fill(tmp_path / "pets", "cat", "dog")

@@ -39,7 +39,7 @@ def test_what_is_passed_over_is_counted_and_three_are_named(tmp_path):
         listing.skip("hidden", f".{i}")
     listing.skip("broken links", os.fsdecode(b"\xe9"))
     assert listing.lines() == (
-        "1,234 no images (0.txt, 1.txt, 2.txt, ...)", "3 hidden (.0, .1, .2)", "1 broken links (\\xe9)",
+        "1,234 no images (0.txt, 1.txt, 2.txt, ...)", "3 hidden (.0, .1, .2)", "1 broken link (\\xe9)",
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_images_of_a_class_in_order_with_what_lies_below(tmp_path):
         "hidden": ["cat/.x.png"],
         "of the file system": ["cat/@eaDir"],
         "of lora_vit's own": ["cat/deep/own"],
-        "links that lead back": ["cat/deep/back", "cat/deep/up"],
+        "links in a circle": ["cat/deep/back", "cat/deep/up"],
         "broken links": ["cat/gone"],
         "no images": ["cat/notes.txt"],
     }

@@ -255,7 +255,7 @@ def test_what_is_not_listed_is_passed_over_with_a_word(tmp_path):
     data = load(tmp_path, folder, official_val=True)
     assert len(data.class_names) == 2
     assert set(data.passed_over) == {
-        "1 folders of train/ that wnids.txt does not name (n99)",
+        "1 folder of train/ that wnids.txt does not name (n99)",
         "1 of val/images without a class in val_annotations.txt (val/images/val_0.JPEG)",
     }
 
