@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from lora_vit.errors import ConfigError, TrialFailed, UserError, report
+from lora_vit.errors import ConfigError, OutOfMemory, TrialFailed, UserError, report
 from lora_vit.stopping import repeating
 
 T = TypeVar("T")
@@ -64,7 +64,8 @@ def group() -> Iterator[Process]:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=known and (ours or not is_main)))
+            has_line = is_main or isinstance(error, OutOfMemory)
+            sys.exit(report(error, quiet=known and (ours or not has_line)))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """The training loop: packs of trials, epoch by epoch, until each is completed, failed or interrupted."""
 
+import contextlib
 import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from rich.table import Column, Table
@@ -80,6 +82,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
             trial.beat()
 
     staying = trials
+    reset_peak_memory(setup.device)
     pack: Pack | None
     pack = Pack(trials, setup)
     for k, trial in enumerate(trials):
@@ -189,13 +192,15 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
-    """Validate where it is due, write the epoch's rows and records, and checkpoint."""
+    """Checkpoint, validate where it is due, and write the epoch's rows and records."""
     validated = [
         (t.state.epoch + 1) % t.config.trainer.validate_every == 0 or t.state.epoch + 1 >= t.config.trainer.epochs
         for t in pack.trials
     ]
+    for trial in pack.pull():
+        if trial.epoch_checkpoint_due():  # first: validation may run out of memory
+            trial.save()
     predictions = pack.predict("val") if any(validated) else []
-    pack.pull()
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
@@ -209,8 +214,6 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         state.last = {"epoch": state.epoch, "step": step, **row}
         update_record(pack, trial)
         trial.log_epoch(step, state.epoch, row)
-        if trial.epoch_checkpoint_due():
-            trial.save()
         trial.write_record()
         reporter.epoch(trial, row)
 
@@ -223,15 +226,27 @@ def update_record(pack: Pack, trial: TrialRun) -> None:
     record.cost.update(
         seconds=state.seconds,
         images_per_second=images / state.seconds if state.seconds else None,
-        peak_memory_bytes=peak_memory(pack.setup.device),
+        peak_memory_bytes=max(peak_memory(pack.setup.device), record.cost.get("peak_memory_bytes") or 0),
         pack_size=pack.K,
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: on the GPU where there is one, else resident."""
+    """Most bytes that this process has held since the reset: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # ``ru_maxrss`` would also count the process that started this
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes
 

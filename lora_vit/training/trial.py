@@ -54,6 +54,7 @@ class Setup:
     process: Process
     environment: dict[str, object]  # for the record
     base: dict[str, Any]  # for the adapter's card
+    most_evaluated: int = 256  # images of one evaluation step, times trials; halved when memory runs out
 
     @property
     def data(self) -> ImageData:
@@ -200,7 +201,8 @@ class TrialRun:
     def epoch_checkpoint_due(self) -> bool:
         """Whether the end of an epoch is worth a checkpoint; the first and the last always are."""
         every = min(EPOCH_CHECKPOINT_EVERY, self.config.trainer.checkpoint_every)
-        return self.done() or time.monotonic() - self._saved >= every
+        is_last = self.state.epoch + 1 >= self.config.trainer.epochs
+        return is_last or time.monotonic() - self._saved >= every
 
     def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], setup: Setup) -> None:
         """Write the predictions, and the adapter with a card that says enough to put it on its base and use it."""

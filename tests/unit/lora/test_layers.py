@@ -125,6 +125,16 @@ def test_a_scaling_acts_in_full_precision_under_bf16(dropout):
         assert ratio == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("change", ["half", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_cast_of_the_model_leaves_the_scaling_as_it_is(change, dropout):
+    adapters = getattr(adapters_of(AdapterSpec(3, 32 / 12, dropout, 0)), change)()
+    for factors, exact in ((adapters.scale_K, 32 / 12), (adapters.train_scale_K, 32 / 12 / (1 - dropout))):
+        assert factors(torch.float64).tolist() == [exact]
+        assert factors(torch.bfloat16).tolist() == torch.tensor([exact]).tolist()
+    assert not any(b.is_floating_point() for b in adapters.buffers())  # an Apple GPU has no fp64
+
+
 def head_of(dropouts, width=I, classes=7, seeds=None) -> PackedHead:
     seeds = list(range(len(dropouts))) if seeds is None else seeds
     state = DropoutState([10 + s for s in seeds])

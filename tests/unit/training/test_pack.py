@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,16 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
     assert calls == [2]
 
 
+@pytest.mark.slow  # torch takes seconds to import its compiler
+def test_every_kind_of_pack_is_compiled(monkeypatch):
+    graphs, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: whole(model, backend=lambda gm, _: graphs.append(gm) or gm))
+    setup = build_setup(plain_trial(), Process())
+    for rank in range(1, 12):
+        take_steps(new_pack([plain_trial({"trainer.compile": True, "lora.rank": rank})], setup), 1)
+        assert len(graphs) == rank
+
+
 K, CLASSES = 3, 4
 IDS = np.array([2, 20, 7, 3, 11, 19, 8])  # of the split, in its order; the data set has others
 LABELS = np.arange(25) * 7 % CLASSES
@@ -187,8 +198,8 @@ LOGITS = 2 * torch.randn(K, 25, CLASSES, generator=torch.Generator().manual_seed
 class Table:
     """A pack's model that looks its logits up; an image holds its sample id. It notes the batches that it sees."""
 
-    def __init__(self) -> None:
-        self.training = True
+    def __init__(self, fits: int) -> None:
+        self.training, self.fits = True, fits
         self.seen: list[list[int]] = []
 
     def __call__(self, images, stream_of_trial):
@@ -196,6 +207,8 @@ class Table:
         assert not torch.is_grad_enabled()
         assert not self.training
         ids = images[:, 0, 0, 0].long()
+        if len(ids) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.seen.append(ids.tolist())
         return LOGITS[:, ids]
 
@@ -207,17 +220,19 @@ class Table:
         return self.train(False)
 
 
-def predictions_of(process: Process) -> tuple[list[Predictions], Table]:
-    """What a pack of the table predicts in a process, and the table."""
+def predictions_of(process: Process, batch: int, most: int = 256, fits: int = 99) -> tuple[list[Predictions], Table]:
+    """What a pack of the table predicts in a process, and the table, for a training batch and a memory."""
     setup = SimpleNamespace(
         samples=SimpleNamespace(gather=lambda ids: (torch.from_numpy(ids), torch.from_numpy(LABELS[ids]))),
         transform=SimpleNamespace(eval=lambda images: images.view(-1, 1, 1, 1).double()),
         data=SimpleNamespace(splits={"val": IDS}, labels=LABELS),
         device=torch.device("cpu"),
         process=process,
+        most_evaluated=most,
     )
-    model = Table()
-    return Pack.predict(SimpleNamespace(setup=setup, model=model, K=K, _predictions={}), "val"), model  # type: ignore[arg-type]
+    model = Table(fits)
+    pack: Any = SimpleNamespace(setup=setup, model=model, K=K, _predictions={}, position_B=range(batch))
+    return Pack.predict(pack, "val"), model
 
 
 def check(found: list[Predictions]) -> None:
@@ -236,17 +251,22 @@ def check(found: list[Predictions]) -> None:
     assert len({p.loss for p in found}) == K
 
 
-@pytest.mark.parametrize(("world_size", "most", "size"), [(1, 256, 85), (1, 11, 3), (2, 6, 2), (3, 2, 1)])
-def test_shares_of_all_processes_add_up(world_size, most, size, monkeypatch):
-    """Each sample is seen once, in the split's order; a batch's size counts images times trials."""
-    monkeypatch.setattr("lora_vit.training.pack.EVAL_BATCH", most)
+@pytest.mark.parametrize(
+    ("world_size", "batch", "most", "fits", "size"),
+    [(1, 1, 256, 99, 85), (1, 1, 11, 99, 3), (2, 1, 6, 99, 2), (3, 1, 2, 99, 1), (1, 1, 11, 2, 1), (1, 1, 13, 2, 2)],
+)
+def test_shares_of_all_processes_add_up(world_size, batch, most, fits, size, monkeypatch):
+    """Each sample is seen once, in the split's order; a batch's size counts images times trials.
+
+    It halves until it fits.
+    """
     shares: list[torch.Tensor] = []
     monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: shares.append(t.clone()) or t)
     for rank in range(world_size):
-        _, model = predictions_of(Process(rank, world_size))
+        _, model = predictions_of(Process(rank, world_size), batch, most, fits)
         own = IDS[rank::world_size].tolist()
         assert model.seen == [own[i : i + size] for i in range(0, len(own), size)]
         assert model.training
     sums = [sum(shares[i::2]) for i in (0, 1)]
     monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: t.copy_(sums.pop(0)))
-    check(predictions_of(Process(0, world_size))[0])
+    check(predictions_of(Process(0, world_size), batch)[0])
