@@ -90,11 +90,17 @@ def _join() -> Process:
     import torch.distributed.nn.functional
 
     backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    _wait_without_limit(dist)
     return this_process()
+
+
+def _wait_without_limit(dist: Any) -> None:
+    """One may read or decode a data set for hours while others wait; that a process has ended is seen without limit."""
+    dist.group.WORLD._get_backend(sys.modules["torch"].device("cpu"))._set_default_timeout(timedelta(days=365))
 
 
 def _leave() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed, errors
-from lora_vit.build import build_setup, choose_world_size
+from lora_vit.build import build_setup, check_devices, choose_world_size
 from lora_vit.config import TrialConfig, from_dict, to_dict
 from lora_vit.errors import ConfigError, Interrupted, OutOfMemory, TrialFailed, UserError, one_line, out_of_memory
 from lora_vit.files import remove_empty
@@ -38,6 +38,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     started = process.world_size if distributed.started_by_torchrun() else 0
     if (world_size := choose_world_size(config, started)) > max(1, started):
         return launch(config, folder, hydra_files, world_size)
+    check_devices(config.trainer.accelerator, process)
 
     def take() -> TrialRecord | None:
         held.callback(remove_empty, folder)

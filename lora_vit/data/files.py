@@ -21,7 +21,7 @@ import numpy as np
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
-from lora_vit.terminal import Progress
+from lora_vit.terminal import Every, Progress
 
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
@@ -32,6 +32,7 @@ _MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|grou
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
+_KEEP_EVERY = 30.0  # seconds between savings of what has been read
 _NAMED = 3  # files of a kind that one line names
 
 
@@ -163,15 +164,24 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
         with locked_in(cache_dir, store.name):
             known = _kept(store)  # perhaps another run has just read them
             settled = time.time_ns() - _UNSETTLED
-            missing = unread()
-            for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
-                known[name] = stats[name] + digest
-            kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
-            all_names = b"".join(os.fsencode(name) + b"\0" for name in kept)
-            rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
-            with writing_to(cache_dir), replacing(store) as file:
-                np.savez(file, names=np.frombuffer(all_names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
+            missing, keeping = unread(), Every(_KEEP_EVERY)
+            try:
+                for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
+                    known[name] = stats[name] + digest
+                    if keeping.due():
+                        _keep(store, known, settled)
+            finally:  # what stops it costs no second reading
+                _keep(store, known, settled)
     return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
+
+
+def _keep(store: Path, known: dict[str, bytes], settled: int) -> None:
+    """Keep what is known of files that had not changed since ``settled``, in nanoseconds."""
+    kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
+    all_names = b"".join(os.fsencode(name) + b"\0" for name in kept)
+    rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
+    with writing_to(store.parent), replacing(store) as file:
+        np.savez(file, names=np.frombuffer(all_names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
 
 
 def _kept(store: Path) -> dict[str, bytes]:
@@ -185,19 +195,17 @@ def _kept(store: Path) -> dict[str, bytes]:
         return {}
 
 
-def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
+def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     """Sha256 of files, read side by side."""
 
     def read(chunk: list[str]) -> list[bytes]:
         return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
 
-    digests: list[bytes] = []
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
         for part in pool.map(read, chunks):
-            digests += part
+            yield from part
             bar.advance(len(part))
-    return digests
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_vit.distributed import this_process
+
 _C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,7 +55,8 @@ class DropoutState:
         if module.training:
             images = (*args, *kwargs.values())[0]
             step_K = torch.full((len(self._seed_K2),), self._forwards, device=images.device)
-            self.set(step_K, torch.arange(len(images), device=images.device))
+            first = this_process().rank * len(images)  # each process of a group has other images
+            self.set(step_K, first + torch.arange(len(images), device=images.device))
             self._forwards += 1
 
     def rows(self, module_key: int, tokens: int) -> Tensor:

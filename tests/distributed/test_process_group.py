@@ -50,20 +50,22 @@ def test_whether_torchrun_started_us(monkeypatch):
 
 @pytest.mark.parametrize(
     ("local_rank", "devices", "backend", "chosen"),
-    [("0", 0, "gloo", []), ("1", 2, "cpu:gloo,cuda:nccl", [1]), ("2", 2, "gloo", [])],
+    [("0", 0, "gloo", []), ("1", 2, "cpu:gloo,cuda:nccl", [1]), ("1", 1, "cpu:gloo,cuda:nccl", [0])],
 )
 def test_each_process_takes_its_own_device(local_rank, devices, backend, chosen, monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": local_rank, "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
-    asked, devices_set = [], []
+    asked, devices_set, patience = [], [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "set_device", devices_set.append)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(distributed, "_wait_without_limit", patience.append)
     with distributed.group():
-        # half an hour: rank 0 may decode or download a data set while the others wait
         assert asked == [((backend,), {"timeout": timedelta(minutes=30)})]
         assert devices_set == chosen
+        # rank 0 may decode or download a data set for hours while the others wait
+        assert patience == [dist]
 
 
 def threads() -> list[str]:

@@ -11,6 +11,7 @@ from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
 from lora_vit.config import TARGETS
+from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import Attention, remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
@@ -60,6 +61,19 @@ def test_library_defaults_equal_the_config(project_root):
         assert defaults[key] == config[key]
     assert list(defaults["targets"]) == config["targets"]
     assert defaults["seed"] == yaml.safe_load((project_root / "conf/config.yaml").read_text())["seed"]
+
+
+def test_the_processes_of_a_group_draw_other_masks(model, images, monkeypatch):
+    """As the parts of one batch do."""
+    replace_linear_with_lora(model, dropout=0.5).double().train()
+    adapters = next(m for m in model.modules() if isinstance(m, LoRAAdapters))
+    model(images)
+    whole = adapters.state.rows(1, 5)
+    for rank in (0, 1):
+        adapters.state._forwards = 0
+        monkeypatch.setattr("lora_vit.lora.dropout.this_process", lambda rank=rank: Process(rank, 2))
+        model(images[:2])
+        assert torch.equal(adapters.state.rows(1, 5), whole[:, 2 * rank : 2 * rank + 2])
 
 
 def test_masks_are_keyed_by_seed_pass_and_the_inputs_name(model, images):
