@@ -159,8 +159,8 @@ def replace_linear_with_lora(
 ) -> nn.Module:  # fmt: skip
     """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
-    lora_B starts at zero, so that the model's output does not change. A LayerNorm or GELU whose output the adapted layers
-    alone read is computed in these: a forward hook on its module sees what goes into it, as input and as output.
+    lora_B starts at zero, so that the model's output does not change. A LayerNorm or GELU whose output only adapted
+    layers read is computed in these: a forward hook on its module sees what goes into it, as input and as output.
 
     Args:
         model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.backbones` lists them).

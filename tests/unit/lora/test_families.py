@@ -387,6 +387,14 @@ def test_an_attention_of_another_kind_is_refused():
         replace_linear_with_lora(model)
 
 
+def test_a_rotary_embedding_is_made_once_and_the_same():
+    timm = pytest.importorskip("timm")
+    trunk = timm_trunk("vit_small_patch16_dinov3", 32)
+    assert trunk.rope.pos_embed_cached is not None, "else it is made on the host in each pass"
+    theirs = timm.create_model("vit_small_patch16_dinov3", img_size=32).rope.get_embed(shape=[2, 2])
+    assert torch.equal(trunk.rope.get_embed(shape=[2, 2]), theirs)
+
+
 def kept_for_backward(model: nn.Module, x: Tensor) -> int:
     """Bytes, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
