@@ -21,7 +21,7 @@ from lora_vit.config import ModelConfig, TrialConfig, file_sha256, is_weights_fi
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
-from lora_vit.distributed import Process, from_all
+from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name
@@ -67,13 +67,10 @@ def choose_world_size(config: TrialConfig, started: int) -> int:
 
 
 def check_devices(accelerator: str, process: Process) -> None:
-    """Raise ConfigError in every process where two of them would share a GPU."""
-    try:
-        device = choose_device(accelerator, process)
-    except ConfigError:  # which is one process's own trouble, and said later
-        device = torch.device("cpu")
-    gpu = None if device.type == "cpu" else f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
-    taken = [one for one in from_all(gpu) if one is not None]
+    """Raise ConfigError in every process where two of them would share a GPU, or as :func:`choose_device` in one."""
+    device = on_all(lambda: choose_device(accelerator, process))
+    own = [] if device.type == "cpu" else [f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"]
+    taken = [gpu for one in from_all(own) for gpu in one]
     if len(set(taken)) < len(taken):
         seen = f"{len(taken)} processes of torchrun see {len(set(taken))} GPUs"
         raise ConfigError(f"{seen}: start one for each (--nproc-per-node), or give trainer.accelerator=cpu")

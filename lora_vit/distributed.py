@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from lora_vit.errors import ConfigError, OutOfMemory, TrialFailed, UserError, report
+from lora_vit.errors import ConfigError, TrialFailed, UserError, out_of_memory, report
 from lora_vit.stopping import repeating
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ def group() -> Iterator[Process]:
     """Join the processes that torchrun has started, if it started this one, and leave them at the end.
 
     Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
-    (see :func:`on_all`); any other error is a rank's own, and it prints it. In a group, errors end in SystemExit.
+    (see :func:`on_all`); any other error, also that memory ran out, is a rank's own, and it prints it. In a group,
+    errors end in SystemExit.
     """
     if not started_by_torchrun():
         yield Process()
@@ -64,8 +65,7 @@ def group() -> Iterator[Process]:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            has_line = is_main or isinstance(error, OutOfMemory)
-            sys.exit(report(error, quiet=known and (ours or not has_line)))
+            sys.exit(report(error, quiet=known and (ours or not (is_main or out_of_memory(error.__cause__)))))
 
 
 @contextlib.contextmanager
@@ -94,13 +94,10 @@ def _join() -> Process:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    _wait_without_limit(dist)
+    world: Any = dist.group.WORLD
+    # One may read or decode data for hours while others wait; that a process has ended is seen without a limit.
+    world._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(days=365))
     return this_process()
-
-
-def _wait_without_limit(dist: Any) -> None:
-    """One may read or decode a data set for hours while others wait; that a process has ended is seen without limit."""
-    dist.group.WORLD._get_backend(sys.modules["torch"].device("cpu"))._set_default_timeout(timedelta(days=365))
 
 
 def _leave() -> None:

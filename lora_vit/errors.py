@@ -37,10 +37,6 @@ class TrialFailed(UserError):  # noqa: N818  (its name is the status)
     """Training ended without the result that was asked for; what is saved stays."""
 
 
-class OutOfMemory(TrialFailed):
-    """Memory ran out in this process, perhaps in no other."""
-
-
 class Interrupted(UserError):  # noqa: N818  (not an error)
     """The process was asked to stop; everything is saved. ``command`` is what resumes."""
 
@@ -49,7 +45,7 @@ class Interrupted(UserError):  # noqa: N818  (not an error)
         self.signum, self.exit_code, self.command = signum, 128 + signum, command
 
 
-def out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
     said = "out ?of ?memory|can't allocate memory|not enough memory|alloc_failed"
     ran_out = isinstance(error, RuntimeError) and re.search(said, f"{type(error).__name__} {error}", re.IGNORECASE)

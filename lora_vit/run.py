@@ -16,7 +16,7 @@ from typing import Any
 from lora_vit import distributed, errors
 from lora_vit.build import build_setup, check_devices, choose_world_size
 from lora_vit.config import TrialConfig, from_dict, to_dict
-from lora_vit.errors import ConfigError, Interrupted, OutOfMemory, TrialFailed, UserError, one_line, out_of_memory
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, one_line, out_of_memory
 from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
@@ -38,7 +38,6 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     started = process.world_size if distributed.started_by_torchrun() else 0
     if (world_size := choose_world_size(config, started)) > max(1, started):
         return launch(config, folder, hydra_files, world_size)
-    check_devices(config.trainer.accelerator, process)
 
     def take() -> TrialRecord | None:
         held.callback(remove_empty, folder)
@@ -53,6 +52,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
         if completed is not None:
             return completed
         with StopRequest() as stop:
+            check_devices(config.trainer.accelerator, process)
             setup = distributed.on_all(lambda: build_setup(config, process))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip
@@ -75,14 +75,14 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
 
 @contextlib.contextmanager
 def _remedy_for_memory(config: TrialConfig) -> Iterator[None]:
-    """Raise OutOfMemory, with what to do, in the place of an error that says that memory ran out."""
+    """Raise TrialFailed, with what to do, in the place of an error that says that memory ran out."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
         batch = f"give a smaller data.batch_size than {config.data.batch_size}"
-        raise OutOfMemory(f"{one_line(error)}: {batch}, a smaller model or model.image_size, trainer.precision=bf16, "
+        raise TrialFailed(f"{one_line(error)}: {batch}, a smaller model or model.image_size, trainer.precision=bf16, "
                           "or fewer lora.targets or lora.blocks") from error  # fmt: skip
 
 

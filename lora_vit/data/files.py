@@ -165,23 +165,15 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
             known = _kept(store)  # perhaps another run has just read them
             settled = time.time_ns() - _UNSETTLED
             missing, keeping = unread(), Every(_KEEP_EVERY)
-            try:
-                for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
-                    known[name] = stats[name] + digest
-                    if keeping.due():
-                        _keep(store, known, settled)
-            finally:  # what stops it costs no second reading
-                _keep(store, known, settled)
+            for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
+                known[name] = stats[name] + digest
+                if keeping.due() or name == missing[-1]:  # what stops this costs no second reading
+                    kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
+                    joined = b"".join(os.fsencode(name) + b"\0" for name in kept)
+                    rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
+                    with writing_to(cache_dir), replacing(store) as file:
+                        np.savez(file, names=np.frombuffer(joined, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
     return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
-
-
-def _keep(store: Path, known: dict[str, bytes], settled: int) -> None:
-    """Keep what is known of files that had not changed since ``settled``, in nanoseconds."""
-    kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
-    all_names = b"".join(os.fsencode(name) + b"\0" for name in kept)
-    rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
-    with writing_to(store.parent), replacing(store) as file:
-        np.savez(file, names=np.frombuffer(all_names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
 
 
 def _kept(store: Path) -> dict[str, bytes]:

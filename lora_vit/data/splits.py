@@ -35,18 +35,17 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
         return np.sort(of_class)[randomness.permutation(len(of_class), *key)]
 
     own: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    present, counts = np.unique(labels[train], return_counts=True)
     by_class = train[np.argsort(labels[train], kind="stable")]  # one pass for all classes
-    for label, ids_of_class in zip(present, np.split(by_class, np.cumsum(counts)[:-1]), strict=True):
-        of_class = shuffled(ids_of_class, "split")
-        sizes = [max(1, round(len(of_class) * fraction)) for fraction in fractions.values()]
-        if sum(sizes) >= len(of_class):
-            few = f"class '{found.class_names[label]}' has {len(of_class)} images"
+    for of_class in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        of_class, called = shuffled(of_class, "split"), found.class_names[labels[of_class[0]]]
+        counts = [max(1, round(len(of_class) * fraction)) for fraction in fractions.values()]
+        if sum(counts) >= len(of_class):
+            few = f"class '{called}' has {len(of_class)} images"
             raise ConfigError(f"{few}, too few to be in train, {', '.join(fractions)}: add images, or drop the class")
-        *parts, rest = np.split(of_class, np.cumsum(sizes))
+        *parts, rest = np.split(of_class, np.cumsum(counts))
         if keep is not None:
             if len(rest) < keep:
-                few = f"class '{found.class_names[label]}' has only {len(rest)} training images"
+                few = f"class '{called}' has only {len(rest)} training images"
                 raise ConfigError(f"data.train_per_class={keep}: {few}, give at most that, or null for all")
             rest = shuffled(rest, "train_per_class")[:keep]
         for ids, some in zip(own.values(), (*parts, rest), strict=True):

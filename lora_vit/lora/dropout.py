@@ -53,10 +53,9 @@ class DropoutState:
     def advance(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a model without a trainer: in train mode, each pass is one more step for every trial."""
         if module.training:
-            images = (*args, *kwargs.values())[0]
+            images = (*args, *kwargs.values())[0]  # each process of a group has others
             step_K = torch.full((len(self._seed_K2),), self._forwards, device=images.device)
-            first = this_process().rank * len(images)  # each process of a group has other images
-            self.set(step_K, first + torch.arange(len(images), device=images.device))
+            self.set(step_K, torch.arange(len(images), device=images.device) + this_process().rank * len(images))
             self._forwards += 1
 
     def rows(self, module_key: int, tokens: int) -> Tensor:

@@ -135,8 +135,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
-        # from the tensors that were saved
-        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z).to(weight.dtype)
+        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z).to(weight.dtype)  # from the saved tensors
         needs = ctx.needs_input_grad
         dx_adapters = None
         if mask is not None:
@@ -178,11 +177,11 @@ def adapted_linear(
 ) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O].
 
-    It computes in the dtype of ``weight``, the prologue in that of ``z``. ``z``: input before the prologue,
-    [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``: frozen, without gradient, [slots*O, I]; ``bias``
-    [slots*O] and the prologue's parameters get gradients if they require them.
-    ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``: each trial's factor, with a
-    mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each of the G adapters adds to.
+    ``z``: input before the prologue, in its dtype, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``:
+    frozen, without gradient, in the result's dtype, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get
+    gradients if they require them. ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``:
+    each trial's factor, with a mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each
+    of the G adapters adds to.
     """
     norm = prologue.weight, prologue.bias
     return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)

@@ -70,7 +70,6 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def project(layer: AdaptedLinear | Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     norm: Any = layer.front[0] if layer.front else None
     prologue = NOTHING
     if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
@@ -78,7 +77,7 @@ def project(layer: AdaptedLinear | Attention, x: Tensor, weight: Tensor, bias: T
     elif norm is not None:
         prologue = Prologue("gelu")
     if layer.lora is None:
-        return F.linear(prologue(x), weight, bias)
+        return F.linear(prologue(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return layer.lora.linear(x, weight, bias, prologue)
 
 

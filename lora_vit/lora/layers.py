@@ -41,9 +41,8 @@ class Factors(nn.Module):
         self.bits64_K = nn.Buffer(exact_K.view(torch.int64), persistent=False)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """In fp64 for that, else in fp32 (in bf16 one would be off by up to 0.2 %), [K]."""
-        double = dtype == torch.float64  # which not every device has
-        return self.bits64_K.view(torch.float64) if double else self.bits32_K.view(torch.float32)
+        """In fp64 for that, which not every device has, else in fp32 (in bf16 one would be off by up to 0.2 %), [K]."""
+        return self.bits64_K.view(dtype) if dtype == torch.float64 else self.bits32_K.view(torch.float32)
 
 
 class _KeyedDropout(nn.Module):
@@ -87,10 +86,7 @@ class LoRAAdapters(_KeyedDropout):
         self.train_scale_K = Factors([s.scaling / (1 - s.dropout) for s in specs])
 
     def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = NOTHING) -> Tensor:
-        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O], all in the dtype of ``z``.
-
-        Under ``torch.autocast`` the result is in its dtype.
-        """
+        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O]; dtype: z's or autocast's."""
         mask, device, dtype = self.mask(z.shape[1]), z.device.type, z.dtype
         if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):  # as torch's own layers
             dtype = torch.get_autocast_dtype(device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from lora_vit import distributed
@@ -18,21 +18,12 @@ from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.trial import Predictions, Setup, TrialRun
 
-LEAST_EVALUATED = 32  # images of one evaluation step, times trials, where a training step has fewer
-
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
     """Cross entropy with per-trial label smoothing (Szegedy et al., 2016), [K, B]."""
     log_p_KBC = log_softmax(logits_KBC, dim=-1)
     true_KB = log_p_KBC.gather(-1, labels_KB[..., None]).squeeze(-1)
     return -(1 - smoothing_K1) * true_KB - smoothing_K1 * log_p_KBC.mean(-1)
-
-
-def compiled(model: nn.Module) -> Any:
-    """The model, to be compiled for each kind of pack; torch would let all packs after the eighth kind run eagerly."""
-    config: Any = torch._dynamo.config
-    config.cache_size_limit = config.accumulated_cache_size_limit = 1 << 16
-    return torch.compile(model)
 
 
 class Pack:
@@ -62,7 +53,11 @@ class Pack:
         self.steps_per_epoch = self.streams[0].steps_per_epoch
         # What a step reads and updates on the device.
         device, process = setup.device, setup.process
-        self.forward = compiled(self.model) if configs[0].trainer.compile else self.model
+        self.forward: Any = self.model
+        if configs[0].trainer.compile:
+            limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
+            limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
+            self.forward = torch.compile(self.model)
         local = self.global_batch // process.world_size
         self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
@@ -148,20 +143,16 @@ class Pack:
         own = np.arange(setup.process.rank, N, setup.process.world_size)
         model.eval()
         while len(own):
-            most = setup.most_evaluated
-            if setup.device.type != "cpu":  # no more memory than training takes; a CPU's last bits depend on the size
-                most = min(most, max(LEAST_EVALUATED, K * len(self.position_B)))
-            size = max(1, most // K)
-            places = own[:size]
+            places = own[: max(1, setup.most_evaluated // K)]
             try:
                 images, labels_B = setup.samples.gather(ids[places])
                 logits_KBC = model(setup.transform.eval(images), [0] * K)
             except Exception as error:
-                if size == 1 or not out_of_memory(error):
+                if len(places) == 1 or not out_of_memory(error):
                     raise
-                setup.most_evaluated = size * K // 2
+                setup.most_evaluated = len(places) * K // 2
                 continue
-            own = own[size:]
+            own = own[len(places) :]
             where = to_device(places, setup.device)
             predicted_KN[:, where] = logits_KBC.argmax(-1)
             true_KB1 = labels_B.expand(K, -1)[..., None]

@@ -62,6 +62,6 @@ def test_each_process_has_a_gpu_of_its_own(uuids, sees, says, monkeypatch):
     gpus = [build.choose_device("auto", Process(rank, 2, rank)) for rank in (0, 1)]
     assert [gpu.index for gpu in gpus] == ([0, 1] if sees == 2 else [0, 0])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[1]))
-    monkeypatch.setattr(build, "from_all", lambda own: [own.replace(uuids[1], uuids[0]), own])
+    monkeypatch.setattr(build, "from_all", lambda own: [[own[0].replace(uuids[1], uuids[0])], own])
     with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
         build.check_devices("auto", Process(1, 2, 1))

@@ -145,6 +145,7 @@ def test_what_was_read_before_a_stop_is_not_read_again(pets, tmp_path, monkeypat
 
     monkeypatch.setattr(files, "_UNSETTLED", 0)
     monkeypatch.setattr(files, "_CHUNK", 1)
+    monkeypatch.setattr(files, "_KEEP_EVERY", -1.0)
     monkeypatch.setattr(Path, "read_bytes", reading)
     stops = True
     with pytest.raises(KeyboardInterrupt):

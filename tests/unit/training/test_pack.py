@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -220,8 +219,8 @@ class Table:
         return self.train(False)
 
 
-def predictions_of(process: Process, batch: int, most: int = 256, fits: int = 99) -> tuple[list[Predictions], Table]:
-    """What a pack of the table predicts in a process, and the table, for a training batch and a memory."""
+def predictions_of(process: Process, most: int = 256, fits: int = 99) -> tuple[list[Predictions], Table]:
+    """What a pack of the table predicts in a process, and the table, where so many images fit into memory."""
     setup = SimpleNamespace(
         samples=SimpleNamespace(gather=lambda ids: (torch.from_numpy(ids), torch.from_numpy(LABELS[ids]))),
         transform=SimpleNamespace(eval=lambda images: images.view(-1, 1, 1, 1).double()),
@@ -231,8 +230,7 @@ def predictions_of(process: Process, batch: int, most: int = 256, fits: int = 99
         most_evaluated=most,
     )
     model = Table(fits)
-    pack: Any = SimpleNamespace(setup=setup, model=model, K=K, _predictions={}, position_B=range(batch))
-    return Pack.predict(pack, "val"), model
+    return Pack.predict(SimpleNamespace(setup=setup, model=model, K=K, _predictions={}), "val"), model  # type: ignore[arg-type]
 
 
 def check(found: list[Predictions]) -> None:
@@ -252,21 +250,18 @@ def check(found: list[Predictions]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "batch", "most", "fits", "size"),
-    [(1, 1, 256, 99, 85), (1, 1, 11, 99, 3), (2, 1, 6, 99, 2), (3, 1, 2, 99, 1), (1, 1, 11, 2, 1), (1, 1, 13, 2, 2)],
+    ("world_size", "most", "fits", "size"),
+    [(1, 256, 99, 85), (1, 11, 99, 3), (2, 6, 99, 2), (3, 2, 99, 1), (1, 11, 2, 1), (1, 13, 2, 2), (1, 256, 3, 3)],
 )
-def test_shares_of_all_processes_add_up(world_size, batch, most, fits, size, monkeypatch):
-    """Each sample is seen once, in the split's order; a batch's size counts images times trials.
-
-    It halves until it fits.
-    """
+def test_shares_of_all_processes_add_up(world_size, most, fits, size, monkeypatch):
+    """Each sample is seen once, in the split's order; a batch counts images times trials, and halves until it fits."""
     shares: list[torch.Tensor] = []
     monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: shares.append(t.clone()) or t)
     for rank in range(world_size):
-        _, model = predictions_of(Process(rank, world_size), batch, most, fits)
+        _, model = predictions_of(Process(rank, world_size), most, fits)
         own = IDS[rank::world_size].tolist()
         assert model.seen == [own[i : i + size] for i in range(0, len(own), size)]
         assert model.training
     sums = [sum(shares[i::2]) for i in (0, 1)]
     monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: t.copy_(sums.pop(0)))
-    check(predictions_of(Process(0, world_size), batch)[0])
+    check(predictions_of(Process(0, world_size))[0])
