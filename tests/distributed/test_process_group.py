@@ -22,7 +22,7 @@ from lora_vit.errors import ConfigError, TrialFailed
 ROUNDS = 12
 """Groups that are joined and left; a race when leaving that is lost once in three shows itself."""
 
-ENDS = ("values differ", "all have it", "a rank's own")
+ENDS = ("values differ", "all have it", "one lacks memory", "a rank's own")
 
 
 def test_a_process_alone():
@@ -112,6 +112,8 @@ def _end(rank: int, what: str) -> tuple[int, str]:
             if what == "values differ":
                 distributed.agree(f"of {rank}", "start alike")
             if what == "all have it" or rank == 1:
+                if what == "one lacks memory":
+                    raise TrialFailed("full") from MemoryError()
                 raise ConfigError("broken") if what == "all have it" else KeyError("broken")
             distributed.from_main(distributed.from_main(None))
     except SystemExit as end:
@@ -159,9 +161,9 @@ def test_two_processes_agree_fail_and_leave(tmp_path):
     seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     ends = [[one.pop(what) for what in ENDS] for one in seen]
     assert seen == [expected(0), expected(1)]
-    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", "error: another process has ended\n"]
+    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", *["error: another process has ended\n"] * 2]
     assert ends[0] == [(1, line) for line in lines], "rank 0 speaks for both"
     *silent, (code, trace) = ends[1]
-    assert (silent, code) == ([(1, ""), (1, "")], 1)
+    assert (silent, code) == ([(1, ""), (1, ""), (1, "error: full\n")], 1)
     assert trace.startswith("Traceback")
     assert "KeyError: 'broken'" in trace
