@@ -4,6 +4,7 @@ Shape legend: K trial, G adapted projections, R rank, I input width, O output wi
 """
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class _KeyedDropout(nn.Module):
     def __init__(self, dropouts: Sequence[float], width: int, key: str, state: DropoutState):
         """``width``: I of what is dropped; ``key``: name that sets its masks apart from those of other modules."""
         super().__init__()
-        self.state, self._module_key = state, randomness.name_key(key)
+        self.state, self._module_key = state, zlib.crc32(key.encode())
         self._dropping = runs_of([p > 0 for p in dropouts])
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         self.threshold_K = nn.Buffer(thresholds, persistent=False)
