@@ -88,10 +88,9 @@ def choose_precision(requested: str, device: torch.device) -> str:
 
 def _cpuinfo() -> str:
     """Linux's description of the CPU; elsewhere nothing."""
-    try:
+    with contextlib.suppress(OSError):
         return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 class ModelFactory:

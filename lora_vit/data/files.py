@@ -205,8 +205,7 @@ def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
     """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
     with contextlib.ExitStack() as stack:
         with writing_to(cache_dir):
-            lock = cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"
-            stack.enter_context(locked(lock))
+            stack.enter_context(locked(cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"))
         yield
 
 
@@ -216,6 +215,5 @@ def writing_to(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
-        ) from None
+        what = f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error})"
+        raise ConfigError(f"{what}: give another folder") from None

@@ -64,10 +64,9 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
         # Imported when chosen: each needs another heavy package.
         find = import_module(f"lora_vit.data.{known.loader}").find
         try:
-            found: Found | None = find(wanted)
+            if (found := find(wanted)) is not None:
+                _FOUND[wanted] = found
         except OSError as error:
             place = shown(error.filename or root)
             raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
-        if found is not None:
-            _FOUND[wanted] = found
     return _FOUND.get(wanted)

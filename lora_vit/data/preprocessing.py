@@ -150,20 +150,15 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, said: Mapping[str, Any]) -> "Preprocessing":
         """Inverse of :meth:`to_dict`."""
-        pair, colour = (None if said[key] is None else tuple(said[key]) for key in ("value_range", "background"))
-        decoding = Decoding(said["decoded_size"], pair, colour)
-        mean, std = (tuple(said[key]) for key in ("mean", "std"))
-        return cls(decoding, said["image_size"], mean, std, said["interpolation"])
+        own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        decoding = Decoding(own["decoded_size"], own["value_range"], own["background"])
+        return cls(decoding, *(own[key] for key in ("image_size", "mean", "std", "interpolation")))
 
 
 def preprocessing(place: "str | os.PathLike[str]") -> Preprocessing:
-    """What a trained model wants done to pictures, from what belongs to it.
+    """What a trained model wants done to pictures. Raises ConfigError where nothing there says it.
 
-    Args:
-        place: the folder of a trial or an export, or a file: a merged ``.safetensors``, an ``.onnx`` or a ``.pt2``.
-
-    Raises:
-        ConfigError: nothing there says it.
+    ``place``: the folder of a trial or an export, or a file: a merged ``.safetensors``, an ``.onnx`` or a ``.pt2``.
     """
     path = Path(place)
     try:

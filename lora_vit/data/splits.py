@@ -19,15 +19,10 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
     Without test images and a fraction of them there is no ``test``. Raises ConfigError where ``val`` neither is there
     nor has a fraction, and where there are too few images.
     """
-    fractions = {}
-    for part, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if part not in found.parts:
-            if fraction is None and part == "test":
-                continue  # all the rest is for training
-            if fraction is None:
-                lacks = f"data.root={config.root} has no {part}/"
-                raise ConfigError(f"{lacks} and data.{part}_fraction is null: give one of them")
-            fractions[part] = fraction
+    given = {"val": config.val_fraction, "test": config.test_fraction}
+    fractions = {part: f for part, f in given.items() if f is not None and part not in found.parts}
+    if not {"val"} & {*fractions, *found.parts}:
+        raise ConfigError(f"data.root={config.root} has no val/ and data.val_fraction is null: give one of them")
     labels, train, keep = found.labels, found.parts["train"], config.train_per_class
 
     def shuffled(of_class: np.ndarray, what: str) -> np.ndarray:

@@ -154,15 +154,13 @@ class _AdaptedLinear(torch.autograd.Function):
             else:
                 dx += dx_adapters
                 dx_adapters = None  # before the prologue's gradient takes its place
-            dx = dx.to(z.dtype)
+            dz = dx = dx.to(z.dtype)
             if prologue.kind == "gelu":
                 dz = torch.ops.aten.gelu_backward(dx, z)
             elif prologue.kind == "layer_norm":
                 dz, dln_weight, dln_bias = torch.ops.aten.native_layer_norm_backward(
                     dx, z, z.shape[-1:], mean, rstd, ln_weight, ln_bias, list(needs[:3])
                 )
-            else:
-                dz = dx
         return dz, dln_weight, dln_bias, None, dbias, da_KGRI, db_KGOR, None, None, None, None
 
 
