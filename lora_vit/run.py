@@ -21,7 +21,7 @@ from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import RunReporter, train_trials
-from lora_vit.training.trial import TrialRun, locked_folder
+from lora_vit.training.trial import TrialRun, lock_folder
 
 
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
@@ -41,7 +41,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
 
     def take() -> TrialRecord | None:
         held.callback(remove_empty, folder)
-        held.enter_context(locked_folder(folder))
+        lock_folder(folder, held)
         there = state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)

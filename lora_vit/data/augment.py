@@ -92,8 +92,7 @@ class Transform:
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
-        self._scale = scale.to(device, self.work_dtype)[:, None, None]
-        self._shift = shift.to(device, self.work_dtype)[:, None, None]
+        self._scale, self._shift = (t.to(device, self.work_dtype)[:, None, None] for t in (scale, shift))
         self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:

@@ -57,7 +57,6 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
     not. Runs that start together wait for the first. It appears whole or not at all. ``names``: paths below ``root``,
     in the array's order; without a size for them in ``decoding``, all images must have one.
-
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"

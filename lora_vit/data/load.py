@@ -34,8 +34,7 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
     decoding = replace(decoding, size=height if height == width else None, value_range=value_range)
-    whole: Any = {"images": images, "decoding": decoding, "told": told, "splits": splits, "fingerprint": fingerprint}
-    return ImageData(**vars(found), **whole)
+    return ImageData(**vars(found), images=images, decoding=decoding, told=told, splits=splits, fingerprint=fingerprint)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:

@@ -15,7 +15,6 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
 
     Each class is divided, in the order of its own key, by the same fractions, rounded to the nearest whole, at least 1;
     the rest is ``train``. Of it ``train_per_class`` are kept, in a second order, so that fewer are a subset of more.
-
     Without test images and a fraction of them there is no ``test``. Raises ConfigError where ``val`` neither is there
     nor has a fraction, and where there are too few images.
     """

@@ -105,7 +105,8 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
                 raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
             os.replace(whole, target)
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # cut off, altered, encrypted, ...
-        raise ConfigError(f"{archive} is damaged ({one_line(error)}): get it again, or another data.root") from None
+        what = f"{archive} is damaged ({one_line(error)})"
+        raise ConfigError(f"{what}: get it again, or give another data.root") from None
     except OSError as error:
         what = f"{error.filename or target} cannot be read or written ({error.strerror or error})"
         raise ConfigError(f"{what}: give another data.root or data.cache_dir") from None

@@ -105,10 +105,8 @@ class Pack:
 
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
-        from then on.
-
-        ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which
-        is summed over processes into ``flat.stop``.
+        from then on. ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked
+        to stop, which is summed over processes into ``flat.stop``.
         """
         flat = self.flat
         self.model.head.state.set(self.step_K, self.position_B)

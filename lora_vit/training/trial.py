@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,6 @@ class TrialRun:
         It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
         removes what it left; one that is completed must. ``hydra_files``: name to text of what goes into ``.hydra/``;
         ``tensorboard``: where event files go, if not below the folder; ``mine``: whether it is still this process's.
-
         Raises ConfigError where the folder, its data or its checkpoint are not this trial's, ClaimLost.
         """
         there = records.state_of(folder, config)
@@ -282,17 +281,14 @@ def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     return load_checkpoint(folder, record.trial_id)
 
 
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
-                raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
-            raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
-        yield
+def lock_folder(folder: Path, held: contextlib.ExitStack) -> None:
+    """Add to ``held`` a trial's folder, made if need be. Raises ConfigError if another process holds it or none can."""
+    try:
+        held.enter_context(locked(folder / ".lock", wait=False))
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
+            raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
