@@ -174,7 +174,7 @@ def test_which_pictures_others_prepare_otherwise_is_said(form, changes, odd, tri
     code, out, err = call("export", trial, "--format", form, "--out", tmp_path / "out")
     assert code == 0, err
     assert re.findall(r"prepares (.*) pictures otherwise", out) == ([odd] if odd else [])
-    assert preprocessing(tmp_path / "out") == Preprocessing.from_dict(card["preprocessing"])
+    assert preprocessing(tmp_path / "out") == Preprocessing.of(card)
 
 
 def test_peft_adapts_what_the_trial_adapted(tmp_path, call):
