@@ -10,7 +10,9 @@ from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, decidin
 from lora_vit.errors import ConfigError
 
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+                "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # fmt: skip
+MERGE_FIRST = "an adapter, not a model: merge it into its base first (lora-vit merge; PEFT's merge_and_unload)"
 
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
     if (digest := values["model"].pop("weights_sha256")) is not None:
-        values["model"]["weights"] = "sha256:" + digest
+        part = weights_part(str(trial.model.weights))[1]
+        values["model"]["weights"] = "sha256:" + digest + (part and "::" + part)
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
     return {**values, "schema": SCHEMA_VERSION}
@@ -43,17 +46,29 @@ def trial_id(trial: TrialConfig) -> str:
 
 def is_weights_file(weights: str | None) -> bool:
     """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    suffixes = (".pth", ".pt", ".bin", ".safetensors")
-    return weights is not None and (weights.endswith(suffixes) or "/" in weights or Path(weights).exists())
+    suffixes, path = (".pth", ".pt", ".bin", ".safetensors", ".npz"), weights_part(weights or "")[0]
+    return weights is not None and (path.endswith(suffixes) or "/" in path or Path(path).exists())
+
+
+def weights_part(weights: str) -> tuple[str, str]:
+    """The path in ``FILE::PREFIX``, and where in the file the model is; empty where that is found out."""
+    path, _, part = weights.partition("::")
+    return path, part
 
 
 def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
+    path = Path(weights_part(str(path))[0])
     if not path.is_dir():
         return [path]
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)  # the first that is there
     if file is None:
-        raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
+        what = f"the folder has none of {', '.join(FOLDER_FILES)}"
+        if list(path.glob("adapter*.*")):
+            what = f"the folder is {MERGE_FIRST}"
+        elif parts := sorted(path.glob("*-of-*")):
+            what = f"the folder has {parts[0].name}, but no {parts[0].name.split('-0')[0]}*.index.json: fetch that too"
+        raise ConfigError(f"model.weights={path}: {what}")
     if file.suffix != ".json":
         return [file]
     try:
@@ -71,8 +86,10 @@ def file_sha256(path: Path) -> str:
             stat = file.stat()
             digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
-        name = error.filename or path
-        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): check the path") from None
+        name = Path(error.filename or path)
+        hub = f"if {'/'.join(name.parts[-2:])} is one of Hugging Face, fetch its *.safetensors and *.json into a folder"
+        hint = "check the path" if name.parent.exists() else f"check the path; {hub} and give that"
+        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): {hint}") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

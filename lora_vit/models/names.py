@@ -11,45 +11,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HF_PREFIX = r"(?:vit|deit|dinov2|dinov2_with_registers|vision_model)\."
+_HF_PREFIX = r"(?:vit|deit|dinov2|dinov2_with_registers|dinov3_vit|vision_model)\."
 PATCHES = re.compile(  # a Vision Transformer's tensors are where the projection of its patches is, after its prefix
     rf"(?<![^.])(?:conv_proj|patch_embed\.proj|(?:{_HF_PREFIX})?embeddings\.patch_embeddings?(?:\.projection)?)\.weight$"
+    r"|(?<=visual\.)class_embedding$"  # OpenAI's projection is conv1, as a ResNet's first layer is
 )
 _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls them; one after another
     ("^" + _HF_PREFIX[:-2], ""),
-    (r"conv_proj|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
-    (r"class_token|embeddings\.class_embedding|embeddings\.cls_token", "cls_token"),
+    (r"conv_proj|^conv1|embeddings\.patch_embeddings?(?:\.projection)?", "patch_embed.proj"),
+    (r"class_token|(?:embeddings\.)?class_embedding|embeddings\.cls_token", "cls_token"),
     (r"embeddings\.distillation_token", "dist_token"),
-    (r"(?:embeddings\.)?register_tokens", "reg_token"),
+    (r"(?:embeddings\.)?register_tokens|storage_tokens", "reg_token"),
     (r"embeddings\.mask_token", "mask_token"),
-    (r"encoder\.pos_embedding|embeddings\.position_embeddings|embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"encoder\.pos_embedding|embeddings\.position_embedding(?:s|\.weight)|positional_embedding", "pos_embed"),
     (r"encoder\.layers\.encoder_layer_(\d+)|blocks\.\d+\.(\d+)", r"blocks.\1\2"),  # DINOv2 trains in chunks of blocks
-    (r"encoder\.layers?|layers", "blocks"),
+    (r"(?:encoder\.|model\.)?layers?|transformer\.resblocks", "blocks"),
     (r"head\.attention\.in_proj_(weight|bias)", r"attn_pool.qkv.\1"),
     (r"head\.attention\.out_proj", "attn_pool.proj"),
     (r"head\.layernorm", "attn_pool.norm"),
     (r"head\.probe", "attn_pool.latent"),
     (r"head\.mlp\.fc([12])", r"attn_pool.mlp.fc\1"),
-    (r"self_attention\.in_proj_(weight|bias)", r"attn.qkv.\1"),
+    (r"(?:self_attention|attn)\.in_proj_(weight|bias)", r"attn.qkv.\1"),
+    (r"attn\.([qv])_bias", r"attn.\1.bias"),
     (r"(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)", r"attn.\1"),
-    (r"(?:self_attention|self_attn)\.out_proj|attention\.(?:output\.dense|o_proj)", "attn.proj"),
-    (r"mlp\.(?:0|linear_1|weights_in|w12)|intermediate\.dense", "mlp.fc1"),
-    (r"mlp\.(?:3|linear_2|weights_out|w3)|output\.dense", "mlp.fc2"),
+    (r"(?:self_attention|self_attn|attn)\.out_proj|attention\.(?:output\.dense|o_proj)", "attn.proj"),
+    (r"mlp\.(?:0|linear_1|weights_in|w12|c_fc|up_proj)|intermediate\.dense", "mlp.fc1"),
+    (r"mlp\.(?:3|linear_2|weights_out|w3|c_proj|down_proj)|output\.dense", "mlp.fc2"),
+    (r"mlp\.(?:w1|gate_proj)", "mlp.fc1_g"),
+    (r"mlp\.w2", "mlp.fc1_x"),
     (r"(?:ln_|layer_norm)([12])", r"norm\1"),
     ("layernorm_before", "norm1"),
     ("layernorm_after", "norm2"),
     (r"(?:layer_scale|gamma_)([12])(?:\.lambda1)?", r"ls\1.gamma"),
-    ("pre_layrnorm", "norm_pre"),
-    (r"encoder\.ln|layernorm|post_layernorm", "norm"),
+    ("pre_layrnorm|ln_pre", "norm_pre"),
+    (r"encoder\.ln|layernorm|post_layernorm|ln_post", "norm"),
 )
-_COUNTED = r"(?:relative_position_index|position_ids)"  # buffers of whole numbers, which follow from the sizes
+_COUNTED = r"(?:relative_position_index|position_ids|bias_mask|periods)"  # buffers that follow from the sizes
 _LEFT_OUT = re.compile(  # no part of features: heads of other tasks, tokens of the pretraining, another modality
     r"(?:heads?|head_dist|fc|classifier|cls_classifier|distillation_classifier|pooler|pre_logits|mask_token|decoder\w*"
-    rf"|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.{_COUNTED}$"
+    rf"|local_cls_norm|proj|text_model|(?:visual|text)_projection|logit_scale|logit_bias)(?:\.|$)|.*\.{_COUNTED}$"
 )
 _SIZES = {
     (192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1152, 27): "so400m",
-    (1280, 32): "huge", (1536, 40): "giant",
+    (1280, 32): "huge", (1536, 40): "giant", (4096, 40): "7b",
 }  # fmt: skip
 _TOKENS = ("cls_token", "dist_token", "reg_token")
 
@@ -60,7 +64,8 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
     Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out. Raises
-    ValueError where a tensor is not of floating point, empty or not finite, or positions are not for a square grid.
+    ValueError where a tensor is not of floating point, sparse, scaled, empty or not finite, or positions are not for a
+    square grid.
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
@@ -69,7 +74,12 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
         raise ValueError(f"{one}: the file holds parts of two models, save one alone")
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
-    line = describe(state)
+    fp8 = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.element_size() == 1})
+    if scaled := [theirs[name] for name in found if fp8 and "scale" in name]:
+        raise ValueError(f"{scaled[0]} scales weights of {fp8[0]}: give them in bf16, fp16 or fp32")
+    for bias in [name for name in found if f"{name}_mask" in theirs]:  # DINOv3 computes without a bias of its keys
+        found[bias] = found[bias] * (state[theirs[f"{bias}_mask"]] != 0)
+    line = ", ".join([describe(state)[0], *(f"rounded to {dtype}" for dtype in fp8)])
     if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
         line += ", left out: " + ", ".join(named)
     for name, whole, parts in _stacked(found):
@@ -78,6 +88,9 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     for name, _, parts in _stacked(names):
         if name not in found and all(part in found for part in parts):
             found[name] = torch.cat([found.pop(part) for part in parts])
+    found = {name: t for name, t in found.items() if name in names or not name.endswith(".bias") or t.any()}
+    gated = {name: name.replace("mlp.fc1.", "mlp.fc1_x.") for name in found}  # HF's name is one for both kinds
+    found = {gated[name] if gated[name] in names else name: t for name, t in found.items()}
     if "pos_embed" in found and found.keys() == names.keys():
         wanted = {name: own[there] for name, there in names.items()}
         sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
@@ -89,13 +102,15 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     return {names.get(name, theirs.get(name, name)): t for name, t in found.items()}, line
 
 
-def describe(state: dict[str, Tensor]) -> str:
-    """The sizes of a state dict in a few words, and the model of timm that has them."""
+def describe(state: dict[str, Tensor]) -> tuple[str, str]:
+    """The sizes of a state dict in a few words, and the model of timm that it is probably of."""
     found = {timm_name(name): t for name, t in state.items()}
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
     line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
     name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
+    if "fc_norm.weight" in found:
+        line += ", average pooling"
     if "reg_token" in found:
         count = found["reg_token"].shape[1]
         line, name = f"{line}, {count} registers", f"{name}_reg{count}"
@@ -104,9 +119,15 @@ def describe(state: dict[str, Tensor]) -> str:
         name = f"{name}_dinov2" if patch == 14 else name.replace("vit", "deit3") + "_224"
     elif "dist_token" in found:
         name = name.replace("vit", "deit").replace("patch", "distilled_patch") + "_224"
+    elif "norm_pre.weight" in found:
+        line, name = f"{line}, a norm in front (CLIP: OpenAI's needs *_quickgelu_*)", f"{name}_clip_224"
     else:
-        name += "_clip_224" if "norm_pre.weight" in found else "_224" if "cls_token" in found else "_siglip_224"
-    return line + (f", as model=timm model.name={name}" if (width, depth) in _SIZES else "")
+        name += "_224" if "cls_token" in found else "_siglip_224"
+    if "reg_token" in found and "pos_embed" not in found:
+        plus = "_plus" if "blocks.0.mlp.fc1_g.weight" in found and width < 4096 else ""
+        biased = "_qkvb" if {"blocks.0.attn.qkv.bias", "blocks.0.attn.q.bias"} & found.keys() else ""
+        name = f"vit_{_SIZES.get((width, depth))}{plus}_patch{patch}_dinov3{biased}"
+    return line, name
 
 
 def timm_name(name: str) -> str:
@@ -117,6 +138,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is sparse: save its to_dense()")
     if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")) or tensor.is_meta:
         raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not values of floating point")
     tensor = tensor.float()

@@ -1,26 +1,42 @@
 """A trunk's pretrained weights: published by torchvision, by timm's hub or in the package, or a user's own file."""
 
 import argparse
+import contextlib
+import json
 import re
 import urllib.error
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from lora_vit.config import ModelConfig, is_weights_file, weights_files
+from lora_vit.config import MERGE_FIRST, ModelConfig, is_weights_file, weights_files, weights_part
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
-WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
-"""What training scripts call the model in their files; where a file holds several, the first of these is taken."""
+WRAPPERS = ("state", "model", "teacher", "target", "net", "module", "ema", "student", "online")
+"""What training scripts call the model in their files, alone or beside other words: of several, the first is taken."""
+ARCHIVES = {  # of zip archives that hold weights in another form: members, what the archive is, what gives the weights
+    r"/code/": ("a program of TorchScript", "torch.jit.load(FILE).state_dict()"),
+    r"/archive_format$": ("a program of torch.export", "torch.export.load(FILE).state_dict"),
+    r"\.npy$": ("an archive of NumPy", "timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's"),
+    r"\.(?:safetensors|bin|pth?)$": ("a zip archive", "the file of weights that is in it"),
+}
+BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+WORDS = {  # in these files, and ours
+    "num_attention_heads": "heads", "layer_norm_eps": "epsilon", "architecture": "name",
+    "image_mean": "mean", "image_std": "std", "mean": "mean", "std": "std",
+}  # fmt: skip
+AT_2 = {"gelu": 1.9545, "gelu_tanh": 1.9546, "quick_gelu": 1.9357, "silu": 1.7616, "relu": 2.0}  # tells them apart
 
 
 def fetch_weights(m: ModelConfig, download: bool = False) -> None:
@@ -61,15 +77,78 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
         translated, recognised = translate(state, own)
     except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
         raise ConfigError(f"model.weights={m.weights}: {str(error).splitlines()[0]}") from None
-    theirs, ours = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (translated, own))
-    wrong = [f"it lacks {name}" for name in sorted(ours.keys() - theirs)]
-    wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)]
-    wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)]
-    if wrong:
-        has = f"(the file has {describe(state)})"
-        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")
+    if wrong := _misfit(translated, own):
+        has = f"(the file has {_description(state)})"
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong} {has}")
     trunk.load_state_dict(translated)
     return f"model.weights={m.weights}: {recognised}{where}" if from_file else ""
+
+
+def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
+    """A line on what files beside the weights say and the model, or what prepares its ``images``, has otherwise.
+
+    Raises ConfigError where the features would be others, by the number of attention heads or the activation.
+    """
+    if not is_weights_file(m.weights):
+        return ""
+    said: dict[str, Any] = {}
+    path = user_path(weights_part(str(m.weights))[0])
+    for file in [(path if path.is_dir() else path.parent) / name for name in BESIDE]:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                said.update(_said(json.loads(file.read_bytes())))
+            except (ValueError, AttributeError):
+                raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
+    ours = _own(m, trunk) | {key: images[key] for key in ("mean", "std") if getattr(m, key) is None}
+    other = {word: (theirs, ours[word]) for word, theirs in said.items() if theirs != ours.get(word, theirs)}
+    told = "; ".join(f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items())
+    settings = [f"model.{word}={other[word][0]}".replace(" ", "") for word in ("mean", "std") if word in other]
+    apart = [AT_2.get(name, 0.0) for name in other.get("activation", ())]
+    if "heads" in other or (apart and abs(apart[0] - apart[1]) > 1e-3):
+        raise ConfigError(f"model.weights={m.weights}: {told}: give a model that has these (as *_quickgelu_* of timm)")
+    return told + (f" ({' '.join(settings)} takes theirs)" if settings else "")
+
+
+def _said(held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a configuration says of a model of images, wherever it stands, in our words."""
+    for key, value in held.items():
+        if isinstance(value, dict) and not key.startswith("text"):
+            yield from _said(value)
+        elif key in ("hidden_act", "quick_gelu") and not held.get("use_swiglu_ffn"):  # that is SiLU's
+            name = {True: "quick_gelu", False: "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+            yield "activation", name.get(value, value)
+        elif key in WORDS and value is not None:
+            yield WORDS[key], value
+
+
+def _own(m: ModelConfig, trunk: Any) -> dict[str, Any]:
+    """The same of a trunk."""
+    block = trunk.blocks[0] if m.library == "timm" else trunk.encoder.layers[0]
+    parts = ("attn", "mlp.act", "norm1") if m.library == "timm" else ("self_attention", "mlp.1", "ln_1")
+    attention, act, norm = (block.get_submodule(part) for part in parts)
+    at_2 = float(act(torch.tensor(2.0)))
+    activation = min(AT_2, key=lambda name: abs(AT_2[name] - at_2))
+    own = {"heads": attention.num_heads, "activation": activation, "epsilon": norm.eps}
+    return own | ({"name": m.name.partition(".")[0]} if m.library == "timm" else {})
+
+
+def _misfit(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """What a model lacks, what it does not know and what has another shape: the first of each."""
+    theirs, ours = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (found, own))
+    wrong = [f"it lacks {name}" for name in sorted(ours.keys() - theirs)][:1]
+    wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)][:1]
+    wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)][:1]
+    return ", ".join(wrong)
+
+
+def _description(state: dict[str, Tensor]) -> str:
+    """The sizes of a state dict, with timm's model of these if that exists and takes it."""
+    line, name = describe(state)
+    with contextlib.suppress(ConfigError, ValueError), torch.device("meta"):
+        own = timm_model(name, None).state_dict()
+        if not _misfit(translate(state, own)[0], own):
+            line += f", as model=timm model.name={name}"
+    return line
 
 
 def _published(m: ModelConfig) -> dict[str, Tensor]:
@@ -102,15 +181,22 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, else of torch, by its first bytes. Raises ConfigError if it is neither."""
+    """Whether a file is one of safetensors, else of torch, by its content. Raises ConfigError if it is neither."""
     if not path.is_file():
         raise ConfigError(f"model.weights={path} is not a file: check the path")
     with path.open("rb") as file:
         first = file.read(64)
-    if first[8:9] != b"{" and not first.startswith((b"PK", b"\x80")):
+    if first[8:9] == b"{":
+        return True
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        for member, (what, weights) in ARCHIVES.items():
+            if any(re.search(member, name) for name in names):
+                raise ConfigError(f"model.weights={path} is {what}: save {weights}, and give that")
+    elif not first.startswith((b"PK", b"\x80")):
         what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
         raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
-    return first[8:9] == b"{"
+    return False
 
 
 def _read_file(path: Path) -> Any:
@@ -119,8 +205,8 @@ def _read_file(path: Path) -> Any:
     try:
         if is_safetensors:
             return load_file(path)
-        # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
-        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        # an open file, as torch goes by a path's suffix
+        with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -129,18 +215,35 @@ def _read_file(path: Path) -> Any:
         raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
 
 
+def _harmless() -> list[Any]:
+    """What training scripts keep beside weights: their arguments as a Namespace, and NumPy's numbers."""
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    makers: Any = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    named = [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in makers for core in ("core", "_core")]
+    return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
+
+
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
-    found = list(_state_dicts(held, ()))
+    path, asked = weights_part(str(m.weights))
+    found = [one for one in _state_dicts(held, ()) if not asked or f"{one[0]}.".startswith(f"{asked}.")]
+    if {"trial_id", "exp_avg"} <= held.keys() or _has_adapters(held):
+        raise ConfigError(f"model.weights={path} is {MERGE_FIRST}")
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
         what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
         raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {first}): give another file")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
-    found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
+    found.sort(key=lambda one: sorted(rank.get(word, len(rank)) for word in re.split(r"[._]", one[0]) if word))
     where, state = found[0]
-    others = f" (it also has {', '.join(other for other, _ in found[1:])})" if found[1:] else ""
-    return state, f", taken from '{where}'{others}" if where else ""
+    others = ", ".join(other for other, _ in found[1:])
+    choice = f" (it also has {others}: model.weights=FILE::{found[-1][0]} takes that)" if others else ""
+    return state, f", taken from '{where}'{choice}" if where else ""
+
+
+def _has_adapters(held: Any) -> bool:
+    """Whether a saved object holds tensors of LoRA."""
+    return isinstance(held, dict) and any(".lora_" in str(name) or _has_adapters(one) for name, one in held.items())
 
 
 def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
