@@ -64,8 +64,7 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     Query, key and value are stacked or taken apart as the model has them. Positions go to the model's grid as its
     library does it; those of class, distillation and register tokens are added to the tokens where the model has none.
     Tensors may be missing, unexpected or of another shape; a line says the sizes, and what was left out. Raises
-    ValueError where a tensor is not of floating point, sparse, scaled, empty or not finite, or positions are not for a
-    square grid.
+    ValueError where a tensor is not plain, finite values of floating point, or positions are not for a square grid.
     """
     names = {timm_name(name): name for name in own}
     theirs = {timm_name(name): name for name in state}
@@ -74,11 +73,9 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
         raise ValueError(f"{one}: the file holds parts of two models, save one alone")
     left_out = [name for name in theirs if name not in names and _LEFT_OUT.match(name)]
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
-    fp8 = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.element_size() == 1})
-    if scaled := [theirs[name] for name in found if fp8 and "scale" in name]:
-        raise ValueError(f"{scaled[0]} scales weights of {fp8[0]}: give them in bf16, fp16 or fp32")
     for bias in [name for name in found if f"{name}_mask" in theirs]:  # DINOv3 computes without a bias of its keys
         found[bias] = found[bias] * (state[theirs[f"{bias}_mask"]] != 0)
+    fp8 = {str(t.dtype) for t in state.values() if t.is_floating_point() and t.element_size() == 1}
     line = ", ".join([describe(state)[0], *(f"rounded to {dtype}" for dtype in fp8)])
     if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
         line += ", left out: " + ", ".join(named)

@@ -94,11 +94,10 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     said: dict[str, Any] = {}
     path = user_path(weights_part(str(m.weights))[0])
     for file in [(path if path.is_dir() else path.parent) / name for name in BESIDE]:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                said.update(_said(json.loads(file.read_bytes())))
-            except (ValueError, AttributeError):
-                raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
+        try:
+            said.update(_said(json.loads(file.read_bytes())) if file.is_file() else {})
+        except (OSError, ValueError, AttributeError):
+            raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
     ours = _own(m, trunk) | {key: images[key] for key in ("mean", "std") if getattr(m, key) is None}
     other = {word: (theirs, ours[word]) for word, theirs in said.items() if theirs != ours.get(word, theirs)}
     told = "; ".join(f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items())
@@ -106,6 +105,8 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     apart = [AT_2.get(name, 0.0) for name in other.get("activation", ())]
     if "heads" in other or (apart and abs(apart[0] - apart[1]) > 1e-3):
         raise ConfigError(f"model.weights={m.weights}: {told}: give a model that has these (as *_quickgelu_* of timm)")
+    if "mean" in ours and "mean" not in said:
+        told += f"{told and '; '}images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others"
     return told + (f" ({' '.join(settings)} takes theirs)" if settings else "")
 
 
