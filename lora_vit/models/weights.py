@@ -87,9 +87,10 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
 def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     """A line on what files beside the weights say and the model, or what prepares its ``images``, has otherwise.
 
-    Raises ConfigError where the features would be others, by the number of attention heads or the activation.
+    A trained trial, which is read without ``weights_sha256``, stays what it is. Raises ConfigError where the features
+    would be others, by the number of attention heads or the activation.
     """
-    if not is_weights_file(m.weights):
+    if not is_weights_file(m.weights) or m.weights_sha256 is None:
         return ""
     said: dict[str, Any] = {}
     path = user_path(weights_part(str(m.weights))[0])
@@ -98,7 +99,13 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
             said.update(_said(json.loads(file.read_bytes())) if file.is_file() else {})
         except (OSError, ValueError, AttributeError):
             raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
-    ours = _own(m, trunk) | {key: images[key] for key in ("mean", "std") if getattr(m, key) is None}
+    block = trunk.blocks[0] if m.library == "timm" else trunk.encoder.layers[0]
+    parts = ("attn", "mlp.act", "norm1") if m.library == "timm" else ("self_attention", "mlp.1", "ln_1")
+    attention, act, norm = (block.get_submodule(part) for part in parts)
+    activation = min(AT_2, key=lambda name: abs(AT_2[name] - float(act(torch.tensor(2.0)))))
+    ours = {"heads": attention.num_heads, "activation": activation, "epsilon": norm.eps}
+    ours |= {"name": m.name.partition(".")[0]} if m.library == "timm" else {}
+    ours |= {key: images[key] for key in ("mean", "std") if getattr(m, key) is None}
     other = {word: (theirs, ours[word]) for word, theirs in said.items() if theirs != ours.get(word, theirs)}
     told = "; ".join(f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items())
     settings = [f"model.{word}={other[word][0]}".replace(" ", "") for word in ("mean", "std") if word in other]
@@ -120,17 +127,6 @@ def _said(held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "activation", name.get(value, value)
         elif key in WORDS and value is not None:
             yield WORDS[key], value
-
-
-def _own(m: ModelConfig, trunk: Any) -> dict[str, Any]:
-    """The same of a trunk."""
-    block = trunk.blocks[0] if m.library == "timm" else trunk.encoder.layers[0]
-    parts = ("attn", "mlp.act", "norm1") if m.library == "timm" else ("self_attention", "mlp.1", "ln_1")
-    attention, act, norm = (block.get_submodule(part) for part in parts)
-    at_2 = float(act(torch.tensor(2.0)))
-    activation = min(AT_2, key=lambda name: abs(AT_2[name] - at_2))
-    own = {"heads": attention.num_heads, "activation": activation, "epsilon": norm.eps}
-    return own | ({"name": m.name.partition(".")[0]} if m.library == "timm" else {})
 
 
 def _misfit(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:

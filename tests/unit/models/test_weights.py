@@ -273,6 +273,7 @@ def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monk
 HF_VIT = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+NEW = {"weights_sha256": "0" * 64}  # of a trial that is to be trained
 BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # a configuration, one of images, and what is told
     (HF_VIT, IMAGENET, ""),
     ({"vision_config": HF_VIT, "text_config": {"num_attention_heads": 8, "hidden_act": "quick_gelu"}}, IMAGENET, ""),
@@ -294,7 +295,7 @@ BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # a configuration,
 def test_what_files_beside_weights_say(model, images, told, as_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(model))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
-    m = model_config(**SHAPE, weights=str(tmp_path if as_folder else tmp_path / "w.pth"))
+    m = model_config(**SHAPE, weights=str(tmp_path if as_folder else tmp_path / "w.pth"), **NEW)
     trunk = trunk_of(m)
     if told.startswith("refused: "):
         with pytest.raises(ConfigError, match=told.removeprefix("refused: ")):
@@ -306,7 +307,7 @@ def test_what_files_beside_weights_say(model, images, told, as_folder, tmp_path)
 
 def test_what_files_beside_weights_say_of_timms_models(tmp_path):
     pytest.importorskip("timm")
-    m = model_config(library="timm", name="vit_xsmall_patch16_clip_224", image_size=32, weights=str(tmp_path))
+    m = model_config(library="timm", name="vit_xsmall_patch16_clip_224", image_size=32, weights=str(tmp_path), **NEW)
     trunk = trunk_of(m)
     (tmp_path / "config.json").write_text('{"architecture": "other", "hidden_act": "gelu"}')
     assert check_beside(m, trunk, inputs_of(m, trunk)).startswith(f"name is other beside the weights, {m.name} here")
@@ -317,6 +318,13 @@ def test_what_files_beside_weights_say_of_timms_models(tmp_path):
 
 def test_own_means_are_not_questioned(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(HALF))
-    m = model_config(**SHAPE, weights=str(tmp_path), mean=[0.1] * 3, std=[0.2] * 3)
+    m = model_config(**SHAPE, weights=str(tmp_path), mean=[0.1] * 3, std=[0.2] * 3, **NEW)
+    trunk = trunk_of(m)
+    assert check_beside(m, trunk, inputs_of(m, trunk)) == ""
+
+
+def test_a_trained_trial_stays_what_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "quick_gelu"}))
+    m = model_config(**SHAPE, weights=str(tmp_path))
     trunk = trunk_of(m)
     assert check_beside(m, trunk, inputs_of(m, trunk)) == ""
