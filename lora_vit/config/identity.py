@@ -12,6 +12,7 @@ from lora_vit.errors import ConfigError
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json",
                 "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # fmt: skip
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".npz")
 MERGE_FIRST = "an adapter, not a model: merge it into its base first (lora-vit merge; PEFT's merge_and_unload)"
 
 
@@ -46,8 +47,8 @@ def trial_id(trial: TrialConfig) -> str:
 
 def is_weights_file(weights: str | None) -> bool:
     """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    suffixes, path = (".pth", ".pt", ".bin", ".safetensors", ".npz"), weights_part(weights or "")[0]
-    return weights is not None and (path.endswith(suffixes) or "/" in path or Path(path).exists())
+    path = weights_part(weights or "")[0]
+    return weights is not None and (path.endswith(SUFFIXES) or "/" in path or Path(path).exists())
 
 
 def weights_part(weights: str) -> tuple[str, str]:
@@ -88,7 +89,8 @@ def file_sha256(path: Path) -> str:
     except OSError as error:
         name = Path(error.filename or path)
         hub = f"if {'/'.join(name.parts[-2:])} is one of Hugging Face, fetch its *.safetensors and *.json into a folder"
-        hint = "check the path" if name.parent.exists() else f"check the path; {hub} and give that"
+        known = name.suffix in SUFFIXES or name.parent.exists()
+        hint = "check the path" if known else f"check the path; {hub} and give that"
         raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): {hint}") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
