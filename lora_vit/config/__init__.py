@@ -3,9 +3,7 @@
 
 from lora_vit.config.check import SIZES, validate, validate_sweep
 from lora_vit.config.datasets import DATASETS
-from lora_vit.config.identity import (
-    MERGE_FIRST, canonical, file_sha256, ids, is_weights_file, trial_id, weights_files, weights_part,
-)  # fmt: skip
+from lora_vit.config.identity import canonical, file_sha256, ids, is_weights_file, trial_id, weights_files
 from lora_vit.config.rules import nearest
 from lora_vit.config.schema import (
     IDENTITY, SCHEMA_VERSION, SECTIONS, TARGETS, WITHOUT_IDENTITY, DataConfig, LoraConfig, ModelConfig,

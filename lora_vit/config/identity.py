@@ -11,9 +11,8 @@ from lora_vit.errors import ConfigError
 
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json",
-                "open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # fmt: skip
-SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".npz")
-MERGE_FIRST = "an adapter, not a model: merge it into its base first (lora-vit merge; PEFT's merge_and_unload)"
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+                "adapter.safetensors", "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
 
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
@@ -25,8 +24,7 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
     if (digest := values["model"].pop("weights_sha256")) is not None:
-        part = weights_part(str(trial.model.weights))[1]
-        values["model"]["weights"] = "sha256:" + digest + (part and "::" + part)
+        values["model"]["weights"] = "".join(["sha256:", digest, *str(trial.model.weights).partition("::")[1:]])
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
     return {**values, "schema": SCHEMA_VERSION}
@@ -46,30 +44,21 @@ def trial_id(trial: TrialConfig) -> str:
 
 
 def is_weights_file(weights: str | None) -> bool:
-    """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    path = weights_part(weights or "")[0]
-    return weights is not None and (path.endswith(SUFFIXES) or "/" in path or Path(path).exists())
-
-
-def weights_part(weights: str) -> tuple[str, str]:
-    """The path in ``FILE::PREFIX``, and where in the file the model is; empty where that is found out."""
-    path, _, part = weights.partition("::")
-    return path, part
+    """Whether ``model.weights`` is a path, or FILE::PREFIX of a model in it, rather than a name; what exists is one."""
+    path = (weights or "").partition("::")[0]
+    suffixes = (".pth", ".pt", ".bin", ".safetensors", ".npz")
+    return weights is not None and (path.endswith(suffixes) or "/" in path or Path(path).exists())
 
 
 def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
-    path = Path(weights_part(str(path))[0])
+    path = Path(str(path).partition("::")[0])
     if not path.is_dir():
         return [path]
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)  # the first that is there
     if file is None:
-        what = f"the folder has none of {', '.join(FOLDER_FILES)}"
-        if list(path.glob("adapter*.*")):
-            what = f"the folder is {MERGE_FIRST}"
-        elif parts := sorted(path.glob("*-of-*")):
-            what = f"the folder has {parts[0].name}, but no {parts[0].name.split('-0')[0]}*.index.json: fetch that too"
-        raise ConfigError(f"model.weights={path}: {what}")
+        remedy = "fetch them too, with shards (*-of-*) their index"
+        raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES[:4])}: {remedy}")
     if file.suffix != ".json":
         return [file]
     try:
@@ -87,10 +76,8 @@ def file_sha256(path: Path) -> str:
             stat = file.stat()
             digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
-        name = Path(error.filename or path)
-        hub = f"if {'/'.join(name.parts[-2:])} is one of Hugging Face, fetch its *.safetensors and *.json into a folder"
-        known = name.suffix in SUFFIXES or name.parent.exists()
-        hint = "check the path" if known else f"check the path; {hub} and give that"
+        name = error.filename or path
+        hint = "check the path (of an id of Hugging Face, give a folder with its *.safetensors and *.json)"
         raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): {hint}") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 

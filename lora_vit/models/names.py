@@ -35,10 +35,9 @@ _TO_TIMM = (  # whole dotted parts of a name, as a pattern, and what timm calls 
     (r"attn\.([qv])_bias", r"attn.\1.bias"),
     (r"(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)", r"attn.\1"),
     (r"(?:self_attention|self_attn|attn)\.out_proj|attention\.(?:output\.dense|o_proj)", "attn.proj"),
-    (r"mlp\.(?:0|linear_1|weights_in|w12|c_fc|up_proj)|intermediate\.dense", "mlp.fc1"),
+    (r"mlp\.(?:0|linear_1|weights_in|w12|c_fc|up_proj|w2|fc1_x)|intermediate\.dense", "mlp.fc1"),
     (r"mlp\.(?:3|linear_2|weights_out|w3|c_proj|down_proj)|output\.dense", "mlp.fc2"),
     (r"mlp\.(?:w1|gate_proj)", "mlp.fc1_g"),
-    (r"mlp\.w2", "mlp.fc1_x"),
     (r"(?:ln_|layer_norm)([12])", r"norm\1"),
     ("layernorm_before", "norm1"),
     ("layernorm_after", "norm2"),
@@ -75,8 +74,7 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     found = {name: _checked(there, state[there]) for name, there in theirs.items() if name not in left_out}
     for bias in [name for name in found if f"{name}_mask" in theirs]:  # DINOv3 computes without a bias of its keys
         found[bias] = found[bias] * (state[theirs[f"{bias}_mask"]] != 0)
-    fp8 = {str(t.dtype) for t in state.values() if t.is_floating_point() and t.element_size() == 1}
-    line = ", ".join([describe(state)[0], *(f"rounded to {dtype}" for dtype in fp8)])
+    line = describe(state)[0]
     if named := sorted({name.split(".")[0] for name in left_out if not re.search(f"{_COUNTED}$", name)}):
         line += ", left out: " + ", ".join(named)
     for name, whole, parts in _stacked(found):
@@ -86,8 +84,6 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
         if name not in found and all(part in found for part in parts):
             found[name] = torch.cat([found.pop(part) for part in parts])
     found = {name: t for name, t in found.items() if name in names or not name.endswith(".bias") or t.any()}
-    gated = {name: name.replace("mlp.fc1.", "mlp.fc1_x.") for name in found}  # HF's name is one for both kinds
-    found = {gated[name] if gated[name] in names else name: t for name, t in found.items()}
     if "pos_embed" in found and found.keys() == names.keys():
         wanted = {name: own[there] for name, there in names.items()}
         sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
@@ -99,32 +95,21 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     return {names.get(name, theirs.get(name, name)): t for name, t in found.items()}, line
 
 
-def describe(state: dict[str, Tensor]) -> tuple[str, str]:
-    """The sizes of a state dict in a few words, and the model of timm that it is probably of."""
+def describe(state: dict[str, Tensor]) -> tuple[str, list[str]]:
+    """What a state dict is in a few words, and the names of timm's models that may have its sizes."""
     found = {timm_name(name): t for name, t in state.items()}
     depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     width, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, -1))
     line = f"{depth or 'no known'} blocks of width {width}, patch {patch}"
-    name = f"vit_{_SIZES.get((width, depth))}_patch{patch}"
-    if "fc_norm.weight" in found:
-        line += ", average pooling"
     if "reg_token" in found:
-        count = found["reg_token"].shape[1]
-        line, name = f"{line}, {count} registers", f"{name}_reg{count}"
-    if "blocks.0.ls1.gamma" in found:
-        line += ", layer scale"
-        name = f"{name}_dinov2" if patch == 14 else name.replace("vit", "deit3") + "_224"
-    elif "dist_token" in found:
-        name = name.replace("vit", "deit").replace("patch", "distilled_patch") + "_224"
-    elif "norm_pre.weight" in found:
-        line, name = f"{line}, a norm in front (CLIP: OpenAI's needs *_quickgelu_*)", f"{name}_clip_224"
-    else:
-        name += "_224" if "cls_token" in found else "_siglip_224"
-    if "reg_token" in found and "pos_embed" not in found:
-        plus = "_plus" if "blocks.0.mlp.fc1_g.weight" in found and width < 4096 else ""
-        biased = "_qkvb" if {"blocks.0.attn.qkv.bias", "blocks.0.attn.q.bias"} & found.keys() else ""
-        name = f"vit_{_SIZES.get((width, depth))}{plus}_patch{patch}_dinov3{biased}"
-    return line, name
+        line += f", {found['reg_token'].shape[1]} registers"
+    parts = {"blocks.0.ls1.gamma": "layer scale", "fc_norm.weight": "average pooling",
+             "norm_pre.weight": "a norm in front (CLIP: OpenAI's needs *_quickgelu_*)"}  # fmt: skip
+    line += "".join(f", {what}" for name, what in parts.items() if name in found)
+    line += "".join({f", rounded to {t.dtype}" for t in state.values() if "float8" in str(t.dtype)})
+    size, kinds = _SIZES.get((width, depth)), "224 clip_224 siglip_224 dinov2 reg4_dinov2 dinov3 dinov3_qkvb"
+    names = [f"vit_{size}_patch{patch}_{kind}" for kind in kinds.split()]
+    return line, [*names, f"deit3_{size}_patch{patch}_224", f"deit_{size}_distilled_patch{patch}_224"]
 
 
 def timm_name(name: str) -> str:
@@ -135,10 +120,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} is sparse: save its to_dense()")
-    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")) or tensor.is_meta:
-        raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not values of floating point")
+    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")) or tensor.is_meta or tensor.is_sparse:
+        raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not dense values of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinite values")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
-from lora_vit.config import MERGE_FIRST, ModelConfig, is_weights_file, weights_files, weights_part
+from lora_vit.config import ModelConfig, is_weights_file, weights_files
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
@@ -25,18 +25,11 @@ from lora_vit.models.names import PATCHES, describe, translate
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
 WRAPPERS = ("state", "model", "teacher", "target", "net", "module", "ema", "student", "online")
 """What training scripts call the model in their files, alone or beside other words: of several, the first is taken."""
-ARCHIVES = {  # of zip archives that hold weights in another form: members, what the archive is, what gives the weights
-    r"/code/": ("a program of TorchScript", "torch.jit.load(FILE).state_dict()"),
-    r"/archive_format$": ("a program of torch.export", "torch.export.load(FILE).state_dict"),
-    r"\.npy$": ("an archive of NumPy", "timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's"),
-    r"\.(?:safetensors|bin|pth?)$": ("a zip archive", "the file of weights that is in it"),
+ARCHIVES = {  # of zip archives that hold weights in another form: a member's name, and what the archive is
+    r"/code/|/archive_format$": "a program: save torch.jit.load(FILE).state_dict(), or torch.export's state_dict",
+    r"\.npy$": "NumPy's: save timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's",
+    r"\.(?:safetensors|bin|pth?)$": "a zip archive: save the file of weights that is in it",
 }
-BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
-WORDS = {  # in these files, and ours
-    "num_attention_heads": "heads", "layer_norm_eps": "epsilon", "architecture": "name",
-    "image_mean": "mean", "image_std": "std", "mean": "mean", "std": "std",
-}  # fmt: skip
-AT_2 = {"gelu": 1.9545, "gelu_tanh": 1.9546, "quick_gelu": 1.9357, "silu": 1.7616, "relu": 2.0}  # tells them apart
 
 
 def fetch_weights(m: ModelConfig, download: bool = False) -> None:
@@ -77,9 +70,13 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
         translated, recognised = translate(state, own)
     except (ValueError, RuntimeError) as error:  # torch's, of tensors without values
         raise ConfigError(f"model.weights={m.weights}: {str(error).splitlines()[0]}") from None
-    if wrong := _misfit(translated, own):
+    theirs, ours = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (translated, own))
+    wrong = [f"it lacks {name}" for name in sorted(ours.keys() - theirs)]
+    wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)]
+    wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)]
+    if wrong:
         has = f"(the file has {_description(state)})"
-        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong} {has}")
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")
     trunk.load_state_dict(translated)
     return f"model.weights={m.weights}: {recognised}{where}" if from_file else ""
 
@@ -93,58 +90,47 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     if not is_weights_file(m.weights) or m.weights_sha256 is None:
         return ""
     said: dict[str, Any] = {}
-    path = user_path(weights_part(str(m.weights))[0])
-    for file in [(path if path.is_dir() else path.parent) / name for name in BESIDE]:
+    path = user_path(str(m.weights).partition("::")[0])
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = (path if path.is_dir() else path.parent) / name
         try:
-            said.update(_said(json.loads(file.read_bytes())) if file.is_file() else {})
+            held = json.loads(file.read_bytes()) if file.is_file() else {}
+            for part, values in [("", held), *held.items()]:
+                said |= values if isinstance(values, dict) and not part.startswith("text") else {}
         except (OSError, ValueError, AttributeError):
             raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
-    block = trunk.blocks[0] if m.library == "timm" else trunk.encoder.layers[0]
-    parts = ("attn", "mlp.act", "norm1") if m.library == "timm" else ("self_attention", "mlp.1", "ln_1")
-    attention, act, norm = (block.get_submodule(part) for part in parts)
-    activation = min(AT_2, key=lambda name: abs(AT_2[name] - float(act(torch.tensor(2.0)))))
-    ours = {"heads": attention.num_heads, "activation": activation, "epsilon": norm.eps}
-    ours |= {"name": m.name.partition(".")[0]} if m.library == "timm" else {}
-    ours |= {key: images[key] for key in ("mean", "std") if getattr(m, key) is None}
-    other = {word: (theirs, ours[word]) for word, theirs in said.items() if theirs != ours.get(word, theirs)}
-    told = "; ".join(f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items())
-    settings = [f"model.{word}={other[word][0]}".replace(" ", "") for word in ("mean", "std") if word in other]
-    apart = [AT_2.get(name, 0.0) for name in other.get("activation", ())]
-    if "heads" in other or (apart and abs(apart[0] - apart[1]) > 1e-3):
-        raise ConfigError(f"model.weights={m.weights}: {told}: give a model that has these (as *_quickgelu_* of timm)")
-    if "mean" in ours and "mean" not in said:
-        told += f"{told and '; '}images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others"
-    return told + (f" ({' '.join(settings)} takes theirs)" if settings else "")
-
-
-def _said(held: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a configuration says of a model of images, wherever it stands, in our words."""
-    for key, value in held.items():
-        if isinstance(value, dict) and not key.startswith("text"):
-            yield from _said(value)
-        elif key in ("hidden_act", "quick_gelu") and not held.get("use_swiglu_ffn"):  # that is SiLU's
-            name = {True: "quick_gelu", False: "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-            yield "activation", name.get(value, value)
-        elif key in WORDS and value is not None:
-            yield WORDS[key], value
-
-
-def _misfit(found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """What a model lacks, what it does not know and what has another shape: the first of each."""
-    theirs, ours = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (found, own))
-    wrong = [f"it lacks {name}" for name in sorted(ours.keys() - theirs)][:1]
-    wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)][:1]
-    wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)][:1]
-    return ", ".join(wrong)
+    # open_clip's word, or HF's, of which gated MLPs of DINOv2 make no use
+    words = {"True": "quickgelu", "False": "gelu"}
+    activation = words.get(str(said.get("quick_gelu")), str(said.get("hidden_act") or ""))
+    modules = list(trunk.named_modules())
+    act = next(type(part).__name__ for name, part in modules if name.endswith(("mlp.act", "mlp.1")))
+    heads, eps = (next(getattr(part, key) for _, part in modules if hasattr(part, key)) for key in ("num_heads", "eps"))
+    facts: dict[str, tuple[Any, Any]] = {  # theirs, and ours
+        "heads": (said.get("num_attention_heads"), heads),
+        "activation": (not said.get("use_swiglu_ffn") and re.sub("_|pytorch", "", activation), act.lower()),
+        "epsilon": (said.get("layer_norm_eps"), eps),
+        "model.name": (m.library == "timm" and said.get("architecture"), m.name.partition(".")[0]),
+    }
+    for key in [key for key in ("mean", "std") if getattr(m, key) is None]:
+        facts[f"model.{key}"] = said.get(f"image_{key}", said.get(key)), images[key]
+    other = {word: both for word, both in facts.items() if both[0] and both[0] != both[1]}
+    told = [f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items()]
+    if "heads" in other or not all(name.startswith("gelu") for name in other.get("activation", ())):
+        remedy = "give a model that has these (as *_quickgelu_* of timm)"
+        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: {remedy}")
+    if facts.get("model.mean", "-")[0] is None:
+        told.append(f"images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others")
+    return "; ".join(told)
 
 
 def _description(state: dict[str, Tensor]) -> str:
-    """The sizes of a state dict, with timm's model of these if that exists and takes it."""
-    line, name = describe(state)
-    with contextlib.suppress(ConfigError, ValueError), torch.device("meta"):
-        own = timm_model(name, None).state_dict()
-        if not _misfit(translate(state, own)[0], own):
-            line += f", as model=timm model.name={name}"
+    """The sizes of a state dict, and a model of timm that takes it, if there is one of the known kinds."""
+    line, names = describe(state)
+    for name in names:
+        with contextlib.suppress(ConfigError, ValueError, RuntimeError), torch.device("meta"):
+            model = timm_model(name, None)
+            model.load_state_dict(translate(state, model.state_dict())[0], assign=True)
+            return f"{line}, as model=timm model.name={name}"
     return line
 
 
@@ -186,10 +172,10 @@ def _is_safetensors(path: Path) -> bool:
     if first[8:9] == b"{":
         return True
     if zipfile.is_zipfile(path):
-        names = zipfile.ZipFile(path).namelist()
-        for member, (what, weights) in ARCHIVES.items():
-            if any(re.search(member, name) for name in names):
-                raise ConfigError(f"model.weights={path} is {what}: save {weights}, and give that")
+        names = "\n".join(zipfile.ZipFile(path).namelist())
+        for member, what in ARCHIVES.items():
+            if re.search(member, names, re.MULTILINE):
+                raise ConfigError(f"model.weights={path} is {what}, and give that")
     elif not first.startswith((b"PK", b"\x80")):
         what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
         raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
@@ -214,7 +200,7 @@ def _read_file(path: Path) -> Any:
 
 def _harmless() -> list[Any]:
     """What training scripts keep beside weights: their arguments as a Namespace, and NumPy's numbers."""
-    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
     makers: Any = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
     named = [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in makers for core in ("core", "_core")]
     return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
@@ -222,10 +208,12 @@ def _harmless() -> list[Any]:
 
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
-    path, asked = weights_part(str(m.weights))
+    asked = str(m.weights).partition("::")[2]
     found = [one for one in _state_dicts(held, ()) if not asked or f"{one[0]}.".startswith(f"{asked}.")]
-    if {"trial_id", "exp_avg"} <= held.keys() or _has_adapters(held):
-        raise ConfigError(f"model.weights={path} is {MERGE_FIRST}")
+    names = [str(name) for _, state in [("", held), *found] for name in state]
+    if {"trial_id", "exp_avg"} <= held.keys() or any(".lora_" in name for name in names):
+        remedy = "merge it into its base first (lora-vit merge, PEFT's merge_and_unload)"
+        raise ConfigError(f"model.weights={m.weights} is an adapter: {remedy}")
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
         what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
@@ -236,11 +224,6 @@ def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor],
     others = ", ".join(other for other, _ in found[1:])
     choice = f" (it also has {others}: model.weights=FILE::{found[-1][0]} takes that)" if others else ""
     return state, f", taken from '{where}'{choice}" if where else ""
-
-
-def _has_adapters(held: Any) -> bool:
-    """Whether a saved object holds tensors of LoRA."""
-    return isinstance(held, dict) and any(".lora_" in str(name) or _has_adapters(one) for name, one in held.items())
 
 
 def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:
