@@ -26,7 +26,7 @@ SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
 WRAPPERS = ("state", "model", "teacher", "target", "net", "module", "ema", "student", "online")
 """What training scripts call the model in their files, alone or beside other words: of several, the first is taken."""
 ARCHIVES = {  # of zip archives that hold weights in another form: a member's name, and what the archive is
-    r"/code/|/archive_format$": "a program: save torch.jit.load(FILE).state_dict(), or torch.export's state_dict",
+    r"/code/|/archive_format$": "a program: save torch.jit.load(FILE)'s or torch.export.load(FILE)'s state_dict",
     r"\.npy$": "NumPy's: save timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's",
     r"\.(?:safetensors|bin|pth?)$": "a zip archive: save the file of weights that is in it",
 }

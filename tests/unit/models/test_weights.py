@@ -19,7 +19,6 @@ from torch import Tensor
 from torchvision.models import VisionTransformer
 
 from lora_vit.build import inputs_of
-from lora_vit.config import file_sha256
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.models.vit import trunk_of
@@ -198,18 +197,18 @@ FILES = {
     "model": (lambda: torch_bytes({"model": theirs()}), "objects (torchvision.models.vision_transformer.VisionT"),
     "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
-    "sparse": (lambda: torch_bytes(sparse(theirs().state_dict())), "layer_0.mlp.0.weight is sparse"),
+    "sparse": (lambda: torch_bytes(sparse(theirs().state_dict())), "0.weight is of torch.float32 on cpu, not dense"),
     "scaled": (lambda: torch_bytes(fp8(theirs().state_dict(), **{"conv_proj.weight_scale": torch.ones(())})),
                "it has the unknown conv_proj.weight_scale"),
-    "adapter": (lambda: save({"encoder.q.lora_A": torch.ones(2, 2)}), "is an adapter, not a model: merge it"),
+    "adapter": (lambda: save({"encoder.q.lora_A": torch.ones(2, 2)}), "is an adapter: merge it"),
     "wrapped by PEFT": (lambda: torch_bytes({"model": prefixed(theirs().state_dict(), "base_model.model.") |
                                              {"base_model.model.x.lora_A.default.weight": torch.ones(2, 2)}}),
-                        "is an adapter, not a model: merge it"),
+                        "is an adapter: merge it"),
     "checkpoint": (lambda: torch_bytes({"trial_id": "a", "values": {"heads.head.bias": torch.ones(2)}, "exp_avg": {}}),
-                   "is an adapter, not a model: merge it"),
-    "npz": (lambda: zipped(**{"embedding/kernel.npy": b""}), "is an archive of NumPy: save timm.create_model(NAME,"),
-    "TorchScript": (lambda: zipped(**{"w/data.pkl": b"", "w/code/x.py": b""}), "is a program of TorchScript: save"),
-    "torch.export": (lambda: zipped(**{"w/archive_format": b"pt2"}), "is a program of torch.export: save torch.export"),
+                   "is an adapter: merge it"),
+    "npz": (lambda: zipped(**{"embedding/kernel.npy": b""}), "is NumPy's: save timm.create_model(NAME,"),
+    "TorchScript": (lambda: zipped(**{"w/data.pkl": b"", "w/code/x.py": b""}), "is a program: save torch.jit.load("),
+    "torch.export": (lambda: zipped(**{"w/archive_format": b"pt2"}), "torch.export.load(FILE)'s state_dict, and"),
     "zipped": (lambda: zipped(**{"weights/model.safetensors": b""}), "is a zip archive: save the file of weights that"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
     "tensor": (lambda: torch_bytes(torch.ones(2)), "holds no Vision Transformer"),
@@ -235,12 +234,9 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path)
 
 def test_a_folder_or_nothing_there(tmp_path):
     assert "the folder has none of model.safetensors, model.safetensors.index.json, py" in refusal(tmp_path)
-    (tmp_path / "model-00001-of-00002.safetensors").touch()
-    assert "has model-00001-of-00002.safetensors, but no model*.index.json: fetch that" in refusal(tmp_path)
-    (tmp_path / "adapter_model.safetensors").touch()
-    assert "the folder is an adapter, not a model: merge it" in refusal(tmp_path)
-    with pytest.raises(ConfigError, match=r"if google/vit-base is one of Hugging Face, fetch its"):
-        file_sha256(Path("google/vit-base"))
+    assert ": fetch them too, with shards (*-of-*) their index" in refusal(tmp_path)
+    save_file({"q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    assert "is an adapter: merge it" in refusal(tmp_path)
     assert "is not a file: check the path" in refusal(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"model\.weights=GLYPHS is unknown for vit_tiny: one of GLYPHS_V1, a path"):
         fetch_weights(model_config(weights="GLYPHS"))
@@ -281,11 +277,11 @@ BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # a configuration,
     (HF_VIT | {"hidden_act": "silu", "use_swiglu_ffn": True}, IMAGENET, ""),
     (HF_VIT, {}, "images get vit_tiny's mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]: nothing says others"),
     (HF_VIT | {"layer_norm_eps": 1e-12}, IMAGENET, "epsilon is 1e-12 beside the weights, 1e-06 here"),
-    ({"hidden_act": "gelu_pytorch_tanh"}, IMAGENET, "activation is gelu_tanh beside the weights, gelu here"),
-    (HF_VIT, HALF, "(model.mean=[0.5,0.5,0.5] model.std=[0.5,0.5,0.5] takes theirs)"),
+    ({"hidden_act": "gelu_pytorch_tanh"}, IMAGENET, "activation is gelutanh beside the weights, gelu here"),
+    (HF_VIT, HALF, "model.std is [0.5, 0.5, 0.5] beside the weights, [0.229, 0.224, 0.225] here"),
     ({"num_attention_heads": 8}, {}, "refused: heads is 8 beside the weights, 4 here: give a model that has"),
-    ({"vision_config": {"hidden_act": "quick_gelu"}}, {}, "refused: activation is quick_gelu beside the weights, gelu"),
-    ({"model_cfg": {"quick_gelu": True}}, {}, "refused: activation is quick_gelu beside the weights, gelu here: give"),
+    ({"vision_config": {"hidden_act": "quick_gelu"}}, {}, "refused: activation is quickgelu beside the weights, gelu"),
+    ({"model_cfg": {"quick_gelu": True}}, {}, "refused: activation is quickgelu beside the weights, gelu here: give"),
     ({"hidden_act": "swoosh"}, {}, "refused: activation is swoosh beside the weights, gelu here"),
 ]
 
@@ -310,21 +306,15 @@ def test_what_files_beside_weights_say_of_timms_models(tmp_path):
     m = model_config(library="timm", name="vit_xsmall_patch16_clip_224", image_size=32, weights=str(tmp_path), **NEW)
     trunk = trunk_of(m)
     (tmp_path / "config.json").write_text('{"architecture": "other", "hidden_act": "gelu"}')
-    assert check_beside(m, trunk, inputs_of(m, trunk)).startswith(f"name is other beside the weights, {m.name} here")
+    assert check_beside(m, trunk, inputs_of(m, trunk)).startswith(f"model.name is other beside the weights, {m.name}")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json, beside model\.weights, is damaged"):
         check_beside(m, trunk, inputs_of(m, trunk))
 
 
-def test_own_means_are_not_questioned(tmp_path):
+@pytest.mark.parametrize("settings", [{"mean": [0.1] * 3, "std": [0.2] * 3, **NEW}, {}], ids=["own means", "trained"])
+def test_what_is_not_questioned(settings, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(HALF))
-    m = model_config(**SHAPE, weights=str(tmp_path), mean=[0.1] * 3, std=[0.2] * 3, **NEW)
-    trunk = trunk_of(m)
-    assert check_beside(m, trunk, inputs_of(m, trunk)) == ""
-
-
-def test_a_trained_trial_stays_what_it_is(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "quick_gelu"}))
-    m = model_config(**SHAPE, weights=str(tmp_path))
+    m = model_config(**SHAPE, weights=str(tmp_path), **settings)
     trunk = trunk_of(m)
     assert check_beside(m, trunk, inputs_of(m, trunk)) == ""
