@@ -185,25 +185,22 @@ def _is_safetensors(path: Path) -> bool:
 def _read_file(path: Path) -> Any:
     """What a file holds, without running code that it may hold."""
     is_safetensors = _is_safetensors(path)
+    # beside weights, training scripts keep their arguments as a Namespace, and numbers of NumPy's (1 and 2)
+    numbers = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    makers: Any = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    named = [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in makers for core in ("core", "_core")]
+    safe: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *numbers, *named]
     try:
         if is_safetensors:
             return load_file(path)
         # an open file, as torch goes by a path's suffix
-        with path.open("rb") as file, torch.serialization.safe_globals(_harmless()):
+        with path.open("rb") as file, torch.serialization.safe_globals(safe):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
         remedy = "get it again, or save model.state_dict() and give that"
         raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
-
-
-def _harmless() -> list[Any]:
-    """What training scripts keep beside weights: their arguments as a Namespace, and NumPy's numbers."""
-    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    makers: Any = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
-    named = [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in makers for core in ("core", "_core")]
-    return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
 
 
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:

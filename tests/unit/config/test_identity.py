@@ -117,7 +117,7 @@ def test_the_model_in_a_file_is_no_part_of_its_path(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     absent = tmp_path / "w.pth"
-    with pytest.raises(ConfigError, match=rf"^model\.weights={absent} cannot be read \(No such .*: check the path \(of"):
+    with pytest.raises(ConfigError, match=rf"^model\.weights={absent} cannot be read \(No such .*: check the path "):
         file_sha256(absent)
     with pytest.raises(ConfigError, match=r"the folder has none of model\.safetensors, model\.safe"):
         file_sha256(tmp_path)

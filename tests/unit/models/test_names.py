@@ -417,7 +417,7 @@ def test_a_model_is_recommended_only_if_it_takes_the_weights(tmp_path):
     """MAE with average pooling is of no model's name; a file of another size is."""
     state = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
              for name, t in timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict().items()}  # fmt: skip
-    with pytest.raises(ConfigError, match=r"has the unknown .*patch 16, average pooling\)$"):
+    with pytest.raises(ConfigError, match=r"lacks .*patch 16, average pooling\)$"):
         save_and_load(state, timm_vit(), tmp_path)
     with pytest.raises(ConfigError, match=r"patch 16, as model=timm model\.name=vit_tiny_patch16_224\)$"):
         save_and_load(renamed(state, ("norm.", "fc_norm.")), timm_vit(), tmp_path)
