@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
         written.mkdir()
         try:
             interop.write(args.format, trained, written)
-            trained.compare(lambda images: interop.logits(args.format, written, images), f"{args.folder}: the export")
-            odd = interop.prepared_otherwise(args.format, trained, written)
+            logits, prepared = interop.opened(args.format, written)
+            trained.compare(logits, f"{args.folder}: the export")
+            odd = interop.prepared_otherwise(trained, prepared)
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model

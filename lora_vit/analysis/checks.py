@@ -27,10 +27,8 @@ def refuse(trials: pd.DataFrame) -> None:
     """Raise RecordError if the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
-        values = counted[column].dropna()
-        if column not in FACTS:
-            values = counted[column].map(lambda v: "null" if pd.isna(v) else v)
-        counts = values.value_counts()
+        null = None if column in FACTS else "null"  # of a fact that is not known nothing is counted
+        counts = counted[column].map(lambda v, null=null: null if pd.isna(v) else v).value_counts()
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
             usual = counts.drop("null", errors="ignore").index[0]  # no condition can name null

@@ -67,14 +67,11 @@ class Summary:
             return self._alone()
         start = f"{best['label']} has the highest val accuracy"
         if c.best is None:
-            repeat = "Repeat the sweep with seed=0,1,2."
-            if any((Path(folder) / SEARCH).is_file() for folder in self.folders):
-                repeat = (
-                    "Run the search's command again: it names the commands that race its best cells over other seeds."
-                )
+            searched = any((Path(folder) / SEARCH).is_file() for folder in self.folders)
+            search = "Run the search's command again: it names the commands that race its best cells over other seeds."
             return (
                 f"{start}, {number(best['mean'])}, but too few cells have two or more seeds to say whether the "
-                f"difference is real. {repeat}"
+                f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
         start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
@@ -90,7 +87,7 @@ class Summary:
             f"for the best: {counts.get('candidate', 0)}{smallest}.",
             self._good_enough(),
         ]
-        return " ".join(line for line in lines if line)
+        return " ".join(filter(None, lines))
 
     def _alone(self) -> str:
         cell = self.cells.iloc[0]
@@ -115,9 +112,8 @@ class Summary:
             needed = seeds_within(margin, c.sd, int(c.compared.sum()))
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            return (
-                f"{text}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds per cell would be needed."
-            )
+            wanted = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
+            return f"{text}; {wanted} seeds per cell would be needed."
         small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
         text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
         if fast["label"] != small["label"]:
@@ -137,9 +133,8 @@ class Summary:
 
     def power_text(self) -> str:
         """:meth:`power` in a sentence, or nothing."""
-        if (found := self.power()) is None:
-            return ""
-        return (
+        found = self.power()
+        return "" if found is None else (
             f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
             f"point would take {found[1]} seeds per cell."
         )
@@ -182,9 +177,8 @@ class RaceSummary(Summary):
         if others := int((cells["mark"] == "not raced").sum()):
             lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
         shown = _shows(race, self.margin) and cells["within"][0]
-        if good := self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "):
-            lines.append(good)
-        return " ".join(lines)
+        lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
+        return " ".join(filter(None, lines))
 
     def one_stage(self) -> int:
         """Trials of one stage with the same guarantee; 0 if the spread is not known."""

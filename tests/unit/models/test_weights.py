@@ -147,7 +147,7 @@ def test_other_floating_points_become_fp32(dtype, tmp_path):
         ("conv_proj.bias", torch.full((32,), float("nan")), "conv_proj.bias holds NaN or infinite values"),
         ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
         ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64 on cpu, not"),
-        ("conv_proj.bias", torch.zeros(32, device="meta"), "conv_proj.bias is of torch.float32 on meta, not dense values"),
+        ("conv_proj.bias", torch.zeros(32, device="meta"), "conv_proj.bias is of torch.float32 on meta, not dense"),
         ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
         ("class_token", None, "does not fit vit_tiny: it lacks class_token (the file has 2 blocks of width 32"),
         ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
