@@ -31,13 +31,11 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
         return _write_peft(trained, out)
     if form in ("hf", "timm"):
         return _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
-    model = trained.merged
-    side = trained.preprocessing.image_size
+    model, side = trained.merged, trained.preprocessing.image_size
     images = torch.zeros(2, 3, side, side)  # of one, a graph would take the number for constant
     if form == "torch_export":
         exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        torch.export.save(exported, out / "model.pt2", extra_files={ABOUT: about})
-        return
+        return torch.export.save(exported, out / "model.pt2", extra_files={ABOUT: about})
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
             module.fused_attn = False
@@ -121,7 +119,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    state, about, classes = trunk_state(source), trained.about, trained.class_names
+    state, classes = trunk_state(source), trained.class_names
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
@@ -144,8 +142,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     translated, _ = translate(state, own)
     shapes, own_shapes = ({(name, t.shape) for name, t in tensors.items()} for tensors in (translated, own))
     if odd := sorted(name for name, _ in shapes ^ own_shapes):
-        what = f"{kind} differs in {odd[0]}"
-        raise ConfigError(f"HF has no {about['model']} ({what}): give --format timm, onnx or torch_export")
+        name = f"{trained.config.model.name} ({kind} differs in {odd[0]})"
+        raise ConfigError(f"HF has no {name}: give --format timm, onnx or torch_export")
     head: Any = last_layer(source)  # Dinov2's classifier reads the mean of the patches as well
     weight = head.weight if kind == "ViT" else torch.cat([head.weight, torch.zeros_like(head.weight)], 1)
     model.load_state_dict({**translated, "classifier.weight": weight, "classifier.bias": head.bias}, strict=False)
@@ -160,10 +158,9 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
 
     size, patch, depth, heads, width, mlp = (trained.adapter.card["base"][key] for key in SIZES)
     sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-    classes = len(trained.class_names)
-    model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=classes)
-    translated, _ = translate(trunk_state(source), trunk_state(model))
     head: Any = last_layer(source)
+    model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=head.out_features)
+    translated, _ = translate(trunk_state(source), trunk_state(model))
     model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
     return model.eval()
 
@@ -228,13 +225,11 @@ def _save(trained: TrainedModel, model: Any, out: Path) -> None:
         shown = {key: getattr(how, key) for key in ("mean", "std", "interpolation")}
         shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
         described = {"pretrained_cfg": shown, "label_names": trained.class_names}
-        save_for_hf(model, str(out), described, safe_serialization=True)
-        return
+        return save_for_hf(model, str(out), described, safe_serialization=True)
     from transformers import ViTImageProcessor
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-    shown = {"image_mean": how.mean, "image_std": how.std, "do_convert_rgb": True}
-    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
+    shown = {"image_mean": how.mean, "image_std": how.std, "resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
     model.save_pretrained(out)
-    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)
+    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown, do_convert_rgb=True).save_pretrained(out)

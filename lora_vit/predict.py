@@ -27,10 +27,17 @@ def run(args: argparse.Namespace) -> int:
     _, config = completed_trial(args)
     import torch
 
+    from lora_vit.data.files import Listing
     from lora_vit.terminal import Progress
     from lora_vit.trained import TrainedModel
 
-    images = found_images(args.images, user_path(config.data.cache_dir))
+    images, listing = [], Listing(user_path(config.data.cache_dir))
+    for path in args.images:
+        images += [path / name for name in listing.images(path, "")] if path.is_dir() else [path]
+    if listing.passed:
+        print(f"passed over: {', '.join(listing.lines())}", file=sys.stderr)
+    if not images:
+        raise ConfigError(f"no image below {', '.join(map(_printable, map(str, args.images)))}: give image files")
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
@@ -66,20 +73,6 @@ def run(args: argparse.Namespace) -> int:
     if unreadable:
         print(f"error: {len(unreadable)} of {len(images)} images could not be read", file=sys.stderr)
     return int(bool(unreadable))
-
-
-def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
-    """The given files, and all images below the given folders; one line says what else is there. Raises ConfigError."""
-    from lora_vit.data.files import Listing
-
-    images, files = [], Listing(cache_dir)
-    for path in given:
-        images += [path / name for name in files.images(path, "")] if path.is_dir() else [path]
-    if files.passed:
-        print(f"passed over: {', '.join(files.lines())}", file=sys.stderr)
-    if not images:
-        raise ConfigError(f"no image below {', '.join(_printable(str(path)) for path in given)}: give image files")
-    return images
 
 
 def _printable(name: str) -> str:

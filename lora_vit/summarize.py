@@ -26,7 +26,6 @@ PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # he
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     add = parser.add_argument
     add("folders", nargs="+", metavar="FOLDER", help="a sweep's or a run's folder")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")

@@ -182,8 +182,7 @@ class RaceSummary(Summary):
 
     def one_stage(self) -> int:
         """Trials of one stage with the same guarantee; 0 if the spread is not known."""
-        k = len(self.race.cells)
-        return k * (one_stage(self.comparison.sd, k, self.race.rules) or 0)
+        return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
     def _outcome(self) -> str:
         race, k, margin = self.race, len(self.race.cells), points(self.race.rules.margin)

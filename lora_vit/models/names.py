@@ -86,12 +86,23 @@ def translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[dict[st
     found = {name: t for name, t in found.items() if name in names or not name.endswith(".bias") or t.any()}
     if "pos_embed" in found and found.keys() == names.keys():
         wanted = {name: own[there] for name, there in names.items()}
-        sides = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
-        # each library's own way, which its users' numbers come from
-        mode = {"align_corners": True} if "class_token" in own else {"antialias": True}
-        _resample(found, wanted, *sides, mode)
-        if sides[0] != sides[1]:
-            line += ", positions {0}x{0} resampled to {1}x{1}".format(*sides)
+        side, own_side = _grid(theirs["pos_embed"], found), _grid(names["pos_embed"], wanted)
+        ahead, grid = found["pos_embed"][:, : -(side**2)], found["pos_embed"][:, -(side**2) :]
+        if side != own_side:
+            # each library's own way, which its users' numbers come from
+            mode = {"align_corners": True} if "class_token" in own else {"antialias": True}
+            grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, size=(own_side, own_side), mode="bicubic", **mode)
+            grid = grid.flatten(2).transpose(1, 2)
+            line += f", positions {side}x{side} resampled to {own_side}x{own_side}"
+        tokens = wanted["pos_embed"].shape[1] - own_side**2
+        if ahead.shape[1] != tokens:  # what counts is the sum of a token and its position
+            for name in [name for name in _TOKENS if name in found]:
+                n = min(found[name].shape[1], ahead.shape[1])
+                found[name] = torch.cat([found[name][:, :n] + ahead[:, :n], found[name][:, n:]], 1)
+                ahead = ahead[:, n:]
+            ahead = grid.new_zeros(1, tokens, grid.shape[2])
+        found["pos_embed"] = torch.cat([ahead, grid], 1)
     return {names.get(name, theirs.get(name, name)): t for name, t in found.items()}, line
 
 
@@ -144,25 +155,3 @@ def _grid(name: str, tensors: dict[str, Tensor]) -> int:
         if side > (extra < tokens) and side**2 == shape[1] - extra:
             return side
     raise ValueError(f"{name} {list(shape)} is not for a square grid of patches")
-
-
-def _resample(
-    found: dict[str, Tensor], own: dict[str, Tensor], side: int, own_side: int, mode: dict[str, bool]
-) -> None:
-    """Bring positions to the model's grid and tokens, in place."""
-    positions = found["pos_embed"]
-    ahead, grid = positions[:, : -(side**2)], positions[:, -(side**2) :]
-    if side != own_side:
-        grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(own_side, own_side), mode="bicubic", **mode)
-        grid = grid.flatten(2).transpose(1, 2)
-    wanted = own["pos_embed"].shape[1] - own_side**2
-    if ahead.shape[1] != wanted:  # what counts is the sum of a token and its position
-        for name in _TOKENS:
-            if name in found:
-                token = found[name].clone()
-                n = min(token.shape[1], ahead.shape[1])
-                token[:, :n] += ahead[:, :n]
-                found[name], ahead = token, ahead[:, n:]
-        ahead = grid.new_zeros(1, wanted, grid.shape[2])
-    found["pos_embed"] = torch.cat([ahead, grid], 1)

@@ -43,8 +43,8 @@ def fetch_weights(m: ModelConfig, download: bool = False) -> None:
     if m.library == "torchvision":
         names = SHIPPED[m.name] if m.name in SHIPPED else [w.name for w in get_model_weights(m.name)]
         if m.weights not in names:
-            what = "a path to a .pth, .bin or .safetensors file or folder of save_pretrained, or null for random ones"
-            raise ConfigError(f"model.weights={m.weights} is unknown for {m.name}: one of {', '.join(names)}, {what}")
+            known = ", ".join(names)
+            raise ConfigError(f"model.weights={m.weights} is unknown for {m.name}: one of {known}, a path, or null")
     if download:
         _published(m)
 
@@ -75,8 +75,7 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
     wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)]
     wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)]
     if wrong:
-        has = f"(the file has {_description(state)})"
-        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} (the file has {_about(state)})")
     trunk.load_state_dict(translated)
     return f"model.weights={m.weights}: {recognised}{where}" if from_file else ""
 
@@ -116,14 +115,13 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     other = {word: both for word, both in facts.items() if both[0] and both[0] != both[1]}
     told = [f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items()]
     if "heads" in other or not all(name.startswith("gelu") for name in other.get("activation", ())):
-        remedy = "give a model that has these (as *_quickgelu_* of timm)"
-        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: {remedy}")
+        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: give one with these (timm's *_quickgelu_*)")
     if facts.get("model.mean", "-")[0] is None:
         told.append(f"images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others")
     return "; ".join(told)
 
 
-def _description(state: dict[str, Tensor]) -> str:
+def _about(state: dict[str, Tensor]) -> str:
     """The sizes of a state dict, and a model of timm that takes it, if there is one of the known kinds."""
     line, names = describe(state)
     for name in names:
@@ -199,8 +197,7 @@ def _read_file(path: Path) -> Any:
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
-        remedy = "get it again, or save model.state_dict() and give that"
-        raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
+        raise ConfigError(f"model.weights={path} {held}: get it again, or save model.state_dict()") from None
 
 
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
@@ -209,8 +206,7 @@ def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor],
     found = [one for one in _state_dicts(held, ()) if not asked or f"{one[0]}.".startswith(f"{asked}.")]
     names = [str(name) for _, state in [("", held), *found] for name in state]
     if {"trial_id", "exp_avg"} <= held.keys() or any(".lora_" in name for name in names):
-        remedy = "merge it into its base first (lora-vit merge, PEFT's merge_and_unload)"
-        raise ConfigError(f"model.weights={m.weights} is an adapter: {remedy}")
+        raise ConfigError(f"model.weights={m.weights} is an adapter: merge it first (lora-vit merge, merge_and_unload)")
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
         what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
