@@ -168,10 +168,34 @@ class RaceSummary(Summary):
     @property
     def verdict(self) -> str:
         """What the race has come to; what is not decided yet is not said."""
-        cells, race = self.cells, self.race
-        if len(cells) == len(race.cells) == 1:
+        cells, race, k, margin = self.cells, self.race, len(self.race.cells), points(self.race.rules.margin)
+        if len(cells) == k == 1:
             return self._alone()
-        lines = [self._outcome()]
+        trials, completed = int(cells.loc[cells["mark"] != "not raced", "n"].sum()), int(np.isfinite(race.y).sum())
+        left = cells.loc[cells["mark"] == "left", "label"]
+        if race.selected is not None:
+            ahead = f" of {completed} decided it" if completed > trials else ""
+            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
+            outcome = (
+                f"{best_cell(cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
+                f"{margin}. {trials} trials{ahead}{instead}."
+            )
+        elif race.ended and left.empty:
+            outcome = "Nothing is selected: a trial of each cell failed."
+        elif race.ended:
+            names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+            outcome = (
+                f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
+                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
+            )
+        else:
+            seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
+            again = f": {self.command}" * bool(self.command)
+            outcome = (
+                f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
+                f"far. Nothing is selected yet; the sweep's command resumes it{again}."
+            )
+        lines = [outcome]
         if failed := sum(out.behind is None for out in race.exits.values()):
             lines.append(f"{failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed.")
         if others := int((cells["mark"] == "not raced").sum()):
@@ -183,33 +207,6 @@ class RaceSummary(Summary):
     def one_stage(self) -> int:
         """Trials of one stage with the same guarantee; 0 if the spread is not known."""
         return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
-
-    def _outcome(self) -> str:
-        race, k, margin = self.race, len(self.race.cells), points(self.race.rules.margin)
-        in_race = self.cells["mark"] != "not raced"
-        trials, completed = int(self.cells.loc[in_race, "n"].sum()), int(np.isfinite(race.y).sum())
-        if race.selected is not None:
-            ahead = f" of {completed} decided it" if completed > trials else ""
-            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
-            return (
-                f"{best_cell(self.cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
-                f"{margin}. {trials} trials{ahead}{instead}."
-            )
-        left = self.cells.loc[self.cells["mark"] == "left", "label"]
-        if race.ended and left.empty:
-            return "Nothing is selected: a trial of each cell failed."
-        if race.ended:
-            names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
-            return (
-                f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
-            )
-        seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
-        again = f": {self.command}" * bool(self.command)
-        return (
-            f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
-            f"far. Nothing is selected yet; the sweep's command resumes it{again}."
-        )
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame) -> Race:

@@ -117,7 +117,7 @@ def describe(state: dict[str, Tensor]) -> tuple[str, list[str]]:
     parts = {"blocks.0.ls1.gamma": "layer scale", "fc_norm.weight": "average pooling",
              "norm_pre.weight": "a norm in front (CLIP: OpenAI's needs *_quickgelu_*)"}  # fmt: skip
     line += "".join(f", {what}" for name, what in parts.items() if name in found)
-    line += "".join({f", rounded to {t.dtype}" for t in state.values() if "float8" in str(t.dtype)})
+    line += "".join(sorted({f", rounded to {t.dtype}" for t in state.values() if "float8" in str(t.dtype)}))
     size, kinds = _SIZES.get((width, depth)), "224 clip_224 siglip_224 dinov2 reg4_dinov2 dinov3 dinov3_qkvb"
     names = [f"vit_{size}_patch{patch}_{kind}" for kind in kinds.split()]
     return line, [*names, f"deit3_{size}_patch{patch}_224", f"deit_{size}_distilled_patch{patch}_224"]

@@ -235,14 +235,10 @@ def renamed(state: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tens
     return state
 
 
+S = "student.module.backbone"
 CHUNKS = (("blocks.1.1.", "blocks.1."), ("blocks.0.0.", "blocks.0."))
 ORIGINAL = {  # made from timm's model, whose names their authors took over, as their scripts write them
-    "DINO": (
-        {},
-        as_dino,
-        ", taken from 'teacher.backbone' (it also has "
-        "student.module.backbone: model.weights=FILE::student.module.backbone takes that)",
-    ),
+    "DINO": ({}, as_dino, f", taken from 'teacher.backbone' (it also has {S}: model.weights=FILE::{S} takes that)"),
     "DINOv2": ({"init_values": 1.0}, lambda s: s | {"mask_token": torch.zeros(1, WIDTH)}, ", left out: mask_token"),
     "DINOv2 in chunks": ({"init_values": 1.0}, lambda s: renamed(s, *CHUNKS), ", layer scale"),
     "DINOv2 gated": (GATED, lambda s: renamed(s, ("mlp.w12", "mlp.fc1"), ("mlp.w3", "mlp.fc2")), ", layer scale"),
@@ -388,9 +384,7 @@ def test_dinov3_of_meta(tmp_path):
         for i in range(2):
             q, v = (state.pop(f"blocks.{i}.attn.{name}_bias", torch.zeros(WIDTH)) for name in "qv")
             state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.ones(WIDTH), v])
-            state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat(
-                [torch.ones(WIDTH), torch.zeros(WIDTH), torch.ones(WIDTH)]
-            )
+            state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(WIDTH)
         save_and_load(state, ours, tmp_path)
         assert_has(ours, timms)
 
@@ -401,12 +395,9 @@ def test_clip_under_its_own_names(tmp_path):
     state["cls_token"], state["pos_embed"] = state["cls_token"][0, 0], state["pos_embed"][0]
     pairs = [("class_embedding", "cls_token"), ("positional_embedding", "pos_embed"), ("conv1", "patch_embed.proj"),
              ("transformer.resblocks.", "blocks."), ("ln_pre", "norm_pre"), ("ln_1", "norm1"), ("ln_2", "norm2"),
-             ("attn.in_proj_", "attn.qkv."), ("out_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc1"),
-             ("mlp.c_proj", "mlp.fc2")]  # fmt: skip
-    state = renamed(state, *pairs)
-    state = {
-        f"visual.{n.replace('norm.', 'ln_post.').replace('out_proj', 'attn.out_proj')}": t for n, t in state.items()
-    }
+             ("attn.in_proj_", "attn.qkv."), ("attn.out_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc1"),
+             ("mlp.c_proj", "mlp.fc2"), ("ln_post.", "norm.")]  # fmt: skip
+    state = {f"visual.{name}": t for name, t in renamed(state, *pairs).items()}
     text = {"positional_embedding": torch.ones(7, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(16)}
     line = save_and_load(text | state | {"visual.proj": torch.ones(WIDTH, 16)}, ours, tmp_path)
     assert line == f"{KINDS['CLIP']}, left out: proj, taken from 'visual'"

@@ -83,11 +83,7 @@ SEVERAL = [  # what is saved of two models, which is taken, and which is named
     (lambda a, b: {"model_ema": b, "model": a}, "model", "model_ema"),
     (lambda a, b: {**prefixed(b, "student."), **prefixed(a, "teacher.")}, "teacher", "student"),
     (lambda a, b: {"other": b, "state_dict": a}, "state_dict", "other"),
-    (
-        lambda a, b: {**prefixed(b, "student_backbone."), **prefixed(a, "teacher_backbone.")},
-        "teacher_backbone",
-        "student_backbone",
-    ),
+    (lambda a, b: {**prefixed(b, "student_vit."), **prefixed(a, "teacher_vit.")}, "teacher_vit", "student_vit"),
     (lambda a, b: {"ssl_model": {"online": b, "target": a}}, "ssl_model.target", "ssl_model.online"),
     (lambda a, b: {"state_dict": {**prefixed(b, "ema."), **prefixed(a, "net.")}}, "state_dict.net", "state_dict.ema"),
 ]
@@ -302,11 +298,15 @@ def test_what_files_beside_weights_say(model, images, told, as_folder, tmp_path)
 
 
 def test_what_files_beside_weights_say_of_timms_models(tmp_path):
-    pytest.importorskip("timm")
+    timm = pytest.importorskip("timm")
     m = model_config(library="timm", name="vit_xsmall_patch16_clip_224", image_size=32, weights=str(tmp_path), **NEW)
     trunk = trunk_of(m)
     (tmp_path / "config.json").write_text('{"architecture": "other", "hidden_act": "gelu"}')
     assert check_beside(m, trunk, inputs_of(m, trunk)).startswith(f"model.name is other beside the weights, {m.name}")
+    with torch.device("meta"):
+        quick = timm.create_model("vit_base_patch32_clip_quickgelu_224", num_classes=0)
+    (tmp_path / "config.json").write_text('{"hidden_act": "quick_gelu", "num_attention_heads": 12}')
+    assert "activation" not in check_beside(m, quick, inputs_of(m, trunk))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json, beside model\.weights, is damaged"):
         check_beside(m, trunk, inputs_of(m, trunk))
