@@ -29,7 +29,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
-from lora_vit.models.weights import fetch_weights, load_weights
+from lora_vit.models.weights import check_beside, fetch_weights, load_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -105,8 +105,9 @@ class ModelFactory:
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
-        if note := load_weights(self.original, m):
-            print(note)
+        for note in (load_weights(self.original, m), check_beside(m, self.original, self.inputs)):
+            if note:
+                print(note)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property

@@ -26,7 +26,6 @@ PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # he
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     add = parser.add_argument
     add("folders", nargs="+", metavar="FOLDER", help="a sweep's or a run's folder")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
@@ -56,7 +55,17 @@ def run(args: argparse.Namespace) -> int:
                 old.unlink()
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
-    _print(summary, args.top, out)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    export.terminal(summary, console, max(1, args.top))
+    more = len(summary.problems) - MOST_PROBLEMS
+    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
+    lines += [f"... {more} more problems (see the report)"] * (more > 0)
+    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
+    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
+    if math.isfinite(summary.test.mean):
+        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
+    for line in filter(None, [*lines, summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]):
+        console.print(line, soft_wrap=True)  # paths stay whole
     return 0
 
 
@@ -77,19 +86,3 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
             files[f"{name}.png"] = render(figure, "png")
     files["report.html"] = export.html_report(summary, inside, command).encode()
     return files
-
-
-def _print(summary: Summary, top: int, out: Path) -> None:
-    """The comparison on the terminal, the verdict last."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-    export.terminal(summary, console, max(1, top))
-    more = len(summary.problems) - MOST_PROBLEMS
-    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
-    lines += [f"... {more} more problems (see the report)"] * (more > 0)
-    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
-    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    if math.isfinite(summary.test.mean):
-        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
-    lines += filter(None, [summary.power_text()])
-    for line in [*lines, f"Report: {escape(str(out / 'report.html'))}"]:
-        console.print(line, soft_wrap=True)  # paths stay whole

@@ -4,9 +4,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ POSITIONS_TOLERANCE = 1e-4  # of a projection of these: interpolated on another 
 SAME = 1e-4  # of two models with the same weights, relative to the largest logit: kernels differ
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One trial's adapter: its tensors by name (fp32) and its card (``adapter.json``)."""
 
     tensors: dict[str, Tensor]
