@@ -21,7 +21,7 @@ from lora_vit.config import DATASETS, ModelConfig, TrialConfig, file_sha256, is_
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
-from lora_vit.distributed import Process
+from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name
@@ -29,7 +29,7 @@ from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
-from lora_vit.models.weights import SHIPPED, fetch_weights, load_weights
+from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -41,7 +41,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", process.local_rank)
+    return torch.device("cuda", process.local_rank % torch.cuda.device_count())  # each may see one GPU, its own
 
 
 def choose_world_size(config: TrialConfig, started: int) -> int:
@@ -66,6 +66,16 @@ def choose_world_size(config: TrialConfig, started: int) -> int:
     return chosen
 
 
+def check_devices(accelerator: str, process: Process) -> None:
+    """Raise ConfigError in every process where two of them would share a GPU, or as :func:`choose_device` in one."""
+    device = on_all(lambda: choose_device(accelerator, process))
+    own = [] if device.type == "cpu" else [f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"]
+    taken = [gpu for one in from_all(own) for gpu in one]
+    if len(set(taken)) < len(taken):
+        seen = f"{len(taken)} processes of torchrun see {len(set(taken))} GPUs"
+        raise ConfigError(f"{seen}: start one for each (--nproc-per-node), or give trainer.accelerator=cpu")
+
+
 def choose_precision(requested: str, device: torch.device) -> str:
     """Resolve ``auto``: bf16 where the device computes it fast, else fp32."""
     if requested != "auto":
@@ -78,10 +88,9 @@ def choose_precision(requested: str, device: torch.device) -> str:
 
 def _cpuinfo() -> str:
     """Linux's description of the CPU; elsewhere nothing."""
-    try:
+    with contextlib.suppress(OSError):
         return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 class ModelFactory:
@@ -96,8 +105,9 @@ class ModelFactory:
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
-        if note := load_weights(self.original, m):
-            print(note)
+        for note in (load_weights(self.original, m), check_beside(m, self.original, self.inputs)):
+            if note:
+                print(note)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property

@@ -87,7 +87,8 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if args.weights is None else args.weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(str(config.model.weights))):
+    path = str(config.model.weights).partition("::")[0]
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(path)):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return record, config
 

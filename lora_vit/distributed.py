@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from lora_vit.errors import ConfigError, TrialFailed, UserError, report
+from lora_vit.errors import ConfigError, TrialFailed, UserError, out_of_memory, report
 from lora_vit.stopping import repeating
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ def group() -> Iterator[Process]:
     """Join the processes that torchrun has started, if it started this one, and leave them at the end.
 
     Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
-    (see :func:`on_all`); any other error is a rank's own, and it prints it. In a group, errors end in SystemExit.
+    (see :func:`on_all`); any other error, also that memory ran out, is a rank's own, and it prints it. In a group,
+    errors end in SystemExit.
     """
     if not started_by_torchrun():
         yield Process()
@@ -64,7 +65,7 @@ def group() -> Iterator[Process]:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                 get_error_handler().record_exception(error)
-            sys.exit(report(error, quiet=known and (ours or not is_main)))
+            sys.exit(report(error, quiet=known and (ours or not (is_main or out_of_memory(error.__cause__)))))
 
 
 @contextlib.contextmanager
@@ -89,8 +90,8 @@ def _join() -> Process:
     import torch.distributed.nn.functional
 
     backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -99,6 +100,9 @@ def _join() -> Process:
         given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
         why = str(error).strip().splitlines()[0].rpartition("] ")[2]  # behind a place in C++
         raise ConfigError(f"the processes cannot connect with {given} ({why}): change or unset these") from None
+    world: Any = dist.group.WORLD
+    # One may read or decode data for hours while others wait; that a process has ended is seen without a limit.
+    world._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(days=365))
     return this_process()
 
 

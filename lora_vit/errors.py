@@ -5,6 +5,7 @@ import errno
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -42,6 +43,13 @@ class Interrupted(UserError):  # noqa: N818  (not an error)
     def __init__(self, signum: int, command: str = "the same command"):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum, self.exit_code, self.command = signum, 128 + signum, command
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    said = "out ?of ?memory|can't allocate memory|not enough memory|alloc_failed"
+    ran_out = isinstance(error, RuntimeError) and re.search(said, f"{type(error).__name__} {error}", re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(ran_out)
 
 
 def one_line(error: BaseException) -> str:

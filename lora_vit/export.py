@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write, let the other library load what was written, compare its logits with the trial's; only then keep it."""
     (libraries, opens), out = FORMATS[args.format], args.out
-    missing = [package for package in libraries if find_spec(package) is None]
-    if missing:
+    if missing := [package for package in libraries if find_spec(package) is None]:
         raise RecordError(f"--format {args.format} needs {', '.join(missing)}: pip install 'lora_vit[{args.format}]'")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"--out {out} is there already: give a new folder")
@@ -42,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
         written.mkdir()
         try:
             interop.write(args.format, trained, written)
-            trained.compare(lambda images: interop.logits(args.format, written, images), f"{args.folder}: the export")
-            odd = interop.prepared_otherwise(args.format, trained, written)
+            logits, prepared = interop.opened(args.format, written)
+            trained.compare(logits, f"{args.folder}: the export")
+            odd = interop.prepared_otherwise(trained, prepared)
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model

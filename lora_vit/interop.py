@@ -3,12 +3,13 @@
 import copy
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 
 from lora_vit import randomness
@@ -20,7 +21,6 @@ from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
 SAME_INPUT = 0.05  # of a normalised pixel, on average: three of 255 levels, where others round once more or resize so
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 def write(form: str, trained: TrainedModel, out: Path) -> None:
@@ -31,95 +31,78 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
         return _write_peft(trained, out)
     if form in ("hf", "timm"):
         return _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
-    model = trained.merged
-    side = trained.preprocessing.image_size
+    model, side = trained.merged, trained.preprocessing.image_size
     images = torch.zeros(2, 3, side, side)  # of one, a graph would take the number for constant
     if form == "torch_export":
         exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        torch.export.save(exported, out / "model.pt2", extra_files={ABOUT: about})
-        return
+        return torch.export.save(exported, out / "model.pt2", extra_files={ABOUT: about})
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # torch's exporter loses the strides of the one with a mask (BEiT's)
             module.fused_attn = False
     options: Any = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
-    options |= {"opset_version": 20}  # the first with GELU as one operator
-    program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False, **options)
+    # opset 20 is the first with GELU as one operator
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False, opset_version=20, **options)
     program.model.metadata_props["lora_vit"] = about
     program.save(out / "model.onnx")
 
 
-def logits(form: str, out: Path, images: Tensor) -> Tensor:
-    """What the other library makes of images, [B, C], by the files that :func:`write` left and nothing else."""
+def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[Path], np.ndarray]]:
+    """What the other library makes of images, [B, C], and of a picture file, float32 [3, S, S].
+
+    By the files that :func:`write` left and nothing else, and by the lines in docs/interop.md.
+    """
     if form == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        return lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0]), preprocessing(out / "model.onnx")
     if form == "torch_export":
-        return torch.export.load(out / "model.pt2").module()(images)
+        return torch.export.load(out / "model.pt2").module(), preprocessing(out / "model.pt2")
     place = out / "base" if form == "peft" else out
-    if _is_hf(place):
-        from transformers import AutoModelForImageClassification
+    described = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    if "architectures" in described:  # HF's
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers.image_utils import load_image
 
         model: Any = AutoModelForImageClassification.from_pretrained(place)
+        processor: Any = AutoImageProcessor.from_pretrained(place)
+
+        def prepared(file: Path) -> np.ndarray:
+            return processor(load_image(str(file)), return_tensors="np")["pixel_values"][0]
     else:
         import timm
 
         model = timm.create_model(f"local-dir:{place}", pretrained=True).eval()
+        transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(described["pretrained_cfg"]))
+
+        def prepared(file: Path) -> np.ndarray:
+            return transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).numpy()
+
     if form == "peft":
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, out).eval()
-    found = model(images)
-    return found if isinstance(found, Tensor) else found.logits
+    return lambda images: getattr(found := model(images), "logits", found), prepared
 
 
-def _is_hf(place: Path) -> bool:
-    """Whether a folder holds a model of HF, else timm's."""
-    return "architectures" in json.loads((place / "config.json").read_text(encoding="utf-8"))
-
-
-def prepared(form: str, out: Path, file: Path) -> np.ndarray:
-    """What the other library makes of a picture file, float32 [3, S, S], by the lines in docs/interop.md."""
-    if form in ("onnx", "torch_export"):
-        return preprocessing(next(out.glob("model.*")))(file)
-    place = out / "base" if form == "peft" else out
-    if _is_hf(place):
-        from transformers import AutoImageProcessor
-        from transformers.image_utils import load_image
-
-        found: Any = AutoImageProcessor.from_pretrained(place)(load_image(str(file)), return_tensors="np")
-        return found["pixel_values"][0]
-    import timm
-
-    described = json.loads((place / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    transform: Any = timm.data.create_transform(**timm.data.resolve_data_config(described))
-    return transform(ImageOps.exif_transpose(Image.open(file)).convert("RGB")).numpy()
-
-
-def prepared_otherwise(form: str, trained: TrainedModel, out: Path) -> list[str]:
+def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndarray]) -> list[str]:
     """Kinds of pictures that the other library's own reader prepares differently from the trial."""
     how, odd = trained.preprocessing, []
     side = 2 * max(how.image_size, how.decoding.size or 0)
     wide = np.mean([_noise(side, grain) for grain in (1, side // 16 + 1, side // 4 + 1)], 0)  # as photos: also shapes
     image = Image.fromarray((wide * 256).astype(np.uint8))
-    turned = Image.Exif()
-    turned[_ORIENTATION] = 6  # lies on its side
-    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {
-        "wide": (image.convert("RGB"), {}),
-        "small": (image.convert("RGB").crop((0, 0, how.image_size, how.image_size)), {}),
-        "sideways": (image.convert("RGB"), {"exif": turned}),
-        "grey": (image.convert("L"), {}),
-        "transparent": (image, {}),
-    }
+    rgb, small = image.convert("RGB"), (0, 0, how.image_size, how.image_size)
+    kinds = {"wide": rgb, "small": rgb.crop(small), "sideways": rgb.copy(), "grey": rgb.convert("L"),
+             "transparent": image}  # fmt: skip
+    kinds["sideways"].getexif()[ExifTags.Base.Orientation] = 6
     if how.decoding.value_range is not None:
         low, high = how.decoding.value_range
-        kinds["deep"] = Image.fromarray((low + wide[..., 0] * (high - low)).astype(np.float32)), {}
+        kinds["deep"] = Image.fromarray((low + wide[..., 0] * (high - low)).astype(np.float32))
     with tempfile.TemporaryDirectory() as place:
-        for kind, (picture, settings) in kinds.items():
+        for kind, picture in kinds.items():
             file = Path(place, f"{kind}.tiff" if kind == "deep" else f"{kind}.png")
-            picture.save(file, **settings)
-            if not np.abs(prepared(form, out, file) - how(file)).mean() <= SAME_INPUT:
+            picture.save(file, exif=picture.getexif())
+            if not np.abs(prepared(file) - how(file)).mean() <= SAME_INPUT:
                 odd.append(kind)
     return odd
 
@@ -136,7 +119,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    state, about, classes = trunk_state(source), trained.about, trained.class_names
+    state, classes = trunk_state(source), trained.class_names
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
@@ -159,8 +142,8 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     translated, _ = translate(state, own)
     shapes, own_shapes = ({(name, t.shape) for name, t in tensors.items()} for tensors in (translated, own))
     if odd := sorted(name for name, _ in shapes ^ own_shapes):
-        what = f"{kind} differs in {odd[0]}"
-        raise ConfigError(f"HF has no {about['model']} ({what}): give --format timm, onnx or torch_export")
+        name = f"{trained.config.model.name} ({kind} differs in {odd[0]})"
+        raise ConfigError(f"HF has no {name}: give --format timm, onnx or torch_export")
     head: Any = last_layer(source)  # Dinov2's classifier reads the mean of the patches as well
     weight = head.weight if kind == "ViT" else torch.cat([head.weight, torch.zeros_like(head.weight)], 1)
     model.load_state_dict({**translated, "classifier.weight": weight, "classifier.bias": head.bias}, strict=False)
@@ -175,10 +158,9 @@ def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
 
     size, patch, depth, heads, width, mlp = (trained.adapter.card["base"][key] for key in SIZES)
     sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
-    classes = len(trained.class_names)
-    model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=classes)
-    translated, _ = translate(trunk_state(source), trunk_state(model))
     head: Any = last_layer(source)
+    model = timm.create_model("vit_base_patch16_224", **sizes, mlp_ratio=mlp / width, num_classes=head.out_features)
+    translated, _ = translate(trunk_state(source), trunk_state(model))
     model.load_state_dict({**translated, "head.weight": head.weight, "head.bias": head.bias})
     return model.eval()
 
@@ -243,13 +225,11 @@ def _save(trained: TrainedModel, model: Any, out: Path) -> None:
         shown = {key: getattr(how, key) for key in ("mean", "std", "interpolation")}
         shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
         described = {"pretrained_cfg": shown, "label_names": trained.class_names}
-        save_for_hf(model, str(out), described, safe_serialization=True)
-        return
+        return save_for_hf(model, str(out), described, safe_serialization=True)
     from transformers import ViTImageProcessor
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-    shown = {"image_mean": how.mean, "image_std": how.std, "do_convert_rgb": True}
-    shown |= {"resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
+    shown = {"image_mean": how.mean, "image_std": how.std, "resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
     model.save_pretrained(out)
-    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown).save_pretrained(out)
+    ViTImageProcessor(**(crop if cropped else {"size": square}), **shown, do_convert_rgb=True).save_pretrained(out)

@@ -4,16 +4,11 @@ import argparse
 import codecs
 import csv
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import ConfigError
 from lora_vit.files import replacing, shown, user_path
-
-if TYPE_CHECKING:
-    from lora_vit.trained import TrainedModel
 
 BATCH = 64  # images that are classified together; more than these get a bar
 
@@ -30,23 +25,41 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         check_out(args.csv, "--csv", ".csv")
     _, config = completed_trial(args)
+    import torch
+
+    from lora_vit.data.files import Listing
     from lora_vit.terminal import Progress
     from lora_vit.trained import TrainedModel
 
-    images = found_images(args.images, user_path(config.data.cache_dir))
+    images, listing = [], Listing(user_path(config.data.cache_dir))
+    for path in args.images:
+        images += [path / name for name in listing.images(path, "")] if path.is_dir() else [path]
+    if listing.passed:
+        print(f"passed over: {', '.join(listing.lines())}", file=sys.stderr)
+    if not images:
+        raise ConfigError(f"no image below {', '.join(map(_printable, map(str, args.images)))}: give image files")
     trained = TrainedModel(args.folder, config)
     if args.top is not None and not 1 <= args.top <= len(trained.class_names):
         raise ConfigError(f"--top {args.top} is impossible: give a number from 1 to {len(trained.class_names)}")
     rows: list[tuple[str, int, str, float]] = []
     unreadable = []
     with Progress("predicting", len(images), quiet=len(images) <= BATCH) as bar:
-        for path, found in classified(trained, images):
-            bar.advance(1)
-            if isinstance(found, ConfigError):
-                unreadable.append(str(found))
+        for start in range(0, len(images), BATCH):
+            paths, inputs = [], []
+            for path in images[start : start + BATCH]:
+                try:
+                    inputs.append(torch.from_numpy(trained.preprocessing(path)))
+                    paths.append(path)
+                except ConfigError as error:
+                    unreadable.append(str(error))
+                bar.advance(1)
+            if not inputs:
                 continue
-            ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
-            rows += [(shown(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: args.top or 5], 1)]
+            with torch.no_grad():
+                p_BC = torch.softmax(trained.adapted(torch.stack(inputs).to(trained.factory.device)), -1)
+            for path, found in zip(paths, p_BC.tolist(), strict=True):
+                ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
+                rows += [(shown(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: args.top or 5], 1)]
     if args.csv is not None:
         with replacing(args.csv) as file:
             writer = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
@@ -61,39 +74,6 @@ def run(args: argparse.Namespace) -> int:
     if unreadable:
         print(f"error: {len(unreadable)} of {len(images)} images could not be read", file=sys.stderr)
     return int(bool(unreadable))
-
-
-def found_images(given: list[Path], cache_dir: Path) -> list[Path]:
-    """The given files, and all images below the given folders; one line says what else is there. Raises ConfigError."""
-    from lora_vit.data.files import Listing
-
-    images, files = [], Listing(cache_dir)
-    for path in given:
-        images += [path / name for name in files.images(path, "")] if path.is_dir() else [path]
-    if files.passed:
-        print(f"passed over: {', '.join(files.lines())}", file=sys.stderr)
-    if not images:
-        raise ConfigError(f"no image below {', '.join(_printable(str(path)) for path in given)}: give image files")
-    return images
-
-
-def classified(trained: "TrainedModel", images: list[Path]) -> Iterator[tuple[Path, list[float] | ConfigError]]:
-    """Each image with its probability of each class, or with the error that reading it gave."""
-    import torch
-
-    for start in range(0, len(images), BATCH):
-        paths, inputs = [], []
-        for path in images[start : start + BATCH]:
-            try:
-                inputs.append(torch.from_numpy(trained.preprocessing(path)))
-            except ConfigError as error:
-                yield path, error
-                continue
-            paths.append(path)
-        if inputs:
-            with torch.no_grad():
-                p_BC = torch.softmax(trained.adapted(torch.stack(inputs).to(trained.factory.device)), -1)
-            yield from zip(paths, p_BC.tolist(), strict=True)
 
 
 def _printable(name: str) -> str:

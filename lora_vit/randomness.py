@@ -4,7 +4,6 @@ Here are tensors drawn once and a few numbers per sample; :mod:`lora_vit.lora.dr
 """
 
 import hashlib
-import zlib
 
 import numpy as np
 import torch
@@ -43,8 +42,3 @@ def _splitmix64(x: np.ndarray | np.uint64) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(x ^ (x >> np.uint64(31)))
-
-
-def name_key(name: str) -> int:
-    """crc32 of a module's name: its part of a dropout key."""
-    return zlib.crc32(name.encode())

@@ -9,18 +9,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_vit import distributed, errors
-from lora_vit.build import build_setup, choose_world_size
+from lora_vit.build import build_setup, check_devices, choose_world_size
 from lora_vit.config import TrialConfig, from_dict, to_dict
-from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, one_line
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed, UserError, one_line, out_of_memory
 from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import RunReporter, train_trials
-from lora_vit.training.trial import TrialRun, locked_folder
+from lora_vit.training.trial import TrialRun, lock_folder
 
 
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
@@ -40,17 +41,18 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
 
     def take() -> TrialRecord | None:
         held.callback(remove_empty, folder)
-        held.enter_context(locked_folder(folder))
+        lock_folder(folder, held)
         there = state_of(folder, config)
         if there.problem:
             raise ConfigError(there.problem)
         return there.record if there.status == "completed" and not restart else None
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, _remedy_for_memory(config):
         completed = distributed.from_main(distributed.on_all(lambda: take() if process.rank == 0 else None))
         if completed is not None:
             return completed
         with StopRequest() as stop:
+            check_devices(config.trainer.accelerator, process)
             setup = distributed.on_all(lambda: build_setup(config, process))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip
@@ -69,6 +71,19 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     if trial.record.status == "failed":
         raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
     return trial.record
+
+
+@contextlib.contextmanager
+def _remedy_for_memory(config: TrialConfig) -> Iterator[None]:
+    """Raise TrialFailed, with what to do, in the place of an error that says that memory ran out."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        batch = f"give a smaller data.batch_size than {config.data.batch_size}"
+        raise TrialFailed(f"{one_line(error)}: {batch}, a smaller model or model.image_size, trainer.precision=bf16, "
+                          "or fewer lora.targets or lora.blocks") from error  # fmt: skip
 
 
 def main() -> None:

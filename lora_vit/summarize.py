@@ -28,7 +28,6 @@ PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_")  # he
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
     add = parser.add_argument
     add("folders", nargs="+", type=named, metavar="SWEEP", help="a sweep's name, or the folder of a sweep or a run")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
@@ -58,7 +57,19 @@ def run(args: argparse.Namespace) -> int:
                 old.unlink()
     except OSError as error:
         raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
-    _print(summary, args.top, out)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+    export.terminal(summary, console, max(1, args.top))
+    more = len(summary.problems) - MOST_PROBLEMS
+    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
+    lines += [f"... {more} more problems (see the report)"] * (more > 0)
+    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
+    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
+    if math.isfinite(summary.test.mean):
+        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
+    use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (likewise evaluate, merge, export)"
+    lines += [summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]
+    for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):
+        console.print(line, soft_wrap=True)  # paths stay whole
     return 0
 
 
@@ -79,20 +90,3 @@ def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[
             files[f"{name}.png"] = render(figure, "png")
     files["report.html"] = export.html_report(summary, inside, command).encode()
     return files
-
-
-def _print(summary: Summary, top: int, out: Path) -> None:
-    """The comparison on the terminal, the verdict last."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-    export.terminal(summary, console, max(1, top))
-    more = len(summary.problems) - MOST_PROBLEMS
-    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
-    lines += [f"... {more} more problems (see the report)"] * (more > 0)
-    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
-    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    if math.isfinite(summary.test.mean):
-        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
-    lines += filter(None, [summary.power_text()])
-    use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (likewise evaluate, merge, export)"
-    for line in [*lines, f"Report: {escape(str(out / 'report.html'))}", f"The best cell's first seed: {escape(use)}"]:
-        console.print(line, soft_wrap=True)  # paths stay whole

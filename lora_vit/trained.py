@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.build import ModelFactory, build_setup, choose_device
 from lora_vit.config import TrialConfig
-from lora_vit.data.preprocessing import Preprocessing, of_card
+from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
@@ -42,7 +42,7 @@ class TrainedModel:
         device = choose_device(config.trainer.accelerator, Process())
         self.factory = ModelFactory(config, len(self.class_names), device, torch.float32)
         bind(self.adapter, self.factory.base)
-        self.preprocessing = Preprocessing.from_dict(of_card(self.adapter.card))
+        self.preprocessing = Preprocessing.of(self.adapter.card)
         how = self.preprocessing.to_dict()
         self.about = {"class_names": self.class_names, "model": config.model.name, "preprocessing": how}
 

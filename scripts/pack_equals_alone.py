@@ -27,7 +27,6 @@ from lora_vit.files import read_rows
 from lora_vit.records import PREDICTIONS, TrialRecord, read_record
 from lora_vit.sweep.plan import trial_folders
 from lora_vit.trained import trained_pack
-from lora_vit.training.pack import EVAL_BATCH
 
 FP64_LOSS, FP32_FIRST_LOSS, FP32_PREDICTIONS, FP32_GAP = 1e-9, 1e-6, 0.002, 1e-3
 """Largest relative differences allowed; in fp32 the largest part of predictions that may differ, and how far apart the
@@ -93,7 +92,7 @@ def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
     pack = trained_pack(folder, read_record(folder), config)
     samples, transform, ids = pack.setup.samples, pack.setup.transform, pack.setup.data.splits[split]
-    parts = np.array_split(ids, -(-len(ids) // EVAL_BATCH))
+    parts = np.array_split(ids, -(-len(ids) // pack.setup.most_evaluated))
     with torch.no_grad():
         logits = [pack.model.eval()(transform.eval(samples.gather(part)[0]), [0])[0] for part in parts]
     top = torch.cat(logits).topk(2).values

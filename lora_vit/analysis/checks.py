@@ -27,10 +27,8 @@ def refuse(trials: pd.DataFrame) -> None:
     """Raise RecordError if the trials were not validated on the same images."""
     counted = trials[trials["status"] == "completed"]
     for column in VAL_SET:
-        values = counted[column].dropna()
-        if column not in FACTS:
-            values = counted[column].map(lambda v: "null" if pd.isna(v) else v)
-        counts = values.value_counts()
+        null = None if column in FACTS else "null"  # of a fact that is not known nothing is counted
+        counts = counted[column].map(lambda v, null=null: null if pd.isna(v) else v).value_counts()
         if len(counts) > 1:
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
             usual = counts.drop("null", errors="ignore").index[0]  # no condition can name null
@@ -90,11 +88,35 @@ def warnings(
     adapted = done[done[METHOD] == "lora"]
     if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
         yield from _learning_rate(adapted, moved, rates)
-    yield from _sameness(done)
+    for column, what in _SAME.items():
+        counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+        if len(counts) > 1:
+            shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
+            more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
+            yield f"The trials have different {what}: {shown}{more}."
+    if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
+        yield "Some trials ran with uncommitted changes in the code."
+    if short := int((done["epoch"] < pd.to_numeric(done["trainer.epochs"])).sum()):
+        yield f"{short} completed trials have fewer epochs than their config asks for."
+    if (devices := done["environment.device"].nunique()) > 1:
+        yield f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare."
+    elif done["pack_size"].nunique() > 1:
+        sizes = ", ".join(map(value_text, sorted(done["pack_size"].dropna().unique())))
+        yield (f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, "
+               "and memory is the whole pack's.")  # fmt: skip
     if single := int((cells["n"] == 1).sum()):
         yield f"{single} of {len(cells)} cells have one seed only: no interval and no verdict for them."
-    if comparison.best is not None:
-        yield from _design(comparison)
+    c, unequal = comparison, f"The cells spread unequally from seed to seed (p = {comparison.spread_p:.2g})"
+    if c.spread_p < 0.05:
+        yield f"{unequal}: the wider error is used." if c.wide else f"{unequal}, yet one common error is used."
+    elif c.wide:
+        p = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
+        yield (f"{c.seeds} seeds cannot show that all cells spread equally{p}: the wider error is used. More seeds "
+               "would sharpen the comparison.")  # fmt: skip
+    if not c.blocked:
+        yield "The cells do not share seeds: comparisons are unpaired, and the seeds' own spread blurs them."
+    elif not c.complete:
+        yield "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."
     if len(left_out):
         counts = left_out["status"].replace("completed", "without val accuracy").value_counts()
         told = ", ".join(f"{n} {status}" for status, n in counts.items())
@@ -123,38 +145,3 @@ def _learning_rate(adapted: pd.DataFrame, moved: list[str], rates: pd.DataFrame)
     if "lora.rank" in moved and "lora.alpha" not in moved and adapted[SCALING].nunique() > 1:
         yield ("alpha is the same for every rank, so the effective scaling falls as the rank rises: the effect of rank "
                "includes that of scaling.")  # fmt: skip
-
-
-def _sameness(done: pd.DataFrame) -> Iterator[str]:
-    """Warn of facts that should be the same in all trials and are not."""
-    for column, what in _SAME.items():
-        counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
-        if len(counts) > 1:
-            shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
-            more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
-            yield f"The trials have different {what}: {shown}{more}."
-    if (done["environment.dirty"] == True).any():  # noqa: E712  (None and missing are not True)
-        yield "Some trials ran with uncommitted changes in the code."
-    if short := int((done["epoch"] < pd.to_numeric(done["trainer.epochs"])).sum()):
-        yield f"{short} completed trials have fewer epochs than their config asks for."
-    if (devices := done["environment.device"].nunique()) > 1:
-        yield f"The trials ran on {devices} kinds of device: seconds, images/s and memory do not compare."
-    elif done["pack_size"].nunique() > 1:
-        sizes = ", ".join(map(value_text, sorted(done["pack_size"].dropna().unique())))
-        yield (f"The trials ran in packs of different size ({sizes}): a trial's seconds are its share of its pack's, "
-               "and memory is the whole pack's.")  # fmt: skip
-
-
-def _design(c: Comparison) -> Iterator[str]:
-    """Warn of what few seeds and unequal spreads do to the comparison."""
-    unequal = f"The cells spread unequally from seed to seed (p = {c.spread_p:.2g})"
-    if c.spread_p < 0.05:
-        yield f"{unequal}: the wider error is used." if c.wide else f"{unequal}, yet one common error is used."
-    elif c.wide:
-        p = "" if math.isnan(c.spread_p) else f" (p = {c.spread_p:.2f})"
-        yield (f"{c.seeds} seeds cannot show that all cells spread equally{p}: the wider error is used. More seeds "
-               "would sharpen the comparison.")  # fmt: skip
-    if not c.blocked:
-        yield "The cells do not share seeds: comparisons are unpaired, and the seeds' own spread blurs them."
-    elif not c.complete:
-        yield "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."

@@ -3,6 +3,7 @@
 ``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts the tables.
 """
 
+import contextlib
 import math
 import re
 import shlex
@@ -150,7 +151,6 @@ _LATEX = str.maketrans({
 
 
 def latex_escape(text: object) -> str:
-    """Text as LaTeX prints it."""
     return _in_one_line(text).translate(_LATEX)
 
 
@@ -210,10 +210,8 @@ def terminal(summary: Summary, console: Console, top: int) -> None:
 
 def inline_svg(data: bytes, name: str) -> Markup:
     """An SVG picture inside the page: no XML head, ids of its own."""
-    text = data.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", data.decode(), flags=re.S)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
 
 
@@ -227,7 +225,13 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     names = ", ".join(Path(f).name or f for f in summary.folders)
     trials, facts = summary.trials, summary.environment
     best, completed = best_cell(summary.cells), trials["status"] == "completed"
-    folders = trials.loc[completed & (trials["cell"] == best["cell"]), "folder"]
+    commands = []  # what Hydra was called with to train trials of the best cell, where that is known
+    for folder in trials.loc[completed & (trials["cell"] == best["cell"]), "folder"].head(5):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
+            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
+            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
+            commands.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
     commits = facts.loc[(facts["fact"] == "environment.commit") & (facts["value"] != NONE), "value"].tolist()
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
@@ -250,20 +254,6 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
             ("seconds", "seconds", duration),
             ("pack", "pack_size", value_text),
         ),
-        commands=[*training_commands(folders.head(5).tolist()), command],
+        commands=dict.fromkeys([*commands, command]),
         commits=commits[:5],
     )
-
-
-def training_commands(folders: list[str]) -> list[str]:
-    """What Hydra was called with to train the trials in these folders, each once; unknown ones are left out."""
-    found = []
-    for folder in folders:
-        try:
-            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
-            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
-            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
-            found.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-            continue
-    return list(dict.fromkeys(found))

@@ -19,7 +19,6 @@ from lora_vit.records import PLAN, RECORD, TrialRecord, read_record
 
 OUTPUT = "summary"  # name of the folder that a summary is written into; never searched
 FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
-COUNTS = ("classes", "train", "val", "test")
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
 
 
@@ -112,16 +111,15 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
 
 
 def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any]:
-    """One trial as a flat row.
+    """One trial as a flat row, settings by dotted name (``lora.rank``), accuracies as fractions.
 
-    ``trial cell status seed``, settings by dotted name (``lora.rank``), metrics (fractions), costs, counts
-    (``trainable`` ...), ``data.*`` and ``environment.*``, ``error``, ``folder``. A metric that is missing or
-    impossible is NaN and named in ``problems``. Raises RecordError if a time is none.
+    A metric that is missing or impossible is NaN and named in ``problems``. Raises RecordError if a time is none.
     """
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}
-    versions, counts = facts.get("versions"), {name: record.data.get(name) for name in COUNTS}
+    versions = facts["versions"] if isinstance(facts.get("versions"), dict) else {}
+    counts = {name: record.data.get(name) for name in ("classes", "train", "val", "test")}
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
@@ -138,15 +136,14 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         **{f"data.{name}": n if type(n) is int and 0 <= n < 2**63 else None for name, n in counts.items()},
         **{f"environment.{name}": _fact(facts.get(name))
            for name in ("commit", "dirty", "host", "device", "precision", "world_size")},
-        "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-        if isinstance(versions, dict) else "",
+        "environment.versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "error": str(error.get("message", "")).strip().split("\n")[0],
         "error_step": as_float(error.get("step")),
         "started": record.started,
         "heartbeat": record.heartbeat,
         "folder": str(folder),
     }  # fmt: skip
-    for name in (name for name in FIGURES if name.endswith("accuracy")):
+    for name in ("val_accuracy", "test_accuracy"):
         value = values[name]
         if not (math.isnan(value) or 0 <= value <= 1):
             problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")

@@ -68,8 +68,7 @@ def cells(summary: Summary) -> Figure:
     axes.set_yticks(range(len(shown)), [_shorten(t) for t in shown["label"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    low, high = _limits(shown)
-    axes.set_xlim(low, high)
+    low, high = axes.set_xlim(_limits(shown))
     beyond = bool(((100 * shown["low"] < low) | (100 * shown["high"] > high)).any())
     axes.set_xlabel(f"{ACCURACY}, {_what_is_shown(shown)}" + "\n(bars without ends are longer than shown)" * beyond)
     return _with_legend(axes, 5)
@@ -129,14 +128,14 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
         label = _shorten(f"{short[lines[0]]} {value_text(value)}") if lines else None
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
-    baselines = [cells[cells[METHOD] == method].head(1) for method in BASELINES]
-    for row, colour in zip(baselines, ("#777777", "#000000"), strict=False):
-        for mean, method in zip(row["mean"], row[METHOD], strict=True):
-            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
+    baselines = cells[cells[METHOD] != "lora"].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
+    for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
+        colour = "#777777" if method == "none" else "#000000"
+        axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
     names = list(map(value_text, ticks))
     every = math.ceil(len(ticks) * (max(map(len, names)) + 2) / TICKS)
     axes.set_xticks(range(0, len(ticks), every), names[::every])
-    axes.set_ylim(_limits(pd.concat([frame, *(row.assign(low=math.nan) for row in baselines)])))
+    axes.set_ylim(_limits(pd.concat([frame, baselines.assign(low=math.nan)])))
     return {f"by_{short[x].replace('.', '_')}": _with_legend(axes, 4)}
 
 
@@ -165,8 +164,8 @@ def learning_curves(summary: Summary) -> Figure | None:
         table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist())
         if len(table):
             mean, low, high = table.mean(axis=1), table.min(axis=1), table.max(axis=1)
-            style: Any = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.6}
-            axes.plot(mean.index, mean, label=_shorten(str(cell["label"])), **style)
+            label = _shorten(str(cell["label"]))
+            axes.plot(mean.index, mean, label=label, color=colour, marker=marker, markersize=3.5, linewidth=1.6)
             axes.fill_between(table.index, low, high, color=colour, alpha=0.15, linewidth=0)
             later.append(low[low.index > low.index[0] + (low.index[-1] - low.index[0]) / 3])
     if not later:

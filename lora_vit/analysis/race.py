@@ -25,7 +25,7 @@ Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %)
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,7 @@ class Rules:
             raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """Why a cell left: with how many seeds, and behind which cell (None: its trial of that seed failed)."""
 
     seeds: int

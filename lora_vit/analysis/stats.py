@@ -17,6 +17,7 @@ All arrays: m cells, S seeds; a missing trial is NaN.
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special
@@ -25,8 +26,7 @@ CONFIDENCE = 0.95
 MOST_SEEDS = 400  # with more columns the seeds are no blocks: so many were drawn at random for each cell
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Over seeds; sd and t interval are NaN for n < 2."""
 
     mean: float
@@ -272,19 +272,16 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
     half[best] = np.nan
     candidate, below = _against_others(fit, common, wide, dunnett)
 
-    def of_all(values: np.ndarray) -> np.ndarray:
-        out = np.full(m, False if values.dtype == bool else np.nan)
-        out[keep] = values
-        return out
-
+    of_kept = {
+        "means": fit.means, "difference": difference, "half": half, "candidate": candidate, "below": below,
+        "worse": difference * math.sqrt(2) > tukey * error,
+    }  # fmt: skip
+    of_all: dict[str, Any] = {name: np.full(m, np.nan if v.dtype == float else False) for name, v in of_kept.items()}
+    for name, values in of_kept.items():
+        of_all[name][keep] = values
     return Comparison(
         compared=keep,
-        means=of_all(fit.means),
-        difference=of_all(difference),
-        half=of_all(half),
-        worse=of_all(difference * math.sqrt(2) > tukey * error),
-        candidate=of_all(candidate),
-        below=of_all(below),
+        **of_all,
         best=int(np.flatnonzero(keep)[best]),
         df=fit.df,
         sd=math.sqrt(common),

@@ -67,14 +67,11 @@ class Summary:
             return self._alone()
         start = f"{best['label']} has the highest val accuracy"
         if c.best is None:
-            repeat = "Repeat the sweep with seed=0,1,2."
-            if any((Path(folder) / SEARCH).is_file() for folder in self.folders):
-                repeat = (
-                    "Run the search's command again: it names the commands that race its best cells over other seeds."
-                )
+            searched = any((Path(folder) / SEARCH).is_file() for folder in self.folders)
+            search = "Run the search's command again: it names the commands that race its best cells over other seeds."
             return (
                 f"{start}, {number(best['mean'])}, but too few cells have two or more seeds to say whether the "
-                f"difference is real. {repeat}"
+                f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
         start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
@@ -90,7 +87,7 @@ class Summary:
             f"for the best: {counts.get('candidate', 0)}{smallest}.",
             self._good_enough(),
         ]
-        return " ".join(line for line in lines if line)
+        return " ".join(filter(None, lines))
 
     @property
     def chosen(self) -> Path:
@@ -121,9 +118,8 @@ class Summary:
             needed = seeds_within(margin, c.sd, int(c.compared.sum()))
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            return (
-                f"{text}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds per cell would be needed."
-            )
+            wanted = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
+            return f"{text}; {wanted} seeds per cell would be needed."
         small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
         text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
         if fast["label"] != small["label"]:
@@ -143,9 +139,8 @@ class Summary:
 
     def power_text(self) -> str:
         """:meth:`power` in a sentence, or nothing."""
-        if (found := self.power()) is None:
-            return ""
-        return (
+        found = self.power()
+        return "" if found is None else (
             f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
             f"point would take {found[1]} seeds per cell."
         )
@@ -179,50 +174,45 @@ class RaceSummary(Summary):
     @property
     def verdict(self) -> str:
         """What the race has come to; what is not decided yet is not said."""
-        cells, race = self.cells, self.race
-        if len(cells) == len(race.cells) == 1:
+        cells, race, k, margin = self.cells, self.race, len(self.race.cells), points(self.race.rules.margin)
+        if len(cells) == k == 1:
             return self._alone()
-        lines = [self._outcome()]
+        trials, completed = int(cells.loc[cells["mark"] != "not raced", "n"].sum()), int(np.isfinite(race.y).sum())
+        left = cells.loc[cells["mark"] == "left", "label"]
+        if race.selected is not None:
+            ahead = f" of {completed} decided it" if completed > trials else ""
+            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
+            outcome = (
+                f"{best_cell(cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
+                f"{margin}. {trials} trials{ahead}{instead}."
+            )
+        elif race.ended and left.empty:
+            outcome = "Nothing is selected: a trial of each cell failed."
+        elif race.ended:
+            names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+            outcome = (
+                f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
+                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
+            )
+        else:
+            seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
+            again = f": {self.command}" * bool(self.command)
+            outcome = (
+                f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
+                f"far. Nothing is selected yet; the sweep's command resumes it{again}."
+            )
+        lines = [outcome]
         if failed := sum(out.behind is None for out in race.exits.values()):
             lines.append(f"{failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed.")
         if others := int((cells["mark"] == "not raced").sum()):
             lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
         shown = _shows(race, self.margin) and cells["within"][0]
-        if good := self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "):
-            lines.append(good)
-        return " ".join(lines)
+        lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
+        return " ".join(filter(None, lines))
 
     def one_stage(self) -> int:
         """Trials of one stage with the same guarantee; 0 if the spread is not known."""
-        k = len(self.race.cells)
-        return k * (one_stage(self.comparison.sd, k, self.race.rules) or 0)
-
-    def _outcome(self) -> str:
-        race, k, margin = self.race, len(self.race.cells), points(self.race.rules.margin)
-        in_race = self.cells["mark"] != "not raced"
-        trials, completed = int(self.cells.loc[in_race, "n"].sum()), int(np.isfinite(race.y).sum())
-        if race.selected is not None:
-            ahead = f" of {completed} decided it" if completed > trials else ""
-            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
-            return (
-                f"{best_cell(self.cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
-                f"{margin}. {trials} trials{ahead}{instead}."
-            )
-        left = self.cells.loc[self.cells["mark"] == "left", "label"]
-        if race.ended and left.empty:
-            return "Nothing is selected: a trial of each cell failed."
-        if race.ended:
-            names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
-            return (
-                f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
-            )
-        seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
-        again = f": {self.command}" * bool(self.command)
-        return (
-            f"The race has not ended: {len(race.survivors)} of {k} cells are in it {seeds}, {trials} trials so "
-            f"far. Nothing is selected yet; the sweep's command resumes it{again}."
-        )
+        return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame) -> Race:

@@ -114,16 +114,14 @@ def trials_table(trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
 def learning_rates(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     """Each setting at its own best learning rate and at the shared one, side by side; empty with one rate only.
 
-    Columns: ``setting``, ``best_lr`` (highest mean), ``best_mean``, ``best_low``, ``best_high``, ``best_n``,
-    ``rates`` tried, ``edge`` (the best is the lowest or highest tried), ``shared_lr``, ``shared_mean``,
-    ``shared_low``, ``shared_high``, ``shared_n``. The shared rate is, of those that most settings ran at (a few may
-    be missing), the one with the best average over the settings that ran at all of them.
+    ``rates`` says how many were tried, ``edge`` whether the best is the lowest or highest of them. The shared rate is,
+    of those that most settings ran at (a few may be missing), the one with the best average over the settings that ran
+    at all of them.
     """
     if LR not in settings or cells[LR].nunique() < 2:
         return pd.DataFrame()
     others = [c for c in settings if c != LR]
-    number = cells.groupby(others, sort=False, dropna=False).ngroup() if others else 0
-    groups = cells.assign(_group=number)
+    groups = cells.assign(_group=cells.groupby(others, sort=False, dropna=False).ngroup() if others else 0)
     scores = groups.pivot_table(index="_group", columns=LR, values="mean")
     tried = scores.notna().sum()
     common = scores[tried.index[tried >= MOST_RAN * tried.max()]]

@@ -51,12 +51,10 @@ def duration(value: float) -> str:
 
 
 def loss(value: float) -> str:
-    """A loss, with four places."""
     return f"{value:.4f}" if math.isfinite(value) else NONE
 
 
 def seeds(value: float) -> str:
-    """How many seeds, in words."""
     return f"{int(value)} seeds" if value > 1 else "one seed"
 
 

@@ -10,7 +10,9 @@ from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, decidin
 from lora_vit.errors import ConfigError
 
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
-                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+                "pytorch_model.bin", "pytorch_model.bin.index.json",
+                "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+                "adapter.safetensors", "adapter_model.safetensors", "adapter_model.bin")  # fmt: skip
 
 
 def canonical(trial: TrialConfig) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
     if (digest := values["model"].pop("weights_sha256")) is not None:
-        values["model"]["weights"] = "sha256:" + digest
+        values["model"]["weights"] = "".join(["sha256:", digest, *str(trial.model.weights).partition("::")[1:]])
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
     return {**values, "schema": SCHEMA_VERSION}
@@ -42,18 +44,23 @@ def trial_id(trial: TrialConfig) -> str:
 
 
 def is_weights_file(weights: str | None) -> bool:
-    """Whether ``model.weights`` is a path rather than the name of published weights; what exists is one."""
-    suffixes = (".pth", ".pt", ".bin", ".safetensors")
-    return weights is not None and (weights.endswith(suffixes) or "/" in weights or Path(weights).exists())
+    """Whether ``model.weights`` is a path, or FILE::PREFIX of a model in it, rather than a name; what exists is one."""
+    path = (weights or "").partition("::")[0]
+    suffixes = (".pth", ".pt", ".bin", ".safetensors", ".npz")
+    return weights is not None and (path.endswith(suffixes) or "/" in path or Path(path).exists())
 
 
 def weights_files(path: Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
+    path = Path(str(path).partition("::")[0])
     if not path.is_dir():
         return [path]
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)  # the first that is there
     if file is None:
-        raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES)}")
+        remedy = "fetch them too, with shards (*-of-*) their index"
+        raise ConfigError(f"model.weights={path}: the folder has none of {', '.join(FOLDER_FILES[:4])}: {remedy}")
+    if file.name.startswith("adapter"):
+        raise ConfigError(f"model.weights={path} is an adapter: merge it first (lora-vit merge, merge_and_unload)")
     if file.suffix != ".json":
         return [file]
     try:
@@ -72,7 +79,8 @@ def file_sha256(path: Path) -> str:
             digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
         name = error.filename or path
-        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): check the path") from None
+        hint = "check the path (of an id of Hugging Face, give a folder with its *.safetensors and *.json)"
+        raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): {hint}") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

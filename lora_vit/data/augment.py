@@ -71,8 +71,7 @@ def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> n
     top = np.floor(draws[..., 2] * (height - h + 1)).astype(np.int64)
     left = np.floor(draws[..., 3] * (width - w + 1)).astype(np.int64)
     tries = np.stack([top, left, h, w], axis=-1)
-    first = fits.argmax(axis=1)
-    chosen = tries[np.arange(len(ids)), first]
+    chosen = tries[np.arange(len(ids)), fits.argmax(axis=1)]  # the first
     whole_h, whole_w = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
     whole = np.array([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
     return np.where(fits.any(axis=1, keepdims=True), chosen, whole)
@@ -85,23 +84,15 @@ class Transform:
     arithmetic is float32 (float64 for a float64 result); ``mean``, ``std``: of each colour in [0, 1].
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        augment: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        bicubic: bool = False,
-    ):
+    def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype,
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
+                 bicubic: bool = False):  # fmt: skip
         self.image_size, self.augment, self.bicubic = image_size, augment, bicubic
         self.device, self.dtype = device, dtype
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
-        self._scale = scale.to(device, self.work_dtype)[:, None, None]
-        self._shift = shift.to(device, self.work_dtype)[:, None, None]
+        self._scale, self._shift = (t.to(device, self.work_dtype)[:, None, None] for t in (scale, shift))
         self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:

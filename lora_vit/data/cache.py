@@ -43,23 +43,20 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
     ends = np.cumsum([len(images) for images in parts.values()])
     ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
-    digests = digests_of(root, names, wanted.cache_dir, wanted.quiet, wanted.fetch)
-    if digests is None:
+    if (digests := digests_of(root, names, wanted.cache_dir, wanted.quiet, wanted.fetch)) is None:
         return None
     content = content_of(class_names, labels, ids, digests)
     decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, wanted.quiet)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
-def decoded(
-    root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool, decoding: Decoding
-) -> Decoded:
+def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool,
+            decoding: Decoding) -> Decoded:  # fmt: skip
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
     not. Runs that start together wait for the first. It appears whole or not at all. ``names``: paths below ``root``,
     in the array's order; without a size for them in ``decoding``, all images must have one.
-
     Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"

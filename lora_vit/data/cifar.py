@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_vit.data.dataset import Found, Wanted, in_memory
 from lora_vit.data.files import locked_in
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 
 
 def find(wanted: Wanted) -> Found | None:
@@ -31,12 +31,10 @@ def find(wanted: Wanted) -> Found | None:
             with locked_in(wanted.cache_dir, f"{wanted.name} {root}"), contextlib.redirect_stdout(io.StringIO()):
                 train, test = halves(download=True)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(
-                f"data={wanted.name} is absent from data.root={root} or damaged, and cannot be downloaded ({reason}): "
-                f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there, or run experiment=quickstart, "
-                "which needs no download"
-            ) from None
+            lacks = f"data={wanted.name} is absent from data.root={root} or damaged"
+            put = f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there"
+            raise ConfigError(f"{lacks}, and cannot be downloaded ({one_line(error)}): {put}, or run "
+                              "experiment=quickstart, which needs no download") from None  # fmt: skip
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.array([*train.targets, *test.targets], dtype=np.int64)
     parts = {"train": np.arange(len(train.targets)), "test": np.arange(len(train.targets), len(labels))}

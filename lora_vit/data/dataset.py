@@ -87,9 +87,8 @@ class ImageData(Found):
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 
 
-def in_memory(
-    images: np.ndarray, labels: np.ndarray, class_names: list[str], parts: dict[str, np.ndarray] | None = None
-) -> Found:
+def in_memory(images: np.ndarray, labels: np.ndarray, class_names: list[str],
+              parts: dict[str, np.ndarray] | None = None) -> Found:  # fmt: skip
     """A data set whose decoded images are at hand; without ``parts`` all are for training and what is split off."""
     images = np.ascontiguousarray(images)
     parts = parts or {"train": np.arange(len(labels))}

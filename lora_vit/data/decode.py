@@ -16,7 +16,6 @@ from lora_vit.data.preprocessing import Decoding, reason
 
 _LOOK_EVERY = 0.5  # seconds after which a process that decodes looks whether its parent is still there
 
-
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 

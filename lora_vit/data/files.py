@@ -21,7 +21,7 @@ import numpy as np
 from lora_vit.errors import ConfigError
 from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
-from lora_vit.terminal import Progress
+from lora_vit.terminal import Every, Progress
 
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows by name only, or opens with programs that few have."""
@@ -32,6 +32,7 @@ _MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|grou
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
+_KEEP_EVERY = 30.0  # seconds between savings of what has been read
 _NAMED = 3  # files of a kind that one line names
 
 
@@ -164,14 +165,15 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
         with locked_in(cache_dir, store.name):
             known = _kept(store)  # perhaps another run has just read them
             settled = time.time_ns() - _UNSETTLED
-            missing = unread()
+            missing, keeping = unread(), Every(_KEEP_EVERY)
             for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
                 known[name] = stats[name] + digest
-            kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
-            all_names = b"".join(os.fsencode(name) + b"\0" for name in kept)
-            rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
-            with writing_to(cache_dir), replacing(store) as file:
-                np.savez(file, names=np.frombuffer(all_names, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
+                if keeping.due() or name == missing[-1]:  # what stops this costs no second reading
+                    kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
+                    joined = b"".join(os.fsencode(name) + b"\0" for name in kept)
+                    rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
+                    with writing_to(cache_dir), replacing(store) as file:
+                        np.savez(file, names=np.frombuffer(joined, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
     return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
 
 
@@ -186,19 +188,17 @@ def _kept(store: Path) -> dict[str, bytes]:
         return {}
 
 
-def _read(root: Path, names: list[str], quiet: bool) -> list[bytes]:
+def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     """Sha256 of files, read side by side."""
 
     def read(chunk: list[str]) -> list[bytes]:
         return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
 
-    digests: list[bytes] = []
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
         for part in pool.map(read, chunks):
-            digests += part
+            yield from part
             bar.advance(len(part))
-    return digests
 
 
 @contextlib.contextmanager
@@ -206,8 +206,7 @@ def locked_in(cache_dir: Path, what: str) -> Iterator[None]:
     """Hold the lock on ``what``, in the cache folder: the data's own folder stays clean, and may be read-only."""
     with contextlib.ExitStack() as stack:
         with writing_to(cache_dir):
-            lock = cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"
-            stack.enter_context(locked(lock))
+            stack.enter_context(locked(cache_dir / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:16]}.lock"))
         yield
 
 
@@ -217,6 +216,5 @@ def writing_to(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error}): give another folder"
-        ) from None
+        what = f"data.cache_dir={shown(cache_dir)} cannot be written ({error.strerror or error})"
+        raise ConfigError(f"{what}: give another folder") from None

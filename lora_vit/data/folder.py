@@ -117,8 +117,7 @@ def _root_below(place: Path, files: Listing) -> str:
         below.sort(key=lambda folder: "train" not in folder.name.lower())
         for folder in below:
             names = _folders(folder)
-            if any(name.lower() in _NAMES["train"] for name in names) or (
-                len(names) > 1 and all(look.images(folder, name) for name in names[:2])
-            ):
+            has_train = any(name.lower() in _NAMES["train"] for name in names)
+            if has_train or (len(names) > 1 and all(look.images(folder, name) for name in names[:2])):
                 return f"; did you mean data.root={shown(folder)}?"
     return ""

@@ -34,8 +34,7 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
         raise ConfigError(f"{same}: look at one, and at data.background={config.background}")
     height, width = images.shape[-2:]
     decoding = replace(decoding, size=height if height == width else None, value_range=value_range)
-    whole: Any = {"images": images, "decoding": decoding, "told": told, "splits": splits, "fingerprint": fingerprint}
-    return ImageData(**vars(found), **whole)
+    return ImageData(**vars(found), images=images, decoding=decoding, told=told, splits=splits, fingerprint=fingerprint)
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
@@ -66,10 +65,9 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
         # Imported when chosen: each needs another heavy package.
         find = import_module(f"lora_vit.data.{known.loader}").find
         try:
-            found: Found | None = find(wanted)
+            if (found := find(wanted)) is not None:
+                _FOUND[wanted] = found
         except OSError as error:
             place = shown(error.filename or root)
             raise ConfigError(f"{place} cannot be read ({error.strerror}): repair or remove it") from None
-        if found is not None:
-            _FOUND[wanted] = found
     return _FOUND.get(wanted)

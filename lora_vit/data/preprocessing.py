@@ -148,38 +148,26 @@ class Preprocessing:
                 "decoded_size": read.size, "crop": "squash" if read.size is None else "centre", **own}  # fmt: skip
 
     @classmethod
-    def from_dict(cls, said: Mapping[str, Any]) -> "Preprocessing":
-        """Inverse of :meth:`to_dict`."""
-        pair, colour = (None if said[key] is None else tuple(said[key]) for key in ("value_range", "background"))
-        decoding = Decoding(said["decoded_size"], pair, colour)
-        mean, std = (tuple(said[key]) for key in ("mean", "std"))
-        return cls(decoding, said["image_size"], mean, std, said["interpolation"])
+    def of(cls, card: Mapping[str, Any]) -> "Preprocessing":
+        """As the card of an adapter, export or merged file says it: as a whole, or that of older adapters in parts."""
+        said = card["preprocessing"] if "preprocessing" in card else {"background": None, **card["base"], **card}
+        own: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+        decoding = Decoding(own["decoded_size"], own["value_range"], own["background"])
+        return cls(decoding, *(own[key] for key in ("image_size", "mean", "std", "interpolation")))
 
 
 def preprocessing(place: "str | os.PathLike[str]") -> Preprocessing:
-    """What a trained model wants done to pictures, from what belongs to it.
+    """What a trained model wants done to pictures. Raises ConfigError where nothing there says it.
 
-    Args:
-        place: the folder of a trial or an export, or a file: a merged ``.safetensors``, an ``.onnx`` or a ``.pt2``.
-
-    Raises:
-        ConfigError: nothing there says it.
+    ``place``: the folder of a trial or an export, or a file: a merged ``.safetensors``, an ``.onnx`` or a ``.pt2``.
     """
     path = Path(place)
     try:
-        return Preprocessing.from_dict(of_card(_about(path)))
+        return Preprocessing.of(_about(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or path} does not exist: give a trial's folder or an export") from None
     except (OSError, ValueError, LookupError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} says nothing of how its images are prepared ({error!r})") from None
-
-
-def of_card(card: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The description in an adapter's card, which older ones have in parts."""
-    if "preprocessing" in card:
-        return card["preprocessing"]
-    base = {key: card["base"][key] for key in ("image_size", "mean", "std", "interpolation")}
-    return {**base, "decoded_size": card["decoded_size"], "value_range": card["value_range"], "background": None}
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -15,19 +15,13 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
 
     Each class is divided, in the order of its own key, by the same fractions, rounded to the nearest whole, at least 1;
     the rest is ``train``. Of it ``train_per_class`` are kept, in a second order, so that fewer are a subset of more.
-
     Without test images and a fraction of them there is no ``test``. Raises ConfigError where ``val`` neither is there
     nor has a fraction, and where there are too few images.
     """
-    fractions = {}
-    for part, fraction in (("val", config.val_fraction), ("test", config.test_fraction)):
-        if part not in found.parts:
-            if fraction is None and part == "test":
-                continue  # all the rest is for training
-            if fraction is None:
-                lacks = f"data.root={config.root} has no {part}/"
-                raise ConfigError(f"{lacks} and data.{part}_fraction is null: give one of them")
-            fractions[part] = fraction
+    given = {"val": config.val_fraction, "test": config.test_fraction}
+    fractions = {part: f for part, f in given.items() if f is not None and part not in found.parts}
+    if not {"val"} & {*fractions, *found.parts}:
+        raise ConfigError(f"data.root={config.root} has no val/ and data.val_fraction is null: give one of them")
     labels, train, keep = found.labels, found.parts["train"], config.train_per_class
 
     def shuffled(of_class: np.ndarray, what: str) -> np.ndarray:
@@ -35,16 +29,17 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
         return np.sort(of_class)[randomness.permutation(len(of_class), *key)]
 
     own: dict[str, list[np.ndarray]] = {name: [] for name in (*fractions, "train")}
-    for label in np.unique(labels[train]):
-        of_class = shuffled(train[labels[train] == label], "split")
+    by_class = train[np.argsort(labels[train], kind="stable")]  # one pass for all classes
+    for of_class in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        of_class, called = shuffled(of_class, "split"), found.class_names[labels[of_class[0]]]
         counts = [max(1, round(len(of_class) * fraction)) for fraction in fractions.values()]
         if sum(counts) >= len(of_class):
-            few = f"class '{found.class_names[label]}' has {len(of_class)} images"
+            few = f"class '{called}' has {len(of_class)} images"
             raise ConfigError(f"{few}, too few to be in train, {', '.join(fractions)}: add images, or drop the class")
         *parts, rest = np.split(of_class, np.cumsum(counts))
         if keep is not None:
             if len(rest) < keep:
-                few = f"class '{found.class_names[label]}' has only {len(rest)} training images"
+                few = f"class '{called}' has only {len(rest)} training images"
                 raise ConfigError(f"data.train_per_class={keep}: {few}, give at most that, or null for all")
             rest = shuffled(rest, "train_per_class")[:keep]
         for ids, some in zip(own.values(), (*parts, rest), strict=True):

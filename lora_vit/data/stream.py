@@ -19,10 +19,8 @@ class Samples:
         self.device, self.data = device, data
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if data.images.nbytes < _DEVICE_SHARE * free:
-                self._resident = torch.from_numpy(np.array(data.images)).to(device)
+        if device.type == "cuda" and data.images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.from_numpy(np.array(data.images)).to(device)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from lora_vit.data.cache import found_in
 from lora_vit.data.dataset import Found, Wanted
 from lora_vit.data.files import Listing, digests_of, locked_in
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.terminal import Progress
 
 FOLDER = "tiny-imagenet-200"
@@ -25,8 +25,7 @@ MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 def find(wanted: Wanted) -> Found | None:
     """The data set at ``root`` (folder or zip), downloaded if it is absent. Raises ConfigError where it is damaged."""
-    folder = _folder(wanted)
-    if folder is None:
+    if (folder := _folder(wanted)) is None:
         return None
     files = Listing(wanted.cache_dir)
     wnids = _lines(folder / "wnids.txt")
@@ -97,19 +96,17 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
             archive = archive or _download(Path(temporary), wanted.root)
             into = Path(temporary, FOLDER)
-            with zipfile.ZipFile(archive) as opened:
-                members = opened.infolist()
-                with Progress(f"unpacking {archive.name}", len(members), wanted.quiet, "files") as bar:
-                    for member in members:
-                        opened.extract(member, into)
-                        bar.advance(1)
-            whole = _whole_in(into)
-            if whole is None:
+            what = f"unpacking {archive.name}"
+            with zipfile.ZipFile(archive) as z, Progress(what, len(z.infolist()), wanted.quiet, "files") as bar:
+                for member in z.infolist():
+                    z.extract(member, into)
+                    bar.advance(1)
+            if (whole := _whole_in(into)) is None:
                 raise ConfigError(f"{archive} holds no wnids.txt and train/: it is not Tiny-ImageNet")
             os.replace(whole, target)
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # cut off, altered, encrypted, ...
-        reason = str(error) or type(error).__name__
-        raise ConfigError(f"{archive} is damaged ({reason}): get it again, or give another data.root") from None
+        what = f"{archive} is damaged ({one_line(error)})"
+        raise ConfigError(f"{what}: get it again, or give another data.root") from None
     except OSError as error:
         what = f"{error.filename or target} cannot be read or written ({error.strerror or error})"
         raise ConfigError(f"{what}: give another data.root or data.cache_dir") from None
@@ -123,11 +120,9 @@ def _download(folder: Path, root: Path) -> Path:
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"Tiny-ImageNet is not below data.root={root} and {URL} cannot be downloaded ({reason}): put {FOLDER}.zip "
-            f"or {FOLDER}/ into {root.resolve()}, or run experiment=quickstart, which needs no download"
-        ) from None
+        lacks = f"Tiny-ImageNet is not below data.root={root} and {URL} cannot be downloaded ({one_line(error)})"
+        put = f"put {FOLDER}.zip or {FOLDER}/ into {root.resolve()}"
+        raise ConfigError(f"{lacks}: {put}, or run experiment=quickstart, which needs no download") from None
     return folder / f"{FOLDER}.zip"
 
 
@@ -154,9 +149,7 @@ def _official_val(folder: Path, wnids: list[str], files: Listing) -> list[tuple[
 
 def _class_names(folder: Path, wnids: list[str]) -> list[str]:
     """The first word of each class in words.txt, with its wnid where two classes share one."""
-    words = {}
-    for line in _lines(folder / "words.txt") if (folder / "words.txt").is_file() else ():
-        wnid, _, text = line.partition("\t")
-        words[wnid] = text.split(",")[0].strip()
+    rows = [line.partition("\t") for line in _lines(folder / "words.txt")] if (folder / "words.txt").is_file() else []
+    words = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
     names = [words.get(wnid) or wnid for wnid in wnids]
     return [name if names.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]

@@ -4,9 +4,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import SCHEMA_VERSION, SIZES
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.lora.backbones import OF_HEADS, Place, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, chosen_places
 from lora_vit.lora.layers import AdapterSpec
@@ -26,8 +25,7 @@ POSITIONS_TOLERANCE = 1e-4  # of a projection of these: interpolated on another 
 SAME = 1e-4  # of two models with the same weights, relative to the largest logit: kernels differ
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """One trial's adapter: its tensors by name (fp32) and its card (``adapter.json``)."""
 
     tensors: dict[str, Tensor]
@@ -58,7 +56,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         name = error.filename or folder / "adapter.safetensors"
         raise ConfigError(f"{name} does not exist: give the folder of a completed trial") from None
     except Exception as error:
-        raise ConfigError(f"{folder}: the adapter cannot be read ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{folder}: the adapter cannot be read ({one_line(error)})") from None
     if not card or card != own or (trial.record and trial.record.trial_id != card["trial_id"]):
         raise ConfigError(f"{folder}: adapter.json and adapter.safetensors are not of one trial, or were edited")
     if card["schema"] != SCHEMA_VERSION:
@@ -107,10 +105,8 @@ def bind(adapter: Adapter, base: dict[str, Any], class_names: Sequence[str] | No
     same_positions = np.abs(theirs - ours).max() <= POSITIONS_TOLERANCE * np.abs(theirs).max()
     if base["sha256"] != trained_on["sha256"] or not same_positions:
         what = "weights" if same_positions else "position embedding and perhaps other weights"
-        raise ConfigError(
-            f"the model's {what} are not those that the adapter was trained on ({trained_on['weights'] or 'random'}): "
-            "give these, in fp32, with no adapter merged into them"
-        )
+        those = f"those that the adapter was trained on ({trained_on['weights'] or 'random'})"
+        raise ConfigError(f"the model's {what} are not {those}: give these, in fp32, with no adapter merged into them")
     if class_names is not None and list(class_names) != card["class_names"]:
         gone = [f"lacks '{c}'" for c in card["class_names"] if c not in class_names]
         new = [f"has '{c}' in addition" for c in class_names if c not in card["class_names"]]

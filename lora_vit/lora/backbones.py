@@ -29,6 +29,8 @@ def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: 
         raise ConfigError("model=timm needs the package timm: pip install 'lora_vit[timm]'") from None
     try:
         size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+        if timm.is_model(name) and timm.model_entrypoint(name).__module__ == "timm.models.eva":
+            size["dynamic_img_size"] = False  # else it makes rotary embeddings on the host in each pass
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_vit.distributed import this_process
+
 _C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,9 +53,9 @@ class DropoutState:
     def advance(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a model without a trainer: in train mode, each pass is one more step for every trial."""
         if module.training:
-            images = (*args, *kwargs.values())[0]
+            images = (*args, *kwargs.values())[0]  # each process of a group has others
             step_K = torch.full((len(self._seed_K2),), self._forwards, device=images.device)
-            self.set(step_K, torch.arange(len(images), device=images.device))
+            self.set(step_K, torch.arange(len(images), device=images.device) + this_process().rank * len(images))
             self._forwards += 1
 
     def rows(self, module_key: int, tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_vit.lora.dropout import keep_by_bits_, keep_by_product_, keep_mask
 
@@ -97,9 +98,10 @@ class _AdaptedLinear(torch.autograd.Function):
             x, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
         else:
             x = prologue(z)
+        x = x.to(weight.dtype)
         y = F.linear(x, weight, bias)
         if mask is not None:
-            x = x.clone() if x is z else x
+            x = x.clone() if prologue.kind == "none" else x
             mask.apply_(x)
         h_KNr = _rows(x, K) @ a_KGRI.flatten(1, 2).mT
         del x
@@ -112,6 +114,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr = ctx.saved_tensors
         prologue, slots, mask = ctx.prologue, ctx.slots, ctx.mask
@@ -132,11 +135,11 @@ class _AdaptedLinear(torch.autograd.Function):
                 dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
-        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z)  # from the tensors that were saved
+        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z).to(weight.dtype)  # from the saved tensors
         needs = ctx.needs_input_grad
         dx_adapters = None
         if mask is not None:
-            x = x.clone() if x is z else x
+            x = x.clone() if prologue.kind == "none" else x
             dx_adapters = (dh_KNr @ a_KGRI.flatten(1, 2)).view_as(x) if any(needs[:3]) else None
             mask.apply_(*(t for t in (x, dx_adapters) if t is not None))
         da_KGRI = (dh_KNr.mT @ _rows(x, K)).view_as(a_KGRI)
@@ -151,14 +154,13 @@ class _AdaptedLinear(torch.autograd.Function):
             else:
                 dx += dx_adapters
                 dx_adapters = None  # before the prologue's gradient takes its place
+            dz = dx = dx.to(z.dtype)
             if prologue.kind == "gelu":
                 dz = torch.ops.aten.gelu_backward(dx, z)
             elif prologue.kind == "layer_norm":
                 dz, dln_weight, dln_bias = torch.ops.aten.native_layer_norm_backward(
                     dx, z, z.shape[-1:], mean, rstd, ln_weight, ln_bias, list(needs[:3])
                 )
-            else:
-                dz = dx
         return dz, dln_weight, dln_bias, None, dbias, da_KGRI, db_KGOR, None, None, None, None
 
 
@@ -171,12 +173,13 @@ def adapted_linear(
     z: Tensor, weight: Tensor, bias: Tensor | None, a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
     slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
 ) -> Tensor:  # fmt: skip
-    """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O], in the dtype of ``z``.
+    """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O].
 
-    ``z``: input before the prologue, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``: frozen, without
-    gradient, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get gradients if they require them.
-    ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``: each trial's factor, with a
-    mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each of the G adapters adds to.
+    ``z``: input before the prologue, in its dtype, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``:
+    frozen, without gradient, in the result's dtype, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get
+    gradients if they require them. ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``:
+    each trial's factor, with a mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each
+    of the G adapters adds to.
     """
     norm = prologue.weight, prologue.bias
     return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)

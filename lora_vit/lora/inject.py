@@ -70,15 +70,12 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def project(layer: AdaptedLinear | Attention, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """LayerNorm or GELU where there is one in front, then a linear layer with its adapters if it has any."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     norm: Any = layer.front[0] if layer.front else None
-    prologue = NOTHING
+    prologue = NOTHING if norm is None else Prologue("gelu")
     if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
         prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
-    elif norm is not None:
-        prologue = Prologue("gelu")
     if layer.lora is None:
-        return F.linear(prologue(x), weight, bias)
+        return F.linear(prologue(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return layer.lora.linear(x, weight, bias, prologue)
 
 
@@ -131,10 +128,9 @@ def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int
     found = list(places_of(model).values())
     chosen = range(len(found)) if blocks is None else sorted(set(blocks))
     if not targets or not chosen or set(targets) - set(TARGETS) or set(chosen) - set(range(len(found))):
-        raise ValueError(
-            f"blocks={None if blocks is None else list(blocks)}, targets={list(targets)} match nothing: there are the "
-            f"targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
-        )
+        given = f"blocks={None if blocks is None else list(blocks)}, targets={list(targets)}"
+        there = f"the targets {', '.join(TARGETS)} in the blocks 0 to {len(found) - 1}"
+        raise ValueError(f"{given} match nothing: there are {there}")
     places = [place for index in chosen for place in found[index]]
     for place in places:
         if set(targets) & set(place.names) and rank > (width := min(place.sizes(model))):
@@ -159,7 +155,8 @@ def replace_linear_with_lora(
 ) -> nn.Module:  # fmt: skip
     """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
-    lora_B starts at zero, so that the model's output does not change.
+    lora_B starts at zero, so that the model's output does not change. A LayerNorm or GELU whose output only adapted
+    layers read is computed in these: a forward hook on its module sees what goes into it, as input and as output.
 
     Args:
         model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.backbones` lists them).
@@ -181,9 +178,8 @@ def replace_linear_with_lora(
     return model
 
 
-def adapt(
-    model: nn.Module, spec: AdapterSpec, targets: Sequence[str], blocks: Sequence[int] | None
-) -> list[LoRAAdapters]:
+def adapt(model: nn.Module, spec: AdapterSpec, targets: Sequence[str],
+          blocks: Sequence[int] | None) -> list[LoRAAdapters]:  # fmt: skip
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
     state = DropoutState([randomness.key("dropout", spec.seed)])
     injected = inject_adapters(model, [spec], targets, blocks, state)
@@ -192,9 +188,8 @@ def adapt(
     return injected
 
 
-def mark_lora_and_head_as_trainable(
-    model: nn.Module, head_substring: str = "heads.head", bias: str = "none"
-) -> list[str]:
+def mark_lora_and_head_as_trainable(model: nn.Module, head_substring: str = "heads.head",
+                                    bias: str = "none") -> list[str]:  # fmt: skip
     """Freeze everything but the adapters and the head; return the names of what is trained.
 
     Parameters with ``head_substring`` in their name are the head's. ``bias``: also train no bias ("none"), those of

@@ -4,6 +4,7 @@ Shape legend: K trial, G adapted projections, R rank, I input width, O output wi
 """
 
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,15 +32,28 @@ def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
     return torch.empty(spec.rank, width).uniform_(-bound, bound, generator=generator)
 
 
+class Factors(nn.Module):
+    """A factor for each of K trials that no cast of the model rounds: buffers of integers hold the bits."""
+
+    def __init__(self, factors: Sequence[float]):
+        super().__init__()
+        exact_K = torch.tensor(factors, dtype=torch.float64)
+        self.bits32_K = nn.Buffer(exact_K.float().view(torch.int32), persistent=False)
+        self.bits64_K = nn.Buffer(exact_K.view(torch.int64), persistent=False)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """In fp64 for that, which not every device has, else in fp32 (in bf16 one would be off by up to 0.2 %), [K]."""
+        return self.bits64_K.view(dtype) if dtype == torch.float64 else self.bits32_K.view(torch.float32)
+
+
 class _KeyedDropout(nn.Module):
     """Base of both modules: a dropout probability for each of K trials, with masks by key."""
 
     def __init__(self, dropouts: Sequence[float], width: int, key: str, state: DropoutState):
         """``width``: I of what is dropped; ``key``: name that sets its masks apart from those of other modules."""
         super().__init__()
-        self.state, self._module_key = state, randomness.name_key(key)
+        self.state, self._module_key = state, zlib.crc32(key.encode())
         self._dropping = runs_of([p > 0 for p in dropouts])
-        self.keep_K = nn.Buffer(1 - torch.tensor(dropouts, dtype=torch.float64), persistent=False)
         thresholds = torch.tensor([threshold(p) for p in dropouts], dtype=torch.int32)
         self.threshold_K = nn.Buffer(thresholds, persistent=False)
         self.feature_I = nn.Buffer(feature_keys(width), persistent=False)
@@ -69,16 +83,17 @@ class LoRAAdapters(_KeyedDropout):
         for k, spec in enumerate(specs):
             for g, name in enumerate(self.names):
                 self.lora_A.data[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
-        scale_K = torch.tensor([s.scaling for s in specs], dtype=torch.float64)  # rounded where it is used
-        self.scale_K = nn.Buffer(scale_K, persistent=False)
-        self.train_scale_K = nn.Buffer(scale_K / self.keep_K, persistent=False)
+        self.scale_K = Factors([s.scaling for s in specs])
+        self.train_scale_K = Factors([s.scaling / (1 - s.dropout) for s in specs])
 
     def linear(self, z: Tensor, weight: Tensor, bias: Tensor | None, prologue: Prologue = NOTHING) -> Tensor:
-        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O], all in the dtype of ``z``."""
-        mask = self.mask(z.shape[1])
-        dtype = torch.promote_types(z.dtype, torch.float32)  # a factor in bf16 would be off by up to 0.2 %
-        scale_K = (self.scale_K if mask is None else self.train_scale_K).to(dtype)
-        a_KGRI, b_KGOR = self.lora_A.to(z.dtype), self.lora_B.to(z.dtype)
+        """``prologue(z) weight' + bias`` plus the adapters, [K*B, S, I] to [K*B, S, O]; dtype: z's or autocast's."""
+        mask, device, dtype = self.mask(z.shape[1]), z.device.type, z.dtype
+        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):  # as torch's own layers
+            dtype = torch.get_autocast_dtype(device)
+        scale_K = (self.scale_K if mask is None else self.train_scale_K)(dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        a_KGRI, b_KGOR = self.lora_A.to(dtype), self.lora_B.to(dtype)
         return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
 
     def trial_tensors(self, k: int, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> dict[str, Tensor]:
@@ -107,7 +122,7 @@ class PackedHead(_KeyedDropout):
                  state: DropoutState, name: str = KEY):  # fmt: skip
         """``name``: of the layer in adapter files."""
         super().__init__(dropouts, in_features, self.KEY, state)
-        self.name = name
+        self.name, self.keep_K = name, Factors([1 - p for p in dropouts])
         bound, K = 1 / math.sqrt(in_features), len(seeds)
         self.weight, self.bias = (nn.Parameter(torch.empty(K, classes, *width)) for width in ((in_features,), ()))
         for k, seed in enumerate(seeds):
@@ -119,5 +134,5 @@ class PackedHead(_KeyedDropout):
         """Features of images [K, B, I] to logits [K, B, C], in the dtype of the weights."""
         x_KBI = x_KBI.to(self.weight.dtype)
         if (mask := self.mask(1)) is not None:
-            x_KBI = mask.apply(x_KBI) / self.keep_K.to(x_KBI.dtype).view(-1, 1, 1)
+            x_KBI = mask.apply(x_KBI) / self.keep_K(x_KBI.dtype).view(-1, 1, 1)
         return torch.baddbmm(self.bias[:, None, :], x_KBI, self.weight.mT)

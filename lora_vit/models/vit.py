@@ -155,8 +155,7 @@ class PackedViT(nn.Module):
         """Normalised images [G*B, 3, H, W], stream by stream, and each trial's stream to logits [K, B, C]."""
         order = None if list(stream_of_trial) == list(range(self.K)) else stream_of_trial
         self._repeat.order = order
-        own = {name: self.trunk.get_parameter(name) for name in self._trained}
-        computed = {name: p.to(images.dtype) for name, p in own.items() if p.dtype != images.dtype}
+        computed = {name: self.trunk.get_parameter(name).to(images.dtype) for name in self._trained}
         x = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
         self._repeat.order = None
         if self._shares_trunk and order is not None:

@@ -1,12 +1,16 @@
 """A trunk's pretrained weights: published by torchvision, by timm's hub or in the package, or a user's own file."""
 
 import argparse
+import contextlib
+import json
 import re
 import urllib.error
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,8 +23,13 @@ from lora_vit.lora.backbones import timm_model
 from lora_vit.models.names import PATCHES, describe, translate
 
 SHIPPED = {"vit_tiny": {"GLYPHS_V1": "vit_tiny.safetensors"}}  # in the package
-WRAPPERS = ("state_dict", "model", "model_ema", "teacher", "student", "net", "module", "ema")
-"""What training scripts call the model in their files; where a file holds several, the first of these is taken."""
+WRAPPERS = ("state", "model", "teacher", "target", "net", "module", "ema", "student", "online")
+"""What training scripts call the model in their files, alone or beside other words: of several, the first is taken."""
+ARCHIVES = {  # of zip archives that hold weights in another form: a member's name, and what the archive is
+    r"/code/|/archive_format$": "a program: save torch.jit.load(FILE)'s or torch.export.load(FILE)'s state_dict",
+    r"\.npy$": "NumPy's: save timm.create_model(NAME, checkpoint_path=FILE).state_dict() if it is Google's",
+    r"\.(?:safetensors|bin|pth?)$": "a zip archive: save the file of weights that is in it",
+}
 
 
 def fetch_weights(m: ModelConfig, download: bool = False) -> None:
@@ -34,8 +43,8 @@ def fetch_weights(m: ModelConfig, download: bool = False) -> None:
     if m.library == "torchvision":
         names = SHIPPED[m.name] if m.name in SHIPPED else [w.name for w in get_model_weights(m.name)]
         if m.weights not in names:
-            what = "a path to a .pth, .bin or .safetensors file or folder of save_pretrained, or null for random ones"
-            raise ConfigError(f"model.weights={m.weights} is unknown for {m.name}: one of {', '.join(names)}, {what}")
+            known = ", ".join(names)
+            raise ConfigError(f"model.weights={m.weights} is unknown for {m.name}: one of {known}, a path, or null")
     if download:
         _published(m)
 
@@ -66,10 +75,61 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
     wrong += [f"it has the unknown {name}" for name in sorted(theirs.keys() - ours)]
     wrong += [f"{name} is {t}, expected {ours[name]}" for name, t in theirs.items() if t != ours.get(name, t)]
     if wrong:
-        has = f"(the file has {describe(state)})"
-        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} {has}")
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {wrong[0]} (the file has {_about(state)})")
     trunk.load_state_dict(translated)
     return f"model.weights={m.weights}: {recognised}{where}" if from_file else ""
+
+
+def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
+    """A line on what files beside the weights say and the model, or what prepares its ``images``, has otherwise.
+
+    A trained trial, which is read without ``weights_sha256``, stays what it is. Raises ConfigError where the features
+    would be others, by the number of attention heads or the activation.
+    """
+    if not is_weights_file(m.weights) or m.weights_sha256 is None:
+        return ""
+    said: dict[str, Any] = {}
+    path = user_path(str(m.weights).partition("::")[0])
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = (path if path.is_dir() else path.parent) / name
+        try:
+            held = json.loads(file.read_bytes()) if file.is_file() else {}
+            for part, values in [("", held), *held.items()]:
+                said |= values if isinstance(values, dict) and not part.startswith("text") else {}
+        except (OSError, ValueError, AttributeError):
+            raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
+    # open_clip's word, or HF's, of which gated MLPs of DINOv2 make no use
+    words = {"True": "quickgelu", "False": "gelu"}
+    activation = words.get(str(said.get("quick_gelu")), str(said.get("hidden_act") or ""))
+    modules = list(trunk.named_modules())
+    act = next(type(part).__name__ for name, part in modules if name.endswith(("mlp.act", "mlp.1")))
+    heads, eps = (next(getattr(part, key) for _, part in modules if hasattr(part, key)) for key in ("num_heads", "eps"))
+    facts: dict[str, tuple[Any, Any]] = {  # theirs, and ours
+        "heads": (said.get("num_attention_heads"), heads),
+        "activation": (not said.get("use_swiglu_ffn") and re.sub("_|pytorch", "", activation), act.lower()),
+        "epsilon": (said.get("layer_norm_eps"), eps),
+        "model.name": (m.library == "timm" and said.get("architecture"), m.name.partition(".")[0]),
+    }
+    for key in [key for key in ("mean", "std") if getattr(m, key) is None]:
+        facts[f"model.{key}"] = said.get(f"image_{key}", said.get(key)), images[key]
+    other = {word: both for word, both in facts.items() if both[0] and both[0] != both[1]}
+    told = [f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items()]
+    if "heads" in other or not all(name.startswith("gelu") for name in other.get("activation", ())):
+        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: give one with these (timm's *_quickgelu_*)")
+    if facts.get("model.mean", "-")[0] is None:
+        told.append(f"images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others")
+    return "; ".join(told)
+
+
+def _about(state: dict[str, Tensor]) -> str:
+    """The sizes of a state dict, and a model of timm that takes it, if there is one of the known kinds."""
+    line, names = describe(state)
+    for name in names:
+        with contextlib.suppress(ConfigError, ValueError, RuntimeError), torch.device("meta"):
+            model = timm_model(name, None)
+            model.load_state_dict(translate(state, model.state_dict())[0], assign=True)
+            return f"{line}, as model=timm model.name={name}"
+    return line
 
 
 def _published(m: ModelConfig) -> dict[str, Tensor]:
@@ -102,45 +162,61 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is one of safetensors, else of torch, by its first bytes. Raises ConfigError if it is neither."""
+    """Whether a file is one of safetensors, else of torch, by its content. Raises ConfigError if it is neither."""
     if not path.is_file():
         raise ConfigError(f"model.weights={path} is not a file: check the path")
     with path.open("rb") as file:
         first = file.read(64)
-    if first[8:9] != b"{" and not first.startswith((b"PK", b"\x80")):
+    if first[8:9] == b"{":
+        return True
+    if zipfile.is_zipfile(path):
+        names = "\n".join(zipfile.ZipFile(path).namelist())
+        for member, what in ARCHIVES.items():
+            if re.search(member, names, re.MULTILINE):
+                raise ConfigError(f"model.weights={path} is {what}, and give that")
+    elif not first.startswith((b"PK", b"\x80")):
         what = f"model.weights={path} is neither a PyTorch nor a safetensors file"
         raise ConfigError(f"{what}: give the weights themselves, not a web page or a pointer of Git LFS")
-    return first[8:9] == b"{"
+    return False
 
 
 def _read_file(path: Path) -> Any:
     """What a file holds, without running code that it may hold."""
     is_safetensors = _is_safetensors(path)
+    # beside weights, training scripts keep their arguments as a Namespace, and numbers of NumPy's (1 and 2)
+    numbers = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    makers: Any = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    named = [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in makers for core in ("core", "_core")]
+    safe: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *numbers, *named]
     try:
         if is_safetensors:
             return load_file(path)
-        # an open file, as torch goes by a path's suffix; training scripts keep their arguments as a Namespace
-        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        # an open file, as torch goes by a path's suffix
+        with path.open("rb") as file, torch.serialization.safe_globals(safe):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds Python objects ({found[1]})" if found else "is damaged or cut off, or no state dict"
-        remedy = "get it again, or save model.state_dict() and give that"
-        raise ConfigError(f"model.weights={path} {held}: {remedy}") from None
+        raise ConfigError(f"model.weights={path} {held}: get it again, or save model.state_dict()") from None
 
 
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
-    found = list(_state_dicts(held, ()))
+    asked = str(m.weights).partition("::")[2]
+    found = [one for one in _state_dicts(held, ()) if not asked or f"{one[0]}.".startswith(f"{asked}.")]
+    names = [str(name) for _, state in [("", held), *found] for name in state]
+    if {"trial_id", "exp_avg"} <= held.keys() or any(".lora_" in name for name in names):
+        raise ConfigError(f"model.weights={m.weights} is an adapter: merge it first (lora-vit merge, merge_and_unload)")
     if not found:
         first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
         what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
         raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {first}): give another file")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
-    found.sort(key=lambda one: sorted(rank.get(part, len(rank)) for part in one[0].split(".") if part))
+    found.sort(key=lambda one: sorted(rank.get(word, len(rank)) for word in re.split(r"[._]", one[0]) if word))
     where, state = found[0]
-    others = f" (it also has {', '.join(other for other, _ in found[1:])})" if found[1:] else ""
-    return state, f", taken from '{where}'{others}" if where else ""
+    others = ", ".join(other for other, _ in found[1:])
+    choice = f" (it also has {others}: model.weights=FILE::{found[-1][0]} takes that)" if others else ""
+    return state, f", taken from '{where}'{choice}" if where else ""
 
 
 def _state_dicts(held: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Tensor]]]:

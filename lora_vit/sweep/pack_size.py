@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from lora_vit.build import build_setup, choose_device, device_name
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
-from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line
+from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line, out_of_memory
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
-from lora_vit.training.loop import peak_memory
+from lora_vit.training.loop import peak_memory, reset_peak_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Setup, TrialRun
 
@@ -171,21 +170,10 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     }
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    said = "out of memory|can't allocate memory|not enough memory|alloc_failed"
-    ran_out = isinstance(error, RuntimeError) and re.search(said, str(error), re.IGNORECASE)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(ran_out)
-
-
 def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> tuple[float, int]:
     """Seconds that the steps of one epoch of one trial take in a pack of these, most bytes held. Raises Interrupted."""
     gc.collect()  # what an earlier pack left
-    if setup.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(setup.device)
-    else:
-        with contextlib.suppress(OSError):  # elsewhere the peak is that of the process's life
-            Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(setup.device)
     pack = Pack([TrialRun(config) for config in configs], setup)
     rates = pack.learning_rates()
     times: list[float] = []  # the first one also warms up
@@ -196,16 +184,7 @@ def measure(configs: Sequence[TrialConfig], setup: Setup, stop: StopRequest) -> 
         if setup.device.type == "cuda":
             torch.cuda.synchronize(setup.device)
         times.append(time.perf_counter() - began)
-    return min(times) * len(rates) / len(configs), _held_memory(setup.device)
-
-
-def _held_memory(device: torch.device) -> int:
-    """Most bytes held since the reset; ``ru_maxrss`` would also count the process that started this one."""
-    if device.type == "cpu":
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-    return peak_memory(device)
+    return min(times) * len(rates) / len(configs), peak_memory(setup.device)
 
 
 def attainable_memory(device: torch.device, workers: int = 1) -> int:

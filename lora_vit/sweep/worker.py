@@ -10,11 +10,11 @@ import yaml
 
 from lora_vit.config import to_dict
 from lora_vit.distributed import Process
-from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line, reporting
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line, out_of_memory, reporting
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, out_of_memory, own_device
+from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, own_device
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.source import source_of

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import replacing
 from lora_vit.records import CHECKPOINT
 
@@ -50,8 +50,7 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
         owner = values.pop("trial_id")
         state = TrialState(**values)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is damaged ({reason}): remove it, or give trainer.resume=restart") from None
+        raise ConfigError(f"{path} is damaged ({one_line(error)}): remove it, or give trainer.resume=restart") from None
     if owner != trial_id:
         raise ConfigError(f"{path} belongs to trial {owner}, not to {trial_id}")
     return state

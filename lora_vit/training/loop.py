@@ -1,9 +1,11 @@
 """The training loop: packs of trials, epoch by epoch, until each is completed, failed or interrupted."""
 
+import contextlib
 import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 from rich.table import Column, Table
@@ -80,6 +82,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
             trial.beat()
 
     staying = trials
+    reset_peak_memory(setup.device)
     pack: Pack | None
     pack = Pack(trials, setup)
     for k, trial in enumerate(trials):
@@ -112,7 +115,8 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
     """
     if any(trial.done() for trial in pack.trials):  # stopped between its last epoch and its end
         return []
-    clock, saving = Clock(pack), Every(pack.trials[0].config.trainer.checkpoint_every)
+    saving, first = Every(pack.trials[0].config.trainer.checkpoint_every), pack.trials[0].state
+    charged, logged_step, logged_seconds = time.perf_counter(), pack.step_in_epoch, first.seconds
     for lr_K1 in pack.learning_rates():
         losses_K = pack.step(lr_K1, bool(stop.signum))
         reporter.advance(pack)
@@ -120,10 +124,13 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
         logging = last or pack.step_in_epoch % pack.trials[0].config.trainer.log_every == 0
         stopping = stop_requested(pack, stop, logging)
         if logging or stopping:
-            clock.charge()
+            charged = charge(pack, charged)
             failed = fail_bad(pack, last)
             if logging:
-                losses, rates, speed = losses_K.tolist(), lr_K1[:, 0].tolist(), clock.images_per_second()
+                losses, rates = losses_K.tolist(), lr_K1[:, 0].tolist()
+                images = (pack.step_in_epoch - logged_step) * pack.global_batch
+                speed = images / max(first.seconds - logged_seconds, 1e-9)  # of all trials together
+                logged_step, logged_seconds = pack.step_in_epoch, first.seconds
                 for k, trial in enumerate(pack.trials):
                     if trial not in failed:
                         trial.log_step(pack.step_of(trial), trial.state.epoch, losses[k], rates[k], speed)
@@ -133,33 +140,20 @@ def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[Trial
         if stopping and not last:
             raise Interrupted(stop.signum or signal.SIGTERM)
         if not last and saving.due():
-            clock.charge()
+            charged = charge(pack, charged)
             for trial in pack.pull():
                 trial.save()
-    clock.charge()
+    charge(pack, charged)
     finish_epoch(pack, reporter)
     return []
 
 
-class Clock:
-    """Charges the seconds of an epoch to its trials, in equal shares, and knows its speed."""
-
-    def __init__(self, pack: Pack):
-        self.pack, self._charged = pack, time.perf_counter()
-        self._logged = pack.step_in_epoch, pack.trials[0].state.seconds
-
-    def charge(self) -> None:
-        """Add the time since the last charge to the trials."""
-        now = time.perf_counter()
-        for trial in self.pack.trials:
-            trial.state.seconds += (now - self._charged) / self.pack.K
-        self._charged = now
-
-    def images_per_second(self) -> float:
-        """Of all trials together between the last charges before this call and the one before it."""
-        (step, seconds), self._logged = self._logged, (self.pack.step_in_epoch, self.pack.trials[0].state.seconds)
-        images = (self._logged[0] - step) * self.pack.global_batch
-        return images / max(self._logged[1] - seconds, 1e-9)
+def charge(pack: Pack, since: float) -> float:
+    """Charge the time since then to the pack's trials, in equal shares; returns the time now, in seconds."""
+    now = time.perf_counter()
+    for trial in pack.trials:
+        trial.state.seconds += (now - since) / pack.K
+    return now
 
 
 def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
@@ -189,17 +183,19 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
-    """Validate where it is due, write the epoch's rows and records, and checkpoint."""
+    """Checkpoint, validate where it is due, and write the epoch's rows and records."""
     validated = [
         (t.state.epoch + 1) % t.config.trainer.validate_every == 0 or t.state.epoch + 1 >= t.config.trainer.epochs
         for t in pack.trials
     ]
+    for trial in pack.pull():
+        if trial.epoch_checkpoint_due():  # first: validation may run out of memory
+            trial.save()
     predictions = pack.predict("val") if any(validated) else []
-    pack.pull()
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
-        state, step = trial.state, pack.step_of(trial)
+        state, record, step = trial.state, trial.record, pack.step_of(trial)
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
         if validated[k]:
             val = predictions[k]
@@ -207,31 +203,34 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
             if not state.best or val.accuracy > state.best["val_accuracy"]:
                 state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
         state.last = {"epoch": state.epoch, "step": step, **row}
-        update_record(pack, trial)
+        record.metrics, record.best = dict(state.last), dict(state.best)
+        record.cost.update(
+            seconds=state.seconds,
+            images_per_second=step * pack.global_batch / state.seconds if state.seconds else None,
+            peak_memory_bytes=max(peak_memory(pack.setup.device), record.cost.get("peak_memory_bytes") or 0),
+            pack_size=pack.K,
+        )
         trial.log_epoch(step, state.epoch, row)
-        if trial.epoch_checkpoint_due():
-            trial.save()
         trial.write_record()
         reporter.epoch(trial, row)
 
 
-def update_record(pack: Pack, trial: TrialRun) -> None:
-    """Bring the record up to the trial's state."""
-    record, state = trial.record, trial.state
-    record.metrics, record.best = dict(state.last), dict(state.best)
-    images = state.last["step"] * pack.global_batch
-    record.cost.update(
-        seconds=state.seconds,
-        images_per_second=images / state.seconds if state.seconds else None,
-        peak_memory_bytes=peak_memory(pack.setup.device),
-        pack_size=pack.K,
-    )
+def reset_peak_memory(device: torch.device) -> None:
+    """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: on the GPU where there is one, else resident."""
+    """Most bytes that this process has held since the reset: on the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # ``ru_maxrss`` would also count the process that started this
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes
 
@@ -244,7 +243,6 @@ def complete(pack: Pack) -> list[TrialRun]:
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in finished:
-        update_record(pack, trial)
         for name, predictions in splits.items():
             if name != "val":
                 trial.record.metrics[f"{name}_accuracy"] = predictions[k].accuracy

@@ -75,9 +75,8 @@ class PackedAdamW:
         if self.clips:
             grads.mul_((self.clip_K1 / (norm_K1 + 1e-6)).clamp_(max=1.0))
         grads.masked_fill_(~ok_K1, 0.0)
-        one = torch.ones_like(self.beta1_K1)
-        beta1, beta2 = torch.where(ok_K1, self.beta1_K1, one), torch.where(ok_K1, self.beta2_K1, one)
-        lr_K1 = torch.where(ok_K1, lr_K1, torch.zeros_like(lr_K1))
+        beta1, beta2 = torch.where(ok_K1, self.beta1_K1, 1.0), torch.where(ok_K1, self.beta2_K1, 1.0)
+        lr_K1 = torch.where(ok_K1, lr_K1, 0.0)
         self.updates_K1 += ok_K1
         count = self.updates_K1.clamp(min=1)
         self.flat.values_KP.mul_(1 - lr_K1 * self.decay_K1)

@@ -3,6 +3,8 @@
 Shape legend: K trial, G stream, B image of this process, N sample of a split, C class, P trained value of a trial.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,11 +13,10 @@ from torch.nn.functional import log_softmax
 from lora_vit import distributed
 from lora_vit.data.augment import to_device
 from lora_vit.data.stream import TrainStream
+from lora_vit.errors import out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.trial import Predictions, Setup, TrialRun
-
-EVAL_BATCH = 256  # largest number of images of one evaluation step, times trials
 
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
@@ -52,7 +53,11 @@ class Pack:
         self.steps_per_epoch = self.streams[0].steps_per_epoch
         # What a step reads and updates on the device.
         device, process = setup.device, setup.process
-        self.forward = torch.compile(self.model) if configs[0].trainer.compile else self.model
+        self.forward: Any = self.model
+        if configs[0].trainer.compile:
+            limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
+            limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
+            self.forward = torch.compile(self.model)
         local = self.global_batch // process.world_size
         self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
@@ -100,10 +105,8 @@ class Pack:
 
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
-        from then on.
-
-        ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which
-        is summed over processes into ``flat.stop``.
+        from then on. ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked
+        to stop, which is summed over processes into ``flat.stop``.
         """
         flat = self.flat
         self.model.head.state.set(self.step_K, self.position_B)
@@ -135,11 +138,19 @@ class Pack:
         # Each process fills its own share; the sum over processes then is the whole, exactly.
         predicted_KN = torch.zeros(K, N, dtype=torch.int64, device=setup.device)
         log_p_KN = torch.zeros(K, N, dtype=torch.float64, device=setup.device)
-        own, size = np.arange(setup.process.rank, N, setup.process.world_size), max(1, EVAL_BATCH // K)
+        own = np.arange(setup.process.rank, N, setup.process.world_size)
         model.eval()
-        for places in (own[start : start + size] for start in range(0, len(own), size)):
-            images, labels_B = setup.samples.gather(ids[places])
-            logits_KBC = model(setup.transform.eval(images), [0] * K)
+        while len(own):
+            places = own[: max(1, setup.most_evaluated // K)]
+            try:
+                images, labels_B = setup.samples.gather(ids[places])
+                logits_KBC = model(setup.transform.eval(images), [0] * K)
+            except Exception as error:
+                if len(places) == 1 or not out_of_memory(error):
+                    raise
+                setup.most_evaluated = len(places) * K // 2
+                continue
+            own = own[len(places) :]
             where = to_device(places, setup.device)
             predicted_KN[:, where] = logits_KBC.argmax(-1)
             true_KB1 = labels_B.expand(K, -1)[..., None]

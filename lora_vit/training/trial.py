@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Setup:
     process: Process
     environment: dict[str, object]  # for the record
     base: dict[str, Any]  # for the adapter's card
+    most_evaluated: int = 256  # images of one evaluation step, times trials; halved when memory runs out
 
     @property
     def data(self) -> ImageData:
@@ -81,15 +82,9 @@ class TrialRun:
     Methods that write ask first whether the trial is still this process's, and raise ClaimLost if it is not.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        record: TrialRecord | None = None,
-        state: TrialState | None = None,
-        folder: Path | None = None,
-        tensorboard: Path | None = None,
-        mine: Callable[[], bool] = lambda: True,
-    ):
+    def __init__(self, config: TrialConfig, record: TrialRecord | None = None, state: TrialState | None = None,
+                 folder: Path | None = None, tensorboard: Path | None = None,
+                 mine: Callable[[], bool] = lambda: True):  # fmt: skip
         """Open the folder's logs, cut back to what the state knows of. Without record and state the trial is new."""
         self.config, self.state, self.folder = config, state or TrialState(), folder
         self.record = record or TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
@@ -101,22 +96,14 @@ class TrialRun:
             self._timing = JsonLines(folder / records.TIMING)
 
     @classmethod
-    def open(
-        cls,
-        config: TrialConfig,
-        folder: Path,
-        setup: Setup,
-        hydra_files: dict[str, str],
-        tensorboard: Path | None = None,
-        restart: bool = False,
-        mine: Callable[[], bool] = lambda: True,
-    ) -> "TrialRun":
+    def open(cls, config: TrialConfig, folder: Path, setup: Setup, hydra_files: dict[str, str],
+             tensorboard: Path | None = None, restart: bool = False,
+             mine: Callable[[], bool] = lambda: True) -> "TrialRun":  # fmt: skip
         """The trial in its folder, ready to train; no other process may use the folder.
 
         It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
         removes what it left; one that is completed must. ``hydra_files``: name to text of what goes into ``.hydra/``;
         ``tensorboard``: where event files go, if not below the folder; ``mine``: whether it is still this process's.
-
         Raises ConfigError where the folder, its data or its checkpoint are not this trial's, ClaimLost.
         """
         there = records.state_of(folder, config)
@@ -200,12 +187,11 @@ class TrialRun:
     def epoch_checkpoint_due(self) -> bool:
         """Whether the end of an epoch is worth a checkpoint; the first and the last always are."""
         every = min(EPOCH_CHECKPOINT_EVERY, self.config.trainer.checkpoint_every)
-        return self.done() or time.monotonic() - self._saved >= every
+        return self.state.epoch + 1 >= self.config.trainer.epochs or time.monotonic() - self._saved >= every
 
     def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], setup: Setup) -> None:
         """Write the predictions, and the adapter with a card that says enough to put it on its base and use it."""
-        folder = self._ask()
-        if folder is None:
+        if not (folder := self._ask()):
             return
         names = ("ids", "labels", "predicted", "true_probability")
         arrays: Any = {f"{split}.{name}": getattr(own, name) for split, own in splits.items() for name in names}
@@ -295,17 +281,14 @@ def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
     return load_checkpoint(folder, record.trial_id)
 
 
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a trial's folder, made if need be. Raises ConfigError if another process holds it or it cannot be held."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / ".lock", wait=False))
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
-                raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
-            raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
-        yield
+def lock_folder(folder: Path, held: contextlib.ExitStack) -> None:
+    """Add to ``held`` a trial's folder, made if need be. Raises ConfigError if another process holds it or none can."""
+    try:
+        held.enter_context(locked(folder / ".lock", wait=False))
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
+            raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None

@@ -8,6 +8,7 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lora_vit.errors import ConfigError, TrialFailed
 ROUNDS = 12
 """Groups that are joined and left; a race when leaving that is lost once in three shows itself."""
 
-ENDS = ("values differ", "all have it", "a rank's own")
+ENDS = ("values differ", "all have it", "one lacks memory", "a rank's own")
 
 
 def test_a_process_alone():
@@ -59,20 +60,22 @@ def test_whether_torchrun_started_us(monkeypatch):
 
 @pytest.mark.parametrize(
     ("local_rank", "devices", "backend", "chosen"),
-    [("0", 0, "gloo", []), ("1", 2, "cpu:gloo,cuda:nccl", [1]), ("2", 2, "gloo", [])],
+    [("0", 0, "gloo", []), ("1", 2, "cpu:gloo,cuda:nccl", [1]), ("1", 1, "cpu:gloo,cuda:nccl", [0])],
 )
 def test_each_process_takes_its_own_device(local_rank, devices, backend, chosen, monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": local_rank, "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
-    asked, devices_set = [], []
+    asked, devices_set, limits = [], [], []
+    backend_of = {torch.device("cpu"): SimpleNamespace(_set_default_timeout=limits.append)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "set_device", devices_set.append)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=SimpleNamespace(_get_backend=backend_of.get)))
     with distributed.group():
-        # half an hour: rank 0 may decode or download a data set while the others wait
         assert asked == [((backend,), {"timeout": timedelta(minutes=30)})]
         assert devices_set == chosen
+        assert limits == [timedelta(days=365)], "rank 0 may decode or download for hours while the others wait"
 
 
 def threads() -> list[str]:
@@ -118,6 +121,8 @@ def _end(rank: int, what: str) -> tuple[int, str]:
             if what == "values differ":
                 distributed.agree(f"of {rank}", "start alike")
             if what == "all have it" or rank == 1:
+                if what == "one lacks memory":
+                    raise TrialFailed("full") from MemoryError()
                 raise ConfigError("broken") if what == "all have it" else KeyError("broken")
             distributed.from_main(distributed.from_main(None))
     except SystemExit as end:
@@ -165,9 +170,9 @@ def test_two_processes_agree_fail_and_leave(tmp_path):
     seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     ends = [[one.pop(what) for what in ENDS] for one in seen]
     assert seen == [expected(0), expected(1)]
-    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", "error: another process has ended\n"]
+    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", *["error: another process has ended\n"] * 2]
     assert ends[0] == [(1, line) for line in lines], "rank 0 speaks for both"
     *silent, (code, trace) = ends[1]
-    assert (silent, code) == ([(1, ""), (1, "")], 1)
+    assert (silent, code) == ([(1, ""), (1, ""), (1, "error: full\n")], 1)
     assert trace.startswith("Traceback")
     assert "KeyError: 'broken'" in trace

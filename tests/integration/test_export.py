@@ -96,7 +96,7 @@ def test_an_export_gives_the_trials_logits(kind, form, trial_of, tmp_path, call)
     assert str(tmp_path / "out") in out
     expected = trials_logits(folder, images(side))
     # each product is rounded in another order
-    torch.testing.assert_close(interop.logits(form, tmp_path / "out", images(side)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interop.opened(form, tmp_path / "out")[0](images(side)), expected, rtol=1e-4, atol=1e-4)
     without = plain_model(folder)
     head = load_file(folder / "adapter.safetensors")
     put_head(without, head)
@@ -174,7 +174,7 @@ def test_which_pictures_others_prepare_otherwise_is_said(form, changes, odd, tri
     code, out, err = call("export", trial, "--format", form, "--out", tmp_path / "out")
     assert code == 0, err
     assert re.findall(r"prepares (.*) pictures otherwise", out) == ([odd] if odd else [])
-    assert preprocessing(tmp_path / "out") == Preprocessing.from_dict(card["preprocessing"])
+    assert preprocessing(tmp_path / "out") == Preprocessing.of(card)
 
 
 def test_peft_adapts_what_the_trial_adapted(tmp_path, call):
@@ -209,7 +209,7 @@ def test_what_is_no_adapter_goes_to_hf_only(setting, tmp_path, call):
     assert all(word in err for word in (f"error: {setting} ", "PEFT", "--format timm or hf"))
     assert not (tmp_path / "peft").exists()
     assert call("export", tmp_path / "0", "--format", "hf", "--out", tmp_path / "hf")[0] == 0
-    found = interop.logits("hf", tmp_path / "hf", images(16))
+    found = interop.opened("hf", tmp_path / "hf")[0](images(16))
     torch.testing.assert_close(found, trials_logits(tmp_path / "0", images(16)), rtol=1e-4, atol=1e-4)
 
 
@@ -232,7 +232,7 @@ def test_what_another_library_has_not_is_refused(name, form, reason, trial_of, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("function", "said"), [("write", "strides are lost\nand so on"), ("logits", "")])
+@pytest.mark.parametrize(("function", "said"), [("write", "strides are lost\nand so on"), ("opened", "")])
 def test_a_model_that_the_other_library_cannot_write_or_read(said, function, trial, tmp_path, call, monkeypatch):
     def fail(*_: object) -> None:
         raise ValueError(said)
@@ -245,8 +245,8 @@ def test_a_model_that_the_other_library_cannot_write_or_read(said, function, tri
 
 
 def test_nothing_is_kept_of_an_export_that_differs(trial, tmp_path, call, monkeypatch):
-    logits = interop.logits
-    monkeypatch.setattr(interop, "logits", lambda *given: logits(*given) + 0.1)
+    opened = interop.opened
+    monkeypatch.setattr(interop, "opened", lambda *given: (lambda x: opened(*given)[0](x) + 0.1, None))
     code, _, err = call("export", trial, "--format", "hf", "--out", tmp_path / "new" / "out")
     assert (code, err) == (1, f"error: {trial}: the export differs by 1.00e-01; nothing written\n")
     assert not list((tmp_path / "new").iterdir())

@@ -1,11 +1,16 @@
 """What packs share of a backbone, and what they do not."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import trial_config
 from plain_trials import plain_trial
 
+from lora_vit import build
 from lora_vit.build import ModelFactory, choose_world_size
+from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 
 
@@ -44,3 +49,19 @@ def test_the_number_of_processes(devices, started, gpus, batch, found, monkeypat
     else:
         assert choose_world_size(config, started) == found
     assert ("using 3 of 4 GPUs" in capsys.readouterr().out) == (batch == 6 and gpus == 4)
+
+
+@pytest.mark.parametrize(
+    ("uuids", "sees", "says"),
+    [(["a", "b"], 2, ""), (["a", "b"], 1, ""), (["a", "a"], 1, "2 processes of torchrun see 1 GPUs: start one for")],
+)
+def test_each_process_has_a_gpu_of_its_own(uuids, sees, says, monkeypatch):
+    """One that sees a single GPU takes it, whatever its rank; two on one GPU end alike in all processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: sees)
+    gpus = [build.choose_device("auto", Process(rank, 2, rank)) for rank in (0, 1)]
+    assert [gpu.index for gpu in gpus] == ([0, 1] if sees == 2 else [0, 0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[1]))
+    monkeypatch.setattr(build, "from_all", lambda own: [[own[0].replace(uuids[1], uuids[0])], own])
+    with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
+        build.check_devices("auto", Process(1, 2, 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 
 import numpy as np
 import pytest
@@ -55,8 +54,3 @@ def test_uniforms_are_splitmix64_over_key_id_and_draw():
         bits = [splitmix64((state + draw * 0x9E3779B97F4A7C15) & MASK) for draw in (1, 2, 3)]
         assert row.tolist() == [(b >> 11) / 2**53 for b in bits]
     assert found.dtype == np.float64
-
-
-def test_a_name_key_is_the_crc32_of_its_bytes():
-    assert randomness.name_key("blocks.3.q") == zlib.crc32(b"blocks.3.q")
-    assert randomness.name_key("123456789") == 0xCBF43926  # the check value of CRC-32

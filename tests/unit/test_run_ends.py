@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+import torch
 from plain_trials import plain_trial
 from stage import raised
 
@@ -108,6 +109,33 @@ def test_an_error_is_recorded_with_its_traceback(tmp_path, at_step):
     assert "in throw" in error["traceback"]
 
 
+def test_out_of_memory_is_one_line_with_what_to_do(tmp_path, at_step):
+    def fill(pack):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    at_step(fill)
+    with pytest.raises(TrialFailed, match=r"OutOfMemoryError: CUDA .*2 GiB.*data\.batch_size than 8,.*precision=bf16"):
+        run(tmp_path / "a")
+    assert read_record(tmp_path / "a").status == "failed"
+
+
+def test_what_was_trained_is_saved_before_validation(tmp_path, monkeypatch):
+    def fill(pack, split):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as first:
+        first.setattr(Pack, "predict", fill)
+        with pytest.raises(TrialFailed):
+            run(tmp_path / "a")
+    steps: list[int] = []
+    whole = Pack.step
+    monkeypatch.setattr(Pack, "step", lambda pack, *args: steps.append(pack.step_in_epoch) or whole(pack, *args))
+    assert run(tmp_path / "a").metrics == run(tmp_path / "b").metrics
+    assert steps == [*range(7), *range(7), *range(7)], "one epoch to resume, two afresh"
+    a, b = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab")
+    assert a == b
+
+
 def test_a_run_that_failed_at_a_step_is_restarted_by_the_same_command(tmp_path, monkeypatch):
     """To the end of one that never failed, though checkpoints from before the bad step were there."""
     whole = run(tmp_path / "whole")
@@ -116,6 +144,6 @@ def test_a_run_that_failed_at_a_step_is_restarted_by_the_same_command(tmp_path, 
         patch.setattr(pack, "sample_losses", lambda *args: losses(*args) * (math.inf if next(count) == 9 else 1.0))
         with pytest.raises(TrialFailed, match="not finite at step 10"):
             run(tmp_path / "a")
-    assert load_checkpoint(tmp_path / "a", whole.trial_id).epoch == 1
+    assert load_checkpoint(tmp_path / "a", whole.trial_id).updates == 7
     assert run(tmp_path / "a").metrics == whole.metrics
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()

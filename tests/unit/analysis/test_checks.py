@@ -123,7 +123,7 @@ WIDER = "the wider error is used"
         ({"spread_p": 0.05}, []),
         ({"blocked": False, "complete": False}, [("The cells do not share seeds", "unpaired")]),
         ({"complete": False}, [("Some seeds are missing", "adjusted")]),
-        ({"best": None, "complete": False, "wide": True}, []),
+        (vars(compare(TWO[:, :1])), []),  # one seed: nothing is compared
     ],
 )
 def test_what_the_design_cannot_show(quiet, comparison, lines):

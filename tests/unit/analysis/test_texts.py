@@ -153,7 +153,7 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     assert f"80 % power; half a point would take {seeds} seeds per cell." in known.power_text()
     assert known.optimism() == pytest.approx(0.00561 / math.sqrt(3 * math.pi)), "the mean of the larger of two normals"
     assert known.errors_of_test() == TEST
-    known.test = replace(known.test, low=NAN)
+    known.test = known.test._replace(low=NAN)
     assert known.errors_of_test() == "± 0.99 from the 1,719 test images"
     assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400"
     assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
@@ -173,7 +173,7 @@ def test_the_most_important_figures():
         (seeds, "seeds per cell that detect half a point with 80 % power"),
         ("5 of 6", "trials completed, in 2 cells"),
     ]  # fmt: skip
-    known.test, known.comparison = replace(known.test, mean=NAN), replace(known.comparison, best=None)
+    known.test, known.comparison = known.test._replace(mean=NAN), replace(known.comparison, best=None)
     assert re.findall("<b>(.*?)</b>", page(known)) == ["90.00 %", "5 of 6"]
 
 

@@ -85,8 +85,8 @@ def test_weights_count_by_their_content():
     expected = ten_digits({**CANONICAL, "model": by_content})
     for path in ("here/one.pth", "~/same.safetensors"):
         assert trial_id(plain_trial({"model.weights": path, "model.weights_sha256": digest})) == expected
-    other = plain_trial({"model.weights": "here/one.pth", "model.weights_sha256": "0" * 64})
-    assert trial_id(other) != expected
+    for weights, other in (("here/one.pth", "0" * 64), ("here/one.pth::teacher", digest)):
+        assert trial_id(plain_trial({"model.weights": weights, "model.weights_sha256": other})) != expected
     with pytest.raises(ConfigError, match=r"^model\.weights_sha256 has no value: compose the trial, or give"):
         trial_id(plain_trial({"model.weights": "here/one.pth"}))
 
@@ -108,9 +108,16 @@ def test_a_changed_file_is_read_again(what, tmp_path):
     assert file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest() != earlier
 
 
+def test_the_model_in_a_file_is_no_part_of_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    assert is_weights_file("w.pth::teacher")
+    assert file_sha256(tmp_path / "w.pth::teacher") == hashlib.sha256(b"weights").hexdigest()
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     absent = tmp_path / "w.pth"
-    with pytest.raises(ConfigError, match=rf"^model\.weights={absent} cannot be read \(No such .*: check the path$"):
+    with pytest.raises(ConfigError, match=rf"^model\.weights={absent} cannot be read \(No such .*: check the path "):
         file_sha256(absent)
     with pytest.raises(ConfigError, match=r"the folder has none of model\.safetensors, model\.safe"):
         file_sha256(tmp_path)

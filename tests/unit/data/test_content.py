@@ -133,6 +133,29 @@ def test_without_fetching_only_what_is_known_is_told(pets, trial, monkeypatch):
     assert trial(pets, fetch=False).data.content == content
 
 
+def test_what_was_read_before_a_stop_is_not_read_again(pets, tmp_path, monkeypatch):
+    names, whole = sorted(str(path.relative_to(pets)) for path in pets.rglob("*.bmp")), Path.read_bytes
+    read: list[Path] = []
+
+    def reading(path: Path) -> bytes:
+        read.append(path)
+        if stops and path == pets / names[2]:
+            raise KeyboardInterrupt
+        return whole(path)
+
+    monkeypatch.setattr(files, "_UNSETTLED", 0)
+    monkeypatch.setattr(files, "_CHUNK", 1)
+    monkeypatch.setattr(files, "_KEEP_EVERY", -1.0)
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        files.digests_of(pets, names, tmp_path / "cache", quiet=True)
+    stops = False
+    read.clear()
+    files.digests_of(pets, names, tmp_path / "cache", quiet=True)
+    assert sorted(read) == [pets / name for name in names[2:]]
+
+
 @pytest.mark.parametrize("name", ["tiny_imagenet", "cifar10", "cifar100"])
 def test_without_fetching_nothing_is_downloaded(name, trial, tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))

@@ -387,6 +387,14 @@ def test_an_attention_of_another_kind_is_refused():
         replace_linear_with_lora(model)
 
 
+def test_a_rotary_embedding_is_made_once_and_the_same():
+    timm = pytest.importorskip("timm")
+    trunk = timm_trunk("vit_small_patch16_dinov3", 32)
+    assert trunk.rope.pos_embed_cached is not None, "else it is made on the host in each pass"
+    theirs = timm.create_model("vit_small_patch16_dinov3", img_size=32).rope.get_embed(shape=[2, 2])
+    assert torch.equal(trunk.rope.get_embed(shape=[2, 2]), theirs)
+
+
 def kept_for_backward(model: nn.Module, x: Tensor) -> int:
     """Bytes, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -404,6 +412,31 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     adapted.patch_embed.proj.bias.requires_grad_()
     replace_linear_with_lora(adapted, 1).double()
     assert kept_for_backward(adapted, x) < 1.03 * kept_for_backward(frozen, x)  # 1.008; with one norm of two kept, 1.07
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("targets", [list(TARGETS), ["v"], ["fc2"]])
+def test_under_autocast_the_layers_are_what_plain_modules_are(family, targets, dtype):
+    """As near to the exact output and gradients as explicit weights under autocast, but for more roundings."""
+    model = plain(family)
+    x, where = images_for(model), places(family, targets)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    adapted = replace_linear_with_lora(frozen, RANK, SCALING * RANK, targets=targets).double()
+    make_nonzero(adapted)
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in adapters_of(adapted).items()}
+
+    def of_plain(dtype: torch.dtype) -> list[Tensor]:
+        own = {name: t.to(dtype) for name, t in leaves.items()}
+        out = functional_call(model.to(dtype), explicit(model, own, where, SCALING), (x.to(dtype),))
+        return [out, *torch.autograd.grad(out.double().square().sum(), list(leaves.values()))]
+
+    exact = of_plain(torch.float64)
+    with torch.autocast("cpu", dtype):
+        rounded, out = of_plain(torch.float32), adapted.float()(x.float())
+    found = gradients(adapted, out.double().square().sum())
+    for ours, theirs, truth in zip([out.detach(), *(found[name] for name in leaves)], rounded, exact, strict=True):
+        wrong, least = (float((t - truth).detach().norm()) for t in (ours, theirs))
+        assert wrong < 4 * least + 1e-3 * float(truth.detach().norm())
 
 
 @pytest.mark.parametrize("trained", [False, True])

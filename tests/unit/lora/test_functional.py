@@ -120,6 +120,14 @@ def test_what_is_given_stays_as_it_is(kind, dropouts, frozen):
         assert torch.equal(t.detach(), given[name]), name
 
 
+def test_a_second_derivative_is_refused():
+    tensors, fixed = inputs("gelu", (0,), None)
+    output = call(adapted_linear, tensors, fixed).square().sum()
+    (first,) = torch.autograd.grad(output, tensors["z"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def counted(way: str, elements: int, monkeypatch) -> list[int]:
     """Rows that are dropped at once, in one of the two ways and in pieces of so many elements (0: its own)."""
     keep_, own = functional._TO_DROP[way]

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import zlib
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchvision.models import VisionTransformer, vit_b_16
 
 from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
 from lora_vit.config import TARGETS
+from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import Attention, remove_adapters
 from lora_vit.lora.layers import LoRAAdapters
@@ -62,13 +64,26 @@ def test_library_defaults_equal_the_config(project_root):
     assert defaults["seed"] == yaml.safe_load((project_root / "conf/config.yaml").read_text())["seed"]
 
 
+def test_the_processes_of_a_group_draw_other_masks(model, images, monkeypatch):
+    """As the parts of one batch do."""
+    replace_linear_with_lora(model, dropout=0.5).double().train()
+    adapters = next(m for m in model.modules() if isinstance(m, LoRAAdapters))
+    model(images)
+    whole = adapters.state.rows(1, 5)
+    for rank in (0, 1):
+        adapters.state._forwards = 0
+        monkeypatch.setattr("lora_vit.lora.dropout.this_process", lambda rank=rank: Process(rank, 2))
+        model(images[:2])
+        assert torch.equal(adapters.state.rows(1, 5), whole[:, 2 * rank : 2 * rank + 2])
+
+
 def test_masks_are_keyed_by_seed_pass_and_the_inputs_name(model, images):
     """Passes in train mode count; names are torchvision's, one for q, k and v together."""
     replace_linear_with_lora(model, dropout=0.5, seed=7).double()
     inputs = ("self_attention.in_proj", "self_attention.out_proj", "mlp.0", "mlp.3")
     names = [f"encoder.layers.encoder_layer_{i}.{name}" for i in range(2) for name in inputs]
     adapters = {a._module_key: a for a in model.modules() if isinstance(a, LoRAAdapters)}
-    assert adapters.keys() == {randomness.name_key(name) for name in names}
+    assert adapters.keys() == {zlib.crc32(name.encode()) for name in names}
     expected = DropoutState([randomness.key("dropout", 7)])
     for step, batch in enumerate((4, 3, 1)):
         model.train()(images[:batch])

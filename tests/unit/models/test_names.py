@@ -16,7 +16,7 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from lora_vit.errors import ConfigError
-from lora_vit.models.names import describe, translate
+from lora_vit.models.names import translate
 from lora_vit.models.vit import trunk_of
 from lora_vit.models.weights import fetch_weights
 
@@ -103,7 +103,7 @@ KINDS = {
     "Dinov2 gated": f"{SEEN}, layer scale, left out: mask_token",
     "Dinov2 with registers": f"{SEEN}, 4 registers, layer scale, left out: mask_token",
     "ViTMAE": f"{SEEN}, left out: decoder",
-    "CLIP": SEEN,
+    "CLIP": f"{SEEN}, a norm in front (CLIP: OpenAI's needs *_quickgelu_*)",
     "Siglip": SEEN,
 }
 
@@ -235,9 +235,10 @@ def renamed(state: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tens
     return state
 
 
+S = "student.module.backbone"
 CHUNKS = (("blocks.1.1.", "blocks.1."), ("blocks.0.0.", "blocks.0."))
 ORIGINAL = {  # made from timm's model, whose names their authors took over, as their scripts write them
-    "DINO": ({}, as_dino, ", taken from 'teacher.backbone' (it also has student.module.backbone)"),
+    "DINO": ({}, as_dino, f", taken from 'teacher.backbone' (it also has {S}: model.weights=FILE::{S} takes that)"),
     "DINOv2": ({"init_values": 1.0}, lambda s: s | {"mask_token": torch.zeros(1, WIDTH)}, ", left out: mask_token"),
     "DINOv2 in chunks": ({"init_values": 1.0}, lambda s: renamed(s, *CHUNKS), ", layer scale"),
     "DINOv2 gated": (GATED, lambda s: renamed(s, ("mlp.w12", "mlp.fc1"), ("mlp.w3", "mlp.fc2")), ", layer scale"),
@@ -324,7 +325,7 @@ UNFIT = {
     "more blocks": (lambda: hf("ViT", num_hidden_layers=3), timm_vit, "it has the unknown vit.encoder.layer.2.att"),
     "fewer blocks": (lambda: hf("ViT", num_hidden_layers=1), timm_vit, "it lacks blocks.1.attn.proj.bias (the file"),
     "wider": (lambda: hf("ViT", hidden_size=64), timm_vit, "cls_token is [1, 1, 64], expected [1, 1, 32] (the file"),
-    "DINOv3": (lambda: hf("DINOv3"), lambda: timm_for("Dinov2 with registers"), "it lacks blocks.0.attn.proj.bias"),
+    "DINOv3": (lambda: hf("DINOv3"), lambda: timm_for("Dinov2 with registers"), "it lacks blocks.0.attn.qkv"),
     "patches": (lambda: hf("ViT", patch_size=4), timm_vit, "patch_embed.proj.weight is [32, 3, 4, 4], expected [32, 3"),
 }  # fmt: skip
 
@@ -345,11 +346,80 @@ def test_what_cannot_be_mapped_says_what_the_file_is(what, tmp_path):
     "name",
     [
         "vit_tiny_patch16_224", "vit_base_patch32_224", "vit_large_patch16_224", "deit_small_distilled_patch16_224",
-        "deit3_base_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2",
-        "vit_base_patch16_clip_224", "vit_so400m_patch14_siglip_224",
+        "deit3_base_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_base_patch14_dinov2",
+        "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224", "vit_small_patch16_dinov3_qkvb",
     ],
 )  # fmt: skip
-def test_the_model_that_is_named_is_one_that_fits(name):
+def test_the_model_that_is_named_is_one_that_fits(name, tmp_path):
     with torch.device("meta"):
-        state = timm.create_model(name).state_dict()
-    assert describe(state).endswith(f", as model=timm model.name={name}")
+        shapes = {name: t.shape for name, t in timm.create_model(name).state_dict().items()}
+    state = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}  # takes no room
+    with pytest.raises(ConfigError, match=rf", as model=timm model\.name={name}\)$"):
+        save_and_load(state, timm_vit(), tmp_path)
+
+
+def other_eva(kind: str) -> Any:
+    """timm's DINOv3, small, with biases unless it says not."""
+    sizes = {"depth": 2, "embed_dim": WIDTH, "num_heads": 4, "img_size": 32, "patch_size": 8, "num_classes": 0}
+    return randomised(timm.create_model(kind, **sizes, mlp_ratio=2), 0.3, seed=2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3_of_hf(gated, tmp_path):
+    sizes = {"num_register_tokens": 4, "layer_norm_eps": 1e-5, "use_gated_mlp": gated, "rope_theta": 100.0}
+    theirs = hf("DINOv3", **sizes, hidden_act="silu" if gated else "gelu")
+    theirs.save_pretrained(tmp_path)
+    ours = other_eva(f"vit_small{'_plus' if gated else ''}_patch16_dinov3_qkvb")
+    assert load(ours, tmp_path).endswith(f"{SEEN}, 4 registers, layer scale, left out: mask_token")
+    assert_same(timm_features(ours, images(), ""), theirs(images()).last_hidden_state.detach(), 1e-5)
+
+
+def test_dinov3_of_meta(tmp_path):
+    """It computes without the bias of its keys, which a mask says; biases of zeros are none."""
+    for kind in ("vit_small_patch16_dinov3_qkvb", "vit_small_patch16_dinov3"):
+        timms, ours = other_eva(kind), other_eva(kind)
+        state = renamed(dict(randomised(timms, 0.3, seed=3).state_dict()), ("storage_tokens", "reg_token"))
+        state = renamed(state, ("ls1.gamma", "gamma_1"), ("ls2.gamma", "gamma_2"))
+        state |= {"rope_embed.periods": torch.ones(4), "mask_token": torch.zeros(1, WIDTH)}
+        for i in range(2):
+            q, v = (state.pop(f"blocks.{i}.attn.{name}_bias", torch.zeros(WIDTH)) for name in "qv")
+            state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.ones(WIDTH), v])
+            state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(WIDTH)
+        save_and_load(state, ours, tmp_path)
+        assert_has(ours, timms)
+
+
+def test_clip_under_its_own_names(tmp_path):
+    timms, ours = timm_for("CLIP"), timm_for("CLIP")
+    state = dict(randomised(timms, 0.3, seed=3).state_dict())
+    state["cls_token"], state["pos_embed"] = state["cls_token"][0, 0], state["pos_embed"][0]
+    pairs = [("class_embedding", "cls_token"), ("positional_embedding", "pos_embed"), ("conv1", "patch_embed.proj"),
+             ("transformer.resblocks.", "blocks."), ("ln_pre", "norm_pre"), ("ln_1", "norm1"), ("ln_2", "norm2"),
+             ("attn.in_proj_", "attn.qkv."), ("attn.out_proj", "attn.proj"), ("mlp.c_fc", "mlp.fc1"),
+             ("mlp.c_proj", "mlp.fc2"), ("ln_post.", "norm.")]  # fmt: skip
+    state = {f"visual.{name}": t for name, t in renamed(state, *pairs).items()}
+    text = {"positional_embedding": torch.ones(7, 16), "transformer.resblocks.0.ln_1.weight": torch.ones(16)}
+    line = save_and_load(text | state | {"visual.proj": torch.ones(WIDTH, 16)}, ours, tmp_path)
+    assert line == f"{KINDS['CLIP']}, left out: proj, taken from 'visual'"
+    assert_has(ours, timms)
+
+
+def test_a_model_is_recommended_only_if_it_takes_the_weights(tmp_path):
+    """MAE with average pooling is of no model's name; a file of another size is."""
+    state = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
+             for name, t in timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict().items()}  # fmt: skip
+    with pytest.raises(ConfigError, match=r"lacks .*patch 16, average pooling\)$"):
+        save_and_load(state, timm_vit(), tmp_path)
+    with pytest.raises(ConfigError, match=r"patch 16, as model=timm model\.name=vit_tiny_patch16_224\)$"):
+        save_and_load(renamed(state, ("norm.", "fc_norm.")), timm_vit(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Beit", "Swin"])
+def test_other_transformers_of_hf_are_not_taken_for_vits(kind, tmp_path):
+    beit = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 48}
+    swin = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    config = getattr(transformers, f"{kind}Config")(image_size=32, patch_size=4, **(beit if kind == "Beit" else swin))
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not fit it: it lacks") as error:
+        load(timm_vit(), tmp_path)
+    assert "model=timm" not in str(error.value)

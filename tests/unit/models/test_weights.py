@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import urllib.error
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 from torchvision.models import VisionTransformer
 
+from lora_vit.build import inputs_of
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
 from lora_vit.models.vit import trunk_of
-from lora_vit.models.weights import fetch_weights, load_weights
+from lora_vit.models.weights import check_beside, fetch_weights, load_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64}
 RECOGNISED = "2 blocks of width 32, patch 8, left out: heads"
@@ -80,6 +83,8 @@ SEVERAL = [  # what is saved of two models, which is taken, and which is named
     (lambda a, b: {"model_ema": b, "model": a}, "model", "model_ema"),
     (lambda a, b: {**prefixed(b, "student."), **prefixed(a, "teacher.")}, "teacher", "student"),
     (lambda a, b: {"other": b, "state_dict": a}, "state_dict", "other"),
+    (lambda a, b: {**prefixed(b, "student_vit."), **prefixed(a, "teacher_vit.")}, "teacher_vit", "student_vit"),
+    (lambda a, b: {"ssl_model": {"online": b, "target": a}}, "ssl_model.target", "ssl_model.online"),
     (lambda a, b: {"state_dict": {**prefixed(b, "ema."), **prefixed(a, "net.")}}, "state_dict.net", "state_dict.ema"),
 ]
 
@@ -92,8 +97,17 @@ def test_wrapped_weights_are_found_and_reported(held, taken, other, tmp_path):
     torch.save(held(state, theirs(seed=2).state_dict()), path)
     trunk, note = loaded(path)
     assert_has(trunk, state)
-    others = f" (it also has {other})" if other else ""
+    others = f" (it also has {other}: model.weights=FILE::{other} takes that)" if other else ""
     assert note == f"model.weights={path}: {RECOGNISED}, taken from '{taken}'{others}"
+
+
+def test_a_prefix_chooses_among_several(tmp_path):
+    path, student = tmp_path / "w.pth", theirs(seed=2).state_dict()
+    torch.save({**prefixed(student, "student.backbone."), **prefixed(theirs().state_dict(), "teacher.")}, path)
+    trunk, note = loaded(Path(f"{path}::student"))
+    assert_has(trunk, student)
+    assert note.endswith(", taken from 'student.backbone'")
+    assert "it holds no Vision Transformer" in refusal(Path(f"{path}::stud"))
 
 
 def test_weights_from_a_gpu_need_none(tmp_path, monkeypatch):
@@ -129,7 +143,7 @@ def test_other_floating_points_become_fp32(dtype, tmp_path):
         ("conv_proj.bias", torch.full((32,), float("nan")), "conv_proj.bias holds NaN or infinite values"),
         ("class_token", torch.full((1, 1, 32), 1e300, dtype=torch.float64), "class_token holds NaN or infinite values"),
         ("conv_proj.bias", torch.zeros(32, dtype=torch.int64), "conv_proj.bias is of torch.int64 on cpu, not"),
-        ("conv_proj.bias", torch.zeros(32, device="meta"), "conv_proj.bias is of torch.float32 on meta, not values"),
+        ("conv_proj.bias", torch.zeros(32, device="meta"), "conv_proj.bias is of torch.float32 on meta, not dense"),
         ("conv_proj.bias", torch.zeros(7), "does not fit vit_tiny: conv_proj.bias is [7], expected [32]"),
         ("class_token", None, "does not fit vit_tiny: it lacks class_token (the file has 2 blocks of width 32"),
         ("extra", torch.zeros(1), "does not fit vit_tiny: it has the unknown extra"),
@@ -146,6 +160,26 @@ def test_weights_that_do_not_fit(name, value, message, tmp_path):
     assert message in refusal(tmp_path / "w.pth")
 
 
+def sparse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.to_sparse() if name.endswith("mlp.0.weight") else t for name, t in state.items()}
+
+
+def fp8(state: dict[str, Tensor], **more: Tensor) -> dict[str, Tensor]:
+    return {name: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t for name, t in state.items()} | more
+
+
+def test_weights_of_eight_bits_are_told(tmp_path):
+    torch.save(fp8(theirs().state_dict()), tmp_path / "w.pth")
+    assert ", rounded to torch.float8_e4m3fn" in loaded(tmp_path / "w.pth")[1]
+
+
+def zipped(**members: bytes) -> bytes:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
 def torch_bytes(held: Any, new: bool = True) -> bytes:
     torch.save(held, buffer := io.BytesIO(), _use_new_zipfile_serialization=new)
     return buffer.getvalue()
@@ -159,14 +193,33 @@ FILES = {
     "model": (lambda: torch_bytes({"model": theirs()}), "objects (torchvision.models.vision_transformer.VisionT"),
     "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
-    "a number in it": (lambda: torch_bytes({"best": np.float64(1)}), "holds Python objects (numpy"),
+    "sparse": (lambda: torch_bytes(sparse(theirs().state_dict())), "0.weight is of torch.float32 on cpu, not dense"),
+    "scaled": (lambda: torch_bytes(fp8(theirs().state_dict(), **{"conv_proj.weight_scale": torch.ones(())})),
+               "it has the unknown conv_proj.weight_scale"),
+    "adapter": (lambda: save({"encoder.q.lora_A": torch.ones(2, 2)}), "is an adapter: merge it"),
+    "wrapped by PEFT": (lambda: torch_bytes({"model": prefixed(theirs().state_dict(), "base_model.model.") |
+                                             {"base_model.model.x.lora_A.default.weight": torch.ones(2, 2)}}),
+                        "is an adapter: merge it"),
+    "checkpoint": (lambda: torch_bytes({"trial_id": "a", "values": {"heads.head.bias": torch.ones(2)}, "exp_avg": {}}),
+                   "is an adapter: merge it"),
+    "npz": (lambda: zipped(**{"embedding/kernel.npy": b""}), "is NumPy's: save timm.create_model(NAME,"),
+    "TorchScript": (lambda: zipped(**{"w/data.pkl": b"", "w/code/x.py": b""}), "is a program: save torch.jit.load("),
+    "torch.export": (lambda: zipped(**{"w/archive_format": b"pt2"}), "torch.export.load(FILE)'s state_dict, and"),
+    "zipped": (lambda: zipped(**{"weights/model.safetensors": b""}), "is a zip archive: save the file of weights that"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
     "tensor": (lambda: torch_bytes(torch.ones(2)), "holds no Vision Transformer"),
     "nothing": (lambda: torch_bytes({}), "(but nothing)"),
     "resnet": (lambda: torch_bytes({"conv1.weight": torch.ones(2), "bn1.bias": torch.ones(2)}), "conv1.weight, bn1"),
-}
+}  # fmt: skip
 
 
+def test_numbers_of_numpy_beside_weights_are_no_hindrance(tmp_path):
+    numbers = {"best": np.float64(1), "step": np.int64(2), "history": np.ones(3, dtype="f4")}
+    torch.save({"model": theirs().state_dict(), **numbers}, tmp_path / "w.pth")
+    assert_has(loaded(tmp_path / "w.pth")[0], theirs().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("kind", FILES)
 def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path):
@@ -177,6 +230,9 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path)
 
 def test_a_folder_or_nothing_there(tmp_path):
     assert "the folder has none of model.safetensors, model.safetensors.index.json, py" in refusal(tmp_path)
+    assert ": fetch them too, with shards (*-of-*) their index" in refusal(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert "is an adapter: merge it" in refusal(tmp_path)
     assert "is not a file: check the path" in refusal(tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=r"model\.weights=GLYPHS is unknown for vit_tiny: one of GLYPHS_V1, a path"):
         fetch_weights(model_config(weights="GLYPHS"))
@@ -204,3 +260,61 @@ def test_a_download_that_is_damaged_or_impossible(there, message, tmp_path, monk
     with pytest.raises(ConfigError, match=message) as error:
         fetch_weights(model_config(name="vit_b_16", weights="IMAGENET1K_V1"), download=True)
     assert "\n" not in str(error.value)
+
+
+HF_VIT = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+NEW = {"weights_sha256": "0" * 64}  # of a trial that is to be trained
+BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # a configuration, one of images, and what is told
+    (HF_VIT, IMAGENET, ""),
+    ({"vision_config": HF_VIT, "text_config": {"num_attention_heads": 8, "hidden_act": "quick_gelu"}}, IMAGENET, ""),
+    ({"quick_gelu": False, "pretrained_cfg": {"mean": IMAGENET["image_mean"]}}, {}, ""),
+    (HF_VIT | {"hidden_act": "silu", "use_swiglu_ffn": True}, IMAGENET, ""),
+    (HF_VIT, {}, "images get vit_tiny's mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]: nothing says others"),
+    (HF_VIT | {"layer_norm_eps": 1e-12}, IMAGENET, "epsilon is 1e-12 beside the weights, 1e-06 here"),
+    ({"hidden_act": "gelu_pytorch_tanh"}, IMAGENET, "activation is gelutanh beside the weights, gelu here"),
+    (HF_VIT, HALF, "model.std is [0.5, 0.5, 0.5] beside the weights, [0.229, 0.224, 0.225] here"),
+    ({"num_attention_heads": 8}, {}, "refused: heads is 8 beside the weights, 4 here: give one with these"),
+    ({"vision_config": {"hidden_act": "quick_gelu"}}, {}, "refused: activation is quickgelu beside the weights, gelu"),
+    ({"model_cfg": {"quick_gelu": True}}, {}, "refused: activation is quickgelu beside the weights, gelu here: give"),
+    ({"hidden_act": "swoosh"}, {}, "refused: activation is swoosh beside the weights, gelu here"),
+]
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize(("model", "images", "told"), BESIDE)
+def test_what_files_beside_weights_say(model, images, told, as_folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    m = model_config(**SHAPE, weights=str(tmp_path if as_folder else tmp_path / "w.pth"), **NEW)
+    trunk = trunk_of(m)
+    if told.startswith("refused: "):
+        with pytest.raises(ConfigError, match=told.removeprefix("refused: ")):
+            check_beside(m, trunk, inputs_of(m, trunk))
+    else:
+        line = check_beside(m, trunk, inputs_of(m, trunk))
+        assert (told in line, bool(told)) == (True, bool(line))
+
+
+def test_what_files_beside_weights_say_of_timms_models(tmp_path):
+    timm = pytest.importorskip("timm")
+    m = model_config(library="timm", name="vit_xsmall_patch16_clip_224", image_size=32, weights=str(tmp_path), **NEW)
+    trunk = trunk_of(m)
+    (tmp_path / "config.json").write_text('{"architecture": "other", "hidden_act": "gelu"}')
+    assert check_beside(m, trunk, inputs_of(m, trunk)).startswith(f"model.name is other beside the weights, {m.name}")
+    with torch.device("meta"):
+        quick = timm.create_model("vit_base_patch32_clip_quickgelu_224", num_classes=0)
+    (tmp_path / "config.json").write_text('{"hidden_act": "quick_gelu", "num_attention_heads": 12}')
+    assert "activation" not in check_beside(m, quick, inputs_of(m, trunk))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json, beside model\.weights, is damaged"):
+        check_beside(m, trunk, inputs_of(m, trunk))
+
+
+@pytest.mark.parametrize("settings", [{"mean": [0.1] * 3, "std": [0.2] * 3, **NEW}, {}], ids=["own means", "trained"])
+def test_what_is_not_questioned(settings, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(HALF))
+    m = model_config(**SHAPE, weights=str(tmp_path), **settings)
+    trunk = trunk_of(m)
+    assert check_beside(m, trunk, inputs_of(m, trunk)) == ""

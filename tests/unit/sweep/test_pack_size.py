@@ -393,7 +393,7 @@ def test_the_memory_that_a_process_can_have(limit, used, workers, attainable, mo
 def test_the_most_that_a_process_held_is_counted_from_the_start_of_the_measurement(monkeypatch):
     """Where the system can, elsewhere from the start of the process."""
     written: list[tuple[str, str]] = []
-    monkeypatch.setattr(measure, "_held_memory", lambda device: 300)
+    monkeypatch.setattr(measure, "peak_memory", lambda device: 300)
     for write in (lambda path, text: written.append((str(path), text)), fails(PermissionError())):
         monkeypatch.setattr(Path, "write_text", write)
         assert Stage(monkeypatch).measure()[1] == 300

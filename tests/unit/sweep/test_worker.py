@@ -12,10 +12,10 @@ from stage import setup_of
 from sweeps import leave_record, seed_trials
 from worker_bench import breaks
 
-from lora_vit.errors import ConfigError, TrialFailed
+from lora_vit.errors import ConfigError, TrialFailed, out_of_memory
 from lora_vit.records import read_record
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, out_of_memory, own_device
+from lora_vit.sweep.pack_size import PackSizes, own_device
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun

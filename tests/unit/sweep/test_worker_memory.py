@@ -13,12 +13,11 @@ from sweeps import seed_trials, sweep_of
 
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import pack_size
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.pack_size import out_of_memory
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker

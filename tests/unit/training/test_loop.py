@@ -7,11 +7,13 @@ import dataclasses
 import os
 import resource
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import train_together
 from packs import new_trials
 from plain_trials import plain_trial
 from safetensors import safe_open
@@ -26,10 +28,10 @@ END = ["write_results", "write_record", "say", "close", "left"]
 
 
 def test_the_order_of_a_run(stage):
-    """A trial of two epochs, written out: rows before the checkpoint that counts them, records after both."""
+    """A trial of two epochs, written out: the checkpoint before what can run out of memory."""
     stage.train(stage.trials(7))
     step = ["train", "advance"]
-    rows = ["predict", "log_epoch", "say", "save", "write_record", "epoch"]
+    rows = ["save", "predict", "log_epoch", "say", "write_record", "epoch"]
     epoch = [*step * 3, "log_step", "step", *step, "log_step", "step", *rows]
     assert [e[0] for e in stage.events] == ["write_record", "started", *epoch, *epoch, "predict", "predict", *END]
     assert stage.of("started", "left") == [([7],), (7, "completed")]
@@ -37,7 +39,7 @@ def test_the_order_of_a_run(stage):
     assert [e[1:3] for e in stage.of("log_step")] == [(3, 0), (4, 0), (7, 1), (8, 1)]
     assert [e[:3] for e in stage.of("log_epoch")] == [(7, 4, 1), (7, 8, 2)]
     assert [e[3] for e in stage.of("log_epoch")] == [e[2] for e in stage.of("epoch")]
-    assert [e[1:3] for e in stage.of("save")] == [(1, 0), (2, 0)]
+    assert [e[1:3] for e in stage.of("save")] == [(0, 4), (1, 4)]
     assert [e[0] for e in stage.of("predict")] == ["val", "val", "val", "test"]
 
 
@@ -152,7 +154,7 @@ def test_trials_in_different_epochs_are_validated_and_leave_each_in_its_own(stag
 def test_checkpoints_at_the_ends_of_epochs_where_due_and_after_the_last(stage, monkeypatch):
     monkeypatch.setattr("lora_vit.training.trial.EPOCH_CHECKPOINT_EVERY", 1000.0)
     stage.train(stage.trials(1, trainer__epochs=3))
-    assert [e[1:3] for e in stage.of("save")] == [(1, 0), (3, 0)], "the first is always due"
+    assert [e[1:3] for e in stage.of("save")] == [(0, 4), (2, 4)], "the first is always due"
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1.0, [1, 2, 3]), (2.0, [2]), (3.9, [2]), (4.0, [3]), (6.0, [])])
@@ -162,10 +164,10 @@ def test_checkpoints_every_so_many_seconds_but_not_at_the_last_step(every, steps
     losses = [e[2] for e in stage.of("train")]
     expected = [
         (seed, 0, i, i * 2 / 2, pytest.approx(sum(row[k] for row in losses[:i])))
-        for i in steps
+        for i in [*steps, 4]
         for k, seed in enumerate((1, 2))
     ]
-    assert stage.of("save") == [*expected, (1, 1, 0, 4.0, 0.0), (2, 1, 0, 4.0, 0.0)]
+    assert stage.of("save") == expected
 
 
 def test_a_sign_of_life_is_the_records_time_while_its_trial_runs(stage, monkeypatch):
@@ -200,14 +202,12 @@ def test_ranks_that_write_nothing_train_all_the_same(stage):
 
 
 def test_a_trial_whose_epochs_are_all_trained_only_leaves_its_results(stage):
-    """As after a kill between the last epoch's checkpoint and the end."""
+    """As after a stop between the last epoch and the end."""
     trials = stage.trials(1)
-    state = trials[0].state
-    state.epoch, state.seconds, state.last = 2, 5.0, {"epoch": 2, "step": 8, "val_accuracy": 0.5}
+    trials[0].state.epoch, trials[0].record.metrics = 2, {"epoch": 2, "step": 8, "val_accuracy": 0.5}
     stage.train(trials)
     assert [e[0] for e in stage.events] == ["write_record", "started", "predict", "predict", *END]
     assert trials[0].record.metrics["val_accuracy"] == 0.5
-    assert trials[0].record.cost["images_per_second"] == 8 * 8 / 5
 
 
 def test_an_epoch_whose_steps_are_all_taken_is_finished(stage):
@@ -220,11 +220,30 @@ def test_an_epoch_whose_steps_are_all_taken_is_finished(stage):
     assert len(stage.of("train")) == STEPS
 
 
+def test_peak_memory_is_counted_from_the_packs_start(tmp_path):
+    """Not what the process held before."""
+    before = bytearray(300 << 20)
+    held = peak_memory(torch.device("cpu"))
+    before.clear()
+    (first,) = train_together([plain_trial()], tmp_path)
+    assert first.trial.record.cost["peak_memory_bytes"] < held - (200 << 20)
+
+
+def test_peak_memory_is_that_of_the_largest_part(stage, monkeypatch):
+    """As of a trial that has resumed."""
+    peaks = [5, 3]  # of each epoch
+    monkeypatch.setattr(loop, "peak_memory", lambda device: peaks.pop(0))
+    (trial,) = trials = stage.trials(7)
+    stage.train(trials)
+    assert trial.record.cost["peak_memory_bytes"] == 5
+
+
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_the_devices_or_the_processs(platform, unit, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 if device.index == 1 else 0)
     usage = {resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3)}
     monkeypatch.setattr(resource, "getrusage", usage.__getitem__)
     monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(Path, "read_text", lambda path: "Name: x")  # a system that does not say
     assert peak_memory(torch.device("cuda", 1)) == 7
     assert peak_memory(torch.device("cpu")) == 3 * unit

@@ -178,6 +178,16 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
     assert calls == [2]
 
 
+@pytest.mark.slow  # torch takes seconds to import its compiler
+def test_every_kind_of_pack_is_compiled(monkeypatch):
+    graphs, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: whole(model, backend=lambda gm, _: graphs.append(gm) or gm))
+    setup = build_setup(plain_trial(), Process())
+    for rank in range(1, 12):
+        take_steps(new_pack([plain_trial({"trainer.compile": True, "lora.rank": rank})], setup), 1)
+        assert len(graphs) == rank
+
+
 K, CLASSES = 3, 4
 IDS = np.array([2, 20, 7, 3, 11, 19, 8])  # of the split, in its order; the data set has others
 LABELS = np.arange(25) * 7 % CLASSES
@@ -187,8 +197,8 @@ LOGITS = 2 * torch.randn(K, 25, CLASSES, generator=torch.Generator().manual_seed
 class Table:
     """A pack's model that looks its logits up; an image holds its sample id. It notes the batches that it sees."""
 
-    def __init__(self) -> None:
-        self.training = True
+    def __init__(self, fits: int) -> None:
+        self.training, self.fits = True, fits
         self.seen: list[list[int]] = []
 
     def __call__(self, images, stream_of_trial):
@@ -196,6 +206,8 @@ class Table:
         assert not torch.is_grad_enabled()
         assert not self.training
         ids = images[:, 0, 0, 0].long()
+        if len(ids) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         self.seen.append(ids.tolist())
         return LOGITS[:, ids]
 
@@ -207,16 +219,17 @@ class Table:
         return self.train(False)
 
 
-def predictions_of(process: Process) -> tuple[list[Predictions], Table]:
-    """What a pack of the table predicts in a process, and the table."""
+def predictions_of(process: Process, most: int = 256, fits: int = 99) -> tuple[list[Predictions], Table]:
+    """What a pack of the table predicts in a process, and the table, where so many images fit into memory."""
     setup = SimpleNamespace(
         samples=SimpleNamespace(gather=lambda ids: (torch.from_numpy(ids), torch.from_numpy(LABELS[ids]))),
         transform=SimpleNamespace(eval=lambda images: images.view(-1, 1, 1, 1).double()),
         data=SimpleNamespace(splits={"val": IDS}, labels=LABELS),
         device=torch.device("cpu"),
         process=process,
+        most_evaluated=most,
     )
-    model = Table()
+    model = Table(fits)
     return Pack.predict(SimpleNamespace(setup=setup, model=model, K=K, _predictions={}), "val"), model  # type: ignore[arg-type]
 
 
@@ -236,14 +249,16 @@ def check(found: list[Predictions]) -> None:
     assert len({p.loss for p in found}) == K
 
 
-@pytest.mark.parametrize(("world_size", "most", "size"), [(1, 256, 85), (1, 11, 3), (2, 6, 2), (3, 2, 1)])
-def test_shares_of_all_processes_add_up(world_size, most, size, monkeypatch):
-    """Each sample is seen once, in the split's order; a batch's size counts images times trials."""
-    monkeypatch.setattr("lora_vit.training.pack.EVAL_BATCH", most)
+@pytest.mark.parametrize(
+    ("world_size", "most", "fits", "size"),
+    [(1, 256, 99, 85), (1, 11, 99, 3), (2, 6, 99, 2), (3, 2, 99, 1), (1, 11, 2, 1), (1, 13, 2, 2), (1, 256, 3, 3)],
+)
+def test_shares_of_all_processes_add_up(world_size, most, fits, size, monkeypatch):
+    """Each sample is seen once, in the split's order; a batch counts images times trials, and halves until it fits."""
     shares: list[torch.Tensor] = []
     monkeypatch.setattr(distributed, "sum_over_processes_", lambda t: shares.append(t.clone()) or t)
     for rank in range(world_size):
-        _, model = predictions_of(Process(rank, world_size))
+        _, model = predictions_of(Process(rank, world_size), most, fits)
         own = IDS[rank::world_size].tolist()
         assert model.seen == [own[i : i + size] for i in range(0, len(own), size)]
         assert model.training

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, locked_folder
+from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, lock_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}
@@ -291,12 +292,11 @@ def test_rows_of_steps_ask_now_and_then(tmp_path, monkeypatch):
 def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
     """Who is refused must not remove the lock file: a third would make another and train in the same folder."""
     place = tmp_path / "runs/a"
-    with locked_folder(place):
+    with ExitStack() as held:
+        lock_folder(place, held)
         for _ in range(2):
-            with pytest.raises(ConfigError, match="another process is training there, wait"), locked_folder(place):
-                pytest.fail("two owners")
-    with pytest.raises(OSError, match="disk full"), locked_folder(place):
-        raise OSError(errno.ENOSPC, "disk full")  # left as it is
+            with pytest.raises(ConfigError, match="another process is training there, wait"):
+                lock_folder(place, held)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_locked_folder_is_made_and_refused_to_a_second(tmp_path):
 )
 def test_a_folder_that_cannot_be_held_names_the_cause(number, said, tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", raised(OSError(number, os.strerror(number))))
-    with pytest.raises(ConfigError, match=said) as caught, locked_folder(tmp_path / "a"):
-        pytest.fail("no lock, no training")
+    with pytest.raises(ConfigError, match=said) as caught:
+        lock_folder(tmp_path / "a", ExitStack())
     assert f"{tmp_path / 'a'} cannot be" in str(caught.value)
     assert os.strerror(number) in str(caught.value)
