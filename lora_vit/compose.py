@@ -32,7 +32,7 @@ from lora_vit.sweep.plan import Request, label, short_key
 from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
 from lora_vit.terminal import Every
 
-HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # by itself from 1.4
+HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
 """Keys whose values are names of files and folders."""
 

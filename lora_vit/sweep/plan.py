@@ -137,7 +137,8 @@ class Sweep:
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
             earlier = [[name for name in batch if name in is_open and name not in now] for batch in plan["batches"]]
             plan.update({key: getattr(request, key) for key in ("command", "workers", "hydra", "race", "search")})
-            sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}  # they hold once
+            # what was measured beside other load holds for that command alone
+            sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         pack_sizes=sizes, version=__version__)  # fmt: skip
 
