@@ -1,6 +1,7 @@
 """From a composed OmegaConf node to a typed, validated trial that knows which files it uses."""
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import DATASETS, SECTIONS, TrialConfig, file_sha256, from_dict, is_weights_file, trial_id, validate
+from lora_vit.config.identity import weights_files
 from lora_vit.config.schema import unknown_key
 from lora_vit.data.load import known_content
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import user_path
 
 UNKNOWN_ID = "TRIAL"  # stands for a trial id in a path, while that would need a download to know
@@ -85,6 +87,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
         model.weights = None
+    if str(model.weights).startswith("hf_hub:"):
+        model.weights = hub_folder(str(model.weights), fetch)
     if is_weights_file(model.weights):
         model.weights = os.path.join(cwd, user_path(str(model.weights)))
     if data.root:
@@ -94,6 +98,30 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     validate(trial)
     identify(trial, fetch)
     return trial
+
+
+def hub_folder(given: str, fetch: bool) -> str:
+    """The folder with weights (safetensors alone) and configuration of ``hf_hub:ORG/NAME[@REVISION]``.
+
+    It is in Hugging Face's cache: as it is there, since a sweep's later commands must not get other weights, else
+    downloaded if ``fetch``. Raises ConfigError.
+    """
+    name, _, revision = given.removeprefix("hf_hub:").partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.safetensors", "*.json"]
+        find: Any = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=wanted)
+        with contextlib.suppress(OSError, ConfigError):  # nothing is there, or not all of it
+            folder: str = find(local_files_only=True)
+            if all(file.is_file() for file in weights_files(Path(folder))):
+                return folder
+        return find(local_files_only=not fetch)
+    except ImportError:
+        raise ConfigError(f"model.weights={given} needs huggingface_hub: pip install 'lora_vit[timm]'") from None
+    except Exception as error:  # of the network, the hub or its library
+        remedy = f"check name and network, or fetch *.safetensors and *.json of huggingface.co/{name} into a folder"
+        raise ConfigError(f"model.weights={given} cannot be had ({one_line(error)}): {remedy} and give that") from None
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:

@@ -47,7 +47,7 @@ def _check_timm(m: ModelConfig) -> None:
         if getattr(m, key) is not None:
             refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
     if not re.fullmatch(r"[\w.]+", m.name):
-        remedy = "give one like vit_small_patch14_dinov2.lvd142m, and files of a hub as model.weights=FOLDER"
+        remedy = "give one like vit_small_patch14_dinov2.lvd142m, and weights of the hub as model.weights=hf_hub:ID"
         refuse("model.name", m.name, f"is not a name of timm's: {remedy}")
     if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
         refuse("model.weights", m.weights, f"is unknown for {m.name}: give DEFAULT, a file, or null for random weights")

@@ -79,7 +79,7 @@ def file_sha256(path: Path) -> str:
             digests.append(_sha256(file, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
         name = error.filename or path
-        hint = "check the path (of an id of Hugging Face, give a folder with its *.safetensors and *.json)"
+        hint = "check the path (of Hugging Face's hub give hf_hub:ORG/NAME, or a folder with the files)"
         raise ConfigError(f"model.weights={name} cannot be read ({error.strerror}): {hint}") from None
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
