@@ -183,15 +183,18 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
 
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
-    """Checkpoint, validate where it is due, and write the epoch's rows and records."""
+    """Validate where it is due, write the epoch's rows and records, and checkpoint."""
     validated = [
         (t.state.epoch + 1) % t.config.trainer.validate_every == 0 or t.state.epoch + 1 >= t.config.trainer.epochs
         for t in pack.trials
     ]
-    for trial in pack.pull():
-        if trial.epoch_checkpoint_due():  # first: validation may run out of memory
+    try:
+        predictions = pack.predict("val") if any(validated) else []
+    except Exception:  # memory may have run out: what was trained is kept
+        for trial in pack.pull():
             trial.save()
-    predictions = pack.predict("val") if any(validated) else []
+        raise
+    pack.pull()
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
     for k, trial in enumerate(pack.trials):
@@ -212,6 +215,8 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         )
         trial.log_epoch(step, state.epoch, row)
         trial.write_record()
+        if trial.epoch_checkpoint_due():
+            trial.save()
         reporter.epoch(trial, row)
 
 

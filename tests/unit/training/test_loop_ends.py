@@ -84,7 +84,7 @@ def test_no_checkpoint_hides_a_bad_step(bad, stage):
     """The one of the step before stays until the failure is found, while the others are saved."""
     stage.after = {bad + 1: spoilt(0, bad)}
     stage.train(stage.trials(1, 2, trainer__log_every=9, trainer__epochs=1, trainer__checkpoint_every=1.0))
-    expected = [(1, 0, 1), (2, 0, 1), (2, 0, 2), (2, 0, 3), (2, 0, 4)]
+    expected = [(1, 0, 1), (2, 0, 1), (2, 0, 2), (2, 0, 3), (2, 1, 0)]
     assert saved(stage) == expected[1 - bad :]
 
 
@@ -143,7 +143,7 @@ def test_a_stop_between_a_bad_step_and_the_next_row_reports_the_failure(stage):
 
 
 @pytest.mark.parametrize(
-    ("at", "status", "checkpoint"), [(STEPS, "interrupted", (1, 1, 0)), (2 * STEPS, "completed", (1, 1, STEPS))]
+    ("at", "status", "checkpoint"), [(STEPS, "interrupted", (1, 1, 0)), (2 * STEPS, "completed", (1, 2, 0))]
 )
 def test_a_stop_at_an_epochs_last_step_finishes_the_epoch_or_the_trial(at, status, checkpoint, stage):
     stop = StopRequest()
@@ -206,8 +206,18 @@ def test_what_is_half_changed_is_not_saved(stage, monkeypatch):
     with pytest.raises(SystemExit):
         stage.train([trial])
     state = load_checkpoint(stage.folder / "1", trial.name)
-    assert (state.epoch, state.step_in_epoch, state.updates) == (0, 4, 4)
+    assert (state.epoch, state.step_in_epoch, state.updates) == (1, 0, 4)
     assert statuses(stage, 1) == ["interrupted"]
+
+
+def test_what_was_trained_is_kept_where_validation_fails(stage, monkeypatch):
+    trials = stage.trials(1, 2)
+    monkeypatch.setattr(Pack, "predict", raised(MemoryError))
+    with pytest.raises(MemoryError):
+        stage.train(trials)
+    for trial in trials:
+        trial.close()
+    assert saved(stage) == [(1, 0, STEPS), (2, 0, STEPS)]
 
 
 def test_an_error_is_left_to_the_caller(stage):

@@ -44,13 +44,13 @@ def test_a_run_line_by_line(hands, capsys, monkeypatch):
     ]
     hands.now = 110.5
     reporter.advance(pack)
-    assert capsys.readouterr().out == "training: 10/35 steps  0 steps/s  about 262 s left\n"
+    assert capsys.readouterr().out == "training: 10/35 steps  0.095 steps/s\n"
     reporter.step(pack, [0.123456, 9.0], [0.00123456, 9.0], 1234.56)
-    hands.now = 121.0
+    hands.now = 131.0  # 20.5 s after the first step, which includes the start
     for _ in range(2):
         reporter.advance(pack)
     figures = "loss 0.1235  lr 1.23e-03  1,235 images/s"
-    assert capsys.readouterr().out == f"training: 11/35 steps  {figures}  about 252 s left\n"
+    assert capsys.readouterr().out == f"training: 11/35 steps  {figures}  about 492 s left\n"
     reporter.epoch(pack.trials[0], {"train_loss": 1.0, "val_loss": 0.5, "val_accuracy": 0.75})
     line = "epoch 1/5  train loss 1.0000  val loss 0.5000  val accuracy 75.00%\n"
     assert capsys.readouterr().out == line
