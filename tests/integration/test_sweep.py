@@ -95,7 +95,8 @@ def assert_equal_trials(a: Path, b: Path) -> None:
     files, other_files = (load_file(p / "adapter.safetensors") for p in (a, b))
     assert files.keys() == other_files.keys()
     for name, values in files.items():
-        np.testing.assert_allclose(values, other_files[name], rtol=1e-6, atol=1e-12, err_msg=name)  # stored in fp32
+        # stored in fp32; a key's bias has no gradient but for rounding, which Adam takes to 1e-12 with other threads
+        np.testing.assert_allclose(values, other_files[name], rtol=1e-6, atol=1e-10, err_msg=name)
     predictions, other_predictions = np.load(a / PREDICTIONS), np.load(b / PREDICTIONS)
     for name in ("val.predicted", "test.predicted"):
         np.testing.assert_array_equal(predictions[name], other_predictions[name])
