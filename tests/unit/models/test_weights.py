@@ -128,6 +128,18 @@ def test_weights_of_timms_hub(monkeypatch):
     torch.testing.assert_close(trunk.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
+def test_where_the_hub_has_them_is_said_without_a_network(monkeypatch):
+    pytest.importorskip("timm")
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    config = model_config(library="timm", name="vit_tiny_patch16_224.augreg_in21k", weights="DEFAULT")
+    with pytest.raises(ConfigError, match=r"no route.*published at timm/vit_tiny_patch16_224\.augreg_in21k\) and give"):
+        fetch_weights(config, download=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_points_become_fp32(dtype, tmp_path):
     state = {name: t.to(dtype) for name, t in theirs().state_dict().items()}
