@@ -50,7 +50,7 @@ class DataConfig:
     augment: str = field(metadata=choice("none", "flip", "crop_flip"))
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
     val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
-    test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
+    test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null for no test images"))
     train_per_class: int | None = field(metadata=number("a number of images", "[1, inf)", ", or null for all"))
     official_val: bool
     cache_size: int | None = field(metadata=number("a number of pixels", "[8, inf)"))  # of a side; None: as they are

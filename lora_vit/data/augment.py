@@ -84,16 +84,9 @@ class Transform:
     arithmetic is float32 (float64 for a float64 result); ``mean``, ``std``: of each colour in [0, 1].
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        augment: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        bicubic: bool = False,
-    ):
+    def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype,
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
+                 bicubic: bool = False):  # fmt: skip
         self.image_size, self.augment, self.bicubic = image_size, augment, bicubic
         self.device, self.dtype = device, dtype
         self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32

@@ -80,9 +80,10 @@ class ImageData(Found):
                 count = np.isin(first[ids], first[self.splits["train"]]).sum()
                 text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
             order = np.lexsort((self.labels, first))
-            again = order[1:][(np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0)]
-            if len(again):
-                text += f"; {len(np.unique(first[again])):,} images lie in two classes"
+            at = np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))
+            if len(at):
+                pair = " and ".join(self.class_names[label] for label in self.labels[order[at[0] : at[0] + 2]])
+                text += f"; {len(np.unique(first[order[at]])):,} images lie in two classes ({pair})"
         text = "; ".join([text, *self.told])
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 

@@ -28,7 +28,8 @@ _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
-_MARKS = re.compile("masks?|annot(ation)?s?|labels?|trimaps?|segmentations?|ground_?truths?|xmls?", re.I)
+_MARKS = re.compile("(?!with)(.*[ _-])?(mask|annot(ation)?|label|trimap|segmentation|ground_?truth|xml)s?", re.I)
+_MASK = re.compile(r"[ _-]masks?([ _-]?\d+)?$", re.I)  # as a file's ending: x_mask.png, beside x.png
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -102,11 +103,14 @@ class Listing:
                 return
             inside = list(self._entries(root, place))
             marks = marks_among(os.path.basename(name) if is_folder else "images" for name, is_folder in inside)
+            stems = {os.path.splitext(name)[0] for name, is_folder in inside if not is_folder}
             for name, is_folder in inside:
                 if is_folder and os.path.basename(name) in marks:
                     self.skip("folders of masks or annotations", name)
                 elif is_folder:
                     walk(name, above | {here})
+                elif stems & {_MASK.sub("", stem := os.path.splitext(name)[0])} - {stem}:
+                    self.skip("masks beside their images", name)
                 else:
                     found.append(name)
 

@@ -15,8 +15,8 @@ from lora_vit.files import shown
 # What the folder of each part may be called, in small letters or capitals.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # What is no class: a split, one of several numbered parts, and, beside another that holds the same folders, a variant.
-_SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|test|testing|dev)(set)?(?![a-z])", re.I)
-_NUMBERED = re.compile(r"(?<![a-z])(part|fold|split|batch|chunk|shard|(sub|data)?set|images?|imgs?)[ _.-]*\d+$", re.I)
+_SPLIT = re.compile(r"(?<![a-z])(train(ing)?|val(id|idation)?|test(ing)?|dev|eval(uation)?)(set)?(?![a-z])", re.I)
+_NUMBERED = re.compile(r"(?<![a-z])(part|fold|split|batch|chunk|shard|train|test|\w*set|ima?ge?s?)[ _.-]*\d+$", re.I)
 _VARIANT = re.compile("colou?r|gr[ae]y|rgb|segment|original|raw|augment|process|resize|crop|normali[sz]", re.I)
 
 
@@ -117,7 +117,8 @@ def _root_below(place: Path, files: Listing) -> str:
         below.sort(key=lambda folder: "train" not in folder.name.lower())
         for folder in below:
             names = _folders(folder)
-            has_train = any(name.lower() in _NAMES["train"] for name in names)
-            if has_train or (len(names) > 1 and all(look.images(folder, name) for name in names[:2])):
+            has_train = any(name.lower() in _NAMES["train"] and _folders(folder / name) for name in names)
+            classes = [name for name in names if not _SPLIT.search(name)]
+            if has_train or (len(classes) > 1 and all(look.images(folder, name) for name in classes[:2])):
                 return f"; did you mean data.root={shown(folder)}?"
     return ""

@@ -190,5 +190,5 @@ def _about(path: Path) -> dict[str, Any]:
 def reason(error: Exception) -> str:
     """Why a file is no image."""
     if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
-        return "no format that Pillow knows"
+        return "no format that Pillow knows, or more bands or bits than it reads: save RGB of 8 bits"
     return str(error) or type(error).__name__

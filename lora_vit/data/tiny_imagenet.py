@@ -44,7 +44,11 @@ def find(wanted: Wanted) -> Found | None:
     parts = {"train": images}
     if wanted.official_val:
         parts["official_val"] = _official_val(folder, wnids, files)
-    return found_in(folder, _class_names(folder, wnids), parts, files, wanted)
+    rows = [line.partition("\t") for line in _lines(folder / "words.txt")] if (folder / "words.txt").is_file() else []
+    words = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
+    names = [words.get(wnid) or wnid for wnid in wnids]  # the first of a class's words, then with wnid if two share it
+    class_names = [n if names.count(n) == 1 else f"{n} ({wnid})" for n, wnid in zip(names, wnids, strict=True)]
+    return found_in(folder, class_names, parts, files, wanted)
 
 
 def _folder(wanted: Wanted) -> Path | None:
@@ -145,11 +149,3 @@ def _official_val(folder: Path, wnids: list[str], files: Listing) -> list[tuple[
     for name in sorted(set(there) - {name for name, _ in named}):
         files.skip(f"of val/images without a class in {annotations.name}", name)
     return named
-
-
-def _class_names(folder: Path, wnids: list[str]) -> list[str]:
-    """The first word of each class in words.txt, with its wnid where two classes share one."""
-    rows = [line.partition("\t") for line in _lines(folder / "words.txt")] if (folder / "words.txt").is_file() else []
-    words = {wnid: text.split(",")[0].strip() for wnid, _, text in rows}
-    names = [words.get(wnid) or wnid for wnid in wnids]
-    return [name if names.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(names, wnids, strict=True)]

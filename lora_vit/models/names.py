@@ -131,7 +131,8 @@ def timm_name(name: str) -> str:
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
-    if not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")) or tensor.is_meta or tensor.is_sparse:
+    has_values = tensor.layout == torch.strided and not tensor.is_meta
+    if not has_values or not (tensor.is_floating_point() or name.endswith(".num_batches_tracked")):
         raise ValueError(f"{name} is of {tensor.dtype} on {tensor.device}, not dense values of floating point")
     tensor = tensor.float()
     if not torch.isfinite(tensor).all():

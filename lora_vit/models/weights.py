@@ -98,15 +98,16 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
                 said |= values if isinstance(values, dict) and not part.startswith("text") else {}
         except (OSError, ValueError, AttributeError):
             raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
-    # open_clip's word, or HF's, of which gated MLPs of DINOv2 make no use
-    words = {"True": "quickgelu", "False": "gelu"}
-    activation = words.get(str(said.get("quick_gelu")), str(said.get("hidden_act") or ""))
+    # open_clip's word, or timm's or HF's, of which gated MLPs of DINOv2 make no use
+    by_name = "quickgelu" if "quickgelu" in str(said.get("architecture")) else ""
+    activation = said.get("hidden_act") or said.get("act_layer") or by_name
+    activation = {"True": "quickgelu", "False": "gelu"}.get(str(said.get("quick_gelu")), activation)
     modules = list(trunk.named_modules())
     act = next(type(part).__name__ for name, part in modules if name.endswith(("mlp.act", "mlp.1")))
     heads, eps = (next(getattr(part, key) for _, part in modules if hasattr(part, key)) for key in ("num_heads", "eps"))
     facts: dict[str, tuple[Any, Any]] = {  # theirs, and ours
-        "heads": (said.get("num_attention_heads"), heads),
-        "activation": (not said.get("use_swiglu_ffn") and re.sub("_|pytorch", "", activation), act.lower()),
+        "heads": (said.get("num_attention_heads", said.get("num_heads")), heads),
+        "activation": (not said.get("use_swiglu_ffn") and re.sub("_|pytorch", "", str(activation)), act.lower()),
         "epsilon": (said.get("layer_norm_eps"), eps),
         "model.name": (m.library == "timm" and said.get("architecture"), m.name.partition(".")[0]),
     }
@@ -115,7 +116,8 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     other = {word: both for word, both in facts.items() if both[0] and both[0] != both[1]}
     told = [f"{word} is {theirs} beside the weights, {own} here" for word, (theirs, own) in other.items()]
     if "heads" in other or not all(name.startswith("gelu") for name in other.get("activation", ())):
-        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: give one with these (timm's *_quickgelu_*)")
+        like = "a model with these, as timm's *_quickgelu_*" if activation == "quickgelu" else "a model with these"
+        raise ConfigError(f"model.weights={m.weights}: {'; '.join(told)}: give {like}")
     if facts.get("model.mean", "-")[0] is None:
         told.append(f"images get {m.name}'s mean {images['mean']}, std {images['std']}: nothing says others")
     return "; ".join(told)
@@ -208,9 +210,10 @@ def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor],
     if {"trial_id", "exp_avg"} <= held.keys() or any(".lora_" in name for name in names):
         raise ConfigError(f"model.weights={m.weights} is an adapter: merge it first (lora-vit merge, merge_and_unload)")
     if not found:
-        first = ", ".join(str(key) for key in list(held)[:3]) or "nothing"
+        whole = [f"'{where}'" for where, _ in _state_dicts(held, ())]  # where ``asked`` is none of these
+        there = ", ".join(whole or [str(key) for key in list(held)[:3]]) or "no state dict at all"
         what = "it holds no Vision Transformer as torchvision, timm, HF, DINO, DINOv2 or MAE name it"
-        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {first}): give another file")
+        raise ConfigError(f"model.weights={m.weights} does not fit {m.name}: {what} (but {there}): give another file")
     rank = {name: i for i, name in enumerate(WRAPPERS)}
     found.sort(key=lambda one: sorted(rank.get(word, len(rank)) for word in re.split(r"[._]", one[0]) if word))
     where, state = found[0]

@@ -55,7 +55,7 @@ def test_what_a_record_says_of_the_data():
         ({"images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),
         ({"digests": digests((2001, 7), (2003, 9), (5, 6))}, 8, "; 2 images of val are in train too"),
         ({"digests": digests((0, 1), (3, 2001)), "labels": np.arange(2010) % 2}, 8,
-         "; 1 images of val are in train too; 1 images lie in two classes"),
+         "; 1 images of val are in train too; 1 images lie in two classes (cat and dog)"),
         ({"decoding": Decoding(8, (0.5, 4095.0)), "told": ("1,200 files do", "1 not"),
           "passed_over": ("1 x (a)", "2 y (b)")}, 8,
          "; values 0.5 .. 4095 scaled to 0 .. 255; 1,200 files do; 1 not"

@@ -162,11 +162,14 @@ def test_names_that_are_not_text(tmp_path):
         (("train/cat", "train/dog", "valid", "validation"), "{} has valid/ and validation/: keep one of them"),
         (("training_set/cat", "training_set/dog", "test_set/cat", "test_set/dog"), "test_set, training_set in {} look"),
         (("seg_train/seg_train/cat", "seg_test/seg_test/cat"), "seg_test, seg_train in {} look like splits"),
-        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test, cat/train in {} look like splits, not like"),
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "cat/test, cat/train in {} look like splits, not like "
+         "classes: give a folder for each class, or train/, val/ and test/ with these (links will do)"),
         (("train_images/a", "train_images/b", "test_images"), "test_images, train_images in {} look like splits, not "
          "like classes: give a folder for each class, or train/, val/ and test/ with these; did you mean "
          "data.root={}/train_images? (links will do)"),
         (("train_images", "test_images"), "test_images, train_images in {} look like splits"),
+        (("dev/a", "dev/b", "eval/a", "eval/b"), "dev, eval in {} look like splits"),
+        (("train_1", "train_2"), "train_1, train_2 in {} look like numbered parts"),
         (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "fold_0, fold_1 in {} look like numbered parts, not like "
          "classes: give a folder for each class"),
         (("fold_0/a", "fold_0/b", "fold_1/a", "fold_1/b"), "; did you mean data.root={}/fold_0?"),
@@ -213,7 +216,9 @@ def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, t
         shutil.copytree(parts / part / name, parts / part / name / "images")
         for path in (parts / part / name).glob("*.png"):
             path.unlink()
-        paint(parts / part / name / "masks" / "0.png")
+        paint(parts / part / name / ("lung masks" if part == "val" else "masks") / "0.png")
+    for name in ("1_mask", "1_mask_2"):
+        paint(parts / "train/cat/images" / f"{name}.png")
     (parts / "train/dog/images/0.png").rename(parts / "train/dog/images/0")
     (parts / "train/dog/images/notes").write_text("x")
     paint(parts / "test" / "0.png")
@@ -223,7 +228,8 @@ def test_what_lies_beside_images_and_cannot_be_taken_away_is_left_aside(parts, t
     assert data.fingerprint == without_test
     assert set(data.passed_over) == {
         "1 folder beside train/ without classes (test)",
-        "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/masks)",
+        "3 folders of masks or annotations (train/cat/masks, train/dog/masks, val/dog/lung masks)",
+        "2 masks beside their images (train/cat/images/1_mask.png, train/cat/images/1_mask_2.png)",
         "4 no images (more.tar, IMG.HEIC, labels.csv, ...)",
     }  # fmt: skip
     assert sizes(load(tmp_path, test_fraction=None)) == {"val": 4, "train": 10}

@@ -107,7 +107,7 @@ def test_a_prefix_chooses_among_several(tmp_path):
     trunk, note = loaded(Path(f"{path}::student"))
     assert_has(trunk, student)
     assert note.endswith(", taken from 'student.backbone'")
-    assert "it holds no Vision Transformer" in refusal(Path(f"{path}::stud"))
+    assert "(but 'student.backbone', 'teacher'): give" in refusal(Path(f"{path}::stud"))
 
 
 def test_weights_from_a_gpu_need_none(tmp_path, monkeypatch):
@@ -206,6 +206,7 @@ FILES = {
     "cut torch": (lambda: torch_bytes(theirs().state_dict())[:9000], "is damaged or cut off"),
     "cut old": (lambda: torch_bytes(theirs().state_dict(), False)[:9000], "is damaged or cut off"),
     "sparse": (lambda: torch_bytes(sparse(theirs().state_dict())), "0.weight is of torch.float32 on cpu, not dense"),
+    "sparse rows": (lambda: torch_bytes({"conv_proj.weight": torch.eye(3).to_sparse_csr()}), "not dense"),
     "scaled": (lambda: torch_bytes(fp8(theirs().state_dict(), **{"conv_proj.weight_scale": torch.ones(())})),
                "it has the unknown conv_proj.weight_scale"),
     "adapter": (lambda: save({"encoder.q.lora_A": torch.ones(2, 2)}), "is an adapter: merge it"),
@@ -219,8 +220,8 @@ FILES = {
     "torch.export": (lambda: zipped(**{"w/archive_format": b"pt2"}), "torch.export.load(FILE)'s state_dict, and"),
     "zipped": (lambda: zipped(**{"weights/model.safetensors": b""}), "is a zip archive: save the file of weights that"),
     "cut safetensors": (lambda: save(theirs().state_dict())[:9000], "is damaged or cut off"),
-    "tensor": (lambda: torch_bytes(torch.ones(2)), "holds no Vision Transformer"),
-    "nothing": (lambda: torch_bytes({}), "(but nothing)"),
+    "tensor": (lambda: torch_bytes(torch.ones(2)), "(but no state dict at all)"),
+    "nothing": (lambda: torch_bytes({}), "(but no state dict at all)"),
     "resnet": (lambda: torch_bytes({"conv1.weight": torch.ones(2), "bn1.bias": torch.ones(2)}), "conv1.weight, bn1"),
 }  # fmt: skip
 
@@ -231,7 +232,7 @@ def test_numbers_of_numpy_beside_weights_are_no_hindrance(tmp_path):
     assert_has(loaded(tmp_path / "w.pth")[0], theirs().state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("kind", FILES)
 def test_what_is_no_file_of_weights_is_refused_in_one_line(kind, name, tmp_path):
@@ -287,9 +288,12 @@ BESIDE: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # a configuration,
     (HF_VIT | {"layer_norm_eps": 1e-12}, IMAGENET, "epsilon is 1e-12 beside the weights, 1e-06 here"),
     ({"hidden_act": "gelu_pytorch_tanh"}, IMAGENET, "activation is gelutanh beside the weights, gelu here"),
     (HF_VIT, HALF, "model.std is [0.5, 0.5, 0.5] beside the weights, [0.229, 0.224, 0.225] here"),
-    ({"num_attention_heads": 8}, {}, "refused: heads is 8 beside the weights, 4 here: give one with these"),
+    ({"num_attention_heads": 8}, {}, "refused: heads is 8 beside the weights, 4 here: give a model with these"),
     ({"vision_config": {"hidden_act": "quick_gelu"}}, {}, "refused: activation is quickgelu beside the weights, gelu"),
     ({"model_cfg": {"quick_gelu": True}}, {}, "refused: activation is quickgelu beside the weights, gelu here: give"),
+    ({"model_args": {"num_heads": 8}}, {}, "refused: heads is 8 beside the weights, 4 here"),
+    ({"model_args": {"act_layer": "quick_gelu"}}, {}, "refused: activation is quickgelu beside the weights, gelu here"),
+    ({"architecture": "vit_base_clip_quickgelu_224"}, {}, "refused: activation is quickgelu beside the weights"),
     ({"hidden_act": "swoosh"}, {}, "refused: activation is swoosh beside the weights, gelu here"),
 ]
 
