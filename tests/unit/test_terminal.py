@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -69,9 +70,11 @@ def test_a_context_says_what_was_done_in_which_time(hands, capsys):
 
 def test_a_bar_on_a_terminal(hands, screen):
     with Progress("decoding", 4000, quiet=False, done=1000) as progress:
+        assert progress._bar is not None
+        progress._bar.refresh()
+        assert re.search(r"^\S*decoding .*1000/4000\S* *$", screen.getvalue().splitlines()[-1])
         hands.now = 120.0
         progress.advance(500)
-        assert progress._bar is not None
         progress._bar.refresh()
         assert "25 images/s" in screen.getvalue()
         progress.figures = "loss 0.5"
