@@ -75,5 +75,6 @@ def repeating(action: Callable[[], None], every: float) -> Iterator[None]:
 
 
 def waiting(what: str) -> contextlib.AbstractContextManager[None]:
-    """A line every few seconds, as long as the context lasts."""
-    return repeating(lambda: print(f"{what} ...", file=sys.stderr, flush=True), every=4.0)
+    """On a terminal, a line every few seconds, as long as the context lasts."""
+    say = repeating(lambda: print(f"{what} ...", file=sys.stderr), every=4.0)
+    return say if sys.stderr.isatty() else contextlib.nullcontext()

@@ -29,7 +29,6 @@ _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.B
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
 _MARKS = re.compile("(?!with)(.*[ _-])?(mask|annot(ation)?|label|trimap|segmentation|ground_?truth|xml)s?", re.I)
-_MASK = re.compile(r"[ _-]masks?([ _-]?\d+)?$", re.I)  # as a file's ending: x_mask.png, beside x.png
 _UNSETTLED = 2_000_000_000  # nanoseconds in which a file that changed may change again without its time showing it
 _STAT = struct.Struct("=qqqQ")  # size, time of writing, time of change and inode
 _CHUNK = 256  # files that a thread reads before it reports
@@ -109,7 +108,7 @@ class Listing:
                     self.skip("folders of masks or annotations", name)
                 elif is_folder:
                     walk(name, above | {here})
-                elif stems & {_MASK.sub("", stem := os.path.splitext(name)[0])} - {stem}:
+                elif stems & {re.sub(r"(?i)[ _-]masks?([ _-]?\d+)?$", "", stem := os.path.splitext(name)[0])} - {stem}:
                     self.skip("masks beside their images", name)
                 else:
                     found.append(name)

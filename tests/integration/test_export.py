@@ -142,7 +142,7 @@ def test_class_names_and_preprocessing_travel(cropped, trial, tmp_path, call, mo
         read_adapter = trained.read_adapter
         monkeypatch.setattr(trained, "read_adapter", lambda folder: Adapter(read_adapter(folder).tensors, card))
     image = picture(tmp_path / "image.png")  # on which bilinear and bicubic hardly differ
-    assert call("predict", trial, image, "--csv", tmp_path / "p.csv")[0] == 0
+    assert call("predict", trial, image, "--top", "4", "--csv", tmp_path / "p.csv")[0] == 0
     rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     expected = {name: float(p) for _, _, name, p in rows}
     for form in ("hf", "timm"):

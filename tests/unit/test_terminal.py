@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -49,9 +50,11 @@ def test_lines_now_and_then_where_there_is_no_terminal(hands, capsys):
 
 def test_what_is_waited_for_is_told_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(stopping, "repeating", lambda action, every: contextlib.nullcontext(every and action()))
-    with stopping.waiting("importing torch"):
-        pass
-    assert capsys.readouterr().err == "importing torch ...\n"
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with stopping.waiting("importing torch"):
+            pass
+        assert capsys.readouterr().err == "importing torch ...\n" * is_terminal
 
 
 def test_a_context_says_what_was_done_in_which_time(hands, capsys):
