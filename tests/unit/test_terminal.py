@@ -49,7 +49,12 @@ def test_lines_now_and_then_where_there_is_no_terminal(hands, capsys):
 
 
 def test_what_is_waited_for_is_told_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(stopping, "repeating", lambda action, every: contextlib.nullcontext(every and action()))
+    @contextlib.contextmanager
+    def at_once(action, every):
+        action()
+        yield
+
+    monkeypatch.setattr(stopping, "repeating", at_once)
     for is_terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
         with stopping.waiting("importing torch"):
