@@ -75,7 +75,7 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
     try:
         record = read_record(args.folder)
     except FileNotFoundError:
-        raise RecordError(f"{args.folder} has no record.json: give the folder of a trial") from None
+        raise RecordError(f"{args.folder} has no record.json: give a trial's folder, or a sweep of {SWEEPS}/") from None
     if record.status != "completed":
         raise RecordError(f"{args.folder}: the trial is {record.shown_status()}, not completed")
     config = from_dict(record.config)

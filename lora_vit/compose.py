@@ -342,6 +342,7 @@ def explain(error: BaseException) -> str:
         if isinstance(link, OverrideParseException):
             key, _, text = str(link.override).partition("=")
             remedy = f": {quoted(key, text)}" if key.lstrip("+") in PATHS else ""
+            remedy = ": end lines without \\r, as Unix does" if "\r" in text else remedy
             return f"cannot read the override {link.override!r} ({link.message.splitlines()[0]}){remedy}"
         if mark := getattr(link, "problem_mark", None):  # of YAML
             return f"{mark.name}, line {mark.line + 1}: {link.problem}"

@@ -114,5 +114,5 @@ def line_of(error: BaseException) -> str:
     if error.errno in _FULL:
         return f"error: {place} cannot be written ({error.strerror}): make room, then the same command resumes"
     if error.errno in NO_SPACE or isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
-        return f"error: {place} cannot be written or read ({error.strerror}): give another folder"
+        return f"error: {place} cannot be written or read ({error.strerror}): give another folder, or ask for access"
     return ""

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,7 +38,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        for wait in (0.2, 1.0, 5.0, 0.0):
+            try:
+                temporary.replace(path)
+                break
+            except OSError as error:  # a file server that has just moved answers again
+                if error.errno != errno.ESTALE or not wait:
+                    raise
+                time.sleep(wait)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
     if math.isfinite(summary.test.mean):
         lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
-    use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (likewise evaluate, merge, export)"
+    use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (or evaluate; merge and export with --out)"
     lines += [summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]
     for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):
         console.print(line, soft_wrap=True)  # paths stay whole

@@ -149,8 +149,8 @@ class Summary:
         """Both half widths of the test accuracy at 95 %."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        p, n = self.test.mean, self.test_images
-        of_set = 1.959964 * math.sqrt(max(p * (1 - p), 0.0) / n) if n else math.nan
+        p, n, z2 = self.test.mean, self.test_images, 1.959964**2  # Wilson (1927): not 0 where all images are right
+        of_set = math.sqrt(z2 * p * (1 - p) / n + (z2 / n / 2) ** 2) / (1 + z2 / n) if n else math.nan
         return f"{between}± {plain(of_set)} from the {n:,} test images"
 
     def optimism(self) -> float:

@@ -63,6 +63,7 @@ def cells_table(
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
     frame[own] = pd.DataFrame([t_interval(row, resolution) for row in y])[own]
+    frame[["low", "high"]] = frame[["low", "high"]].clip(0, 1)  # covers as often: no mean lies beyond
     frame["adjusted"] = np.where(result.compared, result.means, frame["mean"])
     frame["difference"] = -result.difference
     frame["difference_low"] = frame["difference"] - result.half

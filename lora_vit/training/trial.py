@@ -82,15 +82,9 @@ class TrialRun:
     Methods that write ask first whether the trial is still this process's, and raise ClaimLost if it is not.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        record: TrialRecord | None = None,
-        state: TrialState | None = None,
-        folder: Path | None = None,
-        tensorboard: Path | None = None,
-        mine: Callable[[], bool] = lambda: True,
-    ):
+    def __init__(self, config: TrialConfig, record: TrialRecord | None = None, state: TrialState | None = None,
+                 folder: Path | None = None, tensorboard: Path | None = None,
+                 mine: Callable[[], bool] = lambda: True):  # fmt: skip
         """Open the folder's logs, cut back to what the state knows of. Without record and state the trial is new."""
         self.config, self.state, self.folder = config, state or TrialState(), folder
         self.record = record or TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
@@ -102,16 +96,9 @@ class TrialRun:
             self._timing = JsonLines(folder / records.TIMING)
 
     @classmethod
-    def open(
-        cls,
-        config: TrialConfig,
-        folder: Path,
-        setup: Setup,
-        hydra_files: dict[str, str],
-        tensorboard: Path | None = None,
-        restart: bool = False,
-        mine: Callable[[], bool] = lambda: True,
-    ) -> "TrialRun":
+    def open(cls, config: TrialConfig, folder: Path, setup: Setup, hydra_files: dict[str, str],
+             tensorboard: Path | None = None, restart: bool = False,
+             mine: Callable[[], bool] = lambda: True) -> "TrialRun":  # fmt: skip
         """The trial in its folder, ready to train; no other process may use the folder.
 
         It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``

@@ -157,7 +157,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no record": (
         lambda place: (place / "trial" / "record.json").unlink(),
-        ["/trial has no record.json", "give the folder of a trial"],
+        ["/trial has no record.json", "give a trial's folder"],
     ),
     "no folder": (lambda place: shutil.rmtree(place / "trial"), ["/trial has no record.json"]),
     "a record that was edited": (

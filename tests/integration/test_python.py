@@ -99,6 +99,7 @@ SWEEP = [*SMALL, "seed=0,1"]
     [
         (api.compose, [*SMALL, "lora.rank=0"], {}, "lora.rank=0 is impossible"),
         (api.compose, [*SMALL, "lora.rank=[1"], {}, "cannot read the override"),
+        (api.compose, [*SMALL, "lora.rank=1\r"], {}, "lora.rank=1): end lines without \\r"),
         (api.sweep, [*SWEEP, "lora.rnk=1"], {}, "did you mean 'lora.rank'"),
         (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run=true and sweep.wait=false are for the command"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -79,6 +81,23 @@ def test_a_file_that_is_not_written_to_its_end_leaves_nothing(folder_went, tmp_p
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+def test_a_stale_handle_is_tried_again_a_few_times(failures, tmp_path, monkeypatch):
+    """As where a file server has just moved."""
+    left, waits, replace = [OSError(errno.ESTALE, "Stale file handle")] * failures, [], Path.replace
+
+    def stale(path: Path, target: Path) -> Path:
+        if left:
+            raise left.pop()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", stale)
+    monkeypatch.setattr("lora_vit.files.time.sleep", waits.append)
+    with contextlib.nullcontext() if failures == 2 else pytest.raises(OSError, match="Stale"):
+        write_json(tmp_path / "record.json", {})
+    assert (len(waits), (tmp_path / "record.json").exists()) == ((2, True) if failures == 2 else (3, False))
 
 
 def test_json_is_readable_sorted_and_has_no_other_numbers(tmp_path):

@@ -103,8 +103,16 @@ def test_the_test_figure_is_that_of_the_chosen_cell(tmp_path: Path) -> None:
     assert got.cells["mark"][:2].tolist() == ["no verdict", "best"]
     assert (got.test.mean, got.test_images) == (pytest.approx(x.mean()), 200)
     assert got.test.high - got.test.mean == pytest.approx(scipy_stats.t.ppf(0.975, 2) * x.std(ddof=1) / math.sqrt(3))
-    of_set = 100 * scipy_stats.norm.ppf(0.975) * math.sqrt(x.mean() * (1 - x.mean()) / 200)
+    z2 = scipy_stats.norm.ppf(0.975) ** 2 / 200  # ends: the p of which the mean is z standard errors away
+    of_set = 100 * np.ptp(np.roots([1 + z2, -2 * x.mean() - z2, x.mean() ** 2])) / 2
     assert got.errors_of_test().endswith(f"± {of_set:.2f} from the 200 test images")
+
+
+def test_intervals_end_where_accuracies_do(tmp_path):
+    y = np.array([[0.98, 1.0], [0.02, 0.0]])
+    got = summarize(make_sweep(tmp_path, RANKS[:2], y, curve=False))
+    expected = np.array([[0.99 - 0.127, 1.0], [0.0, 0.137]])
+    assert got.cells[["low", "high"]].to_numpy() == pytest.approx(expected, abs=1e-3)
 
 
 def test_trials_that_did_not_complete_or_have_no_figure_are_listed_and_never_averaged(tmp_path: Path) -> None:

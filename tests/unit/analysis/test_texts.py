@@ -139,7 +139,7 @@ def test_costs_in_few_characters(text, value, want):
     assert text(value) == want
 
 
-TEST = "± 1.21 between seeds, ± 0.99 from the 1,719 test images"
+TEST = "± 1.21 between seeds, ± 1.00 from the 1,719 test images"
 
 
 def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
@@ -154,7 +154,7 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     assert known.optimism() == pytest.approx(0.00561 / math.sqrt(3 * math.pi)), "the mean of the larger of two normals"
     assert known.errors_of_test() == TEST
     known.test = known.test._replace(low=NAN)
-    assert known.errors_of_test() == "± 0.99 from the 1,719 test images"
+    assert known.errors_of_test() == "± 1.00 from the 1,719 test images"
     assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400"
     assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
 
