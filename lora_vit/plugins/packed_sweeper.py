@@ -1,12 +1,14 @@
 """Hydra's door to sweeps: expands and composes the trials, and hands all of them to the library."""
 
+import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass
@@ -36,13 +38,13 @@ class PackedSweeper(Sweeper):
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
         request = sweep_request(self.config)
-        request.ended = self._call_back
+        request.ended = functools.partial(self._call_back, request.folder)
         with waiting("importing torch"):
             from lora_vit.sweep.run import run_sweep
 
         return list((run_sweep(request) or {}).values())
 
-    def _call_back(self, trial: Any, state: Any) -> None:
+    def _call_back(self, folder: Path, trial: Any, state: Any) -> None:
         """What Hydra calls for each job, once the trial has ended."""
         if not self.callbacks.callbacks:
             return
@@ -50,7 +52,8 @@ class PackedSweeper(Sweeper):
         from lora_vit.errors import TrialFailed
 
         values: Any = to_dict(trial.config)
-        config = DictConfig({**values, "hydra": self.config.hydra})
+        own = {"runtime": {"output_dir": str(folder / trial.trial_id)}, "output_subdir": ".hydra"}
+        config = DictConfig({**values, "hydra": OmegaConf.merge(self.config.hydra, own)})
         job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config)
         if state.status == "completed":
             job.status, job.return_value = JobStatus.COMPLETED, state.record.metrics.get("val_accuracy")

@@ -65,13 +65,14 @@ def hub(tmp_path) -> Iterator[http.server.ThreadingHTTPServer]:
         server.shutdown()
 
 
-def test_weights_by_their_id(hub, tmp_path):
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
+def test_weights_by_their_id(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     common = ["data=digits", "model=timm", "model.name=test_vit", "model.image_size=16", "trainer.epochs=1"]
 
     def fetched(weights: str) -> tuple[int, str, str]:
         line = [sys.executable, "-m", "lora_vit.fetch", *common, f"model.weights={weights}"]
-        done = run(line, tmp_path, env)
+        done = run(line, tmp_path)
         return done.returncode, done.stdout, "".join(done.stderr.splitlines()[-1:])
 
     code, _, said = fetched("hf_hub:org/cat")
@@ -82,7 +83,7 @@ def test_weights_by_their_id(hub, tmp_path):
     assert {Path(name).name for name in Hub.asked if "/resolve/" in name} == {"model.safetensors", "config.json"}
     hub.shutdown()
     line = [sys.executable, "-m", "lora_vit.train", *common, "model.weights=hf_hub:org/vit", "hydra.run.dir=run"]
-    done = run(line, tmp_path, env)
+    done = run(line, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "6 blocks of width 64, patch 16" in done.stdout
     assert "model.name is test_vit2 beside the weights, test_vit here" in done.stdout

@@ -24,6 +24,8 @@ hydra:
   callbacks:
     notes:
       _target_: notes.Notes
+    pickles:
+      _target_: hydra.experimental.callbacks.PickleJobInfoCallback
 """
 
 
@@ -37,6 +39,7 @@ def test_callbacks_are_called_for_each_trial_and_an_experiments_choices_win(tmp_
     for seed in (0, 1):
         assert done.stdout.count(f"START {seed}\nEND {seed} COMPLETED\nRETURNED 0.") == 1
     assert done.stdout.rstrip().endswith("ALL")
+    assert len(list((tmp_path / "outputs/sweeps/s").glob("*/.hydra/job_return.pickle"))) == 2
     hydra = (next((tmp_path / "outputs/sweeps/s").glob("*/.hydra")) / "hydra.yaml").read_text()
     assert "hydra/job_logging: default" in hydra
     assert "hydra/hydra_logging: none" in hydra

@@ -126,7 +126,8 @@ def test_the_data_path_is_measured(tmp_path):
     [
         (("bench/sweep.py", "compose", "--sizes", "3"), ["| 3 | "]),
         (("bench/sweep.py", "curve", "--rounds", "1", "--sizes", "1,2", "--only", "vit_tiny"), ["| vit_tiny"] * 2),
-        (("bench/sweep.py", "ways", "--only", "packed", "trainer.epochs=1", "seed=0", "lora=default"),
+        (("bench/sweep.py", "ways", "--only", "packed", "trainer.epochs=1", "seed=0", "lora=default",
+          "optimizer.lr=1e-3"),
          ["| packed |", "| packed, one process"]),
         (("bench/start.py", "--rounds", "1"), ["| --help |", "| first step |", "| - data and weights |"]),
         (("bench/step.py", "--rounds", "1", "--batch", "1", "--only", "plain LoRA modules"),
