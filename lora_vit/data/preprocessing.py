@@ -78,7 +78,7 @@ class Decoding:
             image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
             with contextlib.suppress(Exception):  # what follows the first picture may be damaged
                 if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
-                    told.add("several pictures, of which the first is used")
+                    told.add("several pictures: the first is used")
         if colour or image.mode.startswith(("I", "F")):
             told.add("more than 8 bits")
             values = np.asarray(image.convert("RGB"), np.float64) * 256 if colour else np.asarray(image, np.float64)

@@ -98,7 +98,7 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
                 said |= values if isinstance(values, dict) and not part.startswith("text") else {}
         except (OSError, ValueError, AttributeError):
             raise ConfigError(f"{file}, beside model.weights, is damaged: get it again") from None
-    # open_clip's word, or timm's or HF's, of which gated MLPs of DINOv2 make no use
+    # open_clip, timm and HF each have a word for it; DINOv2's gated MLPs ignore HF's
     by_name = "quickgelu" if "quickgelu" in str(said.get("architecture")) else ""
     activation = said.get("hidden_act") or said.get("act_layer") or by_name
     activation = {"True": "quickgelu", "False": "gelu"}.get(str(said.get("quick_gelu")), activation)

@@ -187,7 +187,7 @@ def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path)
     for _ in range(2):
         found = decoded(tmp_path, names)
         assert (abs(found.images.astype(int) - 10) <= 2).all()
-        assert found.told == ("5 files with several pictures, of which the first is used",)
+        assert found.told == ("5 files with several pictures: the first is used",)
 
 
 BUILD = """

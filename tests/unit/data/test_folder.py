@@ -107,7 +107,7 @@ def test_what_decoding_found_is_in_the_line(tmp_path):
     for _ in range(2):
         assert load(tmp_path).line(8).endswith(
             "; values 0 .. 65535 scaled to 0 .. 255; 1 file with more than 8 bits; "
-            "1 file with several pictures, of which the first is used; 1 file with transparent pixels"
+            "1 file with several pictures: the first is used; 1 file with transparent pixels"
         )
 
 
