@@ -65,6 +65,12 @@ def test_what_a_record_says_of_the_data():
 def test_the_line_of_a_data_set(changes, size, told):
     start = "data: 2,010 images of 2 classes (cat, dog): train 2,000, val 4, test 6"
     assert image_data(**changes).line(size) == start + told
+    few = image_data(labels=np.repeat([0, 1], [75, 25]))
+    assert few.line(20, "accuracy") == image_data().line(20), "three times as many"
+    few = image_data(labels=np.repeat([0, 1], [76, 25]))
+    told = "; 25 to 76 images in a class: try trainer.metric=balanced_accuracy"
+    assert few.line(20, "accuracy") == image_data().line(20) + told
+    assert few.line(20, "macro_f1") == image_data().line(20)
     assert "of 1,000 classes (x, x, x, ...): train" in image_data(class_names=["x"] * 1000).line(8)
 
 

@@ -196,6 +196,17 @@ def search_of(tmp_path, monkeypatch):
         yield ask
 
 
+def test_a_search_learns_from_trainer_metric(search_of):
+    source = search_of("s", 6, "trainer.metric=macro_f1")
+    assert source.extend()
+    for n, trial in enumerate(source.sweep.batches[-1]):
+        metrics = {"val_accuracy": accuracy(trial), "val_macro_f1": n / 10}
+        leave_record(source.sweep, trial, "completed", metrics=metrics)
+    source.extend()
+    study = source._open_study(source.sweep.search)
+    assert sorted(theirs.value for theirs in study.trials) == [n / 10 for n in range(6)]
+
+
 def train(source: SearchSource, batches: int = 99, failing: int | None = None) -> list[str]:
     """Train what a search wants; the trials in the order in which they were wanted."""
     order = []
