@@ -31,10 +31,10 @@ def summarize(
 
     ``where``: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``. ``margin``: cells shown to be at
     most so many percentage points below the best are *within margin*; None: a race's own. ``metric``: one of METRICS;
-    None: the trials' own ``trainer.metric``. All that is no race's own (``comparison``,
-    effects) is computed from a race's first seeds, which every cell has whatever came out. With ``where``, or another
-    metric than the race's, nothing else of a race is looked at. Raises RecordError: nothing to summarize, an unknown
-    name, or records that must not be compared.
+    None: the trials' own ``trainer.metric``. All that is no race's own (``comparison``, effects) is computed from a
+    race's first seeds, which every cell has whatever came out. With ``where``, or another metric than the race's,
+    nothing else of a race is looked at. Raises RecordError: nothing to summarize, an unknown name (of a metric:
+    ConfigError), or records that must not be compared.
     """
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if margin is not None and not 0 < margin < math.inf:
@@ -98,7 +98,7 @@ def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | No
     if where:
         loaded.trials = select(loaded.trials, where)
     if metric is None and len(asked := loaded.trials["metric"].unique()) > 1:
-        raise RecordError(f"the trials have several trainer.metric ({', '.join(asked)}): choose one with --metric")
+        raise RecordError(f"the trials have several trainer.metric ({', '.join(map(str, asked))}): give --metric")
     one_of("--metric", metric := metric or asked[0], [*METRICS])
     if not where and folders == len(loaded.races) == loaded.sweeps == 1 and loaded.races[0]["metric"] == metric:
         return loaded.races[0], metric

@@ -84,9 +84,9 @@ class ImageData(Found):
             if len(at):
                 pair = " and ".join(self.class_names[label] for label in self.labels[order[at[0] : at[0] + 2]])
                 text += f"; {len(np.unique(first[order[at]])):,} images lie in two classes ({pair})"
-        few, *_, many = sorted(np.bincount(self.labels, minlength=len(self.class_names))) if metric else (1, 1)
-        if metric == "accuracy" and many > 3 * few:
-            text += f"; {few:,} to {many:,} images in a class: try trainer.metric=balanced_accuracy"
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        if metric == "accuracy" and counts.max() > 3 * counts.min():
+            text += f"; {counts.min():,} to {counts.max():,} images in a class: try trainer.metric=balanced_accuracy"
         text = "; ".join([text, *self.told])
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 

@@ -48,8 +48,8 @@ def test_what_a_record_says_of_the_data():
 @pytest.mark.parametrize(
     ("changes", "size", "told"),
     [
-        ({"labels": np.zeros(2500)}, 20, "; 490 training images left out by data.train_per_class"),
-        ({"labels": np.zeros(2011)}, 20, "; 1 training images left out by data.train_per_class"),
+        ({"labels": np.zeros(2500, int)}, 20, "; 490 training images left out by data.train_per_class"),
+        ({"labels": np.zeros(2011, int)}, 20, "; 1 training images left out by data.train_per_class"),
         ({}, 20, ""),
         ({}, 21, "; 30x20 px, enlarged to 21 px"),
         ({"images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),

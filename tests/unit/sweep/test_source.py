@@ -187,6 +187,7 @@ def search_of(tmp_path, monkeypatch):
         def ask(name: str = "s", trials: int = 30, *more: str, pack_size: str = "6") -> SearchSource:
             lines = [*FIXED, *SPACE, f"sweep.trials={trials}", f"sweep.pack_size={pack_size}", *more]
             request = expand(lines, tmp_path / name)
+            request.metric = request.trials[0].config.trainer.metric
             sweep = Sweep(request.folder)
             earlier = list(sweep.trials.values())
             is_open = {trial.trial_id for trial in earlier if not sweep.state_of(trial).ended}
