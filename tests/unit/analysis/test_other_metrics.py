@@ -104,7 +104,7 @@ def test_trials_of_an_earlier_version_are_listed_where_they_lack_the_metric(tmp_
     got = summarize(sweep, metric="macro_f1")
     assert order(got) == [16, 4, 1]
     assert got.unfinished["reason"].tolist() == ["no val_macro_f1", "no val_macro_f1", "no record"]
-    assert "Not in the averages: 2 without val macro f1 (listed under 'Not averaged')." in got.warnings
+    assert "Not in the averages: 2 without val macro f1, 1 missing (listed under 'Not averaged')." in got.warnings
     old = make_sweep(tmp_path / "old", RANKS, Y, curve=False)
     with pytest.raises(UserError, match="no completed trial with a val_macro_f1"):
         summarize(old, metric="macro_f1")
