@@ -180,21 +180,21 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
     """Fetch and decode what trials will need. Raises ConfigError for what the first that cannot run lacks."""
     ready: list[object] = []
     for config in configs:
-        m, lora = config.model, config.lora
+        m, data, lora = config.model, config.data, config.lora
         if m not in ready:
             fetch_weights(m, download=True)
         needs = (m, lora.method, lora.targets, lora.blocks, lora.rank)
         if m.library == "timm" and needs not in ready:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
-        line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
-        if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[config.data.name].in_package:
+        line = load_data(data).line(shape_of(m).image_size, config.trainer.metric) if data not in ready else ""
+        if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[data.name].in_package:
             line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "
                      "model.image_size=224 (vit_b_16-c867db91.pth of download.pytorch.org/models, 330 MB; without a "
                      "network model.weights=FILE)")  # fmt: skip
         if line and line not in ready:
             print(line)
-        ready += [what for what in (m, needs, config.data, line) if what not in ready]
+        ready += [what for what in (m, needs, data, line) if what not in ready]
 
 
 def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:

@@ -4,6 +4,7 @@ import argparse
 
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.errors import ConfigError
+from lora_vit.metrics import METRICS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the trial's accuracy on a split and what its record says; exit code 1 where they differ."""
+    """Print the trial's metric and accuracy on a split and what its record says; exit code 1 where they differ."""
     record, config = completed_trial(args, args.data_root)
     from lora_vit.trained import trained_pack
 
@@ -24,11 +25,12 @@ def run(args: argparse.Namespace) -> int:
     if args.split not in pack.setup.data.splits:
         raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
     predictions = pack.predict(args.split)[0]
-    print(f"{args.split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
-    recorded = record.metrics.get(f"{args.split}_accuracy", predictions.accuracy)
-    if recorded != predictions.accuracy:
-        print(f"the record says {recorded:.4%}: other hardware or versions")
-    return int(recorded != predictions.accuracy)
+    for name in dict.fromkeys((config.trainer.metric, "accuracy")):
+        value, title = METRICS[name].of(predictions), METRICS[name].title.title()
+        print(f"{args.split.capitalize()} {title}: {value:.2%}  ({len(predictions.labels):,} images)")
+        if (recorded := record.metrics.get(f"{args.split}_{name}", value)) != value:
+            print(f"the record says {recorded:.4%}: other hardware or versions")
+    return int(recorded != value)
 
 
 if __name__ == "__main__":

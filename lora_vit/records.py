@@ -17,7 +17,7 @@ from lora_vit.files import write_json
 RECORD, METRICS, TIMING, PREDICTIONS = "record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz"
 LOG, CHECKPOINT = "train.log", "checkpoint.pt"
 PLAN, SEARCH = "sweep.json", "search.db"  # of a sweep: what it was asked for; of a search: what Optuna knows
-NO_ACCURACY = "has no val_accuracy: remove it, then the same command trains it again"  # a completed trial's, edited
+NO_FIGURE = "has no val_{}: remove it, then the same command trains it again"  # a completed trial's, edited or old
 
 
 @dataclass
@@ -28,9 +28,9 @@ class TrialRecord:
     cell_id: str  # the same without the seed; trials of one cell are repeats
     status: str  # running, completed, failed, stopped or interrupted
     config: dict[str, Any]  # the typed config as nested dictionaries (config["lora"]["rank"])
-    # of the last epoch: epoch (finished ones), step, train_loss, val_loss, val_accuracy; at the end test_loss/_accuracy
+    # of the last epoch: epoch (finished ones), step, train_loss, figures of val (val_loss ...); at the end of test
     metrics: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)  # epoch and val_accuracy of the best, for information
+    best: dict[str, Any] = field(default_factory=dict)  # epoch and val metric of the best, for information
     parameters: dict[str, int] = field(default_factory=dict)  # counts: trainable, adapter, head, total
     # seconds, images_per_second, peak_memory_bytes, pack_size, adapter_bytes
     cost: dict[str, Any] = field(default_factory=dict)

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("folders", nargs="+", type=named, metavar="SWEEP", help="a sweep's name, or the folder of a sweep or a run")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
     add("--where", metavar="CONDITION", help='which trials, for example "rank >= 4 and dropout == 0"')
+    add("--metric", metavar="NAME", help="what to compare by, as in trainer.metric (default: the trials' own)")
     add("--margin", type=float, metavar="POINTS",
         help="what difference matters: names the cheapest cell shown to be at most that many percentage points below "
              "the best (default: a race's own)")  # fmt: skip
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the files, print the comparison; 0. Raises RecordError: nothing to compare, or files cannot be written."""
     out = Path(args.out or args.folders[0] / OUTPUT)
-    summary = summarize(args.folders, where=args.where, margin=args.margin)
-    given = {"--out": args.out, "--where": args.where, "--margin": args.margin}
+    summary = summarize(args.folders, where=args.where, margin=args.margin, metric=args.metric)
+    given = {"--out": args.out, "--where": args.where, "--metric": args.metric, "--margin": args.margin}
     options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     again = shlex.join([*map(str, args.folders), *options, *["--no-plots"] * args.no_plots])
     files = render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots)
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
     lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
     if math.isfinite(summary.test.mean):
-        lines.append(f"Test accuracy of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
+        lines.append(f"Test {summary.title} of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
     use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (or evaluate; merge and export with --out)"
     lines += [summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]
     for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):

@@ -27,12 +27,13 @@ def task(cfg: Any) -> float:
 
 
 def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
-    """Train the composed trial; returns its validation accuracy (a fraction)."""
+    """Train the composed trial; returns its metric on val (a fraction)."""
     from omegaconf import OmegaConf
 
     from lora_vit.compose import first_of, refuse_misread_paths
     from lora_vit.config import TrialConfig, trial_id
-    from lora_vit.records import NO_ACCURACY, RECORD
+    from lora_vit.metrics import METRICS
+    from lora_vit.records import NO_FIGURE, RECORD
     from lora_vit.resolve import UNKNOWN_ID, from_omegaconf
     from lora_vit.stopping import waiting
     from lora_vit.terminal import from_here
@@ -67,11 +68,12 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
         if not in_sweep:
             stop.command = f"the same command with hydra.run.dir={shown}"
         raise
-    accuracy = record.metrics.get("val_accuracy")
-    if accuracy is None:
-        raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
-    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
-    return float(accuracy)
+    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard")
+    for name in dict.fromkeys((config.trainer.metric, "accuracy")):  # accuracy is the last line
+        if (value := record.metrics.get(f"val_{name}")) is None:
+            raise RecordError(f"{folder / RECORD} {NO_FIGURE.format(name)}")
+        print(f"Validation {METRICS[name].title.title()}: {value:.2%}")
+    return float(record.metrics[f"val_{config.trainer.metric}"])
 
 
 def main() -> None:

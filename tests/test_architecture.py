@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lora_vit"
 
 LEVELS = [  # lowest first; a module imports only from lower levels, or from its own folder
-    {"errors"},
+    {"errors", "metrics"},
     {"files", "stopping", "randomness", "terminal"},
     {"config", "distributed"},
     {"records"},

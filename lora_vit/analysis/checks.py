@@ -48,19 +48,19 @@ def refuse(trials: pd.DataFrame) -> None:
         )
 
 
-def unfinished(trials: pd.DataFrame, same_seeds: bool = True) -> pd.DataFrame:
+def unfinished(trials: pd.DataFrame, same_seeds: bool = True, value: str = "val_accuracy") -> pd.DataFrame:
     """Trials that are not in the averages, each with why: ``trial label seed status epoch value reason``.
 
     With ``same_seeds``, a seed that at least half of the cells have is listed as ``missing`` for a cell that lacks it.
     """
     rows = []
-    for _, r in trials[~averaged(trials)].iterrows():
-        reason = "no val_accuracy" if r["status"] == "completed" else str(r["error"])
+    for _, r in trials[~averaged(trials, value)].iterrows():
+        reason = f"no {value}" if r["status"] == "completed" else str(r["error"])
         if r["status"] == "stopped" and not reason:
             reason = "stopped early: censored, its value is not the last epoch's"
         if not math.isnan(r["error_step"]):
             reason += f" (step {int(r['error_step'])})"
-        rows.append([*r[["trial", "label", "seed", "status", "epoch", "val_accuracy"]], reason])
+        rows.append([*r[["trial", "label", "seed", "status", "epoch", value]], reason])
     there = pd.crosstab(trials["label"], trials["seed"])
     for seed in there.columns[(there > 0).mean() >= 0.5] if same_seeds else ():
         without = there.index[there[seed] == 0]
@@ -118,7 +118,8 @@ def warnings(
     elif not c.complete:
         yield "Some seeds are missing in some cells: comparisons use means adjusted for the seeds that each cell has."
     if len(left_out):
-        counts = left_out["status"].replace("completed", "without val accuracy").value_counts()
+        lacking = left_out["reason"].str.replace("no val_", "without val ").str.replace("_", " ")
+        counts = left_out["status"].mask(left_out["status"] == "completed", lacking).value_counts()
         told = ", ".join(f"{n} {status}" for status, n in counts.items())
         yield f"Not in the averages: {told} (listed under 'Not averaged')."
     tiny = done[done["data.name"] == "tiny_imagenet"]

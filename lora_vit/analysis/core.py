@@ -16,42 +16,48 @@ from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import nearest
 from lora_vit.config.names import METHOD, short_names
+from lora_vit.config.rules import one_of
 from lora_vit.errors import RecordError
+from lora_vit.metrics import METRICS
 
 
 def summarize(
     folders: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     where: str | None = None,
     margin: float | None = None,
+    metric: str | None = None,
 ) -> Summary:
-    """Compare the trials below the folders, of sweeps or runs, by their val accuracy after the last epoch.
+    """Compare the trials below the folders, of sweeps or runs, by a metric on val after the last epoch.
 
     ``where``: a condition on the trials, for example ``"rank >= 4 and dropout == 0"``. ``margin``: cells shown to be at
-    most so many percentage points below the best are *within margin*; None: a race's own. All that is no race's own
-    (``comparison``, effects) is computed from a race's first seeds, which every cell has whatever came out. With
-    ``where``, nothing else of a race is looked at. Raises RecordError: nothing to summarize, an unknown name, or
-    records that must not be compared.
+    most so many percentage points below the best are *within margin*; None: a race's own. ``metric``: one of METRICS;
+    None: the trials' own ``trainer.metric``. All that is no race's own (``comparison``, effects) is computed from a
+    race's first seeds, which every cell has whatever came out. With ``where``, or another metric than the race's,
+    nothing else of a race is looked at. Raises RecordError: nothing to summarize, an unknown name (of a metric:
+    ConfigError), or records that must not be compared.
     """
     listed = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if margin is not None and not 0 < margin < math.inf:
         raise RecordError(f"--margin {margin:g} is impossible: give a difference above 0 that matters to you")
     margin = None if margin is None else margin / 100
-    loaded, plan = _load(listed, where)
+    loaded = load_trials(listed)
+    plan, metric = _looked_at(loaded, len(listed), where, metric)
+    value = f"val_{metric}"
     checks.refuse(loaded.trials)
     trials, settings = tables.named(loaded.trials)
-    race = None if plan is None else replay(plan, trials)
-    averaged = trials[tables.averaged(trials)]
+    race = None if plan is None else replay(plan, trials, value)
+    averaged = trials[tables.averaged(trials, value)]
     done = averaged if race is None else counted(race, averaged)
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
-        nothing = f"no completed trial with a val_accuracy ({counts}): nothing to summarize yet"
+        nothing = f"no completed trial with a {value} ({counts}): nothing to summarize yet"
         raise RecordError("; ".join([nothing, *why, *loaded.problems[:1]]))
     first = done if plan is None else first_seeds(plan, averaged)
     images = averaged["data.val"].astype(float).min()
     resolution = 1 / float(images) if images > 0 else 0.0
-    values = tables.matrix(done)
-    result = compare(tables.matrix(first).reindex(values.index).to_numpy(float), resolution)
+    values = tables.matrix(done, value)
+    result = compare(tables.matrix(first, value).reindex(values.index).to_numpy(float), resolution)
     cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
     if race is not None:
         margin = race.rules.margin if margin is None else margin
@@ -62,37 +68,40 @@ def summarize(
             cells["within"] = cells["below"] <= margin
     adapted = first[first[METHOD] == "lora"]  # baselines have no rank
     short = short_names(tables.factors(adapted, settings))
-    effects = main_effects(adapted.rename(columns=short), list(short.values()), "val_accuracy")
+    effects = main_effects(adapted.rename(columns=short), list(short.values()), value)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
-    unfinished = checks.unfinished(trials, race is None)
+    unfinished = checks.unfinished(trials, race is None, value)
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
         where=where,
         margin=margin,
-        trials=tables.trials_table(trials, settings),
+        trials=tables.trials_table(trials, settings, value),
         cells=cells,
         unfinished=unfinished,
         settings=settings,
         comparison=result,
         effects=effects,
         learning_rates=rates,
-        test=t_interval(chosen["test_accuracy"].to_numpy(float)),
+        test=t_interval(chosen[f"test_{metric}"].to_numpy(float)),
         test_images=int(np.nan_to_num(chosen["data.test"].astype(float).min())),
         environment=checks.environment(done),
         warnings=list(checks.warnings(done, cells, result, rates, unfinished)),
         problems=loaded.problems,
         race=race,
         command=None if plan is None else plan["command"],
+        metric=metric,
     )
 
 
-def _load(listed: list[str | os.PathLike[str]], where: str | None) -> tuple[Loaded, dict[str, Any] | None]:
-    """What the folders hold, of trials those that are looked at, and the race if all of them are of one."""
-    loaded = load_trials(listed)
+def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | None) -> tuple[Any, str]:
+    """Leave the trials that are looked at; the race if all of them are of one, and the metric that they have."""
     if where:
         loaded.trials = select(loaded.trials, where)
-    elif len(listed) == len(loaded.races) == loaded.sweeps == 1:
-        return loaded, loaded.races[0]
+    if metric is None and len(asked := loaded.trials["metric"].unique()) > 1:
+        raise RecordError(f"the trials have several trainer.metric ({', '.join(map(str, asked))}): give --metric")
+    one_of("--metric", metric := metric or asked[0], [*METRICS])
+    if not where and folders == len(loaded.races) == loaded.sweeps == 1 and loaded.races[0]["metric"] == metric:
+        return loaded.races[0], metric
     if loaded.races and len(loaded.trials) > 1:  # the first seeds alone compare as a fixed sweep
         race, *others = loaded.races
         if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in others):
@@ -101,7 +110,7 @@ def _load(listed: list[str | os.PathLike[str]], where: str | None) -> tuple[Load
         loaded.problems.append(f"a race: only the first {race['first_seeds']} seeds, from {race['seed']} on, are "
                                f"compared here ({whole - len(loaded.trials)} trials are left out): results decided "
                                "which cells got later ones")  # fmt: skip
-    return loaded, None
+    return None, metric
 
 
 _WORD = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`)|(?<![\w.])(@?[A-Za-z_][\w.]*)""")  # not the e6 of 1e6

@@ -25,6 +25,7 @@ from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import BASELINES, METHOD, short_names, value_text
+from lora_vit.metrics import LOSSES
 
 RATES_NOTE = (
     "the best over learning rates is selected among several and so a little too good, more so the more rates were "
@@ -66,7 +67,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         ("#", "place", str),
         *(settings or [("cell", "label", str)]),
         *[("effective scaling" if "lora.scaling" in short else "scaling", SCALING, value_text)] * wide,
-        ("val accuracy %", "mean", plain),
+        (f"val {summary.title} %", "mean", plain),
         ("95 % interval", "low high", plain),
         *[("adjusted", "adjusted", plain)] * (comparison.blocked and not comparison.complete and fixed),
         *[("sd", "sd", plain)] * wide,
@@ -80,6 +81,8 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         ("seconds", "seconds", duration),
         *[("images/s", "images_per_second", duration), ("peak memory", "peak_memory_bytes", size)] * wide,
         *[("adapter", "adapter_bytes", size)] * wide,
+        *[(m.title, f"val_{n}", loss) for n, m in LOSSES.items() if wide],
+        *[(f"{m.title} vs best", f"d_{n}_low d_{n}_high", lambda v: loss(v, "+")) for n, m in LOSSES.items() if wide],
     )
     for name in ("parameters", "seconds"):
         table[name] += np.where(cells[f"pareto_{name}"], " *", "")
@@ -248,7 +251,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
         trials=as_text(
             trials,
             *("trial", ("cell", "label", str), "seed", "status", "epoch"),
-            ("val accuracy %", "val_accuracy", plain),
+            (f"val {summary.title} %", f"val_{summary.metric}", plain),
             ("val loss", "val_loss", loss),
             ("training loss", "train_loss", loss),
             ("seconds", "seconds", duration),

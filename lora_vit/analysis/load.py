@@ -15,10 +15,11 @@ from lora_vit.analysis.race import Rules
 from lora_vit.config import LoraConfig
 from lora_vit.config.names import flat
 from lora_vit.errors import RecordError
+from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import PLAN, RECORD, TrialRecord, read_record
 
 OUTPUT = "summary"  # name of the folder that a summary is written into; never searched
-FIGURES = ("val_accuracy", "val_loss", "train_loss", "test_accuracy", "test_loss")
+FIGURES = ("train_loss", *(f"{split}_{name}" for split in ("val", "test") for name in LOSSES | METRICS))
 COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "pack_size")
 
 
@@ -92,7 +93,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
         planned = list(plan["trials"])
         if race := plan.get("race"):
             Rules.of(race)  # refuses what was edited
-            race = {"command": plan.get("command"), **race}
+            race = {"command": plan.get("command"), "metric": plan.get("metric", "accuracy"), **race}
             race.update(seed=int(race["seed"]), cells=list(race["cells"]))
     except FileNotFoundError:
         return
@@ -100,6 +101,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
         loaded.problems.append(f"{path} cannot be read ({error}): whether trials of the sweep lack a record is not "
                                "known, nor whether they raced")  # fmt: skip
         return
+    loaded.trials.loc[loaded.trials["trial"].isin(planned), "metric"] = str(plan.get("metric", "accuracy"))
     loaded.races += [race] if race else []
     loaded.sweeps += found is not None
     if missing := [trial for trial in planned if found is not None and trial not in found]:
@@ -125,6 +127,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         "cell": record.cell_id,
         "status": record.shown_status(),
         "seed": record.config["seed"],
+        "metric": record.config["trainer"]["metric"],
         **flat(record.config),
         "lora.effective_scaling": lora.effective_scaling() if lora.rank else math.nan,
         "epoch": as_float(record.metrics.get("epoch")),
@@ -143,7 +146,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
         "heartbeat": record.heartbeat,
         "folder": str(folder),
     }  # fmt: skip
-    for name in ("val_accuracy", "test_accuracy"):
+    for name in (name for name in FIGURES if name.partition("_")[2] in METRICS):
         value = values[name]
         if not (math.isnan(value) or 0 <= value <= 1):
             problems.append(f"{folder / RECORD}: {name} = {value} is not a fraction in [0, 1]; taken as missing")

@@ -32,7 +32,6 @@ MARK_STYLE = {
 }  # fmt: skip
 MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
 LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture
-ACCURACY = "Val accuracy (%)"
 
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
@@ -69,8 +68,9 @@ def cells(summary: Summary) -> Figure:
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     low, high = axes.set_xlim(_limits(shown))
-    beyond = bool(((100 * shown["low"] < low) | (100 * shown["high"] > high)).any())
-    axes.set_xlabel(f"{ACCURACY}, {_what_is_shown(shown)}" + "\n(bars without ends are longer than shown)" * beyond)
+    beyond = ((100 * shown["low"] < low) | (100 * shown["high"] > high)).any()
+    longer = "\n(bars without ends are longer than shown)" if beyond else ""
+    axes.set_xlabel(f"Val {summary.title} (%), {_what_is_shown(shown)}{longer}")
     return _with_legend(axes, 5)
 
 
@@ -83,7 +83,7 @@ def race(summary: Summary) -> Figure | None:
     order = [race.cells.index(cell) for cell in labels if cell in race.cells]
     more = f", {MOST_LINES} of {len(order)} cells named" if len(order) > MOST_LINES else ""
     seeds_axis = "Seeds (dotted: the first that a decision was made with; a cross: the cell left)"
-    axes = _axes(f"The race: mean of each cell so far{more}", seeds_axis, "Mean val accuracy (%)", 8.0, 4.6)
+    axes = _axes(f"The race: mean of each cell so far{more}", seeds_axis, f"Mean val {summary.title} (%)", 8.0, 4.6)
     for k, i in enumerate(order):
         seeds = np.arange(1, race.seeds_of(i) + 1)
         means = 100 * np.cumsum(race.y[i, : len(seeds)]) / seeds
@@ -99,7 +99,7 @@ def race(summary: Summary) -> Figure | None:
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
-    """Accuracy by rank (or the first numeric setting) with a line for each value of one other setting.
+    """The metric by rank (or the first numeric setting) with a line for each value of one other setting.
 
     Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
     """
@@ -120,7 +120,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
             held.append(f"{short[c]} {value_text(best[c])}")
     at = f"\n{_shorten('at ' + ', '.join(held))}" if held else ""
     name = "Learning rate" if short[x] == "lr" else short[x].replace("_", " ").capitalize()
-    axes = _axes(f"Val accuracy by {short[x]}, {_what_is_shown(frame)}{at}", name)
+    axes = _axes(f"Val {summary.title} by {short[x]}, {_what_is_shown(frame)}{at}", name, f"Val {summary.title} (%)")
     ticks = sorted(frame[x].unique())
     groups = list(frame.groupby(lines[0])) if lines else [(None, frame)]
     for k, (value, group) in enumerate(groups):
@@ -139,13 +139,13 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     return {f"by_{short[x].replace('.', '_')}": _with_legend(axes, 4)}
 
 
-def curves(folders: list[str]) -> pd.DataFrame:
-    """Val accuracy after each epoch, one column per trial; trials without readable rows are left out."""
+def curves(folders: list[str], value: str = "val_accuracy") -> pd.DataFrame:
+    """The metric after each epoch, one column per trial; trials without readable rows are left out."""
     table = pd.DataFrame()
     for folder in folders:
         with contextlib.suppress(RecordError, OSError, UnicodeDecodeError):
             rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
-            values = {r["epoch"]: as_float(r.get("val_accuracy")) for r in rows if isinstance(r.get("epoch"), int)}
+            values = {r["epoch"]: as_float(r.get(value)) for r in rows if isinstance(r.get("epoch"), int)}
             table = table.join(pd.Series(values, dtype=float, name=folder).dropna(), how="outer")
     return table.dropna(axis="columns", how="all")
 
@@ -158,10 +158,10 @@ def learning_curves(summary: Summary) -> Figure | None:
     shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
     done = summary.trials[summary.trials["status"] == "completed"]
     seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
-    axes = _axes(f"Learning curves: {seeds}{more}", "Epoch")
+    axes = _axes(f"Learning curves: {seeds}{more}", "Epoch", f"Val {summary.title} (%)")
     later = []
     for (_, cell), colour, marker in zip(shown.iterrows(), COLOURS, MARKERS, strict=False):
-        table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist())
+        table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist(), f"val_{summary.metric}")
         if len(table):
             mean, low, high = table.mean(axis=1), table.min(axis=1), table.max(axis=1)
             label = _shorten(str(cell["label"]))
@@ -178,14 +178,14 @@ def learning_curves(summary: Summary) -> Figure | None:
 
 
 def pareto(summary: Summary) -> Figure | None:
-    """Every cell's accuracy against its trainable parameters; the front as a line, its cells named."""
+    """Every cell's mean against its trainable parameters; the front as a line, its cells named."""
     cost, front = "trainable_parameters", "pareto_parameters"
     frame = summary.cells[np.isfinite(summary.cells[cost].to_numpy(float))].sort_values(cost)
     if frame[cost].nunique() < 2:
         return None
     chosen, rest = frame[frame[front]], frame[~frame[front]]
-    axes = _axes("Val accuracy against trainable parameters", "Trainable parameters", height=4.6,
-                 beside=chosen["label"])  # fmt: skip
+    axes = _axes(f"Val {summary.title} against trainable parameters", "Trainable parameters",
+                 f"Val {summary.title} (%)", height=4.6, beside=chosen["label"])  # fmt: skip
     if frame[cost].min() > 0:
         axes.set_xscale("log")
     if len(rest):
@@ -204,7 +204,7 @@ def pareto(summary: Summary) -> Figure | None:
     return axes.figure  # type: ignore[return-value]
 
 
-def _axes(title: str, x: str, y: str = ACCURACY, width: float = 7.0, height: float = 4.2,
+def _axes(title: str, x: str, y: str, width: float = 7.0, height: float = 4.2,
           beside: pd.Series | None = None) -> Axes:  # fmt: skip
     """One picture in a figure of its own (inches); ``beside``: labels that need room of their own."""
     if beside is not None:

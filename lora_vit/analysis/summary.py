@@ -18,6 +18,7 @@ from lora_vit.analysis.race import Race, one_stage, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
+from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import SEARCH
 
 ORDER = {"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4}
@@ -28,7 +29,7 @@ class Summary:
     """Of a fixed sweep: every cell was meant to get the same seeds, and claims come from all trials together.
 
     ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
-    this difference of accuracies below the best are good enough. ``test``: the accuracy of the chosen cell on
+    this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
     ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``race``: if the sweep was one, with the
     ``command`` that resumes it.
     """
@@ -50,14 +51,20 @@ class Summary:
     problems: list[str]
     race: Race | None = None
     command: str | None = None
+    metric: str = "accuracy"
 
     legend = (
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
         "is no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of val "
-        "accuracy against that cost."
+        "{} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
+
+    def __post_init__(self) -> None:
+        self.title, self.meaning, _, self.counts_images = METRICS[self.metric]
+        losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
+        self.legend = self.legend.format(self.title) + losses
 
     @property
     def verdict(self) -> str:
@@ -65,7 +72,7 @@ class Summary:
         cells, c, best = self.cells, self.comparison, best_cell(self.cells)
         if len(cells) == 1:
             return self._alone()
-        start = f"{best['label']} has the highest val accuracy"
+        start = f"{best['label']} has the highest val {self.title}"
         if c.best is None:
             searched = any((Path(folder) / SEARCH).is_file() for folder in self.folders)
             search = "Run the search's command again: it names the commands that race its best cells over other seeds."
@@ -98,7 +105,7 @@ class Summary:
     def _alone(self) -> str:
         cell = self.cells.iloc[0]
         figure = f"{with_interval(cell)} ({seeds(cell['n'])})"
-        return f"One cell, nothing to compare: {cell['label']} has val accuracy {figure}."
+        return f"One cell, nothing to compare: {cell['label']} has val {self.title} {figure}."
 
     def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
         """Which cheapest cells are good enough, or that none is known yet; empty without a margin.
@@ -146,12 +153,12 @@ class Summary:
         )
 
     def errors_of_test(self) -> str:
-        """Both half widths of the test accuracy at 95 %."""
+        """Both half widths of the test figure at 95 %; that of the images for a share of them alone."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
         p, n, z2 = self.test.mean, self.test_images, 1.959964**2  # Wilson (1927): not 0 where all images are right
         of_set = math.sqrt(z2 * p * (1 - p) / n + (z2 / n / 2) ** 2) / (1 + z2 / n) if n else math.nan
-        return f"{between}± {plain(of_set)} from the {n:,} test images"
+        return f"{between}± {plain(of_set if self.counts_images else math.nan)} from the {n:,} test images"
 
     def optimism(self) -> float:
         """How far the best mean would lie above the others if all cells were equally good."""
@@ -168,7 +175,7 @@ class RaceSummary(Summary):
         "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
         "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
         "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
-        "marks the Pareto front of val accuracy against that cost."
+        "marks the Pareto front of val {} against that cost."
     )
 
     @property
@@ -215,11 +222,11 @@ class RaceSummary(Summary):
         return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
 
-def replay(plan: Mapping[str, Any], trials: pd.DataFrame) -> Race:
+def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy") -> Race:
     """The race of a ``sweep.json``, from the records of its trials."""
     ended = trials[trials["status"].isin(["completed", "failed"])]
-    accuracies = ended["val_accuracy"].where(ended["status"] == "completed")
-    return standing(plan, zip(ended["cell"], ended["seed"], accuracies, ended["data.val"], strict=True))
+    values = ended[value].where(ended["status"] == "completed")
+    return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True))
 
 
 def first_seeds(plan: Mapping[str, Any], trials: pd.DataFrame) -> pd.DataFrame:
@@ -242,6 +249,7 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
     claims of fixed sweeps go. ``within`` the margin is also the selected one, if the race was about this margin.
     """
     frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
+    frame = frame.loc[:, ~frame.columns.str.startswith("d_")]
     for i, cell in enumerate(race.cells):
         stays = "selected" if i == race.selected else "left"
         mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"

@@ -1,4 +1,4 @@
-"""Trials and cells as DataFrames. Accuracies are fractions here; ``texts`` says them."""
+"""Trials and cells as DataFrames. Metrics are fractions here; ``texts`` says them."""
 
 import math
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.load import COSTS
+from lora_vit.analysis.load import COSTS, FIGURES
 from lora_vit.analysis.stats import Comparison, t_interval
 from lora_vit.config import SECTIONS
 from lora_vit.config.names import LR, METHOD, cell_text, names, preferred, varying
+from lora_vit.metrics import LOSSES
 
 SCALING = "lora.effective_scaling"
 FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.test", SCALING)
@@ -24,9 +25,9 @@ def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return trials.assign(label=trials["cell"].map(names(rows, settings))), settings
 
 
-def averaged(trials: pd.DataFrame) -> pd.Series:
-    """Which trials count: completed ones that have a val accuracy."""
-    return (trials["status"] == "completed") & np.isfinite(trials["val_accuracy"].astype(float))
+def averaged(trials: pd.DataFrame, value: str = "val_accuracy") -> pd.Series:
+    """Which trials count: completed ones that have the value that is compared."""
+    return (trials["status"] == "completed") & np.isfinite(trials[value].astype(float))
 
 
 def best_cell(cells: pd.DataFrame) -> pd.Series:
@@ -43,9 +44,9 @@ def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
     return preferred(sorted(there), ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
 
 
-def matrix(done: pd.DataFrame) -> pd.DataFrame:
-    """Val accuracy by cell id (rows) and seed (columns), NaN where there is no trial."""
-    return done.pivot_table(index="cell", columns="seed", values="val_accuracy", aggfunc="last")
+def matrix(done: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:
+    """A figure by cell id (rows) and seed (columns), NaN where there is no trial."""
+    return done.pivot_table(index="cell", columns="seed", values=value, aggfunc="last")
 
 
 def cells_table(
@@ -57,7 +58,8 @@ def cells_table(
     missing seeds; cells are sorted and compared by it. ``difference`` is cell minus best;
     ``difference_low``/``_high`` its simultaneous 95 % interval. ``mark``: best | candidate | worse | open (neither
     shown worse nor a candidate) | no verdict (one seed). ``vs_probe`` and ``vs_full``: cell minus the best cell of that
-    baseline, paired by seed, with its t interval. Costs are means over the cell's trials.
+    baseline, paired by seed, with its t interval. Losses, where trials have them all, and costs are means over the
+    cell's trials; ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
@@ -75,13 +77,21 @@ def cells_table(
         ["no verdict", "best", "worse", "candidate"], "open",
     ).astype(object)  # fmt: skip
     frame["below"] = result.below
+
+    def against(base: int, name: str, x: np.ndarray, step: float) -> None:
+        paired = pd.DataFrame([t_interval(row - x[base], step) for row in x])[["mean", "low", "high"]]
+        paired.loc[base] = math.nan
+        frame[[name, f"{name}_low", f"{name}_high"]] = paired
+
     for method, name in (("none", "vs_probe"), ("full", "vs_full")):
         rows = np.flatnonzero(first[METHOD] == method)
         if len(rows):
-            base = rows[np.argmax(frame["mean"].to_numpy(float)[rows])]
-            paired = pd.DataFrame([t_interval(row - y[base], resolution) for row in y])[["mean", "low", "high"]]
-            paired.loc[base] = math.nan
-            frame[[name, f"{name}_low", f"{name}_high"]] = paired
+            against(rows[np.argmax(frame["mean"].to_numpy(float)[rows])], name, y, resolution)
+    for name in LOSSES if done["val_brier"].notna().any() else ():
+        losses = matrix(done, f"val_{name}").reindex(values.index)
+        frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()
+        if result.best is not None:
+            against(result.best, f"d_{name}", losses.to_numpy(float), 0.0)
     costs = ["trainable_parameters", *(c for c in COSTS if c != "pack_size")]
     frame = frame.join(done.groupby("cell")[costs].mean(), on="cell")
     score = frame["adjusted"].to_numpy(float)
@@ -103,11 +113,13 @@ def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return known & ~(no_worse & ((score > score[:, None]) | (cost < cost[:, None]))).any(1)
 
 
-def trials_table(trials: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
+def trials_table(trials: pd.DataFrame, settings: list[str], value: str = "val_accuracy") -> pd.DataFrame:
     """One row per trial, best first: what varies, status, metrics, costs. No test figures: cells are chosen on val."""
     columns = ["trial", "cell", "label", *settings, *_scaling_shown(trials, settings), "seed", "status", "epoch"]
-    columns += ["val_accuracy", "val_loss", "train_loss", "trainable_parameters", *COSTS, "error", "folder"]
-    score = trials["val_accuracy"].where(trials["status"] == "completed")
+    known = [name for name in FIGURES if name.startswith("val") and trials[name].notna().any()]
+    columns += dict.fromkeys((value, "val_accuracy", "val_loss", "train_loss", *known))
+    columns += ["trainable_parameters", *COSTS, "error", "folder"]
+    score = trials[value].where(trials["status"] == "completed")
     order = trials.assign(_score=score).sort_values(["_score", "trial"], ascending=[False, True]).index
     return trials.loc[order, columns].reset_index(drop=True)
 

@@ -8,12 +8,12 @@ NONE = "–"
 
 
 def plain(value: float) -> str:
-    """An accuracy in % or a difference in points, without its unit."""
+    """A metric in % or a difference in points, without its unit."""
     return f"{100 * value:.2f}" if math.isfinite(value) else NONE
 
 
 def number(value: float) -> str:
-    """An accuracy with its unit."""
+    """A metric with its unit."""
     return plain(value) + " %" * math.isfinite(value)
 
 
@@ -50,8 +50,8 @@ def duration(value: float) -> str:
     return f"{value:,.{1 if value < 100 else 0}f}" if math.isfinite(value) else NONE
 
 
-def loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else NONE
+def loss(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if math.isfinite(value) else NONE
 
 
 def seeds(value: float) -> str:
@@ -59,6 +59,6 @@ def seeds(value: float) -> str:
 
 
 def with_interval(cell: pd.Series) -> str:
-    """A cell's mean accuracy with its interval, if it has one."""
+    """A cell's mean with its interval, if it has one."""
     interval = f" (95 % interval {number(cell['low'])} to {number(cell['high'])})" if math.isfinite(cell["low"]) else ""
     return number(cell["mean"]) + interval

@@ -12,6 +12,7 @@ from typing import Any, cast, get_type_hints
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.rules import NO_IDENTITY, choice, nearest, number, refuse, text
 from lora_vit.errors import ConfigError
+from lora_vit.metrics import METRICS
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
@@ -113,6 +114,7 @@ class TrainerConfig:
     checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
     log_every: int = field(metadata=number("a number of steps", "[1, inf)") | NO_IDENTITY)
     validate_every: int = field(metadata=number("a number of epochs", "[1, inf)") | NO_IDENTITY)
+    metric: str = field(metadata=choice(*METRICS) | NO_IDENTITY | {"as_before": "accuracy"})
 
 
 @dataclass
@@ -137,7 +139,7 @@ class SweepConfig:
     retry_failed: bool
     dry_run: bool
     wait: bool
-    margin: float | None = field(metadata=number("points of val accuracy", "(0, 100)", ", or null for no race"))
+    margin: float | None = field(metadata=number("points of the val metric", "(0, 100)", ", or null for no race"))
     first_seeds: int = field(metadata=number("the seeds that a race starts with,", "[2, inf)"))
     most_seeds: int
     trials: int | None = field(metadata=number("a number of trials", "[1, inf)", ", or null for every combination"))

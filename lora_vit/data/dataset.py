@@ -61,7 +61,7 @@ class ImageData(Found):
         sizes = {name: len(ids) for name, ids in self.splits.items()}
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
-    def line(self, image_size: int) -> str:
+    def line(self, image_size: int, metric: str = "") -> str:
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
         used = sum(map(len, self.splits.values()))
@@ -84,6 +84,9 @@ class ImageData(Found):
             if len(at):
                 pair = " and ".join(self.class_names[label] for label in self.labels[order[at[0] : at[0] + 2]])
                 text += f"; {len(np.unique(first[order[at]])):,} images lie in two classes ({pair})"
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        if metric == "accuracy" and counts.max() > 3 * counts.min():
+            text += f"; {counts.min():,} to {counts.max():,} images in a class: try trainer.metric=balanced_accuracy"
         text = "; ".join([text, *self.told])
         return text + (f"; passed over: {', '.join(self.passed_over)}" if self.passed_over else "")
 

@@ -30,7 +30,7 @@ class PackedSweeper(Sweeper):
         self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep for Hydra; returns the validation accuracies. Raises TrialFailed if a trial has none."""
+        """Run the sweep for Hydra; returns the metric of each trial. Raises TrialFailed if a trial has none."""
         from lora_vit.compose import sweep_request
         from lora_vit.stopping import waiting
         from lora_vit.sweep.engines.local import start_early
@@ -56,7 +56,8 @@ class PackedSweeper(Sweeper):
         config = DictConfig({**values, "hydra": OmegaConf.merge(self.config.hydra, own)})
         job = JobReturn(overrides=trial.overrides, cfg=config, hydra_cfg=self.config)
         if state.status == "completed":
-            job.status, job.return_value = JobStatus.COMPLETED, state.record.metrics.get("val_accuracy")
+            value = state.record.metrics.get(f"val_{trial.config.trainer.metric}")
+            job.status, job.return_value = JobStatus.COMPLETED, value
         else:
             job.status, job.return_value = JobStatus.FAILED, TrialFailed(state.problem or state.record.error["message"])
         self.callbacks.on_job_start(config=config, task_function=self.task)

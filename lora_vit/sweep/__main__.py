@@ -11,16 +11,17 @@ from pathlib import Path
 
 from lora_vit.cli import SWEEPS, named
 from lora_vit.errors import ConfigError
+from lora_vit.metrics import METRICS
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
-from lora_vit.sweep.view import HEADER, accuracy_of, trial_row
+from lora_vit.sweep.view import HEADER, trial_row, value_of
 from lora_vit.terminal import make_console, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "List a sweep's trials: status, epochs trained, validation accuracy. `work FOLDER` is one more worker for it: "
+        "List a sweep's trials: status, epochs trained, metric on val. `work FOLDER` is one more worker for it: "
         "it trains packs of open trials on one device of this machine, until none is open or held by another worker."
     )
     parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder; or the word `work`")
@@ -51,15 +52,15 @@ def find(text: str) -> Path:
 
 
 def show(folder: Path) -> int:
-    """Print the trials, those with the highest validation accuracy first within each status."""
+    """Print the trials, the best first within each status."""
     sweep = Sweep(folder)
     names = dict.fromkeys([*sweep.trials, *(path.name for path in trial_folders(folder))])
     states = {name: state_of(folder / name) for name in names}
     order = ("completed", "running", "interrupted", "stopped", "failed", "refused", "new")
-    best = sorted(states, key=lambda name: (order.index(states[name].status), -(accuracy_of(states[name]) or 0.0)))
-    rows = [trial_row(n, sweep.trials[n].label if n in sweep.trials else "", states[n]) for n in best]
+    best = sorted(states, key=lambda n: (order.index(states[n].status), -(value_of(states[n], sweep.metric) or 0.0)))
+    rows = [trial_row(n, sweep.trials[n].label if n in sweep.trials else "", states[n], sweep.metric) for n in best]
     console = make_console()
-    print_table(console, "", HEADER, rows)
+    print_table(console, "", [text.format(METRICS[sweep.metric].title) for text in HEADER], rows)
     total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
     if sweep.race:

@@ -38,6 +38,7 @@ class Request:
     hydra: str = ""  # Hydra's own part of the configuration, as YAML
     search: dict[str, Any] | None = None  # its space
     race: dict[str, Any] | None = None  # its rules and cells
+    metric: str = "accuracy"  # that its trials are compared by
     workers: int = 1
     ended: Callable[[Trial, State], None] = lambda trial, state: None  # called for each that ends while we watch
 
@@ -93,7 +94,7 @@ class Sweep:
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
         self.plan, self.trials, self._version = plan, trials, version
-        self.race, self.search = plan["race"], plan["search"]
+        self.race, self.search, self.metric = plan["race"], plan["search"], plan.get("metric", "accuracy")
         return True
 
     def _trial(self, name: str, values: dict[str, Any]) -> Trial:
@@ -140,7 +141,7 @@ class Sweep:
             # what was measured beside other load holds for that command alone
             sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
-                        pack_sizes=sizes, version=__version__)  # fmt: skip
+                        metric=request.metric, pack_sizes=sizes, version=__version__)  # fmt: skip
 
     def extend(self, trials: Sequence[Trial]) -> bool:
         """Append what a race or a search wants next, if anything; the caller holds the plan (:meth:`changing`)."""

@@ -17,6 +17,7 @@ from lora_vit.build import prepare
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, Interrupted, RecordError, TrialFailed
+from lora_vit.metrics import METRICS
 from lora_vit.records import RECORD, write_record
 from lora_vit.resolve import is_identified
 from lora_vit.stopping import StopRequest
@@ -25,7 +26,7 @@ from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of
 from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
-from lora_vit.sweep.view import HEADER, View, accuracy_of, trial_row
+from lora_vit.sweep.view import HEADER, View, trial_row, value_of
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3  # so often in a row workers are started without that a trial ends
@@ -37,15 +38,17 @@ COMPARED, MARGIN = 3, 0.5  # so many settings of a search are proposed for a rac
 def run_sweep(request: Request) -> dict[str, float] | None:
     """Train the trials that a command asks for, each once; skip what is finished.
 
-    Returns the validation accuracy of each trial id; None after a dry run or with ``sweep.wait=false``. Raises
+    Returns the metric on val of each trial id; None after a dry run or with ``sweep.wait=false``. Raises
     ConfigError: nothing was trained; TrialFailed: some trials did not complete, all others are, or workers end without
     training anything; Interrupted: everything is saved.
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
     if not request.trials:
         raise ConfigError("no trials: give at least one")
+    if len(metrics := dict.fromkeys(trial.config.trainer.metric for trial in request.trials)) > 1:
+        raise ConfigError(f"trainer.metric={','.join(metrics)}: one metric compares all trials of a sweep, give one")
     trials = _each_once(request.trials, sweep) if search is None else request.trials[:1]
-    request = replace(request, trials=trials)
+    request = replace(request, trials=trials, metric=trials[0].config.trainer.metric)
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in {trial.config.trainer.devices for trial in trials} - {"auto", "1"}:
@@ -195,52 +198,52 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
 
 
 def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, float]:
-    """Print the tables; the validation accuracy of each trial. Raises TrialFailed if some have none."""
+    """Print the tables; the metric on val of each trial. Raises TrialFailed if some have none."""
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
-    accuracies = {n: found for n, state in states.items() if (found := accuracy_of(state)) is not None}
-    console = make_console()
+    console, metric, title = make_console(), sweep.metric, METRICS[sweep.metric].title
+    values = {n: found for n, state in states.items() if (found := value_of(state, metric)) is not None}
     if isinstance(source, RaceSource):
         print_race(console, sweep, source)
     elif not isinstance(source, SearchSource):
-        print_cells(console, trials, accuracies)
-    elif accuracies:
-        print_found(console, sweep, accuracies)
-    failed = [trial_row(t.trial_id, t.label, states[t.trial_id]) for t in trials if t.trial_id not in accuracies]
+        print_cells(console, trials, values, title)
+    elif values:
+        print_found(console, sweep, values)
+    failed = [trial_row(t.trial_id, t.label, states[t.trial_id], metric) for t in trials if t.trial_id not in values]
     if failed:
-        print_table(console, "Not completed", HEADER, failed, SHOWN)
+        print_table(console, "Not completed", [text.format(title) for text in HEADER], failed, SHOWN)
     where = from_here(sweep.folder)
     console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
     if failed:
         retry = not request.options.retry_failed and any(row[2] == "failed" for row in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         raise TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
-    return accuracies
+    return values
 
 
-def print_cells(console: Console, trials: Sequence[Trial], accuracies: dict[str, float]) -> None:
-    """Cells by mean validation accuracy, best first."""
+def print_cells(console: Console, trials: Sequence[Trial], of: dict[str, float], metric: str) -> None:
+    """Cells by the mean of the metric, best first."""
     cells: dict[str, list[Trial]] = {}
     for trial in trials:
         cells.setdefault(trial.cell_id, []).append(trial)
     names = cell_names({cell: to_dict(members[0].config) for cell, members in cells.items()})
     rows = []
     for cell, members in cells.items():
-        values = [accuracies[trial.trial_id] for trial in members if trial.trial_id in accuracies]
+        values = [of[trial.trial_id] for trial in members if trial.trial_id in of]
         if values:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
     if rows:
         lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
-        title = "Cells by mean validation accuracy (the summary says which differences are real)"
-        print_table(console, title, ("", "cell", "mean val accuracy", "sd over seeds", "seeds"), lines, SHOWN)
+        title = f"Cells by mean validation {metric} (the summary says which differences are real)"
+        print_table(console, title, ("", "cell", f"mean val {metric}", "sd over seeds", "seeds"), lines, SHOWN)
 
 
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
     """How the race stands, and its verdict if it has ended."""
     source.look()
-    header = ("cell", "mean val accuracy", "seeds", "slack (points)", "")
-    print_table(console, source.title(), header, source.rows(), SHOWN)
+    columns = ("cell", f"mean val {METRICS[sweep.metric].title}", "seeds", "slack (points)", "")
+    print_table(console, source.title(), columns, source.rows(), SHOWN)
     if source.race.ended:
         from lora_vit.analysis import summarize  # imports pandas
 
@@ -248,13 +251,13 @@ def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
             console.print(summarize(sweep.folder).verdict, markup=False)
 
 
-def print_found(console: Console, sweep: Sweep, accuracies: dict[str, float]) -> None:
+def print_found(console: Console, sweep: Sweep, values: dict[str, float]) -> None:
     """What a search found, and the command that says whether it holds."""
-    console.print(f"{len(accuracies)} trials completed, one seed each: no significance, and the best is biased upwards")
+    console.print(f"{len(values)} trials completed, one seed each: no significance, and the best is biased upwards")
     new, commands = f"{sweep.folder}-best", []
-    for name in sorted(accuracies, key=lambda name: -accuracies[name])[:COMPARED]:
+    for name in sorted(values, key=lambda name: -values[name])[:COMPARED]:
         trial = sweep.trials[name]
-        console.print(f"  {accuracies[name]:.2%}  {trial.label}", markup=False)
+        console.print(f"  {values[name]:.2%}  {trial.label}", markup=False)
         lines = [line for line in without_seed(trial.overrides) if not line.startswith(("sweep", "hydra"))]
         race = [f"seed={trial.config.seed + 1}", f"sweep.margin={MARGIN}", f"hydra.sweep.dir={new}"]
         commands.append("python -m lora_vit.train " + shlex.join(["-m", *lines, *race]))
@@ -266,7 +269,8 @@ def print_plan(sweep: Sweep, request: Request) -> None:
     """What ``sweep.dry_run=false`` would train: its packs, and what is known from measured ones."""
     console, trials, pack_size = make_console(), request.trials, request.options.pack_size
     if request.race is not None:
-        sweep.race, sweep.trials = request.race, {**sweep.trials, **{t.trial_id: t for t in trials}}
+        sweep.race, sweep.metric = request.race, request.metric
+        sweep.trials = {**sweep.trials, **{t.trial_id: t for t in trials}}
         source = RaceSource(sweep)
         k, rules = len(trials), source.race.rules
         console.print(f"a race of {k} cells takes at least {k * rules.first_seeds} trials, at most "

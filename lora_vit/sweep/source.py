@@ -18,7 +18,7 @@ from lora_vit.records import SEARCH
 from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.plan import Sweep, label
 from lora_vit.sweep.trial import Trial, digest, without_idle
-from lora_vit.sweep.view import accuracy_of
+from lora_vit.sweep.view import value_of
 
 BATCHES = 5  # a search learns in between so many batches, unless the packs' size is given
 MOST_REPEATS = 50  # suggestions in a row that are known, after which the space is taken to hold nothing new
@@ -45,7 +45,7 @@ class RaceSource(Source):
     """A sweep with ``sweep.margin``: cells get more seeds until one is left.
 
     ``cells``: a trial of each with the first seed, in the order of ids, which settles ties. ``ended``: cell, seed,
-    accuracy (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
+    value (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
     """
 
     def __init__(self, sweep: Sweep):
@@ -55,8 +55,8 @@ class RaceSource(Source):
 
     def look(self) -> None:
         """Read the records of the trials that were asked for, and decide."""
-        plan = self.sweep.race or {}
-        if plan != self._plan:  # at first, and if another command has changed its rules or cells
+        plan = {**(self.sweep.race or {}), "metric": self.sweep.metric}
+        if plan != self._plan:  # at first, and if another command has changed its rules, cells or metric
             self._plan = plan
             one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
             self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
@@ -66,7 +66,7 @@ class RaceSource(Source):
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
                     images = state.record.data.get("val")
-                    self.ended[name] = (trial.cell_id, trial.config.seed, accuracy_of(state), images)
+                    self.ended[name] = (trial.cell_id, trial.config.seed, value_of(state, plan["metric"]), images)
         self.race: Race = standing(plan, self.ended.values())
 
     def wanted(self) -> list[Trial]:
@@ -169,7 +169,7 @@ class SearchSource(Source):
             state = self.sweep.state_of(self.sweep.trials[name])
             if not state.ended or state.record is None:
                 continue
-            value = accuracy_of(state)
+            value = value_of(state, self.sweep.metric)
             if not theirs.state.is_finished():
                 study.tell(theirs.number, value, state=TrialState.FAIL if value is None else None)
             elif value is not None:  # it had failed, and was tried again

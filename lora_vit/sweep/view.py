@@ -2,38 +2,37 @@
 
 from collections.abc import Sequence
 
-from lora_vit.records import NO_ACCURACY, RECORD, State
+from lora_vit.metrics import METRICS
+from lora_vit.records import NO_FIGURE, RECORD, State
 from lora_vit.sweep.claims import ENDED, HELD, Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
 from lora_vit.terminal import Progress
 
-HEADER = ("trial", "settings", "status", "epochs", "val accuracy", "")
+HEADER = ("trial", "settings", "status", "epochs", "val {}", "")  # {}: the metric's title
 
 
-def trial_row(trial_id: str, label: str, state: State) -> tuple[str, ...]:
+def trial_row(trial_id: str, label: str, state: State, metric: str = "accuracy") -> tuple[str, ...]:
     """How a trial stands, as a row under ``HEADER``; the last column says what is wrong."""
     record, status, why = state.record, "waiting" if state.status == "new" else state.status, state.problem
     if record is None:
         return trial_id, label, status, "", "", why
-    accuracy = record.metrics.get("val_accuracy")
-    why = f"{RECORD} {NO_ACCURACY}" if status == "completed" and accuracy is None else ""
+    value = record.metrics.get(f"val_{metric}")
+    why = f"{RECORD} {NO_FIGURE.format(metric)}" if status == "completed" and value is None else ""
     why = str((record.error or {}).get("message") or why)
     epochs = f"{record.metrics.get('epoch', 0)}/{record.config['trainer']['epochs']}"
-    return trial_id, label, status, epochs, "" if accuracy is None else f"{accuracy:.2%}", why
+    return trial_id, label, status, epochs, "" if value is None else f"{value:.2%}", why
 
 
-def ending(trial: Trial, state: State) -> str:
+def ending(trial: Trial, state: State, metric: str) -> str:
     """What a trial has come to, in a line."""
-    name, label, status, _, accuracy, why = trial_row(trial.trial_id, trial.label, state)
-    return f"{name} {label}  {status}  {why or (accuracy and f'val accuracy {accuracy}')}"
+    name, label, status, _, value, why = trial_row(trial.trial_id, trial.label, state, metric)
+    return f"{name} {label}  {status}  {why or (value and f'val {METRICS[metric].title} {value}')}"
 
 
-def accuracy_of(state: State | None) -> float | None:
-    """The validation accuracy of a trial that is completed."""
-    if state is None or state.record is None or state.status != "completed":
-        return None
-    return state.record.metrics.get("val_accuracy")
+def value_of(state: State, metric: str) -> float | None:
+    """What a trial is compared by, if it is completed."""
+    return state.record.metrics.get(f"val_{metric}") if state.record and state.status == "completed" else None
 
 
 class View:
@@ -68,8 +67,8 @@ class View:
                 self.claims.reopen([name])
         count = f"{len(self.ended)}/{len(self.trials)}"
         for trial, state in new:
-            self.say(f"[{count}] {ending(trial, state)}")
-        best = max((accuracy_of(state) or 0.0 for state in self.ended.values()), default=0.0)
+            self.say(f"[{count}] {ending(trial, state, self.sweep.metric)}")
+        best = max((value_of(state, self.sweep.metric) or 0.0 for state in self.ended.values()), default=0.0)
         running = f"{count} trials ended, {len(self.running())} running"
         self.progress.figures = running + (f", best {best:.2%}" if best else "")
         done, self.progress.total = self._epochs()

@@ -158,7 +158,7 @@ class Worker(Reporter):
 
     def left(self, trial: TrialRun) -> None:
         self.claims.release(trial.name, ENDED)
-        self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record)))
+        self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record), self.sweep.metric))
 
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
         """Train a pack; returns the ids of what is to train by itself after an error, in halves.

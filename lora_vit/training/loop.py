@@ -11,6 +11,7 @@ import torch
 from rich.table import Column, Table
 
 from lora_vit.errors import Interrupted
+from lora_vit.metrics import figures
 from lora_vit.stopping import StopRequest, repeating
 from lora_vit.terminal import Every, Progress, make_console
 from lora_vit.training.pack import Pack
@@ -44,7 +45,7 @@ class RunReporter(Reporter):
         """Print the data, the place and the table of parameters, and start the bar."""
         trial, setup, steps = pack.trials[0], pack.setup, pack.steps_per_epoch
         where = "{device}, {precision}, {world_size} process(es)".format(**setup.environment)
-        self.console.print(setup.data.line(setup.transform.image_size), markup=False)
+        self.console.print(setup.data.line(setup.transform.image_size, trial.config.trainer.metric), markup=False)
         self.console.print(f"trial {trial.name} on {where}")
         counts, columns = trial.record.parameters, (Column(name, justify="right") for name in ("count", "share"))
         table = Table("parameters", *columns, box=None, pad_edge=False)
@@ -64,7 +65,7 @@ class RunReporter(Reporter):
         self._progress.figures = f"loss {losses[0]:.4f}  lr {rates[0]:.2e}  {images_per_second:,.0f} images/s"
 
     def epoch(self, trial: TrialRun, row: dict[str, float]) -> None:
-        self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(row)}")
+        self.console.print(f"epoch {trial.state.epoch}/{trial.config.trainer.epochs}  {epoch_figures(trial, row)}")
 
     def close(self) -> None:
         self._progress.close()
@@ -201,10 +202,10 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         state, record, step = trial.state, trial.record, pack.step_of(trial)
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
         if validated[k]:
-            val = predictions[k]
-            row |= {"val_loss": val.loss, "val_accuracy": val.accuracy}
-            if not state.best or val.accuracy > state.best["val_accuracy"]:
-                state.best = {"epoch": state.epoch, "val_accuracy": val.accuracy}
+            row |= figures("val", predictions[k])
+            judged_by = f"val_{trial.config.trainer.metric}"
+            if row[judged_by] > state.best.get(judged_by, -1.0):
+                state.best = {"epoch": state.epoch, judged_by: row[judged_by]}
         state.last = {"epoch": state.epoch, "step": step, **row}
         record.metrics, record.best = dict(state.last), dict(state.best)
         record.cost.update(
@@ -250,8 +251,7 @@ def complete(pack: Pack) -> list[TrialRun]:
     for k, trial in finished:
         for name, predictions in splits.items():
             if name != "val":
-                trial.record.metrics[f"{name}_accuracy"] = predictions[k].accuracy
-                trial.record.metrics[f"{name}_loss"] = predictions[k].loss
+                trial.record.metrics |= figures(name, predictions[k])
         own = {name: predictions[k] for name, predictions in splits.items()}
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, one_hot
 
 from lora_vit import distributed
 from lora_vit.data.augment import to_device
 from lora_vit.data.stream import TrainStream
 from lora_vit.errors import out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.metrics import Predictions
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
-from lora_vit.training.trial import Predictions, Setup, TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class Pack:
         labels, N = setup.data.labels[ids], len(ids)
         # Each process fills its own share; the sum over processes then is the whole, exactly.
         predicted_KN = torch.zeros(K, N, dtype=torch.int64, device=setup.device)
-        log_p_KN = torch.zeros(K, N, dtype=torch.float64, device=setup.device)
+        said_4KN = torch.zeros(4, K, N, dtype=torch.float64, device=setup.device)
         own = np.arange(setup.process.rank, N, setup.process.world_size)
         model.eval()
         while len(own):
@@ -154,12 +155,17 @@ class Pack:
             where = to_device(places, setup.device)
             predicted_KN[:, where] = logits_KBC.argmax(-1)
             true_KB1 = labels_B.expand(K, -1)[..., None]
-            log_p_KN[:, where] = log_softmax(logits_KBC, -1).gather(-1, true_KB1).squeeze(-1).double()
+            log_p_KBC = log_softmax(logits_KBC, -1)
+            log_true_KB1, p_KBC = log_p_KBC.gather(-1, true_KB1), log_p_KBC.exp()
+            rivals_KB = (log_p_KBC <= log_true_KB1).logical_not().sum(-1)  # more probable classes; all where NaN
+            brier_KB = (p_KBC - one_hot(labels_B, p_KBC.shape[-1])).square().sum(-1)
+            said_4KN[:, :, where] = torch.stack([log_true_KB1[..., 0], p_KBC.amax(-1), brier_KB, rivals_KB]).double()
         model.train()
-        summed = (distributed.sum_over_processes_(x_KN).cpu().numpy() for x_KN in (predicted_KN, log_p_KN))
+        predicted, said = (distributed.sum_over_processes_(x).cpu().numpy() for x in (predicted_KN, said_4KN))
+        true, top, brier = (x_KN.astype(np.float32) for x_KN in (np.exp(said[0]), *said[1:3]))
         self._predictions[split] = [
-            Predictions(ids, labels, predicted, np.exp(log_p).astype(np.float32), -float(log_p.mean()))
-            for predicted, log_p in zip(*summed, strict=True)
+            Predictions(ids, labels, predicted[k], true[k], top[k], said[3, k] < 5, brier[k], -float(said[0, k].mean()))
+            for k in range(K)
         ]
         return self._predictions[split]
 

@@ -33,8 +33,8 @@ class TensorBoard:
     def log_epoch(self, step: int, row: dict[str, float]) -> None:
         """Called after each epoch with its row."""
         if "val_accuracy" in row:
-            self.writer.add_scalar("val/accuracy", row["val_accuracy"], step)
-            self.writer.add_scalar("val/loss", row["val_loss"], step)
+            for name in dict.fromkeys((self.record.config["trainer"]["metric"], "accuracy", "loss")):
+                self.writer.add_scalar(f"val/{name}", row[f"val_{name}"], step)
         self.writer.flush()
 
     def log_hparams(self) -> None:
@@ -51,7 +51,8 @@ class TensorBoard:
             "targets": " ".join(c["lora"]["targets"] or []),
             "weight_decay": c["optimizer"]["weight_decay"],
         }
-        self.writer.add_hparams(hparams, {"final/val_accuracy": self.record.metrics["val_accuracy"]}, run_name=".")
+        name = f"val_{c['trainer']['metric']}"
+        self.writer.add_hparams(hparams, {f"final/{name}": self.record.metrics[name]}, run_name=".")
 
     def close(self) -> None:
         """Called when the trial's files are closed."""

@@ -25,6 +25,7 @@ from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing, write_json
 from lora_vit.lora.adapter import sha256_of
+from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_tensors
@@ -59,21 +60,6 @@ class Setup:
     @property
     def data(self) -> ImageData:
         return self.samples.data
-
-
-@dataclass
-class Predictions:
-    """A trial's predictions on a split of N samples, in the split's order."""
-
-    ids: np.ndarray  # int64 [N]
-    labels: np.ndarray  # int64 [N]
-    predicted: np.ndarray  # int64 [N]
-    true_probability: np.ndarray  # float32 [N]
-    loss: float  # mean cross entropy, without label smoothing
-
-    @property
-    def accuracy(self) -> float:
-        return int((self.predicted == self.labels).sum()) / len(self.labels)
 
 
 class TrialRun:
@@ -170,12 +156,12 @@ class TrialRun:
                 tracker.log_step(step, loss, lr, images_per_second)
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
-        """Write an epoch's row: train_loss, and where it was validated val_loss and val_accuracy."""
+        """Write an epoch's row: train_loss, and where it was validated the figures of val."""
         if self._ask():
             self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
             for tracker in self.trackers:
                 tracker.log_epoch(step, row)
-            self.say(f"epoch {epoch}  {epoch_figures(row)}")
+            self.say(f"epoch {epoch}  {epoch_figures(self, row)}")
 
     def save(self) -> None:
         """Write the checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
@@ -193,8 +179,8 @@ class TrialRun:
         """Write the predictions, and the adapter with a card that says enough to put it on its base and use it."""
         if not (folder := self._ask()):
             return
-        names = ("ids", "labels", "predicted", "true_probability")
-        arrays: Any = {f"{split}.{name}": getattr(own, name) for split, own in splits.items() for name in names}
+        arrays: Any = {f"{split}.{name}": values for split, own in splits.items() for name, values in vars(own).items()
+                       if name != "loss"}  # fmt: skip
         with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
             np.savez(file, **arrays)
         lora = self.config.lora
@@ -260,11 +246,13 @@ class TrialRun:
             self.close()
 
 
-def epoch_figures(row: dict[str, float]) -> str:
+def epoch_figures(trial: TrialRun, row: dict[str, float]) -> str:
     """An epoch's row as text."""
     text = f"train loss {row['train_loss']:.4f}"
     if "val_accuracy" in row:
-        text += f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.2%}"
+        text += f"  val loss {row['val_loss']:.4f}"
+        for name in dict.fromkeys((trial.config.trainer.metric, "accuracy")):
+            text += f"  val {METRICS[name].title} {row[f'val_{name}']:.2%}"
     return text
 
 

@@ -12,7 +12,7 @@ from helpers import run
 
 from lora_vit.records import read_record
 
-BLOCK = re.compile(r"```(?:python|yaml)\n# (\S+?)(: in DATASETS)?\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(?:python|yaml)\n# (\S+?)(?:: in (\w+))?\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,12 @@ def extended(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(project_root / "lora_vit", folder / "lora_vit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(project_root / "conf", folder / "lora_vit" / "conf")
     blocks = BLOCK.findall((project_root / "docs/extending.md").read_text())
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for name, inside, text in blocks:
         path = folder / re.sub("^conf/", "lora_vit/conf/", name)
         if inside:
-            before, row, after = path.read_text().partition('    "fake": DataSet')
-            path.write_text(before + text + row + after)
+            before, table, after = path.read_text().partition(f"\n{inside} = {{\n")
+            path.write_text(before + table + text + after)
         else:
             assert not path.exists()
             path.write_text(text)
@@ -38,7 +38,8 @@ def extended(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_preset_sweeps_what_the_recipes_add_and_the_tracker_hears_of_each_trial(extended):
     environment = {"PYTHONPATH": str(extended)}
     own = ("sweep=depth", "experiment=tracked", "model=vit_small", "data=stripes", "trainer.epochs=2")
-    line = [sys.executable, "-m", "lora_vit.train", *own, "sweep.name=depth", "sweep.pack_size=2"]
+    more = ("trainer.metric=median_recall", "sweep.name=depth", "sweep.pack_size=2")
+    line = [sys.executable, "-m", "lora_vit.train", *own, *more]
     done = run(line, extended, environment)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"TRACKED stripes \d+ [01]\.\d+", done.stdout)) == 4
@@ -46,3 +47,7 @@ def test_a_preset_sweeps_what_the_recipes_add_and_the_tracker_hears_of_each_tria
     assert [(record.status, sum(record.data[part] for part in ("train", "val", "test"))) for record in records] == (
         [("completed", 60)] * 4
     )
+    said = {f"{record.metrics['val_median_recall']:.4g}" for record in records}
+    assert said == {f"{float(value):.4g}" for value in re.findall(r"TRACKED stripes \d+ (\S+)", done.stdout)}
+    line = [sys.executable, "-m", "lora_vit.summarize", "depth", "--no-plots"]
+    assert "has the highest val median recall" in run(line, extended, environment).stdout

@@ -20,13 +20,14 @@ from lora_vit.records import PREDICTIONS, read_record
 def run(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run")
     own = ("trainer.precision=fp32", "optimizer.lr=3e-3", "data.augment=crop_flip", "hydra.run.dir=run")
-    return folder / "run", run_command(*own, cwd=folder).stdout
+    return folder / "run", run_command(*own, "trainer.metric=macro_f1", cwd=folder).stdout
 
 
 def test_the_terminal(run):
     folder, out = run
     lines = out.splitlines()
     assert lines[-1] == f"Validation Accuracy: {read_record(folder).metrics['val_accuracy']:.2%}"
+    assert lines[-2] == f"Validation Macro-F1: {read_record(folder).metrics['val_macro_f1']:.2%}"
     for start, count in {"data: 100 images": 1, "trial ": 1, "epoch ": 2, "tensorboard --logdir run/": 1}.items():
         assert sum(line.startswith(start) for line in lines) == count, start
     assert "effective scaling 8" in out

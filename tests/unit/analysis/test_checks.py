@@ -134,7 +134,8 @@ def test_what_is_missing_is_counted(quiet):
     assert_told([("2 of 3 cells have one seed only",)], quiet, n=[1, 1, 2])
     status = ["failed", "failed", "completed", "missing", "failed", "missing"]
     said = "Not in the averages: 3 failed, 2 missing, 1 without val accuracy ("
-    assert_told([(said,)], quiet, left_out=pd.DataFrame({"status": status}))
+    reason = ["nan", "nan", "no val_accuracy", "no record", "nan", "no record"]
+    assert_told([(said,)], quiet, left_out=pd.DataFrame({"status": status, "reason": reason}))
 
 
 @pytest.mark.parametrize(

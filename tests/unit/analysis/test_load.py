@@ -13,7 +13,7 @@ import pytest
 from made_up_records import make_record, make_sweep, make_trial
 
 from lora_vit.analysis import export, load, summarize
-from lora_vit.analysis.load import find_records, load_trials, row
+from lora_vit.analysis.load import FIGURES, find_records, load_trials, row
 from lora_vit.config import IDENTITY
 from lora_vit.errors import RecordError
 from lora_vit.records import PLAN, RECORD, TrialRecord
@@ -53,11 +53,11 @@ def test_a_row_holds_settings_figures_costs_and_facts():
         "environment.commit": "0123abc", "environment.dirty": False, "environment.host": "box",
         "environment.device": "cpu", "environment.precision": "fp32", "environment.world_size": 1,
         "environment.versions": "a 1, torch 2.11", "error": "loss is bad", "error_step": 12.0, "folder": "there",
-        "started": 1000.0, "heartbeat": 0.0,
+        "started": 1000.0, "heartbeat": 0.0, "metric": "accuracy",
     }  # fmt: skip
     for name, value in want.items():
         assert got[name] == (pytest.approx(value) if isinstance(value, float) else value), name
-    assert set(got) - set(want) <= set(IDENTITY)
+    assert set(got) - set(want) <= {*IDENTITY, *FIGURES}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,8 @@ def test_odd_values_of_costs_counts_and_facts(value, number, count, fact):
         ("val_accuracy", None, "failed", math.nan, None),
         ("test_accuracy", None, "completed", math.nan, None),
         ("val_loss", -3, "completed", -3.0, None),
+        ("test_macro_f1", 1.01, "completed", math.nan, "test_macro_f1 = 1.01 "),
+        ("val_brier", 1.99, "completed", 1.99, None),
     ],
 )
 def test_figures_that_are_missing_or_impossible(name, value, status, shown, said):
@@ -190,7 +192,7 @@ def test_trials_of_the_plan_that_have_no_record_are_named_with_what_trains_them(
 def test_a_race_is_read_from_the_plan(planned):
     sweep = planned([], **OLD, race=RACE)
     for folder in (sweep, sweep.parent, find_records(sweep)[0]):
-        assert load_trials([folder]).races == [{**RACE, "command": "again"}]
+        assert load_trials([folder]).races == [{**RACE, "command": "again", "metric": "accuracy"}]
     planned([], race=None)
     assert load_trials([sweep]).races == []
 

@@ -10,6 +10,7 @@ from sweeps import options
 
 from lora_vit.config import SECTIONS, validate, validate_sweep
 from lora_vit.errors import ConfigError
+from lora_vit.metrics import METRICS
 
 NO_ADAPTERS = {**BASELINE, "lora.method": "none"}
 NO_NUMBERS = ("0", "-1", "two", "", "1.5", "²", "9" * 5000)
@@ -64,6 +65,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "trainer.checkpoint_every": ([0.001, 300.0], [0.0, 300.001], "seconds in (0, 300]"),
     "trainer.log_every": ([1, 2], [0], "steps from 1 up"),
     "trainer.validate_every": ([1, 5], [0], "epochs from 1 up"),
+    "trainer.metric": ([*METRICS], ["f1", "brier"], "(one of: accuracy, balanced_accuracy, macro_f1, top5_accuracy,"),
     "seed": ([0, 2**63 - 1], [-1, 2**63], "whole number in [0, 9223372036854775807]"),
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",

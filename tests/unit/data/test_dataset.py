@@ -48,8 +48,8 @@ def test_what_a_record_says_of_the_data():
 @pytest.mark.parametrize(
     ("changes", "size", "told"),
     [
-        ({"labels": np.zeros(2500)}, 20, "; 490 training images left out by data.train_per_class"),
-        ({"labels": np.zeros(2011)}, 20, "; 1 training images left out by data.train_per_class"),
+        ({"labels": np.zeros(2500, int)}, 20, "; 490 training images left out by data.train_per_class"),
+        ({"labels": np.zeros(2011, int)}, 20, "; 1 training images left out by data.train_per_class"),
         ({}, 20, ""),
         ({}, 21, "; 30x20 px, enlarged to 21 px"),
         ({"images": np.zeros((1, 3, 30, 20))}, 21, "; 20x30 px, enlarged to 21 px"),
@@ -65,6 +65,12 @@ def test_what_a_record_says_of_the_data():
 def test_the_line_of_a_data_set(changes, size, told):
     start = "data: 2,010 images of 2 classes (cat, dog): train 2,000, val 4, test 6"
     assert image_data(**changes).line(size) == start + told
+    few = image_data(labels=np.repeat([0, 1], [75, 25]))
+    assert few.line(20, "accuracy") == image_data().line(20), "three times as many"
+    few = image_data(labels=np.repeat([0, 1], [76, 25]))
+    told = "; 25 to 76 images in a class: try trainer.metric=balanced_accuracy"
+    assert few.line(20, "accuracy") == image_data().line(20) + told
+    assert few.line(20, "macro_f1") == image_data().line(20)
     assert "of 1,000 classes (x, x, x, ...): train" in image_data(class_names=["x"] * 1000).line(8)
 
 

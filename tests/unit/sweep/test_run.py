@@ -18,7 +18,7 @@ from plain_trials import BASELINE, SMALL
 from sweeps import another, claimed, leave_record, options, seed_trials, sweep_of, trial_of
 
 from lora_vit.compose import expand, initialized
-from lora_vit.errors import Interrupted, TrialFailed
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import CHECKPOINT, RECORD, read_record
 from lora_vit.sweep import run as run_module
 from lora_vit.sweep.claims import ENDED, FREE, HELD, Claims
@@ -278,6 +278,56 @@ def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
         with pytest.raises(TrialFailed, match="8 of 8 trials did not complete"):
             run_sweep(request)
         assert "A race over" not in capsys.readouterr().out
+
+
+# --- another metric
+
+
+def by_rank(trial: Trial) -> dict[str, Any]:
+    """The higher the rank, the lower the accuracy and the higher the macro-F1."""
+    rank = trial.config.lora.rank or 0
+    return {"metrics": {"val_accuracy": 0.9 - rank / 100, "val_macro_f1": 0.5 + rank / 100}, "data": {"val": 720}}
+
+
+def by_f1(trials: list[Trial]) -> list[Trial]:
+    for trial in trials:
+        trial.config.trainer.metric = "macro_f1"
+    return trials
+
+
+def test_a_sweep_compares_by_trainer_metric(engine, tmp_path, capsys):
+    engine.outcome = by_rank
+    trials = by_f1(race_trials(2, 8))
+    assert list(run(tmp_path, trials).values()) == pytest.approx([0.52, 0.58])
+    out = capsys.readouterr().out
+    assert "completed  val macro-F1 52.00%" in out
+    table = out[out.index("Cells by mean validation macro-F1") :]
+    assert table.index("58.00") < table.index("52.00")
+    assert list(run(tmp_path, race_trials(2, 8)).values()) == pytest.approx([0.88, 0.82])
+    assert "Cells by mean validation accuracy" in capsys.readouterr().out, "the newest command's counts"
+    assert engine.started == [2], "and nothing is trained again"
+    with pytest.raises(ConfigError, match=r"trainer\.metric=macro_f1,accuracy: one metric"):
+        run(tmp_path, [*by_f1(race_trials(2)), *race_trials(4)])
+
+
+def test_what_lacks_the_metric_is_reported(engine, tmp_path, capsys):
+    with pytest.raises(TrialFailed, match="1 of 1 trials did not complete"):
+        run(tmp_path, by_f1(race_trials(2)))
+    assert "record.json has no val_macro_f1: remove it" in capsys.readouterr().out
+
+
+def test_a_race_is_decided_by_trainer_metric(engine, tmp_path, capsys):
+    """Cells of an earlier command, which was about accuracy, race by it too."""
+    engine.outcome = by_rank
+    race = {"margin": 1.0, "first_seeds": 2, "most_seeds": 3}
+    run(tmp_path, race_trials(2, 4), **race)
+    assert "rank 2 is selected" in capsys.readouterr().out
+    assert run(tmp_path, by_f1(race_trials(8)), dry_run=True, **race) is None
+    assert "4 have ended" in capsys.readouterr().out
+    assert max(run(tmp_path, by_f1(race_trials(8)), **race).values()) == pytest.approx(0.58)
+    out = capsys.readouterr().out
+    assert "mean val macro-F1" in out
+    assert "rank 8 selected: with 95 % no other of 3 cells" in out
 
 
 # --- a dry run

@@ -187,6 +187,7 @@ def search_of(tmp_path, monkeypatch):
         def ask(name: str = "s", trials: int = 30, *more: str, pack_size: str = "6") -> SearchSource:
             lines = [*FIXED, *SPACE, f"sweep.trials={trials}", f"sweep.pack_size={pack_size}", *more]
             request = expand(lines, tmp_path / name)
+            request.metric = request.trials[0].config.trainer.metric
             sweep = Sweep(request.folder)
             earlier = list(sweep.trials.values())
             is_open = {trial.trial_id for trial in earlier if not sweep.state_of(trial).ended}
@@ -194,6 +195,17 @@ def search_of(tmp_path, monkeypatch):
             return SearchSource(sweep)
 
         yield ask
+
+
+def test_a_search_learns_from_trainer_metric(search_of):
+    source = search_of("s", 6, "trainer.metric=macro_f1")
+    assert source.extend()
+    for n, trial in enumerate(source.sweep.batches[-1]):
+        metrics = {"val_accuracy": accuracy(trial), "val_macro_f1": n / 10}
+        leave_record(source.sweep, trial, "completed", metrics=metrics)
+    source.extend()
+    study = source._open_study(source.sweep.search)
+    assert sorted(theirs.value for theirs in study.trials) == [n / 10 for n in range(6)]
 
 
 def train(source: SearchSource, batches: int = 99, failing: int | None = None) -> list[str]:

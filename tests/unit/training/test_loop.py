@@ -19,6 +19,7 @@ from plain_trials import plain_trial
 from safetensors import safe_open
 from stage import STEPS, setup_of
 
+from lora_vit.metrics import Predictions, figures
 from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.training import loop
 from lora_vit.training.loop import peak_memory
@@ -97,12 +98,15 @@ def test_records_follow_the_epochs(stage):
         losses = [e[2][k] for e in stage.of("train")]
         assert [r["train_loss"] for r in rows] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4])
         found = np.load(stage.folder / str(seed) / PREDICTIONS)
-        for name, figures in (("val", epochs[-1]), ("test", end)):
+        for name, said in (("val", epochs[-1]), ("test", end)):
             right = found[f"{name}.predicted"] == found[f"{name}.labels"]
-            assert figures[f"{name}_accuracy"] == right.mean()
+            assert said[f"{name}_accuracy"] == right.mean()
             loss = -np.log(found[f"{name}.true_probability"]).mean()
-            assert figures[f"{name}_loss"] == pytest.approx(loss, rel=1e-6)
-        assert end == epochs[-1] | {key: end[key] for key in ("test_accuracy", "test_loss")}
+            assert said[f"{name}_loss"] == pytest.approx(loss, rel=1e-6)
+            arrays = {key.partition(".")[2]: value for key, value in found.items() if key.startswith(name)}
+            every = figures(name, Predictions(**arrays, loss=said[f"{name}_loss"]))
+            assert {key: value for key, value in said.items() if key.startswith(name)} == every
+        assert end == epochs[-1] | {key: value for key, value in end.items() if key.startswith("test_")}
         assert read_record(stage.folder / str(seed)).metrics == end
         assert trials[k].record.parameters["adapter"] == 2 * 2 * (4 * (32 + 32) + 2 * (32 + 48))
         with safe_open(stage.folder / str(seed) / "adapter.safetensors", "pt") as file:
@@ -118,7 +122,7 @@ def test_the_best_epoch_is_the_first_of_the_highest_accuracy(correct, best, stag
     def predicted(pack, split):
         p = predict(pack, split)[0]
         right = np.arange(len(p.labels)) < correct[pack.step_of(pack.trials[0]) // STEPS - 1]
-        return [dataclasses.replace(p, predicted=np.where(right, p.labels, -1))]
+        return [dataclasses.replace(p, predicted=np.where(right, p.labels, (p.labels + 1) % 4))]
 
     monkeypatch.setattr(Pack, "predict", predicted)
     (trial,) = stage.trials(1, trainer__epochs=4)
@@ -126,6 +130,24 @@ def test_the_best_epoch_is_the_first_of_the_highest_accuracy(correct, best, stag
     images = len(setup_of().data.splits["val"])
     assert trial.record.best == trial.state.best == {"epoch": best[0], "val_accuracy": best[1] / images}
     assert trial.record.metrics["val_accuracy"] == correct[-1] / images
+
+
+def test_the_best_epoch_is_that_of_trainer_metric(stage, monkeypatch):
+    """At first three of the four classes are all right, then two images of each."""
+    predict = Pack.predict
+
+    def predicted(pack, split):
+        p = predict(pack, split)[0]
+        place = np.array([(p.labels[:i] == label).sum() for i, label in enumerate(p.labels)])
+        right = p.labels > 0 if pack.step_of(pack.trials[0]) == STEPS else place < 2
+        return [dataclasses.replace(p, predicted=np.where(right, p.labels, (p.labels + 1) % 4))]
+
+    monkeypatch.setattr(Pack, "predict", predicted)
+    for metric, best in (("accuracy", 0.75), ("worst_class_recall", 0.4)):
+        (trial,) = stage.trials(1, trainer__metric=metric, trainer__resume="restart")
+        stage.train([trial])
+        assert trial.record.best == {"epoch": 1 if metric == "accuracy" else 2, f"val_{metric}": best}
+        (stage.folder / "1" / "record.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor
 from lora_vit import distributed
 from lora_vit.build import build_setup
 from lora_vit.distributed import Process
+from lora_vit.metrics import METRICS, Predictions
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_every_kind_of_pack_is_compiled(monkeypatch):
         assert len(graphs) == rank
 
 
-K, CLASSES = 3, 4
+K, CLASSES = 3, 8
 IDS = np.array([2, 20, 7, 3, 11, 19, 8])  # of the split, in its order; the data set has others
 LABELS = np.arange(25) * 7 % CLASSES
 LOGITS = 2 * torch.randn(K, 25, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -242,12 +242,19 @@ def check(found: list[Predictions]) -> None:
         assert p.labels.tolist() == LABELS[IDS].tolist()
         assert p.predicted.tolist() == [int(probability[i].argmax()) for i in IDS]
         true = np.array([probability[i, LABELS[i]] for i in IDS])
-        dtypes = [a.dtype for a in (p.ids, p.labels, p.predicted, p.true_probability)]
-        assert dtypes == [np.int64, np.int64, np.int64, np.float32]
+        dtypes = [a.dtype for a in vars(p).values() if isinstance(a, np.ndarray)]
+        assert dtypes == [np.int64, np.int64, np.int64, np.float32, np.float32, bool, np.float32]
         np.testing.assert_allclose(p.true_probability, true, rtol=1e-6)  # rounded to fp32
+        np.testing.assert_allclose(p.top_probability, probability.max(1)[IDS], rtol=1e-6)
+        order = np.argsort(-probability, 1)[:, :5]
+        assert p.in_first_five.tolist() == [LABELS[i] in order[i] for i in IDS]
+        brier = ((probability - np.eye(CLASSES)[LABELS]) ** 2).sum(1)[IDS]
+        np.testing.assert_allclose(p.brier, brier, rtol=1e-6)
         assert p.loss == pytest.approx(-np.log(true).mean(), rel=1e-12)
-        assert p.accuracy == sum(probability[i].argmax() == LABELS[i] for i in IDS) / 7
+        accuracy = sum(probability[i].argmax() == LABELS[i] for i in IDS) / 7
+        assert METRICS["accuracy"].of(p) == accuracy
     assert len({p.loss for p in found}) == K
+    assert {*np.concatenate([p.in_first_five for p in found])} == {True, False}
 
 
 @pytest.mark.parametrize(

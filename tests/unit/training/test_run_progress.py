@@ -17,7 +17,7 @@ def pack_of(changes=None, epoch=0):
     trial.record.parameters = {"adapter": 12000, "head": 500, "trainable": 12500, "total": 1_000_000}
     trial.state.epoch = epoch
     setup = SimpleNamespace(
-        data=SimpleNamespace(line=lambda size: f"data: at [{size}] px"),
+        data=SimpleNamespace(line=lambda size, metric: f"data: at [{size}] px, {metric}"),
         transform=SimpleNamespace(image_size=16),
         environment={"device": "cpu", "precision": "fp64", "world_size": 2},
     )
@@ -33,7 +33,7 @@ def test_a_run_line_by_line(hands, capsys, monkeypatch):
     reporter.started(pack)
     assert reporter.console is reporter._progress.console, "lines go above the bar"
     assert capsys.readouterr().out.splitlines() == [
-        "data: at [16] px",
+        "data: at [16] px, accuracy",
         f"trial {pack.trials[0].name} on cpu, fp64, 2 process(es)",
         "parameters      count    share",
         "adapter        12,000    1.20%",

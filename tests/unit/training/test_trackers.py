@@ -20,10 +20,11 @@ from lora_vit import records
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of
+from lora_vit.metrics import Predictions
 from lora_vit.records import PREDICTIONS
 from lora_vit.training import trial as trials
 from lora_vit.training.checkpoint import write_tensors
-from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, Predictions, TrialRun
+from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun
 
 
 def trial_in(folder, changes=None, **where) -> TrialRun:
@@ -89,6 +90,15 @@ def test_epochs_are_rows_curves_and_lines(trial, tmp_path):
     assert second.endswith("  epoch 2  train loss 1.5000  val loss 1.2500  val accuracy 50.00%")
 
 
+def test_epochs_show_the_metric_beside_the_accuracy(tmp_path):
+    trial = trial_in(tmp_path, {"trainer.metric": "macro_f1"})
+    trial.log_epoch(7, 1, {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5, "val_macro_f1": 0.25})
+    trial.close()
+    assert scalars(tmp_path / "tensorboard") == {"val/macro_f1": [(7, 0.25)], "val/accuracy": [(7, 0.5)],
+                                                 "val/loss": [(7, 1.25)]}  # fmt: skip
+    assert (tmp_path / "train.log").read_text().endswith("val loss 1.2500  val macro-F1 25.00%  val accuracy 50.00%\n")
+
+
 @pytest.mark.parametrize(("metrics", "purged"), [({}, None), ({"step": None}, None), ({"step": 7}, 7)])
 def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint(
     metrics, purged, trial, tmp_path, monkeypatch
@@ -120,7 +130,8 @@ INPUTS = {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "in
 
 def some_predictions(count: int) -> Predictions:
     n = np.arange(count)
-    return Predictions(n, n % 3, n % 2, np.linspace(0, 1, count, dtype=np.float32), loss=1.0)
+    p = np.linspace(0, 1, count, dtype=np.float32)
+    return Predictions(n, n % 3, n % 2, p, p / 2, p > 0.5, p / 3, loss=1.0)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ PROBE = {"alpha": 0.0, "dropout": 0.0, "method": "none", "rank": 0, "seed": 0, "
     ("changes", "expected"),
     [
         ({"lora.dropout": 0.25, "lora.targets": ["q", "v"], "seed": 3}, LORA),
-        (BASELINE | {"lora.method": "none"}, PROBE),
+        (BASELINE | {"lora.method": "none", "trainer.metric": "macro_f1"}, PROBE),
     ],
 )
 def test_tensorboards_hparams(changes, expected, tmp_path, monkeypatch):
@@ -197,10 +208,11 @@ def test_tensorboards_hparams(changes, expected, tmp_path, monkeypatch):
     seen, write = [], SummaryWriter.add_hparams
     monkeypatch.setattr(SummaryWriter, "add_hparams", lambda *a, **how: seen.append(a[1:]) or write(*a, **how))
     trial = trial_in(tmp_path, changes)
-    trial.record.metrics = {"val_accuracy": 0.5, "test_accuracy": 0.25}
+    metric = f"val_{trial.config.trainer.metric}"
+    trial.record.metrics = {"val_accuracy": 0.75, "test_accuracy": 0.25} | {metric: 0.5}
     trial.trackers[0].log_hparams()
     trial.close()
     expected = {**expected, "lr": 1e-3, "weight_decay": 0.03}
-    assert seen == [(expected, {"final/val_accuracy": 0.5})]
+    assert seen == [(expected, {f"final/{metric}": 0.5})]
     assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"]
-    assert scalars(tmp_path / "tensorboard") == {"final/val_accuracy": [(0, 0.5)]}
+    assert scalars(tmp_path / "tensorboard") == {f"final/{metric}": [(0, 0.5)]}
