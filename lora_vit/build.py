@@ -147,9 +147,9 @@ class ModelFactory:
     @torch.no_grad()
     def overflowing_block(self, images: Tensor) -> str | None:
         """The first block of the frozen trunk whose output is not finite for normalised images [B, 3, S, S], if any."""
-        trunk, finite = self._trunk(self.dtype).eval(), {}
+        trunk, finite = self._trunk(self.dtype).eval(), dict[str, Tensor]()
         for name in places_of(trunk):
-            look = functools.partial(lambda name, _, args, out: finite.update({name: out.isfinite().all()}), name)
+            look: Any = lambda _, args, out, name=name: finite.update({name: out.isfinite().all()})  # noqa: E731
             trunk.get_submodule(name).register_forward_hook(look)
         trunk(images)
         return next((name for name, is_finite in finite.items() if not is_finite), None)
@@ -189,7 +189,8 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data.augment)
     if precision == "fp16":
-        images, _ = samples.gather(data.splits["train"][:TRIED_IN_FP16])
+        ids = data.splits["train"]
+        images, _ = samples.gather(ids[:: -(-len(ids) // TRIED_IN_FP16)])  # of all classes, by which they are sorted
         if block := factory.overflowing_block(transform.eval(images)):
             what = f"{config.model.name} has activations beyond fp16's 65,504 in {block}"
             if config.trainer.precision == "fp16":

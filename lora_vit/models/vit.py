@@ -140,7 +140,7 @@ def _recomputed(block: "weakref.ref[nn.Module]", *args: Any, **named: Any) -> An
     """In the place of a block's ``forward``: keep its input alone, compute it again in backward (Chen et al., 2016).
 
     Equal to the bit, as dropout masks are keyed. Trained parameters that this pass has cast are handed along: when
-    backward comes, the module has its own again. (The block is not referred to, as it would never be freed by itself.)
+    backward comes, the module has its own again. (A block that refers to itself is not freed with its pack.)
     """
     whole = _Forward(block())
     casts = {name: p for name, p in whole.named_parameters() if not isinstance(p, nn.Parameter)}

@@ -232,12 +232,12 @@ class Pack:
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
+        if self.loss_scale is not None:
+            self.loss_scale.pull([trial.state for trial in self.trials])
         for k, trial in enumerate(self.trials):
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.micro_batch = self.micro_batch if self.micro_batch < len(self.position_B) else 0
-            if self.loss_scale is not None:
-                s.loss_scale, s.good_steps = float(self.loss_scale.scale_K[k]), int(self.loss_scale.good_K[k])
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
         return [t for t, bad_step in zip(self.trials, self.first_bad_step_K.tolist(), strict=True) if bad_step < 0]
 

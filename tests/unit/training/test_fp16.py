@@ -9,7 +9,7 @@ from packs import THREE, new_pack, new_trials, take_steps, three
 from plain_trials import BASELINE, plain_trial
 from torch import Tensor, nn
 
-from lora_vit import build, distributed
+from lora_vit import api, build, distributed
 from lora_vit.build import build_setup, choose_precision
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
@@ -87,16 +87,19 @@ def test_gradients_are_those_of_fp32_but_for_rounding(setup):
         assert not torch.equal(low, high)
         low, high = (pack.flat.grads_KP for pack in packs)
         wrong_K = (low - high).norm(dim=1) / high.norm(dim=1)
-        assert 0 < float(wrong_K.min()) < float(wrong_K.max()) < 5e-3  # 2.4e-3 were seen
+        assert float(wrong_K.min()) > 0
+        assert float(wrong_K.max()) < 5e-3  # 2.4e-3 were seen
 
 
 def test_an_overflow_leaves_its_trial_as_it_was_and_the_others_bit_for_bit(setup):
-    calm, troubled = pack_of(setup), pack_of(setup, {1: OVERFLOWING})
+    calm = pack_of(setup)
+    expected, after = take_steps(calm, 4), state_of(calm)
+    troubled = pack_of(setup, {1: OVERFLOWING})
     before = state_of(troubled)
-    for step, (one, other) in enumerate(zip(take_steps(calm, 4), take_steps(troubled, 4), strict=True)):
+    for step, (one, other) in enumerate(zip(expected, take_steps(troubled, 4), strict=True)):
         assert [one[k] for k in (0, 2, 3)] == [other[k] for k in (0, 2, 3)]
-        assert (one[1] == other[1]) == (step == 0), "a trial's loss is that of what it was"
-    for mine, its, first in zip(state_of(troubled), state_of(calm), before, strict=True):
+        assert (one[1] == other[1]) == (step == 0), "its loss is then that of what it was"
+    for mine, its, first in zip(state_of(troubled), after, before, strict=True):
         assert torch.equal(mine[[0, 2, 3]], its[[0, 2, 3]])
         assert torch.equal(mine[1], first[1]) == (mine.ndim == 2)
     assert troubled.loss_scale.scale_K[1] == OVERFLOWING / 2**4
@@ -205,13 +208,13 @@ def test_a_model_whose_activations_do_not_fit_is_told_before_it_trains(asked, mo
 
 @pytest.mark.slow
 def test_fp16_trains_as_well_as_fp32(tmp_path):
-    """A trial on the digits, whose seeds differ by about half a point."""
-    from lora_vit import api
-
+    """The quickstart with fewer tokens, blocks and epochs: a CPU takes fifty times as long for fp16."""
+    small = ["experiment=quickstart", "model.image_size=16", "lora.blocks=[5]", "trainer.epochs=4", "optimizer.lr=1e-2",
+             "data.val_fraction=0.15", "data.test_fraction=0.05"]  # fmt: skip
     accuracy = {}
     for precision in ("fp32", "fp16"):
-        config = api.compose(["experiment=quickstart", f"trainer.precision={precision}", "trainer.accelerator=cpu"])
+        config = api.compose([*small, f"trainer.precision={precision}", "trainer.accelerator=cpu"])
         (done,) = train_together([config], tmp_path / precision)
         accuracy[precision] = done.trial.record.metrics["val_accuracy"]
-    assert accuracy["fp32"] > 0.9
-    assert abs(accuracy["fp32"] - accuracy["fp16"]) < 0.01
+    assert accuracy["fp32"] > 0.8, accuracy
+    assert abs(accuracy["fp32"] - accuracy["fp16"]) < 0.02  # 5 of 270 images; seeds differ by more
