@@ -333,7 +333,7 @@ def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_less(family,
     *plain_ones, kept_by_all = results[0]
     *again, kept_by_again = results[1]
     assert all(torch.equal(a, b) for a, b in zip(plain_ones, again, strict=True))
-    assert kept_by_again < kept_by_all / 2
+    assert kept_by_again < 0.6 * kept_by_all  # what pools tokens is not computed again
 
 
 @pytest.mark.parametrize("targets", [list(TARGETS), ["q", "v", "fc1"]], ids=" ".join)
