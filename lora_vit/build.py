@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import DATASETS, ModelConfig, TrialConfig, file_sha256, is_weights_file
@@ -24,7 +24,7 @@ from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import base_of
-from lora_vit.lora.backbones import head_name
+from lora_vit.lora.backbones import head_name, places_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
 from lora_vit.lora.layers import AdapterSpec, PackedHead
@@ -32,7 +32,8 @@ from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
 from lora_vit.training.trial import Setup
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+TRIED_IN_FP16 = 8  # training images whose activations are looked at before anything is trained
 
 
 def choose_device(accelerator: str, process: Process) -> torch.device:
@@ -76,14 +77,18 @@ def check_devices(accelerator: str, process: Process) -> None:
         raise ConfigError(f"{seen}: start one for each (--nproc-per-node), or give trainer.accelerator=cpu")
 
 
-def choose_precision(requested: str, device: torch.device) -> str:
-    """Resolve ``auto``: bf16 where the device computes it fast, else fp32."""
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """The precision, and why if it was ``auto``: bf16 or else fp16 where the device computes it fast, else fp32."""
     if requested != "auto":
-        return requested
+        return requested, ""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+        major, minor = torch.cuda.get_device_capability(device)
+        units = {8: ("bf16", "bf16"), 7: ("fp16", "fp16 and no bf16")}
+        precision, what = units.get(min(major, 8), ("fp32", "neither bf16 nor fp16"))
+        return precision, f"CUDA {major}.{minor} has units for {what}"
     # a CPU that does not multiply bf16 natively takes several times longer than for fp32
-    return "bf16" if re.search("avx512_bf16|amx_bf16", _cpuinfo()) else "fp32"
+    is_fast = re.search("avx512_bf16|amx_bf16", _cpuinfo())
+    return ("bf16", "the CPU has units for bf16") if is_fast else ("fp32", "the CPU has no units for bf16")
 
 
 def _cpuinfo() -> str:
@@ -136,7 +141,18 @@ class ModelFactory:
         for p in trunk.parameters():
             if not p.requires_grad:
                 p.data = p.data.to(self.dtype)
-        return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs))
+        recompute = configs[0].trainer.checkpoint_activations
+        return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs), recompute)
+
+    @torch.no_grad()
+    def overflowing_block(self, images: Tensor) -> str | None:
+        """The first block of the frozen trunk whose output is not finite for normalised images [B, 3, S, S], if any."""
+        trunk, finite = self._trunk(self.dtype).eval(), dict[str, Tensor]()
+        for name in places_of(trunk):
+            look: Any = lambda _, args, out, name=name: finite.update({name: out.isfinite().all()})  # noqa: E731
+            trunk.get_submodule(name).register_forward_hook(look)
+        trunk(images)
+        return next((name for name, is_finite in finite.items() if not is_finite), None)
 
     def transform(self, augment: str) -> Transform:
         side, mean, std, interpolation = self.inputs.values()
@@ -167,11 +183,22 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
 def build_setup(config: TrialConfig, process: Process) -> Setup:
     """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
     device = choose_device(config.trainer.accelerator, process)
-    precision = choose_precision(config.trainer.precision, device)
+    precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = load_data(config.data, quiet=process.rank > 0)
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data.augment)
+    if precision == "fp16":
+        ids = data.splits["train"]
+        images, _ = samples.gather(ids[:: -(-len(ids) // TRIED_IN_FP16)])  # of all classes, by which they are sorted
+        if block := factory.overflowing_block(transform.eval(images)):
+            what = f"{config.model.name} has activations beyond fp16's 65,504 in {block}"
+            if config.trainer.precision == "fp16":
+                raise ConfigError(f"trainer.precision=fp16: {what}: give fp32, or bf16 where the device has it")
+            precision, why, factory.dtype = "fp32", what, torch.float32
+            transform = factory.transform(config.data.augment)
+    if why:
+        print(f"trainer.precision=auto: {precision}, as {why}")
     where = environment(device, precision, process.world_size)
     return Setup(factory, samples, transform, device, process, where, factory.base)
 

@@ -79,7 +79,7 @@ def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[
     if record.status != "completed":
         raise RecordError(f"{args.folder}: the trial is {record.shown_status()}, not completed")
     config = from_dict(record.config)
-    if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp64"):
+    if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp16", "fp64"):
         raise RecordError(f"record.json was edited: its environment.precision is {precision}")
     if root is not None and config.data.root is None:
         raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")

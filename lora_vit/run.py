@@ -81,9 +81,11 @@ def _remedy_for_memory(config: TrialConfig) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        batch = f"give a smaller data.batch_size than {config.data.batch_size}"
-        raise TrialFailed(f"{one_line(error)}: {batch}, a smaller model or model.image_size, trainer.precision=bf16, "
-                          "or fewer lora.targets or lora.blocks") from error  # fmt: skip
+        t = config.trainer
+        parts = "" if t.micro_batch == "auto" else f"trainer.micro_batch=auto (it is {t.micro_batch or 'null'}), "
+        again = "" if t.checkpoint_activations else "trainer.checkpoint_activations=true, "
+        smaller = "a smaller model or model.image_size, trainer.precision=bf16 or fp16, or fewer lora.targets or blocks"
+        raise TrialFailed(f"{one_line(error)}: give {parts}{again}{smaller}") from error
 
 
 def main() -> None:

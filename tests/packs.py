@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from plain_trials import plain_trial
 
 from lora_vit.build import build_setup
@@ -43,3 +45,24 @@ def new_pack(configs: list[TrialConfig], setup: Setup | None = None) -> Pack:
 def take_steps(pack: Pack, count: int) -> list[list[float]]:
     """Train; returns each step's losses."""
     return [pack.step(lr_K1, False).tolist() for lr_K1 in pack.learning_rates()[:count]]
+
+
+class Passes:
+    """Notes the images times trials of each pass of packs to come; beyond ``room`` of them memory runs out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.room, self.seen = 1 << 62, list[int]()
+        init = Pack.__init__
+
+        def watched(pack: Pack, *args: Any) -> None:
+            init(pack, *args)
+            whole = pack.forward
+            pack.forward = lambda images, streams: self.take(len(images), streams, pack.K) or whole(images, streams)
+
+        monkeypatch.setattr(Pack, "__init__", watched)
+
+    def take(self, images: int, streams: list[int], K: int) -> None:
+        count = images // (max(streams) + 1) * K
+        self.seen.append(count)
+        if count > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

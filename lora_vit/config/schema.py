@@ -18,6 +18,7 @@ SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
+_MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
 
 
 @dataclass
@@ -106,10 +107,12 @@ class TrainerConfig:
     """How to train, and what of it is written down. The last epoch is always validated."""
 
     epochs: int = field(metadata=number("a whole number", "[1, inf)"))
-    precision: str = field(metadata=choice("auto", "fp32", "bf16", "fp64"))
+    precision: str = field(metadata=choice("auto", "fp32", "bf16", "fp16", "fp64"))
     accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
     devices: str = field(metadata=_COUNT | NO_IDENTITY)
     compile: bool
+    micro_batch: str | None = field(metadata=_MICRO_BATCH | NO_IDENTITY | {"as_before": "auto"})
+    checkpoint_activations: bool = field(metadata=NO_IDENTITY | {"as_before": False})
     resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)
     checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
     log_every: int = field(metadata=number("a number of steps", "[1, inf)") | NO_IDENTITY)

@@ -6,12 +6,14 @@ Shape legend: K trial, G stream of images, B image, S token, D width, C class.
 import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
 from lora_vit.config import SIZES, ModelConfig
@@ -123,6 +125,28 @@ def repeated(x: Tensor, order: Sequence[int]) -> Tensor:
     return torch.cat([streams[g] for g in order])  # an index would have to travel to the device
 
 
+class _Forward(nn.Module):
+    """A block's computation without the hooks around it."""
+
+    def __init__(self, block: Any):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **named)
+
+
+def _recomputed(block: "weakref.ref[nn.Module]", *args: Any, **named: Any) -> Any:
+    """In the place of a block's ``forward``: keep its input alone, compute it again in backward (Chen et al., 2016).
+
+    Equal to the bit, as dropout masks are keyed. Trained parameters that this pass has cast are handed along: when
+    backward comes, the module has its own again. (A block that refers to itself is not freed with its pack.)
+    """
+    whole = _Forward(block())
+    casts = {name: p for name, p in whole.named_parameters() if not isinstance(p, nn.Parameter)}
+    return checkpoint(functional_call, whole, casts, args, named, use_reentrant=False, preserve_rng_state=False)
+
+
 class PackedViT(nn.Module):
     """K trials' logits from the images of G streams.
 
@@ -130,18 +154,24 @@ class PackedViT(nn.Module):
     the trials of a stream and stacked along the batch, ``[K*B, S, D]``; in a linear probe, only before the heads.
     """
 
-    def __init__(self, trunk: nn.Module, head: PackedHead, K: int):
-        """``trunk``: from :func:`trunk_of`, with its adapters; ``requires_grad`` says what is trained."""
+    def __init__(self, trunk: nn.Module, head: PackedHead, K: int, recompute: bool = False):
+        """``trunk``: from :func:`trunk_of`, with its adapters; ``requires_grad`` says what is trained.
+
+        ``recompute``: blocks with a backward pass keep their input alone, and are computed again in it.
+        """
         super().__init__()
         self.trunk, self.head, self.K = trunk, head, K
         blocks = [trunk.get_submodule(name) for name in places_of(trunk)]
         for block in blocks:  # of an earlier pack on the shared trunk
             block._forward_pre_hooks.clear()
+            block.__dict__.pop("forward", None)
         self._repeat = _Repeat()
-        first_trained = next((b for b in blocks if any(p.requires_grad for p in b.parameters())), None)
-        self._shares_trunk = first_trained is None
-        if first_trained is not None:
-            first_trained.register_forward_pre_hook(self._repeat)
+        first = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())), len(blocks))
+        self._shares_trunk = first == len(blocks)
+        for block in blocks[first : first + 1]:
+            block.register_forward_pre_hook(self._repeat)
+        for block in blocks[first:] if recompute else ():
+            block.__dict__["forward"] = functools.partial(_recomputed, weakref.ref(block))
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
 
     def train(self, mode: bool = True) -> "PackedViT":

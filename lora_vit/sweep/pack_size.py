@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
 from lora_vit.training.loop import peak_memory, reset_peak_memory
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import Setup, TrialRun
+from lora_vit.training.trial import ALL, Setup, TrialRun
 
 LARGEST = 64
 MEMORY_SHARE = 0.8  # part of the attainable memory that a pack may be expected to take
@@ -92,6 +92,16 @@ class PackSizes:
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
         self._sizes[group.key] = max(1, trials // 2)
+
+    @contextlib.contextmanager
+    def fitting(self, group: Group, setup: Setup) -> Iterator[None]:
+        """Train a pack in it: with passes that had room on this kind of machine; what had room in it is kept."""
+        kind = self._kind(group)
+        setup.most_trained = known = self.sweep.plan.get("most_trained", {}).get(kind, ALL)
+        yield
+        if setup.most_trained < known:
+            with self.sweep.changing() as plan:
+                plan.setdefault("most_trained", {})[kind] = setup.most_trained
 
     def known(self, group: Group) -> dict[str, Any] | None:
         """What was measured for the group on this kind of machine, with as many workers; not with far fewer trials."""

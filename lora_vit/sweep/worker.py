@@ -166,7 +166,8 @@ class Worker(Reporter):
         Raises TrialFailed if the device is to blame for the error, OSError if the disk is.
         """
         try:
-            train_trials(runs, setup, self, self.stop)
+            with self.sizes.fitting(group, setup):
+                train_trials(runs, setup, self, self.stop)
             self._last_error = ""
             return []
         except Exception as error:

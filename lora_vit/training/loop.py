@@ -178,6 +178,9 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
         what = "a parameter" if bad_step < 0 else "the loss or its gradient"
         o = trial.config.optimizer
         remedy = "a smaller optimizer.lr" + ("" if o.clip_norm is not None else " or optimizer.clip_norm=1")
+        if pack.loss_scale is not None and bad_step >= 0:
+            what = "in fp16, whatever the loss scale, " + what
+            remedy = "trainer.precision=fp32 (bf16 where the device has it), or " + remedy
         trial.fail(f"{what} is not finite at step {step} (optimizer.lr={o.lr:g}): try {remedy}", step)
         failed.append(trial)
     return failed

@@ -37,10 +37,11 @@ class FlatParameters:
             self.gradients.append(self.grads_KP[:, where].view(p.shape))
             offset = where.stop
 
-    def differentiate(self, loss: Tensor) -> None:
-        """Fill the gradients of all parameters from the loss."""
+    def differentiate(self, loss: Tensor, add: bool = False) -> None:
+        """Fill the gradients of all parameters from the loss, or add to them."""
         # Not backward(): its accumulation asks for another memory layout than rows of one matrix.
-        torch._foreach_copy_(self.gradients, list(torch.autograd.grad(loss, self.parameters)))
+        found = list(torch.autograd.grad(loss, self.parameters))
+        (torch._foreach_add_ if add else torch._foreach_copy_)(self.gradients, found)
 
     def views(self, row_P: Tensor) -> dict[str, Tensor]:
         """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""

@@ -16,8 +16,9 @@ from lora_vit.data.stream import TrainStream
 from lora_vit.errors import out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
+from lora_vit.training.loss_scale import LEAST, LossScale
 from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
-from lora_vit.training.trial import Setup, TrialRun
+from lora_vit.training.trial import ALL, Setup, TrialRun
 
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
@@ -68,6 +69,10 @@ class Pack:
         # first step with a loss or gradient that is not finite, -1: none
         self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
         self.updating = False  # between the first change of a step and its last
+        is_fp16 = setup.transform.dtype == torch.float16
+        self.loss_scale = LossScale([t.state for t in trials], device) if is_fp16 else None
+        # a trial that resumes takes its batches in the parts that it took
+        self._had_room_for = min([t.state.micro_batch for t in trials if t.state.micro_batch], default=ALL)
         for k, s in enumerate(t.state for t in trials):
             self.optimizer.updates_K1[k] = s.updates
             for matrix_KP, tensors in zip(self._matrices(), (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
@@ -106,27 +111,74 @@ class Pack:
 
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
-        from then on. ``images``: normalised, of all streams, [G*B, 3, H, W]; ``stop``: whether this process was asked
-        to stop, which is summed over processes into ``flat.stop``.
+        from then on; in fp16 for this step alone, until its loss scale falls below 1. ``images``: normalised, of all
+        streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which is summed over processes into
+        ``flat.stop``.
         """
-        flat = self.flat
-        self.model.head.state.set(self.step_K, self.position_B)
-        logits_KBC = self.forward(images, self.stream_of_trial)
-        loss_K = sample_losses(logits_KBC, labels_KB, self.smoothing_K1).sum(1) / self.global_batch
-        flat.differentiate(loss_K.sum())
-        flat.losses_K.copy_(loss_K.detach())
+        flat, scaling = self.flat, self.loss_scale
+        while True:
+            try:
+                flat.losses_K.copy_(self._differentiate(images, labels_KB, self.micro_batch))
+                break
+            except Exception as error:
+                if not self._takes_smaller_parts(error):
+                    raise
         flat.stop.fill_(float(stop))
         distributed.sum_over_processes_(flat.buffer)
 
+        if scaling is not None:
+            flat.grads_KP.div_(scaling.scale_K[:, None])
         norm_K1 = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
         loss_K = flat.losses_K.clone()
-        ok_K = torch.isfinite(loss_K) & torch.isfinite(norm_K1[:, 0]) & (self.first_bad_step_K < 0)
+        finite_K = torch.isfinite(loss_K) & torch.isfinite(norm_K1[:, 0])
         self.updating = True
-        self.first_bad_step_K = torch.where(ok_K | (self.first_bad_step_K >= 0), self.first_bad_step_K, self.step_K)
+        if scaling is None:
+            bad_K = ~finite_K
+            self.loss_sum_K += loss_K
+        else:
+            scaling.update(finite_K)
+            bad_K = scaling.scale_K < LEAST
+            mean_K = self.loss_sum_K / max(1, self.step_in_epoch)  # in the place of a loss that overflowed
+            self.loss_sum_K += torch.where(torch.isfinite(loss_K), loss_K, mean_K)
+        self.first_bad_step_K = torch.where(bad_K & (self.first_bad_step_K < 0), self.step_K, self.first_bad_step_K)
+        ok_K = finite_K & (self.first_bad_step_K < 0)
         self.optimizer.step(lr_K1, ok_K[:, None], norm_K1)
-        self.loss_sum_K += loss_K
         self.step_K += 1
         return loss_K
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of a trial that a pass takes at once in this process; the last pass of a step may take fewer."""
+        asked, local = self.trials[0].config.trainer.micro_batch, len(self.position_B)
+        if asked == "auto":
+            return min(local, self._had_room_for, max(1, self.setup.most_trained // self.K))
+        return local if asked is None else min(local, int(asked))
+
+    def _differentiate(self, images: Tensor, labels_KB: Tensor, size: int) -> Tensor:
+        """Fill the gradients, part by part of the batch, each multiplied by its trial's loss scale; the losses, [K]."""
+        images_GB = images.unflatten(0, (-1, labels_KB.shape[1]))
+        parts = []
+        for start in range(0, labels_KB.shape[1], size):
+            here = slice(start, start + size)
+            self.model.head.state.set(self.step_K, self.position_B[here])
+            logits_KBC = self.forward(images_GB[:, here].flatten(0, 1), self.stream_of_trial)
+            loss_K = sample_losses(logits_KBC, labels_KB[:, here], self.smoothing_K1).sum(1) / self.global_batch
+            scaled_K = loss_K if self.loss_scale is None else loss_K * self.loss_scale.scale_K
+            self.flat.differentiate(scaled_K.sum(), add=start > 0)
+            parts.append(loss_K.detach())
+        return torch.stack(parts).sum(0)
+
+    def _takes_smaller_parts(self, error: Exception) -> bool:
+        """Whether memory ran out and may do for half as many images, which are then taken from here on; says so."""
+        size = self.micro_batch
+        if self.trials[0].config.trainer.micro_batch != "auto" or size == 1 or not out_of_memory(error):
+            return False
+        self.setup.most_trained = size // 2 * self.K
+        said = f"memory ran out: batches are now taken in parts of {size // 2} images of each trial"
+        print(said, flush=True)
+        for trial in self.trials:
+            trial.say(said)
+        return True
 
     @torch.no_grad()
     def predict(self, split: str) -> list[Predictions]:
@@ -186,9 +238,12 @@ class Pack:
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
+        if self.loss_scale is not None:
+            self.loss_scale.pull([trial.state for trial in self.trials])
         for k, trial in enumerate(self.trials):
             s = trial.state
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
+            s.micro_batch = self.micro_batch if self.micro_batch < len(self.position_B) else 0
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
         return [t for t, bad_step in zip(self.trials, self.first_bad_step_K.tolist(), strict=True) if bad_step < 0]
 

@@ -31,6 +31,7 @@ from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_tensors
 from lora_vit.training.trackers import TensorBoard
 
+ALL = 1 << 62  # images of a pass that takes its whole batch
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
 ROWS_ASK_EVERY = 10.0  # seconds after which a training step's row asks whether the trial is still ours
 OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
@@ -56,6 +57,7 @@ class Setup:
     environment: dict[str, object]  # for the record
     base: dict[str, Any]  # for the adapter's card
     most_evaluated: int = 256  # images of one evaluation step, times trials; halved when memory runs out
+    most_trained: int = ALL  # likewise of a pass of a training step, with trainer.micro_batch=auto
 
     @property
     def data(self) -> ImageData:

@@ -3,11 +3,13 @@
     pip install -e ".[bench]"
     python scripts/bench/step.py --batch 4 --rounds 10
     python scripts/bench/step.py --model timm:vit_small_patch14_dinov2 --precision bf16
+    python scripts/bench/step.py --model vit_l_16 --only "ours, K = 4" "ours, recomputed" "PEFT, recomputed"
 
 Every contender has the same weights, threads, images and trained tensors (PEFT adapts q, k, v, o and both MLP layers
 of HF's own ViT, or timm's fused qkv and the others, where it is right); the frozen logits are compared first. The
 *floor* is our trunk without adapters and with the gradient through all blocks: what any adapter method on this trunk
-has to pay.
+has to pay. *Recomputed*: blocks are computed again in backward (trainer.checkpoint_activations, and PEFT with its
+library's own). *K = 4*: a pack of four trials, by trial.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import interleaved, machine, paired_ratio, peak_memory, report
@@ -29,12 +32,13 @@ from torchvision.models import VisionTransformer
 from lora_vit.api import compose
 from lora_vit.build import DTYPES, ModelFactory
 from lora_vit.config import TrialConfig
+from lora_vit.distributed import Process
 from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import remove_adapters
 from lora_vit.models.vit import PackedViT
-from lora_vit.training.optim import FlatParameters, PackedAdamW
 from lora_vit.training.pack import Pack
+from lora_vit.training.trial import Setup, TrialRun
 
 CLASSES, SIZE = 200, 224
 RANK, ALPHA = 8, 32.0
@@ -45,29 +49,15 @@ def trial(*overrides: str) -> TrialConfig:
     return compose(["data=fake", *overrides])
 
 
-def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    """The training step of a pack of one, as the loop takes it."""
-    model.train()
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    per_trial = {n for n in named if "lora_" in n or n.startswith("head.")}
-    flat = FlatParameters(named, per_trial, 1)
-    optimizer = PackedAdamW(flat, [config.optimizer])
-    device = images.device
-    pack: Any = SimpleNamespace(  # as far as a step looks at it
-        forward=model,
-        stream_of_trial=[0],
-        flat=flat,
-        optimizer=optimizer,
-        model=model,
-        step_K=torch.zeros(1, dtype=torch.int64, device=device),
-        position_B=torch.arange(len(labels), device=device),
-        smoothing_K1=torch.zeros(1, 1, device=device),
-        loss_sum_K=torch.zeros(1, dtype=torch.float64, device=device),
-        first_bad_step_K=torch.full((1,), -1, dtype=torch.int64, device=device),
-        global_batch=len(labels),
-    )
-    lr_K1 = torch.full((1, 1), config.optimizer.lr, device=device)
-    return lambda: Pack.update(pack, images, labels[None], lr_K1, False)
+def our_step(build: Any, configs: list[TrialConfig], images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """The training step of a pack as the loop takes it, of a model that ``build`` makes; its trials share images."""
+    samples: Any = SimpleNamespace(data=SimpleNamespace(splits={"train": np.arange(len(labels))}))
+    transform: Any = SimpleNamespace(dtype=images.dtype)
+    setup = Setup(build, samples, transform, images.device, Process(), {}, {})
+    pack = Pack([TrialRun(config) for config in configs], setup)
+    lr_K1 = torch.full((pack.K, 1), configs[0].optimizer.lr, device=images.device)
+    labels_KB = labels.expand(pack.K, -1)
+    return lambda: pack.update(images, labels_KB, lr_K1, False)
 
 
 def torch_step(model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -128,7 +118,11 @@ def hf_peft(trunk: VisionTransformer, head: nn.Linear) -> tuple[nn.Module, nn.Mo
     from peft import LoraConfig, get_peft_model
     from transformers import ViTConfig, ViTForImageClassification
 
-    hf = ViTForImageClassification(ViTConfig(num_labels=CLASSES, layer_norm_eps=1e-6, attn_implementation="sdpa"))
+    blocks = trunk.encoder.layers
+    sizes = {"hidden_size": trunk.hidden_dim, "intermediate_size": trunk.mlp_dim, "num_hidden_layers": len(blocks),
+             "num_attention_heads": blocks[0].self_attention.num_heads, "patch_size": trunk.patch_size}  # fmt: skip
+    config = ViTConfig(num_labels=CLASSES, layer_norm_eps=1e-6, attn_implementation="sdpa", **sizes)
+    hf = ViTForImageClassification(config)
     source, target = trunk.state_dict(), {}
     target["vit.embeddings.cls_token"] = source["class_token"]
     target["vit.embeddings.position_embeddings"] = source["encoder.pos_embedding"]
@@ -174,30 +168,34 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
     x = torch.randn(batch, 3, SIZE, SIZE, device=device, dtype=dtype)
     y = torch.randint(CLASSES, (batch,), device=device)
 
-    def ours(*overrides: str) -> tuple[PackedViT, TrialConfig]:
-        config = trial(*kind, f"lora.rank={RANK}" if "lora=full" not in overrides else "seed=0", *overrides)
-        return ModelFactory(config, CLASSES, device, dtype)([config]), config
+    def made(*overrides: str) -> tuple[ModelFactory, TrialConfig]:
+        rank = [] if "lora=full" in overrides else [f"lora.rank={RANK}"]
+        config = trial(*kind, f"data.batch_size={batch}", *rank, *overrides)
+        return ModelFactory(config, CLASSES, device, dtype), config
+
+    def ours() -> PackedViT:
+        factory, config = made()
+        return factory([config])
 
     steps: dict[str, Callable[[], object]] = {}
     for name in names:
         if name == "floor":
-            model, config = ours()
+            model, config = ours(), made()[1]
             remove_adapters(model.trunk)
             token: Any = model.trunk.class_token if of_timm is None else model.trunk.cls_token
             token.requires_grad_()
-            steps[name] = our_step(model, config, x, y)
-        elif name in ("ours", "ours, dropout 0.1", "full fine-tuning"):
-            extra = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",)}[name]
-            model, config = ours(*extra)
-            steps[name] = our_step(model, config, x, y)
+            steps[name] = our_step(lambda _, m=model: m, [config], x, y)
+        elif name in OURS:
+            factory, config = made(*OURS[name])
+            steps[name] = our_step(factory, [config] * trials_of(name), x, y)
         elif name == "plain LoRA modules":
-            model, config = ours()
+            model = ours()
             blocks = model.trunk.encoder.layers
             for key, block in list(blocks.named_children()):
                 setattr(blocks, key, PlainBlock(block))
             steps[name] = torch_step(model, lambda im, m=model: _reset(m, im, y)[0], x, y)
         else:
-            model, config = ours()
+            model = ours()
             head = nn.Linear(model.head.weight.shape[-1], CLASSES, device=device, dtype=dtype)
             remove_adapters(model.trunk)
             trunk, head = model.trunk.float(), head.float()
@@ -207,6 +205,10 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
                 mine, theirs = head(features), _logits(plain.to(device).eval(), x[:2].float())
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
             peft.to(device, dtype)
+            if "recomputed" in name and of_timm is None:
+                peft.gradient_checkpointing_enable({"use_reentrant": False})
+            elif "recomputed" in name:
+                peft.get_base_model().set_grad_checkpointing()
             steps[name] = torch_step(peft, lambda im, m=peft: _logits(m, im), x, y)
     return steps
 
@@ -222,22 +224,30 @@ def _reset(model: PackedViT, images: Tensor, y: Tensor) -> Tensor:
     return model(images, [0])
 
 
-NAMES = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "PEFT"]
+def trials_of(name: str) -> int:
+    return 4 if "K = 4" in name else 1
+
+
+AGAIN = "trainer.checkpoint_activations=true"
+OURS = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",),
+        "ours, recomputed": (AGAIN,), "ours, K = 4": (), "ours, K = 4, recomputed": (AGAIN,)}  # fmt: skip
+USUAL = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "PEFT"]
+NAMES = [*USUAL, *(name for name in OURS if name not in USUAL), "PEFT, recomputed"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="vit_b_16", metavar="NAME", help="vit_b_16 or timm:NAME")
+    parser.add_argument("--model", default="vit_b_16", metavar="NAME", help="vit_b_16, vit_l_16 or timm:NAME")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=USUAL)
     parser.add_argument(
         "--cpu-seconds", action="store_true", help="the process's own seconds: for one thread on a shared machine"
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    left_out = () if args.model == "vit_b_16" else ("plain LoRA modules",)  # written for torchvision's block
+    left_out = () if not args.model.startswith("timm:") else ("plain LoRA modules",)  # written for torchvision's block
     names = [name for name in NAMES if name in ("floor", "ours", *args.only) and name not in left_out]
     steps = contenders(args.model, args.batch, args.precision, names)
     memory = {name: peak_memory(step) / 2**20 for name, step in steps.items()}
@@ -245,10 +255,11 @@ def main() -> None:
     rows = [
         {
             "contender": name,
-            "min s": min(seconds[name]),
-            "median s": sorted(seconds[name])[len(seconds[name]) // 2],
-            "time / floor": paired_ratio(seconds, name, "floor"),
-            "time / ours": paired_ratio(seconds, name, "ours"),
+            "trials": trials_of(name),
+            "min s": min(seconds[name]) / trials_of(name),
+            "median s": sorted(seconds[name])[len(seconds[name]) // 2] / trials_of(name),
+            "time / floor": paired_ratio(seconds, name, "floor") / trials_of(name),
+            "time / ours": paired_ratio(seconds, name, "ours") / trials_of(name),
             "peak MiB over the model": memory[name],
             "memory / floor": memory[name] / memory["floor"],
             "memory / ours": memory[name] / memory["ours"],

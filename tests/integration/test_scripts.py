@@ -130,7 +130,7 @@ def test_the_data_path_is_measured(tmp_path):
           "optimizer.lr=1e-3"),
          ["| packed |", "| packed, one process"]),
         (("bench/start.py", "--rounds", "1"), ["| --help |", "| first step |", "| - data and weights |"]),
-        (("bench/step.py", "--rounds", "1", "--batch", "1", "--only", "plain LoRA modules"),
+        (("bench/step.py", "--rounds", "1", "--batch", "1", "--only", "plain LoRA modules", "ours, K = 4, recomputed"),
          ["| floor |", "| ours |", "| plain LoRA modules |"]),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, tuple) else "",

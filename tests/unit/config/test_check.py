@@ -58,9 +58,10 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "lora.scaling": (["standard", "rslora"], ["lora"], "did you mean 'rslora'?"),
     "lora.bias": (["lora_only", "all"], ["some"], "(one of: none, lora_only, all)"),
     "trainer.epochs": FROM_ONE,
-    "trainer.precision": (["auto", "fp32", "bf16", "fp64"], ["half"], "(one of: auto, fp32, bf16, fp64)"),
+    "trainer.precision": (["auto", "fp32", "bf16", "fp16", "fp64"], ["half"], "(one of: auto, fp32, bf16, fp16, fp64)"),
     "trainer.accelerator": (["auto", "gpu", "cpu"], ["tpu"], "did you mean 'gpu'?"),
     "trainer.devices": (["auto", "1", "8"], NO_NUMBERS, "from 1 up, or auto"),
+    "trainer.micro_batch": (["auto", "1", "64", None], NO_NUMBERS, "number of images from 1 up, auto, or null"),
     "trainer.resume": (["auto", "restart"], ["no"], "(one of: auto, restart)"),
     "trainer.checkpoint_every": ([0.001, 300.0], [0.0, 300.001], "seconds in (0, 300]"),
     "trainer.log_every": ([1, 2], [0], "steps from 1 up"),
@@ -69,7 +70,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "seed": ([0, 2**63 - 1], [-1, 2**63], "whole number in [0, 9223372036854775807]"),
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",
-        "data.content", "trainer.compile"}  # fmt: skip
+        "data.content", "trainer.compile", "trainer.checkpoint_activations"}  # fmt: skip
 """Settings without bounds of their own."""
 
 DIGITS = {"data.name": "digits", "data.cache_size": None}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import trial_config
+from packs import Passes
 from sweeps import seed_trials, sweep_of
 
 from lora_vit.build import build_setup
@@ -112,6 +113,27 @@ def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
         record = read_record(tmp_path / trial.trial_id)
         assert (record.status, record.cost["pack_size"]) == ("completed", 2)
         assert steps[trial.trial_id] == list(range(14)), "every step once: it resumed from its checkpoint"
+
+
+def test_in_a_sweep_parts_shrink_before_packs_and_the_next_worker_knows(tmp_path, monkeypatch):
+    """Of packs of four trials with 8 images each, where there is room for 8: then of two, where there is for 3."""
+    passes = Passes(monkeypatch)
+    first, second, third = (seed_trials(4, trainer__epochs=1, optimizer__lr=lr) for lr in (1e-3, 2e-3, 3e-3))
+    passes.room = 8
+    work(tmp_path, first, pack_size="4")
+    assert passes.seen == [32, 16, 8, *[8] * 3] + [8] * 4 * 6
+    assert list(Sweep(tmp_path).plan["most_trained"].values()) == [8]
+    passes.seen.clear()
+    work(tmp_path, second, pack_size="4")
+    assert passes.seen == [8] * 4 * 7
+    passes.seen.clear()
+    passes.room = 3
+    said = work(tmp_path, third, pack_size="4")
+    assert passes.seen[:2] == [8, 4]
+    assert any("a pack of 4 ended" in line for line in said)
+    for trials, size in ((first, 4), (second, 4), (third, 2)):
+        assert statuses(tmp_path, trials) == ["completed"] * 4
+        assert {read_record(tmp_path / t.trial_id).cost["pack_size"] for t in trials} == {size}
 
 
 def test_what_torch_says_of_too_much_memory_is_known():

@@ -95,17 +95,22 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr(build, "choose_device", lambda accelerator, process: torch.device(device))
     monkeypatch.setattr(build, "device_name", lambda device: "none")
     monkeypatch.setattr(build, "base_of", lambda model: {})
+    monkeypatch.setattr(build.ModelFactory, "overflowing_block", lambda factory, images: None)
     monkeypatch.setattr(build, "copy", types.SimpleNamespace(deepcopy=lambda trunk: trunk))
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **limits: tensor)
     monkeypatch.setattr(nn.Module, "_apply", apply_by_exchange)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
     if device == "cuda":
-        monkeypatch.setattr(FlatParameters, "differentiate", lambda self, loss: None)
+        monkeypatch.setattr(FlatParameters, "differentiate", lambda self, loss, add: None)
 
 
-def pack_of_three() -> Pack:
-    configs = three({"data.augment": "crop_flip", "model.num_layers": 1, "trainer.precision": "bf16"})
+SMALL = {"trainer.precision": "fp16", "trainer.micro_batch": "3", "trainer.checkpoint_activations": True}
+
+
+def pack_of_three(changes: dict[str, object]) -> Pack:
+    settings = {"data.augment": "crop_flip", "model.num_layers": 1, "trainer.precision": "bf16"}
+    configs = three(settings | changes)
     return new_pack(configs, build.build_setup(configs[0], Process()))
 
 
@@ -114,11 +119,11 @@ class Evaluated(Exception):  # noqa: N818  (not an error)
 
 
 @pytest.mark.parametrize(
-    ("device", "free_bytes"),
-    [("meta", 0), ("cuda", 1 << 40), ("cuda", 0)],
-    ids=["with backward", "images on the GPU", "images on the host"],
+    ("device", "free_bytes", "changes"),
+    [("meta", 0, {}), ("meta", 0, SMALL), ("cuda", 1 << 40, {}), ("cuda", 0, {})],
+    ids=["with backward", "in fp16, in parts and computed again", "images on the GPU", "images on the host"],
 )
-def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, monkeypatch, request):
+def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, changes, monkeypatch, request):
     if device == "cuda":
         request.getfixturevalue("fake_cuda")
 
@@ -128,7 +133,7 @@ def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, m
 
     pretend(device, free_bytes, monkeypatch)
     with FakeTensorMode(allow_non_fake_inputs=device == "meta"):
-        pack = pack_of_three()
+        pack = pack_of_three(changes)
         rates = pack.learning_rates()
         pack.step(rates[0], False)  # the first brings the seeds to the device
         with Waits(device) as waits:

@@ -103,8 +103,8 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
     pack = new_pack(three())
     differentiate = pack.flat.differentiate
 
-    def troubled(loss):
-        differentiate(loss)
+    def troubled(loss, **how):
+        differentiate(loss, **how)
         if int(pack.step_K[0]) == bad_step and trouble != "loss":
             row = pack.flat.grads_KP[1]
             if trouble == "norm":
