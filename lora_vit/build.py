@@ -126,8 +126,7 @@ class ModelFactory:
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
         if lora.adapts:
             each: Any = [(c.lora, c.seed) for c in configs]
-            dora = lora.method == "dora"
-            specs = [AdapterSpec(own.rank, own.effective_scaling(), own.dropout, seed, dora) for own, seed in each]
+            specs = [AdapterSpec(o.rank, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]

@@ -141,8 +141,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     lora = adapter.card["lora"]
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if lora["method"] in ADAPTED:
-        scaling, dora = adapter.card["effective_scaling"], lora["method"] == "dora"
-        spec = AdapterSpec(lora["rank"], scaling, lora["dropout"], 0, dora)
+        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():

@@ -110,7 +110,7 @@ def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Seq
             adapters = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
             weight = model.get_parameter(place.weight)
             made[place.layer] = adapters.to(weight.device).train(model.training)
-            if specs[0].dora:
+            if specs[0].method == "dora":
                 # Attention's output projection would keep what nothing else does, and is cheap to compute again; to
                 # a bias apart timm adds in place.
                 adapters.decompose(weight, keeps_output=out_features != weight.shape[1] and not place.bias_apart)
@@ -181,7 +181,7 @@ def replace_linear_with_lora(
     one_of("method", method, ADAPTED)
     lora = LoraConfig(method, rank, alpha, dropout, None, None, scaling, None)
     check_fields(lora)
-    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed, method == "dora"), targets, blocks)
+    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed, method), targets, blocks)
     return model
 
 

@@ -19,14 +19,14 @@ from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear,
 class AdapterSpec(NamedTuple):
     """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key.
 
-    ``dora``: also a trained magnitude for each output (Liu et al., 2024), in all trials of a pack or in none.
+    ``method``: lora or dora, one for all trials of a pack.
     """
 
     rank: int
     scaling: float
     dropout: float
     seed: int
-    dora: bool = False
+    method: str = "lora"
 
 
 def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
