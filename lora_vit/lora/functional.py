@@ -112,8 +112,8 @@ class _AdaptedLinear(torch.autograd.Function):
         y_KNo = _add_adapters(_rows(y, K), h_KNr, b_KGOR, slots)
         kept: tuple[Tensor | None, ...] = (None, None)
         if factor_Ko is not None:
-            zero = factor_Ko.new_zeros(1)
-            torch.addcmul(zero if bias is None else bias, y_KNo, factor_Ko[:, None], out=y_KNo)
+            factor_K1o = factor_Ko[:, None]
+            y_KNo.mul_(factor_K1o) if bias is None else torch.addcmul(bias, y_KNo, factor_K1o, out=y_KNo)
             kept = (y, bias) if keeps_output else kept
         norm = ln_weight, ln_bias, mean, rstd
         ctx.save_for_backward(z, *norm, weight, *kept, a_KGRI, b_KGOR, factor_Ko, scale_K, h_KNr)

@@ -77,6 +77,8 @@ class LoRAAdapters(_KeyedDropout):
     q, k and v share one; ``state``: shared by all layers of the model.
     """
 
+    lora_magnitude: nn.Parameter | None
+
     def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
                  out_features: int, state: DropoutState):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
