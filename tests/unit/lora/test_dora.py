@@ -114,23 +114,20 @@ def test_rows_that_are_zero_or_cancelled_stay_finite():
 
 @pytest.mark.parametrize("keeps_output", [True, False])
 def test_factors_act_in_full_precision_under_bf16(keeps_output):
-    """A magnitude that is 0.1 % off, less than bf16 tells apart, counts; many tokens average the roundings out."""
+    """A factor that bf16 would round by 0.2 %; over many tokens the roundings of activations average out."""
     weight = (1 + drawn(O, I)).bfloat16()
     spec = AdapterSpec(2, 1.0, 0.0, 0, "dora")
     adapters = LoRAAdapters([spec], ONE, "in", I, O, DropoutState([0]))
     adapters.decompose(weight, keeps_output)
-    adapters.lora_magnitude.data *= 1.001
+    adapters.lora_magnitude.data *= 1.0137
     z, bias = (1 + drawn(B, 10000, I)).bfloat16(), drawn(O).bfloat16()
     upstream = (1 + drawn(B, 10000, O, seed=7)).bfloat16()
 
     def run(dtype):
         x = z.to(dtype).requires_grad_()
         y = adapters.linear(x, weight.to(dtype), bias.to(dtype))
-        u = (y - bias.to(dtype)).detach()
-        return [u, *torch.autograd.grad(y, [x, adapters.lora_magnitude], upstream.to(dtype))]
+        return [y.detach().double() - bias.double(), *torch.autograd.grad(y, [x, adapters.lora_magnitude], upstream.to(dtype))]
 
-    plain = (z.double() @ weight.double().T).sum()
-    assert float(run(torch.bfloat16)[0].double().sum() / plain) == pytest.approx(1.001, abs=3e-4)
     for low, full in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         ratio = float((low.double() * full.double()).sum() / full.double().square().sum())
         assert ratio == pytest.approx(1, abs=1e-3)
