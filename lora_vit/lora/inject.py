@@ -172,7 +172,8 @@ def replace_linear_with_lora(
         blocks: indices of encoder blocks, None for all.
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         seed: of the initialisation and the dropout masks.
-        method: "lora", or "dora" for a trained magnitude of each output besides (Liu et al., 2024).
+        method: "lora", or "dora" for a trained magnitude of each output besides (Liu et al., 2024), at first the norm
+            of its weights as they are now.
 
     Raises ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """

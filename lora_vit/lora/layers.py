@@ -116,7 +116,16 @@ class LoRAAdapters(_KeyedDropout):
 
     def decompose(self, weight: Tensor, keeps_output: bool) -> None:
         """Give each output DoRA's magnitude: at first the norm of its row of the weight, which then changes nothing."""
-        self.lora_magnitude, self.keeps_output = nn.Parameter(self.norms(weight)), keeps_output
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        square_GO = torch.linalg.vector_norm(self._adapted_rows(weight), dim=-1, dtype=dtype).square()
+        integer = torch.int64 if dtype == torch.float64 else torch.int32  # no cast of the model rounds it
+        self.square_GO = nn.Buffer(square_GO.view(integer), persistent=False)
+        self.lora_magnitude = nn.Parameter(square_GO.sqrt().repeat(len(self.specs), 1, 1))
+        self.keeps_output = keeps_output
+
+    def _adapted_rows(self, weight: Tensor) -> Tensor:
+        rows_GOI = weight.unflatten(0, (-1, self.lora_B.shape[2]))
+        return rows_GOI if len(self.slots) == len(rows_GOI) else torch.stack([rows_GOI[slot] for slot in self.slots])
 
     @torch.no_grad()
     def norms(self, weight: Tensor) -> Tensor:
@@ -126,14 +135,12 @@ class LoRAAdapters(_KeyedDropout):
         through it, as the paper has it (its section 4.3).
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows_GOI = weight.unflatten(0, (-1, self.lora_B.shape[2]))
-        if len(self.slots) < len(rows_GOI):
-            rows_GOI = torch.stack([rows_GOI[slot] for slot in self.slots])
         a_KGRI, b_KGOR = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        wa_GOr = rows_GOI @ a_KGRI.to(weight.dtype).movedim(0, 1).flatten(1, 2).mT
+        wa_GOr = self._adapted_rows(weight) @ a_KGRI.to(weight.dtype).movedim(0, 1).flatten(1, 2).mT
         wa_KGOR = wa_GOr.unflatten(-1, (len(a_KGRI), -1)).movedim(-2, 0)
         sb_KGOR = self.scale_K(dtype).view(-1, 1, 1, 1) * b_KGOR
-        base_GO = torch.linalg.vector_norm(rows_GOI, dim=-1, dtype=dtype).square()
+        of_base = torch.float64 if self.square_GO.dtype == torch.int64 else torch.float32
+        base_GO = self.square_GO.view(of_base).to(dtype)
         square_KGO = base_GO + (sb_KGOR * (2 * wa_KGOR + sb_KGOR @ (a_KGRI @ a_KGRI.mT))).sum(-1)
         info = torch.finfo(dtype)  # rounding may leave less where an update cancels a row; a row of zeros stays one
         return torch.maximum(square_KGO, info.eps * base_GO).clamp_min(info.tiny).sqrt()
