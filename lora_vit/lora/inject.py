@@ -111,9 +111,10 @@ def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Seq
             weight = model.get_parameter(place.weight)
             made[place.layer] = adapters.to(weight.device).train(model.training)
             if specs[0].method == "dora":
-                # Attention's output projection would keep what nothing else does, and is cheap to compute again; to
-                # a bias apart timm adds in place.
-                adapters.decompose(weight, keeps_output=out_features != weight.shape[1] and not place.bias_apart)
+                # Nothing else keeps the output of attention's projection, and it is cheap to compute again; timm adds
+                # a bias apart in place.
+                square = weight.shape[0] == weight.shape[1]
+                adapters.decompose(weight, keeps_output=not (square or place.bias_apart))
     use_own_attention(model)
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
     for place in chosen:

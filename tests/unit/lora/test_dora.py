@@ -94,6 +94,7 @@ def test_nothing_is_changed_at_the_start(dtype):
     torch.testing.assert_close(adapters.lora_magnitude.double(), exact, rtol=1e-6, atol=0)  # fp32 sums, also of bf16
     names = [name for name in adapters.trial_tensors(1) if name.endswith("magnitude")]
     assert names == ["q.lora_magnitude", "v.lora_magnitude"]
+    assert list(adapters.state_dict()) == ["lora_A", "lora_B", "lora_magnitude"]
 
 
 def test_rows_that_are_zero_or_cancelled_stay_finite():

@@ -436,6 +436,16 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     assert kept_for_backward(adapted, x) < 1.03 * kept_for_backward(frozen, x)  # 1.008; with one norm of two kept, 1.07
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("torchvision", ["o"]), ("DINOv2", ["o"]), ("EVA-02", [*"qkvo"]), ("BEiT", [*"qkvo"])]
+)
+def test_which_layers_compute_again_what_the_gradient_of_a_magnitude_needs(kind, targets):
+    """The others keep their output: most of these are kept by what comes next."""
+    model = replace_linear_with_lora(plain(kind), method="dora")
+    again = {name for m in lora_modules(model) if not m.keeps_output for name in m.names}
+    assert again == {name for _, name, _ in places(kind, targets)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("targets", [list(TARGETS), ["v"], ["fc2"]])
 def test_under_autocast_the_layers_are_what_plain_modules_are(family, targets, dtype):
