@@ -129,9 +129,9 @@ class ModelFactory:
         trunk = self._trunk(self.parameter_dtype) if lora.trains_trunk else self.frozen_trunk
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
         remove_adapters(trunk)  # of an earlier pack on the shared trunk
-        if lora.method == "lora":
+        if lora.adapts:
             each: Any = [(c.lora, c.seed) for c in configs]
-            specs = [AdapterSpec(own.rank, own.effective_scaling(), own.dropout, seed) for own, seed in each]
+            specs = [AdapterSpec(o.rank, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
@@ -174,7 +174,7 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
     """Raise ConfigError where the model has no such blocks, or layers too narrow for the rank."""
     lora = config.lora
     try:
-        if lora.method == "lora":
+        if lora.adapts:
             chosen_places(trunk, lora.targets or (), lora.blocks, lora.rank or 1)
     except ValueError as error:
         raise ConfigError(f"lora.{error} (in {config.model.name})") from None

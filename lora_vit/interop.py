@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.config import SIZES
+from lora_vit.config import ADAPTED, SIZES
 from lora_vit.data.preprocessing import ABOUT, preprocessing
 from lora_vit.errors import ConfigError
 from lora_vit.lora.backbones import last_layer, trunk_state
@@ -170,8 +170,9 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     import peft
 
     lora, scaling = (trained.adapter.card[key] for key in ("lora", "effective_scaling"))
-    if lora["method"] != "lora" or lora["bias"] != "none":
-        what = f"lora={lora['method']}" if lora["method"] != "lora" else f"lora.bias={lora['bias']}"
+    adapted, dora = lora["method"] in ADAPTED, lora["method"] == "dora"
+    if not adapted or lora["bias"] != "none":
+        what = f"lora.bias={lora['bias']}" if adapted else f"lora={lora['method']}"
         raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format timm or hf")
     plain = copy.deepcopy(trained.merged)  # with the base's own weights again
     plain.load_state_dict(trunk_state(trained.factory.original), strict=False)
@@ -183,12 +184,16 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     state = {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
     for layer, parts in layers.items():
         lora_B = torch.zeros(base.get_submodule(layer).out_features, len(parts) * r)
-        for i, (_, row, B) in enumerate(parts):
-            lora_B[row : row + len(B), i * r : (i + 1) * r] = B
-        state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = torch.cat([A for A, _, _ in parts]), lora_B
+        magnitude = base.get_submodule(layer).weight.detach().norm(dim=1)
+        for i, (row, own) in enumerate(parts):
+            rows = slice(row, row + len(own["B"]))
+            lora_B[rows, i * r : (i + 1) * r], magnitude[rows] = own["B"], own.get("magnitude", magnitude[rows])
+        state |= {f"{layer}.lora_A.weight": torch.cat([own["A"] for _, own in parts]), f"{layer}.lora_B.weight": lora_B}
+        if dora:
+            state[f"{layer}.lora_magnitude_vector"] = magnitude
     wider = {layer: len(parts) * r for layer, parts in layers.items() if len(parts) > 1}
     patterns = {"rank_pattern": wider, "alpha_pattern": {layer: scaling * rank for layer, rank in wider.items()}}
-    settings = {"r": r, "lora_alpha": scaling * r, "lora_dropout": lora["dropout"], **patterns}
+    settings = {"r": r, "lora_alpha": scaling * r, "lora_dropout": lora["dropout"], "use_dora": dora, **patterns}
     config = peft.LoraConfig(**settings, target_modules=list(layers), modules_to_save=heads)
     model = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
@@ -196,22 +201,23 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 
-def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple[Tensor, int, Tensor]]]:
-    """By linear layer of the base: of each adapter in it lora_A, the first row of its output, and lora_B."""
+def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple[int, dict[str, Tensor]]]]:
+    """By linear layer of the base: of each adapter in it the first row of its output, and its tensors (``A``, ...)."""
     modules = {timm_name(name): name.removesuffix(".weight") for name in base.state_dict()}
-    found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+    found: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
     for name, place, part in trained.adapter.places(trained.merged):
         fused = len(place.names) > 1
-        if fused and any(bias.endswith("q_bias") for bias in place.biases):
+        if fused and place.bias_apart:
             raise ConfigError(
                 f"PEFT never calls {place.layer} of {trained.about['model']}, whose bias is apart "
                 "(docs/peft_pitfalls.md): give --format timm, or train without q, k and v"
             )
-        A, B = (trained.adapter.tensors[f"{name}.lora_{m}"] for m in "AB")
+        tensors, start = trained.adapter.tensors, f"{name}.lora_"
+        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
         whole = timm_name(place.weight)
         alone = whole.replace("qkv", "qkv"[part]) if fused else whole
-        row = part * len(B) if alone not in modules else 0
-        found.setdefault(modules.get(alone) or modules[whole], []).append((A, row, B))
+        row = part * len(own["B"]) if alone not in modules else 0
+        found.setdefault(modules.get(alone) or modules[whole], []).append((row, own))
     return found
 
 

@@ -15,6 +15,7 @@ from plain_trials import BASELINE, composed, with_changes
 from lora_vit import records
 from lora_vit.analysis import load
 from lora_vit.config import from_dict, ids, trial_id
+from lora_vit.config.names import BASELINES
 from lora_vit.files import JsonLines
 from lora_vit.records import TrialRecord, write_record
 
@@ -24,7 +25,7 @@ IMAGES = 720
 
 def make_config(settings: dict[str, Any]) -> dict[str, Any]:
     """The default config with ``settings`` by dotted name; a baseline's adapter settings are null."""
-    baseline = {} if settings.get("lora.method", "lora") == "lora" else BASELINE
+    baseline = BASELINE if settings.get("lora.method") in BASELINES else {}
     return with_changes(CONFIG, {**baseline, **settings})
 
 
@@ -33,7 +34,8 @@ def make_record(accuracy: float | None = 0.9, status: str = "completed", **setti
     config = make_config({k.replace("__", "."): v for k, v in settings.items()})
     typed = from_dict(config)
     rank = config["lora"]["rank"] or 0
-    adapter = {"lora": rank * 27_648, "none": 0, "full": 1_200_000}[config["lora"]["method"]]
+    sizes = {"lora": rank * 27_648, "dora": (rank + 1) * 27_648, "none": 0, "full": 1_200_000}
+    adapter = sizes[config["lora"]["method"]]
     loss = None if accuracy is None else 2.5 * (1 - accuracy)
     return TrialRecord(
         trial_id=trial_id(typed),

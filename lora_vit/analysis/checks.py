@@ -7,7 +7,7 @@ import pandas as pd
 
 from lora_vit.analysis.stats import Comparison
 from lora_vit.analysis.tables import FACTS, SCALING, averaged
-from lora_vit.config.names import LR, METHOD, value_text
+from lora_vit.config.names import BASELINES, LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
 VAL_SET = tuple(f"data.{name}" for name in (  # what decides which images a trial is validated on
@@ -85,7 +85,7 @@ def warnings(
 
     ``rates``: :func:`.tables.learning_rates`; ``left_out``: :func:`unfinished`.
     """
-    adapted = done[done[METHOD] == "lora"]
+    adapted = done[~done[METHOD].isin(BASELINES)]
     if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
         yield from _learning_rate(adapted, moved, rates)
     for column, what in _SAME.items():

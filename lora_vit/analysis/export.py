@@ -24,7 +24,7 @@ from rich.table import Table
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
-from lora_vit.config.names import BASELINES, METHOD, short_names, value_text
+from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.metrics import LOSSES
 
 RATES_NOTE = (
@@ -60,7 +60,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     """
     cells, comparison, fixed = summary.cells, summary.comparison, summary.race is None
     short = short_names(summary.settings)
-    settings = [(short[c], c, value_text if c != METHOD else lambda m: BASELINES.get(m, "LoRA")) for c in short]
+    settings = [(short[c], c, value_text if c != METHOD else METHODS.__getitem__) for c in short]
     behind = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
     table = as_text(
         cells.assign(place=np.arange(1, len(cells) + 1), behind=behind),

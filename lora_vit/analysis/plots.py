@@ -104,15 +104,15 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
     """
     cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
-    frame = cells[cells[METHOD] == "lora"].infer_objects()
-    moved = [c for c in summary.settings if c != METHOD and frame[c].nunique() > 1]
+    frame = cells[~cells[METHOD].isin(BASELINES)].infer_objects()
+    moved = [c for c in summary.settings if frame[c].nunique() > 1]
     numeric = [c for c in moved if pd.api.types.is_numeric_dtype(frame[c])]
     if not numeric:
         return {}
     x, *_ = preferred(numeric, ["lora.rank", LR, "lora.dropout", "lora.alpha"])
     others = [c for c in moved if c != x and frame.groupby(x)[c].nunique().max() > 1]  # not alpha tied to the rank
     few = [c for c in others if frame[c].nunique() <= MOST_LINES]
-    lines = preferred(few, ["lora.alpha", "lora.dropout", LR])[:1]
+    lines = preferred(few, [METHOD, "lora.alpha", "lora.dropout", LR])[:1]
     short, best, held = short_names(summary.settings), frame.iloc[0], []
     for c in others:
         if c not in lines:
@@ -128,7 +128,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
         places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
         label = _shorten(f"{short[lines[0]]} {value_text(value)}") if lines else None
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
-    baselines = cells[cells[METHOD] != "lora"].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
+    baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
     for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
         colour = "#777777" if method == "none" else "#000000"
         axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
@@ -255,7 +255,7 @@ def _shorten(text: str) -> str:
 def _best_and_baselines(frame: pd.DataFrame, best: int, baselines: int) -> tuple[pd.DataFrame, str]:
     """The first cells, baselines from among the others, and what a title says of the choice."""
     rest = frame.iloc[best:]
-    others = rest[rest[METHOD] != "lora"].head(baselines) if METHOD in frame else rest[:0]
+    others = rest[rest[METHOD].isin(BASELINES)].head(baselines) if METHOD in frame else rest[:0]
     more = f" (best {best} of {len(frame)}{', and baselines' if len(others) else ''})" if len(rest) else ""
     return pd.concat([frame.head(best), others]), more
 

@@ -38,10 +38,10 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
 
 def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
     """Settings for the model of main effects, the most asked-for first; scaling stands for alpha beside rank."""
-    there = {c for c in settings if c != METHOD and adapted[c].nunique() > 1}
+    there = {c for c in settings if adapted[c].nunique() > 1}
     if "lora.rank" in there and adapted[SCALING].nunique() > 1:
         there = there - {"lora.alpha", "lora.scaling"} | {SCALING}
-    return preferred(sorted(there), ["lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
+    return preferred(sorted(there), [METHOD, "lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
 
 
 def matrix(done: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:

@@ -6,6 +6,6 @@ from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import canonical, file_sha256, ids, is_weights_file, trial_id, weights_files
 from lora_vit.config.rules import nearest
 from lora_vit.config.schema import (
-    IDENTITY, SCHEMA_VERSION, SECTIONS, TARGETS, WITHOUT_IDENTITY, DataConfig, LoraConfig, ModelConfig,
+    ADAPTED, IDENTITY, SCHEMA_VERSION, SECTIONS, TARGETS, WITHOUT_IDENTITY, DataConfig, LoraConfig, ModelConfig,
     OptimizerConfig, RootConfig, SweepConfig, TrainerConfig, TrialConfig, from_dict, to_dict, unknown_key,
 )  # fmt: skip

@@ -78,9 +78,9 @@ def _check_data(d: DataConfig) -> None:
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
     for f in dataclasses.fields(lora):
         value = getattr(lora, f.name)
-        if lora.method != "lora" and value is not None and f.name != "method":
+        if not lora.adapts and value is not None and f.name != "method":
             refuse(f"lora.{f.name}", value, f"has no effect with lora={lora.method}: drop it, or give lora=default")
-        if lora.method == "lora" and value is None and f.name != "blocks":
+        if lora.adapts and value is None and f.name != "blocks":
             refuse(f"lora.{f.name}", value, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
     if (lora.rank or 0) > width:

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_vit.config.schema import IDENTITY, SECTIONS, TARGETS
+from lora_vit.config.schema import ADAPTED, IDENTITY, SECTIONS, TARGETS
 
 LR, METHOD = "optimizer.lr", "lora.method"
 BASELINES = {"none": "linear probe", "full": "full fine-tuning"}  # trials without adapters, by ``lora.method``
+METHODS = {"lora": "LoRA", "dora": "DoRA", **BASELINES}
 _TARGETS = {"q k v o fc1 fc2": "all", "q k v o": "attention", "fc1 fc2": "mlp"}
 
 
@@ -21,7 +22,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
             words = " ".join([t for t in TARGETS if t in value] if key == "targets" else map(str, value))
             value = _TARGETS.get(words, words)
         values[name] = value
-    if values[METHOD] == "lora" and values["lora.blocks"] is None:
+    if values[METHOD] in ADAPTED and values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
     return values
 
@@ -43,8 +44,8 @@ def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dic
 
 
 def cell_text(row: Mapping[str, Any], settings: Sequence[str]) -> str:
-    """The settings of one cell in words, without those that a baseline leaves empty."""
-    short, base = short_names(settings), BASELINES.get(str(row.get(METHOD)))
+    """The settings of one cell in words, without those that a baseline leaves empty; LoRA goes without saying."""
+    short, base = short_names(settings), {**METHODS, "lora": ""}.get(str(row.get(METHOD)))
     shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and _is_missing(row[c]))]
     return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(row[c])}" for c in shown)])
 

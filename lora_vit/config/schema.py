@@ -16,6 +16,7 @@ from lora_vit.metrics import METRICS
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
+ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
 _MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
@@ -80,9 +81,9 @@ class OptimizerConfig:
 
 @dataclass
 class LoraConfig:
-    """Which adapters (Hu et al., 2021), or which baseline (``method`` none or full; the rest is then None)."""
+    """Which adapters (LoRA: Hu et al., 2021; DoRA: Liu et al., 2024), or which baseline (then the rest is None)."""
 
-    method: str = field(metadata=choice("lora", "none", "full"))
+    method: str = field(metadata=choice(*ADAPTED, "none", "full"))
     rank: int | None = field(metadata=number("a whole number", "[1, inf)", ", or lora=none to train the head alone"))
     alpha: float | None = field(metadata=number("a number", "(0, inf)"))
     dropout: float | None = field(metadata=number("a probability", "[0, 1)"))
@@ -92,13 +93,18 @@ class LoraConfig:
     bias: str | None = field(metadata=choice("none", "lora_only", "all"))
 
     @property
+    def adapts(self) -> bool:
+        """Whether there are adapters."""
+        return self.method in ADAPTED
+
+    @property
     def trains_trunk(self) -> bool:
         """Whether parameters of the trunk are trained, so that trials cannot share it."""
         return self.method == "full" or self.bias not in (None, "none")
 
     def effective_scaling(self) -> float:
         """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
-        alpha, rank = cast(tuple[float, int], (self.alpha, self.rank))  # given by "lora"
+        alpha, rank = cast(tuple[float, int], (self.alpha, self.rank))  # given with adapters
         return alpha / (math.sqrt(rank) if self.scaling == "rslora" else rank)
 
 
@@ -186,7 +192,7 @@ def deciding(trial: TrialConfig) -> dict[str, Any]:
 
 def _meant(settings: Mapping[str, Any], section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ADDED or REMOVED (``settings``) in a section with these values; a baseline's adapters have None."""
-    idle = section == "lora" and values.get("method") != "lora"
+    idle = section == "lora" and values.get("method") not in ADAPTED
     own = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{section}.")}
     return dict.fromkeys(own) if idle else own
 

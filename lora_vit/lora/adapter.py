@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.config import SCHEMA_VERSION, SIZES
+from lora_vit.config import ADAPTED, SCHEMA_VERSION, SIZES
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.lora.backbones import OF_HEADS, Place, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, chosen_places
@@ -34,7 +34,7 @@ class Adapter(NamedTuple):
     def places(self, model: nn.Module) -> Iterator[tuple[str, Place, int]]:
         """Each adapted projection of the base: its name, its place, and which part of the place's weight it is."""
         lora = self.card["lora"]
-        if lora["method"] == "lora":
+        if lora["method"] in ADAPTED:
             for place in chosen_places(model, lora["targets"], lora["blocks"]):
                 for part, (target, name) in enumerate(place.names.items()):
                     if target in lora["targets"]:
@@ -128,7 +128,10 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for name, place, part in adapter.places(model):
         lora_A, lora_B = (adapter.tensors[f"{name}.lora_{m}"].double() for m in "AB")
         rows = state[place.weight].chunk(len(place.names))[part]
-        rows.copy_((rows.double() + adapter.card["effective_scaling"] * (lora_B @ lora_A)).float())
+        new = rows.double() + adapter.card["effective_scaling"] * (lora_B @ lora_A)
+        if (magnitude := adapter.tensors.get(f"{name}.lora_magnitude")) is not None:  # a row of zeros stays one
+            new *= magnitude.double()[:, None] / new.norm(dim=1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
+        rows.copy_(new.float())
     return state
 
 
@@ -137,8 +140,8 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     put_head(model, adapter.tensors)
     lora = adapter.card["lora"]
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
-    if lora["method"] == "lora":
-        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0)
+    if lora["method"] in ADAPTED:
+        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():

@@ -121,6 +121,11 @@ class Place:
     reads: str  # name of the layer's input, one for all that read it: key of its dropout mask
     front: str | None = None  # the LayerNorm or GELU before it, if its output is read only by places with this front
 
+    @property
+    def bias_apart(self) -> bool:
+        """Whether timm has the bias in parts, and adds it behind the layer."""
+        return any(bias.endswith("q_bias") for bias in self.biases)
+
     def sizes(self, model: nn.Module) -> tuple[int, int]:
         """O of each part, and I."""
         rows, columns = model.get_parameter(self.weight).shape

@@ -3,12 +3,15 @@
 For each trial, with its own rank, scaling and dropout (Hu et al., 2021, eq. 3)::
 
     x = prologue(z)                        # LayerNorm, GELU or nothing
-    y = x W' + b                           # frozen, one product for all trials
-    y[g] += s/(1-p) * (mask * x) A_g' B_g' # the trial's adapters
+    u = x W'                               # frozen, one product for all trials
+    u[g] += s/(1-p) * (mask * x) A_g' B_g' # the trial's adapters
+    y = c * u + b                          # c: 1, or DoRA's magnitude over norm (Liu et al., 2024, eq. 5)
 
 Like a frozen layer it keeps ``z`` alone for its backward pass, and ``h = x A'`` (R wide): the LayerNorm or GELU output
-and the dropout mask are computed again, for about 2 % of time. The products with a skinny side are written in the
-layout in which BLAS is fast; written the other way several take five times as long.
+and the dropout mask are computed again, for about 2 % of time. The gradient of ``c`` also needs ``u``, which is
+computed again, or follows from ``y`` if that is kept (the next layer or attention may keep it anyway). The products
+with a skinny side are written in the layout in which BLAS is fast; written the other way several take five times as
+long.
 
 Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width, O output width, R rank,
 G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
@@ -26,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_vit.lora.dropout import keep_by_bits_, keep_by_product_, keep_mask
 
+_AT_ONCE = 1 << 17  # elements of activations that a CPU multiplies and sums at once: they stay in its cache
 _TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (keep_by_product_, 1 << 24)}
 """The faster way to drop elements, and of how many at once: 1 MiB of mask stays within a CPU's second-level cache;
 64 MiB keep a GPU busy and are little beside the activations, where a whole mask would be several times as large."""
@@ -88,40 +92,56 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
-        a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor, prologue: Prologue, slots: tuple[int, ...],
-        mask: MaskKey | None,
+        a_KGRI: Tensor, b_KGOR: Tensor, factor_Ko: Tensor | None, scale_K: Tensor, prologue: Prologue,
+        slots: tuple[int, ...], mask: MaskKey | None, keeps_output: bool,
     ) -> Tensor:  # fmt: skip
-        K, _, R, _ = a_KGRI.shape
-        O = b_KGOR.shape[2]
+        K = len(scale_K)
         mean = rstd = None
         if prologue.kind == "layer_norm":
             x, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], ln_weight, ln_bias, prologue.eps)
         else:
             x = prologue(z)
         x = x.to(weight.dtype)
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias if factor_Ko is None else None)
         if mask is not None:
             x = x.clone() if prologue.kind == "none" else x
             mask.apply_(x)
         h_KNr = _rows(x, K) @ a_KGRI.flatten(1, 2).mT
         del x
         h_KNr.mul_(scale_K.view(K, 1, 1))
-        y_KNo = _rows(y, K)
-        for g, slot in enumerate(slots):
-            y_KNo[:, :, slot * O : (slot + 1) * O].baddbmm_(h_KNr[:, :, g * R : (g + 1) * R], b_KGOR[:, g].mT)
-        ctx.save_for_backward(z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr)
+        y_KNo = _add_adapters(_rows(y, K), h_KNr, b_KGOR, slots)
+        kept: tuple[Tensor | None, ...] = (None, None)
+        if factor_Ko is not None:
+            factor_K1o = factor_Ko[:, None]
+            y_KNo.mul_(factor_K1o) if bias is None else torch.addcmul(bias, y_KNo, factor_K1o, out=y_KNo)
+            kept = (y, bias) if keeps_output else kept
+        norm = ln_weight, ln_bias, mean, rstd
+        ctx.save_for_backward(z, *norm, weight, *kept, a_KGRI, b_KGOR, factor_Ko, scale_K, h_KNr)
         ctx.prologue, ctx.slots, ctx.mask = prologue, slots, mask
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, ln_weight, ln_bias, mean, rstd, weight, a_KGRI, b_KGOR, scale_K, h_KNr = ctx.saved_tensors
+        z, ln_weight, ln_bias, mean, rstd, weight, y, bias, *adapters, h_KNr = ctx.saved_tensors
+        a_KGRI, b_KGOR, factor_Ko, scale_K = adapters
         prologue, slots, mask = ctx.prologue, ctx.slots, ctx.mask
         K, _, R, _ = a_KGRI.shape
         O = b_KGOR.shape[2]
         g = grads[0].contiguous()
-        g_KNo = _rows(g, K)
+        g_KNo, needs = _rows(g, K), ctx.needs_input_grad
+        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z).to(weight.dtype)  # from the saved tensors
+        dbias = g.sum((0, 1)) if needs[4] else None
+        dfactor_Ko = None
+        if factor_Ko is not None:
+            if y is None:
+                u_KNo = _add_adapters(_rows(F.linear(x, weight), K), h_KNr, b_KGOR, slots)
+                g_KNo, dfactor_Ko = _through_factor(g_KNo, factor_Ko, u_KNo)
+                del u_KNo
+            else:  # u is (y - b) / c; where c is 0, y does not tell it, and c gets no gradient
+                g_KNo, dfactor_Ko = _through_factor(g_KNo, factor_Ko, _rows(y, K), bias)
+                dfactor_Ko = torch.where(factor_Ko == 0, 0.0, dfactor_Ko / factor_Ko)
+            g = g_KNo.view_as(g)
 
         db_KGOR = torch.empty_like(b_KGOR)
         dh_KNr = torch.empty_like(h_KNr)
@@ -135,8 +155,6 @@ class _AdaptedLinear(torch.autograd.Function):
                 dh_KNr[:, :, rows] = (b_KGOR[:, i].mT @ g_slot.mT).mT
         dh_KNr.mul_(scale_K.view(K, 1, 1))
 
-        x = Prologue(prologue.kind, prologue.eps, ln_weight, ln_bias)(z).to(weight.dtype)  # from the saved tensors
-        needs = ctx.needs_input_grad
         dx_adapters = None
         if mask is not None:
             x = x.clone() if prologue.kind == "none" else x
@@ -145,7 +163,6 @@ class _AdaptedLinear(torch.autograd.Function):
         da_KGRI = (dh_KNr.mT @ _rows(x, K)).view_as(a_KGRI)
         del x
 
-        dbias = g.sum((0, 1)) if needs[4] else None
         dz = dln_weight = dln_bias = None
         if any(needs[:3]):
             dx = g @ weight
@@ -161,7 +178,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 dz, dln_weight, dln_bias = torch.ops.aten.native_layer_norm_backward(
                     dx, z, z.shape[-1:], mean, rstd, ln_weight, ln_bias, list(needs[:3])
                 )
-        return dz, dln_weight, dln_bias, None, dbias, da_KGRI, db_KGOR, None, None, None, None
+        return dz, dln_weight, dln_bias, None, dbias, da_KGRI, db_KGOR, dfactor_Ko, *(None,) * 5
 
 
 def _rows(x: Tensor, K: int) -> Tensor:
@@ -169,9 +186,32 @@ def _rows(x: Tensor, K: int) -> Tensor:
     return x.view(K, -1, x.shape[-1])
 
 
+def _add_adapters(y_KNo: Tensor, h_KNr: Tensor, b_KGOR: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """Add ``h B'`` to the adapted parts of the output, in place."""
+    _, _, O, R = b_KGOR.shape
+    for g, slot in enumerate(slots):
+        y_KNo[:, :, slot * O : (slot + 1) * O].baddbmm_(h_KNr[:, :, g * R : (g + 1) * R], b_KGOR[:, g].mT)
+    return y_KNo
+
+
+def _through_factor(g_KNo: Tensor, factor_Ko: Tensor, u_KNo: Tensor,
+                    bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``c g``, the gradient of u in ``y = c u + b``, and the sum of ``g (u - bias)`` over a trial's rows."""
+    (K, N, width), factor_K1o = g_KNo.shape, factor_Ko[:, None]
+    du_KNo, dfactor_Ko = torch.empty_like(g_KNo), torch.zeros_like(factor_Ko)
+    rows = max(1, _AT_ONCE // (K * width)) if g_KNo.device.type == "cpu" else N
+    for start in range(0, N, rows):
+        here = (slice(None), slice(start, start + rows))
+        own = u_KNo[here] if bias is None else u_KNo[here] - bias
+        dfactor_Ko += (g_KNo[here] * own).sum(1, dtype=factor_Ko.dtype)
+        torch.mul(g_KNo[here], factor_K1o, out=du_KNo[here])
+    return du_KNo, dfactor_Ko
+
+
 def adapted_linear(
     z: Tensor, weight: Tensor, bias: Tensor | None, a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
     slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
+    factor_Ko: Tensor | None = None, keeps_output: bool = False,
 ) -> Tensor:  # fmt: skip
     """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O].
 
@@ -179,7 +219,8 @@ def adapted_linear(
     frozen, without gradient, in the result's dtype, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get
     gradients if they require them. ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``:
     each trial's factor, with a mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each
-    of the G adapters adds to.
+    of the G adapters adds to. ``factor_Ko``: on the outputs before the bias, [K, slots*O]; ``keeps_output``: for the
+    gradient of that, rather than compute the layer's product again (nothing may then change the output in place).
     """
-    norm = prologue.weight, prologue.bias
-    return _AdaptedLinear.apply(z, *norm, weight, bias, a_KGRI, b_KGOR, scale_K, prologue, slots, mask)
+    norm, adapters = (prologue.weight, prologue.bias), (a_KGRI, b_KGOR, factor_Ko, scale_K)
+    return _AdaptedLinear.apply(z, *norm, weight, bias, *adapters, prologue, slots, mask, keeps_output)

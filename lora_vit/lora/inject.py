@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from lora_vit import randomness
-from lora_vit.config import TARGETS, LoraConfig
+from lora_vit.config import ADAPTED, TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
 from lora_vit.lora.backbones import Place, places_of
 from lora_vit.lora.dropout import DropoutState
@@ -108,7 +108,13 @@ def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Seq
         if slots:
             out_features, in_features = place.sizes(model)
             adapters = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
-            made[place.layer] = adapters.to(model.get_parameter(place.weight).device).train(model.training)
+            weight = model.get_parameter(place.weight)
+            made[place.layer] = adapters.to(weight.device).train(model.training)
+            if specs[0].method == "dora":
+                # Nothing else keeps the output of attention's projection, and it is cheap to compute again; timm adds
+                # a bias apart in place.
+                square = weight.shape[0] == weight.shape[1]
+                adapters.decompose(weight, keeps_output=not (square or place.bias_apart))
     use_own_attention(model)
     passed = {place.front for place in chosen if place.layer in made and place.front is not None}
     for place in chosen:
@@ -151,7 +157,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 def replace_linear_with_lora(
     model: nn.Module, rank: int = 4, alpha: float = 32.0, dropout: float = 0.0, targets: Sequence[str] = TARGETS,
-    blocks: Sequence[int] | None = None, scaling: str = "standard", seed: int = 0,
+    blocks: Sequence[int] | None = None, scaling: str = "standard", seed: int = 0, method: str = "lora",
 ) -> nn.Module:  # fmt: skip
     """Give the linear layers of a plain ViT's encoder LoRA adapters (Hu et al., 2021), in place; returns the model.
 
@@ -167,14 +173,17 @@ def replace_linear_with_lora(
         blocks: indices of encoder blocks, None for all.
         scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
         seed: of the initialisation and the dropout masks.
+        method: "lora", or "dora" for a trained magnitude of each output besides (Liu et al., 2024), at first the norm
+            of its weights as they are now.
 
     Raises ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
     if not (rank >= 1 and rank == int(rank)):
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
-    lora = LoraConfig("lora", rank, alpha, dropout, None, None, scaling, None)
+    one_of("method", method, ADAPTED)
+    lora = LoraConfig(method, rank, alpha, dropout, None, None, scaling, None)
     check_fields(lora)
-    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed), targets, blocks)
+    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed, method), targets, blocks)
     return model
 
 

@@ -17,12 +17,16 @@ from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear,
 
 
 class AdapterSpec(NamedTuple):
-    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key."""
+    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key.
+
+    ``method``: lora or dora, one for all trials of a pack.
+    """
 
     rank: int
     scaling: float
     dropout: float
     seed: int
+    method: str = "lora"
 
 
 def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
@@ -73,6 +77,8 @@ class LoRAAdapters(_KeyedDropout):
     q, k and v share one; ``state``: shared by all layers of the model.
     """
 
+    lora_magnitude: nn.Parameter | None
+
     def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
                  out_features: int, state: DropoutState):  # fmt: skip
         super().__init__([s.dropout for s in specs], in_features, input_name, state)
@@ -80,6 +86,8 @@ class LoRAAdapters(_KeyedDropout):
         self.specs, self.names, self.slots = specs, tuple(slots.values()), tuple(slots)
         self.lora_A = nn.Parameter(torch.zeros(K, G, R, in_features))
         self.lora_B = nn.Parameter(torch.zeros(K, G, out_features, R))
+        self.register_parameter("lora_magnitude", None)  # DoRA's, from :meth:`decompose`
+        self.keeps_output = False
         for k, spec in enumerate(specs):
             for g, name in enumerate(self.names):
                 self.lora_A.data[k, g, : spec.rank] = initial_lora_A(spec, name, in_features)  # drawn at its own rank
@@ -94,18 +102,66 @@ class LoRAAdapters(_KeyedDropout):
         scale_K = (self.scale_K if mask is None else self.train_scale_K)(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         a_KGRI, b_KGOR = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        return adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, self.slots, mask, prologue)
+        adapters = a_KGRI, b_KGOR, scale_K, self.slots
+        return adapted_linear(z, weight, bias, *adapters, mask, prologue, self.factors(weight), self.keeps_output)
 
-    def trial_tensors(self, k: int, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> dict[str, Tensor]:
-        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I] and ``NAME.lora_B`` [O, rank].
+    def factors(self, weight: Tensor) -> Tensor | None:
+        """DoRA's magnitude over norm of each output for each trial, 1 where nothing is adapted, [K, slots*O]."""
+        if self.lora_magnitude is None:
+            return None
+        factor_KGO = self.lora_magnitude / self.norms(weight)
+        one_KO = torch.ones_like(factor_KGO[:, 0])
+        parts = range(len(weight) // one_KO.shape[1])
+        return torch.cat([factor_KGO[:, self.slots.index(s)] if s in self.slots else one_KO for s in parts], 1)
 
-        They are views of the parameters, or of given tensors that are laid out like one trial's: [G, R, I], [G, O, R].
+    def decompose(self, weight: Tensor, keeps_output: bool) -> None:
+        """Give each output DoRA's magnitude: at first the norm of its row of the weight, which then changes nothing."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        square_GO = torch.linalg.vector_norm(self._adapted_rows(weight), dim=-1, dtype=dtype).square()
+        integer = torch.int64 if dtype == torch.float64 else torch.int32  # no cast of the model rounds it
+        self.square_GO = nn.Buffer(square_GO.view(integer), persistent=False)
+        self.lora_magnitude = nn.Parameter(square_GO.sqrt().repeat(len(self.specs), 1, 1))
+        self.keeps_output = keeps_output
+
+    def _adapted_rows(self, weight: Tensor) -> Tensor:
+        rows_GOI = weight.unflatten(0, (-1, self.lora_B.shape[2]))
+        return rows_GOI if len(self.slots) == len(rows_GOI) else torch.stack([rows_GOI[slot] for slot in self.slots])
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """Norm of each adapted row of W + s B A for each trial, fp32 (of fp64: fp64), [K, G, O].
+
+        ``|W_o|^2 + 2 s B_o.(A W')_o + s^2 B_o (A A') B_o'``: no dense product, but R columns of one. No gradient goes
+        through it, as the paper has it (its section 4.3).
         """
-        a_GRI, b_GOR = self.lora_A[k] if lora_A is None else lora_A, self.lora_B[k] if lora_B is None else lora_B
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a_KGRI, b_KGOR = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        wa_GOr = self._adapted_rows(weight) @ a_KGRI.to(weight.dtype).movedim(0, 1).flatten(1, 2).mT
+        wa_KGOR = wa_GOr.unflatten(-1, (len(a_KGRI), -1)).movedim(-2, 0)
+        sb_KGOR = self.scale_K(dtype).view(-1, 1, 1, 1) * b_KGOR
+        of_base = torch.float64 if self.square_GO.dtype == torch.int64 else torch.float32
+        base_GO = self.square_GO.view(of_base).to(dtype)
+        square_KGO = base_GO + (sb_KGOR * (2 * wa_KGOR + sb_KGOR @ (a_KGRI @ a_KGRI.mT))).sum(-1)
+        info = torch.finfo(dtype)  # rounding may leave less where an update cancels a row; a row of zeros stays one
+        return torch.maximum(square_KGO, info.eps * base_GO).clamp_min(info.tiny).sqrt()
+
+    @property
+    def leaves(self) -> list[str]:
+        """Names of the parameters."""
+        return [name for name, _ in self.named_parameters()]
+
+    def trial_tensors(self, k: int, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I], ``NAME.lora_B`` [O, rank], ``NAME.lora_magnitude``.
+
+        They are views of the parameters, or of ``own``: tensors by parameter, laid out like one trial's.
+        """
+        own = {name: p[k] for name, p in self.named_parameters()} if own is None else own
         rank = self.specs[k].rank
         tensors: dict[str, Tensor] = {}
         for g, name in enumerate(self.names):
-            tensors |= {f"{name}.lora_A": a_GRI[g, :rank], f"{name}.lora_B": b_GOR[g, :, :rank]}
+            tensors |= {f"{name}.lora_A": own["lora_A"][g, :rank], f"{name}.lora_B": own["lora_B"][g, :, :rank]}
+            if self.lora_magnitude is not None:
+                tensors[f"{name}.lora_magnitude"] = own["lora_magnitude"][g]
         return tensors
 
 

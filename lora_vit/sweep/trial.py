@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_vit.config import TrialConfig, canonical, ids, to_dict
-from lora_vit.config.names import BASELINES
+from lora_vit.config.names import BASELINES, METHODS
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Group:
         c, lora = self.trials[0].config, self.trials[0].config.lora
         blocks = "" if lora.blocks is None else f" in blocks {','.join(map(str, lora.blocks))}"
         bias = "" if lora.bias == "none" else f", bias {lora.bias}"
-        where = BASELINES.get(lora.method) or f"LoRA on {' '.join(lora.targets or [])}{blocks}{bias}"
+        where = BASELINES.get(lora.method) or f"{METHODS[lora.method]} on {' '.join(lora.targets or [])}{blocks}{bias}"
         size = "" if c.model.image_size is None else f" {c.model.image_size} px"
         return f"{c.model.name}{size}, {c.data.name}, batch {c.data.batch_size}, {where}"
 
@@ -91,7 +91,7 @@ def without_seed(lines: Sequence[str]) -> list[str]:
 
 def without_idle(config: TrialConfig, overrides: Sequence[str]) -> list[str]:
     """The overrides that have an effect: settings of adapters have none on a baseline."""
-    return [line for line in overrides if config.lora.method == "lora" or not key_of(line).startswith("lora.")]
+    return [line for line in overrides if config.lora.adapts or not key_of(line).startswith("lora.")]
 
 
 def key_of(override: str) -> str:

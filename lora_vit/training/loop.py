@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.table import Column, Table
 
+from lora_vit.config.names import METHODS
 from lora_vit.errors import Interrupted
 from lora_vit.metrics import figures
 from lora_vit.stopping import StopRequest, repeating
@@ -52,9 +53,10 @@ class RunReporter(Reporter):
         for name in ("adapter", "head", "trainable", "total"):
             table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
         self.console.print(table)
-        if trial.config.lora.method == "lora":
+        if trial.config.lora.adapts:
             lora, factor = trial.config.lora, trial.config.lora.effective_scaling()
-            self.console.print(f"LoRA rank {lora.rank}, alpha {lora.alpha:g}: effective scaling {factor:g}")
+            settings = f"{METHODS[lora.method]} rank {lora.rank}, alpha {lora.alpha:g}"
+            self.console.print(f"{settings}: effective scaling {factor:g}")
         self._progress = Progress("training", trial.config.trainer.epochs * steps, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 

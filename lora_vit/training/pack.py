@@ -263,7 +263,7 @@ class Pack:
         row = self.flat.views(row_P)
         views: dict[str, Tensor] = {}
         for prefix, adapters in self._adapters.items():
-            views |= adapters.trial_tensors(k, row.pop(f"{prefix}.lora_A"), row.pop(f"{prefix}.lora_B"))
+            views |= adapters.trial_tensors(k, {leaf: row.pop(f"{prefix}.{leaf}") for leaf in adapters.leaves})
         for leaf in ("weight", "bias"):
             views[f"{self.model.head.name}.{leaf}"] = row.pop(f"head.{leaf}")
         return views | {name.removeprefix("trunk."): view for name, view in row.items()}

@@ -193,7 +193,7 @@ class TrialRun:
             "base": setup.base,
             "data": self.record.data,
             "lora": self.record.config["lora"],
-            "effective_scaling": lora.effective_scaling() if lora.method == "lora" else None,
+            "effective_scaling": lora.effective_scaling() if lora.adapts else None,
             "preprocessing": Preprocessing(setup.data.decoding, *inputs).to_dict(),
             "class_names": setup.data.class_names,
             "sha256": sha256_of(tensors),

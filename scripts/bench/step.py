@@ -42,6 +42,19 @@ from lora_vit.training.trial import Setup, TrialRun
 
 CLASSES, SIZE = 200, 224
 RANK, ALPHA = 8, 32.0
+AGAIN = "trainer.checkpoint_activations=true"
+OURS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "ours, dropout 0.1": ("lora.dropout=0.1",),
+    "ours, DoRA": ("lora=dora",),
+    "full fine-tuning": ("lora=full",),
+    "ours, DoRA, dropout 0.1": ("lora=dora", "lora.dropout=0.1"),
+    "ours, recomputed": (AGAIN,),
+    "ours, K = 4": (),
+    "ours, K = 4, recomputed": (AGAIN,),
+}
+USUAL = ["floor", *list(OURS)[:4], "plain LoRA modules", "PEFT", "PEFT, DoRA"]
+NAMES = [*USUAL, *(name for name in OURS if name not in USUAL), "PEFT, recomputed"]
 
 
 def trial(*overrides: str) -> TrialConfig:
@@ -113,7 +126,7 @@ class PlainBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(y)))
 
 
-def hf_peft(trunk: VisionTransformer, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+def hf_peft(trunk: VisionTransformer, head: nn.Linear, dora: bool) -> tuple[nn.Module, nn.Module]:
     """HF's ViT with the same weights, and PEFT on its q, k, v, o, fc1 and fc2."""
     from peft import LoraConfig, get_peft_model
     from transformers import ViTConfig, ViTForImageClassification
@@ -142,18 +155,18 @@ def hf_peft(trunk: VisionTransformer, head: nn.Linear) -> tuple[nn.Module, nn.Mo
             target[f"{theirs}.layernorm_after.{leaf}"] = source[f"{ours}.ln_2.{leaf}"]
     hf.load_state_dict(target)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["classifier"])
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, use_dora=dora, modules_to_save=["classifier"])
     return hf, get_peft_model(copy.deepcopy(hf), lora)
 
 
-def timm_peft(name: str, trunk: nn.Module, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+def timm_peft(name: str, trunk: nn.Module, head: nn.Linear, dora: bool) -> tuple[nn.Module, nn.Module]:
     """timm's own model with the same weights, and PEFT on its blocks' qkv, proj, fc1 and fc2."""
     from peft import LoraConfig, get_peft_model
 
     model = timm_model(name, SIZE, CLASSES)
     model.load_state_dict({**trunk.state_dict(), **{f"head.{leaf}": t for leaf, t in head.state_dict().items()}})
     targets = r"blocks\..*\.(qkv|proj|fc1|fc2)"  # not patch_embed.proj
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=["head"])
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, use_dora=dora, modules_to_save=["head"])
     return model, get_peft_model(copy.deepcopy(model), lora)
 
 
@@ -198,8 +211,8 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
             model = ours()
             head = nn.Linear(model.head.weight.shape[-1], CLASSES, device=device, dtype=dtype)
             remove_adapters(model.trunk)
-            trunk, head = model.trunk.float(), head.float()
-            plain, peft = hf_peft(trunk, head) if of_timm is None else timm_peft(of_timm, trunk, head)
+            trunk, head, dora = model.trunk.float(), head.float(), name == "PEFT, DoRA"
+            plain, peft = hf_peft(trunk, head, dora) if of_timm is None else timm_peft(of_timm, trunk, head, dora)
             with torch.no_grad():
                 features = model.trunk(x[:2].float())
                 mine, theirs = head(features), _logits(plain.to(device).eval(), x[:2].float())
@@ -226,13 +239,6 @@ def _reset(model: PackedViT, images: Tensor, y: Tensor) -> Tensor:
 
 def trials_of(name: str) -> int:
     return 4 if "K = 4" in name else 1
-
-
-AGAIN = "trainer.checkpoint_activations=true"
-OURS = {"ours": (), "ours, dropout 0.1": ("lora.dropout=0.1",), "full fine-tuning": ("lora=full",),
-        "ours, recomputed": (AGAIN,), "ours, K = 4": (), "ours, K = 4, recomputed": (AGAIN,)}  # fmt: skip
-USUAL = ["floor", "ours", "ours, dropout 0.1", "plain LoRA modules", "full fine-tuning", "PEFT"]
-NAMES = [*USUAL, *(name for name in OURS if name not in USUAL), "PEFT, recomputed"]
 
 
 def main() -> None:

@@ -15,12 +15,14 @@ from helpers import train_together, trial_config
 from PIL import Image
 from plain_models import images, plain_model, timm_config, trials_logits
 from safetensors.torch import load_file
+from torch import nn
 
-from lora_vit import interop, preprocessing, trained
+from lora_vit import interop, load_adapter, preprocessing, trained
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.export import FORMATS
 from lora_vit.lora.adapter import Adapter
 from lora_vit.lora.backbones import put_head
+from lora_vit.lora.layers import LoRAAdapters
 
 for package in ("transformers", "timm", "peft", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -37,6 +39,7 @@ TIMM = {  # name and settings
     "beit": ("small_beit", "lora.rank=2"),
     "eva02": ("small_eva02", "lora.rank=2"),
     "dinov2": ("small_dinov2", "lora.rank=8"),
+    "dora of timm": ("small_vit", "lora=dora", "lora.rank=2", "trainer.epochs=2", "lora.targets=[q,v,o,fc2]"),
 }
 
 
@@ -47,7 +50,8 @@ def trial_of(tmp_path_factory):
 
     def of(kind: str) -> Path:
         if not (place / kind).exists():
-            config = trial_config(*LARGE, "lora.rank=3", "lora.alpha=5")
+            method = ("lora=dora", "lora.dropout=0.2") if kind == "dora" else ()
+            config = trial_config(*LARGE, "lora.rank=3", "lora.alpha=5", *method)
             if kind in TIMM:
                 name, *settings = TIMM[kind]
                 config = timm_config(*LARGE, *settings, name=name)
@@ -83,13 +87,15 @@ EXPORTS = [
     *((kind, form) for kind in ("torchvision", "timm") for form in FORMATS),
     *((kind, "onnx") for kind in ("beit", "eva02")),  # a bias of attention, rotations
     *(("dinov2", form) for form in ("hf", "timm")),  # layer scale, registers
+    *(("dora", form) for form in ("peft", "hf")),
+    ("dora of timm", "peft"),
 ]
 EXPORTS = [pytest.param(*e, marks=[pytest.mark.slow] if e[1] in ("onnx", "torch_export") else []) for e in EXPORTS]
 
 
 @pytest.mark.parametrize(("kind", "form"), EXPORTS)
 def test_an_export_gives_the_trials_logits(kind, form, trial_of, tmp_path, call):
-    folder, side = trial_of(kind), 16 if kind == "torchvision" else 32
+    folder, side = trial_of(kind), 16 if kind in ("torchvision", "dora") else 32
     code, out, err = call("export", folder, "--format", form, "--out", tmp_path / "out")
     assert code == 0, err
     assert re.search(r"^largest logit difference \d\.\d\de-0\d, 0 of 16 predictions changed on made images$", out, re.M)
@@ -107,7 +113,7 @@ def test_an_export_gives_the_trials_logits(kind, form, trial_of, tmp_path, call)
     assert modes(tmp_path) == {(tmp_path / "usual").stat().st_mode & 0o777}
     if form == "hf":
         prepared, said = (json.loads((tmp_path / "out" / f).read_text()) for f in FILES)
-        assert prepared["resample"] == (2 if kind == "torchvision" else 3)  # bilinear, bicubic
+        assert prepared["resample"] == (3 if kind in TIMM else 2)  # bicubic, bilinear
         assert said["model_type"] == ("dinov2_with_registers" if kind == "dinov2" else "vit")
 
 
@@ -189,6 +195,33 @@ def test_peft_adapts_what_the_trial_adapted(tmp_path, call):
     with torch.no_grad():
         found = model.merge_and_unload()(images(16)).logits
     torch.testing.assert_close(found, trials_logits(tmp_path / "0", images(16)), rtol=1e-4, atol=1e-4)
+
+
+def test_dora_learns_in_peft_as_here(trial_of, tmp_path, call):
+    """Output and every gradient, with magnitudes away from the norms and without dropout, in fp32."""
+    assert call("export", trial_of("dora"), "--format", "peft", "--out", tmp_path / "peft")[0] == 0
+    theirs, ours = peft(tmp_path / "peft").train(), load_adapter(plain_model(trial_of("dora")), trial_of("dora"))
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    logits, expected = theirs(images(16)).logits, ours.eval()(images(16))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for output in (logits, expected):
+        output.log_softmax(-1)[:, 0].sum().backward()
+    found = {name: p.grad for name, p in theirs.named_parameters() if ".lora_" in name}
+    places = {"out_proj": "attention.o_proj", "0": "mlp.fc1", "3": "mlp.fc2"}
+    places |= {part: f"attention.{part}_proj" for part in "qkv"}
+    ends = {"lora_A": "default.weight", "lora_B": "default.weight", "lora_magnitude": "vector.default.weight"}
+    compared = 0
+    for adapters in (m for m in ours.modules() if isinstance(m, LoRAAdapters)):
+        gradients = adapters.trial_tensors(0, {name: p.grad[0] for name, p in adapters.named_parameters()})
+        for name, gradient in gradients.items():
+            *_, block, _, place, leaf = name.split(".")
+            theirs_name = f"base_model.model.vit.layers.{block[-1]}.{places[place]}.{leaf}"
+            their = found.pop(theirs_name + ("_" if leaf == "lora_magnitude" else ".") + ends[leaf])
+            torch.testing.assert_close(gradient, their, rtol=1e-4, atol=1e-5 * float(their.abs().max()))
+            compared += 1
+    assert (compared, found) == (2 * 6 * 3, {})
 
 
 def test_peft_has_one_adapter_of_a_fused_layer(trial_of, tmp_path, call):

@@ -75,7 +75,7 @@ def test_the_default_folder_is_named_by_date_and_trial(tmp_path, monkeypatch):
 
 SETTINGS = """
     lora.rank=2 lora.alpha=8 lora.dropout=0.3 lora.targets=[q,v] lora.blocks=[1] lora.scaling=rslora lora.bias=all
-    lora.bias=lora_only lora=none lora=full
+    lora.bias=lora_only lora=none lora=full lora=dora
     optimizer.lr=2e-3 optimizer.weight_decay=0.3 optimizer.betas=[0.7,0.9] optimizer.eps=1e-3 optimizer.schedule=cosine
     optimizer.schedule=constant optimizer.warmup=0.5 optimizer.clip_norm=0.1 optimizer.label_smoothing=0.2
     model.head_dropout=0.5 model.image_size=24

@@ -115,6 +115,7 @@ def test_pareto_front_against_brute_force():
     ("cells", "settings", "want"),
     [
         (RANKS, ["lora.rank", METHOD], ["lora.rank", SCALING]),
+        ([{"lora__method": "dora"}, {}, {"lora__dropout": 0.1}], [METHOD, "lora.dropout"], [METHOD, "lora.dropout"]),
         ([{"lora__rank": r, "lora__alpha": 8.0 * r, "optimizer__lr": 0.1 / r} for r in (1, 2)],
          [LR, "lora.rank", "lora.alpha"], ["lora.rank", "lora.alpha", LR]),
         ([{"lora__rank": 2, "lora__alpha": 8.0}, {"lora__rank": 4, "lora__alpha": 8.0}, {"lora__rank": 4,

@@ -30,24 +30,25 @@ def large(tmp_path):
 
 
 def test_the_cells_as_text(tmp_path):
-    cells = [*CELLS, {"lora__method": "full"}, {"lora__method": "none"}]
-    make_sweep(tmp_path, cells, np.array([*Y, [0.75, np.nan], [0.7, 0.71]]))
+    cells = [*CELLS, {"lora__method": "full"}, {"lora__method": "none"}, {"lora__method": "dora", "lora__rank": 1}]
+    make_sweep(tmp_path, cells, np.array([*Y, [0.75, np.nan], [0.7, 0.71], [0.77, 0.78]]))
     summary = summarize(tmp_path, margin=2.0)
     table = export.readable(summary)
     columns = ["#", "method", "rank", "val accuracy %", "n", "mark", "within 2.00", "vs best (points)"]
     assert table[columns].to_numpy().tolist() == [
         ["1", "LoRA", "2", "90.50", "2", "best", "yes", "–"],
         ["2", "LoRA", "1", "80.50", "2", "worse", "", "-10.00"],
-        ["3", "full fine-tuning", "–", "75.00", "1", "no verdict", "", "–"],
-        ["4", "linear probe", "–", "70.50", "2", "worse", "", "-20.00"],
+        ["3", "DoRA", "1", "77.50", "2", "worse", "", "-13.00"],
+        ["4", "full fine-tuning", "–", "75.00", "1", "no verdict", "", "–"],
+        ["5", "linear probe", "–", "70.50", "2", "worse", "", "-20.00"],
     ]
     low, high = (f"{100 * summary.cells[name][0]:.2f}" for name in ("low", "high"))
-    assert list(table["95 % interval"][::2]) == [f"{low} to {high}", "–"]
-    assert list(table["vs linear probe"]) == ["+20.00", "+10.00", "+5.00", "–"]
-    assert list(table["parameters"]) == ["56,586 *", "28,938 *", "1.20 M", "1,290 *"]
-    assert list(table["seconds"]) == ["4.1 *", "4.1 *", "4.0 *", "4.0"]
-    assert list(table["images/s"]) == ["898", "899", "900", "900"]
-    assert list(table["peak memory"]) == ["200.06 MB", "200.03 MB", "201.20 MB", "200.00 MB"]
+    assert list(table["95 % interval"][::3]) == [f"{low} to {high}", "–"]
+    assert list(table["vs linear probe"]) == ["+20.00", "+10.00", "+7.00", "+5.00", "–"]
+    assert list(table["parameters"]) == ["56,586 *", "28,938 *", "56,586", "1.20 M", "1,290 *"]
+    assert list(table["seconds"]) == ["4.1 *", "4.1 *", "4.1", "4.0 *", "4.0"]
+    assert list(table["images/s"]) == ["898", "899", "899", "900", "900"]
+    assert list(table["peak memory"]) == ["200.06 MB", "200.03 MB", "200.06 MB", "201.20 MB", "200.00 MB"]
     assert "adjusted" not in table
     less = export.readable(summary, wide=False)
     assert not {"sd", "images/s", "adapter", "interval of it", "scaling"} & set(less)

@@ -49,7 +49,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "optimizer.warmup": ([0.0, 0.99], [1.0, -0.1], "a fraction of all steps in [0, 1)"),
     "optimizer.clip_norm": ([1e-9, None], [0.0], "above 0, or null for no clipping"),
     "optimizer.label_smoothing": BELOW_ONE,
-    "lora.method": ([], ["dora"], "did you mean 'lora'? (one of: lora, none, full)"),
+    "lora.method": (["dora"], ["loha"], "did you mean 'lora'? (one of: lora, dora, none, full)"),
     "lora.rank": ([1, 32], [0], "or lora=none to train the head alone"),
     "lora.alpha": ABOVE_ZERO,
     "lora.dropout": BELOW_ONE,

@@ -87,6 +87,8 @@ def make_nonzero(model: nn.Module, seed: int = 3) -> None:
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(p, std=0.2, generator=generator)
+        if name.endswith("lora_magnitude"):
+            p.data *= 0.8 + 0.4 * torch.rand(p.shape, generator=generator, dtype=p.dtype)
 
 
 def lora_modules(model: nn.Module) -> list[LoRAAdapters]:
@@ -109,24 +111,35 @@ def places(family: str, targets: list[str], blocks: list[int] | None = None) -> 
 def explicit(
     model: nn.Module, tensors: dict[str, Tensor], where: list[tuple[str, str, slice]], scaling: float
 ) -> dict[str, Tensor]:
-    """The weights that the adapters stand for: W + s B A in their rows."""
+    """The weights that the adapters stand for: W + s B A in their rows, of DoRA with its magnitude."""
     weights: dict[str, Tensor] = {}
     for weight, name, rows in where:
-        w = weights.get(weight, model.get_parameter(weight).detach().clone())
-        update = torch.zeros_like(w)
-        update[rows] = scaling * tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
-        weights[weight] = w + update
+        w = weights.get(weight, model.get_parameter(weight).detach()).clone()
+        new = w[rows] + scaling * tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+        if (magnitude := tensors.get(f"{name}.lora_magnitude")) is not None:
+            new = (magnitude / new.detach().norm(dim=1))[:, None] * new
+        w[rows] = new
+        weights[weight] = w
     return weights
 
 
 @pytest.mark.parametrize(
-    ("targets", "blocks"), [(list(TARGETS), None), (["q", "v"], [1]), (["k", "fc2"], [0]), (["o", "fc1"], None)]
+    ("targets", "blocks", "method"),
+    [
+        (list(TARGETS), None, "lora"),
+        (["q", "v"], [1], "lora"),
+        (["k", "fc2"], [0], "lora"),
+        (["o", "fc1"], None, "lora"),
+        (list(TARGETS), None, "dora"),
+        (["q", "v", "fc2"], [1], "dora"),
+    ],
 )
-def test_output_and_gradient_are_those_of_explicit_weights(family, targets, blocks):
+def test_output_and_gradient_are_those_of_explicit_weights(family, targets, blocks, method):
     model = plain(family)
     x, names = images_for(model), list(model.state_dict())
     frozen = copy.deepcopy(model).requires_grad_(False)
-    adapted = replace_linear_with_lora(frozen, RANK, SCALING * RANK, targets=targets, blocks=blocks).double()
+    given: Any = {"targets": targets, "blocks": blocks, "method": method}
+    adapted = replace_linear_with_lora(frozen, RANK, SCALING * RANK, **given).double()
     assert [n for n in adapted.state_dict() if ".lora." not in n] == names
     # sums in another order where timm adds the bias of q, k and v with its product; fp64
     torch.testing.assert_close(adapted(x), model(x), rtol=1e-10, atol=1e-10)
@@ -164,8 +177,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     loss.backward()
     found = {}
     for m in lora_modules(model):
-        for g, name in enumerate(m.names):
-            found |= {f"{name}.lora_A": m.lora_A.grad[0, g], f"{name}.lora_B": m.lora_B.grad[0, g]}
+        found |= m.trial_tensors(0, {name: p.grad[0] for name, p in m.named_parameters()})
     return found
 
 
@@ -292,9 +304,13 @@ def first_block(trunk: nn.Module) -> nn.Module:
     return trunk.get_submodule(next(iter(places_of(trunk))))
 
 
-@pytest.mark.parametrize(("blocks", "streams"), [(None, [0, 0, 0]), ([1], [0, 0, 1]), ([1], [0, 1, 2])])
-def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
-    pack = packed(family, SPECS, blocks)
+@pytest.mark.parametrize(
+    ("blocks", "streams", "method"),
+    [(None, [0, 0, 0], "lora"), ([1], [0, 0, 1], "lora"), ([1], [0, 1, 2], "lora"), (None, [0, 1, 0], "dora")],
+)
+def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams, method):
+    specs = [spec._replace(method=method) for spec in SPECS]
+    pack = packed(family, specs, blocks)
     x = images_for(pack.trunk, 2 * (max(streams) + 1))
     pack.head.state.set(torch.tensor([0, 1, 2]), torch.arange(2))
     seen: list[int] = []
@@ -302,7 +318,7 @@ def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
     together = pack(x, streams)
     together.square().sum().backward()
     assert seen == [len(x) if blocks else 2 * len(SPECS)]  # the stem, and the blocks before the first adapters, once
-    for k, (spec, stream) in enumerate(zip(SPECS, streams, strict=True)):
+    for k, (spec, stream) in enumerate(zip(specs, streams, strict=True)):
         alone = packed(family, [spec], blocks)
         alone.head.state.set(torch.tensor([k]), torch.arange(2))
         logits = alone(x[2 * stream : 2 * stream + 2], [0])
@@ -311,6 +327,8 @@ def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams):
         for mine, its in zip(lora_modules(pack), lora_modules(alone), strict=True):
             assert_close(mine.lora_A.grad[k, :, : spec.rank], its.lora_A.grad[0], 1e-9)
             assert_close(mine.lora_B.grad[k, ..., : spec.rank], its.lora_B.grad[0], 1e-9)
+            if method == "dora":
+                assert_close(mine.lora_magnitude.grad[k], its.lora_magnitude.grad[0], 1e-9)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -336,8 +354,10 @@ def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_less(family,
     assert kept_by_again < 0.6 * kept_by_all  # what pools tokens is not computed again
 
 
-@pytest.mark.parametrize("targets", [list(TARGETS), ["q", "v", "fc1"]], ids=" ".join)
-def test_merged_is_unmerged_and_loads_strictly(family, targets):
+@pytest.mark.parametrize(
+    ("targets", "method"), [(list(TARGETS), "lora"), (["q", "v", "fc1"], "lora"), (["q", "v", "fc1", "fc2"], "dora")]
+)
+def test_merged_is_unmerged_and_loads_strictly(family, targets, method):
     model = plain(family).float()
     names, head = list(model.state_dict()), head_name(model)
     generator = torch.Generator().manual_seed(4)
@@ -347,7 +367,9 @@ def test_merged_is_unmerged_and_loads_strictly(family, targets):
         width_out, width_in = model.get_parameter(weight)[rows].shape
         tensors[f"{name}.lora_A"] = torch.randn(RANK, width_in, generator=generator) * 0.1
         tensors[f"{name}.lora_B"] = torch.randn(width_out, RANK, generator=generator)
-    lora = {"method": "lora", "rank": RANK, "targets": targets, "blocks": None, "dropout": 0.0}
+        if method == "dora":
+            tensors[f"{name}.lora_magnitude"] = 1 + torch.rand(width_out, generator=generator)
+    lora = {"method": method, "rank": RANK, "targets": targets, "blocks": None, "dropout": 0.0}
     adapter = Adapter(tensors, {"lora": lora, "effective_scaling": 0.5})
     merged, base = merged_state_dict(model, adapter), model.state_dict()
     name, changes, *_ = FAMILIES[family]
@@ -435,6 +457,16 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
     adapted.patch_embed.proj.bias.requires_grad_()
     replace_linear_with_lora(adapted, 1).double()
     assert kept_for_backward(adapted, x) < 1.03 * kept_for_backward(frozen, x)  # 1.008; with one norm of two kept, 1.07
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("torchvision", ["o"]), ("DINOv2", ["o"]), ("EVA-02", [*"qkvo"]), ("BEiT", [*"qkvo"])]
+)
+def test_which_layers_compute_again_what_the_gradient_of_a_magnitude_needs(kind, targets):
+    """The others keep their output: most of these are kept by what comes next."""
+    model = replace_linear_with_lora(plain(kind), method="dora")
+    again = {name for m in lora_modules(model) if not m.keeps_output for name in m.names}
+    assert again == {name for _, name, _ in places(kind, targets)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

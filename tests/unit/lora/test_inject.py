@@ -145,6 +145,7 @@ SETTINGS = {
     "blocks": {"blocks": [1]},
     "scaling": {"scaling": "rslora"},
     "seed": {"seed": 1},
+    "method": {"method": "dora"},
 }
 
 
@@ -177,6 +178,7 @@ def test_every_setting_changes_the_outcome(model, images, name):
         ({"dropout": 1.0}, "dropout=1.0 is impossible"),
         ({"dropout": -0.1}, "dropout=-0.1 is impossible"),
         ({"scaling": "half"}, "scaling=half is unknown.*standard, rslora"),
+        ({"method": "full"}, "method=full is unknown.*lora, dora"),
     ],
 )
 def test_impossible_settings_say_what_exists_and_change_nothing(model, settings, message):

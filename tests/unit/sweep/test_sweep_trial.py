@@ -72,6 +72,7 @@ def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
     ("changes", "what", "alone"),
     [
         ({}, "LoRA on q k v o fc1 fc2", False),
+        ({"lora.method": "dora"}, "DoRA on q k v o fc1 fc2", False),
         ({"lora.targets": ["q", "v"], "lora.blocks": [0, 1]}, "LoRA on q v in blocks 0,1", False),
         ({"lora.bias": "all", "lora.blocks": [1]}, "LoRA on q k v o fc1 fc2 in blocks 1, bias all", True),
         ({"lora.bias": "lora_only"}, "LoRA on q k v o fc1 fc2, bias lora_only", True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import largest_difference, train_together, trial_config
-from packs import three
+from packs import new_pack, three
 from sabotages import SABOTAGES
 
 from lora_vit.build import ModelFactory
@@ -71,6 +71,22 @@ def test_baselines_train_through_the_same_loop(overrides, expected, tmp_path):
     assert trunk == {n for n in every if expected(n)}
     for name in trunk - {"conv_proj.bias"}:
         assert not torch.equal(done.tensors[name].float(), every[name]), name
+
+
+def test_a_pack_with_magnitudes_equals_each_alone(alone, tmp_path):
+    """Those of DoRA, which are trained, and written beside the other tensors."""
+    configs = three({"lora.method": "dora"})
+    together = train_together(configs, tmp_path / "together")
+    for i, config in enumerate(configs):
+        (one,) = train_together([config], tmp_path / f"alone{i}")
+        assert largest_difference(together[i], one) < TOLERANCE
+        moved = {name for name in one.tensors if name.endswith("lora_magnitude")}
+        assert one.tensors.keys() - moved == alone[i].tensors.keys()
+        assert len(moved) == 12
+        pack = new_pack([config])
+        start = pack.export(0, pack.flat.values_KP)
+        for name in moved:
+            assert 1e-4 < float((one.tensors[name] - start[name]).abs().max()) < 0.2, name
 
 
 def test_a_pack_of_probes_equals_each_alone(tmp_path):
