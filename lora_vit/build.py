@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from lora_vit import randomness
-from lora_vit.config import DATASETS, ModelConfig, TrialConfig, file_sha256, is_weights_file
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
+from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from lora_vit.data.augmented import Augmented
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
@@ -30,6 +31,7 @@ from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, r
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
+from lora_vit.training.pack import class_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -138,9 +140,9 @@ class ModelFactory:
                 p.data = p.data.to(self.dtype)
         return PackedViT(trunk, head.to(self.device, self.parameter_dtype), len(configs))
 
-    def transform(self, augment: str) -> Transform:
+    def transform(self, data: DataConfig) -> Augmented:
         side, mean, std, interpolation = self.inputs.values()
-        return Transform(side, augment, self.device, self.dtype, mean, std, interpolation == "bicubic")
+        return Augmented(data, side, self.device, self.dtype, mean, std, interpolation == "bicubic")
 
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
@@ -170,8 +172,9 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     precision = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = load_data(config.data, quiet=process.rank > 0)
+    class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
-    samples, transform = Samples(data, device), factory.transform(config.data.augment)
+    samples, transform = Samples(data, device), factory.transform(config.data)
     where = environment(device, precision, process.world_size)
     return Setup(factory, samples, transform, device, process, where, factory.base)
 
@@ -187,6 +190,8 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         if m.library == "timm" and needs not in ready:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
+        if config.optimizer.class_weights:
+            class_weights([config], load_data(config.data))
         line = load_data(config.data).line(shape_of(m).image_size) if config.data not in ready else ""
         if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[config.data.name].in_package:
             line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "

@@ -62,9 +62,11 @@ def our_step(model: PackedViT, config: TrialConfig, images: Tensor, labels: Tens
         step_K=torch.zeros(1, dtype=torch.int64, device=device),
         position_B=torch.arange(len(labels), device=device),
         smoothing_K1=torch.zeros(1, 1, device=device),
+        weights_KC=None,
+        shares_K1L=None,
+        divisor=len(labels),
         loss_sum_K=torch.zeros(1, dtype=torch.float64, device=device),
         first_bad_step_K=torch.full((1,), -1, dtype=torch.int64, device=device),
-        global_batch=len(labels),
     )
     lr_K1 = torch.full((1, 1), config.optimizer.lr, device=device)
     return lambda: Pack.update(pack, images, labels[None], lr_K1, False)
