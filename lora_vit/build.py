@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.config import DATASETS, ModelConfig, TrialConfig, file_sha256, is_weights_file
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
+from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from lora_vit.data.augmented import Augmented
 from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
@@ -30,6 +31,7 @@ from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, r
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
+from lora_vit.training.pack import class_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -154,9 +156,9 @@ class ModelFactory:
         trunk(images)
         return next((name for name, is_finite in finite.items() if not is_finite), None)
 
-    def transform(self, augment: str) -> Transform:
+    def transform(self, data: DataConfig) -> Augmented:
         side, mean, std, interpolation = self.inputs.values()
-        return Transform(side, augment, self.device, self.dtype, mean, std, interpolation == "bicubic")
+        return Augmented(data, side, self.device, self.dtype, mean, std, interpolation == "bicubic")
 
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
@@ -186,8 +188,9 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = load_data(config.data, quiet=process.rank > 0)
+    class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
-    samples, transform = Samples(data, device), factory.transform(config.data.augment)
+    samples, transform = Samples(data, device), factory.transform(config.data)
     if precision == "fp16":
         ids = data.splits["train"]
         images, _ = samples.gather(ids[:: -(-len(ids) // TRIED_IN_FP16)])  # of all classes, by which they are sorted
@@ -196,7 +199,7 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
             if config.trainer.precision == "fp16":
                 raise ConfigError(f"trainer.precision=fp16: {what}: give fp32, or bf16 where the device has it")
             precision, why, factory.dtype = "fp32", what, torch.float32
-            transform = factory.transform(config.data.augment)
+            transform = factory.transform(config.data)
     if why:
         print(f"trainer.precision=auto: {precision}, as {why}")
     where = environment(device, precision, process.world_size)
@@ -214,6 +217,8 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         if m.library == "timm" and needs not in ready:
             with torch.device("meta"):
                 check_places(trunk_of(m), config)
+        if config.optimizer.class_weights:
+            class_weights([config], load_data(data))
         line = load_data(data).line(shape_of(m).image_size, config.trainer.metric) if data not in ready else ""
         if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[data.name].in_package:
             line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,6 +41,7 @@ def table(title: str, kind: type, values: dict[str, object], said: dict[str, str
         meaning = f"{beside}{said.get(f.name, '')}".removesuffix("; ").replace("|", "or").replace("``", "`")
         kinds = str(f.type) if hasattr(f.type, "__args__") else f.type.__name__
         kinds = kinds.replace("typing.", "").replace("|", "or").replace("None", "null")
+        kinds = "one or a list" if f.type is Any else kinds
         may_be = f", {f.metadata['says']}" if "says" in f.metadata else ""
         lines.append(f"| `{f.name}` | {kinds}{may_be} | `{shown}` | {meaning} |")
     return "\n".join(lines) + "\n"

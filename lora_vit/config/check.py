@@ -7,7 +7,7 @@ import re
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
-from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig
+from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig, idle
 
 SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # that make a torchvision ViT
 
@@ -20,6 +20,14 @@ def validate(trial: TrialConfig) -> None:
     (_check_sizes if trial.model.library == "torchvision" else _check_timm)(trial.model)
     _check_data(trial.data)
     _check_lora(trial.lora, trial.model)
+    weights = trial.optimizer.class_weights
+    numbers = weights if isinstance(weights, list) else [1.0]
+    if weights not in (None, "balanced", numbers) or not all(type(n) is float and 0 < n < math.inf for n in numbers):
+        remedy = "give balanced, a number above 0 for each class, as [1,2.5], or null"
+        refuse("optimizer.class_weights", weights, f"is impossible: {remedy}")
+    for key, value in idle(trial).items():
+        here = f"lora={trial.lora.method} and data.augment={trial.data.augment}"
+        refuse(key, value, f"has no effect with {here}: leave it out, or change these")
 
 
 def validate_sweep(sweep: SweepConfig) -> None:
@@ -61,6 +69,12 @@ def _check_data(d: DataConfig) -> None:
             refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
         if part not in (*known.always, *known.perhaps) and fraction is None:
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
+    if not (names := d.augmentations()):
+        refuse("data.augment", None, "is impossible: give none, or what is to be done")
+    if "none" in names[:-1] or {"flip", "crop_flip"} <= {*names}:
+        refuse("data.augment", d.augment, f"is impossible: leave {names[0]} out")
+    if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
+        refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")

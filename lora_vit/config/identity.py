@@ -23,6 +23,8 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
     if trial.lora.blocks is not None:
         blocks = sorted(trial.lora.blocks)
         values["lora"]["blocks"] = None if blocks == list(range(trial.model.num_layers or 0)) else blocks
+    names = trial.data.augmentations()
+    values["data"]["augment"] = names[0] if len(names) == 1 else names
     if (digest := values["model"].pop("weights_sha256")) is not None:
         values["model"]["weights"] = "".join(["sha256:", digest, *str(trial.model.weights).partition("::")[1:]])
     elif is_weights_file(trial.model.weights):

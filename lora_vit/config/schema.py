@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, cast, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
@@ -15,6 +16,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.metrics import METRICS
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
+AUGMENTATIONS = ("none", "flip", "crop_flip", "random_erasing", "mixup", "cutmix")  # as they are done
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
@@ -50,7 +52,10 @@ class DataConfig:
     name: str = field(metadata=choice(*DATASETS))
     root: str | None = field(metadata=NO_IDENTITY)
     batch_size: int = field(metadata=number("a whole number", "[1, inf)"))  # global: over all processes
-    augment: str = field(metadata=choice("none", "flip", "crop_flip"))
+    augment: Any = field(metadata=choice(*AUGMENTATIONS))  # one or a list
+    random_erasing_p: float = field(metadata=number("a probability", "(0, 1]") | {"as_before": 0.5})
+    mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
+    cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     split_seed: int = field(metadata=number("a whole number", "[0, inf)"))
     val_fraction: float | None = field(metadata=number("a fraction", "(0, 1)"))
     test_fraction: float | None = field(metadata=number("a fraction", "(0, 1)", ", or null for no test images"))
@@ -63,6 +68,11 @@ class DataConfig:
     # what becomes 0 and 255 where pixels have more than 8 bits; None: the smallest and largest of all
     value_range: list[float] | None = field(metadata=number("low and high", count=2) | {"as_before": None})
     content: str | None = None  # digest of images and classes, found out when composed (None: those of a package)
+
+    def augmentations(self) -> list[str]:
+        """Those of ``augment``, in the order in which they are done."""
+        given = self.augment if isinstance(self.augment, list) else [self.augment]
+        return [name for name in AUGMENTATIONS if name in given]
 
 
 @dataclass
@@ -77,6 +87,9 @@ class OptimizerConfig:
     warmup: float = field(metadata=number("a fraction of all steps", "[0, 1)"))
     clip_norm: float | None = field(metadata=number("a norm", "(0, inf)", ", or null for no clipping"))
     label_smoothing: float = field(metadata=number("a number", "[0, 1)"))
+    head_lr: float | None = field(metadata=number("a learning rate", "(0, inf)", ", or null") | {"as_before": None})
+    lora_b_lr_ratio: float = field(metadata=number("a multiple of optimizer.lr", "(0, inf)") | {"as_before": 1.0})
+    class_weights: Any = field(metadata={"as_before": None})  # None, balanced, or a number for each class
 
 
 @dataclass
@@ -174,6 +187,15 @@ ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_b
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
 
 
+def idle(trial: TrialConfig) -> dict[str, Any]:
+    """Settings of ADDED that are given but do nothing in this trial, with their values."""
+    method, names = trial.lora.method, trial.data.augmentations()
+    keys = [key for key in ADDED for name in AUGMENTATIONS if key.startswith(f"data.{name}_") and name not in names]
+    keys += ["optimizer.lora_b_lr_ratio"] if method != "lora" else []
+    keys += ["optimizer.head_lr"] if method == "none" else []  # nothing but the head is trained, at optimizer.lr
+    return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED[key]}
+
+
 def to_dict(trial: TrialConfig) -> dict[str, Any]:
     """The config as nested plain values, ready for JSON."""
     return dataclasses.asdict(trial)
@@ -218,6 +240,8 @@ def _section(name: str, values: Any) -> Any:
         raise ConfigError(unknown_key(f"{name}.{key}") if key in values else f"the key '{name}.{key}' is missing")
     for key, value in values.items():
         typed: Any = float if "float" in types[key] and value is not None else lambda one: one
+        if key == "class_weights":  # of any type
+            typed = lambda one: float(one) if isinstance(one, int) else one  # noqa: E731
         values[key] = list(map(typed, value)) if isinstance(value, (list, tuple)) else typed(value)
     return SECTIONS[name](**values)
 

@@ -8,7 +8,7 @@ Shapes: B image, h w source pixels, S target pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -56,14 +56,15 @@ def resampling_matrix(start_B: Tensor, length_B: Tensor, source: int, target: in
     return weight / weight.sum(-1, keepdim=True)
 
 
-def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str) -> np.ndarray:
+def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str, scale: Sequence[float] = CROP_SCALE,
+               ratios: Sequence[float] = CROP_RATIO) -> np.ndarray:  # fmt: skip
     """Random boxes (top, left, height, width), int64 [B, 4], as torchvision's RandomResizedCrop draws them.
 
     Ten tries of a random area and aspect ratio (Szegedy et al., 2015), else the largest centred box.
     """
     draws = randomness.uniforms(ids, 4 * _CROP_TRIES, "crop", *parts).reshape(-1, _CROP_TRIES, 4)
-    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
-    area = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * draws[..., 0])
+    low, high = math.log(ratios[0]), math.log(ratios[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     ratio = np.exp(low + (high - low) * draws[..., 1])
     w = np.round(np.sqrt(area * ratio)).astype(np.int64)
     h = np.round(np.sqrt(area / ratio)).astype(np.int64)
@@ -83,6 +84,8 @@ class Transform:
     ``augment``: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``; ``dtype``: of the result, the
     arithmetic is float32 (float64 for a float64 result); ``mean``, ``std``: of each colour in [0, 1].
     """
+
+    mixes: Mapping[str, float] = {}  # how images of a batch are mixed: ways, each with its alpha
 
     def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype,
                  mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lora_vit import randomness
 from lora_vit.data.augment import Transform, to_device
+from lora_vit.data.augmented import mixed
 from lora_vit.data.dataset import ImageData
 from lora_vit.distributed import Process
 
@@ -44,15 +45,26 @@ class TrainStream:
         self.steps_per_epoch = len(self.ids) // batch_size
         self._order: tuple[int, np.ndarray] = (-1, self.ids)
 
-    def batch_ids(self, epoch: int, step: int) -> np.ndarray:
-        """Sample ids of this process's part of a batch, int64 [B]; ``step`` counts within the epoch."""
+    def batch_ids(self, epoch: int, step: int, whole: bool = False) -> np.ndarray:
+        """Sample ids of this process's part of a batch, int64 [B], or of the ``whole``; ``step`` counts in the epoch.
+
+        Where images are mixed, the one before the part comes first, [1 + B].
+        """
         if self._order[0] != epoch:
             self._order = epoch, self.ids[randomness.permutation(len(self.ids), "order", self.seed, epoch)]
-        start = step * self.batch_size + self.first
-        return self._order[1][start : start + self.local]
+        first, last = (0, self.batch_size) if whole else (self.first, self.first + self.local)
+        places = np.arange(first - bool(self.transform.mixes and not whole), last) % self.batch_size
+        return self._order[1][step * self.batch_size + places]
 
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """This process's part of a batch, on the device: images for the model [B, 3, S, S], labels int64 [B]."""
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, float]:
+        """This process's part of a batch, on the device: images for the model [B, 3, S, S], labels int64 [B], and 1.
+
+        Mixed images have two labels, [B, 2], and the first has a share below 1.
+        """
         ids = self.batch_ids(epoch, step)
         images, labels = self.samples.gather(ids)
-        return self.transform.train(images, self.seed, epoch, ids), labels
+        images = self.transform.train(images, self.seed, epoch, ids)
+        if not self.transform.mixes:
+            return images, labels, 1.0
+        images, share = mixed(images, self.transform.mixes, self.seed, epoch, step)
+        return images, torch.stack([labels[1:], labels[:-1]], 1), share

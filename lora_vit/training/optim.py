@@ -65,6 +65,15 @@ class PackedAdamW:
         rows = [(*c.betas, c.eps, most, c.weight_decay) for c, most in zip(configs, clip, strict=True)]
         columns = flat.values_KP.new_tensor(rows).T[..., None]
         self.beta1_K1, self.beta2_K1, self.eps_K1, self.clip_K1, self.decay_K1 = columns
+        # of lr: the head's own rate, and lora_B's as a multiple of lora_A's (LoRA+, Hayou et al., 2024)
+        factors = [((c.head_lr or c.lr) / c.lr, c.lora_b_lr_ratio) for c in configs]
+        self.factors_KP: Tensor | None = None  # all are 1
+        if {*factors} != {(1.0, 1.0)}:
+            self.factors_KP = torch.ones_like(flat.values_KP)
+            head_K1, lora_B_K1 = flat.values_KP.new_tensor(factors).T[..., None]
+            for name, (where, _) in flat.slices.items():
+                if name.startswith("head.") or name.endswith(".lora_B"):
+                    self.factors_KP[:, where] = head_K1 if name.startswith("head.") else lora_B_K1
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
@@ -77,16 +86,17 @@ class PackedAdamW:
             grads.mul_((self.clip_K1 / (norm_K1 + 1e-6)).clamp_(max=1.0))
         grads.masked_fill_(~ok_K1, 0.0)
         beta1, beta2 = torch.where(ok_K1, self.beta1_K1, 1.0), torch.where(ok_K1, self.beta2_K1, 1.0)
-        lr_K1 = torch.where(ok_K1, lr_K1, 0.0)
+        lr = torch.where(ok_K1, lr_K1, 0.0)
+        lr = lr if self.factors_KP is None else lr * self.factors_KP
         self.updates_K1 += ok_K1
         count = self.updates_K1.clamp(min=1)
-        self.flat.values_KP.mul_(1 - lr_K1 * self.decay_K1)
+        self.flat.values_KP.mul_(1 - lr * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)
         self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
         correction1 = 1 - self.beta1_K1**count
         correction2 = 1 - self.beta2_K1**count
         denominator = self.exp_avg_sq_KP.sqrt().div_(correction2.sqrt()).add_(self.eps_K1)
-        self.flat.values_KP.sub_((lr_K1 / correction1) * self.exp_avg_KP / denominator)
+        self.flat.values_KP.sub_((lr / correction1) * self.exp_avg_KP / denominator)
 
 
 def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

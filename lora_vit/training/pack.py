@@ -3,6 +3,7 @@
 Shape legend: K trial, G stream, B image of this process, N sample of a split, C class, P trained value of a trial.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, one_hot
 
 from lora_vit import distributed
+from lora_vit.config import TrialConfig
 from lora_vit.data.augment import to_device
+from lora_vit.data.dataset import ImageData
 from lora_vit.data.stream import TrainStream
-from lora_vit.errors import out_of_memory
+from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
 from lora_vit.training.loss_scale import LEAST, LossScale
@@ -21,11 +24,31 @@ from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
 from lora_vit.training.trial import ALL, Setup, TrialRun
 
 
-def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor) -> Tensor:
-    """Cross entropy with per-trial label smoothing (Szegedy et al., 2016), [K, B]."""
+def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor, weights_KC: Tensor | None = None,
+                  shares_K1L: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Cross entropy with per-trial label smoothing (Szegedy et al., 2016) and weights of the classes, [K, B].
+
+    ``shares_K1L``: of the two labels that each image has where images are mixed; the labels then are [K, B, L].
+    """
     log_p_KBC = log_softmax(logits_KBC, dim=-1)
-    true_KB = log_p_KBC.gather(-1, labels_KB[..., None]).squeeze(-1)
+    if weights_KC is not None:
+        log_p_KBC = log_p_KBC * weights_KC[:, None]
+    true_KBL = log_p_KBC.gather(-1, labels_KB if shares_K1L is not None else labels_KB[..., None])
+    true_KB = true_KBL.squeeze(-1) if shares_K1L is None else (true_KBL * shares_K1L).sum(-1)
     return -(1 - smoothing_K1) * true_KB - smoothing_K1 * log_p_KBC.mean(-1)
+
+
+def class_weights(trials: Sequence[TrialConfig], data: ImageData) -> np.ndarray | None:
+    """Weights of the classes for each trial, float64 [K, C]; None if no trial has any. Raises ConfigError.
+
+    ``balanced``: training images / (classes * those of the class), as in scikit-learn.
+    """
+    given, labels = [t.optimizer.class_weights for t in trials], data.labels[data.splits["train"]]
+    counts = np.bincount(labels, minlength=(C := len(data.class_names))).clip(1)  # of a class without images 1
+    if wrong := next((w for w in given if isinstance(w, list) and len(w) != C), None):
+        raise ConfigError(f"optimizer.class_weights={wrong}: give {C} numbers, one for each class, or balanced")
+    rows = [len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given]
+    return np.stack(rows) if any(given) else None
 
 
 class Pack:
@@ -65,6 +88,10 @@ class Pack:
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
         smoothing = [c.optimizer.label_smoothing for c in configs]
         self.smoothing_K1 = self.model.head.weight.new_tensor(smoothing)[:, None]
+        weights = class_weights(configs, setup.data)
+        self.weights_KC = None if weights is None else self.smoothing_K1.new_tensor(weights)
+        self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
+        self.shares_K1L: Tensor | None = None  # of an image's labels, where a batch is mixed
         self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
         # first step with a loss or gradient that is not finite, -1: none
         self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
@@ -98,8 +125,16 @@ class Pack:
             stream.batch(trial.state.epoch, self.step_in_epoch)
             for stream, trial in zip(self.streams, self._first_of_stream, strict=True)
         ]
-        images = batches[0][0] if len(batches) == 1 else torch.cat([images for images, _ in batches])
+        images = batches[0][0] if len(batches) == 1 else torch.cat([images for images, *_ in batches])
         labels_KB = torch.stack([batches[g][1] for g in self.stream_of_trial])
+        if labels_KB.ndim == 3:
+            shares = np.array([[(batches[g][2], 1 - batches[g][2])] for g in self.stream_of_trial])
+            self.shares_K1L = to_device(shares, images.device).to(self.smoothing_K1.dtype)
+        if self.weights_KC is not None:
+            each = zip((self.streams[g] for g in self.stream_of_trial), self.trials, strict=True)
+            ids_KN = np.stack([s.batch_ids(t.state.epoch, self.step_in_epoch, whole=True) for s, t in each])
+            labels_KN = to_device(self.setup.data.labels[ids_KN], images.device)
+            self.divisor = self.weights_KC.gather(1, labels_KN).sum(1)
         loss_K = self.update(images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
         self.updating = False
@@ -112,8 +147,8 @@ class Pack:
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
         from then on; in fp16 for this step alone, until its loss scale falls below 1. ``images``: normalised, of all
-        streams, [G*B, 3, H, W]; ``stop``: whether this process was asked to stop, which is summed over processes into
-        ``flat.stop``.
+        streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: whether this process was asked to
+        stop, which is summed over processes into ``flat.stop``.
         """
         flat, scaling = self.flat, self.loss_scale
         while True:
@@ -162,7 +197,10 @@ class Pack:
             here = slice(start, start + size)
             self.model.head.state.set(self.step_K, self.position_B[here])
             logits_KBC = self.forward(images_GB[:, here].flatten(0, 1), self.stream_of_trial)
-            loss_K = sample_losses(logits_KBC, labels_KB[:, here], self.smoothing_K1).sum(1) / self.global_batch
+            losses_KB = sample_losses(
+                logits_KBC, labels_KB[:, here], self.smoothing_K1, self.weights_KC, self.shares_K1L
+            )
+            loss_K = losses_KB.sum(1) / self.divisor
             scaled_K = loss_K if self.loss_scale is None else loss_K * self.loss_scale.scale_K
             self.flat.differentiate(scaled_K.sum(), add=start > 0)
             parts.append(loss_K.detach())

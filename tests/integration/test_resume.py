@@ -14,7 +14,7 @@ from helpers import SMALL, command, contents, rows_of, run_command, start, wait_
 
 from lora_vit.records import read_record
 
-LONG = ("trainer.epochs=6", "lora.dropout=0.2", "data.augment=crop_flip", "trainer.checkpoint_every=0.02")
+LONG = ("trainer.epochs=6", "lora.dropout=0.2", "data.augment=[flip,mixup,cutmix]", "trainer.checkpoint_every=0.02")
 
 
 @pytest.fixture(scope="module")

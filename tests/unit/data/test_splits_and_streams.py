@@ -14,7 +14,7 @@ from plain_trials import plain_trial
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
-from lora_vit.data.augment import Transform
+from lora_vit.data.augmented import Augmented, mixed
 from lora_vit.data.dataset import Found
 from lora_vit.data.splits import divide
 from lora_vit.data.stream import Samples, TrainStream
@@ -80,21 +80,30 @@ def test_given_parts_the_fingerprint_and_the_largest_batch():
         divided(parts=given, train_per_class=20, batch_size=101)
 
 
-def test_two_processes_share_each_batch():
+@pytest.mark.parametrize("augment", ["crop_flip", ["crop_flip", "random_erasing", "mixup", "cutmix"]])
+def test_processes_share_each_batch(augment):
     """It holds the augmented images and the labels of its samples, in the order of its key."""
-    data, cpu = fresh(plain_trial().data), torch.device("cpu")
-    shared = Samples(data, cpu), Transform(16, "crop_flip", cpu, torch.float64), 8, 4
-    one, *halves = (TrainStream(*shared, process) for process in (Process(), Process(0, 2), Process(1, 2)))
+    data, cpu, settings = fresh(plain_trial().data), torch.device("cpu"), plain_trial({"data.augment": augment}).data
+    transform = Augmented(settings, 16, cpu, torch.float64, (0.5,) * 3, (0.5,) * 3, False)
+    shared = Samples(data, cpu), transform, 8, 4
+    one, *quarters = (TrainStream(*shared, Process(rank, size)) for rank, size in ((0, 1), *((i, 4) for i in range(4))))
     assert one.steps_per_epoch == 60 // 8
     for epoch, step in ((1, 0), (0, 6), (3, 2), (2, 1)):
         order = data.splits["train"][randomness.permutation(60, "order", 4, epoch)]
         ids = order[8 * step : 8 * step + 8]
-        images, labels = one.batch(epoch, step)
-        assert one.batch_ids(epoch, step).tolist() == ids.tolist()
-        assert labels.tolist() == data.labels[ids].tolist()
-        expected = one.transform.train(torch.from_numpy(data.images[ids]), 4, epoch, ids)
-        torch.testing.assert_close(images, expected, rtol=0, atol=0)
-        parts = [half.batch(epoch, step) for half in halves]
+        images, labels, share = one.batch(epoch, step)
+        assert one.batch_ids(epoch, step, whole=True).tolist() == ids.tolist()
+        expected = transform.train(torch.from_numpy(data.images[ids]), 4, epoch, ids)
+        if transform.mixes:
+            assert labels.T.tolist() == [data.labels[ids].tolist(), data.labels[np.roll(ids, 1)].tolist()]
+            expected, theirs = mixed(torch.cat([expected[-1:], expected]), transform.mixes, 4, epoch, step)
+            assert 0 < share == theirs < 1
+        else:
+            assert labels.tolist() == data.labels[ids].tolist()
+            assert share == 1
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-12)
+        parts = [quarter.batch(epoch, step) for quarter in quarters]
+        assert {part[2] for part in parts} == {share}
         torch.testing.assert_close(torch.cat([p[0] for p in parts]), images, rtol=0, atol=1e-12)
         assert torch.cat([p[1] for p in parts]).tolist() == labels.tolist()
 

@@ -125,6 +125,11 @@ def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(method, idle
     assert from_omegaconf(config, in_sweep=True) == trial_config(f"lora={method}")
 
 
+def test_in_a_sweep_a_probe_has_one_rate_and_what_is_not_done_no_strength(loader):
+    config = loader([*SMALL, "lora=none", "optimizer.head_lr=0.5", "optimizer.lora_b_lr_ratio=4", "data.mixup_alpha=2"])
+    assert from_omegaconf(config, in_sweep=True) == trial_config("lora=none", "optimizer.lr=0.5")
+
+
 def test_weights_are_known_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path, trial = tmp_path / "w.safetensors", trial_config()

@@ -109,7 +109,9 @@ SMALL = {"trainer.precision": "fp16", "trainer.micro_batch": "3", "trainer.check
 
 
 def pack_of_three(changes: dict[str, object]) -> Pack:
-    settings = {"data.augment": "crop_flip", "model.num_layers": 1, "trainer.precision": "bf16"}
+    augment = ["crop_flip", "random_erasing", "mixup", "cutmix"]
+    settings = {"data.augment": augment, "model.num_layers": 1, "trainer.precision": "bf16",
+                "optimizer.class_weights": [1, 2, 3, 4], "optimizer.lora_b_lr_ratio": 4.0}  # fmt: skip
     configs = three(settings | changes)
     return new_pack(configs, build.build_setup(configs[0], Process()))
 

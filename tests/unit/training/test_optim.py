@@ -20,20 +20,24 @@ CONFIGS = [
     config(lr=3e-2, weight_decay=0.0, betas=[0.8, 0.99], clip_norm=0.5),
     config(lr=5e-3, weight_decay=0.3, eps=1e-4),
     config(clip_norm=3.0, schedule="cosine"),
+    config(weight_decay=0.2, head_lr=5e-2, lora_b_lr_ratio=16.0),
 ]
 K = len(CONFIGS)
 
 
 def test_fifty_steps_equal_torchs_adamw_on_each_row_alone():
-    shapes, generator = {"weight": (K, 4, 3), "bias": (K, 4)}, torch.Generator().manual_seed(1)
+    shapes = {"head.weight": (K, 4, 3), "head.bias": (K, 4), "block.lora_A": (K, 2, 3), "block.lora_B": (K, 4, 2)}
+    generator = torch.Generator().manual_seed(1)
     named = {n: nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for n, s in shapes.items()}
     alone = [{n: nn.Parameter(p[k].detach().clone()) for n, p in named.items()} for k in range(K)]
     flat = FlatParameters(named, set(named), K)
     optimizer = PackedAdamW(flat, CONFIGS)
+    factors = [{"head": (c.head_lr or c.lr) / c.lr, "lora_A": 1.0, "lora_B": c.lora_b_lr_ratio} for c in CONFIGS]
     references = [
-        torch.optim.AdamW(p.values(), lr=c.lr, weight_decay=c.weight_decay, betas=tuple(c.betas), eps=c.eps)
-        for p, c in zip(alone, CONFIGS, strict=True)
-    ]
+        torch.optim.AdamW([{"params": [p for n, p in own.items() if kind in n]} for kind in factors[0]],
+                          weight_decay=c.weight_decay, betas=tuple(c.betas), eps=c.eps)
+        for own, c in zip(alone, CONFIGS, strict=True)
+    ]  # fmt: skip
     ok = torch.ones(K, 1, dtype=torch.bool)
     for step in range(50):
         rates = []
@@ -45,8 +49,8 @@ def test_fifty_steps_equal_torchs_adamw_on_each_row_alone():
             rates.append(scheduled_rate(c, step, 50))
             if c.clip_norm is not None:
                 nn.utils.clip_grad_norm_(list(parameters.values()), c.clip_norm)
-            for group in references[k].param_groups:
-                group["lr"] = rates[k]
+            for group, factor in zip(references[k].param_groups, factors[k].values(), strict=True):
+                group["lr"] = rates[k] * factor
             references[k].step()
         norm = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
         optimizer.step(torch.tensor(rates, dtype=torch.float64)[:, None], ok, norm)

@@ -67,7 +67,7 @@ def test_an_epoch_of_a_pack_equals_plain_pytorch():
     losses, expected = [], []
     for i, lr_K1 in enumerate(pack.learning_rates()):
         batches = [pack.streams[g].batch(0, i) for g in pack.stream_of_trial]
-        expected.append([p.step(*b, float(lr)) for p, b, lr in zip(plain, batches, lr_K1[:, 0], strict=True)])
+        expected.append([p.step(*b[:2], float(lr)) for p, b, lr in zip(plain, batches, lr_K1[:, 0], strict=True)])
         losses.append(pack.step(lr_K1, False).tolist())
     assert len(losses) == 7
     # fp64, products and sums in another order over seven steps
@@ -112,8 +112,8 @@ def test_a_trial_that_goes_bad_stays_as_it_was_and_the_others_go_on(trouble, bad
             else:
                 row[3] = math.nan if trouble == "gradient" else -math.inf
 
-    def losses(logits, labels, smoothing):
-        found = sample_losses(logits, labels, smoothing)
+    def losses(*given):
+        found = sample_losses(*given)
         if trouble == "loss" and int(pack.step_K[0]) == bad_step:
             found = found + torch.tensor([0.0, math.inf, 0.0], dtype=found.dtype)[:, None]
         return found

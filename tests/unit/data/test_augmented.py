@@ -1,0 +1,97 @@
+"""Erasing and mixing against torchvision's transforms v2 on the same parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from plain_trials import plain_trial
+from scipy.stats import beta, kstest
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
+from lora_vit.data.augmented import Augmented, mixed
+
+CPU, SIDE = torch.device("cpu"), 24
+STEP = 2 / 255 / max(IMAGENET_STD)
+"""Two of 255 steps of a colour, normalised."""
+
+
+def pictures(n: int) -> Tensor:
+    return torch.randint(0, 256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def transform(dtype: torch.dtype = torch.float64, **settings: object) -> Augmented:
+    data = plain_trial({f"data.{key}": value for key, value in settings.items()}).data
+    return Augmented(data, SIDE, CPU, dtype, IMAGENET_MEAN, IMAGENET_STD, False)
+
+
+def plain(dtype: torch.dtype = torch.float64, augment: str = "none") -> Transform:
+    return Transform(SIDE, augment, CPU, dtype)
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
+def test_crop_and_flip_are_as_they_were(augment):
+    x, ids = pictures(8), np.arange(8)
+    assert torch.equal(transform(augment=augment).train(x, 1, 2, ids), plain(augment=augment).train(x, 1, 2, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_erasing_equals_torchvisions_in_the_same_box(dtype):
+    n, p = 400, 0.3
+    x, ids = pictures(n), np.arange(n)
+    erasing = transform(dtype, augment="random_erasing", random_erasing_p=p)
+    whole, found = (t.train(x, 1, 2, ids) for t in (plain(dtype), erasing))
+    gone = (found == 0).all(1) & (whole != 0).any(1)
+    theirs, shapes = v2.RandomErasing(p=1), []
+    for image, other, box in zip(whole, found, gone, strict=True):
+        rows, columns = (torch.nonzero(box.any(dim)).flatten().tolist() for dim in (1, 0))
+        if rows:
+            shapes.append((len(rows), len(columns)))
+            params = {"i": rows[0], "j": columns[0], "h": rows[-1] - rows[0] + 1, "w": columns[-1] - columns[0] + 1}
+            image = theirs.transform(image, {**params, "v": torch.zeros(3, 1, 1, dtype=dtype)})
+        torch.testing.assert_close(other, image, rtol=0, atol=0)
+    assert abs(len(shapes) / n - p) < 4 * (p * (1 - p) / n) ** 0.5
+    height, width = np.array(shapes).T
+    area, ratio = height * width / SIDE**2, height / width
+    assert 0.01 < area.min() < 0.06 < 0.28 < area.max() < 0.36  # 0.02 to 0.33, rounded to pixels
+    assert 0.25 < ratio.min() < 0.4 < 2.5 < ratio.max() < 4  # 0.3 to 3.3, rounded
+
+
+@pytest.mark.parametrize("augment", ["random_erasing", ["flip", "random_erasing"]])
+def test_draws_depend_on_seed_epoch_and_sample_alone(augment):
+    x, ids, t = pictures(16), np.arange(16) + 100, transform(augment=augment)
+    whole = t.train(x, 1, 2, ids)
+    assert torch.equal(t.train(x[5:9], 1, 2, ids[5:9]), whole[5:9])
+    for seed, epoch, other in ((2, 2, ids), (1, 3, ids), (1, 2, ids + 1)):
+        assert not torch.equal(t.train(x, seed, epoch, other), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["mixup", "cutmix"])
+def test_mixing_equals_torchvisions_with_the_same_share_and_box(way, dtype):
+    images = plain(dtype).eval(pictures(6))
+    before_first = torch.cat([images[-1:], images])
+    for step in range(20):
+        found, share = mixed(before_first, {way: 1.0}, 1, 2, step)
+        theirs = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[way](num_classes=4)
+        params: dict[str, object] = {"lam": share, "labels": None, "batch_size": 6}
+        if way == "cutmix":
+            changed = (found != images).any(1).any(0)
+            rows, columns = (torch.nonzero(changed.any(dim)).flatten().tolist() or [0, -1] for dim in (1, 0))
+            params["box"] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            assert share == pytest.approx(1 - changed.sum().item() / SIDE**2, abs=1e-12)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, theirs.transform(images, params), rtol=2**-7, atol=STEP / 2)
+
+
+def test_shares_follow_beta_and_a_batch_has_one_way():
+    x = torch.rand(3, 3, 64, 64, dtype=torch.float64)
+    shares = [mixed(x, {"mixup": 0.4}, 0, 0, step)[1] for step in range(300)]
+    assert kstest(shares, beta(0.4, 0.4).cdf).pvalue > 0.01
+    both = [mixed(x, {"mixup": 1.0, "cutmix": 1.0}, 0, 0, step) for step in range(100)]
+    boxed = [bool(((found == x[1:]) | (found == x[:-1])).all()) for found, _ in both]
+    assert 30 < sum(boxed) < 70
+    for seed, epoch in ((1, 0), (0, 1)):
+        assert mixed(x, {"mixup": 0.4}, seed, epoch, 0)[1] != shares[0]
