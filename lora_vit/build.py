@@ -71,10 +71,11 @@ def choose_world_size(config: TrialConfig, started: int) -> int:
 def hold_gpu(index: int, held: contextlib.ExitStack, shared: bool = False) -> bool:
     """Add a GPU to what is held, alone or with others that share it; False where a process of this machine has it."""
     name = f"gpu-{torch.cuda.get_device_properties(index).uuid}"
-    with contextlib.suppress(BlockingIOError):
+    try:
         held.enter_context(locked(Path(tempfile.gettempdir(), f"lora_vit-{os.getuid()}", name), False, shared))
-        return True
-    return False
+    except OSError as error:  # where there can be no lock nobody is kept out
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 def check_devices(accelerator: str, process: Process, held: contextlib.ExitStack) -> None:

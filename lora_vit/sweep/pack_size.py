@@ -129,8 +129,7 @@ class PackSizes:
         self.say(f"measuring the pack size for {group.title}")
         try:
             setup, configs = self.setups.of(group.trials[0]), [trial.config for trial in group.trials]
-            with computing(setup.device, configs[0].trainer.deterministic):
-                figures = choose_pack_size(configs, setup, self.workers, self.stop)
+            figures = choose_pack_size(configs, setup, self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
             if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
@@ -157,7 +156,8 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:
-            seconds[size], memory[size] = measure(configs[:size], setup, stop)
+            with computing(setup.device, configs[0].trainer.deterministic):
+                seconds[size], memory[size] = measure(configs[:size], setup, stop)
         except Exception as error:
             if size == 1 or not out_of_memory(error):
                 raise

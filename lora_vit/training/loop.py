@@ -238,8 +238,9 @@ def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
             told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
             if deterministic:
                 told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
-                as_before.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
-                torch.set_deterministic_debug_mode("error")
+                mode = torch.get_deterministic_debug_mode()
+                as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
+                torch.use_deterministic_algorithms(True)  # also of compiled models
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch before 2.10 asks for
             for place, name, value in told:
                 as_before.callback(setattr, place, name, getattr(place, name))
