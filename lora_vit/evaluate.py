@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the trial's metric and accuracy on a split and what its record says; exit code 1 where they differ."""
     record, config = completed_trial(args, args.data_root)
     from lora_vit.trained import trained_pack
+    from lora_vit.training.loop import computing
 
     try:
         pack = trained_pack(args.folder, record, config)
@@ -24,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(str(error).replace("data.root", "--data-root")) from None
     if args.split not in pack.setup.data.splits:
         raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
-    predictions = pack.predict(args.split)[0]
+    with computing(pack.setup.device, config.trainer.deterministic):
+        predictions = pack.predict(args.split)[0]
     for name in dict.fromkeys((config.trainer.metric, "accuracy")):
         value, title = METRICS[name].of(predictions), METRICS[name].title.title()
         print(f"{args.split.capitalize()} {title}: {value:.2%}  ({len(predictions.labels):,} images)")

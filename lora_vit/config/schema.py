@@ -130,6 +130,7 @@ class TrainerConfig:
     accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
     devices: str = field(metadata=_COUNT | NO_IDENTITY)
     compile: bool
+    deterministic: bool = field(metadata=NO_IDENTITY | {"as_before": True})
     micro_batch: str | None = field(metadata=_MICRO_BATCH | NO_IDENTITY | {"as_before": "auto"})
     checkpoint_activations: bool = field(metadata=NO_IDENTITY | {"as_before": False})
     resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)

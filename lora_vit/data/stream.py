@@ -1,5 +1,8 @@
 """Batches: which samples, in which order, and this process's part of each."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from lora_vit.data.dataset import ImageData
 from lora_vit.distributed import Process
 
 _DEVICE_SHARE = 0.25  # largest part of a GPU's free memory that the uint8 images may take
+_PIECE = 1 << 26  # bytes that are copied there at once: no more of them are in the host's own memory
+_AHEAD = 3  # batches for a GPU that are read before they are asked for, side by side: a disk gives more to several
 
 
 class Samples:
@@ -20,8 +25,18 @@ class Samples:
         self.device, self.data = device, data
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
+        self._readers = ThreadPoolExecutor(_AHEAD)
         if device.type == "cuda" and data.images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.from_numpy(np.array(data.images)).to(device)
+            self._resident = torch.empty(data.images.shape, dtype=torch.uint8, device=device)
+            count = 1 + data.images.nbytes // _PIECE
+            for piece, here in zip(np.array_split(data.images, count), self._resident.tensor_split(count), strict=True):
+                here.copy_(to_device(np.array(piece), device))
+
+    def read(self, ids: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What gives the result of :meth:`gather`; images on a disk are for a GPU read meanwhile by another thread."""
+        if self.device.type == "cuda" and self._resident is None:
+            return self._readers.submit(self.gather, ids).result
+        return lambda: self.gather(ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
@@ -44,6 +59,7 @@ class TrainStream:
         self.first = process.rank * self.local
         self.steps_per_epoch = len(self.ids) // batch_size
         self._order: tuple[int, np.ndarray] = (-1, self.ids)
+        self._read: dict[tuple[int, int], Callable[[], tuple[Tensor, Tensor]]] = {}  # by epoch and step
 
     def batch_ids(self, epoch: int, step: int, whole: bool = False) -> np.ndarray:
         """Sample ids of this process's part of a batch, int64 [B], or of the ``whole``; ``step`` counts in the epoch.
@@ -61,9 +77,10 @@ class TrainStream:
 
         Mixed images have two labels, [B, 2], and the first has a share below 1.
         """
-        ids = self.batch_ids(epoch, step)
-        images, labels = self.samples.gather(ids)
-        images = self.transform.train(images, self.seed, epoch, ids)
+        soon = [(epoch, later) for later in range(step, min(step + 1 + _AHEAD, self.steps_per_epoch))]
+        self._read = {at: self._read.get(at) or self.samples.read(self.batch_ids(*at)) for at in soon}
+        images, labels = self._read.pop((epoch, step))()
+        images = self.transform.train(images, self.seed, epoch, self.batch_ids(epoch, step))
         if not self.transform.mixes:
             return images, labels, 1.0
         images, share = mixed(images, self.transform.mixes, self.seed, epoch, step)

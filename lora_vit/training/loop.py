@@ -1,13 +1,17 @@
 """The training loop: packs of trials, epoch by epoch, until each is completed, failed or interrupted."""
 
 import contextlib
+import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from rich.table import Column, Table
 
 from lora_vit.config.names import METHODS
@@ -93,7 +97,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
         trial.record.cost["pack_size"] = pack.K
         trial.write_record()
     reporter.started(pack)
-    with repeating(beat, HEARTBEAT_EVERY):
+    with repeating(beat, HEARTBEAT_EVERY), computing(setup.device, trials[0].config.trainer.deterministic):
         try:
             while pack is not None:
                 ended = train_epoch(pack, reporter, stop) or complete(pack)
@@ -163,8 +167,8 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     """Whether any process was asked to stop; all processes get the same answer at the same step."""
     if pack.setup.process.world_size == 1:
         return bool(stop.signum)
-    may_read = pack.setup.device.type == "cpu" or logging  # elsewhere it costs a sync
-    return may_read and bool(pack.flat.stop.item() > 0)
+    waits = pack.setup.device.type == "cpu" or logging  # for this step, else for the one before
+    return bool((pack.flat.stop if waits else pack.flat.earlier_stop()).item() > 0)
 
 
 def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
@@ -200,9 +204,10 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         for trial in pack.pull():
             trial.save()
         raise
-    pack.pull()
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
+    if due := [trial for trial in pack.trials if trial.epoch_checkpoint_due()]:
+        pack.pull()
     for k, trial in enumerate(pack.trials):
         state, record, step = trial.state, trial.record, pack.step_of(trial)
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
@@ -221,9 +226,32 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         )
         trial.log_epoch(step, state.epoch, row)
         trial.write_record()
-        if trial.epoch_checkpoint_due():
+        if trial in due:
             trial.save()
         reporter.epoch(trial, row)
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored.
+
+    Attention's backward otherwise adds in the order in which its blocks happen to end.
+    """
+    with contextlib.ExitStack() as as_before:
+        if device.type == "cuda":
+            matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
+            name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
+            told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
+            if deterministic:
+                told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
+                mode = torch.get_deterministic_debug_mode()
+                as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
+                torch.use_deterministic_algorithms(True)  # also of compiled models
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch before 2.10 asks for
+            for place, name, value in told:
+                as_before.callback(setattr, place, name, getattr(place, name))
+                setattr(place, name, value)
+        yield
 
 
 def reset_peak_memory(device: torch.device) -> None:

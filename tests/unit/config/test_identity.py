@@ -15,7 +15,7 @@ from lora_vit.errors import ConfigError
 
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
              "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every", "trainer.micro_batch",
-             "trainer.checkpoint_activations", "trainer.metric"}  # fmt: skip
+             "trainer.checkpoint_activations", "trainer.deterministic", "trainer.metric"}  # fmt: skip
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
 AS_BEFORE = {"data.background", "data.value_range", "data.random_erasing_p", "data.mixup_alpha", "data.cutmix_alpha",
              "optimizer.head_lr", "optimizer.lora_b_lr_ratio", "optimizer.class_weights"}  # fmt: skip
