@@ -38,7 +38,7 @@ def extended(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_preset_sweeps_what_the_recipes_add_and_the_tracker_hears_of_each_trial(extended):
     environment = {"PYTHONPATH": str(extended)}
     own = ("sweep=depth", "experiment=tracked", "model=vit_small", "data=stripes", "trainer.epochs=2")
-    more = ("trainer.metric=median_recall", "sweep.name=depth", "sweep.pack_size=2")
+    more = ("trainer.metric=low_recall", "sweep.name=depth", "sweep.pack_size=2")
     line = [sys.executable, "-m", "lora_vit.train", *own, *more]
     done = run(line, extended, environment)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_a_preset_sweeps_what_the_recipes_add_and_the_tracker_hears_of_each_tria
     assert [(record.status, sum(record.data[part] for part in ("train", "val", "test"))) for record in records] == (
         [("completed", 60)] * 4
     )
-    said = {f"{record.metrics['val_median_recall']:.4g}" for record in records}
+    said = {f"{record.metrics['val_low_recall']:.4g}" for record in records}
     assert said == {f"{float(value):.4g}" for value in re.findall(r"TRACKED stripes \d+ (\S+)", done.stdout)}
     line = [sys.executable, "-m", "lora_vit.summarize", "depth", "--no-plots"]
-    assert "has the highest val median recall" in run(line, extended, environment).stdout
+    assert "has the highest val low recall" in run(line, extended, environment).stdout

@@ -63,10 +63,13 @@ def test_the_default_folder_is_named_by_date_and_trial(tmp_path, monkeypatch):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 20 * int(name[-1])).save(tmp_path / "images" / f"{name}.png")
     own = ("data=imagefolder", "data.root=images", "data.batch_size=1", "data.val_fraction=0.3", "data.cache_dir=cache")
-    for overrides in ((), own, ("seed=1", *own), ("hydra.run.dir=TRIAL",)):
+    returned, own_train = [], train.train
+    monkeypatch.setattr(train, "train", lambda *given: returned.append(own_train(*given)) or returned[-1])
+    for overrides in ((), own, ("seed=1", *own), ("hydra.run.dir=TRIAL", "trainer.metric=worst_class_recall")):
         monkeypatch.setattr(sys, "argv", ["train", *SMALL, "trainer.epochs=1", *overrides])
         train.main()
-    assert (tmp_path / "TRIAL/record.json").exists(), "a name is left as it was given"
+    metrics = read_record(tmp_path / "TRIAL").metrics  # a name is left as it was given
+    assert returned[-1] == metrics["val_worst_class_recall"] != metrics["val_accuracy"], "what Hydra's sweepers see"
     folders = sorted((tmp_path / "outputs/runs").iterdir())
     assert len(folders) == 3
     for folder in folders:

@@ -327,6 +327,7 @@ def test_a_race_is_decided_by_trainer_metric(engine, tmp_path, capsys):
     assert max(run(tmp_path, by_f1(race_trials(8)), **race).values()) == pytest.approx(0.58)
     out = capsys.readouterr().out
     assert "mean val macro-F1" in out
+    assert "rank 8 is selected after 2 seeds" in out
     assert "rank 8 selected: with 95 % no other of 3 cells" in out
 
 
