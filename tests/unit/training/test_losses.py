@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -51,16 +53,16 @@ def weighted(weights: object) -> TrialConfig:
 
 
 def test_balanced_is_scikit_learns():
-    setup = build_setup(plain_trial(), Process())
-    train = setup.data.splits["train"]
-    setup.data.labels[train] = np.arange(len(train)) % 7 % C
-    labels = setup.data.labels[train]
-    expected = compute_class_weight("balanced", classes=np.arange(C), y=labels)
-    found = class_weights([weighted("balanced"), weighted(None), weighted([1, 2, 3, 4])], setup.data)
+    data = build_setup(plain_trial(), Process()).data
+    data = dataclasses.replace(data, labels=data.labels.copy())  # what was read is read once for all tests
+    train = data.splits["train"]
+    data.labels[train] = np.arange(len(train)) % 7 % C
+    expected = compute_class_weight("balanced", classes=np.arange(C), y=data.labels[train])
+    found = class_weights([weighted("balanced"), weighted(None), weighted([1, 2, 3, 4])], data)
     np.testing.assert_allclose(found, [expected, [1] * C, [1, 2, 3, 4]], rtol=1e-12)
-    setup.data.labels[train] %= 2  # classes 2 and 3 have no training image
-    assert np.isfinite(class_weights([weighted("balanced")], setup.data)).all()
-    assert class_weights([weighted(None)] * 2, setup.data) is None
+    data.labels[train] %= 2  # classes 2 and 3 have no training image
+    assert np.isfinite(class_weights([weighted("balanced")], data)).all()
+    assert class_weights([weighted(None)] * 2, data) is None
 
 
 def test_weights_are_refused_where_there_are_other_classes():
