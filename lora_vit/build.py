@@ -82,10 +82,7 @@ def hold_gpu(index: int, held: contextlib.ExitStack, shared: bool = False) -> bo
 
 
 def check_devices(accelerator: str, process: Process, held: contextlib.ExitStack) -> None:
-    """Hold a GPU for each process, which runs of one process may share.
-
-    Raises ConfigError in every process where one is a sweep's or another process's, or as :func:`choose_device` in one.
-    """
+    """Hold a GPU for each process; runs of one process share it. Raises ConfigError in all of them where one cannot."""
     device = on_all(lambda: choose_device(accelerator, process))
     if not all(from_all(device.type == "cpu" or hold_gpu(device.index, held, shared=process.world_size == 1))):
         remedy = "start one for each that is free (CUDA_VISIBLE_DEVICES), or give trainer.accelerator=cpu"

@@ -56,8 +56,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for, in a folder made if need be; it ends with the process, however that ends.
 
-    The file is deleted only if the folder is otherwise empty. ``shared``: others that share it may hold it too. Raises
-    BlockingIOError if it is held and we do not wait.
+    It is deleted only if the folder is otherwise empty. Others may hold what all of them hold ``shared``. Raises
+    BlockingIOError if it is held otherwise and we do not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

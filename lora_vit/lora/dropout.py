@@ -76,10 +76,7 @@ def _rows(module_key: int, tokens: int, base_KB: Tensor) -> Tensor:
 
 
 def fused(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, the last of them a tensor: on a GPU one kernel, where torch can compile, and not one a line.
-
-    That takes Triton and a C compiler, which not every machine has; then a line is printed once.
-    """
+    """``function(*args)``, the last a tensor; on a GPU one kernel, where Triton and a C compiler let torch compile."""
     if args[-1].is_cuda and not _refused and not torch.compiler.is_compiling():
         try:
             return _compiled(function)(*args)

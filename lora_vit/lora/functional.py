@@ -17,7 +17,7 @@ Shape legend: K trial, B image, S token, N = B*S rows of a trial, I input width,
 G adapted projections that share this input (q, k, v: up to three on the fused projection; elsewhere one).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -31,8 +31,7 @@ from torch.autograd.function import once_differentiable
 from lora_vit.lora.dropout import fused, keep_by_bits_, keep_by_product_, keep_mask
 
 _AT_ONCE = 1 << 17  # elements of activations that a CPU multiplies and sums at once: they stay in its cache
-_TO_DROP: dict[str, tuple[Callable[..., None], int]]
-_TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (partial(fused, keep_by_product_), 1 << 26)}
+_TO_DROP: Any = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (partial(fused, keep_by_product_), 1 << 26)}
 """The faster way to drop elements, and of how many at once: 1 MiB of mask stays within a CPU's second-level cache; a
 GPU's fused kernel holds no mask, and 256 MiB without it are little beside the activations of so many elements."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,13 @@ def test_what_is_not_tried(trials, attainable, tried, limited, monkeypatch):
     seconds = {2**i: 0.5**i for i in range(9)}
     best, figures, sizes = choose(monkeypatch, seconds, trials=trials, attainable=attainable)
     assert (best, sizes, figures["limited_by_trials"]) == (tried[-1], tried, limited)
+
+
+def test_sizes_are_measured_as_packs_will_train(monkeypatch):
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(measure, "computing", lambda *how: told.append(how) or contextlib.nullcontext())
+    choose(monkeypatch, {1: 1.0}, trials=1)
+    assert told == [(CPU, True)]
 
 
 def test_images_on_a_gpu_are_held_once_however_many_train(monkeypatch):
