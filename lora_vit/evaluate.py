@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the trial's accuracy on a split and what its record says; exit code 1 where they differ."""
     record, config = completed_trial(args, args.data_root)
     from lora_vit.trained import trained_pack
+    from lora_vit.training.loop import computing
 
     try:
         pack = trained_pack(args.folder, record, config)
@@ -23,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(str(error).replace("data.root", "--data-root")) from None
     if args.split not in pack.setup.data.splits:
         raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
-    predictions = pack.predict(args.split)[0]
+    with computing(pack.setup.device, config.trainer.deterministic):
+        predictions = pack.predict(args.split)[0]
     print(f"{args.split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
     recorded = record.metrics.get(f"{args.split}_accuracy", predictions.accuracy)
     if recorded != predictions.accuracy:

@@ -109,6 +109,7 @@ class TrainerConfig:
     accelerator: str = field(metadata=choice("auto", "gpu", "cpu") | NO_IDENTITY)
     devices: str = field(metadata=_COUNT | NO_IDENTITY)
     compile: bool
+    deterministic: bool = field(metadata=NO_IDENTITY | {"as_before": True})
     resume: str = field(metadata=choice("auto", "restart") | NO_IDENTITY)
     checkpoint_every: float = field(metadata=number("seconds", "(0, 300]") | NO_IDENTITY)
     log_every: int = field(metadata=number("a number of steps", "[1, inf)") | NO_IDENTITY)

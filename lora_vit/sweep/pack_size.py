@@ -18,7 +18,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Group, Trial, digest, setup_key
-from lora_vit.training.loop import peak_memory, reset_peak_memory
+from lora_vit.training.loop import computing, peak_memory, reset_peak_memory
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Setup, TrialRun
 
@@ -150,7 +150,8 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:
-            seconds[size], memory[size] = measure(configs[:size], setup, stop)
+            with computing(setup.device, configs[0].trainer.deterministic):
+                seconds[size], memory[size] = measure(configs[:size], setup, stop)
         except Exception as error:
             if size == 1 or not out_of_memory(error):
                 raise

@@ -1,13 +1,17 @@
 """The training loop: packs of trials, epoch by epoch, until each is completed, failed or interrupted."""
 
 import contextlib
+import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from rich.table import Column, Table
 
 from lora_vit.errors import Interrupted
@@ -90,7 +94,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
         trial.record.cost["pack_size"] = pack.K
         trial.write_record()
     reporter.started(pack)
-    with repeating(beat, HEARTBEAT_EVERY):
+    with repeating(beat, HEARTBEAT_EVERY), computing(setup.device, trials[0].config.trainer.deterministic):
         try:
             while pack is not None:
                 ended = train_epoch(pack, reporter, stop) or complete(pack)
@@ -221,6 +225,29 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+@contextlib.contextmanager
+def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored.
+
+    Attention's backward otherwise adds in the order in which its blocks happen to end.
+    """
+    with contextlib.ExitStack() as as_before:
+        if device.type == "cuda":
+            matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
+            name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
+            told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
+            if deterministic:
+                told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
+                mode = torch.get_deterministic_debug_mode()
+                as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
+                torch.use_deterministic_algorithms(True)  # also of compiled models
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch before 2.10 asks for
+            for place, name, value in told:
+                as_before.callback(setattr, place, name, getattr(place, name))
+                setattr(place, name, value)
+        yield
+
+
     """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -67,7 +67,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "seed": ([0, 2**63 - 1], [-1, 2**63], "whole number in [0, 9223372036854775807]"),
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",
-        "data.content", "trainer.compile"}  # fmt: skip
+        "data.content", "trainer.compile", "trainer.deterministic"}  # fmt: skip
 """Settings without bounds of their own."""
 
 DIGITS = {"data.name": "digits", "data.cache_size": None}

@@ -34,7 +34,7 @@ def test_a_record_on_disk_is_read_and_is_of_the_trial_that_it_was():
     assert ids(trial) == (written["trial_id"], written["cell_id"]) == ("3151de5e50", "d42759eff9")
     for name in (*WITHOUT_IDENTITY, "model.weights_sha256"):
         section, _, key = name.partition(".")
-        del written["config"][section][key]
+        written["config"][section].pop(key, None)  # a later version may have added it
     assert canonical(trial) == {**written["config"], "schema": written["schema"]}
 
 

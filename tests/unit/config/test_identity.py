@@ -14,7 +14,8 @@ from lora_vit.config import WITHOUT_IDENTITY, canonical, file_sha256, ids, is_we
 from lora_vit.errors import ConfigError
 
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
-             "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every"}  # fmt: skip
+             "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every",
+             "trainer.deterministic"}  # fmt: skip
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
 AS_BEFORE = {"data.background", "data.value_range"}
 """Added later, and in the small trial at the value that means as before."""

@@ -6,13 +6,16 @@ the branches for a GPU are taken. A tensor on the wrong device is an error, and 
 
 from __future__ import annotations
 
+import re
 import traceback
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from packs import new_pack, three
+from packs import new_pack, take_steps, three
+from plain_models import timm_config
+from plain_trials import plain_trial
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +25,7 @@ import lora_vit
 from lora_vit import build, distributed, randomness
 from lora_vit.distributed import Process
 from lora_vit.training.optim import FlatParameters
+from lora_vit.lora import dropout
 from lora_vit.training.pack import Pack
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
@@ -140,3 +144,52 @@ def test_neither_a_step_nor_evaluation_makes_the_host_wait(device, free_bytes, m
         with Waits(device) as waits, pytest.raises(Evaluated):
             pack.predict("val")
         assert not waits.lines, f"the host waits at {', '.join(sorted(waits.lines))}"
+
+
+FAMILIES = ["small_vit", "small_dinov2", "small_beit", "small_eva02"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "vit_small_patch16_dinov3.lvd1689m"])
+def test_no_family_of_timms_makes_the_host_wait(name):
+    """DINOv3's rotary embedding, for one, would be made on the host in each pass if the image size were free."""
+    config, meta = timm_config("lora.dropout=0.1", name=name), torch.device("meta")
+    factory = build.ModelFactory(config, 4, torch.device("cpu"), torch.bfloat16)
+    factory.device, factory.original = meta, factory.original.to(meta)
+    model = factory([config]).to(meta).train()
+    model.head.state.set(torch.zeros(1, dtype=torch.int64, device=meta), torch.arange(2, device=meta))
+    images = torch.empty(2, 3, 32, 32, dtype=torch.bfloat16, device=meta)
+    with Waits("meta") as waits:
+        model(images, [0]).sum().backward()
+    assert not waits.lines, f"the host waits at {', '.join(sorted(waits.lines))}"
+
+
+REFUSED = re.compile(
+    "(avg_pool3d|adaptive_avg_pool|adaptive_max_pool|upsample|reflection_pad|grid_sampler).*_backward"
+    "|fractional_max_pool|max_unpool|nll_loss2d|ctc_loss|embedding_bag|^put_?$|histc|bincount|median|kthvalue|scatter_reduce"
+)
+"""What has no deterministic kernel for CUDA (the list of ``torch.use_deterministic_algorithms``), and raises there."""
+
+
+class Names(TorchDispatchMode):
+    """Collects the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", [None, *FAMILIES])
+def test_every_operation_of_a_step_can_be_deterministic(name, method):
+    augmented = ["data.augment=crop_flip", "lora=full" if method == "full" else "lora.dropout=0.1"]
+    config = plain_trial({"data.augment": "crop_flip"}) if name is None else timm_config(*augmented, name=name)
+    with Names() as called:
+        pack = new_pack([config])
+        take_steps(pack, 1)
+        pack.predict("val")
+    assert {"bmm", "_log_softmax"} <= called.names
+    assert not {name for name in called.names if REFUSED.search(name)}

@@ -21,7 +21,7 @@ from stage import STEPS, setup_of
 
 from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.training import loop
-from lora_vit.training.loop import peak_memory
+from lora_vit.training.loop import computing, peak_memory
 from lora_vit.training.pack import Pack
 
 END = ["write_results", "write_record", "say", "close", "left"]
@@ -247,3 +247,57 @@ def test_peak_memory_is_the_devices_or_the_processs(platform, unit, monkeypatch)
     monkeypatch.setattr(Path, "read_text", lambda path: "Name: x")  # a system that does not say
     assert peak_memory(torch.device("cuda", 1)) == 7
     assert peak_memory(torch.device("cpu")) == 3 * unit
+
+
+def told() -> tuple[object, ...]:
+    """How torch is to compute on a GPU."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv if new else torch.backends.cudnn
+    name = "fp32_precision" if new else "allow_tf32"
+    return getattr(matmul, name), getattr(conv, name), torch.get_deterministic_debug_mode(), fill
+
+
+@pytest.mark.parametrize("users", [("highest", "default"), ("high", "warn"), ("medium", "error")])
+def test_a_gpu_computes_fp32_exactly_and_alike_each_time_and_then_as_before(users, monkeypatch):
+    """Products and convolutions; whatever was set before, also after an error; the CPU's numbers are left alone."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    gpu, exact = torch.device("cuda"), ("ieee",) * 2 if hasattr(torch.backends, "fp32_precision") else (False,) * 2
+    untouched = torch.get_float32_matmul_precision(), torch.get_deterministic_debug_mode()
+    try:
+        torch.set_float32_matmul_precision(users[0])
+        torch.set_deterministic_debug_mode(users[1])
+        before = told()
+        with computing(torch.device("cpu"), True):
+            assert told() == before
+        with computing(gpu, False):
+            assert told() == (*exact, *before[2:])
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+        with contextlib.suppress(KeyError), computing(gpu, True):
+            assert told() == (*exact, 2, False)
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            raise KeyError
+        assert told() == before
+        assert torch.get_float32_matmul_precision() == users[0]
+    finally:
+        torch.set_float32_matmul_precision(untouched[0])
+        torch.set_deterministic_debug_mode(untouched[1])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_step_and_evaluation_is_computed_so(deterministic, stage, monkeypatch):
+    within: list[tuple[object, ...]] = []
+
+    @contextlib.contextmanager
+    def watched(*given):
+        within.append(given)
+        yield
+        assert within.pop() == given
+
+    seen = set()
+    monkeypatch.setattr(loop, "computing", watched)
+    monkeypatch.setattr(stage, "note", lambda what, *_: seen.add((what, *within)))
+    stage.train(stage.trials(1, trainer__deterministic=deterministic))
+    how = (torch.device("cpu"), deterministic)
+    assert {call for call in seen if call[0] in ("train", "predict")} == {("train", how), ("predict", how)}
