@@ -6,17 +6,22 @@ number of processes agrees. All arithmetic is 32-bit with wrap-around, in place:
 tenth of one over int64. Shape legend: K trial, B image, S token, D feature.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_vit.distributed import this_process
+from lora_vit.errors import one_line
 
 _C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+_refused: list[str] = []  # why torch cannot compile here
 
 
 def _wrap(value: int) -> int:
@@ -62,8 +67,23 @@ class DropoutState:
         """One well-mixed int32 for each token of each image in this module, [K, B, S]."""
         if self.base_KB is None:
             raise RuntimeError("dropout is on but no pass was keyed: call DropoutState.set or .advance first")
-        token_S = torch.arange(tokens, dtype=torch.int32, device=self.base_KB.device) * _GOLDEN + _wrap(module_key)
-        return _mix(self.base_KB[:, :, None] ^ _mix(token_S))
+        return fused(_rows, _wrap(module_key), tokens, self.base_KB)
+
+
+def _rows(module_key: int, tokens: int, base_KB: Tensor) -> Tensor:
+    token_S = torch.arange(tokens, dtype=torch.int32, device=base_KB.device) * _GOLDEN + module_key
+    return _mix(base_KB[:, :, None] ^ _mix(token_S))
+
+
+def fused(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, the last a tensor; on a GPU one kernel, where Triton and a C compiler let torch compile."""
+    if args[-1].is_cuda and not _refused and not torch.compiler.is_compiling():
+        try:
+            return _compiled(function)(*args)
+        except Exception as error:
+            _refused.append(one_line(error))
+            print(f"note: torch.compile does not work here, so that dropout takes more memory and time ({_refused[0]})")
+    return function(*args)
 
 
 def feature_keys(width: int) -> Tensor:
@@ -83,6 +103,8 @@ def _hashed(rows: Tensor, feature_D: Tensor) -> Tensor:
     x (2 x + 1), one pass over memory, has them depend on all bits of the product, and not linearly.
     """
     x = (rows[..., None] | 1) * (feature_D | 1)
+    if torch.compiler.is_compiling():  # its ``addcmul`` of integers is one of floats
+        return x + 2 * (x * x)
     return x.addcmul_(x, x, value=2)
 
 

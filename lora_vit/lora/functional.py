@@ -16,6 +16,7 @@ G adapted projections that share this input (q, k, v: up to three on the fused p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_vit.lora.dropout import keep_by_bits_, keep_by_product_, keep_mask
+from lora_vit.lora.dropout import fused, keep_by_bits_, keep_by_product_, keep_mask
 
-_TO_DROP = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (keep_by_product_, 1 << 24)}
-"""The faster way to drop elements, and of how many at once: 1 MiB of mask stays within a CPU's second-level cache;
-64 MiB keep a GPU busy and are little beside the activations, where a whole mask would be several times as large."""
+_TO_DROP: Any = {"cpu": (keep_by_bits_, 1 << 18), "cuda": (partial(fused, keep_by_product_), 1 << 26)}
+"""The faster way to drop elements, and of how many at once: 1 MiB of mask stays within a CPU's second-level cache; a
+GPU's fused kernel holds no mask, and 256 MiB without it are little beside the activations of so many elements."""
 
 
 @dataclass(frozen=True)

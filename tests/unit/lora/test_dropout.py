@@ -1,6 +1,7 @@
 """Keyed dropout: keep rate, independence in every direction of the key, and each decision in plain integers."""
 
 import itertools
+from types import SimpleNamespace
 from zlib import crc32
 
 import pytest
@@ -93,6 +94,43 @@ def test_in_place_decides_alike(dtype):
         way(changed, rows, features, limits)
         for x, y in zip(xs, changed, strict=True):
             assert torch.equal(y, x * kept)
+
+
+@pytest.mark.slow  # torch's compiler takes seconds
+def test_one_kernel_gives_the_same_masks():
+    """What a GPU runs, compiled for a CPU: integers wrap around there too. One graph serves every size."""
+    rows_of, keep_ = (torch.compile(function, dynamic=True) for function in (dropout._rows, keep_by_product_))
+    for S, D, dtypes in ((9, 300, (torch.bfloat16,)), (1, 7, (torch.bfloat16,)), (12, 33, (torch.float32,) * 2)):
+        base_KB = torch.arange(-4, 8, dtype=torch.int32).view(3, 4) * 123456789
+        rows = rows_of(-1234567, S, base_KB)
+        assert torch.equal(rows, dropout._rows(-1234567, S, base_KB))
+        limits = torch.tensor([threshold(p) for p in (0.1, 0.5, 0.9)], dtype=torch.int32).repeat_interleave(4 * S)
+        xs = [torch.randn(12 * S, D).to(dtype) for dtype in dtypes]
+        changed = [x.clone() for x in xs]
+        keep_(changed, rows.flatten(), feature_keys(D), limits)
+        for x, y in zip(xs, changed, strict=True):
+            assert torch.equal(y, x * keep_mask(rows.flatten(), feature_keys(D), limits))
+
+
+def test_without_a_compiler_a_gpu_drops_as_ever(monkeypatch, capsys):
+    """One line says so, once."""
+    tried = []
+
+    def compiled(function):
+        tried.append(function)
+        raise RuntimeError("Cannot find a working triton installation")
+
+    monkeypatch.setattr(dropout, "_compiled", compiled)
+    monkeypatch.setattr(dropout, "_refused", [])
+    on_gpu = SimpleNamespace(is_cuda=True)
+    for _ in range(2):
+        assert dropout.fused(lambda *args: args, 3, on_gpu) == (3, on_gpu)
+    assert len(tried) == 1
+    assert capsys.readouterr().out.count("working triton") == 1
+    assert dropout.fused(lambda x: x, torch.ones(1)) == torch.ones(1), "on a CPU nothing is compiled"
+    monkeypatch.setattr(dropout, "_refused", [])
+    monkeypatch.setattr(dropout, "_compiled", lambda function: lambda *args: "of one kernel")
+    assert dropout.fused(len, on_gpu) == "of one kernel"
 
 
 def lowbias32(x: int) -> int:
