@@ -1,5 +1,8 @@
 """Batches: which samples, in which order, and this process's part of each."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +13,8 @@ from lora_vit.data.dataset import ImageData
 from lora_vit.distributed import Process
 
 _DEVICE_SHARE = 0.25  # largest part of a GPU's free memory that the uint8 images may take
+_PIECE = 1 << 26  # bytes that are copied there at once: no more of them are in the host's own memory
+_AHEAD = 3  # batches for a GPU that are read before they are asked for, side by side: a disk gives more to several
 
 
 class Samples:
@@ -19,8 +24,18 @@ class Samples:
         self.device, self.data = device, data
         self.labels = torch.from_numpy(data.labels).to(device)
         self._resident: Tensor | None = None
+        self._readers = ThreadPoolExecutor(_AHEAD)
         if device.type == "cuda" and data.images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.from_numpy(np.array(data.images)).to(device)
+            self._resident = torch.empty(data.images.shape, dtype=torch.uint8, device=device)
+            count = 1 + data.images.nbytes // _PIECE
+            for piece, here in zip(np.array_split(data.images, count), self._resident.tensor_split(count), strict=True):
+                here.copy_(to_device(np.array(piece), device))
+
+    def read(self, ids: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What gives the result of :meth:`gather`; images on a disk are for a GPU read meanwhile by another thread."""
+        if self.device.type == "cuda" and self._resident is None:
+            return self._readers.submit(self.gather, ids).result
+        return lambda: self.gather(ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
@@ -43,6 +58,7 @@ class TrainStream:
         self.first = process.rank * self.local
         self.steps_per_epoch = len(self.ids) // batch_size
         self._order: tuple[int, np.ndarray] = (-1, self.ids)
+        self._read: dict[tuple[int, int], Callable[[], tuple[Tensor, Tensor]]] = {}  # by epoch and step
 
     def batch_ids(self, epoch: int, step: int) -> np.ndarray:
         """Sample ids of this process's part of a batch, int64 [B]; ``step`` counts within the epoch."""
@@ -53,6 +69,7 @@ class TrainStream:
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """This process's part of a batch, on the device: images for the model [B, 3, S, S], labels int64 [B]."""
-        ids = self.batch_ids(epoch, step)
-        images, labels = self.samples.gather(ids)
-        return self.transform.train(images, self.seed, epoch, ids), labels
+        soon = [(epoch, later) for later in range(step, min(step + 1 + _AHEAD, self.steps_per_epoch))]
+        self._read = {at: self._read.get(at) or self.samples.read(self.batch_ids(*at)) for at in soon}
+        images, labels = self._read.pop((epoch, step))()
+        return self.transform.train(images, self.seed, epoch, self.batch_ids(epoch, step)), labels

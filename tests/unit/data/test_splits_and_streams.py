@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from plain_trials import plain_trial
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
+from lora_vit.data import stream
 from lora_vit.data.augment import Transform
 from lora_vit.data.dataset import Found
 from lora_vit.data.splits import divide
@@ -99,6 +101,35 @@ def test_two_processes_share_each_batch():
         assert torch.cat([p[1] for p in parts]).tolist() == labels.tolist()
 
 
+def test_images_for_a_gpu_are_read_ahead_in_the_same_order(monkeypatch):
+    """By other threads, each batch once, whichever epoch comes next; a batch that cannot be read is an error there."""
+    cpu, read, threads = torch.device("cpu"), [], set()
+
+    def to_device(array, device):
+        threads.add(threading.current_thread())
+        read.extend([array.tolist()] if array.ndim == 1 else [])
+        return torch.from_numpy(array)
+
+    samples = Samples(data := fresh(plain_trial().data), cpu)
+    plain = TrainStream(samples, Transform(16, "none", cpu, torch.float64), 8, 4, Process())
+    expected = {(epoch, step): plain.batch(epoch, step) for epoch in (0, 1) for step in range(7)}
+    monkeypatch.setattr(stream, "to_device", to_device)
+    ahead = Samples(data, cpu)
+    ahead.device = torch.device("cuda")
+    other = TrainStream(ahead, plain.transform, 8, 4, Process())
+    steps = [(0, 3), (0, 4), (0, 5), (0, 6), (1, 0), (1, 1)]
+    for at in steps:
+        for mine, theirs in zip(other.batch(*at), expected[at], strict=True):
+            assert torch.equal(mine, theirs)
+    for waits in other._read.values():
+        waits()
+    assert threading.current_thread() not in threads
+    assert sorted(read) == sorted(plain.batch_ids(*at).tolist() for at in (*steps, (1, 2), (1, 3), (1, 4)))
+    monkeypatch.setattr(ahead, "data", None)
+    with pytest.raises(AttributeError):
+        other.batch(1, 5)
+
+
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize(("share", "resident"), [(0.2499, True), (0.25, False), (0.9, False)])
 def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_free(share, resident, monkeypatch):
@@ -108,8 +139,14 @@ def test_images_lie_on_the_gpu_where_they_are_less_than_a_quarter_of_what_is_fre
         torch.cuda, "mem_get_info", lambda device: (free if device == torch.device("cuda") else 1, 1 << 60)
     )
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    pieces: list[int] = []
+    moved = stream.to_device
+    monkeypatch.setattr(stream, "_PIECE", 5000)
+    monkeypatch.setattr(stream, "to_device", lambda array, device: pieces.append(array.nbytes) or moved(array, device))
     with FakeTensorMode():
         held = Samples(data, torch.device("cuda"))
+        assert sum(pieces) == resident * data.images.nbytes
+        assert max(pieces, default=0) <= 5000 + data.images[0].nbytes
         images, labels = held.gather(np.arange(5))
     assert (held._resident is not None) == resident
     assert (images.device.type, labels.device.type) == ("cuda", "cuda")

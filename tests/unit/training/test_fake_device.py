@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 import lora_vit
 from lora_vit import build, distributed, randomness
+from lora_vit.data import stream
 from lora_vit.distributed import Process
-from lora_vit.training.optim import FlatParameters
 from lora_vit.lora import dropout
+from lora_vit.training.optim import FlatParameters
 from lora_vit.training.pack import Pack
 
 PACKAGE = str(Path(lora_vit.__file__).parent)
@@ -66,6 +67,17 @@ class Waits(TorchDispatchMode):
         return not non_blocking or (self.device == "cuda" and not hasattr(source, "pinned"))
 
 
+class AtOnce:
+    """In the place of threads, which would not know of fake tensors."""
+
+    def __init__(self, count: int):
+        assert count > 1
+
+    def submit(self, function, *args):
+        value = function(*args)
+        return types.SimpleNamespace(result=lambda: value)
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """What ``pin_memory`` gives, which fake tensors cannot."""
     copy = tensor.clone()
@@ -103,6 +115,8 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **limits: tensor)
     monkeypatch.setattr(nn.Module, "_apply", apply_by_exchange)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(stream, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(dropout, "_refused", ["fake tensors"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
     if device == "cuda":
         monkeypatch.setattr(FlatParameters, "differentiate", lambda self, loss: None)
