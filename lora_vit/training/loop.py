@@ -164,8 +164,8 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
     """Whether any process was asked to stop; all processes get the same answer at the same step."""
     if pack.setup.process.world_size == 1:
         return bool(stop.signum)
-    may_read = pack.setup.device.type == "cpu" or logging  # elsewhere it costs a sync
-    return may_read and bool(pack.flat.stop.item() > 0)
+    waits = pack.setup.device.type == "cpu" or logging  # for this step, else for the one before
+    return bool((pack.flat.stop if waits else pack.flat.earlier_stop()).item() > 0)
 
 
 def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:

@@ -4,6 +4,7 @@ Shape legend: K trial, P number of trained values of a trial (padded to the wide
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class FlatParameters:
         self.buffer = self.values_KP.new_zeros(self.values_KP.numel() + K + 1)
         self.grads_KP = self.buffer[: -K - 1].view(K, -1)
         self.losses_K, self.stop = self.buffer[-K - 1 : -1], self.buffer[-1:]
+        self._earlier_stop: Any = None
         self.slices: dict[str, tuple[slice, torch.Size]] = {}
         self.gradients: list[Tensor] = []  # views into grads_KP
         offset = 0
@@ -41,6 +43,13 @@ class FlatParameters:
         """Fill the gradients of all parameters from the loss."""
         # Not backward(): its accumulation asks for another memory layout than rows of one matrix.
         torch._foreach_copy_(self.gradients, list(torch.autograd.grad(loss, self.parameters)))
+
+    def earlier_stop(self) -> Tensor:
+        """``stop`` at the call before, on the host, which waits for that step alone: the GPU is at the present one."""
+        now = self.stop.to("cpu", non_blocking=True, copy=True), torch.cuda.current_stream().record_event()
+        (stop, copied), self._earlier_stop = self._earlier_stop or now, now
+        copied.synchronize()
+        return stop
 
     def views(self, row_P: Tensor) -> dict[str, Tensor]:
         """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""

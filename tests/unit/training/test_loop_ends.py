@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import math
 import signal
 import weakref
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packs import new_pack
+from plain_trials import plain_trial
 from stage import STEPS, asked, raised, setup_of, spoilt
 
 from lora_vit.distributed import Process
@@ -267,16 +270,34 @@ def test_who_looks_at_the_sum_knows_of_logging_steps(stage, monkeypatch):
         (2, "cpu", True, 0, 2.0, True),
         (2, "cuda", True, 0, 1.0, True),
         (2, "cuda", True, 15, 0.0, False),
-        (2, "cuda", False, 15, 1.0, False),
     ],
 )
 def test_all_processes_answer_alike(world_size, device, logging, signum, summed, stops):
-    """Several decide by the sum, which a GPU reads at logging steps only."""
+    """Several decide by the sum, for which a GPU is waited for at logging steps only."""
     setup = dataclasses.replace(setup_of(), process=Process(0, world_size), device=torch.device(device))
     pack = SimpleNamespace(setup=setup, flat=SimpleNamespace(stop=torch.tensor([summed])))
     stop = StopRequest()
     stop.signum = signum
     assert stop_requested(pack, stop, logging) is stops
+
+
+def test_between_logging_steps_a_gpu_answers_for_the_step_before(monkeypatch):
+    """The host waits for the copy of that step and never for the present one (but for the first)."""
+    recorded, waited = itertools.count(), []
+
+    def record_event():
+        number = next(recorded)
+        return SimpleNamespace(synchronize=lambda: waited.append(number))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=record_event))
+    flat = new_pack([plain_trial()], setup_of()).flat
+    setup = dataclasses.replace(setup_of(), process=Process(0, 2), device=torch.device("cuda"))
+    answers = []
+    for summed in (0.0, 0.0, 1.0, 2.0, 2.0):
+        flat.stop.fill_(summed)
+        answers.append(stop_requested(SimpleNamespace(setup=setup, flat=flat), StopRequest(), False))
+    assert answers == [False, False, False, True, True]
+    assert waited == [0, 0, 1, 2, 3]
 
 
 def test_a_trial_that_another_process_took_is_written_no_more(stage):
