@@ -102,6 +102,7 @@ def launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world
     if threading.current_thread() is not threading.main_thread():
         several = f"trainer.devices={config.trainer.devices}"
         raise ConfigError(f"{several}: the main thread alone can start processes, so give 1 or call from there")
+    from joblib import cpu_count  # those that this process may use
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -109,7 +110,7 @@ def launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world
     def pass_on(signum: int, frame: Any) -> None:
         raise SignalException("asked to stop", signal.Signals(signum))  # torch's agent hands it to the processes
 
-    threads = os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // world_size))
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, cpu_count() // world_size))
     command = [f"HYDRA_FULL_ERROR={int(errors.FULL_ERROR)}", f"OMP_NUM_THREADS={threads}",
                f"PYTHONPATH={os.pathsep.join(filter(None, sys.path))}", sys.executable, "-m", "lora_vit.run",
                json.dumps([to_dict(config), str(folder.absolute()), hydra_files, sys.argv])]  # fmt: skip

@@ -94,6 +94,9 @@ class PackSizes:
         self._sizes[group.key] = max(1, trials // 2)
 
     def known(self, group: Group) -> dict[str, Any] | None:
+        with self.sweep.changing() as plan:
+            if measured := plan["pack_sizes"].get(self._kind(group)):
+                measured["size"] = self._sizes[group.key]
         """What was measured for the group on this kind of machine, with as many workers; not with far fewer trials."""
         found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
         if found and found["limited_by_trials"]:
@@ -146,7 +149,8 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     memory: dict[int, int] = {}
     best, size, misses = 1, 1, 0
     while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
-        if memory and 2 * max(memory.values()) > MEMORY_SHARE * attainable_memory(setup.device, workers):
+        if memory and 2 * max(memory.values()) - images > MEMORY_SHARE * attainable_memory(setup.device, workers):
+    images = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0  # held once
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:

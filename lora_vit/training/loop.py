@@ -198,9 +198,10 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         for trial in pack.pull():
             trial.save()
         raise
-    pack.pull()
     sums = pack.loss_sum_K.tolist()
     pack.end_epoch()
+    if due := [trial for trial in pack.trials if trial.epoch_checkpoint_due()]:
+        pack.pull()
     for k, trial in enumerate(pack.trials):
         state, record, step = trial.state, trial.record, pack.step_of(trial)
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
@@ -219,12 +220,11 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         )
         trial.log_epoch(step, state.epoch, row)
         trial.write_record()
-        if trial.epoch_checkpoint_due():
+        if trial in due:
             trial.save()
         reporter.epoch(trial, row)
 
 
-def reset_peak_memory(device: torch.device) -> None:
 @contextlib.contextmanager
 def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
     """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored.
@@ -248,6 +248,7 @@ def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
         yield
 
 
+def reset_peak_memory(device: torch.device) -> None:
     """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

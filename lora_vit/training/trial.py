@@ -187,7 +187,7 @@ class TrialRun:
     def epoch_checkpoint_due(self) -> bool:
         """Whether the end of an epoch is worth a checkpoint; the first and the last always are."""
         every = min(EPOCH_CHECKPOINT_EVERY, self.config.trainer.checkpoint_every)
-        return self.done() or time.monotonic() - self._saved >= every
+        return self.folder is not None and (self.done() or time.monotonic() - self._saved >= every)
 
     def write_results(self, splits: dict[str, Predictions], tensors: dict[str, Tensor], setup: Setup) -> None:
         """Write the predictions, and the adapter with a card that says enough to put it on its base and use it."""

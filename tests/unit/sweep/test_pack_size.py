@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,6 +194,18 @@ def test_what_is_no_trials_own_ends_the_measuring(error, tmp_path, monkeypatch):
     assert sizes.claims.state(claim) == "free"
 
 
+def test_a_size_that_failed_is_not_taken_again(tmp_path, monkeypatch):
+    """Not by this worker, nor by those that come, nor by the next command; a number that is given is the user's."""
+    sizes = Sizes(tmp_path, monkeypatch)
+    assert sizes.of() == 4
+    sizes.sizes.halve(sizes.group, 4)
+    later = Sizes(tmp_path, monkeypatch)
+    assert (sizes.of(), later.of(), later.measured) == (2, 2, [])
+    given = Sizes(tmp_path / "given", monkeypatch, size="4")
+    given.sizes.halve(given.group, 1)
+    assert (given.of(), given.sweep.plan["pack_sizes"]) == (1, {})
+
+
 # --- the fastest size
 
 
@@ -264,6 +277,22 @@ def test_what_is_not_tried(trials, attainable, tried, limited, monkeypatch):
     seconds = {2**i: 0.5**i for i in range(9)}
     best, figures, sizes = choose(monkeypatch, seconds, trials=trials, attainable=attainable)
     assert (best, sizes, figures["limited_by_trials"]) == (tried[-1], tried, limited)
+
+
+def test_sizes_are_measured_as_packs_will_train(monkeypatch):
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(measure, "computing", lambda *how: told.append(how) or contextlib.nullcontext())
+    choose(monkeypatch, {1: 1.0}, trials=1)
+    assert told == [(CPU, True)]
+
+
+def test_images_on_a_gpu_are_held_once_however_many_train(monkeypatch):
+    """40 of the 50 bytes that a pack of one holds are images: two hold 60, four 80."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
+    monkeypatch.setattr(measure, "attainable_memory", lambda device, workers: 100)
+    monkeypatch.setattr(measure, "measure", lambda configs, *_: (1 / len(configs), 40 + 10 * len(configs)))
+    figures = choose_pack_size([plain_trial()] * 8, SimpleNamespace(device=GPU), 1, StopRequest())  # type: ignore
+    assert figures["memory_bytes"] == {"1": 50, "2": 60, "4": 80}
 
 
 def test_memory_that_runs_out_ends_the_search(monkeypatch):
