@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_vit.data.load import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
+from lora_vit.files import locked
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name
 from lora_vit.lora.dropout import DropoutState
@@ -66,14 +68,22 @@ def choose_world_size(config: TrialConfig, started: int) -> int:
     return chosen
 
 
-def check_devices(accelerator: str, process: Process) -> None:
-    """Raise ConfigError in every process where two of them would share a GPU, or as :func:`choose_device` in one."""
+def hold_gpu(index: int, held: contextlib.ExitStack, shared: bool = False) -> bool:
+    """Add a GPU to what is held, alone or with others that share it; False where a process of this machine has it."""
+    name = f"gpu-{torch.cuda.get_device_properties(index).uuid}"
+    try:
+        held.enter_context(locked(Path(tempfile.gettempdir(), f"lora_vit-{os.getuid()}", name), False, shared))
+    except OSError as error:  # where there can be no lock nobody is kept out
+        return not isinstance(error, BlockingIOError)
+    return True
+
+
+def check_devices(accelerator: str, process: Process, held: contextlib.ExitStack) -> None:
+    """Hold a GPU for each process; runs of one process share it. Raises ConfigError in all of them where one cannot."""
     device = on_all(lambda: choose_device(accelerator, process))
-    own = [] if device.type == "cpu" else [f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"]
-    taken = [gpu for one in from_all(own) for gpu in one]
-    if len(set(taken)) < len(taken):
-        seen = f"{len(taken)} processes of torchrun see {len(set(taken))} GPUs"
-        raise ConfigError(f"{seen}: start one for each (--nproc-per-node), or give trainer.accelerator=cpu")
+    if not all(from_all(device.type == "cpu" or hold_gpu(device.index, held, shared=process.world_size == 1))):
+        remedy = "start one for each that is free (CUDA_VISIBLE_DEVICES), or give trainer.accelerator=cpu"
+        raise ConfigError(f"a GPU has a process already, of this run, another or a sweep: {remedy}")
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

@@ -53,15 +53,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for, in a folder made if need be; it ends with the process, however that ends.
 
-    The file is deleted only if the folder is otherwise empty. Raises BlockingIOError if it is held and we do not wait.
+    It is deleted only if the folder is otherwise empty. Others may hold what all of them hold ``shared``. Raises
+    BlockingIOError if it is held otherwise and we do not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             try:
                 ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:
@@ -72,7 +73,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
                 yield
             finally:
                 with contextlib.suppress(FileNotFoundError):  # the folder was removed meanwhile
-                    if os.listdir(path.parent) == [path.name]:
+                    if not shared and os.listdir(path.parent) == [path.name]:
                         path.unlink()
             return
 

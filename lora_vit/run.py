@@ -52,7 +52,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
         if completed is not None:
             return completed
         with StopRequest() as stop:
-            check_devices(config.trainer.accelerator, process)
+            check_devices(config.trainer.accelerator, process, held)
             setup = distributed.on_all(lambda: build_setup(config, process))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip

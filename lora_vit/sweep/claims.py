@@ -54,6 +54,7 @@ class Claims:
         self.folder = folder / ".claims"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token = uuid.uuid4().hex
+        self.held = contextlib.ExitStack()  # what else is ours until the claims end
         self.progress: dict[str, float] = {}  # epochs of the trials that we train, for others to see
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
         self._held: dict[str, int] = {}
@@ -154,7 +155,7 @@ class Claims:
     @contextlib.contextmanager
     def living(self) -> Any:
         """Give signs of life while the context lasts; what is still held is free afterwards."""
-        with repeating(self.beat, BEAT_EVERY):
+        with repeating(self.beat, BEAT_EVERY), self.held:
             try:
                 yield self
             finally:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import build_setup, choose_device, device_name
+from lora_vit.build import build_setup, choose_device, device_name, hold_gpu
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line, out_of_memory
@@ -52,15 +52,17 @@ def uses_gpus(trials: Sequence[Trial]) -> bool:
 
 
 def own_device(trials: Sequence[Trial], claims: Claims) -> int:
-    """The index of the first visible GPU that no other worker has claimed; 0 on a CPU, shared. Raises ConfigError."""
+    """The index of the first visible GPU that nobody else trains on; 0 on a CPU, shared. Raises ConfigError."""
     if not uses_gpus(trials):
         return 0
     claims.look()
     for index in range(torch.cuda.device_count()):
-        if claims.take(f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
-            torch.cuda.set_device(index)
-            return index
-    raise ConfigError(f"all {torch.cuda.device_count()} visible GPUs have a worker of this sweep: start one for each")
+        if claims.take(name := f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
+            if hold_gpu(index, claims.held):  # also among other sweeps and single runs of this machine
+                torch.cuda.set_device(index)
+                return index
+            claims.release(name)
+    raise ConfigError(f"all {torch.cuda.device_count()} visible GPUs have a worker or a run: wait, or give other GPUs")
 
 
 def free_memory() -> None:
@@ -92,11 +94,11 @@ class PackSizes:
     def halve(self, group: Group, trials: int) -> None:
         """So many trials took more memory than there is: train half of them together from now on."""
         self._sizes[group.key] = max(1, trials // 2)
-
-    def known(self, group: Group) -> dict[str, Any] | None:
         with self.sweep.changing() as plan:
             if measured := plan["pack_sizes"].get(self._kind(group)):
                 measured["size"] = self._sizes[group.key]
+
+    def known(self, group: Group) -> dict[str, Any] | None:
         """What was measured for the group on this kind of machine, with as many workers; not with far fewer trials."""
         found: dict[str, Any] | None = self.sweep.plan["pack_sizes"].get(self._kind(group))
         if found and found["limited_by_trials"]:
@@ -148,9 +150,9 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}
     best, size, misses = 1, 1, 0
+    images = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0  # held once
     while size <= min(LARGEST, len(configs)) and misses < MOST_MISSES:
         if memory and 2 * max(memory.values()) - images > MEMORY_SHARE * attainable_memory(setup.device, workers):
-    images = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0  # held once
             break  # twice the pack takes at most twice the memory
         began = time.perf_counter()
         try:

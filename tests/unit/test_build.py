@@ -1,6 +1,7 @@
 """What packs share of a backbone, and what they do not."""
 
 import contextlib
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -51,17 +52,39 @@ def test_the_number_of_processes(devices, started, gpus, batch, found, monkeypat
     assert ("using 3 of 4 GPUs" in capsys.readouterr().out) == (batch == 6 and gpus == 4)
 
 
-@pytest.mark.parametrize(
-    ("uuids", "sees", "says"),
-    [(["a", "b"], 2, ""), (["a", "b"], 1, ""), (["a", "a"], 1, "2 processes of torchrun see 1 GPUs: start one for")],
-)
-def test_each_process_has_a_gpu_of_its_own(uuids, sees, says, monkeypatch):
-    """One that sees a single GPU takes it, whatever its rank; two on one GPU end alike in all processes."""
+@pytest.mark.parametrize("sees", [1, 2])
+def test_a_process_that_sees_a_single_gpu_takes_it(sees, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: sees)
     gpus = [build.choose_device("auto", Process(rank, 2, rank)) for rank in (0, 1)]
     assert [gpu.index for gpu in gpus] == ([0, 1] if sees == 2 else [0, 0])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[1]))
-    monkeypatch.setattr(build, "from_all", lambda own: [[own[0].replace(uuids[1], uuids[0])], own])
-    with pytest.raises(ConfigError, match=says) if says else contextlib.nullcontext():
-        build.check_devices("auto", Process(1, 2, 1))
+
+
+@pytest.mark.parametrize("first", ["run", "rank", "worker"])
+@pytest.mark.parametrize("second", ["run", "rank", "worker"])
+def test_who_may_train_on_one_gpu(first, second, tmp_path, monkeypatch):
+    """Runs of one process share it; a sweep's worker, and each of several processes, has it alone until it ends."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+
+    def takes(who: str, held: contextlib.ExitStack) -> bool:
+        if who == "worker":
+            return build.hold_gpu(0, held)
+        try:
+            build.check_devices("auto", Process(0, 2 if who == "rank" else 1), held)
+        except ConfigError:
+            return False
+        return True
+
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as other:
+        assert takes(first, held)
+        assert takes(second, other) == (first == second == "run")
+        held.close()
+        other.close()
+        assert takes(second, other)
+        build.check_devices("cpu", Process(1, 2, 1), held)
+        monkeypatch.setattr(build, "from_all", lambda free: [free, False])
+        with pytest.raises(ConfigError, match=r"a GPU has a process already, .*: start one for each that is"):
+            build.check_devices("cpu", Process(1, 2, 1), held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,8 +53,9 @@ def test_trials_that_stand_elsewhere_in_an_epoch_train_apart(bench, monkeypatch)
 
 
 def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
-    """A GPU is claimed like a trial; a worker too many ends with an error."""
+    """A GPU is claimed like a trial, and held among the sweeps of a machine; a worker too many ends with an error."""
     uuids = ["a", "b"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
@@ -62,9 +64,14 @@ def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
     trials = seed_trials(1, trainer__accelerator="auto")
     others = [Claims(tmp_path) for _ in range(3)]
     assert [own_device(trials, claims) for claims in others[:2]] == chosen == [0, 1]
-    with pytest.raises(ConfigError, match=r"all 2 visible GPUs have a worker .*: start one for each"):
-        own_device(trials, others[2])
+    elsewhere = Claims(tmp_path / "another sweep")
+    for claims in (others[2], elsewhere):
+        with pytest.raises(ConfigError, match="all 2 visible GPUs have a worker or a run: wait, or give other GPUs"):
+            own_device(trials, claims)
     assert own_device(seed_trials(1), others[2]) == 0, "a CPU is shared"
+    with others[1].living():
+        pass
+    assert own_device(trials, elsewhere) == 1, "free again where its worker ends"
 
 
 # --- a worker's own trouble is never a trial's end
