@@ -82,7 +82,8 @@ class Pack:
         if configs[0].trainer.compile:
             limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
             limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
-            self.forward = torch.compile(self.model)
+            # each shape by itself: with symbolic ones the masks' arithmetic takes minutes
+            self.forward = torch.compile(self.model, dynamic=False)
         local = self.global_batch // process.world_size
         self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)

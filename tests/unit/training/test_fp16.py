@@ -14,9 +14,10 @@ from lora_vit.build import build_setup, choose_precision
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.training import loss_scale
+from lora_vit.training import pack as pack_module
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.loss_scale import LossScale
-from lora_vit.training.pack import Pack
+from lora_vit.training.pack import Pack, sample_losses
 
 FP16 = {"trainer.precision": "fp16"}
 CHANGES = [*THREE, {"seed": 4, "lora.rank": 3}]
@@ -107,12 +108,19 @@ def test_an_overflow_leaves_its_trial_as_it_was_and_the_others_bit_for_bit(setup
     assert torch.isfinite(troubled.loss_sum_K).all()
 
 
-def test_a_scale_that_has_come_down_lets_its_trial_train(setup):
-    pack = pack_of(setup, {1: 2.0**20})
-    take_steps(pack, 7)
-    updates, scale = float(pack.optimizer.updates_K1[1]), float(pack.loss_scale.scale_K[1])
-    assert 0 < updates < 7
-    assert scale == 2.0 ** (20 - (7 - updates)), "halved at each step that did not count"
+def test_a_loss_that_overflowed_counts_as_the_mean_so_far(setup, monkeypatch):
+    """Not as infinite: the epoch's mean stays that of the other steps."""
+
+    def losses(*given: Tensor) -> Tensor:
+        infinite = torch.tensor([0.0, torch.inf, 0.0, 0.0])[:, None]
+        return sample_losses(*given) + (infinite if pack.step_in_epoch == 1 else 0.0)
+
+    monkeypatch.setattr(pack_module, "sample_losses", losses)
+    pack = pack_of(setup)
+    found = torch.tensor(take_steps(pack, 3), dtype=torch.float64)
+    assert torch.isinf(found).tolist() == [[step == 1 and k == 1 for k in range(4)] for step in range(3)]
+    found[1, 1] = found[0, 1]
+    torch.testing.assert_close(pack.loss_sum_K, found.sum(0), rtol=1e-12, atol=0)
 
 
 def test_an_overflow_in_another_process_is_one_here(setup, monkeypatch):

@@ -170,7 +170,7 @@ def test_parameter_counts(setup):
 def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
     calls = []
 
-    def compiler(model):
+    def compiler(model, dynamic):
         return lambda *args: calls.append(len(args)) or model(*args)
 
     monkeypatch.setattr(torch, "compile", compiler)
@@ -184,7 +184,8 @@ def test_a_compiled_pack_runs_the_compiled_model(setup, monkeypatch):
 @pytest.mark.slow  # torch takes seconds to import its compiler
 def test_every_kind_of_pack_is_compiled(monkeypatch):
     graphs, whole = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: whole(model, backend=lambda gm, _: graphs.append(gm) or gm))
+    backend = lambda gm, _: graphs.append(gm) or gm  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda model, **how: whole(model, backend=backend, **how))
     small = {"model.num_layers": 1, "trainer.compile": True}
     setup = build_setup(plain_trial(small), Process())
     for rank in range(1, 10):  # torch by itself stops at eight
