@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():  # perhaps the adapter, or the base
         raise RecordError(f"--out {args.out} is there already: give a new file")
     _, config = completed_trial(args)
+    from lora_vit.lora.adapter import write_tensors
     from lora_vit.trained import TrainedModel
-    from lora_vit.training.checkpoint import write_tensors
 
     trained, library, name = TrainedModel(args.folder, config), config.model.library, config.model.name
     trained.compare(trained.merged, f"{args.folder}: the merged model")

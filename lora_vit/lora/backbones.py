@@ -94,8 +94,13 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays."""
+    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays.
+
+    Where they hold none, as those of a model without a head, the model's own stays.
+    """
     last = last_layer(model)
+    if f"{head_name(model)}.weight" not in tensors:
+        return
     head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
     if last is None or last.weight.shape != head["weight"].shape:
         (classes, width), like = head["weight"].shape, next(model.parameters())

@@ -31,7 +31,7 @@ from lora_vit.build import DTYPES, ModelFactory
 from lora_vit.config import TrialConfig
 from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import remove_adapters
+from lora_vit.lora.inject import remove_adapter, use_own_attention
 from lora_vit.models.vit import PackedViT
 from lora_vit.training.optim import FlatParameters, PackedAdamW
 from lora_vit.training.pack import Pack
@@ -182,7 +182,7 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
     for name in names:
         if name == "floor":
             model, config = ours()
-            remove_adapters(model.trunk)
+            use_own_attention(remove_adapter(model.trunk))
             token: Any = model.trunk.class_token if of_timm is None else model.trunk.cls_token
             token.requires_grad_()
             steps[name] = our_step(model, config, x, y)
@@ -199,7 +199,7 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
         else:
             model, config = ours()
             head = nn.Linear(model.head.weight.shape[-1], CLASSES, device=device, dtype=dtype)
-            remove_adapters(model.trunk)
+            use_own_attention(remove_adapter(model.trunk))
             trunk, head = model.trunk.float(), head.float()
             plain, peft = hf_peft(trunk, head) if of_timm is None else timm_peft(of_timm, trunk, head)
             with torch.no_grad():

@@ -22,9 +22,8 @@ from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapte
 from lora_vit.config import SCHEMA_VERSION
 from lora_vit.errors import ConfigError
 from lora_vit.files import write_json
-from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of
+from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of, write_tensors
 from lora_vit.records import write_record
-from lora_vit.training.checkpoint import write_tensors
 
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"

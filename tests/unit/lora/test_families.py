@@ -17,7 +17,7 @@ from lora_vit.config import TARGETS
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.backbones import head_name, places_of, sizes_of
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import Attention, inject_adapters, remove_adapters
+from lora_vit.lora.inject import Attention, inject_adapters, remove_adapter
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
 from lora_vit.models.vit import PackedViT, cast, trunk_of, use_first_token_alone
 
@@ -137,7 +137,7 @@ def test_output_and_gradient_are_those_of_explicit_weights(family, targets, bloc
     torch.testing.assert_close(adapted(x), expected, rtol=1e-9, atol=1e-9)
     wanted = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
     assert_gradients(gradients(adapted, adapted(x).square().sum()), dict(zip(leaves, wanted, strict=True)), 1e-8)
-    remove_adapters(adapted)
+    remove_adapter(adapted)
     assert list(adapted.state_dict()) == names
     kinds = zip(adapted.modules(), model.modules(), strict=True)
     assert all(type(ours) in (type(theirs), Attention) for ours, theirs in kinds)
@@ -338,7 +338,7 @@ def test_merged_is_unmerged_and_loads_strictly(family, targets):
     put_on(model, adapter)
     x = images_for(model).float()
     assert_close(model(x), plain_again(x), 1e-3)  # fp32
-    remove_adapters(model)
+    remove_adapter(model)
     assert base_of(model) == before
     model.get_parameter(places(family, ["o"])[1][0]).data[0, 0] += 1e-3
     assert base_of(model)["sha256"] != before["sha256"]

@@ -14,7 +14,7 @@ from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear
 from lora_vit.config import TARGETS
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import Attention, remove_adapters
+from lora_vit.lora.inject import Attention, remove_adapter
 from lora_vit.lora.layers import LoRAAdapters
 
 
@@ -128,7 +128,7 @@ def test_trained_adapters_are_not_replaced_unasked_and_leave_nothing(model, imag
     with pytest.raises(ValueError, match="the model has adapters already: take them out with"):
         replace_linear_with_lora(model, rank=2)
     torch.testing.assert_close(adapters_of(model), trained, rtol=0, atol=0)
-    remove_adapters(model)
+    remove_adapter(model)
     for m in (model, again):
         replace_linear_with_lora(m, rank=2, targets=["v", "fc1"], dropout=0.3, seed=7).double()
         mark_lora_and_head_as_trainable(m)
