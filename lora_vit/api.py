@@ -1,10 +1,11 @@
-"""Compose, train, sweep and summarize from a notebook or a script, as the commands do.
+"""What the commands do, in a notebook or a script: compose, train, sweep, summarize, evaluate, predict, merge, export.
 
 >>> from lora_vit import api
 >>> config = api.compose(["experiment=quickstart", "lora.rank=8"])
 >>> record = api.train(config, "outputs/runs/rank8")
 >>> sweep = api.sweep(["experiment=quickstart", "lora.rank=2,8", "seed=0,1,2"])
 >>> api.summarize(sweep.folder).cells
+>>> predictions, record = api.evaluate(sweep.folder, "val")
 
 Errors are those of :mod:`lora_vit.errors`. Interrupted is raised when the process is asked to stop (Ctrl-C, a
 notebook's stop button): what was trained is saved, and the same call resumes.
@@ -22,6 +23,10 @@ from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
+from lora_vit.evaluate import evaluate as evaluate
+from lora_vit.export import export as export
+from lora_vit.merge import merge as merge
+from lora_vit.predict import predict as predict
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.trial import Trial

@@ -1,9 +1,12 @@
 """Evaluate a trained trial: ``lora-vit evaluate FOLDER --split test``."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.errors import ConfigError
+from lora_vit.records import TrialRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,18 +15,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="val, test, train or official_val")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print the trial's accuracy on a split and what its record says; exit code 1 where they differ."""
-    record, config = completed_trial(args, args.data_root)
+def evaluate(folder: str | Path, split: str = "test", weights: str | None = None, data_root: str | None = None,
+             device: str = "auto") -> tuple[Any, TrialRecord]:  # fmt: skip
+    """A completed trial's Predictions (:mod:`lora_vit.training.trial`) on a split of its data, and its record.
+
+    ``folder``: a trial's, or a sweep: its best cell's first seed; ``weights``, ``data_root``: where those that it was
+    trained on are now, if elsewhere. Raises ConfigError, RecordError.
+    """
+    folder, record, config = completed_trial(folder, weights, device, data_root)
     from lora_vit.trained import trained_pack
 
+    pack = trained_pack(folder, record, config)
+    if split not in pack.setup.data.splits:
+        raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
+    return pack.predict(split)[0], record
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the trial's accuracy on a split and what its record says; exit code 1 where they differ."""
     try:
-        pack = trained_pack(args.folder, record, config)
+        predictions, record = evaluate(args.folder, args.split, args.weights, args.data_root, args.device)
     except ConfigError as error:  # the setting is an option here
         raise ConfigError(str(error).replace("data.root", "--data-root")) from None
-    if args.split not in pack.setup.data.splits:
-        raise ConfigError(f"--split {args.split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
-    predictions = pack.predict(args.split)[0]
     print(f"{args.split.capitalize()} Accuracy: {predictions.accuracy:.2%}  ({len(predictions.labels):,} images)")
     recorded = record.metrics.get(f"{args.split}_accuracy", predictions.accuracy)
     if recorded != predictions.accuracy:
