@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from lora_vit.compose import Composer, expand, in_one_line, initialized, refuse_misread_paths
+from lora_vit.compose import Composer, expand, in_one_line, initialized, own_groups, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
@@ -39,12 +39,12 @@ class Sweep(NamedTuple):
     records: list[TrialRecord]
 
 
-def compose(overrides: Sequence[str] = ()) -> TrialConfig:
-    """The config of ``python -m lora_vit.train OVERRIDES``. Raises ConfigError."""
+def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None) -> TrialConfig:
+    """The config of ``python -m lora_vit.train --config-dir CONFIG_DIR OVERRIDES``. Raises ConfigError."""
     forget()  # files may have changed since the last call
     with initialized():
         refuse_misread_paths(overrides)
-        return from_omegaconf(Composer()(overrides))
+        return from_omegaconf(Composer()([*own_groups(config_dir), *overrides]))
 
 
 def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
@@ -61,12 +61,14 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
 
 
 def sweep(
-    trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None, **options: Any
-) -> Sweep:
+    trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None,
+    config_dir: str | os.PathLike[str] | None = None, **options: Any,
+) -> Sweep:  # fmt: skip
     """Train many trials together; raises as :func:`train`.
 
     ``trials``: configs, or overrides as after ``python -m lora_vit.train -m``, in which commas separate values.
     ``folder``: of the sweep; overrides may do without one, and get the folder that the command would give them.
+    ``config_dir``: with groups of one's own, as Hydra's ``--config-dir``.
     ``options``: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
     """
     forget()
@@ -74,7 +76,7 @@ def sweep(
     if not lines and folder is None:
         raise ConfigError("sweep() needs a folder for trials that are given as configs")
     with initialized():  # in place of configs, a trial that looks at no file
-        asked = [*(lines or ("data=fake", "model=vit_tiny", "model.weights=null"))]
+        asked = [*own_groups(config_dir), *(lines or ("data=fake", "model=vit_tiny", "model.weights=null"))]
         request = expand([*asked, *(f"sweep.{key}={value}" for key, value in options.items())], folder)
     if not lines:
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]
