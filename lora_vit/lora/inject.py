@@ -20,7 +20,7 @@ from lora_vit import randomness
 from lora_vit.config import TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import Place, head_name, last_layer, places_of
+from lora_vit.lora.backbones import OF_HEADS, Place, head_name, last_layer, places_of, plain_models
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
@@ -244,7 +244,8 @@ def mark_lora_and_head_as_trainable(model: nn.Module, head_substring: str = "hea
     mark_trained(model, "lora", bias, head_substring)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name in trained:
-        if ".lora_" not in name and head_substring not in name:
+        of_head = name.startswith(OF_HEADS) if isinstance(model, plain_models()) else head_substring in name
+        if not of_head and ".lora_" not in name:
             base_values(model).setdefault(name, model.get_parameter(name).detach().clone())
     return trained
 
@@ -266,8 +267,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ``NAME.lora_A`` [rank, in] and ``NAME.lora_B`` [out, rank], the head's weight and bias, if it has one, and trained
     parameters of the trunk. Raises ConfigError where the model has no adapter.
     """
-    if "adapter_card" not in vars(model):
-        remedy = "give the model itself, after replace_linear_with_lora or load_adapter"
+    if "adapter_card" not in vars(model) or not isinstance(model, plain_models()):
+        remedy = "give torchvision's or timm's model itself, here and to replace_linear_with_lora"
         raise ConfigError(f"the {type(model).__name__} has no adapter: {remedy}")
     found: dict[str, Tensor] = {}
     for module in model.modules():
