@@ -11,6 +11,7 @@ _PUBLIC = {
     "adapter_state_dict": "lora_vit.lora.inject",
     "disable_adapter": "lora_vit.lora.inject",
     "load_adapter": "lora_vit.lora.adapter",
+    "load_peft": "lora_vit.interop",
     "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
     "merge_adapter": "lora_vit.lora.adapter",
     "preprocessing": "lora_vit.data.preprocessing",
