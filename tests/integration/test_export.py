@@ -255,8 +255,10 @@ def test_what_peft_trained_computes_the_same_here(of, settings, tmp_path):
     x = images(16 if of == "hf" else 32)
     expected, found = model(x), load_peft(plain, tmp_path)(x)
     torch.testing.assert_close(found, getattr(expected, "logits", expected), rtol=1e-4, atol=1e-4)  # fp32
-    with pytest.raises(ConfigError, match="has adapters already"):
-        load_peft(plain, tmp_path)
+    narrow = VisionTransformer(**{**SIZES, "hidden_dim": 16})
+    for other, words in ((plain, "has adapters already"), (narrow, "lacks in this size")):
+        with pytest.raises(ConfigError, match=words):
+            load_peft(other, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -71,6 +72,9 @@ def test_pillows_images_are_prepared_as_their_files_and_stay_as_they_are(picture
             assert image.size == size
         # two ways to a smaller size differ by a level of 255 on average, over the deviation
         assert np.abs(found - how(file)).mean() <= (0.05 if file == large else 0)
+    with Image.open(io.BytesIO(large.read_bytes())) as image:
+        how(image)
+        assert image.size == (900, 400)
     deep = Image.fromarray(np.full((20, 20), 2049, np.uint16))
     assert HOW(deep).shape == (3, 24, 24)
     with pytest.raises(ConfigError, match=r"mode=I;16 .* cannot be read as an image \(its values are 2049 .. 2049"):

@@ -197,6 +197,7 @@ def test_a_trials_adapter_is_trained_on_and_saved_for_the_trials_base(model, ima
     found = read_adapter(tmp_path / "new")
     assert found.card["class_names"] == ["d", "e", "f"]
     assert (found.card["base"]["sha256"], found.card["lora"]["bias"]) == (base_of(base)["sha256"], "all")
+    assert (found.card["lora"]["alpha"], found.card["effective_scaling"]) == (SCALING * RANK, SCALING)
     torch.testing.assert_close(found.tensors[f"{FC1}.bias"], torch.full((MLP,), 1.1))
     assert torch.equal(load_adapter(new_model(), tmp_path / "new").eval()(images), model.eval()(images))
     merged = merge_adapter(new_model(), tmp_path / "new").eval()(images)
