@@ -8,11 +8,17 @@ from typing import Any
 
 _PUBLIC = {
     "ConfigError": "lora_vit.errors",
+    "adapter_state_dict": "lora_vit.lora.inject",
+    "disable_adapter": "lora_vit.lora.inject",
     "load_adapter": "lora_vit.lora.adapter",
+    "load_peft": "lora_vit.interop",
     "mark_lora_and_head_as_trainable": "lora_vit.lora.inject",
     "merge_adapter": "lora_vit.lora.adapter",
     "preprocessing": "lora_vit.data.preprocessing",
+    "remove_adapter": "lora_vit.lora.inject",
     "replace_linear_with_lora": "lora_vit.lora.inject",
+    "save_adapter": "lora_vit.lora.adapter",
+    "trainable_parameters": "lora_vit.lora.inject",
 }
 
 __all__ = ["api", *_PUBLIC]

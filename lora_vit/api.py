@@ -1,10 +1,11 @@
-"""Compose, train, sweep and summarize from a notebook or a script, as the commands do.
+"""What the commands do, in a notebook or a script: compose, train, sweep, summarize, evaluate, predict, merge, export.
 
 >>> from lora_vit import api
 >>> config = api.compose(["experiment=quickstart", "lora.rank=8"])
 >>> record = api.train(config, "outputs/runs/rank8")
 >>> sweep = api.sweep(["experiment=quickstart", "lora.rank=2,8", "seed=0,1,2"])
 >>> api.summarize(sweep.folder).cells
+>>> predictions, record = api.evaluate(sweep.folder, "val")
 
 Errors are those of :mod:`lora_vit.errors`. Interrupted is raised when the process is asked to stop (Ctrl-C, a
 notebook's stop button): what was trained is saved, and the same call resumes.
@@ -17,11 +18,15 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from lora_vit.compose import Composer, expand, in_one_line, initialized, refuse_misread_paths
+from lora_vit.compose import Composer, expand, in_one_line, initialized, own_groups, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.load import forget
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
+from lora_vit.evaluate import evaluate as evaluate
+from lora_vit.export import export as export
+from lora_vit.merge import merge as merge
+from lora_vit.predict import predict as predict
 from lora_vit.records import TrialRecord, read_record
 from lora_vit.resolve import from_omegaconf
 from lora_vit.sweep.trial import Trial
@@ -34,12 +39,12 @@ class Sweep(NamedTuple):
     records: list[TrialRecord]
 
 
-def compose(overrides: Sequence[str] = ()) -> TrialConfig:
-    """The config of ``python -m lora_vit.train OVERRIDES``. Raises ConfigError."""
+def compose(overrides: Sequence[str] = (), config_dir: str | os.PathLike[str] | None = None) -> TrialConfig:
+    """The config of ``python -m lora_vit.train --config-dir CONFIG_DIR OVERRIDES``. Raises ConfigError."""
     forget()  # files may have changed since the last call
     with initialized():
         refuse_misread_paths(overrides)
-        return from_omegaconf(Composer()(overrides))
+        return from_omegaconf(Composer()([*own_groups(config_dir), *overrides]))
 
 
 def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
@@ -56,12 +61,14 @@ def train(config: TrialConfig, folder: str | os.PathLike[str]) -> TrialRecord:
 
 
 def sweep(
-    trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None, **options: Any
-) -> Sweep:
+    trials: Sequence[str] | Sequence[TrialConfig], folder: str | os.PathLike[str] | None = None,
+    config_dir: str | os.PathLike[str] | None = None, **options: Any,
+) -> Sweep:  # fmt: skip
     """Train many trials together; raises as :func:`train`.
 
     ``trials``: configs, or overrides as after ``python -m lora_vit.train -m``, in which commas separate values.
     ``folder``: of the sweep; overrides may do without one, and get the folder that the command would give them.
+    ``config_dir``: with groups of one's own, as Hydra's ``--config-dir``.
     ``options``: as of ``sweep``, for example ``pack_size="4"``; not ``dry_run`` or ``wait``, which are the command's.
     """
     forget()
@@ -69,7 +76,7 @@ def sweep(
     if not lines and folder is None:
         raise ConfigError("sweep() needs a folder for trials that are given as configs")
     with initialized():  # in place of configs, a trial that looks at no file
-        asked = [*(lines or ("data=fake", "model=vit_tiny", "model.weights=null"))]
+        asked = [*own_groups(config_dir), *(lines or ("data=fake", "model=vit_tiny", "model.weights=null"))]
         request = expand([*asked, *(f"sweep.{key}={value}" for key, value in options.items())], folder)
     if not lines:
         request.trials = [Trial(checked(trial)) for trial in trials if not isinstance(trial, str)]

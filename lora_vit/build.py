@@ -29,7 +29,7 @@ from lora_vit.files import locked
 from lora_vit.lora.adapter import base_of
 from lora_vit.lora.backbones import head_name, places_of
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapters
+from lora_vit.lora.inject import chosen_places, inject_adapters, mark_trained, remove_adapter, use_own_attention
 from lora_vit.lora.layers import AdapterSpec, PackedHead
 from lora_vit.models.vit import PackedViT, cast, shape_of, trunk_of
 from lora_vit.models.weights import SHIPPED, check_beside, fetch_weights, load_weights
@@ -140,7 +140,7 @@ class ModelFactory:
         lora = configs[0].lora
         trunk = self._trunk(self.parameter_dtype) if lora.trains_trunk else self.frozen_trunk
         state = DropoutState([randomness.key("dropout", c.seed) for c in configs])
-        remove_adapters(trunk)  # of an earlier pack on the shared trunk
+        use_own_attention(remove_adapter(trunk))  # without those of an earlier pack on the shared trunk
         if lora.adapts:
             each: Any = [(c.lora, c.seed) for c in configs]
             specs = [AdapterSpec(o.rank, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]

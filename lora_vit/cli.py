@@ -60,37 +60,41 @@ def named(text: str) -> Path:
 
 def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
     """Add the arguments of every command on a trial."""
-    parser.add_argument("folder", type=named, help="a completed trial's folder, or a sweep: its best cell's first seed")
+    parser.add_argument("folder", help="a completed trial's folder, or a sweep: its best cell's first seed")
     parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
     parser.add_argument("--device", choices=devices, default=devices[0])
 
 
-def completed_trial(args: argparse.Namespace, root: str | None = None) -> tuple[TrialRecord, TrialConfig]:
-    """Record and config of the trial (of a sweep the chosen one, now in ``args``) to use here. Raises RecordError."""
-    if (args.folder / PLAN).is_file():
+def completed_trial(folder: str | Path, weights: str | None, device: str, root: str | None = None
+                    ) -> tuple[Path, TrialRecord, TrialConfig]:  # fmt: skip
+    """A trial (of a sweep the chosen one) to use on a device: its folder, record and config. Raises RecordError.
+
+    ``weights`` and ``root``: where those of the base and the images are, if not where they were.
+    """
+    if ((folder := named(str(folder))) / PLAN).is_file():
         from lora_vit.analysis import summarize  # imports pandas
 
-        args.folder = summarize(args.folder).chosen
-        print(f"{args.folder}: of the best cell, the first seed", file=sys.stderr)
+        folder = summarize(folder).chosen
+        print(f"{folder}: of the best cell, the first seed", file=sys.stderr)
     try:
-        record = read_record(args.folder)
+        record = read_record(folder)
     except FileNotFoundError:
-        raise RecordError(f"{args.folder} has no record.json: give a trial's folder, or a sweep of {SWEEPS}/") from None
+        raise RecordError(f"{folder} has no record.json: give a trial's folder, or a sweep of {SWEEPS}/") from None
     if record.status != "completed":
-        raise RecordError(f"{args.folder}: the trial is {record.shown_status()}, not completed")
+        raise RecordError(f"{folder}: the trial is {record.shown_status()}, not completed")
     config = from_dict(record.config)
     if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp16", "fp64"):
         raise RecordError(f"record.json was edited: its environment.precision is {precision}")
     if root is not None and config.data.root is None:
         raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
-    config.trainer.precision, config.trainer.accelerator, config.trainer.compile = str(precision), args.device, False
+    config.trainer.precision, config.trainer.accelerator, config.trainer.compile = str(precision), device, False
     config.data.root = config.data.root if root is None else root
-    config.model.weights = config.model.weights if args.weights is None else args.weights
+    config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
     path = str(config.model.weights).partition("::")[0]
     if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(path)):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
-    return record, config
+    return folder, record, config
 
 
 def check_out(path: Path, option: str, suffix: str) -> None:

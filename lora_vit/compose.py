@@ -93,6 +93,15 @@ def expand(overrides: Sequence[str], folder: Any = None) -> Request:
     return sweep_request(master)
 
 
+def own_groups(folder: Any) -> list[str]:
+    """The override that finds groups in a folder, as ``--config-dir`` does; none without. Raises ConfigError."""
+    if folder is None:
+        return []
+    if not Path(folder).is_dir():
+        raise ConfigError(f"config_dir={folder} is no folder: give one with groups, as experiment/NAME.yaml")
+    return [f"hydra.searchpath=[{QuotedString(f'file://{Path(folder).absolute()}', Quote.single).with_quotes()}]"]
+
+
 class Composer:
     """Composes trials as Hydra does, with what is ``fixed``; overrides that only change a value cost milliseconds."""
 

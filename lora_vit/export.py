@@ -23,40 +23,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write, which is not there yet")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write, let the other library load what was written, compare its logits with the trial's; only then keep it."""
-    (libraries, opens), out = FORMATS[args.format], args.out
-    if missing := [package for package in libraries if find_spec(package) is None]:
-        raise RecordError(f"--format {args.format} needs {', '.join(missing)}: pip install 'lora_vit[{args.format}]'")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def export(folder: str | Path, form: str, out: str | Path, weights: str | None = None) -> list[str]:
+    """Write, let the other library load what was written, compare its logits with the trial's; only then keep it.
+
+    ``form``: one of FORMATS. Returns the kinds of pictures that the other library's own reader prepares otherwise than
+    the trial. The rest as of :func:`.evaluate.evaluate`.
+    """
+    if missing := [package for package in FORMATS[form][0] if find_spec(package) is None]:
+        raise RecordError(f"--format {form} needs {', '.join(missing)}: pip install 'lora_vit[{form}]'")
+    if (out := Path(out)).exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"--out {out} is there already: give a new folder")
-    _, config = completed_trial(args)
+    folder, _, config = completed_trial(folder, weights, "cpu")
     from lora_vit import interop
     from lora_vit.trained import TrainedModel
 
-    trained = TrainedModel(args.folder, config)
+    trained = TrainedModel(folder, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         written = Path(place, out.name)
         written.mkdir()
         try:
-            interop.write(args.format, trained, written)
-            logits, prepared = interop.opened(args.format, written)
-            trained.compare(logits, f"{args.folder}: the export")
+            interop.write(form, trained, written)
+            logits, prepared = interop.opened(form, written)
+            trained.compare(logits, f"{folder}: the export")
             odd = interop.prepared_otherwise(trained, prepared)
         except (ConfigError, RecordError, OSError):
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
             first = str(error).strip().partition("\n")[0][:200]
             what = f"cannot be written for {config.model.name} ({type(error).__name__}: {first})"
-            raise ConfigError(f"--format {args.format} {what}: give another format") from error
+            raise ConfigError(f"--format {form} {what}: give another format") from error
         for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
             file.chmod(written.stat().st_mode & 0o666)
         written.replace(out)
-    print(f"{opens.format(str(out))} opens it (docs/interop.md)")
+    return odd
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, say what opens it."""
+    out, odd = str(args.out), export(args.folder, args.format, args.out, args.weights)
+    print(f"{FORMATS[args.format][1].format(out)} opens it (docs/interop.md)")
     if odd:
         what = f"its own reader prepares {' and '.join(odd)} pictures otherwise than the trial"
-        print(f"{what}: give it what lora_vit.preprocessing({str(out)!r})(FILE) returns")
+        print(f"{what}: give it what lora_vit.preprocessing({out!r})(FILE) returns")
     return 0
 
 

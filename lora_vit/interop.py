@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import ADAPTED, SIZES
 from lora_vit.data.preprocessing import ABOUT, preprocessing
-from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import last_layer, trunk_state
+from lora_vit.errors import ConfigError, one_line
+from lora_vit.lora.adapter import Adapter, put_on
+from lora_vit.lora.backbones import Place, head_name, last_layer, places_of, sizes_of, trunk_state
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
@@ -214,11 +219,63 @@ def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple
             )
         tensors, start = trained.adapter.tensors, f"{name}.lora_"
         own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        whole = timm_name(place.weight)
-        alone = whole.replace("qkv", "qkv"[part]) if fused else whole
+        whole, alone = timm_name(place.weight), _alone(place, part)
         row = part * len(own["B"]) if alone not in modules else 0
         found.setdefault(modules.get(alone) or modules[whole], []).append((row, own))
     return found
+
+
+def _alone(place: Place, part: int) -> str:
+    """timm's name of the weight that a place's adapter is for, where q, k and v have weights of their own."""
+    whole = timm_name(place.weight)
+    return whole.replace("qkv", "qkv"[part]) if len(place.names) > 1 else whole
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put PEFT's LoRA adapters, of HF's or timm's ViT, and their head on a plain model, in place; returns the model.
+
+    One of a fused q, k, v becomes one of each. The files do not say which weights they are for: give those. Raises
+    ConfigError where they hold anything else, or are for other layers; the model is left as it was.
+    """
+    sizes_of(model)
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        state = load_file(Path(folder, "adapter_model.safetensors"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is no adapter of PEFT's: give what it saved ({one_line(error)})") from None
+    slots: dict[str, Any] = {
+        _alone(place, part): (name, (target, block), place.sizes(model))
+        for block, places in enumerate(places_of(model).values()) for place in places
+        for part, (target, name) in enumerate(place.names.items())
+    }  # fmt: skip
+    alphas = {**config.get("alpha_pattern", {}), ".*": config["lora_alpha"]}
+    tensors, pairs, found, scaling = {}, {}, set(), 0.0
+    for key, A in state.items():
+        layer, _, leaf = key.removeprefix("base_model.model.").partition(".lora_")
+        whole, B = timm_name(f"{layer}.weight"), state.get(key.replace(".lora_A.", ".lora_B."), A)
+        if re.fullmatch(r"(classifier|head)\.(weight|bias)", layer):
+            tensors[f"{head_name(model)}.{layer.partition('.')[2]}"] = A
+        elif leaf == "A.weight":
+            alpha = next(alphas[one] for one in alphas if re.fullmatch(rf"(.*\.)?({one})", layer))
+            own = alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+            scaling = scaling or own
+            for part, rows in zip("qkv", B.chunk(3), strict=True) if ".qkv." in whole else [("qkv", B)]:
+                name, where, sizes = slots.get(whole.replace("qkv", part), ("", (), ()))
+                if (len(rows), *A.shape[1:]) != sizes:
+                    raise ConfigError(f"{folder} holds {layer}, which the {type(model).__name__} lacks in this size")
+                if (used := rows.any(0) | ~B.any()).any():  # the columns of other parts may lie beside them
+                    pairs[name] = A[used], rows[:, used] * (own / scaling)
+                    found.add(where)
+        elif leaf != "B.weight":
+            raise ConfigError(f"{folder} holds {key}: adapters of linear layers and a head alone can be read")
+    rank = max(len(A) for A, _ in pairs.values())
+    for name, (A, B) in pairs.items():
+        more = rank - len(A)
+        tensors |= {f"{name}.lora_A": F.pad(A, (0, 0, 0, more)), f"{name}.lora_B": F.pad(B, (0, more))}
+    lora = {"method": "lora", "rank": rank, "dropout": config["lora_dropout"], "targets": sorted(dict(found)),
+            "blocks": sorted({block for _, block in found})}  # fmt: skip
+    put_on(model, Adapter(tensors, {"lora": lora, "effective_scaling": scaling}))
+    return model
 
 
 def _save(trained: TrainedModel, model: Any, out: Path) -> None:

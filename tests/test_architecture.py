@@ -20,9 +20,9 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"build"},
     {"run", "resolve", "trained", "cli"},
     {"sweep", "interop"},
-    {"compose"},
+    {"compose", "evaluate", "predict", "merge", "export"},
     {"api"},
-    {"train", "fetch", "evaluate", "predict", "merge", "export", "summarize", "plugins"},
+    {"train", "fetch", "summarize", "plugins"},
 ]
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "plugins"},

@@ -8,7 +8,6 @@ It needs neither torch nor the data, so a deployed model can use it too:
 """
 
 import contextlib
-import io
 import json
 import os
 import warnings
@@ -47,18 +46,18 @@ class Decoding:
     value_range: Range | None = None
     background: tuple[int, ...] | None = WHITE
 
-    def __call__(self, file: "str | os.PathLike[str]") -> np.ndarray:
+    def __call__(self, file: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
         """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
         try:
-            pixels, _ = self.read(Path(file))
+            pixels, _ = self.read(file if isinstance(file, Image.Image) else Path(file))
             if pixels.ndim == 1:
                 raise ValueError(f"its values are {pixels[0]:g} .. {pixels[-1]:g}, not 8-bit as those trained on")
             return pixels
         except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
-            raise ConfigError(f"{shown(file)} cannot be read as an image ({reason(error)})") from None
+            raise ConfigError(f"{shown(str(file))} cannot be read as an image ({reason(error)})") from None
 
-    def read(self, file: io.BytesIO | Path, find: bool = False) -> tuple[np.ndarray, set[str]]:
-        """The pixels of a file, and what is to be told of it: what such files have.
+    def read(self, file: Any, find: bool = False) -> tuple[np.ndarray, set[str]]:
+        """The pixels of a file (its path, its bytes or Pillow's image), and what is to be told of such files.
 
         Smallest value, those of some pixels and largest take the pixels' place where they have more than 8 bits and
         there is no range. For 16 bits of colour there is one, unless it is to ``find``.
@@ -67,11 +66,15 @@ class Decoding:
         # The user's own files: large ones are no attack.
         Image.MAX_IMAGE_PIXELS = None
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
-        with warnings.catch_warnings(), Image.open(file) as opened:
+        if getattr(file, "filename", "") and getattr(file, "tile", ()) and not file.tell():  # Pillow's, not decoded yet
+            file = Path(file.filename)
+        ours = not isinstance(file, Image.Image)  # others' images stay as they are
+        with warnings.catch_warnings(), Image.open(file) if ours else contextlib.nullcontext(file) as opened:
             warnings.simplefilter("ignore")  # odd metadata is not the user's concern as long as the pixels can be read
-            if self.size is not None:
+            if self.size is not None and ours:
                 opened.draft("RGB", (self.size, self.size))  # JPEG decodes straight to a size not below this
-            colour = opened.mode in ("RGB", "RGBA", "LA") and ";16" in str(opened.tile)  # LA is read as colour is
+            tiles = str(getattr(opened, "tile", ""))
+            colour = opened.mode in ("RGB", "RGBA", "LA") and ";16" in tiles  # LA is read as colour is
             opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
             opened.load()
             no_data = getattr(opened, "tag_v2", {}).get(_NODATA)
@@ -131,8 +134,8 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str
 
-    def __call__(self, file: "str | os.PathLike[str]") -> np.ndarray:
-        """The model's input, float32 [3, S, S], of an image file. Raises ConfigError as :class:`Decoding`."""
+    def __call__(self, file: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
+        """The model's input, float32 [3, S, S], of an image file or of Pillow's image; raises as :class:`Decoding`."""
         pixels, size = self.decoding(file).astype(np.float32), (self.image_size, self.image_size)
         if pixels.shape[1:] != size:
             how = Image.Resampling[self.interpolation.upper()]

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import ADAPTED, SCHEMA_VERSION, SIZES
 from lora_vit.errors import ConfigError, one_line
+from lora_vit.files import replacing, write_json
 from lora_vit.lora.backbones import OF_HEADS, Place, new_backbone, put_head, sizes_of, trunk_state
-from lora_vit.lora.inject import adapt, chosen_places
+from lora_vit.lora.inject import adapt, adapter_state_dict, base_values, chosen_places, remove_adapter
 from lora_vit.lora.layers import AdapterSpec
-from lora_vit.records import state_of
+from lora_vit.records import RECORD, state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")  # ends of names; to the image size
 POSITIONS_TOLERANCE = 1e-4  # of a projection of these: interpolated on another kind of CPU, their last bits differ
@@ -64,6 +66,22 @@ def read_adapter(folder: str | Path) -> Adapter:
     if card.get("sha256") != sha256_of(tensors):
         raise ConfigError(f"{folder}: adapter.safetensors does not hold the values that were trained: copy it again")
     return Adapter(tensors, card)
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Replace the two files that :func:`read_adapter` reads."""
+    card = {**adapter.card, "sha256": sha256_of(adapter.tensors)}
+    write_tensors(folder / "adapter.safetensors", adapter.tensors, card)
+    write_json(folder / "adapter.json", card)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Replace a ``.safetensors`` file, which says in one entry of its metadata what it holds."""
+    # One entry, a sorted JSON string: several are in another order in every process.
+    metadata = {"lora_vit": json.dumps(about, sort_keys=True)}
+    data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
+    with replacing(path) as file:
+        file.write(data)
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
@@ -141,6 +159,8 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     lora = adapter.card["lora"]
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if lora["method"] in ADAPTED:
+        trained = [name for name in adapter.tensors if name in views and not name.startswith(OF_HEADS)]
+        base_values(model).update({name: views[name].detach().clone() for name in trained})
         spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
@@ -155,37 +175,96 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
     adapter = read_adapter(folder)
     base, like = adapter.card["base"], next(model.parameters())
     bind(adapter, base_of(model))
-    if torch.finfo(like.dtype).bits < 32:
-        raise ConfigError(f"the model is of {like.dtype}, which would round the update away: give it in fp32")
-    given, named = copy.deepcopy(model).eval(), new_backbone(base, 1).to(like).eval()
-    named.load_state_dict(trunk_state(model), strict=False)
-    image = torch.rand(1, 3, *2 * [base["image_size"]], generator=randomness.generator("base")).to(like) * 4 - 2
-    for one in (given, named):
-        put_on(one, adapter)
-    with torch.no_grad():
-        theirs, ours = given(image), named(image)
-    if not (theirs - ours).abs().max() <= SAME * ours.abs().max():
+    _refuse_half(model)
+    given = copy.deepcopy(model)
+    if "output" in adapter.card:  # of somebody's own loop, whose model need not be what a name makes
+        put_on(given.float().cpu(), adapter)
+        ours = torch.tensor(adapter.card["output"])
+    else:
+        named = new_backbone(base, 1).to(like)
+        named.load_state_dict(trunk_state(model), strict=False)
+        for one in (given, named):
+            put_on(one, adapter)
+        ours = _output(named, base)
+    if not _same(_output(given, base), ours):
         what = f"the model has the weights of {base['model']}, but computes something else with them"
         raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
     return adapter
 
 
+def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
+    """What a model, then in evaluation mode, gives for a made image."""
+    side, like = base["image_size"], next(model.parameters())
+    shape = side if isinstance(side, list) else [side, side]
+    image = torch.rand(1, 3, *shape, generator=randomness.generator("base")).to(like) * 4 - 2
+    with torch.no_grad():
+        return model.eval()(image)
+
+
+def _same(theirs: Tensor, ours: Tensor) -> bool:
+    return bool((theirs - ours).abs().max() <= SAME * ours.abs().max())
+
+
+def _refuse_half(model: nn.Module) -> None:
+    if torch.finfo(dtype := next(model.parameters()).dtype).bits < 32:
+        raise ConfigError(f"the model is of {dtype}, which would round the update away: give it in fp32")
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter and head of a completed trial's folder on a plain model, in place; returns the model.
 
-    Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass). ``model``:
-    torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that the adapter was
-    trained on, in fp32, at the adapter's image size; on any device. Raises ConfigError if the adapter is unreadable or
-    belongs to another model, which is left as it was.
+    Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass). ``folder``:
+    also one of :func:`save_adapter`. ``model``: torchvision's ``VisionTransformer``, or timm's model of the adapter's
+    name, with the weights that the adapter was trained on, in fp32, at the adapter's image size; on any device. Raises
+    ConfigError if the adapter is unreadable or belongs to another model, which is left as it was.
     """
     adapter = _bound(model, folder)
     put_on(model, adapter)
     return model
 
 
-def merge_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Merge an adapter and its head into a plain model, which stays the library's own; else as :func:`load_adapter`."""
-    adapter = _bound(model, folder)
-    put_head(model, adapter.tensors)
-    model.load_state_dict(merged_state_dict(model, adapter), strict=False)
+def merge_adapter(model: nn.Module, folder: str | Path | None = None) -> nn.Module:
+    """Merge a model's own adapters into its weights, or those of a folder, with their head, into a plain model's.
+
+    In place; returns the model, which then is the library's own again, in fp32's values. Else as :func:`load_adapter`.
+    """
+    if folder is None:
+        _refuse_half(model)
+        adapter = adapter_of(model)
+        remove_adapter(model)
+    else:
+        put_head(model, (adapter := _bound(model, folder)).tensors)
+    merged = merged_state_dict(model, adapter)
+    model.load_state_dict({n: t for n, t in merged.items() if not n.startswith(OF_HEADS)}, strict=False)
     return model
+
+
+def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
+    """Save what a model of torchvision or timm has beside its base, for :func:`load_adapter` to put on that base.
+
+    That is :func:`adapter_state_dict`, bound to the base; what was saved there before is replaced. ``about``: more that
+    ``adapter.json`` is to say, for example ``class_names=["ant", "bee"]``. Raises ConfigError where the model has no
+    adapter, where more was trained than these tensors, and where the folder is a trial's.
+    """
+    folder, adapter = Path(folder), adapter_of(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad and ".lora_" not in name and not name.startswith((*OF_HEADS, *base_values(model))):
+            remedy = "choose what is trained by mark_lora_and_head_as_trainable, before training"
+            raise ConfigError(f"{name} is trained, and what it was in the base is not known: {remedy}")
+    if (folder / RECORD).exists():
+        raise ConfigError(f"{folder} holds a trial: give another folder")
+    own = copy.deepcopy(model).float().cpu()
+    plain = remove_adapter(copy.deepcopy(own))
+    base = {"model": type(model).__name__, "weights": "its own", **base_of(plain)}
+    put_on(plain, adapter)
+    if not _same(output := _output(plain, base), _output(own, base)):
+        raise ConfigError("the model computes something else than base, adapter and one head: nothing is saved")
+    kind = {"schema": SCHEMA_VERSION, "trial_id": None, "base": base, "output": output.tolist()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_adapter(folder, Adapter(adapter.tensors, {**about, **adapter.card, **kind}))
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter that a model has, with a card of its settings alone. Raises as :func:`adapter_state_dict`."""
+    tensors, card = adapter_state_dict(model), vars(model)["adapter_card"]
+    return Adapter(tensors, {**card, "lora": {**card["lora"], "bias": "all" if base_values(model) else "none"}})

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
@@ -41,10 +42,11 @@ def timm_model(name: str, image_size: int | None, classes: int = 0, pretrained: 
 
 def new_backbone(base: Mapping[str, Any], classes: int = 0) -> Any:
     """A plain model with random weights, of the kind that an adapter's card says; without head for no classes."""
-    if base["architecture"] != TORCHVISION:
-        return timm_model(base["model"], base["image_size"], classes)
-    # a head draws from the same generator: torchvision's own, of 1,000 classes, decides the random weights
-    model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes or 1000)
+    with torch.random.fork_rng(devices=[]):  # a user's own draws stay what they are
+        if base["architecture"] != TORCHVISION:
+            return timm_model(base["model"], base["image_size"], classes)
+        # a head draws from the same generator: torchvision's own, of 1,000 classes, decides the random weights
+        model = VisionTransformer(**{key: base[key] for key in SIZES}, num_classes=classes or 1000)
     if not classes:
         model.heads = nn.Sequential()
     return model
@@ -94,12 +96,17 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays."""
+    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays.
+
+    Where they hold none, as those of a model without a head, the model's own stays.
+    """
     last = last_layer(model)
+    if f"{head_name(model)}.weight" not in tensors:
+        return
     head = {leaf: tensors[f"{head_name(model)}.{leaf}"] for leaf in ("weight", "bias")}
     if last is None or last.weight.shape != head["weight"].shape:
         (classes, width), like = head["weight"].shape, next(model.parameters())
-        last = nn.Linear(width, classes, device=like.device, dtype=like.dtype)
+        last = nn.utils.skip_init(nn.Linear, width, classes, device=like.device, dtype=like.dtype)  # draws nothing
         owner = model.get_submodule(head_name(model).rpartition(".")[0])
         if isinstance(getattr(owner, "head", None), nn.Sequential):
             owner.head[-1] = last

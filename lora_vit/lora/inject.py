@@ -6,7 +6,10 @@ itself, whose parameters stay where they are, then passes on what it gets.
 Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 """
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,7 +19,8 @@ from torchvision.models.vision_transformer import EncoderBlock
 from lora_vit import randomness
 from lora_vit.config import ADAPTED, TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
-from lora_vit.lora.backbones import Place, places_of
+from lora_vit.errors import ConfigError
+from lora_vit.lora.backbones import OF_HEADS, Place, head_name, last_layer, places_of, plain_models
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.functional import NOTHING, Prologue
 from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
@@ -90,6 +94,7 @@ def use_own_attention(model: nn.Module) -> None:
             become(module.self_attention, Attention)
             module.self_attention.lora, module.self_attention.front = None, ()
         elif hasattr(module, "qkv_bias_separate"):
+            vars(module).setdefault("bias_was_separate", module.qkv_bias_separate)
             module.qkv_bias_separate = True
 
 
@@ -100,7 +105,7 @@ def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Seq
     Raises ValueError where there are adapters already, or as :func:`chosen_places`; the model is left as it was.
     """
     if any(isinstance(module, LoRAAdapters) for module in model.modules()):
-        raise ValueError("the model has adapters already: take them out with lora_vit.lora.inject.remove_adapters")
+        raise ValueError("the model has adapters already: take them out with lora_vit.remove_adapter")
     chosen = chosen_places(model, targets, blocks, max(spec.rank for spec in specs))
     made: dict[str, LoRAAdapters] = {}
     for place in chosen:
@@ -144,15 +149,46 @@ def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int
     return places
 
 
-def remove_adapters(model: nn.Module) -> None:
-    """Take all adapters out again; the base model is unchanged."""
+def remove_adapter(model: nn.Module) -> nn.Module:
+    """Take all adapters out, in place; returns the model: in its library's classes, its trunk bit for bit the base.
+
+    Parameters of the trunk that were trained beside the adapters get their values of before. The head stays.
+    """
     for module in list(model.modules()):
-        if isinstance(module, Attention):
-            module.lora, module.front = None, ()
-        elif isinstance(module, AdaptedLinear):
+        own, hooks = vars(module), module._forward_pre_hooks
+        if isinstance(module, (AdaptedLinear, Attention)):
             del module.lora, module.front
-        if isinstance(module, (AdaptedLinear, Passed)):
-            module.__class__ = module.__dict__.pop("original_class")
+        if isinstance(module, (AdaptedLinear, Attention, Passed)):
+            module.__class__ = own.pop("original_class")
+        if "bias_was_separate" in own:
+            module.qkv_bias_separate = own.pop("bias_was_separate")
+        own.pop("adapter_card", None)
+        for name, value in own.pop("base_values", {}).items():
+            module.get_parameter(name).data.copy_(value)
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), DropoutState)]:
+            del hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """A context in which a model's trunk computes what the base does; the head stays."""
+    changes: Any = [(m, "lora", None) for m in model.modules() if isinstance(m, (AdaptedLinear, Attention))]
+    for name, value in base_values(model).items():  # exchanged, not written: autograd may have kept what is there
+        changes.append((p := model.get_parameter(name), "data", value.to(p)))
+    before = [getattr(owner, key) for owner, key, _ in changes]
+    try:
+        for owner, key, value in changes:
+            setattr(owner, key, value)
+        yield
+    finally:
+        for (owner, key, _), value in zip(changes, before, strict=True):
+            setattr(owner, key, value)
+
+
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """What the trunk's parameters that are trained beside adapters were before, where there is no trainer."""
+    return vars(model).setdefault("base_values", {})
 
 
 def replace_linear_with_lora(
@@ -192,6 +228,10 @@ def adapt(model: nn.Module, spec: AdapterSpec, targets: Sequence[str],
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
     state = DropoutState([randomness.key("dropout", spec.seed)])
     injected = inject_adapters(model, [spec], targets, blocks, state)
+    settings = {"rank": spec.rank, "alpha": spec.scaling * spec.rank, "scaling": "standard", "dropout": spec.dropout}
+    where = {"targets": list(targets), "blocks": None if blocks is None else list(blocks)}
+    lora = {"method": spec.method, **settings, **where}
+    vars(model)["adapter_card"] = {"lora": lora, "effective_scaling": spec.scaling}
     if spec.dropout > 0:  # a method, not a closure: a copied or pickled model then takes its own key along
         model.register_forward_pre_hook(state.advance, with_kwargs=True)
     return injected
@@ -212,7 +252,12 @@ def mark_lora_and_head_as_trainable(model: nn.Module, head_substring: str = "hea
         top = ", ".join(sorted({name.split(".")[0] for name in names}))
         raise ValueError(f"no parameter's name contains head_substring='{head_substring}' (top level: {top})")
     mark_trained(model, "lora", bias, head_substring)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in trained:
+        of_head = name.startswith(OF_HEADS) if isinstance(model, plain_models()) else head_substring in name
+        if not of_head and ".lora_" not in name:
+            base_values(model).setdefault(name, model.get_parameter(name).detach().clone())
+    return trained
 
 
 def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring: str | None = None) -> None:
@@ -224,3 +269,32 @@ def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring
         of_head = head_substring is not None and head_substring in name
         of_bias = name.endswith("bias") and (bias == "all" or (bias == "lora_only" and name in biases))
         parameter.requires_grad = of_head or ".lora_" in name or method == "full" or of_bias
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapted model has beside its base, named and shaped as in a trial's file; copies in fp32 on the CPU.
+
+    ``NAME.lora_A`` [rank, in] and ``NAME.lora_B`` [out, rank], of DoRA ``NAME.lora_magnitude`` [out], the head's weight
+    and bias, if it has one, and trained parameters of the trunk. Raises ConfigError where the model has no adapter.
+    """
+    if "adapter_card" not in vars(model) or not isinstance(model, plain_models()):
+        remedy = "give torchvision's or timm's model itself, here and to replace_linear_with_lora"
+        raise ConfigError(f"the {type(model).__name__} has no adapter: {remedy}")
+    found: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, LoRAAdapters):
+            found |= module.trial_tensors(0)
+    if (last := last_layer(model)) is not None:
+        found |= {f"{head_name(model)}.{leaf}": getattr(last, leaf) for leaf in ("weight", "bias")}
+    found |= {name: model.get_parameter(name) for name in base_values(model)}
+    return {name: t.detach().float().cpu().clone() for name, t in found.items()}
+
+
+def trainable_parameters(model: nn.Module) -> str:
+    """A table to print: what is trained, by name (of all blocks together), its numbers of parameters, their shares."""
+    counts: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        counts[re.sub(r"\d+(?=\.)", "*", name, count=1) if p.requires_grad else "frozen"] += p.numel()
+    total = counts.total()
+    rows = [*counts.items(), ("trained", total - counts["frozen"]), ("all", total)]
+    return "\n".join(f"{count:13,}  {count / total:8.3%}  {name}" for name, count in rows)

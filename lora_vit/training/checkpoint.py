@@ -1,13 +1,10 @@
-"""Tensors on disk, whole or absent: a trial's checkpoint, and files of safetensors."""
+"""A trial's checkpoint on disk, whole or absent."""
 
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from lora_vit.errors import ConfigError, one_line
@@ -57,12 +54,3 @@ def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
     if owner != trial_id:
         raise ConfigError(f"{path} belongs to trial {owner}, not to {trial_id}")
     return state
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Replace a ``.safetensors`` file, which says in one entry of its metadata what it holds."""
-    # One entry, a sorted JSON string: several are in another order in every process.
-    metadata = {"lora_vit": json.dumps(about, sort_keys=True)}
-    data = save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata)
-    with replacing(path) as file:
-        file.write(data)

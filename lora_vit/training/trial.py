@@ -23,12 +23,12 @@ from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing, write_json
-from lora_vit.lora.adapter import sha256_of
+from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
+from lora_vit.lora.adapter import Adapter, write_adapter
 from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint, write_tensors
+from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 from lora_vit.training.trackers import TensorBoard
 
 ALL = 1 << 62  # images of a pass that takes its whole batch
@@ -196,10 +196,8 @@ class TrialRun:
             "effective_scaling": lora.effective_scaling() if lora.adapts else None,
             "preprocessing": Preprocessing(setup.data.decoding, *inputs).to_dict(),
             "class_names": setup.data.class_names,
-            "sha256": sha256_of(tensors),
         }
-        write_tensors(folder / "adapter.safetensors", tensors, card)
-        write_json(folder / "adapter.json", card)
+        write_adapter(folder, Adapter(tensors, card))
         self.record.cost["adapter_bytes"] = (folder / "adapter.safetensors").stat().st_size
         for tracker in self.trackers:
             tracker.log_hparams()

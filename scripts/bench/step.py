@@ -35,7 +35,7 @@ from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.lora.backbones import timm_model
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import remove_adapters
+from lora_vit.lora.inject import remove_adapter, use_own_attention
 from lora_vit.models.vit import PackedViT
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import Setup, TrialRun
@@ -194,7 +194,7 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
     for name in names:
         if name == "floor":
             model, config = ours(), made()[1]
-            remove_adapters(model.trunk)
+            use_own_attention(remove_adapter(model.trunk))
             token: Any = model.trunk.class_token if of_timm is None else model.trunk.cls_token
             token.requires_grad_()
             steps[name] = our_step(lambda _, m=model: m, [config], x, y)
@@ -210,7 +210,7 @@ def contenders(model_name: str, batch: int, precision: str, names: list[str]) ->
         else:
             model = ours()
             head = nn.Linear(model.head.weight.shape[-1], CLASSES, device=device, dtype=dtype)
-            remove_adapters(model.trunk)
+            use_own_attention(remove_adapter(model.trunk))
             trunk, head, dora = model.trunk.float(), head.float(), name == "PEFT, DoRA"
             plain, peft = hf_peft(trunk, head, dora) if of_timm is None else timm_peft(of_timm, trunk, head, dora)
             with torch.no_grad():

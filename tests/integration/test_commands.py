@@ -18,10 +18,11 @@ from PIL import Image
 from plain_models import SIZES, plain_model, timm_config
 from torchvision.models import VisionTransformer
 
-from lora_vit import load_adapter, merge_adapter, predict, preprocessing, trained
+from lora_vit import api, load_adapter, merge_adapter, predict, preprocessing, trained
 from lora_vit.build import build_setup
 from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.distributed import Process
+from lora_vit.errors import RecordError
 from lora_vit.records import read_record
 
 CLASSES = ("ant", "bee", "cat")
@@ -349,6 +350,27 @@ def test_odd_names_do_no_harm(copy, call):
     shown = [line for line in out.splitlines() if line.endswith(".png")]
     assert shown == [r"bad \xff byte.png", r"two\nlines.png", 'comma, "quote".png', "grün.png"]
     assert [row["image"] for row in read_csv("p.csv")] == [r"bad \xff byte.png", *odd[1:]]
+
+
+def test_the_api_returns_what_the_commands_print(copy, call):
+    folder, images = copy / "trial", sorted((copy / "images").glob("*/00.png"))
+    predictions, record = api.evaluate(folder, "val")
+    assert (predictions.accuracy, record.trial_id) == (record.metrics["val_accuracy"], read_record(folder).trial_id)
+    assert f"Val Accuracy: {predictions.accuracy:.2%} " in call("evaluate", folder, "--split", "val")[1]
+    rows, unreadable = api.predict(folder, [*map(str, images), "absent.png"], top=2)
+    call("predict", folder, *images, "--top", "2", "--csv", "p.csv")
+    assert [tuple(map(str, row)) for row in rows] == [tuple(row.values()) for row in read_csv("p.csv")]
+    assert (len(unreadable), "absent.png cannot be read" in unreadable[0]) == (1, True)
+    names: dict = {}
+    exec(api.merge(folder, "m.safetensors"), names)
+    assert api.export(folder, "torch_export", "out") == []
+    x = torch.from_numpy(preprocessing("out")(images[0]))[None]
+    p = names["model"].eval()(x).softmax(-1)[0].max().item()
+    assert p == pytest.approx(rows[0][3], rel=1e-4)  # fp32
+    assert torch.export.load("out/model.pt2").module()(x).softmax(-1).max().item() == pytest.approx(p, rel=1e-4)
+    for wrong in (lambda: api.evaluate("absent"), lambda: api.merge(folder, "m.safetensors")):
+        with pytest.raises(RecordError):
+            wrong()
 
 
 WEIGHTS = "model.weights=base.pth"

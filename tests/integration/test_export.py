@@ -13,16 +13,18 @@ import pytest
 import torch
 from helpers import train_together, trial_config
 from PIL import Image
-from plain_models import images, plain_model, timm_config, trials_logits
+from plain_models import SIZES, images, plain_model, register_small, timm_config, trials_logits
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models import VisionTransformer
 
-from lora_vit import interop, load_adapter, preprocessing, trained
+from lora_vit import ConfigError, adapter_state_dict, interop, load_adapter, load_peft, preprocessing, trained
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.export import FORMATS
 from lora_vit.lora.adapter import Adapter
-from lora_vit.lora.backbones import put_head
+from lora_vit.lora.backbones import put_head, trunk_state
 from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.models.names import translate
 
 for package in ("transformers", "timm", "peft", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
@@ -232,6 +234,84 @@ def test_peft_has_one_adapter_of_a_fused_layer(trial_of, tmp_path, call):
     }
     assert {len(p) for n, p in parameters.items() if "qkv.lora_A" in n} == {6}  # q and v, rank 3 each
     assert not parameters["base_model.model.blocks.1.attn.qkv.lora_B.default.weight"][48:96].any()  # k
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "dinov2"])
+def test_what_peft_got_comes_back(kind, trial_of, tmp_path, call):
+    """With the trial's own tensors, although a fused layer has one adapter there."""
+    folder, side = trial_of(kind), 16 if kind == "torchvision" else 32
+    assert call("export", folder, "--format", "peft", "--out", tmp_path / "out")[0] == 0
+    model = load_peft(plain_model(folder), tmp_path / "out").eval()
+    torch.testing.assert_close(adapter_state_dict(model), load_file(folder / "adapter.safetensors"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(model(images(side)).detach(), trials_logits(folder, images(side)), rtol=1e-5, atol=1e-5)
+
+
+def trained_by_peft(of: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """PEFT's model with random adapters and head, and a plain one with its base's weights."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    if of == "hf":
+        sizes = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+        base: Any = ViTForImageClassification(
+            ViTConfig(**sizes, hidden_size=32, intermediate_size=48, num_labels=4, layer_norm_eps=1e-6)
+        )
+        plain: Any = VisionTransformer(**SIZES, num_classes=2)
+        plain.load_state_dict(translate(base.state_dict(), trunk_state(plain))[0], strict=False)
+    else:
+        import timm
+
+        register_small()
+        base, plain = timm.create_model(of, num_classes=4), timm.create_model(of, num_classes=2)
+        plain.load_state_dict({n: t for n, t in base.state_dict().items() if "head" not in n}, strict=False)
+    heads = ["classifier" if of == "hf" else "head"]
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "modules_to_save": heads, **settings})).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    return model, plain.eval()
+
+
+FROM_PEFT = [
+    ("hf", {"target_modules": ["q_proj", "v_proj", "fc1"], "lora_alpha": 12, "use_rslora": True}),
+    ("hf", {"target_modules": ["o_proj", "fc2"], "rank_pattern": {"fc2": 2}, "alpha_pattern": {"1.mlp.fc2": 3}}),
+    ("small_vit", {"target_modules": ["qkv", "attn.proj", "fc2"]}),
+    ("small_eva02", {"target_modules": ["fc1_g", "fc1_x", "fc2"]}),
+]
+
+
+@pytest.mark.parametrize(("of", "settings"), FROM_PEFT)
+def test_what_peft_trained_computes_the_same_here(of, settings, tmp_path):
+    model, plain = trained_by_peft(of, settings)
+    model.save_pretrained(tmp_path)
+    x = images(16 if of == "hf" else 32)
+    expected, found = model(x), load_peft(plain, tmp_path)(x)
+    torch.testing.assert_close(found, getattr(expected, "logits", expected), rtol=1e-4, atol=1e-4)  # fp32
+    narrow = VisionTransformer(**{**SIZES, "hidden_dim": 16})
+    for other, words in ((plain, "has adapters already"), (narrow, "lacks in this size")):
+        with pytest.raises(ConfigError, match=words):
+            load_peft(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True, "target_modules": ["fc2"]}, "lora_magnitude_vector"),
+        ({"bias": "all", "target_modules": ["fc2"]}, "bias: adapters of linear layers and a head alone can be read"),
+        ({"target_modules": ["patch_embed.proj"]}, "holds patch_embed.proj, which the VisionTransformer lacks"),
+        ({"target_modules": ["head"], "modules_to_save": None}, "holds head, which the VisionTransformer lacks"),
+        ({}, "is no adapter of PEFT's"),
+    ],
+)
+def test_what_is_more_than_adapters_of_layers_that_are_there_is_refused(settings, words, tmp_path):
+    model, plain = trained_by_peft("small_vit", settings or {"target_modules": ["fc2"]})
+    if settings:
+        model.save_pretrained(tmp_path)
+    before = {n: t.clone() for n, t in plain.state_dict().items()}
+    with pytest.raises(ConfigError, match=words):
+        load_peft(plain, tmp_path)
+    torch.testing.assert_close(dict(plain.state_dict()), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("setting", ["lora=none", "lora.bias=all"])

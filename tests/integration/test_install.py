@@ -46,7 +46,7 @@ def test_a_built_wheel_trains_from_any_folder(project_root: Path, tmp_path: Path
         assert done.stdout.splitlines()[-1].startswith(last)
 
 
-def test_the_readmes_snippet_runs_as_it_stands(project_root: Path):
+def test_the_readmes_snippet_runs_as_it_stands(project_root: Path, tmp_path: Path):
     readme = (project_root / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     check = (
@@ -54,8 +54,11 @@ def test_the_readmes_snippet_runs_as_it_stands(project_root: Path):
         "\nassert len(trained) == 12 * 4 * 2 + 2, len(trained)  # qkv, out, fc1, fc2: A and B in 12 blocks; the head"
         "\nassert all('lora_' in n or n.startswith('heads.head') for n in trained)"
         "\nassert sum('self_attention' in n for n in trained) > 0 and sum('lora' in n for n in trained) > 0"
+        "\nfrom safetensors.torch import load_file"
+        "\nsaved = load_file('my_adapter/adapter.safetensors')"
+        "\nassert len(saved) == 12 * 6 * 2 + 2 and all(t.any() for n, t in saved.items() if n.endswith('lora_B'))"
     )
-    subprocess.run([sys.executable, "-c", snippet + check], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", snippet + check], cwd=tmp_path, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])

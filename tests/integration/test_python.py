@@ -47,7 +47,7 @@ print("AS IT WAS")
 
 def examples(project_root: Path) -> str:
     found = re.findall(r"```python\n(.*?)```", (project_root / "docs/python.md").read_text(), flags=re.DOTALL)
-    assert len(found) == 3
+    assert len(found) == 4
     return "\n".join(found).replace("trainer.epochs=2", "trainer.epochs=1").replace("seed=0,1,2", "seed=0,1")
 
 
@@ -65,6 +65,7 @@ def test_the_examples_in_a_script_leave_the_process_as_it_was(project_root, tmp_
     out = run([sys.executable, "script.py"], tmp_path)
     assert out.count("RUNS") == 1, "workers do not run the script again"
     assert out.count("'completed', ") == 3
+    assert "model.load_state_dict(safetensors.torch.load_file('merged.safetensors'))" in out
     assert "lora.rank=0 is impossible" in out
     assert "AS IT WAS" in out
 
@@ -113,6 +114,23 @@ def test_what_is_wrong_is_raised(function, given, options, words, tmp_path, monk
     with pytest.raises(ConfigError, match=re.escape(words)):
         function(given, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_of_ones_own_are_found_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "my conf, (1)" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\nlora:\n  rank: 3\n")
+    given = [*SMALL, "experiment=mine"]
+    assert api.compose(given, config_dir=own.parent).lora.rank == 3
+    assert api.compose([*given, "lora.alpha=5"], "my conf, (1)").lora.alpha == 5
+    with pytest.raises(ConfigError, match=r"dry_run=true"):  # all is composed by then
+        api.sweep([*given, "seed=0,1"], config_dir=own.parent, dry_run=True)
+    for call in (api.compose, api.sweep):
+        with pytest.raises(ConfigError, match=r"'experiment/mine' does not exist"):
+            call(given)
+        with pytest.raises(ConfigError, match=r"config_dir=none is no folder: give one with groups"):
+            call(given, config_dir="none")
 
 
 def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def test_another_model_or_other_images_are_refused(tmp_path, call, monkeypatch):
     with pytest.raises(ConfigError, match=r"architecture=small_vit, here architecture=small_dinov2"):
         load_adapter(other, tmp_path / "0")
 
-    def with_another_mean(*given: object) -> tuple[TrialRecord, TrialConfig]:
-        record, config = completed_trial(*given)
+    def with_another_mean(*given: object) -> tuple[Path, TrialRecord, TrialConfig]:
+        folder, record, config = completed_trial(*given)
         config.model.mean = [0.1, 0.2, 0.3]
-        return record, config
+        return folder, record, config
 
     completed_trial = evaluate.completed_trial
     monkeypatch.setattr(evaluate, "completed_trial", with_another_mean)

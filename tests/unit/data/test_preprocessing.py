@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -55,6 +56,29 @@ def test_what_is_transparent_shows_the_background(kind, background, seen, tmp_pa
         image.convert(mode).save(tmp_path / f"a.{ending}")
     pixels = Decoding(None, background=background)(tmp_path / f"a.{ending}")
     assert pixels[1, 0].tolist() == [200, seen]
+
+
+def test_pillows_images_are_prepared_as_their_files_and_stay_as_they_are(picture, tmp_path):
+    large = tmp_path / "large.jpg"  # decodes straight to a smaller size
+    with Image.open(picture) as image:
+        image.resize((900, 400)).save(large)
+    for decoded, file in ((None, picture), (16, picture), (16, large)):
+        how = Preprocessing(Decoding(decoded), 24, HOW.mean, HOW.std, "bilinear")
+        with Image.open(file) as image:
+            size = image.size
+            np.testing.assert_array_equal(how(image), how(file))
+            found = how(image.copy())
+            np.testing.assert_array_equal(how(image), found)  # decoded by now
+            assert image.size == size
+        # two ways to a smaller size differ by a level of 255 on average, over the deviation
+        assert np.abs(found - how(file)).mean() <= (0.05 if file == large else 0)
+    with Image.open(io.BytesIO(large.read_bytes())) as image:
+        how(image)
+        assert image.size == (900, 400)
+    deep = Image.fromarray(np.full((20, 20), 2049, np.uint16))
+    assert HOW(deep).shape == (3, 24, 24)
+    with pytest.raises(ConfigError, match=r"mode=I;16 .* cannot be read as an image \(its values are 2049 .. 2049"):
+        Decoding(None)(deep)
 
 
 def test_every_file_that_has_it_gives_it_back(tmp_path):

@@ -18,13 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit import load_adapter, mark_lora_and_head_as_trainable, merge_adapter, replace_linear_with_lora
+from lora_vit import (
+    disable_adapter,
+    load_adapter,
+    mark_lora_and_head_as_trainable,
+    merge_adapter,
+    remove_adapter,
+    replace_linear_with_lora,
+    save_adapter,
+)
 from lora_vit.config import SCHEMA_VERSION
 from lora_vit.errors import ConfigError
 from lora_vit.files import write_json
-from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of
+from lora_vit.lora.adapter import Adapter, base_of, bind, merged_state_dict, read_adapter, sha256_of, write_tensors
 from lora_vit.records import write_record
-from lora_vit.training.checkpoint import write_tensors
 
 D, MLP, CLASSES, RANK, SCALING = 16, 24, 3, 2, 1.5
 BLOCK = "encoder.layers.encoder_layer_1"
@@ -174,6 +181,85 @@ def test_a_loaded_adapter_trains_on_with_its_dropout(model, images, tmp_path):
     assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
     model.eval()
     assert torch.equal(model(images), model(images))
+
+
+@torch.no_grad()
+def test_a_trials_adapter_is_trained_on_and_saved_for_the_trials_base(model, images, tmp_path):
+    """With trained biases: what they were before the trial is known, so base and digest stay."""
+    bias = {f"{FC1}.bias": torch.ones(MLP)}
+    folder, base = folder_of(tmp_path, tensors("v", "fc1", **bias), card("v", "fc1", bias="lora_only")), new_model()
+    mark_lora_and_head_as_trainable(load_adapter(model, folder), bias="all")
+    for p in model.parameters():
+        p.add_(0.1 * p.requires_grad)
+    (tmp_path / "new").mkdir()
+    for names in (["a", "b", "c"], ["d", "e", "f"]):  # again, as in each epoch
+        save_adapter(model, tmp_path / "new", class_names=names)
+    found = read_adapter(tmp_path / "new")
+    assert found.card["class_names"] == ["d", "e", "f"]
+    assert (found.card["base"]["sha256"], found.card["lora"]["bias"]) == (base_of(base)["sha256"], "all")
+    assert (found.card["lora"]["alpha"], found.card["effective_scaling"]) == (SCALING * RANK, SCALING)
+    torch.testing.assert_close(found.tensors[f"{FC1}.bias"], torch.full((MLP,), 1.1))
+    assert torch.equal(load_adapter(new_model(), tmp_path / "new").eval()(images), model.eval()(images))
+    merged = merge_adapter(new_model(), tmp_path / "new").eval()(images)
+    torch.testing.assert_close(merged, model(images), rtol=1e-4, atol=1e-4)  # fp32
+    model.heads = base.heads
+    with disable_adapter(model):
+        torch.testing.assert_close(model(images), base(images), rtol=1e-5, atol=1e-5)
+    assert torch.equal(remove_adapter(model)(images), base(images))
+
+
+def test_a_model_without_a_head_is_saved_as_features(images, tmp_path):
+    model = replace_linear_with_lora(new_model(num_classes=1), rank=RANK)
+    model.heads = nn.Sequential()
+    model.requires_grad_(False)
+    nn.init.ones_(model.encoder.layers[0].mlp[0].lora.lora_B)
+    save_adapter(model, tmp_path)
+    again = new_model(num_classes=1)
+    again.heads = nn.Sequential()
+    assert torch.equal(load_adapter(again, tmp_path)(images), model(images))
+    assert model(images).shape == (4, D)
+
+
+NOT_SAVED = {
+    "no adapter": (lambda m: m, r"the VisionTransformer has no adapter: give torchvision's or timm's model"),
+    "wrapped": (lambda m: nn.DataParallel(replace_linear_with_lora(m)), "the DataParallel has no adapter"),
+    "adapted as a part": (lambda m: replace_linear_with_lora(nn.Sequential(m)), "the Sequential has no adapter"),
+    "all is trained": (replace_linear_with_lora, r"class_token is trained, .* choose .* by mark_lora_and_head"),
+    "a hidden layer in the head": (
+        lambda m: replace_linear_with_lora(new_model(representation_size=7)).requires_grad_(False),
+        "heads are not one linear layer",
+    ),
+    "into a trial's folder": (
+        lambda m: replace_linear_with_lora(m).requires_grad_(False), "holds a trial: give another folder"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_SAVED)
+def test_what_cannot_be_saved_is_refused_in_a_line(what, model, tmp_path):
+    if "trial" in what:
+        write_record(tmp_path, make_record())
+    change, message = NOT_SAVED[what]
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        save_adapter(change(model), tmp_path)
+    assert set(tmp_path.iterdir()) == before
+    with pytest.raises(ConfigError, match=r"would round the update away|has no adapter"):
+        merge_adapter(model.bfloat16())
+
+
+def test_the_same_weights_that_compute_something_else_are_not_its_base(tmp_path):
+    """What timm's model is, only its arguments say, which no file has."""
+    timm = pytest.importorskip("timm")
+    sizes = {"depth": 1, "embed_dim": 16, "img_size": 16, "patch_size": 8, "num_classes": 3}
+
+    def made(num_heads: int) -> Any:
+        return randomised(timm.create_model("vit_tiny_patch16_224", num_heads=num_heads, **sizes), 0.3)
+
+    save_adapter(replace_linear_with_lora(made(2)).requires_grad_(False), tmp_path)
+    load_adapter(made(2), tmp_path)
+    with pytest.raises(ConfigError, match="computes something else"):
+        load_adapter(made(4), tmp_path)
 
 
 @pytest.mark.parametrize("how", ["itself", "copied", "pickled", "by name", "replaced, not loaded"])

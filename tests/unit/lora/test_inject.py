@@ -10,11 +10,17 @@ import yaml
 from torch import nn
 from torchvision.models import VisionTransformer, vit_b_16
 
-from lora_vit import mark_lora_and_head_as_trainable, randomness, replace_linear_with_lora
+from lora_vit import (
+    mark_lora_and_head_as_trainable,
+    randomness,
+    remove_adapter,
+    replace_linear_with_lora,
+    trainable_parameters,
+)
 from lora_vit.config import TARGETS
 from lora_vit.distributed import Process
 from lora_vit.lora.dropout import DropoutState
-from lora_vit.lora.inject import Attention, remove_adapters
+from lora_vit.lora.inject import Attention
 from lora_vit.lora.layers import LoRAAdapters
 
 
@@ -53,6 +59,11 @@ def test_the_documented_snippet_runs_as_it_stands():
     adapter = 12 * 4 * (4 * (768 + 768) + 2 * (768 + 3072))
     head = 768 * 200 + 200
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter + head
+    table = {row.split()[-1]: row.split()[:2] for row in trainable_parameters(model).splitlines()}
+    assert table.pop("trained") == [f"{adapter + head:,}", f"{(adapter + head) / (85_798_656 + adapter + head):.3%}"]
+    assert (table.pop("frozen")[0], table.pop("all")[1]) == ("85,798,656", "100.000%")
+    assert len(table) == 4 * 2 + 2
+    assert table["encoder.layers.encoder_layer_*.mlp.3.lora.lora_B"][0] == f"{12 * 4 * 768:,}"
 
 
 def test_library_defaults_equal_the_config(project_root):
@@ -128,7 +139,7 @@ def test_trained_adapters_are_not_replaced_unasked_and_leave_nothing(model, imag
     with pytest.raises(ValueError, match="the model has adapters already: take them out with"):
         replace_linear_with_lora(model, rank=2)
     torch.testing.assert_close(adapters_of(model), trained, rtol=0, atol=0)
-    remove_adapters(model)
+    remove_adapter(model)
     for m in (model, again):
         replace_linear_with_lora(m, rank=2, targets=["v", "fc1"], dropout=0.3, seed=7).double()
         mark_lora_and_head_as_trainable(m)

@@ -19,11 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_vit import records
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.files import read_rows
-from lora_vit.lora.adapter import sha256_of
+from lora_vit.lora.adapter import sha256_of, write_tensors
 from lora_vit.metrics import Predictions
 from lora_vit.records import PREDICTIONS
 from lora_vit.training import trial as trials
-from lora_vit.training.checkpoint import write_tensors
 from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun
 
 
