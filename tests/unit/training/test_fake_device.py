@@ -105,7 +105,7 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
 
 
 def pack_of_three() -> Pack:
-    augment = ["crop_flip", "random_erasing", "mixup", "cutmix"]
+    augment = ["crop_flip", "randaugment", "random_erasing", "mixup", "cutmix"]
     configs = three({"data.augment": augment, "model.num_layers": 1, "trainer.precision": "bf16",
                      "optimizer.class_weights": [1, 2, 3, 4], "optimizer.lora_b_lr_ratio": 4.0})  # fmt: skip
     return new_pack(configs, build.build_setup(configs[0], Process()))
