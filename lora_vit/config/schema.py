@@ -16,7 +16,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.metrics import METRICS
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
-AUGMENTATIONS = ("none", "flip", "crop_flip", "random_erasing", "mixup", "cutmix")  # as they are done
+AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "random_erasing", "mixup", "cutmix")  # as they are done
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
@@ -53,6 +53,8 @@ class DataConfig:
     root: str | None = field(metadata=NO_IDENTITY)
     batch_size: int = field(metadata=number("a whole number", "[1, inf)"))  # global: over all processes
     augment: Any = field(metadata=choice(*AUGMENTATIONS))  # one or a list
+    randaugment_num_ops: int = field(metadata=number("a number of operations", "[1, inf)") | {"as_before": 2})
+    randaugment_magnitude: int = field(metadata=number("a magnitude", "[0, 30]") | {"as_before": 9})
     random_erasing_p: float = field(metadata=number("a probability", "(0, 1]") | {"as_before": 0.5})
     mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})

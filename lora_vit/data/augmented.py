@@ -1,4 +1,4 @@
-"""Augmentations beyond crop and flip, of whole batches: torchvision's RandomErasing, MixUp and CutMix.
+"""Augmentations beyond crop and flip, of whole batches: torchvision's RandAugment, RandomErasing, MixUp, CutMix.
 
 Shapes: B image, S pixels.
 """
@@ -14,23 +14,36 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.config import DataConfig
 from lora_vit.data.augment import Transform, crop_boxes, to_device
+from lora_vit.data.randaugment import operations
 
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # RandomErasing's: area, width by height
 
 
 class Augmented(Transform):
-    """Crop, flip, normalisation, erasing: in the order of torchvision's reference training."""
+    """Crop, flip, RandAugment in steps of 0 to 255, normalisation, erasing: the order of torchvision's references."""
 
     def __init__(self, data: DataConfig, image_size: int, *how: Any):
         self.data, names = data, data.augmentations()
         shape = next((name for name in ("flip", "crop_flip") if name in names), "none")
         super().__init__(image_size, shape, *how)
+        self._raw = Transform(image_size, shape, self.device, self.work_dtype, [0] * 3, [1 / 255] * 3, self.bicubic)
+        what = (data.randaugment_magnitude, image_size, self.device)
+        self._operations = operations(*what) if "randaugment" in names else []
         self._erases = "random_erasing" in names
         alphas = {"mixup": data.mixup_alpha, "cutmix": data.cutmix_alpha}
         self.mixes = {name: alpha for name, alpha in alphas.items() if name in names}
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        x = super().train(images, seed, epoch, ids)
+        if self._operations:
+            x = self._raw.train(images, seed, epoch, ids).round_().clamp_(0, 255).to(torch.uint8)
+            draws = randomness.uniforms(ids, self.data.randaugment_num_ops, "randaugment", seed, epoch)
+            for chosen_B in (draws * len(self._operations)).astype(int).T:
+                for i in np.unique(chosen_B):  # the images that have drawn the same one together
+                    where = to_device(np.flatnonzero(chosen_B == i), self.device)
+                    x[where] = self._operations[i](x[where])
+            x = self._normalise(x.to(self.work_dtype)).to(self.dtype)
+        else:
+            x = super().train(images, seed, epoch, ids)
         if self._erases:  # a box of some images becomes the mean colour (Zhong et al., 2020)
             key, place = ("erase", seed, epoch), torch.arange(self.image_size, device=self.device)
             boxes = crop_boxes(ids, len(place), len(place), *key, scale=ERASE_SCALE, ratios=ERASE_RATIO)

@@ -41,6 +41,8 @@ def config(root: Path, cache: str) -> DataConfig:
         root=str(root),
         batch_size=BATCH,
         augment="flip",
+        randaugment_num_ops=2,
+        randaugment_magnitude=9,
         random_erasing_p=0.5,
         mixup_alpha=1.0,
         cutmix_alpha=1.0,

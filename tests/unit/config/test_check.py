@@ -33,6 +33,8 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.name": ([], ["digit"], "did you mean 'digits'? (one of: tiny_imagenet, digits, cifar10, cifar100,"),
     "data.batch_size": FROM_ONE,
     "data.augment": (["none", "flip", "crop_flip", ["crop_flip", "mixup"]], ["mix", 5, [], ["flip", "flip"]], ""),
+    "data.randaugment_num_ops": ([], [0], "from 1 up"),
+    "data.randaugment_magnitude": ([], [-1, 31], "a magnitude in [0, 30]"),
     "data.random_erasing_p": ([], [0.0, 1.1], "a probability in (0, 1]"),
     "data.mixup_alpha": ([], [0.0, math.inf], "above 0"),
     "data.cutmix_alpha": ([], [0.0, math.inf], "above 0"),

@@ -1,4 +1,4 @@
-"""Erasing and mixing against torchvision's transforms v2 on the same parameters."""
+"""RandAugment, erasing and mixing against torchvision's transforms v2 on the same parameters."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from scipy.stats import beta, kstest
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lora_vit import randomness
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.augmented import Augmented, mixed
+from lora_vit.data.randaugment import operations
 
 CPU, SIDE = torch.device("cpu"), 24
 STEP = 2 / 255 / max(IMAGENET_STD)
 """Two of 255 steps of a colour, normalised."""
 
 
-def pictures(n: int) -> Tensor:
-    return torch.randint(0, 256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def pictures(n: int, side: int = SIDE) -> Tensor:
+    return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def transform(dtype: torch.dtype = torch.float64, **settings: object) -> Augmented:
@@ -59,7 +61,40 @@ def test_erasing_equals_torchvisions_in_the_same_box(dtype):
     assert 0.25 < ratio.min() < 0.4 < 2.5 < ratio.max() < 4  # 0.3 to 3.3, rounded
 
 
-@pytest.mark.parametrize("augment", ["random_erasing", ["flip", "random_erasing"]])
+@pytest.mark.parametrize(("sign", "half"), [(-1, 0), (1, 1)])
+@pytest.mark.parametrize("magnitude", [0, 2, 4, 9, 15, 22, 30])
+@pytest.mark.parametrize("size", [SIDE, 31])
+def test_operations_equal_torchvisions(size, magnitude, sign, half):
+    """To the bit; sharpness to one step of 255, which a sum in another order may round off."""
+    x, theirs = pictures(4, size), v2.RandAugment()
+    found = operations(magnitude, size, CPU)[14 * half : 14 * (half + 1)]
+    for operation, (name, (levels, signed)) in zip(found, theirs._AUGMENTATION_SPACE.items(), strict=True):
+        level = levels(31, size, size)
+        level = 0.0 if level is None else float(level[magnitude]) * (sign if signed else 1)
+        how = v2.InterpolationMode.NEAREST
+        expected = theirs._apply_image_or_video_transform(x, name, level, interpolation=how, fill=theirs._fill)
+        assert (operation(x).int() - expected.int()).abs().max() <= (name == "Sharpness"), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_randaugment_changes_whole_numbers_after_crop_and_flip_and_before_normalisation(dtype):
+    x, ids = pictures(60, 48), np.arange(60)
+    given = x.clone()
+    t = transform(dtype, augment=["crop_flip", "randaugment"], randaugment_num_ops=3, randaugment_magnitude=15)
+    found, space = t.train(x, 1, 2, ids), operations(15, SIDE, CPU)
+    assert torch.equal(x, given)
+    raw = Transform(SIDE, "crop_flip", CPU, t.work_dtype, [0] * 3, [1 / 255] * 3).train(x, 1, 2, ids)
+    expected, seen = raw.round().clamp(0, 255).to(torch.uint8), set()
+    for i, draws in enumerate(randomness.uniforms(ids, 3, "randaugment", 1, 2)):
+        for draw in draws:
+            seen.add(int(28 * draw))
+            expected[i : i + 1] = space[int(28 * draw)](expected[i : i + 1])
+    assert len(seen) == 28
+    expected = v2.functional.normalize(expected.double() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("augment", ["random_erasing", ["flip", "random_erasing"], "randaugment"])
 def test_draws_depend_on_seed_epoch_and_sample_alone(augment):
     x, ids, t = pictures(16), np.arange(16) + 100, transform(augment=augment)
     whole = t.train(x, 1, 2, ids)

@@ -76,7 +76,7 @@ EACH = ({"class_weights": "balanced", "head_lr": 1e-2}, {"class_weights": [1, 2,
 
 
 def several() -> list[TrialConfig]:
-    configs = three({"data.augment": ["crop_flip", "random_erasing", "mixup", "cutmix"]})
+    configs = three({"data.augment": ["crop_flip", "randaugment", "random_erasing", "mixup", "cutmix"]})
     for config, own in zip(configs, EACH, strict=True):
         for key, value in own.items():
             setattr(config.optimizer, key, value)
