@@ -70,7 +70,8 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
     accuracy = record.metrics.get("val_accuracy")
     if accuracy is None:
         raise RecordError(f"{folder / RECORD} {NO_ACCURACY}")
-    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard\nValidation Accuracy: {accuracy:.2%}")
+    board = f"tensorboard --logdir {shown}/tensorboard\n" * ("tensorboard" in config.tracker)
+    print(f"{shown}\n{board}Validation Accuracy: {accuracy:.2%}")
     return float(accuracy)
 
 

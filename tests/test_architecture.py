@@ -22,7 +22,7 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"sweep", "interop"},
     {"compose"},
     {"api"},
-    {"train", "fetch", "evaluate", "predict", "merge", "export", "summarize", "plugins"},
+    {"train", "fetch", "evaluate", "predict", "merge", "export", "summarize", "track", "plugins"},
 ]
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "plugins"},

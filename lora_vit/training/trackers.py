@@ -1,44 +1,93 @@
-"""Trackers: where a trial's figures go beside its own files."""
+"""Trackers: where a trial's figures go beside its own files.
 
-import functools
+A tracker is a class that ``_target_`` in ``conf/tracker/NAME.yaml`` names, made with the settings beside it. It has
+``start(trial)``: begin the run of a :class:`Tracked` trial, or continue it; ``scalars(step, values)``: take figures by
+name, of a step that is counted from 1 over all epochs; ``finish(status)``: the trial is completed, failed or
+interrupted, or running where another process trains it on.
+"""
+
+import time
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lora_vit.config.names import flat
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.records import TrialRecord
+
+TAGS = {"loss": "train/loss", "lr": "train/learning_rate", "images_per_second": "train/images_per_second"}
+
+
+def make(name: str, settings: Any) -> Any:
+    """The tracker that a configuration describes. Raises ConfigError where its class or what it needs is missing."""
+    target = settings.get("_target_") if isinstance(settings, Mapping) else None
+    module, _, kind = str(target).rpartition(".")
+    try:
+        return getattr(import_module(module), kind)(**{key: settings[key] for key in settings if key != "_target_"})
+    except Exception as error:
+        is_ours = module == __name__ and isinstance(error, ImportError)
+        remedy = f"pip install 'lora_vit[{name}]'" if is_ours else "give a module.Class of Python's, and its settings"
+        raise ConfigError(f"tracker.{name}._target_={target} cannot be made ({one_line(error)}): {remedy}") from None
+
+
+class Tracked:
+    """A trial as its trackers see it, and what hands its rows to them: one that fails is told once and left out."""
+
+    def __init__(self, record: TrialRecord, folder: Path, board: Path | None = None, step: int = 0):
+        """``board``: of event files, named by what a sweep varies; ``step``: from which it resumes, 0: from scratch."""
+        self.record, self.folder, self.board, self.step = record, folder, board or folder / "tensorboard", step
+        self.run = f"{record.trial_id}-{record.started:.0f}"  # the same when it resumes, another one from scratch
+        self.name = (board or folder).name.removesuffix(f"_{record.trial_id}")
+        self.group = folder.absolute().parent.name  # the sweep's name; single runs are ``runs``
+        settings = {**flat(record.config), "seed": record.config["seed"]}
+        self.settings = {key: value for key, value in settings.items() if value is not None}  # that decide the numbers
+        self._trackers = {name: make(name, own) for name, own in record.config["tracker"].items()}
+        self._is_started = False
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Hand on the row of a logged step or of an epoch."""
+        named = {TAGS.get(key, f"val/{key[4:]}" if key.startswith("val_") else ""): row[key] for key in row}
+        if values := {tag: value for tag, value in named.items() if tag and value is not None}:
+            self._call("scalars", row["step"], values)
+
+    def finish(self, status: str) -> None:
+        """End the runs, once."""
+        if self._is_started or status == "completed":
+            self._call("finish", status)
+        self._trackers.clear()
+
+    def _call(self, method: str, *given: Any) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._call("start", self)
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                getattr(tracker, method)(*given)
+            except Exception as error:
+                del self._trackers[name]
+                self.record.untracked[name] = why = one_line(error)
+                print(f"note: the tracker {name} has failed, trial {self.record.trial_id} goes on without: {why}")
 
 
 class TensorBoard:
-    """Event files, made at first use.
+    """Event files."""
 
-    Another tracker is a class with these four methods, and stands in the list ``trackers`` of
-    :class:`~lora_vit.training.trial.TrialRun`, which calls each of them for the trials that write a folder.
-    """
-
-    def __init__(self, folder: Path, record: TrialRecord):
-        self.folder, self.record = folder, record
-
-    @functools.cached_property
-    def writer(self) -> Any:
-        """Rows after the resumed step are superseded."""
+    def start(self, trial: Tracked) -> None:
+        """What came after the step that a trial resumes from is superseded."""
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder), purge_step=int(self.record.metrics.get("step") or 0) or None)
+        self.record = trial.record
+        self.writer = SummaryWriter(str(trial.board), purge_step=trial.step + 1 if trial.step else None)
 
-    def log_step(self, step: int, loss: float, lr: float, images_per_second: float) -> None:
-        """Called at logging steps; ``step`` counts from 1, over all epochs."""
-        self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/learning_rate", lr, step)
-        self.writer.add_scalar("train/images_per_second", images_per_second, step)
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+        if "train/loss" not in values:  # of an epoch
+            self.writer.flush()
 
-    def log_epoch(self, step: int, row: dict[str, float]) -> None:
-        """Called after each epoch with its row."""
-        if "val_accuracy" in row:
-            self.writer.add_scalar("val/accuracy", row["val_accuracy"], step)
-            self.writer.add_scalar("val/loss", row["val_loss"], step)
-        self.writer.flush()
-
-    def log_hparams(self) -> None:
-        """Called at the end of a trial that is completed: what a sweep varies, and the final metric.
+    def finish(self, status: str) -> None:
+        """Of a trial that is completed: what a sweep varies, and the final metric.
 
         The view shows five columns by itself, the first of the alphabet: short names bring the main ones there.
         """
@@ -51,9 +100,69 @@ class TensorBoard:
             "targets": " ".join(c["lora"]["targets"] or []),
             "weight_decay": c["optimizer"]["weight_decay"],
         }
-        self.writer.add_hparams(hparams, {"final/val_accuracy": self.record.metrics["val_accuracy"]}, run_name=".")
+        if status == "completed":
+            final = {"final/val_accuracy": self.record.metrics["val_accuracy"]}
+            self.writer.add_hparams(hparams, final, run_name=".")
+        self.writer.close()
 
-    def close(self) -> None:
-        """Called when the trial's files are closed."""
-        if "writer" in vars(self):
-            self.writer.close()
+
+class MLflow:
+    """A sweep is an experiment; a trial is a run, with its settings as parameters and its ids as tags."""
+
+    def __init__(self, uri: str | None, experiment: str | None):
+        import mlflow
+
+        self.mlflow, self.uri, self.experiment = mlflow, uri, experiment
+
+    def start(self, trial: Tracked) -> None:
+        """Continue the run that has this one's tag, if any, after the last step of each of its figures."""
+        self.record, self.last, self.waiting = trial.record, dict[str, int](), list[Any]()
+        self.client = client = self.mlflow.MlflowClient(self.uri)
+        name = self.experiment or trial.group
+        try:
+            place = client.create_experiment(name)
+        except self.mlflow.MlflowException:  # it is there
+            place = client.get_experiment_by_name(name).experiment_id
+        for known in client.search_runs([place], f"tags.run = '{trial.run}'"):
+            self.run = known.info.run_id
+            for tag in known.data.metrics:
+                self.last[tag] = max(figure.step for figure in client.get_metric_history(self.run, tag))
+            client.update_run(self.run, "RUNNING")
+            return
+        ids = {"trial": trial.record.trial_id, "cell": trial.record.cell_id, "run": trial.run}
+        self.run = client.create_run(place, int(1000 * trial.record.started), ids, trial.name).info.run_id
+        client.log_batch(self.run, params=[self.mlflow.entities.Param(*pair) for pair in trial.settings.items()])
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Collect them until an epoch is over: a server takes a while to answer, and 1000 at once."""
+        new = {tag: value for tag, value in values.items() if step > self.last.get(tag, 0)}
+        self.waiting += [self.mlflow.entities.Metric(*one, int(1000 * time.time()), step) for one in new.items()]
+        if "train/loss" not in values or len(self.waiting) > 900:
+            self._send()
+
+    def _send(self) -> None:
+        self.client.log_batch(self.run, self.waiting)
+        self.waiting = []
+
+    def finish(self, status: str) -> None:
+        self._send()
+        if status != "running":
+            state = {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED")
+            self.client.set_terminated(self.run, state, int(1000 * (self.record.finished or time.time())))
+
+
+class WandB:
+    """Weights & Biases, or another library with its functions; a sweep is a group, a trial a run."""
+
+    def __init__(self, library: str, **options: Any):
+        self.library, self.options = import_module(library), options
+
+    def start(self, trial: Tracked) -> None:
+        about = {"group": trial.group, "name": trial.name, "id": trial.run, "config": trial.settings}
+        self.run = self.library.init(**about, resume="allow", **self.options)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self, status: str) -> None:
+        self.run.finish({"completed": 0, "failed": 1}.get(status, 255))
