@@ -10,8 +10,8 @@ from lora_vit.records import METRICS, read_record
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sweep", help="name of a sweep in outputs/sweeps, or its folder; outputs/runs: the single runs in there")
-    add("--to", required=True, metavar="TRACKER", help="one of conf/tracker: mlflow, wandb, trackio, tensorboard")
-    add("settings", nargs="*", help="of the tracker, as after `lora-vit train`: tracker.mlflow.uri=sqlite:///runs.db")
+    add("--to", nargs="+", required=True, metavar="TRACKER", help="mlflow, wandb, trackio or tensorboard, "
+        "and its settings as after `lora-vit train`: tracker.mlflow.uri=sqlite:///runs.db")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit.training.trackers import Tracked
 
     with initialized():
-        chosen = Composer().exactly([f"tracker=[{args.to}]", *args.settings]).tracker
+        chosen = Composer().exactly([f"tracker=[{args.to[0]}]", *args.to[1:]]).tracker
     sweep, failed = Sweep(find(args.sweep)), 0
     boards = {name: sweep.folder / "tensorboard" / trial.board for name, trial in sweep.trials.items()}
     for folder in (folders := trial_folders(sweep.folder)):
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             tracked.row(row)
         tracked.finish(record.shown_status())
         failed += bool(record.untracked)
-    print(f"{len(folders) - failed} of {len(folders)} trials are in {args.to}")
+    print(f"{len(folders) - failed} of {len(folders)} trials are in {args.to[0]}")
     return int(failed > 0)
 
 

@@ -6,6 +6,7 @@ name, of a step that is counted from 1 over all epochs; ``finish(status)``: the 
 interrupted, or running where another process trains it on.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from importlib import import_module
@@ -112,6 +113,7 @@ class MLflow:
     def __init__(self, uri: str | None, experiment: str | None):
         import mlflow
 
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 let a dead server hold training up for long
         self.mlflow, self.uri, self.experiment = mlflow, uri, experiment
 
     def start(self, trial: Tracked) -> None:
@@ -152,17 +154,40 @@ class MLflow:
 
 
 class WandB:
-    """Weights & Biases, or another library with its functions; a sweep is a group, a trial a run."""
+    """Weights & Biases: a sweep is a group, a trial a run. What it has of a run that continues it drops by itself."""
 
-    def __init__(self, library: str, **options: Any):
-        self.library, self.options = import_module(library), options
+    def __init__(self, **options: Any):
+        import wandb
+
+        self.init, self.options = wandb.init, {"reinit": "create_new", **options}
 
     def start(self, trial: Tracked) -> None:
-        about = {"group": trial.group, "name": trial.name, "id": trial.run, "config": trial.settings}
-        self.run = self.library.init(**about, resume="allow", **self.options)
+        about = {"group": trial.group, "config": trial.settings, "resume": "allow", **self.options}
+        self.run = self.init(id=trial.run, name=trial.name, **about)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def finish(self, status: str) -> None:
         self.run.finish({"completed": 0, "failed": 1}.get(status, 255))
+
+
+class Trackio:
+    """Trackio, on this machine: a sweep is a group, a trial a run, which is found again by its name."""
+
+    def __init__(self, **options: Any):
+        import trackio
+
+        self.init, self.options = trackio.init, options
+
+    def start(self, trial: Tracked) -> None:
+        about = {"group": trial.group, "config": trial.settings, "resume": "allow", **self.options}
+        self.run = self.init(name=f"{trial.name} {trial.run}", **about)
+        self.next = self.run._next_step
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if step >= self.next:
+            self.run.log(values, step=step)
+
+    def finish(self, status: str) -> None:
+        self.run.finish()

@@ -47,7 +47,6 @@ CASES = [
     ("+tracker.mine._target_=nowhere.Mine", ["tracker.mine._target_=nowhere.Mine", "'nowhere'", "module.Class"]),
     ("+tracker.mine=5", ["tracker.mine._target_=None", "module.Class"]),
     ("+tracker.tensorboard.speed=5", ["tracker.tensorboard", "module.Class", "settings"]),
-    ("tracker=trackio tracker.trackio.library=trackjo", ["pip install 'lora_vit[trackio]'", "trackjo"]),
     ("optimizer.lr=inf", ["optimizer.lr=inf"]),
     ("optimizer.lr=fast", ["optimizer.lr", "fast"]),
     ("seed=-1", ["seed=-1"]),
