@@ -18,6 +18,7 @@ from lora_vit.errors import ConfigError, one_line
 from lora_vit.records import TrialRecord
 
 TAGS = {"loss": "train/loss", "lr": "train/learning_rate", "images_per_second": "train/images_per_second"}
+OFF: dict[str, str] = {}  # what could not be started in this process, and why: a dead server takes minutes to say so
 
 
 def make(name: str, settings: Any) -> Any:
@@ -27,8 +28,7 @@ def make(name: str, settings: Any) -> Any:
     try:
         return getattr(import_module(module), kind)(**{key: settings[key] for key in settings if key != "_target_"})
     except Exception as error:
-        is_ours = module == __name__ and isinstance(error, ImportError)
-        remedy = f"pip install 'lora_vit[{name}]'" if is_ours else "give a module.Class of Python's, and its settings"
+        remedy = f"pip install 'lora_vit[{name}]' for one of ours, or give your module.Class and its settings"
         raise ConfigError(f"tracker.{name}._target_={target} cannot be made ({one_line(error)}): {remedy}") from None
 
 
@@ -43,8 +43,9 @@ class Tracked:
         self.group = folder.absolute().parent.name  # the sweep's name; single runs are ``runs``
         settings = {**flat(record.config), "seed": record.config["seed"]}
         self.settings = {key: value for key, value in settings.items() if value is not None}  # that decide the numbers
-        self._trackers = {name: make(name, own) for name, own in record.config["tracker"].items()}
+        self._trackers = {name: make(name, own) for name, own in record.config["tracker"].items() if name not in OFF}
         self._is_started = False
+        record.untracked |= OFF
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Hand on the row of a logged step or of an epoch."""
@@ -68,6 +69,7 @@ class Tracked:
             except Exception as error:
                 del self._trackers[name]
                 self.record.untracked[name] = why = one_line(error)
+                OFF.update({name: why} if method == "start" else {})
                 print(f"note: the tracker {name} has failed, trial {self.record.trial_id} goes on without: {why}")
 
 
@@ -118,8 +120,8 @@ class MLflow:
 
     def start(self, trial: Tracked) -> None:
         """Continue the run that has this one's tag, if any, after the last step of each of its figures."""
-        self.record, self.last, self.waiting = trial.record, dict[str, int](), list[Any]()
-        self.client = client = self.mlflow.MlflowClient(self.uri)
+        client: Any = self.mlflow.MlflowClient(self.uri)
+        self.record, self.client, self.last, self.waiting = trial.record, client, dict[str, int](), list[Any]()
         name = self.experiment or trial.group
         try:
             place = client.create_experiment(name)
@@ -154,16 +156,19 @@ class MLflow:
 
 
 class WandB:
-    """Weights & Biases: a sweep is a group, a trial a run. What it has of a run that continues it drops by itself."""
+    """Weights & Biases: a sweep is a group, a trial a run. Of a run that continues it drops what it has by itself."""
+
+    library = "wandb"
 
     def __init__(self, **options: Any):
-        import wandb
-
-        self.init, self.options = wandb.init, {"reinit": "create_new", **options}
+        self.init, self.options = import_module(self.library).init, options
 
     def start(self, trial: Tracked) -> None:
-        about = {"group": trial.group, "config": trial.settings, "resume": "allow", **self.options}
-        self.run = self.init(id=trial.run, name=trial.name, **about)
+        self.begin(trial, id=trial.run, name=trial.name, reinit="create_new")  # trials of a pack are side by side
+
+    def begin(self, trial: Tracked, **names: str) -> None:
+        """Begin a run, or continue that of these names."""
+        self.run = self.init(group=trial.group, config=trial.settings, resume="allow", **names, **self.options)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -172,22 +177,18 @@ class WandB:
         self.run.finish({"completed": 0, "failed": 1}.get(status, 255))
 
 
-class Trackio:
-    """Trackio, on this machine: a sweep is a group, a trial a run, which is found again by its name."""
+class Trackio(WandB):
+    """Trackio, whose functions are those of W&B; it finds a run by its name, and would keep twice what it has."""
 
-    def __init__(self, **options: Any):
-        import trackio
-
-        self.init, self.options = trackio.init, options
+    library = "trackio"
 
     def start(self, trial: Tracked) -> None:
-        about = {"group": trial.group, "config": trial.settings, "resume": "allow", **self.options}
-        self.run = self.init(name=f"{trial.name} {trial.run}", **about)
+        self.begin(trial, name=f"{trial.name} {trial.run}")
         self.next = self.run._next_step
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if step >= self.next:
-            self.run.log(values, step=step)
+            super().scalars(step, values)
 
     def finish(self, status: str) -> None:
         self.run.finish()
