@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_vit.config.names import flat
 from lora_vit.errors import ConfigError, one_line
+from lora_vit.files import locked
 from lora_vit.records import TrialRecord
 
 TAGS = {"loss": "train/loss", "lr": "train/learning_rate", "images_per_second": "train/images_per_second"}
@@ -120,13 +121,11 @@ class MLflow:
 
     def start(self, trial: Tracked) -> None:
         """Continue the run that has this one's tag, if any, after the last step of each of its figures."""
-        client: Any = self.mlflow.MlflowClient(self.uri)
+        with locked(trial.folder.parent / ".mlflow.lock"):  # workers that make one database at once spoil it
+            client: Any = self.mlflow.MlflowClient(self.uri)
+            known = client.get_experiment_by_name(name := self.experiment or trial.group)
+            place = known.experiment_id if known else client.create_experiment(name)
         self.record, self.client, self.last, self.waiting = trial.record, client, dict[str, int](), list[Any]()
-        name = self.experiment or trial.group
-        try:
-            place = client.create_experiment(name)
-        except self.mlflow.MlflowException:  # it is there
-            place = client.get_experiment_by_name(name).experiment_id
         for known in client.search_runs([place], f"tags.run = '{trial.run}'"):
             self.run = known.info.run_id
             for tag in known.data.metrics:
