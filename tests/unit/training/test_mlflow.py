@@ -71,8 +71,8 @@ def test_a_sweep_that_was_trained_without_is_sent_once_however_often_it_is_asked
     sweep = sweep_of(Path("outputs/sweeps/late"), trials)
     for trial, status in zip(trials, ("completed", "failed", "interrupted"), strict=True):
         leave_record(sweep, trial, status, started=1000.0, finished=2000.0, metrics={"val_accuracy": 0.5})
-        rows = [{"kind": "step", "step": step, "epoch": 0, "loss": 1.0 / step, "lr": 0.5} for step in range(1, 400)]
-        rows.append({"kind": "epoch", "step": 399, "epoch": 1, "val_loss": None, "val_accuracy": 0.5})
+        rows = [{"kind": "step", "step": step, "epoch": 0, "loss": 1.0 / step, "lr": 0.5} for step in range(1, 600)]
+        rows.append({"kind": "epoch", "step": 599, "epoch": 1, "val_loss": None, "val_accuracy": 0.5})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (sweep.folder_of(trial) / METRICS).write_text(text)
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_a_sweep_that_was_trained_without_is_sent_once_however_often_it_is_asked
         for run, curves in found:
             assert (run.info.start_time, run.info.end_time) == (1_000_000, 2_000_000)
             assert {tag: len(curve) for tag, curve in curves.items()} == {
-                "train/loss": 399, "train/learning_rate": 399, "val/accuracy": 1}  # fmt: skip
+                "train/loss": 599, "train/learning_rate": 599, "val/accuracy": 1}  # fmt: skip
     monkeypatch.setattr(trackers, "OFF", {})
     code, out, _ = call("track", "late", "--to", "mlflow", "tracker.mlflow.uri=nonsense://x")
     assert (code, out.splitlines()[-1]) == (1, "0 of 3 trials are in mlflow")
