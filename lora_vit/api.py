@@ -99,6 +99,6 @@ def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
 
 def checked(config: TrialConfig) -> TrialConfig:
     """A config whose fields may have been changed, as it would be composed. Raises ConfigError."""
-    given = {name: part if name == "seed" else vars(part) for name, part in vars(config).items()}
+    given = {name: part if name in ("seed", "tracker") else vars(part) for name, part in vars(config).items()}
     with in_one_line():
         return from_omegaconf(OmegaConf.merge(OmegaConf.structured(RootConfig), given))

@@ -187,8 +187,9 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
         section, _, name = key.partition(".")
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)
+    beside = ("hydra", "sweep.", "engine", "tracker")  # not a preset's name
     ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
-            if not key.startswith(("hydra", "sweep.", "engine")) and key not in WITHOUT_IDENTITY}  # fmt: skip
+            if not key.startswith(beside) and key not in WITHOUT_IDENTITY}  # fmt: skip
     words = [ours["sweep"]] if "sweep" in ours else [short_key(key) for key in swept] or ["sweep"]
     return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, ours], 6)
 
@@ -259,7 +260,8 @@ def search_space(
         for i, end in ((0, "low"), (-1, "high"))
     ])  # fmt: skip
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
-    return {"trials": trials, "space": space, "bases": bases, "fixed": own}, ends
+    search = {"trials": trials, "space": space, "bases": bases, "fixed": own, "tracker": ends[0].config.tracker}
+    return search, ends
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:
@@ -286,6 +288,7 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
     race, search = options.margin is not None, options.trials is not None
     for wrong, why in (
         (first_of(swept, "sweep", "hydra", "engine"), "is the sweep's own and cannot be swept: give it one value"),
+        (first_of(swept, "tracker"), "cannot be swept: give several as tracker=[tensorboard,mlflow]"),
         (first_of(given, "hydra.run."), "has no effect on a sweep: give sweep.name or hydra.sweep.dir"),
         (first_of(given, "hydra/launcher", "hydra.launcher"),
          "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),
@@ -331,6 +334,7 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
     (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
      lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
                             f"(one of: {', '.join(others.split())})"),
+    (r"Could not load '([^']+)'", "'{0}' does not exist (see --help)".format),
     (r"Key '([^']+)' not in 'RootConfig'[\s\S]*In '\1/",
      "its first line has to be: # @package _global_ (in UTF-8 without a byte order mark)".format),
     (r"not in '[A-Z]\w+Config'\s+full_key: (\S+)", unknown_key),

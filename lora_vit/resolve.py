@@ -16,9 +16,10 @@ from lora_vit.config.schema import ADDED, idle, unknown_key
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import user_path
+from lora_vit.training.trackers import make
 
 UNKNOWN_ID = "TRIAL"  # stands for a trial id in a path, while that would need a download to know
-SECTIONS_BESIDE = ("hydra", "sweep", "engine")
+SECTIONS_BESIDE = ("hydra", "sweep", "engine", "tracker")
 
 
 def register_resolvers() -> None:
@@ -63,7 +64,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     ``fetch``: download and read what decides the trial's identity; else see :func:`is_identified`. ``cwd``: from where
     relative paths are seen, if not from here. Raises ConfigError: in one line, the key, the value and the remedy.
     """
-    wanted = [*SECTIONS, "seed"]
+    wanted = [*SECTIONS, "seed", "tracker"]
     plain: dict[str, Any] = {}
     for key in cfg:
         if key not in (*wanted, *SECTIONS_BESIDE):
@@ -100,6 +101,8 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
     if not data.cache_dir.startswith("~"):  # each machine's own home
         data.cache_dir = os.path.join(cwd, data.cache_dir)
     validate(trial)
+    for name, settings in trial.tracker.items():
+        make(name, settings)
     identify(trial, fetch)
     return trial
 

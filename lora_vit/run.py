@@ -21,6 +21,7 @@ from lora_vit.files import remove_empty
 from lora_vit.records import TrialRecord, read_record, state_of, write_record
 from lora_vit.stopping import SIGNALS, StopRequest
 from lora_vit.training.loop import RunReporter, train_trials
+from lora_vit.training.trackers import OFF
 from lora_vit.training.trial import TrialRun, lock_folder
 
 
@@ -34,6 +35,7 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
     Raises ConfigError: nothing was trained; TrialFailed: the record says why, or a process could not take part;
     Interrupted: everything is saved.
     """
+    OFF.clear()  # a server may be back since an earlier call
     process, restart = distributed.this_process(), config.trainer.resume == "restart"
     started = process.world_size if distributed.started_by_torchrun() else 0
     if (world_size := choose_world_size(config, started)) > max(1, started):

@@ -68,7 +68,8 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
         if not in_sweep:
             stop.command = f"the same command with hydra.run.dir={shown}"
         raise
-    print(f"{shown}\ntensorboard --logdir {shown}/tensorboard")
+    board = f"tensorboard --logdir {shown}/tensorboard\n" * ("tensorboard" in config.tracker)
+    print(f"{shown}\n{board}", end="")
     for name in dict.fromkeys((config.trainer.metric, "accuracy")):  # accuracy is the last line
         if (value := record.metrics.get(f"val_{name}")) is None:
             raise RecordError(f"{folder / RECORD} {NO_FIGURE.format(name)}")

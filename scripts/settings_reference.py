@@ -47,6 +47,17 @@ def table(title: str, kind: type, values: dict[str, object], said: dict[str, str
     return "\n".join(lines) + "\n"
 
 
+def tracker(path: Path) -> str:
+    """The section of a tracker: what its file says."""
+    text = path.read_text()
+    ((name, values),), said = yaml.safe_load(text).items(), described(text)
+    lines = [f"\n## tracker.{name}.* (tracker=[{name}])\n", f"{text[2:].splitlines()[0]}.\n"]
+    lines += ["| setting | default | what it means |", "|---|---|---|"]
+    for key, value in values.items():
+        lines.append(f"| `{key}` | `{value or 'null'}` | {said.get(key, '').replace('|', 'or')} |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
@@ -58,6 +69,7 @@ def page() -> str:
     seed = described(config)["seed"]
     parts.append(f"\n## seed\n\n`seed` (int, default `0`): {seed}.\n")
     parts.append(table("sweep.*", SweepConfig, yaml.safe_load(config)["sweep"], described(config)))
+    parts += [tracker(path) for path in sorted((ROOT / "conf/tracker").glob("*.yaml"))]
     for name, kind in ENGINES.items():
         parts.append(table(f"engine.* (engine={name})", kind, {"name": name}, described(inspect.getsource(kind))))
     return "".join(parts)

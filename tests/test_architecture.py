@@ -22,7 +22,7 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"sweep", "interop"},
     {"compose", "evaluate", "predict", "merge", "export"},
     {"api"},
-    {"train", "fetch", "summarize", "plugins"},
+    {"train", "fetch", "summarize", "track", "plugins"},
 ]
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "plugins"},

@@ -152,6 +152,7 @@ class TrialConfig:
     lora: LoraConfig
     trainer: TrainerConfig
     seed: int = field(metadata=number("a whole number", f"[0, {2**63 - 1}]"))
+    tracker: dict[str, Any] = field(metadata=NO_IDENTITY)  # by name: _target_ (see training/trackers.py) and settings
 
 
 @dataclass
@@ -187,6 +188,7 @@ WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 # Settings that an earlier version did not have, each with the value at which a trial is what it was there.
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
 # Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
+TENSORBOARD = {"tensorboard": {"_target_": "lora_vit.training.trackers.TensorBoard"}}  # how all were tracked before
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
 
 
@@ -207,6 +209,7 @@ def to_dict(trial: TrialConfig) -> dict[str, Any]:
 def deciding(trial: TrialConfig) -> dict[str, Any]:
     """The settings that decide a trial's numbers, as the version had them that first had a trial with these numbers."""
     values = to_dict(trial)
+    del values["tracker"]
     for section in SECTIONS:
         own = values[section]
         before = _meant(ADDED, section, own).items()
@@ -228,7 +231,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     seed = values.get("seed")
     if type(seed) is not int:
         raise ConfigError(f"seed={seed} is not a whole number: give one, or several as seed=0,1 in a sweep")
-    return TrialConfig(**sections, seed=seed)
+    return TrialConfig(**sections, seed=seed, tracker=values.get("tracker", TENSORBOARD))
 
 
 def _section(name: str, values: Any) -> Any:
@@ -251,6 +254,8 @@ def _section(name: str, values: Any) -> Any:
 
 def unknown_key(key: str) -> str:
     """What is said of a key that no composed config has."""
+    if key.startswith("tracker."):
+        return f"'{key}' is no setting of a tracker that is chosen: name it, as tracker=[tensorboard,mlflow]"
     known = [*_SETTINGS, *(f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)), *SECTIONS, "seed"]
     if key in known:
         return f"there is no '{key}': leave --config-name out, an experiment is chosen by experiment=NAME"

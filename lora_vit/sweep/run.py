@@ -212,7 +212,11 @@ def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Reque
     if failed:
         print_table(console, "Not completed", [text.format(title) for text in HEADER], failed, SHOWN)
     where = from_here(sweep.folder)
-    console.print(f"{where}\ntensorboard --logdir {where}/tensorboard\npython -m lora_vit.summarize {where}")
+    board = f"tensorboard --logdir {where}/tensorboard\n" * any("tensorboard" in t.config.tracker for t in trials)
+    console.print(f"{where}\n{board}python -m lora_vit.summarize {where}")
+    lost = {name: why for state in states.values() if state.record for name, why in state.record.untracked.items()}
+    for name, why in lost.items():
+        console.print(f"note: the tracker {name} has failed ({why}): lora-vit track {where} --to {name} fills it")
     if failed:
         retry = not request.options.retry_failed and any(row[2] == "failed" for row in failed)
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""

@@ -234,6 +234,7 @@ def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
     texts = {key: str(value) if not isinstance(value, float) else f"{value:.4g}" for key, value in params.items()}
     groups = [[key, texts[key]] for key, of in space.items() if of.get("group")]
     config = OmegaConf.create(next(text for options, text in search["bases"] if options == groups))
+    config.tracker = search["tracker"]
     for key, of in space.items():
         if not of.get("group"):
             value = dict(map(tuple, of["choices"]))[texts[key]] if "choices" in of else type(params[key])(texts[key])

@@ -29,7 +29,7 @@ from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
-from lora_vit.training.trackers import TensorBoard
+from lora_vit.training.trackers import Tracked
 
 ALL = 1 << 62  # images of a pass that takes its whole batch
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
@@ -77,9 +77,9 @@ class TrialRun:
         self.config, self.state, self.folder = config, state or TrialState(), folder
         self.record = record or TrialRecord(*ids(config), "running", to_dict(config), started=time.time())
         self._mine, self._asked, self._saved = mine, -math.inf, -math.inf
-        self.trackers: list[TensorBoard] = []
         if folder is not None:
-            self.trackers = [TensorBoard(tensorboard or folder / "tensorboard", self.record)]
+            step = int(self.state.last.get("step", 0)) + self.state.step_in_epoch
+            self._tracked = Tracked(self.record, folder, tensorboard, step)
             self._metrics = JsonLines(folder / records.METRICS, self.state.metrics_bytes)
             self._timing = JsonLines(folder / records.TIMING)
 
@@ -147,22 +147,23 @@ class TrialRun:
 
     def write_record(self) -> None:
         if folder := self._ask():
+            if self.record.status != "running":
+                self._tracked.finish(self.record.status)
             records.write_record(folder, self.record)
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
         if self._ask(ROWS_ASK_EVERY):
-            self._metrics.write({"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr})
+            row = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr}
+            self._metrics.write(row)
             self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
-            for tracker in self.trackers:
-                tracker.log_step(step, loss, lr, images_per_second)
+            self._tracked.row({**row, "images_per_second": images_per_second})
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """Write an epoch's row: train_loss, and where it was validated the figures of val."""
         if self._ask():
             self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
-            for tracker in self.trackers:
-                tracker.log_epoch(step, row)
+            self._tracked.row({"step": step, **row})
             self.say(f"epoch {epoch}  {epoch_figures(self, row)}")
 
     def save(self) -> None:
@@ -199,8 +200,6 @@ class TrialRun:
         }
         write_adapter(folder, Adapter(tensors, card))
         self.record.cost["adapter_bytes"] = (folder / "adapter.safetensors").stat().st_size
-        for tracker in self.trackers:
-            tracker.log_hparams()
 
     def say(self, text: str) -> None:
         """A line of ``train.log``."""
@@ -213,8 +212,7 @@ class TrialRun:
         if self.folder is not None:
             self._metrics.close()
             self._timing.close()
-            for tracker in self.trackers:
-                tracker.close()
+            self._tracked.finish("running")  # for another process, if it has not ended here
 
     def complete(self) -> None:
         """Record that the trial is completed; its results are written, so that its checkpoint goes."""

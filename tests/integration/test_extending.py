@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -37,12 +38,16 @@ def extended(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.slow
 def test_a_preset_sweeps_what_the_recipes_add_and_the_tracker_hears_of_each_trial(extended):
     environment = {"PYTHONPATH": str(extended)}
-    own = ("sweep=depth", "experiment=tracked", "model=vit_small", "data=stripes", "trainer.epochs=2")
+    own = ("sweep=depth", "tracker=[lines]", "model=vit_small", "data=stripes", "trainer.epochs=2")
     more = ("trainer.metric=low_recall", "sweep.name=depth", "sweep.pack_size=2")
     line = [sys.executable, "-m", "lora_vit.train", *own, *more]
     done = run(line, extended, environment)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"TRACKED stripes \d+ [01]\.\d+", done.stdout)) == 4
+    lines = [json.loads(line) for line in (extended / "lines/depth.jsonl").read_text().splitlines()]
+    names = [f"blocks={blocks}_seed={seed}" for blocks in ("[1]", "null") for seed in (0, 1)]
+    assert sorted(line["trial"] for line in lines if line.get("status") == "completed") == names
+    assert sum("val/accuracy" in line for line in lines) == 8
+    assert "tensorboard" not in done.stdout
     records = [read_record(path.parent) for path in (extended / "outputs/sweeps/depth").glob("*/record.json")]
     assert [(record.status, sum(record.data[part] for part in ("train", "val", "test"))) for record in records] == (
         [("completed", 60)] * 4

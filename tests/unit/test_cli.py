@@ -11,7 +11,7 @@ import pytest
 
 from lora_vit import cli
 
-NAMES = ("train", "fetch", "sweep", "summarize", "evaluate", "predict", "merge", "export")
+NAMES = ("train", "fetch", "sweep", "summarize", "track", "evaluate", "predict", "merge", "export")
 PRINTS = "print('\\u2013')"
 
 

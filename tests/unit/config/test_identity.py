@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 
-from lora_vit.config import WITHOUT_IDENTITY, canonical, file_sha256, ids, is_weights_file, trial_id
+from lora_vit.config import SECTIONS, WITHOUT_IDENTITY, canonical, file_sha256, ids, is_weights_file, trial_id
 from lora_vit.errors import ConfigError
 
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
@@ -31,7 +31,7 @@ CANONICAL: dict[str, Any] = {
     "seed": 0,
     "schema": 3,
 }
-SETTINGS = [(f"{section}.{key}", value) for section, keys in PLAIN.items() if section != "seed"
+SETTINGS = [(f"{section}.{key}", value) for section, keys in PLAIN.items() if section in SECTIONS
             for key, value in keys.items()]  # fmt: skip
 OTHERS = {"lora.blocks": [1], "model.mean": [0.5], "model.std": [0.5], "data.value_range": [0.0, 1.0],
           "optimizer.clip_norm": 1.0, "optimizer.head_lr": 1.0, "data.augment": ["mixup"]}

@@ -21,6 +21,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.records import read_record
 from lora_vit.resolve import from_omegaconf, identify
 from lora_vit.sweep.plan import Request
+from lora_vit.sweep.source import suggested
 
 GRID = [
     ["lora.rank=2", "optimizer.lr=1e-3", "seed=3"],
@@ -250,6 +251,19 @@ def test_a_grid_is_every_combination(tmp_path, monkeypatch):
     assert [trial.config.data.root for trial in quoted.trials] == [f"{tmp_path}/a,b"] * 2
 
 
+def test_trackers_are_no_part_of_ids_names_or_studies_and_reach_every_trial():
+    plain, without = asked("lora.rank=1,2"), asked("lora.rank=1,2", "tracker=[]")
+    assert plain.folder == without.folder
+    for one, other in zip(plain.trials, without.trials, strict=True):
+        assert one.trial_id == other.trial_id
+        assert (list(one.config.tracker), other.config.tracker) == (["tensorboard"], {})
+    space = ("lora.rank=choice(1,2)", "sweep.trials=3")
+    searches = [asked(*space, *more).search for more in ((), ("tracker=[]",))]
+    assert searches[0]["bases"] == searches[1]["bases"]
+    found = [suggested(search, {"lora.rank": "2"}).config.tracker for search in searches]
+    assert found == [plain.trials[0].config.tracker, {}]
+
+
 REFUSED = [
     (["seed=range(0,0)"], ["the sweep is empty"]),
     (["sweep=rank_lrr"], ["rank_lrr", "did you mean 'rank_lr'"]),
@@ -266,6 +280,7 @@ REFUSED = [
     (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local"]),
     (["seed=0,1", "engine=slrm"], ["'engine/slrm' does not exist", "'slurm'"]),
     (["engine=local,slurm"], ["engine", "cannot be swept"]),
+    (["tracker=tensorboard,mlflow"], ["tracker cannot be swept", "tracker=[tensorboard,mlflow]"]),
     (["seed=0,1", "sweep.wait=false"], ["sweep.wait=false needs engine=slurm"]),
     (["lora.rank=interval(1,4)"], ["lora.rank is a range without steps", "sweep.trials=30"]),
     (["sweep.trials=3"], ["nothing is searched", "interval"]),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
 import time
-from io import StringIO
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lora_vit import records
+from lora_vit.config import trial_id
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of, write_tensors
 from lora_vit.metrics import Predictions
-from lora_vit.records import PREDICTIONS
+from lora_vit.records import PREDICTIONS, read_record
+from lora_vit.training import trackers
 from lora_vit.training import trial as trials
+from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun
 
 
@@ -98,15 +102,108 @@ def test_epochs_show_the_metric_beside_the_accuracy(tmp_path):
     assert (tmp_path / "train.log").read_text().endswith("val loss 1.2500  val macro-F1 25.00%  val accuracy 50.00%\n")
 
 
-@pytest.mark.parametrize(("metrics", "purged"), [({}, None), ({"step": None}, None), ({"step": 7}, 7)])
-def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint(
-    metrics, purged, trial, tmp_path, monkeypatch
-):
-    made = []
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda *a, **how: made.append((a, how)) or StringIO())
-    trial.record.metrics = metrics
-    assert trial.trackers[0].writer is trial.trackers[0].writer
-    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": purged})]
+def test_curves_of_a_trial_that_resumes_supersede_what_came_after_its_checkpoint(tmp_path):
+    """Nothing before it: the epoch that had ended, and the steps up to where it stopped in the next one, stay."""
+    first = trial_in(tmp_path)
+    for step in range(1, 5):
+        first.log_step(step, 0, float(step), 0.5, 64.0)
+    first.log_epoch(2, 1, {"train_loss": 1.5, "val_loss": 1.25, "val_accuracy": 0.5})
+    first.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.rename(file.with_name("events.out.tfevents.0"))  # two files of one second have names in any order
+    state = TrialState(epoch=1, step_in_epoch=1, last={"epoch": 1, "step": 2})
+    second = trial_in(tmp_path, state=state)
+    second.log_step(4, 1, 40.0, 0.5, 64.0)
+    second.close()
+    curves = scalars(tmp_path / "tensorboard")
+    assert curves["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert curves["val/accuracy"] == [(2, 0.5)]
+
+
+class Notes:
+    """A tracker of one's own, which notes what it hears."""
+
+    heard: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, fails: str = ""):
+        self.fails = fails
+
+    def start(self, trial):
+        self.hear("start", trial.name, trial.group, trial.step)
+
+    def scalars(self, step, values):
+        self.hear("scalars", step, values)
+
+    def finish(self, status):
+        self.hear("finish", status)
+
+    def hear(self, method, *given):
+        if method == self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.heard.append((method, *given))
+
+
+OURS = {"_target_": f"{__name__}.Notes"}
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    monkeypatch.setattr(Notes, "heard", [])
+    monkeypatch.setattr(trackers, "OFF", {})
+    return Notes.heard
+
+
+@pytest.mark.parametrize(
+    ("end", "finished"),
+    [
+        (TrialRun.complete, "completed"),
+        (TrialRun.interrupt, "interrupted"),
+        (lambda trial: trial.fail("no good"), "failed"),
+        (TrialRun.close, "running"),
+    ],
+)
+def test_a_tracker_hears_of_a_trial_from_its_first_row_to_its_end(end, finished, heard, tmp_path):
+    board = tmp_path / f"s/tensorboard/rank=4_lr=0.1_{trial_id(plain_trial())}"
+    (tmp_path / "s/t").mkdir(parents=True)
+    state = TrialState(epoch=1, step_in_epoch=1, last={"epoch": 1, "step": 2})
+    trial = TrialRun(plain_trial({"tracker": {"ours": OURS}}), None, state, tmp_path / "s/t", board)
+    assert heard == []
+    trial.log_step(4, 1, 2.5, 0.5, 64.0)
+    trial.log_epoch(4, 2, {"train_loss": 1.5})  # not validated
+    trial.log_epoch(6, 3, {"train_loss": 1.5, "val_loss": 1.25, "val_new": 0.5})
+    end(trial)
+    trial.close()
+    assert heard == [
+        ("start", "rank=4_lr=0.1", "s", 3),
+        ("scalars", 4, {"train/loss": 2.5, "train/learning_rate": 0.5, "train/images_per_second": 64.0}),
+        ("scalars", 6, {"val/loss": 1.25, "val/new": 0.5}),
+        ("finish", finished),
+    ]
+
+
+def test_a_trial_without_rows_has_no_run_unless_it_is_completed(heard, tmp_path):
+    """As one that was stopped after its last epoch, and that only its results were missing of."""
+    for end in (TrialRun.interrupt, TrialRun.complete):
+        end(trial_in(tmp_path, {"tracker": {"ours": OURS}}))
+        assert [method for method, *_ in heard] == ["start", "finish"] * (end is TrialRun.complete)
+
+
+@pytest.mark.parametrize("method", ["start", "scalars", "finish"])
+def test_a_tracker_that_fails_is_told_once_and_the_others_and_the_training_go_on(method, heard, tmp_path, capsys):
+    """A full disk as well: the trial's own files say so, if they are on it."""
+    settings = {"bad": {**OURS, "fails": method}, "good": OURS}
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        folder.mkdir()
+        trial = trial_in(folder, {"tracker": settings})
+        for step in (1, 2):
+            trial.log_step(step, 0, 2.5, 0.5, 64.0)
+        trial.complete()
+        assert len(read_rows(folder / "metrics.jsonl")) == 2
+        assert read_record(folder).untracked == {"bad": "OSError: [Errno 28] No space left on device"}
+    told = 1 if method == "start" else 2  # what cannot be started is not tried again for each later trial
+    assert capsys.readouterr().out.count("the tracker bad has failed") == told
+    good = ["start", "scalars", "scalars", "finish"]
+    assert sorted(given[0] for given in heard) == sorted(2 * [*good, *good[: good.index(method)]])
 
 
 @pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])
@@ -209,8 +306,7 @@ def test_tensorboards_hparams(changes, expected, tmp_path, monkeypatch):
     trial = trial_in(tmp_path, changes)
     metric = f"val_{trial.config.trainer.metric}"
     trial.record.metrics = {"val_accuracy": 0.75, "test_accuracy": 0.25} | {metric: 0.5}
-    trial.trackers[0].log_hparams()
-    trial.close()
+    trial.complete()
     expected = {**expected, "lr": 1e-3, "weight_decay": 0.03}
     assert seen == [(expected, {f"final/{metric}": 0.5})]
     assert sorted(expected)[:5] == ["alpha", "dropout", "lr", "method", "rank"]
