@@ -137,10 +137,10 @@ class MLflow:
         client.log_batch(self.run, params=[self.mlflow.entities.Param(*pair) for pair in trial.settings.items()])
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Collect them until an epoch is over: a server takes a while to answer, and 1000 at once."""
+        """Collect them, over thirty rows or to the end of an epoch: a server takes a while to answer."""
         new = {tag: value for tag, value in values.items() if step > self.last.get(tag, 0)}
         self.waiting += [self.mlflow.entities.Metric(*one, int(1000 * time.time()), step) for one in new.items()]
-        if "train/loss" not in values or len(self.waiting) > 900:
+        if "train/loss" not in values or len(self.waiting) > 90:
             self._send()
 
     def _send(self) -> None:

@@ -60,7 +60,9 @@ def test_a_run_continues_when_its_trial_resumes_and_another_begins_when_it_resta
     assert run.data.params == {key: str(value) for key, value in settings.items() if value is not None}
     assert {run.data.tags[key] for key in ("trial", "cell")} == {record.trial_id, record.cell_id}
     again = TrialRun(config, dataclasses.replace(record, started=record.started + 60, status="running"), None, folder)
-    again.log_step(1, 0, 1.0, 0.5, 64.0)
+    for step in range(1, 32):
+        again.log_step(step, 0, 1.0, 0.5, 64.0)
+    assert len(runs_of(uri, "some")[1][1]["train/loss"]) == 31, "seen while it trains"
     again.fail("no good")
     assert [run.info.status for run, _ in runs_of(uri, "some")] == ["FINISHED", "FAILED"]
 
