@@ -3,11 +3,14 @@
 A metric is a fraction of which more is better; another one is one more entry of METRICS (docs/extending.md).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:  # the configuration names metrics, also where nothing is installed
+    import numpy as np
 
 
 @dataclass
@@ -34,17 +37,23 @@ class Metric(NamedTuple):
 
 
 def _recalls(p: Predictions) -> np.ndarray:
+    import numpy as np
+
     images = np.bincount(p.labels)
     return np.bincount(p.labels, p.predicted == p.labels)[images > 0] / images[images > 0]
 
 
 def _macro_f1(p: Predictions) -> float:
+    import numpy as np
+
     size, right = 1 + max(p.labels.max(), p.predicted.max()), p.labels[p.predicted == p.labels]
     true, said, both = (np.bincount(x, minlength=size) for x in (p.labels, p.predicted, right))
     return (2 * both / np.maximum(true + said, 1))[true + said > 0].mean()
 
 
 def _calibration_error(p: Predictions) -> float:
+    import numpy as np
+
     bins, right = np.searchsorted(np.arange(1, 15) / 15, p.top_probability), p.predicted == p.labels
     return np.abs(np.bincount(bins, right - p.top_probability.astype(float))).sum() / len(bins)
 

@@ -10,7 +10,7 @@ import pytest
 from plain_trials import BASELINE, PLAIN, plain_trial
 from sweeps import trial_of
 
-from lora_vit.config import ids, trial_id
+from lora_vit.config import SECTIONS, ids, trial_id
 from lora_vit.sweep.plan import label
 from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
@@ -18,9 +18,9 @@ INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora
 """What may differ inside a pack, beside the optimizer's settings."""
 BELOW = {"trainer.precision", "trainer.accelerator", "trainer.compile"}
 """What needs other data or another backbone, beside the settings of both; all else makes another pack on the same."""
-OF_NONE: dict[str, Any] = {"lora.blocks": [0], "optimizer.clip_norm": 1.0, "data.value_range": [0.0, 1.0],
-                           "model.mean": [0.1, 0.2, 0.3], "model.std": [0.1, 0.2, 0.3]}
-SETTINGS = ["seed", *(f"{group}.{key}" for group, keys in PLAIN.items() if isinstance(keys, dict) for key in keys)]
+OF_NONE: dict[str, Any] = {"lora.blocks": [0], "optimizer.clip_norm": 1.0, "optimizer.head_lr": 0.5,
+                           "data.value_range": [0.0, 1.0], "model.mean": [0.1, 0.2, 0.3], "model.std": [0.1, 0.2, 0.3]}
+SETTINGS = ["seed", *(f"{section}.{key}" for section in SECTIONS for key in PLAIN[section])]
 
 
 def another_value(setting: str) -> Any:
