@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
-from torchvision.transforms.v2 import functional as tv
 
 
 def operations(magnitude: int, size: int, device: torch.device) -> list[Callable[[Tensor], Tensor]]:
@@ -17,6 +16,7 @@ def operations(magnitude: int, size: int, device: torch.device) -> list[Callable
     They are torchvision's own. Those that move pixels have moved the pixels' numbers instead, and sharpness and
     autocontrast stand below, since the host would wait for each of them on a GPU.
     """
+    from torchvision.transforms.v2 import functional as tv
 
     def level(first: float, last: float) -> float:
         step = (np.float32(last) - np.float32(first)) / np.float32(30)  # as torch.linspace adds it, from the nearer end

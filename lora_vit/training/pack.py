@@ -43,12 +43,14 @@ def class_weights(trials: Sequence[TrialConfig], data: ImageData) -> np.ndarray 
 
     ``balanced``: training images / (classes * those of the class), as in scikit-learn.
     """
-    given, labels = [t.optimizer.class_weights for t in trials], data.labels[data.splits["train"]]
+    if not any(given := [t.optimizer.class_weights for t in trials]):
+        return None
+    labels = data.labels[data.splits["train"]]
     counts = np.bincount(labels, minlength=(C := len(data.class_names))).clip(1)  # of a class without images 1
     if wrong := next((w for w in given if isinstance(w, list) and len(w) != C), None):
         raise ConfigError(f"optimizer.class_weights={wrong}: give {C} numbers, one for each class, or balanced")
     rows = [len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given]
-    return np.stack(rows) if any(given) else None
+    return np.stack(rows)
 
 
 class Pack:

@@ -74,7 +74,7 @@ def test_a_sweep_on_two_nodes_whose_worker_is_killed(address, tmp_path):
 
 def test_a_command_that_is_asked_to_end_saves_what_its_tasks_train(address, tmp_path):
     """They are the command's own; the same command resumes."""
-    settings = (*ON_RAY, f"engine.address={address}", "seed=0,1", "trainer.epochs=200")
+    settings = (*ON_RAY, f"engine.address={address}", "seed=0,1", "trainer.epochs=400")
     process = start(command(*settings, "trainer.checkpoint_every=0.001"), tmp_path)
     place = tmp_path / "outputs/sweeps/s"
     wait_until(lambda: list(place.glob("*/checkpoint.pt")), process, 240, 0.1)
