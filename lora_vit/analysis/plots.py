@@ -99,10 +99,7 @@ def race(summary: Summary) -> Figure | None:
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
-    """The metric by rank (or the first numeric setting) with a line for each value of one other setting.
-
-    Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
-    """
+    """The metric by rank or another number, a line for each value of another setting, the rest as in the best cell."""
     cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
     frame = cells[~cells[METHOD].isin(BASELINES)].infer_objects()
     moved = [c for c in summary.settings if frame[c].nunique() > 1]

@@ -197,9 +197,7 @@ def idle(trial: TrialConfig) -> dict[str, Any]:
     return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED[key]}
 
 
-def to_dict(trial: TrialConfig) -> dict[str, Any]:
-    """The config as nested plain values, ready for JSON."""
-    return dataclasses.asdict(trial)
+to_dict = dataclasses.asdict  # nested plain values, ready for JSON
 
 
 def deciding(trial: TrialConfig) -> dict[str, Any]:

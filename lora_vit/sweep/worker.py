@@ -14,7 +14,7 @@ from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, own_device
+from lora_vit.sweep.pack_size import PackSizes, free_memory, own_device
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.source import source_of
@@ -60,8 +60,7 @@ class Worker(Reporter):
 
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
-        self.setups = Setups(Process(local_rank=own_device(sweep.planned, claims)))
-        self.sizes = PackSizes(sweep, self.setups, stop, say)
+        self.sizes = PackSizes(sweep, Process(local_rank=own_device(sweep.planned, claims)), stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
         self._last_error = ""  # of a trial, if the one before this ended by it
 
@@ -73,7 +72,7 @@ class Worker(Reporter):
         """
         for group, trials in self.claimed():
             try:
-                self.train_pack(group, trials, self.setups.of(trials[0]))
+                self.train_pack(group, trials, self.sizes.setup_of(trials[0]))
             except ConfigError as error:  # what the group trains on cannot be had here
                 self.give_up([trial.trial_id for trial in group.trials], str(error))
             except ClaimLost as error:
