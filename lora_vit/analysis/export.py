@@ -123,19 +123,16 @@ def _in_one_line(text: object) -> str:
 
 
 def markdown_escape(text: object) -> str:
-    """Text as Markdown prints it, in one line."""
     return re.sub(r"([\\|*`])", r"\\\1", _in_one_line(text)).replace("<", "&lt;")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A pipe table; text right-aligned where it is a number."""
     rule = ["---:" if right else "---" for right in numeric(table)]
     lines = [[markdown_escape(v) for v in row] for row in (list(table.columns), *table.to_numpy().tolist())]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def table_md(summary: Summary) -> str:
-    """``table.md``: verdict, warnings and the tables."""
     parts = [f"**{markdown_escape(summary.verdict)}**"]
     parts += [f"> Warning: {markdown_escape(w)}" for w in summary.warnings]
     parts += [markdown(readable(summary)), summary.legend]

@@ -25,8 +25,6 @@ COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "
 
 @dataclass
 class Loaded:
-    """What the folders hold."""
-
     trials: pd.DataFrame  # one row per trial id (columns: see row())
     problems: list[str]  # lines for the user
     races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command

@@ -80,11 +80,6 @@ class Race:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
-    @property
-    def trials(self) -> int:
-        """Trials that decided the race so far."""
-        return sum(map(self.seeds_of, range(len(self.means))))
-
     def expected(self) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
         later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds

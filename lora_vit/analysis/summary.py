@@ -139,7 +139,6 @@ class Summary:
         return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
 
     def power_text(self) -> str:
-        """:meth:`power` in a sentence, or nothing."""
         found = self.power()
         return "" if found is None else (
             f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
@@ -217,7 +216,6 @@ class RaceSummary(Summary):
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy") -> Race:
-    """The race of a ``sweep.json``, from the records of its trials."""
     ended = trials[trials["status"].isin(["completed", "failed"])]
     values = ended[value].where(ended["status"] == "completed")
     return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True))

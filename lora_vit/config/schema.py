@@ -107,7 +107,6 @@ class LoraConfig:
 
     @property
     def adapts(self) -> bool:
-        """Whether there are adapters."""
         return self.method in ADAPTED
 
     @property

@@ -49,7 +49,6 @@ def own_device(trials: Sequence[Trial], claims: Claims) -> int:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -144,11 +143,8 @@ class PackSizes:
 
 
 def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
-    """The fastest size that fits beside the other workers (``size``), and the figures behind it.
-
-    Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
-    The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
-    """
+    """The fastest size that fits beside the other workers (``size``), and the figures behind it."""
+    # the costliest trials of a seed first, so that no size is measured with cheaper ones than another
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}

@@ -18,8 +18,8 @@ INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora
 """What may differ inside a pack, beside the optimizer's settings."""
 BELOW = {"trainer.precision", "trainer.accelerator", "trainer.compile"}
 """What needs other data or another backbone, beside the settings of both; all else makes another pack on the same."""
-OF_NONE: dict[str, Any] = {"lora.blocks": [0], "optimizer.clip_norm": 1.0, "data.value_range": [0.0, 1.0],
-                           "model.mean": [0.1, 0.2, 0.3], "model.std": [0.1, 0.2, 0.3]}
+OF_NONE: dict[str, Any] = {"lora.blocks": [0], "optimizer.clip_norm": 1.0, "optimizer.head_lr": 1.0,
+                           "data.value_range": [0.0, 1.0], "model.mean": [0.1, 0.2, 0.3], "model.std": [0.1, 0.2, 0.3]}
 SETTINGS = ["seed", *(f"{group}.{key}" for group, keys in PLAIN.items() if isinstance(keys, dict) for key in keys)]
 
 
