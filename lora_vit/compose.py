@@ -111,7 +111,7 @@ class Composer:
         loader = GlobalHydra.instance().config_loader()
         self.parse = OverridesParser.create(config_loader=loader).parse_overrides
         self._options = functools.cache(loader.get_group_options)
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._base = functools.cache(self.exactly)
 
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config by Hydra's own way, with Hydra's node."""
@@ -122,10 +122,8 @@ class Composer:
         values = [o for o in self.parse(list(overrides)) if self.changes_a_value(o)]
         lines = {o.input_line for o in values}
         others = tuple(line for line in overrides if line not in lines)
-        if others not in self._bases:
-            self._bases[others] = self.exactly(others)
-        HydraConfig.instance().set_config(self._bases[others])  # for ${hydra:...}
-        config = copy.deepcopy(self._bases[others])
+        HydraConfig.instance().set_config(self._base(others))  # for ${hydra:...}
+        config = copy.deepcopy(self._base(others))
         try:
             for override in values:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -140,10 +138,7 @@ class Composer:
 
 
 def sweep_request(master: Any) -> Request:
-    """What a sweep's command asks for, every trial of it composed and validated; a sweep without a name gets one.
-
-    ``master``: the composed config of what is not swept, with Hydra's node. Raises ConfigError.
-    """
+    """What a sweep's command asks for, all trials validated; ``master``: what is not swept. Raises ConfigError."""
     if started_by_torchrun():
         raise ConfigError("a sweep starts its own processes: start it without torchrun")
     given: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)
@@ -177,10 +172,7 @@ def sweep_request(master: Any) -> Request:
 
 
 def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
-    """A sweep's name: the preset or the swept keys, and 6 hex digits of all that is not swept.
-
-    A grown list of values keeps the name; a changed fixed setting changes it.
-    """
+    """A sweep's name, which grown lists of values keep: the preset or the swept keys, and a digest of all else."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
     for key in (*WITHOUT_IDENTITY, *swept):

@@ -132,10 +132,7 @@ def hub_folder(given: str, fetch: bool) -> str:
 
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
-    """Fill in what the trial's files contain. Raises ConfigError: one cannot be read, or another content is given.
-
-    Without ``fetch`` nothing is downloaded, and ``data.content`` stays as given where that would be needed.
-    """
+    """Fill in what the trial's files contain; ``fetch``: also where that needs a download. Raises ConfigError."""
     weights, digest, known = trial.model.weights, None, DATASETS[trial.data.name]
     if weights is not None and is_weights_file(weights):
         digest = file_sha256(user_path(weights))

@@ -49,10 +49,7 @@ def refuse(trials: pd.DataFrame) -> None:
 
 
 def unfinished(trials: pd.DataFrame, same_seeds: bool = True, value: str = "val_accuracy") -> pd.DataFrame:
-    """Trials that are not in the averages, each with why: ``trial label seed status epoch value reason``.
-
-    With ``same_seeds``, a seed that at least half of the cells have is listed as ``missing`` for a cell that lacks it.
-    """
+    """Trials that are not in the averages, each with why; ``same_seeds``: also where a cell lacks a usual seed."""
     rows = []
     for _, r in trials[~averaged(trials, value)].iterrows():
         reason = f"no {value}" if r["status"] == "completed" else str(r["error"])
@@ -81,10 +78,7 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
 def warnings(
     done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, rates: pd.DataFrame, left_out: pd.DataFrame
 ) -> Iterator[str]:
-    """Lines for the terminal, the tables and the report, the weightiest first.
-
-    ``rates``: :func:`.tables.learning_rates`; ``left_out``: :func:`unfinished`.
-    """
+    """Lines for the terminal, the tables and the report, the weightiest first."""
     adapted = done[~done[METHOD].isin(BASELINES)]
     if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
         yield from _learning_rate(adapted, moved, rates)

@@ -33,10 +33,9 @@ class Effects:
 
 
 def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effects:
-    """Fit the model to the trials of ``frame`` (columns ``cell``, ``seed``, ``metric`` and the ``settings``).
+    """Fit the model to trials (columns ``cell``, ``seed``, ``metric``, ``settings``); an empty table if that cannot be.
 
-    Needs at least two cells with two seeds and a setting that varies; otherwise the table is empty. Settings that
-    go along with the ones before them cannot be separated; they are left out and named in ``notes``.
+    Settings that go along with the ones before them cannot be separated; they are left out and named in ``notes``.
     """
     frame = frame.reset_index(drop=True)
     if (frame.groupby("cell")["seed"].nunique() >= 2).sum() < 2:

@@ -54,10 +54,7 @@ def as_text(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
 
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
-    """The cells table as text, one row per cell, best first; only settings that vary have a column.
-
-    ``wide=False`` leaves out what fits no terminal (sd, interval of the difference, throughput, memory, sizes).
-    """
+    """The cells table as text, of settings those that vary; ``wide=False`` leaves out what fits no terminal."""
     cells, comparison, fixed = summary.cells, summary.comparison, summary.race is None
     short = short_names(summary.settings)
     settings = [(short[c], c, value_text if c != METHOD else METHODS.__getitem__) for c in short]
@@ -126,19 +123,16 @@ def _in_one_line(text: object) -> str:
 
 
 def markdown_escape(text: object) -> str:
-    """Text as Markdown prints it, in one line."""
     return re.sub(r"([\\|*`])", r"\\\1", _in_one_line(text)).replace("<", "&lt;")
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A pipe table; text right-aligned where it is a number."""
     rule = ["---:" if right else "---" for right in numeric(table)]
     lines = [[markdown_escape(v) for v in row] for row in (list(table.columns), *table.to_numpy().tolist())]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def table_md(summary: Summary) -> str:
-    """``table.md``: verdict, warnings and the tables."""
     parts = [f"**{markdown_escape(summary.verdict)}**"]
     parts += [f"> Warning: {markdown_escape(w)}" for w in summary.warnings]
     parts += [markdown(readable(summary)), summary.legend]
@@ -158,10 +152,7 @@ def latex_escape(text: object) -> str:
 
 
 def table_tex(summary: Summary) -> str:
-    """``table.tex``: the columns that the terminal has, the verdict as caption, the warnings as comments.
-
-    For the LaTeX packages booktabs and graphicx, in small type, shrunk where it is wider than the page.
-    """
+    """``table.tex``, for booktabs and graphicx: no wider than a page, the verdict as caption, warnings as comments."""
     whole = readable(summary, wide=False)
     table, caption = whole.head(LATEX_ROWS), latex_escape(summary.verdict)
     caption += f" The first {LATEX_ROWS} of {len(whole)} cells." if len(whole) > LATEX_ROWS else ""
@@ -175,10 +166,7 @@ def table_tex(summary: Summary) -> str:
 
 
 def terminal(summary: Summary, console: Console, top: int) -> None:
-    """Print the tables, at most ``top`` rows each, without the columns that the terminal has no room for.
-
-    Headers and text wrap, and no number and no word is broken.
-    """
+    """Print the tables, at most ``top`` rows each, without columns that find no room; no number or word is broken."""
     many = "s" * (len(summary.cells) > 1)
     cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
     for title, whole, notes in [cells, *sections(summary)]:

@@ -25,8 +25,6 @@ COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "
 
 @dataclass
 class Loaded:
-    """What the folders hold."""
-
     trials: pd.DataFrame  # one row per trial id (columns: see row())
     problems: list[str]  # lines for the user
     races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command
@@ -43,10 +41,7 @@ def find_records(folder: Path, depth: int = 2) -> list[Path]:
 
 
 def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
-    """Read every record of the folders; of records with one trial id the one with the last sign of life counts.
-
-    Raises RecordError if a folder does not exist, or there is no readable record at all.
-    """
+    """Read every record; of those of one trial the one that was alive last counts. Raises RecordError."""
     given = [Path(folder) for folder in folders]
     paths: dict[Path, None] = {}  # each once, in order
     for folder in given:
@@ -113,10 +108,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
 
 
 def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any]:
-    """One trial as a flat row, settings by dotted name (``lora.rank``), accuracies as fractions.
-
-    A metric that is missing or impossible is NaN and named in ``problems``. Raises RecordError if a time is none.
-    """
+    """One trial as a flat row, settings by dotted name; an impossible metric is NaN and in ``problems``."""
     if math.isnan(as_float(record.started)) or math.isnan(as_float(record.heartbeat)):
         raise RecordError(f"{folder / RECORD}: 'started' or 'heartbeat' is not a time")
     lora, facts, error = LoraConfig(**record.config["lora"]), record.environment, record.error or {}

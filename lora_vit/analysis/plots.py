@@ -99,10 +99,7 @@ def race(summary: Summary) -> Figure | None:
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
-    """The metric by rank (or the first numeric setting) with a line for each value of one other setting.
-
-    Means with seed intervals; what neither axis nor lines show is held at the best cell's values.
-    """
+    """The metric by rank or another number, a line for each value of another setting, the rest as in the best cell."""
     cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
     frame = cells[~cells[METHOD].isin(BASELINES)].infer_objects()
     moved = [c for c in summary.settings if frame[c].nunique() > 1]
@@ -151,10 +148,7 @@ def curves(folders: list[str], value: str = "val_accuracy") -> pd.DataFrame:
 
 
 def learning_curves(summary: Summary) -> Figure | None:
-    """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines.
-
-    The epochs after the first third set the range of several curves: there they lie close together.
-    """
+    """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
     shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
     done = summary.trials[summary.trials["status"] == "completed"]
     seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
@@ -170,7 +164,7 @@ def learning_curves(summary: Summary) -> Figure | None:
             later.append(low[low.index > low.index[0] + (low.index[-1] - low.index[0]) / 3])
     if not later:
         return None
-    if len(later) > 1 and len(lowest := pd.concat(later)):
+    if len(later) > 1 and len(lowest := pd.concat(later)):  # after the first third curves lie close together
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
     axes.locator_params(axis="x", integer=True)

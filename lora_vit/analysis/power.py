@@ -45,10 +45,7 @@ def seeds_needed(difference: float, sd: float, cells: int) -> int | None:
 
 
 def seeds_within(margin: float, sd: float, cells: int) -> int | None:
-    """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin with 80 %, or None.
-
-    ``P(D + critical * error <= margin)``, D normal with the error ``sd sqrt(2 / seeds)``, the sd taken as it is.
-    """
+    """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin with 80 %, or None."""
 
     def found(seeds: int) -> float:
         critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1))

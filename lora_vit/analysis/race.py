@@ -12,12 +12,9 @@ variance, which costs many trials, or a common one, which fails if spreads diffe
 that half of the cells that spreads most, or the pair's own if that is larger, as :mod:`.stats` does for fixed
 sweeps; docs/race.md says how often it errs.
 
-The rule, precisely: the race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... every cell that
-is still in must have its first r seeds (in the race's order), or have failed at one of them; else the race waits for
-these trials. Cells that failed at one of the r seeds leave, then those that are behind by more than W(r), all at once.
-Trials beyond r, and those of cells that have left, decide nothing. So neither the order in which trials end nor the
-number of workers changes a decision. A changed margin or grid is another replay of the same records, in which a cell
-that had left may be in again.
+The race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... every cell that is still in must
+have its first r seeds, or have failed at one of them; else the race waits for these trials. Cells that failed leave,
+then those that are behind by more than W(r), all at once. No other trial decides anything (docs/race.md, *Rules*).
 
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
@@ -83,11 +80,6 @@ class Race:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
-    @property
-    def trials(self) -> int:
-        """Trials that decided the race so far."""
-        return sum(map(self.seeds_of, range(len(self.means))))
-
     def expected(self) -> int:
         """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
         later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds
@@ -115,12 +107,10 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
 
 
 def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, object]]) -> Race:
-    """Where a race stands by its trials that have ended: what the sweep and the summary both ask.
+    """Where a race, as ``sweep.json`` has it, stands by its trials that have ended.
 
-    ``plan``: the race as ``sweep.json`` has it: ``margin`` (points), ``first_seeds``, ``most_seeds``, ``seed`` (the
-    first one) and ``cells`` (ids, in the order that settles ties). ``trials``: cell id, seed, accuracy as the record
-    says it (None, or no fraction in [0, 1]: the trial failed), and number of val images (None: not known). Other cells
-    and seeds do not matter.
+    ``trials``: cell id, seed, metric as the record says it (None, or no fraction in [0, 1]: the trial failed), and
+    number of val images (None: not known). Other cells and seeds do not matter.
     """
     rules, first, row = Rules.of(plan), plan["seed"], {cell: i for i, cell in enumerate(plan["cells"])}
     raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials
@@ -178,10 +168,7 @@ def _eliminate(race: Race, alive: np.ndarray, r: int) -> None:
 
 
 def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
-    """The trials (cell, number of the seed) that the race waits for, equal seeds side by side; those under way count.
-
-    If they are fewer than ``workers``, the survivors' next seeds follow, seed by seed, until all are busy.
-    """
+    """The trials (cell, number of the seed) that the race waits for; then next seeds, until all workers are busy."""
     there = np.isfinite(race.y) | race.failed
     trials: list[tuple[int, int]] = []
     first = max(race.seeds + 1, race.rules.first_seeds)
@@ -193,12 +180,8 @@ def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
 
 
 def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
-    """Seeds of each cell with which one stage gives the race's guarantee, the seeds' spread ``sd`` known beforehand.
-
-    ``P(the best has the highest mean) >= 1 - alpha`` if it leads by the margin (Bechhofer, 1954). None: with one cell,
-    or if the spread is not known (NaN).
-    """
+    """Seeds of a cell with which one stage of known spread gives the race's guarantee (Bechhofer, 1954), if any do."""
     if cells < 2 or not math.isfinite(sd):
         return None
-    known = 1e6  # degrees of freedom
-    return max(1, math.ceil(2 * (dunnett_critical(cells - 1, known, ALPHA) * sd / rules.margin) ** 2))
+    critical = dunnett_critical(cells - 1, 1e6, ALPHA)  # degrees of freedom of what is known
+    return max(1, math.ceil(2 * (critical * sd / rules.margin) ** 2))

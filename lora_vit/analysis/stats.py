@@ -54,8 +54,6 @@ def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
 
 @dataclass
 class Blocked:
-    """The fit of :func:`fit_blocks`."""
-
     y: np.ndarray  # [m, S], NaN where missing
     means: np.ndarray  # [m] adjusted for the seeds each cell has; equal to the plain means in a complete design
     counts: np.ndarray  # [m] seeds of each cell

@@ -108,10 +108,7 @@ class Summary:
         return f"One cell, nothing to compare: {cell['label']} has val {self.title} {figure}."
 
     def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
-        """Which cheapest cells are good enough, or that none is known yet; empty without a margin.
-
-        ``selected``: a cell that is good enough by other means, ``seen``: by which trials the others are.
-        """
+        """Which cheapest cells are good enough, beside one selected by other means; empty without a margin."""
         c, margin = self.comparison, self.margin
         if margin is None or c.best is None:
             return ""
@@ -134,18 +131,14 @@ class Summary:
         return f"{text}."
 
     def power(self) -> tuple[str, str] | None:
-        """The true difference that is detected with 80 % power, and how many seeds per cell detect half a point.
-
-        None if nothing was compared, or if results decided who got which seeds.
-        """
+        """The true difference that is detected with 80 % power, and how many seeds per cell detect half a point."""
         c, cells = self.comparison, int(self.comparison.compared.sum())
-        if c.best is None or self.race is not None:
+        if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
         seeds = seeds_needed(0.005, c.sd, cells) or f"more than {MOST_SEEDS}"
         return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
 
     def power_text(self) -> str:
-        """:meth:`power` in a sentence, or nothing."""
         found = self.power()
         return "" if found is None else (
             f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
@@ -223,7 +216,6 @@ class RaceSummary(Summary):
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy") -> Race:
-    """The race of a ``sweep.json``, from the records of its trials."""
     ended = trials[trials["status"].isin(["completed", "failed"])]
     values = ended[value].where(ended["status"] == "completed")
     return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True))
@@ -243,10 +235,9 @@ def counted(race: Race, done: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """The cells with the race's marks and order.
+    """The cells with the race's marks and order, without the claims of fixed sweeps.
 
-    With ``seeds_raced`` (when a cell left), and ``difference`` over the seeds that it shares with the first row. The
-    claims of fixed sweeps go. ``within`` the margin is also the selected one, if the race was about this margin.
+    ``seeds_raced``: when a cell left; ``difference``: over the seeds that it shares with the first row.
     """
     frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
     frame = frame.loc[:, ~frame.columns.str.startswith("d_")]

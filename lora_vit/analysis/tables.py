@@ -54,10 +54,8 @@ def cells_table(
 ) -> pd.DataFrame:
     """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
-    ``values`` and ``result``: :func:`matrix` and the comparison of its rows. ``adjusted`` is the mean corrected for
-    missing seeds; cells are sorted and compared by it. ``difference`` is cell minus best;
-    ``difference_low``/``_high`` its simultaneous 95 % interval. ``mark``: best | candidate | worse | open (neither
-    shown worse nor a candidate) | no verdict (one seed). ``vs_probe`` and ``vs_full``: cell minus the best cell of that
+    ``adjusted`` is the mean corrected for missing seeds; cells are sorted and compared by it. ``difference`` is cell
+    minus best, with its simultaneous 95 % interval. ``vs_probe`` and ``vs_full``: cell minus the best cell of that
     baseline, paired by seed, with its t interval. Losses, where trials have them all, and costs are means over the
     cell's trials; ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
     """

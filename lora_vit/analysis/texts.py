@@ -13,7 +13,6 @@ def plain(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A metric with its unit."""
     return plain(value) + " %" * math.isfinite(value)
 
 
@@ -24,7 +23,6 @@ def signed(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """The size of a difference with its unit."""
     return f"{plain(value)} points"
 
 

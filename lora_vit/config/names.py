@@ -28,16 +28,13 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A name for each cell, by its id, of the config of any of its seeds: the settings in which these cells differ.
-
-    A baseline goes by its own name. Cells that would have the same name get their id behind it.
-    """
+    """A name for each cell, by its id, of the config of any of its seeds: the settings in which these cells differ."""
     rows = {cell: flat(config) for cell, config in cells.items()}
     return names(rows, varying(rows.values()))
 
 
 def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dict[str, str]:
-    """:func:`cell_names` of flat settings, by those that are given."""
+    """:func:`cell_names` of flat settings, by those that are given; equal names get their cell's id behind them."""
     found = {cell: cell_text(row, settings) or f"rank {value_text(row['lora.rank'])}" for cell, row in rows.items()}
     counts = Counter(found.values())
     return {cell: name if counts[name] == 1 else f"{name} [{cell}]" for cell, name in found.items()}

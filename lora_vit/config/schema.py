@@ -109,7 +109,6 @@ class LoraConfig:
 
     @property
     def adapts(self) -> bool:
-        """Whether there are adapters."""
         return self.method in ADAPTED
 
     @property
@@ -201,9 +200,7 @@ def idle(trial: TrialConfig) -> dict[str, Any]:
     return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED[key]}
 
 
-def to_dict(trial: TrialConfig) -> dict[str, Any]:
-    """The config as nested plain values, ready for JSON."""
-    return dataclasses.asdict(trial)
+to_dict = dataclasses.asdict  # nested plain values, ready for JSON
 
 
 def deciding(trial: TrialConfig) -> dict[str, Any]:

@@ -75,7 +75,6 @@ class Claims:
         self._owners.clear()
 
     def ended(self) -> int:
-        """How many trials had ended as of the last look."""
         return sum(mark == ENDED for _, mark in self._last.values())
 
     def state(self, trial_id: str) -> str:
@@ -126,7 +125,6 @@ class Claims:
         return "" if said.get("token") == self.token else str(said.get("error", ""))
 
     def reopen(self, trial_ids: Iterable[str]) -> None:
-        """Make trials free that have ended."""
         self.look()
         for trial_id in trial_ids:
             if self.state(trial_id) == ENDED:
@@ -143,7 +141,6 @@ class Claims:
         return trial_id in self._held
 
     def beat(self) -> None:
-        """Give a sign of life."""
         path = self.folder / f"{self.token}.owner"
         try:
             with replacing(path) as file:

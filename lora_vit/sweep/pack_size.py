@@ -29,23 +29,6 @@ GAIN = 0.03  # a larger pack must be faster by this part to be preferred
 MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or one that takes so many seconds
 
 
-class Setups:
-    """Makes what trials train on, and keeps the last."""
-
-    def __init__(self, process: Process):
-        self.process = process
-        self._last: tuple[str, Setup] | None = None
-
-    def of(self, trial: Trial) -> Setup:
-        """Data and backbone for a trial. Raises ConfigError."""
-        key = setup_key(trial.config)
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            free_memory()
-            self._last = key, build_setup(trial.config, self.process)
-        return self._last[1]
-
-
 def uses_gpus(trials: Sequence[Trial]) -> bool:
     """Whether any trial runs on a GPU; each worker then has one to itself."""
     return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
@@ -66,19 +49,28 @@ def own_device(trials: Sequence[Trial], claims: Claims) -> int:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class PackSizes:
-    """How many trials of a group train together: as asked for, or measured once on each kind of machine."""
+    """How many trials of a group train together, as asked for or measured once on each kind of machine; and on what."""
 
-    def __init__(self, sweep: Sweep, setups: Setups, stop: StopRequest, say: Callable[[str], None]):
-        self.sweep, self.setups, self.stop, self.say = sweep, setups, stop, say
+    def __init__(self, sweep: Sweep, process: Process, stop: StopRequest, say: Callable[[str], None]):
+        self.sweep, self.process, self.stop, self.say = sweep, process, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
+        self._last: tuple[str, Setup] | None = None
+
+    def setup_of(self, trial: Trial) -> Setup:
+        """Data and backbone for a trial; the last ones are kept. Raises ConfigError."""
+        key = setup_key(trial.config)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            free_memory()
+            self._last = key, build_setup(trial.config, self.process)
+        return self._last[1]
 
     def of(self, group: Group, claims: Claims) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
@@ -116,7 +108,7 @@ class PackSizes:
         return found
 
     def _kind(self, group: Group) -> str:
-        device = choose_device(group.trials[0].config.trainer.accelerator, self.setups.process)
+        device = choose_device(group.trials[0].config.trainer.accelerator, self.process)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:
@@ -138,7 +130,7 @@ class PackSizes:
         """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
         try:
-            setup, configs = self.setups.of(group.trials[0]), [trial.config for trial in group.trials]
+            setup, configs = self.setup_of(group.trials[0]), [trial.config for trial in group.trials]
             figures = choose_pack_size(configs, setup, self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
             if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
@@ -151,11 +143,8 @@ class PackSizes:
 
 
 def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
-    """The fastest size that fits beside the other workers (``size``), and the figures behind it.
-
-    Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
-    The costliest trials of a seed come first, so that no size is measured with cheaper ones than another.
-    """
+    """The fastest size that fits beside the other workers (``size``), and the figures behind it."""
+    # the costliest trials of a seed first, so that no size is measured with cheaper ones than another
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}
     memory: dict[int, int] = {}

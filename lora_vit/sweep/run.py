@@ -141,10 +141,7 @@ def _reopen(sweep: Sweep, trials: Sequence[Trial], restart: bool, retry_failed: 
 
 
 def follow(source: Source, engine: Engine, view: View, request: Request) -> bool:
-    """Start workers while trials are free, and watch until all have ended; whether that was waited for.
-
-    Raises TrialFailed, Interrupted; also if the user lets workers continue by themselves.
-    """
+    """Start workers and watch until all trials have ended; whether we waited. Raises TrialFailed, Interrupted."""
     tries = 0
     with StopRequest() as stop:
         try:
@@ -225,7 +222,6 @@ def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Reque
 
 
 def print_cells(console: Console, trials: Sequence[Trial], of: dict[str, float], metric: str) -> None:
-    """Cells by the mean of the metric, best first."""
     cells: dict[str, list[Trial]] = {}
     for trial in trials:
         cells.setdefault(trial.cell_id, []).append(trial)
@@ -244,7 +240,6 @@ def print_cells(console: Console, trials: Sequence[Trial], of: dict[str, float],
 
 
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
-    """How the race stands, and its verdict if it has ended."""
     source.look()
     columns = ("cell", f"mean val {METRICS[sweep.metric].title}", "seeds", "slack (points)", "")
     print_table(console, source.title(), columns, source.rows(), SHOWN)

@@ -42,11 +42,7 @@ def source_of(sweep: Sweep) -> Source:
 
 
 class RaceSource(Source):
-    """A sweep with ``sweep.margin``: cells get more seeds until one is left.
-
-    ``cells``: a trial of each with the first seed, in the order of ids, which settles ties. ``ended``: cell, seed,
-    value (None: failed) and val images of trials that have, by their ids. ``race``: as it stood at the last look.
-    """
+    """A sweep with ``sweep.margin``: cells get more seeds until one is left."""
 
     def __init__(self, sweep: Sweep):
         super().__init__(sweep)
@@ -59,6 +55,7 @@ class RaceSource(Source):
         if plan != self._plan:  # at first, and if another command has changed its rules, cells or metric
             self._plan = plan
             one_each = {trial.cell_id: trial for trial in self.sweep.trials.values()}
+            # by the order of ids, which settles ties; of trials: cell, seed, value (None: failed) and val images
             self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
             self.ended: dict[str, tuple[str, int, object, object]] = {}
         for name, trial in self.sweep.trials.items():
@@ -70,7 +67,6 @@ class RaceSource(Source):
         self.race: Race = standing(plan, self.ended.values())
 
     def wanted(self) -> list[Trial]:
-        """The trials that the race waits for."""
         places = wanted(self.race, int(self.sweep.plan["workers"]))
         return [self.cells[cell].with_seed(self.race.first + number) for cell, number in places]
 
@@ -84,7 +80,6 @@ class RaceSource(Source):
             return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
 
     def title(self) -> str:
-        """Where the race stands, in a line."""
         race, trials, k = self.race, len(self.ended), len(self.cells)
         if not race.seeds:
             return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
@@ -129,7 +124,6 @@ class SearchSource(Source):
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
 
     The study is kept in the sweep's folder; another space, or another fixed setting, is another study in the same file.
-    Suggestions are drawn with seeds of their own, so that a search that was stopped does not draw its first ones again.
     """
 
     def extend(self) -> bool:
@@ -178,7 +172,6 @@ class SearchSource(Source):
         return _named(study)
 
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
-        """Up to ``count`` suggestions that are new."""
         import optuna
 
         space = {key: distribution(key, of) for key, of in search["space"].items()}
@@ -186,6 +179,7 @@ class SearchSource(Source):
         for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
             if len(new) >= count:
                 break
+            # a seed of its own, so that a search that was stopped does not draw its first suggestions again
             study.sampler = optuna.samplers.TPESampler(seed=number, multivariate=True, constant_liar=True)
             theirs = study.ask(space)
             try:
@@ -209,7 +203,6 @@ def _named(study: Any) -> dict[str, Any]:
 
 
 def distribution(key: str, of: dict[str, Any]) -> Any:
-    """Optuna's of a searched key. Raises ConfigError if there is none."""
     from optuna import distributions as kinds
 
     if "choices" in of:

@@ -12,8 +12,6 @@ from lora_vit.config.names import BASELINES, METHODS
 
 @dataclass
 class Trial:
-    """One trial of a sweep."""
-
     config: TrialConfig
     overrides: list[str] = field(default_factory=list)  # what makes it this trial, as on the command line
     label: str = ""  # the swept settings, short
@@ -46,7 +44,6 @@ class Group:
 
     @property
     def title(self) -> str:
-        """How a plan names the group."""
         c, lora = self.trials[0].config, self.trials[0].config.lora
         blocks = "" if lora.blocks is None else f" in blocks {','.join(map(str, lora.blocks))}"
         bias = "" if lora.bias == "none" else f", bias {lora.bias}"

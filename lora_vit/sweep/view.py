@@ -25,7 +25,6 @@ def trial_row(trial_id: str, label: str, state: State, metric: str = "accuracy")
 
 
 def ending(trial: Trial, state: State, metric: str) -> str:
-    """What a trial has come to, in a line."""
     name, label, status, _, value, why = trial_row(trial.trial_id, trial.label, state, metric)
     return f"{name} {label}  {status}  {why or (value and f'val {METRICS[metric].title} {value}')}"
 
@@ -36,10 +35,7 @@ def value_of(state: State, metric: str) -> float | None:
 
 
 class View:
-    """Watches the trials of a sweep: a bar, or plain lines when piped, and a line for each trial that ends.
-
-    It reads what any process can read: the plan, the claims and the records.
-    """
+    """Watches the trials of a sweep: a bar, or plain lines when piped, and a line for each trial that ends."""
 
     def __init__(self, sweep: Sweep, trials: Sequence[tuple[Trial, State]]):
         self.sweep, self.claims = sweep, Claims(sweep.folder)
@@ -82,11 +78,9 @@ class View:
         return [trial for name, trial in every.items() if name not in self.ended]
 
     def running(self) -> list[str]:
-        """Ids of the trials that a process has."""
         return [name for name in self.trials if name not in self.ended and self.claims.state(name) == HELD]
 
     def free(self) -> int:
-        """Trials that no process has."""
         return len(self.trials) - len(self.ended) - len(self.running())
 
     def busy(self) -> int:

@@ -14,7 +14,7 @@ from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, Setups, free_memory, own_device
+from lora_vit.sweep.pack_size import PackSizes, free_memory, own_device
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.source import source_of
@@ -41,7 +41,6 @@ def work(folder: Path) -> None:
 
 
 def exit_code(folder: Path) -> int:
-    """Be a worker, in a process of its own; errors are printed."""
     try:
         with reporting():
             work(folder)
@@ -51,29 +50,23 @@ def exit_code(folder: Path) -> int:
 
 
 class Worker(Reporter):
-    """Trains a sweep's open trials until none is left. There is one for each device.
+    """Trains a sweep's open trials on one device until none is left.
 
-    A worker's own trouble (no images, a sick GPU, a full disk) is never a trial's end: the worker gives back what it
-    cannot train, continues with the rest, and ends with an error. A trial fails by a loss that is not finite, or by an
-    error that two processes have seen.
+    A worker's own trouble (no images, a sick GPU, a full disk) is never a trial's end: it gives back what it cannot
+    train. A trial fails by a loss that is not finite, or by an error that two processes have seen.
     """
 
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
-        self.setups = Setups(Process(local_rank=own_device(sweep.planned, claims)))
-        self.sizes = PackSizes(sweep, self.setups, stop, say)
+        self.sizes = PackSizes(sweep, Process(local_rank=own_device(sweep.planned, claims)), stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
-        """Train until no trial is left.
-
-        Raises ConfigError: some trials cannot be trained here; TrialFailed: this process or its device is broken;
-        Interrupted: everything is saved.
-        """
+        """Train until no trial is left. Raises ConfigError: some cannot be trained here; TrialFailed: nothing can."""
         for group, trials in self.claimed():
             try:
-                self.train_pack(group, trials, self.setups.of(trials[0]))
+                self.train_pack(group, trials, self.sizes.setup_of(trials[0]))
             except ConfigError as error:  # what the group trains on cannot be had here
                 self.give_up([trial.trial_id for trial in group.trials], str(error))
             except ClaimLost as error:
@@ -115,7 +108,6 @@ class Worker(Reporter):
             return None
 
     def give_up(self, trial_ids: list[str], why: str) -> None:
-        """Leave trials to other processes."""
         self.say(f"{len(trial_ids)} trials cannot be trained here: {why}")
         self.packs.skip.update(dict.fromkeys(trial_ids, why))
 
@@ -161,10 +153,7 @@ class Worker(Reporter):
         self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record), self.sweep.metric))
 
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
-        """Train a pack; returns the ids of what is to train by itself after an error, in halves.
-
-        Raises TrialFailed if the device is to blame for the error, OSError if the disk is.
-        """
+        """Train a pack; returns the ids of what is to train by itself after an error, in halves."""
         try:
             with self.sizes.fitting(group, setup):
                 train_trials(runs, setup, self, self.stop)
@@ -188,10 +177,7 @@ class Worker(Reporter):
         return [part for part in (rest[:half], rest[half:]) if part]
 
     def blame(self, run: TrialRun, error: Exception) -> None:
-        """An error of a trial alone: record it as failed if another process saw it too, else leave it to another.
-
-        Raises TrialFailed if the trial before it ended with the same error: then this process is to blame.
-        """
+        """An error of a trial alone: record it as failed if another process saw it too, else leave it to another."""
         text = one_line(error)
         if _alike(self.claims.seen_elsewhere(run.name), text):
             run.fail(text, error=error)
@@ -200,7 +186,7 @@ class Worker(Reporter):
             run.interrupt()
             self.claims.release(run.name, FREE, text)
             self.give_up([run.name], text)
-            if _alike(self._last_error, text):
+            if _alike(self._last_error, text):  # then this process is to blame
                 raise TrialFailed(f"two trials in a row ended here with the same error: {text}")
             self._last_error = text
 

@@ -102,7 +102,7 @@ class SimulatedWorker(Worker):
 
     def __init__(self, folder: Path, claims: Claims, operations: Operations, seconds: float):
         super().__init__(Sweep.existing(folder), claims, StopRequest(), lambda text: None)
-        self.setups.of = lambda trial: None  # type: ignore[method-assign, assignment, return-value]
+        self.sizes.setup_of = lambda trial: None  # type: ignore[method-assign, assignment, return-value]
         self.operations, self.seconds = operations, seconds
 
     def train_pack(self, group: Group, trials: list[Trial], setup: Any) -> None:

@@ -129,10 +129,7 @@ def expected_bytes(config: TrialConfig) -> int:
 
 
 def work_for_command() -> int:
-    """Be the process that a command started: import torch, wait for its orders, and fork the workers.
-
-    They are asked to stop when the command, or this process, has gone. Returns the largest exit code.
-    """
+    """Import torch, wait for a command's orders, fork workers that end with it; returns their largest exit code."""
     import torch
 
     from lora_vit.sweep.worker import exit_code

@@ -31,8 +31,6 @@ class Job(submitit.helpers.Checkpointable):
 
 
 class Slurm(Engine):
-    """Engine of ``engine=slurm``."""
-
     outlives_us = True
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
@@ -69,7 +67,15 @@ class Slurm(Engine):
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
     def look(self) -> tuple[int, list[str]]:
-        queue, texts = self._queue(), []  # of whichever command
+        (since, queue), texts = self._seen, []  # the sweep's jobs, of whichever command
+        if time.monotonic() - since >= QUEUE_EVERY:
+            command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:  # Slurm is away
+                queue = {job.job_id for job in self.jobs}
+            else:
+                queue = set(done.stdout.split())
+                self._seen = (time.monotonic(), queue)
         for job in [job for job in self.jobs if job.job_id not in queue]:
             self.jobs.remove(job)
             outcome, result = "lost", "it was killed, or its node died"
@@ -93,15 +99,3 @@ class Slurm(Engine):
     def withdraw(self) -> None:
         """Those of every command for this folder: they could wait for days, and then start for nothing."""
         subprocess.run(["scancel", "--me", f"--name={self.name}", "--state=PENDING"], check=False)
-
-    def _queue(self) -> set[str]:
-        """Ids of the sweep's jobs in the queue; a site is asked at most every ``QUEUE_EVERY`` seconds."""
-        since, seen = self._seen
-        if time.monotonic() - since < QUEUE_EVERY:
-            return seen
-        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:  # Slurm is away
-            return {job.job_id for job in self.jobs}
-        self._seen = (time.monotonic(), set(done.stdout.split()))
-        return self._seen[1]

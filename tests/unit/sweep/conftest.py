@@ -6,7 +6,7 @@ import pytest
 from worker_bench import Bench
 
 from lora_vit.sweep import worker as worker_module
-from lora_vit.sweep.pack_size import Setups
+from lora_vit.sweep.pack_size import PackSizes
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def bench(tmp_path, monkeypatch) -> Bench:
     monkeypatch.setattr(worker_module, "train_trials", made.train)
     monkeypatch.setattr(worker_module, "free_memory", lambda: None)  # takes long, and there is nothing to free
     monkeypatch.setattr(worker_module, "POLL_EVERY", 0.001)
-    monkeypatch.setattr(Setups, "of", lambda setups, trial: made.built(trial))
+    monkeypatch.setattr(PackSizes, "setup_of", lambda sizes, trial: made.built(trial))
     return made

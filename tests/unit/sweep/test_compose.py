@@ -183,10 +183,10 @@ def test_what_is_more_than_a_value_is_left_to_hydra(overrides, loader):
 
 
 def test_a_value_costs_no_composition(monkeypatch):
+    exactly, whole = Composer.exactly, []
+    monkeypatch.setattr(Composer, "exactly", lambda self, lines: whole.append(list(lines)) or exactly(self, lines))
     with initialized():
-        loader, whole = Composer("config", []), []
-        exactly = loader.exactly
-        monkeypatch.setattr(loader, "exactly", lambda overrides: whole.append(list(overrides)) or exactly(overrides))
+        loader = Composer("config", [])
         first = loader(["data=fake", "seed=1", "lora=qv"])
         assert loader(["data=fake", "seed=2", "lora=qv"]).seed == 2
         assert (first.seed, loader(["data=fake", "lora=qv"]).seed) == (1, 0), "one trial's value is no other's"

@@ -19,7 +19,7 @@ from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import pack_size as measure
 from lora_vit.sweep.claims import Claims
-from lora_vit.sweep.pack_size import PackSizes, Setups, attainable_memory, choose_pack_size
+from lora_vit.sweep.pack_size import PackSizes, attainable_memory, choose_pack_size
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial, make_groups
 from lora_vit.training.trial import TrialRun
@@ -38,11 +38,11 @@ class Sizes:
         self.sweep = sweep_of(folder, self.trials, workers, pack_size=size)
         self.said: list[str] = []
         self.stop = StopRequest()
-        self.sizes = PackSizes(self.sweep, Setups(Process()), self.stop, self.said.append)
+        self.sizes = PackSizes(self.sweep, Process(), self.stop, self.said.append)
         (self.group,) = make_groups(self.trials)
         self.claims = Claims(folder)
         self.measured: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(Setups, "of", lambda setups, trial: ("setup of", trial))
+        monkeypatch.setattr(PackSizes, "setup_of", lambda sizes, trial: ("setup of", trial))
         monkeypatch.setattr(measure, "choose_pack_size", self.choose)
 
     def choose(self, *given: Any) -> dict[str, Any]:

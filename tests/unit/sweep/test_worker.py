@@ -80,7 +80,7 @@ def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", ["2", "auto"])
 def test_what_cannot_be_built_here_is_left_to_other_workers(size, bench, monkeypatch):
     """S1: images are not mounted on one machine. The rest of the sweep is trained, the worker says and fails."""
-    monkeypatch.setattr(PackSizes, "_measured", lambda self, group, claims: self.setups.of(group.trials[0]) and 2)
+    monkeypatch.setattr(PackSizes, "_measured", lambda self, group, claims: self.setup_of(group.trials[0]) and 2)
     broken, fine = seed_trials(5), seed_trials(2, trainer__epochs=3)
     tried: list[int] = []
 
