@@ -26,9 +26,7 @@ from lora_vit.files import shown
 
 Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
 WHOLE = (0.0, 65535.0)  # of 16 bits
-WHITE = (255, 255, 255)
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
-_DARK = 4096  # of 65536, below which colours have no upper 8 bits, and those are all that Pillow keeps
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Decoding:
 
     size: int | None
     value_range: Range | None = None
-    background: tuple[int, ...] | None = WHITE
+    background: tuple[int, ...] | None = (255, 255, 255)
 
     def __call__(self, file: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
         """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
@@ -88,7 +86,7 @@ class Decoding:
             if not known.size or not np.isfinite(known).all():
                 raise ValueError("it has values that are not finite" if known.size else "none of its pixels holds data")
             ends = float(known.min()), float(known.max()) + 255 * colour
-            if colour and ends[1] < _DARK and not image.has_transparency_data:
+            if colour and ends[1] < 4096 and not image.has_transparency_data:  # Pillow keeps the upper 8 bits alone
                 black = f"16-bit {image.mode} with values up to {ends[1]:g} of 65535: its upper 8 bits are black"
                 raise ValueError(f"{black}, convert it to 8 bits")
             if self.value_range is None and (find or not colour):

@@ -156,17 +156,16 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
     put_head(model, adapter.tensors)
     lora = adapter.card["lora"]
+    own = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(OF_HEADS)}
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if lora["method"] in ADAPTED:
-        trained = [name for name in adapter.tensors if name in views and not name.startswith(OF_HEADS)]
-        base_values(model).update({name: views[name].detach().clone() for name in trained})
+        base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
         spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            if not name.startswith(OF_HEADS):
-                views[name].copy_(tensor)
+        for name, tensor in own.items():
+            views[name].copy_(tensor)
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
