@@ -60,7 +60,6 @@ def named(text: str) -> Path:
 
 
 def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:
-    """Add the arguments of every command on a trial."""
     parser.add_argument("folder", help="a completed trial's folder, or a sweep: its best cell's first seed")
     parser.add_argument("--weights", metavar="FILE", help="where the base's weights are, if not where they were")
     parser.add_argument("--device", choices=devices, default=devices[0])
@@ -68,10 +67,7 @@ def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto",
 
 def completed_trial(folder: str | Path, weights: str | None, device: str, root: str | None = None
                     ) -> tuple[Path, TrialRecord, TrialConfig]:  # fmt: skip
-    """A trial (of a sweep the chosen one) to use on a device: its folder, record and config. Raises RecordError.
-
-    ``weights`` and ``root``: where those of the base and the images are, if not where they were.
-    """
+    """A trial's (of a sweep the chosen one's) folder, record and config, to use on a device. Raises RecordError."""
     if ((folder := named(str(folder))) / PLAN).is_file():
         from lora_vit.analysis import summarize  # imports pandas
 

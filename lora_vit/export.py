@@ -60,7 +60,6 @@ def export(folder: str | Path, form: str, out: str | Path, weights: str | None =
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, say what opens it."""
     out, odd = str(args.out), export(args.folder, args.format, args.out, args.weights)
     print(f"{FORMATS[args.format][1].format(out)} opens it (docs/interop.md)")
     if odd:

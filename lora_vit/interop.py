@@ -94,7 +94,12 @@ def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndar
     """Kinds of pictures that the other library's own reader prepares differently from the trial."""
     how, odd = trained.preprocessing, []
     side = 2 * max(how.image_size, how.decoding.size or 0)
-    wide = np.mean([_noise(side, grain) for grain in (1, side // 16 + 1, side // 4 + 1)], 0)  # as photos: also shapes
+    drawn = []
+    for grain in (1, side // 16 + 1, side // 4 + 1):  # pixels of a random grain: photos have shapes too
+        rows, columns = (-(-pixels // grain) for pixels in (side, 3 * side))
+        colours = randomness.uniforms(np.arange(rows * columns), 4, "pictures", grain).reshape(rows, columns, 4)
+        drawn.append(colours.repeat(grain, 0).repeat(grain, 1)[:side, : 3 * side])
+    wide = np.mean(drawn, 0)  # [side, 3 * side, 4] in [0, 1)
     image = Image.fromarray((wide * 256).astype(np.uint8))
     rgb, small = image.convert("RGB"), (0, 0, how.image_size, how.image_size)
     kinds = {"wide": rgb, "small": rgb.crop(small), "sideways": rgb.copy(), "grey": rgb.convert("L"),
@@ -110,13 +115,6 @@ def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndar
             if not np.abs(prepared(file) - how(file)).mean() <= SAME_INPUT:
                 odd.append(kind)
     return odd
-
-
-def _noise(side: int, grain: int) -> np.ndarray:
-    """Random grains of so many pixels, [side, 3 * side, 4] in [0, 1)."""
-    rows, columns = (-(-pixels // grain) for pixels in (side, 3 * side))
-    drawn = randomness.uniforms(np.arange(rows * columns), 4, "pictures", grain).reshape(rows, columns, 4)
-    return drawn.repeat(grain, 0).repeat(grain, 1)[:side, : 3 * side]
 
 
 def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:

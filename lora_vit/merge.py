@@ -38,7 +38,6 @@ def merge(folder: str | Path, out: str | Path, weights: str | None = None, devic
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the merged weights, say how to load them."""
     lines = merge(args.folder, args.out, args.weights, args.device)
     print(f"lora_vit.preprocessing({str(args.out)!r})(FILE) prepares a picture for it:\n{lines}")
     return 0

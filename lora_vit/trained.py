@@ -23,7 +23,6 @@ from lora_vit.training.pack import Pack
 from lora_vit.training.trial import TrialRun
 
 TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
-CHECKED = 16  # made images that are classified both ways before anything is written
 
 
 def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack:
@@ -62,11 +61,11 @@ class TrainedModel:
 
     def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
         """Print how far the logits of ``what`` are from the trial's. Raises ConfigError where they are too far."""
-        shape = (CHECKED, 3, *2 * [self.preprocessing.image_size])
+        shape = (16, 3, *2 * [self.preprocessing.image_size])
         images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)
         largest, changed = float((ours - theirs).abs().max()), int((ours.argmax(-1) != theirs.argmax(-1)).sum())
-        print(f"largest logit difference {largest:.2e}, {changed} of {CHECKED} predictions changed on made images")
+        print(f"largest logit difference {largest:.2e}, {changed} of {len(ours)} predictions changed on made images")
         if not largest <= TOLERANCE * max(1.0, float(ours.abs().max())):
             raise ConfigError(f"{what} differs by {largest:.2e}; nothing written")

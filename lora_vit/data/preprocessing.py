@@ -26,11 +26,7 @@ from lora_vit.files import shown
 
 Range = tuple[float, float]  # the values that become 0 and 255 where pixels have more than 8 bits
 WHOLE = (0.0, 65535.0)  # of 16 bits
-WHITE = (255, 255, 255)
 ABOUT = "lora_vit.json"  # what an export says of itself: in its folder, and inside a .pt2
-_DARK = 4096  # of 65536, below which colours have no upper 8 bits, and those are all that Pillow keeps
-_NODATA = 42113  # GDAL's tag of a TIFF: the value of pixels that hold nothing
-_SOME = 64  # pixels of a deep image that say where its values lie
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Decoding:
 
     size: int | None
     value_range: Range | None = None
-    background: tuple[int, ...] | None = WHITE
+    background: tuple[int, ...] | None = (255, 255, 255)
 
     def __call__(self, file: "str | os.PathLike[str] | Image.Image") -> np.ndarray:
         """The pixels. Raises ConfigError where a file cannot be read, or is deep and there is no range."""
@@ -77,7 +73,7 @@ class Decoding:
             colour = opened.mode in ("RGB", "RGBA", "LA") and ";16" in tiles  # LA is read as colour is
             opened.getexif()  # Pillow 10 cannot read it from a TIFF of several pages any more once these are loaded
             opened.load()
-            no_data = getattr(opened, "tag_v2", {}).get(_NODATA)
+            no_data = getattr(opened, "tag_v2", {}).get(42113)  # GDAL's, of a TIFF: the value of pixels without any
             image = ImageOps.exif_transpose(opened)  # a copy, which the look at further pictures leaves alone
             with contextlib.suppress(Exception):  # what follows the first picture may be damaged
                 if opened.format != "MPO" and getattr(opened, "is_animated", False):  # MPO: with its preview
@@ -90,11 +86,11 @@ class Decoding:
             if not known.size or not np.isfinite(known).all():
                 raise ValueError("it has values that are not finite" if known.size else "none of its pixels holds data")
             ends = float(known.min()), float(known.max()) + 255 * colour
-            if colour and ends[1] < _DARK and not image.has_transparency_data:
+            if colour and ends[1] < 4096 and not image.has_transparency_data:  # Pillow keeps the upper 8 bits alone
                 black = f"16-bit {image.mode} with values up to {ends[1]:g} of 65535: its upper 8 bits are black"
                 raise ValueError(f"{black}, convert it to 8 bits")
             if self.value_range is None and (find or not colour):
-                some = known[np.random.default_rng(0).integers(0, known.size, _SOME)]
+                some = known[np.random.default_rng(0).integers(0, known.size, 64)]
                 return np.array([ends[0], *some, ends[1]]), told
             low, high = self.value_range or WHOLE
             if np.mean((known < low) | (known > high)) > 0.5:
@@ -144,7 +140,6 @@ class Preprocessing:
         return (pixels / 255 - mean) / std
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it by name, for JSON."""
         own = {key: value for key, value in vars(self).items() if key != "decoding"}
         read = self.decoding
         return {"orientation": "exif", "background": read.background, "value_range": read.value_range,
@@ -191,7 +186,6 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """Why a file is no image."""
     if isinstance(error, UnidentifiedImageError):  # its own words show a buffer's address
         return "no format that Pillow knows, or more bands or bits than it reads: save RGB of 8 bits"
     return str(error) or type(error).__name__

@@ -9,8 +9,8 @@ from typing import Any
 def _import_torchvision() -> None:
     """Import torchvision without torch's compiler, whose own import takes a third of the start of a command.
 
-    torchvision wants one function of it, to call it in an operation on boxes. What it gets imports the compiler when it
-    is called; so does everything else that is asked of this module meanwhile.
+    torchvision wants one function of it, for boxes, and gets one that imports the compiler when it is called; so does
+    everything else that is asked of this module meanwhile.
     """
     name = "torch._dynamo.utils"
     if name in sys.modules:
@@ -27,11 +27,10 @@ def _import_torchvision() -> None:
     later.__getattr__ = of_compiler
     later.is_compile_supported = lambda device_type: of_compiler("is_compile_supported")(device_type)
     sys.modules[name] = later
-    try:
-        import torchvision  # noqa: F401
-    finally:
-        if sys.modules.get(name) is later:
-            del sys.modules[name]
+    import torchvision  # noqa: F401
+
+    if sys.modules.get(name) is later:
+        del sys.modules[name]
 
 
 _import_torchvision()

@@ -45,8 +45,7 @@ class Adapter(NamedTuple):
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Read ``adapter.safetensors`` and ``adapter.json``. Raises ConfigError unless they are whole and of one trial."""
-    folder = Path(folder)
-    trial = state_of(folder)
+    trial = state_of(folder := Path(folder))
     if trial.status not in ("completed", "new"):  # new: the adapter's own two files may have been copied elsewhere
         raise ConfigError(trial.problem or f"{folder}: the trial is {trial.status}, not completed")
     try:
@@ -157,17 +156,16 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
     put_head(model, adapter.tensors)
     lora = adapter.card["lora"]
+    own = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(OF_HEADS)}
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if lora["method"] in ADAPTED:
-        trained = [name for name in adapter.tensors if name in views and not name.startswith(OF_HEADS)]
-        base_values(model).update({name: views[name].detach().clone() for name in trained})
+        base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
         spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            if not name.startswith(OF_HEADS):
-                views[name].copy_(tensor)
+        for name, tensor in own.items():
+            views[name].copy_(tensor)
 
 
 def _bound(model: nn.Module, folder: str | Path) -> Adapter:
@@ -186,7 +184,7 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
         for one in (given, named):
             put_on(one, adapter)
         ours = _output(named, base)
-    if not _same(_output(given, base), ours):
+    if not torch.allclose(_output(given, base), ours, rtol=0, atol=SAME * float(ours.abs().max())):
         what = f"the model has the weights of {base['model']}, but computes something else with them"
         raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
     return adapter
@@ -201,25 +199,19 @@ def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
         return model.eval()(image)
 
 
-def _same(theirs: Tensor, ours: Tensor) -> bool:
-    return bool((theirs - ours).abs().max() <= SAME * ours.abs().max())
-
-
 def _refuse_half(model: nn.Module) -> None:
     if torch.finfo(dtype := next(model.parameters()).dtype).bits < 32:
         raise ConfigError(f"the model is of {dtype}, which would round the update away: give it in fp32")
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter and head of a completed trial's folder on a plain model, in place; returns the model.
+    """Put the adapter and head of a completed trial's folder, or :func:`save_adapter`'s, on a plain model, in place.
 
-    Its output then equals the trial's, and it can be trained on (dropout draws other masks in each pass). ``folder``:
-    also one of :func:`save_adapter`. ``model``: torchvision's ``VisionTransformer``, or timm's model of the adapter's
-    name, with the weights that the adapter was trained on, in fp32, at the adapter's image size; on any device. Raises
-    ConfigError if the adapter is unreadable or belongs to another model, which is left as it was.
+    Returns the model, whose output equals the trial's; training goes on (dropout draws other masks in each pass).
+    ``model``: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that it was
+    trained on, in fp32, at its image size; on any device. Else raises ConfigError, and leaves the model as it was.
     """
-    adapter = _bound(model, folder)
-    put_on(model, adapter)
+    put_on(model, _bound(model, folder))
     return model
 
 
@@ -257,7 +249,8 @@ def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
     plain = remove_adapter(copy.deepcopy(own))
     base = {"model": type(model).__name__, "weights": "its own", **base_of(plain)}
     put_on(plain, adapter)
-    if not _same(output := _output(plain, base), _output(own, base)):
+    output, wanted = _output(plain, base), _output(own, base)
+    if not torch.allclose(output, wanted, rtol=0, atol=SAME * float(wanted.abs().max())):
         raise ConfigError("the model computes something else than base, adapter and one head: nothing is saved")
     kind = {"schema": SCHEMA_VERSION, "trial_id": None, "base": base, "output": output.tolist()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,6 @@ def trunk_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def head_name(model: nn.Module) -> str:
-    """Name of the classifier's linear layer."""
     return "heads.head" if isinstance(model, VisionTransformer) else "head"
 
 
@@ -96,10 +95,7 @@ def last_layer(model: Any) -> nn.Linear | None:
 
 
 def put_head(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give the model the classifier in an adapter's tensors: another size is replaced, dropout before it stays.
-
-    Where they hold none, as those of a model without a head, the model's own stays.
-    """
+    """Give the model the classifier in an adapter's tensors, if any; one of another size is replaced, dropout stays."""
     last = last_layer(model)
     if f"{head_name(model)}.weight" not in tensors:
         return
@@ -173,7 +169,6 @@ def _of_torchvision(name: str, block: EncoderBlock) -> list[Place]:
 
 
 def _linear(block: Any, name: str, layer: str, target: str, reads: str = "", front: str | None = None) -> Place:
-    """The place of one linear layer with one target."""
     full = f"{name}.{layer}"
     biases = () if block.get_submodule(layer).bias is None else (f"{full}.bias",)
     return Place(full, f"{full}.weight", biases, {target: full}, reads or full, front)

@@ -18,7 +18,6 @@ from lora_vit.errors import one_line
 
 _C1, _C2 = 0x7FEB352D, 0x846CA68B - (1 << 32)  # of the 32-bit finaliser "lowbias32" (Wellons, 2018), signed
 _GOLDEN = 0x9E3779B9 - (1 << 32)
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 _refused: list[str] = []  # why torch cannot compile here
@@ -132,5 +131,5 @@ def keep_by_bits_(xs: Sequence[Tensor], rows_N: Tensor, feature_D: Tensor, thres
     torch.sub((threshold_N[:, None] >> 1) - 1, bits, out=bits)
     bits.bitwise_right_shift_(31)
     for x in xs:
-        integer = _INTEGERS[x.element_size()]
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
         x.view(integer).bitwise_and_(bits.to(integer))

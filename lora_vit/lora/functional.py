@@ -111,11 +111,10 @@ class _AdaptedLinear(torch.autograd.Function):
         del x
         h_KNr.mul_(scale_K.view(K, 1, 1))
         y_KNo = _add_adapters(_rows(y, K), h_KNr, b_KGOR, slots)
-        kept: tuple[Tensor | None, ...] = (None, None)
         if factor_Ko is not None:
             factor_K1o = factor_Ko[:, None]
             y_KNo.mul_(factor_K1o) if bias is None else torch.addcmul(bias, y_KNo, factor_K1o, out=y_KNo)
-            kept = (y, bias) if keeps_output else kept
+        kept = (y, bias) if keeps_output else (None, None)
         norm = ln_weight, ln_bias, mean, rstd
         ctx.save_for_backward(z, *norm, weight, *kept, a_KGRI, b_KGOR, factor_Ko, scale_K, h_KNr)
         ctx.prologue, ctx.slots, ctx.mask = prologue, slots, mask

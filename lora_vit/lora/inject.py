@@ -68,7 +68,6 @@ class Attention(nn.MultiheadAttention):
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Exchange a module's class, in place."""
     module.__dict__["original_class"], module.__class__ = type(module), cls
 
 
@@ -173,17 +172,16 @@ def remove_adapter(model: nn.Module) -> nn.Module:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """A context in which a model's trunk computes what the base does; the head stays."""
-    changes: Any = [(m, "lora", None) for m in model.modules() if isinstance(m, (AdaptedLinear, Attention))]
+    changes: Any = [(m, "lora", m.lora, None) for m in model.modules() if isinstance(m, (AdaptedLinear, Attention))]
     for name, value in base_values(model).items():  # exchanged, not written: autograd may have kept what is there
-        changes.append((p := model.get_parameter(name), "data", value.to(p)))
-    before = [getattr(owner, key) for owner, key, _ in changes]
+        changes.append((p := model.get_parameter(name), "data", p.data, value.to(p)))
     try:
-        for owner, key, value in changes:
+        for owner, key, _, value in changes:
             setattr(owner, key, value)
         yield
     finally:
-        for (owner, key, _), value in zip(changes, before, strict=True):
-            setattr(owner, key, value)
+        for owner, key, before, _ in changes:
+            setattr(owner, key, before)
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
@@ -199,19 +197,10 @@ def replace_linear_with_lora(
 
     lora_B starts at zero, so that the model's output does not change. A LayerNorm or GELU whose output only adapted
     layers read is computed in these: a forward hook on its module sees what goes into it, as input and as output.
-
-    Args:
-        model: a Vision Transformer of torchvision or timm (:mod:`lora_vit.lora.backbones` lists them).
-        rank: of the update, from 1 to the layers' width.
-        alpha: see ``scaling``.
-        dropout: probability in [0, 1) on the adapters' input, in train mode.
-        targets: some of q, k, v, o, fc1, fc2.
-        blocks: indices of encoder blocks, None for all.
-        scaling: the update is scaled by alpha/rank ("standard") or alpha/sqrt(rank) ("rslora").
-        seed: of the initialisation and the dropout masks.
-        method: "lora", or "dora" for a trained magnitude of each output besides (Liu et al., 2024), at first the norm
-            of its weights as they are now.
-
+    ``dropout``: probability in [0, 1) on the adapters' input, in train mode. ``targets``: some of q, k, v, o, fc1, fc2.
+    ``blocks``: indices, None for all. ``scaling``: of the update, by alpha/rank ("standard") or alpha/sqrt(rank)
+    ("rslora"). ``seed``: of the initialisation and the dropout masks. ``method``: "lora", or "dora" for a trained
+    magnitude of each output besides (Liu et al., 2024), at first the norm of its weights as they are now.
     Raises ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
     if not (rank >= 1 and rank == int(rank)):

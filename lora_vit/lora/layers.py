@@ -17,16 +17,13 @@ from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear,
 
 
 class AdapterSpec(NamedTuple):
-    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key.
-
-    ``method``: lora or dora, one for all trials of a pack.
-    """
+    """What one trial asks of its adapters: a factor of their output, a probability of dropping their input, a key."""
 
     rank: int
     scaling: float
     dropout: float
     seed: int
-    method: str = "lora"
+    method: str = "lora"  # or dora: one for all trials of a pack
 
 
 def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
@@ -101,8 +98,7 @@ class LoRAAdapters(_KeyedDropout):
             dtype = torch.get_autocast_dtype(device)
         scale_K = (self.scale_K if mask is None else self.train_scale_K)(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        a_KGRI, b_KGOR = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        adapters = a_KGRI, b_KGOR, scale_K, self.slots
+        adapters = self.lora_A.to(dtype), self.lora_B.to(dtype), scale_K, self.slots
         return adapted_linear(z, weight, bias, *adapters, mask, prologue, self.factors(weight), self.keeps_output)
 
     def factors(self, weight: Tensor) -> Tensor | None:
@@ -144,11 +140,6 @@ class LoRAAdapters(_KeyedDropout):
         square_KGO = base_GO + (sb_KGOR * (2 * wa_KGOR + sb_KGOR @ (a_KGRI @ a_KGRI.mT))).sum(-1)
         info = torch.finfo(dtype)  # rounding may leave less where an update cancels a row; a row of zeros stays one
         return torch.maximum(square_KGO, info.eps * base_GO).clamp_min(info.tiny).sqrt()
-
-    @property
-    def leaves(self) -> list[str]:
-        """Names of the parameters."""
-        return [name for name, _ in self.named_parameters()]
 
     def trial_tensors(self, k: int, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Trial k's adapters, unpadded: ``NAME.lora_A`` [rank, I], ``NAME.lora_B`` [O, rank], ``NAME.lora_magnitude``.

@@ -125,24 +125,15 @@ def repeated(x: Tensor, order: Sequence[int]) -> Tensor:
     return torch.cat([streams[g] for g in order])  # an index would have to travel to the device
 
 
-class _Forward(nn.Module):
-    """A block's computation without the hooks around it."""
-
-    def __init__(self, block: Any):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **named: Any) -> Any:
-        return type(self.block).forward(self.block, *args, **named)
-
-
 def _recomputed(block: "weakref.ref[nn.Module]", *args: Any, **named: Any) -> Any:
     """In the place of a block's ``forward``: keep its input alone, compute it again in backward (Chen et al., 2016).
 
     Equal to the bit, as dropout masks are keyed. Trained parameters that this pass has cast are handed along: when
     backward comes, the module has its own again. (A block that refers to itself is not freed with its pack.)
     """
-    whole = _Forward(block())
+    own: Any = block()
+    whole: Any = nn.Module()  # the block without the hooks around it
+    whole.block, whole.forward = own, functools.partial(type(own).forward, own)
     casts = {name: p for name, p in whole.named_parameters() if not isinstance(p, nn.Parameter)}
     return checkpoint(functional_call, whole, casts, args, named, use_reentrant=False, preserve_rng_state=False)
 
@@ -155,10 +146,7 @@ class PackedViT(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, head: PackedHead, K: int, recompute: bool = False):
-        """``trunk``: from :func:`trunk_of`, with its adapters; ``requires_grad`` says what is trained.
-
-        ``recompute``: blocks with a backward pass keep their input alone, and are computed again in it.
-        """
+        """``recompute``: blocks with a backward pass keep their input alone; ``requires_grad`` says what is trained."""
         super().__init__()
         self.trunk, self.head, self.K = trunk, head, K
         blocks = [trunk.get_submodule(name) for name in places_of(trunk)]

@@ -50,10 +50,7 @@ def fetch_weights(m: ModelConfig, download: bool = False) -> None:
 
 
 def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
-    """Load the weights in fp32, with positions brought to the trunk's grid; returns a line on what a file holds.
-
-    Raises ConfigError for an unknown name, no network, no file of weights, or names, shapes or values that do not fit.
-    """
+    """Load the weights in fp32, positions brought to the trunk's grid; a line on a file of them. Raises ConfigError."""
     if m.weights is None:
         return ""
     if from_file := is_weights_file(m.weights):

@@ -304,7 +304,8 @@ class Pack:
         row = self.flat.views(row_P)
         views: dict[str, Tensor] = {}
         for prefix, adapters in self._adapters.items():
-            views |= adapters.trial_tensors(k, {leaf: row.pop(f"{prefix}.{leaf}") for leaf in adapters.leaves})
+            own = {leaf: row.pop(f"{prefix}.{leaf}") for leaf, _ in adapters.named_parameters()}
+            views |= adapters.trial_tensors(k, own)
         for leaf in ("weight", "bias"):
             views[f"{self.model.head.name}.{leaf}"] = row.pop(f"head.{leaf}")
         return views | {name.removeprefix("trunk."): view for name, view in row.items()}
