@@ -25,13 +25,10 @@ _CROP_TRIES = 10
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device; the host continues while a GPU copies.
-
-    From pageable memory a copy makes the host wait whatever is asked for, hence the pinned copy.
-    """
+    """The array as a tensor on the device; the host continues while a GPU copies."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # a copy from pageable memory makes the host wait, whatever is asked for
     return tensor.to(device, non_blocking=True)
 
 

@@ -184,9 +184,8 @@ def _kept(store: Path) -> dict[str, bytes]:
     """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
     try:
         with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = arrays["names"].tobytes().split(b"\0")[:-1]
             rows = np.hstack([arrays["stats"], arrays["digests"]]).view("V64")[:, 0].tolist()
-            return dict(zip(map(os.fsdecode, names), rows, strict=True))
+            return dict(zip(map(os.fsdecode, arrays["names"].tobytes().split(b"\0")[:-1]), rows, strict=True))
     except Exception:  # absent, or damaged in one of many ways: the files are read again
         return {}
 
@@ -197,9 +196,8 @@ def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     def read(chunk: list[str]) -> list[bytes]:
         return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
 
-    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        for part in pool.map(read, chunks):
+        for part in pool.map(read, [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]):
             yield from part
             bar.advance(len(part))
 

@@ -22,21 +22,15 @@ from lora_vit.terminal import Every, Progress, make_console
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost, Setup, TrialRun, epoch_figures
 
-HEARTBEAT_EVERY = 30.0  # seconds between signs of life of a running trial
-
 
 class Reporter:
-    """Reports to the user how training goes. The methods do nothing here.
+    """Reports to the user how training goes. The methods do nothing here."""
 
-    Called before the first step (``started``), after every step (``advance``), at logging steps (``step``), after each
-    epoch of each trial (``epoch``), and when a trial is completed or failed (``left``).
-    """
-
-    def started(self, pack: Pack) -> None: ...
-    def advance(self, pack: Pack) -> None: ...
-    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...
-    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...
-    def left(self, trial: TrialRun) -> None: ...
+    def started(self, pack: Pack) -> None: ...  # before the first step
+    def advance(self, pack: Pack) -> None: ...  # after every step
+    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...  # logged
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...  # after each epoch of each trial
+    def left(self, trial: TrialRun) -> None: ...  # completed or failed
 
 
 class RunReporter(Reporter):
@@ -57,10 +51,9 @@ class RunReporter(Reporter):
         for name in ("adapter", "head", "trainable", "total"):
             table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
         self.console.print(table)
-        if trial.config.lora.adapts:
-            lora, factor = trial.config.lora, trial.config.lora.effective_scaling()
+        if (lora := trial.config.lora).adapts:
             settings = f"{METHODS[lora.method]} rank {lora.rank}, alpha {lora.alpha:g}"
-            self.console.print(f"{settings}: effective scaling {factor:g}")
+            self.console.print(f"{settings}: effective scaling {lora.effective_scaling():g}")
         self._progress = Progress("training", trial.config.trainer.epochs * steps, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 
@@ -80,8 +73,7 @@ class RunReporter(Reporter):
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
     """Train trials in one pack until each is completed or failed, as its record says.
 
-    Raises Interrupted when asked to stop, after the trials are saved. Any other error is left to the caller, with the
-    last checkpoints.
+    Raises Interrupted when asked to stop, after the trials are saved; other errors, with the last checkpoints.
     """
 
     def beat() -> None:
@@ -97,7 +89,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
         trial.record.cost["pack_size"] = pack.K
         trial.write_record()
     reporter.started(pack)
-    with repeating(beat, HEARTBEAT_EVERY), computing(setup.device, trials[0].config.trainer.deterministic):
+    with repeating(beat, every=30.0), computing(setup.device, trials[0].config.trainer.deterministic):
         try:
             while pack is not None:
                 ended = train_epoch(pack, reporter, stop) or complete(pack)
@@ -116,10 +108,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
 
 
 def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
-    """Train the rest of an epoch and finish it; returns the trials that have failed, at whose step it ends early.
-
-    Raises Interrupted after the step at which a process is asked to stop, unless it is the epoch's last.
-    """
+    """Train the rest of an epoch; returns the trials that failed, at whose step it ends. Raises Interrupted."""
     if any(trial.done() for trial in pack.trials):  # stopped between its last epoch and its end
         return []
     saving, first = Every(pack.trials[0].config.trainer.checkpoint_every), pack.trials[0].state
@@ -173,11 +162,10 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
 
 def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them."""
-    bad_steps = pack.first_bad_step_K.tolist()
     # At an epoch's last step the parameters count as well: no next loss will tell.
     finite = torch.isfinite(pack.flat.values_KP).all(1).tolist() if last else [True] * pack.K
     failed = []
-    for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
+    for trial, bad_step, is_finite in zip(pack.trials, pack.first_bad_step_K.tolist(), finite, strict=True):
         if bad_step < 0 and is_finite:
             continue
         step = bad_step + 1 or pack.step_of(trial)

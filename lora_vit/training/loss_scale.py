@@ -24,11 +24,6 @@ class LossScale:
         self.scale_K = torch.tensor([s.loss_scale for s in states], dtype=torch.float32, device=device)
         self.good_K = torch.tensor([s.good_steps for s in states], dtype=torch.int64, device=device)
 
-    def pull(self, states: Sequence[TrialState]) -> None:
-        """Copy them into the trials' states."""
-        for state, scale, good in zip(states, self.scale_K.tolist(), self.good_K.tolist(), strict=True):
-            state.loss_scale, state.good_steps = scale, good
-
     def update(self, fits_K: Tensor) -> None:
         """Halve the scales of trials whose step overflowed, double those that had enough good steps in a row."""
         self.good_K.add_(1).mul_(fits_K)

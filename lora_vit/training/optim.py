@@ -29,7 +29,7 @@ class FlatParameters:
         self.grads_KP = self.buffer[: -K - 1].view(K, -1)
         self.losses_K, self.stop = self.buffer[-K - 1 : -1], self.buffer[-1:]
         self._earlier_stop: Any = None
-        self.slices: dict[str, tuple[slice, torch.Size]] = {}
+        self.slices: dict[str, tuple[slice, torch.Size]] = {}  # of a row, and the shape without a trial axis
         self.gradients: list[Tensor] = []  # views into grads_KP
         offset = 0
         for name, p in named.items():
@@ -51,10 +51,6 @@ class FlatParameters:
         (stop, copied), self._earlier_stop = self._earlier_stop or now, now
         copied.synchronize()
         return stop
-
-    def views(self, row_P: Tensor) -> dict[str, Tensor]:
-        """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
-        return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
 
 
 class PackedAdamW:
@@ -86,12 +82,9 @@ class PackedAdamW:
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
-        """One update of the rows where ``ok_K1``; the other rows keep parameters and moments bit by bit.
-
-        ``norm_K1``: norms of the gradients, which are clipped as ``clip_grad_norm_`` does.
-        """
+        """One update of the rows where ``ok_K1``; others keep all bits. ``norm_K1``: norms of the gradients."""
         grads = self.flat.grads_KP
-        if self.clips:
+        if self.clips:  # as ``clip_grad_norm_`` does
             grads.mul_((self.clip_K1 / (norm_K1 + 1e-6)).clamp_(max=1.0))
         grads.masked_fill_(~ok_K1, 0.0)
         beta1, beta2 = torch.where(ok_K1, self.beta1_K1, 1.0), torch.where(ok_K1, self.beta2_K1, 1.0)
@@ -102,10 +95,8 @@ class PackedAdamW:
         self.flat.values_KP.mul_(1 - lr * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)
         self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
-        correction1 = 1 - self.beta1_K1**count
-        correction2 = 1 - self.beta2_K1**count
-        denominator = self.exp_avg_sq_KP.sqrt().div_(correction2.sqrt()).add_(self.eps_K1)
-        self.flat.values_KP.sub_((lr / correction1) * self.exp_avg_KP / denominator)
+        denominator = self.exp_avg_sq_KP.sqrt().div_((1 - self.beta2_K1**count).sqrt()).add_(self.eps_K1)
+        self.flat.values_KP.sub_(lr / (1 - self.beta1_K1**count) * self.exp_avg_KP / denominator)
 
 
 def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -39,14 +39,12 @@ def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor, w
 
 
 def class_weights(trials: Sequence[TrialConfig], data: ImageData) -> np.ndarray | None:
-    """Weights of the classes for each trial, float64 [K, C]; None if no trial has any. Raises ConfigError.
-
-    ``balanced``: training images / (classes * those of the class), as in scikit-learn.
-    """
+    """Weights of the classes for each trial, float64 [K, C]; None if no trial has any. Raises ConfigError."""
     given, labels = [t.optimizer.class_weights for t in trials], data.labels[data.splits["train"]]
     counts = np.bincount(labels, minlength=(C := len(data.class_names))).clip(1)  # of a class without images 1
     if wrong := next((w for w in given if isinstance(w, list) and len(w) != C), None):
         raise ConfigError(f"optimizer.class_weights={wrong}: give {C} numbers, one for each class, or balanced")
+    # balanced as in scikit-learn
     rows = [len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given]
     return np.stack(rows) if any(given) else None
 
@@ -77,18 +75,17 @@ class Pack:
         ]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
         # What a step reads and updates on the device.
-        device, process = setup.device, setup.process
+        device = setup.device
         self.forward: Any = self.model
         if configs[0].trainer.compile:
             limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
             limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
             # each shape by itself: with symbolic ones the masks' arithmetic takes minutes
             self.forward = torch.compile(self.model, dynamic=False)
-        local = self.global_batch // process.world_size
-        self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
+        first = self.streams[0].first
+        self.position_B = torch.arange(first, first + self.streams[0].local, device=device)  # in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
-        smoothing = [c.optimizer.label_smoothing for c in configs]
-        self.smoothing_K1 = self.model.head.weight.new_tensor(smoothing)[:, None]
+        self.smoothing_K1 = self.model.head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
         weights = class_weights(configs, setup.data)
         self.weights_KC = None if weights is None else self.smoothing_K1.new_tensor(weights)
         self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
@@ -134,8 +131,7 @@ class Pack:
         if self.weights_KC is not None:
             each = zip((self.streams[g] for g in self.stream_of_trial), self.trials, strict=True)
             ids_KN = np.stack([s.batch_ids(t.state.epoch, self.step_in_epoch, whole=True) for s, t in each])
-            labels_KN = to_device(self.setup.data.labels[ids_KN], images.device)
-            self.divisor = self.weights_KC.gather(1, labels_KN).sum(1)
+            self.divisor = self.weights_KC.gather(1, to_device(self.setup.data.labels[ids_KN], images.device)).sum(1)
         loss_K = self.update(images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
         self.updating = False
@@ -245,9 +241,8 @@ class Pack:
             own = own[len(places) :]
             where = to_device(places, setup.device)
             predicted_KN[:, where] = logits_KBC.argmax(-1)
-            true_KB1 = labels_B.expand(K, -1)[..., None]
             log_p_KBC = log_softmax(logits_KBC, -1)
-            log_true_KB1, p_KBC = log_p_KBC.gather(-1, true_KB1), log_p_KBC.exp()
+            log_true_KB1, p_KBC = log_p_KBC.gather(-1, labels_B.expand(K, -1)[..., None]), log_p_KBC.exp()
             rivals_KB = (log_p_KBC <= log_true_KB1).logical_not().sum(-1)  # more probable classes; all where NaN
             brier_KB = (p_KBC - one_hot(labels_B, p_KBC.shape[-1])).square().sum(-1)
             said_4KN[:, :, where] = torch.stack([log_true_KB1[..., 0], p_KBC.amax(-1), brier_KB, rivals_KB]).double()
@@ -264,26 +259,21 @@ class Pack:
         """Start the next epoch for every trial."""
         for trial in self.trials:
             trial.state.epoch += 1
-            trial.state.step_in_epoch = 0
-            trial.state.loss_sum = 0.0
         self.step_in_epoch = 0
         self.loss_sum_K.zero_()
 
     def pull(self) -> list[TrialRun]:
-        """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint.
-
-        After a bad step none is: it would hide that step from a run that resumes.
-        """
+        """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
-        if self.loss_scale is not None:
-            self.loss_scale.pull([trial.state for trial in self.trials])
-        for k, trial in enumerate(self.trials):
-            s = trial.state
+        for k, s in enumerate(trial.state for trial in self.trials):
+            if self.loss_scale is not None:
+                s.loss_scale, s.good_steps = float(self.loss_scale.scale_K[k]), int(self.loss_scale.good_K[k])
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.micro_batch = self.micro_batch if self.micro_batch < len(self.position_B) else 0
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
+        # a checkpoint would hide a bad step from a run that resumes
         return [t for t, bad_step in zip(self.trials, self.first_bad_step_K.tolist(), strict=True) if bad_step < 0]
 
     def step_of(self, trial: TrialRun) -> int:
@@ -299,7 +289,7 @@ class Pack:
 
     def _views(self, k: int, row_P: Tensor) -> dict[str, Tensor]:
         """A row as unpadded views under the names of trial k's adapter file."""
-        row = self.flat.views(row_P)
+        row = {name: row_P[where].view(shape) for name, (where, shape) in self.flat.slices.items()}
         views: dict[str, Tensor] = {}
         for prefix, adapters in self._adapters.items():
             views |= adapters.trial_tensors(k, {leaf: row.pop(f"{prefix}.{leaf}") for leaf in adapters.leaves})
