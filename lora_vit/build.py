@@ -101,9 +101,8 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 def _cpuinfo() -> str:
     """Linux's description of the CPU; elsewhere nothing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text()
-    return ""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 class ModelFactory:
@@ -118,9 +117,8 @@ class ModelFactory:
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
-        for note in (load_weights(self.original, m), check_beside(m, self.original, self.inputs)):
-            if note:
-                print(note)
+        for note in filter(None, (load_weights(self.original, m), check_beside(m, self.original, self.inputs))):
+            print(note)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property
@@ -196,10 +194,9 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data)
-    if precision == "fp16":  # looked at are 8 images, of all classes, by which they are sorted
-        ids = data.splits["train"]
-        images, _ = samples.gather(ids[:: -(-len(ids) // 8)])
-        if block := factory.overflowing_block(transform.eval(images)):
+    if precision == "fp16":
+        some = data.splits["train"][:: -(-len(data.splits["train"]) // 8)]  # 8 of all classes, by which they are sorted
+        if block := factory.overflowing_block(transform.eval(samples.gather(some)[0])):
             what = f"{config.model.name} has activations beyond fp16's 65,504 in {block}"
             if config.trainer.precision == "fp16":
                 raise ConfigError(f"trainer.precision=fp16: {what}: give fp32, or bf16 where the device has it")

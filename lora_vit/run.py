@@ -58,10 +58,9 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             reporter = RunReporter()
             try:
                 train_trials([trial], setup, reporter, stop)
-            except Interrupted:
-                raise
             except Exception as error:
-                trial.fail(one_line(error), error=error)
+                if not isinstance(error, Interrupted):
+                    trial.fail(one_line(error), error=error)
                 raise
             finally:
                 reporter.close()

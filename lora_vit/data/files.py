@@ -23,8 +23,7 @@ from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Every, Progress
 
-_NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats that Pillow knows by name only, or opens with programs that few have."""
+_NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})  # Pillow only names them, or needs rare programs
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
@@ -149,8 +148,7 @@ class Listing:
 def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
-    Returns None if files would have to be read and ``fetch`` is false. Raises OSError for a file that cannot be read,
-    ConfigError for a ``cache_dir`` that cannot be written.
+    None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     stats = {}

@@ -71,10 +71,7 @@ class RunReporter(Reporter):
 
 
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
-    """Train trials in one pack until each is completed or failed, as its record says.
-
-    Raises Interrupted when asked to stop, after the trials are saved; other errors, with the last checkpoints.
-    """
+    """Train trials in one pack until each is completed or failed. Raises Interrupted, after the trials are saved."""
 
     def beat() -> None:
         for trial in trials:
@@ -103,7 +100,16 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
                 if pack is not None and stop_requested(pack, stop, logging=True):
                     raise Interrupted(stop.signum or signal.SIGTERM)
         except (Interrupted, SystemExit, KeyboardInterrupt):  # of somebody's signal handler, of a second Ctrl-C
-            interrupt(staying, pack)
+            # Saved, unless ``pack`` (None between two) is in the midst of an update.
+            to_save = staying if pack is None else [] if pack.updating else pack.pull()
+            for trial in staying:
+                try:
+                    if trial in to_save:
+                        trial.save()
+                    if trial.record.status == "running":
+                        trial.interrupt()
+                except ClaimLost:  # another process trains it
+                    trial.close()
             raise
 
 
@@ -221,16 +227,13 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
 
 @contextlib.contextmanager
 def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored.
-
-    Attention's backward otherwise adds in the order in which its blocks happen to end.
-    """
+    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored."""
     with contextlib.ExitStack() as as_before:
         if device.type == "cuda":
             matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
             name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
             told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
-            if deterministic:
+            if deterministic:  # else attention's backward adds in the order in which its blocks happen to end
                 told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
                 mode = torch.get_deterministic_debug_mode()
                 as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
@@ -246,9 +249,8 @@ def reset_peak_memory(device: torch.device) -> None:
     """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -277,16 +279,3 @@ def complete(pack: Pack) -> list[TrialRun]:
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()
     return [trial for _, trial in finished]
-
-
-def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
-    """Save the trials, unless ``pack`` (None between two) is in the midst of an update, and mark them interrupted."""
-    to_save = trials if pack is None else [] if pack.updating else pack.pull()
-    for trial in trials:
-        try:
-            if trial in to_save:
-                trial.save()
-            if trial.record.status == "running":
-                trial.interrupt()
-        except ClaimLost:  # another process trains it
-            trial.close()

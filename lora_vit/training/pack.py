@@ -19,8 +19,7 @@ from lora_vit.data.stream import TrainStream
 from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
-from lora_vit.training.loss_scale import LEAST, LossScale
-from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
+from lora_vit.training.optim import LEAST, FlatParameters, LossScale, PackedAdamW, scheduled_rate
 from lora_vit.training.trial import ALL, Setup, TrialRun
 
 
@@ -62,7 +61,8 @@ class Pack:
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
         per_trial = {name for name in named if name.rpartition(".")[0] in {*self._adapters, "head"}}
         self.flat = FlatParameters(named, per_trial, self.K)
-        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
+        o = self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
+        self._matrices = self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP
         # One stream for each (seed, epoch): trials that agree in both share images and stem.
         keys = [(t.config.seed, t.state.epoch) for t in trials]
         own_keys = list(dict.fromkeys(keys))
@@ -74,7 +74,6 @@ class Pack:
             for t in self._first_of_stream
         ]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
-        # What a step reads and updates on the device.
         device = setup.device
         self.forward: Any = self.model
         if configs[0].trainer.compile:
@@ -91,8 +90,7 @@ class Pack:
         self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
         self.shares_K1L: Tensor | None = None  # of an image's labels, where a batch is mixed
         self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
-        # first step with a loss or gradient that is not finite, -1: none
-        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
+        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)  # -1: all were finite
         self.updating = False  # between the first change of a step and its last
         is_fp16 = setup.transform.dtype == torch.float16
         self.loss_scale = LossScale([t.state for t in trials], device) if is_fp16 else None
@@ -100,7 +98,7 @@ class Pack:
         self._had_room_for = min([t.state.micro_batch for t in trials if t.state.micro_batch], default=ALL)
         for k, s in enumerate(t.state for t in trials):
             self.optimizer.updates_K1[k] = s.updates
-            for matrix_KP, tensors in zip(self._matrices(), (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
+            for matrix_KP, tensors in zip(self._matrices, (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
                 if tensors:  # a new trial has none, one that is only evaluated no moments
                     row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
                     for name, view in self._views(k, row_P).items():
@@ -144,8 +142,7 @@ class Pack:
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
         from then on; in fp16 for this step alone, until its loss scale falls below 1. ``images``: normalised, of all
-        streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: whether this process was asked to
-        stop, which is summed over processes into ``flat.stop``.
+        streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: summed into ``flat.stop``.
         """
         flat, scaling = self.flat, self.loss_scale
         while True:
@@ -266,7 +263,7 @@ class Pack:
         """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
-        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
+        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices]
         for k, s in enumerate(trial.state for trial in self.trials):
             if self.loss_scale is not None:
                 s.loss_scale, s.good_steps = float(self.loss_scale.scale_K[k]), int(self.loss_scale.good_K[k])
@@ -279,9 +276,6 @@ class Pack:
     def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
-
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.flat.values_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP
 
     def export(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Trial k's row of a matrix as named, unpadded tensors on the CPU (copies)."""
