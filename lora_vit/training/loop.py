@@ -260,8 +260,7 @@ def peak_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration):  # ``ru_maxrss`` would also count the process that started this
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # else in KiB
 
 
 def complete(pack: Pack) -> list[TrialRun]:
