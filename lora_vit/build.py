@@ -37,7 +37,6 @@ from lora_vit.training.pack import class_weights
 from lora_vit.training.trial import Setup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-TRIED_IN_FP16 = 8  # training images whose activations are looked at before anything is trained
 
 
 def choose_device(accelerator: str, process: Process) -> torch.device:
@@ -50,10 +49,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
 
 
 def choose_world_size(config: TrialConfig, started: int) -> int:
-    """The number of processes: those that torchrun has ``started``, or if it has not (0) how many there should be.
-
-    A line says where these are not all GPUs. Raises ConfigError, also where the batch does not divide among them.
-    """
+    """The number of processes: those that torchrun has ``started``, or if none, how many to start. Or ConfigError."""
     t, batch = config.trainer, config.data.batch_size
     on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
     visible = torch.cuda.device_count() if on_gpu else 1
@@ -105,9 +101,8 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 def _cpuinfo() -> str:
     """Linux's description of the CPU; elsewhere nothing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text()
-    return ""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else ""
 
 
 class ModelFactory:
@@ -122,9 +117,8 @@ class ModelFactory:
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
-        for note in (load_weights(self.original, m), check_beside(m, self.original, self.inputs)):
-            if note:
-                print(note)
+        for note in filter(None, (load_weights(self.original, m), check_beside(m, self.original, self.inputs))):
+            print(note)
         self.base = {"model": m.name, "weights": m.weights, **base_of(self.original), **self.inputs}
 
     @functools.cached_property
@@ -147,8 +141,7 @@ class ModelFactory:
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
-        width = shape_of(configs[0].model).width
-        head = PackedHead(seeds, dropouts, width, self.classes, state, head_name(trunk))
+        head = PackedHead(seeds, dropouts, shape_of(configs[0].model).width, self.classes, state, head_name(trunk))
         mark_trained(trunk, lora.method, lora.bias)
         for p in trunk.parameters():
             if not p.requires_grad:
@@ -202,9 +195,8 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data)
     if precision == "fp16":
-        ids = data.splits["train"]
-        images, _ = samples.gather(ids[:: -(-len(ids) // TRIED_IN_FP16)])  # of all classes, by which they are sorted
-        if block := factory.overflowing_block(transform.eval(images)):
+        some = data.splits["train"][:: -(-len(data.splits["train"]) // 8)]  # 8 of all classes, by which they are sorted
+        if block := factory.overflowing_block(transform.eval(samples.gather(some)[0])):
             what = f"{config.model.name} has activations beyond fp16's 65,504 in {block}"
             if config.trainer.precision == "fp16":
                 raise ConfigError(f"trainer.precision=fp16: {what}: give fp32, or bf16 where the device has it")
@@ -212,8 +204,18 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
             transform = factory.transform(config.data)
     if why:
         print(f"trainer.precision=auto: {precision}, as {why}")
-    where = environment(device, precision, process.world_size)
-    return Setup(factory, samples, transform, device, process, where, factory.base)
+    packages = ("lora-vit", "torch", "torchvision", "numpy", "hydra-core")
+    environment: dict[str, object] = {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        **_git_state(),
+        "host": platform.node(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "world_size": process.world_size,
+        "command": " ".join(sys.argv),
+    }
+    return Setup(factory, samples, transform, device, process, environment, factory.base)
 
 
 def prepare(configs: Sequence[TrialConfig]) -> None:
@@ -237,21 +239,6 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         if line and line not in ready:
             print(line)
         ready += [what for what in (m, needs, data, line) if what not in ready]
-
-
-def environment(device: torch.device, precision: str, world_size: int) -> dict[str, object]:
-    """Where and with what a trial runs, for its record."""
-    packages = ("lora-vit", "torch", "torchvision", "numpy", "hydra-core")
-    return {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        **_git_state(),
-        "host": platform.node(),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "world_size": world_size,
-        "command": " ".join(sys.argv),
-    }
 
 
 def device_name(device: torch.device) -> str:

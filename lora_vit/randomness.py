@@ -1,7 +1,4 @@
-"""Keyed randomness: every draw is a pure function of its key, so that no generator state decides a result.
-
-Here are tensors drawn once and a few numbers per sample; :mod:`lora_vit.lora.dropout` decides on single elements.
-"""
+"""Keyed randomness: every draw is a pure function of its key, so that no generator state decides a result."""
 
 import hashlib
 

@@ -28,12 +28,9 @@ from lora_vit.training.trial import TrialRun, lock_folder
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
     """Train the validated trial to its end, or return its record if it is completed already.
 
-    Every process of a group calls this; rank 0 alone looks at the folder and writes. Outside a group, a trial that
-    asks for several devices trains in as many processes of their own. The folder is made if need be and does not stay
-    empty; ``hydra_files``: name to text of what goes into ``.hydra/``.
-
-    Raises ConfigError: nothing was trained; TrialFailed: the record says why, or a process could not take part;
-    Interrupted: everything is saved.
+    Every process of a group calls this; rank 0 alone looks at the folder and writes. ``hydra_files``: name to text of
+    what goes into ``.hydra/``. Raises ConfigError: nothing was trained; TrialFailed: the record says why, or a process
+    could not take part; Interrupted: everything is saved.
     """
     OFF.clear()  # a server may be back since an earlier call
     process, restart = distributed.this_process(), config.trainer.resume == "restart"
@@ -63,10 +60,9 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
             reporter = RunReporter()
             try:
                 train_trials([trial], setup, reporter, stop)
-            except Interrupted:
-                raise
             except Exception as error:
-                trial.fail(one_line(error), error=error)
+                if not isinstance(error, Interrupted):
+                    trial.fail(one_line(error), error=error)
                 raise
             finally:
                 reporter.close()

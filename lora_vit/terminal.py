@@ -13,8 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-WORTH_SAYING = 20.0  # seconds of work after which its rate says when it ends
-
 
 class Every:
     """Reports, once every so many seconds, that they have passed."""
@@ -52,7 +50,7 @@ class Progress:
         ran = now - self._since
         rate = (self.done - self._before) / max(ran, 1e-9)
         figures = self.figures or f"{rate:,.{'0f' if rate >= 10 else '2g'}} {self.unit}/s"
-        if self._since > self._start and ran > WORTH_SAYING and rate:
+        if self._since > self._start and ran > 20.0 and rate:  # of seconds: the rate is sure
             figures += f"  about {(self.total - self.done) / rate:,.0f} s left"
         if self._bar is not None:
             self._bar.update(self._task, total=self.total, completed=self.done, figures=figures)

@@ -7,6 +7,7 @@ whatever box each image has, on CPU and GPU alike.
 Shapes: B image, h w source pixels, S target pixels.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -25,13 +26,10 @@ _CROP_TRIES = 10
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device; the host continues while a GPU copies.
-
-    From pageable memory a copy makes the host wait whatever is asked for, hence the pinned copy.
-    """
+    """The array as a tensor on the device; the host continues while a GPU copies."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # a copy from pageable memory makes the host wait, whatever is asked for
     return tensor.to(device, non_blocking=True)
 
 
@@ -45,10 +43,9 @@ def resampling_matrix(start_B: Tensor, length_B: Tensor, source: int, target: in
     device = start_B.device
     start, length = start_B.double()[:, None, None], length_B.double()[:, None, None]
     scale = length / target
-    support = scale.clamp(min=1.0)
     centre = start + (torch.arange(target, device=device, dtype=torch.float64)[:, None] + 0.5) * scale
     pixel = torch.arange(source, device=device, dtype=torch.float64)
-    x = ((pixel + 0.5 - centre) / support).abs()
+    x = ((pixel + 0.5 - centre) / scale.clamp(min=1.0)).abs()
     weight = (1 - x).clamp(min=0)
     if bicubic:
         weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
@@ -96,13 +93,11 @@ class Transform:
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
         shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
         self._scale, self._shift = (t.to(device, self.work_dtype)[:, None, None] for t in (scale, shift))
-        self._whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        zero = torch.zeros(1, device=device)
+        self._whole = functools.cache(lambda side: resampling_matrix(zero, zero + side, side, image_size, bicubic))
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        """Augmented and normalised, [B, 3, S, S], of uint8 images [B, 3, h, w] on the device.
-
-        Image i's draws depend on (seed, epoch, ids[i]) alone.
-        """
+        """Augmented and normalised, [B, 3, S, S], of uint8 [B, 3, h, w]; draws are keyed by seed, epoch and id."""
         if self.augment == "none":
             return self.eval(images)
         flip_B = to_device(randomness.uniforms(ids, 1, "flip", seed, epoch)[:, 0] < 0.5, self.device)
@@ -119,11 +114,7 @@ class Transform:
         h, w = images.shape[-2:]
         if h == w == self.image_size:
             return self._normalise(images.to(self.work_dtype)).to(self.dtype)
-        if (h, w) not in self._whole:
-            zero = torch.zeros(1, device=self.device)
-            rows, columns = (resampling_matrix(zero, zero + s, s, self.image_size, self.bicubic) for s in (h, w))
-            self._whole[h, w] = rows, columns
-        return self._resample(images, *self._whole[h, w])
+        return self._resample(images, self._whole(h), self._whole(w))
 
     def _resample(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Resample with one pair of matrices for all images, or one for each: rows [1 or B, S, h], columns alike."""

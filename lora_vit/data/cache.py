@@ -32,7 +32,6 @@ _CHUNK = 64  # most images that a process decodes before it reports
 _BYTES_PER_WORKER = 4 << 20  # image files that are worth the start of another process (a quarter of a second)
 _BLOCK, _BLOCKS = 1 << 20, 256  # bytes and number of the parts of a cache that are read again when it is opened
 _LEVELS = 32  # of 256: fewer for nearly all pixels of deep images show that a value stands alone
-_IDLE_SECONDS = 10  # after so long without work a process that decoded ends
 
 Parts = dict[str, list[tuple[str, int]]]  # images of each part: paths below the data set's folder, and labels
 
@@ -54,10 +53,8 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
             decoding: Decoding) -> Decoded:  # fmt: skip
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
-    The cache is keyed by the files' content, so that a changed file makes a new one, and a folder that moved does
-    not. Runs that start together wait for the first. It appears whole or not at all. ``names``: paths below ``root``,
-    in the array's order; without a size for them in ``decoding``, all images must have one.
-    Raises ConfigError for broken images (all named at once), images of several sizes, no space or place to write.
+    The cache is keyed by the files' content; runs that start together wait for the first. Without a size in
+    ``decoding`` all images must have one. Raises ConfigError for broken images, several sizes, no space or place.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"
     key = hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]
@@ -73,8 +70,7 @@ def _open(path: Path) -> Decoded | None:
     try:
         low_high, told, digest = json.loads(path.with_suffix(".json").read_text())
         value_range = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        same = digest == _digest(path)
-        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(told)) if same else None
+        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(told)) if digest == _digest(path) else None
     except Exception:  # damaged in one of many ways
         return None
 
@@ -165,7 +161,7 @@ def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[N
     length = max(1, min(_CHUNK, len(names) // (8 * count)))
     starts = range(0, len(names), length)
     chunks = (delayed(job.run)(i, names[i : i + length], digests[i : i + length]) for i in starts)
-    how = {"return_as": "generator", "idle_worker_timeout": _IDLE_SECONDS}
+    how = {"return_as": "generator", "idle_worker_timeout": 10}  # seconds after which an idle process ends
     pool = Parallel(count, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
     notes: list[Note] = []
     try:

@@ -35,7 +35,6 @@ def find(wanted: Wanted) -> Found | None:
             put = f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there"
             raise ConfigError(f"{lacks}, and cannot be downloaded ({one_line(error)}): {put}, or run "
                               "experiment=quickstart, which needs no download") from None  # fmt: skip
-    images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.array([*train.targets, *test.targets], dtype=np.int64)
     parts = {"train": np.arange(len(train.targets)), "test": np.arange(len(train.targets), len(labels))}
-    return in_memory(images, labels, list(train.classes), parts)
+    return in_memory(np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2), labels, list(train.classes), parts)

@@ -96,16 +96,12 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: list[str],
     """A data set whose decoded images are at hand; without ``parts`` all are for training and what is split off."""
     images = np.ascontiguousarray(images)
     parts = parts or {"train": np.arange(len(labels))}
-    digest = np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8)
-    content = content_of(class_names, labels, parts, digest)
+    content = content_of(class_names, labels, parts, np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8))
     return Found(labels, class_names, parts, content, lambda _: Decoded(images))
 
 
 def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.ndarray], digests: np.ndarray) -> str:
-    """``N images, C classes, sha256 ...``: which images there are, in which order, class and part.
-
-    File names and places do not count. ``digests``: sha256 of each image's file, or of all images, uint8 [..., 32].
-    """
+    """``N images, C classes, sha256 ...``, whatever their names; ``digests``: sha256 of each file or of all images."""
     digest = hashlib.sha256(json.dumps([class_names, sorted(parts)]).encode())
     for values in (labels, *(parts[name] for name in sorted(parts))):
         digest.update(len(values).to_bytes(8, "little") + values.astype("<i8").tobytes())

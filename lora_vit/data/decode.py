@@ -14,8 +14,6 @@ import numpy as np
 
 from lora_vit.data.preprocessing import Decoding, reason
 
-_LOOK_EVERY = 0.5  # seconds after which a process that decodes looks whether its parent is still there
-
 Note = tuple[str, str, Any]
 """What there is to say of a decoded file: its name, one of these, and what belongs to it.
 
@@ -65,7 +63,7 @@ def end_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_EVERY)
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -23,8 +23,7 @@ from lora_vit.files import locked, replacing, shown
 from lora_vit.records import CHECKPOINT, PLAN, RECORD
 from lora_vit.terminal import Every, Progress
 
-_NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats that Pillow knows by name only, or opens with programs that few have."""
+_NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})  # Pillow only names them, or needs rare programs
 _SYSTEM = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that file systems and file servers make, some with thumbnails of the images."""
 _PICTURES = re.compile("(jpe?g)?_?(images?|imgs?)|jpe?gs?|photos?|pictures?", re.I)
@@ -149,8 +148,7 @@ class Listing:
 def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
-    Returns None if files would have to be read and ``fetch`` is false. Raises OSError for a file that cannot be read,
-    ConfigError for a ``cache_dir`` that cannot be written.
+    None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     stats = {}
@@ -184,9 +182,8 @@ def _kept(store: Path) -> dict[str, bytes]:
     """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
     try:
         with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = arrays["names"].tobytes().split(b"\0")[:-1]
             rows = np.hstack([arrays["stats"], arrays["digests"]]).view("V64")[:, 0].tolist()
-            return dict(zip(map(os.fsdecode, names), rows, strict=True))
+            return dict(zip(map(os.fsdecode, arrays["names"].tobytes().split(b"\0")[:-1]), rows, strict=True))
     except Exception:  # absent, or damaged in one of many ways: the files are read again
         return {}
 
@@ -197,9 +194,8 @@ def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     def read(chunk: list[str]) -> list[bytes]:
         return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
 
-    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        for part in pool.map(read, chunks):
+        for part in pool.map(read, [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]):
             yield from part
             bar.advance(len(part))
 

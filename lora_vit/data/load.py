@@ -38,10 +38,9 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
-    """What ``data.content`` is for this data set: None where a package brings the images.
+    """What ``data.content`` is: None where a package brings the images, or ``fetch`` is needed and false.
 
-    Each process lists and reads the files once, until :func:`forget`. Without ``fetch`` nothing is downloaded or read,
-    and the content is None where that would be needed. Raises ConfigError where it cannot be determined.
+    Each process lists and reads the files once, until :func:`forget`. Raises ConfigError.
     """
     found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
     return None if found is None else found.content
@@ -63,9 +62,8 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
     wanted = Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)
     if wanted not in _FOUND:
         # Imported when chosen: each needs another heavy package.
-        find = import_module(f"lora_vit.data.{known.loader}").find
         try:
-            if (found := find(wanted)) is not None:
+            if (found := import_module(f"lora_vit.data.{known.loader}").find(wanted)) is not None:
                 _FOUND[wanted] = found
         except OSError as error:
             place = shown(error.filename or root)

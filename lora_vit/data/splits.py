@@ -15,8 +15,7 @@ def divide(found: Found, config: DataConfig) -> tuple[dict[str, np.ndarray], str
 
     Each class is divided, in the order of its own key, by the same fractions, rounded to the nearest whole, at least 1;
     the rest is ``train``. Of it ``train_per_class`` are kept, in a second order, so that fewer are a subset of more.
-    Without test images and a fraction of them there is no ``test``. Raises ConfigError where ``val`` neither is there
-    nor has a fraction, and where there are too few images.
+    Raises ConfigError where ``val`` neither is there nor has a fraction, and where there are too few images.
     """
     given = {"val": config.val_fraction, "test": config.test_fraction}
     fractions = {part: f for part, f in given.items() if f is not None and part not in found.parts}

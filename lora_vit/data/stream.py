@@ -1,5 +1,6 @@
 """Batches: which samples, in which order, and this process's part of each."""
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,29 +55,21 @@ class TrainStream:
 
     def __init__(self, samples: Samples, transform: Transform, batch_size: int, seed: int, process: Process):
         self.samples, self.transform, self.seed = samples, transform, seed
-        self.ids = samples.data.splits["train"]
+        self.ids = ids = samples.data.splits["train"]
         self.batch_size, self.local = batch_size, batch_size // process.world_size
         self.first = process.rank * self.local
         self.steps_per_epoch = len(self.ids) // batch_size
-        self._order: tuple[int, np.ndarray] = (-1, self.ids)
+        self._order = functools.lru_cache(1)(lambda epoch: ids[randomness.permutation(len(ids), "order", seed, epoch)])
         self._read: dict[tuple[int, int], Callable[[], tuple[Tensor, Tensor]]] = {}  # by epoch and step
 
     def batch_ids(self, epoch: int, step: int, whole: bool = False) -> np.ndarray:
-        """Sample ids of this process's part of a batch, int64 [B], or of the ``whole``; ``step`` counts in the epoch.
-
-        Where images are mixed, the one before the part comes first, [1 + B].
-        """
-        if self._order[0] != epoch:
-            self._order = epoch, self.ids[randomness.permutation(len(self.ids), "order", self.seed, epoch)]
+        """Sample ids of this process's part, int64 [B] (mixed: one before it first, [1 + B]), or of the ``whole``."""
         first, last = (0, self.batch_size) if whole else (self.first, self.first + self.local)
         places = np.arange(first - bool(self.transform.mixes and not whole), last) % self.batch_size
-        return self._order[1][step * self.batch_size + places]
+        return self._order(epoch)[step * self.batch_size + places]
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, float]:
-        """This process's part of a batch, on the device: images for the model [B, 3, S, S], labels int64 [B], and 1.
-
-        Mixed images have two labels, [B, 2], and the first has a share below 1.
-        """
+        """This process's part: images [B, 3, S, S], labels int64 [B], 1; if mixed, labels [B, 2], the first's share."""
         soon = [(epoch, later) for later in range(step, min(step + 1 + _AHEAD, self.steps_per_epoch))]
         self._read = {at: self._read.get(at) or self.samples.read(self.batch_ids(*at)) for at in soon}
         images, labels = self._read.pop((epoch, step))()

@@ -27,7 +27,7 @@ class TrialState:
     values: dict[str, Tensor] = field(default_factory=dict)  # empty: not started
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
-    loss_scale: float = 2.0**16  # of fp16, as is the next (training/loss_scale.py)
+    loss_scale: float = 2.0**16  # of fp16, as is the next (training/optim.py)
     good_steps: int = 0  # since the scale changed
     micro_batch: int = 0  # images that memory had room for at once, where it had not for all; 0: it had
 

@@ -22,21 +22,15 @@ from lora_vit.terminal import Every, Progress, make_console
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost, Setup, TrialRun, epoch_figures
 
-HEARTBEAT_EVERY = 30.0  # seconds between signs of life of a running trial
-
 
 class Reporter:
-    """Reports to the user how training goes. The methods do nothing here.
+    """Reports to the user how training goes. The methods do nothing here."""
 
-    Called before the first step (``started``), after every step (``advance``), at logging steps (``step``), after each
-    epoch of each trial (``epoch``), and when a trial is completed or failed (``left``).
-    """
-
-    def started(self, pack: Pack) -> None: ...
-    def advance(self, pack: Pack) -> None: ...
-    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...
-    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...
-    def left(self, trial: TrialRun) -> None: ...
+    def started(self, pack: Pack) -> None: ...  # before the first step
+    def advance(self, pack: Pack) -> None: ...  # after every step
+    def step(self, pack: Pack, losses: list[float], rates: list[float], images_per_second: float) -> None: ...  # logged
+    def epoch(self, trial: TrialRun, row: dict[str, float]) -> None: ...  # after each epoch of each trial
+    def left(self, trial: TrialRun) -> None: ...  # completed or failed
 
 
 class RunReporter(Reporter):
@@ -57,10 +51,9 @@ class RunReporter(Reporter):
         for name in ("adapter", "head", "trainable", "total"):
             table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
         self.console.print(table)
-        if trial.config.lora.adapts:
-            lora, factor = trial.config.lora, trial.config.lora.effective_scaling()
+        if (lora := trial.config.lora).adapts:
             settings = f"{METHODS[lora.method]} rank {lora.rank}, alpha {lora.alpha:g}"
-            self.console.print(f"{settings}: effective scaling {factor:g}")
+            self.console.print(f"{settings}: effective scaling {lora.effective_scaling():g}")
         self._progress = Progress("training", trial.config.trainer.epochs * steps, False, "steps", pack.step_of(trial))
         self.console = self._progress.console  # lines go above the bar
 
@@ -78,11 +71,7 @@ class RunReporter(Reporter):
 
 
 def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop: StopRequest) -> None:
-    """Train trials in one pack until each is completed or failed, as its record says.
-
-    Raises Interrupted when asked to stop, after the trials are saved. Any other error is left to the caller, with the
-    last checkpoints.
-    """
+    """Train trials in one pack until each is completed or failed. Raises Interrupted, after the trials are saved."""
 
     def beat() -> None:
         for trial in trials:
@@ -97,7 +86,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
         trial.record.cost["pack_size"] = pack.K
         trial.write_record()
     reporter.started(pack)
-    with repeating(beat, HEARTBEAT_EVERY), computing(setup.device, trials[0].config.trainer.deterministic):
+    with repeating(beat, every=30.0), computing(setup.device, trials[0].config.trainer.deterministic):
         try:
             while pack is not None:
                 ended = train_epoch(pack, reporter, stop) or complete(pack)
@@ -111,15 +100,21 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
                 if pack is not None and stop_requested(pack, stop, logging=True):
                     raise Interrupted(stop.signum or signal.SIGTERM)
         except (Interrupted, SystemExit, KeyboardInterrupt):  # of somebody's signal handler, of a second Ctrl-C
-            interrupt(staying, pack)
+            # Saved, unless ``pack`` (None between two) is in the midst of an update.
+            to_save = staying if pack is None else [] if pack.updating else pack.pull()
+            for trial in staying:
+                try:
+                    if trial in to_save:
+                        trial.save()
+                    if trial.record.status == "running":
+                        trial.interrupt()
+                except ClaimLost:  # another process trains it
+                    trial.close()
             raise
 
 
 def train_epoch(pack: Pack, reporter: Reporter, stop: StopRequest) -> list[TrialRun]:
-    """Train the rest of an epoch and finish it; returns the trials that have failed, at whose step it ends early.
-
-    Raises Interrupted after the step at which a process is asked to stop, unless it is the epoch's last.
-    """
+    """Train the rest of an epoch; returns the trials that failed, at whose step it ends. Raises Interrupted."""
     if any(trial.done() for trial in pack.trials):  # stopped between its last epoch and its end
         return []
     saving, first = Every(pack.trials[0].config.trainer.checkpoint_every), pack.trials[0].state
@@ -173,11 +168,10 @@ def stop_requested(pack: Pack, stop: StopRequest, logging: bool) -> bool:
 
 def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
     """Fail the trials with a loss or gradient that was not finite, and say what to try; returns them."""
-    bad_steps = pack.first_bad_step_K.tolist()
     # At an epoch's last step the parameters count as well: no next loss will tell.
     finite = torch.isfinite(pack.flat.values_KP).all(1).tolist() if last else [True] * pack.K
     failed = []
-    for trial, bad_step, is_finite in zip(pack.trials, bad_steps, finite, strict=True):
+    for trial, bad_step, is_finite in zip(pack.trials, pack.first_bad_step_K.tolist(), finite, strict=True):
         if bad_step < 0 and is_finite:
             continue
         step = bad_step + 1 or pack.step_of(trial)
@@ -233,16 +227,13 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
 
 @contextlib.contextmanager
 def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored.
-
-    Attention's backward otherwise adds in the order in which its blocks happen to end.
-    """
+    """On a GPU, compute fp32 in fp32, not TF32, and ``deterministic``: the same bits each time; torch is restored."""
     with contextlib.ExitStack() as as_before:
         if device.type == "cuda":
             matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
             name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
             told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
-            if deterministic:
+            if deterministic:  # else attention's backward adds in the order in which its blocks happen to end
                 told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor
                 mode = torch.get_deterministic_debug_mode()
                 as_before.callback(torch.use_deterministic_algorithms, mode > 0, warn_only=mode == 1)
@@ -258,9 +249,8 @@ def reset_peak_memory(device: torch.device) -> None:
     """Have :func:`peak_memory` count from here, where the system can; elsewhere it is that of the process's life."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -270,8 +260,7 @@ def peak_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration):  # ``ru_maxrss`` would also count the process that started this
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # elsewhere in units of 1024 bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # else in KiB
 
 
 def complete(pack: Pack) -> list[TrialRun]:
@@ -289,16 +278,3 @@ def complete(pack: Pack) -> list[TrialRun]:
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()
     return [trial for _, trial in finished]
-
-
-def interrupt(trials: list[TrialRun], pack: Pack | None) -> None:
-    """Save the trials, unless ``pack`` (None between two) is in the midst of an update, and mark them interrupted."""
-    to_save = trials if pack is None else [] if pack.updating else pack.pull()
-    for trial in trials:
-        try:
-            if trial in to_save:
-                trial.save()
-            if trial.record.status == "running":
-                trial.interrupt()
-        except ClaimLost:  # another process trains it
-            trial.close()

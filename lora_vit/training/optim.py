@@ -1,15 +1,21 @@
-"""AdamW for K trials at once, on one flat matrix, and learning-rate schedules.
+"""AdamW for K trials at once, on one flat matrix, their loss scales and learning-rate schedules.
 
 Shape legend: K trial, P number of trained values of a trial (padded to the widest).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_vit.config import OptimizerConfig
+from lora_vit.training.checkpoint import TrialState
+
+GROW_AFTER = 2000  # good steps in a row after which a loss scale doubles, as GradScaler's
+LARGEST = 2.0**64  # where gradients are all zero, a scale would double without end
+LEAST = 1.0  # a trial with a smaller scale has failed: its gradients do not fit
 
 
 class FlatParameters:
@@ -29,7 +35,7 @@ class FlatParameters:
         self.grads_KP = self.buffer[: -K - 1].view(K, -1)
         self.losses_K, self.stop = self.buffer[-K - 1 : -1], self.buffer[-1:]
         self._earlier_stop: Any = None
-        self.slices: dict[str, tuple[slice, torch.Size]] = {}
+        self.slices: dict[str, tuple[slice, torch.Size]] = {}  # of a row, and the shape without a trial axis
         self.gradients: list[Tensor] = []  # views into grads_KP
         offset = 0
         for name, p in named.items():
@@ -52,22 +58,16 @@ class FlatParameters:
         copied.synchronize()
         return stop
 
-    def views(self, row_P: Tensor) -> dict[str, Tensor]:
-        """A row of a [K, P] matrix, by parameter name, without the trial axis (views)."""
-        return {name: row_P[where].view(shape) for name, (where, shape) in self.slices.items()}
-
 
 class PackedAdamW:
     """AdamW (Loshchilov & Hutter, 2019, algorithm 2) with every hyperparameter per trial.
 
-    ``torch.optim.AdamW`` takes one learning rate for a tensor; here each row of the flat matrix has its own lr,
-    weight decay, betas, eps and clip norm. A row's result equals torch's on that row alone.
+    ``torch.optim.AdamW`` takes one learning rate for a tensor. A row's result equals torch's on that row alone.
     """
 
     def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig]):
         self.flat = flat
-        self.exp_avg_KP = torch.zeros_like(flat.values_KP)
-        self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP)
+        self.exp_avg_KP, self.exp_avg_sq_KP = torch.zeros_like(flat.values_KP), torch.zeros_like(flat.values_KP)
         self.updates_K1 = flat.values_KP.new_zeros(len(configs), 1)
         clip = [math.inf if c.clip_norm is None else c.clip_norm for c in configs]
         self.clips = min(clip) < math.inf
@@ -86,12 +86,9 @@ class PackedAdamW:
 
     @torch.no_grad()
     def step(self, lr_K1: Tensor, ok_K1: Tensor, norm_K1: Tensor) -> None:
-        """One update of the rows where ``ok_K1``; the other rows keep parameters and moments bit by bit.
-
-        ``norm_K1``: norms of the gradients, which are clipped as ``clip_grad_norm_`` does.
-        """
+        """One update of the rows where ``ok_K1``; others keep all bits. ``norm_K1``: norms of the gradients."""
         grads = self.flat.grads_KP
-        if self.clips:
+        if self.clips:  # as ``clip_grad_norm_`` does
             grads.mul_((self.clip_K1 / (norm_K1 + 1e-6)).clamp_(max=1.0))
         grads.masked_fill_(~ok_K1, 0.0)
         beta1, beta2 = torch.where(ok_K1, self.beta1_K1, 1.0), torch.where(ok_K1, self.beta2_K1, 1.0)
@@ -102,10 +99,28 @@ class PackedAdamW:
         self.flat.values_KP.mul_(1 - lr * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)
         self.exp_avg_sq_KP.mul_(beta2).addcmul_(grads * (1 - beta2), grads)
-        correction1 = 1 - self.beta1_K1**count
-        correction2 = 1 - self.beta2_K1**count
-        denominator = self.exp_avg_sq_KP.sqrt().div_(correction2.sqrt()).add_(self.eps_K1)
-        self.flat.values_KP.sub_((lr / correction1) * self.exp_avg_KP / denominator)
+        denominator = self.exp_avg_sq_KP.sqrt().div_((1 - self.beta2_K1**count).sqrt()).add_(self.eps_K1)
+        self.flat.values_KP.sub_(lr / (1 - self.beta1_K1**count) * self.exp_avg_KP / denominator)
+
+
+class LossScale:
+    """Loss scales of fp16, powers of two, one for each trial on the device, and its good steps since the last change.
+
+    In fp16 gradients below 6e-8 vanish. So the loss is multiplied by a large factor and the gradients are divided by it
+    (Micikevicius et al., 2018, section 3.2). What is then beyond 65,504 is infinite: the step does not count, and the
+    factor is halved. ``torch.amp.GradScaler`` does so for one trial, and has the host look at each step.
+    """
+
+    def __init__(self, states: Sequence[TrialState], device: torch.device):
+        self.scale_K = torch.tensor([s.loss_scale for s in states], dtype=torch.float32, device=device)
+        self.good_K = torch.tensor([s.good_steps for s in states], dtype=torch.int64, device=device)
+
+    def update(self, fits_K: Tensor) -> None:
+        """Halve the scales of trials whose step overflowed, double those that had enough good steps in a row."""
+        self.good_K.add_(1).mul_(fits_K)
+        grows_K = self.good_K >= GROW_AFTER
+        self.good_K.masked_fill_(grows_K, 0)
+        self.scale_K.mul_(torch.where(fits_K, 1.0 + grows_K, 0.5)).clamp_(max=LARGEST)
 
 
 def scheduled_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -19,8 +19,7 @@ from lora_vit.data.stream import TrainStream
 from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
-from lora_vit.training.loss_scale import LEAST, LossScale
-from lora_vit.training.optim import FlatParameters, PackedAdamW, scheduled_rate
+from lora_vit.training.optim import LEAST, FlatParameters, LossScale, PackedAdamW, scheduled_rate
 from lora_vit.training.trial import ALL, Setup, TrialRun
 
 
@@ -39,16 +38,14 @@ def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor, w
 
 
 def class_weights(trials: Sequence[TrialConfig], data: ImageData) -> np.ndarray | None:
-    """Weights of the classes for each trial, float64 [K, C]; None if no trial has any. Raises ConfigError.
-
-    ``balanced``: training images / (classes * those of the class), as in scikit-learn.
-    """
+    """Weights of the classes for each trial, float64 [K, C]; None if no trial has any. Raises ConfigError."""
     if not any(given := [t.optimizer.class_weights for t in trials]):
         return None
     labels = data.labels[data.splits["train"]]
     counts = np.bincount(labels, minlength=(C := len(data.class_names))).clip(1)  # of a class without images 1
     if wrong := next((w for w in given if isinstance(w, list) and len(w) != C), None):
         raise ConfigError(f"optimizer.class_weights={wrong}: give {C} numbers, one for each class, or balanced")
+    # balanced as in scikit-learn
     rows = [len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given]
     return np.stack(rows)
 
@@ -66,7 +63,8 @@ class Pack:
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
         per_trial = {name for name in named if name.rpartition(".")[0] in {*self._adapters, "head"}}
         self.flat = FlatParameters(named, per_trial, self.K)
-        self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
+        o = self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
+        self._matrices = self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP
         # One stream for each (seed, epoch): trials that agree in both share images and stem.
         keys = [(t.config.seed, t.state.epoch) for t in trials]
         own_keys = list(dict.fromkeys(keys))
@@ -78,26 +76,23 @@ class Pack:
             for t in self._first_of_stream
         ]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
-        # What a step reads and updates on the device.
-        device, process = setup.device, setup.process
+        device = setup.device
         self.forward: Any = self.model
         if configs[0].trainer.compile:
             limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
             limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
             # each shape by itself: with symbolic ones the masks' arithmetic takes minutes
             self.forward = torch.compile(self.model, dynamic=False)
-        local = self.global_batch // process.world_size
-        self.position_B = torch.arange(local, device=device) + process.rank * local  # places in the global batch
+        first = self.streams[0].first
+        self.position_B = torch.arange(first, first + self.streams[0].local, device=device)  # in the global batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
-        smoothing = [c.optimizer.label_smoothing for c in configs]
-        self.smoothing_K1 = self.model.head.weight.new_tensor(smoothing)[:, None]
+        self.smoothing_K1 = self.model.head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
         weights = class_weights(configs, setup.data)
         self.weights_KC = None if weights is None else self.smoothing_K1.new_tensor(weights)
         self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
         self.shares_K1L: Tensor | None = None  # of an image's labels, where a batch is mixed
         self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
-        # first step with a loss or gradient that is not finite, -1: none
-        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)
+        self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)  # -1: all were finite
         self.updating = False  # between the first change of a step and its last
         is_fp16 = setup.transform.dtype == torch.float16
         self.loss_scale = LossScale([t.state for t in trials], device) if is_fp16 else None
@@ -105,7 +100,7 @@ class Pack:
         self._had_room_for = min([t.state.micro_batch for t in trials if t.state.micro_batch], default=ALL)
         for k, s in enumerate(t.state for t in trials):
             self.optimizer.updates_K1[k] = s.updates
-            for matrix_KP, tensors in zip(self._matrices(), (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
+            for matrix_KP, tensors in zip(self._matrices, (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
                 if tensors:  # a new trial has none, one that is only evaluated no moments
                     row_P = matrix_KP[k].cpu()  # one copy each way on a GPU, the row itself on a CPU
                     for name, view in self._views(k, row_P).items():
@@ -136,8 +131,7 @@ class Pack:
         if self.weights_KC is not None:
             each = zip((self.streams[g] for g in self.stream_of_trial), self.trials, strict=True)
             ids_KN = np.stack([s.batch_ids(t.state.epoch, self.step_in_epoch, whole=True) for s, t in each])
-            labels_KN = to_device(self.setup.data.labels[ids_KN], images.device)
-            self.divisor = self.weights_KC.gather(1, labels_KN).sum(1)
+            self.divisor = self.weights_KC.gather(1, to_device(self.setup.data.labels[ids_KN], images.device)).sum(1)
         loss_K = self.update(images, labels_KB, lr_K1, stop)
         self.step_in_epoch += 1
         self.updating = False
@@ -150,8 +144,7 @@ class Pack:
         A trial's loss is the mean over its own images of the global batch, and the losses are summed over trials, so
         that each trial's gradient is exactly its own. A trial whose loss or gradient is not finite is left unchanged
         from then on; in fp16 for this step alone, until its loss scale falls below 1. ``images``: normalised, of all
-        streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: whether this process was asked to
-        stop, which is summed over processes into ``flat.stop``.
+        streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: summed into ``flat.stop``.
         """
         flat, scaling = self.flat, self.loss_scale
         while True:
@@ -247,9 +240,8 @@ class Pack:
             own = own[len(places) :]
             where = to_device(places, setup.device)
             predicted_KN[:, where] = logits_KBC.argmax(-1)
-            true_KB1 = labels_B.expand(K, -1)[..., None]
             log_p_KBC = log_softmax(logits_KBC, -1)
-            log_true_KB1, p_KBC = log_p_KBC.gather(-1, true_KB1), log_p_KBC.exp()
+            log_true_KB1, p_KBC = log_p_KBC.gather(-1, labels_B.expand(K, -1)[..., None]), log_p_KBC.exp()
             rivals_KB = (log_p_KBC <= log_true_KB1).logical_not().sum(-1)  # more probable classes; all where NaN
             brier_KB = (p_KBC - one_hot(labels_B, p_KBC.shape[-1])).square().sum(-1)
             said_4KN[:, :, where] = torch.stack([log_true_KB1[..., 0], p_KBC.amax(-1), brier_KB, rivals_KB]).double()
@@ -266,34 +258,26 @@ class Pack:
         """Start the next epoch for every trial."""
         for trial in self.trials:
             trial.state.epoch += 1
-            trial.state.step_in_epoch = 0
-            trial.state.loss_sum = 0.0
         self.step_in_epoch = 0
         self.loss_sum_K.zero_()
 
     def pull(self) -> list[TrialRun]:
-        """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint.
-
-        After a bad step none is: it would hide that step from a run that resumes.
-        """
+        """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
         loss_sums = self.loss_sum_K.tolist()
         updates = self.optimizer.updates_K1[:, 0].tolist()
-        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices()]
-        if self.loss_scale is not None:
-            self.loss_scale.pull([trial.state for trial in self.trials])
-        for k, trial in enumerate(self.trials):
-            s = trial.state
+        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices]
+        for k, s in enumerate(trial.state for trial in self.trials):
+            if self.loss_scale is not None:
+                s.loss_scale, s.good_steps = float(self.loss_scale.scale_K[k]), int(self.loss_scale.good_K[k])
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.micro_batch = self.micro_batch if self.micro_batch < len(self.position_B) else 0
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)
+        # a checkpoint would hide a bad step from a run that resumes
         return [t for t, bad_step in zip(self.trials, self.first_bad_step_K.tolist(), strict=True) if bad_step < 0]
 
     def step_of(self, trial: TrialRun) -> int:
         """The trial's steps so far, over all epochs."""
         return trial.state.epoch * self.steps_per_epoch + self.step_in_epoch
-
-    def _matrices(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.flat.values_KP, self.optimizer.exp_avg_KP, self.optimizer.exp_avg_sq_KP
 
     def export(self, k: int, matrix_KP: Tensor) -> dict[str, Tensor]:
         """Trial k's row of a matrix as named, unpadded tensors on the CPU (copies)."""
@@ -301,7 +285,7 @@ class Pack:
 
     def _views(self, k: int, row_P: Tensor) -> dict[str, Tensor]:
         """A row as unpadded views under the names of trial k's adapter file."""
-        row = self.flat.views(row_P)
+        row = {name: row_P[where].view(shape) for name, (where, shape) in self.flat.slices.items()}
         views: dict[str, Tensor] = {}
         for prefix, adapters in self._adapters.items():
             own = {leaf: row.pop(f"{prefix}.{leaf}") for leaf, _ in adapters.named_parameters()}

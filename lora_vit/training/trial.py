@@ -90,9 +90,8 @@ class TrialRun:
         """The trial in its folder, ready to train; no other process may use the folder.
 
         It starts from scratch in a folder without a record and where it failed at a step; else it resumes. ``restart``
-        removes what it left; one that is completed must. ``hydra_files``: name to text of what goes into ``.hydra/``;
-        ``tensorboard``: where event files go, if not below the folder; ``mine``: whether it is still this process's.
-        Raises ConfigError where the folder, its data or its checkpoint are not this trial's, ClaimLost.
+        removes what it left; one that is completed must. ``hydra_files``: name to text; ``tensorboard``: where event
+        files go, if not below. Raises ConfigError where folder, data or checkpoint are not this trial's, ClaimLost.
         """
         there = records.state_of(folder, config)
         if there.problem:
@@ -186,7 +185,6 @@ class TrialRun:
                        if name != "loss"}  # fmt: skip
         with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
             np.savez(file, **arrays)
-        lora = self.config.lora
         inputs: Any = (setup.base[key] for key in ("image_size", "mean", "std", "interpolation"))
         card: dict[str, Any] = {
             "schema": self.record.schema,
@@ -194,7 +192,7 @@ class TrialRun:
             "base": setup.base,
             "data": self.record.data,
             "lora": self.record.config["lora"],
-            "effective_scaling": lora.effective_scaling() if lora.adapts else None,
+            "effective_scaling": self.config.lora.effective_scaling() if self.config.lora.adapts else None,
             "preprocessing": Preprocessing(setup.data.decoding, *inputs).to_dict(),
             "class_names": setup.data.class_names,
         }

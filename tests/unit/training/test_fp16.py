@@ -13,10 +13,10 @@ from lora_vit import api, build, distributed
 from lora_vit.build import build_setup, choose_precision
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.training import loss_scale
+from lora_vit.training import optim
 from lora_vit.training import pack as pack_module
 from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.loss_scale import LossScale
+from lora_vit.training.optim import LossScale
 from lora_vit.training.pack import Pack, sample_losses
 
 FP16 = {"trainer.precision": "fp16"}
@@ -47,7 +47,7 @@ def state_of(pack: Pack) -> list[Tensor]:
 
 def test_scales_are_those_of_torchs_grad_scaler(monkeypatch):
     """Each trial's own, whatever the others meet."""
-    monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
+    monkeypatch.setattr(optim, "GROW_AFTER", 3)
     fits = torch.rand(40, 5, generator=torch.Generator().manual_seed(0)) > torch.tensor([0.0, 0.1, 0.3, 0.6, 1.0])
     scaling, found = LossScale([TrialState() for _ in range(5)], torch.device("cpu")), []
     for fits_K in fits:
@@ -141,7 +141,7 @@ def test_an_overflow_in_another_process_is_one_here(setup, monkeypatch):
 
 
 def test_scales_resume_bit_for_bit(setup, monkeypatch):
-    monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
+    monkeypatch.setattr(optim, "GROW_AFTER", 3)
     pack = pack_of(setup, {1: OVERFLOWING, 3: 2.0})
     take_steps(pack, 2)
     pack.pull()
