@@ -232,6 +232,8 @@ def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
         if device.type == "cuda":
             matmul, cudnn, fill = torch.backends.cuda.matmul, torch.backends.cudnn, torch.utils.deterministic
             name, exact = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)  # from 2.9 on
+            if name == "allow_tf32":  # which forgets one of two ways to be inexact
+                as_before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             told: list[Any] = [(place, name, exact) for place in (matmul, getattr(cudnn, "conv", cudnn))]
             if deterministic:  # else attention's backward adds in the order in which its blocks happen to end
                 told += [(fill, "fill_uninitialized_memory", False)]  # it would be a pass over each new tensor

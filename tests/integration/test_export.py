@@ -281,6 +281,7 @@ FROM_PEFT = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # of an older PEFT
 @pytest.mark.parametrize(("of", "settings"), FROM_PEFT)
 def test_what_peft_trained_computes_the_same_here(of, settings, tmp_path):
     model, plain = trained_by_peft(of, settings)

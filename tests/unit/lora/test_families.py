@@ -164,7 +164,7 @@ def test_output_and_gradient_are_those_of_explicit_weights(family, targets, bloc
     assert list(adapted.state_dict()) == names
     assert [type(ours) for ours in adapted.modules()] == [type(theirs) for theirs in model.modules()]
     with torch.no_grad():  # torch has other attention for a bias that is trained
-        assert torch.equal(adapted(x), model(x))
+        assert_close(adapted(x), model(x), 1e-12)  # to the bit from torch 2.9 on
 
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -445,7 +445,7 @@ def test_what_is_trained_in_ones_own_loop_is_saved_disabled_merged_and_removed(f
     assert float((trained - plain_base(x)).detach().abs().max()) > 1e-2 * float(trained.abs().max())
     remove_adapter(model)
     with torch.no_grad():  # torch has other attention for a bias that is trained
-        assert torch.equal(model(x), plain_base(x))
+        assert_close(model(x), plain_base(x), 1e-12)  # to the bit from torch 2.9 on
     for found in (merged, model):
         assert list(found.state_dict()) == list(plain_base.state_dict())
         assert [type(m) for m in found.modules()] == [type(m) for m in plain_base.modules()]
