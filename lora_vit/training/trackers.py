@@ -71,7 +71,7 @@ class Tracked:
                 del self._trackers[name]
                 self.record.untracked[name] = why = one_line(error)
                 OFF.update({name: why} if method == "start" else {})
-                print(f"note: the tracker {name} has failed, trial {self.record.trial_id} goes on without: {why}")
+                print(f"note: the tracker {name} has failed, trial {self.record.trial_id} trains without it: {why}")
 
 
 class TensorBoard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -157,9 +158,10 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_agree_fail_and_leave(tmp_path):
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ROUNDS + len(ENDS))]
-        ports = [free.getsockname()[1] for free in sockets]
+    ports: list[int] = []
+    while len(ports) < ROUNDS + len(ENDS):  # not of those that the system gives to other processes' connections
+        with contextlib.suppress(OSError), socket.create_server(("", random.randrange(10_000, 32_000))) as free:
+            ports.append(free.getsockname()[1])
     context = mp.spawn(_two, args=(ports, str(tmp_path)), nprocs=2, join=False)
     try:
         ended = context.join(timeout=90) or context.join(timeout=90)  # returns once for the first that ends
