@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_vit.cli import add_trial, completed_trial, main
+from lora_vit.config.rules import one_of
 from lora_vit.errors import ConfigError, RecordError
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {  # the libraries that write and read each, and what opens it
@@ -29,6 +30,7 @@ def export(folder: str | Path, form: str, out: str | Path, weights: str | None =
     ``form``: one of FORMATS. Returns the kinds of pictures that the other library's own reader prepares otherwise than
     the trial. The rest as of :func:`.evaluate.evaluate`.
     """
+    one_of("--format", form, [*FORMATS])
     if missing := [package for package in FORMATS[form][0] if find_spec(package) is None]:
         raise RecordError(f"--format {form} needs {', '.join(missing)}: pip install 'lora_vit[{form}]'")
     if (out := Path(out)).exists() and (not out.is_dir() or any(out.iterdir())):

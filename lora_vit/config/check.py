@@ -21,13 +21,13 @@ def validate(trial: TrialConfig) -> None:
     _check_data(trial.data)
     _check_lora(trial.lora, trial.model)
     weights = trial.optimizer.class_weights
-    numbers = weights if isinstance(weights, list) else [1.0]
+    numbers = weights if isinstance(weights, list) and weights else [1.0]
     if weights not in (None, "balanced", numbers) or not all(type(n) is float and 0 < n < math.inf for n in numbers):
         remedy = "give balanced, a number above 0 for each class, as [1,2.5], or null"
         refuse("optimizer.class_weights", weights, f"is impossible: {remedy}")
     for key, value in idle(trial).items():
-        here = f"lora={trial.lora.method} and data.augment={trial.data.augment}"
-        refuse(key, value, f"has no effect with {here}: leave it out, or change these")
+        here = f"data.augment={trial.data.augment}" if key.startswith("data.") else f"lora={trial.lora.method}"
+        refuse(key, value, f"has no effect with {here}: leave it out, or change that")
 
 
 def validate_sweep(sweep: SweepConfig) -> None:

@@ -186,8 +186,8 @@ IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identi
 WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 # Settings that an earlier version did not have, each with the value at which a trial is what it was there.
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
-# Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
 TENSORBOARD = {"tensorboard": {"_target_": "lora_vit.training.trackers.TensorBoard"}}  # how all were tracked before
+# Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
 
 
@@ -195,7 +195,7 @@ def idle(trial: TrialConfig) -> dict[str, Any]:
     """Settings of ADDED that are given but do nothing in this trial, with their values."""
     method, names = trial.lora.method, trial.data.augmentations()
     keys = [key for key in ADDED for name in AUGMENTATIONS if key.startswith(f"data.{name}_") and name not in names]
-    keys += ["optimizer.lora_b_lr_ratio"] if method != "lora" else []
+    keys += ["optimizer.lora_b_lr_ratio"] if method not in ADAPTED else []
     keys += ["optimizer.head_lr"] if method == "none" else []  # nothing but the head is trained, at optimizer.lr
     return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED[key]}
 

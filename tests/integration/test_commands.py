@@ -22,7 +22,7 @@ from lora_vit import api, load_adapter, merge_adapter, predict, preprocessing, t
 from lora_vit.build import build_setup
 from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.distributed import Process
-from lora_vit.errors import RecordError
+from lora_vit.errors import ConfigError, RecordError
 from lora_vit.metrics import figures
 from lora_vit.records import read_record
 
@@ -366,6 +366,8 @@ def test_the_api_returns_what_the_commands_print(copy, call):
     names: dict = {}
     exec(api.merge(folder, "m.safetensors"), names)
     assert api.export(folder, "torch_export", "out") == []
+    with pytest.raises(ConfigError, match="--format=foo is unknown"):
+        api.export(folder, "foo", "other")
     x = torch.from_numpy(preprocessing("out")(images[0]))[None]
     p = names["model"].eval()(x).softmax(-1)[0].max().item()
     assert p == pytest.approx(rows[0][3], rel=1e-4)  # fp32
