@@ -72,7 +72,7 @@ def hold_gpu(index: int, held: contextlib.ExitStack, shared: bool = False) -> bo
     name = f"gpu-{torch.cuda.get_device_properties(index).uuid}"
     try:
         held.enter_context(locked(Path(tempfile.gettempdir(), f"lora_vit-{os.getuid()}", name), False, shared))
-    except OSError as error:  # where there can be no lock nobody is kept out
+    except OSError as error:  # without locks, several processes may share the GPU
         return not isinstance(error, BlockingIOError)
     return True
 

@@ -1,6 +1,6 @@
-"""What predictions are worth: metrics, by any of which trials can be compared, and losses, which are only shown.
+"""Metrics, which trials are compared by, and losses, which are only shown: functions of a trial's predictions.
 
-A metric is a fraction of which more is better; another one is one more entry of METRICS (docs/extending.md).
+A metric is a fraction, better when higher. To add one, add an entry to METRICS (docs/extending.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand on the rows of each trial, of which the tracker takes those that it has not; exit code 1 where it fails."""
+    """Send the rows of each trial; the tracker skips those that it already has. Exit code 1 if one of them fails."""
     from lora_vit.compose import Composer, initialized
     from lora_vit.sweep.__main__ import find
     from lora_vit.sweep.plan import Sweep, trial_folders

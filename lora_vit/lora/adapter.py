@@ -184,7 +184,7 @@ def _bound(model: nn.Module, folder: str | Path) -> Adapter:
         for one in (given, named):
             put_on(one, adapter)
         ours = _output(named, base)
-    if not torch.allclose(_output(given, base), ours, rtol=0, atol=SAME * float(ours.abs().max())):
+    if not _agree(_output(given, base), ours):
         what = f"the model has the weights of {base['model']}, but computes something else with them"
         raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
     return adapter
@@ -199,6 +199,10 @@ def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
         return model.eval()(image)
 
 
+def _agree(theirs: Tensor, ours: Tensor) -> bool:
+    return torch.allclose(theirs, ours, rtol=0, atol=SAME * float(ours.abs().max()))
+
+
 def _refuse_half(model: nn.Module) -> None:
     if torch.finfo(dtype := next(model.parameters()).dtype).bits < 32:
         raise ConfigError(f"the model is of {dtype}, which would round the update away: give it in fp32")
@@ -207,7 +211,7 @@ def _refuse_half(model: nn.Module) -> None:
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter and head of a completed trial's folder, or :func:`save_adapter`'s, on a plain model, in place.
 
-    Returns the model, whose output equals the trial's; training goes on (dropout draws other masks in each pass).
+    Returns the model. Its output equals the trial's, and it can be trained further: each pass drops other elements.
     ``model``: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that it was
     trained on, in fp32, at its image size; on any device. Else raises ConfigError, and leaves the model as it was.
     """
@@ -249,8 +253,7 @@ def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
     plain = remove_adapter(copy.deepcopy(own))
     base = {"model": type(model).__name__, "weights": "its own", **base_of(plain)}
     put_on(plain, adapter)
-    output, wanted = _output(plain, base), _output(own, base)
-    if not torch.allclose(output, wanted, rtol=0, atol=SAME * float(wanted.abs().max())):
+    if not _agree(output := _output(plain, base), _output(own, base)):
         raise ConfigError("the model computes something else than base, adapter and one head: nothing is saved")
     kind = {"schema": SCHEMA_VERSION, "trial_id": None, "base": base, "output": output.tolist()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def uses_gpus(trials: Sequence[Trial]) -> bool:
 
 
 def own_device(trials: Sequence[Trial], claims: Claims) -> int:
-    """The index of the first visible GPU that nobody else trains on; 0 on a CPU, shared. Raises ConfigError."""
+    """The index of the first visible GPU that is free; on a CPU, which workers share, 0. Raises ConfigError."""
     if not uses_gpus(trials):
         return 0
     claims.look()
@@ -143,7 +143,10 @@ class PackSizes:
 
 
 def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
-    """The fastest size that fits beside the other workers (``size``), and the figures behind it."""
+    """The fastest size that fits beside the other workers (``size``), and the figures behind it.
+
+    Sizes double until two in a row gain nothing (one, where that took long), or the trials or the memory run out.
+    """
     # the costliest trials of a seed first, so that no size is measured with cheaper ones than another
     configs = sorted(configs, key=lambda c: (c.seed, not c.lora.dropout, -(c.lora.rank or 0)))
     seconds: dict[int, float] = {}

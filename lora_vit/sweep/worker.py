@@ -63,7 +63,11 @@ class Worker(Reporter):
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
-        """Train until no trial is left. Raises ConfigError: some cannot be trained here; TrialFailed: nothing can."""
+        """Train until no trial is left.
+
+        Raises ConfigError: some trials cannot be trained here; TrialFailed: this process or its device is broken;
+        Interrupted: everything is saved.
+        """
         for group, trials in self.claimed():
             try:
                 self.train_pack(group, trials, self.sizes.setup_of(trials[0]))
@@ -153,7 +157,10 @@ class Worker(Reporter):
         self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record), self.sweep.metric))
 
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
-        """Train a pack; returns the ids of what is to train by itself after an error, in halves."""
+        """Train a pack; returns the ids of what is to train by itself after an error, in halves.
+
+        Raises TrialFailed if the device is to blame for the error, OSError if the disk is.
+        """
         try:
             with self.sizes.fitting(group, setup):
                 train_trials(runs, setup, self, self.stop)

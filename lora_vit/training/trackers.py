@@ -34,7 +34,7 @@ def make(name: str, settings: Any) -> Any:
 
 
 class Tracked:
-    """A trial as its trackers see it, and what hands its rows to them: one that fails is told once and left out."""
+    """A trial as its trackers see it. It sends them rows; a tracker that fails is reported once and then left out."""
 
     def __init__(self, record: TrialRecord, folder: Path, board: Path | None = None, step: int = 0):
         """``board``: of event files, named by what a sweep varies; ``step``: from which it resumes, 0: from scratch."""

@@ -130,6 +130,8 @@ def test_a_step_makes_the_host_wait_for_nothing(name, share, monkeypatch):
             pack.step(rates[1], False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert pack.step_in_epoch == 2
+    assert (pack.first_bad_step_K < 0).all()
 
 
 def test_dropout_is_one_kernel_with_the_masks_of_a_cpu():
