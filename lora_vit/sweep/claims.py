@@ -57,6 +57,7 @@ class Claims:
         self.held = contextlib.ExitStack()  # what else is ours until the claims end
         self.progress: dict[str, float] = {}  # epochs of the trials that we train, for others to see
         self._identity = {"host": this_host(), "pid": os.getpid(), "born": _born(os.getpid())}
+        self._is_known = False  # whether we have given a sign of life
         self._held: dict[str, int] = {}
         self._last: dict[str, tuple[int, str]] = {}  # a trial's highest N, and its mark
         self._tokens: dict[Path, str] = {}
@@ -100,7 +101,7 @@ class Claims:
         """Claim a trial that is free as of the last look; False if another process was faster."""
         if self.state(trial_id) != FREE:
             return False
-        if not self._held:
+        if not self._is_known:
             self.beat()  # others take no claim seriously whose owner gave no sign of life
         number = self._last.get(trial_id, (0, FREE))[0] + 1
         if not self._create(self._path(trial_id, number), self.token):
@@ -145,6 +146,7 @@ class Claims:
         try:
             with replacing(path) as file:
                 file.write(json.dumps({**self._identity, "epochs": dict(self.progress)}).encode())
+            self._is_known = True
         except OSError:
             with contextlib.suppress(OSError):  # a full disk ends the training itself
                 os.utime(path)
