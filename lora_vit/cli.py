@@ -7,6 +7,7 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -98,5 +99,10 @@ def check_out(path: Path, option: str, suffix: str) -> None:
     """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
     if path.suffix != suffix:
         raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    try:  # a file of the name that ``files.replacing`` will give it
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent).close()
+        is_free = not path.is_dir()
+    except OSError:
+        is_free = False
+    if not is_free:
         raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import os
 import re
 import sys
 import traceback
@@ -164,9 +165,7 @@ def sweep_request(master: Any) -> Request:
         raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
     axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
     request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
-    if not request.trials:
-        raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
-    if options.margin is not None:
+    if options.margin is not None and request.trials:
         refuse_seed_dependent(composer, request.trials)
     return request
 
@@ -193,8 +192,7 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     plain = Every(5.0)
     for i, lines in enumerate(swept, 1):
         try:
-            node = composer([*fixed, *lines])
-            config = from_omegaconf(node, True, composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
+            config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
             trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))
@@ -239,12 +237,7 @@ def search_space(
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
-        config = composer([*fixed, *map("=".join, options)])
-        plain: Any = OmegaConf.to_container(config, resolve=False)
-        for section, name in (("data", "root"), ("data", "cache_dir"), ("model", "weights")):
-            value = plain[section][name]  # a worker may be started in another folder
-            if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
-                plain[section][name] = str(Path(str(config.hydra.runtime.cwd), value))
+        plain: Any = OmegaConf.to_container(composer([*fixed, *map("=".join, options)]), resolve=False)
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
         bases.append([list(options), OmegaConf.to_yaml(ours)])
     ends = compose_all(composer, fixed, [
@@ -253,7 +246,7 @@ def search_space(
     ])  # fmt: skip
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
     search = {"trials": trials, "space": space, "bases": bases, "fixed": own, "tracker": ends[0].config.tracker}
-    return search, ends
+    return search | {"cwd": os.getcwd()}, ends  # a worker may be started in another folder
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lora_vit.errors import ConfigError, TrialFailed, UserError, out_of_memory, report
 from lora_vit.stopping import repeating
@@ -18,8 +17,7 @@ OWN_RUN = "lora_vit"  # torchrun's run id of processes that a command of ours ha
 PEER_ENDED = "another process has ended"
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among those that train together: its rank among all and on this machine. Alone it is rank 0 of 1."""
 
     rank: int = 0

@@ -73,8 +73,7 @@ def reporting() -> Iterator[None]:
         try:
             os.getcwd()
         except OSError as error:
-            gone = f"the folder that this is started in is gone ({error.strerror})"
-            raise ConfigError(f"{gone}: cd to one that is there") from None
+            raise ConfigError(f"the current folder is gone ({error.strerror}): cd to one that is there") from None
         yield
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(report(error))

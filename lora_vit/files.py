@@ -96,25 +96,10 @@ def _json(value: Any, **how: Any) -> bytes:
     return (json.dumps(finite, sort_keys=True, **how) + "\n").encode()
 
 
-class JsonLines:
-    """An append-only file of JSON rows; a resumed run cuts it back to a known length."""
-
-    def __init__(self, path: Path, keep_bytes: int | None = None):
-        self._file = path.open("ab")
-        if keep_bytes is not None:
-            self._file.truncate(keep_bytes)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(_json(row))
-        self._file.flush()
-
-    def length(self) -> int:
-        """Bytes written so far, synced to disk: what a checkpoint remembers."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
+def write_row(file: BinaryIO, row: dict[str, Any]) -> None:
+    """Append a row of JSON to a ``.jsonl`` file, at once."""
+    file.write(_json(row))
+    file.flush()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -81,13 +81,10 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
             raise ConfigError(f"{(k := error.full_key)} has no value: give one, for example {k}=...{preset}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    lora = plain["lora"]
-    if in_sweep and isinstance(lora, dict) and lora.get("method") in ("none", "full"):
-        plain["lora"] = {**dict.fromkeys(lora), "method": lora["method"]}
     trial = from_dict(plain)
     for key, value in idle(trial).items() if in_sweep else ():
         section, _, name = key.partition(".")
-        setattr(getattr(trial, section), name, ADDED[key])
+        setattr(getattr(trial, section), name, ADDED.get(key))
         trial.optimizer.lr = value if name == "head_lr" else trial.optimizer.lr  # of a probe, which has no other
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere

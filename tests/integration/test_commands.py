@@ -273,11 +273,10 @@ def test_a_merged_model_that_computes_something_else_is_not_written(copy, call, 
 def test_the_outputs_place_is_tested_before_any_work(command, option, copy, call):
     (copy / "base.pth").unlink()  # so that work would end in another line
     given = arguments(command, copy)[: 2 if command == "predict" else 1]
-    out = Path("nowhere", "x.csv" if command == "predict" else "x.safetensors")
-    assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written", "in a folder that is there")
-    out = copy / out.name
-    out.mkdir()
-    assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written")
+    suffix = ".csv" if command == "predict" else ".safetensors"
+    (folder := copy / f"x{suffix}").mkdir()
+    for out in (Path("nowhere", folder.name), folder, Path("/proc", folder.name), Path("x" * 240 + suffix)):
+        assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written", "a folder that is there")
 
 
 def test_a_result_takes_no_other_files_place(copy, call):

@@ -345,6 +345,9 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     assert [of["group"] for of in search["space"].values()] == [True, False, False]
     assert [options for options, _ in search["bases"]] == [[["lora", "default"]], [["lora", "none"]]]
     assert "hydra" not in search["bases"][0][1]
+    monkeypatch.chdir("/")
+    trial = suggested(search, {"lora": "default", "lora.rank": 2, "optimizer.lr": 1e-3})
+    assert trial.config.data.root == f"{tmp_path}/images"
 
 
 # --- Hydra's own idioms
