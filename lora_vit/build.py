@@ -242,7 +242,6 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*: (.+)$", _cpuinfo(), re.MULTILINE)

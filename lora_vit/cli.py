@@ -5,6 +5,7 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -99,10 +100,8 @@ def check_out(path: Path, option: str, suffix: str) -> None:
     """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
     if path.suffix != suffix:
         raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
-    try:  # a file of the name that ``files.replacing`` will give it
-        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent).close()
-        is_free = not path.is_dir()
-    except OSError:
-        is_free = False
-    if not is_free:
-        raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")
+    with contextlib.suppress(OSError):
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent).close()  # as ``files.replacing`` does
+        if not path.is_dir():
+            return
+    raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")

@@ -5,7 +5,6 @@ import functools
 import itertools
 import os
 import re
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,20 +17,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
+from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, to_dict, unknown_key, validate_sweep
+from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, unknown_key, validate_sweep
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
 from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
-from lora_vit.terminal import Every
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
@@ -40,9 +40,6 @@ PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra
 
 def register() -> None:
     """Put the schema, the engines, the resolvers and the sweeper into Hydra, before it composes."""
-    from hydra.core.plugins import Plugins
-    from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
-
     store = ConfigStore.instance().store
     replace: Any = {} if HYDRA else {"replace": True}  # 1.3 replaces by itself
     store(name="schema", node=RootConfig, **replace)
@@ -189,15 +186,12 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     """Every trial of the sweep (``swept``: overrides of each). Raises ConfigError, a line for each that cannot run."""
     trials: list[Trial] = []
     refused: dict[str, list[str]] = {}
-    plain = Every(5.0)
-    for i, lines in enumerate(swept, 1):
+    for lines in swept:
         try:
             config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
             trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))
-        if plain.due():
-            print(f"composing: {i}/{len(swept)} trials", file=sys.stderr)
     if not refused:
         return trials
     said = [f"{len(swept) - len(trials)} of {len(swept)} trials cannot run, so none is started:"]
@@ -214,9 +208,8 @@ def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     seed = f"seed={trials[0].config.seed + 1}"
     others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
     for trial, other in zip(trials, others, strict=True):
-        own, moved = to_dict(trial.config), to_dict(other.config)
-        for key, value in moved.items():
-            if key != "seed" and value != own[key]:
+        for key, value in vars(trial.config).items():
+            if key != "seed" and value != getattr(other.config, key):
                 raise ConfigError(f"{key} depends on the seed, over which a race compares: give it a value of its own")
 
 

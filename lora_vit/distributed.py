@@ -127,7 +127,6 @@ def this_process() -> Process:
 
 @_expecting_others()
 def sum_over_processes_(tensor: T) -> T:
-    """Add up a tensor over all processes, in place."""
     if (dist := _joined()) is not None:
         dist.all_reduce(tensor)
     return tensor
@@ -163,9 +162,3 @@ def on_all(action: Callable[[], T]) -> T:
             raise TrialFailed(f"process {rank}: {problem}")
     return result
 
-
-def agree(value: str, problem: str) -> None:
-    """Raise ConfigError on every process, with the problem and the values, unless all have the same value."""
-    values = dict.fromkeys(from_all(value))
-    if len(values) > 1:
-        raise ConfigError(f"{problem}: {' | '.join(values)}")

@@ -22,8 +22,6 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 class UserError(Exception):
     """An error that a user can mend: its text says what was wrong, where, and what to do."""
 
-    exit_code = 1
-
 
 class ConfigError(UserError, ValueError):
     """What was asked for cannot work; the message names the key, the value and the remedy."""

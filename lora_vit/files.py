@@ -17,7 +17,6 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system th
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """The path, with the home folder in the place of ``~`` and ``~user``."""
     return Path(os.path.expanduser(text))
 
 
