@@ -233,9 +233,7 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
             class_weights([config], load_data(data))
         line = load_data(data).line(shape_of(m).image_size, config.trainer.metric) if data not in ready else ""
         if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[data.name].in_package:
-            line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "
-                     "model.image_size=224 (vit_b_16-c867db91.pth of download.pytorch.org/models, 330 MB; without a "
-                     "network model.weights=FILE)")  # fmt: skip
+            line += f"\nnote: {m.name} saw drawn glyphs alone: for photographs give model=vit_b_16 model.image_size=224"
         if line and line not in ready:
             print(line)
         ready += [what for what in (m, needs, data, line) if what not in ready]

@@ -40,9 +40,8 @@ def started_by_torchrun() -> bool:
 def group() -> Iterator[Process]:
     """Join the processes that torchrun has started, if it started this one, and leave them at the end.
 
-    Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
-    (see :func:`on_all`); any other error, also that memory ran out, is a rank's own, and it prints it. In a group,
-    errors end in SystemExit.
+    Rank 0 alone prints, also an error that a user can cause: it has it too (see :func:`on_all`). Any other error, also
+    that memory ran out, is a rank's own, and it prints it. In a group, errors end in SystemExit.
     """
     if not started_by_torchrun():
         yield Process()
@@ -161,4 +160,3 @@ def on_all(action: Callable[[], T]) -> T:
         if problem is not None:
             raise TrialFailed(f"process {rank}: {problem}")
     return result
-

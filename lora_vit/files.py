@@ -55,8 +55,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for, in a folder made if need be; it ends with the process, however that ends.
 
-    It is deleted only if the folder is otherwise empty. Others may hold what all of them hold ``shared``. Raises
-    BlockingIOError if it is held otherwise and we do not wait.
+    It is deleted if the folder is otherwise empty. BlockingIOError: we do not wait. All may hold it ``shared``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -60,9 +60,8 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
 def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
     """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
-    ``in_sweep``: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
-    ``fetch``: download and read what decides the trial's identity; else see :func:`is_identified`. ``cwd``: from where
-    relative paths are seen, if not from here. Raises ConfigError: in one line, the key, the value and the remedy.
+    ``in_sweep``: drop settings without effect rather than refuse them. ``fetch``: download and read what decides the
+    identity, else see :func:`is_identified`. ``cwd``: where relative paths begin, if not here. Raises ConfigError.
     """
     wanted = [*SECTIONS, "seed", "tracker"]
     plain: dict[str, Any] = {}
@@ -107,8 +106,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
 def hub_folder(given: str, fetch: bool) -> str:
     """The folder with weights (safetensors alone) and configuration of ``hf_hub:ORG/NAME[@REVISION]``.
 
-    It is in Hugging Face's cache: as it is there, since a sweep's later commands must not get other weights, else
-    downloaded if ``fetch``. Raises ConfigError.
+    As Hugging Face's cache has it, so that later commands get the same; else, if ``fetch``, downloaded; or ConfigError.
     """
     name, _, revision = given.removeprefix("hf_hub:").partition("@")
     try:

@@ -28,9 +28,8 @@ from lora_vit.training.trial import TrialRun, lock_folder
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
     """Train the validated trial to its end, or return its record if it is completed already.
 
-    Every process of a group calls this; rank 0 alone looks at the folder and writes. ``hydra_files``: name to text of
-    what goes into ``.hydra/``. Raises ConfigError: nothing was trained; TrialFailed: the record says why, or a process
-    could not take part; Interrupted: everything is saved.
+    Every process of a group calls this; rank 0 alone looks at the folder and writes. Raises ConfigError: nothing was
+    trained; TrialFailed: the record says why, or a process could not take part; Interrupted: everything is saved.
     """
     OFF.clear()  # a server may be back since an earlier call
     process, restart = distributed.this_process(), config.trainer.resume == "restart"

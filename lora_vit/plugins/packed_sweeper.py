@@ -25,7 +25,8 @@ class PackedSweeper(Sweeper):
     def __init__(self, params: dict[str, Any]): ...  # the composed configuration has them
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.callbacks, self.task, self.config = hydra_context.callbacks, task_function, config
+        self.callbacks, self.task = hydra_context.callbacks, task_function
+        self.config: Any = config
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the sweep for Hydra; returns the metric of each trial. Raises TrialFailed if a trial has none."""
