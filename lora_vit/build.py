@@ -100,7 +100,6 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 
 def _cpuinfo() -> str:
-    """Linux's description of the CPU; elsewhere nothing."""
     file = Path("/proc/cpuinfo")
     return file.read_text() if file.exists() else ""
 

@@ -116,7 +116,6 @@ class Composer:
         return hydra.compose(self.config_name, [*self.fixed, *overrides], return_hydra_config=True)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        """The trial's config. Raises what Hydra raises."""
         values = [o for o in self.parse(list(overrides)) if self.changes_a_value(o)]
         lines = {o.input_line for o in values}
         others = tuple(line for line in overrides if line not in lines)
@@ -152,7 +151,7 @@ def sweep_request(master: Any) -> Request:
     refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
     refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
     if options.name is None:
-        master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
+        master.sweep.name = _name(master, swept, overrides)
     request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
                       hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
     if options.trials is not None:
@@ -167,7 +166,7 @@ def sweep_request(master: Any) -> Request:
     return request
 
 
-def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
+def _name(master: Any, swept: dict[str, Override], overrides: dict[str, Override]) -> str:
     """A sweep's name, which grown lists of values keep: the preset or the swept keys, and a digest of all else."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
@@ -176,8 +175,8 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)
     beside = ("hydra", "sweep.", "engine", "tracker")  # not a preset's name
-    ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
-            if not key.startswith(beside) and key not in WITHOUT_IDENTITY}  # fmt: skip
+    ours = {key: str(o.get_value_element_as_str()) for key, o in overrides.items()
+            if not key.startswith(beside) and key not in (*WITHOUT_IDENTITY, *swept)}  # fmt: skip
     words = [ours["sweep"]] if "sweep" in ours else [short_key(key) for key in swept] or ["sweep"]
     return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, ours], 6)
 

@@ -119,7 +119,6 @@ def _joined() -> Any:
 
 
 def this_process() -> Process:
-    """This process in the group that it has joined; alone it is rank 0 of 1."""
     dist = _joined()
     return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))) if dist else Process()
 

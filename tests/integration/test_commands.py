@@ -195,13 +195,17 @@ def test_evaluate_refuses_other_data(change, words, copy, call):
         ("predict", ["images/ant/00.png", "--top", "0"], "--top 0 is impossible: give a number from 1 to 3"),
         ("predict", ["images/ant/00.png", "--top", "4"], "--top 4 is impossible"),
         ("predict", ["empty"], "no image below empty: give image files"),
+        ("predict", ["images/ant/00.png", "--csv", "images/ant/00.png"], "--csv images/ant/00.png: give a file name that"),
+        ("merge", ["--out", "trial/adapter.safetensors"], "--out trial/adapter.safetensors is there already: give a new"),
     ],
 )
 def test_an_option_that_cannot_be(command, given, words, copy, call, monkeypatch):
     (copy / "empty").mkdir()
     monkeypatch.chdir(copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*.*") if path.is_file()}
     code, out, err = call(command, "trial", *given)
     assert (code, "%" in out, words in err) == (1, False, True)
+    assert {path: path.read_bytes() for path in copy.rglob("*.*") if path.is_file()} == before
 
 
 def test_a_sweep_stands_for_its_best_cells_first_seed_and_a_name_for_the_sweep(copy, call):
@@ -276,16 +280,6 @@ def test_the_outputs_place_is_tested_before_any_work(command, option, copy, call
     (folder := copy / f"x{suffix}").mkdir()
     for out in (Path("nowhere", folder.name), folder, Path("/proc", folder.name), Path("x" * 242 + suffix)):
         assert_refused(call(command, *given, option, out), f"{option} {out} cannot be written", "folder that is there")
-
-
-def test_a_result_takes_no_other_files_place(copy, call):
-    adapter, image = copy / "trial" / "adapter.safetensors", copy / "images" / "ant" / "00.png"
-    before = adapter.read_bytes(), image.read_bytes()
-    done = call("merge", copy / "trial", "--out", adapter)
-    assert_refused(done, f"--out {adapter} is there already", "give a new file")
-    done = call("predict", copy / "trial", image, "--csv", image)  # --csv *.png
-    assert_refused(done, f"--csv {image}", "ends in .csv")
-    assert (adapter.read_bytes(), image.read_bytes()) == before
 
 
 def read_csv(path: str) -> list[dict[str, str]]:

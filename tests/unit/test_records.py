@@ -356,8 +356,3 @@ def test_whole_rows_are_read(tmp_path):
     path.write_text('{"a": 1}\nnonsense\n{"c": 3}\n')
     with pytest.raises(RecordError, match=f"^{path}: row 2 is not JSON$"):
         read_rows(path)
-
-
-def test_the_files_of_a_trial_keep_their_names():
-    names = (records.RECORD, records.METRICS, records.TIMING, records.PREDICTIONS, records.LOG, records.CHECKPOINT)
-    assert names == ("record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz", "train.log", "checkpoint.pt")

@@ -291,7 +291,6 @@ REFUSED = [
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
     (["+hydra.sweeper.params={seed:[0,1]}"], ["seed: Value '[0, 1]'"]),
     (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed: Value '1.5'", "seed: Value 'x'"]),
-    (["engine=slurm", "engine.partiton=x", "seed=0,1"], ["engine.partiton"]),
     (["engine=slurm", "engine.timeout_min=long", "seed=0,1"], ["engine.timeout_min", "long"]),
     (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
     (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
