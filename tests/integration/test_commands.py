@@ -195,8 +195,8 @@ def test_evaluate_refuses_other_data(change, words, copy, call):
         ("predict", ["images/ant/00.png", "--top", "0"], "--top 0 is impossible: give a number from 1 to 3"),
         ("predict", ["images/ant/00.png", "--top", "4"], "--top 4 is impossible"),
         ("predict", ["empty"], "no image below empty: give image files"),
-        ("predict", ["images/ant/00.png", "--csv", "images/ant/00.png"], "--csv images/ant/00.png: give a file name that"),
-        ("merge", ["--out", "trial/adapter.safetensors"], "--out trial/adapter.safetensors is there already: give a new"),
+        ("predict", ["images/ant/00.png", "--csv", "images/ant/00.png"], "--csv images/ant/00.png: give a file name"),
+        ("merge", ["--out", "trial/adapter.safetensors"], "--out trial/adapter.safetensors is there already"),
     ],
 )
 def test_an_option_that_cannot_be(command, given, words, copy, call, monkeypatch):
