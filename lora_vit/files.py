@@ -61,10 +61,9 @@ def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            try:
+            ours = False
+            with contextlib.suppress(FileNotFoundError):
                 ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                ours = False
             if not ours:  # its last holder removed it while we waited
                 continue
             try:
