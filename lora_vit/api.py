@@ -1,15 +1,4 @@
-"""What the commands do, in a notebook or a script: compose, train, sweep, summarize, evaluate, predict, merge, export.
-
->>> from lora_vit import api
->>> config = api.compose(["experiment=quickstart", "lora.rank=8"])
->>> record = api.train(config, "outputs/runs/rank8")
->>> sweep = api.sweep(["experiment=quickstart", "lora.rank=2,8", "seed=0,1,2"])
->>> api.summarize(sweep.folder).cells
->>> predictions, record = api.evaluate(sweep.folder, "val")
-
-Errors are those of :mod:`lora_vit.errors`. Interrupted is raised when the process is asked to stop (Ctrl-C, a
-notebook's stop button): what was trained is saved, and the same call resumes.
-"""
+"""What the commands do, in a notebook or a script; docs/python.md has examples and says which errors are raised."""
 
 import os
 from collections.abc import Sequence

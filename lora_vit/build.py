@@ -100,7 +100,6 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
 
 
 def _cpuinfo() -> str:
-    """Linux's description of the CPU; elsewhere nothing."""
     file = Path("/proc/cpuinfo")
     return file.read_text() if file.exists() else ""
 
@@ -233,16 +232,13 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
             class_weights([config], load_data(data))
         line = load_data(data).line(shape_of(m).image_size, config.trainer.metric) if data not in ready else ""
         if line and m.weights in SHIPPED.get(m.name, ()) and not DATASETS[data.name].in_package:
-            line += (f"\nnote: {m.name} has seen drawn glyphs alone; on photographs expect far more of model=vit_b_16 "
-                     "model.image_size=224 (vit_b_16-c867db91.pth of download.pytorch.org/models, 330 MB; without a "
-                     "network model.weights=FILE)")  # fmt: skip
+            line += f"\nnote: {m.name} saw drawn glyphs alone: for photographs give model=vit_b_16 model.image_size=224"
         if line and line not in ready:
             print(line)
         ready += [what for what in (m, needs, data, line) if what not in ready]
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*: (.+)$", _cpuinfo(), re.MULTILINE)

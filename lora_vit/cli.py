@@ -5,8 +5,10 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -98,5 +100,8 @@ def check_out(path: Path, option: str, suffix: str) -> None:
     """Raise RecordError, before any work, where a result cannot be written or would replace another kind of file."""
     if path.suffix != suffix:
         raise RecordError(f"{option} {path}: give a file name that ends in {suffix}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")
+    with contextlib.suppress(OSError):
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent).close()  # as ``files.replacing`` does
+        if not path.is_dir():
+            return
+    raise RecordError(f"{option} {path} cannot be written: give a file in a folder that is there, and is yours")

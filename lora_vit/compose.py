@@ -3,8 +3,8 @@
 import copy
 import functools
 import itertools
+import os
 import re
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +17,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
+from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, to_dict, unknown_key, validate_sweep
+from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, unknown_key, validate_sweep
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
 from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
-from lora_vit.terminal import Every
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
@@ -39,9 +40,6 @@ PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra
 
 def register() -> None:
     """Put the schema, the engines, the resolvers and the sweeper into Hydra, before it composes."""
-    from hydra.core.plugins import Plugins
-    from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
-
     store = ConfigStore.instance().store
     replace: Any = {} if HYDRA else {"replace": True}  # 1.3 replaces by itself
     store(name="schema", node=RootConfig, **replace)
@@ -118,7 +116,6 @@ class Composer:
         return hydra.compose(self.config_name, [*self.fixed, *overrides], return_hydra_config=True)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        """The trial's config. Raises what Hydra raises."""
         values = [o for o in self.parse(list(overrides)) if self.changes_a_value(o)]
         lines = {o.input_line for o in values}
         others = tuple(line for line in overrides if line not in lines)
@@ -154,7 +151,7 @@ def sweep_request(master: Any) -> Request:
     refuse_without_effect(master.engine.name, options, list(swept), [*given["hydra"], *fixed])
     refuse_misread_paths([*given["hydra"], *(str(o.input_line) for o in parsed)])
     if options.name is None:
-        master.sweep.name = _name(master, list(swept), {key: o for key, o in overrides.items() if key not in swept})
+        master.sweep.name = _name(master, swept, overrides)
     request = Request(Path(str(master.hydra.sweep.dir)), options, engine=OmegaConf.to_object(master.engine),
                       hydra=OmegaConf.to_yaml(OmegaConf.masked_copy(master, ["hydra"])))  # fmt: skip
     if options.trials is not None:
@@ -164,14 +161,12 @@ def sweep_request(master: Any) -> Request:
         raise ConfigError(f"{intervals[0]} is a range without steps: give sweep.trials=30 for a search over it")
     axes = [[f"{key}={value}" for value in o.sweep_string_iterator()] for key, o in swept.items()]
     request.trials = compose_all(composer, fixed, [list(lines) for lines in itertools.product(*axes)])
-    if not request.trials:
-        raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
-    if options.margin is not None:
+    if options.margin is not None and request.trials:
         refuse_seed_dependent(composer, request.trials)
     return request
 
 
-def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
+def _name(master: Any, swept: dict[str, Override], overrides: dict[str, Override]) -> str:
     """A sweep's name, which grown lists of values keep: the preset or the swept keys, and a digest of all else."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
@@ -180,8 +175,8 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)
     beside = ("hydra", "sweep.", "engine", "tracker")  # not a preset's name
-    ours = {key: str(o.get_value_element_as_str()) for key, o in fixed.items()
-            if not key.startswith(beside) and key not in WITHOUT_IDENTITY}  # fmt: skip
+    ours = {key: str(o.get_value_element_as_str()) for key, o in overrides.items()
+            if not key.startswith(beside) and key not in (*WITHOUT_IDENTITY, *swept)}  # fmt: skip
     words = [ours["sweep"]] if "sweep" in ours else [short_key(key) for key in swept] or ["sweep"]
     return "_".join(dict.fromkeys(words))[:60] + "-" + digest([rest, ours], 6)
 
@@ -190,16 +185,12 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     """Every trial of the sweep (``swept``: overrides of each). Raises ConfigError, a line for each that cannot run."""
     trials: list[Trial] = []
     refused: dict[str, list[str]] = {}
-    plain = Every(5.0)
-    for i, lines in enumerate(swept, 1):
+    for lines in swept:
         try:
-            node = composer([*fixed, *lines])
-            config = from_omegaconf(node, True, composer.fetch, cwd=Path(str(node.hydra.runtime.cwd)))
+            config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
             trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(explain(error), []).append(label(lines))
-        if plain.due():
-            print(f"composing: {i}/{len(swept)} trials", file=sys.stderr)
     if not refused:
         return trials
     said = [f"{len(swept) - len(trials)} of {len(swept)} trials cannot run, so none is started:"]
@@ -216,9 +207,8 @@ def refuse_seed_dependent(composer: Composer, trials: Sequence[Trial]) -> None:
     seed = f"seed={trials[0].config.seed + 1}"
     others = compose_all(composer, [], [[*without_seed(trial.overrides), seed] for trial in trials])
     for trial, other in zip(trials, others, strict=True):
-        own, moved = to_dict(trial.config), to_dict(other.config)
-        for key, value in moved.items():
-            if key != "seed" and value != own[key]:
+        for key, value in vars(trial.config).items():
+            if key != "seed" and value != getattr(other.config, key):
                 raise ConfigError(f"{key} depends on the seed, over which a race compares: give it a value of its own")
 
 
@@ -239,12 +229,7 @@ def search_space(
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
-        config = composer([*fixed, *map("=".join, options)])
-        plain: Any = OmegaConf.to_container(config, resolve=False)
-        for section, name in (("data", "root"), ("data", "cache_dir"), ("model", "weights")):
-            value = plain[section][name]  # a worker may be started in another folder
-            if isinstance(value, str) and "/" in value and not value.startswith(("/", "~", "$")):
-                plain[section][name] = str(Path(str(config.hydra.runtime.cwd), value))
+        plain: Any = OmegaConf.to_container(composer([*fixed, *map("=".join, options)]), resolve=False)
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
         bases.append([list(options), OmegaConf.to_yaml(ours)])
     ends = compose_all(composer, fixed, [
@@ -253,7 +238,7 @@ def search_space(
     ])  # fmt: skip
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
     search = {"trials": trials, "space": space, "bases": bases, "fixed": own, "tracker": ends[0].config.tracker}
-    return search, ends
+    return search | {"cwd": os.getcwd()}, ends  # a worker may be started in another folder
 
 
 def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lora_vit.errors import ConfigError, TrialFailed, UserError, out_of_memory, report
 from lora_vit.stopping import repeating
@@ -18,8 +17,7 @@ OWN_RUN = "lora_vit"  # torchrun's run id of processes that a command of ours ha
 PEER_ENDED = "another process has ended"
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """This process among those that train together: its rank among all and on this machine. Alone it is rank 0 of 1."""
 
     rank: int = 0
@@ -42,9 +40,8 @@ def started_by_torchrun() -> bool:
 def group() -> Iterator[Process]:
     """Join the processes that torchrun has started, if it started this one, and leave them at the end.
 
-    Rank 0 alone prints. An error that a user can cause ends the other ranks without a line, because rank 0 has it too
-    (see :func:`on_all`); any other error, also that memory ran out, is a rank's own, and it prints it. In a group,
-    errors end in SystemExit.
+    Rank 0 alone prints, also an error that a user can cause: it has it too (see :func:`on_all`). Any other error, also
+    that memory ran out, is a rank's own, and it prints it. In a group, errors end in SystemExit.
     """
     if not started_by_torchrun():
         yield Process()
@@ -122,14 +119,12 @@ def _joined() -> Any:
 
 
 def this_process() -> Process:
-    """This process in the group that it has joined; alone it is rank 0 of 1."""
     dist = _joined()
     return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))) if dist else Process()
 
 
 @_expecting_others()
 def sum_over_processes_(tensor: T) -> T:
-    """Add up a tensor over all processes, in place."""
     if (dist := _joined()) is not None:
         dist.all_reduce(tensor)
     return tensor
@@ -164,10 +159,3 @@ def on_all(action: Callable[[], T]) -> T:
         if problem is not None:
             raise TrialFailed(f"process {rank}: {problem}")
     return result
-
-
-def agree(value: str, problem: str) -> None:
-    """Raise ConfigError on every process, with the problem and the values, unless all have the same value."""
-    values = dict.fromkeys(from_all(value))
-    if len(values) > 1:
-        raise ConfigError(f"{problem}: {' | '.join(values)}")

@@ -22,8 +22,6 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 class UserError(Exception):
     """An error that a user can mend: its text says what was wrong, where, and what to do."""
 
-    exit_code = 1
-
 
 class ConfigError(UserError, ValueError):
     """What was asked for cannot work; the message names the key, the value and the remedy."""
@@ -73,8 +71,7 @@ def reporting() -> Iterator[None]:
         try:
             os.getcwd()
         except OSError as error:
-            gone = f"the folder that this is started in is gone ({error.strerror})"
-            raise ConfigError(f"{gone}: cd to one that is there") from None
+            raise ConfigError(f"the current folder is gone ({error.strerror}): cd to one that is there") from None
         yield
     except (UserError, OSError, ImportError, KeyboardInterrupt) as error:
         sys.exit(report(error))

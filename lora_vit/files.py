@@ -17,7 +17,6 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system th
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """The path, with the home folder in the place of ``~`` and ``~user``."""
     return Path(os.path.expanduser(text))
 
 
@@ -56,17 +55,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for, in a folder made if need be; it ends with the process, however that ends.
 
-    It is deleted only if the folder is otherwise empty. Others may hold what all of them hold ``shared``. Raises
-    BlockingIOError if it is held otherwise and we do not wait.
+    It is deleted if the folder is otherwise empty. BlockingIOError: we do not wait. All may hold it ``shared``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("ab") as file:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            try:
+            ours = False
+            with contextlib.suppress(FileNotFoundError):
                 ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                ours = False
             if not ours:  # its last holder removed it while we waited
                 continue
             try:
@@ -96,25 +93,10 @@ def _json(value: Any, **how: Any) -> bytes:
     return (json.dumps(finite, sort_keys=True, **how) + "\n").encode()
 
 
-class JsonLines:
-    """An append-only file of JSON rows; a resumed run cuts it back to a known length."""
-
-    def __init__(self, path: Path, keep_bytes: int | None = None):
-        self._file = path.open("ab")
-        if keep_bytes is not None:
-            self._file.truncate(keep_bytes)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(_json(row))
-        self._file.flush()
-
-    def length(self) -> int:
-        """Bytes written so far, synced to disk: what a checkpoint remembers."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
+def write_row(file: BinaryIO, row: dict[str, Any]) -> None:
+    """Append a row of JSON to a ``.jsonl`` file, at once."""
+    file.write(_json(row))
+    file.flush()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

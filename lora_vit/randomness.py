@@ -13,7 +13,6 @@ def key(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by the key of the parts."""
     return torch.Generator().manual_seed(key(*parts))
 
 

@@ -8,7 +8,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_vit.config import IDENTITY, SCHEMA_VERSION, TrialConfig, from_dict, ids, to_dict, trial_id
 from lora_vit.errors import ConfigError, RecordError
@@ -83,13 +83,12 @@ def read_record(folder: Path) -> TrialRecord:
     if (schema := values["schema"]) != SCHEMA_VERSION:
         how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
         raise RecordError(f"{path} has record schema {schema}, {how}")
-    known = {f.name: values[f.name] for f in dataclasses.fields(TrialRecord) if f.name in values}
     for f in dataclasses.fields(TrialRecord):
-        if f.name not in known and f.default is f.default_factory:  # neither is given
+        if f.name not in values and f.default is f.default_factory:  # neither is given
             raise RecordError(f"{path} lacks '{f.name}'")
-        if f.name in known and (kind := type(known[f.name]).__name__) not in _KINDS[f.name]:
+        if f.name in values and (kind := type(values[f.name]).__name__) not in _KINDS[f.name]:
             raise RecordError(f"{path}: '{f.name}' is a {kind}")
-    record = TrialRecord(**known)
+    record = TrialRecord(**{name: values[name] for name in _KINDS if name in values})
     if record.status not in ("running", "completed", "failed", "stopped", "interrupted"):
         raise RecordError(f"{path}: status '{record.status}' is unknown")
     if record.status == "running":
@@ -105,8 +104,7 @@ def read_record(folder: Path) -> TrialRecord:
     return record
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Where a trial stands, as its folder says."""
 
     status: str  # a record's, or new, or refused where the folder cannot be used

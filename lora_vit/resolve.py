@@ -60,9 +60,8 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
 def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
     """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
-    ``in_sweep``: drop settings without effect, such as ``lora.rank`` under ``lora=none``, rather than refuse them.
-    ``fetch``: download and read what decides the trial's identity; else see :func:`is_identified`. ``cwd``: from where
-    relative paths are seen, if not from here. Raises ConfigError: in one line, the key, the value and the remedy.
+    ``in_sweep``: drop settings without effect rather than refuse them. ``fetch``: download and read what decides the
+    identity, else see :func:`is_identified`. ``cwd``: where relative paths begin, if not here. Raises ConfigError.
     """
     wanted = [*SECTIONS, "seed", "tracker"]
     plain: dict[str, Any] = {}
@@ -81,13 +80,10 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
             raise ConfigError(f"{(k := error.full_key)} has no value: give one, for example {k}=...{preset}") from None
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
-    lora = plain["lora"]
-    if in_sweep and isinstance(lora, dict) and lora.get("method") in ("none", "full"):
-        plain["lora"] = {**dict.fromkeys(lora), "method": lora["method"]}
     trial = from_dict(plain)
     for key, value in idle(trial).items() if in_sweep else ():
         section, _, name = key.partition(".")
-        setattr(getattr(trial, section), name, ADDED[key])
+        setattr(getattr(trial, section), name, ADDED.get(key))
         trial.optimizer.lr = value if name == "head_lr" else trial.optimizer.lr  # of a probe, which has no other
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
@@ -110,8 +106,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
 def hub_folder(given: str, fetch: bool) -> str:
     """The folder with weights (safetensors alone) and configuration of ``hf_hub:ORG/NAME[@REVISION]``.
 
-    It is in Hugging Face's cache: as it is there, since a sweep's later commands must not get other weights, else
-    downloaded if ``fetch``. Raises ConfigError.
+    As Hugging Face's cache has it, so that later commands get the same; else, if ``fetch``, downloaded; or ConfigError.
     """
     name, _, revision = given.removeprefix("hf_hub:").partition("@")
     try:

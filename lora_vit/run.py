@@ -28,9 +28,8 @@ from lora_vit.training.trial import TrialRun, lock_folder
 def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> TrialRecord:
     """Train the validated trial to its end, or return its record if it is completed already.
 
-    Every process of a group calls this; rank 0 alone looks at the folder and writes. ``hydra_files``: name to text of
-    what goes into ``.hydra/``. Raises ConfigError: nothing was trained; TrialFailed: the record says why, or a process
-    could not take part; Interrupted: everything is saved.
+    Every process of a group calls this; rank 0 alone looks at the folder and writes. Raises ConfigError: nothing was
+    trained; TrialFailed: the record says why, or a process could not take part; Interrupted: everything is saved.
     """
     OFF.clear()  # a server may be back since an earlier call
     process, restart = distributed.this_process(), config.trainer.resume == "restart"
@@ -50,22 +49,19 @@ def train(config: TrialConfig, folder: Path, hydra_files: dict[str, str]) -> Tri
         completed = distributed.from_main(distributed.on_all(lambda: take() if process.rank == 0 else None))
         if completed is not None:
             return completed
-        with StopRequest() as stop:
+        with StopRequest() as stop, contextlib.closing(RunReporter()) as reporter:
             check_devices(config.trainer.accelerator, process, held)
             setup = distributed.on_all(lambda: build_setup(config, process))
             opened = distributed.on_all(lambda: TrialRun.open(config, folder, setup, hydra_files, restart=restart)
                                         if process.rank == 0 else None)  # fmt: skip
             standing: Any = distributed.from_main(opened and (opened.record, opened.state))
             trial = opened or TrialRun(config, *standing)  # without files
-            reporter = RunReporter()
             try:
                 train_trials([trial], setup, reporter, stop)
             except Exception as error:
                 if not isinstance(error, Interrupted):
                     trial.fail(one_line(error), error=error)
                 raise
-            finally:
-                reporter.close()
     if trial.record.status == "failed":
         raise TrialFailed(trial.record.error["message"] if trial.record.error else "failed")
     return trial.record
@@ -100,8 +96,7 @@ def launch(config: TrialConfig, folder: Path, hydra_files: dict[str, str], world
     Raises as :func:`train`, also where a process ends without a report.
     """
     if threading.current_thread() is not threading.main_thread():
-        several = f"trainer.devices={config.trainer.devices}"
-        raise ConfigError(f"{several}: the main thread alone can start processes, so give 1 or call from there")
+        raise ConfigError(f"trainer.devices={config.trainer.devices}: only the main thread starts processes, so give 1")
     from joblib import cpu_count  # those that this process may use
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from lora_vit.analysis import Summary, export, summarize
+from lora_vit.analysis import export, summarize
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.texts import number
 from lora_vit.cli import named
@@ -47,7 +47,20 @@ def run(args: argparse.Namespace) -> int:
     given = {"--out": args.out, "--where": args.where, "--metric": args.metric, "--margin": args.margin}
     options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     again = shlex.join([*map(str, args.folders), *options, *["--no-plots"] * args.no_plots])
-    files = render_files(summary, f"python -m lora_vit.summarize {again}", not args.no_plots)
+    files = {
+        "trials.csv": summary.trials.to_csv(index=False).encode(),
+        "cells.csv": summary.cells.to_csv(index=False).encode(),
+        "table.md": export.table_md(summary).encode(),
+        "table.tex": export.table_tex(summary).encode(),
+    }
+    pictures = {}
+    if not args.no_plots:
+        from lora_vit.analysis.plots import draw_all, render  # matplotlib is slow to import
+
+        for name, figure in draw_all(summary).items():
+            pictures[name] = files[f"{name}.svg"] = render(figure, "svg")
+            files[f"{name}.png"] = render(figure, "png")
+    files["report.html"] = export.html_report(summary, pictures, f"python -m lora_vit.summarize {again}").encode()
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -72,22 +85,3 @@ def run(args: argparse.Namespace) -> int:
     for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):
         console.print(line, soft_wrap=True)  # paths stay whole
     return 0
-
-
-def render_files(summary: Summary, command: str, pictures: bool = True) -> dict[str, bytes]:
-    """Every file of a summary by name, in the order of writing (the report last)."""
-    files = {
-        "trials.csv": summary.trials.to_csv(index=False).encode(),
-        "cells.csv": summary.cells.to_csv(index=False).encode(),
-        "table.md": export.table_md(summary).encode(),
-        "table.tex": export.table_tex(summary).encode(),
-    }
-    inside = {}
-    if pictures:
-        from lora_vit.analysis.plots import draw_all, render  # matplotlib is slow to import
-
-        for name, figure in draw_all(summary).items():
-            inside[name] = files[f"{name}.svg"] = render(figure, "svg")
-            files[f"{name}.png"] = render(figure, "png")
-    files["report.html"] = export.html_report(summary, inside, command).encode()
-    return files

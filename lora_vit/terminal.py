@@ -18,8 +18,7 @@ class Every:
     """Reports, once every so many seconds, that they have passed."""
 
     def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._since = time.monotonic()
+        self.seconds, self._since = seconds, time.monotonic()
 
     def due(self) -> bool:
         if passed := time.monotonic() - self._since > self.seconds:

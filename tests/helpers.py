@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
+import random
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -157,6 +160,15 @@ def wait_until(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(every)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, not of those that the system gives to other processes' connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        with contextlib.suppress(OSError), socket.create_server(("", random.randrange(10_000, 32_000))) as free:
+            ports.append(free.getsockname()[1])
+    return ports
 
 
 def rows_of(*files: Path) -> int:

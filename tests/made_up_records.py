@@ -16,7 +16,7 @@ from lora_vit import records
 from lora_vit.analysis import load
 from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.config.names import BASELINES
-from lora_vit.files import JsonLines
+from lora_vit.files import write_row
 from lora_vit.records import TrialRecord, write_record
 
 CONFIG = composed("experiment=quickstart", "trainer.epochs=5", "trainer.precision=auto")
@@ -77,11 +77,11 @@ def make_trial(
     place = folder / record.trial_id
     place.mkdir(parents=True, exist_ok=True)
     if curve and accuracy is not None:
-        rows = JsonLines(place / records.METRICS)
-        for epoch in range(1, 6):
-            rows.write({"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0})
-            rows.write({"kind": "epoch", "epoch": epoch, "val_accuracy": accuracy - 0.3 / epoch**2 + 0.3 / 25})
-        rows.close()
+        with (place / records.METRICS).open("ab") as file:
+            for epoch in range(1, 6):
+                write_row(file, {"kind": "step", "step": 5 * epoch, "epoch": epoch - 1, "loss": 1.0})
+                figure = {"val_accuracy": accuracy - 0.3 / epoch**2 + 0.3 / 25}
+                write_row(file, {"kind": "epoch", "epoch": epoch, **figure})
     write_record(place, record)
     return record
 

@@ -17,6 +17,11 @@ def validate(trial: TrialConfig) -> None:
     for name in SECTIONS:
         check_fields(getattr(trial, name), f"{name}.")
     check_fields(trial)
+    for key, value in idle(trial).items():
+        here, other = f"data.augment={trial.data.augment}", "change that"
+        if not key.startswith("data."):
+            here, other = f"lora={trial.lora.method}", "give lora=default"
+        refuse(key, value, f"has no effect with {here}: leave it out, or {other}")
     (_check_sizes if trial.model.library == "torchvision" else _check_timm)(trial.model)
     _check_data(trial.data)
     _check_lora(trial.lora, trial.model)
@@ -25,9 +30,6 @@ def validate(trial: TrialConfig) -> None:
     if weights not in (None, "balanced", numbers) or not all(type(n) is float and 0 < n < math.inf for n in numbers):
         remedy = "give balanced, a number above 0 for each class, as [1,2.5], or null"
         refuse("optimizer.class_weights", weights, f"is impossible: {remedy}")
-    for key, value in idle(trial).items():
-        here = f"data.augment={trial.data.augment}" if key.startswith("data.") else f"lora={trial.lora.method}"
-        refuse(key, value, f"has no effect with {here}: leave it out, or change that")
 
 
 def validate_sweep(sweep: SweepConfig) -> None:
@@ -91,11 +93,8 @@ def _check_data(d: DataConfig) -> None:
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
     for f in dataclasses.fields(lora):
-        value = getattr(lora, f.name)
-        if not lora.adapts and value is not None and f.name != "method":
-            refuse(f"lora.{f.name}", value, f"has no effect with lora={lora.method}: drop it, or give lora=default")
-        if lora.adapts and value is None and f.name != "blocks":
-            refuse(f"lora.{f.name}", value, "is impossible: give a value, or lora=none for a linear probe")
+        if lora.adapts and getattr(lora, f.name) is None and f.name != "blocks":
+            refuse(f"lora.{f.name}", None, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
     if (lora.rank or 0) > width:
         refuse("lora.rank", lora.rank, f"is impossible: the layers of {model.name} are {width} wide, give at most that")

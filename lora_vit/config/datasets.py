@@ -1,10 +1,9 @@
 """The data sets by name: the one table that says what each is before any of its files is looked at."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(NamedTuple):
     """What is known of a data set; its parts are ``val`` and ``test``."""
 
     loader: str  # module of ``lora_vit/data`` whose ``find`` lists its images

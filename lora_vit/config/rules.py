@@ -56,16 +56,10 @@ def _each_once(key: str, values: list[Any], also: str) -> None:
 
 def text(pattern: str, says: str) -> dict[str, Any]:
     """Of a text that a regular expression describes, and what is said of another one."""
-
-    def check(key: str, value: str) -> None:
-        if not re.fullmatch(pattern, value):
-            refuse(key, value, says)
-
-    return {"check": check}
+    return {"check": lambda key, value: re.fullmatch(pattern, value) or refuse(key, value, says)}
 
 
 def one_of(key: str, value: Any, names: Sequence[str]) -> None:
-    """Refuse what is not one of these names."""
     if value not in names:
         refuse(key, value, f"is unknown{nearest(str(value), names)} (one of: {', '.join(names)})")
 

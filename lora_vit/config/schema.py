@@ -192,12 +192,13 @@ REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True
 
 
 def idle(trial: TrialConfig) -> dict[str, Any]:
-    """Settings of ADDED that are given but do nothing in this trial, with their values."""
+    """Settings of ADDED, and of adapters, that are given but do nothing in this trial, with their values."""
     method, names = trial.lora.method, trial.data.augmentations()
     keys = [key for key in ADDED for name in AUGMENTATIONS if key.startswith(f"data.{name}_") and name not in names]
-    keys += ["optimizer.lora_b_lr_ratio"] if method not in ADAPTED else []
+    if method not in ADAPTED:
+        keys += ["optimizer.lora_b_lr_ratio", *(f"lora.{f.name}" for f in dataclasses.fields(LoraConfig)[1:])]
     keys += ["optimizer.head_lr"] if method == "none" else []  # nothing but the head is trained, at optimizer.lr
-    return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED[key]}
+    return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED.get(key)}
 
 
 to_dict = dataclasses.asdict  # nested plain values, ready for JSON

@@ -22,8 +22,7 @@ class PackedSweeperConf:
 class PackedSweeper(Sweeper):
     """Trains the trials of a sweep together, many at once over one frozen backbone."""
 
-    def __init__(self, params: dict[str, Any]):
-        self.params = params
+    def __init__(self, params: dict[str, Any]): ...  # the composed configuration has them
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.callbacks, self.task = hydra_context.callbacks, task_function
@@ -37,7 +36,8 @@ class PackedSweeper(Sweeper):
 
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
-        request = sweep_request(self.config)
+        with waiting("composing the trials"):
+            request = sweep_request(self.config)
         request.ended = functools.partial(self._call_back, request.folder)
         with waiting("importing torch"):
             from lora_vit.sweep.run import run_sweep

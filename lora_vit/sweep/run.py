@@ -44,7 +44,7 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
     if not request.trials:
-        raise ConfigError("no trials: give at least one")
+        raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
     if len(metrics := dict.fromkeys(trial.config.trainer.metric for trial in request.trials)) > 1:
         raise ConfigError(f"trainer.metric={','.join(metrics)}: one metric compares all trials of a sweep, give one")
     trials = _each_once(request.trials, sweep) if search is None else request.trials[:1]

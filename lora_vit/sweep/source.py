@@ -219,7 +219,7 @@ def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
     """The trial of a suggestion; a number between two ends gets four digits. Raises ConfigError if it cannot be.
 
     ``search``: ``space`` (what each key may be), ``bases`` (the composed config, unresolved, for each combination of
-    group options) and ``fixed`` (the other overrides); ``params``: each key's value, or its text among the choices.
+    group options), ``fixed`` (the others), ``cwd``; ``params``: each key's value, or its text among the choices.
     """
     from omegaconf import OmegaConf
 
@@ -232,6 +232,6 @@ def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
         if not of.get("group"):
             value = dict(map(tuple, of["choices"]))[texts[key]] if "choices" in of else type(params[key])(texts[key])
             OmegaConf.update(config, key, value)
-    trial = from_omegaconf(config, in_sweep=True)
+    trial = from_omegaconf(config, in_sweep=True, cwd=search.get("cwd"))
     lines = [f"{key}={texts[key]}" for key in space]
     return Trial(trial, [*search["fixed"], *lines], label(without_idle(trial, lines)))

@@ -23,7 +23,7 @@ from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.files import NO_LOCKS, JsonLines, locked, replacing
+from lora_vit.files import NO_LOCKS, locked, replacing, write_row
 from lora_vit.lora.adapter import Adapter, write_adapter
 from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
@@ -80,8 +80,8 @@ class TrialRun:
         if folder is not None:
             step = int(self.state.last.get("step", 0)) + self.state.step_in_epoch
             self._tracked = Tracked(self.record, folder, tensorboard, step)
-            self._metrics = JsonLines(folder / records.METRICS, self.state.metrics_bytes)
-            self._timing = JsonLines(folder / records.TIMING)
+            self._metrics, self._timing = ((folder / n).open("ab") for n in (records.METRICS, records.TIMING))
+            self._metrics.truncate(self.state.metrics_bytes)
 
     @classmethod
     def open(cls, config: TrialConfig, folder: Path, setup: Setup, hydra_files: dict[str, str],
@@ -154,21 +154,22 @@ class TrialRun:
         """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
         if self._ask(ROWS_ASK_EVERY):
             row = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr}
-            self._metrics.write(row)
-            self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
+            write_row(self._metrics, row)
+            write_row(self._timing, {"step": step, "time": time.time(), "images_per_second": images_per_second})
             self._tracked.row({**row, "images_per_second": images_per_second})
 
     def log_epoch(self, step: int, epoch: int, row: dict[str, float]) -> None:
         """Write an epoch's row: train_loss, and where it was validated the figures of val."""
         if self._ask():
-            self._metrics.write({"kind": "epoch", "step": step, "epoch": epoch, **row})
+            write_row(self._metrics, {"kind": "epoch", "step": step, "epoch": epoch, **row})
             self._tracked.row({"step": step, **row})
             self.say(f"epoch {epoch}  {epoch_figures(self, row)}")
 
     def save(self) -> None:
         """Write the checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
         if folder := self._ask():
-            self.state.metrics_bytes = self._metrics.length()
+            os.fsync(self._metrics.fileno())
+            self.state.metrics_bytes = os.fstat(self._metrics.fileno()).st_size
             save_checkpoint(folder, self.name, self.state)
             self._saved = time.monotonic()
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from lora_vit import api
 from lora_vit.config import ids, to_dict
-from lora_vit.files import JsonLines
+from lora_vit.files import write_row
 from lora_vit.records import METRICS, TrialRecord, write_record
 
 LEVELS = {
@@ -58,11 +58,10 @@ def make(folder: Path, records: int) -> None:
                          "device": "cpu", "precision": "fp32", "world_size": 1},
             data={"fingerprint": "f00d", "classes": 10, "train": 100, "val": 720, "test": 720},
         ))  # fmt: skip
-        rows = JsonLines(place / METRICS)
-        for epoch in range(1, 21):
-            rows.write({"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 0.1, "val_loss": 0.2,
-                        "val_accuracy": accuracy - 0.2 / epoch})  # fmt: skip
-        rows.close()
+        with (place / METRICS).open("ab") as file:
+            for epoch in range(1, 21):
+                write_row(file, {"kind": "epoch", "epoch": epoch, "step": 5 * epoch, "train_loss": 0.1, "val_loss": 0.2,
+                                 "val_accuracy": accuracy - 0.2 / epoch})  # fmt: skip
 
 
 def measure(folder: Path) -> tuple[float, float]:

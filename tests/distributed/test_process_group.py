@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import random
-import socket
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import free_ports
 
 from lora_vit import distributed
 from lora_vit.distributed import Process
@@ -23,7 +22,7 @@ from lora_vit.errors import ConfigError, TrialFailed
 ROUNDS = 12
 """Groups that are joined and left; a race when leaving that is lost once in three shows itself."""
 
-ENDS = ("values differ", "all have it", "one lacks memory", "a rank's own")
+ENDS = ("all have it", "one lacks memory", "a rank's own")
 
 
 def test_a_process_alone():
@@ -34,7 +33,6 @@ def test_a_process_alone():
     value = object()
     assert distributed.from_main(value) is value
     assert distributed.on_all(lambda: value) is value
-    distributed.agree("anything", "a problem")
     with pytest.raises(ZeroDivisionError):
         distributed.on_all(lambda: 1 // 0)
 
@@ -99,7 +97,6 @@ def _see(rank: int) -> dict[str, object]:
         "from all": distributed.from_all(f"of {rank}"),
         "on all": distributed.on_all(lambda: rank),
     }
-    distributed.agree("the same", "a problem")
     for failing in (0, 1):
         try:
             distributed.on_all(lambda failing=failing: rank // (rank - failing))
@@ -119,8 +116,6 @@ def _end(rank: int, what: str) -> tuple[int, str]:
     err = io.StringIO()
     try:
         with contextlib.redirect_stderr(err), distributed.group():
-            if what == "values differ":
-                distributed.agree(f"of {rank}", "start alike")
             if what == "all have it" or rank == 1:
                 if what == "one lacks memory":
                     raise TrialFailed("full") from MemoryError()
@@ -158,11 +153,7 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_agree_fail_and_leave(tmp_path):
-    ports: list[int] = []
-    while len(ports) < ROUNDS + len(ENDS):  # not of those that the system gives to other processes' connections
-        with contextlib.suppress(OSError), socket.create_server(("", random.randrange(10_000, 32_000))) as free:
-            ports.append(free.getsockname()[1])
-    context = mp.spawn(_two, args=(ports, str(tmp_path)), nprocs=2, join=False)
+    context = mp.spawn(_two, args=(free_ports(ROUNDS + len(ENDS)), str(tmp_path)), nprocs=2, join=False)
     try:
         ended = context.join(timeout=90) or context.join(timeout=90)  # returns once for the first that ends
         assert ended, "a process hangs in leaving its group"
@@ -172,9 +163,9 @@ def test_two_processes_agree_fail_and_leave(tmp_path):
     seen = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     ends = [[one.pop(what) for what in ENDS] for one in seen]
     assert seen == [expected(0), expected(1)]
-    lines = ["error: start alike: of 0 | of 1\n", "error: broken\n", *["error: another process has ended\n"] * 2]
+    lines = ["error: broken\n", *["error: another process has ended\n"] * 2]
     assert ends[0] == [(1, line) for line in lines], "rank 0 speaks for both"
     *silent, (code, trace) = ends[1]
-    assert (silent, code) == ([(1, ""), (1, ""), (1, "error: full\n")], 1)
+    assert (silent, code) == ([(1, ""), (1, "error: full\n")], 1)
     assert trace.startswith("Traceback")
     assert "KeyError: 'broken'" in trace

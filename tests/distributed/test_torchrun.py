@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import SMALL, start
+from helpers import SMALL, free_ports, start
 from PIL import Image
 
 from lora_vit import train
@@ -57,12 +56,6 @@ def _give(rank: int, ports: list[int], folder: str) -> None:
             code = int(str(end.code or 0))
         ended[case] = (code, out.getvalue(), err.getvalue())
     torch.save(ended, f"../{rank}.pt")
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 
 import pytest
-from helpers import command, run_command
+from helpers import run_command
 
 from lora_vit.records import read_record
 
@@ -28,17 +26,3 @@ def test_the_form_that_a_message_shows_works(tmp_path):
     assert f"tensorboard --logdir '{ODD}'/tensorboard\n" in done.stdout
     data = read_record(tmp_path / ODD).config["data"]
     assert (data["root"], data["cache_dir"]) == (str(tmp_path / "2024_11"), str(tmp_path / "it's (1)"))
-
-
-def test_what_the_terminals_encoding_lacks_is_escaped(tmp_path):
-    """As of cp1252 or of Latin-1, which has no dash of the summary's tables either."""
-    ascii_only = {"PYTHONIOENCODING": "ascii"}
-    done = run_command("-m", "sweep.name='猫'", "seed=0,1", "trainer.epochs=1", cwd=tmp_path, env=ascii_only)
-    assert "python -m lora_vit.summarize 'outputs/sweeps/\\u732b'\n" in done.stdout
-    for module, told in (
-        ("summarize", "Report: outputs/sweeps/\\u732b/"),
-        ("sweep", "outputs/sweeps/\\u732b: 2 trials"),
-    ):
-        line = [*command(module=f"lora_vit.{module}")[:3], "outputs/sweeps/猫"]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **ascii_only})
-        assert (done.returncode, told in done.stdout) == (0, True), done.stderr

@@ -98,11 +98,9 @@ SWEEP = [*SMALL, "seed=0,1"]
 @pytest.mark.parametrize(
     ("function", "given", "options", "words"),
     [
-        (api.compose, [*SMALL, "lora.rank=0"], {}, "lora.rank=0 is impossible"),
+        (api.compose, [*SMALL, "data.root=2024_11"], {}, "data.root=2024_11 is read as 202411"),
         (api.compose, [*SMALL, "lora.rank=[1"], {}, "cannot read the override"),
         (api.compose, [*SMALL, "lora.rank=1\r"], {}, "lora.rank=1): end lines without \\r"),
-        (api.sweep, [*SWEEP, "lora.rnk=1"], {}, "did you mean 'lora.rank'"),
-        (api.sweep, [*SWEEP, "sweep.dry_run=true"], {}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"dry_run": True}, "sweep.dry_run=true and sweep.wait=false are for the command"),
         (api.sweep, SWEEP, {"pack_sise": 4}, "did you mean 'sweep.pack_size'"),
         (api.sweep, [*SWEEP, "-m"], {}, "-m"),
@@ -146,11 +144,9 @@ def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("optimizer.schedule", "cosin", "optimizer.schedule=cosin"),
         ("lora.dropout", 1.5, "lora.dropout=1.5 is impossible"),
         ("lora.rnk", 8, "lora.rnk"),
         ("lora.rank", "four", "lora.rank: Value 'four'"),
-        ("seed", -1, "seed=-1 is impossible"),
     ],
 )
 def test_a_field_that_was_changed_is_checked_before_anything_is_trained(key, value, words, tmp_path):
@@ -168,7 +164,5 @@ def test_it_is_found_lazily_and_composes_what_the_command_does():
     ranks = [*SMALL, "lora.rank=3"]
     assert trial_id(api.compose(ranks)) == trial_id(trial_config("lora.rank=3"))
     assert api.compose([*ranks, "data.root='2024_11'"]).data.root == str(Path("2024_11").absolute())
-    with pytest.raises(ConfigError, match=r"data\.root=2024_11 is read as 202411.*data\.root='2024_11'"):
-        api.compose([*ranks, "data.root=2024_11"])
     for given, is_kept in {"cache": str(Path("cache").absolute()), "~/cache": "~/cache", "/cache": "/cache"}.items():
         assert api.compose([*ranks, f"data.cache_dir='{given}'"]).data.cache_dir == is_kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -61,19 +60,6 @@ def test_asked_to_stop(uninterrupted, tmp_path):
     assert_resumes(tmp_path, uninterrupted)
 
 
-def test_a_finished_run_is_reported_and_that_of_another_trial_refused(uninterrupted):
-    def state():
-        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in uninterrupted.rglob("*") if p.is_file()}
-
-    before = state()
-    done = run_command(*LONG, "hydra.run.dir=run", cwd=uninterrupted.parent)
-    assert done.stdout.splitlines()[-1].startswith("Validation Accuracy: ")
-    assert "epoch" not in done.stdout
-    done = run_command(*LONG, "lora.rank=3", "hydra.run.dir=run", cwd=uninterrupted.parent, code=1)
-    assert "lora.rank is 4 there, 3 here" in done.stderr
-    assert state() == before
-
-
 def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, call):
     process = start_until(1, tmp_path, "trainer.epochs=5000")
     monkeypatch.chdir(tmp_path)
@@ -83,16 +69,12 @@ def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, call):
     process.communicate()
 
 
-@pytest.mark.parametrize("place", ["file", "file/run", "locked/run"])
+@pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_folder_that_cannot_be_written_is_one_line(place, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if place.startswith("locked") and os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
     code, _, err = call("train", *SMALL, f"hydra.run.dir={place}")
-    assert (code, err.count("\n")) == (1, 1)
-    assert f"{place} cannot be written" in err.replace("locked/run", place)
+    assert (code, err.count("\n"), f"{place} cannot be written" in err) == (1, 1, True)
 
 
 @pytest.mark.slow

@@ -114,20 +114,10 @@ def test_what_the_model_cannot_do_ends_in_a_line_before_anything_is_built(more, 
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("model.num_layers=6", r"model\.num_layers=6 has no effect with model=timm"),
-        ("model.weights=IMAGENET1K_V1", r"model\.weights=IMAGENET1K_V1 .*vit_tiny_patch16_224.* DEFAULT"),
-        ("model.std=[0,1,1]", r"model\.std=\[0\.0, 1\.0, 1\.0\] is impossible.*above 0"),
-        ("model.mean=[0.5]", r"model\.mean=\[0\.5\] .*three numbers"),
-        ("model.interpolation=nearest", r"model\.interpolation=nearest is unknown"),
-    ],
-)
-def test_what_is_wrong_without_asking_timm(override, said, monkeypatch):
+def test_what_is_wrong_without_asking_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # an import of it fails
-    with pytest.raises(ConfigError, match=said):
-        timm_config(override)
+    with pytest.raises(ConfigError, match=r"model\.num_layers=6 has no effect with model=timm"):
+        timm_config("model.num_layers=6")
 
 
 def test_without_timm_a_line_says_what_to_install(monkeypatch):

@@ -20,7 +20,7 @@ from plain_trials import PLAIN, plain_trial
 from lora_vit import files, records
 from lora_vit.config import TrialConfig, ids, to_dict, trial_id
 from lora_vit.errors import RecordError
-from lora_vit.files import JsonLines, locked, read_rows, replacing, write_json
+from lora_vit.files import locked, read_rows, replacing, write_json, write_row
 from lora_vit.records import (
     State,
     TrialRecord,
@@ -341,28 +341,11 @@ def test_an_edited_record_is_not_believed(edit, tmp_path):
 # --- rows
 
 
-def test_rows_are_written_at_once_and_cut_back_to_a_known_length(tmp_path, monkeypatch):
-    path, synced = tmp_path / "rows.jsonl", []
-    monkeypatch.setattr(os, "fsync", synced.append)
-    rows = JsonLines(path)
-    rows.write({"b": 1.5, "a": [math.nan]})
-    text = '{"a": [null], "b": 1.5}\n'
-    assert path.read_text() == text
-    assert rows.length() == len(text)
-    assert len(synced) == 1
-    rows.write({"lost": 1})
-    rows.close()
-    with pytest.raises(ValueError, match="closed"):
-        rows.write({})
-    again = JsonLines(path, len(text))
-    assert path.read_text() == text
-    again.close()
-    again = JsonLines(path)  # all is kept
-    again.write({"c": 2})
-    again.close()
-    assert read_rows(path) == [{"a": [None], "b": 1.5}, {"c": 2}]
-    JsonLines(path, 0).close()
-    assert path.read_bytes() == b""
+def test_rows_are_written_at_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with path.open("ab") as file:
+        write_row(file, {"b": 1.5, "a": [math.nan]})
+        assert path.read_text() == '{"a": [null], "b": 1.5}\n'
 
 
 def test_whole_rows_are_read(tmp_path):
@@ -373,8 +356,3 @@ def test_whole_rows_are_read(tmp_path):
     path.write_text('{"a": 1}\nnonsense\n{"c": 3}\n')
     with pytest.raises(RecordError, match=f"^{path}: row 2 is not JSON$"):
         read_rows(path)
-
-
-def test_the_files_of_a_trial_keep_their_names():
-    names = (records.RECORD, records.METRICS, records.TIMING, records.PREDICTIONS, records.LOG, records.CHECKPOINT)
-    assert names == ("record.json", "metrics.jsonl", "timing.jsonl", "predictions.npz", "train.log", "checkpoint.pt")

@@ -52,16 +52,17 @@ def test_a_completed_run_is_not_trained_again_but_to_restart(tmp_path, at_step):
     record = run(tmp_path / "a")
     assert record == read_record(tmp_path / "a")
     assert record.status == "completed"
-    rows = (tmp_path / "a/metrics.jsonl").read_bytes()
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
     steps: list[int] = []
     at_step(lambda pack: steps.append(2))
     assert run(tmp_path / "a") == record
     assert steps == []
     with pytest.raises(ConfigError, match="holds trial"):
         single.train(plain_trial({"seed": 1}), tmp_path / "a", {})
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()} == before
     again = single.train(plain_trial({"trainer.log_every": 3, "trainer.resume": "restart"}), tmp_path / "a", {})
     assert (steps, again.metrics) == ([2], record.metrics)
-    assert (tmp_path / "a/metrics.jsonl").read_bytes() == rows
+    assert (rows := tmp_path / "a/metrics.jsonl").read_bytes() == before[rows][1]
 
 
 def test_a_folder_that_is_refused_does_not_stay_empty(tmp_path, monkeypatch):

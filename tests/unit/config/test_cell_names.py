@@ -30,8 +30,8 @@ def name_of(*cells: dict[str, object]) -> list[str]:
         ([{"lora.method": "dora"}, {}], ["DoRA", "rank 4"]),
         ([{"lora.method": "none", "optimizer.lr": 2e-3}, {"lora.rank": 1}, {"lora.rank": 2}],
          ["linear probe, lr 0.002", "rank 1, lr 0.001", "rank 2, lr 0.001"]),
-        ([{"lora.targets": ["v", "q"]}, {"lora.targets": ["fc2", "fc1"]}, {}],
-         ["targets q v", "targets mlp", "targets all"]),
+        ([{"lora.targets": targets.split()} for targets in ("v q", "fc2 fc1", "k q o v", "fc1")] + [{}],
+         ["targets q v", "targets mlp", "targets attention", "targets fc1", "targets all"]),
         ([{"model.weights": None}, {}], ["weights –", "weights GLYPHS_V1"]),
         ([{"optimizer.lr": 0.12345678}, {"optimizer.lr": 0.12345679}, {}], ["lr 0.123457 [A]", "lr 0.123457 [B]",
                                                                              "lr 0.001"]),
@@ -64,12 +64,6 @@ def test_the_most_interesting_settings_come_first():
 )
 def test_what_is_missing_differs_outside_of_adapters_alone(rows, found):
     assert varying(rows) == found
-
-
-def test_targets_by_their_names():
-    for targets, text in (("fc2 fc1 o v k q", "all"), ("v q", "q v"), ("k q o v", "attention"), ("fc1 fc2", "mlp"),
-                          ("o q", "q o"), ("fc1", "fc1")):  # fmt: skip
-        assert flat(make_config({"lora.targets": targets.split()}))["lora.targets"] == text
 
 
 def test_settings_are_flat_and_readable_without_what_does_not_decide_the_numbers():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ def own_values(path: Path) -> dict[str, object]:
     values = yaml.safe_load(path.read_text())
     return {key: value for key, value in values.items()
             if key not in ("defaults", "root") and "${" not in str(value)}  # fmt: skip
-
-
-def test_the_square_has_every_pair():
-    square = [set(options(*place).items()) for place in itertools.product(range(SIZE), repeat=2)]
-    for one, other in itertools.combinations(GROUPS, 2):
-        for pair in itertools.product(GROUPS[one], GROUPS[other]):
-            assert any({(one, pair[0]), (other, pair[1])} <= chosen for chosen in square), pair
 
 
 @pytest.mark.parametrize("row", range(SIZE))

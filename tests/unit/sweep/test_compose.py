@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from helpers import SMALL, run, run_command, trial_config
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lora_vit import api, compose, resolve
+from lora_vit import api, resolve
 from lora_vit.compose import Composer, compose_all, expand, explain, initialized
 from lora_vit.config import file_sha256, from_dict, trial_id
 from lora_vit.errors import ConfigError
@@ -87,6 +85,8 @@ def test_alpha_follows_the_rank(small):
 
 
 def test_resolvers_of_ids_and_sizes(loader, small):
+    for word in ("none", "None"):
+        assert trial_config(f"model.weights={word}").model.weights is None, "as null"
     small.data.cache_size = "${at_least:16,${model.image_size},'9'}"
     assert small.data.cache_size == 16
     changed = loader([*SMALL, "lora=none", "lora.rank=4"])
@@ -100,11 +100,9 @@ def test_resolvers_of_ids_and_sizes(loader, small):
     ("changes", "said"),
     [
         ({"modle": 1}, "unknown key 'modle', did you mean 'model'?"),
-        ({"xyzzyx": 1}, "unknown key 'xyzzyx' (see --help)"),
         ({"lora.rank": "???"}, "lora.rank has no value: give one, for example lora.rank=..."),
         ({"seed": "???"}, "seed has no value: give one, for example seed=..."),
         ({"seed": "${nothing}"}, "Interpolation key 'nothing' not found"),
-        ({"lora.rank": 0}, "lora.rank=0 is impossible: give a whole number from 1 up, or lora=none"),
     ],
 )
 def test_an_impossible_trial_ends_in_a_line(small, changes, said):
@@ -215,13 +213,6 @@ def test_trials_that_cannot_run_are_told_together(loader):
     assert re.fullmatch(told, str(caught.value))
 
 
-def test_long_compositions_are_told(loader, monkeypatch, capsys):
-    due = itertools.cycle((False, True))
-    monkeypatch.setattr(compose, "Every", lambda period: SimpleNamespace(due=lambda: next(due)))
-    compose_all(loader, SMALL, [["seed=0"], ["seed=1"]])
-    assert capsys.readouterr().err == "composing: 2/2 trials\n"
-
-
 # --- what a sweep's command asks for
 
 
@@ -268,15 +259,11 @@ REFUSED = [
     (["seed=range(0,0)"], ["the sweep is empty"]),
     (["sweep=rank_lrr"], ["rank_lrr", "did you mean 'rank_lr'"]),
     (["sweep.pack_size=0"], ["sweep.pack_size=0", "from 1 up, or auto"]),
-    (["sweep.pack_size=two"], ["sweep.pack_size=two"]),
-    (["sweep.workers=-1"], ["sweep.workers=-1"]),
-    (["sweep.name=a/b"], ["sweep.name=a/b", "'/'"]),
     (["sweep.pack_sise=2"], ["sweep.pack_sise", "did you mean 'sweep.pack_size'"]),
     (["seed=0,1", "sweep.pack_size=1,2"], ["sweep.pack_size", "cannot be swept"]),
     (["seed=0,1", "trainer.devices=2"], ["trainer.devices=2", "sweep.workers=2"]),
     (["lora.rank=0,4,33"], ["2 of 3 trials cannot run, so none is started", "lora.rank=0", "[rank=0]", "lora.rank=33"]),
     (["seed=0,1", "data=imagefolder", "data.root=nowhere"], ["nowhere", "not a folder"]),
-    (["seed=0,1", "model.weights=missing.pth"], ["missing.pth", "check the path"]),
     (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local"]),
     (["seed=0,1", "engine=slrm"], ["'engine/slrm' does not exist", "'slurm'"]),
     (["engine=local,slurm"], ["engine", "cannot be swept"]),
@@ -287,10 +274,7 @@ REFUSED = [
     (["sweep.trials=3", "seed=0,1"], ["seed cannot be searched"]),
     (["sweep.trials=3", "lora.rank=1,2", "sweep.margin=1"], ["sweep.trials=3 makes a search", "sweep.margin a race"]),
     (["seed=0,1", "data.root=2024_11"], ["data.root=2024_11 is read as 202411", "\"data.root='2024_11'\""]),
-    (["lora.rank=1,2", "sweep.trials=0"], ["sweep.trials=0"]),
     (["lora.rank=1,2", "sweep.trials=3", "sweep.dry_run=true"], ["sweep.dry_run=true cannot say what a search"]),
-    (["lora.rank=1,2", "sweep.margin=0"], ["sweep.margin=0"]),
-    (["lora.rank=1,2", "sweep.margin=1", "sweep.first_seeds=1"], ["sweep.first_seeds=1 is impossible"]),
     (["lora.rank=1,2", "sweep.margin=1", "sweep.most_seeds=4"], ["sweep.most_seeds=4", "sweep.first_seeds=5"]),
     (["lora.rank=1,2", "sweep.first_seeds=4"], ["sweep.first_seeds=4 has no effect without sweep.margin"]),
     (["lora.rank=1,2", "seed=0,1", "sweep.margin=1"], ["seed cannot be swept in a race (sweep.margin)", "seed=0"]),
@@ -307,8 +291,6 @@ REFUSED = [
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
     (["+hydra.sweeper.params={seed:[0,1]}"], ["seed: Value '[0, 1]'"]),
     (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed: Value '1.5'", "seed: Value 'x'"]),
-    (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep", "--cfg hydra"]),
-    (["engine=slurm", "engine.partiton=x", "seed=0,1"], ["engine.partiton"]),
     (["engine=slurm", "engine.timeout_min=long", "seed=0,1"], ["engine.timeout_min", "long"]),
     (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
     (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
@@ -345,6 +327,9 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     assert [of["group"] for of in search["space"].values()] == [True, False, False]
     assert [options for options, _ in search["bases"]] == [[["lora", "default"]], [["lora", "none"]]]
     assert "hydra" not in search["bases"][0][1]
+    monkeypatch.chdir("/")
+    trial = suggested(search, {"lora": "default", "lora.rank": 2, "optimizer.lr": 1e-3})
+    assert trial.config.data.root == f"{tmp_path}/images"
 
 
 # --- Hydra's own idioms

@@ -203,7 +203,7 @@ def closed(trial: TrialRun) -> bool:
     """Whether the logs take no more rows."""
     for rows in (trial._metrics, trial._timing):
         with pytest.raises(ValueError, match="closed file"):
-            rows.write({})
+            rows.write(b"")
     return True
 
 
