@@ -264,8 +264,7 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
     """Raise ConfigError if a setting of Hydra's or of the sweep's would do nothing, or cannot be."""
     race, search = options.margin is not None, options.trials is not None
     for wrong, why in (
-        (first_of(swept, "sweep", "hydra", "engine"), "is the sweep's own and cannot be swept: give it one value"),
-        (first_of(swept, "tracker"), "cannot be swept: give several as tracker=[tensorboard,mlflow]"),
+        (first_of(swept, *SECTIONS_BESIDE), "cannot be swept: give one value (trackers: tracker=[tensorboard,mlflow])"),
         (first_of(given, "hydra.run."), "has no effect on a sweep: give sweep.name or hydra.sweep.dir"),
         (first_of(given, "hydra/launcher", "hydra.launcher"),
          "has no effect beside this sweeper: choose engine=local, slurm or ray, or hydra/sweeper=basic"),

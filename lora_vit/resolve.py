@@ -16,7 +16,7 @@ from lora_vit.config.schema import ADDED, idle, unknown_key
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import user_path
-from lora_vit.training.trackers import make
+from lora_vit.training.trackers import maker
 
 UNKNOWN_ID = "TRIAL"  # stands for a trial id in a path, while that would need a download to know
 SECTIONS_BESIDE = ("hydra", "sweep", "engine", "tracker")
@@ -98,7 +98,7 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         data.cache_dir = os.path.join(cwd, data.cache_dir)
     validate(trial)
     for name, settings in trial.tracker.items():
-        make(name, settings)
+        maker(name, settings)
     identify(trial, fetch)
     return trial
 

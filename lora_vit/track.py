@@ -10,19 +10,17 @@ from lora_vit.records import METRICS, read_record
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("sweep", help="name of a sweep in outputs/sweeps, or its folder; outputs/runs: the single runs in there")
-    add("--to", nargs="+", required=True, metavar="TRACKER", help="mlflow, wandb, trackio or tensorboard, "
-        "and its settings as after `lora-vit train`: tracker.mlflow.uri=sqlite:///runs.db")  # fmt: skip
+    add("--to", nargs="+", required=True, metavar="TRACKER", help="one, and settings: mlflow tracker.mlflow.uri=URI")
 
 
 def run(args: argparse.Namespace) -> int:
     """Send the rows of each trial; the tracker skips those that it already has. Exit code 1 if one of them fails."""
-    from lora_vit.compose import Composer, initialized
+    from lora_vit import api
     from lora_vit.sweep.__main__ import find
     from lora_vit.sweep.plan import Sweep, trial_folders
     from lora_vit.training.trackers import Tracked
 
-    with initialized():
-        chosen = Composer().exactly([f"tracker=[{args.to[0]}]", *args.to[1:]]).tracker
+    chosen = api.compose(["experiment=quickstart", f"tracker=[{args.to[0]}]", *args.to[1:]]).tracker
     sweep, failed = Sweep(find(args.sweep)), 0
     boards = {name: sweep.folder / "tensorboard" / trial.board for name, trial in sweep.trials.items()}
     for folder in (folders := trial_folders(sweep.folder)):

@@ -17,9 +17,10 @@ from plain_trials import BASELINE, plain_trial
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lora_vit import records
+from lora_vit import api, records
 from lora_vit.config import trial_id
 from lora_vit.data.preprocessing import Decoding
+from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.lora.adapter import sha256_of, write_tensors
 from lora_vit.metrics import Predictions
@@ -127,6 +128,7 @@ class Notes:
 
     def __init__(self, fails: str = ""):
         self.fails = fails
+        self.hear("made")
 
     def start(self, trial):
         self.hear("start", trial.name, trial.group, trial.step)
@@ -174,6 +176,7 @@ def test_a_tracker_hears_of_a_trial_from_its_first_row_to_its_end(end, finished,
     end(trial)
     trial.close()
     assert heard == [
+        ("made",),
         ("start", "rank=4_lr=0.1", "s", 3),
         ("scalars", 4, {"train/loss": 2.5, "train/learning_rate": 0.5, "train/images_per_second": 64.0}),
         ("scalars", 6, {"val/loss": 1.25, "val/new": 0.5}),
@@ -185,25 +188,53 @@ def test_a_trial_without_rows_has_no_run_unless_it_is_completed(heard, tmp_path)
     """As one that was stopped after its last epoch, and that only its results were missing of."""
     for end in (TrialRun.interrupt, TrialRun.complete):
         end(trial_in(tmp_path, {"tracker": {"ours": OURS}}))
-        assert [method for method, *_ in heard] == ["start", "finish"] * (end is TrialRun.complete)
+        assert [method for method, *_ in heard] == ["made", "start", "finish"] * (end is TrialRun.complete)
 
 
-@pytest.mark.parametrize("method", ["start", "scalars", "finish"])
+@pytest.mark.parametrize("method", ["made", "start", "scalars", "finish"])
 def test_a_tracker_that_fails_is_told_once_and_the_others_and_the_training_go_on(method, heard, tmp_path, capsys):
     """A full disk as well: the trial's own files say so, if they are on it."""
     settings = {"bad": {**OURS, "fails": method}, "good": OURS}
-    for folder in (tmp_path / "1", tmp_path / "2"):
+    folders = tmp_path / "1", tmp_path / "2"
+    for folder in folders:
         folder.mkdir()
-        trial = trial_in(folder, {"tracker": settings})
+    trials = [trial_in(folder, {"tracker": settings}) for folder in folders]
+    for trial in trials:
         for step in (1, 2):
             trial.log_step(step, 0, 2.5, 0.5, 64.0)
         trial.complete()
-        assert len(read_rows(folder / "metrics.jsonl")) == 2
-        assert read_record(folder).untracked == {"bad": "OSError: [Errno 28] No space left on device"}
-    told = 1 if method == "start" else 2  # what cannot be started is not tried again for each later trial
+        assert len(read_rows(trial.folder / "metrics.jsonl")) == 2
+        assert read_record(trial.folder).untracked == {"bad": "OSError: [Errno 28] No space left on device"}
+    told = 1 if method in ("made", "start") else 2  # what cannot be started is not tried again for each other trial
     assert capsys.readouterr().out.count("the tracker bad has failed") == told
-    good = ["start", "scalars", "scalars", "finish"]
-    assert sorted(given[0] for given in heard) == sorted(2 * [*good, *good[: good.index(method)]])
+    good = ["made", "start", "scalars", "scalars", "finish"]
+    assert sorted(given[0] for given in heard) == sorted([*2 * good, *told * good[: good.index(method)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("mine", {}, ["tracker.mine._target_=null cannot", "module.Class"]),
+        ("mine", {"_target_": "Notes"}, ["tracker.mine._target_=Notes cannot", "'Notes'", "module.Class"]),
+        ("mine", {"_target_": f"{__name__}.Note"}, ["has no attribute 'Note'", "module.Class"]),
+        ("mine", {"_target_": "collections.Counter"}, ["Counter has no finish", "start, scalars and finish"]),
+        ("mine", {**OURS, "fail": "start"}, ["tracker.mine={'fail': 'start'}", "'fail'", "tracker.mine.KEY"]),
+        ("mlflow", {"_target_": "lora_vit.training.trackers.MLflow"}, ["'uri'", "tracker.mlflow.KEY"]),
+        ("wb", {"_target_": "lora_vit.training.trackers.WandB"}, ["needs wandb: pip install 'lora_vit[wandb]'"]),
+    ],
+)
+def test_what_no_tracker_can_be_made_of_is_refused(name, settings, said, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", {"mlflow": "there"}.get)
+    with pytest.raises(ConfigError) as error:
+        trackers.maker(name, settings)
+    assert all(text in str(error.value) for text in said), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_tracker_is_looked_at_but_not_made_when_a_trial_is_composed(heard):
+    trial = api.compose(["experiment=quickstart", "tracker=[]", f"+tracker.ours._target_={OURS['_target_']}"])
+    assert trial.tracker == {"ours": OURS}
+    assert heard == []
 
 
 @pytest.mark.parametrize(("every", "seconds"), [(300.0, EPOCH_CHECKPOINT_EVERY), (5.5, 5.0), (2.0, 2.0)])
