@@ -32,6 +32,7 @@ from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
 from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_seed
+from lora_vit.terminal import Progress
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
 PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
@@ -185,12 +186,14 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     """Every trial of the sweep (``swept``: overrides of each). Raises ConfigError, a line for each that cannot run."""
     trials: list[Trial] = []
     refused: dict[str, list[str]] = {}
-    for lines in swept:
-        try:
-            config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
-            trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            refused.setdefault(explain(error), []).append(label(lines))
+    with Progress("composing", len(swept), quiet=len(swept) < 500, unit="trials") as bar:
+        for lines in swept:
+            try:
+                config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
+                trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
+            except (ConfigError, HydraException, OmegaConfBaseException) as error:
+                refused.setdefault(explain(error), []).append(label(lines))
+            bar.advance(1)
     if not refused:
         return trials
     said = [f"{len(swept) - len(trials)} of {len(swept)} trials cannot run, so none is started:"]

@@ -36,8 +36,7 @@ class PackedSweeper(Sweeper):
 
         if self.config.engine.name == "local" and not self.config.sweep.dry_run:
             start_early()
-        with waiting("composing the trials"):
-            request = sweep_request(self.config)
+        request = sweep_request(self.config)
         request.ended = functools.partial(self._call_back, request.folder)
         with waiting("importing torch"):
             from lora_vit.sweep.run import run_sweep
