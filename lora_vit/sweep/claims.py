@@ -180,8 +180,7 @@ class Claims:
     def _owner(self, trial_id: str) -> tuple[bool, dict[str, Any]]:
         """Whether a trial's owner is dead, and what it says; the claim itself stands for one that left no file."""
         claim, token = self._claim(trial_id), self.token_of(trial_id)
-        name = token if token.isalnum() else claim.name
-        if name not in self._owners:
+        if (name := token if token.isalnum() else claim.name) not in self._owners:
             sign, values = _sign_of_life(self.folder / f"{name}.owner")
             sign, is_here = sign or _sign_of_life(claim)[0], values.get("host") == self._identity["host"]
             if name not in self._signs or self._signs[name][0] != sign:

@@ -21,7 +21,6 @@ from lora_vit.sweep.trial import Trial, digest, without_idle
 from lora_vit.sweep.view import value_of
 
 BATCHES = 5  # a search learns in between so many batches, unless the packs' size is given
-MOST_REPEATS = 50  # suggestions in a row that are known, after which the space is taken to hold nothing new
 
 
 class Source:
@@ -129,8 +128,7 @@ class SearchSource(Source):
     def extend(self) -> bool:
         """Report to the study what has ended, and ask for the next trials."""
         with self.sweep.changing():
-            search = self.sweep.search
-            if search is None:
+            if (search := self.sweep.search) is None:
                 return False
             study = self._open_study(search)
             known = self._tell(study)
@@ -176,7 +174,7 @@ class SearchSource(Source):
 
         space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
-        for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
+        for number in range(len(study.trials), len(study.trials) + 50):  # then the space holds nothing new
             if len(new) >= count:
                 break
             # a seed of its own, so that a search that was stopped does not draw its first suggestions again

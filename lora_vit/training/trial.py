@@ -33,7 +33,6 @@ from lora_vit.training.trackers import Tracked
 
 ALL = 1 << 62  # images of a pass that takes its whole batch
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
-ROWS_ASK_EVERY = 10.0  # seconds after which a training step's row asks whether the trial is still ours
 OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
     *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
     *("adapter.safetensors", "adapter.json"),
@@ -93,8 +92,7 @@ class TrialRun:
         removes what it left; one that is completed must. ``hydra_files``: name to text; ``tensorboard``: where event
         files go, if not below. Raises ConfigError where folder, data or checkpoint are not this trial's, ClaimLost.
         """
-        there = records.state_of(folder, config)
-        if there.problem:
+        if (there := records.state_of(folder, config)).problem:
             raise ConfigError(there.problem)
         if not mine():
             raise ClaimLost(trial_id(config))
@@ -152,7 +150,7 @@ class TrialRun:
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
-        if self._ask(ROWS_ASK_EVERY):
+        if self._ask(every=10.0):
             row = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr}
             self._metrics.write(row)
             self._timing.write({"step": step, "time": time.time(), "images_per_second": images_per_second})
