@@ -1,7 +1,6 @@
 """Tiny-ImageNet (Stanford CS231n): 200 classes, 500 training images of 64x64 pixels each.
 
-Our train, val and test come out of its train folder, whose labels are sure; its own val folder is an optional
-further test set.
+These are divided, for their labels are sure; its own val folder is an optional further test set.
 """
 
 import http.client

@@ -93,9 +93,8 @@ class Claims:
     def token_of(self, trial_id: str) -> str:
         """The token of a trial's owner; empty where it cannot be read."""
         claim = self._claim(trial_id)
-        if not self._tokens.get(claim):
-            self._tokens[claim] = _read(claim)
-        return self._tokens[claim]
+        token = self._tokens[claim] = self._tokens.get(claim) or _read(claim)
+        return token
 
     def take(self, trial_id: str) -> bool:
         """Claim a trial that is free as of the last look; False if another process was faster."""

@@ -71,7 +71,7 @@ class PackSizes:
     def of(self, group: Group, claims: Claims) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
         planned, wanted = len(group.trials), self.sweep.options.pack_size
-        if group.alone or planned == 1:
+        if planned == 1 or group.trials[0].config.lora.trains_trunk:
             return 1
         size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group, claims))
         if size is None:

@@ -277,7 +277,8 @@ def print_plan(sweep: Sweep, request: Request) -> None:
     for group in make_groups(open_ones):
         measured = (f for f in sweep.plan["pack_sizes"].values() if f["group"] == group.title)
         known: dict[str, Any] = next(measured, {"size": "", "seconds_per_trial_epoch": {}})
-        size = "1" if group.alone else pack_size if pack_size != "auto" else str(known["size"])
+        is_alone = group.trials[0].config.lora.trains_trunk
+        size = "1" if is_alone else pack_size if pack_size != "auto" else str(known["size"])
         seconds = known["seconds_per_trial_epoch"].get(size)
         epochs = sum(trial.config.trainer.epochs for trial in group.trials)
         time_in_all = "" if seconds is None else f"{seconds * epochs / request.workers:,.0f} s"

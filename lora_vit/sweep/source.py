@@ -36,8 +36,7 @@ class Source:
 
 def source_of(sweep: Sweep) -> Source:
     """The source of a sweep, as its plan says."""
-    kind = RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source
-    return kind(sweep)
+    return (RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source)(sweep)
 
 
 class RaceSource(Source):

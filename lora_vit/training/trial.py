@@ -110,7 +110,15 @@ class TrialRun:
         elif there.status == "completed":
             raise ValueError(f"{folder}: the trial is completed")  # its checkpoint is gone
         else:
-            state = _last_state(folder, record, setup)
+            precisions = record.environment.get("precision"), setup.environment.get("precision")
+            for what, was, here in (
+                ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
+                ("another precision (trainer.precision=auto is", *precisions),
+            ):
+                if was not in (None, here):
+                    remedy = "resume it where and with what it was started, or give trainer.resume=restart"
+                    raise ConfigError(f"{folder} was started with {what} {was} there, {here} here): {remedy}")
+            state = load_checkpoint(folder, record.trial_id)
             record.config, record.error, record.finished = to_dict(config), None, None
             record.metrics, record.best, record.status = dict(state.last), dict(state.best), "running"
         trial = cls(config, record, state, folder, tensorboard, mine)
@@ -248,19 +256,6 @@ def epoch_figures(trial: TrialRun, row: dict[str, float]) -> str:
         for name in dict.fromkeys((trial.config.trainer.metric, "accuracy")):
             text += f"  val {METRICS[name].title} {row[f'val_{name}']:.2%}"
     return text
-
-
-def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
-    """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
-    precisions = record.environment.get("precision"), setup.environment.get("precision")
-    for what, there, here in (
-        ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
-        ("another precision (trainer.precision=auto is", *precisions),
-    ):
-        if there not in (None, here):
-            remedy = "resume it where and with what it was started, or give trainer.resume=restart"
-            raise ConfigError(f"{folder} was started with {what} {there} there, {here} here): {remedy}")
-    return load_checkpoint(folder, record.trial_id)
 
 
 def lock_folder(folder: Path, held: contextlib.ExitStack) -> None:

@@ -76,9 +76,10 @@ def test_the_size_that_is_asked_for_or_measured(workers, planned, asked, size, t
     sizes = Sizes(tmp_path, monkeypatch, workers=workers, size=asked)
     assert sizes.of(planned) == size
     assert bool(sizes.measured) == (asked == "auto" and planned > 1)
-    full = [trial_of({**BASELINE, "lora.method": "full", "seed": seed}) for seed in range(planned)]
-    alone = Sizes(tmp_path / "full", monkeypatch, full, workers, asked)
-    assert (alone.of(planned), alone.measured) == (1, [])
+    for changes in ({**BASELINE, "lora.method": "full"}, {"lora.bias": "all"}, {"lora.bias": "lora_only"}):
+        trunks = [trial_of({**changes, "seed": seed}) for seed in range(planned)]
+        alone = Sizes(tmp_path / f"{changes}", monkeypatch, trunks, workers, asked)
+        assert (alone.of(planned), alone.measured) == (1, [])
 
 
 def test_a_size_is_measured_once_and_kept(tmp_path, monkeypatch):
