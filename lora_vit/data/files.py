@@ -187,12 +187,10 @@ def _kept(store: Path) -> dict[str, bytes]:
 
 def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     """Sha256 of files, read side by side."""
-
-    def read(chunk: list[str]) -> list[bytes]:
-        return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
-
+    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        for part in pool.map(read, [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]):
+        read = pool.map(lambda chunk: [hashlib.sha256(Path(root, n).read_bytes()).digest() for n in chunk], chunks)
+        for part in read:
             yield from part
             bar.advance(len(part))
 

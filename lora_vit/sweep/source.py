@@ -119,10 +119,7 @@ def import_optuna(trials: int) -> tuple[Any, Any]:
 
 
 class SearchSource(Source):
-    """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
-
-    The study is kept in the sweep's folder; another space, or another fixed setting, is another study in the same file.
-    """
+    """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly."""
 
     def extend(self) -> bool:
         """Report to the study what has ended, and ask for the next trials."""
@@ -138,6 +135,7 @@ class SearchSource(Source):
             return self.sweep.extend(lost or self._ask(study, search, min(at_once, left), known))
 
     def _open_study(self, search: dict[str, Any]) -> Any:
+        """The study, in the sweep's folder: another space or fixed setting is another one in the same file."""
         optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -154,11 +152,13 @@ class SearchSource(Source):
         """Tell what trials came to; returns the study's trials by the ids of ours."""
         from optuna.trial import TrialState, create_trial
 
-        for name, theirs in _named(study).items():
+        def named() -> dict[str, Any]:  # those that were suggested again have no id of ours
+            return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+
+        for name, theirs in named().items():
             if theirs.state == TrialState.COMPLETE or name not in self.sweep.trials:
                 continue
-            state = self.sweep.state_of(self.sweep.trials[name])
-            if not state.ended or state.record is None:
+            if not (state := self.sweep.state_of(self.sweep.trials[name])).ended or state.record is None:
                 continue
             value = value_of(state, self.sweep.metric)
             if not theirs.state.is_finished():
@@ -166,7 +166,7 @@ class SearchSource(Source):
             elif value is not None:  # it had failed, and was tried again
                 study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
                                              user_attrs=theirs.user_attrs))  # fmt: skip
-        return _named(study)
+        return named()
 
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
         import optuna
@@ -192,11 +192,6 @@ class SearchSource(Source):
             theirs.set_user_attr("trial_id", trial.trial_id)
             new[trial.trial_id] = trial
         return list(new.values())
-
-
-def _named(study: Any) -> dict[str, Any]:
-    """The study's trials by the ids of ours; those that were suggested again have none."""
-    return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
 
 
 def distribution(key: str, of: dict[str, Any]) -> Any:

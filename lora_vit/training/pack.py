@@ -65,10 +65,10 @@ class Pack:
     """Trials that train together. They stand at the same step of their epochs (or ValueError), not in one epoch."""
 
     def __init__(self, trials: list[TrialRun], setup: Setup):
-        configs, device = [t.config for t in trials], setup.device
+        configs, states, device = [t.config for t in trials], [t.state for t in trials], setup.device
         self.trials, self.setup, self.K = trials, setup, len(trials)
         self._predictions: dict[str, list[Predictions]] = {}
-        (self.step_in_epoch,) = {t.state.step_in_epoch for t in trials}
+        (self.step_in_epoch,) = {s.step_in_epoch for s in states}
         self.model = setup.build_model(configs).train()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
@@ -76,8 +76,7 @@ class Pack:
         self.flat = FlatParameters(named, per_trial, self.K)
         o = self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._matrices = self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP
-        # One stream for each (seed, epoch): trials that agree in both share images and stem.
-        keys = [(t.config.seed, t.state.epoch) for t in trials]
+        keys = [(t.config.seed, t.state.epoch) for t in trials]  # those that agree in both share stream and stem
         own = list(dict.fromkeys(keys))
         self.stream_of_trial = [own.index(key) for key in keys]
         self.global_batch, shared = configs[0].data.batch_size, (setup.samples, setup.transform)
@@ -89,20 +88,18 @@ class Pack:
             limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
             # each shape by itself: with symbolic ones the masks' arithmetic takes minutes
             self.forward = torch.compile(self.model, dynamic=False)
-        first = self.streams[0].first
-        self.position_B = torch.arange(first, first + self.streams[0].local, device=device)  # in the global batch
+        self.position_B = torch.arange(self.streams[0].local, device=device) + self.streams[0].first  # in the batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
         self.smoothing_K1 = self.model.head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
         weights = class_weights(configs, setup.data)
         self.weights_KC = None if weights is None else self.smoothing_K1.new_tensor(weights)
         self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
         self.shares_K1L: Tensor | None = None  # of an image's labels, where a batch is mixed
-        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
+        self.loss_sum_K = torch.tensor([s.loss_sum for s in states], dtype=torch.float64, device=device)
         self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)  # -1: all were finite
         self.updating = False  # between the first change of a step and its last
-        is_fp16 = setup.transform.dtype == torch.float16
-        self.loss_scale = LossScale([t.state for t in trials], device) if is_fp16 else None
-        for k, s in enumerate(t.state for t in trials):
+        self.loss_scale = LossScale(states, device) if setup.transform.dtype == torch.float16 else None
+        for k, s in enumerate(states):
             self.optimizer.updates_K1[k] = s.updates
             for matrix_KP, tensors in zip(self._matrices, (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
                 if tensors:  # a new trial has none, one that is only evaluated no moments
@@ -243,8 +240,7 @@ class Pack:
 
     def pull(self) -> list[TrialRun]:
         """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
-        loss_sums = self.loss_sum_K.tolist()
-        updates = self.optimizer.updates_K1[:, 0].tolist()
+        loss_sums, updates = self.loss_sum_K.tolist(), self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices]
         for k, s in enumerate(trial.state for trial in self.trials):
             if self.loss_scale is not None:
