@@ -82,7 +82,7 @@ def from_here(folder: Path) -> str:
     return shlex.quote(str(full.relative_to(here) if full.is_relative_to(here) else folder))
 
 
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Any], most: int = 10**9) -> None:
+def print_table(console: Console, title: str, header: Sequence[Any], rows: Sequence[Any], most: int = 10**9) -> None:
     """A plain table under a title, of so many rows at most."""
     table = Table(*header, box=None, pad_edge=False)
     for row in rows[:most]:

@@ -57,8 +57,7 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     ``decoding`` all images must have one. Raises ConfigError for broken images, several sizes, no space or place.
     """
     how = f"{_FORMAT} {decoding.size} {decoding.background}{decoding.value_range or ''}\n"
-    key = hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]
-    path = cache_dir / f"images-{key}.npy"
+    path = cache_dir / f"images-{hashlib.sha256(how.encode() + digests.tobytes()).hexdigest()[:16]}.npy"
     if found := _open(path):
         return found
     with writing_to(cache_dir), locked_in(cache_dir, path.name):
@@ -86,7 +85,11 @@ def _digest(path: Path) -> str:
 
 
 def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> Decoded:
-    shape = (len(names), *_first_shape(root, names, decoding))
+    shape: tuple[int, ...] = (len(names), 3, 1, 1)  # where none decodes, all are named below
+    for name in names:
+        with contextlib.suppress(ConfigError):
+            shape = (len(names), *replace(decoding, value_range=(-1e39, 1e39))(root / name).shape)
+            break
     needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if needed > free:
         lacking = f"the decoded images need {needed / 2**30:.1f} GiB, {path.parent} has {free / 2**30:.1f} GiB"
@@ -101,8 +104,7 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
             # one range for all, so that equal values stay equal
             job = replace(job, decoding=replace(job.decoding, value_range=_range_of(root, deep, len(names))))
             notes = _run(job, names, digests, quiet)
-        broken = sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken")
-        if broken:
+        if broken := sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken"):
             more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
             raise ConfigError(f"{count} below {shown(root)}: {', '.join(broken[:_NAMED])}{more}; repair or remove them")
@@ -141,18 +143,9 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     return low, high
 
 
-def _first_shape(root: Path, names: list[str], decoding: Decoding) -> tuple[int, ...]:
-    """The shape of any image that decodes; where none does, all are named later."""
-    for name in names:
-        with contextlib.suppress(ConfigError):
-            return replace(decoding, value_range=(-1e39, 1e39))(root / name).shape
-    return (3, 1, 1)
-
-
 def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Note]:
     """Decode all files: if they are many in several processes, because Pillow keeps the interpreter's lock."""
-    # loky's processes import neither the user's main script nor torch.
-    from joblib import Parallel, cpu_count, delayed
+    from joblib import Parallel, cpu_count, delayed  # loky's processes import neither the user's script nor torch
 
     file_bytes = 0
     with contextlib.suppress(OSError):  # one that is gone by now is named below

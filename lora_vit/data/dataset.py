@@ -80,8 +80,7 @@ class ImageData(Found):
                 count = np.isin(first[ids], first[self.splits["train"]]).sum()
                 text += f"; {count:,} images of {name} are in train too" if count and name != "train" else ""
             order = np.lexsort((self.labels, first))
-            at = np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))
-            if len(at):
+            if len(at := np.flatnonzero((np.diff(first[order]) == 0) & (np.diff(self.labels[order]) != 0))):
                 pair = " and ".join(self.class_names[label] for label in self.labels[order[at[0] : at[0] + 2]])
                 text += f"; {len(np.unique(first[order[at]])):,} images lie in two classes ({pair})"
         counts = np.bincount(self.labels, minlength=len(self.class_names))

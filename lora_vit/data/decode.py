@@ -44,8 +44,7 @@ class Job:
 
     def _fill(self, row: np.ndarray, name: str, digest: np.ndarray) -> list[Note]:
         try:
-            content = Path(self.root, name).read_bytes()
-            if hashlib.sha256(content).digest() != digest.tobytes():
+            if hashlib.sha256(content := Path(self.root, name).read_bytes()).digest() != digest.tobytes():
                 return [(name, "broken", "it changed while it was read: run the command again")]
             pixels, told = self.decoding.read(io.BytesIO(content), find=True)
         except Exception as error:

@@ -95,8 +95,7 @@ class Listing:
         found: list[str] = []
 
         def walk(place: str, above: frozenset[str]) -> None:
-            here = os.path.realpath(root / place)
-            if here in above:
+            if (here := os.path.realpath(root / place)) in above:
                 self.skip("links in a circle", place)
                 return
             inside = list(self._entries(root, place))
@@ -151,10 +150,8 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
     None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
     """
     store = cache_dir / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
-    stats = {}
-    for name in names:
-        stat = os.stat(os.path.join(root, name))
-        stats[name] = _STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    each = ((name, os.stat(os.path.join(root, name))) for name in names)
+    stats = {name: _STAT.pack(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in each}
 
     def unread() -> list[str]:
         return [name for name, stat in stats.items() if known.get(name, b"")[: _STAT.size] != stat]
@@ -190,12 +187,10 @@ def _kept(store: Path) -> dict[str, bytes]:
 
 def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
     """Sha256 of files, read side by side."""
-
-    def read(chunk: list[str]) -> list[bytes]:
-        return [hashlib.sha256(Path(root, name).read_bytes()).digest() for name in chunk]
-
+    chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
     with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
-        for part in pool.map(read, [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]):
+        read = pool.map(lambda chunk: [hashlib.sha256(Path(root, n).read_bytes()).digest() for n in chunk], chunks)
+        for part in read:
             yield from part
             bar.advance(len(part))
 

@@ -70,8 +70,7 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
     found = {}
     folders = _folders(top)
     for part, called in _NAMES.items():
-        there = [name for name in folders if name.lower() in called]
-        if len(there) > 1:
+        if len(there := [name for name in folders if name.lower() in called]) > 1:
             raise ConfigError(f"{shown(top)} has {' and '.join(f'{n}/' for n in there)}: keep one of them")
         if there:
             found[part] = there[0]

@@ -38,16 +38,13 @@ def load_data(config: DataConfig, quiet: bool = False) -> ImageData:
 
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
-    """What ``data.content`` is: None where a package brings the images, or ``fetch`` is needed and false.
-
-    Each process lists and reads the files once, until :func:`forget`. Raises ConfigError.
-    """
+    """What ``data.content`` is: None where a package brings the images, or a ``fetch`` is needed. Or ConfigError."""
     found = None if DATASETS[config.name].in_package else _find(config, False, fetch)
     return None if found is None else found.content
 
 
 def forget() -> None:
-    """List the files again the next time: what a session of hours does before each new command."""
+    """List the files again, which a process does once: what a session of hours does before each new command."""
     _FOUND.clear()
 
 
@@ -59,10 +56,8 @@ def _find(config: DataConfig, quiet: bool, fetch: bool = True) -> Found | None:
     if not known.in_package and cache_dir.parts[0] == "~":
         raise ConfigError(f"data.cache_dir={cache_dir}: no home folder is known here, give another folder or set HOME")
     size = config.cache_size if known.in_package else None
-    wanted = Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)
-    if wanted not in _FOUND:
-        # Imported when chosen: each needs another heavy package.
-        try:
+    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, quiet, fetch)) not in _FOUND:
+        try:  # imported when chosen: each needs another heavy package
             if (found := import_module(f"lora_vit.data.{known.loader}").find(wanted)) is not None:
                 _FOUND[wanted] = found
         except OSError as error:

@@ -59,8 +59,7 @@ class Decoding:
         there is no range. For 16 bits of colour there is one, unless it is to ``find``.
         """
         told = set()
-        # The user's own files: large ones are no attack.
-        Image.MAX_IMAGE_PIXELS = None
+        Image.MAX_IMAGE_PIXELS = None  # the user's own files: large ones are no attack
         PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
         if getattr(file, "filename", "") and getattr(file, "tile", ()) and not file.tell():  # Pillow's, not decoded yet
             file = Path(file.filename)
@@ -94,8 +93,7 @@ class Decoding:
                 return np.array([ends[0], *some, ends[1]]), told
             low, high = self.value_range or WHOLE
             if np.mean((known < low) | (known > high)) > 0.5:
-                what = "its values are {:g} .. {:g}, value_range is {:g} .. {:g}"
-                raise ValueError(what.format(*ends, low, high))
+                raise ValueError("its values are {:g} .. {:g}, value_range is {:g} .. {:g}".format(*ends, low, high))
             if ends[0] < low or ends[1] > high:
                 told.add("values beyond this range, which are clipped")
             scale = 256 / max(high - low + (image.mode != "F"), 1e-30)  # of whole numbers, high is a value too

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,10 @@ class Samples:
             for piece, here in zip(np.array_split(data.images, count), self._resident.tensor_split(count), strict=True):
                 here.copy_(to_device(np.array(piece), device))
 
-    def read(self, ids: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
-        """What gives the result of :meth:`gather`; images on a disk are for a GPU read meanwhile by another thread."""
-        if self.device.type == "cuda" and self._resident is None:
-            return self._readers.submit(self.gather, ids).result
-        return lambda: self.gather(ids)
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, Callable[[], tuple[Tensor, Tensor]]]:
+        """The ids, and what then gives their :meth:`gather`: images on a disk are for a GPU read by another thread."""
+        is_ahead = self.device.type == "cuda" and self._resident is None
+        return ids, self._readers.submit(self.gather, ids).result if is_ahead else functools.partial(self.gather, ids)
 
     def gather(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, h, w] and labels int64 [B], on the device."""
@@ -60,7 +60,7 @@ class TrainStream:
         self.first = process.rank * self.local
         self.steps_per_epoch = len(self.ids) // batch_size
         self._order = functools.lru_cache(1)(lambda epoch: ids[randomness.permutation(len(ids), "order", seed, epoch)])
-        self._read: dict[tuple[int, int], Callable[[], tuple[Tensor, Tensor]]] = {}  # by epoch and step
+        self._read: dict[tuple[int, int], Any] = {}  # what Samples.read gives, by epoch and step
 
     def batch_ids(self, epoch: int, step: int, whole: bool = False) -> np.ndarray:
         """Sample ids of this process's part, int64 [B] (mixed: one before it first, [1 + B]), or of the ``whole``."""
@@ -72,8 +72,9 @@ class TrainStream:
         """This process's part: images [B, 3, S, S], labels int64 [B], 1; if mixed, labels [B, 2], the first's share."""
         soon = [(epoch, later) for later in range(step, min(step + 1 + _AHEAD, self.steps_per_epoch))]
         self._read = {at: self._read.get(at) or self.samples.read(self.batch_ids(*at)) for at in soon}
-        images, labels = self._read.pop((epoch, step))()
-        images = self.transform.train(images, self.seed, epoch, self.batch_ids(epoch, step))
+        ids, gathered = self._read.pop((epoch, step))
+        images, labels = gathered()
+        images = self.transform.train(images, self.seed, epoch, ids)
         if not self.transform.mixes:
             return images, labels, 1.0
         images, share = mixed(images, self.transform.mixes, self.seed, epoch, step)

@@ -1,7 +1,6 @@
 """Tiny-ImageNet (Stanford CS231n): 200 classes, 500 training images of 64x64 pixels each.
 
-Our train, val and test come out of its train folder, whose labels are sure; its own val folder is an optional
-further test set.
+These are divided, for their labels are sure; its own val folder is an optional further test set.
 """
 
 import http.client
@@ -37,8 +36,7 @@ def find(wanted: Wanted) -> Found | None:
     images = []
     for label, wnid in enumerate(wnids):
         place = f"train/{wnid}/images"
-        found = files.images(folder, place) if (folder / place).is_dir() else []
-        if not found:
+        if not (found := files.images(folder, place) if (folder / place).is_dir() else []):
             raise ConfigError(f"class {wnid} of wnids.txt has no images in {folder / place}: extract the archive again")
         images += [(name, label) for name in found]
     parts = {"train": images}
@@ -91,10 +89,7 @@ def _whole_in(root: Path) -> Path | None:
 
 
 def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
-    """Unpack a zip (None: the published one) beside ``target`` and move it into place: it is whole or absent.
-
-    ``zipfile`` writes no file outside the folder, whatever the members' names are, and makes no links.
-    """
+    """Unpack a zip (None: the published one) beside ``target`` and move it into place: it is whole or absent."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
@@ -102,7 +97,7 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
             into = Path(temporary, FOLDER)
             what = f"unpacking {archive.name}"
             with zipfile.ZipFile(archive) as z, Progress(what, len(z.infolist()), wanted.quiet, "files") as bar:
-                for member in z.infolist():
+                for member in z.infolist():  # no name makes zipfile write outside the folder, and it makes no links
                     z.extract(member, into)
                     bar.advance(1)
             if (whole := _whole_in(into)) is None:

@@ -93,9 +93,8 @@ class Claims:
     def token_of(self, trial_id: str) -> str:
         """The token of a trial's owner; empty where it cannot be read."""
         claim = self._claim(trial_id)
-        if not self._tokens.get(claim):
-            self._tokens[claim] = _read(claim)
-        return self._tokens[claim]
+        token = self._tokens[claim] = self._tokens.get(claim) or _read(claim)
+        return token
 
     def take(self, trial_id: str) -> bool:
         """Claim a trial that is free as of the last look; False if another process was faster."""
@@ -180,8 +179,7 @@ class Claims:
     def _owner(self, trial_id: str) -> tuple[bool, dict[str, Any]]:
         """Whether a trial's owner is dead, and what it says; the claim itself stands for one that left no file."""
         claim, token = self._claim(trial_id), self.token_of(trial_id)
-        name = token if token.isalnum() else claim.name
-        if name not in self._owners:
+        if (name := token if token.isalnum() else claim.name) not in self._owners:
             sign, values = _sign_of_life(self.folder / f"{name}.owner")
             sign, is_here = sign or _sign_of_life(claim)[0], values.get("host") == self._identity["host"]
             if name not in self._signs or self._signs[name][0] != sign:

@@ -34,17 +34,14 @@ def uses_gpus(trials: Sequence[Trial]) -> bool:
     return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
 
 
-def own_device(trials: Sequence[Trial], claims: Claims) -> int:
+def own_device(trials: Sequence[Trial], held: contextlib.ExitStack) -> int:
     """The index of the first visible GPU that is free; on a CPU, which workers share, 0. Raises ConfigError."""
     if not uses_gpus(trials):
         return 0
-    claims.look()
     for index in range(torch.cuda.device_count()):
-        if claims.take(name := f"gpu-{torch.cuda.get_device_properties(index).uuid}"):
-            if hold_gpu(index, claims.held):  # also among other sweeps and single runs of this machine
-                torch.cuda.set_device(index)
-                return index
-            claims.release(name)
+        if hold_gpu(index, held):
+            torch.cuda.set_device(index)
+            return index
     raise ConfigError(f"all {torch.cuda.device_count()} visible GPUs have a worker or a run: wait, or give other GPUs")
 
 
@@ -61,21 +58,20 @@ class PackSizes:
         self.sweep, self.process, self.stop, self.say = sweep, process, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
-        self._last: tuple[str, Setup] | None = None
+        self._setups: dict[str, Setup] = {}  # the last one
 
     def setup_of(self, trial: Trial) -> Setup:
         """Data and backbone for a trial; the last ones are kept. Raises ConfigError."""
-        key = setup_key(trial.config)
-        if self._last is None or self._last[0] != key:
-            self._last = None
+        if (key := setup_key(trial.config)) not in self._setups:
+            self._setups.clear()
             free_memory()
-            self._last = key, build_setup(trial.config, self.process)
-        return self._last[1]
+            self._setups[key] = build_setup(trial.config, self.process)
+        return self._setups[key]
 
     def of(self, group: Group, claims: Claims) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
         planned, wanted = len(group.trials), self.sweep.options.pack_size
-        if group.alone or planned == 1:
+        if planned == 1 or group.trials[0].config.lora.trains_trunk:
             return 1
         size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group, claims))
         if size is None:
@@ -83,19 +79,19 @@ class PackSizes:
         self._sizes[group.key] = size
         return min(size, planned if wanted != "auto" else -(-planned // self.workers))
 
-    def halve(self, group: Group, trials: int) -> None:
-        """So many trials took more memory than there is: train half of them together from now on."""
-        self._sizes[group.key] = max(1, trials // 2)
-        with self.sweep.changing() as plan:
-            if measured := plan["pack_sizes"].get(self._kind(group)):
-                measured["size"] = self._sizes[group.key]
-
     @contextlib.contextmanager
-    def fitting(self, group: Group, setup: Setup) -> Iterator[None]:
-        """Train a pack in it: with passes that had room on this kind of machine; what had room in it is kept."""
+    def fitting(self, group: Group, trials: int, setup: Setup) -> Iterator[None]:
+        """Train so many trials in it: the passes that had room are kept, or half of the trials where none had."""
         kind = self._kind(group)
         setup.most_trained = known = self.sweep.plan.get("most_trained", {}).get(kind, ALL)
-        yield
+        try:
+            yield
+        except Exception as error:
+            if trials > 1 and out_of_memory(error):
+                self._sizes[group.key] = trials // 2
+                with self.sweep.changing() as plan:
+                    plan["pack_sizes"].get(kind, {})["size"] = trials // 2  # a number that is given stays
+            raise
         if setup.most_trained < known:
             with self.sweep.changing() as plan:
                 plan.setdefault("most_trained", {})[kind] = setup.most_trained
@@ -112,22 +108,19 @@ class PackSizes:
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:
-        figures, kind = self.known(group), self._kind(group)
-        if figures is None:
-            if not claims.take(f"size-{kind}"):
+        """The size that was measured, or is now; None while another process measures it."""
+        if (figures := self.known(group)) is None:
+            if not claims.take(claim := f"size-{self._kind(group)}"):
                 return None
             try:
                 self.sweep.refresh()  # another process may just have measured
-                if (figures := self.known(group) or self._measure(group)) is None:
-                    return 1
-                with self.sweep.changing() as plan:
-                    plan["pack_sizes"][kind] = figures
+                figures = self.known(group) or self._measure(group)
             finally:
-                claims.release(f"size-{kind}")
+                claims.release(claim)
         return int(figures["size"])
 
-    def _measure(self, group: Group) -> dict[str, Any] | None:
-        """Measure now: ``size`` and the figures behind it; None if a trial cannot be trained at all."""
+    def _measure(self, group: Group) -> dict[str, Any]:
+        """Measure now: ``size`` and the figures behind it, which are kept; 1 where a trial cannot be trained at all."""
         self.say(f"measuring the pack size for {group.title}")
         try:
             setup, configs = self.setup_of(group.trials[0]), [trial.config for trial in group.trials]
@@ -136,10 +129,12 @@ class PackSizes:
             if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
             self.say(f"the pack size cannot be measured ({one_line(error)}): packs of 1")
-            return None
+            return {"size": 1}
         times = ", ".join(f"{k}: {1e3 * t:.0f} ms" for k, t in figures["seconds_per_trial_epoch"].items())
         self.say(f"packs of {figures['size']} (the steps of an epoch of one trial in packs of {times})")
-        return {"group": group.title, **figures}
+        with self.sweep.changing() as plan:
+            plan["pack_sizes"][self._kind(group)] = {"group": group.title, **figures}
+        return figures
 
 
 def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int, stop: StopRequest) -> dict[str, Any]:
@@ -165,8 +160,7 @@ def choose_pack_size(configs: Sequence[TrialConfig], setup: Setup, workers: int,
                 raise
             break
         if size > 1:
-            gains = seconds[size] < (1 - GAIN) * seconds[best]
-            best, misses = (size, 0) if gains else (best, misses + 1)
+            best, misses = (size, 0) if seconds[size] < (1 - GAIN) * seconds[best] else (best, misses + 1)
             if misses and time.perf_counter() - began > LONG:
                 break
         size *= 2
@@ -203,7 +197,6 @@ def attainable_memory(device: torch.device, workers: int = 1) -> int:
         return free + torch.cuda.memory_reserved(device)
     free, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
     with contextlib.suppress(OSError, ValueError):  # no such files: no limit that we know of
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
+        if (limit := Path("/sys/fs/cgroup/memory.max").read_text().strip()) != "max":
             free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     return int(free // workers + own)

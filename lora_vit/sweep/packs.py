@@ -10,8 +10,7 @@ from lora_vit.sweep.trial import Group, Trial, make_groups
 class Packs:
     """The open trials of a sweep in packs, from which a worker takes those that are free.
 
-    The packs follow from the plan's order and the pack size alone, not from who was faster or when a worker came: a
-    process that finds a pack's first open trial taken leaves the whole pack to its owner.
+    They follow from the plan's order and the pack size alone: a pack whose first open trial is taken is its owner's.
     """
 
     def __init__(self, sweep: Sweep, claims: Claims):

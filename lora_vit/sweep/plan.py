@@ -86,7 +86,12 @@ class Sweep:
             how = f"this version reads {PLAN_SCHEMA}: use the matching version of lora_vit, or another sweep.name"
             raise ConfigError(f"{path} has version {schema}, {how}")
         try:
-            trials = {name: self._trial(name, values) for name, values in plan["trials"].items()}
+            for name, v in plan["trials"].items():
+                if name not in self._parsed or self._parsed[name][0] != v:
+                    self._parsed[name] = v, Trial(from_dict(v["config"]), v["overrides"], v["label"], v["board"])
+                if (trial_id := self._parsed[name][1].trial_id) != name:
+                    raise ValueError(f"trial {name} is {trial_id} in it")
+            trials = {name: self._parsed[name][1] for name in plan["trials"]}
             # those that are to train, in the order of training; packs never cross a batch
             self.batches = [[trials[name] for name in batch] for batch in plan["batches"]]
             self.planned = [trial for batch in self.batches for trial in batch]
@@ -96,16 +101,6 @@ class Sweep:
         self.plan, self.trials, self._version = plan, trials, version
         self.race, self.search, self.metric = plan["race"], plan["search"], plan.get("metric", "accuracy")
         return True
-
-    def _trial(self, name: str, values: dict[str, Any]) -> Trial:
-        """A trial of the plan; what was parsed before is used again."""
-        known = self._parsed.get(name)
-        if known is None or known[0] != values:
-            trial = Trial(from_dict(values["config"]), values["overrides"], values["label"], values["board"])
-            if trial.trial_id != name:
-                raise ValueError(f"trial {name} is {trial.trial_id} in it")
-            known = self._parsed[name] = (values, trial)
-        return known[1]
 
     @contextlib.contextmanager
     def changing(self) -> Any:
@@ -151,11 +146,9 @@ class Sweep:
 
     def _add(self, trials: Iterable[Trial]) -> None:
         for trial in trials:
-            known = self.plan["trials"].get(trial.trial_id, {})
-            self.plan["trials"][trial.trial_id] = {
-                "cell": trial.cell_id, "label": trial.label, "overrides": trial.overrides,
-                "board": known.get("board", trial.board), "config": to_dict(trial.config),
-            }  # fmt: skip
+            board = self.plan["trials"].get(trial.trial_id, {}).get("board", trial.board)
+            about = {"cell": trial.cell_id, "label": trial.label, "overrides": trial.overrides, "board": board}
+            self.plan["trials"][trial.trial_id] = {**about, "config": to_dict(trial.config)}
 
     def folder_of(self, trial: Trial) -> Path:
         return self.folder / trial.trial_id

@@ -132,12 +132,12 @@ def _reopen(sweep: Sweep, trials: Sequence[Trial], restart: bool, retry_failed: 
         return
     claims = Claims(sweep.folder)
     claims.look()
-    for name, record in again.items():
-        if restart and claims.state(name) != HELD:
+    for name in [name for name in again if claims.state(name) != HELD]:
+        if restart:
             (sweep.folder / name / RECORD).unlink()
-        elif claims.state(name) != HELD:
-            record.status = "interrupted"
-            write_record(sweep.folder / name, record)
+        else:
+            again[name].status = "interrupted"
+            write_record(sweep.folder / name, again[name])
 
 
 def follow(source: Source, engine: Engine, view: View, request: Request) -> bool:
@@ -158,8 +158,7 @@ def follow(source: Source, engine: Engine, view: View, request: Request) -> bool
                     break
                 if stop.signum:
                     _end(engine, view, stop)
-                idle = max(0, alive - view.busy())  # they will take some
-                missing = min(request.workers - alive, view.free() - idle)
+                missing = min(request.workers - alive, view.free() - max(0, alive - view.busy()))  # the idle take some
                 if missing > 0 and tries < TRIES:
                     tries += 1
                     view.say(engine.start(missing))
@@ -201,10 +200,10 @@ def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Reque
     values = {n: found for n, state in states.items() if (found := value_of(state, metric)) is not None}
     if isinstance(source, RaceSource):
         print_race(console, sweep, source)
-    elif not isinstance(source, SearchSource):
-        print_cells(console, trials, values, title)
-    elif values:
+    elif values and isinstance(source, SearchSource):
         print_found(console, sweep, values)
+    elif values:
+        print_cells(console, trials, values, title)
     failed = [trial_row(t.trial_id, t.label, states[t.trial_id], metric) for t in trials if t.trial_id not in values]
     if failed:
         print_table(console, "Not completed", [text.format(title) for text in HEADER], failed, SHOWN)
@@ -228,15 +227,13 @@ def print_cells(console: Console, trials: Sequence[Trial], of: dict[str, float],
     names = cell_names({cell: to_dict(members[0].config) for cell, members in cells.items()})
     rows = []
     for cell, members in cells.items():
-        values = [of[trial.trial_id] for trial in members if trial.trial_id in of]
-        if values:
+        if values := [of[trial.trial_id] for trial in members if trial.trial_id in of]:
             spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
             rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
     rows.sort(key=lambda row: -row[0])
-    if rows:
-        lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
-        title = f"Cells by mean validation {metric} (the summary says which differences are real)"
-        print_table(console, title, ("", "cell", f"mean val {metric}", "sd over seeds", "seeds"), lines, SHOWN)
+    lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
+    title = f"Cells by mean validation {metric} (the summary says which differences are real)"
+    print_table(console, title, ("", "cell", f"mean val {metric}", "sd over seeds", "seeds"), lines, SHOWN)
 
 
 def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
@@ -280,7 +277,8 @@ def print_plan(sweep: Sweep, request: Request) -> None:
     for group in make_groups(open_ones):
         measured = (f for f in sweep.plan["pack_sizes"].values() if f["group"] == group.title)
         known: dict[str, Any] = next(measured, {"size": "", "seconds_per_trial_epoch": {}})
-        size = "1" if group.alone else pack_size if pack_size != "auto" else str(known["size"])
+        is_alone = group.trials[0].config.lora.trains_trunk
+        size = "1" if is_alone else pack_size if pack_size != "auto" else str(known["size"])
         seconds = known["seconds_per_trial_epoch"].get(size)
         epochs = sum(trial.config.trainer.epochs for trial in group.trials)
         time_in_all = "" if seconds is None else f"{seconds * epochs / request.workers:,.0f} s"

@@ -21,7 +21,6 @@ from lora_vit.sweep.trial import Trial, digest, without_idle
 from lora_vit.sweep.view import value_of
 
 BATCHES = 5  # a search learns in between so many batches, unless the packs' size is given
-MOST_REPEATS = 50  # suggestions in a row that are known, after which the space is taken to hold nothing new
 
 
 class Source:
@@ -37,8 +36,7 @@ class Source:
 
 def source_of(sweep: Sweep) -> Source:
     """The source of a sweep, as its plan says."""
-    kind = RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source
-    return kind(sweep)
+    return (RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source)(sweep)
 
 
 class RaceSource(Source):
@@ -121,16 +119,12 @@ def import_optuna(trials: int) -> tuple[Any, Any]:
 
 
 class SearchSource(Source):
-    """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly.
-
-    The study is kept in the sweep's folder; another space, or another fixed setting, is another study in the same file.
-    """
+    """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly."""
 
     def extend(self) -> bool:
         """Report to the study what has ended, and ask for the next trials."""
         with self.sweep.changing():
-            search = self.sweep.search
-            if search is None:
+            if (search := self.sweep.search) is None:
                 return False
             study = self._open_study(search)
             known = self._tell(study)
@@ -141,6 +135,7 @@ class SearchSource(Source):
             return self.sweep.extend(lost or self._ask(study, search, min(at_once, left), known))
 
     def _open_study(self, search: dict[str, Any]) -> Any:
+        """The study, in the sweep's folder: another space or fixed setting is another one in the same file."""
         optuna, journal = import_optuna(search["trials"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -157,11 +152,13 @@ class SearchSource(Source):
         """Tell what trials came to; returns the study's trials by the ids of ours."""
         from optuna.trial import TrialState, create_trial
 
-        for name, theirs in _named(study).items():
+        def named() -> dict[str, Any]:  # those that were suggested again have no id of ours
+            return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
+
+        for name, theirs in named().items():
             if theirs.state == TrialState.COMPLETE or name not in self.sweep.trials:
                 continue
-            state = self.sweep.state_of(self.sweep.trials[name])
-            if not state.ended or state.record is None:
+            if not (state := self.sweep.state_of(self.sweep.trials[name])).ended or state.record is None:
                 continue
             value = value_of(state, self.sweep.metric)
             if not theirs.state.is_finished():
@@ -169,14 +166,14 @@ class SearchSource(Source):
             elif value is not None:  # it had failed, and was tried again
                 study.add_trial(create_trial(value=value, params=theirs.params, distributions=theirs.distributions,
                                              user_attrs=theirs.user_attrs))  # fmt: skip
-        return _named(study)
+        return named()
 
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
         import optuna
 
         space = {key: distribution(key, of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
-        for number in range(len(study.trials), len(study.trials) + MOST_REPEATS):
+        for number in range(len(study.trials), len(study.trials) + 50):  # then the space holds nothing new
             if len(new) >= count:
                 break
             # a seed of its own, so that a search that was stopped does not draw its first suggestions again
@@ -195,11 +192,6 @@ class SearchSource(Source):
             theirs.set_user_attr("trial_id", trial.trial_id)
             new[trial.trial_id] = trial
         return list(new.values())
-
-
-def _named(study: Any) -> dict[str, Any]:
-    """The study's trials by the ids of ours; those that were suggested again have none."""
-    return {t.user_attrs["trial_id"]: t for t in study.trials if "trial_id" in t.user_attrs}
 
 
 def distribution(key: str, of: dict[str, Any]) -> Any:

@@ -38,11 +38,6 @@ class Group:
     trials: list[Trial]
 
     @property
-    def alone(self) -> bool:
-        """Whether each needs a pack of its own, because it trains parameters of the trunk."""
-        return self.trials[0].config.lora.trains_trunk
-
-    @property
     def title(self) -> str:
         c, lora = self.trials[0].config, self.trials[0].config.lora
         blocks = "" if lora.blocks is None else f" in blocks {','.join(map(str, lora.blocks))}"

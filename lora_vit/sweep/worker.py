@@ -58,16 +58,12 @@ class Worker(Reporter):
 
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
-        self.sizes = PackSizes(sweep, Process(local_rank=own_device(sweep.planned, claims)), stop, say)
+        self.sizes = PackSizes(sweep, Process(local_rank=own_device(sweep.planned, claims.held)), stop, say)
         self.packs, self.source = Packs(sweep, claims), source_of(sweep)
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
-        """Train until no trial is left.
-
-        Raises ConfigError: some trials cannot be trained here; TrialFailed: this process or its device is broken;
-        Interrupted: everything is saved.
-        """
+        """Train until no trial is left. Raises ConfigError (some cannot be trained here), TrialFailed, Interrupted."""
         for group, trials in self.claimed():
             try:
                 self.train_pack(group, trials, self.sizes.setup_of(trials[0]))
@@ -157,12 +153,9 @@ class Worker(Reporter):
         self.say(ending(self.sweep.trials[trial.name], State(trial.record.status, trial.record), self.sweep.metric))
 
     def train_together(self, group: Group, runs: list[TrialRun], setup: Setup) -> list[list[str]]:
-        """Train a pack; returns the ids of what is to train by itself after an error, in halves.
-
-        Raises TrialFailed if the device is to blame for the error, OSError if the disk is.
-        """
+        """Train a pack; ids of the halves that resume after an error. Raises TrialFailed (device), OSError (disk)."""
         try:
-            with self.sizes.fitting(group, setup):
+            with self.sizes.fitting(group, len(runs), setup):
                 train_trials(runs, setup, self, self.stop)
             self._last_error = ""
             return []
@@ -173,8 +166,6 @@ class Worker(Reporter):
                 raise TrialFailed(f"the device of this worker is broken, restart it: {one_line(error)}") from None
             if len(runs) == 1:
                 self.blame(runs[0], error)
-            elif out_of_memory(error):
-                self.sizes.halve(group, len(runs))
             text = one_line(error)
             error.with_traceback(None)  # its frames hold the pack
         rest = [run.name for run in runs if run.record.status == "running"]

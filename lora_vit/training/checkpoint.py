@@ -42,8 +42,7 @@ def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
 
 def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
     """The folder's checkpoint, or a fresh state. Raises ConfigError for a damaged file or another trial's."""
-    path = folder / CHECKPOINT
-    if not path.exists():
+    if not (path := folder / CHECKPOINT).exists():
         return TrialState()
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)

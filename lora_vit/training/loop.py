@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
-from rich.table import Column, Table
+from rich.table import Column
 
 from lora_vit.config.names import METHODS
 from lora_vit.errors import Interrupted
 from lora_vit.metrics import figures
 from lora_vit.stopping import StopRequest, repeating
-from lora_vit.terminal import Every, Progress, make_console
+from lora_vit.terminal import Every, Progress, make_console, print_table
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost, Setup, TrialRun, epoch_figures
 
@@ -46,11 +46,9 @@ class RunReporter(Reporter):
         where = "{device}, {precision}, {world_size} process(es)".format(**setup.environment)
         self.console.print(setup.data.line(setup.transform.image_size, trial.config.trainer.metric), markup=False)
         self.console.print(f"trial {trial.name} on {where}")
-        counts, columns = trial.record.parameters, (Column(name, justify="right") for name in ("count", "share"))
-        table = Table("parameters", *columns, box=None, pad_edge=False)
-        for name in ("adapter", "head", "trainable", "total"):
-            table.add_row(name, f"{counts[name]:,}", f"{counts[name] / counts['total']:.2%}")
-        self.console.print(table)
+        n, columns = trial.record.parameters, [Column(name, justify="right") for name in ("count", "share")]
+        rows = [(of, f"{n[of]:,}", f"{n[of] / n['total']:.2%}") for of in ("adapter", "head", "trainable", "total")]
+        print_table(self.console, "", ("parameters", *columns), rows)
         if (lora := trial.config.lora).adapts:
             settings = f"{METHODS[lora.method]} rank {lora.rank}, alpha {lora.alpha:g}"
             self.console.print(f"{settings}: effective scaling {lora.effective_scaling():g}")
@@ -89,8 +87,7 @@ def train_trials(trials: list[TrialRun], setup: Setup, reporter: Reporter, stop:
     with repeating(beat, every=30.0), computing(setup.device, trials[0].config.trainer.deterministic):
         try:
             while pack is not None:
-                ended = train_epoch(pack, reporter, stop) or complete(pack)
-                if ended:
+                if ended := train_epoch(pack, reporter, stop) or complete(pack):
                     for trial in ended:
                         reporter.left(trial)
                     staying = [trial for trial in staying if trial not in ended]
@@ -188,10 +185,8 @@ def fail_bad(pack: Pack, last: bool) -> list[TrialRun]:
 
 def finish_epoch(pack: Pack, reporter: Reporter) -> None:
     """Validate where it is due, write the epoch's rows and records, and checkpoint."""
-    validated = [
-        (t.state.epoch + 1) % t.config.trainer.validate_every == 0 or t.state.epoch + 1 >= t.config.trainer.epochs
-        for t in pack.trials
-    ]
+    trainer, ends = pack.trials[0].config.trainer, [trial.state.epoch + 1 for trial in pack.trials]
+    validated = [end % trainer.validate_every == 0 or end >= trainer.epochs for end in ends]
     try:
         predictions = pack.predict("val") if any(validated) else []
     except Exception:  # memory may have run out: what was trained is kept
@@ -207,17 +202,13 @@ def finish_epoch(pack: Pack, reporter: Reporter) -> None:
         row = {"train_loss": sums[k] / pack.steps_per_epoch}
         if validated[k]:
             row |= figures("val", predictions[k])
-            judged_by = f"val_{trial.config.trainer.metric}"
-            if row[judged_by] > state.best.get(judged_by, -1.0):
+            if row[judged_by := f"val_{trainer.metric}"] > state.best.get(judged_by, -1.0):
                 state.best = {"epoch": state.epoch, judged_by: row[judged_by]}
         state.last = {"epoch": state.epoch, "step": step, **row}
         record.metrics, record.best = dict(state.last), dict(state.best)
-        record.cost.update(
-            seconds=state.seconds,
-            images_per_second=step * pack.global_batch / state.seconds if state.seconds else None,
-            peak_memory_bytes=max(peak_memory(pack.setup.device), record.cost.get("peak_memory_bytes") or 0),
-            pack_size=pack.K,
-        )
+        speed = step * pack.global_batch / state.seconds if state.seconds else None
+        peak = max(peak_memory(pack.setup.device), record.cost.get("peak_memory_bytes") or 0)
+        record.cost.update(seconds=state.seconds, images_per_second=speed, peak_memory_bytes=peak, pack_size=pack.K)
         trial.log_epoch(step, state.epoch, row)
         trial.write_record()
         if trial in due:
@@ -267,16 +258,14 @@ def peak_memory(device: torch.device) -> int:
 
 def complete(pack: Pack) -> list[TrialRun]:
     """Test the trials whose epochs are all trained, write their results, and mark them completed; returns them."""
-    finished = [(k, trial) for k, trial in enumerate(pack.trials) if trial.done()]
-    if not finished:
+    if not (finished := [(k, trial) for k, trial in enumerate(pack.trials) if trial.done()]):
         return []
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in finished:
-        for name, predictions in splits.items():
-            if name != "val":
-                trial.record.metrics |= figures(name, predictions[k])
         own = {name: predictions[k] for name, predictions in splits.items()}
+        for name in [name for name in own if name != "val"]:
+            trial.record.metrics |= figures(name, own[name])
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()
     return [trial for _, trial in finished]

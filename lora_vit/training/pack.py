@@ -3,7 +3,8 @@
 Shape legend: K trial, G stream, B image of this process, N sample of a split, C class, P trained value of a trial.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
 from lora_vit.training.optim import LEAST, FlatParameters, LossScale, PackedAdamW, scheduled_rate
-from lora_vit.training.trial import ALL, Setup, TrialRun
+from lora_vit.training.trial import Setup, TrialRun
 
 
 def sample_losses(logits_KBC: Tensor, labels_KB: Tensor, smoothing_K1: Tensor, weights_KC: Tensor | None = None,
@@ -46,18 +47,28 @@ def class_weights(trials: Sequence[TrialConfig], data: ImageData) -> np.ndarray 
     if wrong := next((w for w in given if isinstance(w, list) and len(w) != C), None):
         raise ConfigError(f"optimizer.class_weights={wrong}: give {C} numbers, one for each class, or balanced")
     # balanced as in scikit-learn
-    rows = [len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given]
-    return np.stack(rows)
+    return np.stack([len(labels) / (C * counts) if w == "balanced" else np.array(w or [1.0] * C) for w in given])
+
+
+@contextlib.contextmanager
+def halving(setup: Setup, most: str, count: int, K: int) -> Iterator[None]:
+    """Where memory runs out for ``count`` images of each trial, have the setup's ``most`` name half of them instead."""
+    try:
+        yield
+    except Exception as error:
+        if count == 1 or not out_of_memory(error):
+            raise
+        setattr(setup, most, count // 2 * K)
 
 
 class Pack:
     """Trials that train together. They stand at the same step of their epochs (or ValueError), not in one epoch."""
 
     def __init__(self, trials: list[TrialRun], setup: Setup):
-        configs = [t.config for t in trials]
+        configs, states, device = [t.config for t in trials], [t.state for t in trials], setup.device
         self.trials, self.setup, self.K = trials, setup, len(trials)
         self._predictions: dict[str, list[Predictions]] = {}
-        (self.step_in_epoch,) = {t.state.step_in_epoch for t in trials}
+        (self.step_in_epoch,) = {s.step_in_epoch for s in states}
         self.model = setup.build_model(configs).train()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
@@ -65,40 +76,30 @@ class Pack:
         self.flat = FlatParameters(named, per_trial, self.K)
         o = self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
         self._matrices = self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP
-        # One stream for each (seed, epoch): trials that agree in both share images and stem.
-        keys = [(t.config.seed, t.state.epoch) for t in trials]
-        own_keys = list(dict.fromkeys(keys))
-        self.stream_of_trial = [own_keys.index(key) for key in keys]
-        self._first_of_stream = [trials[keys.index(key)] for key in own_keys]
-        self.global_batch = configs[0].data.batch_size
-        self.streams = [
-            TrainStream(setup.samples, setup.transform, self.global_batch, t.config.seed, setup.process)
-            for t in self._first_of_stream
-        ]
+        keys = [(t.config.seed, t.state.epoch) for t in trials]  # those that agree in both share stream and stem
+        own = list(dict.fromkeys(keys))
+        self.stream_of_trial = [own.index(key) for key in keys]
+        self.global_batch, shared = configs[0].data.batch_size, (setup.samples, setup.transform)
+        self.streams = [TrainStream(*shared, self.global_batch, seed, setup.process) for seed, _ in own]
         self.steps_per_epoch = self.streams[0].steps_per_epoch
-        device = setup.device
         self.forward: Any = self.model
         if configs[0].trainer.compile:
             limits: Any = torch._dynamo.config  # else torch runs every pack after the eighth kind eagerly
             limits.cache_size_limit = limits.accumulated_cache_size_limit = 1 << 16
             # each shape by itself: with symbolic ones the masks' arithmetic takes minutes
             self.forward = torch.compile(self.model, dynamic=False)
-        first = self.streams[0].first
-        self.position_B = torch.arange(first, first + self.streams[0].local, device=device)  # in the global batch
+        self.position_B = torch.arange(self.streams[0].local, device=device) + self.streams[0].first  # in the batch
         self.step_K = torch.tensor([self.step_of(t) for t in trials], dtype=torch.int64, device=device)
         self.smoothing_K1 = self.model.head.weight.new_tensor([c.optimizer.label_smoothing for c in configs])[:, None]
         weights = class_weights(configs, setup.data)
         self.weights_KC = None if weights is None else self.smoothing_K1.new_tensor(weights)
         self.divisor: int | Tensor = self.global_batch  # of a batch's sum of losses; with weights, theirs
         self.shares_K1L: Tensor | None = None  # of an image's labels, where a batch is mixed
-        self.loss_sum_K = torch.tensor([t.state.loss_sum for t in trials], dtype=torch.float64, device=device)
+        self.loss_sum_K = torch.tensor([s.loss_sum for s in states], dtype=torch.float64, device=device)
         self.first_bad_step_K = torch.full((self.K,), -1, dtype=torch.int64, device=device)  # -1: all were finite
         self.updating = False  # between the first change of a step and its last
-        is_fp16 = setup.transform.dtype == torch.float16
-        self.loss_scale = LossScale([t.state for t in trials], device) if is_fp16 else None
-        # a trial that resumes takes its batches in the parts that it took
-        self._had_room_for = min([t.state.micro_batch for t in trials if t.state.micro_batch], default=ALL)
-        for k, s in enumerate(t.state for t in trials):
+        self.loss_scale = LossScale(states, device) if setup.transform.dtype == torch.float16 else None
+        for k, s in enumerate(states):
             self.optimizer.updates_K1[k] = s.updates
             for matrix_KP, tensors in zip(self._matrices, (s.values, s.exp_avg, s.exp_avg_sq), strict=True):
                 if tensors:  # a new trial has none, one that is only evaluated no moments
@@ -109,34 +110,25 @@ class Pack:
 
     def learning_rates(self) -> Tensor:
         """Of the rest of this epoch's steps, [steps, K, 1], on the device."""
-        steps, standing = self.steps_per_epoch, [(t.config, self.step_of(t)) for t in self.trials]
-        rates = [
-            [scheduled_rate(c.optimizer, step + i, c.trainer.epochs * steps) for c, step in standing]
-            for i in range(steps - self.step_in_epoch)
-        ]
-        like = self.flat.values_KP
-        return torch.tensor(rates, dtype=torch.float64)[..., None].to(like.device, like.dtype)
+        total, each = self.steps_per_epoch, [(t.config, self.step_of(t)) for t in self.trials]
+        left, like = range(total - self.step_in_epoch), self.flat.values_KP
+        rates = [[scheduled_rate(c.optimizer, step + i, c.trainer.epochs * total) for i in left] for c, step in each]
+        return torch.tensor(rates, dtype=torch.float64).T[..., None].to(like.device, like.dtype)
 
     def step(self, lr_K1: Tensor, stop: bool) -> Tensor:
         """Train one step on the streams' next batches; returns as :meth:`update`."""
-        batches = [
-            stream.batch(trial.state.epoch, self.step_in_epoch)
-            for stream, trial in zip(self.streams, self._first_of_stream, strict=True)
-        ]
+        epoch_of = {g: trial.state.epoch for g, trial in zip(self.stream_of_trial, self.trials, strict=True)}
+        batches = [stream.batch(epoch_of[g], self.step_in_epoch) for g, stream in enumerate(self.streams)]
         images = batches[0][0] if len(batches) == 1 else torch.cat([images for images, *_ in batches])
         labels_KB = torch.stack([batches[g][1] for g in self.stream_of_trial])
         if labels_KB.ndim == 3:
             shares = np.array([[(batches[g][2], 1 - batches[g][2])] for g in self.stream_of_trial])
             self.shares_K1L = to_device(shares, images.device).to(self.smoothing_K1.dtype)
         if self.weights_KC is not None:
-            each = zip((self.streams[g] for g in self.stream_of_trial), self.trials, strict=True)
-            ids_KN = np.stack([s.batch_ids(t.state.epoch, self.step_in_epoch, whole=True) for s, t in each])
+            ids_GN = [s.batch_ids(epoch_of[g], self.step_in_epoch, whole=True) for g, s in enumerate(self.streams)]
+            ids_KN = np.stack([ids_GN[g] for g in self.stream_of_trial])
             self.divisor = self.weights_KC.gather(1, to_device(self.setup.data.labels[ids_KN], images.device)).sum(1)
-        loss_K = self.update(images, labels_KB, lr_K1, stop)
-        self.step_in_epoch += 1
-        self.updating = False
-        self._predictions.clear()
-        return loss_K
+        return self.update(images, labels_KB, lr_K1, stop)
 
     def update(self, images: Tensor, labels_KB: Tensor, lr_K1: Tensor, stop: bool) -> Tensor:
         """Forward, backward, one all-reduce, one optimizer update: no host sync. Returns the losses, [K].
@@ -147,13 +139,16 @@ class Pack:
         streams, [G*B, 3, H, W]; ``labels_KB``: of mixed images two each; ``stop``: summed into ``flat.stop``.
         """
         flat, scaling = self.flat, self.loss_scale
-        while True:
-            try:
-                flat.losses_K.copy_(self._differentiate(images, labels_KB, self.micro_batch))
-                break
-            except Exception as error:
-                if not self._takes_smaller_parts(error):
-                    raise
+        size, is_auto = 0, self.trials[0].config.trainer.micro_batch == "auto"
+        while size != self.micro_batch:
+            size = self.micro_batch
+            with halving(self.setup, "most_trained", size if is_auto else 1, self.K):
+                flat.losses_K.copy_(self._differentiate(images, labels_KB, size))
+            if size != self.micro_batch:
+                said = f"memory ran out: batches are now taken in parts of {self.micro_batch} images of each trial"
+                print(said, flush=True)
+                for trial in self.trials:
+                    trial.say(said)
         flat.stop.fill_(float(stop))
         distributed.sum_over_processes_(flat.buffer)
 
@@ -172,47 +167,35 @@ class Pack:
             mean_K = self.loss_sum_K / max(1, self.step_in_epoch)  # in the place of a loss that overflowed
             self.loss_sum_K += torch.where(torch.isfinite(loss_K), loss_K, mean_K)
         self.first_bad_step_K = torch.where(bad_K & (self.first_bad_step_K < 0), self.step_K, self.first_bad_step_K)
-        ok_K = finite_K & (self.first_bad_step_K < 0)
-        self.optimizer.step(lr_K1, ok_K[:, None], norm_K1)
+        self.optimizer.step(lr_K1, (finite_K & (self.first_bad_step_K < 0))[:, None], norm_K1)
         self.step_K += 1
+        self.step_in_epoch += 1
+        self.updating = False
+        self._predictions.clear()
         return loss_K
 
     @property
     def micro_batch(self) -> int:
         """Images of a trial that a pass takes at once in this process; the last pass of a step may take fewer."""
         asked, local = self.trials[0].config.trainer.micro_batch, len(self.position_B)
-        if asked == "auto":
-            return min(local, self._had_room_for, max(1, self.setup.most_trained // self.K))
-        return local if asked is None else min(local, int(asked))
+        if asked != "auto":
+            return local if asked is None else min(local, int(asked))
+        had_room = (trial.state.micro_batch or local for trial in self.trials)  # one that resumes takes parts as before
+        return min(local, max(1, self.setup.most_trained // self.K), *had_room)
 
     def _differentiate(self, images: Tensor, labels_KB: Tensor, size: int) -> Tensor:
         """Fill the gradients, part by part of the batch, each multiplied by its trial's loss scale; the losses, [K]."""
         images_GB = images.unflatten(0, (-1, labels_KB.shape[1]))
-        parts = []
+        parts, settings = [], (self.smoothing_K1, self.weights_KC, self.shares_K1L)
         for start in range(0, labels_KB.shape[1], size):
             here = slice(start, start + size)
             self.model.head.state.set(self.step_K, self.position_B[here])
             logits_KBC = self.forward(images_GB[:, here].flatten(0, 1), self.stream_of_trial)
-            losses_KB = sample_losses(
-                logits_KBC, labels_KB[:, here], self.smoothing_K1, self.weights_KC, self.shares_K1L
-            )
-            loss_K = losses_KB.sum(1) / self.divisor
+            loss_K = sample_losses(logits_KBC, labels_KB[:, here], *settings).sum(1) / self.divisor
             scaled_K = loss_K if self.loss_scale is None else loss_K * self.loss_scale.scale_K
             self.flat.differentiate(scaled_K.sum(), add=start > 0)
             parts.append(loss_K.detach())
         return torch.stack(parts).sum(0)
-
-    def _takes_smaller_parts(self, error: Exception) -> bool:
-        """Whether memory ran out and may do for half as many images, which are then taken from here on; says so."""
-        size = self.micro_batch
-        if self.trials[0].config.trainer.micro_batch != "auto" or size == 1 or not out_of_memory(error):
-            return False
-        self.setup.most_trained = size // 2 * self.K
-        said = f"memory ran out: batches are now taken in parts of {size // 2} images of each trial"
-        print(said, flush=True)
-        for trial in self.trials:
-            trial.say(said)
-        return True
 
     @torch.no_grad()
     def predict(self, split: str) -> list[Predictions]:
@@ -229,29 +212,23 @@ class Pack:
         model.eval()
         while len(own):
             places = own[: max(1, setup.most_evaluated // K)]
-            try:
+            with halving(setup, "most_evaluated", len(places), K):
                 images, labels_B = setup.samples.gather(ids[places])
                 logits_KBC = model(setup.transform.eval(images), [0] * K)
-            except Exception as error:
-                if len(places) == 1 or not out_of_memory(error):
-                    raise
-                setup.most_evaluated = len(places) * K // 2
-                continue
-            own = own[len(places) :]
-            where = to_device(places, setup.device)
-            predicted_KN[:, where] = logits_KBC.argmax(-1)
-            log_p_KBC = log_softmax(logits_KBC, -1)
-            log_true_KB1, p_KBC = log_p_KBC.gather(-1, labels_B.expand(K, -1)[..., None]), log_p_KBC.exp()
-            rivals_KB = (log_p_KBC <= log_true_KB1).logical_not().sum(-1)  # more probable classes; all where NaN
-            brier_KB = (p_KBC - one_hot(labels_B, p_KBC.shape[-1])).square().sum(-1)
-            said_4KN[:, :, where] = torch.stack([log_true_KB1[..., 0], p_KBC.amax(-1), brier_KB, rivals_KB]).double()
+                where = to_device(places, setup.device)
+                predicted_KN[:, where] = logits_KBC.argmax(-1)
+                log_p_KBC = log_softmax(logits_KBC, -1)
+                log_true_KB1, p_KBC = log_p_KBC.gather(-1, labels_B.expand(K, -1)[..., None]), log_p_KBC.exp()
+                rivals_KB = (log_p_KBC <= log_true_KB1).logical_not().sum(-1)  # more probable classes; all where NaN
+                brier_KB = (p_KBC - one_hot(labels_B, p_KBC.shape[-1])).square().sum(-1)
+                rows = log_true_KB1[..., 0], p_KBC.amax(-1), brier_KB, rivals_KB
+                said_4KN[:, :, where] = torch.stack(rows).double()
+                own = own[len(places) :]
         model.train()
         predicted, said = (distributed.sum_over_processes_(x).cpu().numpy() for x in (predicted_KN, said_4KN))
         true, top, brier = (x_KN.astype(np.float32) for x_KN in (np.exp(said[0]), *said[1:3]))
-        self._predictions[split] = [
-            Predictions(ids, labels, predicted[k], true[k], top[k], said[3, k] < 5, brier[k], -float(said[0, k].mean()))
-            for k in range(K)
-        ]
+        columns: Any = predicted, true, top, said[3] < 5, brier, (-said[0].mean(1)).tolist()
+        self._predictions[split] = [Predictions(ids, labels, *of_k) for of_k in zip(*columns, strict=True)]
         return self._predictions[split]
 
     def end_epoch(self) -> None:
@@ -263,8 +240,7 @@ class Pack:
 
     def pull(self) -> list[TrialRun]:
         """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
-        loss_sums = self.loss_sum_K.tolist()
-        updates = self.optimizer.updates_K1[:, 0].tolist()
+        loss_sums, updates = self.loss_sum_K.tolist(), self.optimizer.updates_K1[:, 0].tolist()
         on_host = [matrix_KP.cpu() for matrix_KP in self._matrices]
         for k, s in enumerate(trial.state for trial in self.trials):
             if self.loss_scale is not None:
@@ -296,11 +272,8 @@ class Pack:
 
     def padding_is_zero(self) -> bool:
         """Whether padded ranks are still exactly zero: they get no gradient."""
-        used_KP = torch.zeros(self.flat.values_KP.shape, dtype=torch.bool)
-        for k in range(self.K):
-            for view in self._views(k, used_KP[k]).values():
-                view.fill_(True)
-        return not bool(self.flat.values_KP.masked_fill(used_KP.to(self.flat.values_KP.device), 0.0).any())
+        own = [(row, self._views(k, row).values()) for k, row in enumerate(self.flat.values_KP.cpu())]
+        return all(row.count_nonzero() == sum(view.count_nonzero() for view in views) for row, views in own)
 
     def parameter_counts(self, k: int) -> dict[str, int]:
         """Numbers of trial k's parameters: trainable, adapter, head and total."""

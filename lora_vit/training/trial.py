@@ -33,7 +33,6 @@ from lora_vit.training.trackers import Tracked
 
 ALL = 1 << 62  # images of a pass that takes its whole batch
 EPOCH_CHECKPOINT_EVERY = 5.0  # seconds between checkpoints at the ends of epochs that are shorter than that
-ROWS_ASK_EVERY = 10.0  # seconds after which a training step's row asks whether the trial is still ours
 OWN_FILES = (  # what a trial writes, beside its folder ``tensorboard``
     *(records.RECORD, records.METRICS, records.TIMING, records.LOG, records.PREDICTIONS, records.CHECKPOINT),
     *("adapter.safetensors", "adapter.json"),
@@ -93,8 +92,7 @@ class TrialRun:
         removes what it left; one that is completed must. ``hydra_files``: name to text; ``tensorboard``: where event
         files go, if not below. Raises ConfigError where folder, data or checkpoint are not this trial's, ClaimLost.
         """
-        there = records.state_of(folder, config)
-        if there.problem:
+        if (there := records.state_of(folder, config)).problem:
             raise ConfigError(there.problem)
         if not mine():
             raise ClaimLost(trial_id(config))
@@ -112,7 +110,15 @@ class TrialRun:
         elif there.status == "completed":
             raise ValueError(f"{folder}: the trial is completed")  # its checkpoint is gone
         else:
-            state = _last_state(folder, record, setup)
+            precisions = record.environment.get("precision"), setup.environment.get("precision")
+            for what, was, here in (
+                ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
+                ("another precision (trainer.precision=auto is", *precisions),
+            ):
+                if was not in (None, here):
+                    remedy = "resume it where and with what it was started, or give trainer.resume=restart"
+                    raise ConfigError(f"{folder} was started with {what} {was} there, {here} here): {remedy}")
+            state = load_checkpoint(folder, record.trial_id)
             record.config, record.error, record.finished = to_dict(config), None, None
             record.metrics, record.best, record.status = dict(state.last), dict(state.best), "running"
         trial = cls(config, record, state, folder, tensorboard, mine)
@@ -152,7 +158,7 @@ class TrialRun:
 
     def log_step(self, step: int, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """Write a row; ``step`` counts from 1, ``epoch`` finished epochs."""
-        if self._ask(ROWS_ASK_EVERY):
+        if self._ask(every=10.0):
             row = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, "lr": lr}
             write_row(self._metrics, row)
             write_row(self._timing, {"step": step, "time": time.time(), "images_per_second": images_per_second})
@@ -251,19 +257,6 @@ def epoch_figures(trial: TrialRun, row: dict[str, float]) -> str:
         for name in dict.fromkeys((trial.config.trainer.metric, "accuracy")):
             text += f"  val {METRICS[name].title} {row[f'val_{name}']:.2%}"
     return text
-
-
-def _last_state(folder: Path, record: TrialRecord, setup: Setup) -> TrialState:
-    """The checkpoint of a trial that started with this data and precision. Raises ConfigError for others."""
-    precisions = record.environment.get("precision"), setup.environment.get("precision")
-    for what, there, here in (
-        ("other splits (fingerprint", record.data.get("fingerprint"), setup.data.fingerprint),
-        ("another precision (trainer.precision=auto is", *precisions),
-    ):
-        if there not in (None, here):
-            remedy = "resume it where and with what it was started, or give trainer.resume=restart"
-            raise ConfigError(f"{folder} was started with {what} {there} there, {here} here): {remedy}")
-    return load_checkpoint(folder, record.trial_id)
 
 
 def lock_folder(folder: Path, held: contextlib.ExitStack) -> None:

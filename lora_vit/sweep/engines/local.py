@@ -21,8 +21,6 @@ from lora_vit.errors import ConfigError
 from lora_vit.stopping import SIGNALS, repeating
 from lora_vit.sweep.engines import LOG_LINES, Engine, into_log
 
-MOST_CPU_WORKERS = 8  # that share the cores
-
 _waiting: list[Any] = []
 
 
@@ -65,13 +63,12 @@ class Local(Engine):
 
         wanted = 0 if asked == "auto" else int(asked)
         if uses_gpus(trials):
-            most = torch.cuda.device_count()
-            if wanted > most:
+            if wanted > (most := torch.cuda.device_count()):
                 raise ConfigError(f"sweep.workers={wanted}: only {most} GPUs are visible, give at most that")
         else:  # processes of few threads wait less for one another than one of many does
             largest = max(expected_bytes(trial.config) for trial in trials)
             fit = int(MEMORY_SHARE * attainable_memory(torch.device("cpu")) // largest)
-            most = min(torch.get_num_threads(), MOST_CPU_WORKERS, fit)
+            most = min(torch.get_num_threads(), 8, fit)
             limit, cores = os.environ.get("OMP_NUM_THREADS"), os.cpu_count() or 1
             if limit and not wanted and most == torch.get_num_threads() < min(cores, len(trials)):
                 print(f"note: OMP_NUM_THREADS={limit} leaves {most} of {cores} cores: unset it, or give sweep.workers")
@@ -123,9 +120,8 @@ def expected_bytes(config: TrialConfig) -> int:
     from lora_vit.models.vit import shape_of  # imports torch
 
     m = shape_of(config.model)
-    tokens = config.data.batch_size * m.tokens
     weights = (4 if config.lora.method == "full" else 2) * m.layers * m.width * (4 * m.width + 2 * m.mlp)
-    return (400 << 20) + 4 * (weights + m.layers * tokens * (7 * m.width + m.mlp))
+    return (400 << 20) + 4 * (weights + m.layers * config.data.batch_size * m.tokens * (7 * m.width + m.mlp))
 
 
 def work_for_command() -> int:
@@ -162,4 +158,3 @@ def work_for_command() -> int:
     threading.Thread(target=lambda: stop(sys.stdin.read()), daemon=True).start()  # it ends with the command
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return max(code if code >= 0 else 128 - code for code in codes)
-

@@ -17,8 +17,6 @@ from lora_vit.sweep.engines import LOG_LINES, Engine
 from lora_vit.sweep.trial import digest
 from lora_vit.sweep.worker import exit_code
 
-QUEUE_EVERY = 10.0  # seconds between two questions to Slurm, whose sites throttle those who ask often
-
 
 @dataclass
 class Job(submitit.helpers.Checkpointable):
@@ -68,7 +66,7 @@ class Slurm(Engine):
 
     def look(self) -> tuple[int, list[str]]:
         (since, queue), texts = self._seen, []  # the sweep's jobs, of whichever command
-        if time.monotonic() - since >= QUEUE_EVERY:
+        if time.monotonic() - since >= 10.0:  # seconds: sites throttle those who ask often
             command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:  # Slurm is away

@@ -131,7 +131,7 @@ def test_images_for_a_gpu_are_read_ahead_in_the_same_order(monkeypatch):
     for at in steps:
         for mine, theirs in zip(other.batch(*at)[:2], expected[at][:2], strict=True):
             assert torch.equal(mine, theirs)
-    for waits in other._read.values():
+    for _, waits in other._read.values():
         waits()
     assert threading.current_thread() not in threads
     assert sorted(read) == sorted(plain.batch_ids(*at).tolist() for at in (*steps, (1, 2), (1, 3), (1, 4)))

@@ -69,22 +69,20 @@ def test_groups_and_their_trials_in_the_order_in_which_they_are_met():
 
 
 @pytest.mark.parametrize(
-    ("changes", "what", "alone"),
+    ("changes", "what"),
     [
-        ({}, "LoRA on q k v o fc1 fc2", False),
-        ({"lora.method": "dora"}, "DoRA on q k v o fc1 fc2", False),
-        ({"lora.targets": ["q", "v"], "lora.blocks": [0, 1]}, "LoRA on q v in blocks 0,1", False),
-        ({"lora.bias": "all", "lora.blocks": [1]}, "LoRA on q k v o fc1 fc2 in blocks 1, bias all", True),
-        ({"lora.bias": "lora_only"}, "LoRA on q k v o fc1 fc2, bias lora_only", True),
-        ({**BASELINE, "lora.method": "none"}, "linear probe", False),
-        ({**BASELINE, "lora.method": "full"}, "full fine-tuning", True),
+        ({}, "LoRA on q k v o fc1 fc2"),
+        ({"lora.method": "dora"}, "DoRA on q k v o fc1 fc2"),
+        ({"lora.targets": ["q", "v"], "lora.blocks": [0, 1]}, "LoRA on q v in blocks 0,1"),
+        ({"lora.bias": "all", "lora.blocks": [1]}, "LoRA on q k v o fc1 fc2 in blocks 1, bias all"),
+        ({"lora.bias": "lora_only"}, "LoRA on q k v o fc1 fc2, bias lora_only"),
+        ({**BASELINE, "lora.method": "none"}, "linear probe"),
+        ({**BASELINE, "lora.method": "full"}, "full fine-tuning"),
     ],
 )
-def test_how_a_group_is_called_and_whether_its_trials_train_alone(changes, what, alone):
-    """Who trains parameters of the trunk does."""
+def test_how_a_group_is_called(changes, what):
     (group,) = make_groups([trial_of(changes)])
     assert group.title == f"vit_tiny 16 px, fake, batch 8, {what}"
-    assert group.alone is alone
 
 
 def test_a_trial_knows_its_ids_and_how_to_repeat_its_cell():

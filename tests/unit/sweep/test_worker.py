@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from worker_bench import breaks
 
 from lora_vit.errors import ConfigError, TrialFailed, out_of_memory
 from lora_vit.records import read_record
-from lora_vit.sweep.claims import ENDED, FREE, Claims
+from lora_vit.sweep.claims import ENDED, FREE
 from lora_vit.sweep.pack_size import PackSizes, own_device
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
@@ -53,25 +54,23 @@ def test_trials_that_stand_elsewhere_in_an_epoch_train_apart(bench, monkeypatch)
 
 
 def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
-    """A GPU is claimed like a trial, and held among the sweeps of a machine; a worker too many ends with an error."""
+    """Of all sweeps and runs of a machine; a worker too many ends with an error."""
     uuids = ["a", "b"]
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    trials = seed_trials(1, trainer__accelerator="auto")
-    others = [Claims(tmp_path) for _ in range(3)]
-    assert [own_device(trials, claims) for claims in others[:2]] == chosen == [0, 1]
-    elsewhere = Claims(tmp_path / "another sweep")
-    for claims in (others[2], elsewhere):
-        with pytest.raises(ConfigError, match="all 2 visible GPUs have a worker or a run: wait, or give other GPUs"):
-            own_device(trials, claims)
-    assert own_device(seed_trials(1), others[2]) == 0, "a CPU is shared"
-    with others[1].living():
-        pass
-    assert own_device(trials, elsewhere) == 1, "free again where its worker ends"
+    trials, (first, second, third) = seed_trials(1, trainer__accelerator="auto"), (ExitStack() for _ in range(3))
+    with first:
+        with second:
+            assert [own_device(trials, first), own_device(trials, second)] == chosen == [0, 1]
+            with pytest.raises(ConfigError, match="all 2 visible GPUs have a worker or a run: wait, or give other"):
+                own_device(trials, third)
+            assert own_device(seed_trials(1), third) == 0, "a CPU is shared"
+        assert own_device(trials, third) == 1, "free again where its worker ends"
+    third.close()
 
 
 # --- a worker's own trouble is never a trial's end
