@@ -109,7 +109,9 @@ def seen(claims: Claims, trial: str = "a") -> str:
 
 def test_one_owner_at_a_time(tmp_path):
     mine, theirs = claims_of(tmp_path), claims_of(tmp_path, "elsewhere")
+    theirs.look()
     assert take(mine)
+    assert not theirs.take("a"), "taken since it looked"
     assert not take(theirs)
     assert seen(theirs) == seen(mine) == HELD
     assert not take(mine)  # nor twice by its owner
@@ -124,13 +126,6 @@ def test_one_owner_at_a_time(tmp_path):
     assert seen(mine) == FREE
 
 
-def test_what_another_took_since_the_look_is_not_taken(tmp_path):
-    mine, theirs = claims_of(tmp_path), claims_of(tmp_path, "elsewhere")
-    mine.look()
-    assert take(theirs)
-    assert not mine.take("a")
-
-
 def test_the_highest_of_many_claims_counts(tmp_path):
     claims = claims_of(tmp_path)
     for _ in range(11):  # more than one digit
@@ -140,22 +135,17 @@ def test_the_highest_of_many_claims_counts(tmp_path):
     assert seen(claims_of(tmp_path)) == HELD
 
 
-@pytest.mark.parametrize("born", ["", "1"], ids=["ended", "its id is another process's now"])
-def test_a_process_of_this_machine_that_has_ended_loses_its_claim_at_once(born, tmp_path):
+@pytest.mark.parametrize("how", ["ended", "a zombie", "its id is another process's now"])
+def test_a_process_of_this_machine_that_has_ended_loses_its_claim_at_once(how, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    dead = claims_of(tmp_path, pid=os.getpid() if born else gone.pid, born="1")
-    assert take(dead)
-    assert take(claims_of(tmp_path))
-
-
-def test_a_zombie_has_ended(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    while claims_module._born(child.pid) != ENDED:
+    if how == "ended":
+        gone.wait()
+    while how == "a zombie" and claims_module._born(gone.pid) != ENDED:
         time.sleep(0.01)
-    assert take(claims_of(tmp_path, pid=child.pid, born="1"))
+    assert take(claims_of(tmp_path, pid=os.getpid() if how.startswith("its") else gone.pid, born="1"))
     assert seen(claims_of(tmp_path)) == FREE
-    child.wait()
+    assert take(claims_of(tmp_path))
+    gone.wait()
 
 
 @pytest.mark.parametrize(("host", "pid"), [("elsewhere", None), (None, os.getpid())], ids=["elsewhere", "stopped here"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -69,28 +70,23 @@ def statuses(folder: Path, trials: list[Trial]) -> list[str]:
     return [read_record(folder / trial.trial_id).status for trial in trials]
 
 
-def test_each_pack_is_freed_before_the_next(alive, tmp_path):
-    trials = seed_trials(5, trainer__epochs=1)
-    work(tmp_path, trials)
-    assert alive == [0, 0, 0]
-    assert statuses(tmp_path, trials) == ["completed"] * 5
-
-
-def test_a_pack_that_ended_with_an_error_is_freed_before_its_halves(alive, tmp_path, monkeypatch):
-    trials = seed_trials(4, trainer__epochs=1)
-    break_steps(monkeypatch, RuntimeError("no"), lambda pack: pack.K > 1)
-    work(tmp_path, trials, pack_size="4")
-    assert alive == [0] * 7
-    assert statuses(tmp_path, trials) == ["completed"] * 4
-
-
-def test_a_trial_that_ended_alone_is_freed_before_the_next(alive, tmp_path, monkeypatch):
-    trials = seed_trials(2, trainer__epochs=1)
-    break_steps(monkeypatch, RuntimeError("no"), lambda pack: pack.trials[0].config.seed == 0)
-    with pytest.raises(ConfigError, match="RuntimeError: no"):
-        work(tmp_path, trials, pack_size="1")
-    assert alive == [0] * 2
-    assert statuses(tmp_path, trials) == ["interrupted", "completed"]
+@pytest.mark.parametrize(
+    ("count", "size", "broken", "packs"),
+    [
+        (5, "2", lambda pack: False, 3),
+        (4, "4", lambda pack: pack.K > 1, 7),  # before its halves
+        (2, "1", lambda pack: pack.trials[0].config.seed == 0, 2),
+    ],
+    ids=["completed", "a pack ended with an error", "a trial ended alone"],
+)
+def test_each_pack_is_freed_before_the_next(count, size, broken, packs, alive, tmp_path, monkeypatch):
+    trials = seed_trials(count, trainer__epochs=1)
+    break_steps(monkeypatch, RuntimeError("no"), broken)
+    alone = size == "1"
+    with pytest.raises(ConfigError, match="RuntimeError: no") if alone else contextlib.nullcontext():
+        work(tmp_path, trials, pack_size=size)
+    assert alive == [0] * packs
+    assert statuses(tmp_path, trials) == ["interrupted" if alone else "completed", *["completed"] * (count - 1)]
 
 
 def test_out_of_memory_halves_the_pack_and_resumes(tmp_path, monkeypatch):
