@@ -204,6 +204,19 @@ def test_all_trials_with_their_labels(loader):
     assert [trial.label for trial in trials] == ["rank=2 seed=0", "lora=none seed=0", "lora=full seed=0"]
     assert [trial.overrides for trial in trials] == [[*SMALL, *overrides] for overrides in swept]
     assert [trial.config for trial in trials] == [trial_config(lines[0]) for lines in swept]
+    assert [trial.dropped for trial in trials] == [
+        {}, {"lora.rank": "lora=none"}, {"lora.alpha": "lora=full", "lora.dropout": "lora=full"}
+    ]  # fmt: skip
+
+
+def test_what_is_dropped_is_known_wherever_it_was_given(loader):
+    fixed = [*SMALL, "optimizer.head_lr=0.5", "data.mixup_alpha=2", "optimizer.eps=1e-6"]
+    adamw, probe = compose_all(loader, fixed, [["data.augment=mixup"], ["optimizer=sgd", "lora=none"]])
+    assert adamw.dropped == {}
+    assert probe.dropped == {"data.mixup_alpha": "data.augment=flip", "optimizer.head_lr": "lora=none",
+                             "optimizer.eps": "optimizer.name=sgd"}  # fmt: skip
+    assert probe.config == trial_config("optimizer=sgd", "lora=none", "optimizer.lr=0.5")
+    assert probe.label == "optimizer=sgd lora=none"
 
 
 def test_trials_that_cannot_run_are_told_together(loader):
@@ -211,7 +224,7 @@ def test_trials_that_cannot_run_are_told_together(loader):
     with pytest.raises(ConfigError) as caught:
         compose_all(loader, SMALL, swept)
     told = (r"4 of 5 trials cannot run, so none is started:\n  lora.rank=0 .* from 1 up.*\[rank=0 and 1 more\]\n"
-            r"  .*'lora.rnk'.* 'lora.rank'\?.*\[rnk=2\]\n  lora.rank: .*'two'.*\[rank=two\]")  # fmt: skip
+            r"  .*'lora.rnk'.* 'lora.rank'\?.*\[rnk=2\]\n  lora.rank=two is impossible: .*\[rank=two\]")  # fmt: skip
     assert re.fullmatch(told, str(caught.value))
 
 
@@ -305,13 +318,14 @@ REFUSED = [
     (["+hydra.sweeper.params={seed:'0,1'}", "sweep.name=${oc.env:NO_NAME}"], ["'NO_NAME' not found"]),
     (["hydra.sweeper.params={seed:'0,1'}"], ["+hydra.sweeper.params=", "lora.rank=1,2"]),
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
-    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed: Value '[0, 1]'"]),
-    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed: Value '1.5'", "seed: Value 'x'"]),
+    (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is impossible"]),
+    (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is impossible", "seed=x is impossible"]),
     (["hydra.swep.dir=x", "seed=0,1"], ["hydra.swep", "--cfg hydra"]),
     (["engine=slurm", "engine.partiton=x", "seed=0,1"], ["engine.partiton"]),
     (["engine=slurm", "engine.timeout_min=long", "seed=0,1"], ["engine.timeout_min", "long"]),
     (["data=imagefolder", "data.root=/a,b"], ["data.root=/a is not a folder", "a comma separates values", "'a,b'"]),
     (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
+    (["trainer.checkpoint_activations=true,2"], ["trainer.checkpoint_activations=2 is impossible", "true or false"]),
     (["lora.rank=interval(0,4)", "sweep.trials=9"], ["1 of 2 trials", "lora.rank=0"]),
     (["optimizer.lr=tag(log,interval(0,1))", "sweep.trials=9"], ["optimizer.lr=interval(0,1)", "other ends"]),
     (["optimizer.lr=interval(1,0.1)", "sweep.trials=9"], ["optimizer.lr=interval(1,0.1)", "other ends"]),
@@ -345,6 +359,22 @@ def test_a_search_is_kept_as_plain_values(tmp_path, monkeypatch):
     assert [of["group"] for of in search["space"].values()] == [True, False, False]
     assert [options for options, _ in search["bases"]] == [[["lora", "default"]], [["lora", "none"]]]
     assert "hydra" not in search["bases"][0][1]
+
+
+def test_a_setting_that_comes_later_changes_no_study_and_no_sweeps_name(monkeypatch):
+    """At the value that means as before it is no part of either; what refers to it still can."""
+    lines = ["lora.rank=interval(1,4)", "sweep.trials=9", "optimizer.head_lr=0.5", "data.cutmix_alpha=${data.mixup_alpha}"]
+    request = asked(*lines, "data.augment=cutmix")
+    ((_, text),) = request.search["bases"]
+    assert [word in text for word in ("momentum", "lora_b_lr_ratio", "head_lr: 0.5", "mixup_alpha: 1.0")] == [
+        False, False, True, True
+    ]  # fmt: skip
+    assert suggested(request.search, {"lora.rank": 4}).trial_id == request.trials[1].trial_id
+    names = []
+    for added in (compose.ADDED, compose.ADDED | {"optimizer.warmup": 0.0}):  # as if that one were new
+        monkeypatch.setattr(compose, "ADDED", added)
+        names.append(asked(*lines, "data.augment=cutmix").search["bases"][0][1])
+    assert ("warmup" in names[0], "warmup" in names[1]) == (True, False)
 
 
 # --- Hydra's own idioms
