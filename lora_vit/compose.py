@@ -173,7 +173,7 @@ def sweep_request(master: Any) -> Request:
 
 
 def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
-    """A sweep's name, which grown lists and new versions keep: the preset or the swept keys, and a digest of all else."""
+    """A sweep's name, which longer lists and later versions keep: preset or swept keys, and a digest of the rest."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
     unchanged = [key for key, before in ADDED.items() if OmegaConf.select(master, key) == before]
@@ -345,7 +345,7 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
     (r"does not support deletion\s+full_key: (\S+)",
      "{0} cannot be removed: give it a value, or null where it may have none".format),
     (r"is not a ListConfig, list or tuple\.\s+full_key: (\S+)", "{0} is a list: give it as [a,b]".format),
-    (r"(?:[Vv]alue|to string:) '(.*)'.*\s+full_key: (\S+)", wrong_type),
+    (r"(?:(?:[Vv]alue|to string:) '(.*?)'(?: of| is| for|\s).*|is not Optional)\s+full_key: (\S+)", wrong_type),
 )  # fmt: skip
 
 
