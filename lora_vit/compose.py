@@ -176,8 +176,7 @@ def _name(master: Any, swept: Sequence[str], fixed: dict[str, Override]) -> str:
     """A sweep's name, which longer lists and later versions keep: preset or swept keys, and a digest of the rest."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
-    unchanged = [key for key, before in ADDED.items() if OmegaConf.select(master, key) == before]
-    for key in (*WITHOUT_IDENTITY, *unchanged, *swept):
+    for key in (*WITHOUT_IDENTITY, *swept, *(k for k, v in ADDED.items() if OmegaConf.select(master, k) == v)):
         section, _, name = key.partition(".")
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)

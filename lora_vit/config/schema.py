@@ -191,6 +191,7 @@ WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 # Settings that an earlier version did not have, each with the value at which a trial is what it was there.
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
 TENSORBOARD = {"tensorboard": {"_target_": "lora_vit.training.trackers.TensorBoard"}}  # how all were tracked before
+# What each key may be, in words.
 _ALL = _SETTINGS | {f"sweep.{f.name}": f for f in fields(SweepConfig)} | {f.name: f for f in fields(TrialConfig)}
 SAYS = {k: f.metadata.get("says", "true or false" if f.type is bool else "one text") for k, f in _ALL.items()}
 # Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.

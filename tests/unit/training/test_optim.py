@@ -58,6 +58,10 @@ def test_fifty_steps_equal_torchs_on_each_row_alone(name):
             references[k].step()
         norm = torch.linalg.vector_norm(flat.grads_KP, dim=1, keepdim=True)
         optimizer.step(torch.tensor(rates, dtype=torch.float64)[:, None], ok, norm)
+    before = flat.values_KP.clone(), optimizer.exp_avg_KP.clone()
+    optimizer.step(torch.ones(K, 1, dtype=torch.float64), ~ok, norm)
+    assert torch.equal(flat.values_KP, before[0])
+    assert torch.equal(optimizer.exp_avg_KP, before[1])
     for k, parameters in enumerate(alone):
         for leaf, p in parameters.items():
             # fp64, 50 steps of the same formula in another order of operations
