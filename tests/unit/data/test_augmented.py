@@ -96,7 +96,7 @@ def test_randaugment_changes_whole_numbers_after_crop_and_flip_and_before_normal
 
 @pytest.mark.parametrize("by", [(0.5, 1.5, 0.8), (0.4, 0.0, 0.0), (0.0, 0.0, 1.0)])
 def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_order(by):
-    """But a product beside a whole number, which rounds to one or the other and which later operations scale."""
+    """But where a sum is a whole number (of a colour that equals its grey), which rounds to it or just below."""
     x, ids, kinds = pictures(60, 48), np.arange(60), ("brightness", "contrast", "saturation")
     x[0, :, :, :24], x[1] = 255, 7  # half of it white, and one colour
     strengths = dict(zip(kinds, by, strict=True))
@@ -114,7 +114,7 @@ def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_orde
     expected = v2.functional.normalize(torch.stack(images).double() / 255, IMAGENET_MEAN, IMAGENET_STD)
     steps = (found - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
     assert steps.max() < 2.01
-    assert (steps > 0.01).double().mean() < 1e-3
+    assert (steps > 0.01).double().mean() < 5e-3
 
 
 @pytest.mark.parametrize("augment", ["random_erasing", ["flip", "random_erasing"], "randaugment", "color_jitter"])
