@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, unknown_key, validate_sweep
+from lora_vit.config.schema import ADDED, SAYS, idle, wrong_type
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
@@ -168,10 +169,10 @@ def sweep_request(master: Any) -> Request:
 
 
 def _name(master: Any, swept: dict[str, Override], overrides: dict[str, Override]) -> str:
-    """A sweep's name, which grown lists of values keep: the preset or the swept keys, and a digest of all else."""
+    """A sweep's name, which longer lists and later versions keep: preset or swept keys, and a digest of the rest."""
     rest: Any = OmegaConf.to_container(master, resolve=False)
     rest = {key: value for key, value in rest.items() if key not in (*SECTIONS_BESIDE, *swept)}
-    for key in (*WITHOUT_IDENTITY, *swept):
+    for key in (*WITHOUT_IDENTITY, *swept, *(k for k, v in ADDED.items() if OmegaConf.select(master, k) == v)):
         section, _, name = key.partition(".")
         if name and isinstance(rest.get(section), dict):
             rest[section].pop(name, None)
@@ -189,8 +190,10 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     with Progress("composing", len(swept), quiet=len(swept) < 500, unit="trials") as bar:
         for lines in swept:
             try:
-                config = from_omegaconf(composer([*fixed, *lines]), True, composer.fetch)
-                trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines))))
+                node = composer([*fixed, *lines])
+                config = from_omegaconf(node, True, composer.fetch)
+                dropped = {k: why for k, (value, why) in idle(config).items() if OmegaConf.select(node, k) != value}
+                trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines)), dropped=dropped))
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 refused.setdefault(explain(error), []).append(label(lines))
             bar.advance(1)
@@ -233,6 +236,10 @@ def search_space(
     bases = []
     for options in itertools.product(*groups):
         plain: Any = OmegaConf.to_container(composer([*fixed, *map("=".join, options)]), resolve=False)
+        for key, before in ADDED.items():  # a later version's settings leave the study as it is
+            section, _, name = key.partition(".")
+            if plain[section][name] == before and f"{name}}}" not in str(plain):  # none refers to it
+                del plain[section][name]
         ours = {key: part for key, part in plain.items() if key not in SECTIONS_BESIDE}  # how it runs may change later
         bases.append([list(options), OmegaConf.to_yaml(ours)])
     ends = compose_all(composer, fixed, [
@@ -288,14 +295,19 @@ def refuse_without_effect(engine: str, options: SweepConfig, swept: Sequence[str
 
 
 def refuse_misread_paths(lines: Sequence[str]) -> None:
-    """Raise ConfigError if Hydra reads something else than the text that was given as the name of a file or folder."""
-    for override in OverridesParser.create().parse_overrides([line for line in lines if key_of(line) in PATHS]):
-        if not override.is_sweep_override():
+    """Raise ConfigError if Hydra would read another text than a given name of a file or folder, or a number as true."""
+    for override in OverridesParser.create().parse_overrides(list(lines)):
+        key, swept = override.key_or_group, override.is_sweep_override()
+        if SAYS.get(key) == "true or false":
+            for value in override.sweep_iterator() if swept else [override.value()]:
+                if type(value) is int and value not in (0, 1):
+                    raise ConfigError(wrong_type(str(value), key))
+        elif key in PATHS and not swept:
             value, text = override.value(), override.get_value_string()
             if value == "":  # as of a shell's variable that is not set; it would mean the current folder
-                raise ConfigError(f"{override.key_or_group} has no value: give one, or leave it out")
+                raise ConfigError(f"{key} has no value: give one, or leave it out")
             if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(override.key_or_group, text)}")
+                raise ConfigError(f"{override.input_line} is read as {value!r}: {quoted(key, text)}")
 
 
 def quoted(key: str, text: str) -> str:
@@ -320,6 +332,7 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
     (r"does not support deletion\s+full_key: (\S+)",
      "{0} cannot be removed: give it a value, or null where it may have none".format),
     (r"is not a ListConfig, list or tuple\.\s+full_key: (\S+)", "{0} is a list: give it as [a,b]".format),
+    (r"(?:(?:[Vv]alue|to string:) '(.*?)'(?: of| is| for|\s).*|is not Optional)\s+full_key: (\S+)", wrong_type),
 )  # fmt: skip
 
 

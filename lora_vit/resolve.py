@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_vit.config import DATASETS, SECTIONS, TrialConfig, file_sha256, from_dict, is_weights_file, trial_id, validate
 from lora_vit.config.identity import weights_files
-from lora_vit.config.schema import ADDED, idle, unknown_key
+from lora_vit.config.schema import idle, unknown_key
 from lora_vit.data.load import known_content
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import user_path
@@ -81,10 +81,10 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
     trial = from_dict(plain)
-    for key, value in idle(trial).items() if in_sweep else ():
+    for key, (resting, _) in idle(trial).items() if in_sweep else ():
         section, _, name = key.partition(".")
-        setattr(getattr(trial, section), name, ADDED.get(key))
-        trial.optimizer.lr = value if name == "head_lr" else trial.optimizer.lr  # of a probe, which has no other
+        trial.optimizer.lr = (name == "head_lr" and trial.optimizer.head_lr) or trial.optimizer.lr  # a probe's only one
+        setattr(getattr(trial, section), name, resting)
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
         model.weights = None

@@ -15,12 +15,12 @@ def swap_dropout_seeds(monkeypatch):
 
 
 def share_one_clip_norm(monkeypatch):
-    original = optim.PackedAdamW.step
+    original = optim.PackedOptimizer.step
 
     def shared(self, lr_K1, ok_K1, norm_K1):
         original(self, lr_K1, ok_K1, torch.linalg.vector_norm(norm_K1).expand_as(norm_K1))
 
-    monkeypatch.setattr(optim.PackedAdamW, "step", shared)
+    monkeypatch.setattr(optim.PackedOptimizer, "step", shared)
 
 
 def mean_over_the_pack(monkeypatch):

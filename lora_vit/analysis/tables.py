@@ -143,7 +143,8 @@ def learning_rates(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
     rates = groups.groupby("_group")[LR].agg(["nunique", "min", "max"]).loc[best.index]
     edge = (rates["nunique"] > 1) & ((best[LR] == rates["min"]) | (best[LR] == rates["max"]))
     shown = ("mean", "low", "high", "n")
-    columns = {"setting": [cell_text(dict(row), others) or "all" for _, row in best.iterrows()], "best_lr": best[LR]}
+    names = [cell_text(dict(row), others, "dora" in {*cells.get(METHOD, ())}) or "all" for _, row in best.iterrows()]
+    columns = {"setting": names, "best_lr": best[LR]}
     columns |= {f"best_{name}": best[name] for name in shown} | {"rates": rates["nunique"], "edge": edge}
     columns |= {"shared_lr": shared} | {f"shared_{name}": at[name] for name in shown}
     return pd.DataFrame(columns, best.index).reset_index(drop=True)

@@ -7,5 +7,5 @@ from lora_vit.config.identity import canonical, file_sha256, ids, is_weights_fil
 from lora_vit.config.rules import nearest
 from lora_vit.config.schema import (
     ADAPTED, IDENTITY, SCHEMA_VERSION, SECTIONS, TARGETS, WITHOUT_IDENTITY, DataConfig, LoraConfig, ModelConfig,
-    OptimizerConfig, RootConfig, SweepConfig, TrainerConfig, TrialConfig, from_dict, to_dict, unknown_key,
+    OptimizerConfig, RootConfig, SweepConfig, TrainerConfig, TrialConfig, from_dict, idle, to_dict, unknown_key,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """What settings mean for each other; what each may be stands with its field in :mod:`lora_vit.config.schema`."""
 
-import dataclasses
 import math
 import re
+from operator import attrgetter
 
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
@@ -17,11 +17,9 @@ def validate(trial: TrialConfig) -> None:
     for name in SECTIONS:
         check_fields(getattr(trial, name), f"{name}.")
     check_fields(trial)
-    for key, value in idle(trial).items():
-        here, other = f"data.augment={trial.data.augment}", "change that"
-        if not key.startswith("data."):
-            here, other = f"lora={trial.lora.method}", "give lora=default"
-        refuse(key, value, f"has no effect with {here}: leave it out, or {other}")
+    for key, (resting, here) in idle(trial).items():
+        if (value := attrgetter(key)(trial)) != resting:
+            refuse(key, value, f"has no effect with {here}: leave it out, or change that")
     (_check_sizes if trial.model.library == "torchvision" else _check_timm)(trial.model)
     _check_data(trial.data)
     _check_lora(trial.lora, trial.model)
@@ -75,6 +73,8 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.augment", None, "is impossible: give none, or what is to be done")
     if "none" in names[:-1] or {"flip", "crop_flip"} <= {*names}:
         refuse("data.augment", d.augment, f"is impossible: leave {names[0]} out")
+    if "color_jitter" in names and not d.color_jitter_brightness + d.color_jitter_contrast + d.color_jitter_saturation:
+        refuse("data.augment", d.augment, "changes no colour: give one of data.color_jitter_* above 0")
     if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")
     val, test = d.val_fraction or 0, d.test_fraction or 0
@@ -92,9 +92,9 @@ def _check_data(d: DataConfig) -> None:
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
-    for f in dataclasses.fields(lora):
-        if lora.adapts and getattr(lora, f.name) is None and f.name != "blocks":
-            refuse(f"lora.{f.name}", None, "is impossible: give a value, or lora=none for a linear probe")
+    for name, value in vars(lora).items():
+        if lora.adapts and value is None and name != "blocks":
+            refuse(f"lora.{name}", value, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
     if (lora.rank or 0) > width:
         refuse("lora.rank", lora.rank, f"is impossible: the layers of {model.name} are {width} wide, give at most that")

@@ -35,14 +35,15 @@ def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dict[str, str]:
     """:func:`cell_names` of flat settings, by those that are given; equal names get their cell's id behind them."""
-    found = {cell: cell_text(row, settings) or f"rank {value_text(row['lora.rank'])}" for cell, row in rows.items()}
+    both = "dora" in {row[METHOD] for row in rows.values()}
+    found = {c: cell_text(row, settings, both) or f"rank {value_text(row['lora.rank'])}" for c, row in rows.items()}
     counts = Counter(found.values())
     return {cell: name if counts[name] == 1 else f"{name} [{cell}]" for cell, name in found.items()}
 
 
-def cell_text(row: Mapping[str, Any], settings: Sequence[str]) -> str:
-    """The settings of one cell in words, without those that a baseline leaves empty; LoRA goes without saying."""
-    short, base = short_names(settings), {**METHODS, "lora": ""}.get(str(row.get(METHOD)))
+def cell_text(row: Mapping[str, Any], settings: Sequence[str], both: bool = False) -> str:
+    """The settings of one cell in words, without those that a baseline leaves empty; ``both``: beside DoRA say LoRA."""
+    short, base = short_names(settings), (METHODS if both else {**METHODS, "lora": ""}).get(str(row.get(METHOD)))
     shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and _is_missing(row[c]))]
     return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(row[c])}" for c in shown)])
 

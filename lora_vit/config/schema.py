@@ -6,8 +6,7 @@ Values live in ``conf/*.yaml`` only. Below the entry points the project passes t
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass, field, fields
 from typing import Any, cast, get_type_hints
 
 from lora_vit.config.datasets import DATASETS
@@ -16,7 +15,7 @@ from lora_vit.errors import ConfigError
 from lora_vit.metrics import METRICS
 
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
-AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "random_erasing", "mixup", "cutmix")  # as they are done
+AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "color_jitter", "random_erasing", "mixup", "cutmix")
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
@@ -55,6 +54,9 @@ class DataConfig:
     augment: Any = field(metadata=choice(*AUGMENTATIONS))  # one or a list
     randaugment_num_ops: int = field(metadata=number("a number of operations", "[1, inf)") | {"as_before": 2})
     randaugment_magnitude: int = field(metadata=number("a magnitude", "[0, 30]") | {"as_before": 9})
+    color_jitter_brightness: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
+    color_jitter_contrast: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
+    color_jitter_saturation: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
     random_erasing_p: float = field(metadata=number("a probability", "(0, 1]") | {"as_before": 0.5})
     mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
@@ -79,12 +81,14 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW or SGD, and the learning-rate schedule."""
 
+    name: str = field(metadata=choice("adamw", "sgd") | {"as_before": "adamw"})
     lr: float = field(metadata=number("a learning rate", "(0, inf)"))
     weight_decay: float = field(metadata=number("a number", "[0, inf)"))
     betas: list[float] = field(metadata=number("two numbers", "[0, 1)", ", for example [0.9,0.999]", count=2))
     eps: float = field(metadata=number("a small number", "(0, inf)", ", for example 1e-8"))
+    momentum: float = field(metadata=number("a number", "[0, 1)") | {"as_before": 0.9})
     schedule: str = field(metadata=choice("linear", "cosine", "constant"))
     warmup: float = field(metadata=number("a fraction of all steps", "[0, 1)"))
     clip_norm: float | None = field(metadata=number("a norm", "(0, inf)", ", or null for no clipping"))
@@ -166,7 +170,7 @@ class SweepConfig:
     wait: bool
     margin: float | None = field(metadata=number("points of the val metric", "(0, 100)", ", or null for no race"))
     first_seeds: int = field(metadata=number("the seeds that a race starts with,", "[2, inf)"))
-    most_seeds: int
+    most_seeds: int = field(metadata=number("a number of seeds", "[2, inf)"))
     trials: int | None = field(metadata=number("a number of trials", "[1, inf)", ", or null for every combination"))
 
 
@@ -180,25 +184,32 @@ class RootConfig(TrialConfig):
 
 # The parts of a trial's config by name: model, data, optimizer, lora, trainer.
 SECTIONS: dict[str, Any] = {k: cls for k, cls in get_type_hints(TrialConfig).items() if dataclasses.is_dataclass(cls)}
-_SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+_SETTINGS = {f"{name}.{f.name}": f for name, cls in SECTIONS.items() for f in fields(cls)}
 # Every setting that decides a trial's numbers, by dotted name, and the other ones.
 IDENTITY = tuple(name for name, f in _SETTINGS.items() if f.metadata.get("identity", True))
 WITHOUT_IDENTITY = tuple(name for name in _SETTINGS if name not in IDENTITY)
 # Settings that an earlier version did not have, each with the value at which a trial is what it was there.
 ADDED = {name: f.metadata["as_before"] for name, f in _SETTINGS.items() if "as_before" in f.metadata}
 TENSORBOARD = {"tensorboard": {"_target_": "lora_vit.training.trackers.TensorBoard"}}  # how all were tracked before
+# What each key may be, in words.
+_ALL = _SETTINGS | {f"sweep.{f.name}": f for f in fields(SweepConfig)} | {f.name: f for f in fields(TrialConfig)}
+SAYS = {k: f.metadata.get("says", "true or false" if f.type is bool else "one text") for k, f in _ALL.items()}
 # Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
+_UNREAD = {"adamw": ["optimizer.momentum"], "sgd": ["optimizer.betas", "optimizer.eps"]}  # how keys begin
+_UNREAD["full"] = ["lora.", "optimizer.lora_b_lr_ratio"]
+_UNREAD["none"] = [*_UNREAD["full"], "optimizer.head_lr"]  # nothing but the head is trained, at optimizer.lr
 
 
-def idle(trial: TrialConfig) -> dict[str, Any]:
-    """Settings of ADDED, and of adapters, that are given but do nothing in this trial, with their values."""
-    method, names = trial.lora.method, trial.data.augmentations()
-    keys = [key for key in ADDED for name in AUGMENTATIONS if key.startswith(f"data.{name}_") and name not in names]
-    if method not in ADAPTED:
-        keys += ["optimizer.lora_b_lr_ratio", *(f"lora.{f.name}" for f in dataclasses.fields(LoraConfig)[1:])]
-    keys += ["optimizer.head_lr"] if method == "none" else []  # nothing but the head is trained, at optimizer.lr
-    return {key: value for key in keys if (value := attrgetter(key)(trial)) != ADDED.get(key)}
+def idle(trial: TrialConfig) -> dict[str, tuple[Any, str]]:
+    """Settings that do nothing in this trial: the value that each then has, and what makes it so."""
+    method, optimizer, done = trial.lora.method, trial.optimizer.name, trial.data.augmentations()
+    resting = {**ADDED, "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8}  # those of adapters have None
+    why = {f"data.{name}_": f"data.augment={trial.data.augment}" for name in AUGMENTATIONS if name not in done}
+    why |= dict.fromkeys(_UNREAD.get(method, ()), f"lora={method}")
+    why |= dict.fromkeys(_UNREAD.get(optimizer, ()), f"optimizer.name={optimizer}")
+    keys = [(key, here) for key in _SETTINGS for start, here in why.items() if key.startswith(start)]
+    return {key: (resting.get(key), here) for key, here in keys if key != "lora.method"}
 
 
 to_dict = dataclasses.asdict  # nested plain values, ready for JSON
@@ -239,7 +250,7 @@ def _section(name: str, values: Any) -> Any:
     for key, left in _meant(REMOVED, name, values).items():
         if (given := values.pop(key, left)) != left:
             refuse(f"{name}.{key}", given, f"is of an earlier version, this one has only {left}: leave it out")
-    types = {f.name: str(f.type) for f in dataclasses.fields(SECTIONS[name])}
+    types = {f.name: str(f.type) for f in fields(SECTIONS[name])}
     for key in sorted(values.keys() ^ types, key=lambda key: (key in types, key)):
         raise ConfigError(unknown_key(f"{name}.{key}") if key in values else f"the key '{name}.{key}' is missing")
     for key, value in values.items():
@@ -254,7 +265,13 @@ def unknown_key(key: str) -> str:
     """What is said of a key that no composed config has."""
     if key.startswith("tracker."):
         return f"'{key}' is no setting of a tracker that is chosen: name it, as tracker=[tensorboard,mlflow]"
-    known = [*_SETTINGS, *(f"sweep.{f.name}" for f in dataclasses.fields(SweepConfig)), *SECTIONS, "seed"]
-    if key in known:
+    if key in SAYS:
         return f"there is no '{key}': leave --config-name out, an experiment is chosen by experiment=NAME"
-    return f"unknown key '{key}'{nearest(key, known) or ' (see --help)'}"
+    return f"unknown key '{key}'{nearest(key, [*SAYS]) or ' (see --help)'}"
+
+
+def wrong_type(value: str | None, key: str) -> str:
+    """What is said of a value of another type than the key's; ``value``: as OmegaConf says it."""
+    shown = {None: "null", "None": "null", "$VALUE": "[...]"}.get(value, value)
+    says = SAYS.get(key.partition("[")[0], "what docs/settings.md says")
+    return f"{key}={shown} is impossible: give {'one ' * says.startswith('of ')}{says}"

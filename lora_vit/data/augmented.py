@@ -1,4 +1,4 @@
-"""Augmentations beyond crop and flip, of whole batches: torchvision's RandAugment, RandomErasing, MixUp, CutMix.
+"""Augmentations beyond crop and flip, of whole batches, as torchvision has them (transforms v2).
 
 Shapes: B image, S pixels.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from lora_vit import randomness
 from lora_vit.config import DataConfig
 from lora_vit.data.augment import Transform, crop_boxes, to_device
-from lora_vit.data.randaugment import operations
+from lora_vit.data.randaugment import jittered, operations
 
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # RandomErasing's: area, width by height
 
 
 class Augmented(Transform):
-    """Crop, flip, RandAugment in steps of 0 to 255, normalisation, erasing: the order of torchvision's references."""
+    """Crop, flip, RandAugment, ColorJitter in steps of 0 to 255, normalisation, erasing: torchvision's own order."""
 
     def __init__(self, data: DataConfig, image_size: int, *how: Any):
         self.data, names = data, data.augmentations()
@@ -29,18 +29,24 @@ class Augmented(Transform):
         self._raw = Transform(image_size, shape, self.device, self.work_dtype, [0] * 3, [1 / 255] * 3, self.bicubic)
         what = (data.randaugment_magnitude, image_size, self.device)
         self._operations = operations(*what) if "randaugment" in names else []
+        jitter = np.array([data.color_jitter_brightness, data.color_jitter_contrast, data.color_jitter_saturation])
+        self._jitter = jitter if "color_jitter" in names else None
         self._erases = "random_erasing" in names
         alphas = {"mixup": data.mixup_alpha, "cutmix": data.cutmix_alpha}
         self.mixes = {name: alpha for name, alpha in alphas.items() if name in names}
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        if self._operations:
+        if self._operations or self._jitter is not None:
             x = self._raw.train(images, seed, epoch, ids).round_().clamp_(0, 255).to(torch.uint8)
             draws = randomness.uniforms(ids, self.data.randaugment_num_ops, "randaugment", seed, epoch)
-            for chosen_B in (draws * len(self._operations)).astype(int).T:
+            for chosen_B in (draws * len(self._operations)).astype(int).T if self._operations else ():
                 for i in np.unique(chosen_B):  # the images that have drawn the same one together
                     where = to_device(np.flatnonzero(chosen_B == i), self.device)
                     x[where] = self._operations[i](x[where])
+            if self._jitter is not None:
+                order, shares = np.split(randomness.uniforms(ids, 6, "color_jitter", seed, epoch), 2, axis=1)
+                factors = (1 - self._jitter).clip(0) * (1 - shares) + (1 + self._jitter) * shares
+                x = jittered(x, to_device(order, self.device), to_device(factors, self.device).float())
             x = self._normalise(x.to(self.work_dtype)).to(self.dtype)
         else:
             x = super().train(images, seed, epoch, ids)

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al., 2020) as torchvision's transforms v2 have it, for images that draw the same operation."""
+"""RandAugment (Cubuk et al., 2020) and ColorJitter as torchvision's transforms v2 have them, for batches of images."""
 
 import math
 from collections.abc import Callable
@@ -63,3 +63,16 @@ def stretched(x: Tensor) -> Tensor:
     low, high = (end[..., None, None].float() for end in x.flatten(2).aminmax(dim=2))
     wide = ((x - low) / ((high - low) * (1 / 255)).clamp(min=1e-9)).clamp_(0, 255)
     return torch.where(high > low, wide, x.float()).to(x.dtype)
+
+
+def jittered(x: Tensor, order_B3: Tensor, factors_B3: Tensor) -> Tensor:
+    """ColorJitter: each image's brightness, contrast and saturation by its factors, in its own order, least first."""
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+    for which_B1 in order_B3.argsort(1).split(1, 1):
+        which, factor = which_B1[..., None, None], factors_B3.gather(1, which_B1)[..., None, None]
+        grey = rgb_to_grayscale(x)
+        mean = grey.sum((1, 2, 3), keepdim=True) / grey[0].numel()  # of whole numbers: exact in any order
+        other = torch.where(which == 1, mean, grey) * (which > 0)
+        x = (factor * x + (1 - factor) * other).clamp_(0, 255).to(x.dtype)
+    return x

@@ -25,7 +25,7 @@ from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of
-from lora_vit.sweep.trial import Trial, key_of, make_groups, without_idle, without_seed
+from lora_vit.sweep.trial import Trial, make_groups, without_seed
 from lora_vit.sweep.view import HEADER, View, trial_row, value_of
 from lora_vit.terminal import from_here, make_console, print_table
 
@@ -92,10 +92,10 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
-    idle = dict.fromkeys(key_of(line) for trial in trials for line in trial.overrides
-                         if line not in without_idle(trial.config, trial.overrides))  # fmt: skip
-    if idle:
-        print(f"note: {', '.join(idle)} without effect on baselines, which run once for all values")
+    # a probe's optimizer.head_lr is its rate, in place of optimizer.lr
+    dropped = {f"{key.replace('head_', '')} with {why}": 0 for trial in trials for key, why in trial.dropped.items()}
+    if dropped:
+        print(f"note: without effect, so that such trials run once for all values: {', '.join(dropped)}")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in once}

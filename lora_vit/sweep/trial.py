@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_vit.config import TrialConfig, canonical, ids, to_dict
+from lora_vit.config import TrialConfig, canonical, idle, ids, to_dict
 from lora_vit.config.names import BASELINES, METHODS
 
 
@@ -16,6 +16,7 @@ class Trial:
     overrides: list[str] = field(default_factory=list)  # what makes it this trial, as on the command line
     label: str = ""  # the swept settings, short
     board: str = ""  # its folder of event files, whose name stays when a later command sweeps other settings
+    dropped: dict[str, str] = field(default_factory=dict)  # settings that were given and do nothing here, and why
     trial_id: str = field(init=False)
     cell_id: str = field(init=False)
 
@@ -68,7 +69,7 @@ def group_key(config: TrialConfig) -> str:
     """Digest of what the trials of a pack share; all else may differ inside a pack."""
     shared = canonical(config)
     lora = {key: shared["lora"][key] for key in ("method", "targets", "blocks", "bias")}
-    return digest([setup_key(config), lora, vars(config.trainer)])
+    return digest([setup_key(config), lora, vars(config.trainer), config.optimizer.name])
 
 
 def digest(value: Any, length: int = 10) -> str:
@@ -82,8 +83,8 @@ def without_seed(lines: Sequence[str]) -> list[str]:
 
 
 def without_idle(config: TrialConfig, overrides: Sequence[str]) -> list[str]:
-    """The overrides that have an effect: settings of adapters have none on a baseline."""
-    return [line for line in overrides if config.lora.adapts or not key_of(line).startswith("lora.")]
+    """The overrides that have an effect; a probe's ``optimizer.head_lr`` is its rate."""
+    return [line for line in overrides if key_of(line) not in idle(config).keys() - {"optimizer.head_lr"}]
 
 
 def key_of(override: str) -> str:

@@ -1,4 +1,4 @@
-"""AdamW for K trials at once, on one flat matrix, their loss scales and learning-rate schedules.
+"""AdamW or SGD for K trials at once, on one flat matrix, their loss scales and learning-rate schedules.
 
 Shape legend: K trial, P number of trained values of a trial (padded to the widest).
 """
@@ -59,10 +59,10 @@ class FlatParameters:
         return stop
 
 
-class PackedAdamW:
-    """AdamW (Loshchilov & Hutter, 2019, algorithm 2) with every hyperparameter per trial.
+class PackedOptimizer:
+    """AdamW (Loshchilov & Hutter, 2019, algorithm 2), or for all trials SGD, with other hyperparameters per trial.
 
-    ``torch.optim.AdamW`` takes one learning rate for a tensor. A row's result equals torch's on that row alone.
+    ``torch.optim`` takes one learning rate for a tensor. A row's result equals torch's on that row alone.
     """
 
     def __init__(self, flat: FlatParameters, configs: list[OptimizerConfig]):
@@ -71,7 +71,9 @@ class PackedAdamW:
         self.updates_K1 = flat.values_KP.new_zeros(len(configs), 1)
         clip = [math.inf if c.clip_norm is None else c.clip_norm for c in configs]
         self.clips = min(clip) < math.inf
-        rows = [(*c.betas, c.eps, most, c.weight_decay) for c, most in zip(configs, clip, strict=True)]
+        self.is_sgd = configs[0].name == "sgd"
+        betas = [(c.momentum, 0.0) if self.is_sgd else c.betas for c in configs]
+        rows = [(*b, c.eps, most, c.weight_decay) for b, c, most in zip(betas, configs, clip, strict=True)]
         columns = flat.values_KP.new_tensor(rows).T[..., None]
         self.beta1_K1, self.beta2_K1, self.eps_K1, self.clip_K1, self.decay_K1 = columns
         # of lr: the head's own rate, and lora_B's as a multiple of lora_A's (LoRA+, Hayou et al., 2024)
@@ -95,6 +97,10 @@ class PackedAdamW:
         lr = torch.where(ok_K1, lr_K1, 0.0)
         lr = lr if self.factors_KP is None else lr * self.factors_KP
         self.updates_K1 += ok_K1
+        if self.is_sgd:  # its decay is a part of the gradient, its momentum a sum, not an average
+            self.exp_avg_KP.mul_(beta1).add_(grads + torch.where(ok_K1, self.decay_K1, 0.0) * self.flat.values_KP)
+            self.flat.values_KP.sub_(lr * self.exp_avg_KP)
+            return
         count = self.updates_K1.clamp(min=1)
         self.flat.values_KP.mul_(1 - lr * self.decay_K1)
         self.exp_avg_KP.lerp_(grads, 1 - beta1)

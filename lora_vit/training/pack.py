@@ -20,7 +20,7 @@ from lora_vit.data.stream import TrainStream
 from lora_vit.errors import ConfigError, out_of_memory
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.metrics import Predictions
-from lora_vit.training.optim import LEAST, FlatParameters, LossScale, PackedAdamW, scheduled_rate
+from lora_vit.training.optim import LEAST, FlatParameters, LossScale, PackedOptimizer, scheduled_rate
 from lora_vit.training.trial import Setup, TrialRun
 
 
@@ -74,7 +74,7 @@ class Pack:
         self._adapters = {name: m for name, m in self.model.named_modules() if isinstance(m, LoRAAdapters)}
         per_trial = {name for name in named if name.rpartition(".")[0] in {*self._adapters, "head"}}
         self.flat = FlatParameters(named, per_trial, self.K)
-        o = self.optimizer = PackedAdamW(self.flat, [c.optimizer for c in configs])
+        o = self.optimizer = PackedOptimizer(self.flat, [c.optimizer for c in configs])
         self._matrices = self.flat.values_KP, o.exp_avg_KP, o.exp_avg_sq_KP
         keys = [(t.config.seed, t.state.epoch) for t in trials]  # those that agree in both share stream and stem
         own = list(dict.fromkeys(keys))

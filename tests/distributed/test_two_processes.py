@@ -21,8 +21,8 @@ from lora_vit.records import read_record
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-NOISY = ("lora.dropout=0.2", "data.augment=[crop_flip,randaugment,random_erasing,mixup]", "model.head_dropout=0.3",
-         "optimizer.class_weights=[1,2,3,4]")  # fmt: skip
+NOISY = ("lora.dropout=0.2", "data.augment=[crop_flip,randaugment,color_jitter,random_erasing,mixup]",
+         "model.head_dropout=0.3", "optimizer.class_weights=[1,2,3,4]")  # fmt: skip
 TOLERANCE = 1e-9
 """fp64; two halves of a batch are summed in another order."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

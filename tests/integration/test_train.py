@@ -83,6 +83,7 @@ SETTINGS = """
     optimizer.schedule=constant optimizer.warmup=0.5 optimizer.clip_norm=0.1 optimizer.label_smoothing=0.2
     model.head_dropout=0.5 model.image_size=24
     optimizer.head_lr=1e-2 optimizer.lora_b_lr_ratio=16 optimizer.class_weights=[1,2,3,4]
+    optimizer.name=sgd data.augment=color_jitter
     data.augment=randaugment data.augment=random_erasing data.augment=mixup data.augment=[flip,cutmix]
     data.augment=flip data.augment=crop_flip data.batch_size=6 data.split_seed=1 data.train_per_class=5
     trainer.precision=fp32 trainer.precision=bf16 trainer.epochs=1 seed=1

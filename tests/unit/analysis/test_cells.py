@@ -203,6 +203,12 @@ def test_odd_tables_of_rates():
     assert rates(MEANS, ["lora.rank"]).empty
 
 
+def test_rates_of_lora_beside_doras_say_which():
+    rows = [("lora", 1, 0.1, 5.0), ("lora", 1, 0.2, 6.0), ("dora", 1, 0.1, 7.0), ("dora", 1, 0.2, 4.0)]
+    frame = pd.DataFrame(rows, columns=[METHOD, "lora.rank", LR, "mean"]).assign(low=0.0, high=9.0, n=1)
+    assert list(tables.learning_rates(frame, [METHOD, *BOTH])["setting"]) == ["DoRA, rank 1", "LoRA, rank 1"]
+
+
 def test_adjusted_means_are_freed_of_missing_seeds() -> None:
     """The second cell lacks the bad seed: at the average seed it has 0.875 instead of its plain 0.905."""
     trials = make_frame([{"lora__rank": 1}, {"lora__rank": 2}], np.array([[0.90, 0.92, 0.82], [0.90, 0.91, NAN]]))

@@ -35,6 +35,8 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.augment": (["none", "flip", "crop_flip", ["crop_flip", "mixup"]], ["mix", 5, [], ["flip", "flip"]], ""),
     "data.randaugment_num_ops": ([], [0], "from 1 up"),
     "data.randaugment_magnitude": ([], [-1, 31], "a magnitude in [0, 30]"),
+    **{f"data.color_jitter_{kind}": ([], [-0.1, math.inf], "from 0 up")
+       for kind in ("brightness", "contrast", "saturation")},
     "data.random_erasing_p": ([], [0.0, 1.1], "a probability in (0, 1]"),
     "data.mixup_alpha": ([], [0.0, math.inf], "above 0"),
     "data.cutmix_alpha": ([], [0.0, math.inf], "above 0"),
@@ -45,6 +47,8 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.cache_size": ([8, None], [7], "pixels from 8 up"),
     "data.background": ([[0, 0, 0], [255, 255, 255]], [[0, 0], [0, 0, 256], [-1, 0, 0]], "green, blue in [0, 255]"),
     "data.value_range": ([[0.0, 4095.0], [-1.5, 1.0], None], [[0.0], [0.0, math.inf]], "low and high"),
+    "optimizer.name": (["adamw"], ["sdg"], "did you mean 'sgd'? (one of: adamw, sgd)"),
+    "optimizer.momentum": ([], [-0.1, 1.0], "[0, 1)"),
     "optimizer.lr": ABOVE_ZERO,
     "optimizer.weight_decay": ([0.0], [-1e-9, math.inf], "from 0 up"),
     "optimizer.betas": ([[0.0, 0.0]], [[0.9], [0.9] * 3, [], [0.9, 1.0], [-0.1, 0.9], [0.9, math.nan]],
@@ -86,6 +90,7 @@ DIGITS = {"data.name": "digits", "data.cache_size": None}
 CIFAR = {"data.name": "cifar10", "data.cache_size": None, "data.test_fraction": None}
 TIMM = {"model.library": "timm", "model.name": "vit_tiny_patch16_224",
         **dict.fromkeys(f"model.{key}" for key in ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim"))}
+JITTER = {"data.augment": "color_jitter", "data.color_jitter_brightness": 0.0, "data.color_jitter_saturation": 0.0}
 WIDTH_24 = {"model.mlp_dim": 24}
 TOGETHER = [  # changes, and what is said of them; none: they are taken
     ({}, ()),
@@ -129,13 +134,21 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     *(({f"data.{key}": 0.25, "data.augment": "flip"}, (f"data.{key}=0.25 has no effect", "data.augment=flip"))
       for key in ("random_erasing_p", "mixup_alpha", "cutmix_alpha")),
     ({"data.mixup_alpha": 0.25, "data.augment": "mixup"}, ()),
+    ({**JITTER, "data.color_jitter_contrast": 0.0}, ("data.augment=color_jitter changes no colour", "above 0")),
+    ({"data.augment": [["mixup"]]}, ("data.augment=['mixup'] is unknown",)),
+    (JITTER, ()),
+    ({**JITTER, "data.augment": "flip"}, ("data.color_jitter_brightness=0.0 has no effect with data.augment=flip",)),
+    ({"optimizer.name": "sgd", "optimizer.momentum": 0.0}, ()),
+    ({"optimizer.momentum": 0.0}, ("optimizer.momentum=0.0 has no effect with optimizer.name=adamw",)),
+    ({"optimizer.name": "sgd", "optimizer.eps": 1.0}, ("optimizer.eps=1.0 has no effect with optimizer.name=sgd",)),
+    ({"optimizer.name": "sgd", "optimizer.betas": [0.9, 0.9]}, ("optimizer.betas=[0.9, 0.9] has no effect",)),
     ({**NO_ADAPTERS, "optimizer.head_lr": 1.0}, ("optimizer.head_lr=1.0 has no effect with lora=none",)),
     ({**NO_ADAPTERS, "optimizer.lora_b_lr_ratio": 2.0}, ("optimizer.lora_b_lr_ratio=2.0 has no effect", "lora=none")),
     ({**NO_ADAPTERS, "lora.method": "full", "optimizer.head_lr": 1.0}, ()),
     ({"lora.method": "dora", "optimizer.lora_b_lr_ratio": 2.0}, ()),
     (NO_ADAPTERS, ()),
     ({**NO_ADAPTERS, "lora.method": "full"}, ()),
-    ({**NO_ADAPTERS, "lora.rank": 8, "lora.alpha": 1.0}, ("lora.rank=8 has no effect with lora=none", "lora=default")),
+    ({**NO_ADAPTERS, "lora.rank": 8, "lora.alpha": 1.0}, ("lora.rank=8 has no effect with lora=none", "change that")),
     ({**NO_ADAPTERS, "lora.method": "full", "lora.blocks": [0]}, ("lora.blocks=[0] has no effect with lora=full",)),
     *(({f"lora.{key}": None}, (f"lora.{key}=null", "or lora=none for a linear probe"))
       for key in ("rank", "alpha", "dropout", "targets", "scaling", "bias")),

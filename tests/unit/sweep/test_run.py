@@ -193,14 +193,14 @@ def test_an_earlier_commands_ended_trials_are_not_asked_for(engine, tmp_path):
 def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_path, capsys):
     baseline = {**BASELINE, "lora.method": "none"}
     trials = [trial_of(), trial_of(), trial_of(baseline), trial_of(baseline)]
-    for trial, rank in zip(trials[2:], (2, 4), strict=True):
-        trial.overrides = ["lora=none", f"lora.rank={rank}"]
+    for trial in trials[2:]:
+        trial.dropped = {"lora.rank": "lora=none", "optimizer.head_lr": "lora=none"}
     engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.75 if trial.config.lora.method == "none" else 0.5}}
     assert len(run(tmp_path, trials)) == 2
     out = capsys.readouterr().out
     table = out[out.index("Cells by mean") :]
     assert table.index("75.00") < table.index("50.00"), "the best first"
-    assert "note: lora.rank without effect on baselines" in out
+    assert "values: lora.rank with lora=none, optimizer.lr with lora=none\n" in out, "said once"
     assert "note: 2 of 4 combinations are duplicates" in out
 
 

@@ -127,7 +127,7 @@ SMALL = {"trainer.precision": "fp16", "trainer.micro_batch": "3", "trainer.check
 
 
 def pack_of_three(changes: dict[str, object]) -> Pack:
-    augment = ["crop_flip", "randaugment", "random_erasing", "mixup", "cutmix"]
+    augment = ["crop_flip", "randaugment", "color_jitter", "random_erasing", "mixup", "cutmix"]
     settings = {"data.augment": augment, "model.num_layers": 1, "trainer.precision": "bf16",
                 "optimizer.class_weights": [1, 2, 3, 4], "optimizer.lora_b_lr_ratio": 4.0}  # fmt: skip
     configs = three(settings | changes)

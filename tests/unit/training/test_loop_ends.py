@@ -24,7 +24,7 @@ from lora_vit.stopping import StopRequest
 from lora_vit.training import loop
 from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
-from lora_vit.training.optim import PackedAdamW
+from lora_vit.training.optim import PackedOptimizer
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost
 
@@ -197,14 +197,14 @@ def test_what_a_foreign_handler_raises_saves_what_is_whole(stage):
 
 def test_what_is_half_changed_is_not_saved(stage, monkeypatch):
     """An exception in the midst of an update: the last checkpoint counts."""
-    update = PackedAdamW.step
+    update = PackedOptimizer.step
 
     def torn(optimizer, *args):
         update(optimizer, *args)
         if int(optimizer.updates_K1[0]) == 6:
             raise SystemExit
 
-    monkeypatch.setattr(PackedAdamW, "step", torn)
+    monkeypatch.setattr(PackedOptimizer, "step", torn)
     (trial,) = stage.trials(1)
     with pytest.raises(SystemExit):
         stage.train([trial])

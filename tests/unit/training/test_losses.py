@@ -75,17 +75,19 @@ EACH = ({"class_weights": "balanced", "head_lr": 1e-2}, {"class_weights": [1, 2,
 """What three trials differ in beside :data:`packs.THREE`."""
 
 
-def several() -> list[TrialConfig]:
-    configs = three({"data.augment": ["crop_flip", "randaugment", "random_erasing", "mixup", "cutmix"]})
-    for config, own in zip(configs, EACH, strict=True):
-        for key, value in own.items():
+def several(optimizer: str = "adamw") -> list[TrialConfig]:
+    configs = three({"data.augment": ["crop_flip", "randaugment", "color_jitter", "random_erasing", "mixup", "cutmix"]})
+    momenta = [{"name": optimizer, "momentum": m if optimizer == "sgd" else 0.9} for m in (0.9, 0.5, 0.0)]
+    for config, own, moment in zip(configs, EACH, momenta, strict=True):
+        for key, value in {**own, **moment}.items():
             setattr(config.optimizer, key, value)
     return configs
 
 
-def test_a_pack_equals_each_alone(tmp_path):
-    together = train_together(several(), tmp_path / "pack")
-    for k, (one, config) in enumerate(zip(together, several(), strict=True)):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_pack_equals_each_alone(optimizer, tmp_path):
+    together = train_together(several(optimizer), tmp_path / "pack")
+    for k, (one, config) in enumerate(zip(together, several(optimizer), strict=True)):
         (alone,) = train_together([config], tmp_path / f"alone{k}")
         assert largest_difference(one, alone) < 1e-9  # a batched product may sum in another order
         assert (one.predicted == alone.predicted).all()

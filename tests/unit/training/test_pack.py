@@ -56,9 +56,9 @@ def test_saved_states_are_unpadded_and_stay_as_they_are(pack):
         assert not any(torch.equal(group[n], old[n]) for n in old)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_a_pack_of_saved_states_continues_bit_for_bit(method, setup):
-    pack = new_pack(three({"lora.method": method}), setup)
+@pytest.mark.parametrize("changes", [{}, {"lora.method": "dora"}, {"optimizer.name": "sgd"}])
+def test_a_pack_of_saved_states_continues_bit_for_bit(changes, setup):
+    pack = new_pack(three(changes), setup)
     take_steps(pack, 3)
     pack.pull()
     again = Pack(pack.trials, build_setup(plain_trial(), Process()))  # a trunk carries the adapters of one pack
