@@ -45,7 +45,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", process.local_rank % torch.cuda.device_count())  # each may see one GPU, its own
+    return torch.device("cuda", process.gpu)
 
 
 def choose_world_size(config: TrialConfig, started: int) -> int:
@@ -114,7 +114,7 @@ class ModelFactory:
         self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
         self.original = trunk_of(m)
         check_places(self.original, config)
-        if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
+        if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(str(m.weights))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
         for note in filter(None, (load_weights(self.original, m), check_beside(m, self.original, self.inputs))):

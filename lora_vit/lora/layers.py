@@ -75,6 +75,7 @@ class LoRAAdapters(_KeyedDropout):
     """
 
     lora_magnitude: nn.Parameter | None
+    disabled = False  # whether the layer computes what the base does
 
     def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
                  out_features: int, state: DropoutState):  # fmt: skip
@@ -154,6 +155,10 @@ class LoRAAdapters(_KeyedDropout):
             if self.lora_magnitude is not None:
                 tensors[f"{name}.lora_magnitude"] = own["lora_magnitude"][g]
         return tensors
+
+
+def adapters_in(model: nn.Module) -> dict[str, LoRAAdapters]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRAAdapters)}
 
 
 class PackedHead(_KeyedDropout):
