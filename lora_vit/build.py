@@ -45,7 +45,7 @@ def choose_device(accelerator: str, process: Process) -> torch.device:
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", process.gpu)
+    return torch.device("cuda", process.local_rank % torch.cuda.device_count())  # each may see one GPU, its own
 
 
 def choose_world_size(config: TrialConfig, started: int) -> int:

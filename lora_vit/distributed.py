@@ -26,13 +26,6 @@ class Process:
     world_size: int = 1
     local_rank: int = 0
 
-    @property
-    def gpu(self) -> int:
-        """The index of its GPU among those that are visible: each process may see one, its own."""
-        import torch
-
-        return self.local_rank % torch.cuda.device_count()
-
 
 def started_by_torchrun() -> bool:
     """Whether torchrun has started this process. Raises ConfigError if another launcher has, as one of several."""
@@ -96,9 +89,9 @@ def _join() -> Process:
     # Imported later (torchvision does), its default arguments would hold the group, and gloo's threads, for ever.
     import torch.distributed.nn.functional
 
-    backend = "gloo"
+    backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(Process(local_rank=int(os.environ["LOCAL_RANK"])).gpu)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export(folder: str | Path, form: str, out: str | Path, weights: str | None = None) -> list[str]:
     """Write, let the other library load what was written, compare its logits with the trial's; only then keep it.
 
-    ``form``: one of FORMATS. Returns the kinds of pictures that the other library's own reader prepares otherwise than
-    the trial. The rest as of :func:`.evaluate.evaluate`.
+    ``folder``: also :func:`~lora_vit.save_adapter`'s, with ``weights``. ``form``: one of FORMATS. Returns the kinds of
+    pictures that the other library's own reader prepares otherwise. The rest as of :func:`.evaluate.evaluate`.
     """
     one_of("--format", form, [*FORMATS])
     if missing := [package for package in FORMATS[form][0] if find_spec(package) is None]:

@@ -260,8 +260,8 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     for name, (A, B) in pairs.items():
         more = rank - len(A)
         tensors |= {f"{name}.lora_A": F.pad(A, (0, 0, 0, more)), f"{name}.lora_B": F.pad(B, (0, more))}
-    lora = {"method": "lora", "rank": rank, "dropout": config["lora_dropout"], "targets": sorted(dict(found)),
-            "blocks": sorted({block for _, block in found})}  # fmt: skip
+    lora = {"method": "lora", "rank": rank, "alpha": scaling * rank, "scaling": "standard"}
+    lora |= {"targets": sorted(dict(found)), "blocks": sorted({b for _, b in found}), "dropout": config["lora_dropout"]}
     put_on(model, Adapter(tensors, {"lora": lora, "effective_scaling": scaling}))
     return model
 

@@ -10,7 +10,7 @@ from plain_models import randomised
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.lora.layers import adapters_in
 
 D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
 SMALL = {"depth": 2, "embed_dim": D, "num_heads": 3, "img_size": 32, "num_classes": CLASSES}
@@ -77,12 +77,8 @@ def make_nonzero(model: nn.Module, seed: int = 3) -> None:
             p.data *= 0.8 + 0.4 * torch.rand(p.shape, generator=generator, dtype=p.dtype)
 
 
-def lora_modules(model: nn.Module) -> list[LoRAAdapters]:
-    return [m for m in model.modules() if isinstance(m, LoRAAdapters)]
-
-
 def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t for m in lora_modules(model) for n, t in m.trial_tensors(0).items()}
+    return {n: t for m in adapters_in(model).values() for n, t in m.trial_tensors(0).items()}
 
 
 def places(family: str, targets: list[str], blocks: list[int] | None = None) -> list[tuple[str, str, slice]]:

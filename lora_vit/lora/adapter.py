@@ -19,7 +19,7 @@ from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import replacing, write_json
 from lora_vit.lora.backbones import OF_HEADS, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, adapter_state_dict, base_values, chosen_places, remove_adapter
-from lora_vit.lora.layers import AdapterSpec, adapters_in
+from lora_vit.lora.layers import adapters_in
 from lora_vit.records import RECORD, state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")  # ends of names; to the image size
@@ -149,13 +149,11 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
     put_head(model, adapter.tensors)
-    lora = adapter.card["lora"]
     own = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(OF_HEADS)}
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
-    if lora["method"] in ADAPTED:
+    if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
-        for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
+        for adapters in adapt(model, adapter.card):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():

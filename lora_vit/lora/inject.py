@@ -8,7 +8,7 @@ Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,7 +150,7 @@ def remove_adapter(model: nn.Module) -> nn.Module:
     Parameters of the trunk that were trained beside the adapters get their values of before. The head stays. So does a
     model without adapters, which is what is asked for. Raises ConfigError within :func:`disable_adapter`.
     """
-    refuse_disabled(model)
+    adapters_in(model)
     for module in list(model.modules()):
         own, hooks = vars(module), module._forward_pre_hooks
         if isinstance(module, (AdaptedLinear, Attention)):
@@ -174,7 +174,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     In it adapters can be neither saved, merged, taken out nor put on. Raises ConfigError where the model has none.
     """
     adapter_card(model)
-    changes: Any = [(adapters, "disabled", adapters.disabled, True) for adapters in adapters_in(model).values()]
+    changes: Any = [(m, "disabled", m.disabled, True) for m in model.modules() if isinstance(m, LoRAAdapters)]
     for name, value in base_values(model).items():  # exchanged, not written: autograd may have kept what is there
         changes.append((p := model.get_parameter(name), "data", p.data, value.to(p)))
     try:
@@ -192,11 +192,6 @@ def adapter_card(model: nn.Module, kinds: Any = nn.Module) -> dict[str, Any]:
         remedy = "give torchvision's or timm's model itself, here and to replace_linear_with_lora"
         raise ConfigError(f"the {type(model).__name__} has no adapter: {remedy}")
     return vars(model)["adapter_card"]
-
-
-def refuse_disabled(model: nn.Module) -> None:
-    if any(adapters.disabled for adapters in adapters_in(model).values()):
-        raise ConfigError("the model's adapters are disabled: do this behind the block of disable_adapter")
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
@@ -223,18 +218,16 @@ def replace_linear_with_lora(
     one_of("method", method, ADAPTED)
     lora = LoraConfig(method, rank, alpha, dropout, None, None, scaling, None)
     check_fields(lora)
-    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed, method), targets, blocks)
+    where = {"targets": list(targets), "blocks": None if blocks is None else list(blocks)}
+    adapt(model, {"lora": vars(lora) | where, "effective_scaling": lora.effective_scaling()}, seed)
     return model
 
 
-def adapt(model: nn.Module, spec: AdapterSpec, targets: Sequence[str],
-          blocks: Sequence[int] | None) -> list[LoRAAdapters]:  # fmt: skip
+def adapt(model: nn.Module, card: Mapping[str, Any], seed: int = 0) -> list[LoRAAdapters]:
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
-    state = DropoutState([randomness.key("dropout", spec.seed)])
-    injected = inject_adapters(model, [spec], targets, blocks, state)
-    where = {"targets": list(targets), "blocks": None if blocks is None else list(blocks)}
-    lora = {"method": spec.method, "rank": spec.rank, "alpha": spec.scaling * spec.rank, "scaling": "standard",
-            "dropout": spec.dropout, **where}  # fmt: skip
+    lora, state = card["lora"], DropoutState([randomness.key("dropout", seed)])
+    spec = AdapterSpec(lora["rank"], card["effective_scaling"], lora["dropout"], seed, lora["method"])
+    injected = inject_adapters(model, [spec], lora["targets"], lora["blocks"], state)
     vars(model)["adapter_card"] = {"lora": lora, "effective_scaling": spec.scaling}
     if spec.dropout > 0:  # a method, not a closure: a copied or pickled model then takes its own key along
         model.register_forward_pre_hook(state.advance, with_kwargs=True)
@@ -282,7 +275,6 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     and bias, if it has one, and trained parameters of the trunk. Raises ConfigError where the model has no adapter.
     """
     adapter_card(model, plain_models())
-    refuse_disabled(model)
     found: dict[str, Tensor] = {}
     for adapters in adapters_in(model).values():
         found |= adapters.trial_tensors(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
+from lora_vit.errors import ConfigError
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
 from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
 
@@ -158,7 +159,11 @@ class LoRAAdapters(_KeyedDropout):
 
 
 def adapters_in(model: nn.Module) -> dict[str, LoRAAdapters]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRAAdapters)}
+    """A model's adapters by their modules' names. Raises ConfigError while they are disabled, which is for a block."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRAAdapters)}
+    if any(adapters.disabled for adapters in found.values()):
+        raise ConfigError("the model's adapters are disabled: do this behind the block of disable_adapter")
+    return found
 
 
 class PackedHead(_KeyedDropout):

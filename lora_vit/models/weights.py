@@ -143,10 +143,8 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
             return timm_model(m.name, m.image_size, pretrained=True).float().state_dict()
         except ConfigError as error:
             source = about.get("hf_hub_id") or about.get("url") or "nowhere: timm has no weights of this name"
-            raise ConfigError(
-                f"model.weights={m.weights}: {error}; connect to the network, or fetch {m.name}'s model.safetensors "
-                f"(published at {source}) and give model.weights=FILE.safetensors"
-            ) from None
+            remedy = f"connect to the network, or fetch {m.name}'s model.safetensors (published at {source}) and give"
+            raise ConfigError(f"model.weights={m.weights}: {error}; {remedy} model.weights=FILE.safetensors") from None
     published = get_model_weights(m.name)[str(m.weights)]
     try:
         return dict(published.get_state_dict(progress=True, check_hash=True))
@@ -155,10 +153,9 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
         if kept.exists() and not isinstance(error, urllib.error.URLError):
             raise ConfigError(f"{kept}, which was downloaded earlier, is damaged: remove it") from None
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise ConfigError(
-            f"model.weights={m.weights} of {m.name} cannot be downloaded ({reason}): connect to the network, give "
-            "model.weights=FILE.pth, or run experiment=quickstart, which needs no download"
-        ) from None
+        what = f"model.weights={m.weights} of {m.name} cannot be downloaded ({reason})"
+        remedy = "connect to the network, give model.weights=FILE.pth, or run experiment=quickstart, which needs none"
+        raise ConfigError(f"{what}: {remedy}") from None
 
 
 def _is_safetensors(path: Path) -> bool:

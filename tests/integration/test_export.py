@@ -274,9 +274,15 @@ def test_an_adapter_of_ones_own_loop_goes_to_peft(of, method, tmp_path, call):
     found, expected = theirs(x), model(x)
     torch.testing.assert_close(getattr(found, "logits", found), expected, rtol=1e-5, atol=1e-5)
     torch.save(randomised(made(), 0.3).state_dict(), tmp_path / "other.pth")
-    for weights, words in (([], "give --weights FILE"), (["--weights", tmp_path / "other.pth"], "are not those that")):
+    refused = [([], "give --weights FILE"), (["--weights", tmp_path / "other.pth"], "weights are not those that")]
+    if of == "small_vit":
+        for module in (m for m in model.modules() if hasattr(m, "num_heads")):
+            module.num_heads, module.head_dim = 2, 24
+        save_adapter(model, tmp_path / "own")
+        refused.append((["--weights", tmp_path / "base.pth"], "computes something else with them"))
+    for weights, words in refused:
         code, _, err = call(*given[:-1], tmp_path / "no", *weights)
-        assert (code, err.count("\n"), words in err) == (1, 1, True)
+        assert (code, err.count("\n"), words in err) == (1, 1, True), err
 
 
 def trained_by_peft(of: str, settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -16,7 +16,6 @@ from families import (
     adapters_of,
     assert_close,
     images_for,
-    lora_modules,
     make_nonzero,
     places,
     plain,
@@ -33,7 +32,7 @@ from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.backbones import head_name, places_of, sizes_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters
-from lora_vit.lora.layers import AdapterSpec, PackedHead
+from lora_vit.lora.layers import AdapterSpec, PackedHead, adapters_in
 from lora_vit.models.vit import PackedViT, cast, trunk_of, use_first_token_alone
 
 
@@ -98,7 +97,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     found = {}
-    for m in lora_modules(model):
+    for m in adapters_in(model).values():
         found |= m.trial_tensors(0, {name: p.grad[0] for name, p in m.named_parameters()})
     return found
 
@@ -195,10 +194,10 @@ def test_training_neither_draws_nor_notes_anything_in_a_trunk(name, changes):
     x, before = images_for(trunk, 3), copy.deepcopy(trunk.state_dict())
     replace_linear_with_lora(trunk, RANK)
     pack = PackedViT(trunk.double(), PackedHead([0], [0.0], D, CLASSES, DropoutState([0]), "head").double(), 1).train()
-    assert all(m.training for m in lora_modules(pack))
+    assert all(m.training for m in adapters_in(pack).values())
     assert torch.equal(pack(x, [0]), pack(x, [0]))
     assert all(torch.equal(t, before[n]) for n, t in trunk.state_dict().items() if n in before)
-    assert not any(m.training for m in lora_modules(pack.eval()))
+    assert not any(m.training for m in adapters_in(pack.eval()).values())
 
 
 SPECS = [AdapterSpec(2, 1.0, 0.0, 5), AdapterSpec(4, 0.5, 0.3, 6), AdapterSpec(3, 2.0, 0.1, 7)]
@@ -246,7 +245,7 @@ def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams, method):
         logits = alone(x[2 * stream : 2 * stream + 2], [0])
         torch.testing.assert_close(together[k], logits[0], rtol=1e-9, atol=1e-9)
         logits.square().sum().backward()
-        for mine, its in zip(lora_modules(pack), lora_modules(alone), strict=True):
+        for mine, its in zip(adapters_in(pack).values(), adapters_in(alone).values(), strict=True):
             assert_close(mine.lora_A.grad[k, :, : spec.rank], its.lora_A.grad[0], 1e-9)
             assert_close(mine.lora_B.grad[k, ..., : spec.rank], its.lora_B.grad[0], 1e-9)
             if method == "dora":
@@ -312,7 +311,7 @@ def test_merged_is_unmerged_and_loads_strictly(family, targets, method):
 def test_layers_with_one_input_share_its_dropout(family):
     model = replace_linear_with_lora(plain(family), dropout=0.5)
     for i in range(2):
-        keys = {n: m._module_key for m in lora_modules(model) for n in m.names if f"{i}." in n}
+        keys = {n: m._module_key for m in adapters_in(model).values() for n in m.names if f"{i}." in n}
         q, fc1 = ([keys[n] for _, n, _ in places(family, targets, [i])] for targets in (["q", "k", "v"], ["fc1"]))
         assert len(set(q)) == len(set(fc1)) == 1
         assert len(set(keys.values())) == 4
@@ -369,7 +368,7 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
 def test_which_layers_compute_again_what_the_gradient_of_a_magnitude_needs(kind, targets):
     """The others keep their output: most of these are kept by what comes next."""
     model = replace_linear_with_lora(plain(kind), method="dora")
-    again = {name for m in lora_modules(model) if not m.keeps_output for name in m.names}
+    again = {name for m in adapters_in(model).values() if not m.keeps_output for name in m.names}
     assert again == {name for _, name, _ in places(kind, targets)}
 
 

@@ -141,8 +141,8 @@ REFUSED = {  # what is done to a plain model, what is then asked for, and the an
     "disabled, to save": (disabled, save_adapter, OFF),
     "disabled, to merge": (disabled, lambda m, _: merge_adapter(m), OFF),
     "disabled, to take out": (disabled, lambda m, _: remove_adapter(m), OFF),
-    "disabled, to put on": (disabled, lambda m, _: replace_linear_with_lora(m), "adapters already: take them out"),
-    "disabled, to load": (disabled, lambda m, f: load_adapter(m, saved(f)), "adapters already: take them out"),
+    "disabled, to put on": (disabled, lambda m, _: replace_linear_with_lora(m), OFF),
+    "disabled, to load": (disabled, lambda m, f: load_adapter(m, saved(f)), OFF),
 }  # fmt: skip
 
 
