@@ -113,7 +113,7 @@ class ModelFactory:
         self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
         self.original = trunk_of(m)
         check_places(self.original, config)
-        if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(Path(str(m.weights)))):
+        if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(str(m.weights))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
         for note in filter(None, (load_weights(self.original, m), check_beside(m, self.original, self.inputs))):

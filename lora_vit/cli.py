@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import __version__
-from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.config import TrialConfig, from_dict, is_weights_file, weights_files
 from lora_vit.errors import RecordError, reporting
 from lora_vit.records import PLAN, TrialRecord, read_record
 
@@ -90,8 +90,7 @@ def completed_trial(folder: str | Path, weights: str | None, device: str, root: 
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    path = str(config.model.weights).partition("::")[0]
-    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(path)):
+    if is_weights_file(config.model.weights) and not weights_files(str(config.model.weights))[0].exists():
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return folder, record, config
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.config.rules import one_of
 from lora_vit.errors import ConfigError, RecordError
+from lora_vit.records import RECORD
 
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {  # the libraries that write and read each, and what opens it
     "peft": (("peft", "transformers"), "peft.PeftModel.from_pretrained(MODEL_OF_BASE, {0!r})"),
@@ -27,19 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export(folder: str | Path, form: str, out: str | Path, weights: str | None = None) -> list[str]:
     """Write, let the other library load what was written, compare its logits with the trial's; only then keep it.
 
-    ``form``: one of FORMATS. Returns the kinds of pictures that the other library's own reader prepares otherwise than
-    the trial. The rest as of :func:`.evaluate.evaluate`.
+    ``folder``: also :func:`~lora_vit.save_adapter`'s, with ``weights``. ``form``: one of FORMATS. Returns the kinds of
+    pictures that the other library's own reader prepares otherwise. The rest as of :func:`.evaluate.evaluate`.
     """
     one_of("--format", form, [*FORMATS])
     if missing := [package for package in FORMATS[form][0] if find_spec(package) is None]:
         raise RecordError(f"--format {form} needs {', '.join(missing)}: pip install 'lora_vit[{form}]'")
     if (out := Path(out)).exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecordError(f"--out {out} is there already: give a new folder")
-    folder, _, config = completed_trial(folder, weights, "cpu")
+    is_trial = not Path(folder, "adapter.json").is_file() or Path(folder, RECORD).exists()  # else save_adapter's
+    folder, _, config = completed_trial(folder, weights, "cpu") if is_trial else (Path(folder), None, None)
     from lora_vit import interop
-    from lora_vit.trained import TrainedModel
+    from lora_vit.trained import TrainedModel, base_of_saved
 
-    trained = TrainedModel(folder, config)
+    trained = TrainedModel(folder, config.model if config else base_of_saved(folder, weights), "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
         written = Path(place, out.name)
@@ -53,7 +55,7 @@ def export(folder: str | Path, form: str, out: str | Path, weights: str | None =
             raise
         except Exception as error:  # of the other library: torch's exporters do not take every model
             first = str(error).strip().partition("\n")[0][:200]
-            what = f"cannot be written for {config.model.name} ({type(error).__name__}: {first})"
+            what = f"cannot be written for {trained.model.name} ({type(error).__name__}: {first})"
             raise ConfigError(f"--format {form} {what}: give another format") from error
         for file in filter(Path.is_file, written.rglob("*")):  # some libraries write for their owner alone
             file.chmod(written.stat().st_mode & 0o666)

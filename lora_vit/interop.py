@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import ADAPTED, SIZES
-from lora_vit.data.preprocessing import ABOUT, preprocessing
+from lora_vit.data.preprocessing import ABOUT
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.lora.adapter import Adapter, put_on
-from lora_vit.lora.backbones import Place, head_name, last_layer, places_of, sizes_of, trunk_state
+from lora_vit.lora.backbones import head_name, last_layer, places_of, sizes_of, trunk_state
+from lora_vit.lora.inject import chosen_places
 from lora_vit.models.names import timm_name, translate
 from lora_vit.trained import TrainedModel
 
@@ -36,7 +37,7 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
         return _write_peft(trained, out)
     if form in ("hf", "timm"):
         return _save(trained, (_hf_model if form == "hf" else _timm_model)(trained, trained.merged), out)
-    model, side = trained.merged, trained.preprocessing.image_size
+    model, side = trained.merged, trained.image_size
     images = torch.zeros(2, 3, side, side)  # of one, a graph would take the number for constant
     if form == "torch_export":
         exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -51,8 +52,8 @@ def write(form: str, trained: TrainedModel, out: Path) -> None:
     program.save(out / "model.onnx")
 
 
-def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[Path], np.ndarray]]:
-    """What the other library makes of images, [B, C], and of a picture file, float32 [3, S, S].
+def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[Path], np.ndarray] | None]:
+    """What the other library makes of images, [B, C], and of a picture file, float32 [3, S, S], if it has a reader.
 
     By the files that :func:`write` left and nothing else, and by the lines in docs/interop.md.
     """
@@ -60,9 +61,9 @@ def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[
         import onnxruntime
 
         session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-        return lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0]), preprocessing(out / "model.onnx")
+        return lambda x: torch.tensor(session.run(None, {"images": x.numpy()})[0]), None
     if form == "torch_export":
-        return torch.export.load(out / "model.pt2").module(), preprocessing(out / "model.pt2")
+        return torch.export.load(out / "model.pt2").module(), None
     place = out / "base" if form == "peft" else out
     described = json.loads((place / "config.json").read_text(encoding="utf-8"))
     if "architectures" in described:  # HF's
@@ -70,9 +71,9 @@ def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[
         from transformers.image_utils import load_image
 
         model: Any = AutoModelForImageClassification.from_pretrained(place)
-        processor: Any = AutoImageProcessor.from_pretrained(place)
 
         def prepared(file: Path) -> np.ndarray:
+            processor: Any = AutoImageProcessor.from_pretrained(place)
             return processor(load_image(str(file)), return_tensors="np")["pixel_values"][0]
     else:
         import timm
@@ -90,9 +91,13 @@ def opened(form: str, out: Path) -> tuple[Callable[[Tensor], Tensor], Callable[[
     return lambda images: getattr(found := model(images), "logits", found), prepared
 
 
-def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndarray]) -> list[str]:
-    """Kinds of pictures that the other library's own reader prepares differently from the trial."""
-    how, odd = trained.preprocessing, []
+def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndarray] | None) -> list[str]:
+    """Kinds of pictures that the other library's own reader, if it has one, prepares differently from the trial."""
+    how, odd = trained.preprocessing, list[str]()
+    if how is None:
+        print("note: the export does not say how pictures are prepared: prepare them as in your own loop")
+    if how is None or prepared is None:
+        return odd
     side = 2 * max(how.image_size, how.decoding.size or 0)
     drawn = []
     for grain in (1, side // 16 + 1, side // 4 + 1):  # pixels of a random grain: photos have shapes too
@@ -126,26 +131,21 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
     found = {timm_name(name): t for name, t in state.items()}
     kind = "ViT" if "blocks.0.ls1.gamma" not in found else "Dinov2WithRegisters" if "reg_token" in found else "Dinov2"
     width, _, _, patch = found["patch_embed.proj.weight"].shape
-    mlp = found["blocks.0.mlp.fc1.weight"].shape[0]
-    config = getattr(transformers, f"{kind}Config")(
-        hidden_size=width,
-        num_hidden_layers=sum(name.endswith(".norm1.weight") for name in found),
-        num_attention_heads=next(m.num_heads for m in source.modules() if hasattr(m, "num_heads")),
-        image_size=trained.preprocessing.image_size,
-        patch_size=patch,
-        qkv_bias="blocks.0.attn.qkv.bias" in found,
-        layer_norm_eps=next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6),
-        id2label=dict(enumerate(classes)),
-        label2id={name: i for i, name in enumerate(classes)},
-        **({"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}),
-        **({"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}),
-    )
+    depth, mlp = len(places_of(source)), found["blocks.0.mlp.fc1.weight"].shape[0]
+    heads = next(m.num_heads for m in source.modules() if hasattr(m, "num_heads"))
+    eps = next((m.eps for m in source.modules() if isinstance(m, nn.LayerNorm)), 1e-6)
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": patch}
+    sizes |= {"intermediate_size": mlp} if kind == "ViT" else {"mlp_ratio": mlp // width}
+    sizes |= {"num_register_tokens": found["reg_token"].shape[1]} if "reg_token" in found else {}
+    labels: Any = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    others = {"image_size": trained.image_size, "qkv_bias": "blocks.0.attn.qkv.bias" in found, "layer_norm_eps": eps}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **others, **labels)
     model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
     own = {n: t for n, t in model.state_dict().items() if not n.startswith("classifier.") and "mask_token" not in n}
     translated, _ = translate(state, own)
     shapes, own_shapes = ({(name, t.shape) for name, t in tensors.items()} for tensors in (translated, own))
     if odd := sorted(name for name, _ in shapes ^ own_shapes):
-        name = f"{trained.config.model.name} ({kind} differs in {odd[0]})"
+        name = f"{trained.model.name} ({kind} differs in {odd[0]})"
         raise ConfigError(f"HF has no {name}: give --format timm, onnx or torch_export")
     head: Any = last_layer(source)  # Dinov2's classifier reads the mean of the patches as well
     weight = head.weight if kind == "ViT" else torch.cat([head.weight, torch.zeros_like(head.weight)], 1)
@@ -155,7 +155,7 @@ def _hf_model(trained: TrainedModel, source: nn.Module) -> Any:
 
 def _timm_model(trained: TrainedModel, source: nn.Module) -> Any:
     """timm's model with the weights of ``source``: itself, or a ViT with torchvision's sizes."""
-    if trained.config.model.library != "torchvision":
+    if trained.model.library != "torchvision":
         return source
     import timm
 
@@ -172,61 +172,49 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     """The adapter, and under ``base/`` the model that it is for: HF's, or timm's where the backbone is timm's."""
     import peft
 
-    lora, scaling = (trained.adapter.card[key] for key in ("lora", "effective_scaling"))
+    tensors, card = trained.adapter
+    lora, scaling = card["lora"], card["effective_scaling"]
     adapted, dora = lora["method"] in ADAPTED, lora["method"] == "dora"
     if not adapted or lora["bias"] != "none":
         what = f"lora.bias={lora['bias']}" if adapted else f"lora={lora['method']}"
         raise ConfigError(f"{what} trains more than adapters, which PEFT's files hold: give --format timm or hf")
     plain = copy.deepcopy(trained.merged)  # with the base's own weights again
-    plain.load_state_dict(trunk_state(trained.factory.original), strict=False)
-    of_torchvision = trained.config.model.library == "torchvision"
-    base = (_hf_model if of_torchvision else _timm_model)(trained, plain)
+    plain.load_state_dict(trunk_state(trained.base), strict=False)
+    base = (_hf_model if trained.model.library == "torchvision" else _timm_model)(trained, plain)
     _save(trained, base, out / "base")
-    layers, r = _adapters_by_layer(trained, base), lora["rank"]
     heads = [name for name, module in base.named_children() if isinstance(module, nn.Linear)]
     state = {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
-    for layer, parts in layers.items():
-        lora_B = torch.zeros(base.get_submodule(layer).out_features, len(parts) * r)
-        magnitude = base.get_submodule(layer).weight.detach().norm(dim=1)
-        for i, (row, own) in enumerate(parts):
-            rows = slice(row, row + len(own["B"]))
-            lora_B[rows, i * r : (i + 1) * r], magnitude[rows] = own["B"], own.get("magnitude", magnitude[rows])
-        state |= {f"{layer}.lora_A.weight": torch.cat([own["A"] for _, own in parts]), f"{layer}.lora_B.weight": lora_B}
-        if dora:
-            state[f"{layer}.lora_magnitude_vector"] = magnitude
-    wider = {layer: len(parts) * r for layer, parts in layers.items() if len(parts) > 1}
+    r, ranks, names = lora["rank"], dict[str, int](), dict[str, str]()
+    for place in chosen_places(trained.merged, lora["targets"], lora["blocks"]):
+        if place.bias_apart and set(lora["targets"]) & set(place.names):
+            what = f"PEFT never calls {place.layer} of {trained.model.name}, whose bias is apart"
+            raise ConfigError(f"{what} (docs/peft_pitfalls.md): give --format timm, or train without q, k and v")
+        names |= zip(_parts(place.weight), place.names.values(), strict=True)
+    for layer, module in base.named_modules():
+        parts = [names.get(weight, "") for weight in _parts(f"{layer}.weight")]
+        own = [part for part in parts if f"{part}.lora_A" in tensors]
+        if own:  # of a fused layer block by block, without rows in A for parts that are not adapted
+            nothing, norms = torch.zeros(len(module.weight) // len(parts), 0), module.weight.detach().norm(dim=1)
+            lora_B = torch.block_diag(*(tensors.get(f"{part}.lora_B", nothing) for part in parts))
+            state |= {f"{layer}.lora_A.weight": torch.cat([tensors[f"{part}.lora_A"] for part in own])}
+            state |= {f"{layer}.lora_B.weight": lora_B}
+            each = zip(parts, norms.chunk(len(parts)), strict=True)
+            magnitude = torch.cat([tensors.get(f"{part}.lora_magnitude", norm) for part, norm in each])
+            state |= {f"{layer}.lora_magnitude_vector": magnitude} if dora else {}
+            ranks[layer] = len(own) * r
+    wider = {layer: rank for layer, rank in ranks.items() if rank > r}
     patterns = {"rank_pattern": wider, "alpha_pattern": {layer: scaling * rank for layer, rank in wider.items()}}
     settings = {"r": r, "lora_alpha": scaling * r, "lora_dropout": lora["dropout"], "use_dora": dora, **patterns}
-    config = peft.LoraConfig(**settings, target_modules=list(layers), modules_to_save=heads)
-    model = peft.get_peft_model(base, config)
-    peft.set_peft_model_state_dict(model, {f"base_model.model.{name}": t for name, t in state.items()})
-    model.save_pretrained(str(out), save_embedding_layers=False)  # "auto" looks for a vocabulary
-    (out / "README.md").unlink(missing_ok=True)  # a form to be filled in
+    config = peft.LoraConfig(**settings, target_modules=list(ranks), modules_to_save=heads, inference_mode=True)
+    config.save_pretrained(str(out))
+    named = {f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
+    save_file(named, out / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _adapters_by_layer(trained: TrainedModel, base: Any) -> dict[str, list[tuple[int, dict[str, Tensor]]]]:
-    """By linear layer of the base: of each adapter in it the first row of its output, and its tensors (``A``, ...)."""
-    modules = {timm_name(name): name.removesuffix(".weight") for name in base.state_dict()}
-    found: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
-    for name, place, part in trained.adapter.places(trained.merged):
-        fused = len(place.names) > 1
-        if fused and place.bias_apart:
-            raise ConfigError(
-                f"PEFT never calls {place.layer} of {trained.about['model']}, whose bias is apart "
-                "(docs/peft_pitfalls.md): give --format timm, or train without q, k and v"
-            )
-        tensors, start = trained.adapter.tensors, f"{name}.lora_"
-        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        whole, alone = timm_name(place.weight), _alone(place, part)
-        row = part * len(own["B"]) if alone not in modules else 0
-        found.setdefault(modules.get(alone) or modules[whole], []).append((row, own))
-    return found
-
-
-def _alone(place: Place, part: int) -> str:
-    """timm's name of the weight that a place's adapter is for, where q, k and v have weights of their own."""
-    whole = timm_name(place.weight)
-    return whole.replace("qkv", "qkv"[part]) if len(place.names) > 1 else whole
+def _parts(weight: str) -> list[str]:
+    """timm's name of a linear layer's weight; of a fused q, k, v the names that they have where they are alone."""
+    name = timm_name(weight)
+    return [name.replace("qkv", part) for part in "qkv"] if ".qkv." in name else [name]
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -242,23 +230,23 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} is no adapter of PEFT's: give what it saved ({one_line(error)})") from None
     slots: dict[str, Any] = {
-        _alone(place, part): (name, (target, block), place.sizes(model))
+        weight: (name, (target, block), place.sizes(model))
         for block, places in enumerate(places_of(model).values()) for place in places
-        for part, (target, name) in enumerate(place.names.items())
+        for weight, (target, name) in zip(_parts(place.weight), place.names.items(), strict=True)
     }  # fmt: skip
     alphas = {**config.get("alpha_pattern", {}), ".*": config["lora_alpha"]}
     tensors, pairs, found, scaling = {}, {}, set(), 0.0
     for key, A in state.items():
         layer, _, leaf = key.removeprefix("base_model.model.").partition(".lora_")
-        whole, B = timm_name(f"{layer}.weight"), state.get(key.replace(".lora_A.", ".lora_B."), A)
+        parts, B = _parts(f"{layer}.weight"), state.get(key.replace(".lora_A.", ".lora_B."), A)
         if re.fullmatch(r"(classifier|head)\.(weight|bias)", layer):
             tensors[f"{head_name(model)}.{layer.partition('.')[2]}"] = A
         elif leaf == "A.weight":
             alpha = next(alphas[one] for one in alphas if re.fullmatch(rf"(.*\.)?({one})", layer))
             own = alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
             scaling = scaling or own
-            for part, rows in zip("qkv", B.chunk(3), strict=True) if ".qkv." in whole else [("qkv", B)]:
-                name, where, sizes = slots.get(whole.replace("qkv", part), ("", (), ()))
+            for part, rows in zip(parts, B.chunk(len(parts)), strict=True):
+                name, where, sizes = slots.get(part, ("", (), ()))
                 if (len(rows), *A.shape[1:]) != sizes:
                     raise ConfigError(f"{folder} holds {layer}, which the {type(model).__name__} lacks in this size")
                 if (used := rows.any(0) | ~B.any()).any():  # the columns of other parts may lie beside them
@@ -266,31 +254,37 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
                     found.add(where)
         elif leaf != "B.weight":
             raise ConfigError(f"{folder} holds {key}: adapters of linear layers and a head alone can be read")
+    if not pairs:
+        raise ConfigError(f"{folder} holds no adapter of a linear layer: give what PEFT saved of a LoRA model")
     rank = max(len(A) for A, _ in pairs.values())
     for name, (A, B) in pairs.items():
         more = rank - len(A)
         tensors |= {f"{name}.lora_A": F.pad(A, (0, 0, 0, more)), f"{name}.lora_B": F.pad(B, (0, more))}
-    lora = {"method": "lora", "rank": rank, "dropout": config["lora_dropout"], "targets": sorted(dict(found)),
-            "blocks": sorted({block for _, block in found})}  # fmt: skip
+    lora = {"method": "lora", "rank": rank, "alpha": scaling * rank, "scaling": "standard"}
+    lora |= {"targets": sorted(dict(found)), "blocks": sorted({b for _, b in found}), "dropout": config["lora_dropout"]}
     put_on(model, Adapter(tensors, {"lora": lora, "effective_scaling": scaling}))
     return model
 
 
 def _save(trained: TrainedModel, model: Any, out: Path) -> None:
     """Write a model of HF or timm as its library does, with class names and how images are prepared."""
-    how, side = trained.preprocessing, trained.preprocessing.image_size
-    cropped = how.decoding.size is not None
+    how, side = trained.preprocessing, trained.image_size
+    cropped = how is not None and how.decoding.size is not None
     if hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        shown = {key: getattr(how, key) for key in ("mean", "std", "interpolation")}
-        shown |= {"input_size": (3, side, side), "crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
+        shown: dict[str, Any] = {"input_size": (3, side, side)}
+        if how is not None:
+            shown |= {key: getattr(how, key) for key in ("mean", "std", "interpolation")}
+            shown |= {"crop_pct": 1.0, "crop_mode": "center" if cropped else "squash"}
         described = {"pretrained_cfg": shown, "label_names": trained.class_names}
         return save_for_hf(model, str(out), described, safe_serialization=True)
+    model.save_pretrained(out)
+    if how is None:
+        return
     from transformers import ViTImageProcessor
 
     square = {"height": side, "width": side}
     crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
     shown = {"image_mean": how.mean, "image_std": how.std, "resample": {"bilinear": 2, "bicubic": 3}[how.interpolation]}
-    model.save_pretrained(out)
     ViTImageProcessor(**(crop if cropped else {"size": square}), **shown, do_convert_rgb=True).save_pretrained(out)

@@ -25,7 +25,7 @@ def merge(folder: str | Path, out: str | Path, weights: str | None = None, devic
     from lora_vit.lora.adapter import write_tensors
     from lora_vit.trained import TrainedModel
 
-    trained, library, name = TrainedModel(folder, config), config.model.library, config.model.name
+    trained, library, name = TrainedModel(folder, config.model, device), config.model.library, config.model.name
     trained.compare(trained.merged, f"{folder}: the merged model")
     write_tensors(out, trained.merged.state_dict(), trained.about)
     base = trained.adapter.card["base"]

@@ -41,7 +41,7 @@ def predict(folder: str | Path, images: Sequence[str | Path], top: int | None = 
         print(f"passed over: {', '.join(listing.lines())}", file=sys.stderr)
     if not files:
         raise ConfigError(f"no image below {', '.join(map(_printable, map(str, images)))}: give image files")
-    trained = TrainedModel(folder, config)
+    trained = TrainedModel(folder, config.model, device)
     if top is not None and not 1 <= top <= len(trained.class_names):
         raise ConfigError(f"--top {top} is impossible: give a number from 1 to {len(trained.class_names)}")
     rows: list[tuple[str, int, str, float]] = []
@@ -59,7 +59,7 @@ def predict(folder: str | Path, images: Sequence[str | Path], top: int | None = 
             if not inputs:
                 continue
             with torch.no_grad():
-                p_BC = torch.softmax(trained.adapted(torch.stack(inputs).to(trained.factory.device)), -1)
+                p_BC = torch.softmax(trained.adapted(torch.stack(inputs).to(trained.device)), -1)
             for path, found in zip(paths, p_BC.tolist(), strict=True):
                 ranked = sorted(zip(found, trained.class_names, strict=True), key=lambda pair: -pair[0])
                 rows += [(shown(path), rank, name, p) for rank, (p, name) in enumerate(ranked[: top or 5], 1)]

@@ -130,7 +130,7 @@ def identify(trial: TrialConfig, fetch: bool = True) -> None:
     """Fill in what the trial's files contain; ``fetch``: also where that needs a download. Raises ConfigError."""
     weights, digest, known = trial.model.weights, None, DATASETS[trial.data.name]
     if weights is not None and is_weights_file(weights):
-        digest = file_sha256(user_path(weights))
+        digest = file_sha256(weights)
     elif weights is not None and fetch and trial.model.library == "torchvision" and not known.in_package:
         from lora_vit.models.weights import fetch_weights  # imports torch
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.build import ModelFactory, build_setup, choose_device
-from lora_vit.config import TrialConfig
+from lora_vit.build import build_setup, choose_device, inputs_of
+from lora_vit.config import SIZES, ModelConfig, TrialConfig, is_weights_file
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
-from lora_vit.lora.adapter import bind, merged_state_dict, put_on, read_adapter
-from lora_vit.lora.backbones import new_backbone
+from lora_vit.lora.adapter import base_of, bind, load_adapter, merged_state_dict, put_on, read_adapter
+from lora_vit.lora.backbones import TORCHVISION, head_name, new_backbone
+from lora_vit.models.vit import trunk_of
+from lora_vit.models.weights import load_weights
 from lora_vit.records import TrialRecord
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
@@ -32,37 +34,57 @@ def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack
     return Pack([TrialRun(config, record, TrialState(values=adapter.tensors))], setup)
 
 
-class TrainedModel:
-    """A completed trial's adapter on its base. Raises ConfigError where it cannot be read or the base is another."""
+def base_of_saved(folder: Path, weights: str | None) -> ModelConfig:
+    """The base of ``save_adapter``'s folder, with weights from a file. Raises ConfigError where none is given."""
+    base = read_adapter(folder).card["base"]
+    if not is_weights_file(weights):
+        what = f"{folder} has the weights of its adapter's base nowhere"
+        raise ConfigError(f"{what}: give --weights FILE, the plain model's state_dict before it was trained")
+    library = "torchvision" if base["architecture"] == TORCHVISION else "timm"
+    unset = dict.fromkeys(("mean", "std", "interpolation"))
+    return ModelConfig(base["model"], library, weights, **{k: base.get(k) for k in SIZES}, **unset, head_dropout=0.0)
 
-    def __init__(self, folder: Path, config: TrialConfig):
-        self.config, self.adapter = config, read_adapter(folder)
-        self.class_names: list[str] = self.adapter.card["class_names"]
-        device = choose_device(config.trainer.accelerator, Process())
-        self.factory = ModelFactory(config, len(self.class_names), device, torch.float32)
-        bind(self.adapter, self.factory.base)
-        self.preprocessing = Preprocessing.of(self.adapter.card)
-        how = self.preprocessing.to_dict()
-        self.about = {"class_names": self.class_names, "model": config.model.name, "preprocessing": how}
+
+class TrainedModel:
+    """A completed trial's adapter on its base. Raises ConfigError where it cannot be read or the base is another.
+
+    One of somebody's own loop may lack class names, then numbers, and what is done to pictures: ``preprocessing`` None.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig, accelerator: str):
+        """``model``: of the base."""
+        self.model, self.adapter, self.base = model, read_adapter(folder), trunk_of(model)
+        card, self.device = self.adapter.card, choose_device(accelerator, Process())
+        self.image_size: int = card["base"]["image_size"]
+        if note := load_weights(self.base, model):
+            print(note)
+        bind(self.adapter, {**base_of(self.base), **inputs_of(model, self.base)})
+        if "output" in card:  # somebody's model need not be what its name makes
+            load_adapter(copy.deepcopy(self.base), folder)
+        classes = len(self.adapter.tensors.get(f"{head_name(self.base)}.bias", ()))
+        self.class_names: list[str] = card.get("class_names") or [str(i) for i in range(classes)]
+        self.preprocessing: Any = None if "output" in card and "preprocessing" not in card else Preprocessing.of(card)
+        how = self.preprocessing and self.preprocessing.to_dict()
+        self.about = {"class_names": self.class_names, "model": model.name, "preprocessing": how}
 
     @cached_property
     def adapted(self) -> nn.Module:
         """Base and adapter apart, as it was trained."""
-        model = copy.deepcopy(self.factory.original)
+        model = copy.deepcopy(self.base)
         put_on(model, self.adapter)
-        return model.to(self.factory.device).eval()
+        return model.to(self.device).eval()
 
     @cached_property
     def merged(self) -> Any:
         """The library's own model with the adapter in its weights."""
-        model = new_backbone(self.factory.base, len(self.class_names))
-        model.load_state_dict(merged_state_dict(self.factory.original, self.adapter))
-        return model.to(self.factory.device).eval()
+        model = new_backbone(self.adapter.card["base"], len(self.class_names))
+        model.load_state_dict(merged_state_dict(self.base, self.adapter))
+        return model.to(self.device).eval()
 
     def compare(self, others: Callable[[Tensor], Tensor], what: str) -> None:
         """Print how far the logits of ``what`` are from the trial's. Raises ConfigError where they are too far."""
-        shape = (16, 3, *2 * [self.preprocessing.image_size])
-        images = torch.rand(shape, generator=randomness.generator("merge")).to(self.factory.device) * 4 - 2
+        shape = (16, 3, self.image_size, self.image_size)
+        images = torch.rand(shape, generator=randomness.generator("merge")).to(self.device) * 4 - 2
         with torch.no_grad():
             ours, theirs = self.adapted(images), others(images)
         largest, changed = float((ours - theirs).abs().max()), int((ours.argmax(-1) != theirs.argmax(-1)).sum())

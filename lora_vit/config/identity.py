@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_vit.config.schema import SCHEMA_VERSION, TARGETS, TrialConfig, deciding
 from lora_vit.errors import ConfigError
+from lora_vit.files import user_path
 
 FOLDER_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json",
@@ -26,7 +27,7 @@ def canonical(trial: TrialConfig) -> dict[str, Any]:
     names = trial.data.augmentations()
     values["data"]["augment"] = names[0] if len(names) == 1 else names
     if (digest := values["model"].pop("weights_sha256")) is not None:
-        values["model"]["weights"] = "".join(["sha256:", digest, *str(trial.model.weights).partition("::")[1:]])
+        values["model"]["weights"] = f"sha256:{digest}{file_and_prefix(trial.model.weights)[1]}"
     elif is_weights_file(trial.model.weights):
         raise ConfigError("model.weights_sha256 has no value: compose the trial, or give the file's sha256")
     return {**values, "schema": SCHEMA_VERSION}
@@ -45,16 +46,22 @@ def trial_id(trial: TrialConfig) -> str:
     return ids(trial)[0]
 
 
+def file_and_prefix(weights: object) -> tuple[str, str]:
+    """The parts of FILE::PREFIX, which takes one of several models in a file: ``FILE``, and ``::PREFIX`` or nothing."""
+    file, colons, prefix = str(weights).partition("::")
+    return file, colons + prefix
+
+
 def is_weights_file(weights: str | None) -> bool:
     """Whether ``model.weights`` is a path, or FILE::PREFIX of a model in it, rather than a name; what exists is one."""
-    path = (weights or "").partition("::")[0]
+    path = file_and_prefix(weights or "")[0]
     suffixes = (".pth", ".pt", ".bin", ".safetensors", ".npz")
     return weights is not None and (path.endswith(suffixes) or "/" in path or Path(path).exists())
 
 
-def weights_files(path: Path) -> list[Path]:
+def weights_files(weights: str | Path) -> list[Path]:
     """The file itself, or those in which a folder of ``save_pretrained`` has the weights. Raises ConfigError."""
-    path = Path(str(path).partition("::")[0])
+    path = user_path(file_and_prefix(weights)[0])
     if not path.is_dir():
         return [path]
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)  # the first that is there
@@ -72,7 +79,7 @@ def weights_files(path: Path) -> list[Path]:
         raise ConfigError(f"model.weights={file} is damaged: get it again") from None
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: str | Path) -> str:
     """Sha256 of a file, read once while it stays as it is, or of a folder's files together. Raises ConfigError."""
     digests = []
     try:

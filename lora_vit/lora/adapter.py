@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_vit import randomness
-from lora_vit.config import ADAPTED, SCHEMA_VERSION, SIZES
+from lora_vit.config import ADAPTED, SCHEMA_VERSION, SIZES, TARGETS
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import replacing, write_json
-from lora_vit.lora.backbones import OF_HEADS, Place, new_backbone, put_head, sizes_of, trunk_state
+from lora_vit.lora.backbones import OF_HEADS, new_backbone, put_head, sizes_of, trunk_state
 from lora_vit.lora.inject import adapt, adapter_state_dict, base_values, chosen_places, remove_adapter
-from lora_vit.lora.layers import AdapterSpec
+from lora_vit.lora.layers import adapters_in
 from lora_vit.records import RECORD, state_of
 
 INTERPOLATED = ("pos_embedding", "pos_embed", "relative_position_bias_table")  # ends of names; to the image size
@@ -32,15 +32,6 @@ class Adapter(NamedTuple):
 
     tensors: dict[str, Tensor]
     card: dict[str, Any]
-
-    def places(self, model: nn.Module) -> Iterator[tuple[str, Place, int]]:
-        """Each adapted projection of the base: its name, its place, and which part of the place's weight it is."""
-        lora = self.card["lora"]
-        if lora["method"] in ADAPTED:
-            for place in chosen_places(model, lora["targets"], lora["blocks"]):
-                for part, (target, name) in enumerate(place.names.items()):
-                    if target in lora["targets"]:
-                        yield name, place, part
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -116,8 +107,8 @@ def bind(adapter: Adapter, base: dict[str, Any], class_names: Sequence[str] | No
     """
     card, trained_on = adapter.card, adapter.card["base"]
     for key in ("architecture", *SIZES, "mean", "std", "interpolation"):
-        if key in base and base[key] != trained_on.get(key):
-            raise ConfigError(f"the adapter is for a model with {key}={trained_on.get(key)}, here {key}={base[key]}")
+        if key in base and key in trained_on and base[key] != trained_on[key]:
+            raise ConfigError(f"the adapter is for a model with {key}={trained_on[key]}, here {key}={base[key]}")
     theirs, ours = np.array(trained_on["positions"]), np.array(base["positions"])
     same_positions = np.abs(theirs - ours).max() <= POSITIONS_TOLERANCE * np.abs(theirs).max()
     if base["sha256"] != trained_on["sha256"] or not same_positions:
@@ -142,52 +133,31 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     state |= {name: t.float().clone() for name, t in adapter.tensors.items() if ".lora_" not in name}
     if hasattr(model, "head_dist"):
         state |= {f"head_dist.{leaf}": state[f"head.{leaf}"].clone() for leaf in ("weight", "bias")}
-    for name, place, part in adapter.places(model):
-        lora_A, lora_B = (adapter.tensors[f"{name}.lora_{m}"].double() for m in "AB")
-        rows = state[place.weight].chunk(len(place.names))[part]
-        new = rows.double() + adapter.card["effective_scaling"] * (lora_B @ lora_A)
-        if (magnitude := adapter.tensors.get(f"{name}.lora_magnitude")) is not None:  # a row of zeros stays one
-            new *= magnitude.double()[:, None] / new.norm(dim=1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
-        rows.copy_(new.float())
+    for place in chosen_places(model, TARGETS, None):
+        for name, rows in zip(place.names.values(), state[place.weight].chunk(len(place.names)), strict=True):
+            if f"{name}.lora_A" not in adapter.tensors:
+                continue
+            lora_A, lora_B = (adapter.tensors[f"{name}.lora_{m}"].double() for m in "AB")
+            new = rows.double() + adapter.card["effective_scaling"] * (lora_B @ lora_A)
+            if (magnitude := adapter.tensors.get(f"{name}.lora_magnitude")) is not None:  # a row of zeros stays one
+                norms = new.norm(dim=1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
+                new *= magnitude.double()[:, None] / norms
+            rows.copy_(new.float())
     return state
 
 
 def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
     put_head(model, adapter.tensors)
-    lora = adapter.card["lora"]
     own = {name: tensor for name, tensor in adapter.tensors.items() if not name.startswith(OF_HEADS)}
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
-    if lora["method"] in ADAPTED:
+    if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
-        for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
+        for adapters in adapt(model, adapter.card):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():
             views[name].copy_(tensor)
-
-
-def _bound(model: nn.Module, folder: str | Path) -> Adapter:
-    """The folder's adapter. Raises ConfigError unless the model is its base, heads of attention included."""
-    adapter = read_adapter(folder)
-    base, like = adapter.card["base"], next(model.parameters())
-    bind(adapter, base_of(model))
-    _refuse_half(model)
-    given = copy.deepcopy(model)
-    if "output" in adapter.card:  # of somebody's own loop, whose model need not be what a name makes
-        put_on(given.float().cpu(), adapter)
-        ours = torch.tensor(adapter.card["output"])
-    else:
-        named = new_backbone(base, 1).to(like)
-        named.load_state_dict(trunk_state(model), strict=False)
-        for one in (given, named):
-            put_on(one, adapter)
-        ours = _output(named, base)
-    if not _agree(_output(given, base), ours):
-        what = f"the model has the weights of {base['model']}, but computes something else with them"
-        raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
-    return adapter
 
 
 def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
@@ -215,7 +185,23 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     ``model``: torchvision's ``VisionTransformer``, or timm's model of the adapter's name, with the weights that it was
     trained on, in fp32, at its image size; on any device. Else raises ConfigError, and leaves the model as it was.
     """
-    put_on(model, _bound(model, folder))
+    adapter = read_adapter(folder)
+    bind(adapter, base_of(model))
+    _refuse_half(model)
+    base, given = adapter.card["base"], copy.deepcopy(model)
+    if "output" in adapter.card:  # of somebody's own loop, whose model need not be what a name makes
+        put_on(given.float().cpu(), adapter)
+        ours = torch.tensor(adapter.card["output"])
+    else:
+        named = new_backbone(base, 1).to(next(model.parameters()))
+        named.load_state_dict(trunk_state(model), strict=False)
+        for one in (given, named):
+            put_on(one, adapter)
+        ours = _output(named, base)
+    if not _agree(_output(given, base), ours):
+        what = f"the model has the weights of {base['model']}, but computes something else with them"
+        raise ConfigError(f"{what}: make it by that name (heads of attention, activation, pooling as they are there)")
+    put_on(model, adapter)
     return model
 
 
@@ -224,13 +210,11 @@ def merge_adapter(model: nn.Module, folder: str | Path | None = None) -> nn.Modu
 
     In place; returns the model, which then is the library's own again, in fp32's values. Else as :func:`load_adapter`.
     """
-    if folder is None:
-        _refuse_half(model)
-        adapter = adapter_of(model)
-        remove_adapter(model)
-    else:
-        put_head(model, (adapter := _bound(model, folder)).tensors)
-    merged = merged_state_dict(model, adapter)
+    if folder is not None and not adapters_in(load_adapter(model, folder)):
+        return model  # a probe, or trained as a whole
+    _refuse_half(model)
+    adapter = adapter_of(model)
+    merged = merged_state_dict(remove_adapter(model), adapter)
     model.load_state_dict({n: t for n, t in merged.items() if not n.startswith(OF_HEADS)}, strict=False)
     return model
 
@@ -249,9 +233,13 @@ def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
             raise ConfigError(f"{name} is trained, and what it was in the base is not known: {remedy}")
     if (folder / RECORD).exists():
         raise ConfigError(f"{folder} holds a trial: give another folder")
+    classes = next((len(t) for name, t in adapter.tensors.items() if name.startswith(OF_HEADS)), 0)
+    if (names := about.get("class_names")) is not None and len(names) != classes:
+        raise ConfigError(f"class_names has {len(names)} names, the model's head {classes} classes: give one for each")
     own = copy.deepcopy(model).float().cpu()
     plain = remove_adapter(copy.deepcopy(own))
-    base = {"model": type(model).__name__, "weights": "its own", **base_of(plain)}
+    base = base_of(plain) | {"weights": "its own"}
+    base["model"] = base["architecture"] or type(model).__name__
     put_on(plain, adapter)
     if not _agree(output := _output(plain, base), _output(own, base)):
         raise ConfigError("the model computes something else than base, adapter and one head: nothing is saved")

@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import EncoderBlock, VisionTransforme
 
 from lora_vit.config import SIZES, nearest
 from lora_vit.errors import ConfigError
-from lora_vit.lora.layers import LoRAAdapters
+from lora_vit.lora.layers import adapters_in
 
 TORCHVISION = "torchvision's VisionTransformer"
 OF_HEADS = ("heads.", "head.", "head_dist.")  # prefixes of the classifiers' parameters
@@ -57,8 +57,7 @@ def sizes_of(model: Any) -> dict[str, Any]:
     if getattr(model, "_compiled_call_impl", None) is not None or not isinstance(model, plain_models()):
         kind = type(model).__name__
         raise ConfigError(f"not a plain model of torchvision's or timm's ({kind}): wrap or compile it afterwards")
-    if any(isinstance(m, LoRAAdapters) for m in model.modules()):
-        raise ConfigError("the model has adapters already: give its base")
+    refuse_adapted(model)
     last_layer(model)
     if not isinstance(model, VisionTransformer):
         height, width = model.patch_embed.img_size
@@ -67,6 +66,11 @@ def sizes_of(model: Any) -> dict[str, Any]:
     layers = model.encoder.layers
     counts = {"num_layers": len(layers), "num_heads": layers[0].self_attention.num_heads}
     return {"architecture": TORCHVISION, **{k: counts.get(k) or getattr(model, k) for k in SIZES}}
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    if adapters_in(model):
+        raise ConfigError("the model has adapters already: take them out with lora_vit.remove_adapter")
 
 
 def trunk_state(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Shape legend: B image (K*B in a pack), S token, D width, H head, E head width.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ from lora_vit import randomness
 from lora_vit.config import ADAPTED, TARGETS, LoraConfig
 from lora_vit.config.rules import check_fields, one_of
 from lora_vit.errors import ConfigError
-from lora_vit.lora.backbones import OF_HEADS, Place, head_name, last_layer, places_of, plain_models
+from lora_vit.lora.backbones import OF_HEADS, Place, head_name, last_layer, places_of, plain_models, refuse_adapted
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.functional import NOTHING, Prologue
-from lora_vit.lora.layers import AdapterSpec, LoRAAdapters
+from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, adapters_in
 
 
 class Passed(nn.Module):
@@ -77,7 +77,7 @@ def project(layer: AdaptedLinear | Attention, x: Tensor, weight: Tensor, bias: T
     prologue = NOTHING if norm is None else Prologue("gelu")
     if norm is not None and issubclass(norm.original_class, nn.LayerNorm):
         prologue = Prologue("layer_norm", norm.eps, norm.weight.to(x.dtype), norm.bias.to(x.dtype))
-    if layer.lora is None:
+    if layer.lora is None or layer.lora.disabled:
         return F.linear(prologue(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return layer.lora.linear(x, weight, bias, prologue)
 
@@ -103,34 +103,30 @@ def inject_adapters(model: nn.Module, specs: Sequence[AdapterSpec], targets: Seq
 
     Raises ValueError where there are adapters already, or as :func:`chosen_places`; the model is left as it was.
     """
-    if any(isinstance(module, LoRAAdapters) for module in model.modules()):
-        raise ValueError("the model has adapters already: take them out with lora_vit.remove_adapter")
+    refuse_adapted(model)
     chosen = chosen_places(model, targets, blocks, max(spec.rank for spec in specs))
-    made: dict[str, LoRAAdapters] = {}
-    for place in chosen:
-        slots = {slot: name for slot, (target, name) in enumerate(place.names.items()) if target in targets}
-        if slots:
+    adapted = [place for place in chosen if set(targets) & set(place.names)]
+    passed = {place.front for place in adapted if place.front is not None}
+    use_own_attention(model)
+    for place in (place for place in chosen if place in adapted or place.front in passed):
+        layer: Any = model.get_submodule(place.layer)
+        if not isinstance(layer, Attention):
+            become(layer, AdaptedLinear)
+        layer.lora, layer.front = None, (model.get_submodule(place.front),) if place.front in passed else ()
+        if place in adapted:
             out_features, in_features = place.sizes(model)
-            adapters = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
+            slots = {slot: name for slot, (target, name) in enumerate(place.names.items()) if target in targets}
+            layer.lora = LoRAAdapters(specs, slots, place.reads, in_features, out_features, state)
             weight = model.get_parameter(place.weight)
-            made[place.layer] = adapters.to(weight.device).train(model.training)
+            layer.lora.to(weight.device).train(model.training)
             if specs[0].method == "dora":
                 # Nothing else keeps the output of attention's projection, and it is cheap to compute again; timm adds
                 # a bias apart in place.
                 square = weight.shape[0] == weight.shape[1]
-                adapters.decompose(weight, keeps_output=not (square or place.bias_apart))
-    use_own_attention(model)
-    passed = {place.front for place in chosen if place.layer in made and place.front is not None}
-    for place in chosen:
-        if place.layer in made or place.front in passed:
-            layer: Any = model.get_submodule(place.layer)
-            if not isinstance(layer, Attention):
-                become(layer, AdaptedLinear)
-            layer.lora = made.get(place.layer)
-            layer.front = (model.get_submodule(place.front),) if place.front in passed else ()
+                layer.lora.decompose(weight, keeps_output=not (square or place.bias_apart))
     for name in passed:
         become(model.get_submodule(name), Passed)
-    return list(made.values())
+    return list(adapters_in(model).values())
 
 
 def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int] | None, rank: int = 1) -> list[Place]:
@@ -151,8 +147,10 @@ def chosen_places(model: nn.Module, targets: Sequence[str], blocks: Sequence[int
 def remove_adapter(model: nn.Module) -> nn.Module:
     """Take all adapters out, in place; returns the model: in its library's classes, its trunk bit for bit the base.
 
-    Parameters of the trunk that were trained beside the adapters get their values of before. The head stays.
+    Parameters of the trunk that were trained beside the adapters get their values of before. The head stays. So does a
+    model without adapters, which is what is asked for. Raises ConfigError within :func:`disable_adapter`.
     """
+    adapters_in(model)
     for module in list(model.modules()):
         own, hooks = vars(module), module._forward_pre_hooks
         if isinstance(module, (AdaptedLinear, Attention)):
@@ -171,8 +169,12 @@ def remove_adapter(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """A context in which a model's trunk computes what the base does; the head stays."""
-    changes: Any = [(m, "lora", m.lora, None) for m in model.modules() if isinstance(m, (AdaptedLinear, Attention))]
+    """A context in which a model's trunk computes what the base does; the head stays.
+
+    In it adapters can be neither saved, merged, taken out nor put on. Raises ConfigError where the model has none.
+    """
+    adapter_card(model)
+    changes: Any = [(m, "disabled", m.disabled, True) for m in model.modules() if isinstance(m, LoRAAdapters)]
     for name, value in base_values(model).items():  # exchanged, not written: autograd may have kept what is there
         changes.append((p := model.get_parameter(name), "data", p.data, value.to(p)))
     try:
@@ -182,6 +184,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, key, before, _ in changes:
             setattr(owner, key, before)
+
+
+def adapter_card(model: nn.Module, kinds: Any = nn.Module) -> dict[str, Any]:
+    """The settings of a model's adapters. Raises ConfigError where it has none itself, or is of none of the kinds."""
+    if "adapter_card" not in vars(model) or not isinstance(model, kinds):
+        remedy = "give torchvision's or timm's model itself, here and to replace_linear_with_lora"
+        raise ConfigError(f"the {type(model).__name__} has no adapter: {remedy}")
+    return vars(model)["adapter_card"]
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
@@ -208,18 +218,16 @@ def replace_linear_with_lora(
     one_of("method", method, ADAPTED)
     lora = LoraConfig(method, rank, alpha, dropout, None, None, scaling, None)
     check_fields(lora)
-    adapt(model, AdapterSpec(rank, lora.effective_scaling(), dropout, seed, method), targets, blocks)
+    where = {"targets": list(targets), "blocks": None if blocks is None else list(blocks)}
+    adapt(model, {"lora": vars(lora) | where, "effective_scaling": lora.effective_scaling()}, seed)
     return model
 
 
-def adapt(model: nn.Module, spec: AdapterSpec, targets: Sequence[str],
-          blocks: Sequence[int] | None) -> list[LoRAAdapters]:  # fmt: skip
+def adapt(model: nn.Module, card: Mapping[str, Any], seed: int = 0) -> list[LoRAAdapters]:
     """:func:`inject_adapters` of one trial into a model without a trainer: its dropout keys itself in each pass."""
-    state = DropoutState([randomness.key("dropout", spec.seed)])
-    injected = inject_adapters(model, [spec], targets, blocks, state)
-    settings = {"rank": spec.rank, "alpha": spec.scaling * spec.rank, "scaling": "standard", "dropout": spec.dropout}
-    where = {"targets": list(targets), "blocks": None if blocks is None else list(blocks)}
-    lora = {"method": spec.method, **settings, **where}
+    lora, state = card["lora"], DropoutState([randomness.key("dropout", seed)])
+    spec = AdapterSpec(lora["rank"], card["effective_scaling"], lora["dropout"], seed, lora["method"])
+    injected = inject_adapters(model, [spec], lora["targets"], lora["blocks"], state)
     vars(model)["adapter_card"] = {"lora": lora, "effective_scaling": spec.scaling}
     if spec.dropout > 0:  # a method, not a closure: a copied or pickled model then takes its own key along
         model.register_forward_pre_hook(state.advance, with_kwargs=True)
@@ -251,7 +259,7 @@ def mark_lora_and_head_as_trainable(model: nn.Module, head_substring: str = "hea
 
 def mark_trained(model: nn.Module, method: str, bias: str | None, head_substring: str | None = None) -> None:
     """Set ``requires_grad`` by ``lora.method`` and ``lora.bias``; of a head, only where its name has the substring."""
-    adapted = {name.rpartition(".")[0] for name, m in model.named_modules() if isinstance(m, LoRAAdapters)}
+    adapted = {name.rpartition(".")[0] for name in adapters_in(model)}
     blocks = places_of(model).values() if adapted else ()
     biases = {bias for places in blocks for place in places if place.layer in adapted for bias in place.biases}
     for name, parameter in model.named_parameters():
@@ -266,13 +274,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ``NAME.lora_A`` [rank, in] and ``NAME.lora_B`` [out, rank], of DoRA ``NAME.lora_magnitude`` [out], the head's weight
     and bias, if it has one, and trained parameters of the trunk. Raises ConfigError where the model has no adapter.
     """
-    if "adapter_card" not in vars(model) or not isinstance(model, plain_models()):
-        remedy = "give torchvision's or timm's model itself, here and to replace_linear_with_lora"
-        raise ConfigError(f"the {type(model).__name__} has no adapter: {remedy}")
+    adapter_card(model, plain_models())
     found: dict[str, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, LoRAAdapters):
-            found |= module.trial_tensors(0)
+    for adapters in adapters_in(model).values():
+        found |= adapters.trial_tensors(0)
     if (last := last_layer(model)) is not None:
         found |= {f"{head_name(model)}.{leaf}": getattr(last, leaf) for leaf in ("weight", "bias")}
     found |= {name: model.get_parameter(name) for name in base_values(model)}

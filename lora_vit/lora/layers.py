@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit import randomness
+from lora_vit.errors import ConfigError
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
 from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
 
@@ -75,6 +76,7 @@ class LoRAAdapters(_KeyedDropout):
     """
 
     lora_magnitude: nn.Parameter | None
+    disabled = False  # whether the layer computes what the base does
 
     def __init__(self, specs: Sequence[AdapterSpec], slots: Mapping[int, str], input_name: str, in_features: int,
                  out_features: int, state: DropoutState):  # fmt: skip
@@ -154,6 +156,14 @@ class LoRAAdapters(_KeyedDropout):
             if self.lora_magnitude is not None:
                 tensors[f"{name}.lora_magnitude"] = own["lora_magnitude"][g]
         return tensors
+
+
+def adapters_in(model: nn.Module) -> dict[str, LoRAAdapters]:
+    """A model's adapters by their modules' names. Raises ConfigError while they are disabled, which is for a block."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRAAdapters)}
+    if any(adapters.disabled for adapters in found.values()):
+        raise ConfigError("the model's adapters are disabled: do this behind the block of disable_adapter")
+    return found
 
 
 class PackedHead(_KeyedDropout):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from lora_vit.config import ModelConfig, is_weights_file, weights_files
+from lora_vit.config.identity import file_and_prefix
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 from lora_vit.lora.backbones import timm_model
@@ -37,7 +38,7 @@ def fetch_weights(m: ModelConfig, download: bool = False) -> None:
     if m.weights is None:
         return
     if is_weights_file(m.weights):
-        for file in weights_files(user_path(m.weights)):
+        for file in weights_files(m.weights):
             _is_safetensors(file)
         return
     if m.library == "torchvision":
@@ -54,7 +55,7 @@ def load_weights(trunk: nn.Module, m: ModelConfig) -> str:
     if m.weights is None:
         return ""
     if from_file := is_weights_file(m.weights):
-        parts = [part for part in map(_read_file, weights_files(user_path(m.weights))) if isinstance(part, dict)]
+        parts = [part for part in map(_read_file, weights_files(str(m.weights))) if isinstance(part, dict)]
         state, where = _unwrapped({name: held for part in parts for name, held in part.items()}, m)
     else:
         fetch_weights(m)
@@ -86,7 +87,7 @@ def check_beside(m: ModelConfig, trunk: Any, images: dict[str, Any]) -> str:
     if not is_weights_file(m.weights) or m.weights_sha256 is None:
         return ""
     said: dict[str, Any] = {}
-    path = user_path(str(m.weights).partition("::")[0])
+    path = user_path(file_and_prefix(m.weights)[0])
     for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
         file = (path if path.is_dir() else path.parent) / name
         try:
@@ -142,10 +143,8 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
             return timm_model(m.name, m.image_size, pretrained=True).float().state_dict()
         except ConfigError as error:
             source = about.get("hf_hub_id") or about.get("url") or "nowhere: timm has no weights of this name"
-            raise ConfigError(
-                f"model.weights={m.weights}: {error}; connect to the network, or fetch {m.name}'s model.safetensors "
-                f"(published at {source}) and give model.weights=FILE.safetensors"
-            ) from None
+            remedy = f"connect to the network, or fetch {m.name}'s model.safetensors (published at {source}) and give"
+            raise ConfigError(f"model.weights={m.weights}: {error}; {remedy} model.weights=FILE.safetensors") from None
     published = get_model_weights(m.name)[str(m.weights)]
     try:
         return dict(published.get_state_dict(progress=True, check_hash=True))
@@ -154,10 +153,9 @@ def _published(m: ModelConfig) -> dict[str, Tensor]:
         if kept.exists() and not isinstance(error, urllib.error.URLError):
             raise ConfigError(f"{kept}, which was downloaded earlier, is damaged: remove it") from None
         reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise ConfigError(
-            f"model.weights={m.weights} of {m.name} cannot be downloaded ({reason}): connect to the network, give "
-            "model.weights=FILE.pth, or run experiment=quickstart, which needs no download"
-        ) from None
+        what = f"model.weights={m.weights} of {m.name} cannot be downloaded ({reason})"
+        remedy = "connect to the network, give model.weights=FILE.pth, or run experiment=quickstart, which needs none"
+        raise ConfigError(f"{what}: {remedy}") from None
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -201,7 +199,7 @@ def _read_file(path: Path) -> Any:
 
 def _unwrapped(held: dict[str, Any], m: ModelConfig) -> tuple[dict[str, Tensor], str]:
     """The Vision Transformer's tensors in a saved object, and where they were if they were wrapped."""
-    asked = str(m.weights).partition("::")[2]
+    asked = file_and_prefix(m.weights)[1].removeprefix("::")
     found = [one for one in _state_dicts(held, ()) if not asked or f"{one[0]}.".startswith(f"{asked}.")]
     names = [str(name) for _, state in [("", held), *found] for name in state]
     if {"trial_id", "exp_avg"} <= held.keys() or any(".lora_" in name for name in names):

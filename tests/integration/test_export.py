@@ -13,16 +13,26 @@ import pytest
 import torch
 from helpers import train_together, trial_config
 from PIL import Image
-from plain_models import SIZES, images, plain_model, register_small, timm_config, trials_logits
-from safetensors.torch import load_file
+from plain_models import SIZES, images, plain_model, randomised, register_small, timm_config, trials_logits
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from lora_vit import ConfigError, adapter_state_dict, interop, load_adapter, load_peft, preprocessing, trained
+from lora_vit import (
+    ConfigError,
+    adapter_state_dict,
+    interop,
+    load_adapter,
+    load_peft,
+    preprocessing,
+    replace_linear_with_lora,
+    save_adapter,
+    trained,
+)
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.export import FORMATS
 from lora_vit.lora.adapter import Adapter
-from lora_vit.lora.backbones import put_head, trunk_state
+from lora_vit.lora.backbones import put_head, timm_model, trunk_state
 from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.models.names import translate
 
@@ -246,6 +256,35 @@ def test_what_peft_got_comes_back(kind, trial_of, tmp_path, call):
     torch.testing.assert_close(model(images(side)).detach(), trials_logits(folder, images(side)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("of", "method"), [("torchvision", "lora"), ("small_vit", "dora")])
+def test_an_adapter_of_ones_own_loop_goes_to_peft(of, method, tmp_path, call):
+    """With the base's weights from a file; by PEFT itself, and for HF's ViT where it is on torchvision's."""
+    register_small()
+    made = {"torchvision": lambda: VisionTransformer(**SIZES, num_classes=4)}.get(of, lambda: timm_model(of, 32, 4))
+    model, x = randomised(made(), 0.2), images(16 if of == "torchvision" else 32)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    replace_linear_with_lora(model, rank=3, targets=["q", "v", "o", "fc2"], method=method).requires_grad_(False)
+    randomised(nn.ModuleList(m for m in model.modules() if isinstance(m, LoRAAdapters)), 0.2)
+    save_adapter(model, tmp_path / "own", class_names=["a", "b", "c", "d"])
+    given = ("export", tmp_path / "own", "--format", "peft", "--out", tmp_path / "out")
+    code, out, err = call(*given, "--weights", tmp_path / "base.pth")
+    assert (code, err) == (0, "")
+    assert "note: the export does not say how pictures are prepared" in out
+    theirs = peft(tmp_path / "out").eval()
+    found, expected = theirs(x), model(x)
+    torch.testing.assert_close(getattr(found, "logits", found), expected, rtol=1e-5, atol=1e-5)
+    torch.save(randomised(made(), 0.3).state_dict(), tmp_path / "other.pth")
+    refused = [([], "give --weights FILE"), (["--weights", tmp_path / "other.pth"], "weights are not those that")]
+    if of == "small_vit":
+        for module in (m for m in model.modules() if hasattr(m, "num_heads")):
+            module.num_heads, module.head_dim = 2, 24
+        save_adapter(model, tmp_path / "own")
+        refused.append((["--weights", tmp_path / "base.pth"], "computes something else with them"))
+    for weights, words in refused:
+        code, _, err = call(*given[:-1], tmp_path / "no", *weights)
+        assert (code, err.count("\n"), words in err) == (1, 1, True), err
+
+
 def trained_by_peft(of: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     """PEFT's model with random adapters and head, and a plain one with its base's weights."""
     from peft import LoraConfig, get_peft_model
@@ -302,6 +341,7 @@ def test_what_peft_trained_computes_the_same_here(of, settings, tmp_path):
         ({"bias": "all", "target_modules": ["fc2"]}, "bias: adapters of linear layers and a head alone can be read"),
         ({"target_modules": ["patch_embed.proj"]}, "holds patch_embed.proj, which the VisionTransformer lacks"),
         ({"target_modules": ["head"], "modules_to_save": None}, "holds head, which the VisionTransformer lacks"),
+        ({"modules_to_save": [], "target_modules": ["fc2"]}, "holds no adapter of a linear layer"),
         ({}, "is no adapter of PEFT's"),
     ],
 )
@@ -309,6 +349,8 @@ def test_what_is_more_than_adapters_of_layers_that_are_there_is_refused(settings
     model, plain = trained_by_peft("small_vit", settings or {"target_modules": ["fc2"]})
     if settings:
         model.save_pretrained(tmp_path)
+    if "no adapter" in words and settings:
+        save_file({"base_model.model.head.bias": torch.zeros(4)}, tmp_path / "adapter_model.safetensors")
     before = {n: t.clone() for n, t in plain.state_dict().items()}
     with pytest.raises(ConfigError, match=words):
         load_peft(plain, tmp_path)

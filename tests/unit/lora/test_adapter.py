@@ -110,43 +110,38 @@ def assert_refused(model: nn.Module, folder: Path | str, message: str) -> None:
         assert "lora_vit" not in {type(m).__module__.partition(".")[0] for m in model.modules()}
 
 
-def test_merging_does_not_change_what_it_is_given(model):
-    base, adapter = model.state_dict(), Adapter(tensors(*EVERY), card(*EVERY))
-    copies = copy.deepcopy((base, adapter.tensors))
-    for t in merged_state_dict(model, adapter).values():
-        t.zero_()
-    for now, before in zip((base, adapter.tensors), copies, strict=True):
-        assert_same(now, before)
-
-
-def test_merging_a_bf16_base_gives_fp32_of_one_rounding(model):
+def test_merging_gives_fp32_of_one_rounding_and_changes_nothing_that_it_is_given(model):
     model.bfloat16()
     adapter = Adapter(tensors("fc1"), card("fc1"))
+    copies = copy.deepcopy((model.state_dict(), adapter.tensors))
     merged = merged_state_dict(model, adapter)
     assert {t.dtype for t in merged.values()} == {torch.float32}
     a, b = (adapter.tensors[f"{FC1}.lora_{m}"].double() for m in "AB")
     exact = model.state_dict()[f"{FC1}.weight"].double() + SCALING * b @ a
     assert torch.equal(merged[f"{FC1}.weight"], exact.float())
+    for t in merged.values():
+        t.zero_()
+    for now, before in zip((model.state_dict(), adapter.tensors), copies, strict=True):
+        assert_same(now, before)
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_replace_the_bases(model, bias, tmp_path):
-    names = [n for n, _ in model.named_parameters() if n.endswith("bias") and "heads" not in n]
-    if bias == "lora_only":
+@pytest.mark.parametrize("method", ["lora_only", "all", "full", "none"])
+def test_what_was_trained_besides_replaces_the_bases(model, method, tmp_path):
+    """Biases, everything, or a probe's head alone: nothing that a second time could add."""
+    names = [n for n in model.state_dict() if "heads" not in n and (n.endswith("bias") or method == "full")]
+    if method == "lora_only":
         names = [f"{FC1}.bias", f"{BLOCK}.self_attention.in_proj_bias"]
-    values = {n: torch.randn(model.state_dict()[n].shape) for n in names}
-    folder = folder_of(tmp_path, tensors("v", "fc1", **values), card("v", "fc1", bias=bias))
+    values = {n: torch.randn(model.state_dict()[n].shape) for n in names if method != "none"}
+    lora = {"bias": method} if method in ("lora_only", "all") else {"method": method}
+    targets = ("v", "fc1") if "bias" in lora else ()
+    folder, base = folder_of(tmp_path, tensors(*targets, **values), card(*targets, **lora)), model.state_dict()
     for place in (merge_adapter, load_adapter):
-        changed = place(copy.deepcopy(model), folder).state_dict()
-        assert_same({n: changed[n] for n in names}, values)
-
-
-def test_full_fine_tuning_replaces_everything(model, tmp_path):
-    tuned = new_model(seed=5, num_classes=CLASSES)
-    about = card() | {"lora": {**card()["lora"], "method": "full"}}
-    folder = folder_of(tmp_path, dict(tuned.state_dict()), about)
-    load_adapter(model, folder)
-    assert_same(model.state_dict(), tuned.state_dict())
+        changed = place(copy.deepcopy(model), folder)
+        assert_same({n: changed.state_dict()[n] for n in values}, values)
+        if not targets:
+            assert_same(changed.state_dict(), base | read_adapter(folder).tensors)
+    if method == "none":
+        assert_same(load_adapter(changed, folder).state_dict(), base | read_adapter(folder).tensors)
 
 
 @pytest.mark.parametrize("head", ["another size", "the same size", "behind dropout", "another size behind dropout"])
@@ -173,31 +168,23 @@ def test_loaded_and_merged_compute_the_same_and_once_only(model, images, head, t
     assert not [n for n in merged.state_dict() if "lora" in n]
 
 
-def test_a_loaded_adapter_trains_on_with_its_dropout(model, images, tmp_path):
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1", dropout=0.5))
-    load_adapter(model, folder).train()
-    mark_lora_and_head_as_trainable(model)
-    torch.nn.functional.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
-    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
-    model.eval()
-    assert torch.equal(model(images), model(images))
-
-
-@torch.no_grad()
 def test_a_trials_adapter_is_trained_on_and_saved_for_the_trials_base(model, images, tmp_path):
     """With trained biases: what they were before the trial is known, so base and digest stay."""
     bias = {f"{FC1}.bias": torch.ones(MLP)}
     folder, base = folder_of(tmp_path, tensors("v", "fc1", **bias), card("v", "fc1", bias="lora_only")), new_model()
-    mark_lora_and_head_as_trainable(load_adapter(model, folder), bias="all")
-    for p in model.parameters():
-        p.add_(0.1 * p.requires_grad)
+    base.requires_grad_(False)
+    mark_lora_and_head_as_trainable(load_adapter(model, folder).train(), bias="all")
+    model(images).square().sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+    for p in model.requires_grad_(False).parameters():
+        p.add_(0.1 * (p.grad is not None))
     (tmp_path / "new").mkdir()
     for names in (["a", "b", "c"], ["d", "e", "f"]):  # again, as in each epoch
         save_adapter(model, tmp_path / "new", class_names=names)
     found = read_adapter(tmp_path / "new")
     assert found.card["class_names"] == ["d", "e", "f"]
     assert (found.card["base"]["sha256"], found.card["lora"]["bias"]) == (base_of(base)["sha256"], "all")
-    assert (found.card["lora"]["alpha"], found.card["effective_scaling"]) == (SCALING * RANK, SCALING)
+    assert (found.card["lora"]["rank"], found.card["effective_scaling"]) == (RANK, SCALING)
     torch.testing.assert_close(found.tensors[f"{FC1}.bias"], torch.full((MLP,), 1.1))
     assert torch.equal(load_adapter(new_model(), tmp_path / "new").eval()(images), model.eval()(images))
     merged = merge_adapter(new_model(), tmp_path / "new").eval()(images)
@@ -206,60 +193,6 @@ def test_a_trials_adapter_is_trained_on_and_saved_for_the_trials_base(model, ima
     with disable_adapter(model):
         torch.testing.assert_close(model(images), base(images), rtol=1e-5, atol=1e-5)
     assert torch.equal(remove_adapter(model)(images), base(images))
-
-
-def test_a_model_without_a_head_is_saved_as_features(images, tmp_path):
-    model = replace_linear_with_lora(new_model(num_classes=1), rank=RANK)
-    model.heads = nn.Sequential()
-    model.requires_grad_(False)
-    nn.init.ones_(model.encoder.layers[0].mlp[0].lora.lora_B)
-    save_adapter(model, tmp_path)
-    again = new_model(num_classes=1)
-    again.heads = nn.Sequential()
-    assert torch.equal(load_adapter(again, tmp_path)(images), model(images))
-    assert model(images).shape == (4, D)
-
-
-NOT_SAVED = {
-    "no adapter": (lambda m: m, r"the VisionTransformer has no adapter: give torchvision's or timm's model"),
-    "wrapped": (lambda m: nn.DataParallel(replace_linear_with_lora(m)), "the DataParallel has no adapter"),
-    "adapted as a part": (lambda m: replace_linear_with_lora(nn.Sequential(m)), "the Sequential has no adapter"),
-    "all is trained": (replace_linear_with_lora, r"class_token is trained, .* choose .* by mark_lora_and_head"),
-    "a hidden layer in the head": (
-        lambda m: replace_linear_with_lora(new_model(representation_size=7)).requires_grad_(False),
-        "heads are not one linear layer",
-    ),
-    "into a trial's folder": (
-        lambda m: replace_linear_with_lora(m).requires_grad_(False), "holds a trial: give another folder"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", NOT_SAVED)
-def test_what_cannot_be_saved_is_refused_in_a_line(what, model, tmp_path):
-    if "trial" in what:
-        write_record(tmp_path, make_record())
-    change, message = NOT_SAVED[what]
-    before = set(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=message):
-        save_adapter(change(model), tmp_path)
-    assert set(tmp_path.iterdir()) == before
-    with pytest.raises(ConfigError, match=r"would round the update away|has no adapter"):
-        merge_adapter(model.bfloat16())
-
-
-def test_the_same_weights_that_compute_something_else_are_not_its_base(tmp_path):
-    """What timm's model is, only its arguments say, which no file has."""
-    timm = pytest.importorskip("timm")
-    sizes = {"depth": 1, "embed_dim": 16, "img_size": 16, "patch_size": 8, "num_classes": 3}
-
-    def made(num_heads: int) -> Any:
-        return randomised(timm.create_model("vit_tiny_patch16_224", num_heads=num_heads, **sizes), 0.3)
-
-    save_adapter(replace_linear_with_lora(made(2)).requires_grad_(False), tmp_path)
-    load_adapter(made(2), tmp_path)
-    with pytest.raises(ConfigError, match="computes something else"):
-        load_adapter(made(4), tmp_path)
 
 
 @pytest.mark.parametrize("how", ["itself", "copied", "pickled", "by name", "replaced, not loaded"])
@@ -276,16 +209,7 @@ def test_each_pass_in_train_mode_draws_other_masks(model, images, how, tmp_path)
     used = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}.get(how, lambda m: m)(model)
     first, second = (used(x=images) if how == "by name" else used(images) for _ in range(2))
     assert not torch.allclose(first, second)
-
-
-def test_a_probe_has_a_head_alone(model, tmp_path):
-    folder, base = folder_of(tmp_path, tensors(), card()), new_model().state_dict()
-    for _ in range(2):  # nothing that a second time could add
-        load_adapter(model, folder)
-    assert_same(model.state_dict(), base | read_adapter(folder).tensors)
-
-
-POSITIONS = "position embedding and perhaps other weights are not those"
+    assert torch.equal(used.eval()(images), used(images))
 
 
 def changed(change: Any) -> Any:
@@ -293,7 +217,27 @@ def changed(change: Any) -> Any:
     return torch.no_grad()(lambda model: (change(model), model)[1])
 
 
-OTHERS = {
+def heads(**modules: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(modules))
+
+
+LINEAR = nn.Linear(D, CLASSES)
+HEADS = {
+    "no bias": heads(head=nn.Linear(D, CLASSES, bias=False)),
+    "identity": heads(head=nn.Identity()),
+    "softmax": heads(head=nn.Sequential(LINEAR, nn.Softmax(-1))),
+    "norm": heads(head=nn.Sequential(nn.LayerNorm(D), LINEAR)),
+    "two layers": heads(head=nn.Sequential(nn.Linear(D, D), LINEAR)),
+    "empty": heads(head=nn.Sequential()),
+    "norm beside it": heads(norm=nn.LayerNorm(D), head=LINEAR),
+    "softmax after it": heads(head=LINEAR, softmax=nn.Softmax(-1)),
+    "hidden layer": new_model(representation_size=7).heads,
+    "no Sequential": LINEAR,
+}
+HEAD = "heads are not one linear layer with bias, alone or after"
+POSITIONS = "position embedding and perhaps other weights are not those"
+NOT_PLAIN = r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it"
+ANOTHER: dict[str, tuple[Any, str]] = {  # base
     "image size": (lambda m: new_model(image_size=32), "is for a model with image_size=16, here image_size=32"),
     "patch size": (lambda m: new_model(patch_size=4), "patch_size=8, here patch_size=4"),
     "blocks": (lambda m: new_model(num_layers=4), "num_layers=2, here num_layers=4"),
@@ -310,12 +254,18 @@ OTHERS = {
         changed(lambda m: setattr(m.encoder.layers[1].mlp, "1", nn.ReLU())),
         "the model has the weights of vit_tiny, but computes something else with them: make it by that name",
     ),
+    "compiled": (torch.compile, NOT_PLAIN),
+    "compiled in place": (changed(lambda m: m.compile()), NOT_PLAIN),
+    "in parallel": (nn.DataParallel, NOT_PLAIN),
+    "no ViT": (lambda m: nn.Sequential(nn.Linear(2, 2)), NOT_PLAIN),
+    **{f"head: {name}": (changed(lambda m, h=h: setattr(m, "heads", h)), HEAD) for name, h in HEADS.items()},
 }
+SLOW = {"compiled": [pytest.mark.slow], "compiled in place": [pytest.mark.slow]}  # torch takes seconds to import it
 
 
-@pytest.mark.parametrize("which", OTHERS)
+@pytest.mark.parametrize("which", [pytest.param(name, marks=SLOW.get(name, ())) for name in ANOTHER])
 def test_another_base_is_refused_and_left_as_it_was(which, model, tmp_path):
-    change, message = OTHERS[which]
+    change, message = ANOTHER[which]
     assert_refused(change(model), folder_of(tmp_path, tensors("fc1"), card("fc1")), message)
 
 
@@ -339,49 +289,6 @@ def test_a_base_is_known_by_its_values(model, dtype):
     trained = model.to(dtype)
     trained.heads.head = nn.Sequential(nn.Dropout(0.1), nn.Linear(D, 7))
     assert base_of(trained) == base_of(new_model())
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile()
-    return model
-
-
-SLOW = {"marks": pytest.mark.slow}  # torch takes seconds to import its compiler
-WRAPPED = [
-    pytest.param(torch.compile, **SLOW),
-    pytest.param(compiled_in_place, **SLOW),
-    nn.DataParallel,
-    lambda model: nn.Sequential(nn.Linear(2, 2)),
-]
-
-
-@pytest.mark.parametrize("wrap", WRAPPED)
-def test_what_is_no_plain_model_is_refused(wrap, model, tmp_path):
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
-    assert_refused(wrap(model), folder, r"not a plain model of torchvision's or timm's \(\w+\): wrap or compile it")
-
-
-LINEAR = nn.Linear(D, CLASSES)
-HEADS = {
-    "no bias": {"head": nn.Linear(D, CLASSES, bias=False)},
-    "identity": {"head": nn.Identity()},
-    "softmax": {"head": nn.Sequential(LINEAR, nn.Softmax(-1))},
-    "norm": {"head": nn.Sequential(nn.LayerNorm(D), LINEAR)},
-    "two layers": {"head": nn.Sequential(nn.Linear(D, D), LINEAR)},
-    "empty": {"head": nn.Sequential()},
-    "norm beside it": {"norm": nn.LayerNorm(D), "head": LINEAR},
-    "softmax after it": {"head": LINEAR, "softmax": nn.Softmax(-1)},
-    "hidden layer": dict(new_model(representation_size=7).heads.named_children()),
-    "no Sequential": LINEAR,
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_another_kind_of_head_is_refused(head, model, tmp_path):
-    heads = copy.deepcopy(HEADS[head])
-    model.heads = nn.Sequential(OrderedDict(heads)) if isinstance(heads, dict) else heads
-    folder = folder_of(tmp_path, tensors("fc1"), card("fc1"))
-    assert_refused(model, folder, "heads are not one linear layer with bias, alone or after")
 
 
 @pytest.mark.parametrize(
@@ -444,6 +351,10 @@ DAMAGED = {  # the files are changed afterwards
         lambda f: retrained(f, lambda found: found["heads.head.bias"].view(torch.int32)[-1:].bitwise_xor_(1)),
         OTHER_VALUES,
     ),
+    **{
+        status: (lambda f, s=status: write_record(f, make_record(status=s)), f"the trial is {status}, not completed")
+        for status in ("running", "failed", "stopped", "interrupted")
+    },
 }
 
 
@@ -453,14 +364,3 @@ def test_what_is_damaged_is_refused(what, model, tmp_path):
     damage, message = DAMAGED[what]
     damage(folder)
     assert_refused(model, folder, message)
-
-
-@pytest.mark.parametrize("status", ["running", "failed", "stopped", "interrupted", "completed"])
-def test_only_a_completed_trials_adapter_is_used(status, model, tmp_path):
-    record = make_record(status=status)
-    folder = folder_of(tmp_path, tensors("fc1"), {**card("fc1"), "trial_id": record.trial_id})
-    write_record(folder, record)
-    if status == "completed":
-        load_adapter(model, folder)
-    else:
-        assert_refused(model, folder, f"the trial is {status}, not completed")

@@ -7,115 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from plain_models import model_config, randomised, timm_trunk
+from families import (
+    CLASSES,
+    FAMILIES,
+    RANK,
+    SCALING,
+    D,
+    adapters_of,
+    assert_close,
+    images_for,
+    make_nonzero,
+    places,
+    plain,
+    small,
+)
+from plain_models import model_config, timm_trunk
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import VisionTransformer
 
-from lora_vit import (
-    adapter_state_dict,
-    disable_adapter,
-    load_adapter,
-    mark_lora_and_head_as_trainable,
-    merge_adapter,
-    remove_adapter,
-    replace_linear_with_lora,
-    save_adapter,
-)
+from lora_vit import remove_adapter, replace_linear_with_lora
 from lora_vit.config import TARGETS
-from lora_vit.errors import ConfigError
 from lora_vit.lora.adapter import Adapter, base_of, merged_state_dict, put_on
 from lora_vit.lora.backbones import head_name, places_of, sizes_of
 from lora_vit.lora.dropout import DropoutState
 from lora_vit.lora.inject import inject_adapters
-from lora_vit.lora.layers import AdapterSpec, LoRAAdapters, PackedHead
+from lora_vit.lora.layers import AdapterSpec, PackedHead, adapters_in
 from lora_vit.models.vit import PackedViT, cast, trunk_of, use_first_token_alone
-
-D, CLASSES, RANK, SCALING = 48, 5, 3, 2.0
-SMALL = {"depth": 2, "embed_dim": D, "num_heads": 3, "img_size": 32, "num_classes": CLASSES}
-THIRDS = {t: slice(i * D, (i + 1) * D) for i, t in enumerate("qkv")}
-TORCHVISION = {t: ("self_attention.in_proj_weight", f"self_attention.{t}", rows) for t, rows in THIRDS.items()}
-TORCHVISION_MLP = {"o": ["self_attention.out_proj"], "fc1": ["mlp.0"], "fc2": ["mlp.3"]}
-FUSED = {t: ("attn.qkv.weight", f"attn.{t}", rows) for t, rows in THIRDS.items()}
-SPLIT = {t: (f"attn.{t}_proj.weight", f"attn.{t}_proj", slice(None)) for t in "qkv"}
-PLAIN_MLP = {"o": ["attn.proj"], "fc1": ["mlp.fc1"], "fc2": ["mlp.fc2"]}
-GATED_MLP = {**PLAIN_MLP, "fc1": ["mlp.fc1_g", "mlp.fc1_x"]}
-FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, list[str]]]] = {
-    # family: timm's name, arguments for a small one, where q, k and v are, where the others are
-    "torchvision": ("torchvision", {}, TORCHVISION, TORCHVISION_MLP),
-    "AugReg": ("vit_tiny_patch16_224", {}, FUSED, PLAIN_MLP),
-    "DeiT": ("deit_tiny_patch16_224", {}, FUSED, PLAIN_MLP),
-    "DeiT distilled": ("deit_tiny_distilled_patch16_224", {}, FUSED, PLAIN_MLP),
-    "DeiT-III": ("deit3_small_patch16_224", {}, FUSED, PLAIN_MLP),
-    "DINO": ("vit_small_patch16_224.dino", {}, FUSED, PLAIN_MLP),
-    "DINOv2": ("vit_small_patch14_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
-    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
-    "DINOv2 giant": ("vit_giant_patch14_dinov2", {"img_size": 28}, FUSED, PLAIN_MLP),
-    "MAE": ("vit_base_patch16_224.mae", {}, FUSED, PLAIN_MLP),
-    "CLIP": ("vit_base_patch16_clip_224", {}, FUSED, PLAIN_MLP),
-    "CLIP with quick GELU": ("vit_base_patch16_clip_quickgelu_224", {}, FUSED, PLAIN_MLP),
-    "SigLIP": ("vit_base_patch16_siglip_224", {}, FUSED, PLAIN_MLP),
-    "SigLIP, averaged": ("vit_base_patch16_siglip_gap_224", {}, FUSED, PLAIN_MLP),
-    "EVA": ("eva_giant_patch14_224", {"img_size": 28}, FUSED, PLAIN_MLP),
-    "EVA-02": ("eva02_base_patch14_224", {"img_size": 28}, SPLIT, GATED_MLP),
-    "EVA-02 tiny": ("eva02_tiny_patch14_224", {"img_size": 28}, FUSED, PLAIN_MLP),
-    "DINOv3": ("vit_small_patch16_dinov3", {}, FUSED, PLAIN_MLP),
-    "DINOv3 with qkv bias": ("vit_small_patch16_dinov3_qkvb", {}, FUSED, PLAIN_MLP),
-    "DINOv3 7B": ("vit_7b_patch16_dinov3", {}, FUSED, GATED_MLP),
-    "PE": ("vit_pe_core_tiny_patch16_384", {}, FUSED, PLAIN_MLP),
-    "BEiT": ("beit_base_patch16_224", {}, FUSED, PLAIN_MLP),
-    "BEiTv2": ("beitv2_base_patch16_224", {}, FUSED, PLAIN_MLP),
-}
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
-
-
-def plain(family: str) -> Any:
-    return small(*FAMILIES[family][:2])
-
-
-def small(name: str, changes: dict[str, Any]) -> Any:
-    """A small fp64 model with weights that are all away from zero and one."""
-    torch.manual_seed(0)
-    if name == "torchvision":
-        model: Any = VisionTransformer(32, 16, 2, 3, D, 4 * D, num_classes=changes.get("num_classes", CLASSES))
-    else:
-        model = pytest.importorskip("timm").create_model(name, **{**SMALL, **changes})
-    return randomised(model, 0.2, mean=0.1).double()
-
-
-def images_for(model: Any, count: int = 4) -> Tensor:
-    side = model.image_size if isinstance(model, VisionTransformer) else model.patch_embed.img_size[0]
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def make_nonzero(model: nn.Module, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(p, std=0.2, generator=generator)
-        if name.endswith("lora_magnitude"):
-            p.data *= 0.8 + 0.4 * torch.rand(p.shape, generator=generator, dtype=p.dtype)
-
-
-def lora_modules(model: nn.Module) -> list[LoRAAdapters]:
-    return [m for m in model.modules() if isinstance(m, LoRAAdapters)]
-
-
-def adapters_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: t for m in lora_modules(model) for n, t in m.trial_tensors(0).items()}
-
-
-def places(family: str, targets: list[str], blocks: list[int] | None = None) -> list[tuple[str, str, slice]]:
-    """The weight, the adapter's name and the weight's rows, as the table above has them."""
-    _, _, qkv, others = FAMILIES[family]
-    found = [qkv[t] for t in targets if t in "qkv"]
-    found += [(f"{name}.weight", name, slice(None)) for t in targets if t not in "qkv" for name in others[t]]
-    block = "encoder.layers.encoder_layer_" if family == "torchvision" else "blocks."
-    return [(f"{block}{i}.{w}", f"{block}{i}.{n}", rows) for i in blocks or range(2) for w, n, rows in found]
 
 
 def explicit(
@@ -160,18 +83,6 @@ def test_output_and_gradient_are_those_of_explicit_weights(family, targets, bloc
     torch.testing.assert_close(adapted(x), expected, rtol=1e-9, atol=1e-9)
     wanted = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
     assert_gradients(gradients(adapted, adapted(x).square().sum()), dict(zip(leaves, wanted, strict=True)), 1e-8)
-    remove_adapter(adapted)
-    assert list(adapted.state_dict()) == names
-    assert [type(ours) for ours in adapted.modules()] == [type(theirs) for theirs in model.modules()]
-    with torch.no_grad():  # torch has other attention for a bias that is trained
-        assert_close(adapted(x), model(x), 1e-12)  # to the bit from torch 2.9 on
-
-
-def assert_close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
-    """Relative to the largest, which is not zero."""
-    largest = float(wanted.detach().abs().max())
-    assert largest > 0
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
 def assert_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
@@ -186,7 +97,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     found = {}
-    for m in lora_modules(model):
+    for m in adapters_in(model).values():
         found |= m.trial_tensors(0, {name: p.grad[0] for name, p in m.named_parameters()})
     return found
 
@@ -283,10 +194,10 @@ def test_training_neither_draws_nor_notes_anything_in_a_trunk(name, changes):
     x, before = images_for(trunk, 3), copy.deepcopy(trunk.state_dict())
     replace_linear_with_lora(trunk, RANK)
     pack = PackedViT(trunk.double(), PackedHead([0], [0.0], D, CLASSES, DropoutState([0]), "head").double(), 1).train()
-    assert all(m.training for m in lora_modules(pack))
+    assert all(m.training for m in adapters_in(pack).values())
     assert torch.equal(pack(x, [0]), pack(x, [0]))
     assert all(torch.equal(t, before[n]) for n, t in trunk.state_dict().items() if n in before)
-    assert not any(m.training for m in lora_modules(pack.eval()))
+    assert not any(m.training for m in adapters_in(pack.eval()).values())
 
 
 SPECS = [AdapterSpec(2, 1.0, 0.0, 5), AdapterSpec(4, 0.5, 0.3, 6), AdapterSpec(3, 2.0, 0.1, 7)]
@@ -334,7 +245,7 @@ def test_a_trial_in_a_pack_is_the_trial_alone(family, blocks, streams, method):
         logits = alone(x[2 * stream : 2 * stream + 2], [0])
         torch.testing.assert_close(together[k], logits[0], rtol=1e-9, atol=1e-9)
         logits.square().sum().backward()
-        for mine, its in zip(lora_modules(pack), lora_modules(alone), strict=True):
+        for mine, its in zip(adapters_in(pack).values(), adapters_in(alone).values(), strict=True):
             assert_close(mine.lora_A.grad[k, :, : spec.rank], its.lora_A.grad[0], 1e-9)
             assert_close(mine.lora_B.grad[k, ..., : spec.rank], its.lora_B.grad[0], 1e-9)
             if method == "dora":
@@ -395,105 +306,33 @@ def test_merged_is_unmerged_and_loads_strictly(family, targets, method):
     assert_close(model(x), plain_again(x), 1e-3)  # fp32
     remove_adapter(model)
     assert base_of(model) == before
-    model.get_parameter(places(family, ["o"])[1][0]).data[0, 0] += 1e-3
-    assert base_of(model)["sha256"] != before["sha256"]
-
-
-def with_head_of(model: Any, other: Any) -> Any:
-    """The base, with what another model has learned in its head: the library's own, in evaluation mode."""
-    head = {n: t for n, t in other.state_dict().items() if n.startswith("head")}
-    assert model.load_state_dict(head, strict=False).unexpected_keys == []
-    return model.eval()
-
-
-@pytest.mark.parametrize(("targets", "bias"), [(list(TARGETS), "none"), (["v", "fc1"], "all")])
-def test_what_is_trained_in_ones_own_loop_is_saved_disabled_merged_and_removed(family, targets, bias, tmp_path):
-    model = replace_linear_with_lora(plain(family), RANK, dropout=0.2, targets=targets, blocks=[1]).double().train()
-    mark_lora_and_head_as_trainable(model, head_name(model), bias)
-    x, base = images_for(model), plain(family)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        loss = model(x).square().mean()
-        with disable_adapter(model), torch.no_grad():  # between a pass and its gradient, as a teacher
-            model(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    trained, plain_base = model.eval()(x).detach(), with_head_of(plain(family), model)
-    expected = {f"{n}.lora_{m}" for _, n, _ in places(family, targets, [1]) for m in "AB"}
-    expected |= {f"{head_name(model)}.{leaf}" for leaf in ("weight", "bias")}
-    biases = {n for n, _ in base.named_parameters() if n.endswith("bias") and not n.startswith("head")}
-    tensors = adapter_state_dict(model)
-    assert set(tensors) == expected | (biases if bias == "all" else set())
-    shape = base.get_parameter(places(family, targets)[0][0]).shape
-    assert tensors[f"{places(family, targets, [1])[0][1]}.lora_A"].shape == (RANK, shape[1])
-    if family == "DeiT distilled":  # its second head learns something else
-        with pytest.raises(ConfigError, match="one head"):
-            save_adapter(model, tmp_path)
-        assert not list(tmp_path.iterdir())
-    else:
-        save_adapter(model, tmp_path / "new")
-        assert_close(load_adapter(plain(family), tmp_path / "new").eval()(x), trained, 1e-5)  # adapters of fp32
-        base.get_parameter(places(family, ["o"])[0][0]).data[0, 0] += 1e-3
-        with pytest.raises(ConfigError, match="weights are not those"):
-            load_adapter(base, tmp_path / "new")
-    with disable_adapter(model):
-        assert_close(model(x), plain_base(x), 1e-10)  # biases of q, k and v are added elsewhere
-    assert torch.equal(model(x), trained)
-    merged = merge_adapter(copy.deepcopy(model))
-    assert_close(merged(x), trained, 1e-4)  # weights of fp32
-    assert float((trained - plain_base(x)).detach().abs().max()) > 1e-2 * float(trained.abs().max())
-    remove_adapter(model)
-    with torch.no_grad():  # torch has other attention for a bias that is trained
-        assert_close(model(x), plain_base(x), 1e-12)  # to the bit from torch 2.9 on
-    for found in (merged, model):
-        assert list(found.state_dict()) == list(plain_base.state_dict())
-        assert [type(m) for m in found.modules()] == [type(m) for m in plain_base.modules()]
-        assert not found._forward_pre_hooks
-    assert all(torch.equal(t, plain_base.state_dict()[n]) for n, t in model.state_dict().items())
 
 
 def test_layers_with_one_input_share_its_dropout(family):
     model = replace_linear_with_lora(plain(family), dropout=0.5)
     for i in range(2):
-        keys = {n: m._module_key for m in lora_modules(model) for n in m.names if f"{i}." in n}
+        keys = {n: m._module_key for m in adapters_in(model).values() for n in m.names if f"{i}." in n}
         q, fc1 = ([keys[n] for _, n, _ in places(family, targets, [i])] for targets in (["q", "k", "v"], ["fc1"]))
         assert len(set(q)) == len(set(fc1)) == 1
         assert len(set(keys.values())) == 4
 
 
-@pytest.mark.parametrize("targets", [["q"], ["fc1"], ["o"], list(TARGETS)], ids=" ".join)
-def test_what_is_trained(family, targets):
-    model = replace_linear_with_lora(plain(family), targets=targets)
-    names = [n for n, _ in model.named_parameters()]
-    always = {n for n in names if ".lora_" in n or n.startswith("head")}
-    every = {n for n in names if n.endswith("bias")} - always
-    layers = {weight.removesuffix("weight") for weight, _, _ in places(family, targets)}
-    adapted = {f"{layer}bias" for layer in layers}
-    adapted |= {layer.replace("qkv.", f"{t}_bias") for layer in layers for t in "qv" if "qkv." in layer}
-    for bias, biases in {"none": set(), "lora_only": adapted & every, "all": every}.items():
-        trained = mark_lora_and_head_as_trainable(model, head_substring=head_name(model), bias=bias)
-        assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
-        assert set(trained) == always | biases
-
-
 @pytest.mark.parametrize(("given", "size"), [(32, 32), ((32, 48), [32, 48])])
 def test_timms_models_are_known_by_name_and_size(given, size):
-    model = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", **SMALL | {"img_size": given})
+    model = small("vit_tiny_patch16_224", {"img_size": given})
     assert sizes_of(model) == {"architecture": "vit_tiny_patch16_224", "image_size": size}
 
 
-def test_a_block_of_another_kind_is_refused_with_what_fits():
-    with torch.device("meta"):
-        model = pytest.importorskip("timm").create_model("vit_base_patch16_rpn_224")
-    with pytest.raises(ValueError, match=r"no encoder block of .*DINOv2.*BEiT"):
-        replace_linear_with_lora(model)
-
-
-def test_an_attention_of_another_kind_is_refused():
-    model = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", **SMALL, attn_layer="diff")
-    with pytest.raises(ValueError, match=r"blocks\.0 has DiffAttention and Mlp: no adapters for these"):
-        replace_linear_with_lora(model)
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("vit_base_patch16_rpn_224", {}, r"no encoder block of .*DINOv2.*BEiT"),
+        ("vit_tiny_patch16_224", {"attn_layer": "diff"}, r"blocks\.0 has DiffAttention and Mlp: no adapters for these"),
+    ],
+)
+def test_blocks_of_another_kind_are_refused_with_what_fits(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace_linear_with_lora(small(name, changes))
 
 
 def test_a_rotary_embedding_is_made_once_and_the_same():
@@ -529,7 +368,7 @@ def test_norms_and_gelus_are_not_kept_beside_what_a_frozen_layer_keeps():
 def test_which_layers_compute_again_what_the_gradient_of_a_magnitude_needs(kind, targets):
     """The others keep their output: most of these are kept by what comes next."""
     model = replace_linear_with_lora(plain(kind), method="dora")
-    again = {name for m in lora_modules(model) if not m.keeps_output for name in m.names}
+    again = {name for m in adapters_in(model).values() if not m.keeps_output for name in m.names}
     assert again == {name for _, name, _ in places(kind, targets)}
 
 
