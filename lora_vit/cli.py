@@ -6,7 +6,6 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Sequence

@@ -73,7 +73,7 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.augment", None, "is impossible: give none, or what is to be done")
     if "none" in names[:-1] or {"flip", "crop_flip"} <= {*names}:
         refuse("data.augment", d.augment, f"is impossible: leave {names[0]} out")
-    if "color_jitter" in names and not d.color_jitter_brightness + d.color_jitter_contrast + d.color_jitter_saturation:
+    if "color_jitter" in names and not any(v for key, v in vars(d).items() if key.startswith("color_jitter_")):
         refuse("data.augment", d.augment, "changes no colour: give one of data.color_jitter_* above 0")
     if d.batch_size == 1 and names[-1] in ("mixup", "cutmix"):
         refuse("data.batch_size", 1, f"leaves nothing for {names[-1]} to mix an image with: give at least 2")

@@ -21,7 +21,7 @@ def number(what: str, within: str = "(-inf, inf)", also: str = "", count: int | 
 
     ``what`` to give, with its unit, ``within`` which interval (``[0, 1)``: from 0, below 1), what ``also`` would do.
     """
-    low, high = (float(end) if "inf" in end else int(end) for end in within[1:-1].split(","))
+    low, high = (int(end) if end.strip("- ").isdigit() else float(end) for end in within[1:-1].split(","))
     excluded = {end for end, kept in ((low, within[0] == "["), (high, within[-1] == "]")) if not kept}
     where = f" in {within}"
     if high == math.inf:

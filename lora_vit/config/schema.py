@@ -57,6 +57,7 @@ class DataConfig:
     color_jitter_brightness: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
     color_jitter_contrast: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
     color_jitter_saturation: float = field(metadata=number("a number", "[0, inf)") | {"as_before": 0.4})
+    color_jitter_hue: float = field(metadata=number("a part of the circle of colours", "[0, 0.5]") | {"as_before": 0.0})
     random_erasing_p: float = field(metadata=number("a probability", "(0, 1]") | {"as_before": 0.5})
     mixup_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})
     cutmix_alpha: float = field(metadata=number("alpha of Beta(alpha, alpha)", "(0, inf)") | {"as_before": 1.0})

@@ -29,8 +29,8 @@ class Augmented(Transform):
         self._raw = Transform(image_size, shape, self.device, self.work_dtype, [0] * 3, [1 / 255] * 3, self.bicubic)
         what = (data.randaugment_magnitude, image_size, self.device)
         self._operations = operations(*what) if "randaugment" in names else []
-        jitter = np.array([data.color_jitter_brightness, data.color_jitter_contrast, data.color_jitter_saturation])
-        self._jitter = jitter if "color_jitter" in names else None
+        jitter = [getattr(data, f"color_jitter_{kind}") for kind in ("brightness", "contrast", "saturation", "hue")]
+        self._jitter = np.array(jitter) if "color_jitter" in names else None
         self._erases = "random_erasing" in names
         alphas = {"mixup": data.mixup_alpha, "cutmix": data.cutmix_alpha}
         self.mixes = {name: alpha for name, alpha in alphas.items() if name in names}
@@ -44,8 +44,10 @@ class Augmented(Transform):
                     where = to_device(np.flatnonzero(chosen_B == i), self.device)
                     x[where] = self._operations[i](x[where])
             if self._jitter is not None:
-                order, shares = np.split(randomness.uniforms(ids, 6, "color_jitter", seed, epoch), 2, axis=1)
-                factors = (1 - self._jitter).clip(0) * (1 - shares) + (1 + self._jitter) * shares
+                order, shares = np.split(randomness.uniforms(ids, 8, "color_jitter", seed, epoch), 2, axis=1)
+                middle = np.array([1, 1, 1, 0])
+                lowest = np.maximum(middle - self._jitter, [0, 0, 0, -1])
+                factors = lowest * (1 - shares) + (middle + self._jitter) * shares
                 x = jittered(x, to_device(order, self.device), to_device(factors, self.device).float())
             x = self._normalise(x.to(self.work_dtype)).to(self.dtype)
         else:

@@ -65,14 +65,30 @@ def stretched(x: Tensor) -> Tensor:
     return torch.where(high > low, wide, x.float()).to(x.dtype)
 
 
-def jittered(x: Tensor, order_B3: Tensor, factors_B3: Tensor) -> Tensor:
-    """ColorJitter: each image's brightness, contrast and saturation by its factors, in its own order, least first."""
+def jittered(x: Tensor, order_B4: Tensor, factors_B4: Tensor) -> Tensor:
+    """ColorJitter: each image's brightness, contrast, saturation and hue by its factors, in its own order, least first.
+
+    That of the hue is a part of the circle of colours, by which they turn.
+    """
     from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-    for which_B1 in order_B3.argsort(1).split(1, 1):
-        which, factor = which_B1[..., None, None], factors_B3.gather(1, which_B1)[..., None, None]
+    for which_B1 in order_B4.argsort(1).split(1, 1):
+        which, factor = which_B1[..., None, None], factors_B4.gather(1, which_B1)[..., None, None]
         grey = rgb_to_grayscale(x)
         mean = grey.sum((1, 2, 3), keepdim=True) / grey[0].numel()  # of whole numbers: exact in any order
         other = torch.where(which == 1, mean, grey) * (which > 0)
-        x = (factor * x + (1 - factor) * other).clamp_(0, 255).to(x.dtype)
+        blended = (factor * x + (1 - factor) * other).clamp_(0, 255).to(x.dtype)
+        x = torch.where(which == 3, turned(x, factor), blended)
     return x
+
+
+def turned(x: Tensor, part: Tensor) -> Tensor:
+    """Colours of another hue, and of the same largest and smallest value (of HSV's hexagon, Smith, 1978)."""
+    red, green, blue = x.float().split(1, 1)
+    low, high = x.float().aminmax(dim=1, keepdim=True)
+    width = high - low
+    sixth = torch.where(high == red, green - blue, torch.where(high == green, blue - red, red - green))
+    first = torch.where(high == red, 0.0, torch.where(high == green, 2.0, 4.0))
+    away = (first + sixth / width.clamp(min=1) + 6 * part + x.new_tensor([5, 3, 1])[:, None, None]) % 6
+    found = high - width * torch.minimum(away, 4 - away).clamp_(0, 1)
+    return found.mul_(255.999 / 255).to(x.dtype)  # rounded as torchvision does

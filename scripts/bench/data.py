@@ -46,6 +46,7 @@ def config(root: Path, cache: str) -> DataConfig:
         color_jitter_brightness=0.4,
         color_jitter_contrast=0.4,
         color_jitter_saturation=0.4,
+        color_jitter_hue=0.0,
         random_erasing_p=0.5,
         mixup_alpha=1.0,
         cutmix_alpha=1.0,

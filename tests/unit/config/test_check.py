@@ -37,6 +37,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "data.randaugment_magnitude": ([], [-1, 31], "a magnitude in [0, 30]"),
     **{f"data.color_jitter_{kind}": ([], [-0.1, math.inf], "from 0 up")
        for kind in ("brightness", "contrast", "saturation")},
+    "data.color_jitter_hue": ([], [-0.1, 0.6], "in [0, 0.5]"),
     "data.random_erasing_p": ([], [0.0, 1.1], "a probability in (0, 1]"),
     "data.mixup_alpha": ([], [0.0, math.inf], "above 0"),
     "data.cutmix_alpha": ([], [0.0, math.inf], "above 0"),

@@ -19,7 +19,8 @@ ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devi
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
 AS_BEFORE = {"data.background", "data.value_range", "data.random_erasing_p", "data.mixup_alpha", "data.cutmix_alpha",
              "data.randaugment_num_ops", "data.randaugment_magnitude", "data.color_jitter_brightness",
-             "data.color_jitter_contrast", "data.color_jitter_saturation", "optimizer.name", "optimizer.momentum",
+             "data.color_jitter_contrast", "data.color_jitter_saturation", "data.color_jitter_hue",
+             "optimizer.name", "optimizer.momentum",
              "optimizer.head_lr", "optimizer.lora_b_lr_ratio", "optimizer.class_weights"}  # fmt: skip
 """Added later, and in the small trial at the value that means as before."""
 CANONICAL: dict[str, Any] = {

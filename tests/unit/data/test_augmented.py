@@ -94,23 +94,26 @@ def test_randaugment_changes_whole_numbers_after_crop_and_flip_and_before_normal
     torch.testing.assert_close(found.double(), expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("by", [(0.5, 1.5, 0.8), (0.4, 0.0, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("by", [(0.2, 0.3, 0.3, 0.5), (0.4, 0, 0, 0), (0, 1.5, 0, 0), (0, 0, 1, 0), (0, 0, 0, 0.3)])
 def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_order(by):
-    """But where a sum is a whole number (of a colour that equals its grey), which rounds to it or just below."""
-    x, ids, kinds = pictures(60, 48), np.arange(60), ("brightness", "contrast", "saturation")
+    """But where a sum is a whole number (of a colour that equals its grey), which rounds to it or just below.
+
+    What then is one step can become two by a later factor.
+    """
+    x, ids, kinds = pictures(200, 48), np.arange(200), ("brightness", "contrast", "saturation", "hue")
     x[0, :, :, :24], x[1] = 255, 7  # half of it white, and one colour
-    strengths = dict(zip(kinds, by, strict=True))
+    strengths = dict(zip(kinds, map(float, by), strict=True))
     t = transform(augment=["crop_flip", "color_jitter"], **{f"color_jitter_{k}": v for k, v in strengths.items()})
     found, orders = t.train(x, 1, 2, ids), set()
     raw = Transform(SIDE, "crop_flip", CPU, t.work_dtype, [0] * 3, [1 / 255] * 3).train(x, 1, 2, ids)
     images = list(raw.round().clamp(0, 255).to(torch.uint8))
-    for i, draws in enumerate(randomness.uniforms(ids, 6, "color_jitter", 1, 2)):
-        orders.add(order := tuple(np.argsort(draws[:3])))
+    for i, draws in enumerate(randomness.uniforms(ids, 8, "color_jitter", 1, 2)):
+        orders.add(order := tuple(np.argsort(draws[:4])))
         for which in order:
-            low, high = getattr(v2.ColorJitter(**strengths), kinds[which]) or (1, 1)  # None: not done
+            low, high = getattr(v2.ColorJitter(**strengths), kinds[which]) or [float(which < 3)] * 2  # None: not done
             change = getattr(v2.functional, f"adjust_{kinds[which]}")
-            images[i] = change(images[i], low + (high - low) * draws[3 + which])
-    assert len(orders) == 6
+            images[i] = change(images[i], low + (high - low) * draws[4 + which])
+    assert len(orders) == 24
     expected = v2.functional.normalize(torch.stack(images).double() / 255, IMAGENET_MEAN, IMAGENET_STD)
     steps = (found - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
     assert steps.max() < 2.01
