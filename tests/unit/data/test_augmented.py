@@ -98,7 +98,7 @@ def test_randaugment_changes_whole_numbers_after_crop_and_flip_and_before_normal
 def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_order(by):
     """But where a sum is a whole number (of a colour that equals its grey), which rounds to it or just below.
 
-    What then is one step can become two by a later factor.
+    What is one step after one change can become three by later ones, in a few of a million values.
     """
     x, ids, kinds = pictures(200, 48), np.arange(200), ("brightness", "contrast", "saturation", "hue")
     x[0, :, :, :24], x[1] = 255, 7  # half of it white, and one colour
@@ -116,7 +116,8 @@ def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_orde
     assert len(orders) == 24
     expected = v2.functional.normalize(torch.stack(images).double() / 255, IMAGENET_MEAN, IMAGENET_STD)
     steps = (found - expected).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
-    assert steps.max() < 2.01
+    assert steps.max() < (1.01 if by.count(0) == 3 else 3.01)
+    assert (steps > 2.01).double().mean() < 1e-5
     assert (steps > 0.01).double().mean() < 5e-3
 
 
