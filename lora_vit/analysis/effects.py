@@ -2,13 +2,12 @@
 
 Dropout may help at a learning rate that nobody would use and do nothing at a good one. So the levels of a setting are
 compared at one combination of the others: of those that were run with most of its levels, the one with the highest mean
-over them. This mean weights each level by its inverse variance, as generalized least squares do, and is then
-uncorrelated with the differences between the levels: choosing by it favours none of them. Settings that always move
-together have one effect, which is that of all of them.
+over them. Of combinations that are about as good that mean decides which weights each level by its inverse variance. It
+is uncorrelated with the differences between levels, as in generalized least squares: the choice favours none of them.
 
-Each cell has an error variance of its own, because a setting may change the spread as well. Intervals of differences are
-t intervals at 95 %, each for itself, with Satterthwaite's degrees of freedom (1946). Whether the other combinations show
-the same is tested by Greenhouse and Geisser (1959, after Box, 1954), which holds under any variances.
+Each cell has an error variance of its own. Intervals of differences are t intervals at 95 %, each for itself, with
+Satterthwaite's degrees of freedom (1946). Whether the other combinations show the same is tested by Greenhouse and
+Geisser (1959, after Box, 1954), which holds under any variances.
 """
 
 import math
@@ -20,7 +19,6 @@ from scipy import special
 
 from lora_vit.analysis.stats import MOST_SEEDS, Blocked, fit_blocks
 from lora_vit.analysis.tables import matrix
-from lora_vit.analysis.texts import plain
 from lora_vit.config.names import value_text
 
 COLUMNS = ["setting", "level", "against", "at", "effect", "low", "high"]
@@ -58,8 +56,7 @@ class Effects:
 def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resolution: float = 0.0) -> Effects:
     """Effects among trials (columns ``cell``, ``seed``, ``metric``, ``settings``) of cells with two or more seeds.
 
-    ``resolution``: as in :func:`~lora_vit.analysis.stats.compare`. What has no effect of its own is named in ``notes``.
-    Without repeats there are ``factors`` alone.
+    ``resolution``: as in ``stats.compare``. ``notes`` name what has no effect. Without repeats ``factors`` are all.
     """
     y = matrix(frame, metric)
     repeated = y.notna().sum(axis=1) >= 2
@@ -67,17 +64,19 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resoluti
     if y.shape[1] > MOST_SEEDS:
         return Effects(notes=[f"more than {MOST_SEEDS} seeds: no effects of settings"])
     fit = fit_blocks(y.to_numpy(float))
-    own, wide = _variances(fit, resolution)
-    rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings]
-    found, table, depends = Effects(), list[tuple[object, ...]](), list[str]()
-    for names in _moved_together(rows):
+    own, wide = _variances(fit, resolution) if fit.df > 0 else (np.ones(len(y)), np.ones(len(y)))
+    rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings].astype(object)
+    rows = rows.where(rows.notna(), None).loc[:, rows.nunique(dropna=False) > 1]
+    found, table, depends, together = Effects(), list[tuple[object, ...]](), list[str](), dict[bytes, list[str]]()
+    for name in rows:  # equal codes: the levels of one determine those of the other
+        together.setdefault(pd.factorize(rows[name])[0].tobytes(), []).append(str(name))
+    for names in together.values():
         factor = _factor(rows, names, fit.means, own)
-        if len(factor.here) > 1:
-            found.factors.append(factor)
-        if fit.df < 1:
-            continue
         if len(factor.here) < 2:
-            found.notes.append(f"no trials differ in {factor.name} alone: no effect of it is shown")
+            found.notes += [f"no trials differ in {factor.name} alone: no effect of it is shown"] * (fit.df > 0)
+            continue
+        found.factors.append(factor)
+        if fit.df < 1:
             continue
         if len(names) > 1:
             found.notes.append(f"{factor.name} always move together: the effect that is shown is of them together")
@@ -96,61 +95,49 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resoluti
 
 
 def _variances(fit: Blocked, resolution: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of each cell [m]: its error variance without bias, and the larger of it and its residual mean square, for tests.
+    """Of each cell's mean [m]: its variance without bias, and for tests by the residuals alone where that is larger.
 
     A residual holds a share of the other cells' errors, through the seeds' effects: in a complete design of m cells
     ``E[ss / dof] = ((1 - 2/m) v + mean(v) / m) / (1 - 1/m)``. None is less than rounding, of the metric or of floats.
-    All are 1 without repeats.
     """
     m = len(fit.ss)
-    if fit.df < 1:
-        return np.ones(m), np.ones(m)
     residual = np.where(fit.dof > 0.1, fit.ss / np.maximum(fit.dof, 0.1), fit.mse)  # else it has none of its own
     own = ((1 - 1 / m) * residual - fit.mse / m) / (1 - 2 / m) if fit.blocked and m > 2 else residual
     least = max(resolution**2 / 12, (1e-12 * np.nanmax(np.abs(fit.y))) ** 2)
-    return np.maximum(own, max(least, fit.mse / 100)), np.maximum(np.maximum(own, residual), least)
-
-
-def _moved_together(rows: pd.DataFrame) -> list[list[str]]:
-    """The settings that vary, those whose levels determine each other in one list."""
-    together: dict[bytes, list[str]] = {}
-    for name in rows:
-        codes, levels = pd.factorize(rows[name], use_na_sentinel=False)
-        if len(levels) > 1:
-            together.setdefault(codes.tobytes(), []).append(str(name))
-    return list(together.values())
+    return np.maximum(own, max(least, fit.mse / 100)) / fit.counts, np.maximum(own, residual).clip(least) / fit.counts
 
 
 def _factor(rows: pd.DataFrame, names: list[str], means: np.ndarray, own: np.ndarray) -> Factor:
-    """Where the cells are: levels in order, missing values and words last; ``own``: the cells' variances.
+    """Levels in order, words and missing values last; ``own``: variances of the cells' means.
 
-    Those of a level are summed up by their median over the combinations, so that one cell that spreads decides nothing.
+    A level's is their median over the combinations, so that one cell that spreads decides nothing.
     """
     values = list(rows[names].itertuples(index=False, name=None))
-    levels = [", ".join(map(value_text, v)) for v in values]
+    in_order = sorted(set(values), key=lambda v: [(x is None, isinstance(x, str), x) for x in v])
+    words = {v: ", ".join(map(value_text, v)) for v in in_order}
     rest = [[f"{c} {value_text(v)}" for v in rows[c]] for c in rows if c not in names]
     others = list(map(", ".join, zip(*rest, strict=True))) if rest else [""] * len(rows)
-    places = pd.Series(np.arange(len(rows)), [others, levels]).groupby(level=[0, 1]).first().unstack()
-    in_order = sorted(
-        zip(values, levels, strict=True), key=lambda v: [(x is None or x != x, isinstance(x, str), x) for x in v[0]]
-    )
-    places = places[[*dict.fromkeys(level for _, level in in_order)]].fillna(-1).astype(int)
-    cells = places.to_numpy()
-    there = cells >= 0
-    weight = 1 / np.nanmedian(np.where(there, own[cells], np.nan), axis=0)
-    mean = (weight * means[cells] * there).sum(1) / (weight * there).sum(1)
-    chosen = int(np.where(there.sum(1) == there.sum(1).max(), mean, -np.inf).argmax())
-    return Factor(" and ".join(names), places, chosen, rows.index)
+    first = pd.Series(np.arange(len(rows)), [others, [words[v] for v in values]]).groupby(level=[0, 1]).first()
+    places = first.unstack(fill_value=-1)[[*dict.fromkeys(words.values())]]
+    cells, there = places.to_numpy(), places.to_numpy() >= 0
+    average, levels = np.where(there, means[cells], 0.0).sum(1) / there.sum(1), there.sum(1)
+    best = np.where(levels == levels.max(), average, -np.inf).argmax()
+    alike = np.flatnonzero((there == there[best]).all(1))
+    y, v = (x[cells[alike][:, there[best]]] for x in (means, own))
+    errors = v.mean(1) / levels.max()
+    near = average[alike] >= average[best] - 2 * np.sqrt(errors + errors[alike == best])
+    mean = np.average(y, axis=1, weights=1 / np.median(v[near], axis=0))
+    return Factor(" and ".join(names), places, int(alike[np.where(near, mean, -np.inf).argmax()]), rows.index)
 
 
 def _differences(factor: Factor, fit: Blocked, wide: np.ndarray) -> list[tuple[object, ...]]:
     """Rows of the table: each level that was run at the chosen combination against the first one there."""
     first, *levels = factor.here.index
     a, b = factor.here[first], factor.here[levels].to_numpy()
-    effect, own = fit.means[b] - fit.means[a], wide / fit.counts
+    effect = fit.means[b] - fit.means[a]
     adjusting = fit.difference_variance(np.array([a]))[0, b] - 1 / fit.counts[a] - 1 / fit.counts[b]  # missing seeds
-    variance = own[a] + own[b]
-    df = variance**2 / (own[a] ** 2 / fit.dof[a] + own[b] ** 2 / fit.dof[b])
+    variance = wide[a] + wide[b]
+    df = variance**2 / (wide[a] ** 2 / fit.dof[a] + wide[b] ** 2 / fit.dof[b])
     half = special.stdtrit(df, 0.975) * np.sqrt(variance + fit.mse * np.maximum(adjusting, 0.0))
     at = str(factor.places.index[factor.chosen])
     return [(factor.name, level, first, at, d, d - h, d + h) for level, d, h in zip(levels, effect, half, strict=True)]
@@ -180,7 +167,7 @@ def interaction_p(y: np.ndarray, cells: np.ndarray) -> float:
 def rate_by_rank(rows: pd.DataFrame, y: np.ndarray) -> list[str]:
     """Whether one learning rate serves all ranks, or how the best one moves: a sentence, if there are rates to tell by.
 
-    The best rate is taken to go as ``rank^b``, in the cells ``y`` [m, S]; the interval of b is a jackknife over the seeds
+    Of cells ``y`` [m, S]. The best rate is taken to go as ``rank^b``; the interval of b is a jackknife over the seeds
     (Tukey, 1958). One rate serves if with 95 % the best changes by less than a step of the rates from end to end.
     """
     grid = rows.assign(place=np.arange(len(y))).pivot_table(index="rank", columns="lr", values="place").dropna()
@@ -188,37 +175,29 @@ def rate_by_rank(rows: pd.DataFrame, y: np.ndarray) -> list[str]:
     values = values[..., np.isfinite(values).all((0, 1))]
     if len(grid) < 2 or grid.shape[1] < 3 or (seeds := values.shape[2]) < 3:
         return []
-    mean, ranks, rates = values.mean(2), grid.index.to_numpy(float), grid.columns.to_numpy(float)
-    b, without = exponent(ranks, rates, mean), [np.delete(values, seed, 2).mean(2) for seed in range(seeds)]
-    spread = np.std([exponent(ranks, rates, other) for other in without])
-    half = float(special.stdtrit(seeds - 1, 0.975)) * (seeds - 1) / math.sqrt(seeds) * spread
-    across, step = math.log(ranks[-1] / ranks[0]), np.diff(np.log(rates)).min()
-    found, span = "whether one learning rate serves {} is open", f"ranks {ranks[0]:g} to {ranks[-1]:g}"
-    if (abs(b) + half) * across < step:
-        found = "one learning rate serves {}"
-    elif abs(b) > half:
-        found = f"the best learning rate moves with the rank, {math.exp(b * across):.2g} times from end to end of {{}}"
-    moves = f"rank^{b:+.2f}, 95 % {b - half:+.2f} to {b + half:+.2f}"
+    ranks, rates = grid.index.to_numpy(float), grid.columns.to_numpy(float)
+    b, *others = [exponent(ranks, rates, np.delete(values, s, 2).mean(2)) for s in ([], *range(seeds))]
+    half = float(special.stdtrit(seeds - 1, 0.975)) * (seeds - 1) / math.sqrt(seeds) * np.std(others)
+    across, span = math.log(ranks[-1] / ranks[0]), f"ranks {ranks[0]:g} to {ranks[-1]:g}"
+    found = f"whether one learning rate serves {span} is open"
     if math.isnan(half):
-        moves = "too few ranks do best between the lowest and the highest rate"
-    shared = int(mean.mean(0).argmax())
-    at, loss = value_text(rates[shared]), plain((mean.max(1) - mean[:, shared]).max())
-    return [f"{found.format(span)} ({moves}); at lr {at} their means are at most {loss} points below their best"]
+        return [f"{found}: too few are best between the lowest and the highest"]
+    if (abs(b) + half) * across < np.diff(np.log(rates)).min():
+        found = f"one learning rate serves {span}"
+    elif abs(b) > half:
+        found = f"the best learning rate moves with the rank, by a factor of {math.exp(b * across):.2g} over {span}"
+    return [f"{found}: it goes as rank^{b:.2f} (95 %: {b - half:.2f} to {b + half:.2f})"]
 
 
 def exponent(ranks: np.ndarray, rates: np.ndarray, mean: np.ndarray) -> float:
     """Log best rate against log rank by least squares, from the means [ranks, rates].
 
-    The best rate of a rank is the peak of the parabola through its highest mean and those beside it. A rank that is best
-    at the lowest or highest rate has no such peak; NaN if that leaves fewer than three (or than all, of two).
+    A rank's best rate is the peak of the parabola through its highest mean and those beside it. A rank that is best at
+    the lowest or highest rate has no such peak; NaN if that leaves fewer than three (or than all, of two).
     """
     best, x = mean.argmax(1), np.log(rates)
     rank = np.flatnonzero((best > 0) & (best < len(rates) - 1))
     if len(rank) < min(3, len(ranks)):
         return math.nan
-    k, at = best[rank], x[best[rank]]
-    left, right = at - x[k - 1], x[k + 1] - at
-    from_left, from_right = mean[rank, k] - mean[rank, k - 1], mean[rank, k] - mean[rank, k + 1]
-    peak = at - (left**2 * from_right - right**2 * from_left) / (left * from_right + right * from_left) / 2
-    away = np.log(ranks[rank]) - np.log(ranks[rank]).mean()
-    return float(away @ peak / (away @ away))
+    curves = [np.polyfit(x[best[r] - 1 : best[r] + 2], mean[r, best[r] - 1 : best[r] + 2], 2) for r in rank]
+    return float(np.polyfit(np.log(ranks[rank]), [-c[1] / c[0] / 2 for c in curves], 1)[0])

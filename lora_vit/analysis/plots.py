@@ -118,26 +118,27 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
 
 
 def _by_levels(factor: Factor, cells: pd.DataFrame, baselines: pd.DataFrame, metric: str) -> Axes:
-    """``cells`` by id. The best other combinations have a colour each, more of them are grey."""
+    """The line that is compared, and the best of the others; ``cells`` by id."""
     name, levels, lines = _shorten(factor.name), factor.places.columns, list[pd.DataFrame]()
     for at, line in factor.places.iterrows():
         there = np.flatnonzero(line >= 0)
         lines.append(cells.loc[factor.ids[line.iloc[there]]].assign(place=there, at=_shorten(str(at))))
     chosen = lines.pop(factor.chosen)
-    axes = _axes(f"{metric} by {name}, {_what_is_shown(chosen)}", name, f"{metric} (%)")
+    others = sorted(lines, key=lambda line: -line["mean"].mean())[: MOST_LINES - 1]
+    more = f", {len(others)} of {len(lines)} other lines" if len(others) < len(lines) else ""
+    axes = _axes(f"{metric} by {name}, {_what_is_shown(chosen)}{more}", name, f"{metric} (%)")
     label = f"{chosen['at'].iloc[0]}: compared here" if lines else None
     _points(axes, chosen, chosen["place"].to_numpy(), label, COLOURS[0], MARKERS[0])
-    for k, line in enumerate(sorted(lines, key=lambda line: -line["mean"].mean()), 1):
-        style: Any = {"color": "#bbbbbb", "label": f"{len(lines) - k + 1} more" if k == MOST_LINES else None}
-        if k < MOST_LINES:
-            style = {"color": COLOURS[k], "marker": MARKERS[k], "label": line["at"].iloc[0]}
-        axes.plot(line["place"], 100 * line["mean"], ms=3.5, lw=1.1, zorder=1, **style)
+    for other, colour, marker in zip(others, COLOURS[1:], MARKERS[1:], strict=False):
+        style: Any = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "zorder": 1}
+        axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], **style)
     every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
     axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
-    least, every_line = chosen["mean"].min(), pd.concat([chosen, *lines]).assign(low=math.nan)
-    near = every_line[every_line["mean"] >= 2 * least - max(every_line["mean"].max(), least + 0.005)]
-    low, _ = axes.set_ylim(_limits(pd.concat([chosen, baselines, near])))
-    if 100 * every_line["mean"].min() < low:
+    drawn = pd.concat([chosen, *others])["mean"]
+    least = 2 * chosen["mean"].min() - max(drawn.max(), chosen["mean"].min() + 0.005)
+    near = [line[line["mean"] >= least].assign(low=math.nan) for line in others]
+    low, _ = axes.set_ylim(_limits(pd.concat([chosen, baselines, *near])))
+    if 100 * drawn.min() < low:
         axes.set_xlabel(f"{name} (lines that leave the picture go on lower)")
     return axes
 

@@ -37,10 +37,7 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
 
 
 def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
-    """Settings whose effects are looked at, the most asked-for first.
-
-    Scaling stands for alpha beside rank where it has fewer values: then it is what was crossed with the ranks.
-    """
+    """Settings that have effects, the most asked-for first; scaling stands for alpha if that was crossed with rank."""
     there = {c for c in settings if adapted[c].nunique(dropna=False) > 1}
     if "lora.rank" in there and 1 < adapted[SCALING].nunique() < adapted["lora.alpha"].nunique():
         there = there - {"lora.alpha", "lora.scaling"} | {SCALING}

@@ -79,10 +79,10 @@ def test_main_effects_are_among_the_adapters_by_short_names(tmp_path: Path) -> N
     make_sweep(tmp_path, [*cells, {"lora__method": "none"}, {"lora__method": "full"}], y, curve=False)
     got = summarize(tmp_path)
     table = got.effects.table
-    assert table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [
-        ["rank", 2, 1, 4], ["lr", 0.2, 0.1, 4],
+    assert table[["setting", "level", "against", "at"]].to_numpy().tolist() == [
+        ["rank and alpha", "2, 4", "1, 2", "lr 0.2"], ["lr", "0.2", "0.1", "rank 2, alpha 4"],
     ]  # fmt: skip
-    assert got.effects.notes == ["alpha cannot be separated from rank: no effect is shown"]
+    assert got.effects.notes[0].startswith("rank and alpha always move together")
     assert table["effect"].tolist() == pytest.approx([0.2, 0.1])
     rates = got.learning_rates.set_index("setting")
     assert rates.loc["rank 2, alpha 4", "best_mean"] == pytest.approx(0.8005)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis.effects import COLUMNS, interaction_p, main_effects
+from lora_vit.analysis.effects import COLUMNS, exponent, interaction_p, main_effects, rate_by_rank
 
 
 def crossed(values: np.ndarray, **levels: list) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def test_each_cell_has_a_variance_of_its_own(missing: list[int]) -> None:
 
 @pytest.mark.parametrize(("resolution", "sd"), [(0.01, 0.01 / np.sqrt(12)), (0.0, 0.0)])
 def test_alike_values_leave_rounding(resolution: float, sd: float) -> None:
-    frame = crossed(np.array([[0.9] * 3, [0.8] * 3]) + [0.0, 0.1, 0.3], rank=[1, 2])
+    frame = crossed(np.array([[0.9], [0.8]]) + np.array([0.0, 0.1, 0.3]), rank=[1, 2])
     row = main_effects(frame, ["rank"], "y", resolution).table.iloc[0]
     half = scipy_stats.t.ppf(0.975, 2) * sd * np.sqrt(2 / 3)
     assert row[["effect", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1 - half, -0.1 + half], abs=1e-10)
@@ -154,3 +154,59 @@ def test_more_seeds_than_blocks_are_made_for() -> None:
     assert got.table.empty
     assert got.notes == ["more than 400 seeds: no effects of settings"]
     assert not main_effects(frame[frame["seed"] < 400], ["rank"], "y").table.empty
+
+
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+
+
+def by_rate(power: float, sd: float, best: float = 2e-3) -> pd.DataFrame:
+    """Rank 1, 4, 16 by RATES, five seeds: a parabola in log rate with its top at ``best * (rank / 4) ** power``."""
+    away = np.log(RATES) - np.log(best) - power * np.log([1, 4, 16])[:, None] + power * np.log(4)
+    return crossed(
+        (95 - away**2)[..., None] + np.random.default_rng(0).normal(0, sd, (3, 5, 5)), rank=[1, 4, 16], lr=RATES
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("power", "sd", "best", "start"),
+    [
+        (0.0, 0.03, 2e-3, "one learning rate serves ranks 1 to 16: it goes as rank^0.0"),
+        (-0.3, 0.03, 2e-3, "the best learning rate moves with the rank, by a factor of 0.4"),
+        (0.0, 0.8, 2e-3, "whether one learning rate serves ranks 1 to 16 is open: it goes as rank^"),
+        (-0.3, 0.03, 1e-2, "whether one learning rate serves ranks 1 to 16 is open: too few are best between"),
+    ],
+)
+def test_whether_one_rate_serves_all_ranks(tied: bool, power: float, sd: float, best: float, start: str) -> None:
+    frame = by_rate(power, sd, best).assign(alpha=lambda f: 2 * f["rank"])
+    notes = main_effects(frame, ["rank", *["alpha"] * tied, "lr"], "y").notes
+    told = [note for note in notes if note.startswith(start)]
+    assert len(told) == 1, notes
+    if "95 %" in told[0]:
+        low, high = told[0].split("95 %: ")[1].rstrip(")").split(" to ")
+        assert float(low) <= power <= float(high)
+
+
+def test_the_power_of_the_rank_is_that_of_the_tops_and_its_interval_a_jackknife() -> None:
+    """By the formulas of a parabola through three points and of a line; a rank that is best at an end is left out."""
+    frame = by_rate(-0.4, sd=0.2)
+    y = frame["y"].to_numpy().reshape(3, 5, 5)
+
+    def by_hand(mean: np.ndarray) -> float:
+        tops, x = [], np.log(RATES)
+        for row in mean:
+            k = row.argmax()
+            left, right = row[k] - row[k - 1], row[k] - row[k + 1]
+            tops.append(x[k] + np.log(2) / 2 * (left - right) / (left + right))
+        return float((tops[2] - tops[0]) / np.log(16))  # of three ranks at equal distances
+
+    b = by_hand(y.mean(2))
+    assert exponent(np.array([1.0, 4, 16]), np.array(RATES), y.mean(2)) == pytest.approx(b)
+    left_out = np.vstack([y.mean(2), [[0, 1, 2, 3, 4]]])
+    assert exponent(np.array([1.0, 4, 16, 64]), np.array(RATES), left_out) == pytest.approx(b)
+    without = [by_hand(np.delete(y, s, 2).mean(2)) for s in range(5)]
+    half = scipy_stats.t.ppf(0.975, 4) * np.sqrt(4 / 5 * ((without - np.mean(without)) ** 2).sum())
+    rows = frame.drop_duplicates("cell")[["rank", "lr"]]
+    assert f"rank^{b:.2f} (95 %: {b - half:.2f} to {b + half:.2f})" in rate_by_rank(rows, y.reshape(15, 5))[0]
+    assert rate_by_rank(rows, y.reshape(15, 5)[:, :2]) == [], "two seeds"
+    assert rate_by_rank(rows[rows["lr"] < 2e-3], y[:, :2].reshape(6, 5)) == [], "two rates"
