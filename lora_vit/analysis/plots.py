@@ -134,11 +134,11 @@ def _by_levels(factor: Factor, cells: pd.DataFrame, baselines: pd.DataFrame, met
         axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], **style)
     every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
     axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
-    drawn = pd.concat([chosen, *others])["mean"]
-    least = 2 * chosen["mean"].min() - max(drawn.max(), chosen["mean"].min() + 0.005)
-    near = [line[line["mean"] >= least].assign(low=math.nan) for line in others]
-    low, _ = axes.set_ylim(_limits(pd.concat([chosen, baselines, *near])))
-    if 100 * drawn.min() < low:
+    drawn = pd.concat([chosen, *(other.assign(low=math.nan) for other in others)])
+    top = drawn["mean"].max()
+    near = drawn[drawn["mean"] >= top - max(4 * (top - drawn["mean"].median()), 0.01)]
+    low, _ = axes.set_ylim(_limits(pd.concat([near, baselines])))
+    if 100 * drawn["mean"].min() < low:
         axes.set_xlabel(f"{name} (lines that leave the picture go on lower)")
     return axes
 
@@ -175,7 +175,7 @@ def learning_curves(summary: Summary) -> Figure | None:
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
     axes.locator_params(axis="x", integer=True)
-    return _with_legend(axes, 1 if shown["label"].str.len().max() > 44 else 2)
+    return _with_legend(axes, 2)
 
 
 def pareto(summary: Summary) -> Figure | None:
@@ -241,10 +241,10 @@ def _limits(frame: pd.DataFrame) -> tuple[float, float]:
 
 
 def _with_legend(axes: Axes, columns: int) -> Figure:
-    """The figure, with a legend below the picture if anything has a name."""
+    """The figure, with a legend below the picture if anything has a name; fewer columns if names are long."""
     figure: Any = axes.figure
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5)
+    if names := axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=min(columns, 88 // max(map(len, names))) or 1, fontsize=8.5)
     return figure
 
 

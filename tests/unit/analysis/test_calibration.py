@@ -89,8 +89,8 @@ def test_cells_marked_within_the_margin_are(script: ModuleType, cells: int, seed
 @pytest.mark.parametrize("spread", ["half of the levels 3x", "one cell 10x"])
 def test_effects_and_interactions_err_at_most_nominally(script: ModuleType, spread: str) -> None:
     """Where one pooled error at the highest plain mean errs more than twice as often."""
-    errs, pooled, told = script.simulate_effects(script.Crossed(2, 9, 5, spread), 0.0, RUNS, rng())
-    assert max(errs, told) <= 0.05 + ERROR
+    errs, pooled, told = script.simulate_effects(script.Crossed(2, 9, 5, spread), 0.0, RUNS // 2, rng())
+    assert max(errs, told) <= 0.05 + ERROR * np.sqrt(2)
     assert pooled > 0.12
     assert script.simulate_effects(script.Crossed(2, 9, 5), 1.0, 50, rng())[0] > 0.8
 
