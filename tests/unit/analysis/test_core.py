@@ -70,6 +70,8 @@ def test_no_error_is_finer_than_the_rounding_of_an_accuracy(tmp_path: Path, imag
     assert got.comparison.sd == pytest.approx(sd, abs=1e-12)
     half = scipy_stats.t.ppf(0.975, 2) * sd / math.sqrt(3)
     np.testing.assert_allclose(got.cells["high"] - got.cells["mean"], half, atol=1e-12)
+    effects = got.effects.table
+    np.testing.assert_allclose(effects["high"] - effects["effect"], math.sqrt(2) * half, atol=1e-11)
     assert got.test_images == (round(1 / resolution) if resolution else 0)
 
 

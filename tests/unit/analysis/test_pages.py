@@ -251,7 +251,9 @@ def test_lines_far_below_leave_the_picture_and_the_best_of_many_are_drawn(tmp_pa
     make_sweep(tmp_path, cells, np.tile([0.9, 0.91, 0.1, *[0.905] * 7], 2)[:, None], curve=False)
     axes = drawn(tmp_path)["by_rank"].axes[0]
     assert "6 of 9 other lines" in axes.get_title(loc="left")
-    assert len(axes.get_legend_handles_labels()[1]) == 7
+    names = axes.get_legend_handles_labels()[1]
+    assert len(names) == 7
+    assert "lr 0.003" not in names, "the worst"
     axes = drawn(tmp_path)["by_lr"].axes[0]
     assert axes.get_ylim()[0] > 80
     assert "go on lower" in axes.get_xlabel()
