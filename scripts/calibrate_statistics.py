@@ -3,7 +3,8 @@
     python scripts/calibrate_statistics.py marks            # *worse* and *candidate*, several minutes
     python scripts/calibrate_statistics.py race             # the race: is the selected cell within the margin?
     python scripts/calibrate_statistics.py margin           # the mark *within margin*
-    python scripts/calibrate_statistics.py effects          # effects of settings, interactions, the best rate by rank
+    python scripts/calibrate_statistics.py effects          # effects of settings, and interactions
+    python scripts/calibrate_statistics.py rates            # how the best learning rate goes with the rank
     python scripts/calibrate_statistics.py race --runs 100  # seconds to a minute
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
@@ -347,7 +348,10 @@ def print_effects(runs: int, rng: np.random.Generator) -> None:
             finds = [simulate_effects(case, 1.0, max(1, runs // 4), rng)[0] for case in cases]
             columns = [" / ".join(f"{100 * x:.1f}" for x in column) for column in (*null, finds)]
             line(spread, levels, others, str(apart), *columns)
-    print("\nThe best rate by rank, 4 ranks and 5 rates. Accuracy falls with the square of the rate's log distance")
+
+
+def print_rates(runs: int, rng: np.random.Generator) -> None:
+    print("Four ranks and five rates. Accuracy falls with the square of the rate's log distance")
     print("from the best, by 0.4 points at e times less, and far more steeply above e times the best.\n")
     head("rates apart", "true power", "seeds", "sd", "told %", "of these the interval covers %", "median width")
     for step, b, seeds, sd in itertools.product((2, 3), (0.0, -0.25, -0.5), (3, 5), (0.15, 0.4)):
@@ -378,6 +382,7 @@ MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "race": (print_race, 2000),
     "margin": (print_margin, 4000),
     "effects": (print_effects, 2000),
+    "rates": (print_rates, 2000),
 }
 
 

@@ -180,7 +180,7 @@ def rate_by_rank(rows: pd.DataFrame, y: np.ndarray) -> list[str]:
     half = float(special.stdtrit(seeds - 1, 0.975)) * (seeds - 1) / math.sqrt(seeds) * np.std(others)
     across, span = math.log(ranks[-1] / ranks[0]), f"ranks {ranks[0]:g} to {ranks[-1]:g}"
     found = f"whether one learning rate serves {span} is open"
-    if math.isnan(half):
+    if math.isnan(b + half):
         return [f"{found}: too few are best between the lowest and the highest"]
     if (abs(b) + half) * across < np.diff(np.log(rates)).min():
         found = f"one learning rate serves {span}"

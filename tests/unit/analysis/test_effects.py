@@ -220,3 +220,5 @@ def test_the_power_of_the_rank_is_that_of_the_tops_and_its_interval_a_jackknife(
     assert f"rank^{b:.2f} (95 %: {b - half:.2f} to {b + half:.2f})" in rate_by_rank(rows, y.reshape(15, 5))[0]
     assert rate_by_rank(rows, y.reshape(15, 5)[:, :2]) == [], "two seeds"
     assert rate_by_rank(rows[rows["lr"] < 2e-3], y[:, :2].reshape(6, 5)) == [], "two rates"
+    edge = np.array([[0.0] * 3, [2.7, 0, 0], [0, 2.7, 0], [0, 0, 2.7], [1] * 3])  # best, but without any one seed
+    assert "too few" in rate_by_rank(rows, np.tile(edge, (3, 1)))[0]
