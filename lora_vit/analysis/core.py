@@ -68,7 +68,7 @@ def summarize(
             cells["within"] = cells["below"] <= margin
     adapted = first[~first[METHOD].isin(BASELINES)]  # baselines have no rank
     short = short_names(tables.factors(adapted, settings))
-    effects = main_effects(adapted.rename(columns=short), list(short.values()), value)
+    effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
     unfinished = checks.unfinished(trials, race is None, value)
     return (Summary if race is None else RaceSummary)(

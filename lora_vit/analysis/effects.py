@@ -1,12 +1,13 @@
-"""Main effects of the settings: a linear model of the trials with the seed as a block.
+"""Effects of the settings, each where the other settings are best.
 
-``metric = mean + seed + sum over settings of the effect of its level + error``. A setting of few levels has one
-effect per level, as the difference from its first level; a numeric one of more than ``MOST_LEVELS`` has a slope
-(rank, alpha, scaling and lr per doubling, others per unit). Intervals are t intervals at 95 %, each for itself.
+Dropout may help at a learning rate that nobody would use and do nothing at a good one. So the levels of a setting are
+compared at one combination of the others: of those that were run with most of its levels, the one with the highest mean
+over them. Of combinations that are about as good that mean decides which weights each level by its inverse variance. It
+is uncorrelated with the differences between levels, as in generalized least squares: the choice favours none of them.
 
-Error: the residual mean square between repeats, with cells and seeds taken out. The intervals are thus about the
-levels that were tried: where settings interact, a main effect is its average over the levels of the others, and the
-test of lack of fit says so in ``notes``.
+Each cell has an error variance of its own. Intervals of differences are t intervals at 95 %, each for itself, with
+Satterthwaite's degrees of freedom (1946). Whether the other combinations show the same is tested by Greenhouse and
+Geisser (1959, after Box, 1954), which holds under any variances.
 """
 
 import math
@@ -16,115 +17,187 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from lora_vit.analysis.stats import MOST_SEEDS
+from lora_vit.analysis.stats import MOST_SEEDS, Blocked, fit_blocks
+from lora_vit.analysis.tables import matrix
+from lora_vit.config.names import value_text
 
-MOST_LEVELS = 8
-DOUBLING = ("rank", "alpha", "effective_scaling", "lr")
-COLUMNS = ["setting", "level", "against", "effect", "low", "high", "trials"]
+COLUMNS = ["setting", "level", "against", "at", "effect", "low", "high"]
+
+
+@dataclass
+class Factor:
+    """A setting, or several that moved together, in every combination of the others.
+
+    ``places`` [M combinations, L levels], both in words, has the positions of the cells, -1 where there is none;
+    ``chosen`` is the combination at which the levels are compared, ``ids`` the cells by position.
+    """
+
+    name: str
+    places: pd.DataFrame
+    chosen: int
+    ids: pd.Index
+
+    @property
+    def here(self) -> pd.Series:
+        """The cells that are compared, by level."""
+        line = self.places.iloc[self.chosen]
+        return line[line >= 0]
 
 
 @dataclass
 class Effects:
-    """``table`` has COLUMNS, effects in units of the metric."""
+    """``table`` has COLUMNS, effects in units of the metric; ``factors`` are for the pictures."""
 
     table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS))
     notes: list[str] = field(default_factory=list)
-    lack_of_fit_p: float = math.nan
+    factors: list[Factor] = field(default_factory=list)
 
 
-def main_effects(frame: pd.DataFrame, settings: list[str], metric: str) -> Effects:
-    """Fit the model to trials (columns ``cell``, ``seed``, ``metric``, ``settings``); an empty table if that cannot be.
+def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resolution: float = 0.0) -> Effects:
+    """Effects among trials (columns ``cell``, ``seed``, ``metric``, ``settings``) of cells with two or more seeds.
 
-    Settings that go along with the ones before them cannot be separated; they are left out and named in ``notes``.
+    ``resolution``: as in ``stats.compare``. ``notes`` name what has no effect. Without repeats ``factors`` are all.
     """
-    frame = frame.reset_index(drop=True)
-    if (frame.groupby("cell")["seed"].nunique() >= 2).sum() < 2:
-        return Effects()
-    if frame["seed"].nunique() > MOST_SEEDS:
-        return Effects(notes=[f"more than {MOST_SEEDS} seeds: no main effects"])
-    y = frame[metric].to_numpy(float)
-    design, terms, notes = _design(frame, settings)
-    error, df, lack_p = _error(frame, y, design)
-    if not terms or df < 1:
-        return Effects(notes=notes)
-    inverse = np.linalg.inv(design.T @ design)
-    table = pd.DataFrame(terms, columns=["setting", "level", "against", "trials"])
-    block = design.shape[1] - len(terms)
-    effect = (inverse @ design.T @ y)[block:]
-    half = float(special.stdtrit(df, 0.975)) * np.sqrt(error * np.diag(inverse)[block:])
-    if lack_p < 0.05:
-        notes.append(
-            f"the settings do not simply add up (lack of fit, p = {lack_p:.2g}): a main effect is an average over the "
-            "levels of the others, not what each of them shows"
-        )
-    return Effects(table.assign(effect=effect, low=effect - half, high=effect + half)[COLUMNS], notes, lack_p)
+    y = matrix(frame, metric)
+    repeated = y.notna().sum(axis=1) >= 2
+    y = (y[repeated] if repeated.sum() > 1 else y).dropna(axis=1, how="all")
+    if y.shape[1] > MOST_SEEDS:
+        return Effects(notes=[f"more than {MOST_SEEDS} seeds: no effects of settings"])
+    fit = fit_blocks(y.to_numpy(float))
+    own, wide = _variances(fit, resolution) if fit.df > 0 else (np.ones(len(y)), np.ones(len(y)))
+    rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings].astype(object)
+    rows = rows.where(rows.notna(), None).loc[:, rows.nunique(dropna=False) > 1]
+    found, table, depends, together = Effects(), list[tuple[object, ...]](), list[str](), dict[bytes, list[str]]()
+    for name in rows:  # equal codes: the levels of one determine those of the other
+        together.setdefault(pd.factorize(rows[name])[0].tobytes(), []).append(str(name))
+    for names in together.values():
+        factor = _factor(rows, names, fit.means, own)
+        if len(factor.here) < 2:
+            found.notes += [f"no trials differ in {factor.name} alone: no effect of it is shown"] * (fit.df > 0)
+            continue
+        found.factors.append(factor)
+        if fit.df < 1:
+            continue
+        if len(names) > 1:
+            found.notes.append(f"{factor.name} always move together: the effect that is shown is of them together")
+        if left_out := ", ".join(factor.places.columns.difference(factor.here.index, sort=False)):
+            found.notes.append(f"{factor.name}: {left_out} not compared, since not run at the same others")
+        table += _differences(factor, fit, wide)
+        if (p := interaction_p(fit.y, factor.places[factor.here.index].to_numpy())) < 0.05:
+            depends.append(f"{factor.name} (p = {p:.2g})")
+        if "rank" in names and "lr" in rows and "lr" not in names:
+            here = _factor(rows, [*names, "lr"], fit.means, own).here
+            found.notes += rate_by_rank(rows.iloc[here], fit.y[here])
+    if depends:
+        found.notes.append(f"elsewhere these have other effects, as their pictures show: {', '.join(depends)}")
+    found.table = pd.DataFrame(table, columns=COLUMNS)
+    return found
 
 
-def _seeds(frame: pd.DataFrame) -> np.ndarray:
-    """The block: an intercept and one column per seed but the first."""
-    codes, levels = pd.factorize(frame["seed"])
-    return np.column_stack([np.ones(len(codes)), *(codes == k for k in range(1, len(levels)))]).astype(float)
+def _variances(fit: Blocked, resolution: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of each cell's mean [m]: its variance without bias, and for tests by the residuals alone where that is larger.
 
-
-def _design(frame: pd.DataFrame, settings: list[str]) -> tuple[np.ndarray, list, list[str]]:
-    """The block and a column for each level of every setting that can be separated from what is before it.
-
-    Of each such column: setting, level, what it is against, trials.
+    A residual holds a share of the other cells' errors, through the seeds' effects: in a complete design of m cells
+    ``E[ss / dof] = ((1 - 2/m) v + mean(v) / m) / (1 - 1/m)``. None is less than rounding, of the metric or of floats.
     """
-    design, terms, notes = _seeds(frame), list[list[object]](), list[str]()
-    for name in settings:
-        values = frame[name]
-        levels = sorted(values.dropna().unique(), key=lambda v: (isinstance(v, str), v))
-        if len(levels) < 2 or values.isna().any():
-            continue
-        if len(levels) > MOST_LEVELS and pd.api.types.is_numeric_dtype(values):
-            x = values.to_numpy(float)
-            double = name.split(".")[-1] in DOUBLING and bool((x > 0).all())
-            new = (np.log2(x) if double else x)[:, None]
-            labels: list[object] = ["per doubling" if double else "per unit"]
-            against, trials = "", [len(frame)]
-        elif len(levels) > MOST_LEVELS:
-            notes.append(f"{name} has {len(levels)} levels: too many for an effect each")
-            continue
-        else:
-            against, *labels = levels
-            new = np.column_stack([values == level for level in labels]).astype(float)
-            trials = new.sum(0).astype(int).tolist()
-        wider = np.column_stack([design, new])
-        if np.linalg.matrix_rank(wider / np.linalg.norm(wider, axis=0)) < wider.shape[1]:
-            taken = dict.fromkeys(str(term[0]) for term in terms)
-            notes.append(f"{name} cannot be separated from {' and '.join(taken) or 'the seeds'}: no effect is shown")
-            continue
-        terms += [[name, label, against, n] for label, n in zip(labels, trials, strict=True)]
-        design = wider
-    return design, terms, notes
+    m = len(fit.ss)
+    residual = np.where(fit.dof > 0.1, fit.ss / np.maximum(fit.dof, 0.1), fit.mse)  # else it has none of its own
+    own = ((1 - 1 / m) * residual - fit.mse / m) / (1 - 2 / m) if fit.blocked and m > 2 else residual
+    least = max(resolution**2 / 12, (1e-12 * np.nanmax(np.abs(fit.y))) ** 2)
+    return np.maximum(own, max(least, fit.mse / 100)) / fit.counts, np.maximum(own, residual).clip(least) / fit.counts
 
 
-def _fit(y: np.ndarray, design: np.ndarray, of: np.ndarray, rcond: float | None = None) -> tuple[float, int]:
-    """Sum of squares around the fit to ``y``, 0 where it is rounding of the values ``of`` alone, and the fit's rank."""
-    fit, _, rank, _ = np.linalg.lstsq(design, y, rcond=rcond)
-    residual = y - design @ fit
-    return float((residual**2).sum()) if np.abs(residual).max() > 1e-12 * np.abs(of).max() else 0.0, int(rank)
+def _factor(rows: pd.DataFrame, names: list[str], means: np.ndarray, own: np.ndarray) -> Factor:
+    """Levels in order, words and missing values last; ``own``: variances of the cells' means.
 
-
-def _error(frame: pd.DataFrame, y: np.ndarray, design: np.ndarray) -> tuple[float, int, float]:
-    """Error mean square, its degrees of freedom, and the p-value of lack of fit (NaN: cannot be tested).
-
-    The error is that of the model with every cell and seed and no settings. Without repeats that could tell, it is that
-    around the model.
+    A level's is their median over the combinations, so that one cell that spreads decides nothing.
     """
-    cells, _ = pd.factorize(frame["cell"])
-    counts = np.bincount(cells)
-    centred = [column - (np.bincount(cells, column) / counts)[cells] for column in (y, *_seeds(frame).T)]
-    pure_ss, rank = _fit(centred[0], np.column_stack(centred[1:]), y, rcond=1e-10)
-    pure_df = len(y) - len(counts) - rank
-    all_ss, rank = _fit(y, design, y)
-    all_df = len(y) - rank
-    if pure_df < 1:
-        return (all_ss / all_df if all_df > 0 else math.nan), all_df, math.nan
-    pure, lack_df = pure_ss / pure_df, all_df - pure_df
-    if lack_df < 1:
-        return pure, pure_df, math.nan
-    lack = max(all_ss - pure_ss, 0.0) / lack_df
-    p = float(special.fdtrc(lack_df, pure_df, lack / pure)) if pure > 0 else (0.0 if lack > 0 else 1.0)
-    return pure, pure_df, p
+    values = list(rows[names].itertuples(index=False, name=None))
+    in_order = sorted(set(values), key=lambda v: [(x is None, isinstance(x, str), x) for x in v])
+    words = {v: ", ".join(map(value_text, v)) for v in in_order}
+    rest = [[f"{c} {value_text(v)}" for v in rows[c]] for c in rows if c not in names]
+    others = list(map(", ".join, zip(*rest, strict=True))) if rest else [""] * len(rows)
+    first = pd.Series(np.arange(len(rows)), [others, [words[v] for v in values]]).groupby(level=[0, 1]).first()
+    places = first.unstack(fill_value=-1)[[*dict.fromkeys(words.values())]]
+    cells, there = places.to_numpy(), places.to_numpy() >= 0
+    average, levels = np.where(there, means[cells], 0.0).sum(1) / there.sum(1), there.sum(1)
+    best = np.where(levels == levels.max(), average, -np.inf).argmax()
+    alike = np.flatnonzero((there == there[best]).all(1))
+    y, v = (x[cells[alike][:, there[best]]] for x in (means, own))
+    errors = v.mean(1) / levels.max()
+    near = average[alike] >= average[best] - 2 * np.sqrt(errors + errors[alike == best])
+    mean = np.average(y, axis=1, weights=1 / np.median(v[near], axis=0))
+    return Factor(" and ".join(names), places, int(alike[np.where(near, mean, -np.inf).argmax()]), rows.index)
+
+
+def _differences(factor: Factor, fit: Blocked, wide: np.ndarray) -> list[tuple[object, ...]]:
+    """Rows of the table: each level that was run at the chosen combination against the first one there."""
+    first, *levels = factor.here.index
+    a, b = factor.here[first], factor.here[levels].to_numpy()
+    effect = fit.means[b] - fit.means[a]
+    adjusting = fit.difference_variance(np.array([a]))[0, b] - 1 / fit.counts[a] - 1 / fit.counts[b]  # missing seeds
+    variance = wide[a] + wide[b]
+    df = variance**2 / (wide[a] ** 2 / fit.dof[a] + wide[b] ** 2 / fit.dof[b])
+    half = special.stdtrit(df, 0.975) * np.sqrt(variance + fit.mse * np.maximum(adjusting, 0.0))
+    at = str(factor.places.index[factor.chosen])
+    return [(factor.name, level, first, at, d, d - h, d + h) for level, d, h in zip(levels, effect, half, strict=True)]
+
+
+def interaction_p(y: np.ndarray, cells: np.ndarray) -> float:
+    """p-value of "all combinations differ alike between the levels"; 1 where fewer than three seeds could tell.
+
+    Of ``y`` [m, S] the seeds count that all cells [M, L] of complete combinations have. Each seed's own interaction is
+    a draw with some covariance C: ``F = S |mean|^2 / tr(C)`` with ``f, f (S - 1)`` degrees of freedom, ``f = tr(C)^2 /
+    tr(C C)``.
+    """
+    z = y[cells[(cells >= 0).all(1)]]
+    z = z[..., np.isfinite(z).all((0, 1))]
+    others, levels, seeds = z.shape
+    if others < 2 or levels < 2 or seeds < 3:
+        return 1.0
+    z = z - z.mean(0) - z.mean(1, keepdims=True) + z.mean((0, 1))
+    mean = z.mean(2)
+    spread = (z - mean[..., None]).reshape(-1, seeds)
+    gram = spread.T @ spread / (seeds - 1)  # has the trace of C, and its square that of C C
+    trace = max(float(np.trace(gram)), 1e-24 * float(np.nanmax(y**2)))
+    f = trace**2 / max(float((gram**2).sum()), trace**2 / ((others - 1) * (levels - 1)))
+    return float(special.fdtrc(f, f * (seeds - 1), seeds * (mean**2).sum() / trace))
+
+
+def rate_by_rank(rows: pd.DataFrame, y: np.ndarray) -> list[str]:
+    """Whether one learning rate serves all ranks, or how the best one moves: a sentence, if there are rates to tell by.
+
+    Of cells ``y`` [m, S]. The best rate is taken to go as ``rank^b``; the interval of b is a jackknife over the seeds
+    (Tukey, 1958). One rate serves if with 95 % the best changes by less than a step of the rates from end to end.
+    """
+    grid = rows.assign(place=np.arange(len(y))).pivot_table(index="rank", columns="lr", values="place").dropna()
+    values = y[grid.to_numpy(int)]
+    values = values[..., np.isfinite(values).all((0, 1))]
+    if len(grid) < 2 or grid.shape[1] < 3 or (seeds := values.shape[2]) < 3:
+        return []
+    ranks, rates = grid.index.to_numpy(float), grid.columns.to_numpy(float)
+    b, *others = [exponent(ranks, rates, np.delete(values, s, 2).mean(2)) for s in ([], *range(seeds))]
+    half = float(special.stdtrit(seeds - 1, 0.975)) * (seeds - 1) / math.sqrt(seeds) * np.std(others)
+    across, span = math.log(ranks[-1] / ranks[0]), f"ranks {ranks[0]:g} to {ranks[-1]:g}"
+    found = f"whether one learning rate serves {span} is open"
+    if math.isnan(b + half):
+        return [f"{found}: too few are best between the lowest and the highest"]
+    if (abs(b) + half) * across < np.diff(np.log(rates)).min():
+        found = f"one learning rate serves {span}"
+    elif abs(b) > half:
+        found = f"the best learning rate moves with the rank, by a factor of {math.exp(b * across):.2g} over {span}"
+    return [f"{found}: it goes as rank^{b:.2f} (95 %: {b - half:.2f} to {b + half:.2f})"]
+
+
+def exponent(ranks: np.ndarray, rates: np.ndarray, mean: np.ndarray) -> float:
+    """Log best rate against log rank by least squares, from the means [ranks, rates].
+
+    A rank's best rate is the peak of the parabola through its highest mean and those beside it. A rank that is best at
+    the lowest or highest rate has no such peak; NaN if that leaves fewer than three (or than all, of two).
+    """
+    best, x = mean.argmax(1), np.log(rates)
+    rank = np.flatnonzero((best > 0) & (best < len(rates) - 1))
+    if len(rank) < min(3, len(ranks)):
+        return math.nan
+    curves = [np.polyfit(x[best[r] - 1 : best[r] + 2], mean[r, best[r] - 1 : best[r] + 2], 2) for r in rank]
+    return float(np.polyfit(np.log(ranks[rank]), [-c[1] / c[0] / 2 for c in curves], 1)[0])

@@ -103,11 +103,11 @@ def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
         ("its 95 % interval", "shared_low shared_high", plain),
     )
     signed_columns = ("effect", "effect", signed), ("95 % interval", "low high", signed)
-    main_effects = as_text(effects.table, "setting", "level", "against", *signed_columns)
+    main_effects = as_text(effects.table, "setting", "level", "against", "at", *signed_columns)
     of_trials = ("trial", "label", "seed", "status", "epoch", "reason", ("last value", "value", number))
     found = [
         ("Best over lr, and at the shared lr", best_over_lr, [RATES_NOTE] * bool(len(rates))),
-        ("Main effects (points)", main_effects, effects.notes),
+        ("Effects (points), each where the other settings are best", main_effects, effects.notes),
         ("Not averaged", as_text(summary.unfinished, *of_trials), []),
     ]
     return [section for section in found if len(section[1]) or section[2]]

@@ -6,6 +6,7 @@
 import contextlib
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_vit.analysis.effects import Factor
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
-from lora_vit.config.names import BASELINES, LR, METHOD, preferred, short_names, value_text
+from lora_vit.config.names import BASELINES, METHOD
 from lora_vit.errors import RecordError
 from lora_vit.files import read_rows
 from lora_vit.records import METRICS
@@ -99,41 +101,46 @@ def race(summary: Summary) -> Figure | None:
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
-    """The metric by rank or another number, a line for each value of another setting, the rest as in the best cell."""
+    """A picture for each setting: the metric by its levels, a line for each combination of the others.
+
+    The line with intervals is that at which the levels are compared, a baseline a dashed one.
+    """
     cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
-    frame = cells[~cells[METHOD].isin(BASELINES)].infer_objects()
-    moved = [c for c in summary.settings if frame[c].nunique() > 1]
-    numeric = [c for c in moved if pd.api.types.is_numeric_dtype(frame[c])]
-    if not numeric:
-        return {}
-    x, *_ = preferred(numeric, ["lora.rank", LR, "lora.dropout", "lora.alpha"])
-    others = [c for c in moved if c != x and frame.groupby(x)[c].nunique().max() > 1]  # not alpha tied to the rank
-    few = [c for c in others if frame[c].nunique() <= MOST_LINES]
-    lines = preferred(few, [METHOD, "lora.alpha", "lora.dropout", LR])[:1]
-    short, best, held = short_names(summary.settings), frame.iloc[0], []
-    for c in others:
-        if c not in lines:
-            frame = frame[frame[c].map(value_text) == value_text(best[c])]
-            held.append(f"{short[c]} {value_text(best[c])}")
-    at = f"\n{_shorten('at ' + ', '.join(held))}" if held else ""
-    name = "Learning rate" if short[x] == "lr" else short[x].replace("_", " ").capitalize()
-    axes = _axes(f"Val {summary.title} by {short[x]}, {_what_is_shown(frame)}{at}", name, f"Val {summary.title} (%)")
-    ticks = sorted(frame[x].unique())
-    groups = list(frame.groupby(lines[0])) if lines else [(None, frame)]
-    for k, (value, group) in enumerate(groups):
-        group = group.sort_values(x)
-        places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
-        label = _shorten(f"{short[lines[0]]} {value_text(value)}") if lines else None
-        _points(axes, group, places, label, COLOURS[k], MARKERS[k])
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
-    for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
-        colour = "#777777" if method == "none" else "#000000"
-        axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
-    names = list(map(value_text, ticks))
-    every = math.ceil(len(ticks) * (max(map(len, names)) + 2) / TICKS)
-    axes.set_xticks(range(0, len(ticks), every), names[::every])
-    axes.set_ylim(_limits(pd.concat([frame, baselines.assign(low=math.nan)])))
-    return {f"by_{short[x].replace('.', '_')}": _with_legend(axes, 4)}
+    figures = {}
+    for factor in summary.effects.factors:
+        axes = _by_levels(factor, cells.set_index("cell"), baselines.assign(low=math.nan), f"Val {summary.title}")
+        for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
+            colour = "#777777" if method == "none" else "#000000"
+            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
+        figures["by_" + re.sub(r"\W+", "_", factor.name)] = _with_legend(axes, 3)
+    return figures
+
+
+def _by_levels(factor: Factor, cells: pd.DataFrame, baselines: pd.DataFrame, metric: str) -> Axes:
+    """The line that is compared, and the best of the others; ``cells`` by id."""
+    name, levels, lines = _shorten(factor.name), factor.places.columns, list[pd.DataFrame]()
+    for at, line in factor.places.iterrows():
+        there = np.flatnonzero(line >= 0)
+        lines.append(cells.loc[factor.ids[line.iloc[there]]].assign(place=there, at=_shorten(str(at))))
+    chosen = lines.pop(factor.chosen)
+    others = sorted(lines, key=lambda line: -line["mean"].mean())[: MOST_LINES - 1]
+    more = f", {len(others)} of {len(lines)} other lines" if len(others) < len(lines) else ""
+    axes = _axes(f"{metric} by {name}, {_what_is_shown(chosen)}{more}", name, f"{metric} (%)")
+    label = f"{chosen['at'].iloc[0]}: compared here" if lines else None
+    _points(axes, chosen, chosen["place"].to_numpy(), label, COLOURS[0], MARKERS[0])
+    for other, colour, marker in zip(others, COLOURS[1:], MARKERS[1:], strict=False):
+        style: Any = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "zorder": 1}
+        axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], **style)
+    every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
+    axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
+    drawn = pd.concat([chosen, *(other.assign(low=math.nan) for other in others)])
+    top = drawn["mean"].max()
+    near = drawn[drawn["mean"] >= top - max(4 * (top - drawn["mean"].median()), 0.01)]
+    low, _ = axes.set_ylim(_limits(pd.concat([near, baselines])))
+    if 100 * drawn["mean"].min() < low:
+        axes.set_xlabel(f"{name} (lines that leave the picture go on lower)")
+    return axes
 
 
 def curves(folders: list[str], value: str = "val_accuracy") -> pd.DataFrame:
@@ -168,7 +175,7 @@ def learning_curves(summary: Summary) -> Figure | None:
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
     axes.locator_params(axis="x", integer=True)
-    return _with_legend(axes, 1 if shown["label"].str.len().max() > 44 else 2)
+    return _with_legend(axes, 2)
 
 
 def pareto(summary: Summary) -> Figure | None:
@@ -234,10 +241,10 @@ def _limits(frame: pd.DataFrame) -> tuple[float, float]:
 
 
 def _with_legend(axes: Axes, columns: int) -> Figure:
-    """The figure, with a legend below the picture if anything has a name."""
+    """The figure, with a legend below the picture if anything has a name; fewer columns if names are long."""
     figure: Any = axes.figure
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=columns, fontsize=8.5)
+    if names := axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=min(columns, 88 // max(map(len, names))) or 1, fontsize=8.5)
     return figure
 
 

@@ -37,9 +37,9 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
 
 
 def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
-    """Settings for the model of main effects, the most asked-for first; scaling stands for alpha beside rank."""
-    there = {c for c in settings if adapted[c].nunique() > 1}
-    if "lora.rank" in there and adapted[SCALING].nunique() > 1:
+    """Settings that have effects, the most asked-for first; scaling stands for alpha if that was crossed with rank."""
+    there = {c for c in settings if adapted[c].nunique(dropna=False) > 1}
+    if "lora.rank" in there and 1 < adapted[SCALING].nunique() < adapted["lora.alpha"].nunique():
         there = there - {"lora.alpha", "lora.scaling"} | {SCALING}
     return preferred(sorted(there), [METHOD, "lora.rank", SCALING, "lora.alpha", "lora.dropout", "lora.targets", LR])
 

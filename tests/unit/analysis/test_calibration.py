@@ -84,3 +84,18 @@ def test_cells_marked_within_the_margin_are(script: ModuleType, cells: int, seed
     rates = script.simulate_margin(case, 0.5, RUNS, rng())
     assert rates.errs <= 0.05 + ERROR
     assert rates.found > 0
+
+
+@pytest.mark.parametrize("spread", ["half of the levels 3x", "one cell 10x"])
+def test_effects_and_interactions_err_at_most_nominally(script: ModuleType, spread: str) -> None:
+    """Where one pooled error at the highest plain mean errs more than twice as often."""
+    errs, pooled, told = script.simulate_effects(script.Crossed(2, 9, 5, spread), 0.0, RUNS // 2, rng())
+    assert max(errs, told) <= 0.05 + ERROR * np.sqrt(2)
+    assert pooled > 0.12
+    assert script.simulate_effects(script.Crossed(2, 9, 5), 1.0, 50, rng())[0] > 0.8
+
+
+def test_the_power_of_the_rank_lies_in_its_interval(script: ModuleType) -> None:
+    told, covers, _ = script.simulate_rates(2, -0.25, 5, 0.15, 100, rng())
+    assert told > 0.9
+    assert covers > 0.85

@@ -114,13 +114,15 @@ def test_pareto_front_against_brute_force():
 @pytest.mark.parametrize(
     ("cells", "settings", "want"),
     [
-        (RANKS, ["lora.rank", METHOD], ["lora.rank", SCALING]),
+        (RANKS, ["lora.rank", METHOD], ["lora.rank"]),
         ([{"lora__method": "dora"}, {}, {"lora__dropout": 0.1}], [METHOD, "lora.dropout"], [METHOD, "lora.dropout"]),
         ([{"lora__rank": r, "lora__alpha": 8.0 * r, "optimizer__lr": 0.1 / r} for r in (1, 2)],
          [LR, "lora.rank", "lora.alpha"], ["lora.rank", "lora.alpha", LR]),
         ([{"lora__rank": 2, "lora__alpha": 8.0}, {"lora__rank": 4, "lora__alpha": 8.0}, {"lora__rank": 4,
           "lora__alpha": 4.0, "lora__scaling": "rslora"}], ["lora.alpha", "lora.rank", "lora.scaling"],
-         ["lora.rank", SCALING]),
+         ["lora.rank", "lora.alpha", "lora.scaling"]),
+        ([{"lora__rank": r, "lora__alpha": float(a * r)} for r in (1, 2, 4) for a in (2, 4)],
+         ["lora.alpha", "lora.rank"], ["lora.rank", SCALING]),
         ([{"lora__alpha": 1.0}, {"lora__alpha": 2.0, "optimizer__eps": 1e-6, "lora__dropout": 0.1,
           "lora__targets": ["q"], "data__batch_size": 10}],
          ["data.batch_size", "optimizer.eps", "lora.alpha", "lora.targets", "lora.dropout", "lora.rank"],

@@ -70,6 +70,8 @@ def test_no_error_is_finer_than_the_rounding_of_an_accuracy(tmp_path: Path, imag
     assert got.comparison.sd == pytest.approx(sd, abs=1e-12)
     half = scipy_stats.t.ppf(0.975, 2) * sd / math.sqrt(3)
     np.testing.assert_allclose(got.cells["high"] - got.cells["mean"], half, atol=1e-12)
+    effects = got.effects.table
+    np.testing.assert_allclose(effects["high"] - effects["effect"], math.sqrt(2) * half, atol=1e-11)
     assert got.test_images == (round(1 / resolution) if resolution else 0)
 
 
@@ -79,10 +81,10 @@ def test_main_effects_are_among_the_adapters_by_short_names(tmp_path: Path) -> N
     make_sweep(tmp_path, [*cells, {"lora__method": "none"}, {"lora__method": "full"}], y, curve=False)
     got = summarize(tmp_path)
     table = got.effects.table
-    assert table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [
-        ["rank", 2, 1, 4], ["lr", 0.2, 0.1, 4],
+    assert table[["setting", "level", "against", "at"]].to_numpy().tolist() == [
+        ["rank and alpha", "2, 4", "1, 2", "lr 0.2"], ["lr", "0.2", "0.1", "rank 2, alpha 4"],
     ]  # fmt: skip
-    assert got.effects.notes == ["alpha cannot be separated from rank: no effect is shown"]
+    assert got.effects.notes[0].startswith("rank and alpha always move together")
     assert table["effect"].tolist() == pytest.approx([0.2, 0.1])
     rates = got.learning_rates.set_index("setting")
     assert rates.loc["rank 2, alpha 4", "best_mean"] == pytest.approx(0.8005)

@@ -1,4 +1,4 @@
-"""Main effects against the same model by dummies."""
+"""Effects of settings at the best of the others, against the same figures by hand and by scipy."""
 
 from __future__ import annotations
 
@@ -9,164 +9,152 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis.effects import COLUMNS, Effects, main_effects
+from lora_vit.analysis.effects import COLUMNS, exponent, interaction_p, main_effects, rate_by_rank
+
+
+def crossed(values: np.ndarray, **levels: list) -> pd.DataFrame:
+    """Trials of a full factorial; ``values`` [a level of each setting ..., seeds]."""
+    rows = []
+    for k, (row, y) in enumerate(
+        zip(itertools.product(*levels.values()), values.reshape(-1, values.shape[-1]), strict=True)
+    ):
+        rows += [
+            {"cell": f"c{k:03}", "seed": s, **dict(zip(levels, row, strict=True)), "y": v} for s, v in enumerate(y)
+        ]
+    return pd.DataFrame(rows)
 
 
 def factorial(sd: float = 0.1, seeds: int = 3, interaction: float = 0.0) -> pd.DataFrame:
+    """Rank 2, 4, 8 by dropout 0, 0.1; ``interaction`` is added to rank 8 with dropout."""
     rng = np.random.default_rng(0)
-    luck = rng.normal(0, 1, seeds)
-    rows = []
-    for k, (rank, dropout) in enumerate(itertools.product([2, 4, 8], [0.0, 0.1])):
-        value = np.log2(rank) - 5 * dropout + interaction * (rank == 8) * (dropout > 0)
-        rows += [(f"c{k}", seed, rank, dropout, value + luck[seed] + rng.normal(0, sd)) for seed in range(seeds)]
-    return pd.DataFrame(rows, columns=["cell", "seed", "rank", "dropout", "y"])
+    mean = np.log2([2, 4, 8])[:, None] - 5 * np.array([0.0, 0.1]) + interaction * np.outer([0, 0, 1], [0, 1])
+    y = mean[..., None] + rng.normal(0, 1, seeds) + rng.normal(0, sd, (3, 2, seeds))
+    return crossed(y, rank=[2, 4, 8], dropout=[0.0, 0.1])
 
 
-def test_an_interaction_is_told_and_the_effect_is_the_average() -> None:
-    flat, bent = (main_effects(factorial(interaction=x), ["rank", "dropout"], "y") for x in (0.0, 3.0))
-    a, b = (e.table.set_index(["setting", "level"]).loc[("rank", 8)] for e in (flat, bent))
-    assert b["effect"] - a["effect"] == pytest.approx(3.0 / 2)  # at one of two dropouts
-    assert b["high"] - b["low"] == pytest.approx(a["high"] - a["low"])
-
-
-def agrees(got: Effects, frame: pd.DataFrame, x: np.ndarray) -> None:
-    """With the model by dummies: coefficients of ``x`` beside seeds, error between repeats, lack of fit."""
-    y, cells, seeds = (frame[name].to_numpy() for name in ("y", "cell", "seed"))
-
-    def dummies(values: np.ndarray) -> np.ndarray:
-        return (values[:, None] == np.unique(values)[None, :]).astype(float)
-
-    def fit(design: np.ndarray) -> tuple[np.ndarray, float, int]:
-        b = np.linalg.pinv(design) @ y
-        return b, float(((y - design @ b) ** 2).sum()), len(y) - int(np.linalg.matrix_rank(design))
-
-    design = np.column_stack([dummies(seeds), x])
-    b, all_ss, all_df = fit(design)
-    _, pure_ss, df = fit(np.column_stack([dummies(seeds), dummies(cells)]))
-    error, k = pure_ss / df, x.shape[1]
-    v = np.linalg.inv(design.T @ design)[-k:, -k:]
-    lack_df = all_df - df
-    lack = scipy_stats.f.sf((all_ss - pure_ss) / lack_df / error, lack_df, df) if lack_df else np.nan
-    half = scipy_stats.t.ppf(0.975, df) * np.sqrt(error * np.diag(v))
-    for name, want in (("effect", b[-k:]), ("low", b[-k:] - half), ("high", b[-k:] + half)):
-        np.testing.assert_allclose(got.table[name], want)
-    assert got.lack_of_fit_p == pytest.approx(lack, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    "missing", [[], [4, 11], [2, 5, 7, 8, 10, 11, 13, 14, 16, 17], [3, 4, 5, 9, 10, 11, 15, 16, 17]]
-)
-def test_three_levels_beside_seeds_by_dummies(missing: list[int]) -> None:
-    """In any order of the trials; one degree of freedom; without a dropout nothing is left to test for lack of fit."""
-    frame = factorial(sd=0.5).drop(index=missing).sample(frac=1, random_state=0)
-    x = np.column_stack([frame["rank"] == 4, frame["rank"] == 8]).astype(float)
-    got = main_effects(frame, ["rank"], "y")
-    agrees(got, frame, x)
+def test_an_effect_is_that_at_the_rate_that_one_would_use() -> None:
+    """Dropout costs two points at a rate that is bad for both and gains a tenth at the good one: -0.95 on average."""
+    y = 90 + np.array([[0.0, -30.0], [0.1, -32.0]])[..., None] + np.array([0.0, 0.4, -0.3])
+    got = main_effects(crossed(y, dropout=[0.0, 0.1], lr=[1e-3, 1e-2]), ["dropout", "lr"], "y")
     assert list(got.table.columns) == COLUMNS
-    assert got.table[["setting", "level", "against"]].to_numpy().tolist() == [["rank", 4, 2], ["rank", 8, 2]]
-    assert list(got.table["trials"]) == [(frame["rank"] == level).sum() for level in (4, 8)]
+    assert got.table[["setting", "level", "against", "at"]].to_numpy().tolist() == [
+        ["dropout", "0.1", "0", "lr 0.001"], ["lr", "0.01", "0.001", "dropout 0"],
+    ]  # fmt: skip
+    assert got.table["effect"].tolist() == pytest.approx([0.1, -30.0])
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "level"),
-    [
-        ("rank", 2.0 ** np.arange(9), "per doubling"),
-        ("lora.lr", 1e-4 * np.arange(1, 10), "per doubling"),
-        ("alpha", np.arange(9.0), "per unit"),  # zero has no logarithm
-        ("dropout", np.arange(9) / 10, "per unit"),
-    ],
-)
-def test_nine_levels_are_a_slope_by_dummies(name: str, values: np.ndarray, level: str) -> None:
-    rng = np.random.default_rng(2)
-    frame = pd.DataFrame([{"cell": f"c{k}", "seed": s, name: v} for k, v in enumerate(values) for s in range(3)])
-    frame["y"] = rng.normal(size=len(frame)) + frame[name] / values.max()
-    x = frame[name].to_numpy(float)[:, None]
-    x = np.log2(x) if level == "per doubling" else x
-    got = main_effects(frame, [name], "y")
-    agrees(got, frame, x)
-    assert got.table[["setting", "level", "against", "trials"]].to_numpy().tolist() == [[name, level, "", 27]]
+def test_of_places_about_as_good_the_weighted_mean_decides_and_of_others_the_plain_one() -> None:
+    """At rate 1 both ranks are good. At rate 2 rank 8 has collapsed, at rate 3 its seeds, which differ, were lucky."""
+    rng = np.random.default_rng(0)
+    y = np.array([[90.1, 90.2, 90.0], [91.0, 80.0, 91.6]])[..., None] + rng.normal(0, 0.01, (2, 3, 5))
+    y[1] += [np.roll([-1, -0.5, 0, 0.5, 1], k) for k in (0, 1, 3)]
+    got = main_effects(crossed(y, rank=[1, 8], lr=[1, 2, 3]), ["rank", "lr"], "y")
+    assert got.table["at"][0] == "lr 1"
+    assert got.table["effect"][0] == pytest.approx(0.9, abs=0.05)
 
 
-def test_eight_levels_have_an_effect_each_and_nine_names_none() -> None:
-    rng = np.random.default_rng(2)
-    names = [f"t{k}" for k in range(9)]
-    frame = pd.DataFrame([{"cell": t, "seed": s, "targets": t, "y": rng.normal()} for t in names for s in range(2)])
-    eight = main_effects(frame[frame["targets"] != "t8"], ["targets"], "y")
-    assert list(eight.table["level"]) == names[1:8]
-    assert eight.notes == []
-    nine = main_effects(frame, ["targets"], "y")
-    assert nine.table.empty
-    assert list(nine.table.columns) == COLUMNS
-    assert nine.notes == ["targets has 9 levels: too many for an effect each"]
-
-
-def test_what_cannot_be_separated_is_named_with_what_came_before() -> None:
+def test_settings_that_move_together_have_one_effect_of_both() -> None:
+    """Epochs go with targets, and alone have no effect; what differs only where others differ has none either."""
     frame = factorial()
-    frame["scaling"] = 32 / frame["rank"]
-    frame["luck"] = frame["seed"]
-    frame["partly"] = frame["rank"].where(frame.index > 2)
+    frame["alpha"] = 4 * frame["rank"]
+    frame["nested"] = np.where(frame["rank"] == 8, frame["dropout"], 0.5)
     frame["fixed"] = 1
-    got = main_effects(frame, ["luck", "fixed", "partly", "rank", "dropout", "scaling"], "y")
-    assert got.notes == [
-        "luck cannot be separated from the seeds: no effect is shown",
-        "scaling cannot be separated from rank and dropout: no effect is shown",
-    ]
-    assert list(got.table["setting"]) == ["rank", "rank", "dropout"]
-    assert main_effects(frame, ["fixed"], "y").table.empty
+    got = main_effects(frame, ["rank", "fixed", "alpha", "dropout"], "y")
+    assert got.notes == ["rank and alpha always move together: the effect that is shown is of them together"]
+    assert got.table[["setting", "level", "against"]].to_numpy().tolist() == [
+        ["rank and alpha", "4, 16", "2, 8"], ["rank and alpha", "8, 32", "2, 8"], ["dropout", "0.1", "0"],
+    ]  # fmt: skip
+    got = main_effects(frame, ["rank", "dropout", "nested"], "y")
+    assert "no trials differ in nested alone: no effect of it is shown" in got.notes
+    assert "nested" not in set(got.table["setting"])
+    half = frame[(frame["rank"] == 2) == (frame["dropout"] == 0)]  # rank 8 is there with dropout alone, as rank 4 is
+    got = main_effects(half, ["rank", "dropout"], "y")
+    assert got.table[["setting", "level", "against", "at"]].to_numpy().tolist() == [["rank", "8", "4", "dropout 0.1"]]
+    assert got.notes == ["rank: 2 not compared, since not run at the same others",
+                         "no trials differ in dropout alone: no effect of it is shown"]  # fmt: skip
 
 
-def test_mixed_levels_sort_numbers_before_words() -> None:
-    frame = factorial(seeds=2)
-    frame["mixed"] = frame["rank"].map({2: "a", 4: 10, 8: 9}).astype(object)
-    got = main_effects(frame, ["mixed"], "y").table
-    assert got[["level", "against"]].to_numpy().tolist() == [[10, 9], ["a", 9]]
+def test_the_interval_of_two_cells_is_that_of_the_paired_t_test() -> None:
+    frame = factorial(seeds=4).query("dropout == 0 and rank < 8")
+    a, b = (frame.loc[frame["rank"] == r, "y"].to_numpy() for r in (2, 4))
+    want = scipy_stats.ttest_rel(b, a).confidence_interval()
+    assert main_effects(frame, ["rank"], "y").table[["low", "high"]].to_numpy()[0] == pytest.approx(tuple(want))
 
 
-def test_lack_of_fit_is_told_below_5_percent() -> None:
-    found = [main_effects(factorial(interaction=x), ["rank", "dropout"], "y") for x in np.linspace(0, 0.6, 13)]
-    for got in found:
-        told = f"do not simply add up (lack of fit, p = {got.lack_of_fit_p:.2g})"
-        assert [told in note for note in got.notes] == [True] * (got.lack_of_fit_p < 0.05)
-    assert {len(got.notes) for got in found} == {0, 1}
+@pytest.mark.parametrize("missing", [[], [7]])
+def test_each_cell_has_a_variance_of_its_own(missing: list[int]) -> None:
+    """Satterthwaite's interval; the variances from residuals around cells and seeds, corrected by hand."""
+    frame = factorial(sd=0.5, seeds=5).query("dropout == 0").reset_index(drop=True).drop(index=missing)
+    frame.loc[frame["rank"] == 8, "y"] += 5 * np.random.default_rng(1).normal(size=5)
+    got = main_effects(frame, ["rank"], "y").table
+    x = np.column_stack([pd.get_dummies(frame["rank"]), pd.get_dummies(frame["seed"]).iloc[:, 1:]]).astype(float)
+    inverse = np.linalg.inv(x.T @ x)
+    b = inverse @ x.T @ frame["y"]
+    ss = pd.Series((frame["y"] - x @ b) ** 2).groupby(frame["rank"]).sum().to_numpy()
+    dof = pd.Series(1 - np.diag(x @ inverse @ x.T)).groupby(frame["rank"].to_numpy()).sum().to_numpy()
+    n, mse = frame["rank"].value_counts().sort_index().to_numpy(), ss.sum() / dof.sum()
+    v = np.maximum(ss / dof, (2 / 3 * ss / dof - mse / 3) / (1 / 3)) / n
+    for k in (1, 2):
+        df = (v[0] + v[k]) ** 2 / (v[0] ** 2 / dof[0] + v[k] ** 2 / dof[k])
+        adjusting = inverse[0, 0] + inverse[k, k] - 2 * inverse[0, k] - 1 / n[0] - 1 / n[k]
+        half = scipy_stats.t.ppf(0.975, df) * np.sqrt(v[0] + v[k] + mse * adjusting)
+        assert got["effect"][k - 1] == pytest.approx(b[k] - b[0])
+        assert got["high"][k - 1] - got["effect"][k - 1] == pytest.approx(half)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-6, -1e6])
-@pytest.mark.parametrize("interaction", [0.0, 1.0])
-def test_trials_without_any_noise(interaction: float, scale: float) -> None:
-    """The seeds' luck, a third, leaves rounding of 1e-16 of the values: no error, whatever the unit."""
-    frame = pd.DataFrame(
-        [{"cell": f"{a}{b}", "seed": s, "a": a, "b": b, "y": scale * (a + 2 * b + interaction * a * b + s / 3)}
-         for a in (0, 1) for b in (0, 1) for s in (0, 1, 2)]
-    )  # fmt: skip
-    got = main_effects(frame, ["a", "b"], "y")
-    want = np.array([1 + interaction / 2, 2 + interaction / 2]) * scale
-    for name in ("effect", "low", "high"):
-        np.testing.assert_allclose(got.table[name], want)
-    assert got.lack_of_fit_p == pytest.approx(0.0 if interaction else 1.0)
+@pytest.mark.parametrize(("resolution", "sd"), [(0.01, 0.01 / np.sqrt(12)), (0.0, 0.0)])
+def test_alike_values_leave_rounding(resolution: float, sd: float) -> None:
+    frame = crossed(np.array([[0.9], [0.8]]) + np.array([0.0, 0.1, 0.3]), rank=[1, 2])
+    row = main_effects(frame, ["rank"], "y", resolution).table.iloc[0]
+    half = scipy_stats.t.ppf(0.975, 2) * sd * np.sqrt(2 / 3)
+    assert row[["effect", "low", "high"]].tolist() == pytest.approx([-0.1, -0.1 - half, -0.1 + half], abs=1e-10)
+
+
+def test_an_interaction_is_told_below_5_percent() -> None:
+    found = [main_effects(factorial(interaction=x, seeds=5), ["rank", "dropout"], "y") for x in (0.0, 1.0)]
+    assert found[0].notes == []
+    assert found[1].notes[0].startswith("elsewhere these have other effects, as their pictures show: rank (p = ")
+
+
+def test_the_interaction_of_two_by_two_is_a_paired_t_test() -> None:
+    y = np.random.default_rng(0).normal(size=(4, 6))
+    want = scipy_stats.ttest_1samp(y[0] - y[1] - y[2] + y[3], 0).pvalue
+    assert interaction_p(y, np.arange(4).reshape(2, 2)) == pytest.approx(want)
+    y[3, 5] = np.nan
+    want = scipy_stats.ttest_1samp((y[0] - y[1] - y[2] + y[3])[:5], 0).pvalue
+    assert interaction_p(y, np.array([[0, 1], [2, 3], [0, -1]])) == pytest.approx(want)
+    assert interaction_p(y[:, :2], np.arange(4).reshape(2, 2)) == 1.0
+    assert interaction_p(np.ones((4, 3)), np.arange(4).reshape(2, 2)) == 1.0
+
+
+def test_the_interaction_by_the_contrasts_covariance() -> None:
+    """Greenhouse and Geisser's epsilon from the eigenvalues of orthonormal contrasts (3 x 4 levels, 7 seeds)."""
+    y = np.random.default_rng(0).normal(size=(12, 7)) * np.arange(1, 13)[:, None]
+    a, b = (np.linalg.qr(np.column_stack([np.ones(k), np.eye(k)[:, 1:]]))[0][:, 1:] for k in (3, 4))
+    z = np.kron(a, b).T @ y
+    values = np.linalg.eigvalsh(np.cov(z))
+    epsilon = values.sum() ** 2 / (6 * (values**2).sum())
+    f = 7 * (z.mean(1) ** 2).sum() / values.sum()
+    want = scipy_stats.f.sf(f, 6 * epsilon, 36 * epsilon)
+    assert interaction_p(y, np.arange(12).reshape(3, 4)) == pytest.approx(want)
+
+
+def test_levels_are_sorted_numbers_before_words_and_none_last() -> None:
+    frame = crossed(np.random.default_rng(0).normal(size=(4, 2)), mixed=["a", 10, None, 9])
+    assert list(main_effects(frame, ["mixed"], "y").table["level"]) == ["10", "a", "–"]
+    many = crossed(np.random.default_rng(0).normal(size=(13, 2)), lr=list(range(13)))
+    got = main_effects(many, ["lr"], "y")
+    assert list(got.table["level"]) == [str(k) for k in range(1, 13)]
 
 
 def test_two_cells_with_two_seeds_are_the_least() -> None:
     rows = [("a", 0, 1, 0.1), ("a", 1, 1, 0.2), ("b", 0, 2, 0.5), ("b", 1, 2, 0.55), ("c", 0, 4, 0.9)]
     frame = pd.DataFrame(rows, columns=["cell", "seed", "rank", "y"])
-    assert list(main_effects(frame[:4], ["rank"], "y").table["level"]) == [2]
+    assert list(main_effects(frame[:4], ["rank"], "y").table["level"]) == ["2"]
+    one = main_effects(factorial(seeds=1), ["rank", "dropout"], "y")
+    assert one.table.empty
+    assert [f.places.index[f.chosen] for f in one.factors] == ["dropout 0", "rank 8"]
     assert main_effects(frame.drop(index=3), ["rank"], "y").table.empty
-    assert main_effects(factorial(seeds=1), ["rank", "dropout"], "y").table.empty
-
-
-def test_repeats_that_share_no_seed_leave_the_error_around_the_model() -> None:
-    """Two cells of two seeds and one seed more in each: nothing is left between repeats; x = 1, 1, 2, 2 by hand."""
-    frame = pd.DataFrame(
-        {"cell": ["a", "a", "b", "b", "c", "d"], "seed": [0, 1, 1, 2, 0, 2], "x": [1, 1, 2, 2, 2, 1],
-         "y": [1.0, 2.0, 4.0, 3.0, 2.5, 2.0]}
-    )  # fmt: skip
-    got = main_effects(frame, ["x"], "y")
-    seeds = (frame["seed"].to_numpy()[:, None] == np.arange(3)).astype(float)
-    design = np.column_stack([seeds, frame["x"] == 2]).astype(float)
-    b, ss, *_ = np.linalg.lstsq(design, frame["y"].to_numpy(), rcond=None)
-    half = scipy_stats.t.ppf(0.975, 2) * np.sqrt(ss[0] / 2 * np.linalg.inv(design.T @ design)[3, 3])
-    assert got.table.loc[0, "effect"] == pytest.approx(b[3])
-    assert got.table.loc[0, "high"] - b[3] == pytest.approx(half)
-    assert np.isnan(got.lack_of_fit_p)
 
 
 def test_more_seeds_than_blocks_are_made_for() -> None:
@@ -174,5 +162,63 @@ def test_more_seeds_than_blocks_are_made_for() -> None:
     frame["rank"], frame["y"] = frame["cell"] + 1, np.random.default_rng(0).normal(size=802)
     got = main_effects(frame, ["rank"], "y")
     assert got.table.empty
-    assert got.notes == ["more than 400 seeds: no main effects"]
+    assert got.notes == ["more than 400 seeds: no effects of settings"]
     assert not main_effects(frame[frame["seed"] < 400], ["rank"], "y").table.empty
+
+
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+
+
+def by_rate(power: float, sd: float, best: float = 2e-3) -> pd.DataFrame:
+    """Rank 1, 4, 16 by RATES, five seeds: a parabola in log rate with its top at ``best * (rank / 4) ** power``."""
+    away = np.log(RATES) - np.log(best) - power * np.log([1, 4, 16])[:, None] + power * np.log(4)
+    return crossed(
+        (95 - away**2)[..., None] + np.random.default_rng(0).normal(0, sd, (3, 5, 5)), rank=[1, 4, 16], lr=RATES
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("power", "sd", "best", "start"),
+    [
+        (0.0, 0.03, 2e-3, "one learning rate serves ranks 1 to 16: it goes as rank^0.0"),
+        (-0.3, 0.03, 2e-3, "the best learning rate moves with the rank, by a factor of 0.4"),
+        (0.0, 0.8, 2e-3, "whether one learning rate serves ranks 1 to 16 is open: it goes as rank^"),
+        (-0.3, 0.03, 1e-2, "whether one learning rate serves ranks 1 to 16 is open: too few are best between"),
+    ],
+)
+def test_whether_one_rate_serves_all_ranks(tied: bool, power: float, sd: float, best: float, start: str) -> None:
+    frame = by_rate(power, sd, best).assign(alpha=lambda f: 2 * f["rank"])
+    notes = main_effects(frame, ["rank", *["alpha"] * tied, "lr"], "y").notes
+    told = [note for note in notes if note.startswith(start)]
+    assert len(told) == 1, notes
+    if "95 %" in told[0]:
+        low, high = told[0].split("95 %: ")[1].rstrip(")").split(" to ")
+        assert float(low) <= power <= float(high)
+
+
+def test_the_power_of_the_rank_is_that_of_the_tops_and_its_interval_a_jackknife() -> None:
+    """By the formulas of a parabola through three points and of a line; a rank that is best at an end is left out."""
+    frame = by_rate(-0.4, sd=0.2)
+    y = frame["y"].to_numpy().reshape(3, 5, 5)
+
+    def by_hand(mean: np.ndarray) -> float:
+        tops, x = [], np.log(RATES)
+        for row in mean:
+            k = row.argmax()
+            left, right = row[k] - row[k - 1], row[k] - row[k + 1]
+            tops.append(x[k] + np.log(2) / 2 * (left - right) / (left + right))
+        return float((tops[2] - tops[0]) / np.log(16))  # of three ranks at equal distances
+
+    b = by_hand(y.mean(2))
+    assert exponent(np.array([1.0, 4, 16]), np.array(RATES), y.mean(2)) == pytest.approx(b)
+    left_out = np.vstack([y.mean(2), [[0, 1, 2, 3, 4]]])
+    assert exponent(np.array([1.0, 4, 16, 64]), np.array(RATES), left_out) == pytest.approx(b)
+    without = [by_hand(np.delete(y, s, 2).mean(2)) for s in range(5)]
+    half = scipy_stats.t.ppf(0.975, 4) * np.sqrt(4 / 5 * ((without - np.mean(without)) ** 2).sum())
+    rows = frame.drop_duplicates("cell")[["rank", "lr"]]
+    assert f"rank^{b:.2f} (95 %: {b - half:.2f} to {b + half:.2f})" in rate_by_rank(rows, y.reshape(15, 5))[0]
+    assert rate_by_rank(rows, y.reshape(15, 5)[:, :2]) == [], "two seeds"
+    assert rate_by_rank(rows[rows["lr"] < 2e-3], y[:, :2].reshape(6, 5)) == [], "two rates"
+    edge = np.array([[0.0] * 3, [2.7, 0, 0], [0, 2.7, 0], [0, 0, 2.7], [1] * 3])  # best, but without any one seed
+    assert "too few" in rate_by_rank(rows, np.tile(edge, (3, 1)))[0]

@@ -79,9 +79,9 @@ def test_the_sections_below_the_cells(large, monkeypatch):
     assert found["best over lr, %"] == f"{100 * first['best_mean']:.2f}"
     shared = f"at shared lr {first['shared_lr']:g}, %"
     assert found[shared] == f"{100 * first['shared_mean']:.2f}"
-    assert of_effects == summary.effects.notes != []
+    assert of_effects == summary.effects.notes
     effect = summary.effects.table.iloc[0]
-    assert list(effects.iloc[0]) == ["rank", "16", "1", f"{100 * effect['effect']:+.2f}",
+    assert list(effects.iloc[0]) == ["rank", "16", "1", "dropout 0, lr 0.001", f"{100 * effect['effect']:+.2f}",
                                            f"{100 * effect['low']:+.2f} to {100 * effect['high']:+.2f}"]  # fmt: skip
     assert list(unfinished.iloc[0][["status", "epoch", "last value"]]) == ["stopped", "5", "20.00 %"]
     monkeypatch.setattr(export, "PAGE_ROWS", 0)
@@ -96,7 +96,10 @@ def test_notes_are_shown_even_without_their_table(tmp_path):
     console = Console(width=100, file=io.StringIO())
     export.terminal(summary, console, 30)
     assert "note: why there is *none*" in console.file.getvalue()
-    assert "### Main effects (points)\n\nwhy there is \\*none\\*\n" in export.table_md(summary)
+    assert (
+        "### Effects (points), each where the other settings are best\n\nwhy there is \\*none\\*\n"
+        in export.table_md(summary)
+    )
     assert '<p class="note">Why there is *none*.</p>' in export.html_report(summary, {}, "command")
 
 
@@ -208,7 +211,8 @@ def test_every_word_lies_inside_its_picture_and_on_no_other(quick, tmp_path):
     make_sweep(tmp_path / "rates", rates, np.full((40, 1), 0.9), curve=False)
     race(tmp_path / "race")
     figures = {**drawn(quick), "race": drawn(tmp_path / "race")["race"], "by_lr": drawn(tmp_path / "rates")["by_lr"]}
-    assert set(figures) == {"cells", "by_rank", "by_lr", "learning_curves", "pareto_parameters", "race"}
+    of_settings = {"by_rank", "by_lr", "by_dropout"}  # weights differ in one cell, and never alone
+    assert set(figures) == {"cells", "learning_curves", "pareto_parameters", "race"} | of_settings
     for name, figure in figures.items():
         figure.draw_without_rendering()
         inside, picture = figure.bbox.padded(1), figure.axes[0].bbox
@@ -222,23 +226,37 @@ def test_every_word_lies_inside_its_picture_and_on_no_other(quick, tmp_path):
             assert not one.padded(-1).overlaps(other.padded(-1)), (name, a, b)
 
 
-def test_what_neither_axis_nor_lines_show_is_held_at_the_best_cells_values(quick):
+def test_each_setting_has_a_line_for_each_combination_of_the_others(quick):
     where = "weights == 'GLYPHS_V1' and (method != 'lora' or rank < 16)"
-    cells = summarize(quick, where=where).cells
-    figure, same = (drawn(quick, where=where)["by_rank"] for _ in range(2))
-    assert plots.render(figure, "svg") == plots.render(same, "svg")
-    axes = figure.axes[0]
-    best = cells[cells["lora.method"] == "lora"].iloc[0]
-    assert f"at lr {best['optimizer.lr']:g}" in axes.get_title(loc="left")
-    lines = {container.get_label(): container.lines[0].get_ydata() for container in axes.containers}
-    assert set(lines) == {"dropout 0", "dropout 0.1"}
-    for label, heights in lines.items():
-        held = cells["optimizer.lr"] == best["optimizer.lr"]
-        shown = cells[held & (cells["lora.dropout"] == float(label.split()[1]))].sort_values("lora.rank")
-        np.testing.assert_allclose(heights, 100 * shown["mean"])
+    summary = summarize(quick, where=where)
+    figures, same = (plots.draw_all(summary) for _ in range(2))
+    assert plots.render(figures["by_rank"], "svg") == plots.render(same["by_rank"], "svg")
+    cells, axes = summary.cells, figures["by_rank"].axes[0]
+    compared = summary.effects.table.set_index("setting")["at"].loc["rank"].iloc[0]
+    drawn = {f"{c.get_label()}": c.lines[0].get_ydata() for c in axes.containers}
+    drawn |= {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label().startswith("dropout")}
+    assert f"{compared}: compared here" in drawn
+    assert len(drawn) == 4, "two dropouts, two rates"
+    for label, heights in drawn.items():
+        dropout, lr = (float(part.split(":")[0].split()[1]) for part in label.split(", "))
+        held = (cells["lora.dropout"] == dropout) & (cells["optimizer.lr"] == lr)
+        np.testing.assert_allclose(heights, 100 * cells[held].sort_values("lora.rank")["mean"])
     low, high = axes.get_ylim()
     baselines = cells[cells["lora.method"] != "lora"]["mean"] * 100
     assert ((low < baselines) & (baselines < high)).all()
+
+
+def test_lines_far_below_leave_the_picture_and_the_best_of_many_are_drawn(tmp_path):
+    cells = [{"lora__rank": rank, "optimizer__lr": 0.001 * k} for rank in (1, 2) for k in range(1, 11)]
+    make_sweep(tmp_path, cells, np.tile([0.9, 0.91, 0.1, *[0.905] * 7], 2)[:, None], curve=False)
+    axes = drawn(tmp_path)["by_rank"].axes[0]
+    assert "6 of 9 other lines" in axes.get_title(loc="left")
+    names = axes.get_legend_handles_labels()[1]
+    assert len(names) == 7
+    assert "lr 0.003" not in names, "the worst"
+    axes = drawn(tmp_path)["by_lr"].axes[0]
+    assert axes.get_ylim()[0] > 80
+    assert "go on lower" in axes.get_xlabel()
 
 
 def test_one_huge_interval_is_cut_and_no_mean(tmp_path):

@@ -182,7 +182,7 @@ def test_the_most_important_figures():
     [
         ({}, ["the seed is a block; 2 cells and 3 seeds leave 4 degrees", "0.56 points (pooled over all cells: 0.43)",
               "Tukey", "Hsu", "With these seeds", "0.18 points above", "after the last epoch"],
-         ["wider", "Main effects", "fewer"]),
+         ["wider", "Effects are", "fewer"]),
         ({"complete": False}, ["3 seeds, some missing leave 4"], []),
         ({"wide": True, "repeats": 4.9}, ["The wider error", "With fewer than five seeds"], []),
         ({"wide": True, "repeats": 5.0}, ["The wider error"], ["With fewer than five seeds"]),
@@ -196,5 +196,5 @@ def test_the_page_says_what_was_done(comparison, said, not_said):
     assert [words for words in said if words not in text] == []
     assert [words for words in not_said if words in text] == []
     known.effects.table = pd.DataFrame({"effect": [0.1]})
-    explained = "Main effects come from a linear model with the seed as block" in page(known)
+    explained = "Effects are those among the trials with adapters" in page(known)
     assert explained == (known.comparison.best is not None)
