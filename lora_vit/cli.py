@@ -6,6 +6,7 @@ the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import __version__
-from lora_vit.config import TrialConfig, from_dict, is_weights_file, weights_files
+from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.config.identity import file_and_prefix
 from lora_vit.errors import RecordError, reporting
 from lora_vit.records import PLAN, TrialRecord, read_record
 
@@ -89,7 +91,8 @@ def completed_trial(folder: str | Path, weights: str | None, device: str, root: 
     config.data.root = config.data.root if root is None else root
     config.model.weights = config.model.weights if weights is None else weights
     config.data.content = config.model.weights_sha256 = None  # the adapter's binding compares, and says what differs
-    if is_weights_file(config.model.weights) and not weights_files(str(config.model.weights))[0].exists():
+    file, _ = file_and_prefix(config.model.weights)
+    if is_weights_file(config.model.weights) and not os.path.exists(os.path.expanduser(file)):
         raise RecordError(f"{config.model.weights} is not there: say with --weights where the trial's weights are now")
     return folder, record, config
 

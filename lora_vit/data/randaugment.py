@@ -89,6 +89,6 @@ def turned(x: Tensor, part: Tensor) -> Tensor:
     width = high - low
     sixth = torch.where(high == red, green - blue, torch.where(high == green, blue - red, red - green))
     first = torch.where(high == red, 0.0, torch.where(high == green, 2.0, 4.0))
-    away = (first + sixth / width.clamp(min=1) + 6 * part + x.new_tensor([5, 3, 1])[:, None, None]) % 6
+    away = (first + sixth / width.clamp(min=1) + 6 * part + torch.arange(5, 0, -2, device=x.device)[:, None, None]) % 6
     found = high - width * torch.minimum(away, 4 - away).clamp_(0, 1)
     return found.mul_(255.999 / 255).to(x.dtype)  # rounded as torchvision does

@@ -146,7 +146,7 @@ def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
     [
         ("lora.dropout", 1.5, "lora.dropout=1.5 is impossible"),
         ("lora.rnk", 8, "lora.rnk"),
-        ("lora.rank", "four", "lora.rank: Value 'four'"),
+        ("lora.rank", "four", "lora.rank=four is impossible: give a whole number"),
     ],
 )
 def test_a_field_that_was_changed_is_checked_before_anything_is_trained(key, value, words, tmp_path):
