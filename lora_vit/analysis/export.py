@@ -32,7 +32,9 @@ RATES_NOTE = (
     "tried; at the shared rate nothing was selected, but the rate may suit some settings better"
 )
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
-LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
+LEAST_NEEDED = (
+    "vs full fine-tuning", "vs linear probe", "seconds", "parameters", "pictures ±", "seeds ±", "95 % interval",
+)  # fmt: skip
 """Columns of the cells table that a narrow terminal does without, the first first."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]
@@ -72,6 +74,8 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
         ("vs best (points)" if wide else "vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
+        ("seeds ±", "difference_seeds", plain),
+        ("pictures ±", "difference_pictures", plain),
         ("vs linear probe", "vs_probe", signed),
         ("vs full fine-tuning", "vs_full", signed),
         ("parameters", "trainable_parameters", count),

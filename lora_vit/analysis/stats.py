@@ -16,14 +16,18 @@ All arrays: m cells, S seeds; a missing trial is NaN.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special
 
-CONFIDENCE = 0.95
-MOST_SEEDS = 400  # with more columns the seeds are no blocks: so many were drawn at random for each cell
+from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
+from lora_vit.analysis.pictures import Pictures
+
+CONFIDENCE, ALPHA = 0.95, 0.05
+Z = 1.959964  # of a normal: two-sided 95 %
 
 
 class Interval(NamedTuple):
@@ -36,10 +40,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
-    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values.
+def t_interval(values: np.ndarray, resolution: float = 0.0, pictures: float = 0.0) -> Interval:
+    """``mean +- sqrt(t(n-1)^2 sd^2 / n + z^2 pictures)`` of the finite values (Cochran & Cox, 1950).
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
+    ``pictures``: their part of the mean's variance.
     """
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
@@ -48,8 +53,30 @@ def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
+    seeds = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
+    half = math.hypot(seeds, Z * math.sqrt(pictures))
     return Interval(mean, sd, n, mean - half, mean + half)
+
+
+def wilson(share: float, size: float) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share: within 0 and 1, and of some width at both."""
+    z2 = Z**2 / size
+    half = math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+
+
+def share_interval(values: np.ndarray, resolution: float = 0.0, pictures: float = 0.0) -> Interval:
+    """:func:`t_interval` of fractions as Wilson's, with the size that has this width (Korn & Graubard, 1998).
+
+    The size is at most ``1 / resolution`` pictures, so that there is an interval at 0 and 100 % too.
+    """
+    mean, sd, n, low, high = plain = t_interval(values, resolution, pictures)
+    if not high > low:
+        return plain
+    size = mean * (1 - mean) * (2 * Z / (high - low)) ** 2
+    if resolution:
+        size = min(size, 1 / resolution) if size > 0 else 1 / resolution
+    return Interval(mean, sd, n, *wilson(mean, size))
 
 
 @dataclass
@@ -180,18 +207,14 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
 
 
 @functools.cache
-def tukey_critical(m: int, df: float) -> float:
-    """Upper 5 % point of the studentized range."""
-    from scipy import stats  # slow to import
-
-    return float(stats.studentized_range.ppf(CONFIDENCE, m, df))
-
-
-@functools.cache
 def chi_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
     """Values of s, ``df s^2 ~ chi2(df)``, and their weights, for an expectation over s as a sum of 160 terms."""
     nodes, weights = np.polynomial.legendre.leggauss(160)
     return np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df), weights / 2
+
+
+_Z = np.linspace(-8.5, 8.5, 171)
+_WEIGHT = np.exp(-(_Z**2) / 2) / math.sqrt(2 * math.pi) * (_Z[1] - _Z[0])
 
 
 def dunnett_tail(t: float, others: int, df: float) -> float:
@@ -200,20 +223,44 @@ def dunnett_tail(t: float, others: int, df: float) -> float:
     ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
     (absolute error below 1e-5).
     """
-    z = np.linspace(-8.5, 8.5, 171)
-    weight_z = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     s, weights = chi_nodes(df)
-    log_cdf = special.log_ndtr(math.sqrt(2) * t * s[:, None] + z)
-    return float(1 - weights @ (np.exp(others * log_cdf) @ weight_z))
+    log_cdf = special.log_ndtr(math.sqrt(2) * t * s[:, None] + _Z)
+    return float(1 - weights @ (np.exp(others * log_cdf) @ _WEIGHT))
+
+
+def tukey_tail(q: float, m: int, df: float) -> float:
+    """P(studentized range of m > q), ``1 - E[ m integral phi(z) (Phi(z) - Phi(z - q s))^(m - 1) dz ]``, likewise."""
+    s, weights = chi_nodes(df)
+    between = special.ndtr(_Z) - special.ndtr(_Z - q * s[:, None])
+    return float(1 - m * (weights @ (between ** (m - 1) @ _WEIGHT)))
+
+
+def _upper(tail: Callable[[float, int, float], float], count: int, df: float, alpha: float) -> float:
+    top = 4.0
+    while tail(top, count, df) > alpha:
+        top *= 2
+    return float(optimize.brentq(lambda x: tail(x, count, df) - alpha, 0.0, top, xtol=1e-7))
 
 
 @functools.cache
-def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
+def tukey_critical(m: int, df: float, alpha: float = ALPHA) -> float:
+    """Where :func:`tukey_tail` is ``alpha``."""
+    return _upper(tukey_tail, m, df, alpha)
+
+
+@functools.cache
+def dunnett_critical(others: int, df: float, alpha: float = ALPHA) -> float:
     """Where :func:`dunnett_tail` is ``alpha``."""
-    top = 4.0
-    while dunnett_tail(top, others, df) > alpha:
-        top *= 2
-    return float(optimize.brentq(lambda t: dunnett_tail(t, others, df) - alpha, 0.0, top, xtol=1e-7))
+    return _upper(dunnett_tail, others, df, alpha)
+
+
+def critical_values(
+    critical: Callable[[int, float, float], float], count: int, df: np.ndarray, alpha: float = ALPHA
+) -> np.ndarray:
+    """``critical(count, df, alpha)`` for an array of df from 4 on: its logarithm is interpolated in 1 / df."""
+    nodes = np.array([1e-6, 0.02, 0.06, 0.12, 0.2, 0.25])
+    logs = [math.log(critical(count, 1 / node, alpha)) for node in nodes]
+    return np.exp(np.interp(1 / df, nodes, logs))
 
 
 @dataclass
@@ -224,6 +271,8 @@ class Comparison:
     means: np.ndarray
     difference: np.ndarray  # best minus cell (never negative)
     half: np.ndarray  # its simultaneous 95 % half width
+    half_seeds: np.ndarray  # that of the seeds alone, and
+    half_pictures: np.ndarray  # of the pictures: half is the root of the sum of their squares
     worse: np.ndarray
     candidate: np.ndarray
     below: np.ndarray  # with 95 % for all at once, no other true mean is more than this above (Hsu's, never negative)
@@ -237,15 +286,19 @@ class Comparison:
     complete: bool = True
     seeds: int = 0
     repeats: float = math.nan  # seeds of a cell (harmonic mean)
+    pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
 
 
-def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Comparison:
+def compare(
+    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", pictures: Pictures | None = None
+) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
     ``y`` [m, S]: one column per seed, NaN where there is no such trial. ``resolution``: smallest step of the metric (1
     / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
     ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
-    (pooled error) or ``unequal`` (wide error).
+    (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
+    claims are about the pictures at hand.
     """
     m = len(y)
     keep = np.isfinite(y).sum(1) >= 2
@@ -258,21 +311,22 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
         fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, no, no, nan)
+        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan)
 
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
-    error = _errors(fit, np.array([best]), common, wide)[0]
-    difference, tukey, dunnett = fit.means[best] - fit.means, tukey_critical(k, fit.df), dunnett_critical(k - 1, fit.df)
-    half = tukey / math.sqrt(2) * error
-    half[best] = np.nan
-    candidate, below = _against_others(fit, common, wide, dunnett)
+    errors = _Errors(fit, common, wide, pictures, np.flatnonzero(keep))
+    difference = fit.means[best] - fit.means
+    half_seeds, half_pictures = errors.halves(tukey_critical, k, np.array([best]))[:, 0] / math.sqrt(2)
+    half_seeds[best] = half_pictures[best] = np.nan
+    half = np.hypot(half_seeds, half_pictures)
+    candidate, below = _against_others(fit, errors)
 
     of_kept = {
-        "means": fit.means, "difference": difference, "half": half, "candidate": candidate, "below": below,
-        "worse": difference * math.sqrt(2) > tukey * error,
+        "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
+        "half_pictures": half_pictures, "candidate": candidate, "below": below, "worse": difference > half,
     }  # fmt: skip
     of_all: dict[str, Any] = {name: np.full(m, np.nan if v.dtype == float else False) for name, v in of_kept.items()}
     for name, values in of_kept.items():
@@ -290,25 +344,52 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
         complete=bool(np.isfinite(fit.y).all()),
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
+        pictures=errors.pictures_part(best),
     )
 
 
-def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
-    """Standard errors of ``means[rows] - means``: [len(rows), m]."""
-    variance = np.full((len(rows), len(fit.means)), common)
-    if wide:
-        variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
-    return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
+@dataclass
+class _Errors:
+    """What a difference of two cells' means is known to: by seeds and by pictures."""
+
+    fit: Blocked
+    common: float
+    wide: bool
+    pictures: Pictures | None
+    cells: np.ndarray  # rows of ``pictures`` that the fit's cells have
+
+    def halves(self, critical: Callable[[int, float, float], float], count: int, rows: np.ndarray) -> np.ndarray:
+        """``critical`` errors of ``means[rows] - means``, of the seeds and of the pictures: [2, len(rows), m].
+
+        Each has the critical value of its own degrees of freedom, and both together are the root of the sum of their
+        squares (Cochran & Cox, 1950). One value by Satterthwaite's (1946) errs in up to 14 % with two seeds.
+        """
+        fit = self.fit
+        variance = np.full((len(rows), len(fit.means)), self.common)
+        if self.wide:
+            variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
+        seeds = critical(count, fit.df, ALPHA) * np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
+        if self.pictures is None:
+            return np.stack([seeds, np.zeros_like(seeds)])
+        part, df = self.pictures.of_differences(self.cells[rows], self.cells)
+        return np.stack([seeds, critical_values(critical, count, df) * np.sqrt(part)])
+
+    def pictures_part(self, best: int) -> float:
+        """Of the variance of a difference from the best, the median of the others."""
+        if self.pictures is None:
+            return 0.0
+        part, _ = self.pictures.of_differences(self.cells[[best]], np.delete(self.cells, best))
+        return float(np.median(part))
 
 
-def _against_others(fit: Blocked, common: float, wide: bool, critical: float) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell whether no other lies above it by more than ``critical`` errors, and how far above it another may
-    lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+def _against_others(fit: Blocked, errors: _Errors) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell whether no other lies above it by more than Dunnett's ``critical`` errors, and how far above it
+    another may lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
     """
     m, near, below = len(fit.means), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        lead, error = fit.means - fit.means[rows][:, None], critical * _errors(fit, rows, common, wide)
+        lead, error = fit.means - fit.means[rows][:, None], np.hypot(*errors.halves(dunnett_critical, m - 1, rows))
         near.append((lead <= error).all(1))
         below.append(np.maximum(lead + error, 0.0).max(1))
     return np.concatenate(near), np.concatenate(below)

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import detectable, expected_maximum, seeds_needed, seeds_within
+from lora_vit.analysis.pictures import Sums
+from lora_vit.analysis.power import detectable, expected_maximum, pictures_needed, seeds_needed, seeds_within
 from lora_vit.analysis.race import Race, one_stage, standing
-from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval
+from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
 from lora_vit.metrics import LOSSES, METRICS
@@ -30,8 +31,8 @@ class Summary:
 
     ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
     this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
-    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``race``: if the sweep was one, with the
-    ``command`` that resumes it.
+    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``pictures``: so many of val count in the
+    claims (0: they hold on these alone). ``race``: if the sweep was one, with the ``command`` that resumes it.
     """
 
     folders: list[str]
@@ -52,17 +53,19 @@ class Summary:
     race: Race | None = None
     command: str | None = None
     metric: str = "accuracy"
+    pictures: int = 0
 
     legend = (
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
-        "is no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of val "
-        "{} against that cost."
+        "is no candidate, yet not shown to be worse; *no verdict*: one seed. *seeds ±* and *pictures ±*: how far other "
+        "seeds and other pictures of the kind may move the difference from the best; it is *worse* beyond the root of "
+        "the sum of their squares. A star marks the Pareto front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
     def __post_init__(self) -> None:
-        self.title, self.meaning, _, self.counts_images = METRICS[self.metric]
+        self.title, self.meaning, _, self.counts_images, *_ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
         self.legend = self.legend.format(self.title) + losses
 
@@ -119,44 +122,51 @@ class Summary:
             if selected is not None and selected["trainable_parameters"] <= self.cells["trainable_parameters"].min():
                 return ""
             text = f"No {'' if selected is None else 'smaller '}cell is shown to be {close}"
-            needed = seeds_within(margin, c.sd, int(c.compared.sum()))
+            needed = seeds_within(margin, c.sd, int(c.compared.sum()), c.pictures)
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            wanted = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
-            return f"{text}; {wanted} seeds per cell would be needed."
+            return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
         small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
         text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
         if fast["label"] != small["label"]:
             text += f", and so is the fastest such cell, {fast['label']} ({duration(fast['seconds'])} s a trial)"
         return f"{text}."
 
+    def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
+        """What shows such a difference: seeds, or where no number of them does, pictures."""
+        c = self.comparison
+        images = pictures_needed(difference, int(c.compared.sum()), c.pictures, self.pictures, within)
+        if images > self.pictures:
+            return f"more than {images:,} val pictures in place of the {self.pictures:,}"
+        return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
+
     def power(self) -> tuple[str, str] | None:
-        """The true difference that is detected with 80 % power, and how many seeds per cell detect half a point."""
+        """The true difference that is detected with 80 % power, and what detects half a point."""
         c, cells = self.comparison, int(self.comparison.compared.sum())
         if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
-        seeds = seeds_needed(0.005, c.sd, cells) or f"more than {MOST_SEEDS}"
-        return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
+        takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures))
+        return points(detectable(c.sd, cells, c.repeats, c.df, c.pictures)), takes
 
     def power_text(self) -> str:
         found = self.power()
         return "" if found is None else (
-            f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
-            f"point would take {found[1]} seeds per cell."
+            f"With these seeds{' and pictures' * bool(self.pictures)} a true difference of {found[0]} from the best "
+            f"would be detected with 80 % power; half a point would take {found[1]}."
         )
 
     def errors_of_test(self) -> str:
         """Both half widths of the test figure at 95 %; that of the images for a share of them alone."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        p, n, z2 = self.test.mean, self.test_images, 1.959964**2  # Wilson (1927): not 0 where all images are right
-        of_set = math.sqrt(z2 * p * (1 - p) / n + (z2 / n / 2) ** 2) / (1 + z2 / n) if n else math.nan
+        low, high = wilson(self.test.mean, n) if (n := self.test_images) else (math.nan, math.nan)
+        of_set = (high - low) / 2  # not 0 where all images are right
         return f"{between}± {plain(of_set if self.counts_images else math.nan)} from the {n:,} test images"
 
     def optimism(self) -> float:
         """How far the best mean would lie above the others if all cells were equally good."""
         c = self.comparison
-        return c.sd / math.sqrt(c.repeats) * expected_maximum(int(c.compared.sum()))
+        return math.sqrt(c.sd**2 / c.repeats + c.pictures / 2) * expected_maximum(int(c.compared.sum()))
 
 
 class RaceSummary(Summary):
@@ -190,9 +200,12 @@ class RaceSummary(Summary):
             outcome = "Nothing is selected: a trial of each cell failed."
         elif race.ended:
             names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+            takes = f"takes more than sweep.most_seeds={race.rules.most_seeds}"
+            if race.blocked:
+                takes = f"takes more than {self.pictures:,} val pictures: no number of seeds can decide it"
             outcome = (
                 f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
+                f"them is best to within {margin} {takes}."
             )
         else:
             seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
@@ -215,10 +228,12 @@ class RaceSummary(Summary):
         return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
 
-def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy") -> Race:
+def replay(
+    plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy", sums: Sums | None = None
+) -> Race:
     ended = trials[trials["status"].isin(["completed", "failed"])]
     values = ended[value].where(ended["status"] == "completed")
-    return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True))
+    return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True), sums)
 
 
 def first_seeds(plan: Mapping[str, Any], trials: pd.DataFrame) -> pd.DataFrame:
@@ -240,7 +255,7 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
     ``seeds_raced``: when a cell left; ``difference``: over the seeds that it shares with the first row.
     """
     frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
-    frame = frame.loc[:, ~frame.columns.str.startswith("d_")]
+    frame = frame.loc[:, ~frame.columns.str.startswith(("d_", "difference_seeds", "difference_pictures"))]
     for i, cell in enumerate(race.cells):
         stays = "selected" if i == race.selected else "left"
         mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.race import Race, standing, wanted
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
@@ -58,13 +59,16 @@ class RaceSource(Source):
             # by the order of ids, which settles ties; of trials: cell, seed, value (None: failed) and val images
             self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
             self.ended: dict[str, tuple[str, int, object, object]] = {}
+            self.sums = Sums(plan["metric"])
         for name, trial in self.sweep.trials.items():
             if name not in self.ended and trial.cell_id in plan["cells"]:
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
-                    images = state.record.data.get("val")
-                    self.ended[name] = (trial.cell_id, trial.config.seed, value_of(state, plan["metric"]), images)
-        self.race: Race = standing(plan, self.ended.values())
+                    seed, value = trial.config.seed, value_of(state, plan["metric"])
+                    self.ended[name] = (trial.cell_id, seed, value, state.record.data.get("val"))
+                    if value is not None and 0 <= seed - plan["seed"] < plan["first_seeds"]:
+                        self.sums.add(trial.cell_id, seed, self.sweep.folder / name)
+        self.race: Race = standing(plan, self.ended.values(), self.sums)
 
     def wanted(self) -> list[Trial]:
         places = wanted(self.race, int(self.sweep.plan["workers"]))

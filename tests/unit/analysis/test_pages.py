@@ -110,7 +110,7 @@ def test_names_are_text_wherever_they_are_shown(tmp_path, name):
     assert "<b>*x*" not in page
     table = export.table_md(summary)
     assert not any(raw in table for raw in ("<script", "<b>", " *x*"))
-    assert all(line.count(" | ") == table.splitlines()[6].count(" | ") for line in table.splitlines()[6:10])
+    assert all(line.count(" | ") == table.splitlines()[8].count(" | ") for line in table.splitlines()[8:12])
     tex = export.table_tex(summary)
     comments, _, body = tex.partition("\\begin{table}")
     assert all(line.startswith("%") for line in comments.splitlines())

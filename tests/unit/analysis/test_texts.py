@@ -38,7 +38,7 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
         folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[], learning_rates=empty,
         trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there"}),
         environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
-        comparison=Comparison(compared, nothing, nothing, nothing, nothing, nothing, nothing, **values),
+        comparison=Comparison(compared, *[nothing] * 8, **values),
         effects=Effects(), test=Interval(0.9536, NAN, 3, 0.9415, 0.9657), test_images=1719, warnings=[], problems=[],
     )  # fmt: skip
 
@@ -145,17 +145,18 @@ TEST = "± 1.21 between seeds, ± 1.00 from the 1,719 test images"
 def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     """By the definition of power, with the comparison's cells, seeds, error and degrees of freedom."""
     known = summary(BEST, WORSE)
-    found, seeds = known.power()
-    assert found.endswith(" points")
+    found, takes = known.power()
+    seeds = takes.split()[1]
+    assert (found.split()[1], takes) == ("points", f"about {seeds} seeds per cell")
     assert power(float(found.split()[0]) / 100, 0.00561, 2, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
     assert power(0.005, 0.00561, 2, int(seeds)) >= 0.8 > power(0.005, 0.00561, 2, int(seeds) - 1)
     assert f"a true difference of {found}" in known.power_text()
-    assert f"80 % power; half a point would take {seeds} seeds per cell." in known.power_text()
+    assert f"80 % power; half a point would take {takes}." in known.power_text()
     assert known.optimism() == pytest.approx(0.00561 / math.sqrt(3 * math.pi)), "the mean of the larger of two normals"
     assert known.errors_of_test() == TEST
     known.test = known.test._replace(low=NAN)
     assert known.errors_of_test() == "± 1.00 from the 1,719 test images"
-    assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400"
+    assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400 seeds per cell"
     assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
 
 
@@ -165,12 +166,12 @@ def page(known: Summary) -> str:
 
 def test_the_most_important_figures():
     known = summary(BEST, WORSE)
-    found, seeds = known.power()
+    found, takes = known.power()
     figures = re.findall('<div class="fact"><b>(.*?)</b><span>(.*?)</span>', page(known))
     assert figures == [
         ("90.00 %", "val accuracy of A, n = 3"), ("95.36 %", f"test accuracy of that cell alone ({TEST})"),
         (found, "smallest true difference that is detected with 80 % power"),
-        (seeds, "seeds per cell that detect half a point with 80 % power"),
+        (takes, "detect half a point with 80 % power"),
         ("5 of 6", "trials completed, in 2 cells"),
     ]  # fmt: skip
     known.test, known.comparison = known.test._replace(mean=NAN), replace(known.comparison, best=None)
