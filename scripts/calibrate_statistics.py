@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.pictures import Sums
+from lora_vit.analysis.pictures import Sums, each_adds
 from lora_vit.analysis.race import Race, Rules, decide, wanted
 from lora_vit.analysis.stats import chi_nodes, compare, dunnett_critical
 from lora_vit.metrics import METRICS
@@ -334,8 +334,8 @@ class Population:
             here[undecided] = right[c, s]
             p: Any = SimpleNamespace(labels=labels, predicted=np.where(here, labels, wrong))
             y[c, s] = metric.of(p)
-            if s < (first or self.seeds) and metric.each is not None:
-                sums.count(str(c), s, labels, metric.each(p))
+            if s < (first or self.seeds):
+                sums.count(str(c), s, labels, each_adds(metric, p))
         return y, sums
 
 

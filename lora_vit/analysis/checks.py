@@ -126,11 +126,9 @@ def warnings(
 def unseen(sums: Sums, trials: int) -> Iterator[str]:
     """A line where predictions are missing: what the claims leave out."""
     if sums.without:
-        cells = {cell for cell, _ in sums.without} - sums.cells
-        left_out = (f"differences of {len(cells)} cells count their seeds alone" if cells else
-                    "the pictures' part of their cells comes from the other seeds")  # fmt: skip
-        if not sums.cells:
-            left_out = "all claims count seeds alone and are about these val pictures"
+        cells = len({cell for cell, _ in sums.without} - {*sums.cells})
+        left_out = f"differences of {cells} cells count seeds alone" if cells else "their cells' other seeds count"
+        left_out = left_out if sums.cells else "all claims count seeds alone and are about these val pictures"
         yield f"Of {len(sums.without)} of {trials} trials no predictions count ({sums.without[0][1]}): {left_out}."
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,9 @@ def summarize(
     trials, settings = tables.named(loaded.trials)
     averaged = trials[tables.averaged(trials, value)]
     first = averaged if plan is None else first_seeds(plan, averaged)
-    sums = Sums.read(metric, zip(first["cell"], first["seed"], first["folder"], strict=True))
+    sums = Sums(metric)
+    for cell, seed, folder in zip(first["cell"], first["seed"], first["folder"], strict=True):
+        sums.add(cell, seed, Path(folder))
     race = None if plan is None else replay(plan, trials, value, sums)
     done = averaged if race is None else counted(race, averaged)
     if done.empty:
@@ -62,7 +65,7 @@ def summarize(
     pictures = sums.of(list(values.index))
     compared = tables.matrix(first, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
-    cells, rates = tables.cells_table(done, values, result, settings, resolution, pictures), pd.DataFrame()
+    cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
     if race is not None:
         margin = race.rules.margin if margin is None else margin
         cells = judged(race, cells, values, margin)

@@ -75,7 +75,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         ("vs best (points)" if wide else "vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
         ("seeds ±", "difference_seeds", plain),
-        ("pictures ±", "difference_pictures", plain),
+        *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
         ("vs linear probe", "vs_probe", signed),
         ("vs full fine-tuning", "vs_full", signed),
         ("parameters", "trainable_parameters", count),

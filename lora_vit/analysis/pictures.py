@@ -1,27 +1,28 @@
 """The pictures' part of an error: what other pictures of the kind would change, from the predictions.
 
-What picture i adds to the metric of cell c with seed s (:class:`lora_vit.metrics.Metric`) is ``mean[c] + seed[c, s] +
-picture[c, i] + rest[c, s, i]``: crossed random effects (Owen, 2007; Bouthillier et al., 2021). The variance of a
-difference of cell means is the seeds' part, which falls with the number of seeds and holds the rest's (:mod:`.stats`),
-and the pictures' part: the variance over pictures of the paired difference ``d[i]``, averaged over seeds, without the
-rest that is in it,
+What picture i adds to the metric of cell c with seed s (:func:`each_adds`) is ``mean[c] + seed[c, s] + picture[c, i] +
+rest[c, s, i]``: crossed random effects (Owen, 2007; Bouthillier et al., 2021). A difference of cell
+means has the seeds' part of :mod:`.stats`, which falls with their number and holds the rest's, and the pictures' part:
+the variance over pictures of the paired difference ``d[i]``, averaged over seeds, without the rest that is in it,
 
-    max(0, var(d) / N - (rest[a] / S_a + rest[b] / S_b - 2 shared S_ab / (S_a S_b)) / N).
+    max(0, var(d) / N - (rest[a] / S_a + rest[b] / S_b - 2 shared S_ab / (S_a S_b)) / N) + 1 / N^2.
 
 ``rest[c]`` is a cell's own; ``shared`` is the covariance of two cells under one seed, the same for all pairs, as the
-seed is one block for all cells.
+seed is one block for all cells. The last term is one more picture on which the two differ: the variance of few is
+hardly known, and a normal's critical value too small. (With K of them it is about as wide as t's of 2 K + 4 degrees.)
 
-Arrays: m cells, N pictures. Memory: 4 bytes for each cell and picture, 8 for each seed and picture.
+Arrays: m cells, N pictures. Memory: 12 bytes for each cell and picture, 8 for each seed and picture.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from lora_vit.metrics import METRICS
+from lora_vit.metrics import METRICS, Metric
 from lora_vit.records import PREDICTIONS
 
 MOST_SEEDS = 400  # with more the seeds are no blocks: so many were drawn at random for each cell
@@ -37,27 +38,32 @@ class Pictures:
     shared: float  # covariance of two cells' rests under one seed
     weight: float  # what one picture of the smallest class counts, in pictures
 
-    def of_means(self) -> np.ndarray:
-        """The pictures' part of each cell's own mean: [m]."""
-        size, seeds = self.means.shape[1], np.maximum(np.diag(self.common), 1)
-        spread = np.square(self.means, dtype=float).sum(1) / (size - 1)
-        return np.maximum(spread - self.rest / seeds, 0.0) / size
-
-    def of_differences(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures' part of each difference [rows, columns], and its degrees of freedom.
-
-        These are about twice the pictures on which two cells differ: the variance of few rare events is hardly known.
-        """
+    def of_differences(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """The pictures' part of each difference: [rows, columns]."""
         size, seeds = self.means.shape[1], np.maximum(np.diag(self.common), 1)
         middle = self.means[rows].mean(0)  # taken out of both: less is cancelled in float32
         a, b = self.means[rows] - middle, self.means[columns] - middle
         squares = np.add.outer(np.square(a).sum(1), np.square(b).sum(1)) - 2.0 * (a @ b.T)
         noise, both = self.rest / seeds, np.outer(seeds[rows], seeds[columns])
         noise = np.add.outer(noise[rows], noise[columns]) - 2 * self.shared * self.common[np.ix_(rows, columns)] / both
+        part = np.clip(squares / (size - 1) - noise, 0.0, np.maximum(squares, 0.0)) / size + (self.weight / size) ** 2
         known = np.diag(self.common) > 0
-        squares = np.where(np.outer(known[rows], known[columns]) & (rows[:, None] != columns), squares, 0.0)
-        part = np.clip(squares / (size - 1) - noise, 0.0, np.maximum(squares, 0.0)) / size
-        return part, np.minimum(2 * (squares / self.weight**2 + 2), size - 1)
+        return np.where(np.outer(known[rows], known[columns]) & (rows[:, None] != columns), part, 0.0)
+
+
+def each_adds(metric: Metric, val: Any) -> np.ndarray:
+    """What each picture adds to the metric, its mean being about the metric: [N].
+
+    Of a share of the pictures, whether it counts; else the jackknife's pseudo-value (Tukey, 1958), by leaving it out.
+    Pictures of one label and prediction are left out once for all. Raises AttributeError for a metric of other arrays.
+    """
+    if metric.counts is not None:
+        return np.asarray(metric.counts(val), dtype=float)
+    arrays = {name: getattr(val, name) for name in ("labels", "predicted", "in_first_five") if hasattr(val, name)}
+    _, first, alike = np.unique(np.stack([*arrays.values()]), axis=1, return_index=True, return_inverse=True)
+    without: list[Any] = [SimpleNamespace(**{k: np.delete(v, i) for k, v in arrays.items()}) for i in first]
+    left, n = np.array([metric.of(p) for p in without]), len(alike)
+    return float(n * metric.of(val)) - (n - 1) * left[alike.ravel()]
 
 
 class Sums:
@@ -69,33 +75,18 @@ class Sums:
         self.without: list[tuple[str, str]] = []  # of a trial without predictions: its cell, and why
         self._labels: Any = None
         self._blocks = True
-        self._of_cells: dict[str, np.ndarray] = {}  # float32 [N]
+        self.cells: dict[str, np.ndarray] = {}  # float32 [N] of those that have predictions
         self._of_seeds: dict[int, np.ndarray] = {}  # float [N]
         self._squares: dict[str, float] = {}
         self._seeds: dict[str, set[int]] = {}
-
-    @classmethod
-    def read(cls, metric: str, trials: Iterable[tuple[str, int, str]]) -> "Sums":
-        """Those of trials: cell id, seed and folder of each."""
-        sums = cls(metric)
-        for cell, seed, folder in trials:
-            sums.add(cell, seed, Path(folder))
-        return sums
-
-    @property
-    def cells(self) -> set[str]:
-        """Ids of the cells that have predictions."""
-        return set(self._of_cells)
 
     def add(self, cell: str, seed: int, folder: Path) -> None:
         """Count a trial that has ended; where it has no usable predictions, note why."""
         problem = f"{folder / PREDICTIONS} cannot be used"
         try:
-            if self.metric.each is None:
-                raise ValueError(f"no rule says what a picture adds to {self.metric.title}")
             with np.load(folder / PREDICTIONS) as arrays:
-                predictions: Any = _Val(arrays)
-                self.count(cell, seed, arrays["val.labels"], self.metric.each(predictions))
+                val: Any = SimpleNamespace(**{k[4:]: v for k, v in arrays.items() if k.startswith("val.")})
+            self.count(cell, seed, val.labels, each_adds(self.metric, val))
         except FileNotFoundError:
             self.without.append((cell, f"{folder} has no {PREDICTIONS}"))
         except Exception as error:  # numpy and zipfile raise many kinds where a file is cut off or of another version
@@ -108,7 +99,7 @@ class Sums:
         if len(labels) < 2 or not np.array_equal(labels, self._labels):
             raise ValueError("it has other pictures")
         each = each - each.mean()
-        self._of_cells[cell] = self._of_cells.get(cell, np.float32(0)) + each.astype(np.float32)
+        self.cells[cell] = self.cells.get(cell, np.float32(0)) + each.astype(np.float32)
         self._squares[cell] = self._squares.get(cell, 0.0) + float(each @ each)
         self._seeds.setdefault(cell, set()).add(seed)
         if self._blocks:
@@ -118,15 +109,15 @@ class Sums:
 
     def of(self, cells: Sequence[str]) -> Pictures | None:
         """The sums of these cells; None without any predictions. ``shared`` comes from all cells that were added."""
-        if not self._of_cells:
+        if not self.cells:
             return None
-        every, size = [*dict.fromkeys([*cells, *self._of_cells])], len(self._labels)
+        every, size = [*dict.fromkeys([*cells, *self.cells])], len(self._labels)
         there = np.array([[s in self._seeds.get(cell, ()) for s in self._of_seeds] for cell in every], dtype=float)
         n = np.array([max(len(self._seeds.get(cell, ())), 1) for cell in every], dtype=float)
         means = np.zeros((len(every), size), dtype=np.float32)
         for i, cell in enumerate(every):
-            if cell in self._of_cells:
-                means[i] = self._of_cells[cell] / n[i]
+            if cell in self.cells:
+                means[i] = self.cells[cell] / n[i]
         squares = np.array([self._squares.get(cell, 0.0) for cell in every])
         around = np.maximum(squares - n * np.square(means).sum(1, dtype=float), 0.0)
         common, shared = there @ there.T, 0.0
@@ -138,13 +129,3 @@ class Sums:
         np.fill_diagonal(common, [len(self._seeds.get(cell, ())) for cell in every])
         rest, m = around / np.maximum((n - 1) * (size - 1), 1), len(cells)
         return Pictures(means[:m], common[:m, :m], rest[:m], shared, self.step * size)
-
-
-class _Val:
-    """The predictions on val as a metric takes them, each array read when it is asked for."""
-
-    def __init__(self, arrays: Any):
-        self._arrays = arrays
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        return self._arrays[f"val.{name}"]

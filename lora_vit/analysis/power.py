@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.stats import MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
+from lora_vit.analysis.stats import MANY, MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
 WANTED = 0.8  # of a design that is large enough
 
@@ -28,7 +28,7 @@ def power(
         return 1.0 if difference > 0 else 0.0
     df = (cells - 1) * (seeds - 1) if df is None else df
     s, weights = chi_nodes(df)
-    half = np.sqrt((tukey_critical(cells, df) * s) ** 2 * variance + tukey_critical(cells, 1e6) ** 2 * pictures)
+    half = np.sqrt((tukey_critical(cells, df) * s) ** 2 * variance + tukey_critical(cells, MANY) ** 2 * pictures)
     return float(weights @ special.ndtr((difference - half / math.sqrt(2)) / math.sqrt(variance + pictures)))
 
 
@@ -52,7 +52,7 @@ def seeds_within(margin: float, sd: float, cells: int, pictures: float = 0.0) ->
 
     def found(seeds: int) -> float:
         of_seeds, error = 2 * sd**2 / seeds, math.sqrt(2 * sd**2 / seeds + pictures)
-        critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1)), dunnett_critical(cells - 1, 1e6)
+        critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1)), dunnett_critical(cells - 1, MANY)
         half = math.sqrt(critical[0] ** 2 * of_seeds + critical[1] ** 2 * pictures)
         return float(special.ndtr((margin - half) / error)) if error > 0 else 1.0
 
@@ -64,7 +64,7 @@ def pictures_needed(difference: float, cells: int, pictures: float, images: int,
 
     ``pictures``: their part of a difference's variance with so many ``images``.
     """
-    critical = dunnett_critical(cells - 1, 1e6) if within else tukey_critical(cells, 1e6) / math.sqrt(2)
+    critical = dunnett_critical(cells - 1, MANY) if within else tukey_critical(cells, MANY) / math.sqrt(2)
     return math.ceil(images * pictures * ((critical + special.ndtri(WANTED)) / difference) ** 2)
 
 
@@ -72,10 +72,3 @@ def _fewest(found: Callable[[int], float], sd: float, cells: int) -> int | None:
     counts = range(2, MOST_SEEDS + 1) if cells > 1 and math.isfinite(sd) else range(0)
     place = bisect.bisect_left(counts, WANTED, key=found)
     return counts[place] if place < len(counts) else None
-
-
-def expected_maximum(count: int) -> float:
-    """Expectation of the largest of ``count`` independent standard normal values (0 for one)."""
-    z = np.linspace(-9, 9, 2001)
-    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    return float((count * z * density * special.ndtr(z) ** (count - 1)).sum() * (z[1] - z[0])) if count > 1 else 0.0

@@ -22,7 +22,6 @@ then those that are behind by more than W(r), all at once. No other trial decide
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_vit.analysis.pictures import Pictures, Sums
-from lora_vit.analysis.stats import ALPHA, critical_values, dunnett_critical, fit_blocks, pair_variance, wide_variance
+from lora_vit.analysis.stats import ALPHA, MANY, dunnett_critical, fit_blocks, pair_variance, wide_variance
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class Race:
     ended: bool = False  # without one selected: most_seeds came first, or all failed
     cells: list[str] = field(default_factory=list)  # ids
     first: int = 0
-    pictures: bool = False  # whether their part counted
 
     @property
     def blocked(self) -> bool:
@@ -90,20 +88,12 @@ class Race:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
-    def expected(self) -> int:
-        """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
-        later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds
-        while 0 < r < self.rules.most_seeds and len(later.survivors) > 1 and not later.blocked:
-            trials, r = trials + len(later.survivors), r + 1
-            _eliminate(later, np.array(later.survivors), r)
-        return trials
-
 
 def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0, left: np.ndarray | None = None) -> np.ndarray:
     """``h2 * S2 / left`` [m, m], so that ``W(r) = max(0, boundary / (2 r) - left / 2)``; ``first`` [m, n], no NaN.
 
     ``resolution``: step of the accuracy (1 / images); its rounding variance is the least error variance used. ``left``:
-    of :func:`margin_left`; None: pictures do not count. Infinite where nothing is left.
+    what pictures leave of the margin (None: they do not count); infinite where that is nothing.
     """
     m, n = first.shape
     fit = fit_blocks(first)
@@ -116,12 +106,6 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0, left: np.
     eta = ((2 * (ALPHA if left is None else ALPHA / 2) / (m - 1)) ** (-2 / df) - 1) / 2
     width = 2 * eta * df * s2 / (rules.margin if left is None else np.where(left > 0, left, 1.0))
     return width if left is None else np.where(left > 0, width, np.inf)
-
-
-def margin_left(pictures: Pictures, rows: np.ndarray, margin: float) -> np.ndarray:
-    """What the pictures' part leaves of the margin for seeds, for each pair of these cells: [rows, rows]."""
-    part, df = pictures.of_differences(rows, rows)
-    return margin - critical_values(dunnett_critical, len(rows) - 1, df, ALPHA / 2) * np.sqrt(part)
 
 
 def standing(
@@ -156,7 +140,7 @@ def decide(
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there, m, nan = np.isfinite(y), len(y), np.full(len(y), np.nan)
     bounds, left = np.zeros((m, m)), np.full((m, m), rules.margin)
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), bounds, left, list(range(m)), pictures=pictures is not None)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), bounds, left, list(range(m)))
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -167,7 +151,9 @@ def decide(
         alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
         if r == rules.first_seeds and len(alive) > 1:
             pairs = np.ix_(alive, alive)
-            left[pairs] = rules.margin if pictures is None else margin_left(pictures, alive, rules.margin)
+            if pictures is not None:
+                hidden = dunnett_critical(len(alive) - 1, MANY, ALPHA / 2)
+                left[pairs] -= hidden * np.sqrt(pictures.of_differences(alive, alive))
             bounds[pairs] = boundary(y[alive, :r], rules, resolution, None if pictures is None else left[pairs])
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
         _eliminate(race, alive, r)
@@ -206,11 +192,3 @@ def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
     return trials
-
-
-def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
-    """Seeds of a cell with which one stage of known spread gives the race's guarantee (Bechhofer, 1954), if any do."""
-    if cells < 2 or not math.isfinite(sd):
-        return None
-    critical = dunnett_critical(cells - 1, 1e6, ALPHA)  # degrees of freedom of what is known
-    return max(1, math.ceil(2 * (critical * sd / rules.margin) ** 2))

@@ -11,6 +11,10 @@ Unequal spreads make the pooled error too small for the cells that spread most. 
 by each pair's own variance, which errs far above 5 % with 2 to 5 seeds (docs/statistics.md). Here the *wide* error
 is used instead: the mean variance of that half of the cells that spreads most, or the pair's own if that is larger.
 
+These are errors over seeds. With :mod:`.pictures` each claim holds for other pictures too: a half width is the root of
+the sum of two squares, each with the critical value of its own degrees of freedom (Cochran & Cox, 1950). One value by
+Satterthwaite's errs in up to 14 % with two seeds.
+
 All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
@@ -28,6 +32,7 @@ from lora_vit.analysis.pictures import Pictures
 
 CONFIDENCE, ALPHA = 0.95, 0.05
 Z = 1.959964  # of a normal: two-sided 95 %
+MANY = 1e6  # degrees of freedom of what is taken as known
 
 
 class Interval(NamedTuple):
@@ -40,11 +45,10 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: np.ndarray, resolution: float = 0.0, pictures: float = 0.0) -> Interval:
-    """``mean +- sqrt(t(n-1)^2 sd^2 / n + z^2 pictures)`` of the finite values (Cochran & Cox, 1950).
+def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values.
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
-    ``pictures``: their part of the mean's variance.
     """
     x = np.asarray(values, dtype=float)
     x = x[np.isfinite(x)]
@@ -53,8 +57,7 @@ def t_interval(values: np.ndarray, resolution: float = 0.0, pictures: float = 0.
     if n < 2:
         return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    seeds = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
-    half = math.hypot(seeds, Z * math.sqrt(pictures))
+    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
@@ -65,18 +68,16 @@ def wilson(share: float, size: float) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 
-def share_interval(values: np.ndarray, resolution: float = 0.0, pictures: float = 0.0) -> Interval:
-    """:func:`t_interval` of fractions as Wilson's, with the size that has this width (Korn & Graubard, 1998).
+def share_interval(values: np.ndarray, resolution: float) -> Interval:
+    """Wilson's interval of a fraction over seeds and pictures: of the size that has the error of both.
 
-    The size is at most ``1 / resolution`` pictures, so that there is an interval at 0 and 100 % too.
+    Of the pictures that is ``p (1 - p) * resolution``, of the seeds that of the t interval (Korn & Graubard, 1998).
     """
-    mean, sd, n, low, high = plain = t_interval(values, resolution, pictures)
-    if not high > low:
-        return plain
-    size = mean * (1 - mean) * (2 * Z / (high - low)) ** 2
-    if resolution:
-        size = min(size, 1 / resolution) if size > 0 else 1 / resolution
-    return Interval(mean, sd, n, *wilson(mean, size))
+    mean, sd, n, low, high = plain = t_interval(values, resolution)
+    if n < 2 or not resolution:
+        return plain._replace(low=max(low, 0.0), high=min(high, 1.0))
+    seeds = ((high - low) / 2 / Z) ** 2
+    return Interval(mean, sd, n, *wilson(mean, 1 / (resolution + seeds / max(mean * (1 - mean), resolution))))
 
 
 @dataclass
@@ -207,14 +208,18 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
 
 
 @functools.cache
+def tukey_critical(m: int, df: float) -> float:
+    """Upper 5 % point of the studentized range."""
+    from scipy import stats  # slow to import
+
+    return float(stats.studentized_range.ppf(CONFIDENCE, m, df))
+
+
+@functools.cache
 def chi_nodes(df: float) -> tuple[np.ndarray, np.ndarray]:
     """Values of s, ``df s^2 ~ chi2(df)``, and their weights, for an expectation over s as a sum of 160 terms."""
     nodes, weights = np.polynomial.legendre.leggauss(160)
     return np.sqrt(special.gammaincinv(df / 2, (nodes + 1) / 2) * 2 / df), weights / 2
-
-
-_Z = np.linspace(-8.5, 8.5, 171)
-_WEIGHT = np.exp(-(_Z**2) / 2) / math.sqrt(2 * math.pi) * (_Z[1] - _Z[0])
 
 
 def dunnett_tail(t: float, others: int, df: float) -> float:
@@ -223,44 +228,20 @@ def dunnett_tail(t: float, others: int, df: float) -> float:
     ``1 - E[ integral phi(z) Phi(sqrt(2) t s + z)^others dz ]`` with ``df s^2 ~ chi2(df)``, by quadrature
     (absolute error below 1e-5).
     """
+    z = np.linspace(-8.5, 8.5, 171)
+    weight_z = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     s, weights = chi_nodes(df)
-    log_cdf = special.log_ndtr(math.sqrt(2) * t * s[:, None] + _Z)
-    return float(1 - weights @ (np.exp(others * log_cdf) @ _WEIGHT))
-
-
-def tukey_tail(q: float, m: int, df: float) -> float:
-    """P(studentized range of m > q), ``1 - E[ m integral phi(z) (Phi(z) - Phi(z - q s))^(m - 1) dz ]``, likewise."""
-    s, weights = chi_nodes(df)
-    between = special.ndtr(_Z) - special.ndtr(_Z - q * s[:, None])
-    return float(1 - m * (weights @ (between ** (m - 1) @ _WEIGHT)))
-
-
-def _upper(tail: Callable[[float, int, float], float], count: int, df: float, alpha: float) -> float:
-    top = 4.0
-    while tail(top, count, df) > alpha:
-        top *= 2
-    return float(optimize.brentq(lambda x: tail(x, count, df) - alpha, 0.0, top, xtol=1e-7))
-
-
-@functools.cache
-def tukey_critical(m: int, df: float, alpha: float = ALPHA) -> float:
-    """Where :func:`tukey_tail` is ``alpha``."""
-    return _upper(tukey_tail, m, df, alpha)
+    log_cdf = special.log_ndtr(math.sqrt(2) * t * s[:, None] + z)
+    return float(1 - weights @ (np.exp(others * log_cdf) @ weight_z))
 
 
 @functools.cache
 def dunnett_critical(others: int, df: float, alpha: float = ALPHA) -> float:
     """Where :func:`dunnett_tail` is ``alpha``."""
-    return _upper(dunnett_tail, others, df, alpha)
-
-
-def critical_values(
-    critical: Callable[[int, float, float], float], count: int, df: np.ndarray, alpha: float = ALPHA
-) -> np.ndarray:
-    """``critical(count, df, alpha)`` for an array of df from 4 on: its logarithm is interpolated in 1 / df."""
-    nodes = np.array([1e-6, 0.02, 0.06, 0.12, 0.2, 0.25])
-    logs = [math.log(critical(count, 1 / node, alpha)) for node in nodes]
-    return np.exp(np.interp(1 / df, nodes, logs))
+    top = 4.0
+    while dunnett_tail(top, others, df) > alpha:
+        top *= 2
+    return float(optimize.brentq(lambda t: dunnett_tail(t, others, df) - alpha, 0.0, top, xtol=1e-7))
 
 
 @dataclass
@@ -317,12 +298,17 @@ def compare(
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
-    errors = _Errors(fit, common, wide, pictures, np.flatnonzero(keep))
-    difference = fit.means[best] - fit.means
-    half_seeds, half_pictures = errors.halves(tukey_critical, k, np.array([best]))[:, 0] / math.sqrt(2)
+    cells, difference = np.flatnonzero(keep), fit.means[best] - fit.means
+
+    def halves(rows: np.ndarray, critical: Callable[[int, float], float], count: int) -> np.ndarray:
+        seeds = critical(count, fit.df) * _errors(fit, rows, common, wide)
+        part = np.zeros_like(seeds) if pictures is None else pictures.of_differences(cells[rows], cells)
+        return np.stack([seeds, critical(count, MANY) * np.sqrt(part)])
+
+    half_seeds, half_pictures = halves(np.array([best]), tukey_critical, k)[:, 0] / math.sqrt(2)
     half_seeds[best] = half_pictures[best] = np.nan
     half = np.hypot(half_seeds, half_pictures)
-    candidate, below = _against_others(fit, errors)
+    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*halves(rows, dunnett_critical, k - 1)))
 
     of_kept = {
         "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
@@ -344,52 +330,26 @@ def compare(
         complete=bool(np.isfinite(fit.y).all()),
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
-        pictures=errors.pictures_part(best),
+        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY) ** 2 * 2),
     )
 
 
-@dataclass
-class _Errors:
-    """What a difference of two cells' means is known to: by seeds and by pictures."""
-
-    fit: Blocked
-    common: float
-    wide: bool
-    pictures: Pictures | None
-    cells: np.ndarray  # rows of ``pictures`` that the fit's cells have
-
-    def halves(self, critical: Callable[[int, float, float], float], count: int, rows: np.ndarray) -> np.ndarray:
-        """``critical`` errors of ``means[rows] - means``, of the seeds and of the pictures: [2, len(rows), m].
-
-        Each has the critical value of its own degrees of freedom, and both together are the root of the sum of their
-        squares (Cochran & Cox, 1950). One value by Satterthwaite's (1946) errs in up to 14 % with two seeds.
-        """
-        fit = self.fit
-        variance = np.full((len(rows), len(fit.means)), self.common)
-        if self.wide:
-            variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
-        seeds = critical(count, fit.df, ALPHA) * np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
-        if self.pictures is None:
-            return np.stack([seeds, np.zeros_like(seeds)])
-        part, df = self.pictures.of_differences(self.cells[rows], self.cells)
-        return np.stack([seeds, critical_values(critical, count, df) * np.sqrt(part)])
-
-    def pictures_part(self, best: int) -> float:
-        """Of the variance of a difference from the best, the median of the others."""
-        if self.pictures is None:
-            return 0.0
-        part, _ = self.pictures.of_differences(self.cells[[best]], np.delete(self.cells, best))
-        return float(np.median(part))
+def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
+    """Standard errors of ``means[rows] - means`` over seeds: [len(rows), m]."""
+    variance = np.full((len(rows), len(fit.means)), common)
+    if wide:
+        variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
+    return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
 
 
-def _against_others(fit: Blocked, errors: _Errors) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell whether no other lies above it by more than Dunnett's ``critical`` errors, and how far above it
-    another may lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell whether no other lies above it by more than the half width, and how far above it another may lie at
+    most: ``max(0, max_j(mean_j - mean_i + half_ij))``. ``half(rows)`` [rows, m] is that of the differences of cells.
     """
-    m, near, below = len(fit.means), list[np.ndarray](), list[np.ndarray]()
+    m, near, below = len(means), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        lead, error = fit.means - fit.means[rows][:, None], np.hypot(*errors.halves(dunnett_critical, m - 1, rows))
-        near.append((lead <= error).all(1))
-        below.append(np.maximum(lead + error, 0.0).max(1))
+        lead, width = means - means[rows][:, None], half(rows)
+        near.append((lead <= width).all(1))
+        below.append(np.maximum(lead + width, 0.0).max(1))
     return np.concatenate(near), np.concatenate(below)

@@ -14,8 +14,8 @@ import pandas as pd
 
 from lora_vit.analysis.effects import Effects
 from lora_vit.analysis.pictures import Sums
-from lora_vit.analysis.power import detectable, expected_maximum, pictures_needed, seeds_needed, seeds_within
-from lora_vit.analysis.race import Race, one_stage, standing
+from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, seeds_within
+from lora_vit.analysis.race import Race, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
@@ -65,7 +65,7 @@ class Summary:
     """What the cells table's marks mean, in Markdown."""
 
     def __post_init__(self) -> None:
-        self.title, self.meaning, _, self.counts_images, *_ = METRICS[self.metric]
+        self.title, self.meaning, _, self.counts_images, _ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
         self.legend = self.legend.format(self.title) + losses
 
@@ -163,11 +163,6 @@ class Summary:
         of_set = (high - low) / 2  # not 0 where all images are right
         return f"{between}± {plain(of_set if self.counts_images else math.nan)} from the {n:,} test images"
 
-    def optimism(self) -> float:
-        """How far the best mean would lie above the others if all cells were equally good."""
-        c = self.comparison
-        return math.sqrt(c.sd**2 / c.repeats + c.pictures / 2) * expected_maximum(int(c.compared.sum()))
-
 
 class RaceSummary(Summary):
     """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
@@ -191,10 +186,9 @@ class RaceSummary(Summary):
         left = cells.loc[cells["mark"] == "left", "label"]
         if race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
-            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
             outcome = (
                 f"{best_cell(cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
-                f"{margin}. {trials} trials{ahead}{instead}."
+                f"{margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:
             outcome = "Nothing is selected: a trial of each cell failed."
@@ -222,10 +216,6 @@ class RaceSummary(Summary):
         shown = _shows(race, self.margin) and cells["within"][0]
         lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
         return " ".join(filter(None, lines))
-
-    def one_stage(self) -> int:
-        """Trials of one stage with the same guarantee; 0 if the spread is not known."""
-        return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
 
 def replay(

@@ -88,8 +88,7 @@ class RaceSource(Source):
         if not race.seeds:
             return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
         if not race.ended:
-            return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
-                    f"far, about {race.expected()} more if the means stay")  # fmt: skip
+            return f"race: {len(race.survivors)} of {k} cells are in after {race.seeds} seeds, {trials} trials so far"
         end = "not resolved" if race.selected is None else f"{self._names()[race.selected]} is selected"
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
