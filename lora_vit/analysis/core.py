@@ -63,7 +63,10 @@ def summarize(
     resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
     pictures = sums.of(list(values.index))
-    compared = tables.matrix(first, value).reindex(values.index).to_numpy(float)
+    seen = trials if race is None else counted(race, trials)
+    failed = seen[seen["status"] == "failed"].groupby("cell").size()
+    sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
+    compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
     cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
     if race is not None:
@@ -73,6 +76,10 @@ def summarize(
         rates = tables.learning_rates(cells, settings)
         if margin is not None:
             cells["within"] = cells["below"] <= margin
+    if len(failed):
+        lost = cells["cell"].map(failed).fillna(0).astype(int)
+        cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
+        cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
     adapted = first[~first[METHOD].isin(BASELINES)]  # baselines have no rank
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value)

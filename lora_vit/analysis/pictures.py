@@ -82,7 +82,6 @@ class Sums:
 
     def add(self, cell: str, seed: int, folder: Path) -> None:
         """Count a trial that has ended; where it has no usable predictions, note why."""
-        problem = f"{folder / PREDICTIONS} cannot be used"
         try:
             with np.load(folder / PREDICTIONS) as arrays:
                 val: Any = SimpleNamespace(**{k[4:]: v for k, v in arrays.items() if k.startswith("val.")})
@@ -90,7 +89,7 @@ class Sums:
         except FileNotFoundError:
             self.without.append((cell, f"{folder} has no {PREDICTIONS}"))
         except Exception as error:  # numpy and zipfile raise many kinds where a file is cut off or of another version
-            self.without.append((cell, f"{problem} ({error})"))
+            self.without.append((cell, f"{folder / PREDICTIONS} cannot be used ({error})"))
 
     def count(self, cell: str, seed: int, labels: np.ndarray, each: np.ndarray) -> None:
         """Count what each picture adds to the metric of one trial. Raises ValueError if its pictures are others."""
@@ -114,16 +113,14 @@ class Sums:
         every, size = [*dict.fromkeys([*cells, *self.cells])], len(self._labels)
         there = np.array([[s in self._seeds.get(cell, ()) for s in self._of_seeds] for cell in every], dtype=float)
         n = np.array([max(len(self._seeds.get(cell, ())), 1) for cell in every], dtype=float)
-        means = np.zeros((len(every), size), dtype=np.float32)
-        for i, cell in enumerate(every):
-            if cell in self.cells:
-                means[i] = self.cells[cell] / n[i]
+        nothing = np.zeros(size, dtype=np.float32)
+        means = np.stack([self.cells.get(cell, nothing) for cell in every]) / n[:, None].astype(np.float32)
         squares = np.array([self._squares.get(cell, 0.0) for cell in every])
         around = np.maximum(squares - n * np.square(means).sum(1, dtype=float), 0.0)
         common, shared = there @ there.T, 0.0
         free = common * (1 - np.add.outer(1 / n, 1 / n) + common / np.outer(n, n))
         if (pairs := free.sum() - np.trace(free)) > 1e-9:
-            seeds = zip(self._of_seeds.values(), there.T, strict=True)
+            seeds = zip(self._of_seeds.values(), there.T.astype(np.float32), strict=True)
             together = sum(float(np.square(own - row @ means).sum()) for own, row in seeds)
             shared = (together - around.sum()) / pairs / (size - 1)
         np.fill_diagonal(common, [len(self._seeds.get(cell, ())) for cell in every])

@@ -18,11 +18,11 @@ from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, s
 from lora_vit.analysis.race import Race, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
-from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
+from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import SEARCH
 
-ORDER = {"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4}
+ORDER = {mark: i for i, mark in enumerate(("selected", "in", "unresolved", "out", "failed", "not raced"))}
 
 
 @dataclass
@@ -58,9 +58,10 @@ class Summary:
     legend = (
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
-        "is no candidate, yet not shown to be worse; *no verdict*: one seed. *seeds ±* and *pictures ±*: how far other "
-        "seeds and other pictures of the kind may move the difference from the best; it is *worse* beyond the root of "
-        "the sum of their squares. A star marks the Pareto front of val {} against that cost."
+        "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
+        "alone are no verdict. *seeds ±* and *pictures ±*: how far other seeds and other pictures of the kind may move "
+        "the difference from the best; it is *worse* beyond the root of the sum of their squares. A star marks the "
+        "Pareto front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
@@ -84,7 +85,10 @@ class Summary:
                 f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
-        start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
+        if cells["mark"].isin(["no verdict", "failed"]).any():
+            start += " among the cells with two or more seeds" + " and no failed trial" * ("failed" in cells)
+        ties = cells.loc[(cells["difference"].abs() < 1e-12) & (cells["mark"] != "best"), "label"]
+        equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
         group, smallest = cells[cells["mark"].isin(["best", "candidate"])], ""
         sizes = group["trainable_parameters"]
@@ -92,7 +96,7 @@ class Summary:
         if sizes.notna().all() and small["mark"] != "best":
             smallest = f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
         lines = [
-            f"{start}, {with_interval(best)} over {seeds(best['n'])}.",
+            f"{start}, {with_interval(best)} over {seeds(best['n'])}{equal}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
             f"for the best: {counts.get('candidate', 0)}{smallest}.",
             self._good_enough(),
@@ -115,7 +119,7 @@ class Summary:
         c, margin = self.comparison, self.margin
         if margin is None or c.best is None:
             return ""
-        of_them = "" if c.compared.all() else " of the cells with two or more seeds"
+        of_them = "" if c.compared.all() else " of the cells that were compared"
         close = f"within {points(margin)} of the best{of_them}"
         found = self.cells[self.cells["below"] <= margin].sort_values("trainable_parameters", kind="stable")
         if found.empty or (selected is not None and found["label"].iloc[0] == selected["label"]):
@@ -126,11 +130,8 @@ class Summary:
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
             return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
-        small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
-        text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
-        if fast["label"] != small["label"]:
-            text += f", and so is the fastest such cell, {fast['label']} ({duration(fast['seconds'])} s a trial)"
-        return f"{text}."
+        small = found.iloc[0]
+        return f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}."
 
     def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
@@ -165,15 +166,16 @@ class Summary:
 
 
 class RaceSummary(Summary):
-    """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
+    """Marks by the race: *selected, in, unresolved, out, failed, not raced*."""
 
     race: Race
     margin: float
     legend = (
-        "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
-        "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
-        "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
-        "marks the Pareto front of val {} against that cost."
+        "A race: *selected* is the last one; *in* are those that still race, *unresolved* those that it did not "
+        "separate; *out* ones fell behind after n seeds (later ones decide nothing and are not in the table); "
+        "*failed*: a trial failed, and the others alone are no verdict. How long a cell ran depended on its results: a "
+        "mean and its interval describe the trials and claim nothing. A star marks the Pareto front of val {} against "
+        "that cost."
     )
 
     @property
@@ -183,12 +185,15 @@ class RaceSummary(Summary):
         if len(cells) == k == 1:
             return self._alone()
         trials, completed = int(cells.loc[cells["mark"] != "not raced", "n"].sum()), int(np.isfinite(race.y).sum())
-        left = cells.loc[cells["mark"] == "left", "label"]
-        if race.selected is not None:
+        left = cells.loc[cells["mark"] == "unresolved", "label"]
+        failed = sum(out.behind is None for out in race.exits.values())
+        if race.selected is not None and failed == k - 1:
+            outcome = f"{best_cell(cells)['label']} alone has no failed trial: nothing is claimed. {trials} trials."
+        elif race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
             outcome = (
-                f"{best_cell(cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
-                f"{margin}. {trials} trials{ahead}."
+                f"{best_cell(cells)['label']} selected: with 95 % no other of {k - failed} cells is better by more "
+                f"than {margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:
             outcome = "Nothing is selected: a trial of each cell failed."
@@ -209,7 +214,7 @@ class RaceSummary(Summary):
                 f"far. Nothing is selected yet; the sweep's command resumes it{again}."
             )
         lines = [outcome]
-        if failed := sum(out.behind is None for out in race.exits.values()):
+        if failed:
             lines.append(f"{failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed.")
         if others := int((cells["mark"] == "not raced").sum()):
             lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
@@ -218,9 +223,7 @@ class RaceSummary(Summary):
         return " ".join(filter(None, lines))
 
 
-def replay(
-    plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy", sums: Sums | None = None
-) -> Race:
+def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str, sums: Sums) -> Race:
     ended = trials[trials["status"].isin(["completed", "failed"])]
     values = ended[value].where(ended["status"] == "completed")
     return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True), sums)
@@ -247,7 +250,7 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
     frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
     frame = frame.loc[:, ~frame.columns.str.startswith(("d_", "difference_seeds", "difference_pictures"))]
     for i, cell in enumerate(race.cells):
-        stays = "selected" if i == race.selected else "left"
+        stays = "selected" if i == race.selected else "unresolved" if race.ended else "in"
         mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"
         raced[cell] = mark, race.seeds_of(i)
     frame["adjusted"], frame["difference_low"], frame["difference_high"] = frame["mean"], math.nan, math.nan
@@ -261,4 +264,5 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
 
 def _shows(race: Race, margin: float) -> bool:
     """Whether the race has shown the selected cell to be so close to the best."""
-    return race.selected is not None and margin >= race.rules.margin - 1e-12
+    compared = sum(out.behind is not None for out in race.exits.values())
+    return race.selected is not None and compared > 0 and margin >= race.rules.margin - 1e-12

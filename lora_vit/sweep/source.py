@@ -102,7 +102,7 @@ class RaceSource(Source):
             left = race.exits.get(i)
             room = f"{100 * race.room[i]:.2f}" if np.isfinite(race.room[i]) else ""
             if left is None:
-                state = "selected" if i == race.selected else "left over" if race.ended else "in"
+                state = "selected" if i == race.selected else "unresolved" if race.ended else "in"
             elif left.behind is None:
                 state = f"out: failed at seed {race.first + left.seeds - 1}"
             else:

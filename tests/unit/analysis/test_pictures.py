@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_records import FIRST, make_race, make_sweep
+from made_up_records import FIRST, make_race, make_sweep, make_trial
 from scipy import stats as scipy_stats
 
-from lora_vit.analysis import summarize
+from lora_vit.analysis import export, summarize
 from lora_vit.analysis.pictures import Sums, each_adds
 from lora_vit.analysis.power import detectable, pictures_needed, power, seeds_needed
 from lora_vit.analysis.race import Rules, boundary, decide
@@ -207,3 +207,25 @@ def test_the_summary_of_a_race_that_only_pictures_can_decide(tmp_path: Path) -> 
     assert got.race is not None
     assert (got.race.ended, got.race.blocked, got.race.first) == (True, True, FIRST)
     assert "no number of seeds can decide" in got.verdict
+
+
+def test_survivors_of_a_cell_are_no_verdict_and_ties_are_named(tmp_path: Path) -> None:
+    """Rank 1 is ahead with the two of its five seeds that did not diverge; ranks 4 and 8 have one mean."""
+    y = np.array([[0.95, 0.951, math.nan, math.nan, math.nan], [0.9, 0.901, 0.902, 0.903, 0.904]])
+    sweep = make_sweep(tmp_path, [*RANKS, {"lora__rank": 8}], np.vstack([y, y[1, ::-1]]), curve=False)
+    for seed in (2, 3, 4):
+        make_trial(sweep, 0.1, "failed", curve=False, lora__rank=1, seed=seed)
+    got = summarize(sweep, margin=1.0)
+    cells = got.cells.set_index("lora.rank")
+    assert cells["mark"].to_dict() | {4: "", 8: ""} == {1: "failed", 4: "", 8: ""}
+    assert set(cells["mark"]) == {"failed", "best", "candidate"}
+    assert cells["failed"].to_dict() == {1: "3 of 5", 4: "", 8: ""}
+    assert not cells["within"][1]
+    best, other = (4, 8) if cells["mark"][4] == "best" else (8, 4)
+    assert got.verdict.startswith(f"rank {best} has the highest val accuracy among the cells with two or more seeds "
+                                  "and no failed trial, 90.20 % (")  # fmt: skip
+    assert f"over 5 seeds, and so has rank {other}. Shown to be worse: 0 of 1 other cell;" in got.verdict
+    assert "failed" in export.readable(got)
+    assert "3 of 5" in export.table_md(got)
+    whole = make_sweep(tmp_path / "whole", RANKS, y[[1, 1], :3], curve=False)
+    assert "failed" not in export.readable(summarize(whole))
