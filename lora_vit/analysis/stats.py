@@ -69,15 +69,15 @@ def wilson(share: float, size: float) -> tuple[float, float]:
 
 
 def share_interval(values: np.ndarray, resolution: float) -> Interval:
-    """Wilson's interval of a fraction over seeds and pictures: of the size that has the error of both.
+    """The interval of a fraction over seeds and ``1 / resolution`` pictures, within 0 and 1 and of some width at both.
 
-    Of the pictures that is ``p (1 - p) * resolution``, of the seeds that of the t interval (Korn & Graubard, 1998).
+    To either side the root of the sum of two squares: the t interval's width and Wilson's (Zou & Donner, 2008).
     """
-    mean, sd, n, low, high = plain = t_interval(values, resolution)
-    if n < 2 or not resolution:
-        return plain._replace(low=max(low, 0.0), high=min(high, 1.0))
-    seeds = ((high - low) / 2 / Z) ** 2
-    return Interval(mean, sd, n, *wilson(mean, 1 / (resolution + seeds / max(mean * (1 - mean), resolution))))
+    mean, sd, n, low, high = t_interval(values, resolution)
+    if resolution and n > 1:
+        below, above = wilson(mean, 1 / resolution)
+        low, high = mean - math.hypot(mean - low, mean - below), mean + math.hypot(high - mean, above - mean)
+    return Interval(mean, sd, n, max(low, 0.0), min(high, 1.0)) if n > 1 else Interval(mean, sd, n, low, high)
 
 
 @dataclass

@@ -136,7 +136,8 @@ class Summary:
     def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
         c = self.comparison
-        images = pictures_needed(difference, int(c.compared.sum()), c.pictures, self.pictures, within)
+        cells = int(c.compared.sum())
+        images = pictures_needed(difference, cells, c.pictures, self.pictures, within) if c.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
         return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"

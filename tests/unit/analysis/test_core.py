@@ -114,7 +114,7 @@ def test_intervals_end_where_accuracies_do(tmp_path):
     y = np.array([[0.98, 1.0], [0.02, 0.0]])
     got = summarize(make_sweep(tmp_path, RANKS[:2], y, curve=False))
     (low, high), (other_low, other_high) = got.cells[["low", "high"]].to_numpy()
-    assert 0.8 < low < 0.99 < high < 1
+    assert 0.8 < low < 0.99 < high <= 1
     assert (other_low, other_high) == pytest.approx((1 - high, 1 - low))
 
 
@@ -127,7 +127,8 @@ def test_trials_that_did_not_complete_or_have_no_figure_are_listed_and_never_ave
         make_trial(tmp_path, 0.2, seed=seed, lora__rank=1, status=status)
     record = make_trial(tmp_path, 123, seed=3, lora__rank=1)
     got = summarize(tmp_path)
-    pd.testing.assert_frame_equal(got.cells, clean.cells)
+    own = ["cell", "n", "mean", "sd", "low", "high"]
+    pd.testing.assert_frame_equal(got.cells.sort_values("cell")[own], clean.cells.sort_values("cell")[own])
     assert list(got.unfinished["status"]) == ["completed", "failed", "interrupted", "missing", "running", "stopped"]
     assert any("1 failed" in line for line in got.warnings)
     assert any(record.trial_id in line for line in got.problems)
