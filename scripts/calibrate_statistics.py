@@ -376,7 +376,7 @@ def print_pictures(runs: int, rng: np.random.Generator) -> None:
     others = "balanced_accuracy", "macro_f1", "worst_class_recall"
     cases += [Population(4, s, 719, metric=m) for m in others for s in (3, 5)]
     for c in cases:
-        both, seeds, kept = simulate_pictures(c, runs if c.metric == "accuracy" else runs // 4, rng)  # these are slow
+        both, seeds, kept = simulate_pictures(c, runs if c.metric == "accuracy" else runs // 3, rng)  # these are slow
         shares = (f"{100 * share:.1f}" for share in (both, seeds, kept))
         table.writerow(["worse", c.metric, c.pictures, c.own, c.spread, c.cells, c.seeds, *shares, "", ""])
         sys.stdout.flush()
@@ -394,7 +394,7 @@ MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "marks": (print_marks, 4000),
     "race": (print_race, 2000),
     "margin": (print_margin, 4000),
-    "pictures": (print_pictures, 500),
+    "pictures": (print_pictures, 300),
 }
 
 
