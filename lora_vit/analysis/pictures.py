@@ -1,9 +1,9 @@
 """The pictures' part of an error: what other pictures of the kind would change, from the predictions.
 
 What picture i adds to the metric of cell c with seed s (:func:`each_adds`) is ``mean[c] + seed[c, s] + picture[c, i] +
-rest[c, s, i]``: crossed random effects (Owen, 2007; Bouthillier et al., 2021). A difference of cell
-means has the seeds' part of :mod:`.stats`, which falls with their number and holds the rest's, and the pictures' part:
-the variance over pictures of the paired difference ``d[i]``, averaged over seeds, without the rest that is in it,
+rest[c, s, i]``: crossed random effects (Owen, 2007; Bouthillier et al., 2021). A difference of cell means has the
+seeds' part of :mod:`.stats`, which falls with their number and holds the rest's, and the pictures' part: the variance
+over pictures of the paired difference ``d[i]``, averaged over seeds, without the rest that is in it,
 
     max(0, var(d) / N - (rest[a] / S_a + rest[b] / S_b - 2 shared S_ab / (S_a S_b)) / N) + 1 / N^2.
 
@@ -25,6 +25,7 @@ import numpy as np
 from lora_vit.metrics import METRICS, Metric
 from lora_vit.records import PREDICTIONS
 
+READ = ("labels", "predicted", "in_first_five")  # of the predictions on val
 MOST_SEEDS = 400  # with more the seeds are no blocks: so many were drawn at random for each cell
 
 
@@ -59,9 +60,8 @@ def each_adds(metric: Metric, val: Any) -> np.ndarray:
     """
     if metric.counts is not None:
         return np.asarray(metric.counts(val), dtype=float)
-    arrays = {name: getattr(val, name) for name in ("labels", "predicted", "in_first_five") if hasattr(val, name)}
-    _, first, alike = np.unique(np.stack([*arrays.values()]), axis=1, return_index=True, return_inverse=True)
-    without: list[Any] = [SimpleNamespace(**{k: np.delete(v, i) for k, v in arrays.items()}) for i in first]
+    _, first, alike = np.unique(np.stack([*vars(val).values()]), axis=1, return_index=True, return_inverse=True)
+    without: list[Any] = [SimpleNamespace(**{k: np.delete(v, i) for k, v in vars(val).items()}) for i in first]
     left, n = np.array([metric.of(p) for p in without]), len(alike)
     return float(n * metric.of(val)) - (n - 1) * left[alike.ravel()]
 
@@ -84,7 +84,7 @@ class Sums:
         """Count a trial that has ended; where it has no usable predictions, note why."""
         try:
             with np.load(folder / PREDICTIONS) as arrays:
-                val: Any = SimpleNamespace(**{k[4:]: v for k, v in arrays.items() if k.startswith("val.")})
+                val: Any = SimpleNamespace(**{k: arrays[f"val.{k}"] for k in READ if f"val.{k}" in arrays})
             self.count(cell, seed, val.labels, each_adds(self.metric, val))
         except FileNotFoundError:
             self.without.append((cell, f"{folder} has no {PREDICTIONS}"))
