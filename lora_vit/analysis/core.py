@@ -4,7 +4,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,10 +48,10 @@ def summarize(
     trials, settings = tables.named(loaded.trials)
     averaged = trials[tables.averaged(trials, value)]
     first = averaged if plan is None else first_seeds(plan, averaged)
-    sums = Sums(metric)
-    for cell, seed, folder in zip(first["cell"], first["seed"], first["folder"], strict=True):
-        sums.add(cell, seed, Path(folder))
+    sums, raced = Sums(metric), first["cell"].isin([] if plan is None else plan["cells"])
+    sums.add_all(first[raced])
     race = None if plan is None else replay(plan, trials, value, sums)
+    sums.add_all(first[~raced])  # only now: its workers do not know them
     done = averaged if race is None else counted(race, averaged)
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())

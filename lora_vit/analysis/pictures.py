@@ -25,7 +25,7 @@ import numpy as np
 from lora_vit.metrics import METRICS, Metric
 from lora_vit.records import PREDICTIONS
 
-READ = ("labels", "predicted", "in_first_five")  # of the predictions on val
+READ = ("labels", "predicted", "in_first_five")
 MOST_SEEDS = 400  # with more the seeds are no blocks: so many were drawn at random for each cell
 
 
@@ -74,11 +74,15 @@ class Sums:
         self.step = 0.0  # of the metric: one picture of the smallest class; 0: not known
         self.without: list[tuple[str, str]] = []  # of a trial without predictions: its cell, and why
         self._labels: Any = None
-        self._blocks = True
         self.cells: dict[str, np.ndarray] = {}  # float32 [N] of those that have predictions
         self._of_seeds: dict[int, np.ndarray] = {}  # float [N]
         self._squares: dict[str, float] = {}
         self._seeds: dict[str, set[int]] = {}
+
+    def add_all(self, trials: Any) -> None:
+        """Count the trials of a table with their ``cell``, ``seed`` and ``folder``."""
+        for cell, seed, folder in zip(trials["cell"], trials["seed"], trials["folder"], strict=True):
+            self.add(cell, seed, Path(folder))
 
     def add(self, cell: str, seed: int, folder: Path) -> None:
         """Count a trial that has ended; where it has no usable predictions, note why."""
@@ -101,10 +105,8 @@ class Sums:
         self.cells[cell] = self.cells.get(cell, np.float32(0)) + each.astype(np.float32)
         self._squares[cell] = self._squares.get(cell, 0.0) + float(each @ each)
         self._seeds.setdefault(cell, set()).add(seed)
-        if self._blocks:
+        if len(self._of_seeds) <= MOST_SEEDS:
             self._of_seeds[seed] = self._of_seeds.get(seed, 0.0) + each
-        if len(self._of_seeds) > MOST_SEEDS:  # drawn for each cell: they have nothing in common
-            self._blocks, self._of_seeds = False, {}
 
     def of(self, cells: Sequence[str]) -> Pictures | None:
         """The sums of these cells; None without any predictions. ``shared`` comes from all cells that were added."""
@@ -113,13 +115,13 @@ class Sums:
         every, size = [*dict.fromkeys([*cells, *self.cells])], len(self._labels)
         there = np.array([[s in self._seeds.get(cell, ()) for s in self._of_seeds] for cell in every], dtype=float)
         n = np.array([max(len(self._seeds.get(cell, ())), 1) for cell in every], dtype=float)
-        nothing = np.zeros(size, dtype=np.float32)
-        means = np.stack([self.cells.get(cell, nothing) for cell in every]) / n[:, None].astype(np.float32)
+        sums = [self.cells.get(cell, np.zeros(size, dtype=np.float32)) for cell in every]
+        means = np.stack(sums) / n[:, None].astype(np.float32)
         squares = np.array([self._squares.get(cell, 0.0) for cell in every])
         around = np.maximum(squares - n * np.square(means).sum(1, dtype=float), 0.0)
         common, shared = there @ there.T, 0.0
         free = common * (1 - np.add.outer(1 / n, 1 / n) + common / np.outer(n, n))
-        if (pairs := free.sum() - np.trace(free)) > 1e-9:
+        if (pairs := free.sum() - np.trace(free)) > 1e-9 and len(self._of_seeds) <= MOST_SEEDS:
             seeds = zip(self._of_seeds.values(), there.T.astype(np.float32), strict=True)
             together = sum(float(np.square(own - row @ means).sum()) for own, row in seeds)
             shared = (together - around.sum()) / pairs / (size - 1)

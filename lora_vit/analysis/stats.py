@@ -31,8 +31,7 @@ from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
 from lora_vit.analysis.pictures import Pictures
 
 CONFIDENCE, ALPHA = 0.95, 0.05
-Z = 1.959964  # of a normal: two-sided 95 %
-MANY = 1e6  # degrees of freedom of what is taken as known
+Z, MANY = 1.959964, 1e6  # of a normal, two-sided 95 %; degrees of freedom of what is taken as known
 
 
 class Interval(NamedTuple):

@@ -161,9 +161,9 @@ class Summary:
         """Both half widths of the test figure at 95 %; that of the images for a share of them alone."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        low, high = wilson(self.test.mean, n) if (n := self.test_images) else (math.nan, math.nan)
-        of_set = (high - low) / 2  # not 0 where all images are right
-        return f"{between}± {plain(of_set if self.counts_images else math.nan)} from the {n:,} test images"
+        known = (n := self.test_images) and self.counts_images
+        low, high = wilson(self.test.mean, n) if known else (math.nan, math.nan)  # no 0 where all images are right
+        return f"{between}± {plain((high - low) / 2)} from the {n:,} test images"
 
 
 class RaceSummary(Summary):

@@ -229,3 +229,37 @@ def test_survivors_of_a_cell_are_no_verdict_and_ties_are_named(tmp_path: Path) -
     assert "3 of 5" in export.table_md(got)
     whole = make_sweep(tmp_path / "whole", RANKS, y[[1, 1], :3], curve=False)
     assert "failed" not in export.readable(summarize(whole))
+
+
+def test_a_race_is_decided_by_the_predictions_of_its_own_cells(tmp_path: Path) -> None:
+    """Those of a cell that is not raced, which its workers do not know, change nothing of it."""
+    rng = np.random.default_rng(0)
+    values = {rank: 0.9 + rng.normal(0, 0.004, 6) for rank in (1, 4, 8)}
+    make_race(tmp_path, values, 6, margin=5.0)
+    for trial in summarize(tmp_path).trials.to_dict("records"):
+        leave(trial["folder"], rng.random(720) < np.where(np.arange(720) < 600, 0.99, 0.5))
+    race = summarize(tmp_path).race
+    make_sweep(tmp_path, [{"lora__rank": 16}], np.full((1, 6), 0.9), range(FIRST, FIRST + 6), curve=False)
+    for trial in summarize(tmp_path, where="rank == 16").trials.to_dict("records"):
+        leave(trial["folder"], rng.random(720) < 0.5)
+    again = summarize(tmp_path)
+    assert again.race is not None
+    assert race is not None
+    np.testing.assert_array_equal(again.race.left, race.left)
+    assert (race.left < 0.05).any()
+    assert (again.race.exits, again.cells["mark"].tolist()[-1]) == (race.exits, "not raced")
+
+
+def test_seeds_beyond_400_are_no_blocks() -> None:
+    right = drawn(2, 2, 50)
+    few, many = Sums("accuracy"), Sums("accuracy")
+    for sums, apart in ((few, 0), (many, 500)):
+        for k in range(apart):
+            sums.count(f"other {k}", 1000 + k, np.zeros(50, dtype=int), right[0, 0])
+        for c, s in np.ndindex(2, 2):
+            sums.count(str(c), s, np.zeros(50, dtype=int), right[c, s])
+    parts = [sums.of(names(2)) for sums in (few, many)]
+    assert parts[0] is not None
+    assert parts[1] is not None
+    assert (parts[0].shared != 0, parts[1].shared) == (True, 0)
+    np.testing.assert_allclose(parts[0].rest, parts[1].rest)
