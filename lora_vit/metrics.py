@@ -28,12 +28,13 @@ class Predictions:
 
 
 class Metric(NamedTuple):
-    """How tables call it, what it means, and its value."""
+    """How tables call it, what it means, its value, and the least change of it that one picture makes."""
 
     title: str
     meaning: str
     of: Callable[[Predictions], Any]
-    counts_images: bool = False  # a share of the images: Wilson's interval holds
+    counts: Callable[[Predictions], Any] | None = None  # which images count, where it is a share of them
+    step: Callable[[np.ndarray], float] = lambda images: 1 / (len(images) * images.min())  # of those of each class
 
 
 def _recalls(p: Predictions) -> np.ndarray:
@@ -59,11 +60,14 @@ def _calibration_error(p: Predictions) -> float:
 
 
 METRICS = {
-    "accuracy": Metric("accuracy", "share of right predictions", lambda p: (p.predicted == p.labels).mean(), True),
+    "accuracy": Metric("accuracy", "share of right predictions", lambda p: (p.predicted == p.labels).mean(),
+                       lambda p: p.predicted == p.labels, lambda images: 1 / images.sum()),
     "balanced_accuracy": Metric("balanced accuracy", "mean of the classes' recalls", lambda p: _recalls(p).mean()),
     "macro_f1": Metric("macro-F1", "mean over classes of the harmonic mean of precision and recall", _macro_f1),
-    "top5_accuracy": Metric("top-5 accuracy", "labels within the first five", lambda p: p.in_first_five.mean(), True),
-    "worst_class_recall": Metric("worst-class recall", "least of the classes' recalls", lambda p: _recalls(p).min()),
+    "top5_accuracy": Metric("top-5 accuracy", "labels within the first five", lambda p: p.in_first_five.mean(),
+                            lambda p: p.in_first_five, lambda images: 1 / images.sum()),
+    "worst_class_recall": Metric("worst-class recall", "least of the classes' recalls", lambda p: _recalls(p).min(),
+                                 step=lambda images: 1 / images.min()),
 }  # fmt: skip
 LOSSES = {
     "loss": Metric("NLL", "mean negative log likelihood", lambda p: p.loss),

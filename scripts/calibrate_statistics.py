@@ -5,29 +5,37 @@
     python scripts/calibrate_statistics.py margin           # the mark *within margin*
     python scripts/calibrate_statistics.py effects          # effects of settings, and interactions
     python scripts/calibrate_statistics.py rates            # how the best learning rate goes with the rank
+    python scripts/calibrate_statistics.py pictures         # the same claims about other pictures of the kind
     python scripts/calibrate_statistics.py race --runs 100  # seconds to a minute
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
 by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the cells spread three times as much;
-"one 10x": a single cell spreads ten times as much.
+"one 10x": a single cell spreads ten times as much. ``pictures`` draws predictions instead (:class:`Population`) and
+prints CSV.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
 from lora_vit.analysis.effects import main_effects, rate_by_rank
+from lora_vit.analysis.pictures import Sums, each_adds
 from lora_vit.analysis.race import Race, Rules, decide, wanted
 from lora_vit.analysis.stats import chi_nodes, compare, dunnett_critical, fit_blocks
+from lora_vit.metrics import METRICS
 
 IMAGES = 10_000
 LONG = 1000
@@ -377,12 +385,117 @@ def simulate_rates(
     return len(widths) / runs, covers / max(len(widths), 1), f"{np.median(widths) if widths else math.nan:.2f}"
 
 
+@dataclass(frozen=True)
+class Population:
+    """Trials that predict ``pictures`` drawn anew for each sweep. Cells are equal on all pictures of the kind.
+
+    Of the pictures, 12 % are undecided: a trial is right on one with probability p + g[cell, picture] + e[cell, seed],
+    p uniform in [0.25, 0.75], g = +- ``own`` min(p, 1 - p), e of sd ``sd`` points of accuracy; half of the draws are
+    shared by the cells of a seed. The others are right always, or never (4 %). ``own`` = 0.5: the pictures' part of a
+    difference has an sd of 9.4 points / sqrt(pictures). ``lead``: of the first cell, in points. ``metric``: with ten
+    classes whose sizes fall to a tenth, except for accuracy.
+    """
+
+    cells: int
+    seeds: int
+    pictures: int
+    own: float = 0.5
+    sd: float = 0.2
+    spread: str = "equal"
+    lead: float = 0.0
+    metric: str = "accuracy"
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Right predictions [cells, seeds, undecided], which pictures these are, and whether each picture is right."""
+        m, n = self.cells, self.pictures
+        fixed, undecided = rng.random(n) < 0.96, np.flatnonzero(rng.random(n) < 0.12)
+        k = len(undecided)
+        p = rng.uniform(0.25, 0.75, k).astype(np.float32)
+        g = self.own * np.minimum(p, 1 - p) * rng.choice(np.array([-1, 1], np.float32), (m, k))
+        sds = Case(m, self.seeds, self.sd, self.spread).sds
+        e = rng.normal(size=(m, self.seeds)) * sds[:, None] + rng.normal(0, self.sd / 100, self.seeds)
+        e[0] += self.lead / 100
+        own = rng.random((m, self.seeds, k), dtype=np.float32)
+        common = np.broadcast_to(rng.random((self.seeds, k), dtype=np.float32), own.shape)
+        u = np.where(rng.random(own.shape, dtype=np.float32) < 0.5, own, common)
+        return u < (p + g)[:, None] + (e / 0.12).astype(np.float32)[:, :, None], undecided, fixed
+
+    def sweep(self, rng: np.random.Generator, first: int = 0) -> tuple[np.ndarray, Sums]:
+        """The metric [cells, seeds], and the sums over the predictions of the first seeds (0: of all)."""
+        right, undecided, fixed = self.draw(rng)
+        metric, sums = METRICS[self.metric], Sums(self.metric)
+        sizes = np.ones(10) if self.metric == "accuracy" else np.linspace(1, 0.1, 10)
+        labels = np.sort(rng.choice(10, self.pictures, p=sizes / sizes.sum()))
+        labels = rng.permutation(labels)
+        wrong, y = (labels + rng.integers(1, 10, self.pictures)) % 10, np.empty(right.shape[:2])
+        for c, s in np.ndindex(*y.shape):
+            here = fixed.copy()
+            here[undecided] = right[c, s]
+            p: Any = SimpleNamespace(labels=labels, predicted=np.where(here, labels, wrong))
+            y[c, s] = metric.of(p)
+            if s < (first or self.seeds):
+                sums.count(str(c), s, labels, each_adds(metric, p))
+        return y, sums
+
+
+def simulate_pictures(case: Population, runs: int, rng: np.random.Generator) -> list[float]:
+    """Shares of sweeps: some cell is called worse, so by seeds alone, the first one stays a candidate."""
+    totals = np.zeros(3)
+    cells = list(map(str, range(case.cells)))
+    for _ in range(runs):
+        y, sums = case.sweep(rng)
+        both, seeds = compare(y, sums.step, pictures=sums.of(cells)), compare(y, sums.step)
+        totals += [both.worse.any(), seeds.worse.any(), both.candidate[0]]
+    return list(totals / runs)
+
+
+def simulate_pictures_race(case: Population, margin: float, runs: int, rng: np.random.Generator) -> list[float]:
+    """Shares of races of five first seeds: with both parts and with seeds alone, right and not resolved; trials."""
+    totals, rules = np.zeros(6), Rules(margin / 100, 5, case.seeds)
+    within = is_within(np.array([case.lead] + [0.0] * (case.cells - 1)) / 100, rules.margin)
+    for _ in range(runs):
+        y, sums = case.sweep(rng, first=5)
+        here = list[float]()
+        for pictures in (sums.of(list(map(str, range(case.cells)))), None):
+            race = decide(y, np.zeros(y.shape, dtype=bool), rules, sums.step, pictures)
+            right = bool(within[race.survivors].any())
+            here += [right, race.selected is None, sum(map(race.seeds_of, range(case.cells))) / case.cells]
+        totals += here
+    return list(totals / runs)
+
+
+def print_pictures(runs: int, rng: np.random.Generator) -> None:
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["claim", "metric", "pictures", "own", "spreads", "cells", "seeds", "errs %",
+                    "errs % by seeds alone", "candidates keep the best %", "not resolved %",
+                    "trials a cell"])  # fmt: skip
+    cases = [Population(m, s, n, spread=spread) for n in (200, 719, 10_000) for spread in ("equal", "half 3x")
+             for m in (2, 8, 30) for s in (2, 3, 5, 10)]  # fmt: skip
+    cases += [Population(8, s, 719, own, sd=0.1) for own in (0.0, 0.25, 1.0) for s in (3, 10)]
+    others = "balanced_accuracy", "macro_f1", "worst_class_recall"
+    cases += [Population(4, s, 719, metric=m) for m in others for s in (3, 5)]
+    for c in cases:
+        both, seeds, kept = simulate_pictures(c, runs if c.metric == "accuracy" else runs // 3, rng)  # these are slow
+        shares = (f"{100 * share:.1f}" for share in (both, seeds, kept))
+        table.writerow(["worse", c.metric, c.pictures, c.own, c.spread, c.cells, c.seeds, *shares, "", ""])
+        sys.stdout.flush()
+    for n, margin in ((719, 1.5), (2000, 1.0), (10_000, 0.5)):
+        for m in (2, 8, 30):
+            c = Population(m, 30, n, lead=margin)
+            right, unresolved, trials, alone, _, _ = simulate_pictures_race(c, margin, runs, rng)
+            shares = (f"{100 * share:.1f}" for share in (1 - right, 1 - alone))
+            table.writerow([f"race, margin {margin}", c.metric, n, c.own, c.spread, m, "5 to 30", *shares, "",
+                            f"{100 * unresolved:.1f}", f"{trials:.1f}"])  # fmt: skip
+            sys.stdout.flush()
+
+
 MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "marks": (print_marks, 4000),
     "race": (print_race, 2000),
     "margin": (print_margin, 4000),
     "effects": (print_effects, 2000),
     "rates": (print_rates, 2000),
+    "pictures": (print_pictures, 300),
 }
 
 
@@ -395,7 +508,8 @@ def main() -> None:
     show, many = MODES[args.mode]
     runs = args.runs or many
     error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
-    print(f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n")
+    told = f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n"
+    print(told, file=sys.stderr if args.mode == "pictures" else sys.stdout)
     show(runs, np.random.default_rng(args.seed))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.stats import Comparison
 from lora_vit.analysis.tables import FACTS, SCALING, averaged
 from lora_vit.config.names import BASELINES, LR, METHOD, value_text
@@ -120,6 +121,15 @@ def warnings(
     if tiny["model.weights"].astype(str).str.contains("IMAGENET1K").any():
         yield ("Tiny-ImageNet's classes are a subset of ImageNet-1k's, on which these weights were trained: the "
                "accuracies say little about classes that the model has never seen.")  # fmt: skip
+
+
+def unseen(sums: Sums, trials: int) -> Iterator[str]:
+    """A line where predictions are missing: what the claims leave out."""
+    if sums.without:
+        cells = len({cell for cell, _ in sums.without} - {*sums.cells})
+        left_out = f"differences of {cells} cells count seeds alone" if cells else "their cells' other seeds count"
+        left_out = left_out if sums.cells else "all claims count seeds alone and are about these val pictures"
+        yield f"Of {len(sums.without)} of {trials} trials no predictions count ({sums.without[0][1]}): {left_out}."
 
 
 def _learning_rate(adapted: pd.DataFrame, moved: list[str], rates: pd.DataFrame) -> Iterator[str]:

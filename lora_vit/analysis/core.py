@@ -12,6 +12,7 @@ import pandas as pd
 from lora_vit.analysis import checks, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
+from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import nearest
@@ -45,19 +46,27 @@ def summarize(
     value = f"val_{metric}"
     checks.refuse(loaded.trials)
     trials, settings = tables.named(loaded.trials)
-    race = None if plan is None else replay(plan, trials, value)
     averaged = trials[tables.averaged(trials, value)]
+    first = averaged if plan is None else first_seeds(plan, averaged)
+    sums, raced = Sums(metric), first["cell"].isin([] if plan is None else plan["cells"])
+    sums.add_all(first[raced])
+    race = None if plan is None else replay(plan, trials, value, sums)
+    sums.add_all(first[~raced])  # only now: its workers do not know them
     done = averaged if race is None else counted(race, averaged)
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
         nothing = f"no completed trial with a {value} ({counts}): nothing to summarize yet"
         raise RecordError("; ".join([nothing, *why, *loaded.problems[:1]]))
-    first = done if plan is None else first_seeds(plan, averaged)
     images = averaged["data.val"].astype(float).min()
-    resolution = 1 / float(images) if images > 0 else 0.0
+    resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
-    result = compare(tables.matrix(first, value).reindex(values.index).to_numpy(float), resolution)
+    pictures = sums.of(list(values.index))
+    seen = trials if race is None else counted(race, trials)
+    failed = seen[seen["status"] == "failed"].groupby("cell").size()
+    sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
+    compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
+    result = compare(compared, resolution, pictures=pictures)
     cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
     if race is not None:
         margin = race.rules.margin if margin is None else margin
@@ -66,10 +75,15 @@ def summarize(
         rates = tables.learning_rates(cells, settings)
         if margin is not None:
             cells["within"] = cells["below"] <= margin
+    if len(failed):
+        lost = cells["cell"].map(failed).fillna(0).astype(int)
+        cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
+        cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
     adapted = first[~first[METHOD].isin(BASELINES)]  # baselines have no rank
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
+    tested = int(np.nan_to_num(chosen["data.test"].astype(float).min()))
     unfinished = checks.unfinished(trials, race is None, value)
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
@@ -82,14 +96,15 @@ def summarize(
         comparison=result,
         effects=effects,
         learning_rates=rates,
-        test=t_interval(chosen[f"test_{metric}"].to_numpy(float)),
-        test_images=int(np.nan_to_num(chosen["data.test"].astype(float).min())),
+        test=t_interval(chosen[f"test_{metric}"].to_numpy(float), 1 / tested if tested else 0.0),
+        test_images=tested,
         environment=checks.environment(done),
-        warnings=list(checks.warnings(done, cells, result, rates, unfinished)),
+        warnings=[*checks.warnings(done, cells, result, rates, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,
         race=race,
         command=None if plan is None else plan["command"],
         metric=metric,
+        pictures=0 if pictures is None else pictures.means.shape[1],
     )
 
 

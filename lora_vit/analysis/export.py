@@ -29,10 +29,12 @@ from lora_vit.metrics import LOSSES
 
 RATES_NOTE = (
     "the best over learning rates is selected among several and so a little too good, more so the more rates were "
-    "tried; at the shared rate nothing was selected, but the rate may suit some settings better"
+    "tried; the shared rate is selected too, as the best on average, and may suit some settings better"
 )
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
-LEAST_NEEDED = ("vs full fine-tuning", "vs linear probe", "seconds", "parameters", "95 % interval")
+LEAST_NEEDED = (
+    "vs full fine-tuning", "vs linear probe", "seconds", "parameters", "pictures ±", "seeds ±", "95 % interval",
+)  # fmt: skip
 """Columns of the cells table that a narrow terminal does without, the first first."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]
@@ -68,10 +70,12 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         ("95 % interval", "low high", plain),
         *[("adjusted", "adjusted", plain)] * (comparison.blocked and not comparison.complete and fixed),
         *[("sd", "sd", plain)] * wide,
-        *("n", "mark"),
+        *("n", "failed", "mark"),
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
         ("vs best (points)" if wide else "vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
+        ("seeds ±", "difference_seeds", plain),
+        *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
         ("vs linear probe", "vs_probe", signed),
         ("vs full fine-tuning", "vs_full", signed),
         ("parameters", "trainable_parameters", count),

@@ -7,61 +7,68 @@ from collections.abc import Callable
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.stats import MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
+from lora_vit.analysis.stats import MANY, MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
 
 WANTED = 0.8  # of a design that is large enough
 
 
-def power(difference: float, sd: float, cells: int, seeds: float, df: float | None = None) -> float:
+def power(
+    difference: float, sd: float, cells: int, seeds: float, df: float | None = None, pictures: float = 0.0
+) -> float:
     """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
 
     ``P(T > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom
-    and noncentrality ``difference / (sd sqrt(2 / seeds))``, by quadrature over the estimated sd.
+    and noncentrality ``difference / (sd sqrt(2 / seeds))``, by quadrature over the estimated sd. ``pictures``: their
+    part of a difference's variance, taken as known; no number of seeds lowers it.
     """
     if cells < 2 or seeds < 2:
         return 0.0
-    if sd == 0:
+    variance = 2 * sd**2 / seeds
+    if variance + pictures == 0:
         return 1.0 if difference > 0 else 0.0
     df = (cells - 1) * (seeds - 1) if df is None else df
-    critical = tukey_critical(cells, df) / math.sqrt(2)
-    away = difference / (sd * math.sqrt(2 / seeds))
     s, weights = chi_nodes(df)
-    return float(weights @ special.ndtr(away - critical * s))
+    half = np.sqrt((tukey_critical(cells, df) * s) ** 2 * variance + tukey_critical(cells, MANY) ** 2 * pictures)
+    return float(weights @ special.ndtr((difference - half / math.sqrt(2)) / math.sqrt(variance + pictures)))
 
 
-def detectable(sd: float, cells: int, seeds: float, df: float) -> float:
+def detectable(sd: float, cells: int, seeds: float, df: float, pictures: float = 0.0) -> float:
     """Smallest true difference that :func:`power` finds with 80 %; NaN below two seeds."""
-    if cells < 2 or seeds < 2 or not sd > 0:
-        return 0.0 if sd == 0 and cells > 1 and seeds > 1 else math.nan
-    top = sd
-    while power(top, sd, cells, seeds, df) < WANTED:
+    if cells < 2 or seeds < 2 or not sd + pictures > 0:
+        return 0.0 if sd + pictures == 0 and cells > 1 and seeds > 1 else math.nan
+    top = sd + math.sqrt(pictures)
+    while power(top, sd, cells, seeds, df, pictures) < WANTED:
         top *= 2
-    return float(optimize.brentq(lambda x: power(x, sd, cells, seeds, df) - WANTED, 0.0, top, rtol=1e-6))
+    return float(optimize.brentq(lambda x: power(x, sd, cells, seeds, df, pictures) - WANTED, 0.0, top, rtol=1e-6))
 
 
-def seeds_needed(difference: float, sd: float, cells: int) -> int | None:
+def seeds_needed(difference: float, sd: float, cells: int, pictures: float = 0.0) -> int | None:
     """Fewest seeds with which :func:`power` reaches 80 %; None above ``MOST_SEEDS``."""
-    return _fewest(lambda seeds: power(difference, sd, cells, seeds), sd, cells)
+    return _fewest(lambda seeds: power(difference, sd, cells, seeds, pictures=pictures), sd, cells)
 
 
-def seeds_within(margin: float, sd: float, cells: int) -> int | None:
+def seeds_within(margin: float, sd: float, cells: int, pictures: float = 0.0) -> int | None:
     """Fewest seeds with which Hsu's bound of a cell as good as the best lies below the margin with 80 %, or None."""
 
     def found(seeds: int) -> float:
-        critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1))
-        return float(special.ndtr(margin / (sd * math.sqrt(2 / seeds)) - critical)) if sd > 0 else 1.0
+        of_seeds, error = 2 * sd**2 / seeds, math.sqrt(2 * sd**2 / seeds + pictures)
+        critical = dunnett_critical(cells - 1, (cells - 1) * (seeds - 1)), dunnett_critical(cells - 1, MANY)
+        half = math.sqrt(critical[0] ** 2 * of_seeds + critical[1] ** 2 * pictures)
+        return float(special.ndtr((margin - half) / error)) if error > 0 else 1.0
 
     return _fewest(found, sd, cells)
+
+
+def pictures_needed(difference: float, cells: int, pictures: float, images: int, within: bool = False) -> int:
+    """Pictures with which any number of seeds finds the difference, or shows a cell to be within it, with 80 %.
+
+    ``pictures``: their part of a difference's variance with so many ``images``.
+    """
+    critical = dunnett_critical(cells - 1, MANY) if within else tukey_critical(cells, MANY) / math.sqrt(2)
+    return math.ceil(images * pictures * ((critical + special.ndtri(WANTED)) / difference) ** 2)
 
 
 def _fewest(found: Callable[[int], float], sd: float, cells: int) -> int | None:
     counts = range(2, MOST_SEEDS + 1) if cells > 1 and math.isfinite(sd) else range(0)
     place = bisect.bisect_left(counts, WANTED, key=found)
     return counts[place] if place < len(counts) else None
-
-
-def expected_maximum(count: int) -> float:
-    """Expectation of the largest of ``count`` independent standard normal values (0 for one)."""
-    z = np.linspace(-9, 9, 2001)
-    density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    return float((count * z * density * special.ndtr(z) ** (count - 1)).sum() * (z[1] - z[0])) if count > 1 else 0.0

@@ -7,7 +7,10 @@ cell i leaves when a survivor l has ``mean_l - mean_i > W(r)``,
     eta = ((2 * alpha / (k - 1))^(-2 / df) - 1) / 2,
 
 S2 the variance of the paired differences in the first seeds, df its degrees of freedom, k the cells that have them.
-A cell within ``margin`` of the best is then selected with probability 1 - alpha. Kim and Nelson take each pair's own
+A cell within ``margin`` of the best is then selected with probability 1 - alpha, on these pictures. For others of the
+kind half of alpha goes to what pictures may hide of a pair, Dunnett's critical value times the root of their part
+(:mod:`.pictures`, from the first seeds); W(r) gets the other half, and what that leaves of the margin. Where it leaves
+nothing, no number of seeds decides. Kim and Nelson take each pair's own
 variance, which costs many trials, or a common one, which fails if spreads differ. Here S2 is twice the variance of
 that half of the cells that spreads most, or the pair's own if that is larger, as :mod:`.stats` does for fixed
 sweeps; docs/race.md says how often it errs.
@@ -19,16 +22,14 @@ then those that are behind by more than W(r), all at once. No other trial decide
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_vit.analysis.stats import dunnett_critical, fit_blocks, pair_variance, wide_variance
-
-ALPHA = 0.05
+from lora_vit.analysis.pictures import Pictures, Sums
+from lora_vit.analysis.stats import ALPHA, MANY, dunnett_critical, fit_blocks, pair_variance, wide_variance
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Race:
     means: np.ndarray  # [m] over its seeds when last judged
     room: np.ndarray  # [m] by how much a mean may still fall before the cell leaves (NaN: has left, or undecided)
     bounds: np.ndarray  # [m, m] of boundary()
+    left: np.ndarray  # [m, m] what the pictures leave of the margin for the seeds of a pair
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
     seeds: int = 0  # the last r that was decided (0: first seeds are missing)
@@ -76,23 +78,22 @@ class Race:
     cells: list[str] = field(default_factory=list)  # ids
     first: int = 0
 
+    @property
+    def blocked(self) -> bool:
+        """Whether no pair that is in it can be decided by seeds: only more pictures help."""
+        apart = ~np.eye(len(self.survivors), dtype=bool)
+        return len(self.survivors) > 1 and bool((self.left[np.ix_(self.survivors, self.survivors)] <= 0)[apart].all())
+
     def seeds_of(self, cell: int) -> int:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
-    def expected(self) -> int:
-        """Trials that the race still takes if all means stay where they are; 0 before the first seeds are there."""
-        later, trials, r = replace(self, room=self.room.copy(), exits=dict(self.exits)), 0, self.seeds
-        while 0 < r < self.rules.most_seeds and len(later.survivors) > 1:
-            trials, r = trials + len(later.survivors), r + 1
-            _eliminate(later, np.array(later.survivors), r)
-        return trials
 
+def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0, left: np.ndarray | None = None) -> np.ndarray:
+    """``h2 * S2 / left`` [m, m], so that ``W(r) = max(0, boundary / (2 r) - left / 2)``; ``first`` [m, n], no NaN.
 
-def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.ndarray:
-    """``h2 * S2 / margin`` [m, m], so that ``W(r) = max(0, boundary / (2 r) - margin / 2)``; ``first`` [m, n], no NaN.
-
-    ``resolution``: step of the accuracy (1 / images); its rounding variance is the least error variance used.
+    ``resolution``: step of the accuracy (1 / images); its rounding variance is the least error variance used. ``left``:
+    what pictures leave of the margin (None: they do not count); infinite where that is nothing.
     """
     m, n = first.shape
     fit = fit_blocks(first)
@@ -102,15 +103,19 @@ def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0) -> np.nda
         variance, df = wide_variance(fit), (m - 1) * (n - 1) / m * ((m + 1) // 2)
     floor = max(variance, resolution**2 / 12)
     s2 = 2 * np.fmax(floor, pair_variance(first, np.arange(m), blocked=True))
-    eta = ((2 * ALPHA / (m - 1)) ** (-2 / df) - 1) / 2
-    return 2 * eta * df * s2 / rules.margin
+    eta = ((2 * (ALPHA if left is None else ALPHA / 2) / (m - 1)) ** (-2 / df) - 1) / 2
+    width = 2 * eta * df * s2 / (rules.margin if left is None else np.where(left > 0, left, 1.0))
+    return width if left is None else np.where(left > 0, width, np.inf)
 
 
-def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, object]]) -> Race:
+def standing(
+    plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, object]], sums: Sums | None = None
+) -> Race:
     """Where a race, as ``sweep.json`` has it, stands by its trials that have ended.
 
     ``trials``: cell id, seed, metric as the record says it (None, or no fraction in [0, 1]: the trial failed), and
-    number of val images (None: not known). Other cells and seeds do not matter.
+    number of val images (None: not known). Other cells and seeds do not matter. ``sums``: of the first seeds'
+    predictions.
     """
     rules, first, row = Rules.of(plan), plan["seed"], {cell: i for i, cell in enumerate(plan["cells"])}
     raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials
@@ -124,13 +129,18 @@ def standing(plan: Mapping[str, Any], trials: Iterable[tuple[str, int, object, o
                 resolution = max(resolution, 1 / images)
         else:
             failed[i, n] = True
-    return replace(decide(y, failed, rules, resolution), cells=list(row), first=first)
+    pictures = None if sums is None else sums.of(list(row))
+    resolution = resolution if sums is None else max(resolution, sums.step)
+    return replace(decide(y, failed, rules, resolution, pictures), cells=list(row), first=first)
 
 
-def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0) -> Race:
+def decide(
+    y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0, pictures: Pictures | None = None
+) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there, m, nan = np.isfinite(y), len(y), np.full(len(y), np.nan)
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), np.zeros((m, m)), list(range(m)))
+    bounds, left = np.zeros((m, m)), np.full((m, m), rules.margin)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), bounds, left, list(range(m)))
     sums = np.where(there, y, 0.0).cumsum(1)
     for r in range(rules.first_seeds, rules.most_seeds + 1):
         known = (there | failed)[race.survivors, :r]
@@ -140,10 +150,14 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
             race.exits[cell] = Exit(int(np.argmax(failed[cell])) + 1, None)
         alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
         if r == rules.first_seeds and len(alive) > 1:
-            race.bounds[np.ix_(alive, alive)] = boundary(y[alive, :r], rules, resolution)
+            pairs = np.ix_(alive, alive)
+            if pictures is not None:
+                hidden = dunnett_critical(len(alive) - 1, MANY, ALPHA / 2)
+                left[pairs] -= hidden * np.sqrt(pictures.of_differences(alive, alive))
+            bounds[pairs] = boundary(y[alive, :r], rules, resolution, None if pictures is None else left[pairs])
         race.means[alive], race.seeds = sums[alive, r - 1] / r, r
         _eliminate(race, alive, r)
-        if len(race.survivors) <= 1:
+        if len(race.survivors) <= 1 or race.blocked:
             break
     race.ended = True
     race.selected = race.survivors[0] if len(race.survivors) == 1 else None
@@ -152,7 +166,8 @@ def decide(y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 
 
 def _eliminate(race: Race, alive: np.ndarray, r: int) -> None:
     """Take out who is behind by more than W(r); where that is 0 for all pairs, all but the first of the best."""
-    width = np.maximum(0.0, race.bounds[np.ix_(alive, alive)] / (2 * r) - race.rules.margin / 2)
+    pairs = np.ix_(alive, alive)
+    width = np.maximum(0.0, race.bounds[pairs] / (2 * r) - race.left[pairs] / 2)
     means = race.means[alive]
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
@@ -177,11 +192,3 @@ def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
     return trials
-
-
-def one_stage(sd: float, cells: int, rules: Rules) -> int | None:
-    """Seeds of a cell with which one stage of known spread gives the race's guarantee (Bechhofer, 1954), if any do."""
-    if cells < 2 or not math.isfinite(sd):
-        return None
-    critical = dunnett_critical(cells - 1, 1e6, ALPHA)  # degrees of freedom of what is known
-    return max(1, math.ceil(2 * (critical * sd / rules.margin) ** 2))

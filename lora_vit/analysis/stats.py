@@ -11,19 +11,27 @@ Unequal spreads make the pooled error too small for the cells that spread most. 
 by each pair's own variance, which errs far above 5 % with 2 to 5 seeds (docs/statistics.md). Here the *wide* error
 is used instead: the mean variance of that half of the cells that spreads most, or the pair's own if that is larger.
 
+These are errors over seeds. With :mod:`.pictures` each claim holds for other pictures too: a half width is the root of
+the sum of two squares, each with the critical value of its own degrees of freedom (Cochran & Cox, 1950). One value by
+Satterthwaite's errs in up to 14 % with two seeds.
+
 All arrays: m cells, S seeds; a missing trial is NaN.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special
 
-CONFIDENCE = 0.95
-MOST_SEEDS = 400  # with more columns the seeds are no blocks: so many were drawn at random for each cell
+from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
+from lora_vit.analysis.pictures import Pictures
+
+CONFIDENCE, ALPHA = 0.95, 0.05
+Z, MANY = 1.959964, 1e6  # of a normal, two-sided 95 %; degrees of freedom of what is taken as known
 
 
 class Interval(NamedTuple):
@@ -50,6 +58,25 @@ def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
     sd = float(x.std(ddof=1))
     half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
     return Interval(mean, sd, n, mean - half, mean + half)
+
+
+def wilson(share: float, size: float) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share: within 0 and 1, and of some width at both."""
+    z2 = Z**2 / size
+    half = math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
+
+
+def share_interval(values: np.ndarray, resolution: float) -> Interval:
+    """The interval of a fraction over seeds and ``1 / resolution`` pictures, within 0 and 1 and of some width at both.
+
+    To either side the root of the sum of two squares: the t interval's width and Wilson's (Zou & Donner, 2008).
+    """
+    mean, sd, n, low, high = t_interval(values, resolution)
+    if resolution and n > 1:
+        below, above = wilson(mean, 1 / resolution)
+        low, high = mean - math.hypot(mean - low, mean - below), mean + math.hypot(high - mean, above - mean)
+    return Interval(mean, sd, n, max(low, 0.0), min(high, 1.0)) if n > 1 else Interval(mean, sd, n, low, high)
 
 
 @dataclass
@@ -208,7 +235,7 @@ def dunnett_tail(t: float, others: int, df: float) -> float:
 
 
 @functools.cache
-def dunnett_critical(others: int, df: float, alpha: float = 1 - CONFIDENCE) -> float:
+def dunnett_critical(others: int, df: float, alpha: float = ALPHA) -> float:
     """Where :func:`dunnett_tail` is ``alpha``."""
     top = 4.0
     while dunnett_tail(top, others, df) > alpha:
@@ -224,6 +251,8 @@ class Comparison:
     means: np.ndarray
     difference: np.ndarray  # best minus cell (never negative)
     half: np.ndarray  # its simultaneous 95 % half width
+    half_seeds: np.ndarray  # that of the seeds alone, and
+    half_pictures: np.ndarray  # of the pictures: half is the root of the sum of their squares
     worse: np.ndarray
     candidate: np.ndarray
     below: np.ndarray  # with 95 % for all at once, no other true mean is more than this above (Hsu's, never negative)
@@ -237,15 +266,19 @@ class Comparison:
     complete: bool = True
     seeds: int = 0
     repeats: float = math.nan  # seeds of a cell (harmonic mean)
+    pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
 
 
-def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Comparison:
+def compare(
+    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", pictures: Pictures | None = None
+) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
     ``y`` [m, S]: one column per seed, NaN where there is no such trial. ``resolution``: smallest step of the metric (1
     / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
     ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
-    (pooled error) or ``unequal`` (wide error).
+    (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
+    claims are about the pictures at hand.
     """
     m = len(y)
     keep = np.isfinite(y).sum(1) >= 2
@@ -258,21 +291,27 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
         fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, no, no, nan)
+        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan)
 
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
-    error = _errors(fit, np.array([best]), common, wide)[0]
-    difference, tukey, dunnett = fit.means[best] - fit.means, tukey_critical(k, fit.df), dunnett_critical(k - 1, fit.df)
-    half = tukey / math.sqrt(2) * error
-    half[best] = np.nan
-    candidate, below = _against_others(fit, common, wide, dunnett)
+    cells, difference = np.flatnonzero(keep), fit.means[best] - fit.means
+
+    def halves(rows: np.ndarray, critical: Callable[[int, float], float], count: int) -> np.ndarray:
+        seeds = critical(count, fit.df) * _errors(fit, rows, common, wide)
+        part = np.zeros_like(seeds) if pictures is None else pictures.of_differences(cells[rows], cells)
+        return np.stack([seeds, critical(count, MANY) * np.sqrt(part)])
+
+    half_seeds, half_pictures = halves(np.array([best]), tukey_critical, k)[:, 0] / math.sqrt(2)
+    half_seeds[best] = half_pictures[best] = np.nan
+    half = np.hypot(half_seeds, half_pictures)
+    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*halves(rows, dunnett_critical, k - 1)))
 
     of_kept = {
-        "means": fit.means, "difference": difference, "half": half, "candidate": candidate, "below": below,
-        "worse": difference * math.sqrt(2) > tukey * error,
+        "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
+        "half_pictures": half_pictures, "candidate": candidate, "below": below, "worse": difference > half,
     }  # fmt: skip
     of_all: dict[str, Any] = {name: np.full(m, np.nan if v.dtype == float else False) for name, v in of_kept.items()}
     for name, values in of_kept.items():
@@ -290,25 +329,26 @@ def compare(y: np.ndarray, resolution: float = 0.0, spreads: str = "auto") -> Co
         complete=bool(np.isfinite(fit.y).all()),
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
+        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY) ** 2 * 2),
     )
 
 
 def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
-    """Standard errors of ``means[rows] - means``: [len(rows), m]."""
+    """Standard errors of ``means[rows] - means`` over seeds: [len(rows), m]."""
     variance = np.full((len(rows), len(fit.means)), common)
     if wide:
         variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
     return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
 
 
-def _against_others(fit: Blocked, common: float, wide: bool, critical: float) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell whether no other lies above it by more than ``critical`` errors, and how far above it another may
-    lie at most: ``max(0, max_j(mean_j - mean_i + critical * error_ij))``.
+def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell whether no other lies above it by more than the half width, and how far above it another may lie at
+    most: ``max(0, max_j(mean_j - mean_i + half_ij))``. ``half(rows)`` [rows, m] is that of the differences of cells.
     """
-    m, near, below = len(fit.means), list[np.ndarray](), list[np.ndarray]()
+    m, near, below = len(means), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, m, 256):
         rows = np.arange(start, min(start + 256, m))
-        lead, error = fit.means - fit.means[rows][:, None], critical * _errors(fit, rows, common, wide)
-        near.append((lead <= error).all(1))
-        below.append(np.maximum(lead + error, 0.0).max(1))
+        lead, width = means - means[rows][:, None], half(rows)
+        near.append((lead <= width).all(1))
+        below.append(np.maximum(lead + width, 0.0).max(1))
     return np.concatenate(near), np.concatenate(below)

@@ -13,15 +13,16 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import detectable, expected_maximum, seeds_needed, seeds_within
-from lora_vit.analysis.race import Race, one_stage, standing
-from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval
+from lora_vit.analysis.pictures import Sums
+from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, seeds_within
+from lora_vit.analysis.race import Race, standing
+from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
-from lora_vit.analysis.texts import duration, number, plain, points, seeds, with_interval
+from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import SEARCH
 
-ORDER = {"selected": 0, "left": 1, "out": 2, "failed": 3, "not raced": 4}
+ORDER = {mark: i for i, mark in enumerate(("selected", "in", "unresolved", "out", "failed", "not raced"))}
 
 
 @dataclass
@@ -30,8 +31,8 @@ class Summary:
 
     ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
     this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
-    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``race``: if the sweep was one, with the
-    ``command`` that resumes it.
+    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``pictures``: so many of val count in the
+    claims (0: they hold on these alone). ``race``: if the sweep was one, with the ``command`` that resumes it.
     """
 
     folders: list[str]
@@ -52,17 +53,20 @@ class Summary:
     race: Race | None = None
     command: str | None = None
     metric: str = "accuracy"
+    pictures: int = 0
 
     legend = (
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
-        "is no candidate, yet not shown to be worse; *no verdict*: one seed. A star marks the Pareto front of val "
-        "{} against that cost."
+        "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
+        "alone are no verdict. *seeds ±* and *pictures ±*: how far other seeds and other pictures of the kind may move "
+        "the difference from the best; it is *worse* beyond the root of the sum of their squares. A star marks the "
+        "Pareto front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
     def __post_init__(self) -> None:
-        self.title, self.meaning, _, self.counts_images = METRICS[self.metric]
+        self.title, self.meaning, _, self.counts_images, _ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
         self.legend = self.legend.format(self.title) + losses
 
@@ -81,7 +85,10 @@ class Summary:
                 f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
-        start += " among the cells with two or more seeds" if (cells["mark"] == "no verdict").any() else ""
+        if cells["mark"].isin(["no verdict", "failed"]).any():
+            start += " among the cells with two or more seeds" + " and no failed trial" * ("failed" in cells)
+        ties = cells.loc[(cells["difference"].abs() < 1e-12) & (cells["mark"] != "best"), "label"]
+        equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
         group, smallest = cells[cells["mark"].isin(["best", "candidate"])], ""
         sizes = group["trainable_parameters"]
@@ -89,7 +96,7 @@ class Summary:
         if sizes.notna().all() and small["mark"] != "best":
             smallest = f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
         lines = [
-            f"{start}, {with_interval(best)} over {seeds(best['n'])}.",
+            f"{start}, {with_interval(best)} over {seeds(best['n'])}{equal}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
             f"for the best: {counts.get('candidate', 0)}{smallest}.",
             self._good_enough(),
@@ -112,63 +119,64 @@ class Summary:
         c, margin = self.comparison, self.margin
         if margin is None or c.best is None:
             return ""
-        of_them = "" if c.compared.all() else " of the cells with two or more seeds"
+        of_them = "" if c.compared.all() else " of the cells that were compared"
         close = f"within {points(margin)} of the best{of_them}"
         found = self.cells[self.cells["below"] <= margin].sort_values("trainable_parameters", kind="stable")
         if found.empty or (selected is not None and found["label"].iloc[0] == selected["label"]):
             if selected is not None and selected["trainable_parameters"] <= self.cells["trainable_parameters"].min():
                 return ""
             text = f"No {'' if selected is None else 'smaller '}cell is shown to be {close}"
-            needed = seeds_within(margin, c.sd, int(c.compared.sum()))
+            needed = seeds_within(margin, c.sd, int(c.compared.sum()), c.pictures)
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            wanted = f"about {needed}" if needed else f"more than {MOST_SEEDS}"
-            return f"{text}; {wanted} seeds per cell would be needed."
-        small, fast = found.iloc[0], found.sort_index().sort_values("seconds", kind="stable").iloc[0]
-        text = f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}"
-        if fast["label"] != small["label"]:
-            text += f", and so is the fastest such cell, {fast['label']} ({duration(fast['seconds'])} s a trial)"
-        return f"{text}."
+            return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
+        small = found.iloc[0]
+        return f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}."
+
+    def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
+        """What shows such a difference: seeds, or where no number of them does, pictures."""
+        c = self.comparison
+        cells = int(c.compared.sum())
+        images = pictures_needed(difference, cells, c.pictures, self.pictures, within) if c.pictures else 0
+        if images > self.pictures:
+            return f"more than {images:,} val pictures in place of the {self.pictures:,}"
+        return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
 
     def power(self) -> tuple[str, str] | None:
-        """The true difference that is detected with 80 % power, and how many seeds per cell detect half a point."""
+        """The true difference that is detected with 80 % power, and what detects half a point."""
         c, cells = self.comparison, int(self.comparison.compared.sum())
         if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
-        seeds = seeds_needed(0.005, c.sd, cells) or f"more than {MOST_SEEDS}"
-        return points(detectable(c.sd, cells, c.repeats, c.df)), str(seeds)
+        takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures))
+        return points(detectable(c.sd, cells, c.repeats, c.df, c.pictures)), takes
 
     def power_text(self) -> str:
         found = self.power()
         return "" if found is None else (
-            f"With these seeds a true difference of {found[0]} from the best would be detected with 80 % power; half a "
-            f"point would take {found[1]} seeds per cell."
+            f"With these seeds{' and pictures' * bool(self.pictures)} a true difference of {found[0]} from the best "
+            f"would be detected with 80 % power; half a point would take {found[1]}."
         )
 
     def errors_of_test(self) -> str:
         """Both half widths of the test figure at 95 %; that of the images for a share of them alone."""
         seeds = (self.test.high - self.test.low) / 2
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
-        p, n, z2 = self.test.mean, self.test_images, 1.959964**2  # Wilson (1927): not 0 where all images are right
-        of_set = math.sqrt(z2 * p * (1 - p) / n + (z2 / n / 2) ** 2) / (1 + z2 / n) if n else math.nan
-        return f"{between}± {plain(of_set if self.counts_images else math.nan)} from the {n:,} test images"
-
-    def optimism(self) -> float:
-        """How far the best mean would lie above the others if all cells were equally good."""
-        c = self.comparison
-        return c.sd / math.sqrt(c.repeats) * expected_maximum(int(c.compared.sum()))
+        known = (n := self.test_images) and self.counts_images
+        low, high = wilson(self.test.mean, n) if known else (math.nan, math.nan)  # no 0 where all images are right
+        return f"{between}± {plain((high - low) / 2)} from the {n:,} test images"
 
 
 class RaceSummary(Summary):
-    """Marks by the race: *selected, left* (in the race, or not resolved)*, out, failed, not raced*."""
+    """Marks by the race: *selected, in, unresolved, out, failed, not raced*."""
 
     race: Race
     margin: float
     legend = (
-        "A race: *selected* is the cell that was left; *left* ones are not separated; *out* ones fell behind after n "
-        "seeds (later ones, if any, decide nothing and are not in the table); *failed*: a trial failed. How long a "
-        "cell ran depended on its results: a mean and its interval describe the trials and claim nothing. A star "
-        "marks the Pareto front of val {} against that cost."
+        "A race: *selected* is the last one; *in* are those that still race, *unresolved* those that it did not "
+        "separate; *out* ones fell behind after n seeds (later ones decide nothing and are not in the table); "
+        "*failed*: a trial failed, and the others alone are no verdict. How long a cell ran depended on its results: a "
+        "mean and its interval describe the trials and claim nothing. A star marks the Pareto front of val {} against "
+        "that cost."
     )
 
     @property
@@ -178,21 +186,26 @@ class RaceSummary(Summary):
         if len(cells) == k == 1:
             return self._alone()
         trials, completed = int(cells.loc[cells["mark"] != "not raced", "n"].sum()), int(np.isfinite(race.y).sum())
-        left = cells.loc[cells["mark"] == "left", "label"]
-        if race.selected is not None:
+        left = cells.loc[cells["mark"] == "unresolved", "label"]
+        failed = sum(out.behind is None for out in race.exits.values())
+        if race.selected is not None and failed == k - 1:
+            outcome = f"{best_cell(cells)['label']} alone has no failed trial: nothing is claimed. {trials} trials."
+        elif race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
-            instead = f"; one stage with the same guarantee would take {stage}" if (stage := self.one_stage()) else ""
             outcome = (
-                f"{best_cell(cells)['label']} selected: with 95 % no other of {k} cells is better by more than "
-                f"{margin}. {trials} trials{ahead}{instead}."
+                f"{best_cell(cells)['label']} selected: with 95 % no other of {k - failed} cells is better by more "
+                f"than {margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:
             outcome = "Nothing is selected: a trial of each cell failed."
         elif race.ended:
             names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
+            takes = f"takes more than sweep.most_seeds={race.rules.most_seeds}"
+            if race.blocked:
+                takes = f"takes more than {self.pictures:,} val pictures: no number of seeds can decide it"
             outcome = (
                 f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} takes more than sweep.most_seeds={race.rules.most_seeds}."
+                f"them is best to within {margin} {takes}."
             )
         else:
             seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
@@ -202,7 +215,7 @@ class RaceSummary(Summary):
                 f"far. Nothing is selected yet; the sweep's command resumes it{again}."
             )
         lines = [outcome]
-        if failed := sum(out.behind is None for out in race.exits.values()):
+        if failed:
             lines.append(f"{failed} of the cells {'is' if failed == 1 else 'are'} out because a trial failed.")
         if others := int((cells["mark"] == "not raced").sum()):
             lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
@@ -210,15 +223,11 @@ class RaceSummary(Summary):
         lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
         return " ".join(filter(None, lines))
 
-    def one_stage(self) -> int:
-        """Trials of one stage with the same guarantee; 0 if the spread is not known."""
-        return len(self.race.cells) * (one_stage(self.comparison.sd, len(self.race.cells), self.race.rules) or 0)
 
-
-def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str = "val_accuracy") -> Race:
+def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str, sums: Sums) -> Race:
     ended = trials[trials["status"].isin(["completed", "failed"])]
     values = ended[value].where(ended["status"] == "completed")
-    return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True))
+    return standing(plan, zip(ended["cell"], ended["seed"], values, ended["data.val"], strict=True), sums)
 
 
 def first_seeds(plan: Mapping[str, Any], trials: pd.DataFrame) -> pd.DataFrame:
@@ -240,9 +249,9 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
     ``seeds_raced``: when a cell left; ``difference``: over the seeds that it shares with the first row.
     """
     frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
-    frame = frame.loc[:, ~frame.columns.str.startswith("d_")]
+    frame = frame.loc[:, ~frame.columns.str.startswith(("d_", "difference_seeds", "difference_pictures"))]
     for i, cell in enumerate(race.cells):
-        stays = "selected" if i == race.selected else "left"
+        stays = "selected" if i == race.selected else "unresolved" if race.ended else "in"
         mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"
         raced[cell] = mark, race.seeds_of(i)
     frame["adjusted"], frame["difference_low"], frame["difference_high"] = frame["mean"], math.nan, math.nan
@@ -256,4 +265,5 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
 
 def _shows(race: Race, margin: float) -> bool:
     """Whether the race has shown the selected cell to be so close to the best."""
-    return race.selected is not None and margin >= race.rules.margin - 1e-12
+    compared = sum(out.behind is not None for out in race.exits.values())
+    return race.selected is not None and compared > 0 and margin >= race.rules.margin - 1e-12

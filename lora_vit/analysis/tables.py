@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.load import COSTS, FIGURES
-from lora_vit.analysis.stats import Comparison, t_interval
+from lora_vit.analysis.stats import Comparison, share_interval, t_interval
 from lora_vit.config import SECTIONS
 from lora_vit.config.names import LR, METHOD, cell_text, names, preferred, varying
 from lora_vit.metrics import LOSSES
@@ -55,19 +55,20 @@ def cells_table(
     """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
     ``adjusted`` is the mean corrected for missing seeds; cells are sorted and compared by it. ``difference`` is cell
-    minus best, with its simultaneous 95 % interval. ``vs_probe`` and ``vs_full``: cell minus the best cell of that
-    baseline, paired by seed, with its t interval. Losses, where trials have them all, and costs are means over the
+    minus best, with its simultaneous 95 % interval; ``difference_seeds`` and ``difference_pictures`` are the half
+    widths of its two parts. ``vs_probe`` and ``vs_full``: cell minus the best cell of that baseline, paired by seed.
+    Losses, where trials have them all, and costs are means over the
     cell's trials; ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
-    frame[own] = pd.DataFrame([t_interval(row, resolution) for row in y])[own]
-    frame[["low", "high"]] = frame[["low", "high"]].clip(0, 1)  # covers as often: no mean lies beyond
+    frame[own] = pd.DataFrame([share_interval(row, resolution) for row in y])[own]
     frame["adjusted"] = np.where(result.compared, result.means, frame["mean"])
     frame["difference"] = -result.difference
     frame["difference_low"] = frame["difference"] - result.half
     frame["difference_high"] = frame["difference"] + result.half
+    frame["difference_seeds"], frame["difference_pictures"] = result.half_seeds, result.half_pictures
     frame["worse"], frame["candidate"] = result.worse, result.candidate
     is_best = np.arange(len(y)) == result.best
     frame["mark"] = np.select(
@@ -76,20 +77,19 @@ def cells_table(
     ).astype(object)  # fmt: skip
     frame["below"] = result.below
 
-    def against(base: int, name: str, x: np.ndarray, step: float) -> None:
-        paired = pd.DataFrame([t_interval(row - x[base], step) for row in x])[["mean", "low", "high"]]
-        paired.loc[base] = math.nan
-        frame[[name, f"{name}_low", f"{name}_high"]] = paired
-
     for method, name in (("none", "vs_probe"), ("full", "vs_full")):
         rows = np.flatnonzero(first[METHOD] == method)
         if len(rows):
-            against(rows[np.argmax(frame["mean"].to_numpy(float)[rows])], name, y, resolution)
+            base = rows[np.argmax(frame["mean"].to_numpy(float)[rows])]
+            frame[name] = (values - values.iloc[base]).mean(axis=1).to_numpy()
+            frame.loc[base, name] = math.nan
     for name in LOSSES if done["val_brier"].notna().any() else ():
         losses = matrix(done, f"val_{name}").reindex(values.index)
         frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()
         if result.best is not None:
-            against(result.best, f"d_{name}", losses.to_numpy(float), 0.0)
+            paired = pd.DataFrame([t_interval(row) for row in (losses - losses.iloc[result.best]).to_numpy(float)])
+            paired.loc[result.best] = math.nan
+            frame[[f"d_{name}", f"d_{name}_low", f"d_{name}_high"]] = paired[["mean", "low", "high"]]
     costs = ["trainable_parameters", *(c for c in COSTS if c != "pack_size")]
     frame = frame.join(done.groupby("cell")[costs].mean(), on="cell")
     score = frame["adjusted"].to_numpy(float)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.race import Race, standing, wanted
 from lora_vit.config import to_dict
 from lora_vit.config.names import cell_names
@@ -56,13 +57,16 @@ class RaceSource(Source):
             # by the order of ids, which settles ties; of trials: cell, seed, value (None: failed) and val images
             self.cells = [one_each[cell].with_seed(plan["seed"]) for cell in plan["cells"]]
             self.ended: dict[str, tuple[str, int, object, object]] = {}
+            self.sums = Sums(plan["metric"])
         for name, trial in self.sweep.trials.items():
             if name not in self.ended and trial.cell_id in plan["cells"]:
                 state = self.sweep.state_of(trial)
                 if state.ended and state.record is not None:
-                    images = state.record.data.get("val")
-                    self.ended[name] = (trial.cell_id, trial.config.seed, value_of(state, plan["metric"]), images)
-        self.race: Race = standing(plan, self.ended.values())
+                    seed, value = trial.config.seed, value_of(state, plan["metric"])
+                    self.ended[name] = (trial.cell_id, seed, value, state.record.data.get("val"))
+                    if value is not None and 0 <= seed - plan["seed"] < plan["first_seeds"]:
+                        self.sums.add(trial.cell_id, seed, self.sweep.folder / name)
+        self.race: Race = standing(plan, self.ended.values(), self.sums)
 
     def wanted(self) -> list[Trial]:
         places = wanted(self.race, int(self.sweep.plan["workers"]))
@@ -82,8 +86,7 @@ class RaceSource(Source):
         if not race.seeds:
             return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
         if not race.ended:
-            return (f"race: {len(race.survivors)} of {k} cells are left after {race.seeds} seeds, {trials} trials so "
-                    f"far, about {race.expected()} more if the means stay")  # fmt: skip
+            return f"race: {len(race.survivors)} of {k} cells are in after {race.seeds} seeds, {trials} trials so far"
         end = "not resolved" if race.selected is None else f"{self._names()[race.selected]} is selected"
         return f"race: {end} after {race.seeds} seeds, {trials} trials"
 
@@ -97,7 +100,7 @@ class RaceSource(Source):
             left = race.exits.get(i)
             room = f"{100 * race.room[i]:.2f}" if np.isfinite(race.room[i]) else ""
             if left is None:
-                state = "selected" if i == race.selected else "left over" if race.ended else "in"
+                state = "selected" if i == race.selected else "unresolved" if race.ended else "in"
             elif left.behind is None:
                 state = f"out: failed at seed {race.first + left.seeds - 1}"
             else:

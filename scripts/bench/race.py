@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ import pandas as pd
 from common import machine, report
 
 from lora_vit.analysis import Summary, summarize
-from lora_vit.analysis.race import Rules, decide, one_stage
+from lora_vit.analysis.race import Rules, decide
+from lora_vit.analysis.stats import dunnett_critical
 
 CELLS, MARGIN, IMAGES = 30, 0.005, 10_000
 
@@ -153,7 +155,8 @@ def digits(args: argparse.Namespace) -> None:
     true = pd.read_csv(args.truth).set_index("label")["mean"]
     raced, seconds = trained(*args.overrides)
     assert raced.race is not None
-    seeds = one_stage(raced.comparison.sd, len(raced.race.cells), raced.race.rules)
+    critical = dunnett_critical(len(raced.race.cells) - 1, 1e6)  # Bechhofer (1954), over seeds alone
+    seeds = math.ceil(2 * (critical * raced.comparison.sd / raced.race.rules.margin) ** 2)
     stage, longer = fixed(range(seeds), args.overrides)
     rows = []
     for way, summary, took in (("race", raced, seconds), (f"one stage, {seeds} seeds", stage, longer)):

@@ -61,6 +61,13 @@ def test_the_reports_claims_are_calibrated(tmp_path, mode, rows):
 
 
 @pytest.mark.slow
+def test_claims_about_other_pictures_are_calibrated(tmp_path):
+    """Four sweeps for each line of docs/data/pictures.csv."""
+    rows = [line for line in run(CALIBRATE, tmp_path, "pictures", "--runs", "4").splitlines() if line.count(",") > 9]
+    assert len(rows) == 1 + 72 + 6 + 6 + 9
+
+
+@pytest.mark.slow
 def test_the_race_is_compared_with_its_peers(tmp_path):
     out = run(RACE, tmp_path, "peers", "--runs", "1")
     for means, sd in (("one ahead by 0.5", 0.3), ("spread, sd 0.6", 0.3), ("one ahead by 0.5", 0.6)):

@@ -99,3 +99,15 @@ def test_the_power_of_the_rank_lies_in_its_interval(script: ModuleType) -> None:
     told, covers, _ = script.simulate_rates(2, -0.25, 5, 0.15, 100, rng())
     assert told > 0.9
     assert covers > 0.85
+
+
+def test_claims_hold_on_other_pictures_and_those_of_seeds_alone_do_not(script: ModuleType) -> None:
+    """100 sweeps of cells that are equal on all pictures, and races of two cells of which one is the margin ahead."""
+    both, alone, kept = script.simulate_pictures(script.Population(6, 5, 719), 100, rng())
+    assert both <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 100)
+    assert kept >= 0.85
+    assert alone > 0.15
+    ahead = script.Population(2, 30, 719, lead=1.5)
+    right, _, trials, _, _, fewer = script.simulate_pictures_race(ahead, 1.5, 40, rng())
+    assert right >= 0.9
+    assert trials >= fewer

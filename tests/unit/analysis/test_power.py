@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lora_vit.analysis import power as module
-from lora_vit.analysis.power import detectable, expected_maximum, power, seeds_needed, seeds_within
+from lora_vit.analysis.power import detectable, power, seeds_needed, seeds_within
 from lora_vit.analysis.stats import compare
 
 
@@ -69,12 +69,6 @@ def test_more_than_400_seeds_are_not_looked_for(quick: float) -> None:
     assert 390 <= needed <= 400
     for spread, cells in ((1.005 * sd, 8), (1.0, 8), (math.nan, 8), (0.001, 1)):
         assert seeds_needed(0.005, spread, cells) is None
-
-
-def test_expected_maximum_of_normal_values() -> None:
-    # Harter (1961): 2 / 5 / 10 values
-    for n, value in ((1, 0.0), (2, 1 / math.sqrt(math.pi)), (5, 1.1629645), (10, 1.5387527)):
-        assert expected_maximum(n) == pytest.approx(value, abs=1e-6)
 
 
 def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
