@@ -79,9 +79,9 @@ def summarize(
         lost = cells["cell"].map(failed).fillna(0).astype(int)
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
         cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
-    adapted = first[~first[METHOD].isin(BASELINES)]  # baselines have no rank
+    adapted = sound[~sound[METHOD].isin(BASELINES)]  # baselines have no rank
     short = short_names(tables.factors(adapted, settings))
-    effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution)
+    effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
     tested = int(np.nan_to_num(chosen["data.test"].astype(float).min()))
     unfinished = checks.unfinished(trials, race is None, value)

@@ -6,8 +6,9 @@ over them. Of combinations that are about as good that mean decides which weight
 is uncorrelated with the differences between levels, as in generalized least squares: the choice favours none of them.
 
 Each cell has an error variance of its own. Intervals of differences are t intervals at 95 %, each for itself, with
-Satterthwaite's degrees of freedom (1946). Whether the other combinations show the same is tested by Greenhouse and
-Geisser (1959, after Box, 1954), which holds under any variances.
+Satterthwaite's degrees of freedom (1946), and wider by the pictures' part as all others (:mod:`.stats`). Whether the
+other combinations show the same is tested by Greenhouse and Geisser (1959, after Box, 1954), under any variances, for
+the pictures at hand.
 """
 
 import math
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from lora_vit.analysis.pictures import Pictures, Sums
 from lora_vit.analysis.stats import MOST_SEEDS, Blocked, fit_blocks
 from lora_vit.analysis.tables import matrix
 from lora_vit.config.names import value_text
@@ -53,10 +55,13 @@ class Effects:
     factors: list[Factor] = field(default_factory=list)
 
 
-def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resolution: float = 0.0) -> Effects:
+def main_effects(
+    frame: pd.DataFrame, settings: list[str], metric: str, resolution: float = 0.0, sums: Sums | None = None
+) -> Effects:
     """Effects among trials (columns ``cell``, ``seed``, ``metric``, ``settings``) of cells with two or more seeds.
 
-    ``resolution``: as in ``stats.compare``. ``notes`` name what has no effect. Without repeats ``factors`` are all.
+    ``resolution``: as in ``stats.compare``; ``sums``: over predictions of these cells, for intervals that hold on other
+    pictures too. ``notes`` name what has no effect. Without repeats ``factors`` are all.
     """
     y = matrix(frame, metric)
     repeated = y.notna().sum(axis=1) >= 2
@@ -65,6 +70,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resoluti
         return Effects(notes=[f"more than {MOST_SEEDS} seeds: no effects of settings"])
     fit = fit_blocks(y.to_numpy(float))
     own, wide = _variances(fit, resolution) if fit.df > 0 else (np.ones(len(y)), np.ones(len(y)))
+    pictures = None if sums is None else sums.of(list(y.index))
     rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings].astype(object)
     rows = rows.where(rows.notna(), None).loc[:, rows.nunique(dropna=False) > 1]
     found, table, depends, together = Effects(), list[tuple[object, ...]](), list[str](), dict[bytes, list[str]]()
@@ -82,7 +88,7 @@ def main_effects(frame: pd.DataFrame, settings: list[str], metric: str, resoluti
             found.notes.append(f"{factor.name} always move together: the effect that is shown is of them together")
         if left_out := ", ".join(factor.places.columns.difference(factor.here.index, sort=False)):
             found.notes.append(f"{factor.name}: {left_out} not compared, since not run at the same others")
-        table += _differences(factor, fit, wide)
+        table += _differences(factor, fit, wide, pictures)
         if (p := interaction_p(fit.y, factor.places[factor.here.index].to_numpy())) < 0.05:
             depends.append(f"{factor.name} (p = {p:.2g})")
         if "rank" in names and "lr" in rows and "lr" not in names:
@@ -130,7 +136,9 @@ def _factor(rows: pd.DataFrame, names: list[str], means: np.ndarray, own: np.nda
     return Factor(" and ".join(names), places, int(alike[np.where(near, mean, -np.inf).argmax()]), rows.index)
 
 
-def _differences(factor: Factor, fit: Blocked, wide: np.ndarray) -> list[tuple[object, ...]]:
+def _differences(
+    factor: Factor, fit: Blocked, wide: np.ndarray, pictures: Pictures | None
+) -> list[tuple[object, ...]]:
     """Rows of the table: each level that was run at the chosen combination against the first one there."""
     first, *levels = factor.here.index
     a, b = factor.here[first], factor.here[levels].to_numpy()
@@ -139,6 +147,8 @@ def _differences(factor: Factor, fit: Blocked, wide: np.ndarray) -> list[tuple[o
     variance = wide[a] + wide[b]
     df = variance**2 / (wide[a] ** 2 / fit.dof[a] + wide[b] ** 2 / fit.dof[b])
     half = special.stdtrit(df, 0.975) * np.sqrt(variance + fit.mse * np.maximum(adjusting, 0.0))
+    part = 0.0 if pictures is None else pictures.of_differences(np.array([a]), b)[0]
+    half = np.hypot(half, special.ndtri(0.975) * np.sqrt(part))
     at = str(factor.places.index[factor.chosen])
     return [(factor.name, level, first, at, d, d - h, d + h) for level, d, h in zip(levels, effect, half, strict=True)]
 

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lora_vit.analysis.effects import COLUMNS, exponent, interaction_p, main_effects, rate_by_rank
+from lora_vit.analysis.pictures import Sums
 
 
 def crossed(values: np.ndarray, **levels: list) -> pd.DataFrame:
@@ -222,3 +223,19 @@ def test_the_power_of_the_rank_is_that_of_the_tops_and_its_interval_a_jackknife(
     assert rate_by_rank(rows[rows["lr"] < 2e-3], y[:, :2].reshape(6, 5)) == [], "two rates"
     edge = np.array([[0.0] * 3, [2.7, 0, 0], [0, 2.7, 0], [0, 0, 2.7], [1] * 3])  # best, but without any one seed
     assert "too few" in rate_by_rank(rows, np.tile(edge, (3, 1)))[0]
+
+
+def test_an_effect_is_as_uncertain_as_other_pictures_make_it() -> None:
+    """Wider by the variance over pictures of the paired difference of the two cells that are compared."""
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 4, 500)) < np.where(rng.random((2, 1, 500)) < 0.3, 0.4, 0.95)
+    frame, sums = crossed(right.mean(2), rank=[1, 8]), Sums("accuracy")
+    for c, s in np.ndindex(2, 4):
+        sums.count(f"c{c:03}", s, np.zeros(500, dtype=int), right[c, s])
+    alone, both = (main_effects(frame, ["rank"], "y", sums=given).table.iloc[0] for given in (None, sums))
+    assert both["effect"] == alone["effect"]
+    halves = [row["high"] - row["effect"] for row in (both, alone)]
+    within = right.var(1, ddof=1).mean(1)
+    part = (right[1].mean(0) - right[0].mean(0)).var(ddof=1) - within.sum() / 4
+    part = 1.96**2 * (part / 500 + 1 / 500**2)
+    assert halves[0] ** 2 - halves[1] ** 2 == pytest.approx(part, rel=0.05)  # but for what cells of a seed share

@@ -185,6 +185,7 @@ def test_a_summary_counts_both_and_says_what_it_leaves_out(tmp_path: Path) -> No
     got = summarize(sweep)
     assert got.cells["mark"].tolist() == ["best", "candidate"]
     assert got.pictures == 720
+    assert (got.effects.table["high"] - got.effects.table["effect"]).item() == pytest.approx(0.03, abs=0.005)
     assert got.cells["difference_pictures"][1] > got.cells["difference_seeds"][1]
     assert "predictions" not in " ".join(got.warnings)
     assert "half a point would take more than" in got.power_text()
@@ -221,6 +222,7 @@ def test_survivors_of_a_cell_are_no_verdict_and_ties_are_named(tmp_path: Path) -
     assert set(cells["mark"]) == {"failed", "best", "candidate"}
     assert cells["failed"].to_dict() == {1: "3 of 5", 4: "", 8: ""}
     assert not cells["within"][1]
+    assert got.effects.table[["level", "against"]].to_numpy().tolist() == [["8", "4"]]
     best, other = (4, 8) if cells["mark"][4] == "best" else (8, 4)
     assert got.verdict.startswith(f"rank {best} has the highest val accuracy among the cells with two or more seeds "
                                   "and no failed trial, 90.20 % (")  # fmt: skip
