@@ -182,7 +182,8 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     of_torchvision = trained.config.model.library == "torchvision"
     base = (_hf_model if of_torchvision else _timm_model)(trained, plain)
     _save(trained, base, out / "base")
-    layers, r = _adapters_by_layer(trained, base), lora["rank"]
+    layers = _adapters_by_layer(trained, base)
+    r = next(len(own["A"]) for parts in layers.values() for _, own in parts)
     heads = [name for name, module in base.named_children() if isinstance(module, nn.Linear)]
     state = {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
     for layer, parts in layers.items():

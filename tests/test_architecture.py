@@ -21,6 +21,7 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"run", "resolve", "trained", "cli"},
     {"sweep", "interop"},
     {"compose", "evaluate", "predict", "merge", "export"},
+    {"cut"},
     {"api"},
     {"train", "fetch", "summarize", "track", "plugins"},
 ]

@@ -14,8 +14,8 @@ from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
-from lora_vit.config import nearest
-from lora_vit.config.names import BASELINES, METHOD, short_names
+from lora_vit.config import ADAPTED, nearest
+from lora_vit.config.names import METHOD, short_names
 from lora_vit.config.rules import one_of
 from lora_vit.errors import RecordError
 from lora_vit.metrics import METRICS
@@ -66,7 +66,7 @@ def summarize(
         rates = tables.learning_rates(cells, settings)
         if margin is not None:
             cells["within"] = cells["below"] <= margin
-    adapted = first[~first[METHOD].isin(BASELINES)]  # baselines have no rank
+    adapted = first[first[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]

@@ -6,6 +6,7 @@
 import contextlib
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from safetensors.numpy import load_file
 
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
-from lora_vit.config.names import BASELINES, LR, METHOD, preferred, short_names, value_text
+from lora_vit.config.names import BASELINES, CUT, LR, METHOD, METHODS, preferred, short_names, value_text
 from lora_vit.errors import RecordError
 from lora_vit.files import read_rows
 from lora_vit.records import METRICS
@@ -43,6 +45,7 @@ def draw_all(summary: Summary) -> dict[str, Figure]:
             **by_setting(summary),
             "learning_curves": learning_curves(summary),
             "pareto_parameters": pareto(summary),
+            "spectrum": spectrum(summary),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -107,7 +110,8 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     if not numeric:
         return {}
     x, *_ = preferred(numeric, ["lora.rank", LR, "lora.dropout", "lora.alpha"])
-    others = [c for c in moved if c != x and frame.groupby(x)[c].nunique().max() > 1]  # not alpha tied to the rank
+    within = {c: [x] if c == METHOD else [x, METHOD] for c in moved if c != x}
+    others = [c for c, by in within.items() if frame.groupby(by)[c].nunique().max() > 1]  # not alpha tied to the rank
     few = [c for c in others if frame[c].nunique() <= MOST_LINES]
     lines = preferred(few, [METHOD, "lora.alpha", "lora.dropout", LR])[:1]
     short, best, held = short_names(summary.settings), frame.iloc[0], []
@@ -123,7 +127,7 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     for k, (value, group) in enumerate(groups):
         group = group.sort_values(x)
         places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
-        label = _shorten(f"{short[lines[0]]} {value_text(value)}") if lines else None
+        label = _shorten(value_text(METHODS.get(str(value), value)) if lines[0] == METHOD else f"{short[lines[0]]} {value_text(value)}") if lines else None
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
     for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
@@ -196,6 +200,39 @@ def pareto(summary: Summary) -> Figure | None:
     axes.margins(y=0.1)
     axes.legend(loc="best", fontsize=9)
     return axes.figure  # type: ignore[return-value]
+
+
+def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
+    """By layer and block: the share (%) of the squared update that its first 1, 2, ... ranks hold, mean of trials."""
+    found: dict[str, dict[int, list[np.ndarray]]] = {}
+    for tensors in (load_file(Path(folder) / "adapter.safetensors") for folder in folders):
+        for name in [name for name in tensors if name.endswith(".lora_A")]:
+            b, a = tensors[f"{name[:-1]}B"].astype(float), tensors[name].T.astype(float)
+            square = np.linalg.svd(np.linalg.qr(b).R @ np.linalg.qr(a).R.T, compute_uv=False) ** 2
+            block, layer = re.findall(r"(\d+)\.(.+)\.lora_A$", name)[0]
+            found.setdefault(layer, {}).setdefault(int(block), []).append(100 * np.cumsum(square) / square.sum())
+    return {layer: {block: np.mean(own, 0) for block, own in of.items()} for layer, of in found.items()}
+
+
+def spectrum(summary: Summary) -> Figure | None:
+    """What the first ranks hold of the updates that were cut: a picture for each layer of a block, a line for each."""
+    cells, trials = summary.cells, summary.trials
+    if METHOD not in cells or not (cuts := cells[METHOD].str.contains(CUT)).any():
+        return None
+    trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].iloc[0]
+    shares = update_shares(trials.loc[trials["cell"] == trained["cell"], "folder"].tolist())
+    figure = Figure(figsize=(8.0, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
+    figure.suptitle(_shorten(f"Share of the squared update in its first ranks (%): {trained['label']}"), fontsize=11)
+    grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
+    for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
+        enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]
+        axes.set_title(f"{layer}: 99 % in {min(enough)} to {max(enough)}", fontsize=9)
+        axes.axhline(99.0, color="#777777", ls="--", lw=1)
+        for block, share in blocks.items():
+            colour = matplotlib.colormaps["viridis"](0.9 * block / max(*blocks, 1))
+            label = f"block {block}" if axes is grid[0, 0] else None
+            axes.plot(range(1, len(share) + 1), share, ".-", color=colour, lw=1.2, label=label)
+    return _with_legend(grid[0, 0], 6)
 
 
 def _axes(title: str, x: str, y: str, width: float = 7.0, height: float = 4.2,

@@ -94,7 +94,7 @@ def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
         value = getattr(lora, f.name)
         if not lora.adapts and value is not None and f.name != "method":
             refuse(f"lora.{f.name}", value, f"has no effect with lora={lora.method}: drop it, or give lora=default")
-        if lora.adapts and value is None and f.name != "blocks":
+        if lora.adapts and value is None and f.name not in ("blocks", "cut"):
             refuse(f"lora.{f.name}", value, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
     if (lora.rank or 0) > width:

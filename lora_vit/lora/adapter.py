@@ -160,7 +160,8 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if lora["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        spec = AdapterSpec(lora["rank"], adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
+        rank = next(len(tensor) for name, tensor in own.items() if name.endswith(".lora_A"))
+        spec = AdapterSpec(rank, adapter.card["effective_scaling"], lora["dropout"], 0, lora["method"])
         for adapters in adapt(model, spec, lora["targets"], lora["blocks"]):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():

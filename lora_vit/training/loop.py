@@ -273,10 +273,9 @@ def complete(pack: Pack) -> list[TrialRun]:
     assert pack.padding_is_zero(), "padded ranks have moved"
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in finished:
-        for name, predictions in splits.items():
-            if name != "val":
-                trial.record.metrics |= figures(name, predictions[k])
         own = {name: predictions[k] for name, predictions in splits.items()}
+        for name, predictions in own.items():  # val again: what was cut has no epoch behind it
+            trial.record.metrics |= figures(name, predictions)
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()
     return [trial for _, trial in finished]
