@@ -7,17 +7,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from lora_vit.cli import add_trial, completed_trial, main
 from lora_vit.config import from_dict, ids, to_dict
 from lora_vit.config.names import CUT, METHOD
 from lora_vit.errors import ConfigError, RecordError
 from lora_vit.records import read_record, state_of, write_record
 from lora_vit.sweep.__main__ import find
-from lora_vit.sweep.plan import Sweep, trial_folders
+from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
-from lora_vit.sweep.view import value_of
 from lora_vit.terminal import from_here
 
 
@@ -44,7 +41,7 @@ def cut(folder: str | Path, rank: int, out: str | Path | None = None, by: str = 
     config = from_dict(record.config)
     lora, highest = config.lora, config.lora.rank or 0
     if lora.cut or not 1 <= rank < highest:
-        has = f"was cut from {lora.cut}" if lora.cut else f"has rank {highest}" if highest else "has no adapter"
+        has = f"has rank {highest}" + (f", cut from {lora.cut}" if lora.cut else "") if highest else "has no adapter"
         raise ConfigError(f"--rank {rank} is impossible: trial {record.trial_id} {has}: give one trained above that")
     alpha = lora.effective_scaling() / replace(lora, rank=rank, alpha=1.0).effective_scaling()  # so that scaling stays
     how = str(highest) + " by threshold" * (by == "threshold")
@@ -58,12 +55,11 @@ def cut(folder: str | Path, rank: int, out: str | Path | None = None, by: str = 
         smaller = cut(tensors, rank, by)
         gone = sum(int(t.count_nonzero() - smaller[name].count_nonzero()) for name, t in tensors.items())
         counts = {name: count - gone * (name != "head") for name, count in record.parameters.items()}
-        metrics = {key: record.metrics[key] for key in ("epoch", "step")}
         place.mkdir(parents=True, exist_ok=True)
         card = {**card, "trial_id": trial_id, "lora": vars(config.lora)}
         adapter.write_adapter(place, adapter.Adapter(smaller, card))
         write_record(place, replace(record, trial_id=trial_id, cell_id=cell_id, config=to_dict(config), best={},
-                                    metrics=metrics, parameters=counts))  # fmt: skip
+                                    metrics={"epoch": record.metrics["epoch"]}, parameters=counts))  # fmt: skip
     return place
 
 
@@ -78,15 +74,12 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit.trained import trained_pack
     from lora_vit.training.loop import complete, computing
 
-    of: dict[int, list[Path]] = {}
-    for folder in trial_folders(sweep := find(args.folder)):
-        state = state_of(folder)
-        if state.status == "completed" and state.record and not (lora := state.record.config["lora"])["cut"]:
-            of.setdefault(lora["rank"] or 0, []).append(folder)
-    highest = max(of, default=0)
+    sweep = Sweep.existing(find(args.folder))
+    done = [trial for trial in sweep.trials.values() if sweep.state_of(trial).status == "completed"]
+    highest = max((trial.config.lora.rank or 0 for trial in done), default=0)
     if not (lower := sorted({rank for rank in args.rank if rank < highest})):
-        raise ConfigError(f"--rank {args.rank}: the highest completed in {sweep} is {highest}: give lower ones")
-    for folder in of[highest]:
+        raise ConfigError(f"--rank {args.rank}: the highest completed in {sweep.folder} is {highest}: give lower ones")
+    for folder in [sweep.folder_of(trial) for trial in done if trial.config.lora.rank == highest]:
         cuts = [cut(folder, rank, None, by, args.weights) for rank in lower for by in ("layer", "threshold")]
         if missing := [one for one in cuts if "val_loss" not in read_record(one).metrics]:
             print(f"{folder}: cut from rank {highest} to {', '.join(map(str, lower))}", flush=True)
@@ -95,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 pack = trained_pack(part, config, writes=True)
                 with computing(pack.setup.device, config.trainer.deterministic):
                     complete(pack)
-    print(verify(Sweep.existing(sweep)) if args.verify else f"python -m lora_vit.summarize {from_here(sweep)}")
+    print(verify(sweep) if args.verify else f"python -m lora_vit.summarize {from_here(sweep.folder)}")
     return 0
 
 
@@ -106,21 +99,19 @@ def verify(sweep: Sweep) -> str:
     from lora_vit.analysis.texts import seeds, signed
     from lora_vit.sweep.worker import work
 
-    summary, trained = summarize(sweep.folder), list[Trial]()
+    summary, value = summarize(sweep.folder), f"val_{sweep.metric}"
     cells = summary.cells[summary.cells[METHOD].str.contains(rf"{CUT}\d+$")]
     near = cells[cells["mark"].isin(["best", "candidate"])].sort_values("lora.rank", kind="stable")
     cell = (near if len(near) else cells).iloc[0]
-    cuts = [read_record(Path(f)) for f in summary.trials.loc[summary.trials["cell"] == cell["cell"], "folder"]]
-    for record in cuts:
-        config = from_dict({**record.config, "lora": {**record.config["lora"], "cut": None}})
-        trained.append(Trial(config, label=f"rank={config.lora.rank} seed={config.seed}"))
+    records = [read_record(Path(f)) for f in summary.trials.loc[summary.trials["cell"] == cell["cell"], "folder"]]
+    configs = [from_dict({**one.config, "lora": {**one.config["lora"], "cut": None}}) for one in records]
+    trained = [Trial(config, label=f"rank={config.lora.rank} seed={config.seed}") for config in configs]
     with sweep.changing():
-        planned = {trial.trial_id for trial in sweep.planned}
-        sweep.extend([t for t in trained if t.trial_id not in planned and not sweep.state_of(t).ended])
+        sweep.extend([trial for trial in trained if trial.trial_id not in sweep.trials])
     work(sweep.folder)
-    both = [(value_of(sweep.state_of(new), sweep.metric), old) for new, old in zip(trained, cuts, strict=True)]
-    more = [new - old.metrics[f"val_{sweep.metric}"] for new, old in both if new is not None]
-    d = t_interval(np.array(more), 1 / cuts[0].data["val"])
+    trials = summarize(sweep.folder, metric=sweep.metric).trials.set_index("seed")
+    new, old = (trials.loc[trials["cell"] == name, value] for name in (trained[0].cell_id, cell["cell"]))
+    d = t_interval((new - old).to_numpy(), 1 / records[0].data["val"])
     told = "the two differ" if d.low > 0 or d.high < 0 else "the seeds do not tell the two apart"
     return (f"{cell['label']}: trained at that rank instead, {signed(d.mean)} points (95 % interval {signed(d.low)} "
             f"to {signed(d.high)}, {seeds(d.n)}): {told}")  # fmt: skip

@@ -127,7 +127,8 @@ def by_setting(summary: Summary) -> dict[str, Figure]:
     for k, (value, group) in enumerate(groups):
         group = group.sort_values(x)
         places = np.searchsorted(ticks, group[x]) + 0.05 * (k - (len(groups) - 1) / 2)
-        label = _shorten(value_text(METHODS.get(str(value), value)) if lines[0] == METHOD else f"{short[lines[0]]} {value_text(value)}") if lines else None
+        named = METHODS.get(str(value), str(value)) if METHOD in lines else None
+        label = _shorten(named or f"{short[lines[0]]} {value_text(value)}") if lines else None
         _points(axes, group, places, label, COLOURS[k], MARKERS[k])
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
     for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
@@ -221,8 +222,8 @@ def spectrum(summary: Summary) -> Figure | None:
         return None
     trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].iloc[0]
     shares = update_shares(trials.loc[trials["cell"] == trained["cell"], "folder"].tolist())
-    figure = Figure(figsize=(8.0, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
-    figure.suptitle(_shorten(f"Share of the squared update in its first ranks (%): {trained['label']}"), fontsize=11)
+    figure = Figure(figsize=(8.6, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
+    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label']}"), fontsize=11)
     grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
     for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
         enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]
