@@ -206,7 +206,8 @@ def pareto(summary: Summary) -> Figure | None:
 def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
     """By layer and block: the share (%) of the squared update that its first 1, 2, ... ranks hold, mean of trials."""
     found: dict[str, dict[int, list[np.ndarray]]] = {}
-    for tensors in (load_file(Path(folder) / "adapter.safetensors") for folder in folders):
+    files = [Path(folder) / "adapter.safetensors" for folder in folders]
+    for tensors in (load_file(file) for file in files if file.is_file()):
         for name in [name for name in tensors if name.endswith(".lora_A")]:
             b, a = tensors[f"{name[:-1]}B"].astype(float), tensors[name].T.astype(float)
             square = np.linalg.svd(np.linalg.qr(b).R @ np.linalg.qr(a).R.T, compute_uv=False) ** 2
@@ -218,12 +219,13 @@ def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
 def spectrum(summary: Summary) -> Figure | None:
     """What the first ranks hold of the updates that were cut: a picture for each layer of a block, a line for each."""
     cells, trials = summary.cells, summary.trials
-    if METHOD not in cells or not (cuts := cells[METHOD].str.contains(CUT)).any():
+    if not {METHOD, "lora.rank"} <= {*cells} or not (cuts := cells[METHOD].str.contains(CUT)).any():
         return None
-    trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].iloc[0]
-    shares = update_shares(trials.loc[trials["cell"] == trained["cell"], "folder"].tolist())
+    trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
+    if not (shares := update_shares(trials.loc[trials["cell"].isin(trained["cell"]), "folder"].tolist())):
+        return None
     figure = Figure(figsize=(8.6, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
-    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label']}"), fontsize=11)
+    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label'].iloc[0]}"), fontsize=11)
     grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
     for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
         enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]

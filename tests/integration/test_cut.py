@@ -10,7 +10,7 @@ import pytest
 import torch
 from sweeps import sweep_of, trial_of
 
-from lora_vit import api, cut
+from lora_vit import api, cut, trained
 from lora_vit.analysis import plots, summarize
 from lora_vit.config import from_dict, trial_id
 from lora_vit.lora.adapter import read_adapter
@@ -111,13 +111,11 @@ def test_every_rank_of_a_sweep_is_measured_once_and_compared(sweep, trials, call
     by_threshold = next(r for r in cuts if "threshold" in r.config["lora"]["cut"])
     api.merge(sweep / by_threshold.trial_id, sweep / "merged.safetensors")
     api.export(sweep / by_threshold.trial_id, "peft", sweep / "peft")
-    from lora_vit import trained
-
     monkeypatch.setattr(trained, "trained_pack", None)
     assert call("cut", sweep, "--ranks", "1", "2")[0] == 0, "nothing is measured again"
     summary = summarize(sweep)
-    methods = set(summary.cells["lora.method"])
-    assert methods == {"lora", "dora"} | {f"{m} cut from 4{how}" for m in ("LoRA", "DoRA") for how in ("", " by threshold")}
+    cut_from = {f"{method} cut from 4{how}" for method in ("LoRA", "DoRA") for how in ("", " by threshold")}
+    assert set(summary.cells["lora.method"]) == {"lora", "dora"} | cut_from
     assert set(summary.effects.table["setting"]) <= {"method", "rank", "scaling"}
     assert any("were cut from a higher rank" in line for line in summary.warnings)
     pictures = plots.draw_all(summary)

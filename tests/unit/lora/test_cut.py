@@ -66,11 +66,8 @@ def test_a_threshold_leaves_as_many_parameters_and_loses_least(tensors, rank):
     kept = [float(square[n][k] / costs[n]) for n in SIZES for k in range(ranks[n])]
     gone = [float(square[n][k] / costs[n]) for n in SIZES for k in range(ranks[n], RANK)]
     assert not gone or min(kept) > max(gone)
-    assert sum(kept) > 0
-    assert sum(len(gone) > 0 for _ in kept) <= len(kept)
-    if rank == RANK:
-        assert not gone
-    else:  # the next one would not have had room
+    assert bool(gone) == (rank < RANK)
+    if gone:  # the next one would not have had room
         following = max((float(square[n][k] / costs[n]), costs[n]) for n in SIZES for k in range(ranks[n], RANK))
         assert sum(ranks[name] * costs[name] for name in SIZES) + following[1] > budget
     for name, k in itertools.product(SIZES, range(RANK)):
