@@ -107,7 +107,7 @@ class LoraConfig:
     blocks: list[int] | None = field(metadata=number("blocks", "[0, inf)", ", or null for all"))
     scaling: str | None = field(metadata=choice("standard", "rslora"))
     bias: str | None = field(metadata=choice("none", "lora_only", "all"))
-    cut: str | None = field(default=None, metadata=_CUT | {"as_before": None})  # from rank: 16, or 16 by threshold
+    cut: str | None = field(default=None, metadata=_CUT | {"as_before": None})  # the rank that was trained; never given
 
     @property
     def adapts(self) -> bool:
