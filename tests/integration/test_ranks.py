@@ -58,6 +58,7 @@ def test_a_cut_adapter_is_bound_merged_and_exported(trials, tmp_path, method, ca
     sizes = {name: tensor.numel() for name, tensor in small.tensors.items()}
     assert record.parameters["adapter"] == sum(size for name, size in sizes.items() if ".lora_" in name)
     assert record.parameters["trainable"] == sum(sizes.values())
+    assert record.parameters["head"] == read_record(folder).parameters["head"]
     base = TrainedModel(folder, from_dict(record.config)).factory.original
     merged = TrainedModel(tmp_path / "small", from_dict(record.config)).merged
     name, place, part = next(whole.places(base))
@@ -126,3 +127,5 @@ def test_the_chosen_rank_is_trained_and_compared(sweep, call):
     code, said, _ = call("cut", sweep, "--ranks", "1", "2", "--verify")
     assert code == 0
     assert "trained at that rank instead" in said
+    found = [read_record(path.parent).config["lora"] for path in sweep.glob("*/record.json")]
+    assert {(lora["rank"], lora["alpha"]) for lora in found if lora["cut"] is None} <= {(4, 32.0), (2, 16.0), (1, 8.0)}
