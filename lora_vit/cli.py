@@ -31,6 +31,8 @@ COMMANDS = {  # the module of each, and what it does
     "predict": ("lora_vit.predict", "classify images with a trained trial"),
     "merge": ("lora_vit.merge", "write a trained trial's weights under the backbone's own names"),
     "export": ("lora_vit.export", "write a trained trial for other libraries"),
+    "cut": ("lora_vit.cut", "write a trained trial's adapter at a lower rank"),
+    "ranks": ("lora_vit.ranks", "cut a sweep's trials of the highest rank to lower ones, and measure these"),
 }
 
 

@@ -27,7 +27,7 @@ def evaluate(folder: str | Path, split: str = "test", weights: str | None = None
     from lora_vit.trained import trained_pack
     from lora_vit.training.loop import computing
 
-    pack = trained_pack(folder, record, config)
+    pack = trained_pack([folder], config)
     if split not in pack.setup.data.splits:
         raise ConfigError(f"--split {split} does not exist here (one of: {', '.join(pack.setup.data.splits)})")
     with computing(pack.setup.device, config.trainer.deterministic):

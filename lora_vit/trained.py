@@ -1,7 +1,8 @@
 """A trained trial as plain models in fp32, for ``predict merge export``, or as the trainer had it, for ``evaluate``."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.build import build_setup, choose_device, inputs_of
-from lora_vit.config import SIZES, ModelConfig, TrialConfig, is_weights_file
+from lora_vit.config import SIZES, LoraConfig, ModelConfig, TrialConfig, is_weights_file
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
@@ -19,7 +20,7 @@ from lora_vit.lora.adapter import base_of, bind, load_adapter, merged_state_dict
 from lora_vit.lora.backbones import TORCHVISION, head_name, new_backbone
 from lora_vit.models.vit import trunk_of
 from lora_vit.models.weights import load_weights
-from lora_vit.records import TrialRecord
+from lora_vit.records import read_record
 from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import TrialRun
@@ -27,11 +28,19 @@ from lora_vit.training.trial import TrialRun
 TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
 
 
-def trained_pack(folder: Path, record: TrialRecord, config: TrialConfig) -> Pack:
-    """The trial as the trainer had it when it recorded its figures: a pack of one. Raises ConfigError as ``bind``."""
-    adapter, setup = read_adapter(folder), build_setup(config, Process())
-    bind(adapter, setup.base, setup.data.class_names, setup.data.card())
-    return Pack([TrialRun(config, record, TrialState(values=adapter.tensors))], setup)
+def trained_pack(folders: Sequence[Path], config: TrialConfig, writes: bool = False) -> Pack:
+    """Trials as the trainer had them when it recorded their figures, which they have again if one ``writes`` them.
+
+    ``config``: of one of them; they differ by a cut of its adapters alone. Raises ConfigError as ``bind``.
+    """
+    setup, trials = build_setup(config, Process()), []
+    for folder in folders:
+        adapter, record = read_adapter(folder), read_record(folder)
+        bind(adapter, setup.base, setup.data.class_names, setup.data.card())
+        own = replace(config, lora=LoraConfig(**record.config["lora"]))
+        state = TrialState(epoch=config.trainer.epochs, values=adapter.tensors)
+        trials.append(TrialRun(own, record, state, folder if writes else None))
+    return Pack(trials, setup)
 
 
 def base_of_saved(folder: Path, weights: str | None) -> ModelConfig:

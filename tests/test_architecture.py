@@ -21,8 +21,9 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"run", "resolve", "trained", "cli"},
     {"sweep", "interop"},
     {"compose", "evaluate", "predict", "merge", "export"},
+    {"cut"},
     {"api"},
-    {"train", "fetch", "summarize", "track", "plugins"},
+    {"train", "fetch", "summarize", "track", "ranks", "plugins"},
 ]
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "plugins"},

@@ -8,7 +8,8 @@ import pandas as pd
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.stats import Comparison
 from lora_vit.analysis.tables import FACTS, SCALING, averaged
-from lora_vit.config.names import BASELINES, LR, METHOD, value_text
+from lora_vit.config import ADAPTED
+from lora_vit.config.names import CUT, LR, METHOD, value_text
 from lora_vit.errors import RecordError
 
 VAL_SET = tuple(f"data.{name}" for name in (  # what decides which images a trial is validated on
@@ -80,9 +81,11 @@ def warnings(
     done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, rates: pd.DataFrame, left_out: pd.DataFrame
 ) -> Iterator[str]:
     """Lines for the terminal, the tables and the report, the weightiest first."""
-    adapted = done[~done[METHOD].isin(BASELINES)]
+    adapted = done[done[METHOD].isin(ADAPTED)]
     if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
         yield from _learning_rate(adapted, moved, rates)
+    if cuts := done.loc[done[METHOD].str.contains(CUT), "cell"].nunique():
+        yield f"{cuts} cells were cut from a higher rank, not trained at theirs: they rise and fall with its seeds."
     for column, what in _SAME.items():
         counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
         if len(counts) > 1:

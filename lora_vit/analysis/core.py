@@ -15,8 +15,8 @@ from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
-from lora_vit.config import nearest
-from lora_vit.config.names import BASELINES, METHOD, short_names
+from lora_vit.config import ADAPTED, nearest
+from lora_vit.config.names import METHOD, short_names
 from lora_vit.config.rules import one_of
 from lora_vit.errors import RecordError
 from lora_vit.metrics import METRICS
@@ -79,7 +79,7 @@ def summarize(
         lost = cells["cell"].map(failed).fillna(0).astype(int)
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
         cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
-    adapted = sound[~sound[METHOD].isin(BASELINES)]  # baselines have no rank
+    adapted = sound[sound[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]

@@ -59,7 +59,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     """The cells table as text, of settings those that vary; ``wide=False`` leaves out what fits no terminal."""
     cells, comparison, fixed = summary.cells, summary.comparison, summary.race is None
     short = short_names(summary.settings)
-    settings = [(short[c], c, value_text if c != METHOD else METHODS.__getitem__) for c in short]
+    settings = [(short[c], c, value_text if c != METHOD else lambda v: METHODS.get(v, str(v))) for c in short]
     behind = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
     table = as_text(
         cells.assign(place=np.arange(1, len(cells) + 1), behind=behind),

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from safetensors.numpy import load_file
 
 from lora_vit.analysis.effects import Factor
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
-from lora_vit.config.names import BASELINES, METHOD
+from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, value_text
 from lora_vit.errors import RecordError
 from lora_vit.files import read_rows
 from lora_vit.records import METRICS
@@ -45,6 +46,8 @@ def draw_all(summary: Summary) -> dict[str, Figure]:
             **by_setting(summary),
             "learning_curves": learning_curves(summary),
             "pareto_parameters": pareto(summary),
+            "cut_ranks": cut_ranks(summary),
+            "spectrum": spectrum(summary),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -203,6 +206,59 @@ def pareto(summary: Summary) -> Figure | None:
     axes.margins(y=0.1)
     axes.legend(loc="best", fontsize=9)
     return axes.figure  # type: ignore[return-value]
+
+
+def cut_ranks(summary: Summary) -> Figure | None:
+    """The metric by rank of what was cut, and of what was trained at it, at the other settings of the best that was."""
+    cells = summary.cells
+    if not {METHOD, "lora.rank"} <= {*cells} or not (cut := cells[METHOD].str.contains(CUT)).any():
+        return None
+    like, frame = cells[cut].iloc[0], cells[~cells[METHOD].isin(BASELINES)]
+    for c in [c for c in summary.settings if c not in (METHOD, "lora.rank", "lora.alpha")]:
+        frame = frame[frame[c].map(value_text) == value_text(like[c])]
+    frame = frame.drop_duplicates([METHOD, "lora.rank"]).sort_values("lora.rank")
+    axes, ticks = _axes(f"Val {summary.title} by rank", "Rank", f"Val {summary.title} (%)"), frame["lora.rank"].unique()
+    for k, (method, group) in enumerate(frame.groupby(METHOD)):
+        places = np.searchsorted(ticks, group["lora.rank"]) + 0.05 * k
+        _points(axes, group, places, METHODS.get(str(method), str(method)), COLOURS[k], MARKERS[k])
+    axes.set_xticks(range(len(ticks)), map(value_text, ticks))
+    axes.set_ylim(_limits(frame))
+    return _with_legend(axes, 3)
+
+
+def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
+    """By layer and block: the share (%) of the squared update that its first 1, 2, ... ranks hold, mean of trials."""
+    found: dict[str, dict[int, list[np.ndarray]]] = {}
+    files = [Path(folder) / "adapter.safetensors" for folder in folders]
+    for tensors in (load_file(file) for file in files if file.is_file()):
+        for name in [name for name in tensors if name.endswith(".lora_A")]:
+            b, a = tensors[f"{name[:-1]}B"].astype(float), tensors[name].T.astype(float)
+            square = np.linalg.svd(np.linalg.qr(b).R @ np.linalg.qr(a).R.T, compute_uv=False) ** 2
+            block, layer = re.findall(r"(\d+)\.(.+)\.lora_A$", name)[0]
+            found.setdefault(layer, {}).setdefault(int(block), []).append(100 * np.cumsum(square) / square.sum())
+    return {layer: {block: np.mean(own, 0) for block, own in of.items()} for layer, of in found.items()}
+
+
+def spectrum(summary: Summary) -> Figure | None:
+    """What the first ranks hold of the updates that were cut: a picture for each layer of a block, a line for each."""
+    cells, trials = summary.cells, summary.trials
+    if not {METHOD, "lora.rank"} <= {*cells} or not (cuts := cells[METHOD].str.contains(CUT)).any():
+        return None
+    trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
+    if not (shares := update_shares(trials.loc[trials["cell"].isin(trained["cell"]), "folder"].tolist())):
+        return None
+    figure = Figure(figsize=(8.6, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
+    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label'].iloc[0]}"), fontsize=11)
+    grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
+    for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
+        enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]
+        axes.set_title(f"{layer}: 99 % in {min(enough)} to {max(enough)}", fontsize=9)
+        axes.axhline(99.0, color="#777777", ls="--", lw=1)
+        for block, share in blocks.items():
+            colour = matplotlib.colormaps["viridis"](0.9 * block / max(*blocks, 1))
+            label = f"block {block}" if axes is grid[0, 0] else None
+            axes.plot(range(1, len(share) + 1), share, ".-", color=colour, lw=1.2, label=label)
+    return _with_legend(grid[0, 0], 6)
 
 
 def _axes(title: str, x: str, y: str, width: float = 7.0, height: float = 4.2,

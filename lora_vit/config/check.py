@@ -93,7 +93,7 @@ def _check_data(d: DataConfig) -> None:
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
     for name, value in vars(lora).items():
-        if lora.adapts and value is None and name != "blocks":
+        if lora.adapts and value is None and name not in ("blocks", "cut"):
             refuse(f"lora.{name}", value, "is impossible: give a value, or lora=none for a linear probe")
     width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
     if (lora.rank or 0) > width:

@@ -9,11 +9,12 @@ from lora_vit.config.schema import ADAPTED, IDENTITY, SECTIONS, TARGETS
 LR, METHOD = "optimizer.lr", "lora.method"
 BASELINES = {"none": "linear probe", "full": "full fine-tuning"}  # trials without adapters, by ``lora.method``
 METHODS = {"lora": "LoRA", "dora": "DoRA", **BASELINES}
+CUT = " cut from "  # in the method of what was trained at a higher rank
 _TARGETS = {"q k v o fc1 fc2": "all", "q k v o": "attention", "fc1 fc2": "mlp"}
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide the numbers, by dotted name; lists as readable text."""
+    """The settings that decide the numbers, by dotted name; lists as readable text; a cut belongs to the method."""
     values: dict[str, Any] = {}
     for name in IDENTITY:
         section, key = name.split(".")
@@ -24,6 +25,8 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
         values[name] = value
     if values[METHOD] in ADAPTED and values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
+    if cut := values.pop("lora.cut"):
+        values[METHOD] = f"{METHODS[values[METHOD]]}{CUT}{cut}"
     return values
 
 
@@ -43,7 +46,8 @@ def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dic
 
 def cell_text(row: Mapping[str, Any], settings: Sequence[str], both: bool = False) -> str:
     """The settings of one cell in words, without those that a baseline leaves empty; ``both``: beside DoRA say LoRA."""
-    short, base = short_names(settings), (METHODS if both else {**METHODS, "lora": ""}).get(str(row.get(METHOD)))
+    short, method = short_names(settings), row.get(METHOD) or "lora"
+    base = (METHODS if both else {**METHODS, "lora": ""}).get(method, method)
     shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and _is_missing(row[c]))]
     return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(row[c])}" for c in shown)])
 

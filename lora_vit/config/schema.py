@@ -20,6 +20,7 @@ TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can 
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
+_CUT = text("(?!)", "is what lora-vit cut writes, the rank that was trained: leave it out")
 _MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
 
 
@@ -111,6 +112,7 @@ class LoraConfig:
     blocks: list[int] | None = field(metadata=number("blocks", "[0, inf)", ", or null for all"))
     scaling: str | None = field(metadata=choice("standard", "rslora"))
     bias: str | None = field(metadata=choice("none", "lora_only", "all"))
+    cut: str | None = field(default=None, metadata=_CUT | {"as_before": None})  # the rank that was trained; never given
 
     @property
     def adapts(self) -> bool:
@@ -120,6 +122,11 @@ class LoraConfig:
     def trains_trunk(self) -> bool:
         """Whether parameters of the trunk are trained, so that trials cannot share it."""
         return self.method == "full" or self.bias not in (None, "none")
+
+    @property
+    def columns(self) -> int:
+        """Those of ``lora_B``: the rank, or where one threshold has cut all layers, what each had."""
+        return int(self.cut.split()[0]) if self.cut and "threshold" in self.cut else cast(int, self.rank)
 
     def effective_scaling(self) -> float:
         """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""

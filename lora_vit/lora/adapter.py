@@ -153,7 +153,8 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        for adapters in adapt(model, adapter.card):
+        rank = next(len(tensor) for name, tensor in own.items() if name.endswith(".lora_A"))
+        for adapters in adapt(model, {**adapter.card, "lora": {**adapter.card["lora"], "rank": rank}}):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():

@@ -11,7 +11,8 @@ import pytest
 
 from lora_vit import cli
 
-NAMES = ("train", "fetch", "sweep", "summarize", "track", "evaluate", "predict", "merge", "export")
+NAMES = ("train", "fetch", "sweep", "summarize", "track", "evaluate", "predict", "merge", "export", "cut",
+         "ranks")  # fmt: skip
 PRINTS = "print('\\u2013')"
 
 

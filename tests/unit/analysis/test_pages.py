@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_up_records import grid, make_race, make_sweep, make_trial
 from matplotlib.text import Text
@@ -289,3 +290,22 @@ def test_curves_of_trials_whose_rows_can_be_read(tmp_path):
     assert list(table.columns) == [str(good), str(odd)]
     assert list(table.index) == [1, 2, 3, 4, 5]
     assert list(table.iloc[-1]) == [0.9, 0.9]
+
+
+def test_cuts_of_records_alone_are_named_and_compared(tmp_path):
+    """What was cut is another method; without the adapters there is no picture of their updates."""
+    cells = [{"lora__rank": 8}, {"lora__rank": 2, "lora__cut": "8"}, {"lora__rank": 2, "lora__cut": "8 by threshold"}]
+    summary = summarize(make_sweep(tmp_path, cells, np.array([[0.9, 0.91], [0.88, 0.89], [0.87, 0.885]])))
+    names = ["rank 8", "LoRA cut from 8, rank 2", "LoRA cut from 8 by threshold, rank 2"]
+    assert list(summary.cells["label"]) == names
+    assert list(export.readable(summary)["method"]) == ["LoRA", "LoRA cut from 8", "LoRA cut from 8 by threshold"]
+    pictures = plots.draw_all(summary)
+    assert "spectrum" not in pictures
+    (legend,) = pictures["by_rank"].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"LoRA", *export.readable(summary)["method"]}
+    for where in ("rank == 2", "method != 'lora'"):
+        assert plots.draw_all(summarize(tmp_path, where=where))
+    make_sweep(tmp_path, [{"lora__rank": 4}], np.array([[0.895, 0.9]]))
+    effects = summarize(tmp_path).effects.table
+    assert len(effects) == 1, "of the ranks that were trained"
+    pd.testing.assert_frame_equal(effects, summarize(tmp_path, where="method == 'lora'").effects.table)

@@ -71,6 +71,7 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "lora.blocks": ([[0], [1, 0], None], [[], [1, 1], [-1]], "or null for all"),
     "lora.scaling": (["standard", "rslora"], ["lora"], "did you mean 'rslora'?"),
     "lora.bias": (["lora_only", "all"], ["some"], "(one of: none, lora_only, all)"),
+    "lora.cut": ([None], ["16", "16 by threshold"], "the rank that was trained: leave it out"),
     "trainer.epochs": FROM_ONE,
     "trainer.precision": (["auto", "fp32", "bf16", "fp16", "fp64"], ["half"], "(one of: auto, fp32, bf16, fp16, fp64)"),
     "trainer.accelerator": (["auto", "gpu", "cpu"], ["tpu"], "did you mean 'gpu'?"),

@@ -21,14 +21,14 @@ AS_BEFORE = {"data.background", "data.value_range", "data.random_erasing_p", "da
              "data.randaugment_num_ops", "data.randaugment_magnitude", "data.color_jitter_brightness",
              "data.color_jitter_contrast", "data.color_jitter_saturation", "data.color_jitter_hue",
              "optimizer.name", "optimizer.momentum",
-             "optimizer.head_lr", "optimizer.lora_b_lr_ratio", "optimizer.class_weights"}  # fmt: skip
+             "optimizer.head_lr", "optimizer.lora_b_lr_ratio", "optimizer.class_weights", "lora.cut"}  # fmt: skip
 """Added later, and in the small trial at the value that means as before."""
 CANONICAL: dict[str, Any] = {
     "model": {key: value for key, value in PLAIN["model"].items() if key != "weights_sha256"},
     "data": {key: value for key, value in PLAIN["data"].items() if f"data.{key}" not in ELSEWHERE | AS_BEFORE},
     "optimizer": {key: value for key, value in PLAIN["optimizer"].items() if f"optimizer.{key}" not in AS_BEFORE}
                  | {"decay_bias_and_norm": True},
-    "lora": PLAIN["lora"] | {"init": "kaiming_uniform"},
+    "lora": {key: value for key, value in PLAIN["lora"].items() if key != "cut"} | {"init": "kaiming_uniform"},
     "trainer": {"epochs": 2, "precision": "fp64", "compile": False},
     "seed": 0,
     "schema": 3,
