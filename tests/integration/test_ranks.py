@@ -14,6 +14,7 @@ from lora_vit import api, cut, trained
 from lora_vit.analysis import plots, summarize
 from lora_vit.config import from_dict, trial_id
 from lora_vit.lora.adapter import read_adapter
+from lora_vit.lora.inject import chosen_places
 from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.sweep.worker import work
 from lora_vit.trained import TrainedModel
@@ -59,9 +60,10 @@ def test_a_cut_adapter_is_bound_merged_and_exported(trials, tmp_path, method, ca
     assert record.parameters["adapter"] == sum(size for name, size in sizes.items() if ".lora_" in name)
     assert record.parameters["trainable"] == sum(sizes.values())
     assert record.parameters["head"] == read_record(folder).parameters["head"]
-    base = TrainedModel(folder, from_dict(record.config)).factory.original
-    merged = TrainedModel(tmp_path / "small", from_dict(record.config)).merged
-    name, place, part = next(whole.places(base))
+    model = from_dict(record.config).model
+    base, merged = TrainedModel(folder, model, "cpu").base, TrainedModel(tmp_path / "small", model, "cpu").merged
+    place = next(iter(chosen_places(base, whole.card["lora"]["targets"], whole.card["lora"]["blocks"])))
+    part, name = 0, next(iter(place.names.values()))
     u, values, v = torch.linalg.svd((whole.tensors[f"{name}.lora_B"] @ whole.tensors[f"{name}.lora_A"]).double())
     weight = base.get_parameter(place.weight).chunk(len(place.names))[part].double()
     expected = weight + whole.card["effective_scaling"] * (u[:, :2] * values[:2] @ v[:2])

@@ -301,7 +301,7 @@ def test_cuts_of_records_alone_are_named_and_compared(tmp_path):
     assert list(export.readable(summary)["method"]) == ["LoRA", "LoRA cut from 8", "LoRA cut from 8 by threshold"]
     pictures = plots.draw_all(summary)
     assert "spectrum" not in pictures
-    (legend,) = pictures["by_rank"].legends
+    (legend,) = pictures["cut_ranks"].legends
     assert {text.get_text() for text in legend.get_texts()} == {"LoRA", *export.readable(summary)["method"]}
     for where in ("rank == 2", "method != 'lora'"):
         assert plots.draw_all(summarize(tmp_path, where=where))
