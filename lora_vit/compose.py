@@ -246,6 +246,9 @@ def search_space(
         [f"{key}={of[end] if 'choices' not in of else of['choices'][i][0]}" for key, of in space.items()]
         for i, end in ((0, "low"), (-1, "high"))
     ])  # fmt: skip
+    dead = [idle(trial.config) for trial in ends]
+    for key in [key for key in space if all(key in done for done in dead)]:
+        raise ConfigError(f"{key} has no effect with {dead[0][key][1]}: leave it out, or change that")
     own = [line for line in fixed if not line.startswith(("sweep.", "engine"))]
     search = {"trials": trials, "space": space, "bases": bases, "fixed": own, "tracker": ends[0].config.tracker}
     return search | {"cwd": os.getcwd()}, ends  # a worker may be started in another folder
@@ -321,7 +324,7 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)".format),
     (r"Could not override '([^']+)'", unknown_key),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
-     "{0} names several values: add -m for a sweep over them, or write a list as key=[a,b]".format),
+     "{0} names several values: add -m for a sweep (of a range sweep.trials too), or write a list as key=[a,b]".format),
     (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
      lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
                             f"(one of: {', '.join(others.split())})"),

@@ -148,7 +148,8 @@ class Summary:
         if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
         takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures))
-        return points(detectable(c.sd, cells, c.repeats, c.df, c.pictures)), takes
+        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures)
+        return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:
         found = self.power()

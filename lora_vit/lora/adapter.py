@@ -46,7 +46,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
     except FileNotFoundError as error:
         name = error.filename or folder / "adapter.safetensors"
-        raise ConfigError(f"{name} does not exist: give the folder of a completed trial") from None
+        raise ConfigError(f"{name} does not exist: give the folder of a completed trial, or save_adapter's") from None
     except Exception as error:
         raise ConfigError(f"{folder}: the adapter cannot be read ({one_line(error)})") from None
     if not card or card != own or (trial.record and trial.record.trial_id != card["trial_id"]):
@@ -232,11 +232,16 @@ def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
         if p.requires_grad and ".lora_" not in name and not name.startswith((*OF_HEADS, *base_values(model))):
             remedy = "choose what is trained by mark_lora_and_head_as_trainable, before training"
             raise ConfigError(f"{name} is trained, and what it was in the base is not known: {remedy}")
-    if (folder / RECORD).exists():
-        raise ConfigError(f"{folder} holds a trial: give another folder")
+    if folder.is_file() or (folder / RECORD).exists():
+        raise ConfigError(f"{folder} {'is a file' if folder.is_file() else 'holds a trial'}: give another folder")
     classes = next((len(t) for name, t in adapter.tensors.items() if name.startswith(OF_HEADS)), 0)
-    if (names := about.get("class_names")) is not None and len(names) != classes:
-        raise ConfigError(f"class_names has {len(names)} names, the model's head {classes} classes: give one for each")
+    if (names := about.get("class_names")) is not None and len({*map(str, names)}) != classes:
+        raise ConfigError(f"class_names={names}: the model's head has {classes} classes, give each a name of its own")
+    about |= {} if names is None else {"class_names": [*map(str, names)]}
+    try:
+        json.dumps(about)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"save_adapter({', '.join(about)}): {error}: give texts, numbers and lists of them") from None
     own = copy.deepcopy(model).float().cpu()
     plain = remove_adapter(copy.deepcopy(own))
     base = base_of(plain) | {"weights": "its own"}

@@ -213,7 +213,7 @@ def replace_linear_with_lora(
     magnitude of each output besides (Liu et al., 2024), at first the norm of its weights as they are now.
     Raises ValueError: an impossible value, nothing to adapt, or adapters already; the model is left as it was.
     """
-    if not (rank >= 1 and rank == int(rank)):
+    if not isinstance(rank, (int, float)) or rank < 1 or rank % 1:
         raise ValueError(f"rank={rank} is impossible: give a whole number from 1 up")
     one_of("method", method, ADAPTED)
     lora = LoraConfig(method, rank, alpha, dropout, None, None, scaling, None)

@@ -92,8 +92,8 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
-    # a probe's optimizer.head_lr is its rate, in place of optimizer.lr
-    dropped = {f"{key.replace('head_', '')} with {why}": 0 for trial in trials for key, why in trial.dropped.items()}
+    dropped = {f"{key} with {why}": 0 for trial in trials for key, why in trial.dropped.items()}
+    dropped = {s.replace("head_lr with", "lr beside head_lr with"): 0 for s in dropped}  # which then is a probe's rate
     if dropped:
         print(f"note: without effect, so that such trials run once for all values: {', '.join(dropped)}")
     if twice := len(trials) - len(once):
@@ -249,7 +249,8 @@ def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
 
 def print_found(console: Console, sweep: Sweep, values: dict[str, float]) -> None:
     """What a search found, and the command that says whether it holds."""
-    console.print(f"{len(values)} trials completed, one seed each: no significance, and the best is biased upwards")
+    n = f"{len(values)} trial{'s' * (len(values) > 1)}"
+    console.print(f"{n} completed, one seed each: no significance, and the best is biased upwards")
     new, commands = f"{sweep.folder}-best", []
     for name in sorted(values, key=lambda name: -values[name])[:COMPARED]:
         trial = sweep.trials[name]

@@ -32,14 +32,15 @@ def maker(name: str, settings: Any) -> Any:
     own = {**settings} if isinstance(settings, Mapping) else {}
     key, target = f"tracker.{name}._target_", own.pop("_target_", None)
     try:
-        kind = resolve_name(str(target))
-        inspect.signature(kind).bind(**own)
-    except TypeError as error:
-        refuse(f"tracker.{name}", own, f"is not what {target} takes ({error}): give that, as tracker.{name}.KEY=VALUE")
+        kind = resolve_name(str(target or ""))
     except Exception as error:  # anything, of a module of one's own
         refuse(key, target, f"cannot be imported ({one_line(error)}): give module.Class, of a module that Python finds")
     if lacking := {"start", "scalars", "finish"} - {*dir(kind)}:
         refuse(key, target, f"has no {min(lacking)}: give a class with start, scalars and finish")
+    try:
+        inspect.signature(kind).bind(**own)
+    except TypeError as error:
+        refuse(f"tracker.{name}", own, f"is not what {target} takes ({error}): give that, as tracker.{name}.KEY=VALUE")
     if kind.__module__ == __name__ and not find_spec(library := kind.__name__.lower()):  # ours are named as libraries
         refuse(key, target, f"needs {library}: pip install 'lora_vit[{library}]'")
     return lambda: kind(**own)
@@ -80,7 +81,7 @@ class Tracked:
                     tracker.start(self)
                     self._begun[name] = tracker
                 getattr(self._begun[name], method)(*given)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 del self._wanted[name]
                 self.record.untracked[name] = why = one_line(error)
                 OFF.update({} if name in self._begun else {name: why})

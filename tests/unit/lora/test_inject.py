@@ -182,6 +182,7 @@ def test_every_setting_changes_the_outcome(model, images, name):
         ({"blocks": []}, "blocks 0 to 1"),
         ({"rank": 0}, "rank=0 is impossible"),
         ({"rank": 2.5}, "rank=2.5 is impossible"),
+        ({"rank": "8"}, "rank=8 is impossible"),
         ({"rank": 17}, "16 wide"),
         ({"alpha": 0.0}, "alpha=0.0 is impossible"),
         ({"alpha": float("nan")}, "alpha=nan is impossible"),

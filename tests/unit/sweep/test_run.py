@@ -200,7 +200,7 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     out = capsys.readouterr().out
     table = out[out.index("Cells by mean") :]
     assert table.index("75.00") < table.index("50.00"), "the best first"
-    assert "values: lora.rank with lora=none, optimizer.lr with lora=none\n" in out, "said once"
+    assert "values: lora.rank with lora=none, optimizer.lr beside head_lr with lora=none\n" in out, "said once"
     assert "note: 2 of 4 combinations are duplicates" in out
 
 
