@@ -205,7 +205,7 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_and_the_training_go_on
             trial.log_step(step, 0, 2.5, 0.5, 64.0)
         trial.complete()
         assert len(read_rows(trial.folder / "metrics.jsonl")) == 2
-        assert re.fullmatch(r"\w+: \[Errno 28\] No space left on device", read_record(trial.folder).untracked.pop("bad"))
+        assert re.fullmatch(r"\w+: \[Errno 28\] No space left .*", read_record(trial.folder).untracked.pop("bad"))
     told = 1 if method in ("made", "start") else 2  # what cannot be started is not tried again for each other trial
     assert capsys.readouterr().out.count("the tracker bad has failed") == told
     good = ["made", "start", "scalars", "scalars", "finish"]
