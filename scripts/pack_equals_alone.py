@@ -90,7 +90,7 @@ def compare(packed: Path, alone: Path, record: TrialRecord, config: TrialConfig)
 
 def gaps(folder: Path, config: TrialConfig, split: str) -> np.ndarray:
     """How far apart a trial's two highest logits are for each image of a split, [N]."""
-    pack = trained_pack(folder, read_record(folder), config)
+    pack = trained_pack([folder], config)
     samples, transform, ids = pack.setup.samples, pack.setup.transform, pack.setup.data.splits[split]
     parts = np.array_split(ids, -(-len(ids) // pack.setup.most_evaluated))
     with torch.no_grad():

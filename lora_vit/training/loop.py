@@ -264,8 +264,8 @@ def complete(pack: Pack) -> list[TrialRun]:
     splits = {name: pack.predict(name) for name in pack.setup.data.splits if name != "train"}
     for k, trial in finished:
         own = {name: predictions[k] for name, predictions in splits.items()}
-        for name, predictions in own.items():  # val again: what was cut has no epoch behind it
-            trial.record.metrics |= figures(name, predictions)
+        for name in [name for name in own if f"{name}_accuracy" not in trial.record.metrics]:  # val too of what was cut
+            trial.record.metrics |= figures(name, own[name])
         trial.write_results(own, pack.export(k, pack.flat.values_KP), pack.setup)
         trial.complete()
     return [trial for _, trial in finished]

@@ -14,7 +14,7 @@ from lora_vit.config import SECTIONS, ids, trial_id
 from lora_vit.sweep.plan import label
 from lora_vit.sweep.trial import Trial, digest, group_key, make_groups, setup_key, without_idle
 
-INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora.scaling", "seed"}
+INSIDE = {"model.head_dropout", "lora.rank", "lora.alpha", "lora.dropout", "lora.scaling", "lora.cut", "seed"}
 """What may differ inside a pack, beside the optimizer's settings."""
 BELOW = {"trainer.precision", "trainer.accelerator", "trainer.compile"}
 """What needs other data or another backbone, beside the settings of both; all else makes another pack on the same."""
