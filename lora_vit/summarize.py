@@ -24,7 +24,8 @@ from lora_vit.files import replacing
 from lora_vit.terminal import from_here
 
 MOST_PROBLEMS = 20
-PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_", "spectrum")  # heat maps: of earlier versions
+# how pictures' names begin; heat maps are of earlier versions
+PICTURES = ("cells", "race", "by_", "learning_curves", "pareto_", "heat_", "cut_ranks", "spectrum")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

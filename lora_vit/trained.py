@@ -67,9 +67,10 @@ class TrainedModel:
         self.image_size: int = card["base"]["image_size"]
         if note := load_weights(self.base, model):
             print(note)
-        bind(self.adapter, {**base_of(self.base), **inputs_of(model, self.base)})
         if "output" in card:  # somebody's model need not be what its name makes
             load_adapter(copy.deepcopy(self.base), folder)
+        else:
+            bind(self.adapter, {**base_of(self.base), **inputs_of(model, self.base)})
         classes = len(self.adapter.tensors.get(f"{head_name(self.base)}.bias", ()))
         self.class_names: list[str] = card.get("class_names") or [str(i) for i in range(classes)]
         self.preprocessing: Any = None if "output" in card and "preprocessing" not in card else Preprocessing.of(card)

@@ -33,6 +33,11 @@ class Adapter(NamedTuple):
     tensors: dict[str, Tensor]
     card: dict[str, Any]
 
+    @property
+    def columns(self) -> int:
+        """Those of each ``lora_B``: the rank, or of what one threshold has cut, the rank that was trained."""
+        return next(len(tensor) for name, tensor in self.tensors.items() if name.endswith(".lora_A"))
+
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Read ``adapter.safetensors`` and ``adapter.json``. Raises ConfigError unless they are whole and of one trial."""
@@ -153,8 +158,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        rank = next(len(tensor) for name, tensor in own.items() if name.endswith(".lora_A"))
-        for adapters in adapt(model, {**adapter.card, "lora": {**adapter.card["lora"], "rank": rank}}):
+        for adapters in adapt(model, {**adapter.card, "lora": {**adapter.card["lora"], "rank": adapter.columns}}):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():

@@ -92,10 +92,10 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     once: dict[str, Trial] = {}
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
-    dropped = {f"{key} with {why}": 0 for trial in trials for key, why in trial.dropped.items()}
-    dropped = {s.replace("head_lr with", "lr beside head_lr with"): 0 for s in dropped}  # which then is a probe's rate
-    if dropped:
-        print(f"note: without effect, so that such trials run once for all values: {', '.join(dropped)}")
+    if dropped := dict.fromkeys(item for trial in trials for item in trial.dropped.items()):
+        rate = {"optimizer.head_lr": "optimizer.lr beside head_lr"}  # which then is a probe's rate
+        said = ", ".join(f"{rate.get(key, key)} with {why}" for key, why in dropped)
+        print(f"note: without effect, so that such trials run once for all values: {said}")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
     earlier = {tuple(trial.overrides): name for name, trial in sweep.trials.items() if name not in once}

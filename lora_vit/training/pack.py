@@ -241,10 +241,11 @@ class Pack:
     def pull(self) -> list[TrialRun]:
         """Copy what is on the device into the trials' states; returns the trials that are worth a checkpoint."""
         loss_sums, updates = self.loss_sum_K.tolist(), self.optimizer.updates_K1[:, 0].tolist()
-        on_host = [matrix_KP.cpu() for matrix_KP in self._matrices]
+        on_host, scaling = [matrix_KP.cpu() for matrix_KP in self._matrices], self.loss_scale
+        scales, good = ([], []) if scaling is None else (scaling.scale_K.tolist(), scaling.good_K.tolist())
         for k, s in enumerate(trial.state for trial in self.trials):
-            if self.loss_scale is not None:
-                s.loss_scale, s.good_steps = float(self.loss_scale.scale_K[k]), int(self.loss_scale.good_K[k])
+            if scaling is not None:
+                s.loss_scale, s.good_steps = scales[k], good[k]
             s.step_in_epoch, s.loss_sum, s.updates = self.step_in_epoch, loss_sums[k], int(updates[k])
             s.micro_batch = self.micro_batch if self.micro_batch < len(self.position_B) else 0
             s.values, s.exp_avg, s.exp_avg_sq = (self.export(k, matrix_KP) for matrix_KP in on_host)

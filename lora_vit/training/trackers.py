@@ -1,8 +1,9 @@
 """Trackers: where a trial's figures go beside its own files.
 
 A tracker is a class that ``_target_`` in ``conf/tracker/NAME.yaml`` names, made with the settings beside it.
-``start(trial)`` begins a :class:`Tracked` trial's run or continues it, ``scalars(step, values)`` takes figures by name
-of a step from 1 up, ``finish(status)``: completed, failed, interrupted, or running where another process goes on.
+``start(trial)`` starts the run of a :class:`Tracked` trial, or resumes it. ``scalars(step, values)`` takes a step,
+counted from 1, and its figures by name. ``finish(status)`` ends the run: completed, failed, interrupted, or running if
+another process resumes it.
 """
 
 import inspect

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lora_vit.analysis import export, plots, summarize
 from lora_vit.records import METRICS
+from lora_vit.summarize import PICTURES
 
 CELLS = [{"lora__rank": 1}, {"lora__rank": 2}]
 Y = np.array([[0.8, 0.81], [0.9, 0.91]])
@@ -301,6 +302,7 @@ def test_cuts_of_records_alone_are_named_and_compared(tmp_path):
     assert list(export.readable(summary)["method"]) == ["LoRA", "LoRA cut from 8", "LoRA cut from 8 by threshold"]
     pictures = plots.draw_all(summary)
     assert "spectrum" not in pictures
+    assert all(name.startswith(PICTURES) for name in pictures), "an earlier one is removed by its name"
     (legend,) = pictures["cut_ranks"].legends
     assert {text.get_text() for text in legend.get_texts()} == {"LoRA", *export.readable(summary)["method"]}
     for where in ("rank == 2", "method != 'lora'"):
