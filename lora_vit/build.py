@@ -39,29 +39,31 @@ from lora_vit.training.trial import Setup
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def choose_device(accelerator: str, process: Process) -> torch.device:
-    """The device of this process. Raises ConfigError where a GPU is asked for and there is none."""
-    if accelerator == "gpu" and not torch.cuda.is_available():
+def usable_gpus(accelerator: str) -> int:
+    """How many GPUs ``trainer.accelerator`` may use here."""
+    return torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 0
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of this process: the GPU that it was given. Raises ConfigError where one is asked for in vain."""
+    if accelerator == "gpu" and not usable_gpus("gpu"):
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible, give trainer.accelerator=cpu or auto")
-    if accelerator == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", process.local_rank % torch.cuda.device_count())  # each may see one GPU, its own
+    return torch.device("cuda", torch.cuda.current_device()) if usable_gpus(accelerator) else torch.device("cpu")
 
 
 def choose_world_size(config: TrialConfig, started: int) -> int:
     """The number of processes: those that torchrun has ``started``, or if none, how many to start. Or ConfigError."""
     t, batch = config.trainer, config.data.batch_size
-    on_gpu = t.accelerator != "cpu" and torch.cuda.is_available()
-    visible = torch.cuda.device_count() if on_gpu else 1
+    visible = usable_gpus(t.accelerator)
     wanted = started if t.devices == "auto" else int(t.devices)
     if started not in (0, wanted):
         raise ConfigError(f"trainer.devices={wanted}: torchrun has started {started} processes, leave it out")
-    if on_gpu and not started and wanted > visible:
+    if visible and not started and wanted > visible:
         raise ConfigError(f"trainer.devices={wanted}: only {visible} GPUs are visible, give at most that")
     if wanted and batch % wanted:
         what = f"data.batch_size={batch} is not divisible by the {wanted} processes"
         raise ConfigError(f"{what}: give a multiple of {wanted}, or trainer.devices=auto")
-    chosen = wanted or max(n for n in range(1, visible + 1) if batch % n == 0)
+    chosen = wanted or max(n for n in range(1, max(1, visible) + 1) if batch % n == 0)
     if not wanted and chosen < visible:
         print(f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more")
     return chosen
@@ -79,7 +81,7 @@ def hold_gpu(index: int, held: contextlib.ExitStack, shared: bool = False) -> bo
 
 def check_devices(accelerator: str, process: Process, held: contextlib.ExitStack) -> None:
     """Hold a GPU for each process; runs of one process share it. Raises ConfigError in all of them where one cannot."""
-    device = on_all(lambda: choose_device(accelerator, process))
+    device = on_all(lambda: choose_device(accelerator))
     if not all(from_all(device.type == "cpu" or hold_gpu(device.index, held, shared=process.world_size == 1))):
         remedy = "start one for each that is free (CUDA_VISIBLE_DEVICES), or give trainer.accelerator=cpu"
         raise ConfigError(f"a GPU has a process already, of this run, another or a sweep: {remedy}")
@@ -186,7 +188,7 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
 
 def build_setup(config: TrialConfig, process: Process) -> Setup:
     """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
-    device = choose_device(config.trainer.accelerator, process)
+    device = choose_device(config.trainer.accelerator)
     precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = load_data(config.data, quiet=process.rank > 0)

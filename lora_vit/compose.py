@@ -21,14 +21,14 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from hydra_plugins.lora_vit.packed_sweeper import PackedSweeper, PackedSweeperConf
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_vit.config import WITHOUT_IDENTITY, RootConfig, SweepConfig, nearest, unknown_key, validate_sweep
 from lora_vit.config.schema import ADDED, SAYS, idle, wrong_type
 from lora_vit.distributed import started_by_torchrun
-from lora_vit.errors import ConfigError, line_of, one_line
+from lora_vit.errors import ConfigError, UserError, line_of, one_line
 from lora_vit.resolve import SECTIONS_BESIDE, from_omegaconf, register_resolvers
 from lora_vit.sweep.engines import ENGINES
 from lora_vit.sweep.plan import Request, label, short_key
@@ -70,17 +70,19 @@ def in_one_line() -> Iterator[None]:
     """Raise ConfigError, with one line, for an error of Hydra, OmegaConf or YAML that a user can cause."""
     try:
         yield
+    except UserError:
+        raise
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(explain(error)) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # Hydra also makes a folder
+        line = line_of(error).removeprefix("error: ")
         if "Config group override must be" in str(error):
-            raise ConfigError("a group has no option 'null': leave it out, or choose one (see --help)") from error
+            key = seen_in(error, "override").key_or_group
+            line = f"{key}=null: a group has no option 'null': leave it out, or choose one (see --help; tracker=[]: none)"
         if "Only one of --run" in str(error):
-            raise ConfigError("--cfg and --info show one trial: leave -m out") from error
-        raise
-    except OSError as error:  # Hydra makes the folder
-        if line := line_of(error):
-            raise ConfigError(line.removeprefix("error: ")) from error
+            line = "--cfg and --info show one trial: leave -m out"
+        if line:
+            raise ConfigError(line) from error
         raise
 
 
@@ -109,20 +111,30 @@ class Composer:
         self.config_name, self.fixed = config_name, fixed
         self.fetch = True  # the content of images, which may have to be downloaded
         loader = GlobalHydra.instance().config_loader()
-        self.parse = OverridesParser.create(config_loader=loader).parse_overrides
+        parser = OverridesParser.create(config_loader=loader)
+        self.parse = functools.cache(lambda line: parser.parse_overrides([line])[0])
         self._options = functools.cache(loader.get_group_options)
-        self._base = functools.cache(self.exactly)
+        self._base = functools.cache(self._composed)
 
     def exactly(self, overrides: Sequence[str]) -> DictConfig:
         """The trial's config by Hydra's own way, with Hydra's node."""
         return hydra.compose(self.config_name, [*self.fixed, *overrides], return_hydra_config=True)
 
+    def _composed(self, overrides: Sequence[str]) -> tuple[DictConfig, Any]:
+        """The config without Hydra's node, and that as ``${hydra:...}`` finds it."""
+        config = self.exactly(overrides)
+        HydraConfig.instance().set_config(config)
+        trial = copy.deepcopy(config)
+        with open_dict(trial):
+            del trial["hydra"]
+        return trial, HydraConfig.instance().cfg
+
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        values = [o for o in self.parse(list(overrides)) if self.changes_a_value(o)]
+        """The trial's config without Hydra's node."""
+        values = [o for o in map(self.parse, overrides) if self.changes_a_value(o)]
         lines = {o.input_line for o in values}
-        others = tuple(line for line in overrides if line not in lines)
-        HydraConfig.instance().set_config(self._base(others))  # for ${hydra:...}
-        config = copy.deepcopy(self._base(others))
+        base, HydraConfig.instance().cfg = self._base(tuple(line for line in overrides if line not in lines))
+        config = copy.deepcopy(base)
         try:
             for override in values:
                 OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
@@ -143,7 +155,7 @@ def sweep_request(master: Any) -> Request:
     given: Any = OmegaConf.to_container(master.hydra.overrides, resolve=False)
     composer = Composer(master.hydra.job.config_name, [line for line in given["hydra"] if key_of(line) != "hydra.mode"])
     params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
-    parsed = composer.parse([*params, *given["task"]])  # the command line replaces a preset's keys
+    parsed = [composer.parse(line) for line in (*params, *given["task"])]  # the command line replaces a preset's keys
     overrides = {o.get_key_element(): o for o in parsed}
     swept = {key: o for key, o in overrides.items() if o.is_sweep_override()}
     fixed = [str(o.input_line) for o in overrides.values() if not o.is_sweep_override()]
@@ -189,10 +201,9 @@ def compose_all(composer: Composer, fixed: Sequence[str], swept: Sequence[Sequen
     refused: dict[str, list[str]] = {}
     with Progress("composing", len(swept), quiet=len(swept) < 500, unit="trials") as bar:
         for lines in swept:
+            dropped: dict[str, str] = {}
             try:
-                node = composer([*fixed, *lines])
-                config = from_omegaconf(node, True, composer.fetch)
-                dropped = {k: why for k, (value, why) in idle(config).items() if OmegaConf.select(node, k) != value}
+                config = from_omegaconf(composer([*fixed, *lines]), dropped, composer.fetch)
                 trials.append(Trial(config, [*fixed, *lines], label(without_idle(config, lines)), dropped=dropped))
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 refused.setdefault(explain(error), []).append(label(lines))
@@ -235,7 +246,7 @@ def search_space(
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
-        plain: Any = OmegaConf.to_container(composer([*fixed, *map("=".join, options)]), resolve=False)
+        plain: Any = OmegaConf.to_container(composer.exactly([*fixed, *map("=".join, options)]), resolve=False)
         for key, before in ADDED.items():  # a later version's settings leave the study as it is
             section, _, name = key.partition(".")
             if plain[section][name] == before and f"{name}}}" not in str(plain):  # none refers to it
@@ -263,7 +274,7 @@ def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> di
             low, high = int(low or 0), int(high or 0)  # Hydra reads 1 as 1.0
         return {"low": low, "high": high, "log": "log" in value.tags, "integer": integer, "group": False,
                 "step": 1 if integer else None}  # fmt: skip
-    choices = [[text, composer.parse([f"{override.get_key_element()}={text}"])[0].value()]
+    choices = [[text, composer.parse(f"{override.get_key_element()}={text}").value()]
                for text in override.sweep_string_iterator()]  # fmt: skip
     return {"choices": choices, "group": not composer.changes_a_value(override)}
 
@@ -339,6 +350,12 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
 )  # fmt: skip
 
 
+def seen_in(error: BaseException, name: str) -> Any:
+    """What Hydra's code has under a name where an error comes from, which its text lacks; None if nothing."""
+    seen = (frame.f_locals.get(name) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next(filter(None, seen), None)
+
+
 def explain(error: BaseException) -> str:
     """One line of a Hydra or OmegaConf error: the key, the value and the remedy."""
     chain: list[Any] = [error]
@@ -355,8 +372,7 @@ def explain(error: BaseException) -> str:
         if mark := getattr(link, "problem_mark", None):  # of YAML
             return f"{mark.name}, line {mark.line + 1}: {link.problem}"
         if isinstance(link, (YAMLError, UnicodeDecodeError)):
-            seen = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(link.__traceback__)]  # Hydra's
-            return f"{next(filter(None, seen), 'a YAML file')}: {one_line(link)}: save it as UTF-8"
+            return f"{seen_in(link, 'full_path') or 'a YAML file'}: {one_line(link)}: save it as UTF-8"
     text = "\n".join(map(str, reversed(chain)))  # the cause first
     place = "".join(f"{name}.yaml: " for name in re.findall(r"In '([^']+)': \w+ raised while", text)[:1])
     for pattern, answer in _ANSWERS:

@@ -18,11 +18,10 @@ PEER_ENDED = "another process has ended"
 
 
 class Process(NamedTuple):
-    """This process among those that train together: its rank among all and on this machine. Alone it is rank 0 of 1."""
+    """This process among those that train together. Alone it is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
 
 def started_by_torchrun() -> bool:
@@ -88,7 +87,7 @@ def _join() -> Process:
 
     backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # each may see one GPU, its own
         backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -120,7 +119,7 @@ def _joined() -> Any:
 
 def this_process() -> Process:
     dist = _joined()
-    return Process(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))) if dist else Process()
+    return Process(dist.get_rank(), dist.get_world_size()) if dist else Process()
 
 
 @_expecting_others()

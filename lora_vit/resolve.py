@@ -33,7 +33,7 @@ def register_resolvers() -> None:
 
 def _known_trial_id(_root_: Any) -> str:
     with contextlib.suppress(ConfigError):  # whoever uses the path says what is wrong
-        trial = from_omegaconf(_root_, in_sweep=True, fetch=False)
+        trial = from_omegaconf(_root_, {}, fetch=False)
         return trial_id(trial) if is_identified(trial) else UNKNOWN_ID
     return UNKNOWN_ID
 
@@ -57,10 +57,11 @@ def _rank_times(scaling: Any, _parent_: Any) -> Any:
     return None if _parent_.rank is None else scaling * _parent_.rank
 
 
-def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Path | None = None) -> TrialConfig:
+def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool = True, cwd: Path | None = None
+                   ) -> TrialConfig:  # fmt: skip
     """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
-    ``in_sweep``: drop settings without effect rather than refuse them. ``fetch``: download and read what decides the
+    ``dropped``: in a sweep, gets the settings without effect, and why; else they are refused. ``fetch``: download and read what decides the
     identity, else see :func:`is_identified`. ``cwd``: where relative paths begin, if not here. Raises ConfigError.
     """
     wanted = [*SECTIONS, "seed", "tracker"]
@@ -81,10 +82,13 @@ def from_omegaconf(cfg: Any, in_sweep: bool = False, fetch: bool = True, cwd: Pa
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
     trial = from_dict(plain)
-    for key, (resting, _) in idle(trial).items() if in_sweep else ():
-        section, _, name = key.partition(".")
-        trial.optimizer.lr = (name == "head_lr" and trial.optimizer.head_lr) or trial.optimizer.lr  # a probe's only one
-        setattr(getattr(trial, section), name, resting)
+    for key, (resting, here) in idle(trial).items() if dropped is not None else ():
+        section, name = key.split(".")
+        if (given := getattr(getattr(trial, section), name)) != resting:
+            setattr(getattr(trial, section), name, resting)
+            dropped[key] = here
+            if key == "optimizer.head_lr":  # a probe's only rate
+                trial.optimizer.lr = given
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
         model.weights = None

@@ -47,7 +47,7 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
         if not in_sweep and (line := first_of(overrides, *of_sweeps)):
             raise ConfigError(f"{line} has no effect on a single run: add -m for a sweep, or leave it out")
         refuse_misread_paths(overrides)
-        return from_omegaconf(cfg, in_sweep, cwd=Path(hydra_cfg.runtime.cwd))
+        return from_omegaconf(cfg, {} if in_sweep else None, cwd=Path(hydra_cfg.runtime.cwd))
 
     try:
         config = distributed.on_all(validated)

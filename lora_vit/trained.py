@@ -63,7 +63,7 @@ class TrainedModel:
     def __init__(self, folder: Path, model: ModelConfig, accelerator: str):
         """``model``: of the base."""
         self.model, self.adapter, self.base = model, read_adapter(folder), trunk_of(model)
-        card, self.device = self.adapter.card, choose_device(accelerator, Process())
+        card, self.device = self.adapter.card, choose_device(accelerator)
         self.image_size: int = card["base"]["image_size"]
         if note := load_weights(self.base, model):
             print(note)

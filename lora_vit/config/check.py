@@ -7,9 +7,7 @@ from operator import attrgetter
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
-from lora_vit.config.schema import SECTIONS, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig, idle
-
-SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # that make a torchvision ViT
+from lora_vit.config.schema import SECTIONS, SIZES, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig, idle
 
 
 def validate(trial: TrialConfig) -> None:
@@ -51,9 +49,6 @@ def _check_sizes(m: ModelConfig) -> None:
 
 
 def _check_timm(m: ModelConfig) -> None:
-    for key in SIZES[1:]:
-        if getattr(m, key) is not None:
-            refuse(f"model.{key}", getattr(m, key), "has no effect with model=timm: the name says it, leave it null")
     if not re.fullmatch(r"[\w.]+", m.name):
         remedy = "give one like vit_small_patch14_dinov2.lvd142m, and weights of the hub as model.weights=hf_hub:ID"
         refuse("model.name", m.name, f"is not a name of timm's: {remedy}")
@@ -65,8 +60,6 @@ def _check_data(d: DataConfig) -> None:
     known = DATASETS[d.name]
     for part in ("val", "test"):
         key, fraction = f"data.{part}_fraction", getattr(d, f"{part}_fraction")
-        if part in known.always and fraction is not None:
-            refuse(key, fraction, f"has no effect with data={d.name}, which has {part} images: leave it null")
         if part not in (*known.always, *known.perhaps) and fraction is None:
             refuse(key, None, f"is impossible: data={d.name} has no {part} images of its own, give a fraction")
     if not (names := d.augmentations()):
@@ -80,15 +73,8 @@ def _check_data(d: DataConfig) -> None:
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
-    if d.background != [255, 255, 255] and known.one_size:
-        refuse("data.background", d.background, f"has no effect with data={d.name} (no transparency): leave it white")
-    if d.value_range is not None and (known.one_size or d.value_range[0] >= d.value_range[1]):
+    if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
-    if d.cache_size is not None and known.one_size:
-        refuse("data.cache_size", d.cache_size, f"has no effect with data={d.name} (images of one size): leave it null")
-    if d.official_val and not known.official_val:
-        having = ", ".join(name for name, other in DATASETS.items() if other.official_val)
-        refuse("data.official_val", True, f"has no effect with data={d.name}: only {having} has one")
 
 
 def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:

@@ -10,8 +10,13 @@ class DataSet(NamedTuple):
     in_package: bool = False  # a Python package brings the images: nothing to download, its version tells which
     always: tuple[str, ...] = ()  # parts that it has of its own, so no fraction of ``train`` becomes them
     perhaps: tuple[str, ...] = ()  # parts that its folder may have; a fraction of ``train`` becomes what it lacks
-    one_size: bool = False  # all images have one size that never changes, so ``data.cache_size`` has no effect
+    one_size: bool = False  # all images have one size that never changes, and neither transparency nor deep pixels
     official_val: bool = False  # it has a further set of labelled images that ``data.official_val`` adds
+
+    def unread(self) -> list[str]:
+        """Settings that have no effect on it."""
+        keys = [f"{part}_fraction" for part in self.always] + ["official_val"] * (not self.official_val)
+        return [f"data.{key}" for key in keys + ["cache_size", "background", "value_range"] * self.one_size]
 
 
 DATASETS = {

@@ -5,7 +5,7 @@ Values live in ``conf/*.yaml`` only. Below the entry points the project passes t
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast, get_type_hints
 
@@ -17,6 +17,7 @@ from lora_vit.metrics import METRICS
 SCHEMA_VERSION = 3  # of the trial's configuration and record; part of the trial id
 AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "color_jitter", "random_erasing", "mixup", "cutmix")
 TARGETS = ("q", "k", "v", "o", "fc1", "fc2")  # projections of a block that can get an adapter, in canonical order
+SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")  # that make a torchvision ViT
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
@@ -204,20 +205,29 @@ _ALL = _SETTINGS | {f"sweep.{f.name}": f for f in fields(SweepConfig)} | {f.name
 SAYS = {k: f.metadata.get("says", "true or false" if f.type is bool else "one text") for k, f in _ALL.items()}
 # Settings that an earlier version had, each with the only value that is left. They stay in every trial's id.
 REMOVED = {"lora.init": "kaiming_uniform", "optimizer.decay_bias_and_norm": True}
-_UNREAD = {"adamw": ["optimizer.momentum"], "sgd": ["optimizer.betas", "optimizer.eps"]}  # how keys begin
-_UNREAD["full"] = ["lora.", "optimizer.lora_b_lr_ratio"]
-_UNREAD["none"] = [*_UNREAD["full"], "optimizer.head_lr"]  # nothing but the head is trained, at optimizer.lr
+OF_ADAPTERS = (*(key for key in _SETTINGS if key.startswith("lora.")), "optimizer.lora_b_lr_ratio")[1:]  # not method
+# What is chosen, and the settings that then do nothing.
+_UNREAD: dict[str, Sequence[str]] = {
+    "optimizer.name=adamw": ["optimizer.momentum"],
+    "optimizer.name=sgd": ["optimizer.betas", "optimizer.eps"],
+    "lora=full": OF_ADAPTERS,
+    "lora=none": [*OF_ADAPTERS, "optimizer.head_lr"],  # nothing but the head is trained, at optimizer.lr
+    "model=timm": [f"model.{key}" for key in SIZES[1:]],  # the name says them
+    **{f"data={name}": known.unread() for name, known in DATASETS.items()},
+}
+# The value that each then has, if not None.
+_RESTING = {**ADDED, "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "data.official_val": False}
 
 
 def idle(trial: TrialConfig) -> dict[str, tuple[Any, str]]:
     """Settings that do nothing in this trial: the value that each then has, and what makes it so."""
-    method, optimizer, done = trial.lora.method, trial.optimizer.name, trial.data.augmentations()
-    resting = {**ADDED, "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8}  # those of adapters have None
-    why = {f"data.{name}_": f"data.augment={trial.data.augment}" for name in AUGMENTATIONS if name not in done}
-    why |= dict.fromkeys(_UNREAD.get(method, ()), f"lora={method}")
-    why |= dict.fromkeys(_UNREAD.get(optimizer, ()), f"optimizer.name={optimizer}")
-    keys = [(key, here) for key in _SETTINGS for start, here in why.items() if key.startswith(start)]
-    return {key: (resting.get(key), here) for key, here in keys if key != "lora.method"}
+    data, done = trial.data, trial.data.augmentations()
+    undone = tuple(f"data.{name}_" for name in AUGMENTATIONS if name not in done)
+    why = {key: f"data.augment={data.augment}" for key in _SETTINGS if key.startswith(undone)}
+    for chosen in (f"optimizer.name={trial.optimizer.name}", f"lora={trial.lora.method}",
+                   f"model={trial.model.library}", f"data={data.name}"):  # fmt: skip
+        why |= dict.fromkeys(_UNREAD.get(chosen, ()), chosen)
+    return {key: (_RESTING.get(key), here) for key, here in why.items()}
 
 
 to_dict = dataclasses.asdict  # nested plain values, ready for JSON

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_vit.build import build_setup, choose_device, device_name, hold_gpu
+from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line, out_of_memory
@@ -29,20 +29,19 @@ GAIN = 0.03  # a larger pack must be faster by this part to be preferred
 MOST_MISSES, LONG = 2, 5.0  # sizes that gain nothing, which end the search; or one that takes so many seconds
 
 
-def uses_gpus(trials: Sequence[Trial]) -> bool:
-    """Whether any trial runs on a GPU; each worker then has one to itself."""
-    return any(trial.config.trainer.accelerator != "cpu" for trial in trials) and torch.cuda.is_available()
+def gpus_of(trials: Sequence[Trial]) -> int:
+    """How many GPUs any of the trials may use; each worker then has one to itself."""
+    return max((usable_gpus(trial.config.trainer.accelerator) for trial in trials), default=0)
 
 
-def own_device(trials: Sequence[Trial], held: contextlib.ExitStack) -> int:
-    """The index of the first visible GPU that is free; on a CPU, which workers share, 0. Raises ConfigError."""
-    if not uses_gpus(trials):
-        return 0
-    for index in range(torch.cuda.device_count()):
+def take_gpu(trials: Sequence[Trial], held: contextlib.ExitStack) -> None:
+    """Compute on the first visible GPU that is free, and hold it; workers share a CPU. Raises ConfigError."""
+    for index in range(count := gpus_of(trials)):
         if hold_gpu(index, held):
             torch.cuda.set_device(index)
-            return index
-    raise ConfigError(f"all {torch.cuda.device_count()} visible GPUs have a worker or a run: wait, or give other GPUs")
+            return
+    if count:
+        raise ConfigError(f"all {count} visible GPUs have a worker or a run: wait, or give other GPUs")
 
 
 def free_memory() -> None:
@@ -54,8 +53,8 @@ def free_memory() -> None:
 class PackSizes:
     """How many trials of a group train together, as asked for or measured once on each kind of machine; and on what."""
 
-    def __init__(self, sweep: Sweep, process: Process, stop: StopRequest, say: Callable[[str], None]):
-        self.sweep, self.process, self.stop, self.say = sweep, process, stop, say
+    def __init__(self, sweep: Sweep, stop: StopRequest, say: Callable[[str], None]):
+        self.sweep, self.stop, self.say = sweep, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
         self._setups: dict[str, Setup] = {}  # the last one
@@ -65,7 +64,7 @@ class PackSizes:
         if (key := setup_key(trial.config)) not in self._setups:
             self._setups.clear()
             free_memory()
-            self._setups[key] = build_setup(trial.config, self.process)
+            self._setups[key] = build_setup(trial.config, Process())
         return self._setups[key]
 
     def of(self, group: Group, claims: Claims) -> int | None:
@@ -104,7 +103,7 @@ class PackSizes:
         return found
 
     def _kind(self, group: Group) -> str:
-        device = choose_device(group.trials[0].config.trainer.accelerator, self.process)
+        device = choose_device(group.trials[0].config.trainer.accelerator)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group, claims: Claims) -> int | None:

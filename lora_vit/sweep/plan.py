@@ -5,7 +5,6 @@ newest command that named it, and the order of training. Claims say who has a tr
 """
 
 import contextlib
-import copy
 import json
 import os
 import shlex
@@ -79,12 +78,9 @@ class Sweep:
             raise ConfigError(f"{path} cannot be read ({error.strerror}): give another sweep.name") from None
         except ValueError as error:
             raise ConfigError(f"{path} is not complete JSON ({error}): remove it, the records stay") from None
-        schema = plan.get("schema") if isinstance(plan, dict) else None
-        if schema == 3:
-            plan = _from_schema_3(plan)
-        elif schema != PLAN_SCHEMA:
-            how = f"this version reads {PLAN_SCHEMA}: use the matching version of lora_vit, or another sweep.name"
-            raise ConfigError(f"{path} has version {schema}, {how}")
+        if (schema := plan.get("schema") if isinstance(plan, dict) else None) != PLAN_SCHEMA:
+            how = f"this one reads {PLAN_SCHEMA}: remove it and give the sweep's command again, the records stay"
+            raise ConfigError(f"{path} is of version {schema}, {how}")
         try:
             for name, v in plan["trials"].items():
                 if name not in self._parsed or self._parsed[name][0] != v:
@@ -161,19 +157,6 @@ def _empty() -> dict[str, Any]:
     return {"schema": PLAN_SCHEMA, "created": time.time(), "version": None, "command": None, "hydra": "", "workers": 1,
             "options": dict.fromkeys(SweepConfig.__annotations__), "race": None, "search": None, "trials": {},
             "batches": [], "pack_sizes": {}}  # fmt: skip
-
-
-def _from_schema_3(old: dict[str, Any]) -> dict[str, Any]:
-    """A plan of an earlier version, whose trials were differences from the first."""
-    plan = _empty() | {key: old[key] for key in ("created", "race", "pack_sizes", "command") if key in old}
-    for name, trial in old["trials"].items():
-        config = copy.deepcopy(old["base"])
-        for key, value in trial["differs"].items():
-            section, _, inner = key.rpartition(".")
-            (config[section] if section else config)[inner] = value
-        kept = {key: trial.get(key, "") for key in ("cell", "label", "overrides", "board")}
-        plan["trials"][name] = {**kept, "config": config}
-    return plan
 
 
 def trial_folders(folder: Path) -> list[Path]:

@@ -227,6 +227,6 @@ def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:
         if not of.get("group"):
             value = dict(map(tuple, of["choices"]))[texts[key]] if "choices" in of else type(params[key])(texts[key])
             OmegaConf.update(config, key, value)
-    trial = from_omegaconf(config, in_sweep=True, cwd=search.get("cwd"))
+    trial = from_omegaconf(config, {}, cwd=search.get("cwd"))
     lines = [f"{key}={texts[key]}" for key in space]
     return Trial(trial, [*search["fixed"], *lines], label(without_idle(trial, lines)))

@@ -84,7 +84,8 @@ def without_seed(lines: Sequence[str]) -> list[str]:
 
 def without_idle(config: TrialConfig, overrides: Sequence[str]) -> list[str]:
     """The overrides that have an effect; a probe's ``optimizer.head_lr`` is its rate."""
-    return [line for line in overrides if key_of(line) not in idle(config).keys() - {"optimizer.head_lr"}]
+    without_effect = idle(config).keys() - {"optimizer.head_lr"}
+    return [line for line in overrides if key_of(line) not in without_effect]
 
 
 def key_of(override: str) -> str:

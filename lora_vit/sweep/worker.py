@@ -9,12 +9,11 @@ from pathlib import Path
 import yaml
 
 from lora_vit.config import to_dict
-from lora_vit.distributed import Process
 from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, TrialFailed, one_line, out_of_memory, reporting
 from lora_vit.records import State
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import ENDED, FREE, Claims
-from lora_vit.sweep.pack_size import PackSizes, free_memory, own_device
+from lora_vit.sweep.pack_size import PackSizes, free_memory, take_gpu
 from lora_vit.sweep.packs import Packs
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.source import source_of
@@ -58,8 +57,8 @@ class Worker(Reporter):
 
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
-        self.sizes = PackSizes(sweep, Process(local_rank=own_device(sweep.planned, claims.held)), stop, say)
-        self.packs, self.source = Packs(sweep, claims), source_of(sweep)
+        take_gpu(sweep.planned, claims.held)
+        self.sizes, self.packs, self.source = PackSizes(sweep, stop, say), Packs(sweep, claims), source_of(sweep)
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:

@@ -27,7 +27,7 @@ ENDS = ("all have it", "one lacks memory", "a rank's own")
 
 def test_a_process_alone():
     with distributed.group() as process:
-        assert process == Process(rank=0, world_size=1, local_rank=0) == distributed.this_process()
+        assert process == Process(rank=0, world_size=1) == distributed.this_process()
     tensor = torch.tensor([1.0, 2.0])
     assert distributed.sum_over_processes_(tensor) is tensor
     value = object()
@@ -139,7 +139,7 @@ def _two(rank: int, ports: list[int], folder: str) -> None:
             if not seen:
                 import torchvision  # noqa: F401  (as every command does)
 
-                assert process == Process(rank, 2, rank)
+                assert process == Process(rank, 2)
                 seen = _see(rank)
             distributed.sum_over_processes_(torch.ones(5))
             distributed.from_main(rank)

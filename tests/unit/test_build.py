@@ -53,14 +53,6 @@ def test_the_number_of_processes(devices, started, gpus, batch, found, monkeypat
     assert ("using 3 of 4 GPUs" in capsys.readouterr().out) == (batch == 6 and gpus == 4)
 
 
-@pytest.mark.parametrize("sees", [1, 2])
-def test_a_process_that_sees_a_single_gpu_takes_it(sees, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: sees)
-    gpus = [build.choose_device("auto", Process(rank, 2, rank)) for rank in (0, 1)]
-    assert [gpu.index for gpu in gpus] == ([0, 1] if sees == 2 else [0, 0])
-
-
 @pytest.mark.parametrize("first", ["run", "rank", "worker"])
 @pytest.mark.parametrize("second", ["run", "rank", "worker"])
 def test_who_may_train_on_one_gpu(first, second, tmp_path, monkeypatch):
@@ -68,6 +60,7 @@ def test_who_may_train_on_one_gpu(first, second, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
 
     def takes(who: str, held: contextlib.ExitStack) -> bool:
@@ -85,7 +78,7 @@ def test_who_may_train_on_one_gpu(first, second, tmp_path, monkeypatch):
         held.close()
         other.close()
         assert takes(second, other)
-        build.check_devices("cpu", Process(1, 2, 1), held)
+        build.check_devices("cpu", Process(1, 2), held)
         monkeypatch.setattr(build, "from_all", lambda free: [free, False])
         with pytest.raises(ConfigError, match=r"a GPU has a process already, .*: start one for each that is"):
-            build.check_devices("cpu", Process(1, 2, 1), held)
+            build.check_devices("cpu", Process(1, 2), held)

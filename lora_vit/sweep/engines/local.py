@@ -59,11 +59,11 @@ class Local(Engine):
     def number_of_workers(self, asked: str, trials: Sequence[Any]) -> int:
         import torch
 
-        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory, uses_gpus
+        from lora_vit.sweep.pack_size import MEMORY_SHARE, attainable_memory, gpus_of
 
         wanted = 0 if asked == "auto" else int(asked)
-        if uses_gpus(trials):
-            if wanted > (most := torch.cuda.device_count()):
+        if most := gpus_of(trials):
+            if wanted > most:
                 raise ConfigError(f"sweep.workers={wanted}: only {most} GPUs are visible, give at most that")
         else:  # processes of few threads wait less for one another than one of many does
             largest = max(expected_bytes(trial.config) for trial in trials)

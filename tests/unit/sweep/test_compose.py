@@ -57,8 +57,8 @@ def test_the_quick_way_gives_hydras_config(loader):
     for overrides in GRID:
         line = [*SMALL, *overrides]
         quick, exact = loader(line), loader.exactly(line)
-        assert without_hydra(quick) == without_hydra(exact), overrides
-        ids.add(trial_id(from_omegaconf(quick, in_sweep=True)))
+        assert quick == without_hydra(exact), overrides
+        ids.add(trial_id(from_omegaconf(quick, {})))
     assert len(ids) == len(GRID)
 
 
@@ -90,7 +90,7 @@ def test_resolvers_of_ids_and_sizes(loader, small):
         assert trial_config(f"model.weights={word}").model.weights is None, "as null"
     small.data.cache_size = "${at_least:16,${model.image_size},'9'}"
     assert small.data.cache_size == 16
-    changed = loader([*SMALL, "lora=none", "lora.rank=4"])
+    changed = loader.exactly([*SMALL, "lora=none", "lora.rank=4"])
     assert changed.hydra.sweep.subdir == trial_id(trial_config("lora=none")), "its idle rank is no part of it"
     OmegaConf.set_struct(changed, False)
     changed.run_name = "${trial_id:}"
@@ -122,12 +122,15 @@ def test_what_has_no_effect_is_refused_alone_and_dropped_in_a_sweep(method, idle
     config = loader([*SMALL, f"lora={method}", idle])
     with pytest.raises(ConfigError, match=re.escape(idle)):
         from_omegaconf(config)
-    assert from_omegaconf(config, in_sweep=True) == trial_config(f"lora={method}")
+    assert from_omegaconf(config, {}) == trial_config(f"lora={method}")
 
 
 def test_in_a_sweep_a_probe_has_one_rate_and_what_is_not_done_no_strength(loader):
     config = loader([*SMALL, "lora=none", "optimizer.head_lr=0.5", "optimizer.lora_b_lr_ratio=4", "data.mixup_alpha=2"])
-    assert from_omegaconf(config, in_sweep=True) == trial_config("lora=none", "optimizer.lr=0.5")
+    assert from_omegaconf(config, {}) == trial_config("lora=none", "optimizer.lr=0.5")
+    digits, dropped = loader([*SMALL, "data=digits", "data.official_val=true", "data.cache_size=16"]), dict[str, str]()
+    assert from_omegaconf(digits, dropped) == trial_config("data=digits", "data.cache_size=null")
+    assert dropped == dict.fromkeys(("data.official_val", "data.cache_size"), "data=digits")
 
 
 def test_weights_are_known_by_their_content(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from plain_trials import BASELINE, plain_trial
 from sweeps import seed_trials, sweep_of, trial_of
 
 from lora_vit.config import TrialConfig, trial_id
-from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, Interrupted
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep import pack_size as measure
@@ -37,7 +36,7 @@ class Sizes:
         self.sweep, self.claims = sweep_of(folder, self.trials, workers, pack_size=size), Claims(folder)
         self.said: list[str] = []
         self.stop = StopRequest()
-        self.sizes = PackSizes(self.sweep, Process(), self.stop, self.said.append)
+        self.sizes = PackSizes(self.sweep, self.stop, self.said.append)
         (self.group,) = make_groups(self.trials)
         self.measured: list[tuple[Any, ...]] = []
         monkeypatch.setattr(PackSizes, "setup_of", lambda sizes, trial: ("setup of", trial))

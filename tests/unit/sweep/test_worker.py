@@ -17,7 +17,7 @@ from worker_bench import breaks
 from lora_vit.errors import ConfigError, TrialFailed, out_of_memory
 from lora_vit.records import read_record
 from lora_vit.sweep.claims import ENDED, FREE
-from lora_vit.sweep.pack_size import PackSizes, own_device
+from lora_vit.sweep.pack_size import PackSizes, take_gpu
 from lora_vit.sweep.trial import Trial
 from lora_vit.sweep.worker import Worker
 from lora_vit.training.trial import TrialRun
@@ -65,11 +65,14 @@ def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
     trials, (first, second, third) = seed_trials(1, trainer__accelerator="auto"), (ExitStack() for _ in range(3))
     with first:
         with second:
-            assert [own_device(trials, first), own_device(trials, second)] == chosen == [0, 1]
+            take_gpu(trials, first)
+            take_gpu(trials, second)
             with pytest.raises(ConfigError, match="all 2 visible GPUs have a worker or a run: wait, or give other"):
-                own_device(trials, third)
-            assert own_device(seed_trials(1), third) == 0, "a CPU is shared"
-        assert own_device(trials, third) == 1, "free again where its worker ends"
+                take_gpu(trials, third)
+            take_gpu(seed_trials(1), third)
+            assert chosen == [0, 1], "a CPU is shared"
+        take_gpu(trials, third)
+        assert chosen == [0, 1, 1], "free again where its worker ends"
     third.close()
 
 

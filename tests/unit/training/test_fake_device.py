@@ -108,7 +108,7 @@ def pretend(device: str, free_bytes: int, monkeypatch) -> None:
 
     monkeypatch.setattr(randomness, "permutation", with_values(randomness.permutation))
     monkeypatch.setattr(build, "load_data", with_values(build.load_data))
-    monkeypatch.setattr(build, "choose_device", lambda accelerator, process: torch.device(device))
+    monkeypatch.setattr(build, "choose_device", lambda accelerator: torch.device(device))
     monkeypatch.setattr(build, "device_name", lambda device: "none")
     monkeypatch.setattr(build, "base_of", lambda model: {})
     monkeypatch.setattr(build.ModelFactory, "overflowing_block", lambda factory, images: None)

@@ -130,7 +130,7 @@ def test_a_step_begins_with_each_trials_settings(precision, dtype):
     for trial in trials:
         trial.state.step_in_epoch, trial.state.loss_sum = 2, 0.1 + trial.config.seed
     trials[1].state.epoch = 1
-    pack = Pack(trials, build_setup(trials[0].config, Process(1, 2, 0)))
+    pack = Pack(trials, build_setup(trials[0].config, Process(1, 2)))
     assert pack.position_B.tolist() == [4, 5, 6, 7]
     torch.testing.assert_close(pack.smoothing_K1, torch.tensor([[0.1], [0.2], [0.0]], dtype=dtype), rtol=0, atol=0)
     loss_sum_K = torch.tensor([1.1, 2.1, 0.1], dtype=torch.float64)
