@@ -61,8 +61,7 @@ def choose_world_size(config: TrialConfig, started: int) -> int:
     if visible and not started and wanted > visible:
         raise ConfigError(f"trainer.devices={wanted}: only {visible} GPUs are visible, give at most that")
     if wanted and batch % wanted:
-        what = f"data.batch_size={batch} is not divisible by the {wanted} processes"
-        raise ConfigError(f"{what}: give a multiple of {wanted}, or trainer.devices=auto")
+        raise ConfigError(f"data.batch_size={batch}: give a multiple of {wanted} (processes), or trainer.devices=auto")
     chosen = wanted or max(n for n in range(1, max(1, visible) + 1) if batch % n == 0)
     if not wanted and chosen < visible:
         print(f"using {chosen} of {visible} GPUs: data.batch_size={batch} is not divisible by more")
@@ -83,8 +82,7 @@ def check_devices(accelerator: str, process: Process, held: contextlib.ExitStack
     """Hold a GPU for each process; runs of one process share it. Raises ConfigError in all of them where one cannot."""
     device = on_all(lambda: choose_device(accelerator))
     if not all(from_all(device.type == "cpu" or hold_gpu(device.index, held, shared=process.world_size == 1))):
-        remedy = "start one for each that is free (CUDA_VISIBLE_DEVICES), or give trainer.accelerator=cpu"
-        raise ConfigError(f"a GPU has a process already, of this run, another or a sweep: {remedy}")
+        raise ConfigError("a GPU has a process already: give others (CUDA_VISIBLE_DEVICES), or trainer.accelerator=cpu")
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:

@@ -3,11 +3,13 @@
 import copy
 import functools
 import itertools
+import math
 import os
 import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,8 @@ def in_one_line() -> Iterator[None]:
     except (ValueError, OSError) as error:  # Hydra also makes a folder
         line = line_of(error).removeprefix("error: ")
         if "Config group override must be" in str(error):
-            key = seen_in(error, "override").key_or_group
-            line = f"{key}=null: a group has no option 'null': leave it out, or choose one (see --help; tracker=[]: none)"
+            key = getattr(seen_in(error, "override"), "key_or_group", "GROUP")
+            line = f"{key}=null: a group has no option 'null': leave it out, or choose one (see --help), or tracker=[]"
         if "Only one of --run" in str(error):
             line = "--cfg and --info show one trial: leave -m out"
         if line:
@@ -237,12 +239,10 @@ def search_space(
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
-    from lora_vit.sweep.source import distribution, import_optuna  # imports numpy
+    from lora_vit.sweep.source import import_optuna  # imports numpy
 
     import_optuna(trials)  # a line before anything is written
     space = {key: _choices(composer, o, fixed) for key, o in swept.items()}
-    for key, of in space.items():
-        distribution(key, of)
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
     for options in itertools.product(*groups):
@@ -269,10 +269,13 @@ def _choices(composer: Composer, override: Override, fixed: Sequence[str]) -> di
     """The values of a key: ``choices`` (text and value), or ``low`` and ``high`` of a range."""
     value = override.value()
     if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
+        low, high, log = value.start, value.end, "log" in value.tags
+        if not (0 if log else -math.inf) < low <= high < math.inf:  # type: ignore[operator]
+            key, lower = override.key_or_group, "a lower end above 0" if log else "the lower end"
+            raise ConfigError(f"{key}=interval({low:g},{high:g}) cannot be searched: give {lower} first, then a higher")
         if integer := isinstance(OmegaConf.select(composer(fixed), override.key_or_group), int):
             low, high = int(low or 0), int(high or 0)  # Hydra reads 1 as 1.0
-        return {"low": low, "high": high, "log": "log" in value.tags, "integer": integer, "group": False,
+        return {"low": low, "high": high, "log": log, "integer": integer, "group": False,
                 "step": 1 if integer else None}  # fmt: skip
     choices = [[text, composer.parse(f"{override.get_key_element()}={text}").value()]
                for text in override.sweep_string_iterator()]  # fmt: skip
@@ -329,6 +332,14 @@ def quoted(key: str, text: str) -> str:
     return f"give the name in quotes, \"{key}={QuotedString(text, Quote.single).with_quotes()}\""
 
 
+def no_option(option: str, others: str | None) -> str:
+    """What is said of a group's option that is not there; of one in a list, Hydra names no ``others``."""
+    group, _, name = option.rpartition("/")
+    ours = Path(str(files("lora_vit.conf")), group).glob("*.yaml")
+    known = others.split() if others else sorted(path.stem for path in ours)
+    return f"'{option}' does not exist{nearest(name, known)} (one of: {', '.join(known)})"
+
+
 _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what ours say
     (r"Could not override '(hydra.sweeper.params[^']*)'",
      "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2".format),
@@ -336,10 +347,7 @@ _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what
     (r"Could not override '([^']+)'", unknown_key),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",
      "{0} names several values: add -m for a sweep (of a range sweep.trials too), or write a list as key=[a,b]".format),
-    (r"Could not (?:find|load) '([^']+)'[\s\S]*?Available options in '[^']+':((?:\n\t.+)*)",
-     lambda option, others: f"'{option}' does not exist{nearest(option.rpartition('/')[2], others.split())} "
-                            f"(one of: {', '.join(others.split())})"),
-    (r"Could not load '([^']+)'", "'{0}' does not exist (see --help)".format),
+    (r"Could not (?:find|load) '([^']+)'(?:[\s\S]*?Available options in '[^']+':((?:\n\t.+)*))?", no_option),
     (r"Key '([^']+)' not in 'RootConfig'[\s\S]*In '\1/",
      "its first line has to be: # @package _global_ (in UTF-8 without a byte order mark)".format),
     (r"not in '[A-Z]\w+Config'\s+full_key: (\S+)", unknown_key),

@@ -81,8 +81,7 @@ def read_record(folder: Path) -> TrialRecord:
     if not isinstance(values, dict) or "schema" not in values:
         raise RecordError(f"{path} is not a trial record")
     if (schema := values["schema"]) != SCHEMA_VERSION:
-        how = f"this version reads {SCHEMA_VERSION}: use the matching version of lora_vit"
-        raise RecordError(f"{path} has record schema {schema}, {how}")
+        raise RecordError(f"{path} has schema {schema}, not {SCHEMA_VERSION}: use the matching version of lora_vit")
     for f in dataclasses.fields(TrialRecord):
         if f.name not in values and f.default is f.default_factory:  # neither is given
             raise RecordError(f"{path} lacks '{f.name}'")

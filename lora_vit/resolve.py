@@ -61,8 +61,9 @@ def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool 
                    ) -> TrialConfig:  # fmt: skip
     """The plain, validated dataclass of a composed config, without what is composed beside a trial.
 
-    ``dropped``: in a sweep, gets the settings without effect, and why; else they are refused. ``fetch``: download and read what decides the
-    identity, else see :func:`is_identified`. ``cwd``: where relative paths begin, if not here. Raises ConfigError.
+    ``dropped``: in a sweep, gets the settings without effect, and why; else they are refused. ``fetch``: download and
+    read what decides the identity, else see :func:`is_identified`. ``cwd``: where relative paths begin, if not here.
+    Raises ConfigError.
     """
     wanted = [*SECTIONS, "seed", "tracker"]
     plain: dict[str, Any] = {}
@@ -86,9 +87,9 @@ def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool 
         section, name = key.split(".")
         if (given := getattr(getattr(trial, section), name)) != resting:
             setattr(getattr(trial, section), name, resting)
-            dropped[key] = here
             if key == "optimizer.head_lr":  # a probe's only rate
-                trial.optimizer.lr = given
+                trial.optimizer.lr, key = given, "optimizer.lr beside head_lr"
+            dropped[key] = here
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
         model.weights = None

@@ -55,8 +55,7 @@ def train(cfg: Any, hydra_cfg: Any, in_sweep: bool) -> float:
         remove_empty(folder)  # Hydra has made it, in every process
     started = dict.fromkeys(distributed.from_all(f"trial {trial_id(config)} of {shlex.join(sys.argv[1:])}"))
     if len(started) > 1:
-        what = "the processes would train different trials, give each the same overrides and files"
-        raise ConfigError(f"{what}: {' | '.join(started)}")
+        raise ConfigError(f"give each process the same overrides and files: {' | '.join(started)}")
     if "${trial_id:" in (given["sweep"]["subdir"] if in_sweep else given["run"]["dir"]):
         folder = folder.with_name(folder.name.replace(UNKNOWN_ID, trial_id(config)))
     files = {"config": cfg, "hydra": {"hydra": hydra_cfg}, "overrides": hydra_cfg.overrides.task}

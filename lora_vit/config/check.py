@@ -18,7 +18,7 @@ def validate(trial: TrialConfig) -> None:
     for key, (resting, here) in idle(trial).items():
         if (value := attrgetter(key)(trial)) != resting:
             refuse(key, value, f"has no effect with {here}: leave it out, or change that")
-    (_check_sizes if trial.model.library == "torchvision" else _check_timm)(trial.model)
+    _check_model(trial.model)
     _check_data(trial.data)
     _check_lora(trial.lora, trial.model)
     weights = trial.optimizer.class_weights
@@ -35,7 +35,13 @@ def validate_sweep(sweep: SweepConfig) -> None:
         refuse("sweep.most_seeds", sweep.most_seeds, f"is impossible: give at least sweep.first_seeds={least}")
 
 
-def _check_sizes(m: ModelConfig) -> None:
+def _check_model(m: ModelConfig) -> None:
+    if m.library == "timm":
+        if not re.fullmatch(r"[\w.]+", m.name):
+            refuse("model.name", m.name, "is not a name of timm's: give one like vit_small_patch14_dinov2.lvd142m")
+        if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
+            refuse("model.weights", m.weights, "is unknown for timm: give DEFAULT, a file, hf_hub:ID or null")
+        return
     one_of("model.name", m.name, ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "vit_tiny"))
     for key in SIZES:
         if getattr(m, key) is None:
@@ -46,14 +52,6 @@ def _check_sizes(m: ModelConfig) -> None:
         refuse("model.image_size", size, f"is not a multiple of the patch size {patch}: give {near} or {near + patch}")
     if width % heads:
         refuse("model.hidden_dim", width, f"is not a multiple of model.num_heads={heads}: change one of them")
-
-
-def _check_timm(m: ModelConfig) -> None:
-    if not re.fullmatch(r"[\w.]+", m.name):
-        remedy = "give one like vit_small_patch14_dinov2.lvd142m, and weights of the hub as model.weights=hf_hub:ID"
-        refuse("model.name", m.name, f"is not a name of timm's: {remedy}")
-    if m.weights not in (None, "DEFAULT") and not is_weights_file(m.weights):
-        refuse("model.weights", m.weights, f"is unknown for {m.name}: give DEFAULT, a file, or null for random weights")
 
 
 def _check_data(d: DataConfig) -> None:

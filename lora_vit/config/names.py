@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_vit.config.schema import ADAPTED, IDENTITY, SECTIONS, TARGETS
+from lora_vit.config.schema import ADAPTED, IDENTITY, OF_ADAPTERS, SECTIONS, TARGETS
 
 LR, METHOD = "optimizer.lr", "lora.method"
 BASELINES = {"none": "linear probe", "full": "full fine-tuning"}  # trials without adapters, by ``lora.method``
@@ -23,21 +23,17 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
             words = " ".join([t for t in TARGETS if t in value] if key == "targets" else map(str, value))
             value = _TARGETS.get(words, words)
         values[name] = value
-    if values[METHOD] in ADAPTED and values["lora.blocks"] is None:
+    if values[METHOD] not in ADAPTED:
+        values |= dict.fromkeys(OF_ADAPTERS)
+    elif values["lora.blocks"] is None:
         values["lora.blocks"] = "all"
     if cut := values.pop("lora.cut"):
         values[METHOD] = f"{METHODS[values[METHOD]]}{CUT}{cut}"
     return values
 
 
-def cell_names(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A name for each cell, by its id, of the config of any of its seeds: the settings in which these cells differ."""
-    rows = {cell: flat(config) for cell, config in cells.items()}
-    return names(rows, varying(rows.values()))
-
-
 def names(rows: Mapping[str, Mapping[str, Any]], settings: Sequence[str]) -> dict[str, str]:
-    """:func:`cell_names` of flat settings, by those that are given; equal names get their cell's id behind them."""
+    """A name for each cell, by its id, of its flat settings; equal names get the id behind them."""
     both = "dora" in {row[METHOD] for row in rows.values()}
     found = {c: cell_text(row, settings, both) or f"rank {value_text(row['lora.rank'])}" for c, row in rows.items()}
     counts = Counter(found.values())
@@ -48,7 +44,7 @@ def cell_text(row: Mapping[str, Any], settings: Sequence[str], both: bool = Fals
     """The settings of one cell in words, without those that a baseline leaves empty; ``both``: beside DoRA say LoRA."""
     short, method = short_names(settings), row.get(METHOD) or "lora"
     base = (METHODS if both else {**METHODS, "lora": ""}).get(method, method)
-    shown = [c for c in settings if c != METHOD and not (base and c.startswith("lora.") and _is_missing(row[c]))]
+    shown = [c for c in settings if c != METHOD and not (base and c in OF_ADAPTERS and _is_missing(row[c]))]
     return ", ".join([*([base] if base else []), *(f"{short[c]} {value_text(row[c])}" for c in shown)])
 
 
@@ -58,7 +54,7 @@ def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         for name, value in row.items():
             values.setdefault(name, set()).add(None if _is_missing(value) else value)
-    found = [c for c, v in values.items() if len(v - {None} if c.startswith("lora.") and c != METHOD else v) > 1]
+    found = [c for c, v in values.items() if len(v - {None} if c in OF_ADAPTERS else v) > 1]
     found.sort(key=lambda c: (-list(SECTIONS).index(c.split(".")[0]), c))
     return preferred(found, [METHOD, "lora.rank", "lora.alpha", "lora.scaling", "lora.dropout"])
 

@@ -282,7 +282,7 @@ def _section(name: str, values: Any) -> Any:
 def unknown_key(key: str) -> str:
     """What is said of a key that no composed config has."""
     if key.startswith("tracker."):
-        return f"'{key}' is no setting of a tracker that is chosen: name it, as tracker=[tensorboard,mlflow]"
+        return f"'{key}' is no setting of a tracker that is chosen: choose it, as tracker=[tensorboard,mlflow]"
     if key in SAYS:
         return f"there is no '{key}': leave --config-name out, an experiment is chosen by experiment=NAME"
     return f"unknown key '{key}'{nearest(key, [*SAYS]) or ' (see --help)'}"

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from lora_vit.cli import SWEEPS, named
 from lora_vit.errors import ConfigError
-from lora_vit.metrics import METRICS
 from lora_vit.records import PLAN, state_of
 from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
-from lora_vit.sweep.view import HEADER, trial_row, value_of
-from lora_vit.terminal import make_console, print_table
+from lora_vit.sweep.view import print_summary, print_trials, trial_row, value_of
+from lora_vit.terminal import make_console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +59,9 @@ def show(folder: Path) -> int:
     best = sorted(states, key=lambda n: (order.index(states[n].status), -(value_of(states[n], sweep.metric) or 0.0)))
     rows = [trial_row(n, sweep.trials[n].label if n in sweep.trials else "", states[n], sweep.metric) for n in best]
     console = make_console()
-    print_table(console, "", [text.format(METRICS[sweep.metric].title) for text in HEADER], rows)
+    print_trials(console, "", rows, sweep.metric)
     total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
     if sweep.race:
-        from lora_vit.sweep.run import print_race
-        from lora_vit.sweep.source import RaceSource
-
-        print_race(console, sweep, RaceSource(sweep))
+        print_summary(console, sweep)
     return 0

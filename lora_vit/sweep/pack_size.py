@@ -13,7 +13,7 @@ import torch
 from lora_vit.build import build_setup, choose_device, device_name, hold_gpu, usable_gpus
 from lora_vit.config import TrialConfig
 from lora_vit.distributed import Process
-from lora_vit.errors import NO_SPACE, ConfigError, UserError, one_line, out_of_memory
+from lora_vit.errors import NO_SPACE, ConfigError, Interrupted, one_line, out_of_memory
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import Claims
 from lora_vit.sweep.plan import Sweep
@@ -53,8 +53,8 @@ def free_memory() -> None:
 class PackSizes:
     """How many trials of a group train together, as asked for or measured once on each kind of machine; and on what."""
 
-    def __init__(self, sweep: Sweep, stop: StopRequest, say: Callable[[str], None]):
-        self.sweep, self.stop, self.say = sweep, stop, say
+    def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
+        self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
         self.workers = int(sweep.plan["workers"])  # that share the sweep, and on a CPU its cores
         self._sizes: dict[str, int] = {}
         self._setups: dict[str, Setup] = {}  # the last one
@@ -67,12 +67,12 @@ class PackSizes:
             self._setups[key] = build_setup(trial.config, Process())
         return self._setups[key]
 
-    def of(self, group: Group, claims: Claims) -> int | None:
+    def of(self, group: Group) -> int | None:
         """The size for a group of trials, from which every worker is to have some; None while another measures it."""
         planned, wanted = len(group.trials), self.sweep.options.pack_size
         if planned == 1 or group.trials[0].config.lora.trains_trunk:
             return 1
-        size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group, claims))
+        size = self._sizes.get(group.key) or (int(wanted) if wanted != "auto" else self._measured(group))
         if size is None:
             return None
         self._sizes[group.key] = size
@@ -106,26 +106,26 @@ class PackSizes:
         device = choose_device(group.trials[0].config.trainer.accelerator)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
-    def _measured(self, group: Group, claims: Claims) -> int | None:
+    def _measured(self, group: Group) -> int | None:
         """The size that was measured, or is now; None while another process measures it."""
         if (figures := self.known(group)) is None:
-            if not claims.take(claim := f"size-{self._kind(group)}"):
+            if not self.claims.take(claim := f"size-{self._kind(group)}"):
                 return None
             try:
                 self.sweep.refresh()  # another process may just have measured
                 figures = self.known(group) or self._measure(group)
             finally:
-                claims.release(claim)
+                self.claims.release(claim)
         return int(figures["size"])
 
     def _measure(self, group: Group) -> dict[str, Any]:
-        """Measure now: ``size`` and the figures behind it, which are kept; 1 where a trial cannot be trained at all."""
+        """Measure now: ``size`` and the figures behind it, which are kept; 1 where no trial can be trained here."""
         self.say(f"measuring the pack size for {group.title}")
         try:
             setup, configs = self.setup_of(group.trials[0]), [trial.config for trial in group.trials]
             figures = choose_pack_size(configs, setup, self.workers, self.stop)
         except Exception as error:  # each trial then reports its own
-            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in NO_SPACE):
+            if isinstance(error, Interrupted) or (isinstance(error, OSError) and error.errno in NO_SPACE):
                 raise
             self.say(f"the pack size cannot be measured ({one_line(error)}): packs of 1")
             return {"size": 1}

@@ -79,8 +79,7 @@ class Sweep:
         except ValueError as error:
             raise ConfigError(f"{path} is not complete JSON ({error}): remove it, the records stay") from None
         if (schema := plan.get("schema") if isinstance(plan, dict) else None) != PLAN_SCHEMA:
-            how = f"this one reads {PLAN_SCHEMA}: remove it and give the sweep's command again, the records stay"
-            raise ConfigError(f"{path} is of version {schema}, {how}")
+            raise ConfigError(f"{path} has version {schema}: remove it, the records stay, and give the command again")
         try:
             for name, v in plan["trials"].items():
                 if name not in self._parsed or self._parsed[name][0] != v:

@@ -3,7 +3,6 @@
 import contextlib
 import shlex
 import signal
-import statistics
 import sys
 import time
 from collections import Counter
@@ -14,24 +13,20 @@ from typing import Any
 from rich.console import Console
 
 from lora_vit.build import prepare
-from lora_vit.config import to_dict
-from lora_vit.config.names import cell_names
-from lora_vit.errors import ConfigError, Interrupted, RecordError, TrialFailed
-from lora_vit.metrics import METRICS
+from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import RECORD, write_record
 from lora_vit.resolve import is_identified
 from lora_vit.stopping import StopRequest
 from lora_vit.sweep.claims import HELD, Claims
 from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
-from lora_vit.sweep.source import RaceSource, SearchSource, Source, source_of
+from lora_vit.sweep.source import RaceSource, Source, source_of
 from lora_vit.sweep.trial import Trial, make_groups, without_seed
-from lora_vit.sweep.view import HEADER, View, trial_row, value_of
+from lora_vit.sweep.view import SHOWN, View, print_summary, print_trials, trial_row, value_of
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3  # so often in a row workers are started without that a trial ends
 POLL_EVERY_TRIAL = 0.0005  # seconds between two looks, for each trial: a large sweep's folder takes long to list
-SHOWN = 30  # rows of a table on the terminal
 COMPARED, MARGIN = 3, 0.5  # so many settings of a search are proposed for a race, to within so many points
 
 
@@ -43,6 +38,7 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     training anything; Interrupted: everything is saved.
     """
     options, search, sweep = request.options, request.search, Sweep(request.folder)
+    earlier = sweep.search
     if not request.trials:
         raise ConfigError("the sweep is empty: a swept key has no value, give it some as lora.rank=2,4")
     if len(metrics := dict.fromkeys(trial.config.trainer.metric for trial in request.trials)) > 1:
@@ -52,8 +48,7 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     if options.margin is not None:
         request.trials = trials = _begin_race(request, sweep)
     for devices in {trial.config.trainer.devices for trial in trials} - {"auto", "1"}:
-        remedy = f"give sweep.workers={devices} (or hydra/sweeper=basic, one trial after another)"
-        raise ConfigError(f"trainer.devices={devices}: a pack trains on one device: {remedy}")
+        raise ConfigError(f"trainer.devices={devices}: a pack trains on one device: give sweep.workers={devices}")
     engine = start_engine(request.engine, request.folder)
     request.workers = engine.number_of_workers(options.workers, trials * (search or {"trials": 1})["trials"])
     if options.dry_run:
@@ -75,16 +70,17 @@ def run_sweep(request: Request) -> dict[str, float] | None:
     finished = ", ".join(f"{n} {status}" for status, n in counts.items() if status != "new")
     size = f"a race of {len(trials)} cells" if request.race else f"{options.trials or len(asked)} trials"
     print(f"sweep {sweep.folder}: {size}" + (f" ({finished})" if finished else ""))
+    if search and earlier and any(search[key] != earlier[key] for key in ("space", "bases")):
+        print(f"note: {sweep.folder} has trials of another search too, which are compared; sweep.name=NEW leaves them")
     if left := is_open - ours:
         print(f"note: {len(left)} trials of earlier commands are open too: they train after these")
-    source = source_of(sweep)
     view = View(sweep, [(t, states[t.trial_id]) for t in watched if t.trial_id in is_open | ours])
     try:
-        if not follow(source, engine, view, request):
+        if not follow(source_of(sweep), engine, view, request):
             return None
     finally:
         view.progress.close()
-    return finish(sweep, source, list(view.trials.values()), request)
+    return finish(sweep, list(view.trials.values()), request)
 
 
 def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
@@ -93,8 +89,7 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
     if dropped := dict.fromkeys(item for trial in trials for item in trial.dropped.items()):
-        rate = {"optimizer.head_lr": "optimizer.lr beside head_lr"}  # which then is a probe's rate
-        said = ", ".join(f"{rate.get(key, key)} with {why}" for key, why in dropped)
+        said = ", ".join(f"{key} with {why}" for key, why in dropped)
         print(f"note: without effect, so that such trials run once for all values: {said}")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
@@ -193,20 +188,18 @@ def _end(engine: Engine, view: View, stop: StopRequest) -> None:
     raise Interrupted(stop.signum or signal.SIGTERM)
 
 
-def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Request) -> dict[str, float]:
+def finish(sweep: Sweep, trials: Sequence[Trial], request: Request) -> dict[str, float]:
     """Print the tables; the metric on val of each trial. Raises TrialFailed if some have none."""
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
-    console, metric, title = make_console(), sweep.metric, METRICS[sweep.metric].title
+    console, metric = make_console(), sweep.metric
     values = {n: found for n, state in states.items() if (found := value_of(state, metric)) is not None}
-    if isinstance(source, RaceSource):
-        print_race(console, sweep, source)
-    elif values and isinstance(source, SearchSource):
-        print_found(console, sweep, values)
+    if sweep.search is None:
+        print_summary(console, sweep)
     elif values:
-        print_cells(console, trials, values, title)
+        print_found(console, sweep, values)
     failed = [trial_row(t.trial_id, t.label, states[t.trial_id], metric) for t in trials if t.trial_id not in values]
     if failed:
-        print_table(console, "Not completed", [text.format(title) for text in HEADER], failed, SHOWN)
+        print_trials(console, "Not completed", failed, metric, SHOWN)
     where = from_here(sweep.folder)
     board = f"tensorboard --logdir {where}/tensorboard\n" * any("tensorboard" in t.config.tracker for t in trials)
     console.print(f"{where}\n{board}python -m lora_vit.summarize {where}")
@@ -218,33 +211,6 @@ def finish(sweep: Sweep, source: Source, trials: Sequence[Trial], request: Reque
         again = "; sweep.retry_failed=true tries the failed ones again" if retry else ""
         raise TrialFailed(f"{len(failed)} of {len(trials)} trials did not complete{again}")
     return values
-
-
-def print_cells(console: Console, trials: Sequence[Trial], of: dict[str, float], metric: str) -> None:
-    cells: dict[str, list[Trial]] = {}
-    for trial in trials:
-        cells.setdefault(trial.cell_id, []).append(trial)
-    names = cell_names({cell: to_dict(members[0].config) for cell, members in cells.items()})
-    rows = []
-    for cell, members in cells.items():
-        if values := [of[trial.trial_id] for trial in members if trial.trial_id in of]:
-            spread = f"{100 * statistics.stdev(values):.2f}" if len(values) > 1 else "-"
-            rows.append((statistics.fmean(values), names[cell], spread, f"{len(values)}/{len(members)}"))
-    rows.sort(key=lambda row: -row[0])
-    lines = [(str(i), name, f"{100 * mean:.2f}", spread, n) for i, (mean, name, spread, n) in enumerate(rows, 1)]
-    title = f"Cells by mean validation {metric} (the summary says which differences are real)"
-    print_table(console, title, ("", "cell", f"mean val {metric}", "sd over seeds", "seeds"), lines, SHOWN)
-
-
-def print_race(console: Console, sweep: Sweep, source: RaceSource) -> None:
-    source.look()
-    columns = ("cell", f"mean val {METRICS[sweep.metric].title}", "seeds", "slack (points)", "")
-    print_table(console, source.title(), columns, source.rows(), SHOWN)
-    if source.race.ended:
-        from lora_vit.analysis import summarize  # imports pandas
-
-        with contextlib.suppress(RecordError):  # all have failed
-            console.print(summarize(sweep.folder).verdict, markup=False)
 
 
 def print_found(console: Console, sweep: Sweep, values: dict[str, float]) -> None:

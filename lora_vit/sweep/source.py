@@ -8,12 +8,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.race import Race, standing, wanted
-from lora_vit.config import to_dict
-from lora_vit.config.names import cell_names
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.records import SEARCH
 from lora_vit.resolve import from_omegaconf
@@ -37,7 +33,9 @@ class Source:
 
 def source_of(sweep: Sweep) -> Source:
     """The source of a sweep, as its plan says."""
-    return (RaceSource if sweep.race is not None else SearchSource if sweep.search is not None else Source)(sweep)
+    if sweep.race is not None:
+        return RaceSource(sweep)
+    return Source(sweep) if sweep.search is None else SearchSource(sweep)
 
 
 class RaceSource(Source):
@@ -81,35 +79,6 @@ class RaceSource(Source):
             queued = {trial.trial_id for trial in self.sweep.planned}
             return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
 
-    def title(self) -> str:
-        race, trials, k = self.race, len(self.ended), len(self.cells)
-        if not race.seeds:
-            return f"race: {k} cells, {trials} trials so far, at least {k * race.rules.first_seeds}"
-        if not race.ended:
-            return f"race: {len(race.survivors)} of {k} cells are in after {race.seeds} seeds, {trials} trials so far"
-        end = "not resolved" if race.selected is None else f"{self._names()[race.selected]} is selected"
-        return f"race: {end} after {race.seeds} seeds, {trials} trials"
-
-    def _names(self) -> list[str]:
-        return list(cell_names({cell.cell_id: to_dict(cell.config) for cell in self.cells}).values())
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """The cells: name, mean, seeds, by how much the mean may still fall, and who left when; the leaders first."""
-        race, names, rows = self.race, self._names(), []
-        for i, mean in enumerate(race.means):
-            left = race.exits.get(i)
-            room = f"{100 * race.room[i]:.2f}" if np.isfinite(race.room[i]) else ""
-            if left is None:
-                state = "selected" if i == race.selected else "unresolved" if race.ended else "in"
-            elif left.behind is None:
-                state = f"out: failed at seed {race.first + left.seeds - 1}"
-            else:
-                state = f"out after {left.seeds} seeds: behind {names[left.behind]}"
-            order = (left is not None, -race.seeds_of(i), -mean if np.isfinite(mean) else 0.0)
-            text = f"{100 * mean:.2f}" if np.isfinite(mean) else "-"
-            rows.append((order, (names[i], text, str(race.seeds_of(i)), room, state)))
-        return [row for _, row in sorted(rows, key=lambda row: row[0])]
-
 
 def import_optuna(trials: int) -> tuple[Any, Any]:
     """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
@@ -148,8 +117,8 @@ class SearchSource(Source):
             storage = optuna.storages.JournalStorage(file)
             return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         except (AssertionError, LookupError, TypeError, ValueError) as error:  # whatever is in the file
-            why = f"cannot be read by Optuna {optuna.__version__} ({one_line(error)})"
-            raise ConfigError(f"{path} {why}: move it away, a new study starts and no trial is lost") from None
+            why = f"Optuna {optuna.__version__}: {one_line(error)}"
+            raise ConfigError(f"{path} cannot be read ({why}): move it away, no trial is lost") from None
 
     def _tell(self, study: Any) -> dict[str, Any]:
         """Tell what trials came to; returns the study's trials by the ids of ours."""
@@ -174,7 +143,7 @@ class SearchSource(Source):
     def _ask(self, study: Any, search: dict[str, Any], count: int, known: dict[str, Any]) -> list[Trial]:
         import optuna
 
-        space = {key: distribution(key, of) for key, of in search["space"].items()}
+        space = {key: distribution(of) for key, of in search["space"].items()}
         new: dict[str, Trial] = {}
         for number in range(len(study.trials), len(study.trials) + 50):  # then the space holds nothing new
             if len(new) >= count:
@@ -197,17 +166,13 @@ class SearchSource(Source):
         return list(new.values())
 
 
-def distribution(key: str, of: dict[str, Any]) -> Any:
+def distribution(of: dict[str, Any]) -> Any:
     from optuna import distributions as kinds
 
     if "choices" in of:
         return kinds.CategoricalDistribution([text for text, _ in of["choices"]])
     kind = kinds.IntDistribution if of["integer"] else kinds.FloatDistribution
-    try:
-        return kind(of["low"], of["high"], log=of["log"], step=of["step"])
-    except ValueError as error:
-        given = f"{key}=interval({of['low']:g},{of['high']:g})"
-        raise ConfigError(f"{given} cannot be searched ({error}): give other ends") from None
+    return kind(of["low"], of["high"], log=of["log"], step=of["step"])
 
 
 def suggested(search: dict[str, Any], params: Mapping[str, Any]) -> Trial:

@@ -1,19 +1,39 @@
 """What the user sees of a sweep's trials: rows of a table, and a view while they are trained."""
 
+import contextlib
 from collections.abc import Sequence
 
+from rich.console import Console
+
+from lora_vit.errors import RecordError
 from lora_vit.metrics import METRICS
 from lora_vit.records import NO_FIGURE, RECORD, State
 from lora_vit.sweep.claims import ENDED, HELD, Claims
 from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.trial import Trial
-from lora_vit.terminal import Progress
+from lora_vit.terminal import Progress, print_table
 
-HEADER = ("trial", "settings", "status", "epochs", "val {}", "")  # {}: the metric's title
+SHOWN = 30  # rows of a table at the end of a command
 
 
-def trial_row(trial_id: str, label: str, state: State, metric: str = "accuracy") -> tuple[str, ...]:
-    """How a trial stands, as a row under ``HEADER``; the last column says what is wrong."""
+def print_summary(console: Console, sweep: Sweep) -> None:
+    """The cells and the verdict as ``summarize`` has them; nothing before a trial is completed."""
+    from lora_vit.analysis import export, summarize  # imports pandas
+
+    with contextlib.suppress(RecordError):
+        summary = summarize(sweep.folder, metric=sweep.metric)
+        export.terminal(summary, console, SHOWN)
+        for line in [*(f"warning: {text}" for text in summary.warnings), summary.verdict]:
+            console.print(line, markup=False)
+
+
+def print_trials(console: Console, title: str, rows: Sequence[Sequence[str]], metric: str, most: int = 10**9) -> None:
+    header = ("trial", "settings", "status", "epochs", f"val {METRICS[metric].title}", "")
+    print_table(console, title, header, rows, most)
+
+
+def trial_row(trial_id: str, label: str, state: State, metric: str) -> tuple[str, ...]:
+    """How a trial stands, as a row of :func:`print_trials`; the last column says what is wrong."""
     record, status, why = state.record, "waiting" if state.status == "new" else state.status, state.problem
     if record is None:
         return trial_id, label, status, "", "", why

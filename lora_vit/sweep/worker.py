@@ -58,7 +58,8 @@ class Worker(Reporter):
     def __init__(self, sweep: Sweep, claims: Claims, stop: StopRequest, say: Callable[[str], None]):
         self.sweep, self.claims, self.stop, self.say = sweep, claims, stop, say
         take_gpu(sweep.planned, claims.held)
-        self.sizes, self.packs, self.source = PackSizes(sweep, stop, say), Packs(sweep, claims), source_of(sweep)
+        self.sizes = PackSizes(sweep, claims, stop, say)
+        self.packs, self.source = Packs(sweep, claims), source_of(sweep)
         self._last_error = ""  # of a trial, if the one before this ended by it
 
     def work(self) -> None:
@@ -90,21 +91,13 @@ class Worker(Reporter):
             if standing == ENDED:
                 return
             is_vain = True
-            for pack in self.packs.take(self.size_of, strays):
+            for pack in self.packs.take(self.sizes.of, strays):
                 is_vain, asked = False, -1
                 yield pack
                 self.stop.heed()
             strays = is_vain and standing == FREE
             if is_vain:
                 self.stop.sleep(max(POLL_EVERY, len(self.sweep.trials) * POLL_EVERY_TRIAL))
-
-    def size_of(self, group: Group) -> int | None:
-        """How many trials of a group train together; None while another process measures it, or if none can here."""
-        try:
-            return self.sizes.of(group, self.claims)
-        except ConfigError as error:
-            self.give_up([trial.trial_id for trial in group.trials], str(error))
-            return None
 
     def give_up(self, trial_ids: list[str], why: str) -> None:
         self.say(f"{len(trial_ids)} trials cannot be trained here: {why}")

@@ -26,7 +26,7 @@ def records(folder: Path) -> dict[tuple[float, int], tuple[str, float]]:
 
 def ending(output: str) -> str:
     """The last table and the verdict."""
-    return output[output.rindex("race: ") : output.index("outputs/sweeps/r\n")]
+    return output[output.rindex(" cells, best first") : output.index("outputs/sweeps/r\n")]
 
 
 def test_a_race_that_is_killed_comes_to_the_same_end(tmp_path, monkeypatch, call, capsys):

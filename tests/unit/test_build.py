@@ -38,7 +38,7 @@ def test_a_trunk_that_is_trained_is_no_other_packs(overrides, shared, low):
         ("auto", 0, 0, 4, 1), ("auto", 0, 4, 4, 4), ("auto", 0, 4, 6, 3), ("auto", 2, 1, 4, 2), ("02", 2, 0, 4, 2),
         ("3", 0, 0, 6, 3), ("2", 0, 4, 4, 2),
         ("3", 2, 0, 6, r"devices=3: torchrun has started 2"), ("3", 0, 2, 6, r"devices=3: only 2 GPUs are visible"),
-        ("3", 0, 0, 4, r"batch_size=4 .* give a multiple of 3"), ("auto", 3, 0, 4, r"batch_size=4 .* multiple of 3"),
+        ("3", 0, 0, 4, "batch_size=4: give a multiple of 3"), ("auto", 3, 0, 4, "batch_size=4: give a multiple of 3"),
     ],
 )  # fmt: skip
 def test_the_number_of_processes(devices, started, gpus, batch, found, monkeypatch, capsys):
@@ -80,5 +80,5 @@ def test_who_may_train_on_one_gpu(first, second, tmp_path, monkeypatch):
         assert takes(second, other)
         build.check_devices("cpu", Process(1, 2), held)
         monkeypatch.setattr(build, "from_all", lambda free: [free, False])
-        with pytest.raises(ConfigError, match=r"a GPU has a process already, .*: start one for each that is"):
+        with pytest.raises(ConfigError, match=r"a GPU has a process already: give others"):
             build.check_devices("cpu", Process(1, 2), held)

@@ -253,7 +253,7 @@ def test_times_may_be_whole_numbers_and_what_a_later_version_adds_is_left_out(tm
         ('{"schema": 1', "is not complete JSON"),
         ('["schema"]', "is not a trial record"),
         ("{}", "is not a trial record"),
-        ('{"schema": 1}', "has record schema 1, this version reads 3: use the matching version"),
+        ('{"schema": 1}', "has schema 1, not 3: use the matching version"),
         (None, "cannot be read: Is a directory"),
     ],
 )

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ class Job(submitit.helpers.Checkpointable):
 
 
 class Slurm(Engine):
-    outlives_us = True
+    outlives_us, poll_every = True, 10.0  # sites throttle those who ask often
 
     def __init__(self, parameters: dict[str, Any], folder: Path):
         """``parameters``: submitit's, by its names. Raises ConfigError if there is no Slurm."""
@@ -38,7 +37,6 @@ class Slurm(Engine):
         self.name = f"{parameters.pop('job_name')}-{digest(str(self.folder), 8)}"
         self.logs = self.folder / ".slurm"
         self.jobs: list[Any] = []
-        self._seen: tuple[float, set[str]] = (0.0, set())
         times, general = parameters.pop("max_num_timeout"), ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
         theirs = {key if key in general else f"slurm_{key}": value for key, value in parameters.items()}
         try:
@@ -60,20 +58,14 @@ class Slurm(Engine):
             said = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
             raise ConfigError(f"Slurm refuses the workers ({said[-1].strip()}): change engine.*") from None
         self.jobs += jobs
-        self._seen = (0.0, set())
         array = jobs[0].job_id.partition("_")[0]
         return f"{count} workers: Slurm job {array}, logs in {self.logs}; `scancel -n {self.name}` ends them"
 
     def look(self) -> tuple[int, list[str]]:
-        (since, queue), texts = self._seen, []  # the sweep's jobs, of whichever command
-        if time.monotonic() - since >= 10.0:  # seconds: sites throttle those who ask often
-            command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:  # Slurm is away
-                queue = {job.job_id for job in self.jobs}
-            else:
-                queue = set(done.stdout.split())
-                self._seen = (time.monotonic(), queue)
+        command = ["squeue", "--me", "--noheader", "--array", f"--name={self.name}", "--format=%i"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        is_away, texts = done.returncode != 0, []
+        queue = {job.job_id for job in self.jobs} if is_away else set(done.stdout.split())  # of whichever command
         for job in [job for job in self.jobs if job.job_id not in queue]:
             self.jobs.remove(job)
             outcome, result = "lost", "it was killed, or its node died"

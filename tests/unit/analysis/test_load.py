@@ -241,7 +241,7 @@ def edit(folder, key, value):
         ("cell_id", "0123456789", "was edited: its config is"),
         ("started", float("nan"), "'started'"),
         pytest.param("heartbeat", 10**400, "'heartbeat'", id="huge heartbeat"),
-        ("schema", 99, "record schema 99"),
+        ("schema", 99, "has schema 99"),
         ("status", "done", "status 'done'"),
     ],
 )

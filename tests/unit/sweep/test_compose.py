@@ -215,7 +215,7 @@ def test_what_is_dropped_is_known_wherever_it_was_given(loader):
     fixed = [*SMALL, "optimizer.head_lr=0.5", "data.mixup_alpha=2", "optimizer.eps=1e-6"]
     adamw, probe = compose_all(loader, fixed, [["data.augment=mixup"], ["optimizer=sgd", "lora=none"]])
     assert adamw.dropped == {}
-    assert probe.dropped == {"data.mixup_alpha": "data.augment=none", "optimizer.head_lr": "lora=none",
+    assert probe.dropped == {"data.mixup_alpha": "data.augment=none", "optimizer.lr beside head_lr": "lora=none",
                              "optimizer.eps": "optimizer.name=sgd"}  # fmt: skip
     assert probe.config == trial_config("optimizer=sgd", "lora=none", "optimizer.lr=0.5")
     assert probe.label == "optimizer=sgd lora=none"
@@ -284,6 +284,8 @@ REFUSED = [
     (["seed=0,1", "hydra/launcher=basic"], ["hydra/launcher=basic has no effect", "engine=local"]),
     (["seed=0,1", "engine=slrm"], ["'engine/slrm' does not exist", "'slurm'"]),
     (["engine=local,slurm"], ["engine", "cannot be swept"]),
+    (["seed=0,1", "tracker=[tensorbord]"], ["'tracker/tensorbord'", "did you mean 'tensorboard'?", "wandb"]),
+    (["seed=0,1", "tracker=null"], ["tracker=null: a group has no option 'null'", "tracker=[]"]),
     (["tracker=tensorboard,mlflow"], ["tracker cannot be swept", "tracker=[tensorboard,mlflow]"]),
     (["seed=0,1", "sweep.wait=false"], ["sweep.wait=false needs engine=slurm"]),
     (["lora.rank=interval(1,4)"], ["lora.rank is a range without steps", "sweep.trials=30"]),
@@ -314,8 +316,8 @@ REFUSED = [
     (["seed=0,1", "+hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs=2", "engine="]),
     (["trainer.checkpoint_activations=true,2"], ["trainer.checkpoint_activations=2 is impossible", "true or false"]),
     (["lora.rank=interval(0,4)", "sweep.trials=9"], ["1 of 2 trials", "lora.rank=0"]),
-    (["optimizer.lr=tag(log,interval(0,1))", "sweep.trials=9"], ["optimizer.lr=interval(0,1)", "other ends"]),
-    (["optimizer.lr=interval(1,0.1)", "sweep.trials=9"], ["optimizer.lr=interval(1,0.1)", "other ends"]),
+    (["optimizer.lr=tag(log,interval(0,1))", "sweep.trials=9"], ["optimizer.lr=interval(0,1)", "above 0 first"]),
+    (["optimizer.lr=interval(1,0.1)", "sweep.trials=9"], ["optimizer.lr=interval(1,0.1)", "then a higher"]),
     (["data.root=a{b", "seed=0,1"], ["data.root=a{b", '"data.root=\'a{b\'"']),
     (["model.weights=a.pt,b.pt"], ["2 of 2 trials", '"model.weights=\'a,b\'"']),
 ]

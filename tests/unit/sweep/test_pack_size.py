@@ -36,7 +36,7 @@ class Sizes:
         self.sweep, self.claims = sweep_of(folder, self.trials, workers, pack_size=size), Claims(folder)
         self.said: list[str] = []
         self.stop = StopRequest()
-        self.sizes = PackSizes(self.sweep, self.stop, self.said.append)
+        self.sizes = PackSizes(self.sweep, self.claims, self.stop, self.said.append)
         (self.group,) = make_groups(self.trials)
         self.measured: list[tuple[Any, ...]] = []
         monkeypatch.setattr(PackSizes, "setup_of", lambda sizes, trial: ("setup of", trial))
@@ -51,7 +51,7 @@ class Sizes:
     def of(self, trials: int = 10) -> int | None:
         self.group.trials = self.trials[:trials]
         self.claims.look()
-        return self.sizes.of(self.group, self.claims)
+        return self.sizes.of(self.group)
 
     def claim(self) -> str:
         """By which others know that a size is, or was, being measured."""
@@ -157,8 +157,8 @@ def test_what_another_measured_meanwhile_is_taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "ends"),
     [
-        *((error, False) for error in (RuntimeError("shape mismatch"), OSError(errno.ECONNRESET, "reset"))),
-        *((error, True) for error in (Interrupted(2), ConfigError("x"), OSError(errno.ENOSPC, "full"))),
+        *((error, False) for error in (RuntimeError("mismatch"), OSError(errno.ECONNRESET, "reset"), ConfigError("x"))),
+        *((error, True) for error in (Interrupted(2), OSError(errno.ENOSPC, "full"))),
     ],
 )
 def test_a_group_that_cannot_be_measured_trains_alone(error, ends, tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ def test_trials_are_trained_once_and_reported(engine, tmp_path, capsys):
     assert sorted(called) == sorted((trial.trial_id, "completed") for trial in trials)
     assert (engine.started, engine.withdrawn) == ([2], 1)
     out = capsys.readouterr().out
-    for words in (f"sweep {tmp_path}: 3 trials\n", "mean val accuracy", "75.00", "3/3", f"summarize {tmp_path.name}"):
+    for words in ("3 trials\n", "1 cell, best first", "val accuracy %", "75.00", f"summarize {tmp_path.name}"):
         assert words in out
     assert run(tmp_path, trials) == outcomes
     assert engine.started == [2], "nothing is left to train"
@@ -194,11 +194,11 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     baseline = {**BASELINE, "lora.method": "none"}
     trials = [trial_of(), trial_of(), trial_of(baseline), trial_of(baseline)]
     for trial in trials[2:]:
-        trial.dropped = {"lora.rank": "lora=none", "optimizer.head_lr": "lora=none"}
+        trial.dropped = {"lora.rank": "lora=none", "optimizer.lr beside head_lr": "lora=none"}
     engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.75 if trial.config.lora.method == "none" else 0.5}}
     assert len(run(tmp_path, trials)) == 2
     out = capsys.readouterr().out
-    table = out[out.index("Cells by mean") :]
+    table = out[out.index("2 cells, best first") :]
     assert table.index("75.00") < table.index("50.00"), "the best first"
     assert "values: lora.rank with lora=none, optimizer.lr beside head_lr with lora=none\n" in out, "said once"
     assert "note: 2 of 4 combinations are duplicates" in out
@@ -231,7 +231,7 @@ def test_a_race_selects_and_says_so(engine, tmp_path, capsys):
     assert len(outcomes) == 6
     out = capsys.readouterr().out
     assert "a race of 2 cells" in out
-    assert "rank 8 is selected after 3 seeds" in out
+    assert "rank 8 selected: " in out
     assert len(run(tmp_path, race_trials(4), **race)) == 9, "cells that are added race against those that are left"
     out = capsys.readouterr().out
     assert "a race of 3 cells (6 completed)" in out
@@ -301,10 +301,10 @@ def test_a_sweep_compares_by_trainer_metric(engine, tmp_path, capsys):
     assert list(run(tmp_path, trials).values()) == pytest.approx([0.52, 0.58])
     out = capsys.readouterr().out
     assert "completed  val macro-F1 52.00%" in out
-    table = out[out.index("Cells by mean validation macro-F1") :]
+    table = out[out.index("val macro-F1 %") :]
     assert table.index("58.00") < table.index("52.00")
     assert list(run(tmp_path, race_trials(2, 8)).values()) == pytest.approx([0.88, 0.82])
-    assert "Cells by mean validation accuracy" in capsys.readouterr().out, "the newest command's counts"
+    assert "val accuracy %" in capsys.readouterr().out, "the newest command's counts"
     assert engine.started == [2], "and nothing is trained again"
     with pytest.raises(ConfigError, match=r"trainer\.metric=macro_f1,accuracy: one metric"):
         run(tmp_path, [*by_f1(race_trials(2)), *race_trials(4)])
@@ -321,13 +321,12 @@ def test_a_race_is_decided_by_trainer_metric(engine, tmp_path, capsys):
     engine.outcome = by_rank
     race = {"margin": 1.0, "first_seeds": 2, "most_seeds": 3}
     run(tmp_path, race_trials(2, 4), **race)
-    assert "rank 2 is selected" in capsys.readouterr().out
+    assert "rank 2 selected: " in capsys.readouterr().out
     assert run(tmp_path, by_f1(race_trials(8)), dry_run=True, **race) is None
     assert "4 have ended" in capsys.readouterr().out
     assert max(run(tmp_path, by_f1(race_trials(8)), **race).values()) == pytest.approx(0.58)
     out = capsys.readouterr().out
-    assert "mean val macro-F1" in out
-    assert "rank 8 is selected after 2 seeds" in out
+    assert "val macro-F1 %" in out
     assert "rank 8 selected: with 95 % no other of 3 cells" in out
 
 

@@ -92,11 +92,9 @@ def test_a_race_runs_to_its_end(values, workers, tmp_path):
     run_to_its_end(race, values)
     if values is TIES:
         assert (race.race.ended, race.race.selected, race.race.seeds) == (True, None, 6)
-        assert "not resolved after 6 seeds" in race.title()
         return
     assert race.race.selected is not None
     assert race.cells[race.race.selected].config.lora.rank == 2
-    assert f"rank 2 is selected after {race.race.seeds} seeds" in race.title()
     assert race.race.exits[[trial.config.lora.rank for trial in race.cells].index(8)].seeds == 3
     if workers == 1:
         assert len(race.ended) == sum(map(race.race.seeds_of, range(len(race.cells))))
@@ -128,7 +126,6 @@ def test_a_trial_that_failed_puts_its_cell_out(tmp_path):
     assert 2 not in {rank for rank, _ in ranks_and_seeds(race.sweep.batches[-1])}
     out = race.race.exits[[trial.config.lora.rank for trial in race.cells].index(2)]
     assert (out.seeds, out.behind) == (2, None)
-    assert any("out: failed at seed 8" in row[-1] for row in race.rows())
 
 
 def test_another_commands_rules_and_cells_are_taken_over(tmp_path):
@@ -154,16 +151,6 @@ def test_accuracies_that_count_images_have_a_rounding_error(tmp_path):
         leave(race.sweep, trial, 0.9005 if trial.config.lora.rank == 2 else 0.9)
     race.look()
     assert (race.race.seeds, race.race.exits) == (3, {})
-
-
-def test_what_one_sees_of_a_race(tmp_path):
-    race = race_of(tmp_path)
-    assert race.title() == "race: 4 cells, 0 trials so far, at least 12"
-    run_to_its_end(race, GAP)
-    rows = race.rows()
-    assert (rows[0][0], rows[0][-1]) == ("rank 2", "selected")
-    mean = np.mean([GAP[8, FIRST + s] for s in range(3)])
-    assert rows[-1] == ("rank 8", f"{100 * mean:.2f}", "3", "", "out after 3 seeds: behind rank 2")
 
 
 # --- a search
@@ -280,7 +267,7 @@ def test_settings_that_were_suggested_before_do_not_count(search_of):
 def test_a_study_that_cannot_be_read_is_named(line, search_of):
     source = search_of("s", 2, "lora.rank=choice(1,2)")
     (source.sweep.folder / "search.db").write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=r"search\.db cannot be read by Optuna .*: move it away"):
+    with pytest.raises(ConfigError, match=r"search\.db cannot be read \(Optuna .*: move it away"):
         source.extend()
 
 

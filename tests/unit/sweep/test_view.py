@@ -171,6 +171,6 @@ def test_a_row_says_how_a_trial_stands(watched):
         ("interrupted", {}, ("interrupted", "0/2", "", "")),
     ):  # fmt: skip
         leave_record(watched.sweep, trial, status, **fields)
-        assert trial_row("a", "b", watched.sweep.state_of(trial)) == ("a", "b", *row)
-    assert trial_row("a", "b", State("new")) == ("a", "b", "waiting", "", "", "")
-    assert trial_row("a", "b", State("refused", problem="why"))[2:] == ("refused", "", "", "why")
+        assert trial_row("a", "b", watched.sweep.state_of(trial), "accuracy") == ("a", "b", *row)
+    assert trial_row("a", "b", State("new"), "accuracy") == ("a", "b", "waiting", "", "", "")
+    assert trial_row("a", "b", State("refused", problem="why"), "accuracy")[2:] == ("refused", "", "", "why")
