@@ -83,13 +83,14 @@ def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool 
         except OmegaConfBaseException as error:
             raise ConfigError(str(error).splitlines()[0]) from None
     trial = from_dict(plain)
-    for key, (resting, here) in idle(trial).items() if dropped is not None else ():
-        section, name = key.split(".")
-        if (given := getattr(getattr(trial, section), name)) != resting:
-            setattr(getattr(trial, section), name, resting)
-            if key == "optimizer.head_lr":  # a probe's only rate
-                trial.optimizer.lr, key = given, "optimizer.lr beside head_lr"
-            dropped[key] = here
+    if dropped is not None:
+        for key, (resting, here) in idle(trial).items():
+            section, name = key.split(".")
+            if (given := getattr(getattr(trial, section), name)) != resting:
+                setattr(getattr(trial, section), name, resting)
+                dropped[key] = here
+                if key == "optimizer.head_lr":  # a probe's only rate
+                    trial.optimizer.lr = given
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
     if str(model.weights).lower() in ("none", "null"):  # as elsewhere
         model.weights = None

@@ -103,7 +103,8 @@ class PackSizes:
         return found
 
     def _kind(self, group: Group) -> str:
-        device = choose_device(group.trials[0].config.trainer.accelerator)
+        accelerator = group.trials[0].config.trainer.accelerator  # a GPU in vain is told where it is to train
+        device = choose_device("auto" if accelerator == "gpu" else accelerator)
         return digest([group.key, device_name(device), torch.get_num_threads(), self.workers])
 
     def _measured(self, group: Group) -> int | None:

@@ -62,15 +62,15 @@ class Sweep:
             raise ConfigError(f"{folder} was planned by lora_vit {version}, this is {__version__}: install the same")
         return sweep
 
-    def refresh(self) -> bool:
-        """Read the plan again if another process has changed it; returns whether it has."""
+    def refresh(self) -> None:
+        """Read the plan again if another process has changed it."""
         path = self.folder / PLAN
         try:
             with path.open(encoding="utf-8") as file:
                 stat = os.fstat(file.fileno())  # after opening: a file server then asks its disk
                 version: tuple[int, ...] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
                 if version == self._version:
-                    return False
+                    return
                 plan = json.load(file)
         except FileNotFoundError:
             plan, version = _empty(), ()
@@ -95,7 +95,6 @@ class Sweep:
             raise ConfigError(f"{path} was edited ({error!r}): give the sweep's command again") from None
         self.plan, self.trials, self._version = plan, trials, version
         self.race, self.search, self.metric = plan["race"], plan["search"], plan.get("metric", "accuracy")
-        return True
 
     @contextlib.contextmanager
     def changing(self) -> Any:

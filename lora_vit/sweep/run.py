@@ -89,7 +89,7 @@ def _each_once(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     for trial in trials:
         once.setdefault(trial.trial_id, trial)
     if dropped := dict.fromkeys(item for trial in trials for item in trial.dropped.items()):
-        said = ", ".join(f"{key} with {why}" for key, why in dropped)
+        said = ", ".join(f"{key} with {why}" for key, why in dropped).replace("head_lr", "lr beside head_lr")
         print(f"note: without effect, so that such trials run once for all values: {said}")
     if twice := len(trials) - len(once):
         print(f"note: {twice} of {len(trials)} combinations are duplicates and run only once")
@@ -193,10 +193,9 @@ def finish(sweep: Sweep, trials: Sequence[Trial], request: Request) -> dict[str,
     states = {trial.trial_id: sweep.state_of(trial) for trial in trials}
     console, metric = make_console(), sweep.metric
     values = {n: found for n, state in states.items() if (found := value_of(state, metric)) is not None}
-    if sweep.search is None:
-        print_summary(console, sweep)
-    elif values:
-        print_found(console, sweep, values)
+    print_summary(console, sweep)
+    if values and sweep.search is not None:
+        print_races(console, sweep, values)
     failed = [trial_row(t.trial_id, t.label, states[t.trial_id], metric) for t in trials if t.trial_id not in values]
     if failed:
         print_trials(console, "Not completed", failed, metric, SHOWN)
@@ -213,18 +212,15 @@ def finish(sweep: Sweep, trials: Sequence[Trial], request: Request) -> dict[str,
     return values
 
 
-def print_found(console: Console, sweep: Sweep, values: dict[str, float]) -> None:
-    """What a search found, and the command that says whether it holds."""
-    n = f"{len(values)} trial{'s' * (len(values) > 1)}"
-    console.print(f"{n} completed, one seed each: no significance, and the best is biased upwards")
+def print_races(console: Console, sweep: Sweep, values: dict[str, float]) -> None:
+    """The commands that say whether what a search found holds."""
     new, commands = f"{sweep.folder}-best", []
     for name in sorted(values, key=lambda name: -values[name])[:COMPARED]:
         trial = sweep.trials[name]
-        console.print(f"  {values[name]:.2%}  {trial.label}", markup=False)
         lines = [line for line in without_seed(trial.overrides) if not line.startswith(("sweep", "hydra"))]
         race = [f"seed={trial.config.seed + 1}", f"sweep.margin={MARGIN}", f"hydra.sweep.dir={new}"]
         commands.append("python -m lora_vit.train " + shlex.join(["-m", *lines, *race]))
-    console.print(f"A race over other seeds says which is best, to within {MARGIN} points (each command joins it):")
+    console.print(f"The best of one seed each is biased upwards. A race over other seeds, to within {MARGIN} points:")
     console.print(" && \\\n".join([*commands, f"python -m lora_vit.summarize {shlex.quote(new)}"]), markup=False)
 
 

@@ -42,7 +42,7 @@ CASES = [
     ("data=imagefolder data.root=~nobody9/x", ["data.root", "in quotes"]),
     ("data=imagefolder data.root='~nobody9/x'", ["~nobody9/x is not a folder"]),
     ("data=digits model.weights='~nobody9/x.pth'", ["~nobody9/x.pth cannot be read"]),
-    ("tracker=[tensorboard,mlfow]", ["tracker/mlfow", "does not exist", "--help"]),
+    ("tracker=[tensorboard,mlfow]", ["tracker/mlfow", "does not exist", "did you mean 'mlflow'?"]),
     ("tracker.mlflow.uri=x", ["tracker.mlflow.uri", "tracker=[tensorboard,mlflow]"]),
     ("tracker=[tensorboard,mlflow] tracker.mlflow.url=x", ["tracker.mlflow.url"]),
     ("+tracker.mine._target_=nowhere.Mine", ["tracker.mine._target_=nowhere.Mine", "'nowhere'", "module.Class"]),

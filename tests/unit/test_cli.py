@@ -10,6 +10,7 @@ from importlib import import_module
 import pytest
 
 from lora_vit import cli
+from lora_vit.errors import RecordError
 
 NAMES = ("train", "fetch", "sweep", "summarize", "track", "evaluate", "predict", "merge", "export", "cut",
          "ranks")  # fmt: skip
@@ -123,3 +124,11 @@ def test_both_ways_to_a_command(name, tmp_path, call):
     assert done.returncode == 0
     if name != "train":  # Hydra's own
         assert call(None, name, "--help") == (0, done.stdout, "")
+
+
+@pytest.mark.parametrize(("name", "said"), [("x", "a trial's folder, or a"), ("adapter.json", "or merge_adapter")])
+def test_a_folder_without_a_trial(name, said, tmp_path):
+    """That of an adapter from somebody's own loop says who takes it."""
+    (tmp_path / name).touch()
+    with pytest.raises(RecordError, match=said):
+        cli.completed_trial(tmp_path, None, "cpu")

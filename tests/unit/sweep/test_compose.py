@@ -215,7 +215,7 @@ def test_what_is_dropped_is_known_wherever_it_was_given(loader):
     fixed = [*SMALL, "optimizer.head_lr=0.5", "data.mixup_alpha=2", "optimizer.eps=1e-6"]
     adamw, probe = compose_all(loader, fixed, [["data.augment=mixup"], ["optimizer=sgd", "lora=none"]])
     assert adamw.dropped == {}
-    assert probe.dropped == {"data.mixup_alpha": "data.augment=none", "optimizer.lr beside head_lr": "lora=none",
+    assert probe.dropped == {"data.mixup_alpha": "data.augment=none", "optimizer.head_lr": "lora=none",
                              "optimizer.eps": "optimizer.name=sgd"}  # fmt: skip
     assert probe.config == trial_config("optimizer=sgd", "lora=none", "optimizer.lr=0.5")
     assert probe.label == "optimizer=sgd lora=none"

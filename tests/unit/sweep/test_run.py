@@ -194,7 +194,7 @@ def test_notes_about_settings_that_name_one_trial_or_have_no_effect(engine, tmp_
     baseline = {**BASELINE, "lora.method": "none"}
     trials = [trial_of(), trial_of(), trial_of(baseline), trial_of(baseline)]
     for trial in trials[2:]:
-        trial.dropped = {"lora.rank": "lora=none", "optimizer.lr beside head_lr": "lora=none"}
+        trial.dropped = {"lora.rank": "lora=none", "optimizer.head_lr": "lora=none"}
     engine.outcome = lambda trial: {"metrics": {"val_accuracy": 0.75 if trial.config.lora.method == "none" else 0.5}}
     assert len(run(tmp_path, trials)) == 2
     out = capsys.readouterr().out
@@ -262,11 +262,11 @@ def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
         found = sorted(run_sweep(request).values(), reverse=True)
         assert (len(found), engine.started) == (8, [1, 1])
         said = capsys.readouterr().out
-        assert "8 trials completed, one seed each" in said
+        assert "8 cells, best first" in said
         proposed = [line for line in said.splitlines() if "lora_vit.train" in line]
         assert len(proposed) == 3
         for value, line in zip(found, proposed, strict=False):
-            assert f"  {value:.2%}  rank=" in said
+            assert f" {100 * value:.2f} " in said
             flag, *overrides = shlex.split(line.removesuffix(" && \\"))[3:]
             race = expand(overrides)
             (trial,) = race.trials
@@ -277,7 +277,11 @@ def test_a_search_proposes_to_race_what_it_found(engine, tmp_path, capsys):
         engine.folder = request.folder = tmp_path / "t"
         with pytest.raises(TrialFailed, match="8 of 8 trials did not complete"):
             run_sweep(request)
-        assert "A race over" not in capsys.readouterr().out
+        assert "A race over other seeds" not in (out := capsys.readouterr().out)
+        assert "another search" not in out
+        with pytest.raises(TrialFailed):
+            run_sweep(expand([*lines[:-1], "sweep.trials=2", "sweep.workers=1"], request.folder))
+        assert f"note: {request.folder} has trials of another search too" in capsys.readouterr().out
 
 
 # --- another metric
