@@ -92,8 +92,6 @@ def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool 
                 if key == "optimizer.head_lr":  # a probe's only rate
                     trial.optimizer.lr = given
     model, data, cwd = trial.model, trial.data, cwd or Path.cwd()
-    if str(model.weights).lower() in ("none", "null"):  # as elsewhere
-        model.weights = None
     if str(model.weights).startswith("hf_hub:"):
         model.weights = hub_folder(str(model.weights), fetch)
     if is_weights_file(model.weights):

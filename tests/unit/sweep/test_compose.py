@@ -86,8 +86,6 @@ def test_alpha_follows_the_rank(small):
 
 
 def test_resolvers_of_ids_and_sizes(loader, small):
-    for word in ("none", "None"):
-        assert trial_config(f"model.weights={word}").model.weights is None, "as null"
     small.data.cache_size = "${at_least:16,${model.image_size},'9'}"
     assert small.data.cache_size == 16
     changed = loader.exactly([*SMALL, "lora=none", "lora.rank=4"])
