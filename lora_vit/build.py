@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from lora_vit.data.augmented import Augmented
-from lora_vit.data.load import load_data
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Augmented
+from lora_vit.data.dataset import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
@@ -189,7 +188,7 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     device = choose_device(config.trainer.accelerator, process)
     precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = load_data(config.data, quiet=process.rank > 0)
+    data = load_data(config.data)
     class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data)

@@ -11,9 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lora_vit import randomness
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.augmented import Augmented, mixed
-from lora_vit.data.randaugment import operations
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Augmented, Transform, mixed, operations
 
 CPU, SIDE = torch.device("cpu"), 24
 STEP = 2 / 255 / max(IMAGENET_STD)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data import stream
-from lora_vit.data.augmented import Augmented, mixed
+from lora_vit.data.augment import Augmented, mixed
 from lora_vit.data.dataset import Found
 from lora_vit.data.splits import divide
 from lora_vit.data.stream import Samples, TrainStream
