@@ -31,11 +31,10 @@ def cut(folder: str | Path, rank: int, out: str | Path | None = None, by: str = 
         weights: str | None = None) -> Path:  # fmt: skip
     """Write a completed trial's adapter at a lower rank, without figures, as no data is read; returns the new folder.
 
-    ``out``: None for a place beside the trial, where it may be already; ``by``: as of :func:`.lora.cut.cut`; the rest
-    as of :func:`.evaluate.evaluate`.
+    ``out``: None for a place beside the trial, where it may be already; ``by``: as of :func:`.lora.adapter.cut`; the
+    rest as of :func:`.evaluate.evaluate`.
     """
     from lora_vit.lora import adapter
-    from lora_vit.lora.cut import cut
 
     folder, record, _ = completed_trial(folder, weights, "cpu")
     config = from_dict(record.config)
@@ -52,7 +51,7 @@ def cut(folder: str | Path, rank: int, out: str | Path | None = None, by: str = 
         raise RecordError(f"--out {out} is there already: give a new folder")
     if state_of(place).status != "completed":
         tensors, card = adapter.read_adapter(folder)
-        smaller = cut(tensors, rank, by)
+        smaller = adapter.cut(tensors, rank, by)
         gone = sum(int(t.count_nonzero() - smaller[name].count_nonzero()) for name, t in tensors.items())
         counts = {name: count - gone * (name != "head") for name, count in record.parameters.items()}
         place.mkdir(parents=True, exist_ok=True)

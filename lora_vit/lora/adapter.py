@@ -1,9 +1,9 @@
-"""Adapters on disk, bound to their base, put on a plain model, or merged: W' = W + s B A (Hu et al., 2021, 4)."""
+"""Adapters on disk, bound to their base, put on a plain model, merged (W' = W + s B A: Hu et al., 2021, 4), or cut."""
 
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,41 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
                 new *= magnitude.double()[:, None] / norms
             rows.copy_(new.float())
     return state
+
+
+def decomposed(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, R], falling singular values [R] and V' [R, I] of ``lora_B @ lora_A``, in fp64.
+
+    No product is made dense: with B = Q P and A' = S T (QR), B A = Q (P T') S', and P T' is [R, R].
+    """
+    (q_OR, p_RR), (s_IR, t_RR) = (torch.linalg.qr(x.double()) for x in (lora_B, lora_A.T))
+    u_RR, values_R, v_RR = torch.linalg.svd(p_RR @ t_RR.T)
+    return q_OR @ u_RR, values_R, v_RR @ s_IR.T
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int, by: str = "layer") -> dict[str, Tensor]:
+    """A trial's tensors with adapters of a lower rank, fp32: the nearest update of that rank (Eckart & Young, 1936).
+
+    ``by="layer"``: each layer has this rank. ``by="threshold"``: all together have at most as many parameters; what
+    stays has the largest squared singular values for each of the I + O parameters that it costs, in whatever layer.
+    There factors keep their shapes, and what goes is zero. DoRA's magnitudes stay, as head and biases do: they say how
+    long each output's weights are, whatever their direction.
+    """
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    parts = {name: decomposed(*(tensors[f"{name}.lora_{m}"] for m in "AB")) for name in names}
+    costs = {name: len(u_OR) + v_RI.shape[1] for name, (u_OR, _, v_RI) in parts.items()}
+    worth = {name: values_R.square() / costs[name] for name, (_, values_R, _) in parts.items()}
+    left, least = rank * sum(costs.values()), 0.0
+    for value, cost in sorted(((v, costs[name]) for name in names for v in worth[name].tolist()), reverse=True):
+        if by == "layer" or (left := left - cost) < 0:
+            break
+        least = value
+    smaller = dict(tensors)
+    for name, (u_OR, values_R, v_RI) in parts.items():
+        root_R, r = (values_R * (worth[name] >= least)).sqrt(), rank if by == "layer" else len(values_R)
+        smaller[f"{name}.lora_A"] = (root_R[:, None] * v_RI)[:r].float()
+        smaller[f"{name}.lora_B"] = (u_OR * root_R)[:, :r].float()
+    return smaller
 
 
 def put_on(model: nn.Module, adapter: Adapter) -> None:

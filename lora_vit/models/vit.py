@@ -155,9 +155,7 @@ class PackedViT(nn.Module):
             block.__dict__.pop("forward", None)
         self._repeat = _Repeat()
         first = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())), len(blocks))
-        self._shares_trunk = first == len(blocks)
-        for block in blocks[first : first + 1]:
-            block.register_forward_pre_hook(self._repeat)
+        [*blocks, head][first].register_forward_pre_hook(self._repeat)
         for block in blocks[first:] if recompute else ():
             block.__dict__["forward"] = functools.partial(_recomputed, weakref.ref(block))
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
@@ -175,7 +173,6 @@ class PackedViT(nn.Module):
         self._repeat.order = order
         computed = {name: self.trunk.get_parameter(name).to(images.dtype) for name in self._trained}
         x = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
+        logits_KBC = self.head(x)
         self._repeat.order = None
-        if self._shares_trunk and order is not None:
-            x = repeated(x, order)
-        return self.head(x.view(self.K, -1, x.shape[-1]))
+        return logits_KBC

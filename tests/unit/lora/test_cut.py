@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lora_vit.lora.cut import cut, decomposed
+from lora_vit.lora.adapter import cut, decomposed
 
 SIZES = {"block.q": (12, 10), "block.fc1": (40, 10), "block.fc2": (10, 40)}
 RANK = 5
