@@ -10,7 +10,6 @@ Shapes: B image, h w source pixels, S target pixels.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,67 +76,6 @@ def crop_boxes(ids: np.ndarray, height: int, width: int, *parts: int | str, scal
     whole_h, whole_w = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
     whole = np.array([(height - whole_h) // 2, (width - whole_w) // 2, whole_h, whole_w])
     return np.where(fits.any(axis=1, keepdims=True), chosen, whole)
-
-
-class Transform:
-    """Makes the model's input, of S = ``image_size`` pixels a side, of uint8 images.
-
-    ``augment``: ``none``, ``flip`` (half of the images mirrored) or ``crop_flip``; ``dtype``: of the result, the
-    arithmetic is float32 (float64 for a float64 result); ``mean``, ``std``: of each colour in [0, 1].
-    """
-
-    mixes: Mapping[str, float] = {}  # how images of a batch are mixed: ways, each with its alpha
-
-    def __init__(self, image_size: int, augment: str, device: torch.device, dtype: torch.dtype,
-                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-                 bicubic: bool = False):  # fmt: skip
-        self.image_size, self.augment, self.bicubic = image_size, augment, bicubic
-        self.device, self.dtype = device, dtype
-        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
-        self._scale, self._shift = (t.to(device, self.work_dtype)[:, None, None] for t in (scale, shift))
-        zero = torch.zeros(1, device=device)
-        self._whole = cache(lambda side: resampling_matrix(zero, zero + side, side, image_size, bicubic))
-
-    def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        """Augmented and normalised, [B, 3, S, S], of uint8 [B, 3, h, w]; draws are keyed by seed, epoch and id."""
-        if self.augment == "none":
-            return self.eval(images)
-        flip_B = to_device(randomness.uniforms(ids, 1, "flip", seed, epoch)[:, 0] < 0.5, self.device)
-        if self.augment == "flip":
-            return self.eval(torch.where(flip_B[:, None, None, None], images.flip(-1), images))
-        h, w = images.shape[-2:]
-        boxes = to_device(crop_boxes(ids, h, w, seed, epoch), self.device)
-        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], h, self.image_size, self.bicubic)
-        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], w, self.image_size, self.bicubic)
-        return self._resample(images, rows, torch.where(flip_B[:, None, None], columns.flip(1), columns))
-
-    def eval(self, images: Tensor) -> Tensor:
-        """Resized and normalised, [B, 3, S, S]."""
-        h, w = images.shape[-2:]
-        if h == w == self.image_size:
-            return self._normalise(images.to(self.work_dtype)).to(self.dtype)
-        return self._resample(images, self._whole(h), self._whole(w))
-
-    def _resample(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Resample with one pair of matrices for all images, or one for each: rows [1 or B, S, h], columns alike."""
-        x = images.to(self.work_dtype)
-        # Weights of a row sum to one, so normalising commutes with resampling: do it where there are fewer pixels.
-        first = images.shape[-2] * images.shape[-1] < self.image_size**2
-        if first:
-            x = self._normalise(x)
-        rows, columns = rows.to(self.work_dtype), columns.to(self.work_dtype)
-        # Along the width first: its matrix product reads contiguous rows.
-        if len(rows) == 1:
-            x = (x @ columns[0].mT).flatten(0, 1)
-            x = torch.bmm(rows.expand(len(x), -1, -1), x).view(-1, 3, self.image_size, self.image_size)
-        else:
-            x = rows[:, None] @ (x @ columns[:, None].mT)
-        return (x if first else self._normalise(x)).to(self.dtype)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        return x.mul_(self._scale).add_(self._shift)
 
 
 def operations(magnitude: int, size: int, device: torch.device) -> list[Callable[[Tensor], Tensor]]:
@@ -224,25 +162,39 @@ def turned(x: Tensor, part: Tensor) -> Tensor:
     return found.mul_(255.999 / 255).to(x.dtype)  # rounded as torchvision does
 
 
-class Augmented(Transform):
-    """Crop, flip, RandAugment, ColorJitter in steps of 0 to 255, normalisation, erasing: torchvision's own order."""
+class Transform:
+    """Makes the model's input, of S = ``image_size`` pixels a side, of uint8 images, as ``data.augment`` says.
 
-    def __init__(self, data: DataConfig, image_size: int, *how: Any):
-        self.data, names = data, data.augmentations()
-        shape = next((name for name in ("flip", "crop_flip") if name in names), "none")
-        super().__init__(image_size, shape, *how)
-        self._raw = Transform(image_size, shape, self.device, self.work_dtype, [0] * 3, [1 / 255] * 3, self.bicubic)
-        what = (data.randaugment_magnitude, image_size, self.device)
+    Crop, flip, RandAugment and ColorJitter in steps of 0 to 255, normalisation, erasing: torchvision's own order.
+    ``dtype``: of the result, the arithmetic is float32 (float64 for a float64 result). ``mean``, ``std``: of each
+    colour in [0, 1].
+    """
+
+    def __init__(self, data: DataConfig, image_size: int, device: torch.device, dtype: torch.dtype,
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
+                 bicubic: bool = False):  # fmt: skip
+        self.data, self.image_size, self.bicubic = data, image_size, bicubic
+        self.device, self.dtype = device, dtype
+        self.work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        shift = -torch.tensor(mean, dtype=torch.float64) * 255 * scale
+        self._scale, self._shift = (t.to(device, self.work_dtype)[:, None, None] for t in (scale, shift))
+        zero = torch.zeros(1, device=device)
+        self._whole = cache(lambda side: resampling_matrix(zero, zero + side, side, image_size, bicubic))
+        self._names = names = data.augmentations()
+        what = (data.randaugment_magnitude, image_size, device)
         self._operations = operations(*what) if "randaugment" in names else []
         jitter = [getattr(data, f"color_jitter_{kind}") for kind in ("brightness", "contrast", "saturation", "hue")]
         self._jitter = np.array(jitter) if "color_jitter" in names else None
-        self._erases = "random_erasing" in names
         alphas = {"mixup": data.mixup_alpha, "cutmix": data.cutmix_alpha}
-        self.mixes = {name: alpha for name, alpha in alphas.items() if name in names}
+        self.mixes = {name: alpha for name, alpha in alphas.items() if name in names}  # ways, each with its alpha
 
     def train(self, images: Tensor, seed: int, epoch: int, ids: np.ndarray) -> Tensor:
-        if self._operations or self._jitter is not None:
-            x = self._raw.train(images, seed, epoch, ids).round_().clamp_(0, 255).to(torch.uint8)
+        """Augmented and normalised, [B, 3, S, S], of uint8 [B, 3, h, w]; draws are keyed by seed, epoch and id."""
+        raw = bool(self._operations) or self._jitter is not None
+        x = self._cropped(images, (seed, epoch), ids, raw)
+        if raw:
+            x = x.round_().clamp_(0, 255).to(torch.uint8)
             draws = randomness.uniforms(ids, self.data.randaugment_num_ops, "randaugment", seed, epoch)
             for chosen_B in (draws * len(self._operations)).astype(int).T if self._operations else ():
                 for i in np.unique(chosen_B):  # the images that have drawn the same one together
@@ -255,9 +207,7 @@ class Augmented(Transform):
                 factors = lowest * (1 - shares) + (middle + self._jitter) * shares
                 x = jittered(x, to_device(order, self.device), to_device(factors, self.device).float())
             x = self._normalise(x.to(self.work_dtype)).to(self.dtype)
-        else:
-            x = super().train(images, seed, epoch, ids)
-        if self._erases:  # a box of some images becomes the mean colour (Zhong et al., 2020)
+        if "random_erasing" in self._names:  # a box of some images becomes the mean colour (Zhong et al., 2020)
             key, place = ("erase", seed, epoch), torch.arange(self.image_size, device=self.device)
             boxes = crop_boxes(ids, len(place), len(place), *key, scale=ERASE_SCALE, ratios=ERASE_RATIO)
             boxes *= randomness.uniforms(ids, 1, *key) < self.data.random_erasing_p
@@ -265,6 +215,46 @@ class Augmented(Transform):
             rows, columns = ((place >= start) & (place < start + length)).unbind(1)
             x.masked_fill_((rows[..., None] & columns[:, None])[:, None], 0)
         return x
+
+    def eval(self, images: Tensor, raw: bool = False) -> Tensor:
+        """Resized and normalised (or ``raw``: from 0 to 255, in the arithmetic's dtype), [B, 3, S, S]."""
+        h, w = images.shape[-2:]
+        if h == w == self.image_size:
+            x = images.to(self.work_dtype)
+            return x if raw else self._normalise(x).to(self.dtype)
+        return self._resample(images, self._whole(h), self._whole(w), raw)
+
+    def _cropped(self, images: Tensor, key: tuple[int, int], ids: np.ndarray, raw: bool) -> Tensor:
+        """Cropped or resized, half of the images mirrored, as :meth:`eval`'s."""
+        if not {"flip", "crop_flip"} & {*self._names}:
+            return self.eval(images, raw)
+        flip_B = to_device(randomness.uniforms(ids, 1, "flip", *key)[:, 0] < 0.5, self.device)
+        if "flip" in self._names:
+            return self.eval(torch.where(flip_B[:, None, None, None], images.flip(-1), images), raw)
+        h, w = images.shape[-2:]
+        boxes = to_device(crop_boxes(ids, h, w, *key), self.device)
+        rows = resampling_matrix(boxes[:, 0], boxes[:, 2], h, self.image_size, self.bicubic)
+        columns = resampling_matrix(boxes[:, 1], boxes[:, 3], w, self.image_size, self.bicubic)
+        return self._resample(images, rows, torch.where(flip_B[:, None, None], columns.flip(1), columns), raw)
+
+    def _resample(self, images: Tensor, rows: Tensor, columns: Tensor, raw: bool) -> Tensor:
+        """Resample with one pair of matrices for all images, or one for each: rows [1 or B, S, h], columns alike."""
+        x = images.to(self.work_dtype)
+        # Weights of a row sum to one, so normalising commutes with resampling: do it where there are fewer pixels.
+        first = not raw and images.shape[-2] * images.shape[-1] < self.image_size**2
+        if first:
+            x = self._normalise(x)
+        rows, columns = rows.to(self.work_dtype), columns.to(self.work_dtype)
+        # Along the width first: its matrix product reads contiguous rows.
+        if len(rows) == 1:
+            x = (x @ columns[0].mT).flatten(0, 1)
+            x = torch.bmm(rows.expand(len(x), -1, -1), x).view(-1, 3, self.image_size, self.image_size)
+        else:
+            x = rows[:, None] @ (x @ columns[:, None].mT)
+        return x if raw else (x if first else self._normalise(x)).to(self.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return x.mul_(self._scale).add_(self._shift)
 
 
 def mixed(x: Tensor, ways: Mapping[str, float], seed: int, epoch: int, step: int) -> tuple[Tensor, float]:

@@ -73,7 +73,8 @@ def loader(folder: Path, normalised: bool, workers: int) -> Iterator[object]:
 
 
 def ours(samples: Samples, normalised: bool) -> Iterator[object]:
-    stream = TrainStream(samples, Transform(224, "flip", torch.device("cpu"), torch.float32), BATCH, 0, Process())
+    transform = Transform(config(Path(), ""), 224, torch.device("cpu"), torch.float32)
+    stream = TrainStream(samples, transform, BATCH, 0, Process())
     epoch = 0
     while True:
         for step in range(stream.steps_per_epoch):
