@@ -116,13 +116,10 @@ class _Repeat:
     order: Sequence[int] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self.order is None else (repeated(args[0], self.order), *args[1:])
-
-
-def repeated(x: Tensor, order: Sequence[int]) -> Tensor:
-    """The streams of x, [G*B, ...], in the given order."""
-    streams = x.chunk(max(order) + 1)
-    return torch.cat([streams[g] for g in order])  # an index would have to travel to the device
+        if self.order is None:
+            return args
+        streams = args[0].chunk(max(self.order) + 1)
+        return torch.cat([streams[g] for g in self.order]), *args[1:]  # an index would have to travel to the device
 
 
 def _recomputed(block: "weakref.ref[nn.Module]", *args: Any, **named: Any) -> Any:
