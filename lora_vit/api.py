@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lora_vit.compose import Composer, expand, in_one_line, initialized, own_groups, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
-from lora_vit.data.load import forget
+from lora_vit.data.dataset import forget
 from lora_vit.distributed import started_by_torchrun
 from lora_vit.errors import ConfigError
 from lora_vit.evaluate import evaluate as evaluate

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from lora_vit.data.augmented import Augmented
-from lora_vit.data.load import load_data
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
+from lora_vit.data.dataset import load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
@@ -136,7 +135,7 @@ class ModelFactory:
         use_own_attention(remove_adapter(trunk))  # without those of an earlier pack on the shared trunk
         if lora.adapts:
             each: Any = [(c.lora, c.seed) for c in configs]
-            specs = [AdapterSpec(o.columns, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
+            specs = [AdapterSpec(o.rank, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]
@@ -158,9 +157,9 @@ class ModelFactory:
         trunk(images)
         return next((name for name, is_finite in finite.items() if not is_finite), None)
 
-    def transform(self, data: DataConfig) -> Augmented:
+    def transform(self, data: DataConfig) -> Transform:
         side, mean, std, interpolation = self.inputs.values()
-        return Augmented(data, side, self.device, self.dtype, mean, std, interpolation == "bicubic")
+        return Transform(data, side, self.device, self.dtype, mean, std, interpolation == "bicubic")
 
 
 def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
@@ -189,7 +188,7 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     device = choose_device(config.trainer.accelerator)
     precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = load_data(config.data, quiet=process.rank > 0)
+    data = load_data(config.data)
     class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data)

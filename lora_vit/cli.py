@@ -1,7 +1,7 @@
 """``lora-vit COMMAND ...``: one parser for all commands, and what those on a trained trial share. No torch, no numpy.
 
 Only the module of the command that is given is imported: its ``add_arguments(parser)`` and ``run(args)``, which returns
-the exit code. ``python -m lora_vit.COMMAND ...`` is the same.
+the exit code. ``python -m MODULE ...`` is the same.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COMMANDS = {  # the module of each, and what it does
     "merge": ("lora_vit.merge", "write a trained trial's weights under the backbone's own names"),
     "export": ("lora_vit.export", "write a trained trial for other libraries"),
     "cut": ("lora_vit.cut", "write a trained trial's adapter at a lower rank"),
-    "ranks": ("lora_vit.ranks", "cut a sweep's trials of the highest rank to lower ones, and measure these"),
+    "ranks": ("lora_vit.cut", "cut a sweep's trials of the highest rank to lower ones, and measure these"),
 }
 
 

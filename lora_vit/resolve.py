@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_vit.config import DATASETS, SECTIONS, TrialConfig, file_sha256, from_dict, is_weights_file, trial_id, validate
 from lora_vit.config.identity import weights_files
 from lora_vit.config.schema import idle, unknown_key
-from lora_vit.data.load import known_content
+from lora_vit.data.dataset import known_content
 from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import user_path
 from lora_vit.training.trackers import maker

@@ -29,7 +29,7 @@ class Every:
 class Progress:
     """How far ``total`` units of work are (``done`` earlier), with rate and time left; as a context also its time."""
 
-    def __init__(self, what: str, total: int, quiet: bool, unit: str = "images", done: int = 0):
+    def __init__(self, what: str, total: int, quiet: bool = False, unit: str = "images", done: int = 0):
         self.what, self.total, self.unit = what, total, unit
         self.figures = ""  # shown instead of the rate
         self.console = make_console(quiet)

@@ -21,9 +21,8 @@ from lora_vit.lora.backbones import TORCHVISION, head_name, new_backbone
 from lora_vit.models.vit import trunk_of
 from lora_vit.models.weights import load_weights
 from lora_vit.records import read_record
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import TrialRun, TrialState
 
 TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lora_vit.compose import initialized
 from lora_vit.config import DATASETS, DataConfig
-from lora_vit.data.load import load_data
+from lora_vit.data.dataset import load_data
 from lora_vit.errors import ConfigError, reporting
 
 PRESETS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "conf" / "data").glob("*.yaml"))

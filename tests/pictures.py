@@ -13,9 +13,8 @@ from plain_trials import PLAIN
 
 from lora_vit.config import DataConfig
 from lora_vit.data import cache
-from lora_vit.data.dataset import Decoded, ImageData
+from lora_vit.data.dataset import Decoded, ImageData, forget, load_data
 from lora_vit.data.files import digests_of
-from lora_vit.data.load import forget, load_data
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
 
@@ -37,7 +36,7 @@ def data_config(tmp_path: Path, name: str = "imagefolder", **changes: Any) -> Da
 def fresh(config: DataConfig) -> ImageData:
     """The data set, as a new command loads it: its files are listed again."""
     forget()
-    return load_data(config, quiet=True)
+    return load_data(config)
 
 
 def refused(load: Callable[..., object], *args: Any, **changes: Any) -> str:
@@ -51,9 +50,9 @@ def refused(load: Callable[..., object], *args: Any, **changes: Any) -> str:
 def decoded(root: Path, names: list[str], size: int | None = None, place: Path | None = None, **how: Any) -> Decoded:
     """The decoded files, by a cache in ``place``."""
     place = place or root / "cache"
-    digests = digests_of(root, names, place, True)
+    digests = digests_of(root, names, place)
     assert digests is not None
-    return cache.decoded(root, names, digests, place, True, Decoding(size, **how))
+    return cache.decoded(root, names, digests, place, Decoding(size, **how))
 
 
 def shades(data: ImageData | Decoded) -> list[int]:

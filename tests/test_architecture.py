@@ -23,7 +23,7 @@ LEVELS = [  # lowest first; a module imports only from lower levels, or from its
     {"compose", "evaluate", "predict", "merge", "export"},
     {"cut"},
     {"api"},
-    {"train", "fetch", "summarize", "track", "ranks", "plugins"},
+    {"train", "fetch", "summarize", "track", "plugins"},
 ]
 ONLY_IN = {
     "hydra": {"api", "compose", "train", "plugins"},

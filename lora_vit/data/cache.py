@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_vit.data.dataset import Decoded, Found, Wanted, content_of
-from lora_vit.data.decode import Job, Note, end_with
+from lora_vit.data.decode import Note, decode, end_with
 from lora_vit.data.files import Listing, digests_of, locked_in, writing_to
 from lora_vit.data.preprocessing import WHOLE, Decoding, Range
 from lora_vit.errors import ConfigError
@@ -42,15 +42,14 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
     labels = np.array([label for images in parts.values() for _, label in images], dtype=np.int64)
     ends = np.cumsum([len(images) for images in parts.values()])
     ids = dict(zip(parts, np.split(np.arange(len(names)), ends[:-1]), strict=True))
-    if (digests := digests_of(root, names, wanted.cache_dir, wanted.quiet, wanted.fetch)) is None:
+    if (digests := digests_of(root, names, wanted.cache_dir, wanted.fetch)) is None:
         return None
     content = content_of(class_names, labels, ids, digests)
-    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir, wanted.quiet)
+    decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir)
     return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
 
 
-def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, quiet: bool,
-            decoding: Decoding) -> Decoded:  # fmt: skip
+def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, decoding: Decoding) -> Decoded:
     """The images as a read-only map, uint8 [N, 3, h, w]; decoded now if no earlier run has.
 
     The cache is keyed by the files' content; runs that start together wait for the first. Without a size in
@@ -61,7 +60,7 @@ def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, 
     if found := _open(path):
         return found
     with writing_to(cache_dir), locked_in(cache_dir, path.name):
-        return _open(path) or _build(root, names, digests, decoding, path, quiet)  # another run may just have made it
+        return _open(path) or _build(root, names, digests, decoding, path)  # another run may just have made it
 
 
 def _open(path: Path) -> Decoded | None:
@@ -84,7 +83,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path, quiet: bool) -> Decoded:
+def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, path: Path) -> Decoded:
     shape: tuple[int, ...] = (len(names), 3, 1, 1)  # where none decodes, all are named below
     for name in names:
         with contextlib.suppress(ConfigError):
@@ -96,14 +95,13 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         raise ConfigError(f"{lacking}: give another data.cache_dir, or a smaller data.cache_size")
     partial = path.with_name(f"{path.name}.partial")  # one name: what a killed run left is written over
     try:
-        offset = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset
-        job = Job(str(root), decoding, shape, str(partial), offset)
-        notes = _run(job, names, digests, quiet)
+        np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        notes = _run(root, names, digests, decoding, partial)
         deep = {name: values for name, kind, values in notes if kind == "values"}
         if deep and all(kind != "broken" for _, kind, _ in notes):
             # one range for all, so that equal values stay equal
-            job = replace(job, decoding=replace(job.decoding, value_range=_range_of(root, deep, len(names))))
-            notes = _run(job, names, digests, quiet)
+            decoding = replace(decoding, value_range=_range_of(root, deep, len(names)))
+            notes = _run(root, names, digests, decoding, partial)
         if broken := sorted(f"{shown(name)} ({reason})" for name, kind, reason in notes if kind == "broken"):
             more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
             count = f"{len(broken)} broken image{'s' if len(broken) > 1 else ''}"
@@ -114,7 +112,7 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         told = Counter(what for _, what, nothing in notes if nothing is None)
-        value_range = job.decoding.value_range if "more than 8 bits" in told else None
+        value_range = decoding.value_range if "more than 8 bits" in told else None
         lines = [f"{count:,} file{'s' * (count > 1)} with {what}" for what, count in sorted(told.items())]
         write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
         os.replace(partial, path)
@@ -143,31 +141,31 @@ def _range_of(root: Path, deep: dict[str, np.ndarray], count: int) -> Range:
     return low, high
 
 
-def _run(job: Job, names: list[str], digests: np.ndarray, quiet: bool) -> list[Note]:
+def _run(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding, out: Path) -> list[Note]:
     """Decode all files: if they are many in several processes, because Pillow keeps the interpreter's lock."""
     from joblib import Parallel, cpu_count, delayed  # loky's processes import neither the user's script nor torch
 
     file_bytes = 0
     with contextlib.suppress(OSError):  # one that is gone by now is named below
-        file_bytes = sum(os.path.getsize(os.path.join(job.root, name)) for name in names)
+        file_bytes = sum(os.path.getsize(root / name) for name in names)
     count = max(1, min(cpu_count(), file_bytes // _BYTES_PER_WORKER))
     length = max(1, min(_CHUNK, len(names) // (8 * count)))
     starts = range(0, len(names), length)
-    chunks = (delayed(job.run)(i, names[i : i + length], digests[i : i + length]) for i in starts)
+    parts = ((str(root), names[i : i + length], digests[i : i + length], decoding, str(out), i) for i in starts)
     how = {"return_as": "generator", "idle_worker_timeout": 10}  # seconds after which an idle process ends
     pool = Parallel(count, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
     notes: list[Note] = []
     try:
-        with Progress("decoding images", len(names), quiet) as bar, contextlib.ExitStack() as stack:
+        with Progress("decoding images", len(names)) as bar, contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # joblib's, of work that it cancels
             with _without_ctrl_c() if count > 1 else contextlib.nullcontext():
-                answers = stack.enter_context(contextlib.closing(pool(chunks)))
+                answers = stack.enter_context(contextlib.closing(pool(delayed(decode)(*part) for part in parts)))
             for start, answer in zip(starts, answers, strict=True):
                 notes += answer
                 bar.advance(min(length, len(names) - start))
     except BrokenProcessPool:
-        died = f"a process that decodes images below {shown(job.root)} died"
+        died = f"a process that decodes images below {shown(root)} died"
         raise ConfigError(f"{died}: is there enough memory, are these images sound?") from None
     return notes
 

@@ -5,8 +5,6 @@ import io
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +20,33 @@ more than 8 bits and there is no range to scale them by. Anything else is a note
 """
 
 
-@dataclass(frozen=True)
-class Job:
-    """Decode files of ``root`` into the array of ``shape`` that starts at byte ``offset`` of the file ``out``."""
+def decode(root: str, names: list[str], digests: np.ndarray, decoding: Decoding, out: str, start: int) -> list[Note]:
+    """Decode files of ``root`` into the rows from ``start`` on of the array in the file ``out``. Raises OSError.
 
-    root: str
-    decoding: Decoding
-    shape: tuple[int, ...]
-    out: str
-    offset: int
-
-    def run(self, start: int, names: Sequence[str], digests: np.ndarray) -> list[Note]:
-        """Decode the files into rows ``start`` and on; returns what there is to say of some. Raises OSError."""
-        rows = np.zeros((len(names), *self.shape[1:]), np.uint8)
-        notes = [note for each in zip(rows, names, digests, strict=True) for note in self._fill(*each)]
-        # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
-        with open(self.out, "r+b") as file:
-            file.seek(self.offset + start * rows[0].nbytes)
-            file.write(rows.data)
-        return notes
-
-    def _fill(self, row: np.ndarray, name: str, digest: np.ndarray) -> list[Note]:
+    Returns what there is to say of some of them.
+    """
+    array, notes = np.load(out, mmap_mode="r"), list[Note]()
+    rows = np.zeros((len(names), *array.shape[1:]), np.uint8)
+    for row, name, digest in zip(rows, names, digests, strict=True):
         try:
-            if hashlib.sha256(content := Path(self.root, name).read_bytes()).digest() != digest.tobytes():
-                return [(name, "broken", "it changed while it was read: run the command again")]
-            pixels, told = self.decoding.read(io.BytesIO(content), find=True)
+            if hashlib.sha256(content := Path(root, name).read_bytes()).digest() != digest.tobytes():
+                raise ValueError("it changed while it was read: run the command again")
+            pixels, told = decoding.read(io.BytesIO(content), find=True)
         except Exception as error:
-            return [(name, "broken", reason(error))]
+            notes.append((name, "broken", reason(error)))
+            continue
         if pixels.ndim == 1:
-            return [(name, "values", pixels)]
-        if pixels.shape != row.shape:
-            return [(name, "size", f"{pixels.shape[2]}x{pixels.shape[1]}")]
-        row[:] = pixels
-        return [(name, what, None) for what in told]
+            notes.append((name, "values", pixels))
+        elif pixels.shape != row.shape:
+            notes.append((name, "size", f"{pixels.shape[2]}x{pixels.shape[1]}"))
+        else:
+            row[:] = pixels
+            notes += [(name, what, None) for what in told]
+    # Written rather than mapped: a full disk is an error here, but would kill a process that maps the file.
+    with open(out, mode="r+b") as file:
+        file.seek(array.offset + start * rows[0].nbytes)
+        file.write(rows.data)
+    return notes
 
 
 def end_with(parent: int) -> None:

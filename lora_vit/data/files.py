@@ -144,7 +144,7 @@ class Listing:
         return folder.name == "outputs" and any((folder / name).is_dir() for name in ("runs", "sweeps"))
 
 
-def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, fetch: bool = True) -> np.ndarray | None:
+def digests_of(root: Path, names: Sequence[str], cache_dir: Path, fetch: bool = True) -> np.ndarray | None:
     """Sha256 of each file below ``root``, uint8 [N, 32]; only files that changed since the last time are read.
 
     None if files would have to be read and not ``fetch``. Raises OSError for a file, ConfigError for ``cache_dir``.
@@ -164,14 +164,12 @@ def digests_of(root: Path, names: Sequence[str], cache_dir: Path, quiet: bool, f
             known = _kept(store)  # perhaps another run has just read them
             settled = time.time_ns() - _UNSETTLED
             missing, keeping = unread(), Every(_KEEP_EVERY)
-            for name, digest in zip(missing, _read(root, missing, quiet), strict=True):
+            for name, digest in zip(missing, _read(root, missing), strict=True):
                 known[name] = stats[name] + digest
                 if keeping.due() or name == missing[-1]:  # what stops this costs no second reading
                     kept = {name: row for name, row in known.items() if _STAT.unpack(row[: _STAT.size])[2] < settled}
-                    joined = b"".join(os.fsencode(name) + b"\0" for name in kept)
-                    rows = np.frombuffer(b"".join(kept.values()), np.uint8).reshape(-1, 64)
                     with writing_to(cache_dir), replacing(store) as file:
-                        np.savez(file, names=np.frombuffer(joined, np.uint8), stats=rows[:, :32], digests=rows[:, 32:])
+                        np.savez(file, names=[*map(os.fsencode, kept)], rows=np.array([*kept.values()], "V64"))
     return np.frombuffer(b"".join(known[name][_STAT.size :] for name in names), np.uint8).reshape(-1, 32)
 
 
@@ -179,16 +177,15 @@ def _kept(store: Path) -> dict[str, bytes]:
     """What earlier runs knew of the folder's files (those of several data sets, perhaps): stat and sha256 by name."""
     try:
         with store.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            rows = np.hstack([arrays["stats"], arrays["digests"]]).view("V64")[:, 0].tolist()
-            return dict(zip(map(os.fsdecode, arrays["names"].tobytes().split(b"\0")[:-1]), rows, strict=True))
+            return dict(zip(map(os.fsdecode, arrays["names"].tolist()), arrays["rows"].tolist(), strict=True))
     except Exception:  # absent, or damaged in one of many ways: the files are read again
         return {}
 
 
-def _read(root: Path, names: list[str], quiet: bool) -> Iterator[bytes]:
+def _read(root: Path, names: list[str]) -> Iterator[bytes]:
     """Sha256 of files, read side by side."""
     chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
-    with Progress("reading images", len(names), quiet or len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
+    with Progress("reading images", len(names), len(names) < _CHUNK) as bar, ThreadPoolExecutor() as pool:
         read = pool.map(lambda chunk: [hashlib.sha256(Path(root, n).read_bytes()).digest() for n in chunk], chunks)
         for part in read:
             yield from part

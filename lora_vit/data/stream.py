@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_vit import randomness
-from lora_vit.data.augment import Transform, to_device
-from lora_vit.data.augmented import mixed
+from lora_vit.data.augment import Transform, mixed, to_device
 from lora_vit.data.dataset import ImageData
 from lora_vit.distributed import Process
 

@@ -64,7 +64,7 @@ def _folder(wanted: Wanted) -> Path | None:
         raise ConfigError(f"{root} holds {', '.join(p.name for p in zips)}: give one of them as data.root")
     archive = zips[0] if zips else None
     if archive is not None:  # its folder may be read-only, and another zip may take its place
-        digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.quiet, wanted.fetch)
+        digest = digests_of(archive.parent, [archive.name], wanted.cache_dir, wanted.fetch)
         if digest is None:
             return None
         target = wanted.cache_dir / f"{FOLDER}-{digest.tobytes().hex()[:16]}"
@@ -96,7 +96,7 @@ def _make(target: Path, archive: Path | None, wanted: Wanted) -> None:
             archive = archive or _download(Path(temporary), wanted.root)
             into = Path(temporary, FOLDER)
             what = f"unpacking {archive.name}"
-            with zipfile.ZipFile(archive) as z, Progress(what, len(z.infolist()), wanted.quiet, "files") as bar:
+            with zipfile.ZipFile(archive) as z, Progress(what, len(z.infolist()), unit="files") as bar:
                 for member in z.infolist():  # no name makes zipfile write outside the folder, and it makes no links
                     z.extract(member, into)
                     bar.advance(1)

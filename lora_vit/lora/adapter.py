@@ -1,9 +1,9 @@
-"""Adapters on disk, bound to their base, put on a plain model, or merged: W' = W + s B A (Hu et al., 2021, 4)."""
+"""Adapters on disk, bound to their base, put on a plain model, merged (W' = W + s B A: Hu et al., 2021, 4), or cut."""
 
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,6 @@ class Adapter(NamedTuple):
 
     tensors: dict[str, Tensor]
     card: dict[str, Any]
-
-    @property
-    def columns(self) -> int:
-        """Those of each ``lora_B``: the rank, or of what one threshold has cut, the rank that was trained."""
-        return next(len(tensor) for name, tensor in self.tensors.items() if name.endswith(".lora_A"))
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -151,6 +146,24 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return state
 
 
+def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A trial's tensors with adapters of a lower rank, fp32: of each update the nearest one (Eckart & Young, 1936).
+
+    Both factors of an update get its square roots. DoRA's magnitudes stay, as head and biases do: they say how long
+    each output's weights are, whatever their direction.
+    """
+    smaller = dict(tensors)
+    for name in [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]:
+        lora_A, lora_B = (tensors[f"{name}.lora_{m}"].double() for m in "AB")
+        # no product is made dense: with B = Q P and A' = S T (QR), B A = Q (P T') S', and P T' is [R, R]
+        (q_OR, p_RR), (s_IR, t_RR) = map(torch.linalg.qr, (lora_B, lora_A.T))
+        u_RR, values_R, v_RR = torch.linalg.svd(p_RR @ t_RR.T)
+        root_R = values_R.sqrt()
+        smaller[f"{name}.lora_A"] = (root_R[:, None] * (v_RR @ s_IR.T))[:rank].float()
+        smaller[f"{name}.lora_B"] = ((q_OR @ u_RR) * root_R)[:, :rank].float()
+    return smaller
+
+
 def put_on(model: nn.Module, adapter: Adapter) -> None:
     """Put an adapter and its head on the base that it is bound to, in place."""
     put_head(model, adapter.tensors)
@@ -158,7 +171,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        for adapters in adapt(model, {**adapter.card, "lora": {**adapter.card["lora"], "rank": adapter.columns}}):
+        for adapters in adapt(model, adapter.card):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -166,10 +179,9 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
-    """What a model, then in evaluation mode, gives for a made image."""
-    side, like = base["image_size"], next(model.parameters())
-    shape = side if isinstance(side, list) else [side, side]
-    image = torch.rand(1, 3, *shape, generator=randomness.generator("base")).to(like) * 4 - 2
+    """What a model in fp32 on the CPU, then in evaluation mode, gives for a made image."""
+    shape = side if isinstance(side := base["image_size"], list) else [side, side]
+    image = torch.rand(1, 3, *shape, generator=randomness.generator("base")) * 4 - 2
     with torch.no_grad():
         return model.eval()(image)
 
@@ -193,15 +205,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     adapter = read_adapter(folder)
     bind(adapter, base_of(model))
     _refuse_half(model)
-    base, given = adapter.card["base"], copy.deepcopy(model)
+    base, given = adapter.card["base"], copy.deepcopy(model).float().cpu()
+    put_on(given, adapter)
     if "output" in adapter.card:  # of somebody's own loop, whose model need not be what a name makes
-        put_on(given.float().cpu(), adapter)
         ours = torch.tensor(adapter.card["output"])
     else:
-        named = new_backbone(base, 1).to(next(model.parameters()))
+        named = new_backbone(base, 1)
         named.load_state_dict(trunk_state(model), strict=False)
-        for one in (given, named):
-            put_on(one, adapter)
+        put_on(named, adapter)
         ours = _output(named, base)
     if not _agree(_output(given, base), ours):
         what = f"the model has the weights of {base['model']}, but computes something else with them"

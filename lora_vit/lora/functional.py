@@ -89,7 +89,18 @@ def runs_of(flags: Sequence[bool]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class AdaptedProduct(torch.autograd.Function):
+    """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O].
+
+    ``z``: input before the prologue, in its dtype, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``ln_weight,
+    ln_bias``: the prologue's own, which get gradients if they require them, as ``bias`` [slots*O] does. ``weight``:
+    frozen, without gradient, in the result's dtype, [slots*O, I]. ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R
+    padded with zeros. ``factor_Ko``: on the outputs before the bias, [K, slots*O]. ``scale_K``: each trial's factor,
+    with a ``mask`` (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each of the G adapters
+    adds to. ``keeps_output``: for the gradient of ``factor_Ko``, rather than compute the layer's product again (nothing
+    may then change the output in place).
+    """
+
     @staticmethod
     def forward(
         ctx: Any, z: Tensor, ln_weight: Tensor | None, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
@@ -206,21 +217,3 @@ def _through_factor(g_KNo: Tensor, factor_Ko: Tensor, u_KNo: Tensor,
         dfactor_Ko += (g_KNo[here] * own).sum(1, dtype=factor_Ko.dtype)
         torch.mul(g_KNo[here], factor_K1o, out=du_KNo[here])
     return du_KNo, dfactor_Ko
-
-
-def adapted_linear(
-    z: Tensor, weight: Tensor, bias: Tensor | None, a_KGRI: Tensor, b_KGOR: Tensor, scale_K: Tensor,
-    slots: tuple[int, ...], mask: MaskKey | None = None, prologue: Prologue = NOTHING,
-    factor_Ko: Tensor | None = None, keeps_output: bool = False,
-) -> Tensor:  # fmt: skip
-    """Linear layer plus the adapters of K trials (see the module's formula), [K*B, S, slots*O].
-
-    ``z``: input before the prologue, in its dtype, [K*B, S, I]; trial k's images are rows k*B to (k+1)*B. ``weight``:
-    frozen, without gradient, in the result's dtype, [slots*O, I]; ``bias`` [slots*O] and the prologue's parameters get
-    gradients if they require them. ``a_KGRI, b_KGOR``: lora_A and lora_B, ranks below R padded with zeros. ``scale_K``:
-    each trial's factor, with a mask (of the adapters' input) over 1-p. ``slots``: which O-wide part of the output each
-    of the G adapters adds to. ``factor_Ko``: on the outputs before the bias, [K, slots*O]; ``keeps_output``: for the
-    gradient of that, rather than compute the layer's product again (nothing may then change the output in place).
-    """
-    norm, adapters = (prologue.weight, prologue.bias), (a_KGRI, b_KGOR, factor_Ko, scale_K)
-    return _AdaptedLinear.apply(z, *norm, weight, bias, *adapters, prologue, slots, mask, keeps_output)

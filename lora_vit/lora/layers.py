@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.errors import ConfigError
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import NOTHING, MaskKey, Prologue, adapted_linear, runs_of
+from lora_vit.lora.functional import NOTHING, AdaptedProduct, MaskKey, Prologue, runs_of
 
 
 class AdapterSpec(NamedTuple):
@@ -35,16 +35,16 @@ def initial_lora_A(spec: AdapterSpec, name: str, width: int) -> Tensor:
 
 
 class Factors(nn.Module):
-    """A factor for each of K trials that no cast of the model rounds: buffers of integers hold the bits."""
+    """Numbers, as one for each of K trials, that no cast of the model rounds: buffers of integers hold the bits."""
 
-    def __init__(self, factors: Sequence[float]):
+    def __init__(self, factors: Sequence[float] | Tensor):
         super().__init__()
-        exact_K = torch.tensor(factors, dtype=torch.float64)
+        exact_K = torch.as_tensor(factors, dtype=torch.float64)
         self.bits32_K = nn.Buffer(exact_K.float().view(torch.int32), persistent=False)
         self.bits64_K = nn.Buffer(exact_K.view(torch.int64), persistent=False)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """In fp64 for that, which not every device has, else in fp32 (in bf16 one would be off by up to 0.2 %), [K]."""
+        """In fp64 for that, which not every device has, else in fp32 (in bf16 one would be off by up to 0.2 %)."""
         return self.bits64_K.view(dtype) if dtype == torch.float64 else self.bits32_K.view(torch.float32)
 
 
@@ -100,8 +100,9 @@ class LoRAAdapters(_KeyedDropout):
             dtype = torch.get_autocast_dtype(device)
         scale_K = (self.scale_K if mask is None else self.train_scale_K)(dtype)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        adapters = self.lora_A.to(dtype), self.lora_B.to(dtype), scale_K, self.slots
-        return adapted_linear(z, weight, bias, *adapters, mask, prologue, self.factors(weight), self.keeps_output)
+        tensors = self.lora_A.to(dtype), self.lora_B.to(dtype), self.factors(weight), scale_K
+        how = prologue, self.slots, mask, self.keeps_output
+        return AdaptedProduct.apply(z, prologue.weight, prologue.bias, weight, bias, *tensors, *how)
 
     def factors(self, weight: Tensor) -> Tensor | None:
         """DoRA's magnitude over norm of each output for each trial, 1 where nothing is adapted, [K, slots*O]."""
@@ -116,8 +117,7 @@ class LoRAAdapters(_KeyedDropout):
         """Give each output DoRA's magnitude: at first the norm of its row of the weight, which then changes nothing."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         square_GO = torch.linalg.vector_norm(self._adapted_rows(weight), dim=-1, dtype=dtype).square()
-        integer = torch.int64 if dtype == torch.float64 else torch.int32  # no cast of the model rounds it
-        self.square_GO = nn.Buffer(square_GO.view(integer), persistent=False)
+        self.square_GO = Factors(square_GO)
         self.lora_magnitude = nn.Parameter(square_GO.sqrt().repeat(len(self.specs), 1, 1))
         self.keeps_output = keeps_output
 
@@ -137,8 +137,7 @@ class LoRAAdapters(_KeyedDropout):
         wa_GOr = self._adapted_rows(weight) @ a_KGRI.to(weight.dtype).movedim(0, 1).flatten(1, 2).mT
         wa_KGOR = wa_GOr.unflatten(-1, (len(a_KGRI), -1)).movedim(-2, 0)
         sb_KGOR = self.scale_K(dtype).view(-1, 1, 1, 1) * b_KGOR
-        of_base = torch.float64 if self.square_GO.dtype == torch.int64 else torch.float32
-        base_GO = self.square_GO.view(of_base).to(dtype)
+        base_GO = self.square_GO(dtype)
         square_KGO = base_GO + (sb_KGOR * (2 * wa_KGOR + sb_KGOR @ (a_KGRI @ a_KGRI.mT))).sum(-1)
         info = torch.finfo(dtype)  # rounding may leave less where an update cancels a row; a row of zeros stays one
         return torch.maximum(square_KGO, info.eps * base_GO).clamp_min(info.tiny).sqrt()
@@ -187,9 +186,9 @@ class PackedHead(_KeyedDropout):
             for p in (self.weight, self.bias):
                 p.data[k] = torch.empty(p.shape[1:]).uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x_KBI: Tensor) -> Tensor:
-        """Features of images [K, B, I] to logits [K, B, C], in the dtype of the weights."""
-        x_KBI = x_KBI.to(self.weight.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of images [K*B, I] to logits [K, B, C], in the dtype of the weights."""
+        x_KBI = x.view(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
         if (mask := self.mask(1)) is not None:
             x_KBI = mask.apply(x_KBI) / self.keep_K(x_KBI.dtype).view(-1, 1, 1)
         return torch.baddbmm(self.bias[:, None, :], x_KBI, self.weight.mT)

@@ -116,13 +116,10 @@ class _Repeat:
     order: Sequence[int] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args if self.order is None else (repeated(args[0], self.order), *args[1:])
-
-
-def repeated(x: Tensor, order: Sequence[int]) -> Tensor:
-    """The streams of x, [G*B, ...], in the given order."""
-    streams = x.chunk(max(order) + 1)
-    return torch.cat([streams[g] for g in order])  # an index would have to travel to the device
+        if self.order is None:
+            return args
+        streams = args[0].chunk(max(self.order) + 1)
+        return torch.cat([streams[g] for g in self.order]), *args[1:]  # an index would have to travel to the device
 
 
 def _recomputed(block: "weakref.ref[nn.Module]", *args: Any, **named: Any) -> Any:
@@ -155,9 +152,7 @@ class PackedViT(nn.Module):
             block.__dict__.pop("forward", None)
         self._repeat = _Repeat()
         first = next((i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())), len(blocks))
-        self._shares_trunk = first == len(blocks)
-        for block in blocks[first : first + 1]:
-            block.register_forward_pre_hook(self._repeat)
+        [*blocks, head][first].register_forward_pre_hook(self._repeat)
         for block in blocks[first:] if recompute else ():
             block.__dict__["forward"] = functools.partial(_recomputed, weakref.ref(block))
         self._trained = [n for n, p in trunk.named_parameters() if p.requires_grad and ".lora_" not in n]
@@ -175,7 +170,6 @@ class PackedViT(nn.Module):
         self._repeat.order = order
         computed = {name: self.trunk.get_parameter(name).to(images.dtype) for name in self._trained}
         x = functional_call(self.trunk, computed, (images,)) if computed else self.trunk(images)
+        logits_KBC = self.head(x)
         self._repeat.order = None
-        if self._shares_trunk and order is not None:
-            x = repeated(x, order)
-        return self.head(x.view(self.K, -1, x.shape[-1]))
+        return logits_KBC

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 import torch.utils.deterministic
-from rich.table import Column
 
 from lora_vit.config.names import METHODS
 from lora_vit.errors import Interrupted
 from lora_vit.metrics import figures
 from lora_vit.stopping import StopRequest, repeating
-from lora_vit.terminal import Every, Progress, make_console, print_table
+from lora_vit.terminal import Every, Progress, make_console
 from lora_vit.training.pack import Pack
 from lora_vit.training.trial import ClaimLost, Setup, TrialRun, epoch_figures
 
@@ -46,13 +45,14 @@ class RunReporter(Reporter):
         where = "{device}, {precision}, {world_size} process(es)".format(**setup.environment)
         self.console.print(setup.data.line(setup.transform.image_size, trial.config.trainer.metric), markup=False)
         self.console.print(f"trial {trial.name} on {where}")
-        n, columns = trial.record.parameters, [Column(name, justify="right") for name in ("count", "share")]
-        rows = [(of, f"{n[of]:,}", f"{n[of] / n['total']:.2%}") for of in ("adapter", "head", "trainable", "total")]
-        print_table(self.console, "", ("parameters", *columns), rows)
+        n = trial.record.parameters
+        for of in ("adapter", "head", "trainable", "total"):
+            self.console.print(f"{n[of]:13,}  {n[of] / n['total']:8.3%}  {of} parameters")
         if (lora := trial.config.lora).adapts:
             settings = f"{METHODS[lora.method]} rank {lora.rank}, alpha {lora.alpha:g}"
             self.console.print(f"{settings}: effective scaling {lora.effective_scaling():g}")
-        self._progress = Progress("training", trial.config.trainer.epochs * steps, False, "steps", pack.step_of(trial))
+        total, done = trial.config.trainer.epochs * steps, pack.step_of(trial)
+        self._progress = Progress("training", total, unit="steps", done=done)
         self.console = self._progress.console  # lines go above the bar
 
     def advance(self, pack: Pack) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_vit.config import OptimizerConfig
-from lora_vit.training.checkpoint import TrialState
+from lora_vit.training.trial import TrialState
 
 GROW_AFTER = 2000  # good steps in a row after which a loss scale doubles, as GradScaler's
 LARGEST = 2.0**64  # where gradients are all zero, a scale would double without end

@@ -1,13 +1,14 @@
 """One trial from start or resume to its end, and its folder (outputs/README.md lists the files)."""
 
 import contextlib
+import io
 import math
 import os
 import shutil
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ from lora_vit.data.dataset import ImageData
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
-from lora_vit.errors import ConfigError
+from lora_vit.errors import ConfigError, one_line
 from lora_vit.files import NO_LOCKS, locked, replacing, write_row
 from lora_vit.lora.adapter import Adapter, write_adapter
 from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
 from lora_vit.records import TrialRecord
-from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
 from lora_vit.training.trackers import Tracked
 
 ALL = 1 << 62  # images of a pass that takes its whole batch
@@ -61,6 +61,49 @@ class Setup:
     @property
     def data(self) -> ImageData:
         return self.samples.data
+
+
+@dataclass
+class TrialState:
+    """Where a trial stands; every draw is keyed by it. Tensors are on the CPU, unpadded, without a trial axis."""
+
+    epoch: int = 0  # finished epochs
+    step_in_epoch: int = 0
+    updates: int = 0  # optimizer updates
+    loss_sum: float = 0.0  # of this epoch's steps so far
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    seconds: float = 0.0  # trained so far
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last finished epoch
+    values: dict[str, Tensor] = field(default_factory=dict)  # empty: not started
+    exp_avg: dict[str, Tensor] = field(default_factory=dict)
+    exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
+    loss_scale: float = 2.0**16  # of fp16, as is the next (training/optim.py)
+    good_steps: int = 0  # since the scale changed
+    micro_batch: int = 0  # images that memory had room for at once, where it had not for all; 0: it had
+
+
+def save_checkpoint(folder: Path, trial_id: str, state: TrialState) -> None:
+    """Replace the folder's checkpoint. Raises OSError (disk full, unwritable) and leaves the last good one."""
+    buffer = io.BytesIO()
+    torch.save({"trial_id": trial_id, **vars(state)}, buffer)
+    with replacing(folder / records.CHECKPOINT) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(folder: Path, trial_id: str) -> TrialState:
+    """The folder's checkpoint, or a fresh state. Raises ConfigError for a damaged file or another trial's."""
+    if not (path := folder / records.CHECKPOINT).exists():
+        return TrialState()
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        owner = values.pop("trial_id")
+        state = TrialState(**values)
+    except Exception as error:
+        raise ConfigError(f"{path} is damaged ({one_line(error)}): remove it, or give trainer.resume=restart") from None
+    if owner != trial_id:
+        raise ConfigError(f"{path} belongs to trial {owner}, not to {trial_id}")
+    return state
 
 
 class TrialRun:

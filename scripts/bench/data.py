@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 from lora_vit.config import DataConfig
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
 from lora_vit.data.cache import decoded
+from lora_vit.data.dataset import load_data
 from lora_vit.data.files import digests_of
-from lora_vit.data.load import load_data
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.data.stream import Samples, TrainStream
 from lora_vit.distributed import Process
@@ -73,7 +73,8 @@ def loader(folder: Path, normalised: bool, workers: int) -> Iterator[object]:
 
 
 def ours(samples: Samples, normalised: bool) -> Iterator[object]:
-    stream = TrainStream(samples, Transform(224, "flip", torch.device("cpu"), torch.float32), BATCH, 0, Process())
+    transform = Transform(config(Path(), ""), 224, torch.device("cpu"), torch.float32)
+    stream = TrainStream(samples, transform, BATCH, 0, Process())
     epoch = 0
     while True:
         for step in range(stream.steps_per_epoch):
@@ -105,13 +106,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        data = load_data(config(args.root, cache), quiet=True)
+        data = load_data(config(args.root, cache))
         samples = Samples(data, torch.device("cpu"))
         folder = next(p.parent for p in sorted(args.root.rglob("wnids.txt"))) / "train"
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.JPEG"))]
         start = time.perf_counter()
         second = Path(cache) / "second"
-        decoded(folder, names, digests_of(folder, names, second, True), second, True, Decoding(None))
+        decoded(folder, names, digests_of(folder, names, second), second, Decoding(None))
         build = time.perf_counter() - start
         start = time.perf_counter()
         for _ in DataLoader(ImageFolder(str(folder), v2.PILToTensor()), BATCH, num_workers=torch.get_num_threads()):

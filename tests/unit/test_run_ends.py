@@ -15,8 +15,8 @@ from lora_vit import run as single
 from lora_vit.errors import ConfigError, Interrupted, TrialFailed
 from lora_vit.records import read_record
 from lora_vit.training import pack
-from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.pack import Pack
+from lora_vit.training.trial import load_checkpoint
 
 CONFIG = plain_trial({"trainer.log_every": 3})
 

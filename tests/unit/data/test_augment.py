@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from plain_trials import plain_trial
 from torchvision.models import ViT_B_16_Weights
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -33,7 +34,7 @@ def test_images_are_normalised_as_the_pretrained_backbones_were():
 @pytest.mark.parametrize("augment", ["flip", "crop_flip"])
 def test_draws_depend_on_seed_epoch_and_sample_alone(augment):
     images, ids = pictures(16), np.arange(16) + 100
-    transform = Transform(32, augment, CPU, torch.float64)
+    transform = Transform(plain_trial({"data.augment": augment}).data, 32, CPU, torch.float64)
     whole = transform.train(images, 1, 2, ids)
     part = transform.train(images[5:9], 1, 2, ids[5:9])
     torch.testing.assert_close(part, whole[5:9], rtol=0, atol=1e-12)  # a smaller batched product may sum otherwise
@@ -82,7 +83,7 @@ def test_every_path_gives_the_asked_dtype_and_the_same_values(size, width, augme
     """Also after images of other sizes."""
     images, ids = pictures(6, 48, width), np.arange(6)
     given = images.clone()
-    transform = Transform(size, augment, CPU, dtype)
+    transform = Transform(plain_trial({"data.augment": augment}).data, size, CPU, dtype)
     for height, other in ((48, 64), (64, width)):
         transform.eval(pictures(1, height, other))
     out = transform.train(images, 1, 2, ids)

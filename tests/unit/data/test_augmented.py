@@ -11,9 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from lora_vit import randomness
-from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.augmented import Augmented, mixed
-from lora_vit.data.randaugment import operations
+from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform, mixed, operations
 
 CPU, SIDE = torch.device("cpu"), 24
 STEP = 2 / 255 / max(IMAGENET_STD)
@@ -24,19 +22,14 @@ def pictures(n: int, side: int = SIDE) -> Tensor:
     return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def transform(dtype: torch.dtype = torch.float64, **settings: object) -> Augmented:
+def transform(dtype: torch.dtype = torch.float64, **settings: object) -> Transform:
     data = plain_trial({f"data.{key}": value for key, value in settings.items()}).data
-    return Augmented(data, SIDE, CPU, dtype, IMAGENET_MEAN, IMAGENET_STD, False)
+    return Transform(data, SIDE, CPU, dtype)
 
 
-def plain(dtype: torch.dtype = torch.float64, augment: str = "none") -> Transform:
-    return Transform(SIDE, augment, CPU, dtype)
-
-
-@pytest.mark.parametrize("augment", ["none", "flip", "crop_flip"])
-def test_crop_and_flip_are_as_they_were(augment):
-    x, ids = pictures(8), np.arange(8)
-    assert torch.equal(transform(augment=augment).train(x, 1, 2, ids), plain(augment=augment).train(x, 1, 2, ids))
+def cropped(dtype: torch.dtype) -> Transform:
+    """Cropped and flipped, from 0 to 255."""
+    return Transform(plain_trial({"data.augment": "crop_flip"}).data, SIDE, CPU, dtype, [0] * 3, [1 / 255] * 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -44,7 +37,7 @@ def test_erasing_equals_torchvisions_in_the_same_box(dtype):
     n, p = 400, 0.3
     x, ids = pictures(n), np.arange(n)
     erasing = transform(dtype, augment="random_erasing", random_erasing_p=p)
-    whole, found = (t.train(x, 1, 2, ids) for t in (plain(dtype), erasing))
+    whole, found = (t.train(x, 1, 2, ids) for t in (transform(dtype, augment="none"), erasing))
     gone = (found == 0).all(1) & (whole != 0).any(1)
     theirs, shapes = v2.RandomErasing(p=1), []
     for image, other, box in zip(whole, found, gone, strict=True):
@@ -83,7 +76,7 @@ def test_randaugment_changes_whole_numbers_after_crop_and_flip_and_before_normal
     t = transform(dtype, augment=["crop_flip", "randaugment"], randaugment_num_ops=3, randaugment_magnitude=15)
     found, space = t.train(x, 1, 2, ids), operations(15, SIDE, CPU)
     assert torch.equal(x, given)
-    raw = Transform(SIDE, "crop_flip", CPU, t.work_dtype, [0] * 3, [1 / 255] * 3).train(x, 1, 2, ids)
+    raw = cropped(t.work_dtype).train(x, 1, 2, ids)
     expected, seen = raw.round().clamp(0, 255).to(torch.uint8), set()
     for i, draws in enumerate(randomness.uniforms(ids, 3, "randaugment", 1, 2)):
         for draw in draws:
@@ -105,7 +98,7 @@ def test_color_jitter_equals_torchvisions_with_the_same_factors_in_the_same_orde
     strengths = dict(zip(kinds, map(float, by), strict=True))
     t = transform(augment=["crop_flip", "color_jitter"], **{f"color_jitter_{k}": v for k, v in strengths.items()})
     found, orders = t.train(x, 1, 2, ids), set()
-    raw = Transform(SIDE, "crop_flip", CPU, t.work_dtype, [0] * 3, [1 / 255] * 3).train(x, 1, 2, ids)
+    raw = cropped(t.work_dtype).train(x, 1, 2, ids)
     images = list(raw.round().clamp(0, 255).to(torch.uint8))
     for i, draws in enumerate(randomness.uniforms(ids, 8, "color_jitter", 1, 2)):
         orders.add(order := tuple(np.argsort(draws[:4])))
@@ -133,7 +126,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(augment):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", ["mixup", "cutmix"])
 def test_mixing_equals_torchvisions_with_the_same_share_and_box(way, dtype):
-    images = plain(dtype).eval(pictures(6))
+    images = transform(dtype, augment="none").eval(pictures(6))
     before_first = torch.cat([images[-1:], images])
     for step in range(20):
         found, share = mixed(before_first, {way: 1.0}, 1, 2, step)

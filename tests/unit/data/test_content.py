@@ -14,8 +14,7 @@ from plain_trials import plain_trial
 
 from lora_vit.config import TrialConfig, trial_id
 from lora_vit.data import files
-from lora_vit.data.dataset import content_of
-from lora_vit.data.load import forget
+from lora_vit.data.dataset import content_of, forget
 from lora_vit.errors import ConfigError
 from lora_vit.resolve import identify, is_identified
 
@@ -149,10 +148,10 @@ def test_what_was_read_before_a_stop_is_not_read_again(pets, tmp_path, monkeypat
     monkeypatch.setattr(Path, "read_bytes", reading)
     stops = True
     with pytest.raises(KeyboardInterrupt):
-        files.digests_of(pets, names, tmp_path / "cache", quiet=True)
+        files.digests_of(pets, names, tmp_path / "cache")
     stops = False
     read.clear()
-    files.digests_of(pets, names, tmp_path / "cache", quiet=True)
+    files.digests_of(pets, names, tmp_path / "cache")
     assert sorted(read) == [pets / name for name in names[2:]]
 
 

@@ -12,8 +12,7 @@ import yaml
 from pictures import data_config, fresh, paint
 
 from lora_vit.config import DATASETS
-from lora_vit.data.dataset import ImageData
-from lora_vit.data.load import forget, known_content, load_data
+from lora_vit.data.dataset import ImageData, forget, known_content, load_data
 from lora_vit.data.preprocessing import Decoding
 from lora_vit.errors import ConfigError
 
@@ -93,15 +92,14 @@ def pets(tmp_path, monkeypatch) -> Path:
 def test_loading_in_the_home_folder(pets, tmp_path, capsys):
     config = data_config(tmp_path, root="~/pets", cache_dir="~/cache", content=fresh(data_config(tmp_path)).content)
     forget()
-    assert load_data(config, quiet=True).images.shape == (10, 3, 8, 8)
-    assert capsys.readouterr().out == ""
+    assert load_data(config).images.shape == (10, 3, 8, 8)
     assert (tmp_path / "cache").is_dir()
     forget()
     assert load_data(data_config(tmp_path, cache_size=16)).images.shape == (10, 3, 16, 16)
     assert capsys.readouterr().out.startswith("decoding images: 10 images")
     config.content = "7 images"
     with pytest.raises(ConfigError, match=r"data\.root=~/pets holds other images.*: 10 images, .*, not 7 images"):
-        load_data(config, quiet=True)
+        load_data(config)
 
 
 def test_files_are_listed_once_for_each_place_and_way(pets, tmp_path):

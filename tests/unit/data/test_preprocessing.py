@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_trials import plain_trial
 from safetensors.torch import save_file
 
 from lora_vit import preprocessing
@@ -34,7 +35,8 @@ def test_it_gives_what_training_gave(decoded, side, interpolation, picture):
     """Which resamples whole batches by matrices: float32 either way."""
     how = Preprocessing(Decoding(decoded), side, HOW.mean, HOW.std, interpolation)
     colours, cpu = (HOW.mean, HOW.std), torch.device("cpu")
-    transform = Transform(side, "none", cpu, torch.float32, *colours, interpolation == "bicubic")
+    data = plain_trial({"data.augment": "none"}).data
+    transform = Transform(data, side, cpu, torch.float32, *colours, interpolation == "bicubic")
     expected = transform.eval(torch.from_numpy(how.decoding(picture))[None])[0]
     assert how(picture).dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(how(picture)), expected, rtol=0, atol=2e-5)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_vit import randomness
 from lora_vit.data import stream
-from lora_vit.data.augmented import Augmented, mixed
+from lora_vit.data.augment import Transform, mixed
 from lora_vit.data.dataset import Found
 from lora_vit.data.splits import divide
 from lora_vit.data.stream import Samples, TrainStream
@@ -86,7 +86,7 @@ def test_given_parts_the_fingerprint_and_the_largest_batch():
 def test_processes_share_each_batch(augment):
     """It holds the augmented images and the labels of its samples, in the order of its key."""
     data, cpu, settings = fresh(plain_trial().data), torch.device("cpu"), plain_trial({"data.augment": augment}).data
-    transform = Augmented(settings, 16, cpu, torch.float64, (0.5,) * 3, (0.5,) * 3, False)
+    transform = Transform(settings, 16, cpu, torch.float64, (0.5,) * 3, (0.5,) * 3, False)
     shared = Samples(data, cpu), transform, 8, 4
     one, *quarters = (TrainStream(*shared, Process(rank, size)) for rank, size in ((0, 1), *((i, 4) for i in range(4))))
     assert one.steps_per_epoch == 60 // 8
@@ -120,7 +120,7 @@ def test_images_for_a_gpu_are_read_ahead_in_the_same_order(monkeypatch):
         return torch.from_numpy(array)
 
     samples = Samples(data := fresh(plain_trial().data), cpu)
-    transform = Augmented(plain_trial().data, 16, cpu, torch.float64, (0.5,) * 3, (0.5,) * 3, False)
+    transform = Transform(plain_trial().data, 16, cpu, torch.float64, (0.5,) * 3, (0.5,) * 3, False)
     plain = TrainStream(samples, transform, 8, 4, Process())
     expected = {(epoch, step): plain.batch(epoch, step) for epoch in (0, 1) for step in range(7)}
     monkeypatch.setattr(stream, "to_device", to_device)

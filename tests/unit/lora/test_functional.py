@@ -5,7 +5,7 @@ import torch
 
 from lora_vit.lora import functional
 from lora_vit.lora.dropout import DropoutState, feature_keys, threshold
-from lora_vit.lora.functional import MaskKey, Prologue, adapted_linear, runs_of
+from lora_vit.lora.functional import AdaptedProduct, MaskKey, Prologue, runs_of
 
 K, B, S, I, O, R = 3, 2, 5, 6, 4, 3
 RANKS = (1, 3, 2)
@@ -25,6 +25,11 @@ def reference(z, weight, bias, a_KGRI, b_KGOR, scale_K, slots, mask=None, prolog
             parts[slot] = parts[slot] + scale_K[k] * (xd @ a_KGRI[k, g].T) @ b_KGOR[k, g].T
         out.append(torch.cat(parts, dim=-1))
     return torch.cat(out)
+
+
+def adapted_linear(z, weight, bias, a_KGRI, b_KGOR, scale_K, slots, mask=None, prologue=functional.NOTHING):
+    norm, tensors = (prologue.weight, prologue.bias), (a_KGRI, b_KGOR, None, scale_K)
+    return AdaptedProduct.apply(z, *norm, weight, bias, *tensors, prologue, slots, mask, False)
 
 
 def inputs(kind: str, slots: tuple[int, ...], dropouts: tuple[float, ...] | None, bias: bool = True):

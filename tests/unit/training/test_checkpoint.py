@@ -11,7 +11,7 @@ import torch
 from stage import raised
 
 from lora_vit.errors import ConfigError
-from lora_vit.training.checkpoint import TrialState, load_checkpoint, save_checkpoint
+from lora_vit.training.trial import TrialState, load_checkpoint, save_checkpoint
 
 TENSORS = [{"a": torch.full((2, 3), float(i), dtype=torch.float64), "b": torch.tensor(i)} for i in (1, 2, 3)]
 STATE = TrialState(3, 4, 5, 0.125, 6, 7.5, {"epoch": 2.0}, {"step": 8.0}, *TENSORS, 0.5, 9, 10)

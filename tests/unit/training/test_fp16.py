@@ -15,9 +15,9 @@ from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
 from lora_vit.training import optim
 from lora_vit.training import pack as pack_module
-from lora_vit.training.checkpoint import TrialState
 from lora_vit.training.optim import LossScale
 from lora_vit.training.pack import Pack, sample_losses
+from lora_vit.training.trial import TrialState
 
 FP16 = {"trainer.precision": "fp16"}
 CHANGES = [*THREE, {"seed": 4, "lora.rank": 3}]

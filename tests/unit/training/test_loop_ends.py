@@ -22,11 +22,10 @@ from lora_vit.lora.layers import LoRAAdapters
 from lora_vit.records import read_record
 from lora_vit.stopping import StopRequest
 from lora_vit.training import loop
-from lora_vit.training.checkpoint import load_checkpoint
 from lora_vit.training.loop import stop_requested
 from lora_vit.training.optim import PackedOptimizer
 from lora_vit.training.pack import Pack
-from lora_vit.training.trial import ClaimLost
+from lora_vit.training.trial import ClaimLost, load_checkpoint
 
 
 def statuses(stage, *seeds: int) -> list[str]:

@@ -13,8 +13,7 @@ from sweeps import leave_record, sweep_of, trial_of
 from lora_vit.config.names import flat
 from lora_vit.records import METRICS, read_record
 from lora_vit.training import trackers
-from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import TrialRun, TrialState
 
 mlflow = pytest.importorskip("mlflow", reason="needs pip install 'lora_vit[mlflow]'")
 pytestmark = pytest.mark.slow

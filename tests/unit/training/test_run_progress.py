@@ -35,11 +35,10 @@ def test_a_run_line_by_line(hands, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         "data: at [16] px, accuracy",
         f"trial {pack.trials[0].name} on cpu, fp64, 2 process(es)",
-        "parameters      count    share",
-        "adapter        12,000    1.20%",
-        "head              500    0.05%",
-        "trainable      12,500    1.25%",
-        "total       1,000,000  100.00%",
+        "       12,000    1.200%  adapter parameters",
+        "          500    0.050%  head parameters",
+        "       12,500    1.250%  trainable parameters",
+        "    1,000,000  100.000%  total parameters",
         "LoRA rank 4, alpha 32: effective scaling 8",
     ]
     hands.now = 110.5
@@ -71,4 +70,4 @@ def test_the_scaling_of_adapters_is_told_where_there_are_any(changes, line, caps
     reporter = RunReporter()
     reporter.started(pack_of(changes))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[7:] == ([line] if line else [])
+    assert lines[6:] == ([line] if line else [])

@@ -27,8 +27,7 @@ from lora_vit.metrics import Predictions
 from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.training import trackers
 from lora_vit.training import trial as trials
-from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun
+from lora_vit.training.trial import EPOCH_CHECKPOINT_EVERY, TrialRun, TrialState
 
 
 def trial_in(folder, changes=None, **where) -> TrialRun:

@@ -21,8 +21,7 @@ from lora_vit.config import ids, to_dict, trial_id
 from lora_vit.errors import ConfigError
 from lora_vit.files import read_rows
 from lora_vit.records import TrialRecord, read_record
-from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, lock_folder
+from lora_vit.training.trial import OWN_FILES, ClaimLost, TrialRun, TrialState, lock_folder
 
 CARD = {"fingerprint": "data", "classes": 4}
 ENVIRONMENT = {"host": "here", "precision": "fp32"}

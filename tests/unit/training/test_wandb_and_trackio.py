@@ -19,8 +19,7 @@ from sweeps import leave_record, sweep_of, trial_of
 from lora_vit import api
 from lora_vit.config.names import flat
 from lora_vit.records import METRICS
-from lora_vit.training.checkpoint import TrialState
-from lora_vit.training.trial import TrialRun
+from lora_vit.training.trial import TrialRun, TrialState
 
 pytestmark = pytest.mark.slow
 
