@@ -27,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verify", action="store_true", help="then train the lowest rank that may be the best, and compare the two")
 
 
-def cut(folder: str | Path, rank: int, out: str | Path | None = None, weights: str | None = None) -> Path:
+def cut(folder: str | Path, rank: int, out: str | Path | None = None, by: str = "layer",
+        weights: str | None = None) -> Path:  # fmt: skip
     """Write a completed trial's adapter at a lower rank, without figures, as no data is read; returns the new folder.
 
-    ``out``: None for a place beside the trial, where it may be already; the rest as of :func:`.evaluate.evaluate`.
+    ``out``: None for a place beside the trial, where it may be already; ``by``: as of :func:`.lora.adapter.cut`; the
+    rest as of :func:`.evaluate.evaluate`.
     """
     from lora_vit.lora import adapter
 
@@ -41,16 +43,16 @@ def cut(folder: str | Path, rank: int, out: str | Path | None = None, weights: s
         has = f"has rank {highest}" + (f", cut from {lora.cut}" if lora.cut else "") if highest else "has no adapter"
         raise ConfigError(f"--rank {rank} is impossible: trial {record.trial_id} {has}: give one trained above that")
     alpha = lora.effective_scaling() / replace(lora, rank=rank, alpha=1.0).effective_scaling()  # so that scaling stays
-    config.lora = replace(lora, rank=rank, alpha=alpha, cut=str(highest))
-    config.tracker = {}  # none has seen it train
+    how = str(highest) + " by threshold" * (by == "threshold")
+    config.lora, config.tracker = replace(lora, rank=rank, alpha=alpha, cut=how), {}  # no tracker has seen it train
     trial_id, cell_id = ids(config)
     place = folder.parent / trial_id if out is None else Path(out)
     if out is not None and place.exists():
         raise RecordError(f"--out {out} is there already: give a new folder")
     if state_of(place).status != "completed":
         tensors, card = adapter.read_adapter(folder)
-        smaller = adapter.cut(tensors, rank)
-        gone = sum(t.numel() - smaller[name].numel() for name, t in tensors.items())
+        smaller = adapter.cut(tensors, rank, by)
+        gone = sum(int(t.count_nonzero() - smaller[name].count_nonzero()) for name, t in tensors.items())
         counts = {name: count - gone * (name != "head") for name, count in record.parameters.items()}
         place.mkdir(parents=True, exist_ok=True)
         card = {**card, "trial_id": trial_id, "lora": vars(config.lora)}
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         if len(args.rank) > 1:
             raise ConfigError(f"--out {args.out}: give the one --rank to cut to")
-        place = cut(args.folder, args.rank[0], args.out, args.weights)
+        place = cut(args.folder, args.rank[0], args.out, weights=args.weights)
         print(f"python -m lora_vit.evaluate {from_here(place)} measures it")
         return 0
     from lora_vit.trained import trained_pack
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if not (lower := sorted({rank for rank in args.rank if rank < highest})):
         raise ConfigError(f"--rank {args.rank}: the highest completed in {sweep.folder} is {highest}: give lower ones")
     for folder in [sweep.folder_of(trial) for trial in done if trial.config.lora.rank == highest]:
-        cuts = [cut(folder, rank, None, args.weights) for rank in lower]
+        cuts = [cut(folder, rank, None, by, args.weights) for rank in lower for by in ("layer", "threshold")]
         if missing := [one for one in cuts if "val_loss" not in read_record(one).metrics]:
             print(f"{folder}: cut from rank {highest} to {', '.join(map(str, lower))}", flush=True)
             _, _, config = completed_trial(folder, args.weights, args.device, args.data_root)

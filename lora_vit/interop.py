@@ -184,7 +184,7 @@ def _write_peft(trained: TrainedModel, out: Path) -> None:
     _save(trained, base, out / "base")
     heads = [name for name, module in base.named_children() if isinstance(module, nn.Linear)]
     state = {name: t for name, t in base.state_dict().items() if name.split(".")[0] in heads}
-    r, ranks, names = lora["rank"], dict[str, int](), dict[str, str]()
+    r, ranks, names = trained.adapter.columns, dict[str, int](), dict[str, str]()
     for place in chosen_places(trained.merged, lora["targets"], lora["blocks"]):
         if place.bias_apart and set(lora["targets"]) & set(place.names):
             what = f"PEFT never calls {place.layer} of {trained.model.name}, whose bias is apart"

@@ -124,6 +124,11 @@ class LoraConfig:
         """Whether parameters of the trunk are trained, so that trials cannot share it."""
         return self.method == "full" or self.bias not in (None, "none")
 
+    @property
+    def columns(self) -> int:
+        """Those of ``lora_B``: the rank, or where one threshold has cut all layers, what each had."""
+        return int(self.cut.split()[0]) if self.cut and "threshold" in self.cut else cast(int, self.rank)
+
     def effective_scaling(self) -> float:
         """Factor of an adapter's output: alpha/rank, or alpha/sqrt(rank) for rsLoRA."""
         alpha, rank = cast(tuple[float, int], (self.alpha, self.rank))  # given with adapters

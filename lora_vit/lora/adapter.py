@@ -33,6 +33,11 @@ class Adapter(NamedTuple):
     tensors: dict[str, Tensor]
     card: dict[str, Any]
 
+    @property
+    def columns(self) -> int:
+        """Those of each ``lora_B``: the rank, or of what one threshold has cut, the rank that was trained."""
+        return next(len(tensor) for name, tensor in self.tensors.items() if name.endswith(".lora_A"))
+
 
 def read_adapter(folder: str | Path) -> Adapter:
     """Read ``adapter.safetensors`` and ``adapter.json``. Raises ConfigError unless they are whole and of one trial."""
@@ -146,21 +151,38 @@ def merged_state_dict(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return state
 
 
-def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """A trial's tensors with adapters of a lower rank, fp32: of each update the nearest one (Eckart & Young, 1936).
+def decomposed(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, R], falling singular values [R] and V' [R, I] of ``lora_B @ lora_A``, in fp64.
 
-    Both factors of an update get its square roots. DoRA's magnitudes stay, as head and biases do: they say how long
-    each output's weights are, whatever their direction.
+    No product is made dense: with B = Q P and A' = S T (QR), B A = Q (P T') S', and P T' is [R, R].
     """
+    (q_OR, p_RR), (s_IR, t_RR) = (torch.linalg.qr(x.double()) for x in (lora_B, lora_A.T))
+    u_RR, values_R, v_RR = torch.linalg.svd(p_RR @ t_RR.T)
+    return q_OR @ u_RR, values_R, v_RR @ s_IR.T
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int, by: str = "layer") -> dict[str, Tensor]:
+    """A trial's tensors with adapters of a lower rank, fp32: the nearest update of that rank (Eckart & Young, 1936).
+
+    ``by="layer"``: each layer has this rank. ``by="threshold"``: all together have at most as many parameters; what
+    stays has the largest squared singular values for each of the I + O parameters that it costs, in whatever layer.
+    There factors keep their shapes, and what goes is zero. DoRA's magnitudes stay, as head and biases do: they say how
+    long each output's weights are, whatever their direction.
+    """
+    names = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
+    parts = {name: decomposed(*(tensors[f"{name}.lora_{m}"] for m in "AB")) for name in names}
+    costs = {name: len(u_OR) + v_RI.shape[1] for name, (u_OR, _, v_RI) in parts.items()}
+    worth = {name: values_R.square() / costs[name] for name, (_, values_R, _) in parts.items()}
+    left, least = rank * sum(costs.values()), 0.0
+    for value, cost in sorted(((v, costs[name]) for name in names for v in worth[name].tolist()), reverse=True):
+        if by == "layer" or (left := left - cost) < 0:
+            break
+        least = value
     smaller = dict(tensors)
-    for name in [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]:
-        lora_A, lora_B = (tensors[f"{name}.lora_{m}"].double() for m in "AB")
-        # no product is made dense: with B = Q P and A' = S T (QR), B A = Q (P T') S', and P T' is [R, R]
-        (q_OR, p_RR), (s_IR, t_RR) = map(torch.linalg.qr, (lora_B, lora_A.T))
-        u_RR, values_R, v_RR = torch.linalg.svd(p_RR @ t_RR.T)
-        root_R = values_R.sqrt()
-        smaller[f"{name}.lora_A"] = (root_R[:, None] * (v_RR @ s_IR.T))[:rank].float()
-        smaller[f"{name}.lora_B"] = ((q_OR @ u_RR) * root_R)[:, :rank].float()
+    for name, (u_OR, values_R, v_RI) in parts.items():
+        root_R, r = (values_R * (worth[name] >= least)).sqrt(), rank if by == "layer" else len(values_R)
+        smaller[f"{name}.lora_A"] = (root_R[:, None] * v_RI)[:r].float()
+        smaller[f"{name}.lora_B"] = (u_OR * root_R)[:, :r].float()
     return smaller
 
 
@@ -171,7 +193,7 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
     views: dict[str, Tensor] = dict(model.named_parameters())  # of trained trunk parameters
     if adapter.card["lora"]["method"] in ADAPTED:
         base_values(model).update({name: views[name].detach().clone() for name in own if name in views})
-        for adapters in adapt(model, adapter.card):
+        for adapters in adapt(model, {**adapter.card, "lora": {**adapter.card["lora"], "rank": adapter.columns}}):
             views |= adapters.trial_tensors(0)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -180,7 +202,8 @@ def put_on(model: nn.Module, adapter: Adapter) -> None:
 
 def _output(model: nn.Module, base: dict[str, Any]) -> Tensor:
     """What a model in fp32 on the CPU, then in evaluation mode, gives for a made image."""
-    shape = side if isinstance(side := base["image_size"], list) else [side, side]
+    side = base["image_size"]
+    shape = side if isinstance(side, list) else [side, side]
     image = torch.rand(1, 3, *shape, generator=randomness.generator("base")) * 4 - 2
     with torch.no_grad():
         return model.eval()(image)

@@ -99,8 +99,8 @@ def test_every_rank_of_a_sweep_is_measured_once_and_compared(sweep, trials, call
     cuts = [record for record in found if record.config["lora"]["cut"]]
     assert sorted((r.config["lora"]["method"], r.config["lora"]["rank"], r.config["lora"]["cut"], r.config["seed"])
                   for r in cuts) == sorted(
-        (method, rank, "4", seed) for method, seed in (("lora", 0), ("lora", 1), ("dora", 0)) for rank in (1, 2)
-    )  # fmt: skip
+        (method, rank, how, seed) for method, seed in (("lora", 0), ("lora", 1), ("dora", 0)) for rank in (1, 2)
+        for how in ("4", "4 by threshold"))  # fmt: skip
     for record in cuts:  # a member of the pack has what it has alone
         folder = sweep / record.trial_id
         assert trial_id(from_dict(record.config)) == folder.name
@@ -111,10 +111,14 @@ def test_every_rank_of_a_sweep_is_measured_once_and_compared(sweep, trials, call
             np.testing.assert_allclose(kept["val.true_probability"], predictions.true_probability, rtol=1e-4)
         assert record.metrics["val_loss"] == pytest.approx(predictions.loss, rel=1e-5)
         assert record.status == "completed"
+    by_threshold = next(r for r in cuts if "threshold" in r.config["lora"]["cut"])
+    api.merge(sweep / by_threshold.trial_id, sweep / "merged.safetensors")
+    api.export(sweep / by_threshold.trial_id, "peft", sweep / "peft")
     monkeypatch.setattr(trained, "trained_pack", None)
     assert call("cut", sweep, "--ranks", "1", "2")[0] == 0, "nothing is measured again"
     summary = summarize(sweep)
-    assert set(summary.cells["lora.method"]) == {"lora", "dora", "LoRA cut from 4", "DoRA cut from 4"}
+    cut_from = {f"{method} cut from 4{how}" for method in ("LoRA", "DoRA") for how in ("", " by threshold")}
+    assert set(summary.cells["lora.method"]) == {"lora", "dora"} | cut_from
     assert set(summary.effects.table["setting"]) <= {"method", "rank", "scaling"}
     assert any("were cut from a higher rank" in line for line in summary.warnings)
     pictures = plots.draw_all(summary)

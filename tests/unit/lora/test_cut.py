@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from lora_vit.lora.adapter import cut
+from lora_vit.lora.adapter import cut, decomposed
 
 SIZES = {"block.q": (12, 10), "block.fc1": (40, 10), "block.fc2": (10, 40)}
 RANK = 5
@@ -26,6 +28,18 @@ def dense(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return tensors[f"{name}.lora_B"].double() @ tensors[f"{name}.lora_A"].double()
 
 
+def test_the_decomposition_is_torchs_of_the_dense_update(tensors):
+    """At 1e-10 of the largest value: both are of fp64, QR and SVD are stable, and 16 digits lose a few."""
+    for name in SIZES:
+        u, values, v = decomposed(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"])
+        update = dense(tensors, name)
+        theirs = torch.linalg.svdvals(update)
+        close = {"rtol": 0, "atol": 1e-10 * float(theirs[0])}
+        torch.testing.assert_close(values, theirs[:RANK], **close)
+        torch.testing.assert_close(u * values @ v, update, **close)
+        torch.testing.assert_close(u.T @ u, torch.eye(RANK).double(), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("rank", [1, 3, RANK])
 def test_each_layer_becomes_its_nearest_of_that_rank(tensors, rank):
     """The error is Eckart and Young's; 1e-6: the factors are written in fp32."""
@@ -38,3 +52,24 @@ def test_each_layer_becomes_its_nearest_of_that_rank(tensors, rank):
         nearest = u[:, :rank] * values[:rank] @ v[:rank]
         torch.testing.assert_close(dense(smaller, name), nearest, rtol=0, atol=1e-6 * float(values[0]))
     assert all(smaller[name] is tensors[name] for name in ("heads.head.weight", "block.q.lora_magnitude"))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, RANK])
+def test_a_threshold_leaves_as_many_parameters_and_loses_least(tensors, rank):
+    """Of all ranks of the layers that cost no more, none of those that a threshold allows is nearer."""
+    smaller = cut(tensors, rank, "threshold")
+    costs = {name: sum(sizes) for name, sizes in SIZES.items()}
+    ranks = {name: int((smaller[f"{name}.lora_B"] != 0).any(0).sum()) for name in SIZES}
+    budget = rank * sum(costs.values())
+    assert sum(ranks[name] * costs[name] for name in SIZES) <= budget
+    square = {name: torch.linalg.svdvals(dense(tensors, name))[:RANK].square() for name in SIZES}
+    kept = [float(square[n][k] / costs[n]) for n in SIZES for k in range(ranks[n])]
+    gone = [float(square[n][k] / costs[n]) for n in SIZES for k in range(ranks[n], RANK)]
+    assert not gone or min(kept) > max(gone)
+    assert bool(gone) == (rank < RANK)
+    if gone:  # the next one would not have had room
+        following = max((float(square[n][k] / costs[n]), costs[n]) for n in SIZES for k in range(ranks[n], RANK))
+        assert sum(ranks[name] * costs[name] for name in SIZES) + following[1] > budget
+    for name, k in itertools.product(SIZES, range(RANK)):
+        if k >= ranks[name]:
+            assert not smaller[f"{name}.lora_A"][k].any()
