@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lora_vit.analysis import checks, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
-from lora_vit.analysis.stats import compare, t_interval
+from lora_vit.analysis.questions import answers, tested
+from lora_vit.analysis.stats import compare
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import ADAPTED, nearest
 from lora_vit.config.names import METHOD, short_names
@@ -53,6 +53,7 @@ def summarize(
     race = None if plan is None else replay(plan, trials, value, sums)
     sums.add_all(first[~raced])  # only now: its workers do not know them
     done = averaged if race is None else counted(race, averaged)
+    margin = race.rules.margin if race is not None and margin is None else margin
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
@@ -67,12 +68,16 @@ def summarize(
     sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
-    cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
+    cells, edges = tables.cells_table(done, values, result, settings, resolution), list[bool]()
+    of_cells = done.drop_duplicates("cell").set_index("cell", drop=False).loc[values.index]
+    asked = answers(of_cells, result, settings, margin)
     if race is not None:
-        margin = race.rules.margin if margin is None else margin
-        cells = judged(race, cells, values, margin)
+        cells = judged(race, cells, values, margin or race.rules.margin)
     else:
-        rates = tables.learning_rates(cells, settings)
+        if (methods := asked.get("method")) is not None:  # a race chooses one cell, and only this one's is shown
+            of_test = [tested(done[done["cell"] == cell], metric) for cell in methods["cell"]]
+            asked["method"] = methods.join(pd.DataFrame(of_test))
+        edges = tables.at_edges(cells, settings)
         if margin is not None:
             cells["within"] = cells["below"] <= margin
     if len(failed):
@@ -83,7 +88,6 @@ def summarize(
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
     chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
-    tested = int(np.nan_to_num(chosen["data.test"].astype(float).min()))
     unfinished = checks.unfinished(trials, race is None, value)
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
@@ -95,15 +99,14 @@ def summarize(
         settings=settings,
         comparison=result,
         effects=effects,
-        learning_rates=rates,
-        test=t_interval(chosen[f"test_{metric}"].to_numpy(float), 1 / tested if tested else 0.0),
-        test_images=tested,
+        test=tested(chosen, metric),
         environment=checks.environment(done),
-        warnings=[*checks.warnings(done, cells, result, rates, unfinished), *checks.unseen(sums, len(first))],
+        warnings=[*checks.warnings(done, cells, result, edges, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,
         race=race,
         command=None if plan is None else plan["command"],
         metric=metric,
+        answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],
     )
 

@@ -1,0 +1,136 @@
+"""What people ask: is LoRA better than a baseline, or as good, which rank, and how probably is a cell the best.
+
+Groups of cells, such as those of a method or a rank, are compared at the best of each. With 95 % for all pairs of
+groups at once ``max mu[A] - max mu[B]`` lies between
+
+    max_a min_b (d[a, b] - c[|A|] se[a, b])    and    min_b max_a (d[a, b] + c[|B|] se[a, b]),
+
+d the difference of two cells' means, se its error (both parts of :mod:`.stats`), c[k] Dunnett's critical value (1955)
+of k cells against one, its risk shared out among the pairs: the lower end is too high only if an a seems too far ahead
+of the b that is truly best. So both choices of a best cell are inside (after Hsu, 1984).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical, t_interval, tukey_critical, wilson
+from lora_vit.analysis.texts import points
+from lora_vit.config.names import ADAPTED, BASELINES, LR, METHOD, METHODS, cell_text, value_text
+from lora_vit.metrics import METRICS
+
+DRAWS, MOST = 10_000, 300  # for P(best); of the cells the highest alone
+FEW = 20  # groups: with more Tukey's value over all cells, since Dunnett's is known to 1e-5 of the risk
+
+
+def answers(
+    cells: pd.DataFrame, compared: Comparison, settings: list[str], margin: float | None
+) -> dict[str, pd.DataFrame]:
+    """How each ``method``, ``rank`` and ``setting`` (all but the learning rate) does at its best, if several are there.
+
+    ``cells``: ``cell``, ``label``, ``trainable_parameters`` and settings, in the order of ``compared``. Cut ranks take
+    no part: they rise and fall with what they were cut from. ``margin`` is a fraction.
+    """
+    if (errors := compared.errors) is None:
+        return {}
+    cells = cells.iloc[errors.cells].reset_index(drop=True)
+    rows: list[Any] = cells.to_dict("records")
+    others, both = [c for c in settings if c != LR], "dora" in {*cells[METHOD]}
+    keys = {
+        "method": cells[METHOD].map(METHODS),
+        "rank": cells["lora.rank"].where(cells[METHOD].isin(ADAPTED)),
+        "setting": pd.Series([cell_text(row, others, both) for row in rows]).where(cells[METHOD].isin(METHODS)),
+    }
+    groups: dict[str, Any] = {asked: cells.groupby(key).indices for asked, key in keys.items()}
+    if len(groups["setting"]) < len(groups["method"]) + len(groups["rank"]) or LR not in settings:
+        del groups["setting"]  # the others say it, or each is a cell
+    return {asked: at_best(asked, g, cells, errors, margin) for asked, g in groups.items() if len(g) > 1}
+
+
+def at_best(
+    asked: str, groups: Mapping[Any, np.ndarray], cells: pd.DataFrame, errors: Errors, margin: float | None
+) -> pd.DataFrame:
+    """A row for each group, the best one first: its best cell, and what the base ``is`` beside the group.
+
+    The base is the best group, of methods the best one with adapters. Differences are the base's lead.
+    """
+    means, rows = errors.fit.means, []
+    order = sorted(groups, key=lambda group: -means[groups[group]].max())
+    base = next((group for group in order if group not in BASELINES.values()), order[0])
+    for group in order:
+        best, said = max(groups[group], key=lambda i: means[i]), ("", np.nan, np.nan, np.nan)
+        if group != base:
+            low, high = lead(groups[base], groups[group], len(groups), errors)
+            said = claim(low, high, margin), means[groups[base]].max() - means[best], low, high
+        own = cells.loc[best, ["cell", "label", "trainable_parameters"]]
+        rows.append((value_text(group), *own, means[best], *said))
+    columns = ["cell", "label", "trainable_parameters", "mean", "is", "difference", "low", "high"]
+    named = f"{'rank ' * (asked == 'rank')}{value_text(base)}"
+    return pd.DataFrame(rows, columns=[asked, *columns]).assign(base=named)
+
+
+def lead(a: np.ndarray, b: np.ndarray, groups: int, errors: Errors) -> tuple[float, float]:
+    """The ends for the best of the cells ``a`` less the best of ``b`` (see the module), two of so many groups."""
+    d = errors.fit.means[a][:, None] - errors.fit.means[b]
+
+    def half(count: int) -> np.ndarray:
+        shared = partial(dunnett_critical, count, alpha=ALPHA / (groups * (groups - 1)))
+        of_all = partial(tukey_critical, len(errors.cells))
+        return np.hypot(*errors.halves(a, shared if groups <= FEW else lambda df: of_all(df) / 2**0.5))[:, b]
+
+    return (d - half(len(a))).min(1).max(), (d + half(len(b))).max(0).min()
+
+
+def claim(low: float, high: float, margin: float | None) -> str:
+    """What the interval of a lead shows, in words between two names."""
+    if low > 0 or high < 0:
+        return "better than" if low > 0 else "worse than"
+    if margin is None or min(-low, high) >= margin:
+        return "not told apart from"
+    if max(-low, high) < margin:
+        return f"within {points(margin)} of"
+    return f"at most {points(margin)} {'worse' if -low < margin else 'better'} than"
+
+
+def text(tables: Mapping[str, pd.DataFrame]) -> str:
+    """What may be said of methods and ranks; empty without."""
+    told = []
+    for asked, table in tables.items():
+        others = table[table["is"] != ""].groupby("is", sort=False)[asked].agg(", ".join)
+        told += [f"{table['base'][0]} is {', '.join(others.index + ' ' + others)}"] * (asked != "setting")
+    return f"Each at its best cell: {'; '.join(told)}." if told else ""
+
+
+def chances(compared: Comparison) -> np.ndarray:
+    """P(best) of each cell under a flat prior: how often it is the highest of DRAWS from the means and their errors.
+
+    The covariance of the means, but for what is common to all, follows from that of their differences (Gower, 1966).
+    """
+    found, errors = np.full(len(compared.means), np.nan), compared.errors
+    if errors is None:
+        return found
+    top, rng = np.argsort(-errors.fit.means, kind="stable")[:MOST], np.random.default_rng(DRAWS)
+    estimated = rng.chisquare(errors.fit.df, (DRAWS, 1)) / errors.fit.df
+    drawn = errors.fit.means[top]
+    for part, known in zip(errors.variances(top)[:, :, top], (estimated, np.ones(1)), strict=True):
+        values, vectors = np.linalg.eigh((part.mean(0) + part.mean(1)[:, None] - part - part.mean()) / 2)
+        normal = rng.standard_normal((DRAWS, len(top))) @ (vectors * np.sqrt(values.clip(0))).T
+        drawn = drawn + normal / np.sqrt(known)
+    found[errors.cells] = 0.0
+    found[errors.cells[top]] = np.bincount(drawn.argmax(1), minlength=len(top)) / DRAWS
+    return found
+
+
+def tested(trials: pd.DataFrame, metric: str) -> dict[str, float]:
+    """Of a cell that was chosen on val: ``test``, half widths at 95 % over seeds and over ``images`` (0: not known).
+
+    That of the images is known for a share of them alone.
+    """
+    images = int(np.nan_to_num(trials["data.test"].astype(float).min()))
+    mean, _, _, low, high = t_interval(trials[f"test_{metric}"].to_numpy(float), 1 / images if images else 0.0)
+    known = images and METRICS[metric].counts
+    below, above = wilson(mean, images) if known else (np.nan, np.nan)  # no 0 where all images are right
+    return {"test": mean, "of_seeds": (high - low) / 2, "of_images": (above - below) / 2, "images": images}
