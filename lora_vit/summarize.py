@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     lines += [f"... {more} more problems (see the report)"] * (more > 0)
     lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
     lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    if math.isfinite(summary.test["test"]):
-        lines.append(f"Test {summary.title} of that cell: {number(summary.test['test'])} ({summary.errors_of_test()}).")
+    if math.isfinite(summary.test.mean):
+        lines.append(f"Test {summary.title} of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
     use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (or evaluate; merge and export with --out)"
     lines += [summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]
     for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):

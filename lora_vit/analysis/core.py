@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_vit.analysis import checks, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
-from lora_vit.analysis.questions import answers, tested
-from lora_vit.analysis.stats import compare
+from lora_vit.analysis.questions import answers
+from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import ADAPTED, nearest
 from lora_vit.config.names import METHOD, short_names
@@ -53,7 +54,6 @@ def summarize(
     race = None if plan is None else replay(plan, trials, value, sums)
     sums.add_all(first[~raced])  # only now: its workers do not know them
     done = averaged if race is None else counted(race, averaged)
-    margin = race.rules.margin if race is not None and margin is None else margin
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
@@ -69,14 +69,10 @@ def summarize(
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
     cells, edges = tables.cells_table(done, values, result, settings, resolution), list[bool]()
-    of_cells = done.drop_duplicates("cell").set_index("cell", drop=False).loc[values.index]
-    asked = answers(of_cells, result, settings, margin)
     if race is not None:
-        cells = judged(race, cells, values, margin or race.rules.margin)
+        margin = race.rules.margin if margin is None else margin
+        cells = judged(race, cells, values, margin)
     else:
-        if (methods := asked.get("method")) is not None:  # a race chooses one cell, and only this one's is shown
-            of_test = [tested(done[done["cell"] == cell], metric) for cell in methods["cell"]]
-            asked["method"] = methods.join(pd.DataFrame(of_test))
         edges = tables.at_edges(cells, settings)
         if margin is not None:
             cells["within"] = cells["below"] <= margin
@@ -87,7 +83,12 @@ def summarize(
     adapted = sound[sound[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
-    chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
+    tested = int(np.nan_to_num(done["data.test"].astype(float).min()))
+    of_test = {cell: t_interval(x.to_numpy(float), 1 / tested if tested else 0.0)
+               for cell, x in done.groupby("cell")[f"test_{metric}"]}  # fmt: skip
+    asked, chosen = answers(done, values.index, result, settings, margin), tables.best_cell(cells)["cell"]
+    if race is None and "method" in asked:  # a race chooses one cell, if any
+        asked["method"]["test"] = asked["method"]["cell"].map(of_test)
     unfinished = checks.unfinished(trials, race is None, value)
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
@@ -99,7 +100,8 @@ def summarize(
         settings=settings,
         comparison=result,
         effects=effects,
-        test=tested(chosen, metric),
+        test=of_test[chosen] if race is None or race.selected is not None else t_interval(np.empty(0)),
+        test_images=tested,
         environment=checks.environment(done),
         warnings=[*checks.warnings(done, cells, result, edges, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,

@@ -17,26 +17,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical, t_interval, tukey_critical, wilson
+from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical, tukey_critical
 from lora_vit.analysis.texts import points
 from lora_vit.config.names import ADAPTED, BASELINES, LR, METHOD, METHODS, cell_text, value_text
-from lora_vit.metrics import METRICS
 
 DRAWS, MOST = 10_000, 300  # for P(best); of the cells the highest alone
 FEW = 20  # groups: with more Tukey's value over all cells, since Dunnett's is known to 1e-5 of the risk
 
 
 def answers(
-    cells: pd.DataFrame, compared: Comparison, settings: list[str], margin: float | None
+    trials: pd.DataFrame, ids: pd.Index, compared: Comparison, settings: list[str], margin: float | None
 ) -> dict[str, pd.DataFrame]:
     """How each ``method``, ``rank`` and ``setting`` (all but the learning rate) does at its best, if several are there.
 
-    ``cells``: ``cell``, ``label``, ``trainable_parameters`` and settings, in the order of ``compared``. Cut ranks take
-    no part: they rise and fall with what they were cut from. ``margin`` is a fraction.
+    ``ids``: of the cells that were ``compared``. Cut ranks take no part: they rise and fall with what they were cut
+    from. ``margin`` is a fraction.
     """
     if (errors := compared.errors) is None:
         return {}
-    cells = cells.iloc[errors.cells].reset_index(drop=True)
+    cells = trials.drop_duplicates("cell").set_index("cell", drop=False).loc[ids[errors.cells]].reset_index(drop=True)
     rows: list[Any] = cells.to_dict("records")
     others, both = [c for c in settings if c != LR], "dora" in {*cells[METHOD]}
     keys = {
@@ -45,8 +44,9 @@ def answers(
         "setting": pd.Series([cell_text(row, others, both) for row in rows]).where(cells[METHOD].isin(METHODS)),
     }
     groups: dict[str, Any] = {asked: cells.groupby(key).indices for asked, key in keys.items()}
-    if len(groups["setting"]) < len(groups["method"]) + len(groups["rank"]) or LR not in settings:
-        del groups["setting"]  # the others say it, or each is a cell
+    baselines = len(groups["method"].keys() & {*BASELINES.values()})
+    if LR not in settings or len(groups["setting"]) <= max(len(groups["method"]), len(groups["rank"]) + baselines):
+        del groups["setting"]  # each is a cell, or the other tables say it
     return {asked: at_best(asked, g, cells, errors, margin) for asked, g in groups.items() if len(g) > 1}
 
 
@@ -122,15 +122,3 @@ def chances(compared: Comparison) -> np.ndarray:
     found[errors.cells] = 0.0
     found[errors.cells[top]] = np.bincount(drawn.argmax(1), minlength=len(top)) / DRAWS
     return found
-
-
-def tested(trials: pd.DataFrame, metric: str) -> dict[str, float]:
-    """Of a cell that was chosen on val: ``test``, half widths at 95 % over seeds and over ``images`` (0: not known).
-
-    That of the images is known for a share of them alone.
-    """
-    images = int(np.nan_to_num(trials["data.test"].astype(float).min()))
-    mean, _, _, low, high = t_interval(trials[f"test_{metric}"].to_numpy(float), 1 / images if images else 0.0)
-    known = images and METRICS[metric].counts
-    below, above = wilson(mean, images) if known else (np.nan, np.nan)  # no 0 where all images are right
-    return {"test": mean, "of_seeds": (high - low) / 2, "of_images": (above - below) / 2, "images": images}

@@ -17,9 +17,9 @@ from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, seeds_within
 from lora_vit.analysis.questions import text
 from lora_vit.analysis.race import Race, standing
-from lora_vit.analysis.stats import MOST_SEEDS, Comparison
+from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
-from lora_vit.analysis.texts import NONE, number, plain, points, seeds, with_interval
+from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import SEARCH
 
@@ -31,9 +31,10 @@ class Summary:
     """Of a fixed sweep: every cell was meant to get the same seeds, and claims come from all trials together.
 
     ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
-    this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on test; NaN
-    if none is chosen. ``pictures``: so many of val count in the claims (0: they hold on these alone). ``race``: if the
-    sweep was one, with the ``command`` that resumes it.
+    this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
+    ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``pictures``: so many of val count in the
+    claims (0: they hold on these alone). ``race``: if the sweep was one, with the ``command`` that resumes it.
+    ``answers``: of :mod:`.questions`; that of methods has their best cells' ``test``.
     """
 
     folders: list[str]
@@ -45,7 +46,8 @@ class Summary:
     settings: list[str]
     comparison: Comparison
     effects: Effects
-    test: dict[str, float]
+    test: Interval
+    test_images: int
     environment: pd.DataFrame
     warnings: list[str]
     problems: list[str]
@@ -67,7 +69,7 @@ class Summary:
     """What the cells table's marks mean, in Markdown."""
 
     def __post_init__(self) -> None:
-        self.title, self.meaning, *_ = METRICS[self.metric]
+        self.title, self.meaning, _, self.counts_images, _ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
         self.legend = self.legend.format(self.title) + losses
 
@@ -156,10 +158,16 @@ class Summary:
         )
 
     def errors_of_test(self) -> str:
-        """Both half widths of the test figure at 95 %."""
-        seeds = plain(self.test["of_seeds"])
-        between = f"± {seeds} between seeds, " * (seeds != NONE)
-        return f"{between}± {plain(self.test['of_images'])} from the {self.test['images']:,} test images"
+        """Both half widths of the test figure in words."""
+        seeds, images = self.halves_of_test(self.test)
+        between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
+        return f"{between}± {plain(images)} from the {self.test_images:,} test images"
+
+    def halves_of_test(self, test: Interval) -> tuple[float, float]:
+        """At 95 %, over seeds and over images; that of the images for a share of them alone."""
+        known = (n := self.test_images) and self.counts_images
+        low, high = wilson(test.mean, n) if known else (math.nan, math.nan)  # no 0 where all images are right
+        return (test.high - test.low) / 2, (high - low) / 2
 
 
 class RaceSummary(Summary):

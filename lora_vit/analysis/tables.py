@@ -122,5 +122,5 @@ def at_edges(cells: pd.DataFrame, settings: list[str]) -> list[bool]:
     if LR not in settings:
         return []
     others: Any = [c for c in settings if c != LR] or (lambda _: "all")
-    tried = cells.groupby(others, dropna=False)[LR].agg(["first", "min", "max"])
+    tried = cells.groupby(others, sort=False, dropna=False)[LR].agg(["first", "min", "max"])
     return [low < high and best in (low, high) for best, low, high in tried.to_numpy()]
