@@ -494,8 +494,9 @@ def print_pictures(runs: int, rng: np.random.Generator) -> None:
 def simulate_question(
     case: Population, groups: dict[Any, np.ndarray], runs: int, rng: np.random.Generator
 ) -> list[float]:
-    """Shares of sweeps in which some group is told apart from the base; in which it would be by t tests of their best
-    cells over seeds; the first group is shown to be better than all; the base to be at most half a point worse.
+    """Shares of sweeps in which some group is told apart from the base; the base is shown to be better than some (or at
+    most a margin worse, if it truly is just that); t tests of the best cells over seeds tell some apart; the first
+    group is shown to be better than all.
     """
     totals, cells = np.zeros(4), pd.DataFrame({"cell": np.arange(case.cells), "label": "", "trainable_parameters": 1})
     for _ in range(runs):
@@ -506,8 +507,9 @@ def simulate_question(
         d = best[0] - best[1:]
         t = d.mean(1) / np.maximum(d.std(1, ddof=1), 1e-9) * math.sqrt(case.seeds)
         said, first = table["is"][table["is"] != ""], table["base"][0] == str(next(iter(groups)))
-        totals += [(said != "not told apart from").any(), (abs(t) > special.stdtrit(case.seeds - 1, 0.975)).any(),
-                   first and (said == "better than").all(), (table["low"] > -0.005).any()]  # fmt: skip
+        totals += [(said != "not told apart from").any(), (said == "better than").any(),
+                   (abs(t) > special.stdtrit(case.seeds - 1, 0.975)).any(),
+                   first and (said == "better than").all()]  # fmt: skip
     return list(totals / runs)
 
 
@@ -517,30 +519,32 @@ def simulate_chances(case: Population, runs: int, rng: np.random.Generator) -> l
     for _ in range(runs):
         drawn = replace(case, lead=rng.normal(0, 0.6, case.cells))
         y, sums = drawn.sweep(rng)
-        p = chances(compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))))
+        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        p = chances(errors)
         totals += [p.max(), p.argmax() == drawn.lead.argmax()]
     return list(totals / runs)
 
 
 def print_questions(runs: int, rng: np.random.Generator) -> None:
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["question", "groups", "pictures", "spreads", "seeds", "errs %", "t tests over seeds err %",
-                    "finds a point %", "margin 0.5: errs %", "highest P(best) %", "it is the best %"])  # fmt: skip
+    table.writerow(["question", "groups", "pictures", "spreads", "seeds", "errs %", "'better' errs %",
+                    "t tests over seeds err %", "finds a point %", "highest P(best) %",
+                    "it is the best %"])  # fmt: skip
     methods = [(f"LoRA {m}, baseline {b}", {"LoRA": np.arange(m), "linear probe": m + np.arange(b)}, np.zeros(m + b))
-               for m, b in ((2, 1), (8, 1), (30, 1), (8, 4), (30, 4))]  # fmt: skip
+               for m, b in ((2, 1), (8, 1), (8, 4), (30, 2))]  # fmt: skip
     ranks = [(f"{r} ranks, {k} rates, {'each its own best' if own else 'equal'}",
               {str(i): i * k + np.arange(k) for i in range(r)},
               np.array([-0.6 * own * abs(j - i % k) for i in range(r) for j in range(k)]))
-             for r, k, own in ((2, 2, 0), (4, 3, 0), (4, 3, 1), (6, 5, 0), (6, 5, 1))]  # fmt: skip
+             for r, k, own in ((2, 2, 0), (4, 3, 0), (4, 3, 1), (6, 5, 1))]  # fmt: skip
     for asked, (words, groups, lead) in [*(("method", g) for g in methods), *(("rank", g) for g in ranks)]:
-        for n, spread, seeds in itertools.product((719, 10_000)[: 1 + (len(lead) < 20)], ("equal", "half 3x"), (3, 5)):
+        sizes = (719, 10_000) if len(lead) in (9, 12) else (719,)
+        for n, spread, seeds in itertools.product(sizes, ("equal", "half 3x"), (3, 5)):
             case, first = Population(len(lead), seeds, n, spread=spread, lead=lead), np.zeros(len(lead))
             first[next(iter(groups.values()))] = 1
-            null, ahead, behind = (simulate_question(replace(case, lead=lead + by * first), groups, r, rng)
-                                   for by, r in ((0, runs), (1, runs // 3), (-0.5, runs)))  # fmt: skip
-            shares = [null[0], null[1], ahead[2], *[behind[3]] * (asked == "method")]
-            row = [asked, words, n, spread, seeds, *(f"{100 * s:.1f}" for s in shares)]
-            table.writerow([*row, *[""] * (11 - len(row))])
+            null = simulate_question(case, groups, runs, rng)
+            finds = simulate_question(replace(case, lead=lead + first), groups, max(1, runs // 6), rng)[3]
+            shares = [f"{100 * s:.1f}" for s in (*null[:3], finds)]
+            table.writerow([asked, words, n, spread, seeds, *shares, "", ""])
             sys.stdout.flush()
     for m, spread, seeds in itertools.product((2, 8, 30), ("equal", "half 3x"), (3, 5)):
         told = simulate_chances(Population(m, seeds, 719, spread=spread), runs, rng)

@@ -1,13 +1,14 @@
 """What people ask: is LoRA better than a baseline, or as good, which rank, and how probably is a cell the best.
 
 Groups of cells, such as those of a method or a rank, are compared at the best of each. With 95 % for all pairs of
-groups at once ``max mu[A] - max mu[B]`` lies between
+groups at once ``max mu[A] - max mu[B]`` lies above
 
-    max_a min_b (d[a, b] - c[|A|] se[a, b])    and    min_b max_a (d[a, b] + c[|B|] se[a, b]),
+    max_a min_b (d[a, b] - c[|A|] se[a, b]),
 
-d the difference of two cells' means, se its error (both parts of :mod:`.stats`), c[k] Dunnett's critical value (1955)
-of k cells against one, its risk shared out among the pairs: the lower end is too high only if an a seems too far ahead
-of the b that is truly best. So both choices of a best cell are inside (after Hsu, 1984).
+and below the same for B and A with its sign changed: d is the difference of two cells' means, se its error (both parts
+of :mod:`.stats`), c[k] Dunnett's critical value (1955) of k cells against one, its risk shared out among the pairs. It
+is wrong only if an a seems too far ahead of the b that is truly best; so both choices of a best cell are inside (after
+Hsu, 1984).
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical, tukey_critical
+from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical
 from lora_vit.analysis.texts import points
 from lora_vit.config.names import ADAPTED, BASELINES, LR, METHOD, METHODS, cell_text, value_text
 
 DRAWS, MOST = 10_000, 300  # for P(best); of the cells the highest alone
-FEW = 20  # groups: with more Tukey's value over all cells, since Dunnett's is known to 1e-5 of the risk
+FEW = 20  # groups to compare: with more hardly anything is found, and Dunnett's tail is known to 1e-5 alone
 
 
 def answers(
@@ -47,7 +48,7 @@ def answers(
     baselines = len(groups["method"].keys() & {*BASELINES.values()})
     if LR not in settings or len(groups["setting"]) <= max(len(groups["method"]), len(groups["rank"]) + baselines):
         del groups["setting"]  # each is a cell, or the other tables say it
-    return {asked: at_best(asked, g, cells, errors, margin) for asked, g in groups.items() if len(g) > 1}
+    return {asked: at_best(asked, g, cells, errors, margin) for asked, g in groups.items() if 1 < len(g) <= FEW}
 
 
 def at_best(
@@ -63,7 +64,8 @@ def at_best(
     for group in order:
         best, said = max(groups[group], key=lambda i: means[i]), ("", np.nan, np.nan, np.nan)
         if group != base:
-            low, high = lead(groups[base], groups[group], len(groups), errors)
+            pair, level = (groups[base], groups[group]), ALPHA / (len(groups) * (len(groups) - 1))
+            low, high = least_lead(*pair, level, errors), -least_lead(*pair[::-1], level, errors)
             said = claim(low, high, margin), means[groups[base]].max() - means[best], low, high
         own = cells.loc[best, ["cell", "label", "trainable_parameters"]]
         rows.append((value_text(group), *own, means[best], *said))
@@ -72,16 +74,12 @@ def at_best(
     return pd.DataFrame(rows, columns=[asked, *columns]).assign(base=named)
 
 
-def lead(a: np.ndarray, b: np.ndarray, groups: int, errors: Errors) -> tuple[float, float]:
-    """The ends for the best of the cells ``a`` less the best of ``b`` (see the module), two of so many groups."""
-    d = errors.fit.means[a][:, None] - errors.fit.means[b]
-
-    def half(count: int) -> np.ndarray:
-        shared = partial(dunnett_critical, count, alpha=ALPHA / (groups * (groups - 1)))
-        of_all = partial(tukey_critical, len(errors.cells))
-        return np.hypot(*errors.halves(a, shared if groups <= FEW else lambda df: of_all(df) / 2**0.5))[:, b]
-
-    return (d - half(len(a))).min(1).max(), (d + half(len(b))).max(0).min()
+def least_lead(a: np.ndarray, b: np.ndarray, alpha: float, errors: Errors) -> float:
+    """By how much the best of the cells ``a`` is at least ahead of the best of ``b`` (see the module)."""
+    few, many = sorted((a, b), key=len)  # of thousands of cells not all pairs are looked at
+    half = np.hypot(*errors.halves(few, partial(dunnett_critical, len(a), alpha=alpha)))[:, many]
+    lead = errors.fit.means[a][:, None] - errors.fit.means[b] - (half if few is a else half.T)
+    return float(lead.min(1).max())
 
 
 def claim(low: float, high: float, margin: float | None) -> str:
@@ -104,21 +102,17 @@ def text(tables: Mapping[str, pd.DataFrame]) -> str:
     return f"Each at its best cell: {'; '.join(told)}." if told else ""
 
 
-def chances(compared: Comparison) -> np.ndarray:
+def chances(errors: Errors) -> np.ndarray:
     """P(best) of each cell under a flat prior: how often it is the highest of DRAWS from the means and their errors.
 
     The covariance of the means, but for what is common to all, follows from that of their differences (Gower, 1966).
     """
-    found, errors = np.full(len(compared.means), np.nan), compared.errors
-    if errors is None:
-        return found
-    top, rng = np.argsort(-errors.fit.means, kind="stable")[:MOST], np.random.default_rng(DRAWS)
-    estimated = rng.chisquare(errors.fit.df, (DRAWS, 1)) / errors.fit.df
-    drawn = errors.fit.means[top]
+    means, df, rng = errors.fit.means, errors.fit.df, np.random.default_rng(DRAWS)
+    top, found = np.argsort(-means, kind="stable")[:MOST], np.zeros(len(means))
+    drawn, estimated = means[top], rng.chisquare(df, (DRAWS, 1)) / df
     for part, known in zip(errors.variances(top)[:, :, top], (estimated, np.ones(1)), strict=True):
         values, vectors = np.linalg.eigh((part.mean(0) + part.mean(1)[:, None] - part - part.mean()) / 2)
         normal = rng.standard_normal((DRAWS, len(top))) @ (vectors * np.sqrt(values.clip(0))).T
         drawn = drawn + normal / np.sqrt(known)
-    found[errors.cells] = 0.0
-    found[errors.cells[top]] = np.bincount(drawn.argmax(1), minlength=len(top)) / DRAWS
+    found[top] = np.bincount(drawn.argmax(1), minlength=len(top)) / DRAWS
     return found

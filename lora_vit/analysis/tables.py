@@ -77,7 +77,9 @@ def cells_table(
         [~result.compared, is_best, result.worse, result.candidate],
         ["no verdict", "best", "worse", "candidate"], "open",
     ).astype(object)  # fmt: skip
-    frame["below"], frame["p_best"] = result.below, chances(result)
+    frame["below"], frame["p_best"] = result.below, math.nan
+    if result.errors is not None:
+        frame.loc[result.compared, "p_best"] = chances(result.errors)
     for name in LOSSES if done["val_brier"].notna().any() else ():
         losses = matrix(done, f"val_{name}").reindex(values.index)
         frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()
