@@ -68,14 +68,12 @@ def summarize(
     sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
-    cells, edges = tables.cells_table(done, values, result, settings, resolution), list[bool]()
+    cells = tables.cells_table(done, values, result, settings, resolution)
     if race is not None:
         margin = race.rules.margin if margin is None else margin
         cells = judged(race, cells, values, margin)
-    else:
-        edges = tables.at_edges(cells, settings)
-        if margin is not None:
-            cells["within"] = cells["below"] <= margin
+    elif margin is not None:
+        cells["within"] = cells["below"] <= margin
     if len(failed):
         lost = cells["cell"].map(failed).fillna(0).astype(int)
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
@@ -84,12 +82,13 @@ def summarize(
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
     tested = int(np.nan_to_num(done["data.test"].astype(float).min()))
-    of_test = {cell: t_interval(x.to_numpy(float), 1 / tested if tested else 0.0)
-               for cell, x in done.groupby("cell")[f"test_{metric}"]}  # fmt: skip
+    step, figures = 1 / tested if tested else 0.0, done.groupby("cell")[f"test_{metric}"]
+    of_test = {cell: t_interval(x.to_numpy(float), step) for cell, x in figures}
     asked, chosen = answers(done, values.index, result, settings, margin), tables.best_cell(cells)["cell"]
     if race is None and "method" in asked:  # a race chooses one cell, if any
         asked["method"]["test"] = asked["method"]["cell"].map(of_test)
     unfinished = checks.unfinished(trials, race is None, value)
+    edges = tables.at_edges(cells, settings) if race is None else []
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
         where=where,

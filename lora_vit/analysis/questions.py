@@ -76,8 +76,8 @@ def at_best(
 
 def least_lead(a: np.ndarray, b: np.ndarray, alpha: float, errors: Errors) -> float:
     """By how much the best of the cells ``a`` is at least ahead of the best of ``b`` (see the module)."""
-    few, many = sorted((a, b), key=len)  # of thousands of cells not all pairs are looked at
-    half = np.hypot(*errors.halves(few, partial(dunnett_critical, len(a), alpha=alpha)))[:, many]
+    few, many = sorted((a, b), key=len)  # rows cost more
+    half = np.hypot(*errors.halves(few, many, partial(dunnett_critical, len(a), alpha=alpha)))
     lead = errors.fit.means[a][:, None] - errors.fit.means[b] - (half if few is a else half.T)
     return float(lead.min(1).max())
 
@@ -86,11 +86,8 @@ def claim(low: float, high: float, margin: float | None) -> str:
     """What the interval of a lead shows, in words between two names."""
     if low > 0 or high < 0:
         return "better than" if low > 0 else "worse than"
-    if margin is None or min(-low, high) >= margin:
-        return "not told apart from"
-    if max(-low, high) < margin:
-        return f"within {points(margin)} of"
-    return f"at most {points(margin)} {'worse' if -low < margin else 'better'} than"
+    sides = [side for side, end in (("worse", -low), ("better", high)) if margin is not None and end < margin]
+    return f"at most {points(margin or 0)} {' or '.join(sides)} than" if sides else "not told apart from"
 
 
 def text(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -110,7 +107,7 @@ def chances(errors: Errors) -> np.ndarray:
     means, df, rng = errors.fit.means, errors.fit.df, np.random.default_rng(DRAWS)
     top, found = np.argsort(-means, kind="stable")[:MOST], np.zeros(len(means))
     drawn, estimated = means[top], rng.chisquare(df, (DRAWS, 1)) / df
-    for part, known in zip(errors.variances(top)[:, :, top], (estimated, np.ones(1)), strict=True):
+    for part, known in zip(errors.variances(top, top), (estimated, np.ones(1)), strict=True):
         values, vectors = np.linalg.eigh((part.mean(0) + part.mean(1)[:, None] - part - part.mean()) / 2)
         normal = rng.standard_normal((DRAWS, len(top))) @ (vectors * np.sqrt(values.clip(0))).T
         drawn = drawn + normal / np.sqrt(known)

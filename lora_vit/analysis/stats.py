@@ -300,12 +300,12 @@ def compare(
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
     difference = fit.means[best] - fit.means
-    errors = Errors(fit, np.flatnonzero(keep), common, wide, pictures)
-    half_seeds, half_pictures = errors.halves(np.array([best]), partial(tukey_critical, k))[:, 0] / math.sqrt(2)
+    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures), np.arange(k)
+    half_seeds, half_pictures = errors.halves(every[[best]], every, partial(tukey_critical, k))[:, 0] / math.sqrt(2)
     half_seeds[best] = half_pictures[best] = np.nan
     half = np.hypot(half_seeds, half_pictures)
     of_others = partial(dunnett_critical, k - 1)
-    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, of_others)))
+    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, every, of_others)))
 
     of_kept = {
         "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
@@ -342,17 +342,21 @@ class Errors:
     wide: bool
     pictures: Pictures | None
 
-    def variances(self, rows: np.ndarray) -> np.ndarray:
-        """Of ``means[rows] - means``, the part of the seeds and that of the pictures: [2, rows, k]."""
-        fit, seeds = self.fit, np.full((len(rows), len(self.cells)), self.common)
+    def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""
+        fit, parts = self.fit, np.zeros((2, len(rows), len(columns)))
+        parts[0] = self.common
         if self.wide:
-            seeds = np.fmax(seeds, pair_variance(fit.y, rows, fit.blocked))
-        part = 0.0 if self.pictures is None else self.pictures.of_differences(self.cells[rows], self.cells)
-        return np.stack([seeds * np.maximum(fit.difference_variance(rows), 0.0), part + np.zeros_like(seeds)])
+            parts[0] = np.fmax(parts[0], pair_variance(fit.y, rows, fit.blocked)[:, columns])
+        parts[0] *= np.maximum(fit.difference_variance(rows)[:, columns], 0.0)
+        if self.pictures is not None:
+            parts[1] = self.pictures.of_differences(self.cells[rows], self.cells[columns])
+        return parts
 
-    def halves(self, rows: np.ndarray, critical: Callable[[float], float]) -> np.ndarray:
-        """Half widths of the two parts, each with the critical value of its degrees of freedom: [2, rows, k]."""
-        return np.sqrt(self.variances(rows)) * np.reshape([critical(self.fit.df), critical(MANY)], (2, 1, 1))
+    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Callable[[float], float]) -> np.ndarray:
+        """Half widths of both parts, each with the critical value of its degrees of freedom: [2, rows, columns]."""
+        values = critical(self.fit.df), critical(MANY)
+        return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
 
 
 def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

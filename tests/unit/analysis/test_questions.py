@@ -58,7 +58,7 @@ def test_p_best_of_two_cells(pictures: int):
     for c, s in np.ndindex(2, 4):
         sums.count(str(c), s, labels, right[c, s].astype(float))
     result = compare(y, pictures=sums.of(["0", "1"]) if pictures else None)
-    seeds, part = result.errors.variances(np.array([0]))[:, 0, 1]
+    seeds, part = result.errors.variances(*np.array([[0], [1]]))[:, 0, 0]
     noise = math.sqrt(seeds) * rng.standard_t(3, 400_000) + math.sqrt(part) * rng.standard_normal(400_000)
     got = questions.chances(result.errors)
     assert bool(part) == bool(pictures)
@@ -80,7 +80,8 @@ def test_p_best_where_cells_tie_or_are_many(monkeypatch):
         (0.001, 0.02, 0.01, "better than"), (-0.02, -0.001, None, "worse than"),
         (-0.02, 0.03, None, "not told apart from"), (-0.02, 0.03, 0.02, "not told apart from"),
         (-0.02, 0.03, 0.021, "at most 2.10 points worse than"),
-        (-0.03, 0.02, 0.021, "at most 2.10 points better than"), (-0.02, 0.02, 0.021, "within 2.10 points of"),
+        (-0.03, 0.02, 0.021, "at most 2.10 points better than"),
+        (-0.02, 0.02, 0.021, "at most 2.10 points worse or better than"),
     ],
 )  # fmt: skip
 def test_claims(low: float, high: float, margin: float | None, said: str):
@@ -111,6 +112,10 @@ def test_each_question_has_its_table():
     assert {*methods["base"]} == {"DoRA"}
     assert list(methods["is"]) == ["worse than", "", "better than", "better than"]
     assert methods.loc["LoRA", "difference"] == pytest.approx(y[8].mean() - y[4].mean())
+    found = errors(y, resolution=0.001)
+    half = scipy_stats.t.ppf(1 - 0.05 / 12, found.fit.df) * math.sqrt(found.variances(*np.array([[8], [6]]))[0, 0, 0])
+    probe = methods.loc["linear probe"]
+    assert probe["high"] - probe["difference"] == pytest.approx(half, rel=1e-3), "twelve ends share the 5 %"
     assert list(ranks.index) == ["4", "16", "1"]
     assert [label.split(", ")[-1] for label in ranks["label"]] == ["lr 0.1", "lr 0.1", "lr 0.01"]
     assert list(got["setting"]["setting"])[:2] == ["full fine-tuning", "DoRA, rank 4"]
