@@ -30,9 +30,7 @@ from lora_vit.metrics import LOSSES
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
-LEAST_NEEDED = (
-    "seconds", "parameters", "pictures ±", "seeds ±", "95 % interval",
-)  # fmt: skip
+LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
 """Columns of the cells table that a narrow terminal does without, the first first."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]

@@ -109,7 +109,7 @@ def chances(errors: Errors) -> np.ndarray:
     drawn, estimated = means[top], rng.chisquare(df, (DRAWS, 1)) / df
     for part, known in zip(errors.variances(top, top), (estimated, np.ones(1)), strict=True):
         values, vectors = np.linalg.eigh((part.mean(0) + part.mean(1)[:, None] - part - part.mean()) / 2)
-        normal = rng.standard_normal((DRAWS, len(top))) @ (vectors * np.sqrt(values.clip(0))).T
-        drawn = drawn + normal / np.sqrt(known)
+        root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # the one root that does not depend on the vectors' signs
+        drawn = drawn + rng.standard_normal((DRAWS, len(top))) @ root / np.sqrt(known)
     found[top] = np.bincount(drawn.argmax(1), minlength=len(top)) / DRAWS
     return found
