@@ -6,12 +6,13 @@
     python scripts/calibrate_statistics.py effects          # effects of settings, and interactions
     python scripts/calibrate_statistics.py rates            # how the best learning rate goes with the rank
     python scripts/calibrate_statistics.py pictures         # the same claims about other pictures of the kind
+    python scripts/calibrate_statistics.py questions        # methods and ranks, each at its best, and P(best)
     python scripts/calibrate_statistics.py race --runs 100  # seconds to a minute
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
 by all cells; the error's sd is the "seed sd" of the table. "half 3x": half of the cells spread three times as much;
-"one 10x": a single cell spreads ten times as much. ``pictures`` draws predictions instead (:class:`Population`) and
-prints CSV.
+"one 10x": a single cell spreads ten times as much. ``pictures`` and ``questions`` draw predictions instead
+(:class:`Population`) and print CSV.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from scipy import optimize, special
 
 from lora_vit.analysis.effects import main_effects, rate_by_rank
 from lora_vit.analysis.pictures import Sums, each_adds
+from lora_vit.analysis.questions import at_best, chances
 from lora_vit.analysis.race import Race, Rules, decide, wanted
 from lora_vit.analysis.stats import chi_nodes, compare, dunnett_critical, fit_blocks
 from lora_vit.metrics import METRICS
@@ -392,8 +394,8 @@ class Population:
     Of the pictures, 12 % are undecided: a trial is right on one with probability p + g[cell, picture] + e[cell, seed],
     p uniform in [0.25, 0.75], g = +- ``own`` min(p, 1 - p), e of sd ``sd`` points of accuracy; half of the draws are
     shared by the cells of a seed. The others are right always, or never (4 %). ``own`` = 0.5: the pictures' part of a
-    difference has an sd of 9.4 points / sqrt(pictures). ``lead``: of the first cell, in points. ``metric``: with ten
-    classes whose sizes fall to a tenth, except for accuracy.
+    difference has an sd of 9.4 points / sqrt(pictures). ``lead``: of the first cell or cells, in points.
+    ``metric``: with ten classes whose sizes fall to a tenth, except for accuracy.
     """
 
     cells: int
@@ -402,7 +404,7 @@ class Population:
     own: float = 0.5
     sd: float = 0.2
     spread: str = "equal"
-    lead: float = 0.0
+    lead: Any = 0.0
     metric: str = "accuracy"
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -414,7 +416,7 @@ class Population:
         g = self.own * np.minimum(p, 1 - p) * rng.choice(np.array([-1, 1], np.float32), (m, k))
         sds = Case(m, self.seeds, self.sd, self.spread).sds
         e = rng.normal(size=(m, self.seeds)) * sds[:, None] + rng.normal(0, self.sd / 100, self.seeds)
-        e[0] += self.lead / 100
+        e[: np.size(self.lead)] += np.reshape(self.lead, (-1, 1)) / 100
         own = rng.random((m, self.seeds, k), dtype=np.float32)
         common = np.broadcast_to(rng.random((self.seeds, k), dtype=np.float32), own.shape)
         u = np.where(rng.random(own.shape, dtype=np.float32) < 0.5, own, common)
@@ -489,6 +491,67 @@ def print_pictures(runs: int, rng: np.random.Generator) -> None:
             sys.stdout.flush()
 
 
+def simulate_question(
+    case: Population, groups: dict[Any, np.ndarray], runs: int, rng: np.random.Generator
+) -> list[float]:
+    """Shares of sweeps in which some group is told apart from the base; the base is shown to be better than some (or at
+    most a margin worse, if it truly is just that); t tests of the best cells over seeds tell some apart; the first
+    group is shown to be better than all.
+    """
+    totals, cells = np.zeros(4), pd.DataFrame({"cell": np.arange(case.cells), "label": "", "trainable_parameters": 1})
+    for _ in range(runs):
+        y, sums = case.sweep(rng)
+        errors = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        table = at_best("group", groups, cells, errors, None)
+        best = y[table["cell"]]
+        d = best[0] - best[1:]
+        t = d.mean(1) / np.maximum(d.std(1, ddof=1), 1e-9) * math.sqrt(case.seeds)
+        said, first = table["is"][table["is"] != ""], table["base"][0] == str(next(iter(groups)))
+        totals += [(said != "not told apart from").any(), (said == "better than").any(),
+                   (abs(t) > special.stdtrit(case.seeds - 1, 0.975)).any(),
+                   first and (said == "better than").all()]  # fmt: skip
+    return list(totals / runs)
+
+
+def simulate_chances(case: Population, runs: int, rng: np.random.Generator) -> list[float]:
+    """Where true means have an sd of 0.6 points: mean of the highest P(best), and how often that cell is the best."""
+    totals = np.zeros(2)
+    for _ in range(runs):
+        drawn = replace(case, lead=rng.normal(0, 0.6, case.cells))
+        y, sums = drawn.sweep(rng)
+        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        p = chances(errors)
+        totals += [p.max(), p.argmax() == drawn.lead.argmax()]
+    return list(totals / runs)
+
+
+def print_questions(runs: int, rng: np.random.Generator) -> None:
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["question", "groups", "pictures", "spreads", "seeds", "errs %", "'better' errs %",
+                    "t tests over seeds err %", "finds a point %", "highest P(best) %",
+                    "it is the best %"])  # fmt: skip
+    methods = [(f"LoRA {m}, baseline {b}", {"LoRA": np.arange(m), "linear probe": m + np.arange(b)}, np.zeros(m + b))
+               for m, b in ((2, 1), (8, 1), (8, 4), (30, 2))]  # fmt: skip
+    ranks = [(f"{r} ranks, {k} rates, {'each its own best' if own else 'equal'}",
+              {str(i): i * k + np.arange(k) for i in range(r)},
+              np.array([-0.6 * own * abs(j - i % k) for i in range(r) for j in range(k)]))
+             for r, k, own in ((2, 2, 0), (4, 3, 0), (4, 3, 1), (6, 5, 1))]  # fmt: skip
+    for asked, (words, groups, lead) in [*(("method", g) for g in methods), *(("rank", g) for g in ranks)]:
+        sizes = (719, 10_000) if len(lead) in (9, 12) else (719,)
+        for n, spread, seeds in itertools.product(sizes, ("equal", "half 3x"), (3, 5)):
+            case, first = Population(len(lead), seeds, n, spread=spread, lead=lead), np.zeros(len(lead))
+            first[next(iter(groups.values()))] = 1
+            null = simulate_question(case, groups, runs, rng)
+            finds = simulate_question(replace(case, lead=lead + first), groups, max(1, runs // 6), rng)[3]
+            shares = [f"{100 * s:.1f}" for s in (*null[:3], finds)]
+            table.writerow([asked, words, n, spread, seeds, *shares, "", ""])
+            sys.stdout.flush()
+    for m, spread, seeds in itertools.product((2, 8, 30), ("equal", "half 3x"), (3, 5)):
+        told = simulate_chances(Population(m, seeds, 719, spread=spread), runs, rng)
+        table.writerow(["P(best)", f"{m} cells", 719, spread, seeds, *[""] * 4, *(f"{100 * s:.1f}" for s in told)])
+        sys.stdout.flush()
+
+
 MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "marks": (print_marks, 4000),
     "race": (print_race, 2000),
@@ -496,6 +559,7 @@ MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "effects": (print_effects, 2000),
     "rates": (print_rates, 2000),
     "pictures": (print_pictures, 300),
+    "questions": (print_questions, 300),
 }
 
 
@@ -509,7 +573,7 @@ def main() -> None:
     runs = args.runs or many
     error = 100 * 2 * math.sqrt(0.05 * 0.95 / runs)
     told = f"{runs} sweeps a line; two Monte Carlo errors at 5 %: {error:.1f} %\n"
-    print(told, file=sys.stderr if args.mode == "pictures" else sys.stdout)
+    print(told, file=sys.stderr if args.mode in ("pictures", "questions") else sys.stdout)
     show(runs, np.random.default_rng(args.seed))
 
 

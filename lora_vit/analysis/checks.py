@@ -78,12 +78,12 @@ def environment(done: pd.DataFrame) -> pd.DataFrame:
 
 
 def warnings(
-    done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, rates: pd.DataFrame, left_out: pd.DataFrame
+    done: pd.DataFrame, cells: pd.DataFrame, comparison: Comparison, edges: list[bool], left_out: pd.DataFrame
 ) -> Iterator[str]:
     """Lines for the terminal, the tables and the report, the weightiest first."""
     adapted = done[done[METHOD].isin(ADAPTED)]
     if moved := [c for c in ("lora.rank", "lora.alpha", "lora.scaling") if adapted[c].nunique() > 1]:
-        yield from _learning_rate(adapted, moved, rates)
+        yield from _learning_rate(adapted, moved, edges)
     if cuts := done.loc[done[METHOD].str.contains(CUT), "cell"].nunique():
         yield f"{cuts} cells were cut from a higher rank, not trained at theirs: they rise and fall with its seeds."
     for column, what in _SAME.items():
@@ -135,7 +135,7 @@ def unseen(sums: Sums, trials: int) -> Iterator[str]:
         yield f"Of {len(sums.without)} of {trials} trials no predictions count ({sums.without[0][1]}): {left_out}."
 
 
-def _learning_rate(adapted: pd.DataFrame, moved: list[str], rates: pd.DataFrame) -> Iterator[str]:
+def _learning_rate(adapted: pd.DataFrame, moved: list[str], edges: list[bool]) -> Iterator[str]:
     """Warn of differences that the learning rate may explain instead of the settings that moved."""
     names = " and ".join(c.split(".")[1] for c in moved)
     if adapted[LR].nunique() < 2:
@@ -145,11 +145,9 @@ def _learning_rate(adapted: pd.DataFrame, moved: list[str], rates: pd.DataFrame)
     elif adapted.groupby(moved)[LR].nunique().max() < 2:
         yield (f"Each {names} was tried at one learning rate, not all at the same: their effects cannot be told apart. "
                "Try each at several rates.")  # fmt: skip
-    if len(rates) and rates["edge"].any():
-        yield (f"For {rates['edge'].sum()} of {len(rates)} settings the best learning rate is the lowest or highest "
-               "tried: rates beyond it may be better.")  # fmt: skip
-    if len(rates) and rates["rates"].nunique() > 1:
-        yield "Not every setting was run at every learning rate: 'best over lr' favours those with more."
+    if any(edges):
+        yield (f"For {sum(edges)} of {len(edges)} settings the best learning rate is the lowest or highest tried: "
+               "rates beyond it may be better.")  # fmt: skip
     if "lora.rank" in moved and "lora.alpha" not in moved and adapted[SCALING].nunique() > 1:
         yield ("alpha is the same for every rank, so the effective scaling falls as the rank rises: the effect of rank "
                "includes that of scaling.")  # fmt: skip

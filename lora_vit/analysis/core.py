@@ -13,6 +13,7 @@ from lora_vit.analysis import checks, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
+from lora_vit.analysis.questions import answers
 from lora_vit.analysis.stats import compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import ADAPTED, nearest
@@ -67,14 +68,12 @@ def summarize(
     sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
     result = compare(compared, resolution, pictures=pictures)
-    cells, rates = tables.cells_table(done, values, result, settings, resolution), pd.DataFrame()
+    cells = tables.cells_table(done, values, result, settings, resolution)
     if race is not None:
         margin = race.rules.margin if margin is None else margin
         cells = judged(race, cells, values, margin)
-    else:
-        rates = tables.learning_rates(cells, settings)
-        if margin is not None:
-            cells["within"] = cells["below"] <= margin
+    elif margin is not None:
+        cells["within"] = cells["below"] <= margin
     if len(failed):
         lost = cells["cell"].map(failed).fillna(0).astype(int)
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
@@ -82,9 +81,14 @@ def summarize(
     adapted = sound[sound[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
-    chosen = done[(done["cell"] == tables.best_cell(cells)["cell"]) & (race is None or race.selected is not None)]
-    tested = int(np.nan_to_num(chosen["data.test"].astype(float).min()))
+    tested = int(np.nan_to_num(done["data.test"].astype(float).min()))
+    step, figures = 1 / tested if tested else 0.0, done.groupby("cell")[f"test_{metric}"]
+    of_test = {cell: t_interval(x.to_numpy(float), step) for cell, x in figures}
+    asked, chosen = answers(done, values.index, result, settings, margin), tables.best_cell(cells)["cell"]
+    if race is None and "method" in asked:  # a race chooses one cell, if any
+        asked["method"]["test"] = asked["method"]["cell"].map(of_test)
     unfinished = checks.unfinished(trials, race is None, value)
+    edges = tables.at_edges(cells, settings) if race is None else []
     return (Summary if race is None else RaceSummary)(
         folders=[str(f) for f in listed],
         where=where,
@@ -95,15 +99,15 @@ def summarize(
         settings=settings,
         comparison=result,
         effects=effects,
-        learning_rates=rates,
-        test=t_interval(chosen[f"test_{metric}"].to_numpy(float), 1 / tested if tested else 0.0),
+        test=of_test[chosen] if race is None or race.selected is not None else t_interval(np.empty(0)),
         test_images=tested,
         environment=checks.environment(done),
-        warnings=[*checks.warnings(done, cells, result, rates, unfinished), *checks.unseen(sums, len(first))],
+        warnings=[*checks.warnings(done, cells, result, edges, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,
         race=race,
         command=None if plan is None else plan["command"],
         metric=metric,
+        answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],
     )
 

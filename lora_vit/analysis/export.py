@@ -27,14 +27,10 @@ from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, 
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.metrics import LOSSES
 
-RATES_NOTE = (
-    "the best over learning rates is selected among several and so a little too good, more so the more rates were "
-    "tried; the shared rate is selected too, as the best on average, and may suit some settings better"
-)
+ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
+TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
-LEAST_NEEDED = (
-    "vs full fine-tuning", "vs linear probe", "seconds", "parameters", "pictures ±", "seeds ±", "95 % interval",
-)  # fmt: skip
+LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
 """Columns of the cells table that a narrow terminal does without, the first first."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]
@@ -57,7 +53,7 @@ def as_text(frame: pd.DataFrame, *columns: Column) -> pd.DataFrame:
 
 def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
     """The cells table as text, of settings those that vary; ``wide=False`` leaves out what fits no terminal."""
-    cells, comparison, fixed = summary.cells, summary.comparison, summary.race is None
+    cells, fixed = summary.cells, summary.race is None
     short = short_names(summary.settings)
     settings = [(short[c], c, value_text if c != METHOD else lambda v: METHODS.get(v, str(v))) for c in short]
     behind = cells["difference"].where(~cells["mark"].isin(["best", "selected"]))
@@ -68,7 +64,6 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         *[("effective scaling" if "lora.scaling" in short else "scaling", SCALING, value_text)] * wide,
         (f"val {summary.title} %", "mean", plain),
         ("95 % interval", "low high", plain),
-        *[("adjusted", "adjusted", plain)] * (comparison.blocked and not comparison.complete and fixed),
         *[("sd", "sd", plain)] * wide,
         *("n", "failed", "mark"),
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
@@ -76,8 +71,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
         ("seeds ±", "difference_seeds", plain),
         *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
-        ("vs linear probe", "vs_probe", signed),
-        ("vs full fine-tuning", "vs_full", signed),
+        ("P(best)", "p_best", lambda p: f"{p:.2f}" if p == p else NONE),
         ("parameters", "trainable_parameters", count),
         ("seconds", "seconds", duration),
         *[("images/s", "images_per_second", duration), ("peak memory", "peak_memory_bytes", size)] * wide,
@@ -92,25 +86,25 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
 
 def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """Below the cells: a title, a table of text and what must be known to read it; those that hold anything."""
-    rates, effects, shared = summary.learning_rates, summary.effects, ""
-    if len(rates):
-        shared = value_text(rates["shared_lr"].iloc[0])
-        rates = rates.assign(best_lr=rates["best_lr"].map(value_text) + np.where(rates["edge"], " (edge)", ""))
-    best_over_lr = as_text(
-        rates,
-        "setting",
-        ("best lr", "best_lr", str),
-        ("best over lr, %", "best_mean", plain),
-        ("95 % interval", "best_low best_high", plain),
-        ("of rates", "rates", str),
-        (f"at shared lr {shared}, %", "shared_mean", plain),
-        ("its 95 % interval", "shared_low shared_high", plain),
-    )
+    effects, first = summary.effects, "" if summary.race is None else ", by the first seeds"
     signed_columns = ("effect", "effect", signed), ("95 % interval", "low high", signed)
+    asked: list[tuple[str, pd.DataFrame, list[str]]] = []
+    for title, table in summary.answers.items():
+        shown = as_text(
+            table,
+            *(title, ("best cell", "label", str), (f"val {summary.title} %", "mean", plain)),
+            ("test %", "test", lambda test: plain(test.mean)),
+            ("seeds ±", "test", lambda test: plain(summary.halves_of_test(test)[0])),
+            ("images ±", "test", lambda test: plain(summary.halves_of_test(test)[1])),
+            (f"{table['base'][0]} is", "is", str),
+            *(("by", "difference", signed), ("95 % interval", "low high", signed)),
+            ("parameters", "trainable_parameters", count),
+        )
+        asked.append((f"Each {title} at its best{first}", shown, [ASKED_NOTE, *[TEST_NOTE] * ("test" in table)]))
     main_effects = as_text(effects.table, "setting", "level", "against", "at", *signed_columns)
     of_trials = ("trial", "label", "seed", "status", "epoch", "reason", ("last value", "value", number))
     found = [
-        ("Best over lr, and at the shared lr", best_over_lr, [RATES_NOTE] * bool(len(rates))),
+        *asked,
         ("Effects (points), each where the other settings are best", main_effects, effects.notes),
         ("Not averaged", as_text(summary.unfinished, *of_trials), []),
     ]

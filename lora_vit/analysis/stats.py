@@ -22,6 +22,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,6 +268,7 @@ class Comparison:
     seeds: int = 0
     repeats: float = math.nan  # seeds of a cell (harmonic mean)
     pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
+    errors: "Errors | None" = None  # of all differences, for other families of claims
 
 
 def compare(
@@ -297,17 +299,13 @@ def compare(
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
-    cells, difference = np.flatnonzero(keep), fit.means[best] - fit.means
-
-    def halves(rows: np.ndarray, critical: Callable[[int, float], float], count: int) -> np.ndarray:
-        seeds = critical(count, fit.df) * _errors(fit, rows, common, wide)
-        part = np.zeros_like(seeds) if pictures is None else pictures.of_differences(cells[rows], cells)
-        return np.stack([seeds, critical(count, MANY) * np.sqrt(part)])
-
-    half_seeds, half_pictures = halves(np.array([best]), tukey_critical, k)[:, 0] / math.sqrt(2)
+    difference = fit.means[best] - fit.means
+    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures), np.arange(k)
+    half_seeds, half_pictures = errors.halves(every[[best]], every, partial(tukey_critical, k))[:, 0] / math.sqrt(2)
     half_seeds[best] = half_pictures[best] = np.nan
     half = np.hypot(half_seeds, half_pictures)
-    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*halves(rows, dunnett_critical, k - 1)))
+    of_others = partial(dunnett_critical, k - 1)
+    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, every, of_others)))
 
     of_kept = {
         "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
@@ -330,15 +328,35 @@ def compare(
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
         pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY) ** 2 * 2),
+        errors=errors,
     )
 
 
-def _errors(fit: Blocked, rows: np.ndarray, common: float, wide: bool) -> np.ndarray:
-    """Standard errors of ``means[rows] - means`` over seeds: [len(rows), m]."""
-    variance = np.full((len(rows), len(fit.means)), common)
-    if wide:
-        variance = np.fmax(variance, pair_variance(fit.y, rows, fit.blocked))
-    return np.sqrt(variance * np.maximum(fit.difference_variance(rows), 0.0))
+@dataclass
+class Errors:
+    """Of the differences between the k cells that are compared, which are the rows ``cells`` of ``pictures``."""
+
+    fit: Blocked
+    cells: np.ndarray
+    common: float  # error variance of one trial
+    wide: bool
+    pictures: Pictures | None
+
+    def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""
+        fit, parts = self.fit, np.zeros((2, len(rows), len(columns)))
+        parts[0] = self.common
+        if self.wide:
+            parts[0] = np.fmax(parts[0], pair_variance(fit.y, rows, fit.blocked)[:, columns])
+        parts[0] *= np.maximum(fit.difference_variance(rows)[:, columns], 0.0)
+        if self.pictures is not None:
+            parts[1] = self.pictures.of_differences(self.cells[rows], self.cells[columns])
+        return parts
+
+    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Callable[[float], float]) -> np.ndarray:
+        """Half widths of both parts, each with the critical value of its degrees of freedom: [2, rows, columns]."""
+        values = critical(self.fit.df), critical(MANY)
+        return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
 
 
 def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ In a race results decided which cells got more seeds, so that its marks are the 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pandas as pd
 from lora_vit.analysis.effects import Effects
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, seeds_within
+from lora_vit.analysis.questions import text
 from lora_vit.analysis.race import Race, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
@@ -33,6 +34,7 @@ class Summary:
     this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
     ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``pictures``: so many of val count in the
     claims (0: they hold on these alone). ``race``: if the sweep was one, with the ``command`` that resumes it.
+    ``answers``: of :mod:`.questions`; that of methods has their best cells' ``test``.
     """
 
     folders: list[str]
@@ -44,7 +46,6 @@ class Summary:
     settings: list[str]
     comparison: Comparison
     effects: Effects
-    learning_rates: pd.DataFrame
     test: Interval
     test_images: int
     environment: pd.DataFrame
@@ -53,6 +54,7 @@ class Summary:
     race: Race | None = None
     command: str | None = None
     metric: str = "accuracy"
+    answers: dict[str, pd.DataFrame] = field(default_factory=dict)
     pictures: int = 0
 
     legend = (
@@ -60,8 +62,9 @@ class Summary:
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
         "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
         "alone are no verdict. *seeds ±* and *pictures ±*: how far other seeds and other pictures of the kind may move "
-        "the difference from the best; it is *worse* beyond the root of the sum of their squares. A star marks the "
-        "Pareto front of val {} against that cost."
+        "the difference from the best; it is *worse* beyond the root of the sum of their squares. *P(best)*: "
+        "how probably the cell is the true best, by both errors under a flat prior; no claim. A star marks the Pareto "
+        "front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
@@ -90,16 +93,12 @@ class Summary:
         ties = cells.loc[(cells["difference"].abs() < 1e-12) & (cells["mark"] != "best"), "label"]
         equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
-        group, smallest = cells[cells["mark"].isin(["best", "candidate"])], ""
-        sizes = group["trainable_parameters"]
-        small = group.iloc[int(sizes.to_numpy().argmin())]  # the better one of equals
-        if sizes.notna().all() and small["mark"] != "best":
-            smallest = f"; the smallest of all candidates is {small['label']} ({sizes.min():,.0f} parameters)"
         lines = [
             f"{start}, {with_interval(best)} over {seeds(best['n'])}{equal}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
-            f"for the best: {counts.get('candidate', 0)}{smallest}.",
+            f"for the best: {counts.get('candidate', 0)}.",
             self._good_enough(),
+            text(self.answers),
         ]
         return " ".join(filter(None, lines))
 
@@ -159,12 +158,16 @@ class Summary:
         )
 
     def errors_of_test(self) -> str:
-        """Both half widths of the test figure at 95 %; that of the images for a share of them alone."""
-        seeds = (self.test.high - self.test.low) / 2
+        """Both half widths of the test figure in words."""
+        seeds, images = self.halves_of_test(self.test)
         between = f"± {plain(seeds)} between seeds, " if math.isfinite(seeds) else ""
+        return f"{between}± {plain(images)} from the {self.test_images:,} test images"
+
+    def halves_of_test(self, test: Interval) -> tuple[float, float]:
+        """At 95 %, over seeds and over images; that of the images for a share of them alone."""
         known = (n := self.test_images) and self.counts_images
-        low, high = wilson(self.test.mean, n) if known else (math.nan, math.nan)  # no 0 where all images are right
-        return f"{between}± {plain((high - low) / 2)} from the {n:,} test images"
+        low, high = wilson(test.mean, n) if known else (math.nan, math.nan)  # no 0 where all images are right
+        return (test.high - test.low) / 2, (high - low) / 2
 
 
 class RaceSummary(Summary):
@@ -222,6 +225,7 @@ class RaceSummary(Summary):
             lines.append(f"{others} more cell{'s' * (others > 1)} took no part in the race.")
         shown = _shows(race, self.margin) and cells["within"][0]
         lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
+        lines.append(text(self.answers).replace("Each", "By the first seeds, each"))
         return " ".join(filter(None, lines))
 
 
@@ -249,13 +253,13 @@ def judged(race: Race, cells: pd.DataFrame, values: pd.DataFrame, margin: float)
 
     ``seeds_raced``: when a cell left; ``difference``: over the seeds that it shares with the first row.
     """
-    frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate"]), {}
+    frame, raced = cells.set_index("cell").drop(columns=["worse", "candidate", "p_best"]), {}
     frame = frame.loc[:, ~frame.columns.str.startswith(("d_", "difference_seeds", "difference_pictures"))]
     for i, cell in enumerate(race.cells):
         stays = "selected" if i == race.selected else "unresolved" if race.ended else "in"
         mark = stays if i not in race.exits else "out" if race.exits[i].behind is not None else "failed"
         raced[cell] = mark, race.seeds_of(i)
-    frame["adjusted"], frame["difference_low"], frame["difference_high"] = frame["mean"], math.nan, math.nan
+    frame["difference_low"] = frame["difference_high"] = math.nan
     frame["mark"], frame["seeds_raced"] = zip(*(raced.get(cell, ("not raced", 0)) for cell in frame.index), strict=True)
     frame = frame.sort_values(["mark", "seeds_raced", "mean"], key=lambda c: c.map(ORDER) if c.name == "mark" else -c)
     frame["difference"] = (values.loc[frame.index] - values.loc[frame.index[0]]).mean(axis=1)

@@ -7,14 +7,14 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.load import COSTS, FIGURES
+from lora_vit.analysis.questions import chances
 from lora_vit.analysis.stats import Comparison, share_interval, t_interval
 from lora_vit.config import SECTIONS
-from lora_vit.config.names import LR, METHOD, cell_text, names, preferred, varying
+from lora_vit.config.names import LR, METHOD, names, preferred, varying
 from lora_vit.metrics import LOSSES
 
 SCALING = "lora.effective_scaling"
 FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.test", SCALING)
-MOST_RAN = 0.75  # of the settings at the commonest learning rate, for a rate to count as shared
 
 
 def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -54,17 +54,19 @@ def cells_table(
 ) -> pd.DataFrame:
     """One row per cell, best first: settings, ``n mean sd low high`` over seeds, comparison, ``mark``, costs, fronts.
 
-    ``adjusted`` is the mean corrected for missing seeds; cells are sorted and compared by it. ``difference`` is cell
+    ``mean`` is freed of what missing seeds would have changed, and the interval moves along. ``difference`` is cell
     minus best, with its simultaneous 95 % interval; ``difference_seeds`` and ``difference_pictures`` are the half
-    widths of its two parts. ``vs_probe`` and ``vs_full``: cell minus the best cell of that baseline, paired by seed.
-    Losses, where trials have them all, and costs are means over the
-    cell's trials; ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
+    widths of its two parts. Losses, where trials have them all, and costs are means over the cell's trials;
+    ``d_brier`` and the like: that loss minus the best cell's, paired by seed, with its t interval.
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
     frame[own] = pd.DataFrame([share_interval(row, resolution) for row in y])[own]
-    frame["adjusted"] = np.where(result.compared, result.means, frame["mean"])
+    if result.errors and result.blocked and not result.complete:  # all pictures and tables show one mean
+        fit, ends = result.errors.fit, ["mean", "low", "high"]
+        moved = frame.loc[result.compared, ends] + (fit.means - np.nanmean(fit.y, axis=1))[:, None]
+        frame.loc[result.compared, ends] = moved.clip(0, 1)
     frame["difference"] = -result.difference
     frame["difference_low"] = frame["difference"] - result.half
     frame["difference_high"] = frame["difference"] + result.half
@@ -75,14 +77,9 @@ def cells_table(
         [~result.compared, is_best, result.worse, result.candidate],
         ["no verdict", "best", "worse", "candidate"], "open",
     ).astype(object)  # fmt: skip
-    frame["below"] = result.below
-
-    for method, name in (("none", "vs_probe"), ("full", "vs_full")):
-        rows = np.flatnonzero(first[METHOD] == method)
-        if len(rows):
-            base = rows[np.argmax(frame["mean"].to_numpy(float)[rows])]
-            frame[name] = (values - values.iloc[base]).mean(axis=1).to_numpy()
-            frame.loc[base, name] = math.nan
+    frame["below"], frame["p_best"] = result.below, math.nan
+    if result.errors is not None:
+        frame.loc[result.compared, "p_best"] = chances(result.errors)
     for name in LOSSES if done["val_brier"].notna().any() else ():
         losses = matrix(done, f"val_{name}").reindex(values.index)
         frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()
@@ -92,7 +89,7 @@ def cells_table(
             frame[[f"d_{name}", f"d_{name}_low", f"d_{name}_high"]] = paired[["mean", "low", "high"]]
     costs = ["trainable_parameters", *(c for c in COSTS if c != "pack_size")]
     frame = frame.join(done.groupby("cell")[costs].mean(), on="cell")
-    score = frame["adjusted"].to_numpy(float)
+    score = np.where(result.compared, result.means, frame["mean"])
     for name, cost in (("pareto_parameters", "trainable_parameters"), ("pareto_seconds", "seconds")):
         frame[name] = pareto_front(score, frame[cost].to_numpy(float))
     return frame.iloc[np.argsort(-score, kind="stable")].reset_index(drop=True)
@@ -122,29 +119,10 @@ def trials_table(trials: pd.DataFrame, settings: list[str], value: str = "val_ac
     return trials.loc[order, columns].reset_index(drop=True)
 
 
-def learning_rates(cells: pd.DataFrame, settings: list[str]) -> pd.DataFrame:
-    """Each setting at its own best learning rate and at the shared one, side by side; empty with one rate only.
-
-    ``rates`` says how many were tried, ``edge`` whether the best is the lowest or highest of them. The shared rate is,
-    of those that most settings ran at (a few may be missing), the one with the best average over the settings that ran
-    at all of them.
-    """
-    if LR not in settings or cells[LR].nunique() < 2:
-        return pd.DataFrame()
-    others = [c for c in settings if c != LR]
-    groups = cells.assign(_group=cells.groupby(others, sort=False, dropna=False).ngroup() if others else 0)
-    scores = groups.pivot_table(index="_group", columns=LR, values="mean")
-    tried = scores.notna().sum()
-    common = scores[tried.index[tried >= MOST_RAN * tried.max()]]
-    everywhere = common.dropna()
-    shared = (everywhere if len(everywhere) else common).mean().idxmax()
-    best = groups.sort_values("mean", ascending=False, kind="stable").drop_duplicates("_group").set_index("_group")
-    at = groups[groups[LR] == shared].set_index("_group").reindex(best.index)
-    rates = groups.groupby("_group")[LR].agg(["nunique", "min", "max"]).loc[best.index]
-    edge = (rates["nunique"] > 1) & ((best[LR] == rates["min"]) | (best[LR] == rates["max"]))
-    shown = ("mean", "low", "high", "n")
-    names = [cell_text(dict(row), others, "dora" in {*cells.get(METHOD, ())}) or "all" for _, row in best.iterrows()]
-    columns = {"setting": names, "best_lr": best[LR]}
-    columns |= {f"best_{name}": best[name] for name in shown} | {"rates": rates["nunique"], "edge": edge}
-    columns |= {"shared_lr": shared} | {f"shared_{name}": at[name] for name in shown}
-    return pd.DataFrame(columns, best.index).reset_index(drop=True)
+def at_edges(cells: pd.DataFrame, settings: list[str]) -> list[bool]:
+    """Of each setting, whether its best learning rate is the lowest or highest of several; ``cells``: best first."""
+    if LR not in settings:
+        return []
+    others: Any = [c for c in settings if c != LR] or (lambda _: "all")
+    tried = cells.groupby(others, sort=False, dropna=False)[LR].agg(["first", "min", "max"])
+    return [low < high and best in (low, high) for best, low, high in tried.to_numpy()]

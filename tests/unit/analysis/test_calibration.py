@@ -111,3 +111,13 @@ def test_claims_hold_on_other_pictures_and_those_of_seeds_alone_do_not(script: M
     right, _, trials, _, _, fewer = script.simulate_pictures_race(ahead, 1.5, 40, rng())
     assert right >= 0.9
     assert trials >= fewer
+
+
+def test_methods_at_their_best_are_told_apart_as_rarely_as_promised_and_cells_picked_by_hand_often(script) -> None:
+    """60 sweeps of eight cells and a baseline that are equal on all pictures, and in which the eight are ahead."""
+    groups = {"LoRA": np.arange(8), "linear probe": np.array([8])}
+    errs, _, by_hand, _ = script.simulate_question(script.Population(9, 5, 719), groups, 60, rng())
+    assert errs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 60)
+    assert by_hand > 0.15
+    ahead = script.Population(9, 5, 719, lead=[2.0] * 8)
+    assert script.simulate_question(ahead, groups, 20, rng())[3] > 0.8

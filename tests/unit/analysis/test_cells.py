@@ -41,14 +41,14 @@ def test_a_cell_has_the_figures_of_its_trials(by_rank):
     low, high = np.array([share_interval(row, 0.0)[3:] for row in y]).T
     for name, want in {
         "n": [3, 3, 3], "mean": y.mean(1), "sd": y.std(1, ddof=1), "low": low, "high": high,
-        "adjusted": y.mean(1), "trainable_parameters": np.array([4, 16, 1]) * 27_648 + 1290,
+        "trainable_parameters": np.array([4, 16, 1]) * 27_648 + 1290,
         "seconds": [4.25, 5.0, 4.0625], "images_per_second": [896, 884, 899],
         "peak_memory_bytes": 2e8 + np.array([4, 16, 1]) * 27_648,
         "adapter_bytes": np.array([4, 16, 1]) * 110_592 + 6000, SCALING: [8, 2, 32],
         "difference": [0, -0.01 / 3, -0.38 / 3],
     }.items():  # fmt: skip
         np.testing.assert_allclose(got[name].astype(float), want, err_msg=name, atol=1e-15)
-    assert not {"pack_size", "index", "vs_probe"} & set(got)
+    assert not {"pack_size", "index"} & set(got)
     fast = table(by_rank.assign(seconds=np.repeat([9.0, 5.0, 1.0], 3)))
     assert list(fast["pareto_seconds"]) == [True, True, False], "each front has its own cost"
     assert list(got["mark"]) == ["best", "candidate", "worse"]
@@ -71,25 +71,13 @@ def test_every_mark():
     assert result.worse.tolist() == [False, False, False, True, False]
     assert got["mark"].to_dict() == {1: "best", 2: "candidate", 4: "open", 8: "worse", 16: "no verdict"}
     assert list(got.index) == [16, 1, 2, 4, 8]
-    assert got.loc[16, "adjusted"] == 0.99
+    assert got.loc[16, "mean"] == 0.99
 
 
 def test_intervals_are_never_finer_than_the_images_allow():
     y = np.array([[0.9, 0.9], [0.8, 0.8], [0.7, 0.7]])
     got = table(make_frame([*RANKS[:2], {"lora__method": "none"}], y), resolution=0.01)
     assert got[["low", "high"]].to_numpy() == pytest.approx(np.array([share_interval(row, 0.01)[3:] for row in y]))
-
-
-def test_baselines_are_the_best_of_their_kind_and_paired_by_seed():
-    """The best probe is the second of its kind, the best full fine-tuning the first."""
-    cells = [{"lora__rank": 1}, {"lora__method": "none", "optimizer__lr": 1e-4}, {"lora__method": "none"},
-             {"lora__method": "full"}, {"lora__method": "full", "optimizer__lr": 1e-2}]  # fmt: skip
-    y = np.array([[0.9, 0.95, NAN], [0.6, 0.7, 0.8], [0.71, 0.79, 0.9], [0.8, 0.82, 0.9], [0.5, 0.6, 0.7]])
-    got = table(make_frame(cells, y)).set_index("label")
-    names = ["lr 0.001", "linear probe, lr 0.0001", "linear probe, lr 0.001", "full fine-tuning, lr 0.001",
-             "full fine-tuning, lr 0.01"]  # fmt: skip
-    assert got.loc[names, "vs_probe"].tolist() == pytest.approx([0.175, -0.1, NAN, 0.04, -0.2], nan_ok=True)
-    assert got.loc[names, "vs_full"].tolist() == pytest.approx([0.115, -0.14, -0.04, NAN, -0.24], nan_ok=True)
 
 
 def test_pareto_front_against_brute_force():
@@ -144,71 +132,26 @@ def test_the_trials_table_is_sorted_with_what_does_not_count_last(by_rank):
     assert list(tied["trial"]) == sorted(frame["trial"])
 
 
-def rates(means: dict[tuple[int, float], float], settings: list[str]) -> pd.DataFrame:
-    """The table of cells with (rank, lr): mean, each with an interval of 1 to either side and n = rank."""
-    frame = pd.DataFrame([(*key, mean) for key, mean in means.items()], columns=["lora.rank", LR, "mean"])
-    frame = frame.assign(low=frame["mean"] - 1, high=frame["mean"] + 1, n=frame["lora.rank"])
-    return tables.learning_rates(frame, settings)
-
-
-BOTH = ["lora.rank", LR]
-MEANS = {
-    (1, 0.1): 5.0, (1, 0.2): 7.0, (1, 0.3): 6.0,
-    (2, 0.1): 9.0, (2, 0.2): 3.0, (2, 0.3): 8.0,
-    (3, 0.3): 7.5,
-}  # fmt: skip
-THREE = {(rank, lr): value for rank in (1, 2, 3) for lr, value in ((0.1, 5.0), (0.2, 4.9))}
-
-
-def test_each_settings_best_rate_and_the_shared_one():
-    got = rates(MEANS, BOTH)
-    assert list(got.columns) == [
-        "setting", "best_lr", "best_mean", "best_low", "best_high", "best_n", "rates", "edge", "shared_lr",
-        "shared_mean", "shared_low", "shared_high", "shared_n",
-    ]  # fmt: skip
-    assert got.to_numpy().tolist() == [
-        ["rank 2", 0.1, 9.0, 8.0, 10.0, 2, 3, True, 0.3, 8.0, 7.0, 9.0, 2],
-        ["rank 3", 0.3, 7.5, 6.5, 8.5, 3, 1, False, 0.3, 7.5, 6.5, 8.5, 3],
-        ["rank 1", 0.2, 7.0, 6.0, 8.0, 1, 3, False, 0.3, 6.0, 5.0, 7.0, 1],
-    ]
-
-
 @pytest.mark.parametrize(
-    ("means", "shared"),
+    ("rates", "settings", "edges"),
     [
-        ({(1, 0.1): 1.0, (1, 0.2): 2.0}, 0.2),
-        ({**THREE, (4, 0.2): 99.0}, 0.1),  # three of four are enough to count; rank 4 alone would make 0.2 the best
-        ({key: value for key, value in {**THREE, (4, 0.2): 1.0}.items() if key != (3, 0.1)}, 0.2),  # two of four
-        ({(1, 0.1): 5.0, (2, 0.1): 5.0, (2, 0.2): 6.0, (3, 0.2): 4.0, (1, 0.3): 1.0, (3, 0.3): 1.0}, 0.1),
+        ([(2, 0.1), (3, 0.3), (1, 0.2), (2, 0.3), (1, 0.3), (1, 0.1)], ["lora.rank", LR], [True, False, False]),
+        ([(1, 0.2), (1, 0.1), (1, 0.3)], [LR], [False]),
+        ([(1, 0.2), (1, 0.1)], [LR], [True]),
+        ([(None, 0.1), ("x", 0.2), (None, 0.2), ("x", 0.1)], ["lora.rank", LR], [True, True]),
+        ([(1, 0.1), (2, 0.1)], ["lora.rank"], []),
     ],
 )
-def test_the_shared_rate_is_judged_by_the_settings_that_ran_at_all_common_rates(means, shared):
-    assert set(rates(means, BOTH)["shared_lr"]) == {shared}
-
-
-def test_odd_tables_of_rates():
-    assert list(rates({(1, 0.1): 1.0, (1, 0.2): 2.0}, BOTH)["edge"]) == [True]
-    tied = rates({(1, 0.1): 5.0, (1, 0.2): 5.0, (1, 0.3): 5.0}, BOTH)
-    assert tied["best_lr"].tolist() == [0.1], "the first of equals"
-    alone = rates({(1, 0.1): 5.0, (1, 0.2): 6.0, (1, 0.3): 4.0}, [LR])
-    assert alone[["setting", "best_lr", "rates"]].to_numpy().tolist() == [["all", 0.2, 3]]
-    without = rates({(1, 0.1): 5.0, (2, 0.1): 5.0, (3, 0.1): 1.0, (4, 0.2): 9.0}, BOTH).iloc[0]
-    assert (without["setting"], without["best_lr"], without["shared_lr"]) == ("rank 4", 0.2, 0.1)
-    assert without[["shared_mean", "shared_low", "shared_high", "shared_n"]].isna().all()
-    assert rates({(1, 0.1): 5.0, (2, 0.1): 5.0}, BOTH).empty, "one rate"
-    assert rates(MEANS, ["lora.rank"]).empty
-
-
-def test_rates_of_lora_beside_doras_say_which():
-    rows = [("lora", 1, 0.1, 5.0), ("lora", 1, 0.2, 6.0), ("dora", 1, 0.1, 7.0), ("dora", 1, 0.2, 4.0)]
-    frame = pd.DataFrame(rows, columns=[METHOD, "lora.rank", LR, "mean"]).assign(low=0.0, high=9.0, n=1)
-    assert list(tables.learning_rates(frame, [METHOD, *BOTH])["setting"]) == ["DoRA, rank 1", "LoRA, rank 1"]
+def test_whether_the_best_rate_of_each_setting_is_at_an_edge(rates, settings, edges):
+    """Of cells with (rank, lr), best first; one rate has no edge."""
+    assert tables.at_edges(pd.DataFrame(rates, columns=["lora.rank", LR], dtype=object), settings) == edges
 
 
 def test_adjusted_means_are_freed_of_missing_seeds() -> None:
     """The second cell lacks the bad seed: at the average seed it has 0.875 instead of its plain 0.905."""
     trials = make_frame([{"lora__rank": 1}, {"lora__rank": 2}], np.array([[0.90, 0.92, 0.82], [0.90, 0.91, NAN]]))
     got = table(trials).set_index("lora.rank")
-    assert got["mean"].to_dict() == pytest.approx({1: 0.88, 2: 0.905})
-    assert got["adjusted"].to_dict() == pytest.approx({1: 0.88, 2: 0.875})
+    assert got["mean"].to_dict() == pytest.approx({1: 0.88, 2: 0.875})
+    ends = np.array(share_interval(np.array([0.90, 0.91]), 0.0)[3:]) - 0.03
+    np.testing.assert_allclose(got.loc[2, ["low", "high"]].astype(float), ends, err_msg="the interval moves along")
     assert list(got.index) == [1, 2]

@@ -46,21 +46,13 @@ def test_the_cells_as_text(tmp_path):
     ]
     low, high = (f"{100 * summary.cells[name][0]:.2f}" for name in ("low", "high"))
     assert list(table["95 % interval"][::3]) == [f"{low} to {high}", "–"]
-    assert list(table["vs linear probe"]) == ["+20.00", "+10.00", "+7.00", "+5.00", "–"]
+    assert list(table["P(best)"]) == ["1.00", "0.00", "0.00", "–", "0.00"]
     assert list(table["parameters"]) == ["56,586 *", "28,938 *", "56,586", "1.20 M", "1,290 *"]
     assert list(table["seconds"]) == ["4.1 *", "4.1 *", "4.1", "4.0 *", "4.0"]
     assert list(table["images/s"]) == ["898", "899", "899", "900", "900"]
     assert list(table["peak memory"]) == ["200.06 MB", "200.03 MB", "200.06 MB", "201.20 MB", "200.00 MB"]
-    assert "adjusted" not in table
     less = export.readable(summary, wide=False)
     assert not {"sd", "images/s", "adapter", "interval of it", "scaling"} & set(less)
-
-
-def test_adjusted_means_are_shown_if_seeds_are_missing(tmp_path):
-    make_sweep(tmp_path, CELLS, np.array([[0.90, 0.92, 0.82], [0.90, 0.91, np.nan]]))
-    table = export.readable(summarize(tmp_path)).set_index("rank")
-    assert table.loc["2", "val accuracy %"] > table.loc["1", "val accuracy %"]
-    assert table.loc["2", "adjusted"] < table.loc["1", "adjusted"]
 
 
 def test_the_rule_of_scaling_and_its_value_have_a_column_each(tmp_path):
@@ -72,15 +64,20 @@ def test_the_rule_of_scaling_and_its_value_have_a_column_each(tmp_path):
 def test_the_sections_below_the_cells(large, monkeypatch):
     make_trial(large, 0.2, status="stopped", seed=3, lora__rank=1)
     summary = summarize(large)
-    (_, rates, notes), (_, effects, of_effects), (_, unfinished, _) = export.sections(summary)
-    assert notes == [export.RATES_NOTE]
-    assert export.markdown(rates).splitlines()[1].startswith("| --- | ---: | ---: |"), "numbers stand on the right"
-    first, found = summary.learning_rates.iloc[0], rates.iloc[0]
-    assert found["best lr"].split()[0] == f"{first['best_lr']:g}"
-    assert ("(edge)" in found["best lr"]) == first["edge"]
-    assert found["best over lr, %"] == f"{100 * first['best_mean']:.2f}"
-    shared = f"at shared lr {first['shared_lr']:g}, %"
-    assert found[shared] == f"{100 * first['shared_mean']:.2f}"
+    (_, methods, notes), (_, ranks, _), (_, settings, _), (_, effects, of_effects), (_, unfinished, _) = (
+        export.sections(summary)
+    )
+    assert notes == [export.ASKED_NOTE, export.TEST_NOTE]
+    assert list(methods["method"]) == ["LoRA", "full fine-tuning", "linear probe"]
+    assert methods["LoRA is"][0] == "", "the base is the best method with adapters"
+    found = summary.answers["method"].set_index("method").loc["linear probe"]
+    assert list(methods.iloc[2])[3:] == [
+        f"{100 * found['test'].mean:.2f}", f"{50 * (found['test'].high - found['test'].low):.2f}",
+        *list(methods.iloc[2])[5:7], f"{100 * found['difference']:+.2f}",
+        f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}", "1,290",
+    ]  # fmt: skip
+    assert len(ranks) == 2 < len(settings) == 6, "also by dropout"
+    assert export.markdown(ranks).splitlines()[1].startswith("| ---: | --- | ---: |"), "numbers stand on the right"
     assert of_effects == summary.effects.notes
     effect = summary.effects.table.iloc[0]
     assert list(effects.iloc[0]) == ["rank", "16", "1", "dropout 0, lr 0.001", f"{100 * effect['effect']:+.2f}",
@@ -89,7 +86,7 @@ def test_the_sections_below_the_cells(large, monkeypatch):
     monkeypatch.setattr(export, "PAGE_ROWS", 0)
     page = export.html_report(summary, {}, "command")
     files = re.findall(r"The first 0 of [\d,]+; all of them are in (\S+)\.csv", page)
-    assert files == ["cells", "cells", "cells", "trials", "trials", "cells"], "the last: the environment"
+    assert files == ["cells"] * 5 + ["trials", "trials", "cells"], "the last: the environment"
 
 
 def test_notes_are_shown_even_without_their_table(tmp_path):

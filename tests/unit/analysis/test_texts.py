@@ -36,7 +36,7 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
               "repeats": 3.0, **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
-        folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[], learning_rates=empty,
+        folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[],
         trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there"}),
         environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
         comparison=Comparison(compared, *[nothing] * 8, **values),
@@ -60,12 +60,6 @@ THREE = [BEST, CANDIDATE, CANDIDATE, OPEN, WORSE]
         ([ALONE, BEST, WORSE], {}, COMPARED, "worse: 1 of 1 other cell; still candidates for the best: 0."),
         ([BEST, WORSE], {"complete": False}, ADJUSTED, "best: 0."),
         ([BEST, WORSE], {"complete": False, "blocked": False}, HIGHEST, "best: 0."),
-        (THREE, {"sizes": [9e3, 8e3, 7e3, 6e3, 5e3]}, "", "2; the smallest of all candidates is C (7,000 parameters)."),
-        (THREE, {"sizes": [9e3, 6e3, 7e3, 6e3, 5e3]}, "", "2; the smallest of all candidates is B (6,000 parameters)."),
-        (THREE, {"sizes": [9e3, 7e3, 7e3, 1.0, 1.0]}, "", "2; the smallest of all candidates is B (7,000 parameters)."),
-        (THREE, {"sizes": [7e3, 8e3, 9e3, 6e3, 5e3]}, "", "for the best: 2."),
-        (THREE, {"sizes": [7e3, 7e3, 7e3, 7e3, 7e3]}, "", "for the best: 2."),
-        (THREE, {"sizes": [7e3, NAN, 5e3, 6e3, 5e3]}, "", "for the best: 2."),
         ([ALONE], {"n": 1, "low": NAN}, ONE, "99.00 % (one seed)."),
         ([ALONE], {"n": 2}, ONE, "99.00 % (95 % interval 98.00 % to 100.00 %) (2 seeds)."),
         ([ALONE, ("no verdict", 0.8)], {"n": 1}, "A has the highest val accuracy, 99.00 %, but too few cells have two",
