@@ -1,9 +1,10 @@
 """The tables of a summary as text, and text as Markdown, LaTeX, on a terminal and as one self-contained HTML page.
 
-``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts the tables.
+``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts, filters and lights up.
 """
 
 import contextlib
+import functools
 import math
 import re
 import shlex
@@ -14,18 +15,21 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from markupsafe import escape as escape_html
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_vit.analysis.chosen import again, confusion, settles, typed
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
+from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
+from lora_vit.records import read_record
+from lora_vit.terminal import from_here
 
 RATES_NOTE = (
     "the best over learning rates is selected among several and so a little too good, more so the more rates were "
@@ -72,7 +76,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         *[("sd", "sd", plain)] * wide,
         *("n", "failed", "mark"),
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
-        ("vs best (points)" if wide else "vs best", "behind", signed),
+        ("vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
         ("seeds ±", "difference_seeds", plain),
         *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
@@ -207,6 +211,8 @@ def inline_svg(data: bytes, name: str) -> Markup:
     """An SVG picture inside the page: no XML head, ids of its own."""
     text = re.sub(r"<metadata>.*?</metadata>", "", data.decode(), flags=re.S)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
+    text = re.sub(rf'\bid="{name}-cell-(\w+)-\w+"', r'data-cell="\1"', text)  # what shows one cell alone
+    text = text.replace("#1c2430", "currentColor").replace("#e4e4e4", "var(--line)")  # ink and grid, light and dark
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
 
 
@@ -215,31 +221,36 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    pages.filters.update(number=number, plain=plain, points=points)
+    pages.filters.update(number=number, plain=plain, points=points, count=count, duration=duration, quote=shlex.quote)
+    pages.filters["value"] = value_text
+    pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
+        METHODS.get(v, value_text(v)) for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
+    )
     pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
     names = ", ".join(Path(f).name or f for f in summary.folders)
-    trials, facts = summary.trials, summary.environment
-    best, completed = best_cell(summary.cells), trials["status"] == "completed"
-    commands = []  # what Hydra was called with to train trials of the best cell, where that is known
-    for folder in trials.loc[completed & (trials["cell"] == best["cell"]), "folder"].head(5):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
-            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
-            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
-            commands.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
+    trials, facts, asked, chosen = summary.trials, summary.environment, None, summary.chosen
+    with contextlib.suppress(OSError, RecordError):
+        asked = read_record(chosen)
+    cells, few = readable(summary), readable(summary, wide=False)
+    if "cell" not in cells:
+        cells.insert(1, "cell", summary.cells["label"])
+    matrix, pairs = confusion(chosen)
     commits = facts.loc[(facts["fact"] == "environment.commit") & (facts["value"] != NONE), "value"].tolist()
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
-        best=best,
+        best=best_cell(summary.cells),
         tested=math.isfinite(summary.test.mean),
         power=summary.power(),
-        completed=int(completed.sum()),
+        completed=int((trials["status"] == "completed").sum()),
         numeric=numeric,
         most=PAGE_ROWS,
-        cells=readable(summary),
+        cells=cells,
+        settings=short_names(summary.settings),
+        spare=[*(c for c in cells if c not in few and c != "cell"), *LEAST_NEEDED],
+        by_id=summary.cells.set_index("cell", drop=False).to_dict("index"),
         sections=sections(summary),
-        pictures=[inline_svg(data, name) for name, data in pictures.items()],
+        pictures={name: inline_svg(data, name) for name, data in pictures.items()},
         trials=as_text(
             trials,
             *("trial", ("cell", "label", str), "seed", "status", "epoch"),
@@ -249,6 +260,14 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
             ("seconds", "seconds", duration),
             ("pack", "pack_size", value_text),
         ),
-        commands=dict.fromkeys([*commands, command]),
+        asked=asked,
+        chosen=from_here(chosen),
+        matrix=matrix,
+        pairs=pairs,
+        settles=settles(summary),
+        typed=typed(summary),
+        again=functools.partial(again, summary),
+        first=int(trials["seed"].min()),
+        command=command,
         commits=commits[:5],
     )

@@ -1,12 +1,14 @@
-"""Pictures of a summary, drawn without a display. Colours: Okabe & Ito (2008), safe for the colour-blind.
+"""Pictures of a summary, drawn without a display: one colour for each method in all of them, one size of letters.
 
-``report.mplstyle`` has their style.
+Colours: Okabe & Ito (2008), safe for the colour-blind. ``report.mplstyle`` has the style. What shows one cell alone has
+the gid ``cell-ID-PART``, by which the page finds it.
 """
 
 import contextlib
 import io
 import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +16,38 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from lora_vit.analysis.effects import Factor
 from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
+from lora_vit.analysis.tables import averaged, best_cell, matrix
+from lora_vit.analysis.texts import count, plain, points, signed
 from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, value_text
 from lora_vit.errors import RecordError
 from lora_vit.files import read_rows
 from lora_vit.records import METRICS
 
 STYLE = Path(__file__).with_name("report.mplstyle")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = {"lora": "#0072B2", "dora": "#CC79A7", "none": "#E69F00", "full": "#009E73"}
+CUT_COLOURS = "#56B4E9", "#D55E00"  # layer by layer, by threshold
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MARK_STYLE = {
-    "best": ("#0072B2", "D"), "candidate": ("#56B4E9", "o"), "open": ("#E69F00", "^"), "worse": ("#D55E00", "v"),
-    "no verdict": ("#777777", "s"), "selected": ("#0072B2", "D"), "in": ("#56B4E9", "o"), "out": ("#D55E00", "v"),
-    "unresolved": ("#56B4E9", "o"), "failed": ("#000000", "X"), "not raced": ("#777777", "s"),
-}  # fmt: skip
-MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
-LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture
+INK, GREY = "#1c2430", "#8a93a0"
+WIDE, WIDTH = 9.6, 5.5  # inches: of the first picture, and of all others
+MOST_LINES, MOST_ROWS, MOST_CURVES = 7, 30, 5
+LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a picture
 
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(fname=STYLE):
         figures = {
-            "cells": cells(summary),
+            "difference": difference(summary),
             "race": race(summary),
             **by_setting(summary),
             "learning_curves": learning_curves(summary),
-            "pareto_parameters": pareto(summary),
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
         }
@@ -61,44 +63,92 @@ def render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def cells(summary: Summary) -> Figure:
-    """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
-    shown, more = _best_and_baselines(summary.cells, MOST_ROWS, 4)
-    axes = _axes(f"Cells{more}", "", "", height=1.3 + 0.26 * max(len(shown), 3), beside=shown["label"])
-    for mark, (colour, marker) in MARK_STYLE.items():
-        here = np.flatnonzero(shown["mark"] == mark)
-        if len(here):
-            _points(axes, shown.iloc[here], here, mark, colour, marker, horizontal=True)
-    axes.set_yticks(range(len(shown)), [_shorten(t) for t in shown["label"]])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
+def colour_of(method: str) -> str:
+    """The one colour of a method, in all pictures."""
+    return COLOURS.get(method) or CUT_COLOURS["threshold" in method]
+
+
+def difference(summary: Summary) -> Figure | None:
+    """Each cell minus the best: interval, seeds as dots, zero and the margin; None where there is one cell alone.
+
+    The thick part of an interval is that of the seeds alone. What lies beyond an edge has an arrow there.
+    """
+    cells, best, value = _with_method(summary.cells), best_cell(summary.cells), f"val_{summary.metric}"
+    if len(cells) < 2:
+        return None
+    shown, more = _best_and_baselines(cells, MOST_ROWS, 4)
+    y = matrix(summary.trials[averaged(summary.trials, value)], value).loc[cells["cell"]]
+    y = y.where(y.notna().cumsum(axis=1).le(cells.set_index("cell")["n"], axis=0))  # in a race later ones do not count
+    dots = 100 * (y - (y.loc[best["cell"]] if summary.comparison.blocked else best["mean"]))
+    at = 100 * shown["difference"].fillna(shown["mean"] - best["mean"]).to_numpy()
+    ends = 100 * shown[["difference_low", "difference_high"]].to_numpy(float)  # NaN where nothing is claimed
+    spans = np.column_stack([at, ends, *(dots.loc[shown["cell"]].agg(f, axis=1) for f in ("min", "max"))])
+    low, high = _window(at, spans, 100 * (summary.margin or 0.0))
+    axes = _axes(f"Difference from {_shorten(best['label'])}{more}", "", "", WIDE, 1.6 + 0.27 * len(shown))
+    for row, (_, cell) in enumerate(shown.iterrows()):
+        colour, is_best = colour_of(cell[METHOD]), cell["cell"] == best["cell"]
+        gid, seeds = f"cell-{cell['cell']}", 100 * cell.get("difference_seeds", math.nan) * np.array([-1, 1])
+        axes.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.0, lw=0, gid=f"{gid}-row")
+        for x, style in ((ends[row], {"lw": 1.4}), (at[row] + seeds, {"lw": 5, "alpha": 0.35})):
+            axes.plot(np.clip(x, low, high), [row, row], color=colour, solid_capstyle="butt", **style)
+        if cell["n"] > 1 and not is_best:
+            own = dots.loc[cell["cell"]].dropna()
+            axes.plot(own, np.full(len(own), row + 0.27), "o", color=colour, ms=4, alpha=0.55, mew=0)
+        axes.plot(at[row], row, "D" if is_best else "o", color=colour, ms=6, gid=f"{gid}-point")
+        left, right = np.nanmin(spans[row]) < low, np.nanmax(spans[row]) > high
+        for marker, edge in (("<", low),) * bool(left) + ((">", high),) * bool(right):
+            axes.plot(edge, row, marker, color=colour, ms=6, clip_on=False)
+        if at[row] < low:
+            axes.annotate(signed(at[row] / 100), (low, row), xytext=(8, -3), textcoords="offset points", color=colour)
+        cost = count(cell["trainable_parameters"]) + " *" * bool(cell["pareto_parameters"])
+        _columns(axes, row, plain(cell["mean"]), cell["mark"], cost)
+    _columns(axes, -1.1, "val %", "mark", "parameters")
+    if summary.margin:
+        axes.axvspan(-100 * summary.margin, 0, color=GREY, alpha=0.2, lw=0, label=f"within {points(summary.margin)}")
+    axes.axvline(0, color=INK, lw=1.2, zorder=1)
+    axes.set(xlim=(low, high), ylim=(len(shown) - 0.4, -0.6))
+    axes.set_yticks(range(len(shown)), map(_shorten, shown["label"]))
     axes.grid(axis="y", visible=False)
-    low, high = axes.set_xlim(_limits(shown))
-    beyond = ((100 * shown["low"] < low) | (100 * shown["high"] > high)).any()
-    longer = "\n(bars without ends are longer than shown)" if beyond else ""
-    axes.set_xlabel(f"Val {summary.title} (%), {_what_is_shown(shown)}{longer}")
-    return _with_legend(axes, 5)
+    for method in dict.fromkeys(shown[METHOD]) if METHOD in summary.cells else ():
+        axes.plot([], [], "o", color=colour_of(method), label=METHODS.get(method, method))
+    lines = "lines: 95 % for all cells together, thick by seeds alone; " * bool(np.isfinite(ends).any())
+    dotted = "dots: seeds" if (shown["n"] > 1).any() else "one seed"
+    axes.set_xlabel(f"Points of val {summary.title}, cell minus best ({lines}{dotted})")
+    return _with_legend(axes, 6)
+
+
+def _columns(axes: Axes, row: float, *texts: str) -> None:
+    for x, text in zip((12, 54, 128), texts, strict=True):  # points to the right of the picture
+        where: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (1, row), xytext=(x, 0), annotation_clip=False, **where)
 
 
 def race(summary: Summary) -> Figure | None:
-    """The mean of each cell by number of seeds, until it left the race."""
-    race = summary.race
+    """How far each cell is behind the leader by number of seeds, until it left, and the bar below which one leaves."""
+    race, cells = summary.race, _with_method(summary.cells)
     if race is None or not race.seeds:
         return None
-    labels = dict(zip(summary.cells["cell"], summary.cells["label"], strict=True))
-    order = [race.cells.index(cell) for cell in labels if cell in race.cells]
-    more = f", {MOST_LINES} of {len(order)} cells named" if len(order) > MOST_LINES else ""
-    seeds_axis = "Seeds (dotted: the first that a decision was made with; a cross: the cell left)"
-    axes = _axes(f"The race: mean of each cell so far{more}", seeds_axis, f"Mean val {summary.title} (%)", 8.0, 4.6)
-    for k, i in enumerate(order):
-        seeds = np.arange(1, race.seeds_of(i) + 1)
-        means = 100 * np.cumsum(race.y[i, : len(seeds)]) / seeds
-        named = k < MOST_LINES
-        colour, label = (COLOURS[k], _shorten(labels[race.cells[i]])) if named else ("#bbbbbb", None)
-        width = 2.4 if i == race.selected else 1.2
-        axes.plot(seeds, means, color=colour, linewidth=width, label=label, zorder=int(named))
+    raced = cells[cells["cell"].isin(race.cells)]
+    more = f", {MOST_LINES} of {len(raced)} cells named" if len(raced) > MOST_LINES else ""
+    seeds, behind_by = "Seeds (a cross: the cell left)", f"Points of val {summary.title} behind the leader"
+    axes = _axes(f"The race{more}", seeds, behind_by)
+    r, first = np.arange(1, race.seeds + 1), race.rules.first_seeds
+    so_far = np.array([np.cumsum(y[: len(r)]) / r for y in race.y])
+    for i in race.exits:
+        so_far[i, race.seeds_of(i) :] = math.nan
+    behind = 100 * (so_far - np.nanmax(so_far, axis=0))
+    for k, ((_, cell), style) in enumerate(zip(raced.iterrows(), _styles(raced), strict=True)):
+        i, gid = race.cells.index(cell["cell"]), f"cell-{cell['cell']}"
+        named = {"label": _shorten(cell["label"]), "zorder": 2} if k < MOST_LINES else {"alpha": 0.3, "zorder": 1}
+        axes.plot(r, behind[i], lw=2.4 if i == race.selected else 1.3, gid=f"{gid}-line", **style, **named)
         if i in race.exits:
-            axes.plot(seeds[-1], means[-1], marker="x", color=colour, markersize=7, markeredgewidth=1.8)
-    axes.axvline(race.rules.first_seeds, color="#999999", linestyle=":", linewidth=1)
+            left = race.seeds_of(i)
+            axes.plot(left, behind[i, left - 1], "x", color=style["color"], ms=7, mew=1.8, gid=f"{gid}-exit")
+    pairs = np.isfinite(race.bounds) & (race.bounds > 0)
+    if pairs.any():
+        of_pairs = race.bounds[pairs, None] / (2 * r[first - 1 :]) - race.left[pairs, None] / 2
+        bar = -100 * np.maximum(0.0, of_pairs)
+        axes.fill_between(r[first - 1 :], bar.min(0), bar.max(0), color=GREY, alpha=0.3, lw=0, label="the pairs' bars")
     axes.locator_params(axis="x", integer=True)
     return _with_legend(axes, 2)
 
@@ -106,16 +156,16 @@ def race(summary: Summary) -> Figure | None:
 def by_setting(summary: Summary) -> dict[str, Figure]:
     """A picture for each setting: the metric by its levels, a line for each combination of the others.
 
-    The line with intervals is that at which the levels are compared, a baseline a dashed one.
+    The line with intervals is that at which the levels are compared; a baseline's interval is a band.
     """
-    cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
+    cells = _with_method(summary.cells)
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
     figures = {}
     for factor in summary.effects.factors:
-        axes = _by_levels(factor, cells.set_index("cell"), baselines.assign(low=math.nan), f"Val {summary.title}")
-        for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
-            colour = "#777777" if method == "none" else "#000000"
-            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
+        axes = _by_levels(factor, cells.set_index("cell"), baselines, f"Val {summary.title}")
+        for mean, low, high, method in baselines[["mean", "low", "high", METHOD]].itertuples(index=False):
+            axes.axhline(100 * mean, color=colour_of(method), lw=1.2, label=BASELINES[method], zorder=0)
+            axes.axhspan(100 * low, 100 * high, color=colour_of(method), alpha=0.09, lw=0, zorder=0)
         figures["by_" + re.sub(r"\W+", "_", factor.name)] = _with_legend(axes, 3)
     return figures
 
@@ -129,19 +179,19 @@ def _by_levels(factor: Factor, cells: pd.DataFrame, baselines: pd.DataFrame, met
     chosen = lines.pop(factor.chosen)
     others = sorted(lines, key=lambda line: -line["mean"].mean())[: MOST_LINES - 1]
     more = f", {len(others)} of {len(lines)} other lines" if len(others) < len(lines) else ""
-    axes = _axes(f"{metric} by {name}, {_what_is_shown(chosen)}{more}", name, f"{metric} (%)")
+    axes = _axes(f"By {name}: {_what_is_shown(chosen)}{more}", name, f"{metric} (%)")
     label = f"{chosen['at'].iloc[0]}: compared here" if lines else None
-    _points(axes, chosen, chosen["place"].to_numpy(), label, COLOURS[0], MARKERS[0])
-    for other, colour, marker in zip(others, COLOURS[1:], MARKERS[1:], strict=False):
-        style: Any = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "zorder": 1}
-        axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], **style)
+    styles = _styles(pd.concat([line.head(1) for line in (chosen, *others)]))
+    _points(axes, chosen, chosen["place"].to_numpy(), label, styles[0]["color"])
+    for other, style in zip(others, styles[1:], strict=True):
+        axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], marker="o", ms=3, lw=1.2, **style)
     every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
     axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
-    drawn = pd.concat([chosen, *(other.assign(low=math.nan) for other in others)])
-    top = drawn["mean"].max()
-    near = drawn[drawn["mean"] >= top - max(4 * (top - drawn["mean"].median()), 0.01)]
-    low, _ = axes.set_ylim(_limits(pd.concat([near, baselines])))
-    if 100 * drawn["mean"].min() < low:
+    drawn = pd.concat([chosen, *(other.assign(low=math.nan, high=math.nan) for other in others), baselines[["mean"]]])
+    at, top = 100 * drawn["mean"].to_numpy(float), 100 * drawn["mean"].max()
+    spans = 100 * drawn[["mean", "low", "high"]].to_numpy(float)
+    low, _ = axes.set_ylim(_window(at, spans, top - 100 * baselines["mean"].min() if len(baselines) else 0.0))
+    if at.min() < low:
         axes.set_xlabel(f"{name} (lines that leave the picture go on lower)")
     return axes
 
@@ -159,18 +209,18 @@ def curves(folders: list[str], value: str = "val_accuracy") -> pd.DataFrame:
 
 def learning_curves(summary: Summary) -> Figure | None:
     """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
-    shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
+    shown, more = _best_and_baselines(_with_method(summary.cells), MOST_CURVES, MOST_LINES - MOST_CURVES)
     done = summary.trials[summary.trials["status"] == "completed"]
     seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
     axes = _axes(f"Learning curves: {seeds}{more}", "Epoch", f"Val {summary.title} (%)")
     later = []
-    for (_, cell), colour, marker in zip(shown.iterrows(), COLOURS, MARKERS, strict=False):
+    for (_, cell), style in zip(shown.iterrows(), _styles(shown), strict=True):
         table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist(), f"val_{summary.metric}")
         if len(table):
             mean, low, high = table.mean(axis=1), table.min(axis=1), table.max(axis=1)
             label = _shorten(str(cell["label"]))
-            axes.plot(mean.index, mean, label=label, color=colour, marker=marker, markersize=3.5, linewidth=1.6)
-            axes.fill_between(table.index, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(mean.index, mean, label=label, lw=1.5, gid=f"cell-{cell['cell']}-line", **style)
+            axes.fill_between(table.index, low, high, color=style["color"], alpha=0.12, lw=0)
             later.append(low[low.index > low.index[0] + (low.index[-1] - low.index[0]) / 3])
     if not later:
         return None
@@ -179,33 +229,6 @@ def learning_curves(summary: Summary) -> Figure | None:
         axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
     axes.locator_params(axis="x", integer=True)
     return _with_legend(axes, 2)
-
-
-def pareto(summary: Summary) -> Figure | None:
-    """Every cell's mean against its trainable parameters; the front as a line, its cells named."""
-    cost, front = "trainable_parameters", "pareto_parameters"
-    frame = summary.cells[np.isfinite(summary.cells[cost].to_numpy(float))].sort_values(cost)
-    if frame[cost].nunique() < 2:
-        return None
-    chosen, rest = frame[frame[front]], frame[~frame[front]]
-    axes = _axes(f"Val {summary.title} against trainable parameters", "Trainable parameters",
-                 f"Val {summary.title} (%)", height=4.6, beside=chosen["label"])  # fmt: skip
-    if frame[cost].min() > 0:
-        axes.set_xscale("log")
-    if len(rest):
-        axes.scatter(rest[cost], 100 * rest["mean"], s=22, color="#999999", alpha=0.7, label="other cells", lw=0)
-    axes.plot(chosen[cost], 100 * chosen["mean"], "o-", color=COLOURS[0], markersize=6, lw=1.4, label="Pareto front")
-    keys = [str(k) for k in range(1, len(chosen) + 1)]
-    for (x, y), same in chosen.assign(key=keys).groupby([cost, "mean"], sort=False):
-        text = ", ".join(same["key"])
-        side = "right" if "," in text else "center"  # several would run into the names
-        axes.annotate(text, (x, 100 * y), xytext=(0, 7), textcoords="offset points", ha=side, color=COLOURS[0])
-    names = [f"{k}  {_shorten(t)}" for k, t in zip(keys, chosen["label"], strict=True)]
-    named = names[:MOST_NAMES] + [f"… {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
-    axes.annotate("\n".join(named), (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8)
-    axes.margins(y=0.1)
-    axes.legend(loc="best", fontsize=9)
-    return axes.figure  # type: ignore[return-value]
 
 
 def cut_ranks(summary: Summary) -> Figure | None:
@@ -220,9 +243,9 @@ def cut_ranks(summary: Summary) -> Figure | None:
     axes, ticks = _axes(f"Val {summary.title} by rank", "Rank", f"Val {summary.title} (%)"), frame["lora.rank"].unique()
     for k, (method, group) in enumerate(frame.groupby(METHOD)):
         places = np.searchsorted(ticks, group["lora.rank"]) + 0.05 * k
-        _points(axes, group, places, METHODS.get(str(method), str(method)), COLOURS[k], MARKERS[k])
+        _points(axes, group, places, METHODS.get(str(method), str(method)), colour_of(str(method)))
     axes.set_xticks(range(len(ticks)), map(value_text, ticks))
-    axes.set_ylim(_limits(frame))
+    axes.set_ylim(_window(100 * frame["mean"].to_numpy(float), 100 * frame[["mean", "low", "high"]].to_numpy(float)))
     return _with_legend(axes, 3)
 
 
@@ -247,13 +270,13 @@ def spectrum(summary: Summary) -> Figure | None:
     trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
     if not (shares := update_shares(trials.loc[trials["cell"].isin(trained["cell"]), "folder"].tolist())):
         return None
-    figure = Figure(figsize=(8.6, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
-    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label'].iloc[0]}"), fontsize=11)
+    figure = Figure(figsize=(WIDTH, 1.2 + 1.7 * math.ceil(len(shares) / 3)), layout="constrained")
+    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label'].iloc[0]}"))
     grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
     for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
         enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]
-        axes.set_title(f"{layer}: 99 % in {min(enough)} to {max(enough)}", fontsize=9)
-        axes.axhline(99.0, color="#777777", ls="--", lw=1)
+        axes.set_title(f"{layer}: 99 % in {min(enough)} to {max(enough)}")
+        axes.axhline(99.0, color=GREY, ls="--", lw=1)
         for block, share in blocks.items():
             colour = matplotlib.colormaps["viridis"](0.9 * block / max(*blocks, 1))
             label = f"block {block}" if axes is grid[0, 0] else None
@@ -261,46 +284,50 @@ def spectrum(summary: Summary) -> Figure | None:
     return _with_legend(grid[0, 0], 6)
 
 
-def _axes(title: str, x: str, y: str, width: float = 7.0, height: float = 4.2,
-          beside: pd.Series | None = None) -> Axes:  # fmt: skip
-    """One picture in a figure of its own (inches); ``beside``: labels that need room of their own."""
-    if beside is not None:
-        width = 7.5 + 0.08 * max(0, min(int(beside.str.len().max()), LONGEST) - 44)
+def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9) -> Axes:
+    """One picture in a figure of its own (inches)."""
     axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title="\n".join(textwrap.wrap(title, int(10 * width))), xlabel=x, ylabel=y)
     return axes
 
 
-def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | None, colour: str, marker: str,
-            horizontal: bool = False) -> None:  # fmt: skip
-    """Means with their intervals, none where a cell has none; vertical ones are joined by a line."""
+def _with_method(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells if METHOD in cells else cells.assign(**{METHOD: "lora"})  # one was tried
+
+
+def _styles(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line for each cell in its method's colour, the second and later ones of a method paler and dashed."""
+    dashes, nth = ("-", "--", "-.", ":"), cells.groupby(METHOD).cumcount()
+    paler = [(np.array(to_rgb(colour_of(m))), min(0.12 * k, 0.6)) for m, k in zip(cells[METHOD], nth, strict=True)]
+    return [{"color": own + (1 - own) * share, "ls": dashes[k % 4]} for (own, share), k in zip(paler, nth, strict=True)]
+
+
+def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | None, colour: Any) -> None:
+    """Means joined by a line, with their intervals, none where a cell has none."""
     mean = 100 * frame["mean"].to_numpy(float)
     bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
-    where: Any = {"x": places, "y": mean, "yerr": bars}
-    if horizontal:
-        where = {"x": mean, "y": places, "xerr": bars, "ls": "none"}
-    axes.errorbar(**where, label=label, color=colour, marker=marker, capsize=2.5, lw=1.6, elinewidth=1.3, ms=5)
+    axes.errorbar(places, mean, bars, label=label, color=colour, marker="o", capsize=2.5, lw=1.8, elinewidth=1.3, ms=5)
 
 
-def _limits(frame: pd.DataFrame) -> tuple[float, float]:
-    """Limits of an axis (%) with every mean; an interval that would squeeze the rest (two seeds: t = 12.7) is cut."""
-    mean, ends = 100 * frame["mean"].to_numpy(float), 100 * frame[["low", "high"]].to_numpy(float)
-    reach = np.nan_to_num(np.abs(ends - mean[:, None]).max(1))
-    spread = max(float(np.ptp(mean)), 0.5)
-    room = min(float(np.median(reach[reach > 0])) if reach.any() else 0.0, 1.5 * spread)
-    low, high = float(mean.min()) - 1.3 * room, float(mean.max()) + 1.3 * room
-    whole = float((mean - reach).min()), float((mean + reach).max())
-    if whole[1] - whole[0] < 1.5 * (high - low):  # nothing is squeezed
-        low, high = whole
-    edge = max(0.04 * (high - low), 0.1)
-    return low - edge, min(high, 100.0) + edge
+def _window(at: np.ndarray, spans: np.ndarray, below: float = 0.0) -> tuple[float, float]:
+    """Limits of an axis (points) with all that is drawn and what is ``below`` the top; ends that squeeze it are cut.
+
+    ``at`` [n] values, ``spans`` [n, k] their ends (NaN: none).
+    """
+    top, reach = float(at.max()), np.nanmax(np.abs(spans - at[:, None]), axis=1, initial=0.0)
+    room = max(4 * float(np.median(top - at)), 2 * float(np.median(reach)), 1.5 * below, 0.5)
+    low, high = float(np.nanmin([at.min(), np.nanmin(spans), top - below])), float(np.nanmax(spans))
+    low, high = (low if low > top - 2 * room else top - room), (high if high < top + 2 * room else top + room)
+    edge = 0.04 * (high - low)
+    return low - edge, high + edge
 
 
 def _with_legend(axes: Axes, columns: int) -> Figure:
     """The figure, with a legend below the picture if anything has a name; fewer columns if names are long."""
     figure: Any = axes.figure
+    room = int(12 * figure.get_figwidth())  # characters
     if names := axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=min(columns, 88 // max(map(len, names))) or 1, fontsize=8.5)
+        figure.legend(loc="outside lower center", ncols=min(columns, room // max(map(len, names))) or 1)
     return figure
 
 
@@ -318,4 +345,4 @@ def _best_and_baselines(frame: pd.DataFrame, best: int, baselines: int) -> tuple
 
 
 def _what_is_shown(frame: pd.DataFrame) -> str:
-    return "mean and 95 % interval over seeds" if (frame["n"] > 1).any() else "one seed, no intervals"
+    return "mean and 95 % interval" if (frame["n"] > 1).any() else "one seed, no intervals"
