@@ -5,7 +5,7 @@
 
 import contextlib
 import functools
-import math
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_vit.analysis.chosen import again, confusion, settles, typed
+from lora_vit.analysis.power import seeds_needed, seeds_within
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
-from lora_vit.records import read_record
+from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.terminal import from_here
 
 RATES_NOTE = (
@@ -211,9 +211,32 @@ def inline_svg(data: bytes, name: str) -> Markup:
     """An SVG picture inside the page: no XML head, ids of its own."""
     text = re.sub(r"<metadata>.*?</metadata>", "", data.decode(), flags=re.S)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
-    text = re.sub(rf'\bid="{name}-cell-(\w+)-\w+"', r'data-cell="\1"', text)  # what shows one cell alone
+    text = re.sub(rf'\bid="{name}-cell-([^"]+)-\w+"', r'data-cell="\1"', text)  # what shows one cell alone
     text = text.replace("#1c2430", "currentColor").replace("#e4e4e4", "var(--line)")  # ink and grid, light and dark
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
+
+
+def again(summary: Summary, *settings: str) -> str:
+    """The command of the sweep with other seeds and settings, into the same folder; empty where there is not one."""
+    if not summary.command or "\n" in summary.command:
+        return ""
+    keys = {"seed", *(setting.partition("=")[0] for setting in settings)}
+    words = [word for word in shlex.split(summary.command) if word.partition("=")[0] not in keys]
+    if not any(word.startswith(("sweep.name=", "hydra.sweep.dir=")) for word in words):
+        words += [f"hydra.sweep.dir={word}" for word in shlex.split(from_here(Path(summary.folders[0])))]
+    return shlex.join([*words, *settings])
+
+
+def confusion(folder: Path) -> pd.DataFrame:
+    """A trial's val pictures by class (rows) and predicted class; empty where they are not known."""
+    try:
+        names = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["class_names"]
+        counts = np.zeros((len(names), len(names)), dtype=int)
+        with np.load(folder / PREDICTIONS) as arrays:
+            np.add.at(counts, (arrays["val.labels"], arrays["val.predicted"]), 1)
+        return pd.DataFrame(counts, names, names)
+    except Exception:  # numpy and zipfile raise many kinds where a file is cut off; the claims say what they lack
+        return pd.DataFrame()
 
 
 def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
@@ -221,34 +244,28 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    pages.filters.update(number=number, plain=plain, points=points, count=count, duration=duration, quote=shlex.quote)
-    pages.filters["value"] = value_text
+    pages.filters.update(number=number, plain=plain, points=points, duration=duration, value=value_text)
     pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
         METHODS.get(v, value_text(v)) for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
     )
     pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
     names = ", ".join(Path(f).name or f for f in summary.folders)
-    trials, facts, asked, chosen = summary.trials, summary.environment, None, summary.chosen
+    trials, asked, chosen = summary.trials, None, summary.chosen
     with contextlib.suppress(OSError, RecordError):
         asked = read_record(chosen)
     cells, few = readable(summary), readable(summary, wide=False)
     if "cell" not in cells:
         cells.insert(1, "cell", summary.cells["label"])
-    matrix, pairs = confusion(chosen)
-    commits = facts.loc[(facts["fact"] == "environment.commit") & (facts["value"] != NONE), "value"].tolist()
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
         best=best_cell(summary.cells),
-        tested=math.isfinite(summary.test.mean),
-        power=summary.power(),
-        completed=int((trials["status"] == "completed").sum()),
         numeric=numeric,
         most=PAGE_ROWS,
         cells=cells,
         settings=short_names(summary.settings),
         spare=[*(c for c in cells if c not in few and c != "cell"), *LEAST_NEEDED],
-        by_id=summary.cells.set_index("cell", drop=False).to_dict("index"),
+        by_id=dict(zip(summary.cells["cell"], summary.cells.to_dict("records"), strict=True)),
         sections=sections(summary),
         pictures={name: inline_svg(data, name) for name, data in pictures.items()},
         trials=as_text(
@@ -262,12 +279,8 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
         ),
         asked=asked,
         chosen=from_here(chosen),
-        matrix=matrix,
-        pairs=pairs,
-        settles=settles(summary),
-        typed=typed(summary),
+        matrix=confusion(chosen),
+        needed=seeds_needed if summary.margin is None else seeds_within,
         again=functools.partial(again, summary),
-        first=int(trials["seed"].min()),
         command=command,
-        commits=commits[:5],
     )

@@ -2,6 +2,8 @@ var UNITS = { kB: 1e3, MB: 1e6, GB: 1e9, M: 1e6 }, root = document.documentEleme
 
 function all(selector, within) { return Array.from((within || document).querySelectorAll(selector)); }
 
+function parts(cell, within) { return all((within || "") + '[data-cell="' + CSS.escape(cell) + '"]'); }
+
 function number(text) {  // "1.2 MB" is 1,200,000; NaN for what is no number
   var found = text.match(/^\s*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)\s*(kB|MB|GB|M|B|%)?[ *]*$/);
   return found ? parseFloat(found[1].replace(/,/g, "")) * (UNITS[found[2]] || 1) : NaN;
@@ -27,14 +29,14 @@ function sortBy(table, head, column) {
 function filter(table, text, output) {  // every word begins a word of the row; a number is one of its numbers
   var wanted = text.toLowerCase().split(/[\s,]+/).filter(Boolean), rows = Array.from(table.tBodies[0].rows), kept = 0;
   rows.forEach(function (row) {
-    var named = all(".name, .mark", row), cells = named.length ? named : Array.from(row.cells);
+    var cells = row.dataset.cell ? all(".name, .mark", row) : Array.from(row.cells);
     var words = cells.map(function (c) { return c.textContent.toLowerCase(); }).join(" ").split(/[\s,]+/);
     var fits = wanted.every(function (w) {
       return words.some(function (o) { return isNaN(w) ? o.startsWith(w) : o !== "" && +o === +w; });
     });
     kept += fits;
     row.classList.toggle("hidden", !fits);
-    if (row.dataset.cell) all('svg [data-cell="' + row.dataset.cell + '"]').forEach(function (part) {
+    if (row.dataset.cell) parts(row.dataset.cell, "svg ").forEach(function (part) {
       part.classList.toggle("dim", !fits);
     });
   });
@@ -80,11 +82,11 @@ document.body.appendChild(tip);
 
 function light(id) {
   all(".lit").forEach(function (part) { part.classList.remove("lit"); });
-  if (id) all('[data-cell="' + id + '"]').forEach(function (part) { part.classList.add("lit"); });
+  if (id) parts(id).forEach(function (part) { part.classList.add("lit"); });
 }
 
 document.addEventListener("mousemove", function (event) {
-  var part = event.target.closest("[data-cell]"), row = part && cells.querySelector('tr[data-cell="' + part.dataset.cell + '"]');
+  var part = event.target.closest("[data-cell]"), row = part && parts(part.dataset.cell, "table.cells tr")[0];
   light(part && part.dataset.cell);
   tip.hidden = !row || part === row;
   if (tip.hidden) return;

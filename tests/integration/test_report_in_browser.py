@@ -1,4 +1,4 @@
-"""The report in a real headless browser: no error, nothing from outside, tables sort, it fits narrow and wide."""
+"""The report in a real headless browser: nothing from outside, its tables sort, filter and fit, also on paper."""
 
 from __future__ import annotations
 
@@ -68,10 +68,94 @@ def test_tables_sort(page):
         assert (len(set(numbers)), sorted(shown())) == (3, before)
 
 
-@pytest.mark.parametrize("width", [380, 1400])
-def test_the_page_fits_the_window(page, width):
-    page.set_window_size(width, 900)
+def rows(page, selector: str = "table.cells tbody tr") -> list[str]:
+    """The texts of those that are shown."""
+    return [row.text for row in page.find_elements("css selector", selector) if row.is_displayed()]
+
+
+def open_at(page, width: int, media: str = "screen", dark: bool = False) -> None:
+    """The page again, in a window of so many pixels."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.refresh()
+
+
+def test_rows_are_filtered_here_and_in_the_picture(page):
+    open_at(page, 1280)
+    every, words = rows(page), page.find_element("css selector", "input[type=search]")
+    dimmed = "return document.querySelectorAll('.first [data-cell$=row], .first .dim').length"
+    for text, kept in (("rank 16", 4), ("16 0.003", 2), ("wor", len([r for r in every if "worse" in r])), ("x", 0)):
+        words.clear()
+        words.send_keys(text)
+        assert len(rows(page)) == kept, text
+        assert (page.execute_script(dimmed) > 0) == (kept < len(every))
+    words.send_keys("\b")
+    assert rows(page) == every
+
+
+def test_columns_are_chosen(page):
+    open_at(page, 1280)
+    heads = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
+    assert {"rank", "lr", "val accuracy %", "mark", "vs best"} <= {*heads}
+    assert not {"cell", "images/s"} & {*heads}
+    page.find_element("css selector", "details.columns summary").click()
+    labels = {label.text: label for label in page.find_elements("css selector", ".columns label")}
+    for name in ("images/s", "rank"):
+        labels[name].click()
+    after = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
+    assert {*after} == {*heads, "images/s"} - {"rank"}
+
+
+def test_a_point_and_its_row_light_up_together_with_the_values(page):
+    open_at(page, 1280)
+    point = page.find_element("css selector", ".first svg [data-cell] use")
+    webdriver.ActionChains(page).move_to_element(point).perform()
+    (lit,) = page.find_elements("css selector", "table.cells tr.lit")
+    tip = page.find_element("id", "tip")
+    assert tip.is_displayed()
+    assert lit.find_element("css selector", ".mark").text in tip.text
+
+
+def test_it_is_dark_where_that_is_preferred_or_chosen(page):
+    back = "return getComputedStyle(document.body).backgroundColor + document.documentElement.dataset.theme"
+    open_at(page, 1280, dark=True)
+    dark = page.execute_script(back)
+    open_at(page, 1280)
+    light = page.execute_script(back)
+    assert (light, dark.endswith("dark")) == ("rgb(255, 255, 255)light", True)
+    page.find_element("id", "theme").click()
+    assert page.execute_script(back) == dark
+
+
+WIDER = """return Array.from(document.querySelectorAll("body *")).filter(e => !e.closest("svg, head, #tip")
+    && !(e.parentElement.closest(arguments[0])) && e.getBoundingClientRect().right > innerWidth + 1
+    && getComputedStyle(e).display !== "none").map(e => e.outerHTML.slice(0, 90))"""
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_fits_the_window_and_tables_scroll_in_their_boxes(page, width):
+    open_at(page, width)
     assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.execute_script(WIDER, ".scroll, figure, pre") == []
+    heads = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
+    assert ("cell" in heads, "rank" in heads) == (width == 400, width == 1280), "a name column where it is narrow"
+    if width == 1280:
+        assert page.execute_script("let b = document.querySelector('.scroll'); return b.scrollWidth <= b.clientWidth")
     pictures = page.find_elements("css selector", "figure svg")
-    assert pictures
-    assert all(0 < p.size["width"] <= width for p in pictures)
+    assert len(pictures) > 1
+    assert all(0 < p.size["width"] <= max(width, 640) for p in pictures)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_no_column_is_cut_on_paper(page, everything):
+    open_at(page, 1280)
+    if everything:
+        page.execute_script("document.querySelectorAll('.columns input:not(:checked)').forEach(box => box.click())")
+    size = {"width": 695, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 without its margins
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert page.execute_script(WIDER, "none") == []
+    assert not any(c.is_displayed() for c in page.find_elements("css selector", ".controls, #theme"))
+    assert len(rows(page)) == len(page.find_elements("css selector", "table.cells tbody tr"))
