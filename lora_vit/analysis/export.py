@@ -217,10 +217,10 @@ def inline_svg(data: bytes, name: str) -> Markup:
 
 
 def again(summary: Summary, *settings: str) -> str:
-    """The command of the sweep with other seeds and settings, into the same folder; empty where there is not one."""
+    """The command of the sweep with other settings, into the same folder; empty where there is not one."""
     if not summary.command or "\n" in summary.command:
         return ""
-    keys = {"seed", *(setting.partition("=")[0] for setting in settings)}
+    keys = {setting.partition("=")[0] for setting in settings}
     words = [word for word in shlex.split(summary.command) if word.partition("=")[0] not in keys]
     if not any(word.startswith(("sweep.name=", "hydra.sweep.dir=")) for word in words):
         words += [f"hydra.sweep.dir={word}" for word in shlex.split(from_here(Path(summary.folders[0])))]

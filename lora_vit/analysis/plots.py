@@ -272,7 +272,9 @@ def _with_legend(axes: Axes, columns: int) -> Figure:
     figure: Any = axes.figure
     room = int(12 * figure.get_figwidth())  # characters
     if names := axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=min(columns, room // max(map(len, names))) or 1)
+        columns = min(columns, room // max(map(len, names))) or 1
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, len(names) // columns - 3))
+        figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 

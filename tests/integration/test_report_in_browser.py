@@ -75,7 +75,7 @@ def rows(page, selector: str = "table.cells tbody tr") -> list[str]:
 
 def open_at(page, width: int, media: str = "screen", dark: bool = False) -> None:
     """The page again, in a window of so many pixels."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
