@@ -102,7 +102,7 @@ def summarize(
         warnings=[*checks.warnings(done, cells, result, rates, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,
         race=race,
-        command="\n".join(loaded.commands) or None,
+        command="\n".join(dict.fromkeys(loaded.commands)) or None,
         metric=metric,
         pictures=0 if pictures is None else pictures.means.shape[1],
     )

@@ -246,7 +246,8 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     )
     pages.filters.update(number=number, plain=plain, points=points, duration=duration, value=value_text)
     pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
-        METHODS.get(v, value_text(v)) for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
+        METHODS.get(v, str(v)) if of.name == METHOD else value_text(v)
+        for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
     )
     pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
     names = ", ".join(Path(f).name or f for f in summary.folders)

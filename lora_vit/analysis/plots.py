@@ -88,9 +88,11 @@ def difference(summary: Summary) -> Figure | None:
         gid, seeds = f"cell-{cell['cell']}", 100 * cell.get("difference_seeds", math.nan) * np.array([-1, 1])
         axes.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.0, lw=0, gid=f"{gid}-row")
         for x, width, alpha in ((ends[row], 1.4, 1.0), (at[row] + seeds, 5.0, 0.35)):
-            axes.plot(np.clip(x, low, high), [row] * 2, color=colour, lw=width, alpha=alpha, solid_capstyle="butt")
+            style: Any = {"color": colour, "lw": width, "alpha": alpha, "gid": f"{gid}-line{width:.0f}"}
+            axes.plot(np.clip(x, low, high), [row, row], solid_capstyle="butt", **style)
         if cell["n"] > 1 and not is_best:
-            axes.plot(own, np.full(len(own), row + 0.27), "o", color=colour, ms=4, alpha=0.55, mew=0)
+            style = {"color": colour, "ms": 4, "alpha": 0.55, "mew": 0, "gid": f"{gid}-seeds"}
+            axes.plot(own, np.full(len(own), row + 0.27), "o", **style)
         axes.plot(at[row], row, "D" if is_best else "o", color=colour, ms=6, gid=f"{gid}-point")
         arrow = f"◀ {signed(at[row] / 100) if at[row] < low else ''}" * bool(np.nanmin(spans[row]) < low)
         other = "▶" * bool(np.nanmax(spans[row]) > high)
@@ -176,13 +178,13 @@ def _lines(axes: Axes, levels: Any, lines: list[pd.DataFrame], baselines: pd.Dat
         label, bars = _shorten(cells["line"].iloc[0]) or None, np.abs(ends - mean)
         axes.errorbar(cells["place"], mean, bars, label=label, marker="o", capsize=2.5, elinewidth=1.3, **style)
     for mean, low, high, method in baselines[["mean", "low", "high", METHOD]].itertuples(index=False):
-        axes.axhline(100 * mean, color=colour_of(method), lw=1.2, label=BASELINES[method], zorder=0)
+        label = f"{BASELINES[method]}, {100 * mean:.2f}"  # it may lie below the picture
+        axes.axhline(100 * mean, color=colour_of(method), lw=1.2, label=label, zorder=0)
         axes.axhspan(100 * low, 100 * high, color=colour_of(method), alpha=0.09, lw=0, zorder=0)
     every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
     axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
     drawn = 100 * pd.concat([*lines, baselines[["mean"]]])[["mean", "low", "high"]].astype(float)
-    below = drawn["mean"].max() - 100 * baselines["mean"].min() if len(baselines) else 0.0
-    low, _ = axes.set_ylim(_window(drawn["mean"].to_numpy(), drawn.to_numpy(), below))
+    low, _ = axes.set_ylim(_window(drawn["mean"].to_numpy(), drawn.to_numpy()))
     if drawn["mean"].min() < low:
         axes.set_xlabel(f"{axes.get_xlabel()} (lines that leave the picture go on lower)")
     return _with_legend(axes, 3)
@@ -239,7 +241,7 @@ def spectrum(summary: Summary) -> Figure | None:
 def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9) -> Axes:
     """One picture in a figure of its own (inches)."""
     axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
-    axes.set(title="\n".join(textwrap.wrap(title, int(10 * width))), xlabel=x, ylabel=y)
+    axes.set(title="\n".join(textwrap.wrap(title, int(10.2 * WIDTH))), xlabel=x, ylabel=y)
     return axes
 
 

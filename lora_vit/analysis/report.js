@@ -81,6 +81,8 @@ tip.id = "tip"; tip.hidden = true;
 document.body.appendChild(tip);
 
 function light(id) {
+  if (tip.dataset.of === String(id)) return;
+  tip.dataset.of = id;
   all(".lit").forEach(function (part) { part.classList.remove("lit"); });
   if (id) parts(id).forEach(function (part) { part.classList.add("lit"); });
 }
@@ -108,3 +110,4 @@ var dark = window.matchMedia("(prefers-color-scheme: dark)");
 theme(dark.matches ? "dark" : "light");
 dark.addEventListener("change", function () { theme(dark.matches ? "dark" : "light"); });
 document.getElementById("theme").addEventListener("click", function () { theme(root.dataset.theme === "dark" ? "light" : "dark"); });
+window.addEventListener("beforeprint", function () { all("details:not(.columns)").forEach(function (d) { d.open = true; }); });

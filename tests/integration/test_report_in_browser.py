@@ -111,6 +111,9 @@ def test_columns_are_chosen(page):
 def test_a_point_and_its_row_light_up_together_with_the_values(page):
     open_at(page, 1280)
     point = page.find_element("css selector", ".first svg [data-cell] use")
+    row = page.find_element("css selector", ".first svg [data-cell] path")
+    webdriver.ActionChains(page).move_to_element_with_offset(row, 0, 1).perform()
+    assert page.find_elements("css selector", "table.cells tr.lit"), "anywhere in a row"
     webdriver.ActionChains(page).move_to_element(point).perform()
     (lit,) = page.find_elements("css selector", "table.cells tr.lit")
     tip = page.find_element("id", "tip")

@@ -157,7 +157,8 @@ def test_the_page_names_what_was_asked_and_what_to_do_next(large):
     summary = summarize(large)
     page = html.unescape(export.html_report(summary, {}, "python -m again"))
     assert "digits: 10 classes; 100 train, 720 val, 720 test pictures" in page
-    assert "rank 1, 16; dropout 0, 0.1; lr 0.001, 0.01; 3 seeds" in page
+    assert "method full fine-tuning, LoRA, linear probe; rank 1, 16; dropout 0, 0.1; lr 0.001, 0.01; 3 seeds" in page
+    assert "test pictures; augment none" in page
     assert "ran at commit 0123abc." in page
     assert "<pre>python -m again</pre>" in page
     assert f"lora-vit predict {summary.chosen} IMAGE..." in page
@@ -293,8 +294,10 @@ def test_each_setting_has_a_line_for_each_combination_of_the_others(quick):
         held = (cells["lora.dropout"] == dropout) & (cells["optimizer.lr"] == lr)
         np.testing.assert_allclose(heights, 100 * cells[held].sort_values("lora.rank")["mean"])
     low, high = axes.get_ylim()
-    baselines = cells[cells["lora.method"] != "lora"]["mean"] * 100
-    assert ((low < baselines) & (baselines < high)).all()
+    baselines = cells[cells["lora.method"] != "lora"].set_index("lora.method")["mean"] * 100
+    assert baselines["none"] < low < baselines["full"] < high, "a far one would squeeze the others"
+    assert "go on lower" in axes.get_xlabel()
+    assert f"linear probe, {baselines['none']:.2f}" in axes.get_legend_handles_labels()[1]
 
 
 def test_lines_far_below_leave_the_picture_and_the_best_of_many_are_drawn(tmp_path):
@@ -354,7 +357,7 @@ def test_a_method_has_one_colour_in_all_pictures(quick):
     points = {x.get_label(): x.get_color() for x in figures["difference"].axes[0].lines}
     lines = {x.get_label(): x.get_color() for x in figures["by_rank"].axes[0].lines}
     for name in ("linear probe", "full fine-tuning"):
-        assert points[name] == lines[name] != points["LoRA"]
+        assert points[name] == next(of for text, of in lines.items() if text.startswith(name)) != points["LoRA"]
     compared = figures["by_rank"].axes[0].containers[0].lines[0].get_color()
     assert colors.same_color(compared, points["LoRA"])
     sizes = {t.get_fontsize() for f in figures.values() for t in f.findobj(Text) if t.get_text()}
