@@ -105,7 +105,7 @@ def summarize(
         warnings=[*checks.warnings(done, cells, result, edges, unfinished), *checks.unseen(sums, len(first))],
         problems=loaded.problems,
         race=race,
-        command=None if plan is None else plan["command"],
+        command="\n".join(dict.fromkeys(loaded.commands)) or None,
         metric=metric,
         answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],

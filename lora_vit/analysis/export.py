@@ -1,10 +1,11 @@
 """The tables of a summary as text, and text as Markdown, LaTeX, on a terminal and as one self-contained HTML page.
 
-``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts the tables.
+``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts, filters and lights up.
 """
 
 import contextlib
-import math
+import functools
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -14,18 +15,21 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from markupsafe import escape as escape_html
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_vit.analysis.power import seeds_needed, seeds_within
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
+from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
+from lora_vit.records import PREDICTIONS, read_record
+from lora_vit.terminal import from_here
 
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
@@ -67,7 +71,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         *[("sd", "sd", plain)] * wide,
         *("n", "failed", "mark"),
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
-        ("vs best (points)" if wide else "vs best", "behind", signed),
+        ("vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
         ("seeds ±", "difference_seeds", plain),
         *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
@@ -201,7 +205,32 @@ def inline_svg(data: bytes, name: str) -> Markup:
     """An SVG picture inside the page: no XML head, ids of its own."""
     text = re.sub(r"<metadata>.*?</metadata>", "", data.decode(), flags=re.S)
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
+    text = re.sub(rf'\bid="{name}-cell-([^"]+)-\w+"', r'data-cell="\1"', text)  # what shows one cell alone
+    text = text.replace("#1c2430", "currentColor").replace("#e4e4e4", "var(--line)")  # ink and grid, light and dark
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
+
+
+def again(summary: Summary, *settings: str) -> str:
+    """The command of the sweep with other settings, into the same folder; empty where there is not one."""
+    if not summary.command or "\n" in summary.command:
+        return ""
+    keys = {setting.partition("=")[0] for setting in settings}
+    words = [word for word in shlex.split(summary.command) if word.partition("=")[0] not in keys]
+    if not any(word.startswith(("sweep.name=", "hydra.sweep.dir=")) for word in words):
+        words += [f"hydra.sweep.dir={word}" for word in shlex.split(from_here(Path(summary.folders[0])))]
+    return shlex.join([*words, *settings])
+
+
+def confusion(folder: Path) -> pd.DataFrame:
+    """A trial's val pictures by class (rows) and predicted class; empty where they are not known."""
+    try:
+        names = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["class_names"]
+        counts = np.zeros((len(names), len(names)), dtype=int)
+        with np.load(folder / PREDICTIONS) as arrays:
+            np.add.at(counts, (arrays["val.labels"], arrays["val.predicted"]), 1)
+        return pd.DataFrame(counts, names, names)
+    except Exception:  # numpy and zipfile raise many kinds where a file is cut off; the claims say what they lack
+        return pd.DataFrame()
 
 
 def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
@@ -209,31 +238,31 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    pages.filters.update(number=number, plain=plain, points=points)
+    pages.filters.update(number=number, plain=plain, points=points, duration=duration, value=value_text)
+    pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
+        METHODS.get(v, str(v)) if of.name == METHOD else value_text(v)
+        for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
+    )
     pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
     names = ", ".join(Path(f).name or f for f in summary.folders)
-    trials, facts = summary.trials, summary.environment
-    best, completed = best_cell(summary.cells), trials["status"] == "completed"
-    commands = []  # what Hydra was called with to train trials of the best cell, where that is known
-    for folder in trials.loc[completed & (trials["cell"] == best["cell"]), "folder"].head(5):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-            hydra = yaml.safe_load((Path(folder) / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]
-            given = [*hydra["overrides"]["hydra"], *hydra["overrides"]["task"]]
-            mode = ["-m"] if hydra["mode"] == "MULTIRUN" else []
-            commands.append(shlex.join(["python", "-m", "lora_vit.train", *mode, *map(str, given)]))
-    commits = facts.loc[(facts["fact"] == "environment.commit") & (facts["value"] != NONE), "value"].tolist()
+    trials, asked, chosen = summary.trials, None, summary.chosen
+    with contextlib.suppress(OSError, RecordError):
+        asked = read_record(chosen)
+    cells, few = readable(summary), readable(summary, wide=False)
+    if "cell" not in cells:
+        cells.insert(1, "cell", summary.cells["label"])
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
-        best=best,
-        tested=math.isfinite(summary.test.mean),
-        power=summary.power(),
-        completed=int(completed.sum()),
+        best=best_cell(summary.cells),
         numeric=numeric,
         most=PAGE_ROWS,
-        cells=readable(summary),
+        cells=cells,
+        settings=short_names(summary.settings),
+        spare=[*(c for c in cells if c not in few and c != "cell"), *LEAST_NEEDED],
+        by_id=dict(zip(summary.cells["cell"], summary.cells.to_dict("records"), strict=True)),
         sections=sections(summary),
-        pictures=[inline_svg(data, name) for name, data in pictures.items()],
+        pictures={name: inline_svg(data, name) for name, data in pictures.items()},
         trials=as_text(
             trials,
             *("trial", ("cell", "label", str), "seed", "status", "epoch"),
@@ -243,6 +272,10 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
             ("seconds", "seconds", duration),
             ("pack", "pack_size", value_text),
         ),
-        commands=dict.fromkeys([*commands, command]),
-        commits=commits[:5],
+        asked=asked,
+        chosen=from_here(chosen),
+        matrix=confusion(chosen),
+        needed=seeds_needed if summary.margin is None else seeds_within,
+        again=functools.partial(again, summary),
+        command=command,
     )

@@ -29,6 +29,7 @@ class Loaded:
     problems: list[str]  # lines for the user
     races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command
     sweeps: int = 0  # how many were given whole
+    commands: list[str] = field(default_factory=list)  # that were typed for sweeps, the newest of each
 
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
@@ -98,6 +99,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
         return
     loaded.trials.loc[loaded.trials["trial"].isin(planned), "metric"] = str(plan.get("metric", "accuracy"))
     loaded.races += [race] if race else []
+    loaded.commands += [plan["command"]] if isinstance(plan.get("command"), str) else []
     loaded.sweeps += found is not None
     if missing := [trial for trial in planned if found is not None and trial not in found]:
         shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")

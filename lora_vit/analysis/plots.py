@@ -1,12 +1,14 @@
-"""Pictures of a summary, drawn without a display. Colours: Okabe & Ito (2008), safe for the colour-blind.
+"""Pictures of a summary, drawn without a display: one colour for each method in all of them, one size of letters.
 
-``report.mplstyle`` has their style.
+Colours: Okabe & Ito (2008), safe for the colour-blind. ``report.mplstyle`` has the style. What shows one cell alone has
+the gid ``cell-ID-PART``, by which the page finds it.
 """
 
-import contextlib
 import io
+import itertools
 import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +16,33 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from lora_vit.analysis.effects import Factor
-from lora_vit.analysis.load import as_float
 from lora_vit.analysis.summary import Summary
+from lora_vit.analysis.tables import averaged, best_cell, matrix
+from lora_vit.analysis.texts import count, plain, points, signed
 from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, value_text
-from lora_vit.errors import RecordError
-from lora_vit.files import read_rows
-from lora_vit.records import METRICS
 
 STYLE = Path(__file__).with_name("report.mplstyle")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MARK_STYLE = {
-    "best": ("#0072B2", "D"), "candidate": ("#56B4E9", "o"), "open": ("#E69F00", "^"), "worse": ("#D55E00", "v"),
-    "no verdict": ("#777777", "s"), "selected": ("#0072B2", "D"), "in": ("#56B4E9", "o"), "out": ("#D55E00", "v"),
-    "unresolved": ("#56B4E9", "o"), "failed": ("#000000", "X"), "not raced": ("#777777", "s"),
-}  # fmt: skip
-MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
-LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture
+COLOURS = {"lora": "#0072B2", "dora": "#CC79A7", "none": "#E69F00", "full": "#009E73"}
+CUT_COLOURS = "#56B4E9", "#D55E00"  # layer by layer, by threshold
+DASHES = "-", "--", "-.", ":"
+INK, GREY = "#1c2430", "#8a93a0"
+WIDE, WIDTH = 11.4, 5.5  # inches: of the first picture, and of all others
+COLUMNS = 12, 54, 128  # of text, points to the right of the first picture
+MOST_LINES, MOST_ROWS, MOST_BASELINES = 7, 30, 4
+LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a picture
 
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(fname=STYLE):
         figures = {
-            "cells": cells(summary),
+            "difference": difference(summary),
             "race": race(summary),
             **by_setting(summary),
-            "learning_curves": learning_curves(summary),
-            "pareto_parameters": pareto(summary),
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
         }
@@ -61,151 +58,136 @@ def render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def cells(summary: Summary) -> Figure:
-    """The best cells from top to bottom with their intervals, coloured by mark; baselines always shown."""
-    shown, more = _best_and_baselines(summary.cells, MOST_ROWS, 4)
-    axes = _axes(f"Cells{more}", "", "", height=1.3 + 0.26 * max(len(shown), 3), beside=shown["label"])
-    for mark, (colour, marker) in MARK_STYLE.items():
-        here = np.flatnonzero(shown["mark"] == mark)
-        if len(here):
-            _points(axes, shown.iloc[here], here, mark, colour, marker, horizontal=True)
-    axes.set_yticks(range(len(shown)), [_shorten(t) for t in shown["label"]])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
+def colour_of(method: str) -> str:
+    """The one colour of a method, in all pictures."""
+    return COLOURS.get(method) or CUT_COLOURS["threshold" in method]
+
+
+def difference(summary: Summary) -> Figure | None:
+    """Each cell minus the best: interval, seeds as dots, zero and the margin; None where there is one cell alone.
+
+    The thick part of an interval is that of the seeds alone. What lies beyond an edge has an arrow there.
+    """
+    cells, best, value = _with_method(summary.cells), best_cell(summary.cells), f"val_{summary.metric}"
+    if len(cells) < 2:
+        return None
+    baselines = cells[MOST_ROWS:][cells[METHOD].isin(BASELINES)[MOST_ROWS:]].head(MOST_BASELINES)
+    shown, margin = pd.concat([cells.head(MOST_ROWS), baselines]), summary.margin or 0.0
+    y = matrix(summary.trials[averaged(summary.trials, value)], value).loc[cells["cell"]]
+    y = y.where(y.notna().cumsum(axis=1).le(cells.set_index("cell")["n"], axis=0))  # in a race later ones do not count
+    dots = 100 * (y - (y.loc[best["cell"]] if summary.comparison.blocked else best["mean"]))
+    at = 100 * shown["difference"].fillna(shown["mean"] - best["mean"]).to_numpy()
+    ends = 100 * shown[["difference_low", "difference_high"]].to_numpy(float)  # NaN where nothing is claimed
+    spans = np.column_stack([at, ends, *(dots.loc[shown["cell"]].agg(f, axis=1) for f in ("min", "max"))])
+    low, high = _window(at, spans, 100 * margin)
+    more = f" (best {MOST_ROWS} of {len(cells)}{', and baselines' * bool(len(baselines))})" * (len(cells) > MOST_ROWS)
+    texts = [(-1, "val %", "mark", "parameters")]
+    axes = _axes(f"Difference from {_shorten(best['label'])}{more}", "", "", WIDE, 1.6 + 0.27 * len(shown))
+    for row, (_, cell) in enumerate(shown.iterrows()):
+        colour, is_best, own = colour_of(cell[METHOD]), cell["cell"] == best["cell"], dots.loc[cell["cell"]].dropna()
+        gid, seeds = f"cell-{cell['cell']}", 100 * cell.get("difference_seeds", math.nan) * np.array([-1, 1])
+        axes.axhspan(row - 0.5, row + 0.5, color=colour, alpha=0.0, lw=0, gid=f"{gid}-row")
+        for x, width, alpha in ((ends[row], 1.4, 1.0), (at[row] + seeds, 5.0, 0.35)):
+            style: Any = {"color": colour, "lw": width, "alpha": alpha, "gid": f"{gid}-line{width:.0f}"}
+            axes.plot(np.clip(x, low, high), [row, row], solid_capstyle="butt", **style)
+        if cell["n"] > 1 and not is_best:
+            style = {"color": colour, "ms": 4, "alpha": 0.55, "mew": 0, "gid": f"{gid}-seeds"}
+            axes.plot(own, np.full(len(own), row + 0.27), "o", **style)
+        axes.plot(at[row], row, "D" if is_best else "o", color=colour, ms=6, gid=f"{gid}-point")
+        arrow = f"◀ {signed(at[row] / 100) if at[row] < low else ''}" * bool(np.nanmin(spans[row]) < low)
+        other = "▶" * bool(np.nanmax(spans[row]) > high)
+        for x, text, side in ((low, arrow, "left"), (high, other, "right")):
+            axes.annotate(text, (x, row), ha=side, va="center_baseline", color=colour)
+        cost = count(cell["trainable_parameters"]) + " *" * bool(cell["pareto_parameters"])
+        texts.append((row, plain(cell["mean"]), cell["mark"], cost))
+    for (row, *line), x in itertools.product(texts, COLUMNS):
+        where: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+        axes.annotate(line[COLUMNS.index(x)], (1, row), (x, 0), annotation_clip=False, **where)
+    axes.set_title(axes.get_title("left"), pad=18)  # above these
+    axes.axvspan(-100 * margin, 0, color=GREY, alpha=0.2, lw=0, label=f"within {points(margin)}" if margin else None)
+    axes.axvline(0, color=INK, lw=1.2, zorder=1)
+    axes.set(xlim=(low, high), ylim=(len(shown) - 0.4, -0.6))
+    axes.set_yticks(range(len(shown)), map(_shorten, shown["label"]))
     axes.grid(axis="y", visible=False)
-    low, high = axes.set_xlim(_limits(shown))
-    beyond = ((100 * shown["low"] < low) | (100 * shown["high"] > high)).any()
-    longer = "\n(bars without ends are longer than shown)" if beyond else ""
-    axes.set_xlabel(f"Val {summary.title} (%), {_what_is_shown(shown)}{longer}")
-    return _with_legend(axes, 5)
+    for method in dict.fromkeys(shown[METHOD]) if METHOD in summary.cells else ():
+        axes.plot([], [], "o", color=colour_of(method), label=METHODS.get(method, method))
+    lines = "lines: 95 % for all cells together, thick by seeds alone; " * bool(np.isfinite(ends).any())
+    dotted = "dots: seeds" if (shown["n"] > 1).any() else "one seed"
+    axes.set_xlabel(f"Points of val {summary.title}, cell minus best ({lines}{dotted})")
+    return _with_legend(axes, 6)
 
 
 def race(summary: Summary) -> Figure | None:
-    """The mean of each cell by number of seeds, until it left the race."""
-    race = summary.race
+    """How far each cell is behind the leader by number of seeds, until it left, and the bar below which one leaves."""
+    race, cells = summary.race, _with_method(summary.cells)
     if race is None or not race.seeds:
         return None
-    labels = dict(zip(summary.cells["cell"], summary.cells["label"], strict=True))
-    order = [race.cells.index(cell) for cell in labels if cell in race.cells]
-    more = f", {MOST_LINES} of {len(order)} cells named" if len(order) > MOST_LINES else ""
-    seeds_axis = "Seeds (dotted: the first that a decision was made with; a cross: the cell left)"
-    axes = _axes(f"The race: mean of each cell so far{more}", seeds_axis, f"Mean val {summary.title} (%)", 8.0, 4.6)
-    for k, i in enumerate(order):
-        seeds = np.arange(1, race.seeds_of(i) + 1)
-        means = 100 * np.cumsum(race.y[i, : len(seeds)]) / seeds
-        named = k < MOST_LINES
-        colour, label = (COLOURS[k], _shorten(labels[race.cells[i]])) if named else ("#bbbbbb", None)
-        width = 2.4 if i == race.selected else 1.2
-        axes.plot(seeds, means, color=colour, linewidth=width, label=label, zorder=int(named))
+    raced = cells[cells["cell"].isin(race.cells)]
+    more = f", {MOST_LINES} of {len(raced)} cells named" if len(raced) > MOST_LINES else ""
+    axes = _axes(f"The race{more}", "Seeds (a cross: the cell left)", f"Points of val {summary.title} behind the best")
+    r, first = np.arange(1, race.seeds + 1), race.rules.first_seeds
+    so_far = np.array([np.cumsum(y[: len(r)]) / r for y in race.y])
+    for i in race.exits:
+        so_far[i, race.seeds_of(i) :] = math.nan
+    behind = 100 * (so_far - np.nanmax(so_far, axis=0))
+    for k, ((_, cell), style) in enumerate(zip(raced.iterrows(), _styles(raced), strict=True)):
+        i, gid = race.cells.index(cell["cell"]), f"cell-{cell['cell']}"
+        named = {"label": _shorten(cell["label"]), "zorder": 2} if k < MOST_LINES else {"alpha": 0.3, "zorder": 1}
+        axes.plot(r, behind[i], lw=2.4 if i == race.selected else 1.3, gid=f"{gid}-line", **style, **named)
         if i in race.exits:
-            axes.plot(seeds[-1], means[-1], marker="x", color=colour, markersize=7, markeredgewidth=1.8)
-    axes.axvline(race.rules.first_seeds, color="#999999", linestyle=":", linewidth=1)
+            left = race.seeds_of(i)
+            axes.plot(left, behind[i, left - 1], "x", color=style["color"], ms=7, mew=1.8, gid=f"{gid}-exit")
+    bounds, later = race.bounds[np.isfinite(race.bounds) & (race.bounds > 0)], r[first - 1 :]
+    if len(bounds):
+        least, most = (100 * np.minimum(0.0, race.rules.margin / 2 - f(bounds) / (2 * later)) for f in (np.min, np.max))
+        axes.fill_between(later, most, least, color=GREY, alpha=0.3, lw=0, label="the pairs' bars")
     axes.locator_params(axis="x", integer=True)
+    axes.set_ylim(1.08 * np.nanmin(behind) - 0.1, 0.02 - 0.04 * np.nanmin(behind))
     return _with_legend(axes, 2)
 
 
 def by_setting(summary: Summary) -> dict[str, Figure]:
     """A picture for each setting: the metric by its levels, a line for each combination of the others.
 
-    The line with intervals is that at which the levels are compared, a baseline a dashed one.
+    The line with intervals is that at which the levels are compared; a baseline's interval is a band.
     """
-    cells = summary.cells if METHOD in summary.cells else summary.cells.assign(**{METHOD: "lora"})  # one was tried
+    cells, figures = _with_method(summary.cells), {}
     baselines = cells[cells[METHOD].isin(BASELINES)].drop_duplicates(METHOD).sort_values(METHOD, ascending=False)
-    figures = {}
     for factor in summary.effects.factors:
-        axes = _by_levels(factor, cells.set_index("cell"), baselines.assign(low=math.nan), f"Val {summary.title}")
-        for mean, method in zip(baselines["mean"], baselines[METHOD], strict=True):
-            colour = "#777777" if method == "none" else "#000000"
-            axes.axhline(100 * mean, color=colour, ls="--", lw=1.2, label=BASELINES[method])
-        figures["by_" + re.sub(r"\W+", "_", factor.name)] = _with_legend(axes, 3)
+        lines: list[pd.DataFrame] = []
+        for at, line in factor.places.iterrows():
+            there = np.flatnonzero(line >= 0)
+            rows = cells.set_index("cell").loc[factor.ids[line.iloc[there]]].assign(place=there, line=str(at))
+            lines.append(rows if len(lines) == factor.chosen else rows.assign(low=math.nan, high=math.nan))
+        chosen = lines.pop(factor.chosen)
+        others = sorted(lines, key=lambda line: -line["mean"].mean())[: MOST_LINES - 1]
+        more = f", {len(others)} of {len(lines)} other lines" if len(others) < len(lines) else ""
+        chosen["line"] += ": compared here" if lines else ""
+        what = "mean and 95 % interval" if (chosen["n"] > 1).any() else "one seed, no intervals"
+        name, file = _shorten(factor.name), "by_" + re.sub(r"\W+", "_", factor.name)
+        axes = _axes(f"By {name}: {what}{more}", name, f"Val {summary.title} (%)")
+        figures[file] = _lines(axes, factor.places.columns, [chosen, *others], baselines)
     return figures
 
 
-def _by_levels(factor: Factor, cells: pd.DataFrame, baselines: pd.DataFrame, metric: str) -> Axes:
-    """The line that is compared, and the best of the others; ``cells`` by id."""
-    name, levels, lines = _shorten(factor.name), factor.places.columns, list[pd.DataFrame]()
-    for at, line in factor.places.iterrows():
-        there = np.flatnonzero(line >= 0)
-        lines.append(cells.loc[factor.ids[line.iloc[there]]].assign(place=there, at=_shorten(str(at))))
-    chosen = lines.pop(factor.chosen)
-    others = sorted(lines, key=lambda line: -line["mean"].mean())[: MOST_LINES - 1]
-    more = f", {len(others)} of {len(lines)} other lines" if len(others) < len(lines) else ""
-    axes = _axes(f"{metric} by {name}, {_what_is_shown(chosen)}{more}", name, f"{metric} (%)")
-    label = f"{chosen['at'].iloc[0]}: compared here" if lines else None
-    _points(axes, chosen, chosen["place"].to_numpy(), label, COLOURS[0], MARKERS[0])
-    for other, colour, marker in zip(others, COLOURS[1:], MARKERS[1:], strict=False):
-        style: Any = {"color": colour, "marker": marker, "ms": 3.5, "lw": 1.1, "zorder": 1}
-        axes.plot(other["place"], 100 * other["mean"], label=other["at"].iloc[0], **style)
+def _lines(axes: Axes, levels: Any, lines: list[pd.DataFrame], baselines: pd.DataFrame) -> Figure:
+    """Means of cells by ``place`` among the levels, named by ``line``, with their intervals; baselines with bands."""
+    for cells, style in zip(lines, _styles(pd.concat([cells.head(1) for cells in lines])), strict=True):
+        mean, ends = 100 * cells["mean"].to_numpy(float), 100 * cells[["low", "high"]].to_numpy(float).T
+        style |= {"lw": 1.8, "ms": 5} if np.isfinite(ends).any() else {"lw": 1.2, "ms": 3}
+        label, bars = _shorten(cells["line"].iloc[0]) or None, np.abs(ends - mean)
+        axes.errorbar(cells["place"], mean, bars, label=label, marker="o", capsize=2.5, elinewidth=1.3, **style)
+    for mean, low, high, method in baselines[["mean", "low", "high", METHOD]].itertuples(index=False):
+        label = f"{BASELINES[method]}, {100 * mean:.2f}"  # it may lie below the picture
+        axes.axhline(100 * mean, color=colour_of(method), lw=1.2, label=label, zorder=0)
+        axes.axhspan(100 * low, 100 * high, color=colour_of(method), alpha=0.09, lw=0, zorder=0)
     every = math.ceil(len(levels) * (max(map(len, levels)) + 2) / TICKS)
     axes.set_xticks(range(0, len(levels), every), map(_shorten, levels[::every]))
-    drawn = pd.concat([chosen, *(other.assign(low=math.nan) for other in others)])
-    top = drawn["mean"].max()
-    near = drawn[drawn["mean"] >= top - max(4 * (top - drawn["mean"].median()), 0.01)]
-    low, _ = axes.set_ylim(_limits(pd.concat([near, baselines])))
-    if 100 * drawn["mean"].min() < low:
-        axes.set_xlabel(f"{name} (lines that leave the picture go on lower)")
-    return axes
-
-
-def curves(folders: list[str], value: str = "val_accuracy") -> pd.DataFrame:
-    """The metric after each epoch, one column per trial; trials without readable rows are left out."""
-    table = pd.DataFrame()
-    for folder in folders:
-        with contextlib.suppress(RecordError, OSError, UnicodeDecodeError):
-            rows = [r for r in read_rows(Path(folder) / METRICS) if isinstance(r, dict) and r.get("kind") == "epoch"]
-            values = {r["epoch"]: as_float(r.get(value)) for r in rows if isinstance(r.get("epoch"), int)}
-            table = table.join(pd.Series(values, dtype=float, name=folder).dropna(), how="outer")
-    return table.dropna(axis="columns", how="all")
-
-
-def learning_curves(summary: Summary) -> Figure | None:
-    """Mean over seeds after each epoch, band from lowest to highest seed: the best cells and the baselines."""
-    shown, more = _best_and_baselines(summary.cells, MOST_CURVES, MOST_LINES - MOST_CURVES)
-    done = summary.trials[summary.trials["status"] == "completed"]
-    seeds = "mean and range over seeds" if (shown["n"] > 1).any() else "one seed"
-    axes = _axes(f"Learning curves: {seeds}{more}", "Epoch", f"Val {summary.title} (%)")
-    later = []
-    for (_, cell), colour, marker in zip(shown.iterrows(), COLOURS, MARKERS, strict=False):
-        table = 100 * curves(done.loc[done["cell"] == cell["cell"], "folder"].tolist(), f"val_{summary.metric}")
-        if len(table):
-            mean, low, high = table.mean(axis=1), table.min(axis=1), table.max(axis=1)
-            label = _shorten(str(cell["label"]))
-            axes.plot(mean.index, mean, label=label, color=colour, marker=marker, markersize=3.5, linewidth=1.6)
-            axes.fill_between(table.index, low, high, color=colour, alpha=0.15, linewidth=0)
-            later.append(low[low.index > low.index[0] + (low.index[-1] - low.index[0]) / 3])
-    if not later:
-        return None
-    if len(later) > 1 and len(lowest := pd.concat(later)):  # after the first third curves lie close together
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(max(bottom, lowest.min() - 0.25 * (top - lowest.min())), top)
-    axes.locator_params(axis="x", integer=True)
-    return _with_legend(axes, 2)
-
-
-def pareto(summary: Summary) -> Figure | None:
-    """Every cell's mean against its trainable parameters; the front as a line, its cells named."""
-    cost, front = "trainable_parameters", "pareto_parameters"
-    frame = summary.cells[np.isfinite(summary.cells[cost].to_numpy(float))].sort_values(cost)
-    if frame[cost].nunique() < 2:
-        return None
-    chosen, rest = frame[frame[front]], frame[~frame[front]]
-    axes = _axes(f"Val {summary.title} against trainable parameters", "Trainable parameters",
-                 f"Val {summary.title} (%)", height=4.6, beside=chosen["label"])  # fmt: skip
-    if frame[cost].min() > 0:
-        axes.set_xscale("log")
-    if len(rest):
-        axes.scatter(rest[cost], 100 * rest["mean"], s=22, color="#999999", alpha=0.7, label="other cells", lw=0)
-    axes.plot(chosen[cost], 100 * chosen["mean"], "o-", color=COLOURS[0], markersize=6, lw=1.4, label="Pareto front")
-    keys = [str(k) for k in range(1, len(chosen) + 1)]
-    for (x, y), same in chosen.assign(key=keys).groupby([cost, "mean"], sort=False):
-        text = ", ".join(same["key"])
-        side = "right" if "," in text else "center"  # several would run into the names
-        axes.annotate(text, (x, 100 * y), xytext=(0, 7), textcoords="offset points", ha=side, color=COLOURS[0])
-    names = [f"{k}  {_shorten(t)}" for k, t in zip(keys, chosen["label"], strict=True)]
-    named = names[:MOST_NAMES] + [f"… {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
-    axes.annotate("\n".join(named), (1.02, 0.98), xycoords="axes fraction", va="top", fontsize=8)
-    axes.margins(y=0.1)
-    axes.legend(loc="best", fontsize=9)
-    return axes.figure  # type: ignore[return-value]
+    drawn = 100 * pd.concat([*lines, baselines[["mean"]]])[["mean", "low", "high"]].astype(float)
+    low, _ = axes.set_ylim(_window(drawn["mean"].to_numpy(), drawn.to_numpy()))
+    if drawn["mean"].min() < low:
+        axes.set_xlabel(f"{axes.get_xlabel()} (lines that leave the picture go on lower)")
+    return _with_legend(axes, 3)
 
 
 def cut_ranks(summary: Summary) -> Figure | None:
@@ -217,17 +199,16 @@ def cut_ranks(summary: Summary) -> Figure | None:
     for c in [c for c in summary.settings if c not in (METHOD, "lora.rank", "lora.alpha")]:
         frame = frame[frame[c].map(value_text) == value_text(like[c])]
     frame = frame.drop_duplicates([METHOD, "lora.rank"]).sort_values("lora.rank")
-    axes, ticks = _axes(f"Val {summary.title} by rank", "Rank", f"Val {summary.title} (%)"), frame["lora.rank"].unique()
-    for k, (method, group) in enumerate(frame.groupby(METHOD)):
-        places = np.searchsorted(ticks, group["lora.rank"]) + 0.05 * k
-        _points(axes, group, places, METHODS.get(str(method), str(method)), COLOURS[k], MARKERS[k])
-    axes.set_xticks(range(len(ticks)), map(value_text, ticks))
-    axes.set_ylim(_limits(frame))
-    return _with_legend(axes, 3)
+    ticks, lines = frame["lora.rank"].unique(), list[pd.DataFrame]()
+    for method, group in frame.groupby(METHOD):
+        place = np.searchsorted(ticks, group["lora.rank"]) + len(lines) / 20
+        lines.append(group.assign(line=METHODS.get(str(method), method), place=place))
+    axes = _axes(f"Val {summary.title} by rank", "Rank", f"Val {summary.title} (%)")
+    return _lines(axes, [*map(value_text, ticks)], lines, frame[:0])
 
 
-def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
-    """By layer and block: the share (%) of the squared update that its first 1, 2, ... ranks hold, mean of trials."""
+def update_shares(folders: list[str]) -> dict[str, np.ndarray]:
+    """By layer [blocks, ranks]: the share (%) of the squared update that the first ranks hold, mean of the trials."""
     found: dict[str, dict[int, list[np.ndarray]]] = {}
     files = [Path(folder) / "adapter.safetensors" for folder in folders]
     for tensors in (load_file(file) for file in files if file.is_file()):
@@ -236,86 +217,69 @@ def update_shares(folders: list[str]) -> dict[str, dict[int, np.ndarray]]:
             square = np.linalg.svd(np.linalg.qr(b).R @ np.linalg.qr(a).R.T, compute_uv=False) ** 2
             block, layer = re.findall(r"(\d+)\.(.+)\.lora_A$", name)[0]
             found.setdefault(layer, {}).setdefault(int(block), []).append(100 * np.cumsum(square) / square.sum())
-    return {layer: {block: np.mean(own, 0) for block, own in of.items()} for layer, of in found.items()}
+    return {layer: np.array([np.mean(own, 0) for own in of.values()]) for layer, of in found.items()}
 
 
 def spectrum(summary: Summary) -> Figure | None:
-    """What the first ranks hold of the updates that were cut: a picture for each layer of a block, a line for each."""
+    """What the first ranks hold of the updates that were cut: by layer the mean of the blocks, and their range."""
     cells, trials = summary.cells, summary.trials
     if not {METHOD, "lora.rank"} <= {*cells} or not (cuts := cells[METHOD].str.contains(CUT)).any():
         return None
     trained = cells[~cuts & (cells["lora.rank"] == cells["lora.rank"].max())].head(1)  # the best, if it is looked at
     if not (shares := update_shares(trials.loc[trials["cell"].isin(trained["cell"]), "folder"].tolist())):
         return None
-    figure = Figure(figsize=(8.6, 1.2 + 2.0 * math.ceil(len(shares) / 3)), layout="constrained")
-    figure.suptitle(_shorten(f"The first ranks of the squared update (%): {trained['label'].iloc[0]}"), fontsize=11)
-    grid = figure.subplots(math.ceil(len(shares) / 3), 3, squeeze=False, sharex=True, sharey=True)
-    for axes, (layer, blocks) in zip(grid.flat, shares.items(), strict=False):
-        enough = [int(np.searchsorted(share, 99.0)) + 1 for share in blocks.values()]
-        axes.set_title(f"{layer}: 99 % in {min(enough)} to {max(enough)}", fontsize=9)
-        axes.axhline(99.0, color="#777777", ls="--", lw=1)
-        for block, share in blocks.items():
-            colour = matplotlib.colormaps["viridis"](0.9 * block / max(*blocks, 1))
-            label = f"block {block}" if axes is grid[0, 0] else None
-            axes.plot(range(1, len(share) + 1), share, ".-", color=colour, lw=1.2, label=label)
-    return _with_legend(grid[0, 0], 6)
+    axes = _axes(f"The updates of {_shorten(trained['label'].iloc[0])}", "First ranks", "Of the squared update (%)")
+    for k, (layer, share) in enumerate(shares.items()):
+        enough, colour = (share < 99.0).sum(1) + 1, matplotlib.colormaps["viridis"](0.9 * k / len(shares))
+        ranks, label = np.arange(1, share.shape[1] + 1), f"{layer}: 99 % in {enough.min()} to {enough.max()}"
+        axes.plot(ranks, share.mean(0), color=colour, lw=1.5, ls=DASHES[k % 4], label=label)
+        axes.fill_between(ranks, share.min(0), share.max(0), color=colour, alpha=0.12, lw=0)
+    axes.axhline(99.0, color=GREY, ls="--", lw=1)
+    return _with_legend(axes, 2)
 
 
-def _axes(title: str, x: str, y: str, width: float = 7.0, height: float = 4.2,
-          beside: pd.Series | None = None) -> Axes:  # fmt: skip
-    """One picture in a figure of its own (inches); ``beside``: labels that need room of their own."""
-    if beside is not None:
-        width = 7.5 + 0.08 * max(0, min(int(beside.str.len().max()), LONGEST) - 44)
+def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9) -> Axes:
+    """One picture in a figure of its own (inches)."""
     axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title="\n".join(textwrap.wrap(title, int(10.2 * WIDTH))), xlabel=x, ylabel=y)
     return axes
 
 
-def _points(axes: Axes, frame: pd.DataFrame, places: np.ndarray, label: str | None, colour: str, marker: str,
-            horizontal: bool = False) -> None:  # fmt: skip
-    """Means with their intervals, none where a cell has none; vertical ones are joined by a line."""
-    mean = 100 * frame["mean"].to_numpy(float)
-    bars = np.nan_to_num(np.abs(100 * frame[["low", "high"]].to_numpy(float).T - mean))
-    where: Any = {"x": places, "y": mean, "yerr": bars}
-    if horizontal:
-        where = {"x": mean, "y": places, "xerr": bars, "ls": "none"}
-    axes.errorbar(**where, label=label, color=colour, marker=marker, capsize=2.5, lw=1.6, elinewidth=1.3, ms=5)
+def _with_method(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells if METHOD in cells else cells.assign(**{METHOD: "lora"})  # one was tried
 
 
-def _limits(frame: pd.DataFrame) -> tuple[float, float]:
-    """Limits of an axis (%) with every mean; an interval that would squeeze the rest (two seeds: t = 12.7) is cut."""
-    mean, ends = 100 * frame["mean"].to_numpy(float), 100 * frame[["low", "high"]].to_numpy(float)
-    reach = np.nan_to_num(np.abs(ends - mean[:, None]).max(1))
-    spread = max(float(np.ptp(mean)), 0.5)
-    room = min(float(np.median(reach[reach > 0])) if reach.any() else 0.0, 1.5 * spread)
-    low, high = float(mean.min()) - 1.3 * room, float(mean.max()) + 1.3 * room
-    whole = float((mean - reach).min()), float((mean + reach).max())
-    if whole[1] - whole[0] < 1.5 * (high - low):  # nothing is squeezed
-        low, high = whole
+def _styles(cells: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line for each cell in its method's colour, the second and later ones of a method paler and dashed."""
+    nth = cells.groupby(METHOD).cumcount()
+    paler = [(np.array(to_rgb(colour_of(m))), min(0.12 * k, 0.6)) for m, k in zip(cells[METHOD], nth, strict=True)]
+    return [{"color": own + (1 - own) * share, "ls": DASHES[k % 4]} for (own, share), k in zip(paler, nth, strict=True)]
+
+
+def _window(at: np.ndarray, spans: np.ndarray, below: float = 0.0) -> tuple[float, float]:
+    """Limits of an axis (points) with all that is drawn and what is ``below`` the top; ends that squeeze it are cut.
+
+    ``at`` [n] values, ``spans`` [n, k] their ends (NaN: none).
+    """
+    top, reach = float(at.max()), np.nanmax(np.abs(spans - at[:, None]), axis=1, initial=0.0)
+    room = max(4 * float(np.median(top - at)), 2 * float(np.median(reach)), 1.5 * below, 0.5)
+    low, high = float(np.nanmin([at.min(), np.nanmin(spans), top - below])), float(np.nanmax(spans))
+    low, high = (low if low > top - 2 * room else top - room), (high if high < top + 2 * room else top + room)
     edge = max(0.04 * (high - low), 0.1)
-    return low - edge, min(high, 100.0) + edge
+    return low - edge, high + edge
 
 
 def _with_legend(axes: Axes, columns: int) -> Figure:
     """The figure, with a legend below the picture if anything has a name; fewer columns if names are long."""
     figure: Any = axes.figure
+    room = int(12 * figure.get_figwidth())  # characters
     if names := axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=min(columns, 88 // max(map(len, names))) or 1, fontsize=8.5)
+        columns = min(columns, room // max(map(len, names))) or 1
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, len(names) // columns - 3))
+        figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
 
 def _shorten(text: str) -> str:
     """At most LONGEST characters, and no formula between two dollars."""
     return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…").replace("$", r"\$")
-
-
-def _best_and_baselines(frame: pd.DataFrame, best: int, baselines: int) -> tuple[pd.DataFrame, str]:
-    """The first cells, baselines from among the others, and what a title says of the choice."""
-    rest = frame.iloc[best:]
-    others = rest[rest[METHOD].isin(BASELINES)].head(baselines) if METHOD in frame else rest[:0]
-    more = f" (best {best} of {len(frame)}{', and baselines' if len(others) else ''})" if len(rest) else ""
-    return pd.concat([frame.head(best), others]), more
-
-
-def _what_is_shown(frame: pd.DataFrame) -> str:
-    return "mean and 95 % interval over seeds" if (frame["n"] > 1).any() else "one seed, no intervals"

@@ -33,8 +33,8 @@ class Summary:
     ``trials`` and ``cells`` are the tables of ``trials.csv`` and ``cells.csv``. ``margin``: cells shown to lie at most
     this difference of the metric below the best are good enough. ``test``: the metric of the chosen cell on
     ``test_images`` (0: not known), and of no other; NaN if none is chosen. ``pictures``: so many of val count in the
-    claims (0: they hold on these alone). ``race``: if the sweep was one, with the ``command`` that resumes it.
-    ``answers``: of :mod:`.questions`; that of methods has their best cells' ``test``.
+    claims (0: they hold on these alone). ``race``: if the sweep was one. ``command``: what was typed for the sweeps, a
+    line each; it resumes them. ``answers``: of :mod:`.questions`; that of methods has their best cells' ``test``.
     """
 
     folders: list[str]

@@ -1,4 +1,4 @@
-"""The report in a real headless browser: no error, nothing from outside, tables sort, it fits narrow and wide."""
+"""The report in a real headless browser: nothing from outside, its tables sort, filter and fit, also on paper."""
 
 from __future__ import annotations
 
@@ -56,22 +56,104 @@ def test_tables_sort(page):
     heads = [h.text.strip() for h in table.find_elements("css selector", "th")]
     column = next(i for i, text in enumerate(heads) if "rank" in text)
 
-    def shown() -> list[str]:
+    def values() -> list[str]:
         rows = table.find_elements("css selector", "tbody tr")
         return [row.find_elements("css selector", "td")[column].text for row in rows]
 
-    before = sorted(shown())
+    before = sorted(values())
     for reverse in (False, True):
         table.find_elements("css selector", "th button")[column].click()
-        numbers = [float(t) for t in shown() if t not in ("", "–")]
+        numbers = [float(t) for t in values() if t not in ("", "–")]
         assert numbers == sorted(numbers, reverse=reverse)
-        assert (len(set(numbers)), sorted(shown())) == (3, before)
+        assert (len(set(numbers)), sorted(values())) == (3, before)
 
 
-@pytest.mark.parametrize("width", [380, 1400])
-def test_the_page_fits_the_window(page, width):
-    page.set_window_size(width, 900)
+def shown(page, selector: str = "table.cells tbody tr") -> list[str]:
+    """The texts of what is displayed."""
+    return [found.text for found in page.find_elements("css selector", selector) if found.is_displayed()]
+
+
+def open_at(page, width: int, media: str = "screen", dark: bool = False) -> None:
+    """The page again, in a window of so many pixels."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": [scheme]})
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.refresh()
+
+
+def test_rows_are_filtered_here_and_in_the_picture(page):
+    open_at(page, 1280)
+    every, words = shown(page), page.find_element("css selector", "input[type=search]")
+    dimmed = "return document.querySelectorAll('.first [data-cell$=row], .first .dim').length"
+    for text, kept in (("rank 16", 4), ("16 0.003", 2), ("wor", len([r for r in every if "worse" in r])), ("x", 0)):
+        words.clear()
+        words.send_keys(text)
+        assert len(shown(page)) == kept, text
+        assert (page.execute_script(dimmed) > 0) == (kept < len(every))
+    words.send_keys("\b")
+    assert shown(page) == every
+
+
+def test_columns_are_chosen(page):
+    open_at(page, 1280)
+    heads = {*shown(page, "table.cells th")}
+    assert {"rank", "lr", "val accuracy %", "mark", "vs best"} <= heads - {"cell", "images/s"} == heads
+    page.find_element("css selector", "details.columns summary").click()
+    labels = {label.text: label for label in page.find_elements("css selector", ".columns label")}
+    for name in ("images/s", "rank"):
+        labels[name].click()
+    assert {*shown(page, "table.cells th")} == {*heads, "images/s"} - {"rank"}
+
+
+def test_a_point_and_its_row_light_up_together_with_the_values(page):
+    open_at(page, 1280)
+    point = page.find_element("css selector", ".first svg [data-cell] use")
+    row = page.find_element("css selector", ".first svg [data-cell] path")
+    webdriver.ActionChains(page).move_to_element_with_offset(row, 0, 1).perform()
+    assert page.find_elements("css selector", "table.cells tr.lit"), "anywhere in a row"
+    webdriver.ActionChains(page).move_to_element(point).perform()
+    (lit,) = page.find_elements("css selector", "table.cells tr.lit")
+    tip = page.find_element("id", "tip")
+    assert lit.find_element("css selector", ".mark").text in tip.text, "and the tip is displayed"
+
+
+def test_it_is_dark_where_that_is_preferred_or_chosen(page):
+    back = "return getComputedStyle(document.body).backgroundColor + document.documentElement.dataset.theme"
+    open_at(page, 1280, dark=True)
+    dark = page.execute_script(back)
+    open_at(page, 1280)
+    light = page.execute_script(back)
+    assert (light, dark.endswith("dark")) == ("rgb(255, 255, 255)light", True)
+    page.find_element("id", "theme").click()
+    assert page.execute_script(back) == dark
+
+
+WIDER = """return Array.from(document.querySelectorAll("body *")).filter(e => !e.closest("svg, head, #tip")
+    && !(e.parentElement.closest(arguments[0])) && e.getBoundingClientRect().right > innerWidth + 1
+    && getComputedStyle(e).display !== "none").map(e => e.outerHTML.slice(0, 90))"""
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_fits_the_window_and_tables_scroll_in_their_boxes(page, width):
+    open_at(page, width)
     assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    pictures = page.find_elements("css selector", "figure svg")
-    assert pictures
-    assert all(0 < p.size["width"] <= width for p in pictures)
+    assert page.execute_script(WIDER, ".scroll, figure, pre") == []
+    heads = shown(page, "table.cells th")
+    assert ("cell" in heads, "rank" in heads) == (width == 400, width == 1280), "a name column where it is narrow"
+    if width == 1280:
+        assert page.execute_script("let b = document.querySelector('.scroll'); return b.scrollWidth <= b.clientWidth")
+    assert all(0 < p.size["width"] <= max(width, 640) for p in page.find_elements("css selector", "figure svg"))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_no_column_is_cut_on_paper(page, everything):
+    open_at(page, 1280)
+    if everything:
+        page.execute_script("document.querySelectorAll('.columns input:not(:checked)').forEach(box => box.click())")
+    size = {"width": 695, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 without its margins
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert page.execute_script(WIDER, "none") == []
+    assert not shown(page, ".controls, #theme")
+    assert len(shown(page)) == len(page.find_elements("css selector", "table.cells tbody tr"))

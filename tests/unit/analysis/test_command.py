@@ -103,12 +103,12 @@ def test_the_terminal_shows_the_first_rows_and_problems(sweep, summarize):
 def test_pictures_of_an_earlier_summary_are_removed_and_no_file_of_others(sweep, summarize):
     summary = sweep / "summary"
     summary.mkdir()
-    for name in ("heat_rank_lr.png", "pareto_seconds.svg", "notes.png"):
+    for name in ("heat_rank_lr.png", "pareto_seconds.svg", "cells.svg", "notes.png"):
         (summary / name).touch()
     summarize(sweep)
     found = {path.name for path in summary.iterdir()}
-    assert {"notes.png", "cells.csv", "cells.svg", "by_rank.svg"} <= found
-    assert not {"heat_rank_lr.png", "pareto_seconds.svg"} & found
+    assert {"notes.png", "cells.csv", "difference.svg", "by_rank.svg"} <= found
+    assert not {"heat_rank_lr.png", "pareto_seconds.svg", "cells.svg"} & found
     summarize(sweep, "--no-plots")
     assert [path.name for path in summary.glob("*.*g")] == ["notes.png"]
 
@@ -121,8 +121,8 @@ def test_the_page_leaves_out_what_there_is_none_of(tmp_path, summarize):
     for seed in range(2):
         make_trial(tmp_path / "one", 0.9, seed=seed)
     last = ["What was done", "Trials", "Environment", "How to reproduce"]
-    assert heads("--no-plots") == ["Cells", *last]
+    assert heads() == ["Cells", "What to do next", *last]
     make_trial(tmp_path / "one", None, status="failed", seed=2)
     (tmp_path / "one" / "x").mkdir()
     (tmp_path / "one" / "x" / "record.json").write_text("{")
-    assert heads() == ["Cells", "Not averaged", "Pictures", "Problems on reading", *last]
+    assert heads() == ["Cells", "Not averaged", "What to do next", "Problems on reading", *last]

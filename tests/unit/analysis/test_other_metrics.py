@@ -63,9 +63,6 @@ def test_every_figure_is_that_of_the_metric(tmp_path):
               (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel())}  # fmt: skip
     assert any("Val macro-F1" in text for text in labels)
     assert not any("accuracy" in text for text in labels)
-    row = {"kind": "epoch", "epoch": 1, "val_accuracy": 0.5, "val_macro_f1": 0.25}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert plots.curves([str(tmp_path)], "val_macro_f1").to_numpy().tolist() == [[0.25]]
 
 
 def test_the_trials_own_metric_counts_or_that_of_the_sweeps_newest_command(tmp_path):

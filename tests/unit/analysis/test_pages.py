@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from made_up_records import grid, make_race, make_sweep, make_trial
+from matplotlib import colors
 from matplotlib.text import Text
 from rich.console import Console
+from sklearn.metrics import confusion_matrix
 
-from lora_vit.analysis import export, plots, summarize
-from lora_vit.records import METRICS
+from lora_vit.analysis import export, plots, power, summarize
+from lora_vit.records import PREDICTIONS
 from lora_vit.summarize import PICTURES
 
 CELLS = [{"lora__rank": 1}, {"lora__rank": 2}]
@@ -36,7 +38,7 @@ def test_the_cells_as_text(tmp_path):
     make_sweep(tmp_path, cells, np.array([*Y, [0.75, np.nan], [0.7, 0.71], [0.77, 0.78]]))
     summary = summarize(tmp_path, margin=2.0)
     table = export.readable(summary)
-    columns = ["#", "method", "rank", "val accuracy %", "n", "mark", "within 2.00", "vs best (points)"]
+    columns = ["#", "method", "rank", "val accuracy %", "n", "mark", "within 2.00", "vs best"]
     assert table[columns].to_numpy().tolist() == [
         ["1", "LoRA", "2", "90.50", "2", "best", "yes", "–"],
         ["2", "LoRA", "1", "80.50", "2", "worse", "", "-10.00"],
@@ -145,16 +147,61 @@ def test_long_tables_say_what_they_leave_out(tmp_path):
     assert tex.count("\\\\\n") == export.LATEX_ROWS + 1
 
 
-def test_the_command_that_trained_the_best_cell_is_in_the_report(large):
-    folder = summarize(large).trials["folder"][0]
-    hydra = {"mode": "MULTIRUN", "overrides": {"hydra": [], "task": ["sweep=quickstart", "sweep.name=a b"]}}
-    (place := Path(folder) / ".hydra").mkdir()
-    (place / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
-    page = export.html_report(summarize(large), {}, "command")
-    assert "ran at commit 0123abc." in page
-    assert "python -m lora_vit.train -m sweep=quickstart &#39;sweep.name=a b&#39;\ncommand" in page
-    (place / "hydra.yaml").write_text("hydra: [")
-    assert "lora_vit.train" not in export.html_report(summarize(large), {}, "command")
+TYPED = "python -m lora_vit.train -m sweep=quickstart seed=0,1,2 'sweep.name=a b'"
+
+
+def test_the_page_names_what_was_asked_and_what_to_do_next(large):
+    """The commands that were typed, with the seeds that settle what is open; of a run its own."""
+    summary = summarize(large)
+    page = html.unescape(export.html_report(summary, {}, "python -m again"))
+    assert "digits: 10 classes; 100 train, 720 val, 720 test pictures" in page
+    assert "method full fine-tuning, LoRA, linear probe; rank 1, 16; dropout 0, 0.1; lr 0.001, 0.01; 3 seeds" in page
+    assert "test pictures; augment none" in page
+    assert "<pre>python -m again</pre>\n<p>The trials ran at commit 0123abc.</p>" in page
+    assert f"lora-vit predict {summary.chosen} IMAGE..." in page
+    assert "sweep.margin" not in page, "no sweep's command is known"
+    (large / "sweep.json").write_text(json.dumps({"trials": [], "command": TYPED}))
+    page = html.unescape(export.html_report(summary := summarize(large), {}, "python -m again"))
+    assert page.count(TYPED) == 2
+    c, most = summary.comparison, int(summary.comparison.compared.sum())
+    gap = next(gap for gap in (0.005, 0.01, 0.02, 0.05) if power.seeds_needed(gap, c.sd, most, c.pictures))
+    seeds = power.seeds_needed(gap, c.sd, most, c.pictures)
+    start = "python -m lora_vit.train -m sweep=quickstart 'sweep.name=a b'"
+    assert f"{start} 'seed=range(0,{seeds})'</pre>" in page
+    assert f"{start} seed=0 sweep.margin={100 * gap:g}</pre>" in page
+    within = power.seeds_within(0.02, c.sd, most, c.pictures)
+    page = html.unescape(export.html_report(summarize(large, margin=2), {}, "python -m again"))
+    assert f"{start} 'seed=range(0,{within})'</pre>" in page
+    summary.command = "python -m lora_vit.train seed=1,2"
+    assert export.again(summary, "seed=3") == f"python -m lora_vit.train hydra.sweep.dir={large} seed=3"
+
+
+def test_a_run_s_own_command_is_shown_and_no_worker_s(tmp_path):
+    for name, typed in (("a", "lora-vit train experiment=quickstart"), ("b", "/x/lora_vit/sweep/__main__.py work -")):
+        make_trial(tmp_path / name, edit=lambda record, typed=typed: record.environment.update(command=typed))
+        page = export.html_report(summarize(tmp_path / name), {}, "again")
+        assert (typed in page) == (name == "a")
+
+
+@pytest.mark.parametrize("classes", [4, 30])
+def test_what_the_chosen_trial_confuses(classes, tmp_path):
+    folder = tmp_path / make_trial(tmp_path, 0.9).trial_id
+    rng, names = np.random.default_rng(0), [f"class {k}" for k in range(classes)]
+    labels = rng.integers(0, classes, 500)
+    predicted = np.where(rng.random(500) < 0.7, labels, rng.integers(0, classes, 500))
+    assert "confuses" not in export.html_report(summarize(tmp_path), {}, "command"), "nothing is known"
+    (folder / "adapter.json").write_text(json.dumps({"class_names": names}))
+    np.savez(folder / PREDICTIONS, **{"val.labels": labels, "val.predicted": predicted})
+    known = confusion_matrix(labels, predicted)
+    np.testing.assert_array_equal(export.confusion(folder), known)
+    page = export.html_report(summarize(tmp_path), {}, "command")
+    pairs = re.findall(r"<li>class (\d+) taken for class (\d+): (\d+) of (\d+)</li>", page)
+    if classes == 4:
+        table = re.search(r'class="confusion".*?</table>', page, re.S).group()
+        assert [int(n or 0) for n in re.findall(r"<td.*?>(\d*)</td>", table)] == known.ravel().tolist()
+    else:
+        assert [int(n) for *_, n, _ in pairs] == sorted(known[~np.eye(classes, dtype=bool)])[:-21:-1]
+        assert all((known[int(a), int(b)], known[int(a)].sum()) == (int(n), int(of)) for a, b, n, of in pairs)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 160])
@@ -211,11 +258,11 @@ def test_every_word_lies_inside_its_picture_and_on_no_other(quick, tmp_path):
     race(tmp_path / "race")
     figures = {**drawn(quick), "race": drawn(tmp_path / "race")["race"], "by_lr": drawn(tmp_path / "rates")["by_lr"]}
     of_settings = {"by_rank", "by_lr", "by_dropout"}  # weights differ in one cell, and never alone
-    assert set(figures) == {"cells", "learning_curves", "pareto_parameters", "race"} | of_settings
+    assert set(figures) == {"difference", "race"} | of_settings
     for name, figure in figures.items():
         figure.draw_without_rendering()
         inside, picture = figure.bbox.padded(1), figure.axes[0].bbox
-        assert picture.width > figure.bbox.width / 3, "the names leave room for the picture"
+        assert picture.width > figure.bbox.width / 4, "the names leave room for the picture"
         assert picture.height > figure.bbox.height / 3
         boxes = [(t.get_text(), t.get_window_extent()) for t in words(figure)]
         for text, box in boxes:
@@ -233,7 +280,8 @@ def test_each_setting_has_a_line_for_each_combination_of_the_others(quick):
     cells, axes = summary.cells, figures["by_rank"].axes[0]
     compared = summary.effects.table.set_index("setting")["at"].loc["rank"].iloc[0]
     drawn = {f"{c.get_label()}": c.lines[0].get_ydata() for c in axes.containers}
-    drawn |= {line.get_label(): line.get_ydata() for line in axes.lines if line.get_label().startswith("dropout")}
+    bars = [len(c.lines[2][0].get_segments()[0]) for c in axes.containers]
+    assert bars == [2, 0, 0, 0], "the line that is compared has intervals"
     assert f"{compared}: compared here" in drawn
     assert len(drawn) == 4, "two dropouts, two rates"
     for label, heights in drawn.items():
@@ -241,8 +289,10 @@ def test_each_setting_has_a_line_for_each_combination_of_the_others(quick):
         held = (cells["lora.dropout"] == dropout) & (cells["optimizer.lr"] == lr)
         np.testing.assert_allclose(heights, 100 * cells[held].sort_values("lora.rank")["mean"])
     low, high = axes.get_ylim()
-    baselines = cells[cells["lora.method"] != "lora"]["mean"] * 100
-    assert ((low < baselines) & (baselines < high)).all()
+    baselines = cells[cells["lora.method"] != "lora"].set_index("lora.method")["mean"] * 100
+    assert baselines["none"] < low < baselines["full"] < high, "a far one would squeeze the others"
+    assert "go on lower" in axes.get_xlabel()
+    assert f"linear probe, {baselines['none']:.2f}" in axes.get_legend_handles_labels()[1]
 
 
 def test_lines_far_below_leave_the_picture_and_the_best_of_many_are_drawn(tmp_path):
@@ -258,36 +308,57 @@ def test_lines_far_below_leave_the_picture_and_the_best_of_many_are_drawn(tmp_pa
     assert "go on lower" in axes.get_xlabel()
 
 
-def test_one_huge_interval_is_cut_and_no_mean(tmp_path):
-    y = np.array([[0.900, 0.902, 0.901], [0.910, 0.912, 0.911], [0.85, 0.95, 0.92], [0.920, 0.922, 0.921]])
-    make_sweep(tmp_path, [{"lora__rank": rank} for rank in (1, 2, 4, 8)], y)
-    axes = drawn(tmp_path)["cells"].axes[0]
+def test_the_differences_have_their_intervals_and_the_seeds_as_dots(large):
+    summary = summarize(large, margin=1.0)
+    axes = plots.draw_all(summary)["difference"].axes[0]
+    y = 100 * summary.trials.pivot(index="label", columns="seed", values="val_accuracy")
     low, high = axes.get_xlim()
-    assert low < 90
-    assert high > 92.2
-    assert high - low < 10, "the interval of the third is 25 points wide"
-    assert "longer than shown" in axes.get_xlabel()
+    for row, cell in enumerate(summary.cells.to_dict("records")):
+        line, thick = ([*x.get_xdata()] for x in axes.lines if list(x.get_ydata()) == [row, row])
+        dots = [x.get_xdata() for x in axes.lines if len(at := x.get_ydata()) and np.allclose(at, row + 0.27)]
+        texts = [t.get_text() for t in axes.texts if t.xy[1] == row and t.get_text()]
+        assert texts[-3:-1] == [f"{100 * cell['mean']:.2f}", cell["mark"]]
+        if row == 0:  # the best
+            continue
+        ends = 100 * np.array([cell["difference_low"], cell["difference_high"]])
+        np.testing.assert_allclose(line, np.clip(ends, low, high))
+        middle, seeds = 100 * cell["difference"], 100 * cell["difference_seeds"]
+        np.testing.assert_allclose(thick, np.clip([middle - seeds, middle + seeds], low, high))
+        np.testing.assert_allclose(np.sort(dots[0]), np.sort(y.loc[cell["label"]] - y.loc[summary.cells["label"][0]]))
+    zero, band = axes.lines[-4], axes.patches[-1]
+    assert (list(zero.get_xdata()), band.get_x(), band.get_width()) == ([0, 0], -1.0, 1.0)
+
+
+def test_what_is_far_behind_has_an_arrow_at_the_edge_with_its_value(tmp_path):
+    y = np.array([0.9, 0.91, 0.905, 0.3, 0.92])[:, None] + np.array([[0, 2, 1], [0, 1, 2]] * 3)[:5] / 1e3
+    summary = summarize(make_sweep(tmp_path, [{"lora__rank": rank} for rank in (1, 2, 4, 8, 16)], y))
+    axes = plots.draw_all(summary)["difference"].axes[0]
+    assert -90 < 4 * axes.get_xlim()[0] < -4
+    texts = [t.get_text() for t in axes.texts if t.xy == (axes.get_xlim()[0], 4)]
+    assert texts == [f"◀ {100 * summary.cells['difference'].iloc[-1]:+.2f}"]
+
+
+def test_a_method_has_one_colour_in_all_pictures(quick):
+    figures = drawn(quick)
+    points = {x.get_label(): x.get_color() for x in figures["difference"].axes[0].lines}
+    lines = {x.get_label(): x.get_color() for x in figures["by_rank"].axes[0].lines}
+    for name in ("linear probe", "full fine-tuning"):
+        assert points[name] == next(of for text, of in lines.items() if text.startswith(name)) != points["LoRA"]
+    compared = figures["by_rank"].axes[0].containers[0].lines[0].get_color()
+    assert colors.same_color(compared, points["LoRA"])
+    sizes = {t.get_fontsize() for f in figures.values() for t in f.findobj(Text) if t.get_text()}
+    assert len(sizes) == 1, "and letters one size"
 
 
 def test_the_race_ends_each_line_with_the_seed_that_its_cell_left_with(tmp_path):
     summary = summarize(race(tmp_path))
-    lines = plots.draw_all(summary)["race"].axes[0].lines
-    named = {line.get_label(): line.get_xdata()[-1] for line in lines if line.get_label().startswith("rank")}
+    axes = plots.draw_all(summary)["race"].axes[0]
+    lines, ends = axes.lines, lambda line: np.isfinite(line.get_ydata()).sum()
+    named = {line.get_label(): ends(line) for line in lines if line.get_label().startswith("rank")}
     assert named == dict(zip(summary.cells["label"], summary.cells["seeds_raced"], strict=True))
     assert sorted(named.values()) == [2, 2, 4, 4]
     crosses = [line for line in lines if line.get_marker() == "x"]
     assert len(crosses) == 3
-
-
-def test_curves_of_trials_whose_rows_can_be_read(tmp_path):
-    good, bad, odd = (tmp_path / make_trial(tmp_path, 0.9, seed=seed).trial_id for seed in range(3))
-    (bad / METRICS).write_text("{\n")
-    with (odd / METRICS).open("a") as file:
-        file.write('[1]\n{"kind": "epoch", "epoch": "six"}\n{"kind": "epoch", "epoch": 6, "val_accuracy": true}\n')
-    table = plots.curves([str(good), str(bad), str(odd), str(tmp_path / "gone")])
-    assert list(table.columns) == [str(good), str(odd)]
-    assert list(table.index) == [1, 2, 3, 4, 5]
-    assert list(table.iloc[-1]) == [0.9, 0.9]
 
 
 def test_cuts_of_records_alone_are_named_and_compared(tmp_path):
