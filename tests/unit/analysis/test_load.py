@@ -53,6 +53,7 @@ def test_a_row_holds_settings_figures_costs_and_facts():
         "environment.commit": "0123abc", "environment.dirty": False, "environment.host": "box",
         "environment.device": "cpu", "environment.precision": "fp32", "environment.world_size": 1,
         "environment.versions": "a 1, torch 2.11", "error": "loss is bad", "error_step": 12.0, "folder": "there",
+        "sweep": str(Path.cwd()),
         "started": 1000.0, "heartbeat": 0.0, "metric": "accuracy",
     }  # fmt: skip
     for name, value in want.items():
