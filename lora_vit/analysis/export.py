@@ -178,11 +178,10 @@ def table_tex(summary: Summary) -> str:
     label = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(Path(f).absolute().name for f in summary.folders))
     needs = r"In the preamble: \usepackage{booktabs,graphicx}"
     comments = "".join(f"% {_in_one_line(line)}\n" for line in [needs, summary.verdict, *summary.warnings])
-    style = whole.head(LATEX_ROWS).style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
     align = "".join("r" if right else "l" for right in numeric(whole))
-    rows = style.to_latex(hrules=True, column_format=align).rstrip()
+    text = whole.head(LATEX_ROWS).map(latex_escape).rename(columns=latex_escape)
+    rows = text.to_latex(index=False, column_format=align).rstrip()
     head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{label}}}\n\\footnotesize\n"
-    head += "\\setlength{\\tabcolsep}{4pt}\n"
     fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
     return f"{comments}{head}{fits}{rows}}}\n\\end{{table}}\n"
 

@@ -84,10 +84,7 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
 
 
 def _name_sweeps(read: list[dict[str, Any]], problems: list[str]) -> None:
-    """Name the trials' sweeps, and keep their cells apart (``CELL@SWEEP``) where else one would not be seen at all.
-
-    That is one whose completed trials are all in another one too, there with other figures: what differs is no setting.
-    """
+    """Name sweeps, and keep cells apart (``CELL@SWEEP``) if one has all of another's trials, with other figures."""
     common = os.path.commonpath([r["sweep"] for r in read])
     for r in read:
         r["sweep"] = os.path.relpath(r["sweep"], common)

@@ -22,8 +22,8 @@ def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     columns = [c for c in trials.columns if "." in c and c.split(".")[0] in SECTIONS and c not in FACTS]
     cells = trials.drop_duplicates("cell").set_index("cell")
     apart = ["sweep"] * bool(cells["sweep"].nunique() > 1 and cells.index.str.contains("@").any())
-    settings = [*varying(cells[columns].to_dict("records")), *apart]
     rows: dict[Any, Any] = cells[[*columns, *apart]].to_dict("index")
+    settings = [*varying({c: row[c] for c in columns} for row in rows.values()), *apart]
     return trials.assign(label=trials["cell"].map(names(rows, settings))), settings
 
 
