@@ -84,7 +84,7 @@ def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
     """:func:`lora_vit.analysis.summarize` of folders, or sweeps by name. Raises RecordError."""
     from lora_vit.analysis import summarize as compare
 
-    return compare([named(str(folder)) for folder in folders], **choices)
+    return compare([named(folder) if isinstance(folder, str) else folder for folder in folders], **choices)
 
 
 def checked(config: TrialConfig) -> TrialConfig:

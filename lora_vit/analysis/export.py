@@ -182,7 +182,7 @@ def table_tex(summary: Summary) -> str:
     text = whole.head(LATEX_ROWS).map(latex_escape).rename(columns=latex_escape)
     rows = text.to_latex(index=False, column_format=align).rstrip()
     head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{label}}}\n\\footnotesize\n"
-    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+    fits = "\\setlength{\\tabcolsep}{4pt}\n\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
     return f"{comments}{head}{fits}{rows}}}\n\\end{{table}}\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from made_up_records import make_sweep
+from made_up_records import FIRST, make_race, make_sweep
 
 from lora_vit.analysis import export, plots, summarize
 
@@ -21,17 +21,19 @@ def test_each_cell_says_whose_it_is(tmp_path):
     """Other settings are other cells, paired by seed; one that both have is one, with the seeds of both."""
     flipped = [{**cell, "data__augment": "flip"} for cell in RANKS]
     folders = sweeps(tmp_path, ("plain", RANKS, Y), ("flipped", flipped, Y + 0.02))
-    make_sweep(folders[1], [RANKS[0]], np.array([[0.79]]), seeds=[3], curve=False)
+    make_sweep(folders[1], [RANKS[0]], np.array([[0.79, 0.78]]), seeds=[2, 3], curve=False)
     summary = summarize(folders)
     assert summary.cells.set_index("label")[["sweep", "n"]].to_numpy().tolist() == [
         ["flipped", 3], ["plain", 3], ["flipped", 3], ["flipped, plain", 4],
     ]  # fmt: skip
     assert summary.cells["difference"][1] == pytest.approx(-0.02)
     assert summary.comparison.blocked, "seeds are shared"
-    assert summary.trials["sweep"].value_counts().to_dict() == {"flipped": 7, "plain": 6}
+    assert summary.trials["sweep"].value_counts().to_dict() == {"flipped": 8, "plain": 5}
+    assert summary.cells["mean"][3] == pytest.approx((0.80 + 0.81 + 0.79 + 0.78) / 4), "of seed 2 the newer"
+    assert [("is there twice" in line) for line in summary.problems] == [True]
     assert list(export.readable(summary)["sweep"]) == list(summary.cells["sweep"])
     assert "sweep" not in summarize(folders[0]).cells
-    assert list(summarize(tmp_path, where="sweep == 'plain'").cells["n"]) == [3, 3]
+    assert list(summarize(tmp_path, where="sweep == 'plain'").cells["n"]) == [3, 2]
 
 
 def test_a_sweep_that_would_not_be_seen_is_compared(tmp_path):
@@ -59,3 +61,11 @@ def test_a_copy_counts_once_and_equal_names_are_told_apart(tmp_path):
     summary = summarize(same)
     assert {*summary.cells["sweep"]} == {"a/digits", "b/digits"}
     assert len(summary.problems) == 1
+
+
+def test_a_race_whose_trials_are_there_again_is_compared_by_its_first_seeds(tmp_path):
+    make_race(tmp_path / "race", {rank: np.array([*y, *y]) for rank, y in zip((1, 4), Y, strict=True)})
+    assert summarize(tmp_path).race is not None
+    make_sweep(tmp_path / "again", RANKS, Y - 0.01, range(FIRST, FIRST + 3), curve=False)
+    summary = summarize(tmp_path)
+    assert (summary.race, len(summary.cells), len(summary.trials)) == (None, 4, 12)
