@@ -67,13 +67,14 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
         raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
     _name_sweeps(read, problems)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for old in sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True):
-        new = rows.setdefault((old["trial"], old["cell"]), old)
-        if new is not old:
-            problems.append(
-                f"trial {old['trial']} is there twice: {new['folder']} ({new['status']}) is newer and counts, "
-                f"{old['folder']} ({old['status']}) is left out"
-            )
+    latest = sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True)
+    twice = [(new, old) for old in latest if (new := rows.setdefault((old["trial"], old["cell"]), old)) is not old]
+    for new, old in twice[:1]:
+        others = sum(one["val_accuracy"] != other["val_accuracy"] for one, other in twice)
+        problems.append(
+            f"records left out for newer ones of their trials: {len(twice)} ({others} with another val accuracy), the "
+            f"first is {old['folder']} ({old['status']}), for {new['folder']} ({new['status']})"
+        )
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
     loaded = Loaded(frame, problems)
     for folder in given:
