@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from lora_vit.cli import named
 from lora_vit.compose import Composer, expand, in_one_line, initialized, own_groups, refuse_misread_paths
 from lora_vit.config import RootConfig, TrialConfig, to_dict
 from lora_vit.data.dataset import forget
@@ -80,10 +81,10 @@ def sweep(
 
 
 def summarize(*folders: str | os.PathLike[str], **choices: Any) -> Any:
-    """:func:`lora_vit.analysis.summarize` of the folders: tables as DataFrames. Raises RecordError."""
+    """:func:`lora_vit.analysis.summarize` of folders, or sweeps by name. Raises RecordError."""
     from lora_vit.analysis import summarize as compare
 
-    return compare(folders, **choices)
+    return compare([named(folder) if isinstance(folder, str) else folder for folder in folders], **choices)
 
 
 def checked(config: TrialConfig) -> TrialConfig:

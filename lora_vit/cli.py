@@ -20,7 +20,7 @@ from lora_vit.config.identity import file_and_prefix
 from lora_vit.errors import RecordError, reporting
 from lora_vit.records import PLAN, TrialRecord, read_record
 
-SWEEPS = Path("outputs/sweeps")
+SWEEPS, RUNS = Path("outputs/sweeps"), Path("outputs/runs")
 COMMANDS = {  # the module of each, and what it does
     "train": ("lora_vit.train", "train one trial, or with -m a sweep of trials"),
     "fetch": ("lora_vit.fetch", "bring weights and images here, before jobs that have no network"),
@@ -60,8 +60,9 @@ def main(command: str | None = None) -> None:
 
 
 def named(text: str) -> Path:
-    """The folder that is given to a command; a sweep in ``outputs/sweeps`` may be given by its name."""
-    return SWEEPS / text if Path(text).name == text not in ("", "..") and (SWEEPS / text).is_dir() else Path(text)
+    """The folder that is given to a command; a sweep in ``outputs/sweeps``, or else a run, may be given by its name."""
+    places = [folder / text for folder in (SWEEPS, RUNS) if Path(text).name == text not in ("", "..")]
+    return next((place for place in places if place.is_dir()), Path(text))
 
 
 def add_trial(parser: argparse.ArgumentParser, devices: Sequence[str] = ("auto", "cpu", "gpu")) -> None:

@@ -30,7 +30,7 @@ PICTURES = ("cells", "difference", "race", "by_", "learning_curves", "pareto_", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("folders", nargs="+", type=named, metavar="SWEEP", help="a sweep's name, or the folder of a sweep or a run")
+    add("folders", nargs="+", type=named, metavar="SWEEP", help="a sweep or a run, by its name or folder")
     add("--out", metavar="FOLDER", help=f"where the files go (default: {OUTPUT}/ in the first folder)")
     add("--where", metavar="CONDITION", help='which trials, for example "rank >= 4 and dropout == 0"')
     add("--metric", metavar="NAME", help="what to compare by, as in trainer.metric (default: the trials' own)")

@@ -119,7 +119,8 @@ def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | No
     if metric is None and len(asked := loaded.trials["metric"].unique()) > 1:
         raise RecordError(f"the trials have several trainer.metric ({', '.join(map(str, asked))}): give --metric")
     one_of("--metric", metric := metric or asked[0], [*METRICS])
-    if not where and folders == len(loaded.races) == loaded.sweeps == 1 and loaded.races[0]["metric"] == metric:
+    one = folders == len(loaded.races) == loaded.sweeps == loaded.trials["sweep"].nunique() == 1
+    if not where and one and loaded.races[0]["metric"] == metric:
         return loaded.races[0], metric
     if loaded.races and len(loaded.trials) > 1:  # the first seeds alone compare as a fixed sweep
         race, *others = loaded.races

@@ -3,6 +3,7 @@
 ``report.html.j2`` is the page, ``report.css`` its style, ``report.js`` what sorts, filters and lights up.
 """
 
+import base64
 import contextlib
 import functools
 import json
@@ -36,6 +37,7 @@ TEST_NOTE = "test is shown for cells that were chosen on val, one for each metho
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
 LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
 """Columns of the cells table that a narrow terminal does without, the first first."""
+NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "vs linear probe", "vs full fine-tuning", "seconds"]
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 
@@ -65,6 +67,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         cells.assign(place=np.arange(1, len(cells) + 1), behind=behind),
         ("#", "place", str),
         *(settings or [("cell", "label", str)]),
+        ("sweep", "sweep", str),
         *[("effective scaling" if "lora.scaling" in short else "scaling", SCALING, value_text)] * wide,
         (f"val {summary.title} %", "mean", plain),
         ("95 % interval", "low high", plain),
@@ -145,25 +148,39 @@ def table_md(summary: Summary) -> str:
 
 _LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--",
-    "<": r"\textless{}", ">": r"\textgreater{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", **{c: f"\\{c}" for c in "&%$#_{}"},
 })  # fmt: skip
 
 
 def latex_escape(text: object) -> str:
-    return _in_one_line(text).translate(_LATEX)
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", _in_one_line(text)).translate(_LATEX)  # a minus before a number
+
+
+def brief(summary: Summary) -> pd.DataFrame:
+    """The cells table in few columns, for papers and notebooks: settings, mean ± sd, mark, difference, size."""
+    whole, table = readable(summary), readable(summary, wide=False).drop(columns=NOT_BRIEF, errors="ignore")
+    for name, form, more in ((f"val {summary.title} %", " ± {}", "sd"), ("vs best", " ({})", "interval of it")):
+        table[name] += ["" if v == NONE else form.format(v) for v in whole.get(more, [NONE] * len(whole))]
+    return table.assign(parameters=table["parameters"].str.rstrip(" *"))
 
 
 def table_tex(summary: Summary) -> str:
-    """``table.tex``, for booktabs and graphicx: no wider than a page, the verdict as caption, warnings as comments."""
-    whole = readable(summary, wide=False)
-    table, caption = whole.head(LATEX_ROWS), latex_escape(summary.verdict)
+    """``table.tex`` for a paper, no wider than its page; what its preamble needs, verdict and warnings as comments."""
+    whole = brief(summary)
+    caption = f"Val {summary.title}: mean ± sd over n seeds, and difference from the best in points"
+    caption += f"{' with its simultaneous 95 % interval' * (summary.race is None)}."
     caption += f" The first {LATEX_ROWS} of {len(whole)} cells." if len(whole) > LATEX_ROWS else ""
-    comments = "".join(f"% {_in_one_line(line)}\n" for line in [summary.verdict, *summary.warnings])
-    style = table.style.hide(axis="index").format(latex_escape).format_index(latex_escape, axis=1)
-    align = "".join("r" if right else "l" for right in numeric(table))
-    rows = style.to_latex(hrules=True, column_format=align).rstrip()
-    head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\footnotesize\n\\setlength{{\\tabcolsep}}{{4pt}}\n"
-    fits = "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+    for told in re.findall(r"(?:^[\w ]+: |(?<=[;.] ))\*.+?[;.](?= |$)", summary.legend):  # of the marks that are there
+        caption += f" {told}" * bool({*re.findall(r"\*(.+?)\*", told)} & {*whole["mark"]})
+    caption = re.sub(r"\*(.+?)\*", r"\\emph{\1}", latex_escape(caption.rstrip(";.") + "."))
+    label = re.sub(r"[^A-Za-z0-9]+", "-", " ".join(Path(f).absolute().name for f in summary.folders))
+    needs = r"In the preamble: \usepackage{booktabs,graphicx}"
+    comments = "".join(f"% {_in_one_line(line)}\n" for line in [needs, summary.verdict, *summary.warnings])
+    align = "".join("r" if right else "l" for right in numeric(whole))
+    text = whole.head(LATEX_ROWS).map(latex_escape).rename(columns=latex_escape)
+    rows = text.to_latex(index=False, column_format=align).rstrip()
+    head = f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{tab:{label}}}\n\\footnotesize\n"
+    fits = "\\setlength{\\tabcolsep}{4pt}\n\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
     return f"{comments}{head}{fits}{rows}}}\n\\end{{table}}\n"
 
 
@@ -208,6 +225,14 @@ def inline_svg(data: bytes, name: str) -> Markup:
     text = re.sub(rf'\bid="{name}-cell-([^"]+)-\w+"', r'data-cell="\1"', text)  # what shows one cell alone
     text = text.replace("#1c2430", "currentColor").replace("#e4e4e4", "var(--line)")  # ink and grid, light and dark
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
+
+
+def notebook(summary: Summary) -> str:
+    """What a notebook shows: verdict, warnings, cells and the first picture, as HTML that changes nothing around it."""
+    template = Path(__file__).with_name("report.notebook.j2").read_text(encoding="utf-8")
+    cells, picture = brief(summary), next(iter(summary.figures.values()))._repr_png_()
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
+    return page.render(summary=summary, cells=cells, right=numeric(cells), picture=base64.b64encode(picture).decode())
 
 
 def again(summary: Summary, *settings: str) -> str:

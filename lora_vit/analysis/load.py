@@ -1,5 +1,6 @@
 """Folders to a table: one row per trial, and a list of what could not be read."""
 
+import itertools
 import json
 import math
 import os
@@ -65,21 +66,39 @@ def load_trials(folders: Iterable[str | os.PathLike[str]]) -> Loaded:
             problems.append(f"{error}; left out")
     if not read:
         raise RecordError(f"none of the {len(paths)} records can be read; the first: {problems[0]}")
-    rows: dict[str, dict[str, Any]] = {}
-    for old in sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True):
-        new = rows.setdefault(old["trial"], old)
-        if new is not old:
-            problems.append(
-                f"trial {old['trial']} is there twice: {new['folder']} ({new['status']}) is newer and counts, "
-                f"{old['folder']} ({old['status']}) is left out"
-            )
+    _name_sweeps(read, problems)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    latest = sorted(read, key=lambda r: (max(r["started"], r["heartbeat"]), r["folder"]), reverse=True)
+    twice = [(new, old) for old in latest if (new := rows.setdefault((old["trial"], old["cell"]), old)) is not old]
+    for new, old in twice[:1]:
+        others = sum(one["val_accuracy"] != other["val_accuracy"] for one, other in twice)
+        problems.append(
+            f"records left out for newer ones of their trials: {len(twice)} ({others} with another val accuracy), the "
+            f"first is {old['folder']} ({old['status']}), for {new['folder']} ({new['status']})"
+        )
     frame = pd.DataFrame(list(rows.values())).sort_values(["cell", "seed", "trial"], ignore_index=True)
     loaded = Loaded(frame, problems)
     for folder in given:
         inside = (folder / RECORD).is_file()  # one trial of a sweep, whose others need not be here
         for path in [folder.parent / PLAN] if inside else [folder / PLAN, *sorted(folder.glob(f"*/{PLAN}"))]:
-            _read_plan(path, loaded, None if inside else {*rows, *(path.name for path in paths)})
+            _read_plan(path, loaded, None if inside else {*frame["trial"], *(path.name for path in paths)})
     return loaded
+
+
+def _name_sweeps(read: list[dict[str, Any]], problems: list[str]) -> None:
+    """Name sweeps, and keep cells apart (``CELL@SWEEP``) if one has all of another's trials, with other figures."""
+    common = os.path.commonpath([r["sweep"] for r in read])
+    for r in read:
+        r["sweep"] = os.path.relpath(r["sweep"], common)
+    done = pd.DataFrame(read).query("status == 'completed'")
+    figures = done.pivot_table(index="trial", columns="sweep", values="val_accuracy")
+    for a, b in itertools.permutations(figures, 2):
+        own = figures[figures[a].notna()]
+        if own[b].notna().all() and (own[a] != own[b]).any():
+            problems.append(f"all trials of {a} are in {b} too, with other figures: cells are kept apart by sweep")
+            for r in read:
+                r["cell"] += f"@{r['sweep']}"
+            return
 
 
 def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
@@ -119,6 +138,7 @@ def row(record: TrialRecord, folder: Path, problems: list[str]) -> dict[str, Any
     values: dict[str, Any] = {
         "trial": record.trial_id,
         "cell": record.cell_id,
+        "sweep": str(folder.absolute().parent),
         "status": record.shown_status(),
         "seed": record.config["seed"],
         "metric": record.config["trainer"]["metric"],

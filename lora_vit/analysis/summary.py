@@ -6,6 +6,7 @@ In a race results decided which cells got more seeds, so that its marks are the 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_vit.analysis.race import Race, standing
 from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
+from lora_vit.config.rules import one_of
 from lora_vit.metrics import LOSSES, METRICS
 from lora_vit.records import SEARCH
 
@@ -72,6 +74,29 @@ class Summary:
         self.title, self.meaning, _, self.counts_images, _ = METRICS[self.metric]
         losses = "".join(f" {m.title}: {m.meaning}." for n, m in LOSSES.items() if f"val_{n}" in self.cells)
         self.legend = self.legend.format(self.title) + losses
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        from lora_vit.analysis.export import notebook  # above this module, as is what draws
+
+        return notebook(self)
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """The pictures by name, as figures of matplotlib."""
+        from lora_vit.analysis.plots import draw_all, render
+
+        figures: dict[str, Any] = {**draw_all(self)}
+        for figure in figures.values():  # else a notebook shows one as a line of text until pyplot is imported
+            figure._repr_png_ = partial(render, figure, "png")
+        return figures
+
+    def figure(self, name: str) -> Any:
+        """One of ``figures``. Raises ConfigError, which lists the names, for another."""
+        one_of("figure", name, [*self.figures])
+        return self.figures[name]
 
     @property
     def verdict(self) -> str:

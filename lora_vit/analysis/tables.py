@@ -20,8 +20,10 @@ FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.tes
 def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The trials with their cell's name as ``label``, and the settings that vary among them."""
     columns = [c for c in trials.columns if "." in c and c.split(".")[0] in SECTIONS and c not in FACTS]
-    rows: dict[Any, Any] = trials.drop_duplicates("cell").set_index("cell")[columns].to_dict("index")
-    settings = varying(rows.values())
+    cells = trials.drop_duplicates("cell").set_index("cell")
+    apart = ["sweep"] * bool(cells["sweep"].nunique() > 1 and cells.index.str.contains("@").any())
+    rows: dict[Any, Any] = cells[[*columns, *apart]].to_dict("index")
+    settings = [*varying({c: row[c] for c in columns} for row in rows.values()), *apart]
     return trials.assign(label=trials["cell"].map(names(rows, settings))), settings
 
 
@@ -61,6 +63,8 @@ def cells_table(
     """
     first = done.drop_duplicates("cell").set_index("cell").loc[values.index]
     frame = first[["label", *settings, *_scaling_shown(first, settings)]].reset_index()
+    if (sweeps := done.groupby("cell")["sweep"].agg(lambda names: ", ".join(sorted({*names})))).nunique() > 1:
+        frame["sweep"] = sweeps[values.index].to_numpy()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
     frame[own] = pd.DataFrame([share_interval(row, resolution) for row in y])[own]
     if result.errors and result.blocked and not result.complete:  # all pictures and tables show one mean
@@ -110,7 +114,8 @@ def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 def trials_table(trials: pd.DataFrame, settings: list[str], value: str = "val_accuracy") -> pd.DataFrame:
     """One row per trial, best first: what varies, status, metrics, costs. No test figures: cells are chosen on val."""
-    columns = ["trial", "cell", "label", *settings, *_scaling_shown(trials, settings), "seed", "status", "epoch"]
+    shown = dict.fromkeys([*settings, *["sweep"] * (trials["sweep"].nunique() > 1), *_scaling_shown(trials, settings)])
+    columns = ["trial", "cell", "label", *shown, "seed", "status", "epoch"]
     known = [name for name in FIGURES if name.startswith("val") and trials[name].notna().any()]
     columns += dict.fromkeys((value, "val_accuracy", "val_loss", "train_loss", *known))
     columns += ["trainable_parameters", *COSTS, "error", "folder"]

@@ -6,10 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pytest
 from made_up_records import grid, make_sweep
+
+from lora_vit.analysis import summarize
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -157,3 +161,20 @@ def test_no_column_is_cut_on_paper(page, everything):
     assert page.execute_script(WIDER, "none") == []
     assert not shown(page, ".controls, #theme")
     assert len(shown(page)) == len(page.find_elements("css selector", "table.cells tbody tr"))
+
+
+def test_in_a_notebook_it_has_the_colours_of_the_theme_and_changes_nothing_else(page, tmp_path):
+    """The last test of this page: the browser leaves it."""
+    shown = summarize(Path(unquote(urlparse(page.current_url).path)).parents[1])._repr_html_()
+    outside = "<table><tr><td class='n mark best'>theirs</td></tr></table>"
+    colours = "return [...document.querySelectorAll(arguments[0])].map(e => getComputedStyle(e)[arguments[1]])"
+    page.set_window_size(900, 900)
+    for ink, paper in (("rgb(20, 20, 20)", "white"), ("rgb(220, 220, 220)", "#111")):
+        style = f"color: {ink}; background: {paper}"
+        (tmp_path / "cell.html").write_text(f"<!doctype html><body style='{style}'>{outside}{shown}</body>")
+        page.get((tmp_path / "cell.html").as_uri())
+        assert {*page.execute_script(colours, "div, td, th, .lora-vit-summary .mark", "color")} == {ink}
+        assert page.execute_script(colours, "body > table td", "backgroundColor") == ["rgba(0, 0, 0, 0)"]
+        assert page.execute_script(colours, "body > table td", "textAlign") == ["start"]
+        assert page.execute_script("return document.querySelector('img').naturalWidth") > 500
+        assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")

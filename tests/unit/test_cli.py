@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,15 @@ def test_what_is_missing_or_unknown_is_named(arguments, words, call):
     code, _, said = call(None, *arguments)
     assert code == 2
     assert words in said.splitlines()[-1]
+
+
+def test_a_sweep_or_a_run_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a b", "outputs/sweeps/a b", "outputs/runs/a b", "outputs/runs/one", "one", "two"):
+        (tmp_path / folder).mkdir(parents=True)
+    given = {"a b": "outputs/sweeps/a b", "one": "outputs/runs/one", "two": "two", "./a b": "a b", "..": "..", ".": ".",
+             "outputs/runs/a b": "outputs/runs/a b", "none": "none"}  # fmt: skip
+    assert {text: cli.named(text) for text in given} == {text: Path(path) for text, path in given.items()}
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])  # ranks is a second name of cut

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import importlib.util
 import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
+from html import unescape
 
 import numpy as np
 import pandas as pd
@@ -20,6 +23,7 @@ from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
 from lora_vit.analysis import export, plots, power, summarize
+from lora_vit.errors import ConfigError
 from lora_vit.records import PREDICTIONS
 from lora_vit.summarize import PICTURES
 
@@ -129,14 +133,53 @@ def test_the_latex_table_fits_a_page(tmp_path):
     settings, y = grid(np.random.default_rng(0), (1, 2, 4, 8), (0.0, 0.1), (3e-4, 1e-3, 3e-3), 3)
     long = {"data__augment": "crop_flip", "optimizer__schedule": "cosine", "lora__targets": ["q", "v"]}
     settings += [{**cell, **long} for cell in settings if cell.get("lora__method", "lora") == "lora"]
-    make_sweep(tmp_path / "sweep", settings, np.vstack([y, y[: len(settings) - len(y)]]), curve=False)
-    summary = summarize(tmp_path / "sweep", margin=2.0)
-    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
-    (tmp_path / "a.tex").write_text(head + export.table_tex(summary) + r"\end{document}")
-    subprocess.run(["pdflatex", "-interaction=batchmode", "-halt-on-error", "a.tex"], cwd=tmp_path, check=True)
+    make_sweep(tmp_path / "a b_1", settings, np.vstack([y, y[: len(settings) - len(y)]]), curve=False)
+    table = export.table_tex(summarize(tmp_path / "a b_1", margin=2.0))
+    (needs,) = re.findall(r"^% In the preamble: (.*)", table)
+    body = f"\\documentclass{{article}}{needs}\\begin{{document}}\\ref{{tab:a-b-1}}{table}\\end{{document}}"
+    (tmp_path / "a.tex").write_text(body)
+    for _ in range(2):
+        subprocess.run(["pdflatex", "-interaction=batchmode", "-halt-on-error", "a.tex"], cwd=tmp_path, check=True)
     log = (tmp_path / "a.log").read_text(errors="replace")
-    assert "Overfull" not in log
-    assert "Float too large" not in log
+    assert not any(word in log for word in ("Overfull", "Float too large", "undefined"))
+
+
+def test_the_latex_table_has_what_a_paper_shows(tmp_path):
+    y = np.array([[0.8, 0.81, 0.79], [0.9, 0.91, 0.9], [0.91, np.nan, np.nan]])
+    summary = summarize(make_sweep(tmp_path / "s", [*CELLS, {"lora__rank": 4}], y))
+    tex = export.table_tex(summary)
+    low, high = (f"{100 * summary.cells[f'difference_{end}'][2]:.2f}".replace("-", "$-$") for end in ("low", "high"))
+    assert "rank & val accuracy \\% & n & mark & vs best & parameters \\\\" in tex
+    assert f"1 & 80.00 $\\pm$ 1.00 & 3 & worse & $-$10.33 ({low} to {high}) & 28,938 \\\\" in tex
+    assert "4 & 91.00 & 1 & no verdict & -- & 111,882 \\\\" in tex
+    caption = tex[tex.index("\\caption") : tex.index("\\label{tab:s}")]
+    assert re.findall(r"emph{(.*?)}", caption) == ["best", "worse", "no verdict"], "the marks that are there"
+    assert caption.endswith("one seed.}\n")
+    race = export.table_tex(summarize(make_race(tmp_path / "r", {1: Y[0].repeat(3), 2: Y[1].repeat(3)})))
+    assert "emph{selected} is the last one; \\emph{out} ones" in race
+
+
+def test_a_notebook_shows_the_summary_and_its_pictures(large):
+    summary = summarize(large)
+    first, *_ = list(plots.draw_all(summary))
+    assert summary.figure("by_rank") is summary.figures["by_rank"]
+    with pytest.raises(ConfigError, match=f"figure=by_rnk is unknown.*one of: {first}, .*by_lr"):
+        summary.figure("by_rnk")
+    assert repr(summary) == f"<Summary: {summary.verdict}>"
+    shown = {"html": summary._repr_html_, "png": summary.figure(first)._repr_png_}
+    if importlib.util.find_spec("IPython"):
+        from IPython.core.interactiveshell import InteractiveShell
+
+        formats = InteractiveShell.instance().display_formatter.format
+        shown = {"html": lambda: formats(summary)[0]["text/html"],
+                 "png": lambda: formats(summary.figure(first))[0]["image/png"]}  # fmt: skip
+    page = shown["html"]()
+    (picture,) = re.findall(r'src="data:image/png;base64,(.*?)"', page)
+    assert base64.b64decode(picture) == shown["png"]()
+    assert page.count("<tr>") == 1 + len(summary.cells)
+    assert all(line in unescape(page) for line in (summary.verdict, *summary.warnings))
+    assert all(line.startswith(".lora-vit-summary ") for line in page[: page.index("</style>")].splitlines()[2:])
+    assert " id=" not in page
 
 
 def test_long_tables_say_what_they_leave_out(tmp_path):
