@@ -31,7 +31,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARK_STYLE = {
     "best": ("#0072B2", "D"), "candidate": ("#56B4E9", "o"), "open": ("#E69F00", "^"), "worse": ("#D55E00", "v"),
     "no verdict": ("#777777", "s"), "selected": ("#0072B2", "D"), "in": ("#56B4E9", "o"), "out": ("#D55E00", "v"),
-    "unresolved": ("#56B4E9", "o"), "failed": ("#000000", "X"), "not raced": ("#777777", "s"),
+    "unresolved": ("#56B4E9", "o"), "failed": ("#000000", "X"), "unstable": ("#000000", "X"),
+    "not raced": ("#777777", "s"),
 }  # fmt: skip
 MOST_LINES, MOST_ROWS, MOST_CURVES, MOST_NAMES = 7, 30, 5, 12
 LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a picture

@@ -127,6 +127,7 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
+            self._note_look(request.trials, is_open)
             self._add(request.trials if request.search is None else [])
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
@@ -137,6 +138,15 @@ class Sweep:
             sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         metric=request.metric, pack_sizes=sizes, version=__version__)  # fmt: skip
+
+    def _note_look(self, trials: Iterable[Trial], is_open: set[str]) -> None:
+        """Note how many trials had ended, and their seeds, when cells of these get more seeds: results were seen."""
+        planned = self.plan["trials"]
+        ended = [trial for name, trial in planned.items() if name not in is_open]
+        cells, seeds = {trial["cell"] for trial in ended}, [trial["config"]["seed"] for trial in ended]
+        if any(trial.cell_id in cells and trial.trial_id not in planned for trial in trials):
+            look, looks = [len(ended), min(seeds), max(seeds)], self.plan.get("looks", [])
+            self.plan["looks"] = looks if look in looks else [*looks, look]
 
     def extend(self, trials: Sequence[Trial]) -> bool:
         """Append what a race or a search wants next, if anything; the caller holds the plan (:meth:`changing`)."""

@@ -155,3 +155,23 @@ def test_a_plan_of_an_earlier_version_is_read(project_root, tmp_path):
     old, sweep = json.loads(text), Sweep(tmp_path)
     assert set(sweep.trials) == set(old["trials"])
     assert {trial.cell_id for trial in sweep.trials.values()} == {trial["cell"] for trial in old["trials"].values()}
+
+
+def test_the_plan_knows_when_cells_got_more_seeds_after_results_were_there(tmp_path):
+    """Other cells alone are no look, nor are seeds that join before anything new has ended."""
+    cells = {(rank, seed): trial_of({"lora.rank": rank, "seed": seed}) for rank in (1, 2, 4) for seed in range(5)}
+    sweep, asked, ended = Sweep(tmp_path), set(), set()
+    steps = [  # who is asked for, who has ended by then, the looks
+        ([(1, 0), (1, 1), (2, 0)], [], None),
+        ([(1, 2)], [], None),
+        ([(4, 0), (1, 0)], [(1, 0), (1, 1), (2, 0)], None),
+        ([(2, 1)], [], [[3, 0, 1]]),
+        ([(2, 2)], [], [[3, 0, 1]]),
+        ([(1, 4)], [(1, 2)], [[3, 0, 1], [4, 0, 2]]),
+    ]
+    for names, done, looks in steps:
+        asked |= {cells[name].trial_id for name in names}
+        ended |= {cells[name].trial_id for name in done}
+        ask(sweep, [cells[name] for name in names], is_open=asked - ended)
+        assert sweep.plan.get("looks") == looks
+    assert Sweep(tmp_path).plan["looks"] == looks
