@@ -194,8 +194,9 @@ class RaceSummary(Summary):
             outcome = f"{best_cell(cells)['label']} alone has no failed trial: nothing is claimed. {trials} trials."
         elif race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
+            sure = f"{100 - 5 * (n := race.rules.margins)} %" + f" (each of its {n} margins spends 5 %)" * (n > 1)
             outcome = (
-                f"{best_cell(cells)['label']} selected: with 95 % no other of {k - failed} cells is better by more "
+                f"{best_cell(cells)['label']} selected: with {sure} no other of {k - failed} cells is better by more "
                 f"than {margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:

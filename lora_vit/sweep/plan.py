@@ -127,7 +127,7 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._note_look(request.trials, is_open)
+            self._note_look(request, is_open)
             self._add(request.trials if request.search is None else [])
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
@@ -139,12 +139,15 @@ class Sweep:
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         metric=request.metric, pack_sizes=sizes, version=__version__)  # fmt: skip
 
-    def _note_look(self, trials: Iterable[Trial], is_open: set[str]) -> None:
-        """Note how many trials had ended, and their seeds, when cells of these get more seeds: results were seen."""
+    def _note_look(self, request: Request, is_open: set[str]) -> None:
+        """Note what had ended when its cells get more seeds, or a race another margin: claims count such looks."""
         planned = self.plan["trials"]
         ended = [trial for name, trial in planned.items() if name not in is_open]
         cells, seeds = {trial["cell"] for trial in ended}, [trial["config"]["seed"] for trial in ended]
-        if any(trial.cell_id in cells and trial.trial_id not in planned for trial in trials):
+        if ended and request.race and (race := self.plan["race"]):
+            margins = dict.fromkeys([*race.get("margins", [race["margin"]]), request.race["margin"]])
+            request.race |= {"margins": [*margins]} if len(margins) > 1 else {}
+        elif any(trial.cell_id in cells and trial.trial_id not in planned for trial in request.trials):
             look, looks = [len(ended), min(seeds), max(seeds)], self.plan.get("looks", [])
             self.plan["looks"] = looks if look in looks else [*looks, look]
 

@@ -175,3 +175,12 @@ def test_the_plan_knows_when_cells_got_more_seeds_after_results_were_there(tmp_p
         ask(sweep, [cells[name] for name in names], is_open=asked - ended)
         assert sweep.plan.get("looks") == looks
     assert Sweep(tmp_path).plan["looks"] == looks
+
+
+def test_the_plan_keeps_the_margins_with_which_a_race_was_looked_at(tmp_path):
+    trial, sweep = trial_of({}), Sweep(tmp_path)
+    for margin, is_open, margins in ((1, True, None), (2, True, None), (2, False, None), (3, False, [2, 3]),
+                                     (2, False, [2, 3])):  # fmt: skip
+        race = {"margin": margin, "cells": [trial.cell_id]}
+        sweep.ask(Request(tmp_path, options(), [trial], race=race), [trial], {trial.trial_id} if is_open else set())
+        assert sweep.race.get("margins") == margins
