@@ -127,8 +127,9 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._note_look(request, is_open)
-            self._add(request.trials if request.search is None else [])
+            if request.search is None:
+                self._note_look(request, is_open)
+                self._add(request.trials)
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
