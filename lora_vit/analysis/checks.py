@@ -126,6 +126,24 @@ def warnings(
                "accuracies say little about classes that the model has never seen.")  # fmt: skip
 
 
+def looked(earlier: list[list[int]], alpha: float) -> Iterator[str]:
+    """A line that says which look at a growing sweep this is, and what its claims may err."""
+    if earlier:
+        told = ", then ".join(f"{trials} with seeds {first} to {last}" for trials, first, last in earlier)
+        yield (f"This is look {len(earlier) + 1}: cells got more seeds when results were there (trials: {told}). Marks "
+               f"and differences now err in {100 * alpha:.2g} %, all looks together in at most 6 %.")  # fmt: skip
+
+
+def collapsed(cells: pd.DataFrame, unstable: dict[str, str]) -> Iterator[str]:
+    """A line that names the cells that have collapsed, and what that means for the others."""
+    if unstable:
+        labels, n = cells.set_index("cell")["label"], int(cells["n"].max())
+        told = "; ".join(f"{labels[cell]} {how}" for cell, how in [*unstable.items()][:5])
+        more = f" and {len(unstable) - 5} more cells" * (len(unstable) > 5)
+        yield (f"Collapsed: {told}{more}. No claim is made about these. Others are judged by seeds that do not: "
+               f"{n} without a collapse leave a rate of up to {100 * (1 - 0.05 ** (1 / n)):.0f} %.")  # fmt: skip
+
+
 def unseen(sums: Sums, trials: int) -> Iterator[str]:
     """A line where predictions are missing: what the claims leave out."""
     if sums.without:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis import checks, tables
+from lora_vit.analysis import checks, collapses, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
 from lora_vit.analysis.questions import answers
-from lora_vit.analysis.stats import compare, t_interval
+from lora_vit.analysis.stats import ALPHA, compare, t_interval
 from lora_vit.analysis.summary import RaceSummary, Summary, counted, first_seeds, judged, replay
 from lora_vit.config import ADAPTED, nearest
 from lora_vit.config.names import METHOD, short_names
@@ -66,8 +66,12 @@ def summarize(
     seen = trials if race is None else counted(race, trials)
     failed = seen[seen["status"] == "failed"].groupby("cell").size()
     sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
+    unstable = collapses.named(tables.matrix(sound, value), resolution)
+    sound = sound[~sound["cell"].isin(unstable)]
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
-    result = compare(compared, resolution, pictures=pictures)
+    looks = [look for of_sweep in loaded.looks.values() for look in of_sweep]
+    alpha = ALPHA / (1 + len(looks)) ** 3  # so all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
+    result = compare(compared, resolution, pictures=pictures, alpha=alpha)
     cells = tables.cells_table(done, values, result, settings, resolution)
     if race is not None:
         margin = race.rules.margin if margin is None else margin
@@ -78,6 +82,7 @@ def summarize(
         lost = cells["cell"].map(failed).fillna(0).astype(int)
         cells["failed"] = [f"{n} of {n + there}" if n else "" for n, there in zip(lost, cells["n"], strict=True)]
         cells["mark"] = cells["mark"].mask((lost > 0) & (cells["mark"] == "no verdict"), "failed")
+    cells["mark"] = cells["mark"].mask(cells["cell"].isin(unstable) & (cells["mark"] == "no verdict"), "unstable")
     adapted = sound[sound[METHOD].isin(ADAPTED)]  # baselines have no rank, and what was cut was not trained at its
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
@@ -102,7 +107,12 @@ def summarize(
         test=of_test[chosen] if race is None or race.selected is not None else t_interval(np.empty(0)),
         test_images=tested,
         environment=checks.environment(done),
-        warnings=[*checks.warnings(done, cells, result, edges, unfinished), *checks.unseen(sums, len(first))],
+        warnings=[
+            *checks.looked(looks, result.alpha),
+            *checks.collapsed(cells, unstable),
+            *checks.warnings(done, cells, result, edges, unfinished),
+            *checks.unseen(sums, len(first)),
+        ],
         problems=loaded.problems,
         race=race,
         command="\n".join(dict.fromkeys(loaded.commands)) or None,

@@ -31,6 +31,7 @@ class Loaded:
     races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command
     sweeps: int = 0  # how many were given whole
     commands: list[str] = field(default_factory=list)  # that were typed for sweeps, the newest of each
+    looks: dict[Path, list[list[int]]] = field(default_factory=dict)  # earlier ones: trials, first and last seed
 
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
@@ -106,6 +107,7 @@ def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         planned = list(plan["trials"])
+        loaded.looks[path] = [[int(n) for n in look] for look in plan.get("looks", [])]
         if race := plan.get("race"):
             Rules.of(race)  # refuses what was edited
             race = {"command": plan.get("command"), "metric": plan.get("metric", "accuracy"), **race}

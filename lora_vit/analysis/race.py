@@ -39,11 +39,12 @@ class Rules:
     margin: float
     first_seeds: int
     most_seeds: int
+    margins: int = 1  # so many were tried in turn, and each spends ALPHA
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> "Rules":
         """The rules of a race as ``sweep.json`` has them, where ``margin`` is in points."""
-        return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"])
+        return cls(plan["margin"] / 100, plan["first_seeds"], plan["most_seeds"], len(plan.get("margins", "1")))
 
     def __post_init__(self) -> None:
         if not self.margin > 0:

@@ -208,11 +208,11 @@ def pair_variance(y: np.ndarray, rows: np.ndarray, blocked: bool) -> np.ndarray:
 
 
 @functools.cache
-def tukey_critical(m: int, df: float) -> float:
-    """Upper 5 % point of the studentized range."""
+def tukey_critical(m: int, df: float, alpha: float = ALPHA) -> float:
+    """Upper ``alpha`` point of the studentized range."""
     from scipy import stats  # slow to import
 
-    return float(stats.studentized_range.ppf(CONFIDENCE, m, df))
+    return float(stats.studentized_range.ppf(1 - alpha, m, df))
 
 
 @functools.cache
@@ -251,12 +251,13 @@ class Comparison:
     compared: np.ndarray
     means: np.ndarray
     difference: np.ndarray  # best minus cell (never negative)
-    half: np.ndarray  # its simultaneous 95 % half width
+    half: np.ndarray  # its simultaneous half width
     half_seeds: np.ndarray  # that of the seeds alone, and
     half_pictures: np.ndarray  # of the pictures: half is the root of the sum of their squares
     worse: np.ndarray
     candidate: np.ndarray
-    below: np.ndarray  # with 95 % for all at once, no other true mean is more than this above (Hsu's, never negative)
+    below: np.ndarray  # for all at once, no other true mean is more than this above (Hsu's, never negative)
+    alpha: float = ALPHA  # what half, worse, candidate and below may err, each for the whole table
     best: int | None = None
     df: int = 0
     sd: float = math.nan  # error sd of one trial, as used
@@ -272,7 +273,11 @@ class Comparison:
 
 
 def compare(
-    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", pictures: Pictures | None = None
+    y: np.ndarray,
+    resolution: float = 0.0,
+    spreads: str = "auto",
+    pictures: Pictures | None = None,
+    alpha: float = ALPHA,
 ) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
@@ -293,18 +298,19 @@ def compare(
         fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan)
+        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan, alpha)
 
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
     common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
     k, best = len(fit.means), int(np.argmax(fit.means))
     difference = fit.means[best] - fit.means
-    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures), np.arange(k)
-    half_seeds, half_pictures = errors.halves(every[[best]], every, partial(tukey_critical, k))[:, 0] / math.sqrt(2)
+    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures, alpha), np.arange(k)
+    of_all_pairs = partial(tukey_critical, k, alpha=alpha)
+    half_seeds, half_pictures = errors.halves(every[[best]], every, of_all_pairs)[:, 0] / math.sqrt(2)
     half_seeds[best] = half_pictures[best] = np.nan
     half = np.hypot(half_seeds, half_pictures)
-    of_others = partial(dunnett_critical, k - 1)
+    of_others = partial(dunnett_critical, k - 1, alpha=alpha)
     candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, every, of_others)))
 
     of_kept = {
@@ -317,6 +323,7 @@ def compare(
     return Comparison(
         compared=keep,
         **of_all,
+        alpha=alpha,
         best=int(np.flatnonzero(keep)[best]),
         df=fit.df,
         sd=math.sqrt(common),
@@ -327,7 +334,7 @@ def compare(
         complete=bool(np.isfinite(fit.y).all()),
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
-        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY) ** 2 * 2),
+        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY, alpha) ** 2 * 2),
         errors=errors,
     )
 
@@ -341,6 +348,7 @@ class Errors:
     common: float  # error variance of one trial
     wide: bool
     pictures: Pictures | None
+    alpha: float = ALPHA  # what a family of claims may err
 
     def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""

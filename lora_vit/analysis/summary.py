@@ -63,10 +63,10 @@ class Summary:
         "Marks: *best* has the highest mean; *candidate* may still be the true best (the true best is among best and "
         "candidates with 95 %); *worse* is shown to be worse than the best (5 % risk over all pairs together); *open* "
         "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
-        "alone are no verdict. *seeds ±* and *pictures ±*: how far other seeds and other pictures of the kind may move "
-        "the difference from the best; it is *worse* beyond the root of the sum of their squares. *P(best)*: "
-        "how probably the cell is the true best, by both errors under a flat prior; no claim. A star marks the Pareto "
-        "front of val {} against that cost."
+        "alone are no verdict; *unstable*: it collapsed in some seeds. *seeds ±* and *pictures ±*: how far other seeds "
+        "and pictures of the kind may move the difference from the best; it is *worse* beyond the root of the sum of "
+        "their squares. *P(best)*: how probably the cell is the true best, by both errors under a flat prior; no claim. "
+        "A star marks the Pareto front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
@@ -113,8 +113,9 @@ class Summary:
                 f"difference is real. {search if searched else 'Repeat the sweep with seed=0,1,2.'}"
             )
         start += " adjusted for missing seeds" if c.blocked and not c.complete else ""
-        if cells["mark"].isin(["no verdict", "failed"]).any():
+        if cells["mark"].isin(["no verdict", "failed", "unstable"]).any():
             start += " among the cells with two or more seeds" + " and no failed trial" * ("failed" in cells)
+            start += " and no collapse" * bool((cells["mark"] == "unstable").any())
         ties = cells.loc[(cells["difference"].abs() < 1e-12) & (cells["mark"] != "best"), "label"]
         equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
@@ -150,7 +151,7 @@ class Summary:
             if selected is not None and selected["trainable_parameters"] <= self.cells["trainable_parameters"].min():
                 return ""
             text = f"No {'' if selected is None else 'smaller '}cell is shown to be {close}"
-            needed = seeds_within(margin, c.sd, int(c.compared.sum()), c.pictures)
+            needed = seeds_within(margin, c.sd, int(c.compared.sum()), c.pictures, c.alpha)
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
             return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
@@ -171,8 +172,8 @@ class Summary:
         c, cells = self.comparison, int(self.comparison.compared.sum())
         if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
-        takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures))
-        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures)
+        takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures, c.alpha))
+        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures, c.alpha)
         return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:
@@ -221,8 +222,9 @@ class RaceSummary(Summary):
             outcome = f"{best_cell(cells)['label']} alone has no failed trial: nothing is claimed. {trials} trials."
         elif race.selected is not None:
             ahead = f" of {completed} decided it" if completed > trials else ""
+            sure = f"{100 - 5 * (n := race.rules.margins)} %" + f" (each of its {n} margins spends 5 %)" * (n > 1)
             outcome = (
-                f"{best_cell(cells)['label']} selected: with 95 % no other of {k - failed} cells is better by more "
+                f"{best_cell(cells)['label']} selected: with {sure} no other of {k - failed} cells is better by more "
                 f"than {margin}. {trials} trials{ahead}."
             )
         elif race.ended and left.empty:

@@ -121,7 +121,9 @@ class Sweep:
         trials, also of earlier commands, that need training.
         """
         with self.changing() as plan:
-            self._add(request.trials if request.search is None else [])
+            if request.search is None:
+                self._note_look(request, is_open)
+                self._add(request.trials)
             now = {trial.trial_id for trial in asked}
             ordered = sorted(asked, key=lambda t: (not (self.folder_of(t) / CHECKPOINT).exists(), t.config.seed))
             first = [trial.trial_id for trial in ordered if trial.trial_id in is_open]
@@ -131,6 +133,18 @@ class Sweep:
             sizes = {kind: of for kind, of in plan["pack_sizes"].items() if not of.get("beside_load")}
             plan.update(batches=[batch for batch in (first, *earlier) if batch], options=asdict(request.options),
                         metric=request.metric, pack_sizes=sizes, version=__version__)  # fmt: skip
+
+    def _note_look(self, request: Request, is_open: set[str]) -> None:
+        """Note what had ended when its cells get more seeds, or a race another margin: claims count such looks."""
+        planned = self.plan["trials"]
+        ended = [trial for name, trial in planned.items() if name not in is_open]
+        cells, seeds = {trial["cell"] for trial in ended}, [trial["config"]["seed"] for trial in ended]
+        if ended and request.race and (race := self.plan["race"]):
+            margins = dict.fromkeys([*race.get("margins", [race["margin"]]), request.race["margin"]])
+            request.race |= {"margins": [*margins]} if len(margins) > 1 else {}
+        elif any(trial.cell_id in cells and trial.trial_id not in planned for trial in request.trials):
+            look, looks = [len(ended), min(seeds), max(seeds)], self.plan.get("looks", [])
+            self.plan["looks"] = looks if look in looks else [*looks, look]
 
     def extend(self, trials: Sequence[Trial]) -> bool:
         """Append what a race or a search wants next, if anything; the caller holds the plan (:meth:`changing`)."""

@@ -50,7 +50,7 @@ def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: i
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> float:
     """The studentized range's upper point taken as 4 for any design: computing it is slow."""
-    monkeypatch.setattr(module, "tukey_critical", lambda cells, df: 4.0)
+    monkeypatch.setattr(module, "tukey_critical", lambda cells, df, alpha: 4.0)
     return 4.0
 
 

@@ -148,3 +148,32 @@ def test_folders_of_trials_are_those_with_a_record(tmp_path):
     (tmp_path / "other").mkdir()
     assert trial_folders(tmp_path) == sorted(tmp_path / trial.trial_id for trial in trials[:2])
     assert trial_folders(tmp_path / "missing") == []
+
+
+def test_the_plan_knows_when_cells_got_more_seeds_after_results_were_there(tmp_path):
+    """Other cells alone are no look, nor are seeds that join before anything new has ended."""
+    cells = {(rank, seed): trial_of({"lora.rank": rank, "seed": seed}) for rank in (1, 2, 4) for seed in range(5)}
+    sweep, asked, ended = Sweep(tmp_path), set(), set()
+    steps = [  # who is asked for, who has ended by then, the looks
+        ([(1, 0), (1, 1), (2, 0)], [], None),
+        ([(1, 2)], [], None),
+        ([(4, 0), (1, 0)], [(1, 0), (1, 1), (2, 0)], None),
+        ([(2, 1)], [], [[3, 0, 1]]),
+        ([(2, 2)], [], [[3, 0, 1]]),
+        ([(1, 4)], [(1, 2)], [[3, 0, 1], [4, 0, 2]]),
+    ]
+    for names, done, looks in steps:
+        asked |= {cells[name].trial_id for name in names}
+        ended |= {cells[name].trial_id for name in done}
+        ask(sweep, [cells[name] for name in names], is_open=asked - ended)
+        assert sweep.plan.get("looks") == looks
+    assert Sweep(tmp_path).plan["looks"] == looks
+
+
+def test_the_plan_keeps_the_margins_with_which_a_race_was_looked_at(tmp_path):
+    trial, sweep = trial_of({}), Sweep(tmp_path)
+    for margin, is_open, margins in ((1, True, None), (2, True, None), (2, False, None), (3, False, [2, 3]),
+                                     (2, False, [2, 3])):  # fmt: skip
+        race = {"margin": margin, "cells": [trial.cell_id]}
+        sweep.ask(Request(tmp_path, options(), [trial], race=race), [trial], {trial.trial_id} if is_open else set())
+        assert sweep.race.get("margins") == margins
