@@ -65,8 +65,8 @@ class Summary:
         "is no candidate, yet not shown to be worse; *no verdict*: one seed; *failed*: a trial failed, and the others "
         "alone are no verdict; *unstable*: it collapsed in some seeds. *seeds ±* and *pictures ±*: how far other seeds "
         "and pictures of the kind may move the difference from the best; it is *worse* beyond the root of the sum of "
-        "their squares. *P(best)*: how probably the cell is the true best, by both errors under a flat prior; no claim. "
-        "A star marks the Pareto front of val {} against that cost."
+        "their squares. *P(best)*: how probably the cell is the true best, by both errors under a flat prior; no "
+        "claim. A star marks the Pareto front of val {} against that cost."
     )
     """What the cells table's marks mean, in Markdown."""
 
