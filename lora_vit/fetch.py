@@ -6,10 +6,6 @@ from lora_vit.cli import main
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Download and decode what a trial needs, and train nothing. Machines that see the same home folder (or "
-        "TORCH_HOME, HF_HOME and data.cache_dir) then need no network."
-    )
     parser.add_argument("overrides", nargs="*", help="as after `lora-vit train`: model=vit_b_16 data=cifar10")
 
 
