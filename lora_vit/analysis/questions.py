@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.stats import ALPHA, Comparison, Errors, dunnett_critical
+from lora_vit.analysis.stats import Comparison, Errors, dunnett_critical
 from lora_vit.analysis.texts import points
 from lora_vit.config.names import ADAPTED, BASELINES, LR, METHOD, METHODS, cell_text, value_text
 
@@ -63,7 +63,7 @@ def at_best(
     for group in order:
         best, said = max(groups[group], key=lambda i: means[i]), ("", np.nan, np.nan, np.nan)
         if group != base:
-            pair, level = (groups[base], groups[group]), ALPHA / (len(groups) * (len(groups) - 1))
+            pair, level = (groups[base], groups[group]), errors.alpha / (len(groups) * (len(groups) - 1))
             low, high = least_lead(*pair, level, errors), -least_lead(*pair[::-1], level, errors)
             said = claim(low, high, margin), means[groups[base]].max() - means[best], low, high
         own = cells.loc[best, ["cell", "label", "trainable_parameters"]]

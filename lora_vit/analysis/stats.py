@@ -341,6 +341,7 @@ class Errors:
     common: float  # error variance of one trial
     wide: bool
     pictures: Pictures | None
+    alpha: float = ALPHA  # what a family of claims may err
 
     def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""
