@@ -210,8 +210,8 @@ def inline_svg(data: bytes, name: str) -> Markup:
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape_html(name.replace("_", " "))}" ', 1))
 
 
-def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
-    """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again."""
+def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: str = "") -> str:
+    """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again; ``live``: of a server."""
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -231,6 +231,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
+        live=live,
         best=best,
         tested=math.isfinite(summary.test.mean),
         power=summary.power(),

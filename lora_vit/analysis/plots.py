@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from lora_vit.analysis.effects import Factor
 from lora_vit.analysis.load import as_float
+from lora_vit.analysis.search_plots import draw_search
 from lora_vit.analysis.summary import Summary
 from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, value_text
 from lora_vit.errors import RecordError
@@ -48,6 +49,7 @@ def draw_all(summary: Summary) -> dict[str, Figure]:
             "pareto_parameters": pareto(summary),
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
+            **draw_search(summary),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
 
