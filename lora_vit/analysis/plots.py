@@ -41,15 +41,15 @@ LONGEST, TICKS = 68, 76  # characters of a name, and of all ticks below a pictur
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(fname=STYLE):
+        searched = draw_search(summary)
         figures = {
             "cells": cells(summary),
             "race": race(summary),
-            **by_setting(summary),
+            **(searched or by_setting(summary)),  # a search's settings are hardly crossed
             "learning_curves": learning_curves(summary),
             "pareto_parameters": pareto(summary),
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
-            **draw_search(summary),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

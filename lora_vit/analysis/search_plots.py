@@ -19,7 +19,7 @@ Scale = tuple[np.ndarray, list[tuple[float, str]]]  # of a setting: where each t
 
 
 def draw_search(summary: Summary) -> dict[str, Figure]:
-    """History, slices and parallel coordinates of the one search that is looked at; none of what has nothing to show.
+    """History with slices, and parallel coordinates, of the one search that is looked at; none without two values.
 
     Trials are in the order of their start. Values farther below the median than the best one is above are at the edge.
     """
@@ -36,43 +36,33 @@ def draw_search(summary: Summary) -> dict[str, Figure]:
     done = trials.assign(number=np.arange(1, len(trials) + 1)).dropna(subset="value")
     short = short_names(c for c in summary.settings if done[c].map(value_text).nunique() > 1)
     scales = {name: _scale(done[setting]) for setting, name in short.items()}
-    figures = {"search_history": _history(trials, metric)}
-    figures |= {"search_slices": _slices(done, scales, metric)} if scales else {}
-    return figures | ({"search_parallel": _parallel(done, scales, metric)} if len(scales) > 1 else {})
+    lines = {"search_parallel": _parallel(done, scales, metric)} if len(scales) > 1 else {}
+    return {"search": _history(trials, done, scales, metric), **lines}
 
 
-def _history(trials: pd.DataFrame, metric: str) -> Figure:
-    """The value of each trial, the best so far, and at the bottom the trials without a value."""
-    figure, number = Figure(figsize=(7.0, 4.2), layout="constrained"), np.arange(1, len(trials) + 1)
-    axes = figure.add_subplot(title="The search: trials in the order of their start", xlabel="Trial", ylabel=metric)
-    axes.step(number, trials["value"].cummax().ffill(), where="post", color="C0", lw=1.6, label="best so far")
-    axes.plot(number, trials["value"], "o", color="C5", ms=5, label="a trial")
+def _history(trials: pd.DataFrame, done: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figure:
+    """The values in their order, with the best so far and the trials without one, and against each setting."""
+    rows = math.ceil(len(scales) / COLUMNS)
+    columns = math.ceil(len(scales) / max(rows, 1)) or 1
+    figure: Any = Figure(figsize=(8.0, 3.4 + 2.4 * rows), layout="constrained")
+    figure.supylabel(metric, fontsize=10)
+    grid, number = figure.add_gridspec(rows + 1, columns), np.arange(1, len(trials) + 1)
+    points: Any = {"c": done["number"], "cmap": "viridis_r", "lw": 0}
+    first = figure.add_subplot(grid[0, :], title="The search: later trials are darker", xlabel="Trial, by its start")
+    best = trials["value"].cummax().ffill()
+    first.step(number, best, where="post", color="C0", lw=1.6, label="best so far", zorder=0.9)
+    first.scatter(done["number"], done["value"], s=26, **points)
     for status in trials.loc[trials["value"].isna(), "status"].unique():
         at = number[trials["value"].isna() & (trials["status"] == status)]
         style = "x" if status == "failed" else "|"
-        axes.plot(at, np.full(len(at), 0.02), style, color="C1", transform=axes.get_xaxis_transform(), label=status)
-    axes.locator_params(axis="x", integer=True)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8.5)
-    return figure
-
-
-def _slices(done: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figure:
-    """The value against each setting; later trials are darker."""
-    rows = math.ceil(len(scales) / COLUMNS)
-    columns = math.ceil(len(scales) / rows)
-    figure = Figure(figsize=(1.6 + 2.5 * columns, 0.8 + 2.5 * rows), layout="constrained")
-    figure.suptitle("The search: value against each setting", fontsize=11, x=0.01, ha="left")
-    figure.supylabel(metric, fontsize=10)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, (name, (at, ticks)) in zip(grid.flat, scales.items(), strict=False):
-        points = axes.scatter(at, done["value"], c=done["number"], cmap="viridis_r", s=22, lw=0)
+        first.plot(at, np.full(len(at), 0.03), style, color="C1", transform=first.get_xaxis_transform(), label=status)
+    first.locator_params(axis="x", integer=True)
+    for k, (name, (places, ticks)) in enumerate(scales.items()):
+        axes = figure.add_subplot(grid[1 + k // columns, k % columns], sharey=first, xlabel=name)
+        axes.scatter(places, done["value"], s=22, **points)
         turned = {"rotation": 30, "ha": "right"} if sum(len(text) for _, text in ticks) > 26 else {}
         axes.set_xticks(*zip(*ticks, strict=True), fontsize=8.5, **turned)
-        axes.set(xlabel=name, xlim=(-0.07, 1.07))
-    for axes in grid.flat[len(scales) :]:
-        axes.remove()
-    used = list(grid.flat[: len(scales)])
-    figure.colorbar(points, ax=used, label="Trial", aspect=30, ticks=MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8.5)
     return figure
 
 
@@ -98,7 +88,7 @@ def _parallel(done: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figu
 
 
 def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
-    """Even steps for words and a few values; else by value, or from a decade on by its logarithm."""
+    """Even steps for words and a few values; else by value, or from a decade on by its logarithm; then those without."""
     texts, is_number = values.map(value_text), pd.api.types.is_numeric_dtype(values)
     if texts.nunique() <= most_steps or not is_number:
         words = texts.loc[(values if is_number else texts).sort_values().index].unique()
@@ -112,4 +102,5 @@ def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
     change: Any = np.log if is_log else np.asarray
     start, span = change(low), change(high) - change(low)
     at, ticks = ((change(v) - start) / span for v in (values.to_numpy(float), marks))
-    return at, [(place, value_text(float(mark))) for place, mark in zip(ticks, marks, strict=True)]
+    named = [(place, value_text(float(mark))) for place, mark in zip(ticks, marks, strict=True)]
+    return np.nan_to_num(at, nan=1.15), named + [(1.15, "–")] * bool(values.isna().any())

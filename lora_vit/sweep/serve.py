@@ -26,7 +26,7 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.view import HEADER, standing
 from lora_vit.terminal import from_here
 
-EVERY, SHARE = 3.0, 0.2  # seconds between two looks at the records; of a core, what pages take at most
+SHARE = 0.2  # of a core, what making pages takes at most
 HERE = Path(__file__).parent
 LIVE = Markup('<p class="note" id="live">{}</p>')
 
@@ -46,7 +46,7 @@ class Page:
                 if time.monotonic() >= self._due:
                     start = time.thread_time()
                     self._refresh()
-                    self._due = time.monotonic() + max(EVERY, (time.thread_time() - start) / SHARE)
+                    self._due = time.monotonic() + (time.thread_time() - start) / SHARE
             finally:
                 self._lock.release()
         return self._text
