@@ -88,7 +88,7 @@ def _parallel(done: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figu
 
 
 def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
-    """Even steps for words and a few values; else by value, or from a decade on by its logarithm; then those without."""
+    """Even steps for words and a few values; else by value, from a decade on by its logarithm, with none at the end."""
     texts, is_number = values.map(value_text), pd.api.types.is_numeric_dtype(values)
     if texts.nunique() <= most_steps or not is_number:
         words = texts.loc[(values if is_number else texts).sort_values().index].unique()

@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.folder is None and args.serve is not None:
+    if args.serve is not None:
+        if args.folder is not None:
+            raise ConfigError(f"{args.sweep} {args.folder} --serve: give --serve with a sweep's name alone")
         from lora_vit.sweep.serve import serve  # imports pandas and matplotlib
 
         serve(find(args.sweep), args.serve)
     if args.folder is None:
         return show(find(args.sweep))
-    if args.serve is not None:
-        raise ConfigError(f"{args.sweep} {args.folder} --serve: give --serve with a sweep's name alone")
     if args.sweep != "work":
         raise ConfigError(f"{args.sweep} {args.folder}: give one sweep, or `work FOLDER`")
     if args.folder == "-":

@@ -1,5 +1,5 @@
 // A page of a sweep that has not ended asks every few seconds for a newer one, and opens it as this one stands: at the
-// same place, with the rows in the same order and the same words in the fields.
+// same place, with the rows in the same order and the same words in the fields. One of a sweep that has ended stays.
 (function () {
   var EVERY = 5000, line = document.getElementById("live");
 
@@ -50,6 +50,6 @@
     (kept.open || []).forEach(function (open, i) { if (all("details")[i]) all("details")[i].open = open; });
     (kept.scrolled || []).forEach(function (at, i) { if (all(".scroll")[i]) all(".scroll")[i].scrollTo(at[0], at[1]); });
     if (kept.place) scrollTo(kept.place[0], kept.place[1]);
-    setTimeout(look, EVERY);
+    if (line.dataset.ended === "False") setTimeout(look, EVERY);
   });
 })();

@@ -28,7 +28,7 @@ from lora_vit.terminal import from_here
 
 SHARE = 0.2  # of a core, what making pages takes at most
 HERE = Path(__file__).parent
-LIVE = Markup('<p class="note" id="live">{}</p>')
+LIVE = Markup('<p class="note" id="live" data-ended="{}">{}</p><script>{}</script>')
 
 
 class Page:
@@ -69,12 +69,10 @@ class Page:
         ended = sum(state.ended for state, _ in self._states)
         total, clock = max(len(self._states), (sweep.search or {"trials": 0})["trials"]), time.strftime("%H:%M:%S")
         raced = not sweep.race or (not problem and summary.race is not None and summary.race.ended)
-        if sweep.trials and ended == total and raced:
-            self._text = self._under(LIVE.format(f"All {total} trials have ended; read at {clock}{problem}"))
-        else:
-            script = Markup(f"<script>\n{(HERE / 'serve.js').read_text()}</script>")
-            line = f"{ended} of {total} trials; refreshed {clock}{problem if ended else ''}"
-            self._text = self._under(LIVE.format(line) + script)
+        over = bool(sweep.trials) and ended == total and raced
+        line = f"All {total} trials have ended; read at" if over else f"{ended} of {total} trials; refreshed"
+        script = Markup((HERE / "serve.js").read_text(encoding="utf-8"))
+        self._text = self._under(LIVE.format(over, f"{line} {clock}{problem if ended else ''}", script))
 
     def _trials(self, live: Markup) -> str:
         folders = jinja2.FileSystemLoader([HERE, STYLE.parent])

@@ -72,7 +72,7 @@ def test_nothing_is_drawn_empty(trials, drawn, tmp_path):
         ([float(i) for i in range(1, 10)], np.linspace(0, 1, 9), {"2": 1 / 8, "4": 3 / 8, "8": 7 / 8}),
         ([4, 64, 8], [0, 1, 0.5], {"4": 0, "8": 0.5, "64": 1}),
         (["qv", None, "$a_very_long_name"], [1, 0, 0.5][::-1], None),
-        ([float(i) for i in range(1, 11)] + [np.nan], [*np.linspace(0, 1, 10), 1.15], {"–": 1.15}),
+        ([float(i) for i in range(1, 10)] + [np.nan], [*np.linspace(0, 1, 9), 1.15], {"–": 1.15}),
         ([np.nan, 8.0, 1.0], [1, 0.5, 0], {"1": 0, "8": 0.5, "–": 1}),
     ],
 )
