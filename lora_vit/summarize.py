@@ -25,7 +25,8 @@ from lora_vit.terminal import from_here
 
 MOST_PROBLEMS = 20
 # how pictures' names begin; heat maps are of earlier versions
-PICTURES = ("cells", "difference", "race", "by_", "learning_curves", "pareto_", "heat_", "cut_ranks", "spectrum")
+PICTURES = ("cells", "difference", "race", "by_", "learning_curves", "pareto_", "heat_", "cut_ranks", "spectrum",
+            "search")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

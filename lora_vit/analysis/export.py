@@ -258,8 +258,8 @@ def confusion(folder: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> str:
-    """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again."""
+def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: str = "") -> str:
+    """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again; ``live``: of a server."""
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -279,6 +279,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str) -> s
     return pages.get_template("report.html.j2").render(
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
+        live=live,
         best=best_cell(summary.cells),
         numeric=numeric,
         most=PAGE_ROWS,

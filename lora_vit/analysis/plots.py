@@ -20,6 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
+from lora_vit.analysis.search_plots import draw_search
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import averaged, best_cell, matrix
 from lora_vit.analysis.texts import count, plain, points, signed
@@ -39,10 +40,11 @@ LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a pictur
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(fname=STYLE):
+        searched = draw_search(summary)
         figures = {
             "difference": difference(summary),
             "race": race(summary),
-            **by_setting(summary),
+            **(searched or by_setting(summary)),  # a search's settings are hardly crossed
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
         }

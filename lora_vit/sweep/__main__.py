@@ -1,4 +1,4 @@
-"""``python -m lora_vit.sweep NAME``: a sweep's trials as they stand; ``... work FOLDER``: one more worker for it."""
+"""``python -m lora_vit.sweep NAME [--serve]``: a sweep's trials as they stand; ``... work FOLDER``: one more worker."""
 
 if __name__ == "__main__":  # before the imports, which Ctrl-C then ends in one line
     from lora_vit import cli
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lora_vit.cli import SWEEPS, named
 from lora_vit.errors import ConfigError
-from lora_vit.records import PLAN, state_of
+from lora_vit.records import PLAN
 from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
-from lora_vit.sweep.view import print_summary, print_trials, trial_row, value_of
+from lora_vit.sweep.view import print_summary, print_trials, standing
 from lora_vit.terminal import make_console
 
 
@@ -25,9 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("sweep", help="name of a sweep in outputs/sweeps, or its folder; or the word `work`")
     parser.add_argument("folder", nargs="?", help="of the sweep to work on (-: a command says on standard input what)")
+    parser.add_argument("--serve", nargs="?", type=int, const=0, metavar="PORT",
+                        help="show the summary's page in a browser of this machine while the sweep runs")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.serve is not None:
+        if args.folder is not None:
+            raise ConfigError(f"{args.sweep} {args.folder} --serve: give --serve with a sweep's name alone")
+        from lora_vit.sweep.serve import serve  # imports pandas and matplotlib
+
+        serve(find(args.sweep), args.serve)
     if args.folder is None:
         return show(find(args.sweep))
     if args.sweep != "work":
@@ -53,11 +61,7 @@ def find(text: str) -> Path:
 def show(folder: Path) -> int:
     """Print the trials, the best first within each status."""
     sweep = Sweep(folder)
-    names = dict.fromkeys([*sweep.trials, *(path.name for path in trial_folders(folder))])
-    states = {name: state_of(folder / name) for name in names}
-    order = ("completed", "running", "interrupted", "stopped", "failed", "refused", "new")
-    best = sorted(states, key=lambda n: (order.index(states[n].status), -(value_of(states[n], sweep.metric) or 0.0)))
-    rows = [trial_row(n, sweep.trials[n].label if n in sweep.trials else "", states[n], sweep.metric) for n in best]
+    rows = [row for _, row in standing(sweep)]
     console = make_console()
     print_trials(console, "", rows, sweep.metric)
     total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())

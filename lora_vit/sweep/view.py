@@ -7,9 +7,9 @@ from rich.console import Console
 
 from lora_vit.errors import RecordError
 from lora_vit.metrics import METRICS
-from lora_vit.records import NO_FIGURE, RECORD, State
+from lora_vit.records import NO_FIGURE, RECORD, State, state_of
 from lora_vit.sweep.claims import ENDED, HELD, Claims
-from lora_vit.sweep.plan import Sweep
+from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.sweep.trial import Trial
 from lora_vit.terminal import Progress, print_table
 
@@ -52,6 +52,16 @@ def ending(trial: Trial, state: State, metric: str) -> str:
 def value_of(state: State, metric: str) -> float | None:
     """What a trial is compared by, if it is completed."""
     return state.record.metrics.get(f"val_{metric}") if state.record and state.status == "completed" else None
+
+
+def standing(sweep: Sweep) -> list[tuple[State, tuple[str, ...]]]:
+    """Every trial that is planned or there, as its record and a row say: the best first within each status."""
+    names = dict.fromkeys([*sweep.trials, *(path.name for path in trial_folders(sweep.folder))])
+    states = {name: state_of(sweep.folder / name) for name in names}
+    order = ("completed", "running", "interrupted", "stopped", "failed", "refused", "new")
+    best = sorted(states, key=lambda n: (order.index(states[n].status), -(value_of(states[n], sweep.metric) or 0.0)))
+    labels = {name: trial.label for name, trial in sweep.trials.items()}
+    return [(states[n], trial_row(n, labels.get(n, ""), states[n], sweep.metric)) for n in best]
 
 
 class View:
