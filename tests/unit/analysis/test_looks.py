@@ -13,7 +13,6 @@ from scipy import stats as scipy_stats
 
 from lora_vit.analysis import stats, summarize
 from lora_vit.analysis.collapses import collapsed
-from lora_vit.analysis.power import power
 from lora_vit.analysis.stats import compare
 from lora_vit.records import PLAN
 
@@ -41,7 +40,8 @@ def test_two_cells_are_compared_by_the_t_test_of_what_is_left_for_this_look(tmp_
     (line, *_), found = got.warnings, got.power()
     assert found is not None
     lead, sd = float(found[0].split()[0]) / 100, got.comparison.sd
-    assert power(lead, sd, 2, 4, 3, 0, alpha) == pytest.approx(0.8, abs=0.01)  # of 0.005 points
+    found_with = scipy_stats.nct.sf(scipy_stats.t.ppf(1 - alpha / 2, 3), 3, lead / (sd * np.sqrt(2 / 4)))
+    assert found_with == pytest.approx(0.8, abs=0.01)  # of 0.005 points
     assert line.startswith("This is look") == (look > 1)
     if look == 3:
         assert "look 3" in line
