@@ -13,9 +13,14 @@ WANTED = 0.8  # of a design that is large enough
 
 
 def power(
-    difference: float, sd: float, cells: int, seeds: float, df: float | None = None, pictures: float = 0.0,
+    difference: float,
+    sd: float,
+    cells: int,
+    seeds: float,
+    df: float | None = None,
+    pictures: float = 0.0,
     alpha: float = ALPHA,
-) -> float:  # fmt: skip
+) -> float:
     """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
 
     ``P(T > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom

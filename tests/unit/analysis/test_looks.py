@@ -85,8 +85,8 @@ def test_a_cell_that_has_collapsed_is_named_and_nothing_rests_on_it(tmp_path: Pa
     cells = got.cells.set_index("lora.rank")
     assert (cells["mark"][16], cells["within"][16]) == ("unstable", False)
     np.testing.assert_allclose(cells["difference"][[1, 2, 4, 8]], -rest.difference, atol=1e-12)
-    assert got.warnings[0].startswith("Collapsed: rank 16 in 1 of 5 seeds (seed 3: 50.00 %; others from ")
-    assert "5 without a collapse leave a rate of up to 45 %" in got.warnings[0]
+    assert got.warnings[0].startswith("rank 16 collapsed in 1 of 5 seeds (seed 3: 50.00 %; others from ")
+    assert "5 without a collapse leave a rate of up to 45 %" in got.warnings[1]
     assert "no collapse" in got.verdict
     assert "16" not in set(got.effects.table["level"])
     assert make_record(lora__rank=16).cell_id in set(got.cells["cell"]), "its mean is shown"
