@@ -68,12 +68,15 @@ def seeds_within(margin: float, sd: float, cells: int, pictures: float = 0.0, al
     return _fewest(found, sd, cells)
 
 
-def pictures_needed(difference: float, cells: int, pictures: float, images: int, within: bool = False) -> int:
+def pictures_needed(
+    difference: float, cells: int, pictures: float, images: int, within: bool = False, alpha: float = ALPHA
+) -> int:
     """Pictures with which any number of seeds finds the difference, or shows a cell to be within it, with 80 %.
 
     ``pictures``: their part of a difference's variance with so many ``images``.
     """
-    critical = dunnett_critical(cells - 1, MANY) if within else tukey_critical(cells, MANY) / math.sqrt(2)
+    of_pairs = tukey_critical(cells, MANY, alpha) / math.sqrt(2)
+    critical = dunnett_critical(cells - 1, MANY, alpha) if within else of_pairs
     return math.ceil(images * pictures * ((critical + special.ndtri(WANTED)) / difference) ** 2)
 
 
