@@ -13,9 +13,14 @@ WANTED = 0.8  # of a design that is large enough
 
 
 def power(
-    difference: float, sd: float, cells: int, seeds: float, df: float | None = None, pictures: float = 0.0,
+    difference: float,
+    sd: float,
+    cells: int,
+    seeds: float,
+    df: float | None = None,
+    pictures: float = 0.0,
     alpha: float = ALPHA,
-) -> float:  # fmt: skip
+) -> float:
     """Probability that Tukey's test calls one given cell worse which truly lies ``difference`` below the best.
 
     ``P(T > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom
@@ -63,12 +68,15 @@ def seeds_within(margin: float, sd: float, cells: int, pictures: float = 0.0, al
     return _fewest(found, sd, cells)
 
 
-def pictures_needed(difference: float, cells: int, pictures: float, images: int, within: bool = False) -> int:
+def pictures_needed(
+    difference: float, cells: int, pictures: float, images: int, within: bool = False, alpha: float = ALPHA
+) -> int:
     """Pictures with which any number of seeds finds the difference, or shows a cell to be within it, with 80 %.
 
     ``pictures``: their part of a difference's variance with so many ``images``.
     """
-    critical = dunnett_critical(cells - 1, MANY) if within else tukey_critical(cells, MANY) / math.sqrt(2)
+    of_pairs = tukey_critical(cells, MANY, alpha) / math.sqrt(2)
+    critical = dunnett_critical(cells - 1, MANY, alpha) if within else of_pairs
     return math.ceil(images * pictures * ((critical + special.ndtri(WANTED)) / difference) ** 2)
 
 

@@ -162,7 +162,7 @@ class Summary:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
         c = self.comparison
         cells = int(c.compared.sum())
-        images = pictures_needed(difference, cells, c.pictures, self.pictures, within) if c.pictures else 0
+        images = pictures_needed(difference, cells, c.pictures, self.pictures, within, c.alpha) if c.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
         return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"

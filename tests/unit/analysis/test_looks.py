@@ -13,7 +13,6 @@ from scipy import stats as scipy_stats
 
 from lora_vit.analysis import stats, summarize
 from lora_vit.analysis.collapses import collapsed
-from lora_vit.analysis.power import power
 from lora_vit.analysis.stats import compare
 from lora_vit.records import PLAN
 
@@ -41,7 +40,8 @@ def test_two_cells_are_compared_by_the_t_test_of_what_is_left_for_this_look(tmp_
     (line, *_), found = got.warnings, got.power()
     assert found is not None
     lead, sd = float(found[0].split()[0]) / 100, got.comparison.sd
-    assert power(lead, sd, 2, 4, 3, 0, alpha) == pytest.approx(0.8, abs=0.01)  # of 0.005 points
+    found_with = scipy_stats.nct.sf(scipy_stats.t.ppf(1 - alpha / 2, 3), 3, lead / (sd * np.sqrt(2 / 4)))
+    assert found_with == pytest.approx(0.8, abs=0.01)  # of 0.005 points
     assert line.startswith("This is look") == (look > 1)
     if look == 3:
         assert "look 3" in line
@@ -85,8 +85,8 @@ def test_a_cell_that_has_collapsed_is_named_and_nothing_rests_on_it(tmp_path: Pa
     cells = got.cells.set_index("lora.rank")
     assert (cells["mark"][16], cells["within"][16]) == ("unstable", False)
     np.testing.assert_allclose(cells["difference"][[1, 2, 4, 8]], -rest.difference, atol=1e-12)
-    assert got.warnings[0].startswith("Collapsed: rank 16 in 1 of 5 seeds (seed 3: 50.00 %; others from ")
-    assert "5 without a collapse leave a rate of up to 45 %" in got.warnings[0]
+    assert got.warnings[0].startswith("rank 16 collapsed in 1 of 5 seeds (seed 3: 50.00 %; others from ")
+    assert "5 without a collapse leave a rate of up to 45 %" in got.warnings[1]
     assert "no collapse" in got.verdict
     assert "16" not in set(got.effects.table["level"])
     assert make_record(lora__rank=16).cell_id in set(got.cells["cell"]), "its mean is shown"
