@@ -201,12 +201,9 @@ class RaceSummary(Summary):
             outcome = "Nothing is selected: a trial of each cell failed."
         elif race.ended:
             names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
-            takes = f"takes more than sweep.most_seeds={race.rules.most_seeds}"
-            if race.blocked:
-                takes = f"takes more than {self.pictures:,} val pictures: no number of seeds can decide it"
             outcome = (
                 f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} {takes}."
+                f"them is best to within {margin} {self._would_take()}."
             )
         else:
             seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
@@ -223,6 +220,22 @@ class RaceSummary(Summary):
         shown = _shows(race, self.margin) and cells["within"][0]
         lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
         return " ".join(filter(None, lines))
+
+    def _would_take(self) -> str:
+        """What decides a race that has ended undecided, and which cells block it."""
+        race, left, margin = self.race, self.race.survivors, self.race.rules.margin
+        names = self.cells.set_index("cell")["label"][[race.cells[i] for i in left]].tolist()
+        half, hidden = (of[np.ix_(left, left)] / margin for of in (race.half, race.hidden))
+        worst = hidden if race.blocked else half
+        pair = " and ".join(names[i] for i in np.unravel_index(np.argmax(worst), worst.shape))
+        if race.blocked:
+            images = f"{math.ceil(self.pictures * hidden.max() ** 2):,} val pictures in place of {self.pictures:,}"
+            return f"takes about {images} or a wider margin: no number of seeds can decide, least of all between {pair}"
+        sd = race.y[left, : race.seeds].std(axis=1, ddof=1)
+        return (
+            f"takes more than sweep.most_seeds={race.rules.most_seeds}, or a wider margin: most of all between {pair}. "
+            f"{names[sd.argmax()]} spreads most, by {points(sd.max())} from seed to seed: leave it out if you can"
+        )
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str, sums: Sums) -> Race:
