@@ -222,20 +222,17 @@ class RaceSummary(Summary):
         return " ".join(filter(None, lines))
 
     def _would_take(self) -> str:
-        """What decides a race that has ended undecided, and which cells block it."""
-        race, left, margin = self.race, self.race.survivors, self.race.rules.margin
+        """What decides a race that has ended undecided, and what blocks it."""
+        race, left = self.race, self.race.survivors
         names = self.cells.set_index("cell")["label"][[race.cells[i] for i in left]].tolist()
-        half, hidden = (of[np.ix_(left, left)] / margin for of in (race.half, race.hidden))
-        worst = hidden if race.blocked else half
-        pair = " and ".join(names[i] for i in np.unravel_index(np.argmax(worst), worst.shape))
         if race.blocked:
+            hidden = race.hidden[np.ix_(left, left)] / race.rules.margin
+            pair = " and ".join(names[i] for i in np.unravel_index(hidden.argmax(), hidden.shape))
             images = f"{math.ceil(self.pictures * hidden.max() ** 2):,} val pictures in place of {self.pictures:,}"
             return f"takes about {images} or a wider margin: no number of seeds can decide, least of all between {pair}"
         sd = race.y[left, : race.seeds].std(axis=1, ddof=1)
-        return (
-            f"takes more than sweep.most_seeds={race.rules.most_seeds}, or a wider margin: most of all between {pair}. "
-            f"{names[sd.argmax()]} spreads most, by {points(sd.max())} from seed to seed: leave it out if you can"
-        )
+        widest = f"{names[sd.argmax()]} spreads most, by {points(sd.max())} from seed to seed: leave it out if you can"
+        return f"takes more than sweep.most_seeds={race.rules.most_seeds}, or a wider margin. {widest}"
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str, sums: Sums) -> Race:
