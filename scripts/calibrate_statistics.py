@@ -52,7 +52,8 @@ LONG = 1000
 class Case:
     """One design; ``sd`` and ``lead`` in points, ``lead`` of the first cell over all others.
 
-    ``spread``: equal, half 3x or one 10x; the cells that spread more are the last, or with ", best" the first.
+    ``spread``: equal, half 3x or one 10x; the cells that spread more are the last, or with ", best" the first. With
+    "bad rates" the last two spread 10 and 30 times as much and lie 5 and 15 points behind all others.
     ``means``: one ahead (by ``lead``), three tied (the rest behind, 1 point on average), or spread (normal, sd 0.6).
     """
 
@@ -68,6 +69,8 @@ class Case:
     def sds(self) -> np.ndarray:
         """Error sd of each cell, fraction."""
         sd = np.full(self.cells, self.sd / 100)
+        if self.spread == "bad rates":
+            return sd * np.r_[np.ones(self.cells - 2), 10, 30]
         many, factor = {"equal": (0, 1), "half 3x": (self.cells // 2, 3), "one 10x": (1, 10)}[
             self.spread.removesuffix(", best")
         ]
@@ -83,6 +86,8 @@ class Case:
             mean[3:] = np.minimum(rng.normal(-1, 0.5, self.cells - 3), -0.05)
         else:
             mean[0] = self.lead
+        if self.spread == "bad rates":
+            mean[-2:] = -5, -15
         return 0.88 + mean / 100
 
     def draw(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -231,6 +236,8 @@ def race_cases() -> Iterator[tuple[Case, float]]:
     yield from ((replace(case, cells=k, spread=spread), 0.5) for spread in spreads for k in (2, 4, 10, 30, 100))
     yield from ((replace(case, cells=k, images=719, spread=spread), 0.5) for spread in spreads[:2] for k in (2, 10, 30))
     yield from ((replace(case, cells=k, lead=0.0), 0.5) for k in (2, 4, 10, 30, 100))
+    for lead in (0.5, 0.0):
+        yield from ((replace(case, cells=k, spread="bad rates", lead=lead), 0.5) for k in (4, 10, 30))
     for means in ("three tied", "spread"):
         yield from ((replace(case, cells=k, means=means), 0.5) for k in (4, 10, 30, 100))
         yield from ((replace(case, cells=30, means=means, spread=spread), 0.5) for spread in ("half 3x", "one 10x"))
@@ -244,15 +251,18 @@ def print_race(runs: int, rng: np.random.Generator) -> None:
     print("With 2 / 3 / 5 first seeds, at most 30; seed sd 0.3.\n")
     head("means", "spreads", "cells", "right %", "without limit %", "not resolved %", "trials a cell", "Bechhofer",
          "Rinott")  # fmt: skip
-    for case, margin in race_cases():
-        rates = [simulate_race(case, Rules(margin / 100, n, case.seeds), runs, rng, long=True) for n in firsts]
+    cases = list(race_cases())
+    for (case, margin), of_line in zip(cases, rng.spawn(len(cases)), strict=True):  # draws of its own
+        *draws, last = of_line.spawn(len(firsts) + 1)
+        rates = [simulate_race(case, Rules(margin / 100, n, case.seeds), runs, own, long=True)
+                 for n, own in zip(firsts, draws, strict=True)]  # fmt: skip
         notes = ["tied" if case.means == "one ahead" and not case.lead else case.means]
         notes += [f"margin {margin}"] * (margin != 0.5) + [f"at most {case.seeds}"] * (case.seeds != 30)
         notes += [f"{case.images} images"] * (case.images != IMAGES)
         shares = [" / ".join(f"{100 * getattr(r, name):.1f}" for r in rates)
                   for name in ("right", "right_long", "unresolved")]  # fmt: skip
         trials = " / ".join(f"{r.trials:.1f}" for r in rates)
-        stages = f"{bechhofer(case, margin / 100):.0f}", f"{rinott(case, margin / 100, 5, rng):.0f}"
+        stages = f"{bechhofer(case, margin / 100):.0f}", f"{rinott(case, margin / 100, 5, last):.0f}"
         line(", ".join(notes), case.spread, case.cells, *shares, trials, *stages)
     print("\nIdle workers: the same races by 1 and by 16 workers, 5 first seeds.\n")
     head("means", "cells", "workers", "right %", "not resolved %", "trials a cell")
@@ -485,14 +495,14 @@ def print_pictures(runs: int, rng: np.random.Generator) -> None:
         shares = (f"{100 * share:.1f}" for share in (both, seeds, kept))
         table.writerow(["worse", c.metric, c.pictures, c.own, c.spread, c.cells, c.seeds, *shares, "", ""])
         sys.stdout.flush()
-    for n, margin in ((719, 1.5), (2000, 1.0), (10_000, 0.5)):
-        for m in (2, 8, 30):
-            c = Population(m, 30, n, lead=margin)
-            right, unresolved, trials, alone, _, _ = simulate_pictures_race(c, margin, runs, rng)
-            shares = (f"{100 * share:.1f}" for share in (1 - right, 1 - alone))
-            table.writerow([f"race, margin {margin}", c.metric, n, c.own, c.spread, m, "5 to 30", *shares, "",
-                            f"{100 * unresolved:.1f}", f"{trials:.1f}"])  # fmt: skip
-            sys.stdout.flush()
+    races = [Population(m, 30, n, lead=margin)
+             for n, margin in ((719, 1.5), (719, 1.0), (2000, 1.0), (10_000, 0.5)) for m in (2, 8, 30)]  # fmt: skip
+    for c, own in zip(races, rng.spawn(len(races)), strict=True):  # draws of its own
+        right, unresolved, trials, alone, _, _ = simulate_pictures_race(c, c.lead, runs, own)
+        shares = (f"{100 * share:.1f}" for share in (1 - right, 1 - alone))
+        table.writerow([f"race, margin {c.lead}", c.metric, c.pictures, c.own, c.spread, c.cells, "5 to 30", *shares,
+                        "", f"{100 * unresolved:.1f}", f"{trials:.1f}"])  # fmt: skip
+        sys.stdout.flush()
 
 
 def simulate_question(

@@ -1,35 +1,38 @@
 """A race: which cells get more seeds, which are out, and which one is selected. A function of the records alone.
 
-Fully sequential elimination (Paulson, 1964; Kim & Nelson, 2001, ACM TOMACS 11:251-273, with c = 1). With r seeds a
-cell i leaves when a survivor l has ``mean_l - mean_i > W(r)``,
+It looks at ``first_seeds`` seeds, then at 1.3 times as many, and so on. At look j = 0, 1, ..., with r seeds, a cell i
+leaves when a survivor l has, over these seeds,
 
-    W(r) = max(0, margin / (2 r) * (h2 * S2 / margin^2 - r)),    h2 = 2 * eta * df,
-    eta = ((2 * alpha / (k - 1))^(-2 / df) - 1) / 2,
+    mean_l - mean_i > max(0, hypot(t * se, z * tau) - margin):
 
-S2 the variance of the paired differences in the first seeds, df its degrees of freedom, k the cells that have them.
-A cell within ``margin`` of the best is then selected with probability 1 - alpha, on these pictures. For others of the
-kind half of alpha goes to what pictures may hide of a pair, Dunnett's critical value times the root of their part
-(:mod:`.pictures`, from the first seeds); W(r) gets the other half, and what that leaves of the margin. Where it leaves
-nothing, no number of seeds decides. Kim and Nelson take each pair's own
-variance, which costs many trials, or a common one, which fails if spreads differ. Here S2 is twice the variance of
-that half of the cells that spreads most, or the pair's own if that is larger, as :mod:`.stats` does for fixed
-sweeps; docs/race.md says how often it errs.
+i is then less than a margin better than l, by a one-sided bound as in Hsu (1984), so that l will do in its place. Each
+bound has ``alpha / (k - 1) / ((j + 1) (j + 2))``, in sum over looks and pairs of one of k cells alpha: so the best
+leaves for none that is a margin or more below it, with 1 - alpha (Bonferroni; Jennison & Turnbull, 2000, Group
+Sequential Methods). ``se`` is that of :mod:`.stats`: of that half of the cells that spreads most, or the pair's own if
+that is larger. Only cells that are in count: a bad one that has left costs the others nothing. While it is in, a pair
+is also judged by its own variance, with a tenth of the error. ``tau^2`` is the pictures' part of the pair, from the
+first seeds (:mod:`.pictures`); they are the same at all looks, so z is that of the first.
 
-The race is replayed from its first seeds. At r = first_seeds, first_seeds + 1, ... every cell that is still in must
-have its first r seeds, or have failed at one of them; else the race waits for these trials. Cells that failed leave,
-then those that are behind by more than W(r), all at once. No other trial decides anything (docs/race.md, *Rules*).
+The race is replayed from its first look. Every cell that is still in must have its first r seeds, or have failed at one
+of them; else the race waits for these trials. Cells that failed leave, then those that are behind by more than the bar,
+all at once, until none is. No other trial decides anything (docs/race.md, *Rules*, and how often it errs).
 
 Arrays: m cells, S seeds. Accuracies and margin are in the same unit (1 = 100 %).
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from lora_vit.analysis.pictures import Pictures, Sums
-from lora_vit.analysis.stats import ALPHA, MANY, dunnett_critical, fit_blocks, pair_variance, wide_variance
+from lora_vit.analysis.stats import ALPHA, pair_variance
+
+GROWTH = 1.3  # of the seeds from look to look
+OWN = 0.1  # what the pair's own variance has of the error
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Rules:
         if not 2 <= self.first_seeds <= self.most_seeds:
             raise ValueError(f"a race needs 2 <= first_seeds <= most_seeds, not {self.first_seeds}, {self.most_seeds}")
 
+    def looks(self) -> Iterator[int]:
+        """The numbers of seeds at which a race decides."""
+        r = self.first_seeds
+        while r < self.most_seeds:
+            yield r
+            r = math.ceil(GROWTH * r)
+        yield self.most_seeds
+
 
 class Exit(NamedTuple):
     """Why a cell left: with how many seeds, and behind which cell (None: its trial of that seed failed)."""
@@ -69,8 +80,8 @@ class Race:
     failed: np.ndarray  # [m, S] trials that failed
     means: np.ndarray  # [m] over its seeds when last judged
     room: np.ndarray  # [m] by how much a mean may still fall before the cell leaves (NaN: has left, or undecided)
-    bounds: np.ndarray  # [m, m] of boundary()
-    left: np.ndarray  # [m, m] what the pictures leave of the margin for the seeds of a pair
+    half: np.ndarray  # [m, m] t * se of a pair when last judged
+    hidden: np.ndarray  # [m, m] z * tau: what the pictures may hide of a pair
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
     seeds: int = 0  # the last r that was decided (0: first seeds are missing)
@@ -81,32 +92,29 @@ class Race:
 
     @property
     def blocked(self) -> bool:
-        """Whether no pair that is in it can be decided by seeds: only more pictures help."""
-        apart = ~np.eye(len(self.survivors), dtype=bool)
-        return len(self.survivors) > 1 and bool((self.left[np.ix_(self.survivors, self.survivors)] <= 0)[apart].all())
+        """Whether no pair that is in can be decided by seeds, as the means stand: only by more pictures."""
+        means, apart = self.means[self.survivors], ~np.eye(len(self.survivors), dtype=bool)
+        floor = self.hidden[np.ix_(self.survivors, self.survivors)] - self.rules.margin
+        return len(means) > 1 and bool((np.abs(np.subtract.outer(means, means)) <= floor)[apart].all())
 
     def seeds_of(self, cell: int) -> int:
         """Seeds of the cell that count: until it left, or as many as were decided."""
         return self.exits[cell].seeds if cell in self.exits else self.seeds
 
 
-def boundary(first: np.ndarray, rules: Rules, resolution: float = 0.0, left: np.ndarray | None = None) -> np.ndarray:
-    """``h2 * S2 / left`` [m, m], so that ``W(r) = max(0, boundary / (2 r) - left / 2)``; ``first`` [m, n], no NaN.
+def half_width(y: np.ndarray, share: float, resolution: float = 0.0) -> np.ndarray:
+    """How far above its mean the true difference of two cells may lie over seeds [m, m], but for ``share`` of cases.
 
-    ``resolution``: step of the accuracy (1 / images); its rounding variance is the least error variance used. ``left``:
-    what pictures leave of the margin (None: they do not count); infinite where that is nothing.
+    ``y`` [m, r] without NaN. ``resolution``: step of the accuracy (1 / images); its rounding variance is the least
+    error variance used.
     """
-    m, n = first.shape
-    fit = fit_blocks(first)
-    if m == 2:
-        variance, df = fit.mse, float(n - 1)
-    else:
-        variance, df = wide_variance(fit), (m - 1) * (n - 1) / m * ((m + 1) // 2)
-    floor = max(variance, resolution**2 / 12)
-    s2 = 2 * np.fmax(floor, pair_variance(first, np.arange(m), blocked=True))
-    eta = ((2 * (ALPHA if left is None else ALPHA / 2) / (m - 1)) ** (-2 / df) - 1) / 2
-    width = 2 * eta * df * s2 / (rules.margin if left is None else np.where(left > 0, left, 1.0))
-    return width if left is None else np.where(left > 0, width, np.inf)
+    m, r = y.shape
+    df, top = (m - 1) * (r - 1) / m, (m + 1) // 2 if m > 2 else 2  # two cells have one variance
+    residual = y - y.mean(0)  # seeds are blocks
+    each = np.square(residual - residual.mean(1, keepdims=True)).sum(1) / df
+    own = np.fmax(pair_variance(y, np.arange(m), blocked=True), resolution**2 / 12)
+    wide = -special.stdtrit(top * df, (1 - OWN) * share) * np.sqrt(2 / r * np.fmax(own, np.sort(each)[-top:].mean()))
+    return np.minimum(wide, -special.stdtrit(r - 1, OWN * share) * np.sqrt(2 / r * own))
 
 
 def standing(
@@ -139,25 +147,23 @@ def decide(
     y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0, pictures: Pictures | None = None
 ) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    there, m, nan = np.isfinite(y), len(y), np.full(len(y), np.nan)
-    bounds, left = np.zeros((m, m)), np.full((m, m), rules.margin)
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), bounds, left, list(range(m)))
-    sums = np.where(there, y, 0.0).cumsum(1)
-    for r in range(rules.first_seeds, rules.most_seeds + 1):
+    there, m, share, nan = np.isfinite(y), len(y), ALPHA, np.full(len(y), np.nan)
+    race = Race(rules, y, failed, nan.copy(), nan.copy(), np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
+    for look, r in enumerate(rules.looks()):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
             return race
         for cell in [i for i in race.survivors if failed[i, :r].any()]:
             race.exits[cell] = Exit(int(np.argmax(failed[cell])) + 1, None)
-        alive = np.array([i for i in race.survivors if i not in race.exits], dtype=int)
-        if r == rules.first_seeds and len(alive) > 1:
-            pairs = np.ix_(alive, alive)
+            race.survivors.remove(cell)
+        if look == 0:
+            share = ALPHA / max(len(race.survivors) - 1, 1)
             if pictures is not None:
-                hidden = dunnett_critical(len(alive) - 1, MANY, ALPHA / 2)
-                left[pairs] -= hidden * np.sqrt(pictures.of_differences(alive, alive))
-            bounds[pairs] = boundary(y[alive, :r], rules, resolution, None if pictures is None else left[pairs])
-        race.means[alive], race.seeds = sums[alive, r - 1] / r, r
-        _eliminate(race, alive, r)
+                tau = np.sqrt(pictures.of_differences(np.arange(m), np.arange(m)))
+                race.hidden = -special.ndtri(share / 2) * tau
+        race.means[race.survivors], race.seeds = y[race.survivors, :r].mean(1), r
+        while _eliminate(race, share / (look + 1) / (look + 2), resolution):
+            pass
         if len(race.survivors) <= 1 or race.blocked:
             break
     race.ended = True
@@ -165,31 +171,34 @@ def decide(
     return race
 
 
-def _eliminate(race: Race, alive: np.ndarray, r: int) -> None:
-    """Take out who is behind by more than W(r); where that is 0 for all pairs, all but the first of the best."""
-    pairs = np.ix_(alive, alive)
-    width = np.maximum(0.0, race.bounds[pairs] / (2 * r) - race.left[pairs] / 2)
-    means = race.means[alive]
+def _eliminate(race: Race, share: float, resolution: float) -> bool:
+    """Take out who is behind by more than the bar; where it is 0 for all pairs, all but the first of the best."""
+    alive, race.room[:] = np.array(race.survivors, dtype=int), np.nan
+    if len(alive) < 2:
+        return False
+    pairs, means = np.ix_(alive, alive), race.means[alive]
+    race.half[pairs] = half_width(race.y[alive, : race.seeds], share, resolution)
+    width = np.maximum(0.0, np.hypot(race.half[pairs], race.hidden[pairs]) - race.rules.margin)
+    np.fill_diagonal(width, 0.0)
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
     out = (room < -1e-12).any(1)
-    if len(alive) > 1 and not width.any():
+    if not width.any():
         out = np.arange(len(alive)) != np.argmax(means)
     for i in np.flatnonzero(out):
         race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
-    race.room[:] = np.nan
-    if len(alive) > 1:
-        race.room[alive[~out]] = room.min(1)[~out]
+    race.room[alive[~out]] = room.min(1)[~out]
     race.survivors = alive[~out].tolist()
+    return bool(out.any())
 
 
 def wanted(race: Race, workers: int = 1) -> list[tuple[int, int]]:
-    """The trials (cell, number of the seed) that the race waits for; then next seeds, until all workers are busy."""
+    """The trials (cell, number of the seed) that the next look waits for; then more, until all workers are busy."""
     there = np.isfinite(race.y) | race.failed
     trials: list[tuple[int, int]] = []
-    first = max(race.seeds + 1, race.rules.first_seeds)
+    due = next((r for r in race.rules.looks() if r > race.seeds), 0)
     for seed in range(0 if race.ended else race.rules.most_seeds):
-        if seed >= first and len(trials) >= workers:
+        if seed >= due and len(trials) >= workers:
             break
         trials += [(i, seed) for i in race.survivors if seed >= there.shape[1] or not there[i, seed]]
     return trials

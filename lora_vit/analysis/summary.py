@@ -231,12 +231,9 @@ class RaceSummary(Summary):
             outcome = "Nothing is selected: a trial of each cell failed."
         elif race.ended:
             names = ", ".join(left.head(5)) + (" ..." if len(left) > 5 else "")
-            takes = f"takes more than sweep.most_seeds={race.rules.most_seeds}"
-            if race.blocked:
-                takes = f"takes more than {self.pictures:,} val pictures: no number of seeds can decide it"
             outcome = (
                 f"Not resolved: {len(left)} of {k} cells are left after {race.seeds} seeds ({names}). To say which of "
-                f"them is best to within {margin} {takes}."
+                f"them is best to within {margin} {self._would_take()}."
             )
         else:
             seeds = f"after {race.seeds} seeds" if race.seeds else "before all have their first seeds"
@@ -254,6 +251,19 @@ class RaceSummary(Summary):
         lines.append(self._good_enough(cells.iloc[0] if shown else None, "By the first seeds alone, "))
         lines.append(text(self.answers).replace("Each", "By the first seeds, each"))
         return " ".join(filter(None, lines))
+
+    def _would_take(self) -> str:
+        """What decides a race that has ended undecided, and what blocks it."""
+        race, left = self.race, self.race.survivors
+        names = self.cells.set_index("cell")["label"][[race.cells[i] for i in left]].tolist()
+        if race.blocked:
+            hidden = race.hidden[np.ix_(left, left)] / race.rules.margin
+            pair = " and ".join(names[i] for i in np.unravel_index(hidden.argmax(), hidden.shape))
+            images = f"{math.ceil(self.pictures * hidden.max() ** 2):,} val pictures in place of {self.pictures:,}"
+            return f"takes about {images} or a wider margin: no number of seeds can decide, least of all between {pair}"
+        sd = race.y[left, : race.seeds].std(axis=1, ddof=1)
+        widest = f"{names[sd.argmax()]} spreads most, by {points(sd.max())} from seed to seed: leave it out if you can"
+        return f"takes more than sweep.most_seeds={race.rules.most_seeds}, or a wider margin. {widest}"
 
 
 def replay(plan: Mapping[str, Any], trials: pd.DataFrame, value: str, sums: Sums) -> Race:

@@ -56,7 +56,7 @@ def test_one_common_error_would_err_too_often_where_spreads_differ(script: Modul
     ("cells", "sd", "spread", "most", "runs"), [(2, 2.0, "equal", 300, 1000), (10, 0.3, "half 3x, best", 60, 400)]
 )
 def test_a_race_selects_within_the_margin(script, cells: int, sd: float, spread: str, most: int, runs: int) -> None:
-    """Two cells that spread much use the 5 % up (a boundary of half the width errs in 8.5 %); the others test S2."""
+    """Two cells that spread much, so that many looks are taken; the others test the error that is taken for all."""
     case = script.Case(cells, most, sd, spread, lead=0.5)
     rates = script.simulate_race(case, Rules(0.005, 5, most), runs, rng())
     assert rates.right >= 0.95 - ERROR * np.sqrt(RUNS / runs)

@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 from lora_vit.analysis import export, summarize
 from lora_vit.analysis.pictures import Sums, each_adds
 from lora_vit.analysis.power import detectable, pictures_needed, power, seeds_needed
-from lora_vit.analysis.race import Rules, boundary, decide
+from lora_vit.analysis.race import Rules, decide
 from lora_vit.analysis.stats import compare, dunnett_critical, share_interval, tukey_critical
 from lora_vit.metrics import METRICS
 from lora_vit.records import PREDICTIONS
@@ -152,17 +152,20 @@ def test_power_with_pictures_is_that_of_a_simulation_and_has_a_floor() -> None:
     assert seeds_needed(floor * 1.2, 0.004, 8, 1e-5) is not None
 
 
-def test_a_race_leaves_to_seeds_what_pictures_leave_of_the_margin() -> None:
+def test_a_race_bounds_seeds_and_pictures_together() -> None:
     right = drawn(3, 8)
     y, pictures = right.mean(2), summed(right[:, :3]).of(names(3))
     assert pictures is not None
-    part = pictures.of_differences(np.arange(3), np.arange(3))
-    wide = decide(y, np.zeros(y.shape, dtype=bool), Rules(0.2, 3, 8), pictures=pictures)
-    np.testing.assert_allclose(wide.left, 0.2 - dunnett_critical(2, 1e6, 0.025) * np.sqrt(part))
-    np.testing.assert_allclose(wide.bounds, boundary(y[:, :3], wide.rules, left=wide.left))
-    assert not wide.blocked
-    narrow = decide(y, np.zeros(y.shape, dtype=bool), Rules(0.001, 3, 8), pictures=pictures)
-    assert (narrow.ended, narrow.selected, narrow.seeds, narrow.blocked) == (True, None, 3, True), "no seed would help"
+    tau = np.sqrt(pictures.of_differences(np.arange(3), np.arange(3)))
+    none = np.zeros(y.shape, dtype=bool)
+    race, alone = (decide(y[:, :3], none[:, :3], Rules(0.01, 3, 8), pictures=part) for part in (pictures, None))
+    np.testing.assert_allclose(race.hidden, scipy_stats.norm.isf(0.05 / 2 / 2) * tau)
+    np.testing.assert_array_equal(race.half, alone.half)
+    bars = np.hypot(race.half, race.hidden) - 0.01 - (race.means - race.means[:, None])
+    np.testing.assert_allclose(race.room, (bars + np.diag([1.0] * 3)).min(1))
+    assert (race.room > alone.room).all()
+    narrow = decide(y, none, Rules(0.001, 3, 8), pictures=pictures)
+    assert (narrow.ended, narrow.selected, narrow.seeds, narrow.blocked) == (True, None, 4, True), "no seed would help"
 
 
 def leave(folder: str, right: np.ndarray) -> None:
@@ -207,7 +210,9 @@ def test_the_summary_of_a_race_that_only_pictures_can_decide(tmp_path: Path) -> 
     got = summarize(tmp_path)
     assert got.race is not None
     assert (got.race.ended, got.race.blocked, got.race.first) == (True, True, FIRST)
-    assert "no number of seeds can decide" in got.verdict
+    images = math.ceil(720 * (got.race.hidden.max() / 0.01) ** 2)
+    assert f"takes about {images:,} val pictures in place of 720 or a wider margin: no number of seeds" in got.verdict
+    assert "between rank 1 and rank 4." in got.verdict or "between rank 4 and rank 1." in got.verdict
 
 
 def test_survivors_of_a_cell_are_no_verdict_and_ties_are_named(tmp_path: Path) -> None:
@@ -247,8 +252,8 @@ def test_a_race_is_decided_by_the_predictions_of_its_own_cells(tmp_path: Path) -
     again = summarize(tmp_path)
     assert again.race is not None
     assert race is not None
-    np.testing.assert_array_equal(again.race.left, race.left)
-    assert (race.left < 0.05).any()
+    np.testing.assert_array_equal(again.race.hidden, race.hidden)
+    assert race.hidden.any()
     assert (again.race.exits, again.cells["mark"].tolist()[-1]) == (race.exits, "not raced")
 
 
