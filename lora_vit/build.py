@@ -135,7 +135,7 @@ class ModelFactory:
         use_own_attention(remove_adapter(trunk))  # without those of an earlier pack on the shared trunk
         if lora.adapts:
             each: Any = [(c.lora, c.seed) for c in configs]
-            specs = [AdapterSpec(o.rank, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
+            specs = [AdapterSpec(o.columns, o.effective_scaling(), o.dropout, seed, o.method) for o, seed in each]
             for adapters in inject_adapters(trunk, specs, lora.targets or (), lora.blocks, state):
                 adapters.to(self.parameter_dtype)
         seeds, dropouts = [c.seed for c in configs], [c.model.head_dropout for c in configs]

@@ -127,7 +127,7 @@ def race(summary: Summary) -> Figure | None:
     raced = cells[cells["cell"].isin(race.cells)]
     more = f", {MOST_LINES} of {len(raced)} cells named" if len(raced) > MOST_LINES else ""
     axes = _axes(f"The race{more}", "Seeds (a cross: the cell left)", f"Points of val {summary.title} behind the best")
-    r, first = np.arange(1, race.seeds + 1), race.rules.first_seeds
+    r = np.arange(1, race.seeds + 1)
     so_far = np.array([np.cumsum(y[: len(r)]) / r for y in race.y])
     for i in race.exits:
         so_far[i, race.seeds_of(i) :] = math.nan
@@ -139,10 +139,9 @@ def race(summary: Summary) -> Figure | None:
         if i in race.exits:
             left = race.seeds_of(i)
             axes.plot(left, behind[i, left - 1], "x", color=style["color"], ms=7, mew=1.8, gid=f"{gid}-exit")
-    bounds, later = race.bounds[np.isfinite(race.bounds) & (race.bounds > 0)], r[first - 1 :]
-    if len(bounds):
-        least, most = (100 * np.minimum(0.0, race.rules.margin / 2 - f(bounds) / (2 * later)) for f in (np.min, np.max))
-        axes.fill_between(later, most, least, color=GREY, alpha=0.3, lw=0, label="the pairs' bars")
+    if any(most for _, most in race.bars.values()):
+        least, most = -100 * np.array([*race.bars.values()]).T
+        axes.fill_between([*race.bars], most, least, color=GREY, alpha=0.3, lw=0, label="the pairs' bars")
     axes.locator_params(axis="x", integer=True)
     axes.set_ylim(1.08 * np.nanmin(behind) - 0.1, 0.02 - 0.04 * np.nanmin(behind))
     return _with_legend(axes, 2)

@@ -79,11 +79,11 @@ class Race:
     y: np.ndarray  # [m, S] accuracies (NaN: none): row i is the cell cells[i], column n the seed first + n
     failed: np.ndarray  # [m, S] trials that failed
     means: np.ndarray  # [m] over its seeds when last judged
-    room: np.ndarray  # [m] by how much a mean may still fall before the cell leaves (NaN: has left, or undecided)
     half: np.ndarray  # [m, m] t * se of a pair when last judged
     hidden: np.ndarray  # [m, m] z * tau: what the pictures may hide of a pair
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
+    bars: dict[int, tuple[float, float]] = field(default_factory=dict)  # by seeds: of the pairs that were in, from to
     seeds: int = 0  # the last r that was decided (0: first seeds are missing)
     selected: int | None = None  # the one that is left
     ended: bool = False  # without one selected: most_seeds came first, or all failed
@@ -147,8 +147,8 @@ def decide(
     y: np.ndarray, failed: np.ndarray, rules: Rules, resolution: float = 0.0, pictures: Pictures | None = None
 ) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
-    there, m, share, nan = np.isfinite(y), len(y), ALPHA, np.full(len(y), np.nan)
-    race = Race(rules, y, failed, nan.copy(), nan.copy(), np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
+    there, m, share = np.isfinite(y), len(y), ALPHA
+    race = Race(rules, y, failed, np.full(m, np.nan), np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
     for look, r in enumerate(rules.looks()):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
@@ -173,12 +173,14 @@ def decide(
 
 def _eliminate(race: Race, share: float, resolution: float) -> bool:
     """Take out who is behind by more than the bar; where it is 0 for all pairs, all but the first of the best."""
-    alive, race.room[:] = np.array(race.survivors, dtype=int), np.nan
+    alive = np.array(race.survivors, dtype=int)
     if len(alive) < 2:
         return False
     pairs, means = np.ix_(alive, alive), race.means[alive]
     race.half[pairs] = half_width(race.y[alive, : race.seeds], share, resolution)
     width = np.maximum(0.0, np.hypot(race.half[pairs], race.hidden[pairs]) - race.rules.margin)
+    bars = width[~np.eye(len(alive), dtype=bool)]
+    race.bars.setdefault(race.seeds, (bars.min(), bars.max()))
     np.fill_diagonal(width, 0.0)
     room = width - (means[None, :] - means[:, None])
     np.fill_diagonal(room, np.inf)
@@ -187,7 +189,6 @@ def _eliminate(race: Race, share: float, resolution: float) -> bool:
         out = np.arange(len(alive)) != np.argmax(means)
     for i in np.flatnonzero(out):
         race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
-    race.room[alive[~out]] = room.min(1)[~out]
     race.survivors = alive[~out].tolist()
     return bool(out.any())
 

@@ -20,10 +20,9 @@ from lora_vit.analysis import summarize
 from lora_vit.analysis.export import html_report
 from lora_vit.analysis.plots import STYLE, draw_all, render
 from lora_vit.errors import ConfigError, UserError, line_of
-from lora_vit.metrics import METRICS
 from lora_vit.records import PLAN, RECORD
 from lora_vit.sweep.plan import Sweep
-from lora_vit.sweep.view import HEADER, standing
+from lora_vit.sweep.view import header, standing
 from lora_vit.terminal import from_here
 
 SHARE = 0.2  # of a core, what making pages takes at most
@@ -77,8 +76,8 @@ class Page:
     def _trials(self, live: Markup) -> str:
         folders = jinja2.FileSystemLoader([HERE, STYLE.parent])
         page = jinja2.Environment(loader=folders, autoescape=True).get_template("serve.html.j2")
-        header = [text.format(METRICS[self.sweep.metric].title) for text in HEADER]
-        return page.render(title=self.sweep.folder.name, live=live, header=header, rows=[r for _, r in self._states])
+        rows = [row for _, row in self._states]
+        return page.render(title=self.sweep.folder.name, live=live, header=header(self.sweep.metric), rows=rows)
 
 
 def serve(folder: Path, port: int) -> None:

@@ -28,8 +28,11 @@ def print_summary(console: Console, sweep: Sweep) -> None:
 
 
 def print_trials(console: Console, title: str, rows: Sequence[Sequence[str]], metric: str, most: int = 10**9) -> None:
-    header = ("trial", "settings", "status", "epochs", f"val {METRICS[metric].title}", "")
-    print_table(console, title, header, rows, most)
+    print_table(console, title, header(metric), rows, most)
+
+
+def header(metric: str) -> tuple[str, ...]:
+    return "trial", "settings", "status", "epochs", f"val {METRICS[metric].title}", ""
 
 
 def trial_row(trial_id: str, label: str, state: State, metric: str) -> tuple[str, ...]:
