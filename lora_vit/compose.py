@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -239,9 +240,8 @@ def search_space(
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
-    from lora_vit.sweep.source import import_optuna  # imports numpy
-
-    import_optuna(trials)  # a line before anything is written
+    if not find_spec("optuna"):
+        raise ConfigError(f"sweep.trials={trials} needs Optuna 4: pip install 'lora_vit[search]'")
     space = {key: _choices(composer, o, fixed) for key, o in swept.items()}
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
@@ -341,8 +341,6 @@ def no_option(option: str, others: str | None) -> str:
 
 
 _ANSWERS: tuple[tuple[str, Any], ...] = (  # what Hydra's messages say, and what ours say
-    (r"Could not override '(hydra.sweeper.params[^']*)'",
-     "{0} has to be added: +{0}=..., or give what is swept itself, as lora.rank=1,2".format),
     (r"Could not override '(hydra[^']*)'", "unknown key '{0}' (see --cfg hydra)".format),
     (r"Could not override '([^']+)'", unknown_key),
     (r"(?:Ambiguous value for argument|Sweep parameters) '([^']+)'",

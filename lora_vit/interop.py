@@ -99,12 +99,10 @@ def prepared_otherwise(trained: TrainedModel, prepared: Callable[[Path], np.ndar
     if how is None or prepared is None:
         return odd
     side = 2 * max(how.image_size, how.decoding.size or 0)
-    drawn = []
-    for grain in (1, side // 16 + 1, side // 4 + 1):  # pixels of a random grain: photos have shapes too
-        rows, columns = (-(-pixels // grain) for pixels in (side, 3 * side))
-        colours = randomness.uniforms(np.arange(rows * columns), 4, "pictures", grain).reshape(rows, columns, 4)
-        drawn.append(colours.repeat(grain, 0).repeat(grain, 1)[:side, : 3 * side])
-    wide = np.mean(drawn, 0)  # [side, 3 * side, 4] in [0, 1)
+    noise = torch.rand(1, 4, side, 3 * side, generator=randomness.generator("pictures"))
+    # of coarser grains too: photos have shapes
+    drawn = [F.interpolate(noise[:, :, :rows, : 3 * rows], (side, 3 * side)) for rows in (4, 16, side)]
+    wide = torch.cat(drawn).mean(0).permute(1, 2, 0).numpy()  # [side, 3 * side, 4] in [0, 1)
     image = Image.fromarray((wide * 256).astype(np.uint8))
     rgb, small = image.convert("RGB"), (0, 0, how.image_size, how.image_size)
     kinds = {"wide": rgb, "small": rgb.crop(small), "sideways": rgb.copy(), "grey": rgb.convert("L"),

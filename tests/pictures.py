@@ -57,5 +57,6 @@ def decoded(root: Path, names: list[str], size: int | None = None, place: Path |
 
 def shades(data: ImageData | Decoded) -> list[int]:
     """The grey level of each image's centre."""
-    height, width = data.images.shape[-2:]
-    return data.images[:, 0, height // 2, width // 2].astype(np.int64).tolist()
+    images = data.images if isinstance(data, ImageData) else data[0]
+    height, width = images.shape[-2:]
+    return images[:, 0, height // 2, width // 2].astype(np.int64).tolist()

@@ -67,8 +67,8 @@ def _open(path: Path) -> Decoded | None:
     """The cache, or None if it is absent or damaged (the disk's doing: we replace it whole)."""
     try:
         low_high, told, digest = json.loads(path.with_suffix(".json").read_text())
-        value_range = None if low_high is None else (float(low_high[0]), float(low_high[1]))
-        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(told)) if digest == _digest(path) else None
+        found = np.load(path, mmap_mode="r"), low_high and (float(low_high[0]), float(low_high[1])), tuple(told)
+        return found if digest == _digest(path) else None
     except Exception:  # damaged in one of many ways
         return None
 
@@ -116,7 +116,7 @@ def _build(root: Path, names: list[str], digests: np.ndarray, decoding: Decoding
         lines = [f"{count:,} file{'s' * (count > 1)} with {what}" for what, count in sorted(told.items())]
         write_json(path.with_suffix(".json"), [value_range, lines, _digest(partial)])
         os.replace(partial, path)
-        return Decoded(np.load(path, mmap_mode="r"), value_range, tuple(lines))
+        return np.load(path, mmap_mode="r"), value_range, tuple(lines)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from lora_vit.config import DATASETS, DataConfig
 from lora_vit.data.preprocessing import Decoding, Range
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown, user_path
+
+# Images uint8 [N, 3, h, w], the values that became 0 and 255, and notes on files, each with their number.
+Decoded = tuple[np.ndarray, Range | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,6 @@ class Wanted:
     official_val: bool = False
     cache_size: int | None = None
     fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
-
-
-class Decoded(NamedTuple):
-    """Images uint8 [N, 3, h, w], the values that became 0 and 255, and notes on files, each with their number."""
-
-    images: np.ndarray
-    value_range: Range | None = None
-    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ def in_memory(images: np.ndarray, labels: np.ndarray, class_names: list[str],
     images = np.ascontiguousarray(images)
     parts = parts or {"train": np.arange(len(labels))}
     content = content_of(class_names, labels, parts, np.frombuffer(hashlib.sha256(images.data).digest(), np.uint8))
-    return Found(labels, class_names, parts, content, lambda _: Decoded(images))
+    return Found(labels, class_names, parts, content, lambda _: (images, None, ()))
 
 
 def content_of(class_names: list[str], labels: np.ndarray, parts: dict[str, np.ndarray], digests: np.ndarray) -> str:

@@ -29,9 +29,9 @@ def find(wanted: Wanted) -> Found | None:
     place, classes = top / folders["train"], _classes(top / folders["train"], files)
     if len(classes) < 2:
         holds = f"{shown(place)} holds {f'one class folder ({shown(min(classes))})' if classes else 'no class folders'}"
-        wants = f"a classifier needs two or more, each with its images{_root_below(place, files)}"
+        wants = "a classifier needs two or more, each with its images: give the folder that holds them"
         raise ConfigError(f"{', '.join([holds, *files.lines()])}: {wants}")
-    _refuse_parts(place, [name for names in classes.values() for name in names], files)
+    _refuse_parts(place, [name for names in classes.values() for name in names])
     parts: Parts = {}
     for part, folder in folders.items():
         own = classes if part == "train" else _classes(top / folder, files)
@@ -43,8 +43,7 @@ def find(wanted: Wanted) -> Found | None:
             found = [name for each in own.get(class_name, []) for name in files.images(top, str(Path(folder, each)))]
             if not found and part == "train":
                 holds = f"class folder {shown(place / class_name)} holds no image that Pillow can open"
-                remedy = f"fill or remove it{_root_below(place, files)}"
-                raise ConfigError(f"{', '.join([holds, *files.lines()])}: {remedy}")
+                raise ConfigError(f"{', '.join([holds, *files.lines()])}: fill or remove it")
             if not found:
                 files.skip(f"classes without images in {folder}/", class_name)
             parts[part] += [(name, label) for name in found]
@@ -89,7 +88,7 @@ def _part_folders(top: Path, files: Listing) -> dict[str, str]:
     return found
 
 
-def _refuse_parts(place: Path, classes: list[str], files: Listing) -> None:
+def _refuse_parts(place: Path, classes: list[str]) -> None:
     """Raise ConfigError where class folders are named, or filled, like something else that data sets consist of."""
     inside = {name: _folders(place / name) for name in classes}
     shared = Counter(low for lows in inside.values() for low in lows)
@@ -104,20 +103,5 @@ def _refuse_parts(place: Path, classes: list[str], files: Listing) -> None:
     for what, like in kinds:
         if len(like) > 1:
             which = ", ".join(map(shown, sorted(like)[:3])) + (", ..." if len(like) > 3 else "")
-            remedy = f"give a folder for each class, or train/, val/ and test/ with these{_root_below(place, files)}"
+            remedy = "give a folder for each class, or train/, val/ and test/ with these"
             raise ConfigError(f"{which} in {shown(place)} look like {what}, not like classes: {remedy} (links will do)")
-
-
-def _root_below(place: Path, files: Listing) -> str:
-    """``; did you mean data.root=...?`` for the nearest folder below that holds train/ or class folders, or nothing."""
-    below, look = [place], Listing(files.cache_dir)
-    for _ in range(3):  # levels
-        below = [folder / name for folder in below for name in _folders(folder) if not marks_among([name, "images"])]
-        below.sort(key=lambda folder: "train" not in folder.name.lower())
-        for folder in below:
-            names = _folders(folder)
-            has_train = any(name.lower() in _NAMES["train"] and _folders(folder / name) for name in names)
-            classes = [name for name in names if not _SPLIT.search(name)]
-            if has_train or (len(classes) > 1 and all(look.images(folder, name) for name in classes[:2])):
-                return f"; did you mean data.root={shown(folder)}?"
-    return ""

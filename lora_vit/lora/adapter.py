@@ -276,10 +276,6 @@ def save_adapter(model: nn.Module, folder: str | Path, **about: Any) -> None:
     if (names := about.get("class_names")) is not None and len({*map(str, names)}) != classes:
         raise ConfigError(f"class_names={names}: the model's head has {classes} classes, give each a name of its own")
     about |= {} if names is None else {"class_names": [*map(str, names)]}
-    try:
-        json.dumps(about)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"save_adapter({', '.join(about)}): {error}: give texts, numbers and lists of them") from None
     own = copy.deepcopy(model).float().cpu()
     plain = remove_adapter(copy.deepcopy(own))
     base = base_of(plain) | {"weights": "its own"}

@@ -108,9 +108,8 @@ class Sweep:
                     write_json(self.folder / PLAN, self.plan)
                     self.refresh()
         except OSError as error:
-            remedy = "give another sweep.name or hydra.sweep.dir"
-            if error.errno in NO_LOCKS:
-                remedy = "its file system has no locks (flock): mount it with them, or give another hydra.sweep.dir"
+            remedy = "mount its file system with locks (flock), or " * (error.errno in NO_LOCKS)
+            remedy += "give another sweep.name or hydra.sweep.dir"
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): {remedy}") from None
 
     def ask(self, request: Request, asked: Sequence[Trial], is_open: set[str]) -> None:

@@ -80,16 +80,6 @@ class RaceSource(Source):
             return self.sweep.extend([trial for trial in self.wanted() if trial.trial_id not in queued])
 
 
-def import_optuna(trials: int) -> tuple[Any, Any]:
-    """Optuna, and its module of files. Raises ConfigError if a search for so many trials cannot run here."""
-    try:
-        import optuna
-        from optuna.storages import journal
-    except ImportError as error:
-        raise ConfigError(f"sweep.trials={trials} needs Optuna 4 ({error}): pip install 'lora_vit[search]'") from None
-    return optuna, journal
-
-
 class SearchSource(Source):
     """A sweep with ``sweep.trials``: Optuna's TPE suggests settings of one seed, drawn over all keys jointly."""
 
@@ -108,7 +98,9 @@ class SearchSource(Source):
 
     def _open_study(self, search: dict[str, Any]) -> Any:
         """The study, in the sweep's folder: another space or fixed setting is another one in the same file."""
-        optuna, journal = import_optuna(search["trials"])
+        import optuna
+        from optuna.storages import journal
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         path, name = str(self.sweep.folder / SEARCH), digest([search["space"], search["bases"]])

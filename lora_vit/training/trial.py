@@ -309,7 +309,5 @@ def lock_folder(folder: Path, held: contextlib.ExitStack) -> None:
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process is training there, wait for it or stop it") from None
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            remedy = "mount its file system with locks (Lustre: -o flock), or give a folder on another one"
-            raise ConfigError(f"{folder} cannot be locked ({error.strerror}): {remedy}") from None
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another folder") from None
+        remedy = "mount its file system with locks (Lustre: -o flock), or " * (error.errno in NO_LOCKS)
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}): {remedy}give another folder") from None

@@ -65,17 +65,12 @@ class SlurmEngine:
     partition: str | None = None
     qos: str | None = None
     account: str | None = None
-    comment: str | None = None
     constraint: str | None = None
-    exclude: str | None = None
     gres: str | None = None
-    cpus_per_gpu: int | None = None
-    mem_per_gpu: str | None = None
-    mem_per_cpu: str | None = None
     signal_delay_s: int = 120  # seconds before the limit at which it is asked to save
     max_num_timeout: int = 100  # how often it is queued again
     array_parallelism: int = 256
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    additional_parameters: dict[str, Any] = field(default_factory=dict)  # other options, as sbatch names them
     setup: list[str] | None = None
 
 

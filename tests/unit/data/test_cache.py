@@ -58,7 +58,7 @@ def refused_build(root: Path, names: list[str]) -> str:
 def test_every_row_is_filled(size, workers, pictures, two_workers, monkeypatch):
     monkeypatch.setattr("joblib.cpu_count", lambda: workers)
     root, names = pictures
-    images = decoded(root, names, size).images
+    images = decoded(root, names, size)[0]
     assert images.shape == (300, 3, *((24, 40) if size is None else (size, size)))
     for row, name in zip(images, names, strict=True):
         np.testing.assert_array_equal(row, Decoding(size)(root / name))
@@ -83,7 +83,7 @@ def test_images_of_several_sizes_need_a_cache_size(tmp_path):
         paint(tmp_path / "a" / f"{i}.png", 0, (width, 12))
     message = refused_build(tmp_path / "a", ["0.png", "2.png", "1.png"])
     assert "a/1.png is 14x12, other images are 12x12: give data.cache_size" in message
-    assert decoded(tmp_path / "a", ["0.png", "1.png"], 8).images.shape == (2, 3, 8, 8)
+    assert decoded(tmp_path / "a", ["0.png", "1.png"], 8)[0].shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("harm", ["changed", "gone"])
@@ -124,13 +124,13 @@ def test_it_is_kept_and_follows_the_files(tmp_path, monkeypatch):
     assert shades(decoded(tmp_path / "a", names, None, place)) == [0, 1, 2, 3]
     paint(tmp_path / "a" / "2.bmp", 77)  # of the same size
     os.utime(tmp_path / "a" / "2.bmp", ns=(0, 0))
-    images = decoded(tmp_path / "a", names, None, place).images
+    images = decoded(tmp_path / "a", names, None, place)[0]
     assert isinstance(images, np.memmap)
     assert shades(decoded(tmp_path / "a", names, None, place)) == [0, 1, 77, 3]
-    assert decoded(tmp_path / "a", names, 4, place).images.shape == (4, 3, 4, 4), "another size is another cache"
+    assert decoded(tmp_path / "a", names, 4, place)[0].shape == (4, 3, 4, 4), "another size is another cache"
     (tmp_path / "a").rename(tmp_path / "moved")
     monkeypatch.setattr(cache, "_build", lambda *_: pytest.fail("decoded again"))
-    np.testing.assert_array_equal(decoded(tmp_path / "moved", names, None, place).images, images)
+    np.testing.assert_array_equal(decoded(tmp_path / "moved", names, None, place)[0], images)
 
 
 def test_a_cache_of_an_earlier_release_is_found(tmp_path):
@@ -186,9 +186,9 @@ def test_files_with_several_pictures_are_counted_and_the_first_is_used(tmp_path)
     (tmp_path / "g.tif").write_bytes(whole[: len(whole) // 2 + 20])  # cut in its second page
     names = sorted(path.name for path in tmp_path.iterdir())
     for _ in range(2):
-        found = decoded(tmp_path, names)
-        assert (abs(found.images.astype(int) - 10) <= 2).all()
-        assert found.told == ("5 files with several pictures: the first is used",)
+        images, _, told = decoded(tmp_path, names)
+        assert (abs(images.astype(int) - 10) <= 2).all()
+        assert told == ("5 files with several pictures: the first is used",)
 
 
 BUILD = """
@@ -209,7 +209,7 @@ root, place = Path(sys.argv[1]), Path(sys.argv[2])
 names = sorted(p.name for p in root.iterdir())
 digests = digests_of(root, names, place)
 with reporting():
-    sys.exit(len(cache.decoded(root, names, digests, place, Decoding(None)).images) - len(names))
+    sys.exit(len(cache.decoded(root, names, digests, place, Decoding(None))[0]) - len(names))
 """
 # A script without ``if __name__ == "__main__"``, as a user of the library may write.
 
@@ -253,7 +253,7 @@ def test_a_killed_build_leaves_no_cache_and_no_processes(how, tmp_path):
     while any(is_running(process.pid) for process in processes) and time.monotonic() < until:
         time.sleep(0.02)
     assert not [process for process in processes if is_running(process.pid)]
-    assert decoded(root, ["000.png", "001.png"], 8, tmp_path / "cache").images.shape == (2, 3, 8, 8)
+    assert decoded(root, ["000.png", "001.png"], 8, tmp_path / "cache")[0].shape == (2, 3, 8, 8)
 
 
 def test_a_process_that_dies_ends_the_build(pictures, two_workers, monkeypatch):

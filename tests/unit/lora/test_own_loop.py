@@ -138,7 +138,6 @@ REFUSED = {  # what is done to a plain model, what is then asked for, and the an
     "class names": (adapted, lambda m, f: save_adapter(m, f, class_names=["a", "b"]),
                     f"the model's head has {CLASSES} classes, give each a name of its own"),
     "one name twice": (adapted, lambda m, f: save_adapter(m, f, class_names=["a"] * CLASSES), "a name of its own"),
-    "no text": (adapted, lambda m, f: save_adapter(m, f, by=object()), "give texts, numbers"),
     "in half": (lambda m: adapted(m).bfloat16(), lambda m, _: merge_adapter(m), "would round the update away"),
     "disabled, to save": (disabled, save_adapter, OFF),
     "disabled, to merge": (disabled, lambda m, _: merge_adapter(m), OFF),

@@ -305,7 +305,7 @@ REFUSED = [
     (["lora.rank=1,2", "lora.alpha=${rank_times:2}", "hydra.run.dir=x"], ["hydra.run.dir=x has no effect on a sweep"]),
     (["lora.rank=1,2", "optimizer.lr=${oc.env:NO_RATE}"], ["2 of 2 trials cannot run", "'NO_RATE' not found"]),
     (["+hydra.sweeper.params={seed:'0,1'}", "sweep.name=${oc.env:NO_NAME}"], ["'NO_NAME' not found"]),
-    (["hydra.sweeper.params={seed:'0,1'}"], ["+hydra.sweeper.params=", "lora.rank=1,2"]),
+    (["hydra.sweeper.params={seed:'0,1'}"], ["hydra.sweeper.params", "see --cfg hydra"]),
     (["hydra.sweeper.params=3"], ["hydra.sweeper.params"]),
     (["+hydra.sweeper.params={seed:[0,1]}"], ["seed=[0, 1] is impossible"]),
     (["seed=0,1.5,x"], ["2 of 3 trials cannot run", "seed=1.5 is impossible", "seed=x is impossible"]),
