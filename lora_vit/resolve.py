@@ -132,7 +132,13 @@ def hub_folder(given: str, fetch: bool) -> str:
 
 def identify(trial: TrialConfig, fetch: bool = True) -> None:
     """Fill in what the trial's files contain; ``fetch``: also where that needs a download. Raises ConfigError."""
-    digest = file_sha256(str(trial.model.weights)) if is_weights_file(trial.model.weights) else None
+    weights, digest, known = trial.model.weights, None, DATASETS[trial.data.name]
+    if weights is not None and is_weights_file(weights):
+        digest = file_sha256(weights)
+    elif weights is not None and fetch and trial.model.library == "torchvision" and not known.in_package:
+        from lora_vit.models.weights import fetch_weights  # imports torch
+
+        fetch_weights(trial.model)  # before data is fetched for it
     content = known_content(trial.data, fetch) or (None if fetch else trial.data.content)
     for key, given, found in (
         ("model.weights_sha256", trial.model.weights_sha256, digest),
