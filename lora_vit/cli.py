@@ -82,9 +82,8 @@ def completed_trial(folder: str | Path, weights: str | None, device: str, root: 
     try:
         record = read_record(folder)
     except FileNotFoundError:
-        if (folder / "adapter.json").is_file():
-            raise RecordError(f"{folder} is of your own loop: give it to load_adapter or merge_adapter") from None
-        raise RecordError(f"{folder} has no record.json: give a trial's folder, or a sweep of {SWEEPS}/") from None
+        own = " (load_adapter and merge_adapter take one of your own loop)" * (folder / "adapter.json").is_file()
+        raise RecordError(f"{folder} has no record.json: give a trial's folder{own}, or a sweep of {SWEEPS}/") from None
     if record.status != "completed":
         raise RecordError(f"{folder}: the trial is {record.shown_status()}, not completed")
     config = from_dict(record.config)

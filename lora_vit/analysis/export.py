@@ -37,7 +37,7 @@ TEST_NOTE = "test is shown for cells that were chosen on val, one for each metho
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
 LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
 """Columns of the cells table that a narrow terminal does without, the first first."""
-NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "vs linear probe", "vs full fine-tuning", "seconds"]
+NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "P(best)", "seconds"]
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 

@@ -27,7 +27,7 @@ CASES = {  # arguments, and words of the one line; none: the command succeeds
     "devices": ([*SMALL, "trainer.devices=3", "data.batch_size=6"],
                 ["error: trainer.devices=3: torchrun has started 2"]),
     "data of one process": ([*OWN_IMAGES, "data.root='of ${oc.env:RANK}'"], ["process 1: ", "of 1 is not a folder"]),
-    "different data": ([*OWN_IMAGES, "data.root='differs ${oc.env:RANK}'"], ["different trials", "same overrides"]),
+    "different data": ([*OWN_IMAGES, "data.root='differs ${oc.env:RANK}'"], ["same overrides", ": trial "]),
     "different overrides": ([*SMALL, "lora.rank=1"], ["lora.rank=1", "lora.rank=2"]),
     "help": ([*SMALL, "--cfg", "job"], []),
     "a bad step": ([*SMALL, "optimizer.lr=1e200", "hydra.run.dir=bad"], ["error: the loss", "not finite"]),

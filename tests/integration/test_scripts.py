@@ -64,7 +64,7 @@ def test_the_reports_claims_are_calibrated(tmp_path, mode, rows):
 def test_claims_about_other_pictures_are_calibrated(tmp_path):
     """Four sweeps for each line of docs/data/pictures.csv."""
     rows = [line for line in run(CALIBRATE, tmp_path, "pictures", "--runs", "4").splitlines() if line.count(",") > 9]
-    assert len(rows) == 1 + 72 + 6 + 6 + 9
+    assert len(rows) == 1 + 72 + 6 + 6 + 12
 
 
 @pytest.mark.slow
