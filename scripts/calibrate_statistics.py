@@ -37,7 +37,7 @@ from scipy import optimize, special
 from lora_vit.analysis.collapses import collapsed
 from lora_vit.analysis.effects import main_effects, rate_by_rank
 from lora_vit.analysis.pictures import Sums, each_adds
-from lora_vit.analysis.power import seeds_needed
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.questions import at_best, chances
 from lora_vit.analysis.race import Race, Rules, decide, wanted
 from lora_vit.analysis.stats import ALPHA, chi_nodes, compare, dunnett_critical, fit_blocks, tukey_critical
@@ -600,7 +600,7 @@ def print_looks(runs: int, rng: np.random.Generator) -> None:
             sys.stdout.flush()
     table.writerow(["cells", *(f"look {look}: seeds that find half a point" for look in range(1, 7))])
     for m in (2, 8, 30):
-        table.writerow([m, *(seeds_needed(0.5, 0.3, m, alpha=ALPHA / look**3) for look in range(1, 7))])
+        table.writerow([m, *(Design(0.3, m, alpha=ALPHA / look**3).seeds_needed(0.5) for look in range(1, 7))])
 
 
 def simulate_collapses(case: Case, share: float, drop: float, who: str, runs: int, rng: np.random.Generator) -> Any:

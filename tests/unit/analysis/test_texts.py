@@ -14,7 +14,7 @@ import pytest
 
 from lora_vit.analysis import export, texts
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import power
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.stats import Comparison, Interval
 from lora_vit.analysis.summary import Summary
 
@@ -142,8 +142,8 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     found, takes = known.power()
     seeds = takes.split()[1]
     assert (found.split()[1], takes) == ("points", f"about {seeds} seeds per cell")
-    assert power(float(found.split()[0]) / 100, 0.00561, 2, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
-    assert power(0.005, 0.00561, 2, int(seeds)) >= 0.8 > power(0.005, 0.00561, 2, int(seeds) - 1)
+    assert Design(0.00561, 2).power(float(found.split()[0]) / 100, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
+    assert Design(0.00561, 2).power(0.005, int(seeds)) >= 0.8 > Design(0.00561, 2).power(0.005, int(seeds) - 1)
     assert f"a true difference of {found}" in known.power_text()
     assert f"80 % power; half a point would take {takes}." in known.power_text()
     assert known.errors_of_test() == TEST
