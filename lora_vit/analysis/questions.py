@@ -12,7 +12,6 @@ Hsu, 1984).
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,8 +62,8 @@ def at_best(
     for group in order:
         best, said = max(groups[group], key=lambda i: means[i]), ("", np.nan, np.nan, np.nan)
         if group != base:
-            pair, level = (groups[base], groups[group]), errors.alpha / (len(groups) * (len(groups) - 1))
-            low, high = least_lead(*pair, level, errors), -least_lead(*pair[::-1], level, errors)
+            pair, pairs = (groups[base], groups[group]), len(groups) * (len(groups) - 1)
+            low, high = least_lead(*pair, pairs, errors), -least_lead(*pair[::-1], pairs, errors)
             said = claim(low, high, margin), means[groups[base]].max() - means[best], low, high
         own = cells.loc[best, ["cell", "label", "trainable_parameters"]]
         rows.append((value_text(group), *own, means[best], *said))
@@ -73,10 +72,10 @@ def at_best(
     return pd.DataFrame(rows, columns=[asked, *columns]).assign(base=named)
 
 
-def least_lead(a: np.ndarray, b: np.ndarray, alpha: float, errors: Errors) -> float:
-    """By how much the best of the cells ``a`` is at least ahead of the best of ``b`` (see the module)."""
+def least_lead(a: np.ndarray, b: np.ndarray, pairs: int, errors: Errors) -> float:
+    """By how much the best of the cells ``a`` is at least ahead of the best of ``b``, among so many pairs."""
     few, many = sorted((a, b), key=len)  # rows cost more
-    half = np.hypot(*errors.halves(few, many, partial(dunnett_critical, len(a), alpha=alpha)))
+    half = np.hypot(*errors.halves(few, many, dunnett_critical, len(a), pairs))
     lead = errors.fit.means[a][:, None] - errors.fit.means[b] - (half if few is a else half.T)
     return float(lead.min(1).max())
 

@@ -22,7 +22,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
 from lora_vit.analysis.pictures import Pictures
 
 CONFIDENCE, ALPHA = 0.95, 0.05
+Critical = Callable[[int, float, float], float]  # by cells, degrees of freedom and what may err
 Z, MANY = 1.959964, 1e6  # of a normal, two-sided 95 %; degrees of freedom of what is taken as known
 
 
@@ -117,18 +117,22 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     shares, used = there / counts[:, None], there.any(0)
     information = np.diag(there.sum(0).astype(float)) - there.T @ shares
     blocked = bool(block and used.sum() > 1 and np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1)
-    plain = np.where(there, y, 0.0).sum(1) / counts
-    inverse, effects = np.zeros_like(information), np.zeros(y.shape[1])
-    if blocked:
-        inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
-        effects = inverse @ np.where(there, y - plain[:, None], 0.0).sum(0)
-    means = plain - shares @ effects
-    residual = np.where(there, y - means[:, None] - effects, 0.0)
+    inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True) if blocked else np.zeros_like(information)
+    means, ss = _fitted(y, there, shares, inverse)
     centred = np.diag(inverse)[None, :] - 2 * shares @ inverse
     leverage = 1 / counts[:, None] + centred + np.einsum("ms,st,mt->m", shares, inverse, shares)[:, None]
     dof = np.where(there, 1 - leverage, 0.0).sum(1)
     df = int(there.sum()) - len(y) - (int(used.sum()) - 1 if blocked else 0)
-    return Blocked(y, means, counts, (residual**2).sum(1), dof, df, blocked, shares, inverse)
+    return Blocked(y, means, counts, ss, dof, df, blocked, shares, inverse)
+
+
+def _fitted(y: np.ndarray, there: np.ndarray, shares: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Adjusted means and residual sums of squares, both [..., m], of ``y`` [..., m, S]."""
+    plain = np.where(there, y, 0.0).sum(-1) / there.sum(1)
+    effects = np.where(there, y - plain[..., None], 0.0).sum(-2) @ inverse
+    means = plain - effects @ shares.T
+    residual = np.where(there, y - means[..., None] - effects[..., None, :], 0.0)
+    return means, (residual**2).sum(-1)
 
 
 def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
@@ -145,15 +149,9 @@ def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
     fit = fit_blocks(np.where(there, 0.0, np.nan), blocked)
     rng = np.random.default_rng(12345)
     draws = int(np.clip(4e6 // there.size, 200, 2000))
-    out = []
-    for _ in range(0, draws, 200):
-        e = np.where(there, rng.standard_normal((200, *there.shape)), 0.0)
-        plain = np.einsum("dms,ms->dm", e, fit.shares)
-        effects = np.where(there, e - plain[:, :, None], 0.0).sum(1) @ fit.inverse
-        means = plain - effects @ fit.shares.T
-        residual = np.where(there, e - means[:, :, None] - effects[:, None, :], 0.0)
-        out.append(spread_statistic((residual**2).sum(2), fit.dof))
-    return np.sort(np.concatenate(out))
+    errors = (rng.standard_normal((200, *there.shape)) for _ in range(0, draws, 200))
+    ss = (_fitted(e, there, fit.shares, fit.inverse)[1] for e in errors)
+    return np.sort(np.concatenate([spread_statistic(each, fit.dof) for each in ss]))
 
 
 def spread_test(fit: Blocked) -> float:
@@ -182,8 +180,7 @@ def equal_spread_level(fit: Blocked) -> float:
 
 def wide_variance(fit: Blocked) -> float:
     """Mean error variance of that half of the cells (rounded up) that spreads most."""
-    v = fit.ss / np.maximum(fit.dof, 1e-9)
-    top = np.argsort(v)[-((len(v) + 1) // 2) :]
+    top = np.argsort(fit.ss / np.maximum(fit.dof, 1e-9))[-((len(fit.ss) + 1) // 2) :]
     return float(fit.ss[top].sum() / max(fit.dof[top].sum(), 1e-9))
 
 
@@ -287,18 +284,15 @@ def compare(
     (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
     claims are about the pictures at hand.
     """
-    m = len(y)
-    keep = np.isfinite(y).sum(1) >= 2
-    fit = None
+    m, keep, fit = len(y), np.isfinite(y).sum(1) >= 2, None
     if keep.sum() >= 2:
-        part = y[keep]
-        blocks = bool(np.isfinite(part).any(0).sum() <= MOST_SEEDS)
-        if not blocks:  # which seed a value comes from does not matter
-            part = np.take_along_axis(part, np.argsort(~np.isfinite(part), axis=1, kind="stable"), axis=1)
+        blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
+        # of no blocks it does not matter which seed a value comes from
+        part = y[keep] if blocks else np.take_along_axis(y[keep], np.argsort(~np.isfinite(y[keep]), axis=1), axis=1)
         fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan, alpha)
+        return Comparison(no, *[nan] * 5, no, no, nan, alpha)
 
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
@@ -306,23 +300,18 @@ def compare(
     k, best = len(fit.means), int(np.argmax(fit.means))
     difference = fit.means[best] - fit.means
     errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures, alpha), np.arange(k)
-    of_all_pairs = partial(tukey_critical, k, alpha=alpha)
-    half_seeds, half_pictures = errors.halves(every[[best]], every, of_all_pairs)[:, 0] / math.sqrt(2)
+    half_seeds, half_pictures = errors.halves(every[[best]], every, tukey_critical, k)[:, 0] / math.sqrt(2)
     half_seeds[best] = half_pictures[best] = np.nan
     half = np.hypot(half_seeds, half_pictures)
-    of_others = partial(dunnett_critical, k - 1, alpha=alpha)
-    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, every, of_others)))
+    candidate, below = _against_others(errors)
 
-    of_kept = {
-        "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
-        "half_pictures": half_pictures, "candidate": candidate, "below": below, "worse": difference > half,
-    }  # fmt: skip
-    of_all: dict[str, Any] = {name: np.full(m, np.nan if v.dtype == float else False) for name, v in of_kept.items()}
-    for name, values in of_kept.items():
-        of_all[name][keep] = values
+    of_kept = fit.means, difference, half, half_seeds, half_pictures, difference > half, candidate, below
+    of_all = [np.full(m, np.nan if values.dtype == float else False) for values in of_kept]
+    for whole, values in zip(of_all, of_kept, strict=True):
+        whole[keep] = values
     return Comparison(
-        compared=keep,
-        **of_all,
+        keep,
+        *of_all,
         alpha=alpha,
         best=int(np.flatnonzero(keep)[best]),
         df=fit.df,
@@ -361,20 +350,24 @@ class Errors:
             parts[1] = self.pictures.of_differences(self.cells[rows], self.cells[columns])
         return parts
 
-    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Callable[[float], float]) -> np.ndarray:
-        """Half widths of both parts, each with the critical value of its degrees of freedom: [2, rows, columns]."""
-        values = critical(self.fit.df), critical(MANY)
+    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Critical, many: int, families: int = 1) -> Any:
+        """Half widths of both parts [2, rows, columns], each with the critical value of its degrees of freedom.
+
+        ``critical``: of ``many`` cells, each of so many ``families`` of claims having its share of alpha.
+        """
+        values = [critical(many, df, self.alpha / families) for df in (self.fit.df, MANY)]
         return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
 
 
-def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _against_others(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
     """For each cell whether no other lies above it by more than the half width, and how far above it another may lie at
-    most: ``max(0, max_j(mean_j - mean_i + half_ij))``. ``half(rows)`` [rows, m] is that of the differences of cells.
+    most: ``max(0, max_j(mean_j - mean_i + half_ij))``.
     """
-    m, near, below = len(means), list[np.ndarray](), list[np.ndarray]()
-    for start in range(0, m, 256):
-        rows = np.arange(start, min(start + 256, m))
-        lead, width = means - means[rows][:, None], half(rows)
+    means, every = errors.fit.means, np.arange(len(errors.fit.means))
+    near, below = list[np.ndarray](), list[np.ndarray]()
+    for rows in np.split(every, every[256::256]):
+        lead = means - means[rows][:, None]
+        width = np.hypot(*errors.halves(rows, every, dunnett_critical, len(every) - 1))
         near.append((lead <= width).all(1))
         below.append(np.maximum(lead + width, 0.0).max(1))
     return np.concatenate(near), np.concatenate(below)

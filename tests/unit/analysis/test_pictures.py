@@ -161,9 +161,9 @@ def test_a_race_bounds_seeds_and_pictures_together() -> None:
     race, alone = (decide(y[:, :3], none[:, :3], Rules(0.01, 3, 8), pictures=part) for part in (pictures, None))
     np.testing.assert_allclose(race.hidden, scipy_stats.norm.isf(0.05 / 2 / 2) * tau)
     np.testing.assert_array_equal(race.half, alone.half)
-    bars = np.hypot(race.half, race.hidden) - 0.01 - (race.means - race.means[:, None])
-    np.testing.assert_allclose(race.room, (bars + np.diag([1.0] * 3)).min(1))
-    assert (race.room > alone.room).all()
+    bars = (np.hypot(race.half, race.hidden) - 0.01)[~np.eye(3, dtype=bool)].clip(0)
+    assert race.bars[3] == pytest.approx((bars.min(), bars.max()))
+    assert race.bars[3] > alone.bars[3]
     narrow = decide(y, none, Rules(0.001, 3, 8), pictures=pictures)
     assert (narrow.ended, narrow.selected, narrow.seeds, narrow.blocked) == (True, None, 4, True), "no seed would help"
 

@@ -19,7 +19,7 @@ NAN = math.nan
 
 
 def lead(a: np.ndarray, b: np.ndarray, found: Any) -> tuple[float, float]:
-    return questions.least_lead(a, b, 0.025, found), -questions.least_lead(b, a, 0.025, found)
+    return questions.least_lead(a, b, 2, found), -questions.least_lead(b, a, 2, found)
 
 
 def errors(y: np.ndarray, **how: Any) -> Any:
