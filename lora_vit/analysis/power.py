@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.stats import ALPHA, MANY, MOST_SEEDS, chi_nodes, dunnett_critical, tukey_critical
+from lora_vit.analysis.pictures import MOST_SEEDS
+from lora_vit.analysis.stats import ALPHA, MANY, chi_nodes, dunnett_critical, tukey_critical
 
 WANTED = 0.8  # of a design that is large enough
 

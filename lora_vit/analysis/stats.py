@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
-from lora_vit.analysis.pictures import Pictures
+from lora_vit.analysis.pictures import MOST_SEEDS, Pictures
 
 CONFIDENCE, ALPHA = 0.95, 0.05
 Critical = Callable[[int, float, float], float]  # by cells, degrees of freedom and what may err
@@ -270,11 +269,7 @@ class Comparison:
 
 
 def compare(
-    y: np.ndarray,
-    resolution: float = 0.0,
-    spreads: str = "auto",
-    pictures: Pictures | None = None,
-    alpha: float = ALPHA,
+    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", pictures: Pictures | None = None, alpha: float = ALPHA
 ) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.pictures import Sums
+from lora_vit.analysis.pictures import MOST_SEEDS, Sums
 from lora_vit.analysis.power import Design
 from lora_vit.analysis.questions import text
 from lora_vit.analysis.race import Race, standing
-from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
+from lora_vit.analysis.stats import Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.config.rules import one_of
