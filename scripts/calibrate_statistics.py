@@ -515,7 +515,7 @@ def simulate_question(
     totals, cells = np.zeros(4), pd.DataFrame({"cell": np.arange(case.cells), "label": "", "trainable_parameters": 1})
     for _ in range(runs):
         y, sums = case.sweep(rng)
-        errors = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        errors = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells)))))
         table = at_best("group", groups, cells, errors, None)
         best = y[table["cell"]]
         d = best[0] - best[1:]
@@ -533,7 +533,7 @@ def simulate_chances(case: Population, runs: int, rng: np.random.Generator) -> l
     for _ in range(runs):
         drawn = replace(case, lead=rng.normal(0, 0.6, case.cells))
         y, sums = drawn.sweep(rng)
-        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells)))))
         p = chances(errors)
         totals += [p.max(), p.argmax() == drawn.lead.argmax()]
     return list(totals / runs)

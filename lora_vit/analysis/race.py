@@ -129,17 +129,14 @@ def standing(
     raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials
              if cell in row and first <= seed < first + rules.most_seeds]  # fmt: skip
     shape = len(row), 1 + max((n for _, n, _, _ in raced), default=-1)
-    y, failed, resolution = np.full(shape, np.nan), np.zeros(shape, dtype=bool), 0.0
+    y, failed, fewest = np.full(shape, np.nan), np.zeros(shape, dtype=bool), math.inf
     for i, n, accuracy, images in raced:
-        if isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool) and 0 <= accuracy <= 1:
+        failed[i, n] = isinstance(accuracy, bool) or not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1)
+        if not failed[i, n]:
             y[i, n] = accuracy
-            if isinstance(images, (int, float)) and images > 0:
-                resolution = max(resolution, 1 / images)
-        else:
-            failed[i, n] = True
-    pictures = None if sums is None else sums.of(list(row))
-    resolution = resolution if sums is None else max(resolution, sums.step)
-    return replace(decide(y, failed, rules, resolution, pictures), cells=list(row), first=first)
+            fewest = min(fewest, images) if isinstance(images, (int, float)) and images > 0 else fewest
+    resolution, pictures = (0.0, None) if sums is None else (sums.step, sums.of(list(row)))
+    return replace(decide(y, failed, rules, max(resolution, 1 / fewest), pictures), cells=list(row), first=first)
 
 
 def decide(

@@ -242,30 +242,74 @@ def dunnett_critical(others: int, df: float, alpha: float = ALPHA) -> float:
 
 @dataclass
 class Comparison:
-    """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``)."""
+    """Of m cells with the best of the k that are ``compared``, and the errors of all differences between these k.
+
+    Arrays of length m have NaN and False for cells that are left out. ``difference``: best minus cell, never negative;
+    ``half``: its simultaneous half width, the root of the sum of its parts' squares; ``below``: for all at once, no
+    other true mean is more than this above (Hsu's, never negative).
+    """
 
     compared: np.ndarray
-    means: np.ndarray
-    difference: np.ndarray  # best minus cell (never negative)
-    half: np.ndarray  # its simultaneous half width
-    half_seeds: np.ndarray  # that of the seeds alone, and
-    half_pictures: np.ndarray  # of the pictures: half is the root of the sum of their squares
-    worse: np.ndarray
-    candidate: np.ndarray
-    below: np.ndarray  # for all at once, no other true mean is more than this above (Hsu's, never negative)
+    fit: Blocked  # of those that are compared
+    variance: float  # error variance of one trial, as used
+    wide: bool
+    spread_p: float
+    of_pictures: Pictures | None  # of all m cells
     alpha: float = ALPHA  # what half, worse, candidate and below may err, each for the whole table
-    best: int | None = None
-    df: int = 0
-    sd: float = math.nan  # error sd of one trial, as used
-    pooled_sd: float = math.nan
-    spread_p: float = math.nan
-    wide: bool = False
-    blocked: bool = True
-    complete: bool = True
-    seeds: int = 0
-    repeats: float = math.nan  # seeds of a cell (harmonic mean)
-    pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
-    errors: "Errors | None" = None  # of all differences, for other families of claims
+
+    def __post_init__(self) -> None:
+        keep, fit = self.compared, self.fit
+        k, every, several = len(fit.means), np.arange(len(fit.means)), bool(keep.any())
+        of_all = np.full((6, len(keep)), np.nan)
+        self.means, self.difference, self.half_seeds, self.half_pictures, self.half, self.below = of_all
+        self.worse, self.candidate = np.zeros((2, len(keep)), dtype=bool)
+        self.best = int(np.flatnonzero(keep)[np.argmax(fit.means)]) if several else None
+        self.sd, self.pooled_sd, self.df = math.sqrt(self.variance), math.sqrt(max(fit.mse, 0.0)), fit.df
+        self.blocked, self.complete = not several or fit.blocked, not several or bool(np.isfinite(fit.y).all())
+        self.seeds, self.repeats = fit.y.shape[1], math.nan  # of a cell (harmonic mean)
+        self.pictures = 0.0  # their part of the variance of a difference from the best, the median of the cells
+        if not several:
+            return
+        self.repeats = float(k / (1 / fit.counts).sum())
+        best = every[[np.argmax(fit.means)]]
+        halves = self.halves(best, every, tukey_critical, k)[:, 0] / math.sqrt(2)
+        halves[:, best] = np.nan
+        self.pictures = float(np.nanmedian(halves[1]) ** 2 / tukey_critical(k, MANY, self.alpha) ** 2 * 2)
+        self.candidate[keep], self.below[keep] = self._against_others()
+        of_all[:5, keep] = fit.means, fit.means.max() - fit.means, *halves, np.hypot(*halves)
+        self.worse[keep] = (self.difference > self.half)[keep]
+
+    def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Of ``fit.means[rows] - fit.means[columns]``, the seeds' part and the pictures': [2, rows, columns]."""
+        fit, cells, parts = self.fit, np.flatnonzero(self.compared), np.zeros((2, len(rows), len(columns)))
+        parts[0] = self.variance
+        if self.wide:
+            parts[0] = np.fmax(parts[0], pair_variance(fit.y, rows, fit.blocked)[:, columns])
+        parts[0] *= np.maximum(fit.difference_variance(rows)[:, columns], 0.0)
+        if self.of_pictures is not None:
+            parts[1] = self.of_pictures.of_differences(cells[rows], cells[columns])
+        return parts
+
+    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Critical, many: int, families: int = 1) -> Any:
+        """Half widths of both parts [2, rows, columns], each with the critical value of its degrees of freedom.
+
+        ``critical``: of ``many`` cells, each of so many ``families`` of claims having its share of alpha.
+        """
+        values = [critical(many, df, self.alpha / families) for df in (self.fit.df, MANY)]
+        return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
+
+    def _against_others(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each of the k whether no other lies above it by more than the half width, and ``below``:
+        ``max(0, max_j(mean_j - mean_i + half_ij))``.
+        """
+        means, every = self.fit.means, np.arange(len(self.fit.means))
+        near, below = list[np.ndarray](), list[np.ndarray]()
+        for rows in np.split(every, every[256::256]):
+            lead = means - means[rows][:, None]
+            width = np.hypot(*self.halves(rows, every, dunnett_critical, len(every) - 1))
+            near.append((lead <= width).all(1))
+            below.append(np.maximum(lead + width, 0.0).max(1))
+        return np.concatenate(near), np.concatenate(below)
 
 
 def compare(
@@ -279,90 +323,14 @@ def compare(
     (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
     claims are about the pictures at hand.
     """
-    m, keep, fit = len(y), np.isfinite(y).sum(1) >= 2, None
-    if keep.sum() >= 2:
-        blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
-        # of no blocks it does not matter which seed a value comes from
-        part = y[keep] if blocks else np.take_along_axis(y[keep], np.argsort(~np.isfinite(y[keep]), axis=1), axis=1)
-        fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
-    if fit is None or fit.df < 1:
-        nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, *[nan] * 5, no, no, nan, alpha)
-
+    keep = np.isfinite(y).sum(1) >= 2
+    blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
+    # of no blocks it does not matter which seed a value comes from
+    part = y[keep] if blocks else np.take_along_axis(y[keep], np.argsort(~np.isfinite(y[keep]), axis=1), axis=1)
+    fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
+    if len(part) < 2 or fit.df < 1:
+        return Comparison(np.zeros(len(y), dtype=bool), fit, math.nan, False, math.nan, None, alpha)
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
-    common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
-    k, best = len(fit.means), int(np.argmax(fit.means))
-    difference = fit.means[best] - fit.means
-    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures, alpha), np.arange(k)
-    half_seeds, half_pictures = errors.halves(every[[best]], every, tukey_critical, k)[:, 0] / math.sqrt(2)
-    half_seeds[best] = half_pictures[best] = np.nan
-    half = np.hypot(half_seeds, half_pictures)
-    candidate, below = _against_others(errors)
-
-    of_kept = fit.means, difference, half, half_seeds, half_pictures, difference > half, candidate, below
-    of_all = [np.full(m, np.nan if values.dtype == float else False) for values in of_kept]
-    for whole, values in zip(of_all, of_kept, strict=True):
-        whole[keep] = values
-    return Comparison(
-        keep,
-        *of_all,
-        alpha=alpha,
-        best=int(np.flatnonzero(keep)[best]),
-        df=fit.df,
-        sd=math.sqrt(common),
-        pooled_sd=math.sqrt(max(fit.mse, 0.0)),
-        spread_p=spread_p,
-        wide=wide and (k > 2 or not fit.blocked),
-        blocked=fit.blocked,
-        complete=bool(np.isfinite(fit.y).all()),
-        seeds=fit.y.shape[1],
-        repeats=float(k / (1 / fit.counts).sum()),
-        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY, alpha) ** 2 * 2),
-        errors=errors,
-    )
-
-
-@dataclass
-class Errors:
-    """Of the differences between the k cells that are compared, which are the rows ``cells`` of ``pictures``."""
-
-    fit: Blocked
-    cells: np.ndarray
-    common: float  # error variance of one trial
-    wide: bool
-    pictures: Pictures | None
-    alpha: float = ALPHA  # what a family of claims may err
-
-    def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""
-        fit, parts = self.fit, np.zeros((2, len(rows), len(columns)))
-        parts[0] = self.common
-        if self.wide:
-            parts[0] = np.fmax(parts[0], pair_variance(fit.y, rows, fit.blocked)[:, columns])
-        parts[0] *= np.maximum(fit.difference_variance(rows)[:, columns], 0.0)
-        if self.pictures is not None:
-            parts[1] = self.pictures.of_differences(self.cells[rows], self.cells[columns])
-        return parts
-
-    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Critical, many: int, families: int = 1) -> Any:
-        """Half widths of both parts [2, rows, columns], each with the critical value of its degrees of freedom.
-
-        ``critical``: of ``many`` cells, each of so many ``families`` of claims having its share of alpha.
-        """
-        values = [critical(many, df, self.alpha / families) for df in (self.fit.df, MANY)]
-        return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
-
-
-def _against_others(errors: Errors) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell whether no other lies above it by more than the half width, and how far above it another may lie at
-    most: ``max(0, max_j(mean_j - mean_i + half_ij))``.
-    """
-    means, every = errors.fit.means, np.arange(len(errors.fit.means))
-    near, below = list[np.ndarray](), list[np.ndarray]()
-    for rows in np.split(every, every[256::256]):
-        lead = means - means[rows][:, None]
-        width = np.hypot(*errors.halves(rows, every, dunnett_critical, len(every) - 1))
-        near.append((lead <= width).all(1))
-        below.append(np.maximum(lead + width, 0.0).max(1))
-    return np.concatenate(near), np.concatenate(below)
+    variance = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
+    return Comparison(keep, fit, variance, wide and (len(part) > 2 or not fit.blocked), spread_p, pictures, alpha)
