@@ -313,11 +313,11 @@ class Comparison:
 
 
 def compare(
-    y: np.ndarray, resolution: float = 0.0, spreads: str = "auto", pictures: Pictures | None = None, alpha: float = ALPHA
+    y: np.ndarray, resolution: float = 0, spreads: str = "auto", pictures: Pictures | None = None, alpha: float = ALPHA
 ) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
-    ``y`` [m, S]: one column per seed, NaN where there is no such trial. ``resolution``: smallest step of the metric (1
+    ``y`` [m, S] has a column per seed. ``resolution``: smallest step of the metric (1
     / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
     ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
     (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the

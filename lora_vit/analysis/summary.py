@@ -154,11 +154,11 @@ class Summary:
             needed = self.design.seeds_within(margin)
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
+            return f"{text}; {self.takes(margin, needed, within=True)} would be needed."
         small = found.iloc[0]
         return f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}."
 
-    def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
+    def takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
         images = self.design.pictures_needed(difference, self.pictures, within) if self.design.pictures else 0
         if images > self.pictures:
@@ -175,7 +175,7 @@ class Summary:
         if self.comparison.best is None or self.race is not None:  # there results decided who got which seeds
             return None
         found = self.design.detectable(self.comparison.repeats, self.comparison.df)
-        takes = self._takes(0.005, self.design.seeds_needed(0.005))
+        takes = self.takes(0.005, self.design.seeds_needed(0.005))
         return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:

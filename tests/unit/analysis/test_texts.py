@@ -33,7 +33,8 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
                          pareto_parameters=False, pareto_seconds=False)  # fmt: skip
     compared = (cells["mark"] != "no verdict").to_numpy()
     values = {"best": 0 if compared.any() else None, "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432,
-              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05, **comparison}  # fmt: skip
+              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05,
+              **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
         folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[],
@@ -153,6 +154,14 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     assert known.errors_of_test() == "± 1.00 from the 1,719 test images"
     assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400 seeds per cell"
     assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
+
+
+@pytest.mark.parametrize(("pictures", "takes"), [(0.0, "400 seeds per cell"), (0.01, "61,208 val pictures")])
+def test_the_page_says_what_it_takes_where_no_seeds_do(pictures, takes):
+    """By hand: 99 pictures, of whose part of 0.01 a hundredth is to be seen with 1.645 + 0.842 standard errors."""
+    known = summary(BEST, OPEN, sd=0.1, pictures=pictures)
+    known.command, known.pictures, known.margin = "python -m lora_vit.train sweep.name=x", 99, 0.01
+    assert f"1 cells are open. To show one to be within 1.00 points takes more than {takes}" in page(known)
 
 
 def page(known: Summary) -> str:
