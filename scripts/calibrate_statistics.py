@@ -183,7 +183,7 @@ def run_race(y: np.ndarray, rules: Rules, resolution: float, workers: int = 1) -
     none = np.zeros(y.shape, dtype=bool)
     if workers == 1:
         race = decide(y, none, rules, resolution)
-        return race, sum(map(race.seeds_of, range(len(race.means))))
+        return race, sum(map(race.seeds_of, range(len(race.y))))
     seen = np.full(y.shape, np.nan)
     while not (race := decide(seen, none, rules, resolution)).ended:
         for trial in wanted(race, workers)[:workers]:

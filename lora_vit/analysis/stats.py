@@ -317,11 +317,10 @@ def compare(
 ) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
-    ``y`` [m, S] has a column per seed. ``resolution``: smallest step of the metric (1
-    / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
-    ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
-    (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
-    claims are about the pictures at hand.
+    ``y`` [m, S] has a column per seed. ``resolution``: smallest step of the metric (1 / number of images), whose
+    rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``: ``auto`` tests whether the
+    cells spread equally and chooses the error; simulations, which know it, say ``equal`` (pooled error) or ``unequal``
+    (wide error). ``pictures``: what the predictions say of the same cells; None: claims are about the ones at hand.
     """
     keep = np.isfinite(y).sum(1) >= 2
     blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
