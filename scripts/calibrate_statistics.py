@@ -37,7 +37,7 @@ from scipy import optimize, special
 from lora_vit.analysis.collapses import collapsed
 from lora_vit.analysis.effects import main_effects, rate_by_rank
 from lora_vit.analysis.pictures import Sums, each_adds
-from lora_vit.analysis.power import seeds_needed
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.questions import at_best, chances
 from lora_vit.analysis.race import Race, Rules, decide, wanted
 from lora_vit.analysis.stats import ALPHA, chi_nodes, compare, dunnett_critical, fit_blocks, tukey_critical
@@ -183,7 +183,7 @@ def run_race(y: np.ndarray, rules: Rules, resolution: float, workers: int = 1) -
     none = np.zeros(y.shape, dtype=bool)
     if workers == 1:
         race = decide(y, none, rules, resolution)
-        return race, sum(map(race.seeds_of, range(len(race.means))))
+        return race, sum(map(race.seeds_of, range(len(race.y))))
     seen = np.full(y.shape, np.nan)
     while not (race := decide(seen, none, rules, resolution)).ended:
         for trial in wanted(race, workers)[:workers]:
@@ -515,7 +515,7 @@ def simulate_question(
     totals, cells = np.zeros(4), pd.DataFrame({"cell": np.arange(case.cells), "label": "", "trainable_parameters": 1})
     for _ in range(runs):
         y, sums = case.sweep(rng)
-        errors = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        errors = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells)))))
         table = at_best("group", groups, cells, errors, None)
         best = y[table["cell"]]
         d = best[0] - best[1:]
@@ -533,7 +533,7 @@ def simulate_chances(case: Population, runs: int, rng: np.random.Generator) -> l
     for _ in range(runs):
         drawn = replace(case, lead=rng.normal(0, 0.6, case.cells))
         y, sums = drawn.sweep(rng)
-        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells))))).errors
+        errors: Any = compare(y, sums.step, pictures=sums.of(list(map(str, range(case.cells)))))
         p = chances(errors)
         totals += [p.max(), p.argmax() == drawn.lead.argmax()]
     return list(totals / runs)
@@ -600,7 +600,7 @@ def print_looks(runs: int, rng: np.random.Generator) -> None:
             sys.stdout.flush()
     table.writerow(["cells", *(f"look {look}: seeds that find half a point" for look in range(1, 7))])
     for m in (2, 8, 30):
-        table.writerow([m, *(seeds_needed(0.5, 0.3, m, alpha=ALPHA / look**3) for look in range(1, 7))])
+        table.writerow([m, *(Design(0.3, m, alpha=ALPHA / look**3).seeds_needed(0.5) for look in range(1, 7))])
 
 
 def simulate_collapses(case: Case, share: float, drop: float, who: str, runs: int, rng: np.random.Generator) -> Any:

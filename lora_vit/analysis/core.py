@@ -53,7 +53,8 @@ def summarize(
     sums.add_all(first[raced])
     race = None if plan is None else replay(plan, trials, value, sums)
     sums.add_all(first[~raced])  # only now: its workers do not know them
-    done = averaged if race is None else counted(race, averaged)
+    seen = trials if race is None else counted(race, trials)
+    done = seen[tables.averaged(seen, value)]
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
         why = [f"trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""].head(1).iterrows()]
@@ -63,13 +64,13 @@ def summarize(
     resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
     pictures = sums.of(list(values.index))
-    seen = trials if race is None else counted(race, trials)
     failed = seen[seen["status"] == "failed"].groupby("cell").size()
     sound = first[~first["cell"].isin(failed.index)]  # the seeds that a cell survived say nothing of the others
     unstable = collapses.named(tables.matrix(sound, value), resolution)
     sound = sound[~sound["cell"].isin(unstable)]
     compared = tables.matrix(sound, value).reindex(values.index).to_numpy(float)
-    looks = [look for of_sweep in loaded.looks.values() for look in of_sweep]
+    looks = [look for of_sweep in loaded.plans.values() for look in of_sweep["looks"]]
+    commands = [c for of_sweep in loaded.plans.values() if isinstance(c := of_sweep.get("command"), str)]
     alpha = ALPHA / (1 + len(looks)) ** 3  # so all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
     result = compare(compared, resolution, pictures=pictures, alpha=alpha)
     cells = tables.cells_table(done, values, result, settings, resolution)
@@ -115,7 +116,7 @@ def summarize(
         ],
         problems=loaded.problems,
         race=race,
-        command="\n".join(dict.fromkeys(loaded.commands)) or None,
+        command="\n".join(dict.fromkeys(commands)) or None,
         metric=metric,
         answers=asked,
         pictures=0 if pictures is None else pictures.means.shape[1],
@@ -129,11 +130,12 @@ def _looked_at(loaded: Loaded, folders: int, where: str | None, metric: str | No
     if metric is None and len(asked := loaded.trials["metric"].unique()) > 1:
         raise RecordError(f"the trials have several trainer.metric ({', '.join(map(str, asked))}): give --metric")
     one_of("--metric", metric := metric or asked[0], [*METRICS])
-    one = folders == len(loaded.races) == loaded.sweeps == loaded.trials["sweep"].nunique() == 1
-    if not where and one and loaded.races[0]["metric"] == metric:
-        return loaded.races[0], metric
-    if loaded.races and len(loaded.trials) > 1:  # the first seeds alone compare as a fixed sweep
-        race, *others = loaded.races
+    races = [plan["race"] for plan in loaded.plans.values() if plan.get("race")]
+    one = folders == len(races) == loaded.sweeps == loaded.trials["sweep"].nunique() == 1
+    if not where and one and races[0]["metric"] == metric:
+        return races[0], metric
+    if races and len(loaded.trials) > 1:  # the first seeds alone compare as a fixed sweep
+        race, *others = races
         if any((other["seed"], other["first_seeds"]) != (race["seed"], race["first_seeds"]) for other in others):
             raise RecordError("these races started with different seeds: summarize one folder at a time")
         whole, loaded.trials = len(loaded.trials), first_seeds(race, loaded.trials)

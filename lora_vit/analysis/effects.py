@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from lora_vit.analysis.pictures import Pictures, Sums
-from lora_vit.analysis.stats import MOST_SEEDS, Blocked, fit_blocks
+from lora_vit.analysis.pictures import MOST_SEEDS, Pictures, Sums
+from lora_vit.analysis.stats import Blocked, fit_blocks
 from lora_vit.analysis.tables import matrix
 from lora_vit.config.names import value_text
 
@@ -136,9 +136,7 @@ def _factor(rows: pd.DataFrame, names: list[str], means: np.ndarray, own: np.nda
     return Factor(" and ".join(names), places, int(alike[np.where(near, mean, -np.inf).argmax()]), rows.index)
 
 
-def _differences(
-    factor: Factor, fit: Blocked, wide: np.ndarray, pictures: Pictures | None
-) -> list[tuple[object, ...]]:
+def _differences(factor: Factor, fit: Blocked, wide: np.ndarray, pictures: Pictures | None) -> list[tuple[object, ...]]:
     """Rows of the table: each level that was run at the chosen combination against the first one there."""
     first, *levels = factor.here.index
     a, b = factor.here[first], factor.here[levels].to_numpy()

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_vit.analysis.power import seeds_needed, seeds_within
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
@@ -301,7 +300,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         asked=asked,
         chosen=from_here(chosen),
         matrix=confusion(chosen),
-        needed=seeds_needed if summary.margin is None else seeds_within,
+        needed=summary.design.seeds_needed if summary.margin is None else summary.design.seeds_within,
         again=functools.partial(again, summary),
         command=command,
     )

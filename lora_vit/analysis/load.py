@@ -28,10 +28,8 @@ COSTS = ("seconds", "images_per_second", "peak_memory_bytes", "adapter_bytes", "
 class Loaded:
     trials: pd.DataFrame  # one row per trial id (columns: see row())
     problems: list[str]  # lines for the user
-    races: list[dict[str, Any]] = field(default_factory=list)  # of each sweep.json, with the sweep's command
+    plans: dict[Path, dict[str, Any]] = field(default_factory=dict)  # each sweep.json
     sweeps: int = 0  # how many were given whole
-    commands: list[str] = field(default_factory=list)  # that were typed for sweeps, the newest of each
-    looks: dict[Path, list[list[int]]] = field(default_factory=dict)  # earlier ones: trials, first and last seed
 
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
@@ -103,24 +101,22 @@ def _name_sweeps(read: list[dict[str, Any]], problems: list[str]) -> None:
 
 
 def _read_plan(path: Path, loaded: Loaded, found: set[str] | None) -> None:
-    """Note a sweep's race, and which of its trials have left no record (``found``: ids; None: that does not matter)."""
+    """Note a sweep's plan, and which of its trials have left no record (``found``: ids; None: that does not matter)."""
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        planned = list(plan["trials"])
-        loaded.looks[path] = [[int(n) for n in look] for look in plan.get("looks", [])]
+        planned, metric = list(plan["trials"]), str(plan.get("metric", "accuracy"))
+        plan.update(looks=[[int(n) for n in look] for look in plan.get("looks", [])])
         if race := plan.get("race"):
             Rules.of(race)  # refuses what was edited
-            race = {"command": plan.get("command"), "metric": plan.get("metric", "accuracy"), **race}
-            race.update(seed=int(race["seed"]), cells=list(race["cells"]))
+            race.update(metric=metric, seed=int(race["seed"]), cells=list(race["cells"]))
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError, KeyError) as error:
         loaded.problems.append(f"{path} cannot be read ({error}): whether trials of the sweep lack a record is not "
                                "known, nor whether they raced")  # fmt: skip
         return
-    loaded.trials.loc[loaded.trials["trial"].isin(planned), "metric"] = str(plan.get("metric", "accuracy"))
-    loaded.races += [race] if race else []
-    loaded.commands += [plan["command"]] if isinstance(plan.get("command"), str) else []
+    loaded.trials.loc[loaded.trials["trial"].isin(planned), "metric"] = metric
+    loaded.plans[path] = plan
     loaded.sweeps += found is not None
     if missing := [trial for trial in planned if found is not None and trial not in found]:
         shown = ", ".join(missing[:6]) + (" ..." if len(missing) > 6 else "")

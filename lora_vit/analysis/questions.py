@@ -12,13 +12,12 @@ Hsu, 1984).
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis.stats import Comparison, Errors, dunnett_critical
+from lora_vit.analysis.stats import Comparison, dunnett_critical
 from lora_vit.analysis.texts import points
 from lora_vit.config.names import ADAPTED, BASELINES, LR, METHOD, METHODS, cell_text, value_text
 
@@ -33,9 +32,10 @@ def answers(
     ``ids``: of the cells that were ``compared``. Cut ranks take no part: they rise and fall with what they were cut
     from. ``margin`` is a fraction.
     """
-    if (errors := compared.errors) is None:
+    if compared.best is None:
         return {}
-    cells = trials.drop_duplicates("cell").set_index("cell", drop=False).loc[ids[errors.cells]].reset_index(drop=True)
+    cells = trials.drop_duplicates("cell").set_index("cell", drop=False)
+    cells = cells.loc[ids[compared.compared]].reset_index(drop=True)
     rows: list[Any] = cells.to_dict("records")
     others, both = [c for c in settings if c != LR], "dora" in {*cells[METHOD]}
     keys = {
@@ -47,24 +47,24 @@ def answers(
     baselines = len(groups["method"].keys() & {*BASELINES.values()})
     if LR not in settings or len(groups["setting"]) <= max(len(groups["method"]), len(groups["rank"]) + baselines):
         del groups["setting"]  # each is a cell, or the other tables say it
-    return {asked: at_best(asked, g, cells, errors, margin) for asked, g in groups.items() if len(g) > 1}
+    return {asked: at_best(asked, g, cells, compared, margin) for asked, g in groups.items() if len(g) > 1}
 
 
 def at_best(
-    asked: str, groups: Mapping[Any, np.ndarray], cells: pd.DataFrame, errors: Errors, margin: float | None
+    asked: str, groups: Mapping[Any, np.ndarray], cells: pd.DataFrame, compared: Comparison, margin: float | None
 ) -> pd.DataFrame:
     """A row for each group, the best one first: its best cell, and what the base ``is`` beside the group.
 
     The base is the best group, of methods the best one with adapters. Differences are the base's lead.
     """
-    means, rows = errors.fit.means, []
+    means, rows = compared.fit.means, []
     order = sorted(groups, key=lambda group: -means[groups[group]].max())
     base = next((group for group in order if group not in BASELINES.values()), order[0])
     for group in order:
         best, said = max(groups[group], key=lambda i: means[i]), ("", np.nan, np.nan, np.nan)
         if group != base:
-            pair, level = (groups[base], groups[group]), errors.alpha / (len(groups) * (len(groups) - 1))
-            low, high = least_lead(*pair, level, errors), -least_lead(*pair[::-1], level, errors)
+            pair, pairs = (groups[base], groups[group]), len(groups) * (len(groups) - 1)
+            low, high = least_lead(*pair, pairs, compared), -least_lead(*pair[::-1], pairs, compared)
             said = claim(low, high, margin), means[groups[base]].max() - means[best], low, high
         own = cells.loc[best, ["cell", "label", "trainable_parameters"]]
         rows.append((value_text(group), *own, means[best], *said))
@@ -73,11 +73,11 @@ def at_best(
     return pd.DataFrame(rows, columns=[asked, *columns]).assign(base=named)
 
 
-def least_lead(a: np.ndarray, b: np.ndarray, alpha: float, errors: Errors) -> float:
-    """By how much the best of the cells ``a`` is at least ahead of the best of ``b`` (see the module)."""
+def least_lead(a: np.ndarray, b: np.ndarray, pairs: int, compared: Comparison) -> float:
+    """By how much the best of the cells ``a`` is at least ahead of the best of ``b``, among so many pairs."""
     few, many = sorted((a, b), key=len)  # rows cost more
-    half = np.hypot(*errors.halves(few, many, partial(dunnett_critical, len(a), alpha=alpha)))
-    lead = errors.fit.means[a][:, None] - errors.fit.means[b] - (half if few is a else half.T)
+    half = np.hypot(*compared.halves(few, many, dunnett_critical, len(a), pairs))
+    lead = compared.fit.means[a][:, None] - compared.fit.means[b] - (half if few is a else half.T)
     return float(lead.min(1).max())
 
 
@@ -98,15 +98,15 @@ def text(tables: Mapping[str, pd.DataFrame]) -> str:
     return f"Each at its best cell: {'; '.join(told)}." if told else ""
 
 
-def chances(errors: Errors) -> np.ndarray:
+def chances(compared: Comparison) -> np.ndarray:
     """P(best) of each cell under a flat prior: how often it is the highest of DRAWS from the means and their errors.
 
     The covariance of the means, but for what is common to all, follows from that of their differences (Gower, 1966).
     """
-    means, df, rng = errors.fit.means, errors.fit.df, np.random.default_rng(DRAWS)
+    means, df, rng = compared.fit.means, compared.fit.df, np.random.default_rng(DRAWS)
     top, found = np.argsort(-means, kind="stable")[:MOST], np.zeros(len(means))
     drawn, estimated = means[top], rng.chisquare(df, (DRAWS, 1)) / df
-    for part, known in zip(errors.variances(top, top), (estimated, np.ones(1)), strict=True):
+    for part, known in zip(compared.variances(top, top), (estimated, np.ones(1)), strict=True):
         values, vectors = np.linalg.eigh((part.mean(0) + part.mean(1)[:, None] - part - part.mean()) / 2)
         root = vectors * np.sqrt(values.clip(0)) @ vectors.T  # the one root that does not depend on the vectors' signs
         drawn = drawn + rng.standard_normal((DRAWS, len(top))) @ root / np.sqrt(known)

@@ -78,7 +78,6 @@ class Race:
     rules: Rules
     y: np.ndarray  # [m, S] accuracies (NaN: none): row i is the cell cells[i], column n the seed first + n
     failed: np.ndarray  # [m, S] trials that failed
-    means: np.ndarray  # [m] over its seeds when last judged
     half: np.ndarray  # [m, m] t * se of a pair when last judged
     hidden: np.ndarray  # [m, m] z * tau: what the pictures may hide of a pair
     survivors: list[int]
@@ -93,7 +92,7 @@ class Race:
     @property
     def blocked(self) -> bool:
         """Whether no pair that is in can be decided by seeds, as the means stand: only by more pictures."""
-        means, apart = self.means[self.survivors], ~np.eye(len(self.survivors), dtype=bool)
+        means, apart = self.y[self.survivors, : self.seeds].mean(1), ~np.eye(len(self.survivors), dtype=bool)
         floor = self.hidden[np.ix_(self.survivors, self.survivors)] - self.rules.margin
         return len(means) > 1 and bool((np.abs(np.subtract.outer(means, means)) <= floor)[apart].all())
 
@@ -130,17 +129,14 @@ def standing(
     raced = [(row[cell], seed - first, accuracy, images) for cell, seed, accuracy, images in trials
              if cell in row and first <= seed < first + rules.most_seeds]  # fmt: skip
     shape = len(row), 1 + max((n for _, n, _, _ in raced), default=-1)
-    y, failed, resolution = np.full(shape, np.nan), np.zeros(shape, dtype=bool), 0.0
+    y, failed, fewest = np.full(shape, np.nan), np.zeros(shape, dtype=bool), math.inf
     for i, n, accuracy, images in raced:
-        if isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool) and 0 <= accuracy <= 1:
+        failed[i, n] = isinstance(accuracy, bool) or not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1)
+        if not failed[i, n]:
             y[i, n] = accuracy
-            if isinstance(images, (int, float)) and images > 0:
-                resolution = max(resolution, 1 / images)
-        else:
-            failed[i, n] = True
-    pictures = None if sums is None else sums.of(list(row))
-    resolution = resolution if sums is None else max(resolution, sums.step)
-    return replace(decide(y, failed, rules, resolution, pictures), cells=list(row), first=first)
+            fewest = min(fewest, images) if isinstance(images, (int, float)) and images > 0 else fewest
+    resolution, pictures = (0.0, None) if sums is None else (sums.step, sums.of(list(row)))
+    return replace(decide(y, failed, rules, max(resolution, 1 / fewest), pictures), cells=list(row), first=first)
 
 
 def decide(
@@ -148,7 +144,7 @@ def decide(
 ) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there, m, share = np.isfinite(y), len(y), ALPHA
-    race = Race(rules, y, failed, np.full(m, np.nan), np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
+    race = Race(rules, y, failed, np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
     for look, r in enumerate(rules.looks()):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
@@ -161,13 +157,12 @@ def decide(
             if pictures is not None:
                 tau = np.sqrt(pictures.of_differences(np.arange(m), np.arange(m)))
                 race.hidden = -special.ndtri(share / 2) * tau
-        race.means[race.survivors], race.seeds = y[race.survivors, :r].mean(1), r
+        race.seeds = r
         while _eliminate(race, share / (look + 1) / (look + 2), resolution):
             pass
         if len(race.survivors) <= 1 or race.blocked:
             break
-    race.ended = True
-    race.selected = race.survivors[0] if len(race.survivors) == 1 else None
+    race.ended, race.selected = True, race.survivors[0] if len(race.survivors) == 1 else None
     return race
 
 
@@ -176,17 +171,14 @@ def _eliminate(race: Race, share: float, resolution: float) -> bool:
     alive = np.array(race.survivors, dtype=int)
     if len(alive) < 2:
         return False
-    pairs, means = np.ix_(alive, alive), race.means[alive]
-    race.half[pairs] = half_width(race.y[alive, : race.seeds], share, resolution)
+    pairs, y, apart = np.ix_(alive, alive), race.y[alive, : race.seeds], ~np.eye(len(alive), dtype=bool)
+    race.half[pairs] = half_width(y, share, resolution)
     width = np.maximum(0.0, np.hypot(race.half[pairs], race.hidden[pairs]) - race.rules.margin)
-    bars = width[~np.eye(len(alive), dtype=bool)]
-    race.bars.setdefault(race.seeds, (bars.min(), bars.max()))
-    np.fill_diagonal(width, 0.0)
-    room = width - (means[None, :] - means[:, None])
-    np.fill_diagonal(room, np.inf)
+    race.bars.setdefault(race.seeds, (width[apart].min(), width[apart].max()))
+    room = np.where(apart, width - (y.mean(1) - y.mean(1)[:, None]), np.inf)
     out = (room < -1e-12).any(1)
-    if not width.any():
-        out = np.arange(len(alive)) != np.argmax(means)
+    if not width[apart].any():
+        out = np.arange(len(alive)) != np.argmax(y.mean(1))
     for i in np.flatnonzero(out):
         race.exits[int(alive[i])] = Exit(race.seeds, int(alive[np.argmin(room[i])]))
     race.survivors = alive[~out].tolist()

@@ -22,16 +22,15 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special
 
-from lora_vit.analysis.pictures import MOST_SEEDS as MOST_SEEDS
-from lora_vit.analysis.pictures import Pictures
+from lora_vit.analysis.pictures import MOST_SEEDS, Pictures
 
 CONFIDENCE, ALPHA = 0.95, 0.05
+Critical = Callable[[int, float, float], float]  # by cells, degrees of freedom and what may err
 Z, MANY = 1.959964, 1e6  # of a normal, two-sided 95 %; degrees of freedom of what is taken as known
 
 
@@ -117,18 +116,22 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     shares, used = there / counts[:, None], there.any(0)
     information = np.diag(there.sum(0).astype(float)) - there.T @ shares
     blocked = bool(block and used.sum() > 1 and np.linalg.matrix_rank(information, tol=1e-9) == used.sum() - 1)
-    plain = np.where(there, y, 0.0).sum(1) / counts
-    inverse, effects = np.zeros_like(information), np.zeros(y.shape[1])
-    if blocked:
-        inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True)
-        effects = inverse @ np.where(there, y - plain[:, None], 0.0).sum(0)
-    means = plain - shares @ effects
-    residual = np.where(there, y - means[:, None] - effects, 0.0)
+    inverse = np.linalg.pinv(information, rcond=1e-10, hermitian=True) if blocked else np.zeros_like(information)
+    means, ss = _fitted(y, there, shares, inverse)
     centred = np.diag(inverse)[None, :] - 2 * shares @ inverse
     leverage = 1 / counts[:, None] + centred + np.einsum("ms,st,mt->m", shares, inverse, shares)[:, None]
     dof = np.where(there, 1 - leverage, 0.0).sum(1)
     df = int(there.sum()) - len(y) - (int(used.sum()) - 1 if blocked else 0)
-    return Blocked(y, means, counts, (residual**2).sum(1), dof, df, blocked, shares, inverse)
+    return Blocked(y, means, counts, ss, dof, df, blocked, shares, inverse)
+
+
+def _fitted(y: np.ndarray, there: np.ndarray, shares: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Adjusted means and residual sums of squares, both [..., m], of ``y`` [..., m, S]."""
+    plain = np.where(there, y, 0.0).sum(-1) / there.sum(1)
+    effects = np.where(there, y - plain[..., None], 0.0).sum(-2) @ inverse
+    means = plain - effects @ shares.T
+    residual = np.where(there, y - means[..., None] - effects[..., None, :], 0.0)
+    return means, (residual**2).sum(-1)
 
 
 def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
@@ -145,15 +148,9 @@ def _null_spread(pattern: bytes, m: int, blocked: bool) -> np.ndarray:
     fit = fit_blocks(np.where(there, 0.0, np.nan), blocked)
     rng = np.random.default_rng(12345)
     draws = int(np.clip(4e6 // there.size, 200, 2000))
-    out = []
-    for _ in range(0, draws, 200):
-        e = np.where(there, rng.standard_normal((200, *there.shape)), 0.0)
-        plain = np.einsum("dms,ms->dm", e, fit.shares)
-        effects = np.where(there, e - plain[:, :, None], 0.0).sum(1) @ fit.inverse
-        means = plain - effects @ fit.shares.T
-        residual = np.where(there, e - means[:, :, None] - effects[:, None, :], 0.0)
-        out.append(spread_statistic((residual**2).sum(2), fit.dof))
-    return np.sort(np.concatenate(out))
+    errors = (rng.standard_normal((200, *there.shape)) for _ in range(0, draws, 200))
+    ss = (_fitted(e, there, fit.shares, fit.inverse)[1] for e in errors)
+    return np.sort(np.concatenate([spread_statistic(each, fit.dof) for each in ss]))
 
 
 def spread_test(fit: Blocked) -> float:
@@ -182,8 +179,7 @@ def equal_spread_level(fit: Blocked) -> float:
 
 def wide_variance(fit: Blocked) -> float:
     """Mean error variance of that half of the cells (rounded up) that spreads most."""
-    v = fit.ss / np.maximum(fit.dof, 1e-9)
-    top = np.argsort(v)[-((len(v) + 1) // 2) :]
+    top = np.argsort(fit.ss / np.maximum(fit.dof, 1e-9))[-((len(fit.ss) + 1) // 2) :]
     return float(fit.ss[top].sum() / max(fit.dof[top].sum(), 1e-9))
 
 
@@ -246,135 +242,94 @@ def dunnett_critical(others: int, df: float, alpha: float = ALPHA) -> float:
 
 @dataclass
 class Comparison:
-    """All cells against the best (arrays of length m; NaN and False for cells left out, see ``compared``)."""
+    """Of m cells with the best of the k that are ``compared``, and the errors of all differences between these k.
+
+    Arrays of length m have NaN and False for cells that are left out. ``difference``: best minus cell, never negative;
+    ``half``: its simultaneous half width, the root of the sum of its parts' squares; ``below``: for all at once, no
+    other true mean is more than this above (Hsu's, never negative).
+    """
 
     compared: np.ndarray
-    means: np.ndarray
-    difference: np.ndarray  # best minus cell (never negative)
-    half: np.ndarray  # its simultaneous half width
-    half_seeds: np.ndarray  # that of the seeds alone, and
-    half_pictures: np.ndarray  # of the pictures: half is the root of the sum of their squares
-    worse: np.ndarray
-    candidate: np.ndarray
-    below: np.ndarray  # for all at once, no other true mean is more than this above (Hsu's, never negative)
-    alpha: float = ALPHA  # what half, worse, candidate and below may err, each for the whole table
-    best: int | None = None
-    df: int = 0
-    sd: float = math.nan  # error sd of one trial, as used
-    pooled_sd: float = math.nan
-    spread_p: float = math.nan
-    wide: bool = False
-    blocked: bool = True
-    complete: bool = True
-    seeds: int = 0
-    repeats: float = math.nan  # seeds of a cell (harmonic mean)
-    pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
-    errors: "Errors | None" = None  # of all differences, for other families of claims
-
-
-def compare(
-    y: np.ndarray,
-    resolution: float = 0.0,
-    spreads: str = "auto",
-    pictures: Pictures | None = None,
-    alpha: float = ALPHA,
-) -> Comparison:
-    """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
-
-    ``y`` [m, S]: one column per seed, NaN where there is no such trial. ``resolution``: smallest step of the metric (1
-    / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
-    ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
-    (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
-    claims are about the pictures at hand.
-    """
-    m = len(y)
-    keep = np.isfinite(y).sum(1) >= 2
-    fit = None
-    if keep.sum() >= 2:
-        part = y[keep]
-        blocks = bool(np.isfinite(part).any(0).sum() <= MOST_SEEDS)
-        if not blocks:  # which seed a value comes from does not matter
-            part = np.take_along_axis(part, np.argsort(~np.isfinite(part), axis=1, kind="stable"), axis=1)
-        fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
-    if fit is None or fit.df < 1:
-        nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan, alpha)
-
-    spread_p, level = spread_test(fit), equal_spread_level(fit)
-    wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
-    common = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
-    k, best = len(fit.means), int(np.argmax(fit.means))
-    difference = fit.means[best] - fit.means
-    errors, every = Errors(fit, np.flatnonzero(keep), common, wide, pictures, alpha), np.arange(k)
-    of_all_pairs = partial(tukey_critical, k, alpha=alpha)
-    half_seeds, half_pictures = errors.halves(every[[best]], every, of_all_pairs)[:, 0] / math.sqrt(2)
-    half_seeds[best] = half_pictures[best] = np.nan
-    half = np.hypot(half_seeds, half_pictures)
-    of_others = partial(dunnett_critical, k - 1, alpha=alpha)
-    candidate, below = _against_others(fit.means, lambda rows: np.hypot(*errors.halves(rows, every, of_others)))
-
-    of_kept = {
-        "means": fit.means, "difference": difference, "half": half, "half_seeds": half_seeds,
-        "half_pictures": half_pictures, "candidate": candidate, "below": below, "worse": difference > half,
-    }  # fmt: skip
-    of_all: dict[str, Any] = {name: np.full(m, np.nan if v.dtype == float else False) for name, v in of_kept.items()}
-    for name, values in of_kept.items():
-        of_all[name][keep] = values
-    return Comparison(
-        compared=keep,
-        **of_all,
-        alpha=alpha,
-        best=int(np.flatnonzero(keep)[best]),
-        df=fit.df,
-        sd=math.sqrt(common),
-        pooled_sd=math.sqrt(max(fit.mse, 0.0)),
-        spread_p=spread_p,
-        wide=wide and (k > 2 or not fit.blocked),
-        blocked=fit.blocked,
-        complete=bool(np.isfinite(fit.y).all()),
-        seeds=fit.y.shape[1],
-        repeats=float(k / (1 / fit.counts).sum()),
-        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY, alpha) ** 2 * 2),
-        errors=errors,
-    )
-
-
-@dataclass
-class Errors:
-    """Of the differences between the k cells that are compared, which are the rows ``cells`` of ``pictures``."""
-
-    fit: Blocked
-    cells: np.ndarray
-    common: float  # error variance of one trial
+    fit: Blocked  # of those that are compared
+    variance: float  # error variance of one trial, as used
     wide: bool
-    pictures: Pictures | None
-    alpha: float = ALPHA  # what a family of claims may err
+    spread_p: float
+    of_pictures: Pictures | None  # of all m cells
+    alpha: float = ALPHA  # what half, worse, candidate and below may err, each for the whole table
+
+    def __post_init__(self) -> None:
+        keep, fit = self.compared, self.fit
+        k, every, several = len(fit.means), np.arange(len(fit.means)), bool(keep.any())
+        of_all = np.full((6, len(keep)), np.nan)
+        self.means, self.difference, self.half_seeds, self.half_pictures, self.half, self.below = of_all
+        self.worse, self.candidate = np.zeros((2, len(keep)), dtype=bool)
+        self.best = int(np.flatnonzero(keep)[np.argmax(fit.means)]) if several else None
+        self.sd, self.pooled_sd, self.df = math.sqrt(self.variance), math.sqrt(max(fit.mse, 0.0)), fit.df
+        self.blocked, self.complete = not several or fit.blocked, not several or bool(np.isfinite(fit.y).all())
+        self.seeds, self.repeats = fit.y.shape[1], math.nan  # of a cell (harmonic mean)
+        self.pictures = 0.0  # their part of the variance of a difference from the best, the median of the cells
+        if not several:
+            return
+        self.repeats = float(k / (1 / fit.counts).sum())
+        best = every[[np.argmax(fit.means)]]
+        halves = self.halves(best, every, tukey_critical, k)[:, 0] / math.sqrt(2)
+        halves[:, best] = np.nan
+        self.pictures = float(np.nanmedian(halves[1]) ** 2 / tukey_critical(k, MANY, self.alpha) ** 2 * 2)
+        self.candidate[keep], self.below[keep] = self._against_others()
+        of_all[:5, keep] = fit.means, fit.means.max() - fit.means, *halves, np.hypot(*halves)
+        self.worse[keep] = (self.difference > self.half)[keep]
 
     def variances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Of ``means[rows] - means[columns]``, the part of the seeds and that of the pictures: [2, rows, columns]."""
-        fit, parts = self.fit, np.zeros((2, len(rows), len(columns)))
-        parts[0] = self.common
+        """Of ``fit.means[rows] - fit.means[columns]``, the seeds' part and the pictures': [2, rows, columns]."""
+        fit, cells, parts = self.fit, np.flatnonzero(self.compared), np.zeros((2, len(rows), len(columns)))
+        parts[0] = self.variance
         if self.wide:
             parts[0] = np.fmax(parts[0], pair_variance(fit.y, rows, fit.blocked)[:, columns])
         parts[0] *= np.maximum(fit.difference_variance(rows)[:, columns], 0.0)
-        if self.pictures is not None:
-            parts[1] = self.pictures.of_differences(self.cells[rows], self.cells[columns])
+        if self.of_pictures is not None:
+            parts[1] = self.of_pictures.of_differences(cells[rows], cells[columns])
         return parts
 
-    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Callable[[float], float]) -> np.ndarray:
-        """Half widths of both parts, each with the critical value of its degrees of freedom: [2, rows, columns]."""
-        values = critical(self.fit.df), critical(MANY)
+    def halves(self, rows: np.ndarray, columns: np.ndarray, critical: Critical, many: int, families: int = 1) -> Any:
+        """Half widths of both parts [2, rows, columns], each with the critical value of its degrees of freedom.
+
+        ``critical``: of ``many`` cells, each of so many ``families`` of claims having its share of alpha.
+        """
+        values = [critical(many, df, self.alpha / families) for df in (self.fit.df, MANY)]
         return np.sqrt(self.variances(rows, columns)) * np.reshape(values, (2, 1, 1))
 
+    def _against_others(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each of the k whether no other lies above it by more than the half width, and ``below``:
+        ``max(0, max_j(mean_j - mean_i + half_ij))``.
+        """
+        means, every = self.fit.means, np.arange(len(self.fit.means))
+        near, below = list[np.ndarray](), list[np.ndarray]()
+        for rows in np.split(every, every[256::256]):
+            lead = means - means[rows][:, None]
+            width = np.hypot(*self.halves(rows, every, dunnett_critical, len(every) - 1))
+            near.append((lead <= width).all(1))
+            below.append(np.maximum(lead + width, 0.0).max(1))
+        return np.concatenate(near), np.concatenate(below)
 
-def _against_others(means: np.ndarray, half: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """For each cell whether no other lies above it by more than the half width, and how far above it another may lie at
-    most: ``max(0, max_j(mean_j - mean_i + half_ij))``. ``half(rows)`` [rows, m] is that of the differences of cells.
+
+def compare(
+    y: np.ndarray, resolution: float = 0, spreads: str = "auto", pictures: Pictures | None = None, alpha: float = ALPHA
+) -> Comparison:
+    """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
+
+    ``y`` [m, S] has a column per seed. ``resolution``: smallest step of the metric (1 / number of images), whose
+    rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``: ``auto`` tests whether the
+    cells spread equally and chooses the error; simulations, which know it, say ``equal`` (pooled error) or ``unequal``
+    (wide error). ``pictures``: what the predictions say of the same cells; None: claims are about the ones at hand.
     """
-    m, near, below = len(means), list[np.ndarray](), list[np.ndarray]()
-    for start in range(0, m, 256):
-        rows = np.arange(start, min(start + 256, m))
-        lead, width = means - means[rows][:, None], half(rows)
-        near.append((lead <= width).all(1))
-        below.append(np.maximum(lead + width, 0.0).max(1))
-    return np.concatenate(near), np.concatenate(below)
+    keep = np.isfinite(y).sum(1) >= 2
+    blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
+    # of no blocks it does not matter which seed a value comes from
+    part = y[keep] if blocks else np.take_along_axis(y[keep], np.argsort(~np.isfinite(y[keep]), axis=1), axis=1)
+    fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
+    if len(part) < 2 or fit.df < 1:
+        return Comparison(np.zeros(len(y), dtype=bool), fit, math.nan, False, math.nan, None, alpha)
+    spread_p, level = spread_test(fit), equal_spread_level(fit)
+    wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
+    variance = max(wide_variance(fit) if wide else fit.mse, resolution**2 / 12)
+    return Comparison(keep, fit, variance, wide and (len(part) > 2 or not fit.blocked), spread_p, pictures, alpha)

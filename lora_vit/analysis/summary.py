@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.pictures import Sums
-from lora_vit.analysis.power import detectable, pictures_needed, seeds_needed, seeds_within
+from lora_vit.analysis.pictures import MOST_SEEDS, Sums
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.questions import text
 from lora_vit.analysis.race import Race, standing
-from lora_vit.analysis.stats import MOST_SEEDS, Comparison, Interval, wilson
+from lora_vit.analysis.stats import Comparison, Interval, wilson
 from lora_vit.analysis.tables import best_cell
 from lora_vit.analysis.texts import number, plain, points, seeds, with_interval
 from lora_vit.config.rules import one_of
@@ -151,29 +151,31 @@ class Summary:
             if selected is not None and selected["trainable_parameters"] <= self.cells["trainable_parameters"].min():
                 return ""
             text = f"No {'' if selected is None else 'smaller '}cell is shown to be {close}"
-            needed = seeds_within(margin, c.sd, int(c.compared.sum()), c.pictures, c.alpha)
+            needed = self.design.seeds_within(margin)
             if needed is not None and needed <= c.repeats:  # as many are there already
                 return f"{text}."
-            return f"{text}; {self._takes(margin, needed, within=True)} would be needed."
+            return f"{text}; {self.takes(margin, needed, within=True)} would be needed."
         small = found.iloc[0]
         return f"{seen}{small['label']} ({small['trainable_parameters']:,.0f} parameters) is {close}."
 
-    def _takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
+    def takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
-        c = self.comparison
-        cells = int(c.compared.sum())
-        images = pictures_needed(difference, cells, c.pictures, self.pictures, within, c.alpha) if c.pictures else 0
+        images = self.design.pictures_needed(difference, self.pictures, within) if self.design.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
         return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
 
+    @property
+    def design(self) -> Design:
+        c = self.comparison
+        return Design(c.sd, int(c.compared.sum()), c.pictures, c.alpha)
+
     def power(self) -> tuple[str, str] | None:
         """The true difference that is detected with 80 % power, and what detects half a point."""
-        c, cells = self.comparison, int(self.comparison.compared.sum())
-        if c.best is None or self.race is not None:  # there results decided who got which seeds
+        if self.comparison.best is None or self.race is not None:  # there results decided who got which seeds
             return None
-        takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures, c.alpha))
-        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures, c.alpha)
+        found = self.design.detectable(self.comparison.repeats, self.comparison.df)
+        takes = self.takes(0.005, self.design.seeds_needed(0.005))
         return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:

@@ -67,8 +67,8 @@ def cells_table(
         frame["sweep"] = sweeps[values.index].to_numpy()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
     frame[own] = pd.DataFrame([share_interval(row, resolution) for row in y])[own]
-    if result.errors and result.blocked and not result.complete:  # all pictures and tables show one mean
-        fit, ends = result.errors.fit, ["mean", "low", "high"]
+    if result.blocked and not result.complete:  # all pictures and tables show one mean
+        fit, ends = result.fit, ["mean", "low", "high"]
         moved = frame.loc[result.compared, ends] + (fit.means - np.nanmean(fit.y, axis=1))[:, None]
         frame.loc[result.compared, ends] = moved.clip(0, 1)
     frame["difference"] = -result.difference
@@ -82,8 +82,8 @@ def cells_table(
         ["no verdict", "best", "worse", "candidate"], "open",
     ).astype(object)  # fmt: skip
     frame["below"], frame["p_best"] = result.below, math.nan
-    if result.errors is not None:
-        frame.loc[result.compared, "p_best"] = chances(result.errors)
+    if result.best is not None:
+        frame.loc[result.compared, "p_best"] = chances(result)
     for name in LOSSES if done["val_brier"].notna().any() else ():
         losses = matrix(done, f"val_{name}").reindex(values.index)
         frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()

@@ -42,7 +42,7 @@ Selected = tuple[int | None, int]  # cell and trials
 
 def ours(y: np.ndarray, rng: np.random.Generator, first: int) -> Selected:
     race = decide(y, np.zeros(y.shape, dtype=bool), Rules(MARGIN, first, y.shape[1]), 1 / IMAGES)
-    return race.selected, sum(map(race.seeds_of, range(len(race.means))))
+    return race.selected, sum(map(race.seeds_of, range(len(race.y))))
 
 
 def wilcoxon(y: np.ndarray, rng: np.random.Generator, seeds: int) -> Selected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from lora_vit.analysis.stats import compare
 from lora_vit.errors import RecordError
 
 TWO = np.array([[0.80, 0.81], [0.90, 0.91]])
-QUIET = replace(compare(TWO), spread_p=0.5, wide=False)
+QUIET = {**vars(compare(TWO)), "spread_p": 0.5, "wide": False}
 """A comparison that gives no reason for a warning."""
 NOTHING = pd.DataFrame({"status": []})
 
@@ -41,7 +41,7 @@ def assert_told(
 ) -> None:
     """The warnings are as many as ``words``, and each says its words."""
     cells = pd.DataFrame({"n": n})
-    lines = list(checks.warnings(done, cells, replace(QUIET, **comparison), list(edges), left_out))
+    lines = list(checks.warnings(done, cells, SimpleNamespace(**{**QUIET, **comparison}), list(edges), left_out))
     assert len(lines) == len(words), lines
     for line, some in zip(lines, words, strict=True):
         assert all(word in line for word in some), (line, some)

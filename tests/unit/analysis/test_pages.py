@@ -22,7 +22,8 @@ from matplotlib.text import Text
 from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
-from lora_vit.analysis import export, plots, power, summarize
+from lora_vit.analysis import export, plots, summarize
+from lora_vit.analysis.power import Design
 from lora_vit.errors import ConfigError
 from lora_vit.records import PREDICTIONS
 from lora_vit.summarize import PICTURES
@@ -203,16 +204,17 @@ def test_the_page_names_what_was_asked_and_what_to_do_next(large):
     assert "<pre>python -m again</pre>\n<p>The trials ran at commit 0123abc.</p>" in page
     assert f"lora-vit predict {summary.chosen} IMAGE..." in page
     assert "sweep.margin" not in page, "no sweep's command is known"
-    (large / "sweep.json").write_text(json.dumps({"trials": [], "command": TYPED}))
+    (large / "sweep.json").write_text(json.dumps({"trials": [], "command": TYPED, "looks": [[4, 0, 1]]}))
     page = html.unescape(export.html_report(summary := summarize(large), {}, "python -m again"))
     assert page.count(TYPED) == 2
-    c, most = summary.comparison, int(summary.comparison.compared.sum())
-    gap = next(gap for gap in (0.005, 0.01, 0.02, 0.05) if power.seeds_needed(gap, c.sd, most, c.pictures))
-    seeds = power.seeds_needed(gap, c.sd, most, c.pictures)
+    c = summary.comparison
+    design = Design(c.sd, int(c.compared.sum()), c.pictures, 0.05 / 8)  # at the second look
+    gap = next(gap for gap in (0.005, 0.01, 0.02, 0.05) if design.seeds_needed(gap))
+    seeds = design.seeds_needed(gap)
     start = "python -m lora_vit.train -m sweep=quickstart 'sweep.name=a b'"
     assert f"{start} 'seed=range(0,{seeds})'</pre>" in page
     assert f"{start} seed=0 sweep.margin={100 * gap:g}</pre>" in page
-    within = power.seeds_within(0.02, c.sd, most, c.pictures)
+    within = design.seeds_within(0.02)
     page = html.unescape(export.html_report(summarize(large, margin=2), {}, "python -m again"))
     assert f"{start} 'seed=range(0,{within})'</pre>" in page
     summary.command = "python -m lora_vit.train seed=1,2"

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from lora_vit.analysis import export, summarize
 from lora_vit.analysis.pictures import Sums, each_adds
-from lora_vit.analysis.power import detectable, pictures_needed, power, seeds_needed
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.race import Rules, decide
 from lora_vit.analysis.stats import compare, dunnett_critical, share_interval, tukey_critical
 from lora_vit.metrics import METRICS
@@ -145,11 +145,11 @@ def test_power_with_pictures_is_that_of_a_simulation_and_has_a_floor() -> None:
     few, many = tukey_critical(8, 14) / math.sqrt(2), tukey_critical(8, 1e6) / math.sqrt(2)
     half = np.hypot(few * np.sqrt(s2 * seeds), many * math.sqrt(1e-5))
     found = 0.02 + rng.normal(0, np.sqrt(seeds + 1e-5), n) > half
-    assert power(0.02, 0.004, 8, 3, pictures=1e-5) == pytest.approx(found.mean(), abs=0.004)  # three errors
-    floor = detectable(0.0, 8, 3, 14, 1e-5)
-    assert pictures_needed(floor, 8, 1e-5, 700) == pytest.approx(700, abs=1)
-    assert seeds_needed(floor * 0.99, 0.004, 8, 1e-5) is None
-    assert seeds_needed(floor * 1.2, 0.004, 8, 1e-5) is not None
+    assert Design(0.004, 8, 1e-5).power(0.02, 3) == pytest.approx(found.mean(), abs=0.004)  # three errors
+    floor = Design(0.0, 8, 1e-5).detectable(3, 14)
+    assert Design(0.0, 8, 1e-5).pictures_needed(floor, 700) == pytest.approx(700, abs=1)
+    assert Design(0.004, 8, 1e-5).seeds_needed(floor * 0.99) is None
+    assert Design(0.004, 8, 1e-5).seeds_needed(floor * 1.2) is not None
 
 
 def test_a_race_bounds_seeds_and_pictures_together() -> None:
@@ -161,9 +161,9 @@ def test_a_race_bounds_seeds_and_pictures_together() -> None:
     race, alone = (decide(y[:, :3], none[:, :3], Rules(0.01, 3, 8), pictures=part) for part in (pictures, None))
     np.testing.assert_allclose(race.hidden, scipy_stats.norm.isf(0.05 / 2 / 2) * tau)
     np.testing.assert_array_equal(race.half, alone.half)
-    bars = np.hypot(race.half, race.hidden) - 0.01 - (race.means - race.means[:, None])
-    np.testing.assert_allclose(race.room, (bars + np.diag([1.0] * 3)).min(1))
-    assert (race.room > alone.room).all()
+    bars = (np.hypot(race.half, race.hidden) - 0.01)[~np.eye(3, dtype=bool)].clip(0)
+    assert race.bars[3] == pytest.approx((bars.min(), bars.max()))
+    assert race.bars[3] > alone.bars[3]
     narrow = decide(y, none, Rules(0.001, 3, 8), pictures=pictures)
     assert (narrow.ended, narrow.selected, narrow.seeds, narrow.blocked) == (True, None, 4, True), "no seed would help"
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lora_vit.analysis import power as module
-from lora_vit.analysis.power import detectable, power, seeds_needed, seeds_within
+from lora_vit.analysis.power import Design
 from lora_vit.analysis.stats import compare
 
 
@@ -22,7 +22,7 @@ def test_power_is_the_tail_of_the_noncentral_t(cells: int, seeds: float, df: flo
     freedom = (cells - 1) * (seeds - 1) if df is None else df
     critical = scipy_stats.studentized_range.ppf(0.95, cells, freedom) / math.sqrt(2)
     want = scipy_stats.nct.sf(critical, freedom, difference / (0.3 * math.sqrt(2 / seeds)))
-    assert power(difference, 0.3, cells, seeds, df) == pytest.approx(want, abs=1e-5 if freedom >= 4 else 2e-4)
+    assert Design(0.3, cells).power(difference, seeds, df) == pytest.approx(want, abs=1e-5 if freedom >= 4 else 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +36,16 @@ def test_power_is_the_tail_of_the_noncentral_t(cells: int, seeds: float, df: flo
     ],
 )
 def test_power_at_its_ends(difference: float, sd: float, cells: int, seeds: int, want: float) -> None:
-    assert power(difference, sd, cells, seeds) == want
+    assert Design(sd, cells).power(difference, seeds) == want
 
 
 @pytest.mark.parametrize(("cells", "seeds", "df"), [(2, 2, 1), (8, 4, 21), (5, 3.5, 9)])
 def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: int) -> None:
-    assert power(detectable(0.003, cells, seeds, df), 0.003, cells, seeds, df) == pytest.approx(0.8, abs=1e-5)
-    assert detectable(0.0, cells, seeds, df) == 0
+    design = Design(0.003, cells)
+    assert design.power(design.detectable(seeds, df), seeds, df) == pytest.approx(0.8, abs=1e-5)
+    assert Design(0.0, cells).detectable(seeds, df) == 0
     for sd, few, many in ((0.003, 1, 4), (0.003, 3, 1), (0.0, 1, 3), (0.0, 3, 1), (math.nan, 3, 3)):
-        assert math.isnan(detectable(sd, few, many, df))
+        assert math.isnan(Design(sd, few).detectable(many, df))
 
 
 @pytest.fixture
@@ -56,19 +57,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> float:
 
 @pytest.mark.parametrize("sd", [1e-5, 0.002, 0.003, 0.005, 0.0125, 0.017])
 def test_seeds_needed_are_the_fewest(quick: float, sd: float) -> None:
-    n = seeds_needed(0.005, sd, 8)
+    design = Design(sd, 8)
+    n = design.seeds_needed(0.005)
     assert n is not None
     assert n >= 2
-    assert power(0.005, sd, 8, n) >= 0.8 > power(0.005, sd, 8, n - 1)
+    assert design.power(0.005, n) >= 0.8 > design.power(0.005, n - 1)
 
 
 def test_more_than_400_seeds_are_not_looked_for(quick: float) -> None:
     sd = 0.005 * math.sqrt(400 / 2) / (quick / math.sqrt(2) + scipy_stats.norm.ppf(0.8))  # 400 suffice, if df is large
-    needed = seeds_needed(0.005, 0.995 * sd, 8)
+    needed = Design(0.995 * sd, 8).seeds_needed(0.005)
     assert needed is not None
     assert 390 <= needed <= 400
     for spread, cells in ((1.005 * sd, 8), (1.0, 8), (math.nan, 8), (0.001, 1)):
-        assert seeds_needed(0.005, spread, cells) is None
+        assert Design(spread, cells).seeds_needed(0.005) is None
 
 
 def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
@@ -77,7 +79,7 @@ def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
     The formula takes the sd as known, which it is not: with as many seeds as here the share moves by a few percent.
     """
     rng, sd, margin = np.random.default_rng(0), 0.006, 0.005
-    seeds = seeds_within(margin, sd, 2)
+    seeds = Design(sd, 2).seeds_within(margin)
     assert seeds is not None
 
     def share(n: int) -> float:
@@ -86,7 +88,7 @@ def test_the_seeds_that_show_a_cell_to_be_good_enough_do_so_with_80_percent():
 
     assert 0.75 < share(seeds) < 0.87
     assert share(seeds - 4) < 0.75
-    assert seeds_within(margin, sd, 20) > seeds
-    assert seeds_within(1e-6, sd, 20) is None
-    assert seeds_within(margin, math.nan, 20) is None
-    assert seeds_within(margin, 0.0, 20) == 2
+    assert Design(sd, 20).seeds_within(margin) > seeds
+    assert Design(sd, 20).seeds_within(1e-6) is None
+    assert Design(math.nan, 20).seeds_within(margin) is None
+    assert Design(0.0, 20).seeds_within(margin) == 2

@@ -19,11 +19,11 @@ NAN = math.nan
 
 
 def lead(a: np.ndarray, b: np.ndarray, found: Any) -> tuple[float, float]:
-    return questions.least_lead(a, b, 0.025, found), -questions.least_lead(b, a, 0.025, found)
+    return questions.least_lead(a, b, 2, found), -questions.least_lead(b, a, 2, found)
 
 
 def errors(y: np.ndarray, **how: Any) -> Any:
-    return compare(y, **how).errors
+    return compare(y, **how)
 
 
 def test_of_two_cells_the_lead_is_the_paired_t_interval():
@@ -45,7 +45,7 @@ def test_the_best_of_several_against_one_is_dunnetts():
     low, high = lead(several, one, found)
     of_each = scipy_stats.dunnett(*samples[1:], control=samples[0], alternative="greater", rng=np.random.default_rng(0))
     assert low == pytest.approx(of_each.confidence_interval(0.975).low.max(), abs=2e-4)
-    t = scipy_stats.t.ppf(0.975, found.fit.df) * math.sqrt(found.common / 3)
+    t = scipy_stats.t.ppf(0.975, found.fit.df) * math.sqrt(found.variance / 3)
     assert high == pytest.approx(max(x.mean() for x in samples[1:]) - samples[0].mean() + t, abs=1e-6)
 
 
@@ -58,9 +58,9 @@ def test_p_best_of_two_cells(pictures: int):
     for c, s in np.ndindex(2, 4):
         sums.count(str(c), s, labels, right[c, s].astype(float))
     result = compare(y, pictures=sums.of(["0", "1"]) if pictures else None)
-    seeds, part = result.errors.variances(*np.array([[0], [1]]))[:, 0, 0]
+    seeds, part = result.variances(*np.array([[0], [1]]))[:, 0, 0]
     noise = math.sqrt(seeds) * rng.standard_t(3, 400_000) + math.sqrt(part) * rng.standard_normal(400_000)
-    got = questions.chances(result.errors)
+    got = questions.chances(result)
     assert bool(part) == bool(pictures)
     want = (noise < y[0].mean() - y[1].mean()).mean()
     assert got[0] == pytest.approx(want, abs=0.015), "three errors of 10,000 draws"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ import pytest
 
 from lora_vit.analysis import export, texts
 from lora_vit.analysis.effects import Effects
-from lora_vit.analysis.power import power
-from lora_vit.analysis.stats import Comparison, Interval
+from lora_vit.analysis.power import Design
+from lora_vit.analysis.stats import Interval
 from lora_vit.analysis.summary import Summary
 
 NAN = math.nan
@@ -31,16 +31,17 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
                          difference=-np.arange(len(rows)) / 1e3, cell="a",
                          trainable_parameters=sizes, seconds=9.0, below=1.0,
                          pareto_parameters=False, pareto_seconds=False)  # fmt: skip
-    compared, nothing = (cells["mark"] != "no verdict").to_numpy(), np.zeros(len(rows))
+    compared = (cells["mark"] != "no verdict").to_numpy()
     values = {"best": 0 if compared.any() else None, "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432,
-              "repeats": 3.0, **comparison}  # fmt: skip
+              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05,
+              **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
         folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[],
         trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there", "seed": 0,
                              "seconds": 9.0}),
         environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
-        comparison=Comparison(compared, *[nothing] * 8, **values),
+        comparison=SimpleNamespace(compared=compared, **values),
         effects=Effects(), test=Interval(0.9536, NAN, 3, 0.9415, 0.9657), test_images=1719, warnings=[], problems=[],
     )  # fmt: skip
 
@@ -97,7 +98,8 @@ def test_the_verdict_on_a_search_of_one_seed_is_to_race_its_best_cells(tmp_path)
 )  # fmt: skip
 def test_what_is_good_enough(margin, below, seconds, comparison, end):
     got = summary(BEST, WORSE, sizes=[50_000.0, 12_345.0])
-    got.margin, got.comparison = margin, replace(got.comparison, **comparison)
+    got.margin = margin
+    vars(got.comparison).update(comparison)
     got.cells = got.cells.assign(below=below, seconds=seconds)
     assert got.verdict.endswith(end)
 
@@ -142,8 +144,9 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     found, takes = known.power()
     seeds = takes.split()[1]
     assert (found.split()[1], takes) == ("points", f"about {seeds} seeds per cell")
-    assert power(float(found.split()[0]) / 100, 0.00561, 2, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
-    assert power(0.005, 0.00561, 2, int(seeds)) >= 0.8 > power(0.005, 0.00561, 2, int(seeds) - 1)
+    power = Design(0.00561, 2).power
+    assert power(float(found.split()[0]) / 100, 3.0, 4) == pytest.approx(0.8, abs=2e-3)  # of 0.005 points
+    assert power(0.005, int(seeds)) >= 0.8 > power(0.005, int(seeds) - 1)
     assert f"a true difference of {found}" in known.power_text()
     assert f"80 % power; half a point would take {takes}." in known.power_text()
     assert known.errors_of_test() == TEST
@@ -151,6 +154,14 @@ def test_what_the_design_can_find_and_both_errors_of_the_test_figure():
     assert known.errors_of_test() == "± 1.00 from the 1,719 test images"
     assert summary(BEST, WORSE, sd=0.1).power()[1] == "more than 400 seeds per cell"
     assert (summary(ALONE).power(), summary(ALONE).power_text()) == (None, "")
+
+
+@pytest.mark.parametrize(("pictures", "takes"), [(0.0, "400 seeds per cell"), (0.01, "61,208 val pictures")])
+def test_the_page_says_what_it_takes_where_no_seeds_do(pictures, takes):
+    """By hand: 99 pictures, of whose part of 0.01 a hundredth is to be seen with 1.645 + 0.842 standard errors."""
+    known = summary(BEST, OPEN, sd=0.1, pictures=pictures)
+    known.command, known.pictures, known.margin = "python -m lora_vit.train sweep.name=x", 99, 0.01
+    assert f"1 cells are open. To show one to be within 1.00 points takes more than {takes}" in page(known)
 
 
 def page(known: Summary) -> str:
@@ -167,7 +178,7 @@ def test_the_most_important_figures():
         (takes, "detect half a point with 80 % power"),
         ("5 of 6", "trials completed, in 2 cells"),
     ]  # fmt: skip
-    known.test, known.comparison = known.test._replace(mean=NAN), replace(known.comparison, best=None)
+    known.test, known.comparison.best = known.test._replace(mean=NAN), None
     assert re.findall("<b>(.*?)</b>", page(known)) == ["90.00 %", "5 of 6"]
 
 
