@@ -68,7 +68,7 @@ def main_effects(
     y = (y[repeated] if repeated.sum() > 1 else y).dropna(axis=1, how="all")
     if y.shape[1] > MOST_SEEDS:
         return Effects(notes=[f"more than {MOST_SEEDS} seeds: no effects of settings"])
-    fit = fit_blocks(y.to_numpy(float))
+    fit = fit_blocks(y.to_numpy(float), overlap=0.0 if sums is None else sums.overlap)
     own, wide = _variances(fit, resolution) if fit.df > 0 else (np.ones(len(y)), np.ones(len(y)))
     pictures = None if sums is None else sums.of(list(y.index))
     rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings].astype(object)
@@ -136,9 +136,7 @@ def _factor(rows: pd.DataFrame, names: list[str], means: np.ndarray, own: np.nda
     return Factor(" and ".join(names), places, int(alike[np.where(near, mean, -np.inf).argmax()]), rows.index)
 
 
-def _differences(
-    factor: Factor, fit: Blocked, wide: np.ndarray, pictures: Pictures | None
-) -> list[tuple[object, ...]]:
+def _differences(factor: Factor, fit: Blocked, wide: np.ndarray, pictures: Pictures | None) -> list[tuple[object, ...]]:
     """Rows of the table: each level that was run at the chosen combination against the first one there."""
     first, *levels = factor.here.index
     a, b = factor.here[first], factor.here[levels].to_numpy()

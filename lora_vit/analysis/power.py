@@ -27,12 +27,12 @@ def power(
     and noncentrality ``difference / (sd sqrt(2 / seeds))``, by quadrature over the estimated sd. ``pictures``: their
     part of a difference's variance, taken as known; no number of seeds lowers it.
     """
-    if cells < 2 or seeds < 2:
+    df = (cells - 1) * (seeds - 1) if df is None else df
+    if cells < 2 or df < 1:
         return 0.0
     variance = 2 * sd**2 / seeds
     if variance + pictures == 0:
         return 1.0 if difference > 0 else 0.0
-    df = (cells - 1) * (seeds - 1) if df is None else df
     s, weights = chi_nodes(df)
     critical, known = tukey_critical(cells, df, alpha), tukey_critical(cells, MANY, alpha)
     half = np.sqrt((critical * s) ** 2 * variance + known**2 * pictures)
@@ -41,8 +41,8 @@ def power(
 
 def detectable(sd: float, cells: int, seeds: float, df: float, pictures: float = 0.0, alpha: float = ALPHA) -> float:
     """Smallest true difference that :func:`power` finds with 80 %; NaN below two seeds."""
-    if cells < 2 or seeds < 2 or not sd + pictures > 0:
-        return 0.0 if sd + pictures == 0 and cells > 1 and seeds > 1 else math.nan
+    if cells < 2 or df < 1 or not sd + pictures > 0:
+        return 0.0 if sd + pictures == 0 and cells > 1 and df > 0 else math.nan
     top = sd + math.sqrt(pictures)
     while power(top, sd, cells, seeds, df, pictures, alpha) < WANTED:
         top *= 2

@@ -45,8 +45,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
-    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values.
+def t_interval(values: np.ndarray, resolution: float = 0.0, overlap: float = 0.0) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values; ``overlap``: as in :func:`compare`, of values of splits.
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
     """
@@ -57,7 +57,8 @@ def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
+    error = max(sd, resolution / math.sqrt(12)) / math.sqrt(n / (1 + n * overlap))
+    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * error
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
@@ -68,13 +69,14 @@ def wilson(share: float, size: float) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 
-def share_interval(values: np.ndarray, resolution: float) -> Interval:
+def share_interval(values: np.ndarray, resolution: float, overlap: float = 0.0) -> Interval:
     """The interval of a fraction over seeds and ``1 / resolution`` pictures, within 0 and 1 and of some width at both.
 
     To either side the root of the sum of two squares: the t interval's width and Wilson's (Zou & Donner, 2008).
+    With ``overlap`` the values are of splits, whose spread has that of the pictures in it.
     """
-    mean, sd, n, low, high = t_interval(values, resolution)
-    if resolution and n > 1:
+    mean, sd, n, low, high = t_interval(values, resolution, overlap)
+    if resolution and n > 1 and not overlap:
         below, above = wilson(mean, 1 / resolution)
         low, high = mean - math.hypot(mean - low, mean - below), mean + math.hypot(high - mean, above - mean)
     return Interval(mean, sd, n, max(low, 0.0), min(high, 1.0)) if n > 1 else Interval(mean, sd, n, low, high)
@@ -84,7 +86,7 @@ def share_interval(values: np.ndarray, resolution: float) -> Interval:
 class Blocked:
     y: np.ndarray  # [m, S], NaN where missing
     means: np.ndarray  # [m] adjusted for the seeds each cell has; equal to the plain means in a complete design
-    counts: np.ndarray  # [m] seeds of each cell
+    counts: np.ndarray  # [m] seeds of each cell, or what its splits are worth (:mod:`.splits`)
     ss: np.ndarray  # [m] residual sum of squares of each cell
     dof: np.ndarray  # [m] its expectation in units of the error variance
     df: int
@@ -105,7 +107,7 @@ class Blocked:
         return variance
 
 
-def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
+def fit_blocks(y: np.ndarray, block: bool = True, overlap: float = 0.0) -> Blocked:
     """Fit cell means and seed effects by least squares to ``y`` [m, S] (NaN: no such trial; no row is empty).
 
     If cells and seeds are not connected (some cells share no seed with the others, directly or through others), the
@@ -128,7 +130,7 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     leverage = 1 / counts[:, None] + centred + np.einsum("ms,st,mt->m", shares, inverse, shares)[:, None]
     dof = np.where(there, 1 - leverage, 0.0).sum(1)
     df = int(there.sum()) - len(y) - (int(used.sum()) - 1 if blocked else 0)
-    return Blocked(y, means, counts, (residual**2).sum(1), dof, df, blocked, shares, inverse)
+    return Blocked(y, means, counts / (1 + overlap * counts), (residual**2).sum(1), dof, df, blocked, shares, inverse)
 
 
 def spread_statistic(ss: np.ndarray, dof: np.ndarray) -> np.ndarray:
@@ -269,6 +271,7 @@ class Comparison:
     seeds: int = 0
     repeats: float = math.nan  # seeds of a cell (harmonic mean)
     pictures: float = 0.0  # their part of the variance of a difference from the best, the median of the cells
+    overlap: float = 0.0  # n_val / n_train where the columns are splits; then pictures is what stays with many
     errors: "Errors | None" = None  # of all differences, for other families of claims
 
 
@@ -278,6 +281,7 @@ def compare(
     spreads: str = "auto",
     pictures: Pictures | None = None,
     alpha: float = ALPHA,
+    overlap: float = 0.0,
 ) -> Comparison:
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
@@ -285,7 +289,7 @@ def compare(
     / number of images), whose rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``:
     ``auto`` tests whether the cells spread equally and chooses the error; simulations, which know it, say ``equal``
     (pooled error) or ``unequal`` (wide error). ``pictures``: what the predictions say of the same cells; None: the
-    claims are about the pictures at hand.
+    claims are about the pictures at hand. ``overlap``: where the columns are splits, n_val / n_train (:mod:`.splits`).
     """
     m = len(y)
     keep = np.isfinite(y).sum(1) >= 2
@@ -295,10 +299,10 @@ def compare(
         blocks = bool(np.isfinite(part).any(0).sum() <= MOST_SEEDS)
         if not blocks:  # which seed a value comes from does not matter
             part = np.take_along_axis(part, np.argsort(~np.isfinite(part), axis=1, kind="stable"), axis=1)
-        fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
+        fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks, overlap)
     if fit is None or fit.df < 1:
         nan, no = np.full(m, np.nan), np.zeros(m, dtype=bool)
-        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan, alpha)
+        return Comparison(no, nan, nan, nan, nan, nan, no, no, nan, alpha, overlap=overlap)
 
     spread_p, level = spread_test(fit), equal_spread_level(fit)
     wide = spreads == "unequal" or (spreads == "auto" and (level > 1 or spread_p < level))
@@ -334,7 +338,8 @@ def compare(
         complete=bool(np.isfinite(fit.y).all()),
         seeds=fit.y.shape[1],
         repeats=float(k / (1 / fit.counts).sum()),
-        pictures=float(np.nanmedian(half_pictures) ** 2 / tukey_critical(k, MANY, alpha) ** 2 * 2),
+        pictures=2 * float(np.nanmedian(half_pictures / tukey_critical(k, MANY, alpha)) ** 2 + overlap * common),
+        overlap=overlap,
         errors=errors,
     )
 

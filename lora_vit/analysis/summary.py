@@ -120,7 +120,7 @@ class Summary:
         equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
         lines = [
-            f"{start}, {with_interval(best)} over {seeds(best['n'])}{equal}.",
+            f"{start}, {with_interval(best)} over {seeds(best['n'], c.overlap)}{equal}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
             f"for the best: {counts.get('candidate', 0)}.",
             self._good_enough(),
@@ -132,11 +132,11 @@ class Summary:
     def chosen(self) -> Path:
         """The folder of the trial to use: the best cell's first seed, since the best one of some seeds is luck."""
         of_best = self.trials[self.trials["cell"] == best_cell(self.cells)["cell"]]
-        return Path(of_best[of_best["status"] == "completed"].sort_values("seed")["folder"].iloc[0])
+        return Path(of_best[of_best["status"] == "completed"].sort_values(["seed", "trial"])["folder"].iloc[0])
 
     def _alone(self) -> str:
         cell = self.cells.iloc[0]
-        figure = f"{with_interval(cell)} ({seeds(cell['n'])})"
+        figure = f"{with_interval(cell)} ({seeds(cell['n'], self.comparison.overlap)})"
         return f"One cell, nothing to compare: {cell['label']} has val {self.title} {figure}."
 
     def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
@@ -162,7 +162,7 @@ class Summary:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
         c = self.comparison
         cells = int(c.compared.sum())
-        images = pictures_needed(difference, cells, c.pictures, self.pictures, within, c.alpha) if c.pictures else 0
+        images = pictures_needed(difference, cells, c.pictures, self.pictures, within, c.alpha) if self.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
         return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
@@ -173,7 +173,7 @@ class Summary:
         if c.best is None or self.race is not None:  # there results decided who got which seeds
             return None
         takes = self._takes(0.005, seeds_needed(0.005, c.sd, cells, c.pictures, c.alpha))
-        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures, c.alpha)
+        found = detectable(c.sd, cells, c.repeats, c.df, c.pictures * (not c.overlap), c.alpha)
         return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:
