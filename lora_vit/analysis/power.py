@@ -40,7 +40,7 @@ def power(
 
 
 def detectable(sd: float, cells: int, seeds: float, df: float, pictures: float = 0.0, alpha: float = ALPHA) -> float:
-    """Smallest true difference that :func:`power` finds with 80 %; NaN below two seeds."""
+    """Smallest true difference that :func:`power` finds with 80 %; NaN for one seed, which leaves no ``df``."""
     if cells < 2 or df < 1 or not sd + pictures > 0:
         return 0.0 if sd + pictures == 0 and cells > 1 and df > 0 else math.nan
     top = sd + math.sqrt(pictures)

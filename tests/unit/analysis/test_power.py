@@ -43,8 +43,10 @@ def test_power_at_its_ends(difference: float, sd: float, cells: int, seeds: int,
 def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: int) -> None:
     assert power(detectable(0.003, cells, seeds, df), 0.003, cells, seeds, df) == pytest.approx(0.8, abs=1e-5)
     assert detectable(0.0, cells, seeds, df) == 0
+    worth = detectable(0.003, cells, seeds / 100, df)  # of splits that overlap: less than two, yet there
+    assert worth == pytest.approx(10 * detectable(0.003, cells, seeds, df))
     for sd, few, many in ((0.003, 1, 4), (0.003, 3, 1), (0.0, 1, 3), (0.0, 3, 1), (math.nan, 3, 3)):
-        assert math.isnan(detectable(sd, few, many, df))
+        assert math.isnan(detectable(sd, few, many, df if many > 1 else 0))
 
 
 @pytest.fixture
