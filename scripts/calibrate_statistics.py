@@ -9,6 +9,7 @@
     python scripts/calibrate_statistics.py questions        # methods and ranks, each at its best, and P(best)
     python scripts/calibrate_statistics.py looks            # *worse* at any look at a sweep that grows
     python scripts/calibrate_statistics.py collapses        # cells that collapse in some of their seeds
+    python scripts/calibrate_statistics.py splits           # *worse* over repeated splits of one data set
     python scripts/calibrate_statistics.py race --runs 100  # seconds to a minute
 
 A simulated accuracy is ``0.88 + seed effect + error``, rounded to 1/images. The seed effect (sd 0.5 points) is shared
@@ -638,6 +639,38 @@ def print_collapses(runs: int, rng: np.random.Generator) -> None:
         sys.stdout.flush()
 
 
+def splits_of(classes: np.ndarray, parts: tuple[int, int], cells: int, design: tuple[int, int], rng: Any) -> np.ndarray:
+    """Accuracies [cells, splits] of real classifiers on one finite data set, each the mean over a split's seeds.
+
+    A picture of a class has features around its mean (``classes`` [C, 6], equal for all cells). A
+    cell sees features of its own, distributed alike, so that all are equal over data sets; it takes the nearest mean of
+    the training pictures, of which a seed leaves a fifth out. ``parts``: train and val pictures; as many as val's test.
+    """
+    (n, val), (splits, seeds) = parts, design
+    labels = rng.permutation(np.arange(n + 2 * val) % len(classes))
+    x = classes[labels] + rng.normal(size=(cells, len(labels), 6))
+    y, orders = np.zeros((cells, splits, seeds)), [rng.permutation(len(labels)) for _ in range(splits)]
+    for split, seed in np.ndindex(splits, seeds):
+        order = orders[split]
+        kept, seen = rng.permutation(order[:n])[: n * 4 // 5], order[n : n + val]
+        means = np.stack([x[:, kept[labels[kept] == c]].mean(1) for c in range(len(classes))], 1)
+        away = (means**2).sum(2)[:, None] - 2 * x[:, seen] @ means.transpose(0, 2, 1)
+        y[:, split, seed] = (away.argmin(2) == labels[seen]).mean(1)
+    return y.mean(2)
+
+
+def print_splits(runs: int, rng: np.random.Generator) -> None:
+    head("train", "val", "cells", "splits", "seeds", "'worse' errs %", "without the correction %")
+    classes = rng.normal(size=(8, 6)) * np.linspace(0.6, 2.0, 8)[:, None]  # from hard to easy
+    parts = (800, 100), (400, 100), (160, 320)
+    for (n, val), m, s, k in itertools.product(parts, (2, 8), (3, 5, 10), (1, 2)):
+        errs = np.zeros(2)
+        for _ in range(runs):
+            y = splits_of(classes, (n, val), m, (s, k), rng)
+            errs += [compare(y, 1 / val, overlap=overlap).worse.any() for overlap in (val / n, 0.0)]
+        line(n, val, m, s, k, *(errs / runs))
+
+
 MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "marks": (print_marks, 4000),
     "race": (print_race, 2000),
@@ -648,6 +681,7 @@ MODES: dict[str, tuple[Callable[[int, np.random.Generator], None], int]] = {
     "questions": (print_questions, 300),
     "looks": (print_looks, 2000),
     "collapses": (print_collapses, 600),
+    "splits": (print_splits, 1000),
 }
 
 

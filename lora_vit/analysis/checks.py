@@ -31,7 +31,7 @@ def refuse(trials: pd.DataFrame) -> None:
     for column in VAL_SET:
         null = None if column in FACTS else "null"  # of a fact that is not known nothing is counted
         counts = counted[column].map(lambda v, null=null: null if pd.isna(v) else v).value_counts()
-        if len(counts) > 1:
+        if len(counts) > 1 and not (column == "data.split_seed" and "split" in counted):
             told = ", ".join(f"{value_text(v)}: {n} trials" for v, n in counts.items())
             usual = counts.drop("null", errors="ignore").index[0]  # no condition can name null
             quoted = f"'{usual}'" if isinstance(usual, str) else value_text(usual)
@@ -88,7 +88,7 @@ def warnings(
         yield f"{cuts} cells were cut from a higher rank, not trained at theirs: they rise and fall with its seeds."
     for column, what in _SAME.items():
         counts = done[column].value_counts().sort_index().sort_values(ascending=False, kind="stable")
-        if len(counts) > 1:
+        if len(counts) > 1 and not (column == "data.fingerprint" and "split" in done):
             shown = ", ".join(f"{value_text(v)[:60]} ({n})" for v, n in counts.head(3).items())
             more = f" and {len(counts) - 3} more" if len(counts) > 3 else ""
             yield f"The trials have different {what}: {shown}{more}."

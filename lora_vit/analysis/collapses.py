@@ -53,11 +53,11 @@ def collapsed(y: np.ndarray, resolution: float = 0.0) -> np.ndarray:
 
 def named(values: pd.DataFrame, resolution: float) -> dict[str, str]:
     """The cells of a table (rows; seeds are columns) that have collapsed, each with a text of how often and where."""
-    y, found = values.to_numpy(float), dict[str, str]()
+    y, by, found = values.to_numpy(float), values.columns.name, dict[str, str]()
     for i, fell in enumerate(collapsed(y, resolution)):
         if fell.any():
-            seeds = ", ".join(f"seed {values.columns[s]}: {number(y[i, s])}" for s in np.flatnonzero(fell)[:3])
+            places = ", ".join(f"{by} {values.columns[s]}: {number(y[i, s])}" for s in np.flatnonzero(fell)[:3])
             others = y[i][np.isfinite(y[i]) & ~fell]
-            often = f"{fell.sum()} of {fell.sum() + len(others)} seeds"
-            found[str(values.index[i])] = f"in {often} ({seeds}; others from {number(others.min())})"
+            often = f"{fell.sum()} of {fell.sum() + len(others)} {by}s"
+            found[str(values.index[i])] = f"in {often} ({places}; others from {number(others.min())})"
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_vit.analysis import checks, collapses, tables
+from lora_vit.analysis import checks, collapses, splits, tables
 from lora_vit.analysis.effects import main_effects
 from lora_vit.analysis.load import Loaded, load_trials
 from lora_vit.analysis.pictures import Sums
@@ -45,11 +45,12 @@ def summarize(
     loaded = load_trials(listed)
     plan, metric = _looked_at(loaded, len(listed), where, metric)
     value = f"val_{metric}"
-    checks.refuse(loaded.trials)
-    trials, settings = tables.named(loaded.trials)
+    together, overlap, repeated = splits.grouped(loaded.trials) if plan is None else (loaded.trials, 0.0, [])
+    checks.refuse(together)
+    trials, settings = tables.named(together)
     averaged = trials[tables.averaged(trials, value)]
     first = averaged if plan is None else first_seeds(plan, averaged)
-    sums, raced = Sums(metric), first["cell"].isin([] if plan is None else plan["cells"])
+    sums, raced = Sums(metric, overlap), first["cell"].isin([] if plan is None else plan["cells"])
     sums.add_all(first[raced])
     race = None if plan is None else replay(plan, trials, value, sums)
     sums.add_all(first[~raced])  # only now: its workers do not know them
@@ -72,7 +73,7 @@ def summarize(
     looks = [look for of_sweep in loaded.plans.values() for look in of_sweep["looks"]]
     commands = [c for of_sweep in loaded.plans.values() if isinstance(c := of_sweep.get("command"), str)]
     alpha = ALPHA / (1 + len(looks)) ** 3  # so all looks together err in 5 % (1 + 1/8 + 1/27 + ...) = 6 % at most
-    result = compare(compared, resolution, pictures=pictures, alpha=alpha)
+    result = compare(compared, resolution, pictures=pictures, alpha=alpha, overlap=overlap)
     cells = tables.cells_table(done, values, result, settings, resolution)
     if race is not None:
         margin = race.rules.margin if margin is None else margin
@@ -88,8 +89,8 @@ def summarize(
     short = short_names(tables.factors(adapted, settings))
     effects = main_effects(adapted.rename(columns=short), list(short.values()), value, resolution, sums)
     tested = int(np.nan_to_num(done["data.test"].astype(float).min()))
-    step, figures = 1 / tested if tested else 0.0, done.groupby("cell")[f"test_{metric}"]
-    of_test = {cell: t_interval(x.to_numpy(float), step) for cell, x in figures}
+    step, figures = 1 / tested if tested else 0.0, tables.matrix(done, f"test_{metric}").reindex(values.index)
+    of_test = {cell: t_interval(x.to_numpy(float), step, overlap) for cell, x in figures.iterrows()}
     asked, chosen = answers(done, values.index, result, settings, margin), tables.best_cell(cells)["cell"]
     if race is None and "method" in asked:  # a race chooses one cell, if any
         asked["method"]["test"] = asked["method"]["cell"].map(of_test)
@@ -109,6 +110,7 @@ def summarize(
         test_images=tested,
         environment=checks.environment(done),
         warnings=[
+            *repeated,
             *checks.looked(looks, result.alpha),
             *checks.collapsed(cells, unstable),
             *checks.warnings(done, cells, result, edges, unfinished),

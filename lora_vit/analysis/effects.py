@@ -68,7 +68,7 @@ def main_effects(
     y = (y[repeated] if repeated.sum() > 1 else y).dropna(axis=1, how="all")
     if y.shape[1] > MOST_SEEDS:
         return Effects(notes=[f"more than {MOST_SEEDS} seeds: no effects of settings"])
-    fit = fit_blocks(y.to_numpy(float))
+    fit = fit_blocks(y.to_numpy(float), overlap=0.0 if sums is None else sums.overlap)
     own, wide = _variances(fit, resolution) if fit.df > 0 else (np.ones(len(y)), np.ones(len(y)))
     pictures = None if sums is None else sums.of(list(y.index))
     rows = frame.drop_duplicates("cell").set_index("cell").loc[y.index, settings].astype(object)

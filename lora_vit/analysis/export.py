@@ -75,7 +75,7 @@ def readable(summary: Summary, wide: bool = True) -> pd.DataFrame:
         (f"within {plain(summary.margin or 0)}", "within", lambda within: "yes" if within else ""),
         ("vs best", "behind", signed),
         *[("interval of it", "difference_low difference_high", signed)] * (wide and fixed),
-        ("seeds ±", "difference_seeds", plain),
+        *[("seeds ±", "difference_seeds", plain)] * (not summary.comparison.overlap),
         *[("pictures ±", "difference_pictures", plain)] * bool(summary.pictures),
         ("P(best)", "p_best", lambda p: f"{p:.2f}" if p == p else NONE),
         ("parameters", "trainable_parameters", count),

@@ -69,8 +69,9 @@ def each_adds(metric: Metric, val: Any) -> np.ndarray:
 class Sums:
     """Sums over seeds of what each val picture adds to a metric: the predictions of each trial are read once."""
 
-    def __init__(self, metric: str):
+    def __init__(self, metric: str, overlap: float = 0.0):
         self.metric = METRICS[metric]
+        self.overlap = overlap  # of repeated splits (:mod:`.splits`): each has other pictures, and none are read
         self.step = 0.0  # of the metric: one picture of the smallest class; 0: not known
         self.without: list[tuple[str, str]] = []  # of a trial without predictions: its cell, and why
         self._labels: Any = None
@@ -81,8 +82,8 @@ class Sums:
 
     def add_all(self, trials: Any) -> None:
         """Count the trials of a table with their ``cell``, ``seed`` and ``folder``."""
-        for cell, seed, folder in zip(trials["cell"], trials["seed"], trials["folder"], strict=True):
-            self.add(cell, seed, Path(folder))
+        for row in () if self.overlap else zip(trials["cell"], trials["seed"], trials["folder"], strict=True):
+            self.add(*row[:2], Path(row[2]))
 
     def add(self, cell: str, seed: int, folder: Path) -> None:
         """Count a trial that has ended; where it has no usable predictions, note why."""

@@ -31,20 +31,19 @@ class Design:
         ``P(T > q / sqrt(2))``, T noncentral t with ``df`` (default ``(cells - 1)(seeds - 1)``) degrees of freedom
         and noncentrality ``difference / (sd sqrt(2 / seeds))``, by quadrature over the estimated sd.
         """
-        variance = 2 * self.sd**2 / seeds
-        if self.cells < 2 or seeds < 2 or variance + self.pictures == 0:
-            return float(self.cells > 1 and seeds > 1 and difference > 0)
-        df = (self.cells - 1) * (seeds - 1) if df is None else df
+        variance, df = 2 * self.sd**2 / seeds, (self.cells - 1) * (seeds - 1) if df is None else df
+        if self.cells < 2 or df < 1 or variance + self.pictures == 0:
+            return float(self.cells > 1 and df > 0 and difference > 0)
         s, weights = chi_nodes(df)
         critical, known = (tukey_critical(self.cells, freedom, self.alpha) for freedom in (df, MANY))
         half = np.sqrt((critical * s) ** 2 * variance + known**2 * self.pictures)
         return float(weights @ special.ndtr((difference - half / math.sqrt(2)) / math.sqrt(variance + self.pictures)))
 
     def detectable(self, seeds: float, df: float) -> float:
-        """Smallest true difference that is found with 80 %; NaN below two seeds."""
+        """Smallest true difference that is found with 80 %; NaN for one seed, which leaves no ``df``."""
         top = self.sd + math.sqrt(self.pictures)
-        if self.cells < 2 or seeds < 2 or not top > 0:
-            return 0.0 if top == 0 and self.cells > 1 and seeds > 1 else math.nan
+        if self.cells < 2 or df < 1 or not top > 0:
+            return 0.0 if top == 0 and self.cells > 1 and df > 0 else math.nan
         while self.power(top, seeds, df) < WANTED:
             top *= 2
         return float(optimize.brentq(lambda x: self.power(x, seeds, df) - WANTED, 0.0, top, rtol=1e-6))

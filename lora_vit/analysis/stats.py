@@ -44,8 +44,8 @@ class Interval(NamedTuple):
     high: float
 
 
-def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
-    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values.
+def t_interval(values: np.ndarray, resolution: float = 0.0, overlap: float = 0.0) -> Interval:
+    """``mean +- t(n-1) * sd / sqrt(n)`` of the finite values; ``overlap``: as in :func:`compare`, of values of splits.
 
     For the interval, sd is at least ``resolution / sqrt(12)``, the rounding error of an accuracy that counts images.
     """
@@ -56,7 +56,8 @@ def t_interval(values: np.ndarray, resolution: float = 0.0) -> Interval:
     if n < 2:
         return Interval(mean, math.nan, n, math.nan, math.nan)
     sd = float(x.std(ddof=1))
-    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * max(sd, resolution / math.sqrt(12)) / math.sqrt(n)
+    error = max(sd, resolution / math.sqrt(12)) / math.sqrt(n / (1 + n * overlap))
+    half = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * error
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
@@ -67,13 +68,14 @@ def wilson(share: float, size: float) -> tuple[float, float]:
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 
-def share_interval(values: np.ndarray, resolution: float) -> Interval:
+def share_interval(values: np.ndarray, resolution: float, overlap: float = 0.0) -> Interval:
     """The interval of a fraction over seeds and ``1 / resolution`` pictures, within 0 and 1 and of some width at both.
 
     To either side the root of the sum of two squares: the t interval's width and Wilson's (Zou & Donner, 2008).
+    With ``overlap`` the values are of splits, whose spread has that of the pictures in it.
     """
-    mean, sd, n, low, high = t_interval(values, resolution)
-    if resolution and n > 1:
+    mean, sd, n, low, high = t_interval(values, resolution, overlap)
+    if resolution and n > 1 and not overlap:
         below, above = wilson(mean, 1 / resolution)
         low, high = mean - math.hypot(mean - low, mean - below), mean + math.hypot(high - mean, above - mean)
     return Interval(mean, sd, n, max(low, 0.0), min(high, 1.0)) if n > 1 else Interval(mean, sd, n, low, high)
@@ -83,13 +85,14 @@ def share_interval(values: np.ndarray, resolution: float) -> Interval:
 class Blocked:
     y: np.ndarray  # [m, S], NaN where missing
     means: np.ndarray  # [m] adjusted for the seeds each cell has; equal to the plain means in a complete design
-    counts: np.ndarray  # [m] seeds of each cell
+    counts: np.ndarray  # [m] seeds of each cell, or what its splits are worth (:mod:`.splits`)
     ss: np.ndarray  # [m] residual sum of squares of each cell
     dof: np.ndarray  # [m] its expectation in units of the error variance
     df: int
     blocked: bool
     shares: np.ndarray  # [m, S] weight of each seed in the cell's plain mean
     inverse: np.ndarray  # [S, S] covariance of the seed effects in units of the error variance
+    overlap: float = 0.0  # n_val / n_train where the columns are splits
 
     @property
     def mse(self) -> float:
@@ -104,7 +107,7 @@ class Blocked:
         return variance
 
 
-def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
+def fit_blocks(y: np.ndarray, block: bool = True, overlap: float = 0.0) -> Blocked:
     """Fit cell means and seed effects by least squares to ``y`` [m, S] (NaN: no such trial; no row is empty).
 
     If cells and seeds are not connected (some cells share no seed with the others, directly or through others), the
@@ -122,7 +125,7 @@ def fit_blocks(y: np.ndarray, block: bool = True) -> Blocked:
     leverage = 1 / counts[:, None] + centred + np.einsum("ms,st,mt->m", shares, inverse, shares)[:, None]
     dof = np.where(there, 1 - leverage, 0.0).sum(1)
     df = int(there.sum()) - len(y) - (int(used.sum()) - 1 if blocked else 0)
-    return Blocked(y, means, counts, ss, dof, df, blocked, shares, inverse)
+    return Blocked(y, means, counts / (1 + overlap * counts), ss, dof, df, blocked, shares, inverse, overlap)
 
 
 def _fitted(y: np.ndarray, there: np.ndarray, shares: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -266,15 +269,17 @@ class Comparison:
         self.best = int(np.flatnonzero(keep)[np.argmax(fit.means)]) if several else None
         self.sd, self.pooled_sd, self.df = math.sqrt(self.variance), math.sqrt(max(fit.mse, 0.0)), fit.df
         self.blocked, self.complete = not several or fit.blocked, not several or bool(np.isfinite(fit.y).all())
-        self.seeds, self.repeats = fit.y.shape[1], math.nan  # of a cell (harmonic mean)
-        self.pictures = 0.0  # their part of the variance of a difference from the best, the median of the cells
+        self.seeds, self.repeats, self.overlap = fit.y.shape[1], math.nan, fit.overlap  # repeats: harmonic mean
+        # their part of the variance of a difference from the best, the median of the cells; of splits what stays
+        self.pictures = 0.0
         if not several:
             return
         self.repeats = float(k / (1 / fit.counts).sum())
         best = every[[np.argmax(fit.means)]]
         halves = self.halves(best, every, tukey_critical, k)[:, 0] / math.sqrt(2)
         halves[:, best] = np.nan
-        self.pictures = float(np.nanmedian(halves[1]) ** 2 / tukey_critical(k, MANY, self.alpha) ** 2 * 2)
+        known = np.nanmedian(halves[1]) / tukey_critical(k, MANY, self.alpha)
+        self.pictures = 2 * float(known**2 + fit.overlap * self.variance)
         self.candidate[keep], self.below[keep] = self._against_others()
         of_all[:5, keep] = fit.means, fit.means.max() - fit.means, *halves, np.hypot(*halves)
         self.worse[keep] = (self.difference > self.half)[keep]
@@ -313,20 +318,22 @@ class Comparison:
 
 
 def compare(
-    y: np.ndarray, resolution: float = 0, spreads: str = "auto", pictures: Pictures | None = None, alpha: float = ALPHA
-) -> Comparison:
+    y: np.ndarray, resolution: float = 0, spreads: str = "auto", pictures: Pictures | None = None,
+    alpha: float = ALPHA, overlap: float = 0.0,
+) -> Comparison:  # fmt: skip
     """Compare m cells with the best of them (higher is better); cells with fewer than two seeds take no part.
 
     ``y`` [m, S] has a column per seed. ``resolution``: smallest step of the metric (1 / number of images), whose
     rounding variance ``resolution**2 / 12`` is the least error variance used. ``spreads``: ``auto`` tests whether the
     cells spread equally and chooses the error; simulations, which know it, say ``equal`` (pooled error) or ``unequal``
     (wide error). ``pictures``: what the predictions say of the same cells; None: claims are about the ones at hand.
+    ``overlap``: where the columns are splits, n_val / n_train (:mod:`.splits`).
     """
     keep = np.isfinite(y).sum(1) >= 2
     blocks = bool(np.isfinite(y[keep]).any(0).sum() <= MOST_SEEDS)
     # of no blocks it does not matter which seed a value comes from
     part = y[keep] if blocks else np.take_along_axis(y[keep], np.argsort(~np.isfinite(y[keep]), axis=1), axis=1)
-    fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks)
+    fit = fit_blocks(part[:, np.isfinite(part).any(0)], blocks, overlap)
     if len(part) < 2 or fit.df < 1:
         return Comparison(np.zeros(len(y), dtype=bool), fit, math.nan, False, math.nan, None, alpha)
     spread_p, level = spread_test(fit), equal_spread_level(fit)

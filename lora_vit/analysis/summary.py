@@ -5,7 +5,7 @@ In a race results decided which cells got more seeds, so that its marks are the 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Summary:
         equal = f", and so has {' and '.join(ties.head(3))}{' ...' * (len(ties) > 3)}" * bool(len(ties))
         counts, others = cells["mark"].value_counts(), int(c.compared.sum()) - 1
         lines = [
-            f"{start}, {with_interval(best)} over {seeds(best['n'])}{equal}.",
+            f"{start}, {with_interval(best)} over {seeds(best['n'], c.overlap)}{equal}.",
             f"Shown to be worse: {counts.get('worse', 0)} of {others} other cell{'s' * (others > 1)}; still candidates "
             f"for the best: {counts.get('candidate', 0)}.",
             self._good_enough(),
@@ -132,11 +132,11 @@ class Summary:
     def chosen(self) -> Path:
         """The folder of the trial to use: the best cell's first seed, since the best one of some seeds is luck."""
         of_best = self.trials[self.trials["cell"] == best_cell(self.cells)["cell"]]
-        return Path(of_best[of_best["status"] == "completed"].sort_values("seed")["folder"].iloc[0])
+        return Path(of_best[of_best["status"] == "completed"].sort_values(["seed", "trial"])["folder"].iloc[0])
 
     def _alone(self) -> str:
         cell = self.cells.iloc[0]
-        figure = f"{with_interval(cell)} ({seeds(cell['n'])})"
+        figure = f"{with_interval(cell)} ({seeds(cell['n'], self.comparison.overlap)})"
         return f"One cell, nothing to compare: {cell['label']} has val {self.title} {figure}."
 
     def _good_enough(self, selected: pd.Series | None = None, seen: str = "") -> str:
@@ -160,7 +160,7 @@ class Summary:
 
     def takes(self, difference: float, seeds: int | None, within: bool = False) -> str:
         """What shows such a difference: seeds, or where no number of them does, pictures."""
-        images = self.design.pictures_needed(difference, self.pictures, within) if self.design.pictures else 0
+        images = self.design.pictures_needed(difference, self.pictures, within) if self.pictures else 0
         if images > self.pictures:
             return f"more than {images:,} val pictures in place of the {self.pictures:,}"
         return f"about {seeds} seeds per cell" if seeds else f"more than {MOST_SEEDS} seeds per cell"
@@ -174,8 +174,10 @@ class Summary:
         """The true difference that is detected with 80 % power, and what detects half a point."""
         if self.comparison.best is None or self.race is not None:  # there results decided who got which seeds
             return None
-        found = self.design.detectable(self.comparison.repeats, self.comparison.df)
-        takes = self.takes(0.005, self.design.seeds_needed(0.005))
+        design, c = self.design, self.comparison
+        takes = self.takes(0.005, design.seeds_needed(0.005))
+        of_splits = replace(design, pictures=0.0) if c.overlap else design  # the overlap is in what they are worth
+        found = of_splits.detectable(c.repeats, c.df)
         return points(found) if found < 1 else "more than 100 points", takes
 
     def power_text(self) -> str:

@@ -19,7 +19,8 @@ FACTS = ("data.fingerprint", "data.classes", "data.train", "data.val", "data.tes
 
 def named(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The trials with their cell's name as ``label``, and the settings that vary among them."""
-    columns = [c for c in trials.columns if "." in c and c.split(".")[0] in SECTIONS and c not in FACTS]
+    left_out = (*FACTS, *["data.split_seed"] * ("split" in trials))
+    columns = [c for c in trials.columns if "." in c and c.split(".")[0] in SECTIONS and c not in left_out]
     cells = trials.drop_duplicates("cell").set_index("cell")
     apart = ["sweep"] * bool(cells["sweep"].nunique() > 1 and cells.index.str.contains("@").any())
     rows: dict[Any, Any] = cells[[*columns, *apart]].to_dict("index")
@@ -47,8 +48,8 @@ def factors(adapted: pd.DataFrame, settings: list[str]) -> list[str]:
 
 
 def matrix(done: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:
-    """A figure by cell id (rows) and seed (columns), NaN where there is no trial."""
-    return done.pivot_table(index="cell", columns="seed", values=value, aggfunc="last")
+    """A figure by cell id (rows) and seed (columns; or split, its mean), NaN where there is no trial."""
+    return done.pivot_table(index="cell", columns="split" if "split" in done else "seed", values=value, aggfunc="mean")
 
 
 def cells_table(
@@ -66,7 +67,7 @@ def cells_table(
     if (sweeps := done.groupby("cell")["sweep"].agg(lambda names: ", ".join(sorted({*names})))).nunique() > 1:
         frame["sweep"] = sweeps[values.index].to_numpy()
     y, own = values.to_numpy(float), ["n", "mean", "sd", "low", "high"]
-    frame[own] = pd.DataFrame([share_interval(row, resolution) for row in y])[own]
+    frame[own] = pd.DataFrame([share_interval(row, resolution, result.overlap) for row in y])[own]
     if result.blocked and not result.complete:  # all pictures and tables show one mean
         fit, ends = result.fit, ["mean", "low", "high"]
         moved = frame.loc[result.compared, ends] + (fit.means - np.nanmean(fit.y, axis=1))[:, None]
@@ -88,7 +89,8 @@ def cells_table(
         losses = matrix(done, f"val_{name}").reindex(values.index)
         frame[f"val_{name}"] = losses.mean(axis=1).to_numpy()
         if result.best is not None:
-            paired = pd.DataFrame([t_interval(row) for row in (losses - losses.iloc[result.best]).to_numpy(float)])
+            apart = (losses - losses.iloc[result.best]).to_numpy(float)
+            paired = pd.DataFrame([t_interval(row, 0.0, result.overlap) for row in apart])
             paired.loc[result.best] = math.nan
             frame[[f"d_{name}", f"d_{name}_low", f"d_{name}_high"]] = paired[["mean", "low", "high"]]
     costs = ["trainable_parameters", *(c for c in COSTS if c != "pack_size")]
@@ -115,7 +117,7 @@ def pareto_front(score: np.ndarray, cost: np.ndarray) -> np.ndarray:
 def trials_table(trials: pd.DataFrame, settings: list[str], value: str = "val_accuracy") -> pd.DataFrame:
     """One row per trial, best first: what varies, status, metrics, costs. No test figures: cells are chosen on val."""
     shown = dict.fromkeys([*settings, *["sweep"] * (trials["sweep"].nunique() > 1), *_scaling_shown(trials, settings)])
-    columns = ["trial", "cell", "label", *shown, "seed", "status", "epoch"]
+    columns = ["trial", "cell", "label", *shown, *["split"] * ("split" in trials), "seed", "status", "epoch"]
     known = [name for name in FIGURES if name.startswith("val") and trials[name].notna().any()]
     columns += dict.fromkeys((value, "val_accuracy", "val_loss", "train_loss", *known))
     columns += ["trainable_parameters", *COSTS, "error", "folder"]

@@ -52,8 +52,8 @@ def loss(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if math.isfinite(value) else NONE
 
 
-def seeds(value: float) -> str:
-    return f"{int(value)} seeds" if value > 1 else "one seed"
+def seeds(value: float, of_splits: float = 0.0) -> str:
+    return f"{int(value)} {'splits' if of_splits else 'seeds'}" if value > 1 else "one seed"
 
 
 def with_interval(cell: pd.Series) -> str:

@@ -44,8 +44,10 @@ def test_the_detectable_difference_inverts_power(cells: int, seeds: float, df: i
     design = Design(0.003, cells)
     assert design.power(design.detectable(seeds, df), seeds, df) == pytest.approx(0.8, abs=1e-5)
     assert Design(0.0, cells).detectable(seeds, df) == 0
+    worth = design.detectable(seeds / 100, df)  # of splits that overlap: less than two, yet there
+    assert worth == pytest.approx(10 * design.detectable(seeds, df))
     for sd, few, many in ((0.003, 1, 4), (0.003, 3, 1), (0.0, 1, 3), (0.0, 3, 1), (math.nan, 3, 3)):
-        assert math.isnan(Design(sd, few).detectable(many, df))
+        assert math.isnan(Design(sd, few).detectable(many, df if many > 1 else 0))
 
 
 @pytest.fixture
