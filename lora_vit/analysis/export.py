@@ -229,10 +229,8 @@ def inline_svg(data: bytes, name: str) -> Markup:
 
 def notebook(summary: Summary) -> str:
     """What a notebook shows: verdict, warnings, cells and the first picture, as HTML that changes nothing around it."""
-    template = Path(__file__).with_name("report.notebook.j2").read_text(encoding="utf-8")
-    cells, picture = brief(summary), next(iter(summary.figures.values()))._repr_png_()
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
-    return page.render(summary=summary, cells=cells, right=numeric(cells), picture=base64.b64encode(picture).decode())
+    cells, picture = brief(summary), next((figure._repr_png_() for figure in summary.figures.values()), b"")
+    return page("notebook", summary=summary, cells=cells, right=numeric(cells), picture=base64.b64encode(picture).decode())
 
 
 def again(summary: Summary, *settings: str) -> str:
@@ -258,25 +256,17 @@ def confusion(folder: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: str = "") -> str:
+def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: Any = None) -> str:
     """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again; ``live``: of a server."""
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    pages.filters.update(number=number, plain=plain, points=points, duration=duration, value=value_text)
-    pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
-        METHODS.get(v, str(v)) if of.name == METHOD else value_text(v)
-        for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
-    )
-    pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
     names = ", ".join(Path(f).name or f for f in summary.folders)
-    trials, asked, chosen = summary.trials, None, summary.chosen
+    asked, chosen = None, summary.chosen
     with contextlib.suppress(OSError, RecordError):
         asked = read_record(chosen)
     cells, few = readable(summary), readable(summary, wide=False)
     if "cell" not in cells:
         cells.insert(1, "cell", summary.cells["label"])
-    return pages.get_template("report.html.j2").render(
+    return page(
+        "html",
         title=names + (f", where {summary.where}" if summary.where else ""),
         summary=summary,
         live=live,
@@ -290,7 +280,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         sections=sections(summary),
         pictures={name: inline_svg(data, name) for name, data in pictures.items()},
         trials=as_text(
-            trials,
+            summary.trials,
             *("trial", ("cell", "label", str), "seed", "status", "epoch"),
             (f"val {summary.title} %", f"val_{summary.metric}", plain),
             ("val loss", "val_loss", loss),
@@ -305,3 +295,17 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         again=functools.partial(again, summary),
         command=command,
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """``report.TEMPLATE.j2`` with these values."""
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    pages.filters.update(number=number, plain=plain, points=points, duration=duration, value=value_text)
+    pages.filters["tried"] = lambda of: ", ".join(  # the values of a setting
+        METHODS.get(v, str(v)) if of.name == METHOD else value_text(v)
+        for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
+    )
+    pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
+    return pages.get_template(f"report.{template}.j2").render(**values)

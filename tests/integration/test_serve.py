@@ -17,7 +17,7 @@ from sweeps import leave_record, seed_trials, sweep_of
 from lora_vit.errors import ConfigError
 from lora_vit.sweep import __main__ as command
 from lora_vit.sweep import worker
-from lora_vit.sweep.serve import Page
+from lora_vit.sweep.serve import Pages
 
 
 def ask(url: str, **headers: str) -> str:
@@ -66,12 +66,12 @@ def complete(sweep, trial, value=0.5, **fields):
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_vit.sweep.serve.SHARE", 1e9)  # no wait
-    monkeypatch.setattr("lora_vit.sweep.serve.draw_all", lambda summary: {})
-    return Page(sweep_of(tmp_path / "s", seed_trials(3)).folder)
+    monkeypatch.setattr("lora_vit.sweep.serve.REST", 0)  # no wait
+    monkeypatch.setattr("lora_vit.analysis.plots.draw_all", lambda summary: {})
+    return Pages(sweep_of(tmp_path / "s", seed_trials(3)).folder)
 
 
-def test_a_page_that_cannot_be_made_anew_stays_with_a_line(page):
+def test_trials_that_cannot_be_compared_are_listed_with_why(page):
     first, second, third = page.sweep.trials.values()
     complete(page.sweep, first)
     leave_record(page.sweep, second, "failed", error={"message": "no <memory>"})
@@ -80,8 +80,8 @@ def test_a_page_that_cannot_be_made_anew_stays_with_a_line(page):
     assert page.newest() is made, "nothing has changed"
     complete(page.sweep, third, 0.6, data={"fingerprint": "g", "val": 100})  # must not be compared
     assert "fingerprint" in line_of(kept := page.newest())
-    assert line_of(kept).startswith("All 3 trials have ended; read at TIME; not in this page yet: error: ")
-    assert "50.00 %" in kept
+    assert line_of(kept).startswith("All 3 trials have ended; read at TIME; not compared: error: ")
+    assert re.findall(r">(\d+\.\d+)%<", kept) == ["60.00", "50.00"]
     complete(page.sweep, third, 0.6)
     assert "55.00 %" in page.newest(), "the mean of two seeds"
     (page.sweep.folder_of(third) / "record.json").write_text("{")
@@ -95,7 +95,7 @@ def test_failed_trials_alone_are_listed_with_why(page):
 
 
 def test_a_search_and_a_race_end_with_what_they_want(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_vit.sweep.serve.draw_all", lambda summary: {})
+    monkeypatch.setattr("lora_vit.analysis.plots.draw_all", lambda summary: {})
     trials = seed_trials(2)
     race = {"margin": 1.0, "first_seeds": 3, "most_seeds": 6, "seed": 0, "cells": [trials[0].cell_id]}
     for name, plan, line in (("a", {"search": {"trials": 5}}, "2 of 5 trials"), ("b", {"race": race}, "2 of 2 trials")):
@@ -104,7 +104,7 @@ def test_a_search_and_a_race_end_with_what_they_want(tmp_path, monkeypatch):
             planned.update(plan)
         for trial in trials:
             complete(sweep, trial)
-        assert line_of(Page(sweep.folder).newest()) == f"{line}; refreshed TIME"
+        assert line_of(Pages(sweep.folder).newest()) == f"{line}; refreshed TIME"
 
 
 @pytest.mark.parametrize(
