@@ -20,7 +20,6 @@ from markupsafe import Markup
 from markupsafe import escape as escape_html
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lora_vit.analysis.power import seeds_needed, seeds_within
 from lora_vit.analysis.summary import Summary
@@ -30,14 +29,15 @@ from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
 from lora_vit.records import PREDICTIONS, read_record
-from lora_vit.terminal import from_here
+from lora_vit.terminal import from_here, is_numeric, print_table
 
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
+MOST_PROBLEMS = 20  # on the terminal
 LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
 """Columns of the cells table that a narrow terminal does without, the first first."""
-NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "vs linear probe", "vs full fine-tuning", "seconds"]
+NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "P(best)", "seconds"]
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 
@@ -119,8 +119,7 @@ def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
 
 
 def numeric(table: pd.DataFrame) -> list[bool]:
-    """Which columns of text hold numbers, and stand on the right."""
-    return [all(str(v)[:1] in "+-–0123456789" for v in table[c]) for c in table.columns]
+    return [is_numeric(table[c]) for c in table]
 
 
 def _in_one_line(text: object) -> str:
@@ -185,37 +184,20 @@ def table_tex(summary: Summary) -> str:
 
 
 def terminal(summary: Summary, console: Console, top: int) -> None:
-    """Print the tables, at most ``top`` rows each, without columns that find no room; no number or word is broken."""
+    """Print the tables, at most ``top`` rows each, what was wrong on reading, warnings and the verdict."""
     many = "s" * (len(summary.cells) > 1)
     cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
-    for title, whole, notes in [cells, *sections(summary)]:
-        table = whole.head(top)
-        columns = dict(zip(table.columns, numeric(table), strict=True))
-        widths = {}
-        for c, right in columns.items():
-            unbroken = table[c] if right else " ".join(table[c]).split()
-            widths[c] = max(map(len, [*c.split(), *unbroken]))
-        room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
-        for c in LEAST_NEEDED:
-            if room < 0 and c in widths:
-                room += widths.pop(c) + 2
-        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for c, least in widths.items():
-            more = min(max(map(len, [c, *table[c]])) - least, max(room, 0))
-            side: Any = "right" if columns[c] else "left"
-            grid.add_column(escape(c), justify=side, overflow="fold", width=None if room < 0 else least + more)
-            room -= more
-        for row in table[list(widths)].itertuples(index=False):
-            grid.add_row(*map(escape, row))
-        if len(table):
-            console.print(grid)
-        if len(whole) > top:
-            console.print(f"... {len(whole) - top} more rows (see the files)")
-        if left_out := [c for c in columns if c not in widths]:
-            console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
+    for title, table, notes in [cells, *sections(summary)]:
+        print_table(console, title, list(table), table.to_numpy().tolist(), top, LEAST_NEEDED)
         for note in notes:
             console.print(f"note: {escape(note)}")
         console.print()
+    more = len(summary.problems) - MOST_PROBLEMS
+    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
+    lines += [f"... {more} more problems (see the report)"] * (more > 0)
+    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
+    for line in [*lines, f"\n[bold]{escape(summary.verdict)}[/bold]"]:
+        console.print(line, soft_wrap=True)  # paths stay whole
 
 
 def inline_svg(data: bytes, name: str) -> Markup:
@@ -229,8 +211,9 @@ def inline_svg(data: bytes, name: str) -> Markup:
 
 def notebook(summary: Summary) -> str:
     """What a notebook shows: verdict, warnings, cells and the first picture, as HTML that changes nothing around it."""
-    cells, picture = brief(summary), next((figure._repr_png_() for figure in summary.figures.values()), b"")
-    return page("notebook", summary=summary, cells=cells, right=numeric(cells), picture=base64.b64encode(picture).decode())
+    cells, png = brief(summary), next((figure._repr_png_() for figure in summary.figures.values()), b"")
+    picture = base64.b64encode(png).decode()
+    return page("notebook", summary=summary, cells=cells, right=numeric(cells), picture=picture)
 
 
 def again(summary: Summary, *settings: str) -> str:

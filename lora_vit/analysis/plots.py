@@ -231,7 +231,7 @@ def _history(trials: pd.DataFrame, done: pd.DataFrame, scales: dict[str, Scale],
     for k, (name, (places, ticks)) in enumerate(scales.items()):
         axes = figure.add_subplot(grid[1 + k // 2, k % 2], sharey=first, xlabel=name)
         axes.scatter(places, done["value"], **dots)
-        turned = {"rotation": 30, "ha": "right"} if sum(len(text) for _, text in ticks) > TICKS // 3 else {}
+        turned = {"rotation": 30, "ha": "right"} if sum(len(text) for _, text in ticks) > TICKS // 2 else {}
         axes.set_xticks(*zip(*ticks, strict=True), **turned)
     return _with_legend(first, 5)
 

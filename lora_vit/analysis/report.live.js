@@ -1,5 +1,6 @@
 // A page of a sweep that has not ended asks every few seconds for a newer one, and opens it as this one stands: at the
 // same place, with the rows in the same order and the same words in the fields. One of a sweep that has ended stays.
+// A page that took long to make is asked for more rarely: training has the machine.
 (function () {
   var EVERY = 5000, line = document.getElementById("live");
 
@@ -7,9 +8,11 @@
   function heads(table) { return Array.from(table.querySelectorAll("th")); }
 
   function look() {
+    var asked = Date.now();
+    function again() { setTimeout(look, Math.max(EVERY, 8 * (Date.now() - asked))); }
     fetch(location.href, { cache: "no-store" }).then(function (answer) { return answer.text(); }).then(function (text) {
       var newer = new DOMParser().parseFromString(text, "text/html").getElementById("live");
-      if (newer.textContent === line.textContent || !getSelection().isCollapsed) return setTimeout(look, EVERY);
+      if (newer.textContent === line.textContent || !getSelection().isCollapsed) return again();
       sessionStorage.setItem("live", JSON.stringify({
         sorted: all("table").map(function (table) {
           return heads(table).map(function (head) { return head.getAttribute("aria-sort"); });
@@ -24,7 +27,7 @@
       location.reload();
     }).catch(function () {
       line.textContent = line.textContent.replace(/( \(no answer: .*)?$/, " (no answer: has --serve ended?)");
-      setTimeout(look, EVERY);
+      again();
     });
   }
 

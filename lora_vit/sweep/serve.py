@@ -5,11 +5,10 @@ none is served or written.
 """
 
 import contextlib
+import functools
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 from lora_vit.analysis import summarize
 from lora_vit.analysis.export import html_report, page
@@ -20,29 +19,16 @@ from lora_vit.sweep.plan import Sweep
 from lora_vit.sweep.view import header, standing
 from lora_vit.terminal import from_here
 
-REST = 4  # times as long as a page took, before the next one: training has the machine
+
+def newest(sweep: Sweep) -> str:
+    """The page, made anew if plan or records have changed, and every five minutes: silence says something too."""
+    files = [*sweep.folder.glob(PLAN), *sweep.folder.glob(f"*/{RECORD}")]
+    return make_page(sweep, (len(files), sum(file.stat().st_mtime_ns for file in files), time.monotonic() // 300))
 
 
-class Pages:
-    """The newest page of a sweep: made anew, by one thread at a time, if records have changed."""
-
-    def __init__(self, folder: Path):
-        self.sweep, self._text, self._lock, self._due = Sweep(folder), "", Lock(), 0.0
-        self._seen: list[Any] = []  # the plan and the records of that text
-
-    def newest(self) -> str:
-        with self._lock:
-            files = [*self.sweep.folder.glob(PLAN), *self.sweep.folder.glob(f"*/{RECORD}")]
-            start = time.monotonic()
-            if start >= self._due:
-                seen = [start // 300, *((file, file.stat().st_mtime_ns) for file in files)]  # silence is seen too
-                self._text = self._text if seen == self._seen else make_page(self.sweep)
-                self._seen, self._due = seen, time.monotonic() + REST * (time.monotonic() - start)
-            return self._text
-
-
-def make_page(sweep: Sweep) -> str:
-    """The whole summary; the trials as they stand and why, where they cannot be compared."""
+@functools.lru_cache(1)
+def make_page(sweep: Sweep, stand: tuple[float, ...]) -> str:
+    """The whole summary; the trials and why, where they cannot be compared. ``stand`` tells the newest page from it."""
     summary, problem = None, ""
     try:
         sweep.refresh()
@@ -63,9 +49,11 @@ def make_page(sweep: Sweep) -> str:
 
 def serve(folder: Path, port: int) -> None:
     """Answer until Ctrl-C; port 0 is any free one. Raises ConfigError where the port cannot be had."""
-    pages = Pages(folder)
+    sweep = Sweep(folder)
 
     class Answer(BaseHTTPRequestHandler):
+        timeout = 1.0  # seconds: one is answered after another, and browsers open connections that they do not use
+
         def handle(self) -> None:
             with contextlib.suppress(ConnectionError):  # the reader has gone
                 super().handle()
@@ -74,7 +62,7 @@ def serve(folder: Path, port: int) -> None:
             known = self.headers.get("Host", "").partition(":")[0] in ("127.0.0.1", "localhost")
             if not known or self.path != "/":
                 return self.send_error(404 if known else 403)
-            body = pages.newest().encode()
+            body = newest(sweep).encode()
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
@@ -85,7 +73,7 @@ def serve(folder: Path, port: int) -> None:
             """No line for each request."""
 
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Answer)
+        server = HTTPServer(("127.0.0.1", port), Answer)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--serve {port}: the port cannot be had ({error}): give another one, or none") from None
     with server:
