@@ -4,7 +4,6 @@
 """
 
 import base64
-import contextlib
 import functools
 import json
 import re
@@ -26,7 +25,6 @@ from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
-from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
 from lora_vit.records import PREDICTIONS, read_record
 from lora_vit.terminal import from_here, is_numeric, print_table
@@ -35,9 +33,8 @@ ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
 MOST_PROBLEMS = 20  # on the terminal
-LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
-"""Columns of the cells table that a narrow terminal does without, the first first."""
-NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "P(best)", "seconds"]
+SPARE = ["seconds", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "#", "parameters", "best cell"]
+"""Columns that a narrow terminal or page does without, the first first; papers and notebooks have the last two."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 
@@ -157,7 +154,7 @@ def latex_escape(text: object) -> str:
 
 def brief(summary: Summary) -> pd.DataFrame:
     """The cells table in few columns, for papers and notebooks: settings, mean ± sd, mark, difference, size."""
-    whole, table = readable(summary), readable(summary, wide=False).drop(columns=NOT_BRIEF, errors="ignore")
+    whole, table = readable(summary), readable(summary, wide=False).drop(columns=SPARE[:-2], errors="ignore")
     for name, form, more in ((f"val {summary.title} %", " ± {}", "sd"), ("vs best", " ({})", "interval of it")):
         table[name] += ["" if v == NONE else form.format(v) for v in whole.get(more, [NONE] * len(whole))]
     return table.assign(parameters=table["parameters"].str.rstrip(" *"))
@@ -188,7 +185,7 @@ def terminal(summary: Summary, console: Console, top: int) -> None:
     many = "s" * (len(summary.cells) > 1)
     cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
     for title, table, notes in [cells, *sections(summary)]:
-        print_table(console, title, list(table), table.to_numpy().tolist(), top, LEAST_NEEDED)
+        print_table(console, title, list(table), table.to_numpy().tolist(), top, SPARE)
         for note in notes:
             console.print(f"note: {escape(note)}")
         console.print()
@@ -242,9 +239,7 @@ def confusion(folder: Path) -> pd.DataFrame:
 def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: Any = None) -> str:
     """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again; ``live``: of a server."""
     names = ", ".join(Path(f).name or f for f in summary.folders)
-    asked, chosen = None, summary.chosen
-    with contextlib.suppress(OSError, RecordError):
-        asked = read_record(chosen)
+    chosen = summary.chosen
     cells, few = readable(summary), readable(summary, wide=False)
     if "cell" not in cells:
         cells.insert(1, "cell", summary.cells["label"])
@@ -258,7 +253,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         most=PAGE_ROWS,
         cells=cells,
         settings=short_names(summary.settings),
-        spare=[*(c for c in cells if c not in few and c != "cell"), *LEAST_NEEDED],
+        spare=[*(c for c in cells if c not in few and c != "cell"), *SPARE],
         by_id=dict(zip(summary.cells["cell"], summary.cells.to_dict("records"), strict=True)),
         sections=sections(summary),
         pictures={name: inline_svg(data, name) for name, data in pictures.items()},
@@ -271,7 +266,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
             ("seconds", "seconds", duration),
             ("pack", "pack_size", value_text),
         ),
-        asked=asked,
+        asked=read_record(chosen),
         chosen=from_here(chosen),
         matrix=confusion(chosen),
         needed=seeds_needed if summary.margin is None else seeds_within,

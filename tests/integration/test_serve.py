@@ -32,7 +32,7 @@ def line_of(page: str) -> str:
 
 @pytest.mark.slow
 def test_the_page_follows_a_real_sweep(tmp_path):
-    sweep = sweep_of(tmp_path / "s", [*seed_trials(1), *seed_trials(1, lora__rank=4)])
+    sweep = sweep_of(tmp_path / "s", [*seed_trials(1), *seed_trials(1, optimizer__lr=0.03)])
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/"
     server = start([sys.executable, "-m", "lora_vit.sweep", str(sweep.folder), "--serve", str(port)], tmp_path)
