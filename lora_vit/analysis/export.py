@@ -26,7 +26,7 @@ from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.metrics import LOSSES
-from lora_vit.records import PREDICTIONS, read_record
+from lora_vit.records import PREDICTIONS, state_of
 from lora_vit.terminal import from_here, is_numeric, print_table
 
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
@@ -185,7 +185,7 @@ def terminal(summary: Summary, console: Console, top: int) -> None:
     many = "s" * (len(summary.cells) > 1)
     cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
     for title, table, notes in [cells, *sections(summary)]:
-        print_table(console, title, list(table), table.to_numpy().tolist(), top, SPARE)
+        print_table(console, title, [*map(str, table)], table.to_numpy().tolist(), top, SPARE)
         for note in notes:
             console.print(f"note: {escape(note)}")
         console.print()
@@ -266,7 +266,7 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
             ("seconds", "seconds", duration),
             ("pack", "pack_size", value_text),
         ),
-        asked=read_record(chosen),
+        asked=state_of(chosen).record,
         chosen=from_here(chosen),
         matrix=confusion(chosen),
         needed=seeds_needed if summary.margin is None else seeds_within,

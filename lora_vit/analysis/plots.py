@@ -206,24 +206,26 @@ def search(summary: Summary) -> dict[str, Figure]:
     metric = f"Val {summary.title} (%{f'; lower ones at {low:.1f}' * bool(low > values.min())})"
     started = [read_record(Path(trial)).started for trial in summary.trials["folder"]]
     trials = summary.trials.assign(value=values.clip(lower=low), started=started).sort_values(["started", "trial"])
-    done = trials.assign(number=np.arange(1, len(trials) + 1)).dropna(subset="value")
+    trials["number"] = np.arange(1, len(trials) + 1)
+    done = trials.dropna(subset="value")
     short = short_names(c for c in summary.settings if done[c].map(value_text).nunique() > 1)
     scales = {name: _scale(done[setting]) for setting, name in short.items()}
     lines = {"search_parallel": _parallel({**scales, metric: _scale(done["value"], 1)})} if len(scales) > 1 else {}
-    return {"search": _history(trials, done, scales, metric), **lines}
+    return {"search": _history(trials, scales, metric), **lines}
 
 
-def _history(trials: pd.DataFrame, done: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figure:
+def _history(trials: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figure:
     """The values in their order, with the best so far and the trials without one, and against each setting."""
-    rows = math.ceil(len(scales) / 2)
+    rows, done = math.ceil(len(scales) / 2), trials.dropna(subset="value")
     figure: Any = Figure(figsize=(WIDTH, 3.2 + 2.2 * rows), layout="constrained")
     figure.supylabel(metric)
-    grid, number = figure.add_gridspec(rows + 1, 2), np.arange(1, len(trials) + 1)
+    grid = figure.add_gridspec(rows + 1, 2)
     dots: Any = {"c": done["number"], "cmap": "viridis_r", "lw": 0, "s": 24}
     first = figure.add_subplot(grid[0, :], title="The search: later trials are darker", xlabel="Trial, by its start")
-    first.step(number, trials["value"].cummax().ffill(), where="post", color=INK, lw=1.4, label="best so far", zorder=0)
+    best: Any = {"where": "post", "color": INK, "lw": 1.4, "label": "best so far", "zorder": 0.9}
+    first.step(trials["number"], trials["value"].cummax().ffill(), **best)
     first.scatter(done["number"], done["value"], **dots)
-    for status, group in trials.assign(number=number)[trials["value"].isna()].groupby("status"):
+    for status, group in trials[trials["value"].isna()].groupby("status"):
         style: Any = {"marker": "x" if status == "failed" else "|", "ls": "", "color": CUT_COLOURS[1]}
         bottom = np.full(len(group), 0.03)
         first.plot(group["number"], bottom, transform=first.get_xaxis_transform(), label=status, **style)
@@ -242,7 +244,7 @@ def _parallel(scales: dict[str, Scale]) -> Figure:
     title = f"The search: each completed trial, the best {min(BOLD, len(lines))} in bold"
     axes = _axes(title, "", "", max(WIDTH, 1.1 * len(scales)))
     for left, line in zip(range(len(lines) - 1, -1, -1), lines[lines[:, -1].argsort(kind="stable")], strict=True):
-        bold = {"lw": 2.4} if left < BOLD else {"lw": 1.0, "alpha": 0.7}
+        bold: Any = {"lw": 2.4} if left < BOLD else {"lw": 1.0, "alpha": 0.7}
         axes.plot(line, color=matplotlib.colormaps["viridis_r"](line[-1]), **bold)
     for x, (_, ticks) in enumerate(scales.values()):
         axes.axvline(x, color=GREY, lw=1, zorder=3)

@@ -37,7 +37,7 @@
 
   function look() {
     var asked = Date.now();
-    function again() { setTimeout(look, Math.max(EVERY, 8 * (Date.now() - asked))); }
+    function again() { setTimeout(look, Math.max(EVERY, 10 * (Date.now() - asked))); }
     fetch(location.href, { cache: "no-store" }).then(function (answer) { return answer.text(); }).then(function (text) {
       var newer = new DOMParser().parseFromString(text, "text/html").getElementById("live");
       if (newer.textContent === line.textContent || !getSelection().isCollapsed) return again();
