@@ -67,7 +67,7 @@ function columns(table, chooser, spare, settings) {  // what fits is shown, the 
   function wide() { return box.scrollWidth > box.clientWidth; }
   var wanted = spare.filter(function (name) { return settings.indexOf(name) < 0; });
   if (settings.length) set(["cell"], false);
-  if (narrow) { set(settings, false); set(["cell"], true); set(wanted, false); set(wanted.slice(-4), true); return; }
+  if (narrow) { set(settings, false); set(["cell"], true); set(wanted, false); set(wanted.slice(-2), true); return; }
   wanted.forEach(function (name) { if (wide()) boxes[name] && boxes[name](false); });
   if (wide() && settings.length) { set(settings, false); set(["cell"], true); }
 }
