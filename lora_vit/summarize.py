@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from lora_vit.analysis import export, summarize
 from lora_vit.analysis.load import OUTPUT
@@ -23,7 +22,6 @@ from lora_vit.errors import RecordError
 from lora_vit.files import replacing
 from lora_vit.terminal import from_here
 
-MOST_PROBLEMS = 20
 # how pictures' names begin; heat maps are of earlier versions
 PICTURES = ("cells", "difference", "race", "by_", "learning_curves", "pareto_", "heat_", "cut_ranks", "spectrum",
             "search")  # fmt: skip
@@ -57,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     }
     pictures = {}
     if not args.no_plots:
-        from lora_vit.analysis.plots import draw_all, render  # matplotlib is slow to import
+        from lora_vit.analysis.plots import render  # matplotlib is slow to import
 
-        for name, figure in draw_all(summary).items():
+        for name, figure in summary.figures.items():
             pictures[name] = files[f"{name}.svg"] = render(figure, "svg")
             files[f"{name}.png"] = render(figure, "png")
     files["report.html"] = export.html_report(summary, pictures, f"python -m lora_vit.summarize {again}").encode()
@@ -75,15 +73,9 @@ def run(args: argparse.Namespace) -> int:
         raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, args.top))
-    more = len(summary.problems) - MOST_PROBLEMS
-    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
-    lines += [f"... {more} more problems (see the report)"] * (more > 0)
-    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
-    lines.append(f"\n[bold]{escape(summary.verdict)}[/bold]")
-    if math.isfinite(summary.test.mean):
-        lines.append(f"Test {summary.title} of that cell: {number(summary.test.mean)} ({summary.errors_of_test()}).")
+    test = f"Test {summary.title} of that cell: {number(summary.test.mean)} ({summary.errors_of_test()})."
     use = f"python -m lora_vit.predict {from_here(summary.chosen)} IMAGE... (or evaluate; merge and export with --out)"
-    lines += [summary.power_text(), f"Report: {escape(str(out / 'report.html'))}"]
-    for line in filter(None, [*lines, f"The best cell's first seed: {escape(use)}"]):
-        console.print(line, soft_wrap=True)  # paths stay whole
+    lines = [test * math.isfinite(summary.test.mean), summary.power_text(), f"Report: {out / 'report.html'}"]
+    for line in filter(None, [*lines, f"The best cell's first seed: {use}"]):
+        console.print(line, soft_wrap=True, markup=False)  # paths stay whole
     return 0

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,39 @@ def from_here(folder: Path) -> str:
     return shlex.quote(str(full.relative_to(here) if full.is_relative_to(here) else folder))
 
 
-def print_table(console: Console, title: str, header: Sequence[Any], rows: Sequence[Any], most: int = 10**9) -> None:
-    """A plain table under a title, of so many rows at most."""
-    table = Table(*header, box=None, pad_edge=False)
-    for row in rows[:most]:
+def is_numeric(texts: Iterable[object]) -> bool:
+    """Whether a column of text holds numbers, and stands on the right."""
+    return all(str(text)[:1] in "+-–0123456789" for text in texts)
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
+                most: int = 10**9, spare: Sequence[str] = ()) -> None:  # fmt: skip
+    """A plain table under a title, of so many rows at most; no number or word is broken while ``spare`` has columns.
+
+    Those are left out where the terminal is too narrow, the first first.
+    """
+    columns = {name: [row[i] for row in rows[:most]] for i, name in enumerate(header)}
+    widths = {}
+    for name, texts in columns.items():
+        unbroken = texts if is_numeric(texts) else " ".join(texts).split()
+        widths[name] = max(map(len, [*name.split(), *unbroken]), default=0)
+    room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
+    for name in spare:
+        if room < 0 and name in widths:
+            room += widths.pop(name) + 2
+    table = Table(box=None, pad_edge=False)
+    for name, least in widths.items():
+        more = min(max(map(len, [name, *columns[name]])) - least, max(room, 0))
+        side: Any = "right" if is_numeric(columns[name]) else "left"
+        table.add_column(escape(name), justify=side, overflow="fold", width=None if room < 0 else least + more)
+        room -= more
+    for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*map(escape, row))
     if title:
         console.print(f"[bold]{title}[/bold]")
-    console.print(table)
+    if rows:
+        console.print(table)
     if len(rows) > most:
         console.print(f"... {len(rows) - most} more")
+    if left_out := [name for name in columns if name not in widths]:
+        console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")

@@ -4,7 +4,6 @@
 """
 
 import base64
-import contextlib
 import functools
 import json
 import re
@@ -20,23 +19,21 @@ from markupsafe import Markup
 from markupsafe import escape as escape_html
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import SCALING, best_cell
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
-from lora_vit.errors import RecordError
 from lora_vit.metrics import LOSSES
-from lora_vit.records import PREDICTIONS, read_record
-from lora_vit.terminal import from_here
+from lora_vit.records import PREDICTIONS, state_of
+from lora_vit.terminal import from_here, is_numeric, print_table
 
 ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the choice of the best cells inside"
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
-LEAST_NEEDED = ("seconds", "parameters", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "best cell")
-"""Columns of the cells table that a narrow terminal does without, the first first."""
-NOT_BRIEF = ["#", "95 % interval", "seeds ±", "pictures ±", "P(best)", "seconds"]
+MOST_PROBLEMS = 20  # on the terminal
+SPARE = ["seconds", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "#", "parameters", "best cell"]
+"""Columns that a narrow terminal or page does without, the first first; papers and notebooks have the last two."""
 
 Column = str | tuple[str, str, Callable[[Any], str]]
 
@@ -118,8 +115,7 @@ def sections(summary: Summary) -> list[tuple[str, pd.DataFrame, list[str]]]:
 
 
 def numeric(table: pd.DataFrame) -> list[bool]:
-    """Which columns of text hold numbers, and stand on the right."""
-    return [all(str(v)[:1] in "+-–0123456789" for v in table[c]) for c in table.columns]
+    return [is_numeric(table[c]) for c in table]
 
 
 def _in_one_line(text: object) -> str:
@@ -157,7 +153,7 @@ def latex_escape(text: object) -> str:
 
 def brief(summary: Summary) -> pd.DataFrame:
     """The cells table in few columns, for papers and notebooks: settings, mean ± sd, mark, difference, size."""
-    whole, table = readable(summary), readable(summary, wide=False).drop(columns=NOT_BRIEF, errors="ignore")
+    whole, table = readable(summary), readable(summary, wide=False).drop(columns=SPARE[:-2], errors="ignore")
     for name, form, more in ((f"val {summary.title} %", " ± {}", "sd"), ("vs best", " ({})", "interval of it")):
         table[name] += ["" if v == NONE else form.format(v) for v in whole.get(more, [NONE] * len(whole))]
     return table.assign(parameters=table["parameters"].str.rstrip(" *"))
@@ -184,37 +180,20 @@ def table_tex(summary: Summary) -> str:
 
 
 def terminal(summary: Summary, console: Console, top: int) -> None:
-    """Print the tables, at most ``top`` rows each, without columns that find no room; no number or word is broken."""
+    """Print the tables, at most ``top`` rows each, what was wrong on reading, warnings and the verdict."""
     many = "s" * (len(summary.cells) > 1)
     cells = (f"{len(summary.cells)} cell{many}, best first", readable(summary, wide=False), list[str]())
-    for title, whole, notes in [cells, *sections(summary)]:
-        table = whole.head(top)
-        columns = dict(zip(table.columns, numeric(table), strict=True))
-        widths = {}
-        for c, right in columns.items():
-            unbroken = table[c] if right else " ".join(table[c]).split()
-            widths[c] = max(map(len, [*c.split(), *unbroken]))
-        room = console.width - sum(widths.values()) - 2 * (len(widths) - 1)  # two blanks between columns
-        for c in LEAST_NEEDED:
-            if room < 0 and c in widths:
-                room += widths.pop(c) + 2
-        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for c, least in widths.items():
-            more = min(max(map(len, [c, *table[c]])) - least, max(room, 0))
-            side: Any = "right" if columns[c] else "left"
-            grid.add_column(escape(c), justify=side, overflow="fold", width=None if room < 0 else least + more)
-            room -= more
-        for row in table[list(widths)].itertuples(index=False):
-            grid.add_row(*map(escape, row))
-        if len(table):
-            console.print(grid)
-        if len(whole) > top:
-            console.print(f"... {len(whole) - top} more rows (see the files)")
-        if left_out := [c for c in columns if c not in widths]:
-            console.print(f"The terminal is too narrow for: {', '.join(left_out)} (see the files)")
+    for title, table, notes in [cells, *sections(summary)]:
+        print_table(console, title, [*map(str, table)], table.to_numpy().tolist(), top, SPARE)
         for note in notes:
             console.print(f"note: {escape(note)}")
         console.print()
+    more = len(summary.problems) - MOST_PROBLEMS
+    lines = [f"[yellow]problem:[/yellow] {escape(line)}" for line in summary.problems[:MOST_PROBLEMS]]
+    lines += [f"... {more} more problems (see the report)"] * (more > 0)
+    lines += [f"[yellow]warning:[/yellow] {escape(line)}" for line in summary.warnings]
+    for line in [*lines, f"\n[bold]{escape(summary.verdict)}[/bold]"]:
+        console.print(line, soft_wrap=True)  # paths stay whole
 
 
 def inline_svg(data: bytes, name: str) -> Markup:
@@ -228,10 +207,9 @@ def inline_svg(data: bytes, name: str) -> Markup:
 
 def notebook(summary: Summary) -> str:
     """What a notebook shows: verdict, warnings, cells and the first picture, as HTML that changes nothing around it."""
-    template = Path(__file__).with_name("report.notebook.j2").read_text(encoding="utf-8")
-    cells, picture = brief(summary), next(iter(summary.figures.values()))._repr_png_()
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template)
-    return page.render(summary=summary, cells=cells, right=numeric(cells), picture=base64.b64encode(picture).decode())
+    cells, png = brief(summary), next((figure._repr_png_() for figure in summary.figures.values()), b"")
+    picture = base64.b64encode(png).decode()
+    return page("notebook", summary=summary, cells=cells, right=numeric(cells), picture=picture)
 
 
 def again(summary: Summary, *settings: str) -> str:
@@ -257,8 +235,47 @@ def confusion(folder: Path) -> pd.DataFrame:
         return pd.DataFrame()
 
 
-def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: str = "") -> str:
+def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live: Any = None) -> str:
     """The whole page. ``pictures``: SVG by name; ``command``: what makes this page again; ``live``: of a server."""
+    names = ", ".join(Path(f).name or f for f in summary.folders)
+    chosen = summary.chosen
+    cells, few = readable(summary), readable(summary, wide=False)
+    if "cell" not in cells:
+        cells.insert(1, "cell", summary.cells["label"])
+    return page(
+        "html",
+        title=names + (f", where {summary.where}" if summary.where else ""),
+        summary=summary,
+        live=live,
+        best=best_cell(summary.cells),
+        numeric=numeric,
+        most=PAGE_ROWS,
+        cells=cells,
+        settings=short_names(summary.settings),
+        spare=[*(c for c in cells if c not in few and c != "cell"), *SPARE],
+        by_id=dict(zip(summary.cells["cell"], summary.cells.to_dict("records"), strict=True)),
+        sections=sections(summary),
+        pictures={name: inline_svg(data, name) for name, data in pictures.items()},
+        trials=as_text(
+            summary.trials,
+            *("trial", ("cell", "label", str), "seed", "status", "epoch"),
+            (f"val {summary.title} %", f"val_{summary.metric}", plain),
+            ("val loss", "val_loss", loss),
+            ("training loss", "train_loss", loss),
+            ("seconds", "seconds", duration),
+            ("pack", "pack_size", value_text),
+        ),
+        asked=state_of(chosen).record,
+        chosen=from_here(chosen),
+        matrix=confusion(chosen),
+        needed=summary.design.seeds_needed if summary.margin is None else summary.design.seeds_within,
+        again=functools.partial(again, summary),
+        command=command,
+    )
+
+
+def page(template: str, **values: Any) -> str:
+    """``report.TEMPLATE.j2`` with these values."""
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -268,39 +285,4 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         for v in sorted(of.dropna().unique(), key=lambda v: (isinstance(v, str), v))
     )
     pages.filters["emphasis"] = lambda text: Markup(re.sub(r"\*(.+?)\*", r"<em>\1</em>", str(escape_html(text))))
-    names = ", ".join(Path(f).name or f for f in summary.folders)
-    trials, asked, chosen = summary.trials, None, summary.chosen
-    with contextlib.suppress(OSError, RecordError):
-        asked = read_record(chosen)
-    cells, few = readable(summary), readable(summary, wide=False)
-    if "cell" not in cells:
-        cells.insert(1, "cell", summary.cells["label"])
-    return pages.get_template("report.html.j2").render(
-        title=names + (f", where {summary.where}" if summary.where else ""),
-        summary=summary,
-        live=live,
-        best=best_cell(summary.cells),
-        numeric=numeric,
-        most=PAGE_ROWS,
-        cells=cells,
-        settings=short_names(summary.settings),
-        spare=[*(c for c in cells if c not in few and c != "cell"), *LEAST_NEEDED],
-        by_id=dict(zip(summary.cells["cell"], summary.cells.to_dict("records"), strict=True)),
-        sections=sections(summary),
-        pictures={name: inline_svg(data, name) for name, data in pictures.items()},
-        trials=as_text(
-            trials,
-            *("trial", ("cell", "label", str), "seed", "status", "epoch"),
-            (f"val {summary.title} %", f"val_{summary.metric}", plain),
-            ("val loss", "val_loss", loss),
-            ("training loss", "train_loss", loss),
-            ("seconds", "seconds", duration),
-            ("pack", "pack_size", value_text),
-        ),
-        asked=asked,
-        chosen=from_here(chosen),
-        matrix=confusion(chosen),
-        needed=summary.design.seeds_needed if summary.margin is None else summary.design.seeds_within,
-        again=functools.partial(again, summary),
-        command=command,
-    )
+    return pages.get_template(f"report.{template}.j2").render(**values)

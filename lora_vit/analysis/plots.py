@@ -18,13 +18,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors.numpy import load_file
 
-from lora_vit.analysis.search_plots import draw_search
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import averaged, best_cell, matrix
 from lora_vit.analysis.texts import count, plain, points, signed
-from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, value_text
+from lora_vit.config.names import BASELINES, CUT, METHOD, METHODS, short_names, value_text
+from lora_vit.records import SEARCH, read_record
 
 STYLE = Path(__file__).with_name("report.mplstyle")
 COLOURS = {"lora": "#0072B2", "dora": "#CC79A7", "none": "#E69F00", "full": "#009E73"}
@@ -35,16 +36,17 @@ WIDE, WIDTH = 11.4, 5.5  # inches: of the first picture, and of all others
 COLUMNS = 12, 54, 128  # of text, points to the right of the first picture
 MOST_LINES, MOST_ROWS, MOST_BASELINES = 7, 30, 4
 LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a picture
+MOST_STEPS, BOLD, LONGEST_TICK = 8, 3, 14  # of a search: even steps of a setting, best trials, characters of a tick
+Scale = tuple[np.ndarray, list[tuple[float, str]]]  # of a setting: where each trial lies from 0 to 1, and the ticks
 
 
 def draw_all(summary: Summary) -> dict[str, Figure]:
     """Every picture that this sweep has something to show for, by file name (without ending)."""
     with matplotlib.rc_context(fname=STYLE):
-        searched = draw_search(summary)
         figures = {
             "difference": difference(summary),
             "race": race(summary),
-            **(searched or by_setting(summary)),  # a search's settings are hardly crossed
+            **(search(summary) or by_setting(summary)),  # a search's settings are hardly crossed
             "cut_ranks": cut_ranks(summary),
             "spectrum": spectrum(summary),
         }
@@ -191,6 +193,88 @@ def _lines(axes: Axes, levels: Any, lines: list[pd.DataFrame], baselines: pd.Dat
     return _with_legend(axes, 3)
 
 
+def search(summary: Summary) -> dict[str, Figure]:
+    """How a search went, the metric by each setting that it chose, and all of them side by side; of two values or more.
+
+    Trials are in the order of their start. Values farther below the median than the best one is above are at the edge.
+    """
+    folder, *others = map(Path, summary.folders)
+    values = 100 * summary.trials[f"val_{summary.metric}"].where(summary.trials["status"] == "completed")
+    if others or not (folder / SEARCH).is_file() or values.count() < 2:
+        return {}
+    low = 2 * values.median() - values.max() - 0.5
+    metric = f"Val {summary.title} (%{f'; lower ones at {low:.1f}' * bool(low > values.min())})"
+    started = [read_record(Path(trial)).started for trial in summary.trials["folder"]]
+    trials = summary.trials.assign(value=values.clip(lower=low), started=started).sort_values(["started", "trial"])
+    trials["number"] = np.arange(1, len(trials) + 1)
+    done = trials.dropna(subset="value")
+    short = short_names(c for c in summary.settings if done[c].map(value_text).nunique() > 1)
+    scales = {name: _scale(done[setting]) for setting, name in short.items()}
+    lines = {"search_parallel": _parallel({**scales, metric: _scale(done["value"], 1)})} if len(scales) > 1 else {}
+    return {"search": _history(trials, scales, metric), **lines}
+
+
+def _history(trials: pd.DataFrame, scales: dict[str, Scale], metric: str) -> Figure:
+    """The values in their order, with the best so far and the trials without one, and against each setting."""
+    rows, done = math.ceil(len(scales) / 2), trials.dropna(subset="value")
+    figure: Any = Figure(figsize=(WIDTH, 3.2 + 2.2 * rows), layout="constrained")
+    figure.supylabel(metric)
+    grid = figure.add_gridspec(rows + 1, 2)
+    dots: Any = {"c": done["number"], "cmap": "viridis_r", "lw": 0, "s": 24}
+    first = figure.add_subplot(grid[0, :], title="The search: later trials are darker", xlabel="Trial, by its start")
+    best: Any = {"where": "post", "color": INK, "lw": 1.4, "label": "best so far", "zorder": 0.9}
+    first.step(trials["number"], trials["value"].cummax().ffill(), **best)
+    first.scatter(done["number"], done["value"], **dots)
+    for status, group in trials[trials["value"].isna()].groupby("status"):
+        style: Any = {"marker": "x" if status == "failed" else "|", "ls": "", "color": CUT_COLOURS[1]}
+        bottom = np.full(len(group), 0.03)
+        first.plot(group["number"], bottom, transform=first.get_xaxis_transform(), label=status, **style)
+    first.locator_params(axis="x", integer=True)
+    for k, (name, (places, ticks)) in enumerate(scales.items()):
+        axes = figure.add_subplot(grid[1 + k // 2, k % 2], sharey=first, xlabel=name)
+        axes.scatter(places, done["value"], **dots)
+        turned = {"rotation": 30, "ha": "right"} if sum(len(text) for _, text in ticks) > TICKS // 2 else {}
+        axes.set_xticks(*zip(*ticks, strict=True), **turned)
+    return _with_legend(first, 5)
+
+
+def _parallel(scales: dict[str, Scale]) -> Figure:
+    """A line for each completed trial across the settings to its value; the better, the darker and the farther up."""
+    lines = np.column_stack([places for places, _ in scales.values()])
+    title = f"The search: each completed trial, the best {min(BOLD, len(lines))} in bold"
+    axes = _axes(title, "", "", max(WIDTH, 1.1 * len(scales)))
+    for left, line in zip(range(len(lines) - 1, -1, -1), lines[lines[:, -1].argsort(kind="stable")], strict=True):
+        bold: Any = {"lw": 2.4} if left < BOLD else {"lw": 1.0, "alpha": 0.7}
+        axes.plot(line, color=matplotlib.colormaps["viridis_r"](line[-1]), **bold)
+    for x, (_, ticks) in enumerate(scales.values()):
+        axes.axvline(x, color=GREY, lw=1, zorder=3)
+        for y, text in ticks:
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+            axes.annotate(text, (x, y), (4, 0), textcoords="offset points", va="center", bbox=box)
+    axes.set_xticks(range(len(scales)), ["\n".join(textwrap.wrap(name, LONGEST_TICK)) for name in scales])
+    axes.set(frame_on=False)
+    axes.yaxis.set_visible(False)
+    axes.grid(visible=False)
+    return _with_legend(axes, 1)
+
+
+def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
+    """Even steps for words and a few values; else by value, from a decade on by its logarithm, with none at the end."""
+    texts, is_number = values.map(value_text), pd.api.types.is_numeric_dtype(values)
+    if texts.nunique() <= most_steps or not is_number:
+        words = texts.loc[(values if is_number else texts).sort_values().index].unique()
+        at = dict(zip(words, np.linspace(0, 1, len(words)), strict=True))
+        return texts.map(at).to_numpy(), [(at[word], _shorten(word, LONGEST_TICK)) for word in words]
+    low, high = float(values.min()), float(values.max())
+    is_log = low > 0 and high >= 10 * low
+    locator: Any = LogLocator(subs=(1, 3) if high < 300 * low else (1,)) if is_log else MaxNLocator(4)
+    marks = np.array([mark for mark in locator.tick_values(low, high) if low <= mark <= high])
+    change: Any = np.log if is_log else np.asarray
+    at, ticks = (np.interp(change(v), change([low, high]), (0, 1)) for v in (values.to_numpy(float), marks))
+    named = [(place, value_text(float(mark))) for place, mark in zip(ticks, marks, strict=True)]
+    return np.nan_to_num(at, nan=1.15), named + [(1.15, "–")] * bool(values.isna().any())
+
+
 def cut_ranks(summary: Summary) -> Figure | None:
     """The metric by rank of what was cut, and of what was trained at it, at the other settings of the best that was."""
     cells = summary.cells
@@ -281,6 +365,6 @@ def _with_legend(axes: Axes, columns: int) -> Figure:
     return figure
 
 
-def _shorten(text: str) -> str:
-    """At most LONGEST characters, and no formula between two dollars."""
-    return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…").replace("$", r"\$")
+def _shorten(text: str, most: int = LONGEST) -> str:
+    """At most so many characters, and no formula between two dollars."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")

@@ -28,8 +28,13 @@ function sortBy(table, head, column) {
 
 function filter(table, text, output) {  // every word begins a word of the row; a number is one of its numbers
   var wanted = text.toLowerCase().split(/[\s,]+/).filter(Boolean), rows = Array.from(table.tBodies[0].rows), kept = 0;
+  var settings = JSON.parse(table.closest(".table").parentElement.dataset.settings || "[]");
+  var heads = all("th", table).map(function (head) { return head.textContent; });
   rows.forEach(function (row) {
-    var cells = row.dataset.cell ? all(".name, .mark", row) : Array.from(row.cells);
+    var cells = row.dataset.cell ? all(".name, .mark", row) : [];
+    cells = cells.concat(Array.from(row.cells).filter(function (c, i) {
+      return !row.dataset.cell || settings.indexOf(heads[i]) >= 0;
+    }));
     var words = cells.map(function (c) { return c.textContent.toLowerCase(); }).join(" ").split(/[\s,]+/);
     var fits = wanted.every(function (w) {
       return words.some(function (o) { return isNaN(w) ? o.startsWith(w) : o !== "" && +o === +w; });
@@ -62,7 +67,7 @@ function columns(table, chooser, spare, settings) {  // what fits is shown, the 
   function wide() { return box.scrollWidth > box.clientWidth; }
   var wanted = spare.filter(function (name) { return settings.indexOf(name) < 0; });
   if (settings.length) set(["cell"], false);
-  if (narrow) { set(settings, false); set(["cell"], true); set(wanted, false); set(wanted.slice(-4), true); return; }
+  if (narrow) { set(settings, false); set(["cell"], true); set(wanted, false); set(wanted.slice(-2), true); return; }
   wanted.forEach(function (name) { if (wide()) boxes[name] && boxes[name](false); });
   if (wide() && settings.length) { set(settings, false); set(["cell"], true); }
 }

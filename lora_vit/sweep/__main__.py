@@ -14,8 +14,8 @@ from lora_vit.errors import ConfigError
 from lora_vit.records import PLAN
 from lora_vit.sweep.engines.local import work_for_command
 from lora_vit.sweep.plan import Sweep, trial_folders
-from lora_vit.sweep.view import print_summary, print_trials, standing
-from lora_vit.terminal import make_console
+from lora_vit.sweep.view import header, print_summary, standing
+from lora_vit.terminal import make_console, print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def show(folder: Path) -> int:
     sweep = Sweep(folder)
     rows = [row for _, row in standing(sweep)]
     console = make_console()
-    print_trials(console, "", rows, sweep.metric)
+    print_table(console, "", header(sweep.metric), rows)
     total = ", ".join(f"{n} {status}" for status, n in Counter(row[2] for row in rows).most_common())
     console.print(f"{folder}: {len(rows)} trials" + (f" ({total})" if rows else ""))
     if sweep.race:

@@ -22,7 +22,7 @@ from lora_vit.sweep.engines import Engine, start_engine
 from lora_vit.sweep.plan import Request, Sweep
 from lora_vit.sweep.source import RaceSource, Source, source_of
 from lora_vit.sweep.trial import Trial, make_groups, without_seed
-from lora_vit.sweep.view import SHOWN, View, print_summary, print_trials, trial_row, value_of
+from lora_vit.sweep.view import SHOWN, View, header, print_summary, trial_row, value_of
 from lora_vit.terminal import from_here, make_console, print_table
 
 TRIES = 3  # so often in a row workers are started without that a trial ends
@@ -198,7 +198,7 @@ def finish(sweep: Sweep, trials: Sequence[Trial], request: Request) -> dict[str,
         print_races(console, sweep, values)
     failed = [trial_row(t.trial_id, t.label, states[t.trial_id], metric) for t in trials if t.trial_id not in values]
     if failed:
-        print_trials(console, "Not completed", failed, metric, SHOWN)
+        print_table(console, "Not completed", header(metric), failed, SHOWN)
     where = from_here(sweep.folder)
     board = f"tensorboard --logdir {where}/tensorboard\n" * any("tensorboard" in t.config.tracker for t in trials)
     console.print(f"{where}\n{board}python -m lora_vit.summarize {where}")

@@ -11,7 +11,7 @@ from lora_vit.records import NO_FIGURE, RECORD, State, state_of
 from lora_vit.sweep.claims import ENDED, HELD, Claims
 from lora_vit.sweep.plan import Sweep, trial_folders
 from lora_vit.sweep.trial import Trial
-from lora_vit.terminal import Progress, print_table
+from lora_vit.terminal import Progress
 
 SHOWN = 30  # rows of a table at the end of a command
 
@@ -21,14 +21,7 @@ def print_summary(console: Console, sweep: Sweep) -> None:
     from lora_vit.analysis import export, summarize  # imports pandas
 
     with contextlib.suppress(RecordError):
-        summary = summarize(sweep.folder, metric=sweep.metric)
-        export.terminal(summary, console, SHOWN)
-        for line in [*(f"warning: {text}" for text in summary.warnings), summary.verdict]:
-            console.print(line, markup=False)
-
-
-def print_trials(console: Console, title: str, rows: Sequence[Sequence[str]], metric: str, most: int = 10**9) -> None:
-    print_table(console, title, header(metric), rows, most)
+        export.terminal(summarize(sweep.folder, metric=sweep.metric), console, SHOWN)
 
 
 def header(metric: str) -> tuple[str, ...]:
@@ -36,7 +29,7 @@ def header(metric: str) -> tuple[str, ...]:
 
 
 def trial_row(trial_id: str, label: str, state: State, metric: str) -> tuple[str, ...]:
-    """How a trial stands, as a row of :func:`print_trials`; the last column says what is wrong."""
+    """How a trial stands, as a row below :func:`header`; the last column says what is wrong."""
     record, status, why = state.record, "waiting" if state.status == "new" else state.status, state.problem
     if record is None:
         return trial_id, label, status, "", "", why

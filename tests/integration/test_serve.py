@@ -17,7 +17,7 @@ from sweeps import leave_record, seed_trials, sweep_of
 from lora_vit.errors import ConfigError
 from lora_vit.sweep import __main__ as command
 from lora_vit.sweep import worker
-from lora_vit.sweep.serve import Page
+from lora_vit.sweep.serve import newest
 
 
 def ask(url: str, **headers: str) -> str:
@@ -32,7 +32,7 @@ def line_of(page: str) -> str:
 
 @pytest.mark.slow
 def test_the_page_follows_a_real_sweep(tmp_path):
-    sweep = sweep_of(tmp_path / "s", seed_trials(2))
+    sweep = sweep_of(tmp_path / "s", [*seed_trials(1), *seed_trials(1, optimizer__lr=0.03)])
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}/"
     server = start([sys.executable, "-m", "lora_vit.sweep", str(sweep.folder), "--serve", str(port)], tmp_path)
@@ -54,48 +54,47 @@ def test_the_page_follows_a_real_sweep(tmp_path):
     assert line_of(after) == "All 2 trials have ended; read at TIME"
     assert [re.findall('data-ended="(.*?)"', page) for page in (before, after)] == [["False"], ["True"]]
     accuracies = [sweep.state_of(trial).record.metrics["val_accuracy"] for trial in sweep.trials.values()]
-    assert f"{50 * sum(accuracies):.2f} %" in after
+    assert f"{100 * max(accuracies):.2f} %" in after
     assert (before.count("<svg"), after.count("<svg")) == (0, 2)
     assert sorted(str(path) for path in sweep.folder.rglob("*")) == there, "nothing is written"
 
 
 def complete(sweep, trial, value=0.5, **fields):
-    config = {"metrics": {"val_accuracy": value, "epoch": 2}, "data": {"fingerprint": "f", "val": 100}}
-    leave_record(sweep, trial, "completed", **{**config, **fields})
+    data = {"fingerprint": "f", "val": 100, "train": 300, "test": 100, "classes": 10, **fields}
+    leave_record(sweep, trial, "completed", metrics={"val_accuracy": value, "epoch": 2}, data=data)
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_vit.sweep.serve.SHARE", 1e9)  # no wait
-    monkeypatch.setattr("lora_vit.sweep.serve.draw_all", lambda summary: {})
-    return Page(sweep_of(tmp_path / "s", seed_trials(3)).folder)
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_vit.analysis.plots.draw_all", lambda summary: {})
+    return sweep_of(tmp_path / "s", seed_trials(3))
 
 
-def test_a_page_that_cannot_be_made_anew_stays_with_a_line(page):
-    first, second, third = page.sweep.trials.values()
-    complete(page.sweep, first)
-    leave_record(page.sweep, second, "failed", error={"message": "no <memory>"})
-    assert line_of(made := page.newest()) == "2 of 3 trials; refreshed TIME"
+def test_trials_that_cannot_be_compared_are_listed_with_why(sweep):
+    first, second, third = sweep.trials.values()
+    complete(sweep, first)
+    leave_record(sweep, second, "failed", error={"message": "no <memory>"})
+    assert line_of(made := newest(sweep)) == "2 of 3 trials; refreshed TIME"
     assert "50.00 %" in made
-    assert page.newest() is made, "nothing has changed"
-    complete(page.sweep, third, 0.6, data={"fingerprint": "g", "val": 100})  # must not be compared
-    assert "fingerprint" in line_of(kept := page.newest())
-    assert line_of(kept).startswith("All 3 trials have ended; read at TIME; not in this page yet: error: ")
-    assert "50.00 %" in kept
-    complete(page.sweep, third, 0.6)
-    assert "55.00 %" in page.newest(), "the mean of two seeds"
-    (page.sweep.folder_of(third) / "record.json").write_text("{")
-    assert "record.json is not complete JSON" in page.newest()
+    assert newest(sweep) is made, "nothing has changed"
+    complete(sweep, third, 0.6, fingerprint="g")  # must not be compared
+    assert "fingerprint" in line_of(kept := newest(sweep))
+    assert line_of(kept).startswith("All 3 trials have ended; read at TIME; not compared: error: ")
+    assert re.findall(r">(\d+\.\d+)%<", kept) == ["60.00", "50.00"]
+    complete(sweep, third, 0.6)
+    assert "55.00 %" in newest(sweep), "the mean of two seeds"
+    (sweep.folder_of(third) / "record.json").write_text("{")
+    assert "record.json is not complete JSON" in newest(sweep)
 
 
-def test_failed_trials_alone_are_listed_with_why(page):
-    for trial in page.sweep.trials.values():
-        leave_record(page.sweep, trial, "failed", error={"message": "no <memory>"})
-    assert page.newest().count("no &lt;memory&gt;") == 4, "in each row, and in the line"
+def test_failed_trials_alone_are_listed_with_why(sweep):
+    for trial in sweep.trials.values():
+        leave_record(sweep, trial, "failed", error={"message": "no <memory>"})
+    assert newest(sweep).count("no &lt;memory&gt;") == 4, "in each row, and in the line"
 
 
 def test_a_search_and_a_race_end_with_what_they_want(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_vit.sweep.serve.draw_all", lambda summary: {})
+    monkeypatch.setattr("lora_vit.analysis.plots.draw_all", lambda summary: {})
     trials = seed_trials(2)
     race = {"margin": 1.0, "first_seeds": 3, "most_seeds": 6, "seed": 0, "cells": [trials[0].cell_id]}
     for name, plan, line in (("a", {"search": {"trials": 5}}, "2 of 5 trials"), ("b", {"race": race}, "2 of 2 trials")):
@@ -104,7 +103,7 @@ def test_a_search_and_a_race_end_with_what_they_want(tmp_path, monkeypatch):
             planned.update(plan)
         for trial in trials:
             complete(sweep, trial)
-        assert line_of(Page(sweep.folder).newest()) == f"{line}; refreshed TIME"
+        assert line_of(newest(sweep)) == f"{line}; refreshed TIME"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +123,6 @@ def test_wrong_uses_say_what_to_give(given, said, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_shown(page):
-    page.sweep.folder.chmod(0o500)
-    assert "0 of 3 trials" in page.newest()
+def test_a_folder_that_cannot_be_written_is_shown(sweep):
+    sweep.folder.chmod(0o500)
+    assert "0 of 3 trials" in newest(sweep)

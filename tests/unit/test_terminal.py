@@ -135,8 +135,6 @@ def test_a_plain_table(capsys):
     print_table(make_console(), "Trials", ("name", "value"), [("[a]", "1"), ("bb", "[/]"), ("c", "3")], most=2)
     lines = ["Trials", "name  value", "[a]   1    ", "bb    [/]  ", "... 1 more"]
     assert capsys.readouterr().out.splitlines() == lines
-    print_table(make_console(), "", ("name",), [])
-    assert capsys.readouterr().out.splitlines() == ["name"]
     screen = io.StringIO()
     print_table(Console(file=screen, force_terminal=True, color_system="standard"), "Trials", ("a",), [])
     assert screen.getvalue().startswith("\x1b[1mTrials\x1b[0m\n")

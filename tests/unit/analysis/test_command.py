@@ -95,7 +95,7 @@ def test_the_terminal_shows_the_first_rows_and_problems(sweep, summarize):
         (sweep / f"broken{k}").mkdir()
         (sweep / f"broken{k}" / "record.json").write_text("{")
     out, _ = summarize(sweep, "--no-plots", "--top", "2")
-    assert "... 1 more rows" in out
+    assert "... 1 more" in out
     assert out.count("problem: ") == 20
     assert "... 5 more problems" in out
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up_records import make_trial
 
-from lora_vit.analysis import plots, search_plots, summarize
+from lora_vit.analysis import plots, summarize
 from lora_vit.records import SEARCH
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_drawn_empty(trials, drawn, tmp_path):
 )
 def test_where_values_lie_on_an_axis(values, at, ticks):
     """From a decade on numbers lie by their logarithm; words, and up to eight numbers, have even steps."""
-    places, found = search_plots._scale(pd.Series(values))
+    places, found = plots._scale(pd.Series(values))
     if ticks is None:
         assert {text for _, text in found} == {"qv", "–", r"\$a_very_long_…"}
         assert sorted(places) == [0, 0.5, 1]

@@ -33,7 +33,7 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
                          pareto_parameters=False, pareto_seconds=False)  # fmt: skip
     compared = (cells["mark"] != "no verdict").to_numpy()
     values = {"best": 0 if compared.any() else None, "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432,
-              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05,
+              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05, "overlap": 0.0,
               **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
