@@ -136,7 +136,7 @@ def test_both_ways_to_a_command(name, tmp_path, call):
         assert call(None, name, "--help") == (0, done.stdout, "")
 
 
-@pytest.mark.parametrize(("name", "said"), [("x", "a trial's folder, or a"), ("adapter.json", "or merge_adapter")])
+@pytest.mark.parametrize(("name", "said"), [("x", "a trial's folder, or a"), ("adapter.json", "and merge_adapter")])
 def test_a_folder_without_a_trial(name, said, tmp_path):
     """That of an adapter from somebody's own loop says who takes it."""
     (tmp_path / name).touch()

@@ -33,12 +33,12 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
                          pareto_parameters=False, pareto_seconds=False)  # fmt: skip
     compared = (cells["mark"] != "no verdict").to_numpy()
     values = {"best": 0 if compared.any() else None, "seeds": 3, "df": 4, "sd": 0.00561, "pooled_sd": 0.00432,
-              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05, "overlap": 0.0,
-              **comparison}  # fmt: skip
+              "repeats": 3.0, "blocked": True, "complete": True, "wide": False, "pictures": 0.0, "alpha": 0.05,
+              "overlap": 0.0, **comparison}  # fmt: skip
     empty = pd.DataFrame()
     return Summary(
         folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[],
-        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there", "seed": 0,
+        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there", "seed": 0, "trial": "t",
                              "seconds": 9.0}),
         environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
         comparison=SimpleNamespace(compared=compared, **values),
