@@ -38,8 +38,8 @@ def summary(*rows: tuple[str, float], sizes: Any = 1000.0, n: int = 3, low: floa
     empty = pd.DataFrame()
     return Summary(
         folders=[], where=None, margin=None, cells=cells, unfinished=empty, settings=[],
-        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there", "seed": 0, "trial": "t",
-                             "seconds": 9.0}),
+        trials=pd.DataFrame({"status": ["completed"] * 5 + ["failed"], "cell": "a", "folder": "there", "seed": 0,
+                             "trial": "t", "seconds": 9.0}),
         environment=pd.DataFrame({"fact": ["environment.commit"], "value": ["–"], "trials": [6]}),
         comparison=SimpleNamespace(compared=compared, **values),
         effects=Effects(), test=Interval(0.9536, NAN, 3, 0.9415, 0.9657), test_images=1719, warnings=[], problems=[],
