@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +239,10 @@ def search_space(
         raise ConfigError("seed cannot be searched: give it one value")
     if not swept:
         raise ConfigError("nothing is searched: give a range, as 'optimizer.lr=tag(log,interval(1e-4,1e-2))'")
-    if not find_spec("optuna"):
-        raise ConfigError(f"sweep.trials={trials} needs Optuna 4: pip install 'lora_vit[search]'")
+    try:
+        import optuna.storages.journal  # noqa: F401  (an older one lacks it)
+    except ImportError as error:
+        raise ConfigError(f"sweep.trials={trials} needs Optuna 4 ({error}): pip install 'lora_vit[search]'") from None
     space = {key: _choices(composer, o, fixed) for key, o in swept.items()}
     groups = [[[key, text] for text, _ in of["choices"]] for key, of in space.items() if of["group"]]
     bases = []
