@@ -271,7 +271,7 @@ def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
     marks = np.array([mark for mark in locator.tick_values(low, high) if low <= mark <= high])
     change: Any = np.log if is_log else np.asarray
     at, ticks = (np.interp(change(v), change([low, high]), (0, 1)) for v in (values.to_numpy(float), marks))
-    named = [(place, value_text(float(mark))) for place, mark in zip(ticks, marks, strict=True)]
+    named = [(place, value_text(float(f"{mark:.6g}"))) for place, mark in zip(ticks, marks, strict=True)]
     return np.nan_to_num(at, nan=1.15), named + [(1.15, "–")] * bool(values.isna().any())
 
 

@@ -17,7 +17,7 @@ def grouped(trials: pd.DataFrame) -> tuple[pd.DataFrame, float, list[str]]:
     """
     cells = trials.sort_values("data.split_seed").drop_duplicates("cell").set_index("cell", drop=False)
     same = [cells[c].map(str) for c in IDENTITY if c in cells and c != "data.split_seed"]
-    first = cells["cell"].groupby([*same, cells["cell"].str.partition("@")[2]]).transform("first")
+    first = cells["cell"].groupby([*same, cells["cell"].map(lambda cell: cell.partition("@")[2])]).transform("first")
     together = trials.assign(cell=trials["cell"].map(first), split=trials["data.split_seed"])
     done = together[together["status"] == "completed"]
     splits = done.groupby("cell")[["split", "data.fingerprint"]].nunique().min(axis=1)
