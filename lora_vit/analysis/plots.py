@@ -268,7 +268,7 @@ def _scale(values: pd.Series, most_steps: int = MOST_STEPS) -> Scale:
     low, high = float(values.min()), float(values.max())
     is_log = low > 0 and high >= 10 * low
     locator: Any = LogLocator(subs=(1, 3) if high < 300 * low else (1,)) if is_log else MaxNLocator(4)
-    marks = np.array([mark for mark in locator.tick_values(low, high) if low <= mark <= high])
+    marks = np.array([mark for mark in locator.tick_values(low, high) if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)])
     change: Any = np.log if is_log else np.asarray
     at, ticks = (np.interp(change(v), change([low, high]), (0, 1)) for v in (values.to_numpy(float), marks))
     named = [(place, value_text(float(f"{mark:.6g}"))) for place, mark in zip(ticks, marks, strict=True)]
