@@ -46,7 +46,7 @@ def found_in(root: Path, class_names: list[str], parts: Parts, passed: Listing, 
         return None
     content = content_of(class_names, labels, ids, digests)
     decode_all = functools.partial(decoded, root, names, digests, wanted.cache_dir)
-    return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests)
+    return Found(labels, class_names, ids, content, decode_all, passed.lines(), digests, root, names)
 
 
 def decoded(root: Path, names: list[str], digests: np.ndarray, cache_dir: Path, decoding: Decoding) -> Decoded:

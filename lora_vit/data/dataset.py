@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +42,8 @@ class Found:
     decode: Callable[[Decoding], Decoded]  # the images, as they are to be decoded
     passed_over: tuple[str, ...] = ()  # what lies among them and is not used, a line for each kind
     digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
+    root: Path | None = None  # that of these files
+    names: Sequence[str] = ()  # their paths below it, in the order of the sample ids
 
 
 @dataclass(frozen=True, kw_only=True)
