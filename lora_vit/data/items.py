@@ -48,7 +48,7 @@ def found_from(make: Callable[[], Sets], wanted: Wanted, identity: str | None = 
                     bar.advance(1)
             if identity:
                 write_json(index, [rows, class_names, source])
-    root = Path(os.path.commonpath([os.path.dirname(path) for _, path, _ in rows]))
+    root = Path(os.path.commonpath([os.path.dirname(path) for _, path, _ in rows] or [os.sep]))
     rows = [(part, os.path.relpath(path, root), label) for part, path, label in rows]
     found = listed(root, rows, class_names, Listing(wanted.cache_dir), wanted)
     return found and replace(found, source=source)
@@ -99,8 +99,9 @@ def _file(picture: Any) -> str | bytes:
         return picture
     if not isinstance(picture, str | os.PathLike | Image.Image):
         picture = Image.fromarray(np.asarray(picture))
-    if getattr(picture, "tile", ()):  # Pillow's, not decoded yet
-        picture = getattr(picture, "filename", "") or picture
+    if getattr(picture, "tile", ()) and getattr(picture, "filename", ""):  # Pillow's, not decoded yet
+        picture.close()
+        picture = picture.filename
     if not isinstance(picture, Image.Image):
         return os.path.abspath(picture)
     buffer, upright = io.BytesIO(), ImageOps.exif_transpose(picture)

@@ -78,15 +78,15 @@ def find(wanted: Wanted) -> Found | None:
 
 
 def column(what: str, given: str | None, columns: Sequence[str], place: str) -> str:
-    """The column that is ``given`` by data.``what``_column, or whose name says that it holds images, labels or splits.
+    """The column that is ``given`` by data.``what``_column, the only one, or the one whose name says what it holds.
 
     Empty where there is none of splits. Raises ConfigError, with the columns of ``place``.
     """
-    key, has = f"data.{what}_column", f"{place} has the columns {', '.join(columns)}"
+    key, has = f"data.{what}_column", f"{', '.join(columns)} of {place}"
+    if given is not None:
+        return given if given in columns else refuse(key, given, f"is not there{nearest(given, columns)} (among {has})")
     if len(columns) == 1 and what != "split":
         return columns[0]
-    if given is not None:
-        return given if given in columns else refuse(key, given, f"is not there{nearest(given, columns)}: {has}")
     for names in _LIKE[what]:
         found = [name for name in columns if re.fullmatch(names, re.sub(r"[\W_]", "", name).lower())]
         if len(found) == 1:
@@ -95,7 +95,7 @@ def column(what: str, given: str | None, columns: Sequence[str], place: str) -> 
             break
         if what == "split":
             return ""
-    raise ConfigError(f"{has}: say with {key} which holds the {what} of each")
+    raise ConfigError(f"{key} has no value: give the one of {has} that holds the {what} of each row")
 
 
 def part_of(split: str) -> str | None:
@@ -104,22 +104,22 @@ def part_of(split: str) -> str | None:
 
 
 def _places(values: Iterable[str], root: Path, names: list[str]) -> dict[str, str]:
-    """The image that each value of a column means; empty where several are so called.
+    """The image that each value of a column means, perhaps without its ending; empty where several are so called.
 
-    A path below ``root``, or from a folder of its name; without a folder one further down too; or such without ending.
+    A value is a path from ``root``, from a folder of its name or from any folder further down.
     """
     found: dict[str, str] = {}
     for low in (False, True):
         for form in (str, lambda name: os.path.splitext(name)[0]):
-            if left := {*values} - {*found, ""}:
-                places: dict[str, str] = {}
-                for name in names:
-                    key = form(os.path.basename(name) if low else name)
+            left = {value: os.path.relpath(value, root) if os.path.isabs(value) else os.path.normpath(value)
+                    for value in {*values} - {*found, ""}}  # fmt: skip
+            depths, places = {path.count("/") + 1 for path in left.values()}, dict[str, str]()
+            for name in names:
+                for key in {"/".join(form(name).split("/")[-depth:]) for depth in depths} if low else {form(name)}:
                     places[key] = "" if key in places else name
-                for value in left:
-                    path = os.path.normpath(os.path.relpath(value, root) if os.path.isabs(value) else value)
-                    for key in {path, path.removeprefix(f"{root.name}/")} & places.keys():
-                        found[value] = places[key]
+            for value, path in left.items():
+                for key in {path, path.removeprefix(f"{root.name}/")} & places.keys():
+                    found[value] = places[key]
     return found
 
 
