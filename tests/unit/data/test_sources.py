@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from scipy.io import savemat
 from lora_vit import api
 from lora_vit.config import DATASETS, trial_id
 from lora_vit.data import sets
-from lora_vit.data.dataset import Wanted, forget, known_content
+from lora_vit.data.dataset import Wanted, forget, known_content, load_data
 from lora_vit.data.table import find
 
 CLASSES = ["cat", "dog"]
@@ -362,6 +363,16 @@ def test_an_identity_stands_for_what_a_dataset_returns(own, tmp_path):
 def test_a_dataset_is_made_with_the_root_that_is_given(own, tmp_path):
     found = fresh(own(lambda *roots: Own("image", tmp_path, classes=[str(roots), "other"]), root="/images"))
     assert found.class_names[0] == f"({Path('/images')!r},)"
+
+
+def test_the_recipe_of_the_docs(tmp_path, project_root, monkeypatch):
+    (text,) = re.findall("# own_data.py\n(.*?)```", (project_root / "docs/extending.md").read_text(), re.DOTALL)
+    (tmp_path / "own_data.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = ["model=vit_tiny", "data=custom", "data.target=own_data:build", "data.cache_dir=cache", "data.batch_size=2"]
+    data = load_data(api.compose(given).data)
+    assert (data.class_names, data.images.shape[0]) == (["circle", "square"], 40)
 
 
 @pytest.mark.parametrize(
