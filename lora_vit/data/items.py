@@ -1,5 +1,6 @@
 """Pictures and labels that other code hands out one by one, as the files of a data set."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -32,7 +33,8 @@ def found_from(make: Callable[[], Sets], wanted: Wanted, identity: str | None = 
     as one below the cache's folder. With an ``identity`` it is asked for once. Raises ConfigError.
     """
     index = wanted.cache_dir / f"items-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.json"
-    with locked_in(wanted.cache_dir, index.name):  # several processes of one run come here
+    # several processes of one run come here
+    with locked_in(wanted.cache_dir, index.name) if wanted.fetch else contextlib.nullcontext():
         if identity and index.is_file():
             rows, class_names, source = json.loads(index.read_text())
         elif identity and not wanted.fetch:
