@@ -349,6 +349,13 @@ def test_a_dataset_of_ones_own(kind, own, tmp_path):
     assert named.content != data.content
 
 
+@pytest.mark.parametrize("nothing", [-1, None])
+def test_a_part_without_labels_is_left_out_with_a_line(nothing, own, tmp_path):
+    data = fresh(own({"train": Own("image", tmp_path), "test": [(Image.new("L", (8, 8)), nothing)] * 3}))
+    assert [*data.parts] == ["train"]
+    assert "have no labels (test)" in data.line(8)
+
+
 def test_an_identity_stands_for_what_a_dataset_returns(own, tmp_path):
     content = fresh(own(Own("image", tmp_path, identity="first"))).content
     assert Own.asked == 20
