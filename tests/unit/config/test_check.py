@@ -128,6 +128,7 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     *(({"data.value_range": [low, 1.0]}, ("data.value_range=", "low and high of deep images")) for low in (1.0, 2.0)),
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),
+    ({"data.name": "table", "data.root": "a", "data.images": "b"}, ("data.images=b and data.root=a", "give one")),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ("data.val_fraction=0.5 and data.test_fraction=0.5",
                                                              "below 1")),
     ({"data.official_val": True, "data.name": "tiny_imagenet"}, ()),
