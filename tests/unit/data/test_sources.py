@@ -89,6 +89,8 @@ def test_parts_and_groups_of_a_table(pets, tmp_path):
     found = find(wanted)
     assert [name[-5] for name in found.names] == found.groups.tolist()
     assert find(Wanted("table", pets, tmp_path / "cache", labels=str(path))).groups is None
+    path = table_of(pets, image=str, target=lambda p: {"cat": "NA", "dog": "null"}[p.parent.name])
+    assert find(Wanted("table", pets, tmp_path / "cache", labels=str(path))).class_names == ["NA", "null"], "words"
 
 
 WRONG = {  # what is done to the rows [name, label] of twelve pets, settings, and what is said
