@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_vit import __version__
-from lora_vit.config import TrialConfig, from_dict, is_weights_file
+from lora_vit.config import DATASETS, TrialConfig, from_dict, is_weights_file
 from lora_vit.config.identity import file_and_prefix
 from lora_vit.errors import RecordError, reporting
 from lora_vit.records import PLAN, TrialRecord, read_record
@@ -89,7 +89,7 @@ def completed_trial(folder: str | Path, weights: str | None, device: str, root: 
     config = from_dict(record.config)
     if (precision := record.environment.get("precision")) not in ("fp32", "bf16", "fp16", "fp64"):
         raise RecordError(f"record.json was edited: its environment.precision is {precision}")
-    if root is not None and config.data.root is None:
+    if root is not None and DATASETS[config.data.name].in_package:
         raise RecordError(f"--data-root has no effect: data={config.data.name} comes in a package, leave it out")
     config.trainer.precision, config.trainer.accelerator, config.trainer.compile = str(precision), device, False
     config.data.root = config.data.root if root is None else root

@@ -71,6 +71,8 @@ def _check_data(d: DataConfig) -> None:
     val, test = d.val_fraction or 0, d.test_fraction or 0
     if val + test >= 1:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
+    if d.root and d.images:
+        refuse("data.images", d.images, f"and data.root={d.root} name two folders for the table's images: give one")
     if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
 

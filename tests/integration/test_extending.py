@@ -23,7 +23,7 @@ def extended(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(project_root / "lora_vit", folder / "lora_vit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(project_root / "conf", folder / "lora_vit" / "conf")
     blocks = BLOCK.findall((project_root / "docs/extending.md").read_text())
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for name, inside, text in blocks:
         path = folder / re.sub("^conf/", "lora_vit/conf/", name)
         if inside:

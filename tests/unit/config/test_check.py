@@ -85,7 +85,9 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "seed": ([0, 2**63 - 1], [-1, 2**63], "whole number in [0, 9223372036854775807]"),
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",
-        "data.content", "trainer.compile", "trainer.deterministic", "trainer.checkpoint_activations"}  # fmt: skip
+        "data.content", "data.labels", "data.images", "data.image_column", "data.label_column", "data.split_column",
+        "data.dataset", "data.target", "trainer.compile", "trainer.deterministic",
+        "trainer.checkpoint_activations"}  # fmt: skip
 """Settings without bounds of their own."""
 
 DIGITS = {"data.name": "digits", "data.cache_size": None}
@@ -126,6 +128,7 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     *(({"data.value_range": [low, 1.0]}, ("data.value_range=", "low and high of deep images")) for low in (1.0, 2.0)),
     ({"data.name": "tiny_imagenet", "data.cache_size": 16}, ()),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.49}, ()),
+    ({"data.name": "table", "data.root": "a", "data.images": "b"}, ("data.images=b and data.root=a", "give one")),
     ({"data.val_fraction": 0.5, "data.test_fraction": 0.5}, ("data.val_fraction=0.5 and data.test_fraction=0.5",
                                                              "below 1")),
     ({"data.official_val": True, "data.name": "tiny_imagenet"}, ()),

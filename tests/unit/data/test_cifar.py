@@ -66,7 +66,8 @@ def test_its_own_files_are_read_and_nothing_is_written(name, kind, written, tmp_
     # the files hold a red, a green and a blue plane one after another
     np.testing.assert_array_equal(data.images[7], train[7].reshape(3, 32, 32))
     np.testing.assert_array_equal(data.images[1003], test[3].reshape(3, 32, 32))
-    classes = 10 if kind is CIFAR10 else 100
+    classes, digest = (10, "232b62b50a440ab6") if kind is CIFAR10 else (100, "85bfa8a9a5b4475d")
+    assert data.content == f"1200 images, {classes} classes, sha256 {digest}", "as earlier versions had it"
     assert data.class_names == [f"class {i}" for i in range(classes)]
     assert data.splits["test"].tolist() == list(range(1000, 1200))
     assert np.bincount(data.labels[data.splits["val"]]).tolist() == [100 // classes] * classes
@@ -85,6 +86,6 @@ def test_absent_or_damaged_without_a_network(harm, name, kind, written, tmp_path
         written(kind)
         (tmp_path / "data" / kind.base_folder / kind.train_list[0][0]).write_bytes(b"cut off")
     message = refused(fresh, config(tmp_path, name))
-    assert f"data={name} is absent from data.root={tmp_path}/data or damaged" in message
+    assert f"{kind.__name__} is absent from data.root={tmp_path}/data or damaged" in message
     assert f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there" in message
     assert "Name or service not known" in message
