@@ -20,6 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors.numpy import load_file
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import averaged, best_cell, matrix
@@ -35,6 +36,7 @@ INK, GREY = "#1c2430", "#8a93a0"
 WIDE, WIDTH = 11.4, 5.5  # inches: of the first picture, and of all others
 COLUMNS = 12, 54, 128  # of text, points to the right of the first picture
 MOST_LINES, MOST_ROWS, MOST_BASELINES = 7, 30, 4
+MOST_CLASSES = 30  # whose names and numbers a confusion matrix shows
 LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a picture
 MOST_STEPS, BOLD, LONGEST_TICK = 8, 3, 14  # of a search: even steps of a setting, best trials, characters of a tick
 Scale = tuple[np.ndarray, list[tuple[float, str]]]  # of a setting: where each trial lies from 0 to 1, and the ticks
@@ -321,6 +323,20 @@ def spectrum(summary: Summary) -> Figure | None:
         axes.fill_between(ranks, share.min(0), share.max(0), color=colour, alpha=0.12, lw=0)
     axes.axhline(99.0, color=GREY, ls="--", lw=1)
     return _with_legend(axes, 2)
+
+
+def confusion(matrix: pd.DataFrame) -> Figure:
+    """The share of each class's pictures (rows) that is taken for each class (columns)."""
+    few, side = len(matrix) <= MOST_CLASSES, 2.4 + 0.36 * min(len(matrix), MOST_CLASSES)
+    shares = matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0).to_numpy()
+    with matplotlib.rc_context(fname=STYLE):
+        axes = _axes("Taken for", "", "", side, side)
+        shown = ConfusionMatrixDisplay(shares, display_labels=[_shorten(str(name), 20) for name in matrix])
+        how: Any = {"include_values": few, "values_format": ".0%", "text_kw": {"fontsize": 7}}
+        shown.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation="vertical", **how)
+        axes.set(xlabel="Predicted class", ylabel="Class", **({} if few else {"xticks": [], "yticks": []}))
+        axes.grid(False)
+    return shown.figure_
 
 
 def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9) -> Axes:

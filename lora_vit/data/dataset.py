@@ -61,6 +61,16 @@ class ImageData(Found):
         sizes = {name: len(ids) for name, ids in self.splits.items()}
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
+    def path(self, sample: int) -> str:
+        """The file of a sample, by its id; where there are none, the id."""
+        return str(sample) if self.root is None else shown(self.root / self.names[sample])
+
+    def picture(self, sample: int) -> np.ndarray:
+        """A sample as people look at it, uint8 [3, h, w]: its whole file, or what is known of it. Or ConfigError."""
+        if self.root is None:
+            return self.images[sample]
+        return replace(self.decoding, size=None)(self.root / self.names[sample])
+
     def line(self, image_size: int, metric: str = "") -> str:
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
@@ -97,7 +107,7 @@ def load_data(config: DataConfig) -> ImageData:
     """The decoded and divided data set. Raises ConfigError, also where its content is not ``data.content``."""
     from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
 
-    found = _find(config)
+    found = find(config)
     assert found is not None
     if config.content not in (None, found.content):
         there = f"data.root={config.root} holds other images, labels or class names than asked for"
@@ -119,7 +129,7 @@ def load_data(config: DataConfig) -> ImageData:
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """What ``data.content`` is: None where a package brings the images, or a ``fetch`` is needed. Or ConfigError."""
-    found = None if DATASETS[config.name].in_package else _find(config, fetch)
+    found = None if DATASETS[config.name].in_package else find(config, fetch)
     return None if found is None else found.content
 
 
@@ -128,7 +138,8 @@ def forget() -> None:
     _FOUND.clear()
 
 
-def _find(config: DataConfig, fetch: bool = True) -> Found | None:
+def find(config: DataConfig, fetch: bool = True) -> Found | None:
+    """What the data set consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
     known = DATASETS[config.name]
     if not config.root and not known.in_package:
         raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
