@@ -87,15 +87,13 @@ def run(args: argparse.Namespace) -> int:
         found, record = evaluate(*given, recorded=args.csv is not None or args.out is not None)
     except ConfigError as error:  # the setting is an option here
         raise ConfigError(str(error).replace("data.root", "--data-root")) from None
-    from lora_vit.analysis import export
-    from lora_vit.analysis.stats import wilson
     from lora_vit.terminal import make_console, print_table
 
-    differs, classes = False, export.classes_text(found)
+    differs, classes = False, found.classes_text()
     for name in dict.fromkeys((record.config["trainer"]["metric"], "accuracy", "balanced_accuracy")):
-        value, title, said = METRICS[name].of(found), METRICS[name].title.title(), f"{len(found.ids):,} images"
-        ends = "  95 % interval {:.2%} to {:.2%}".format(*wilson(value, len(found.ids))) if name == "accuracy" else ""
-        print(f"{found.part.capitalize()} {title}: {value:.2%}  ({said}){ends}")
+        value, title = METRICS[name].of(found), METRICS[name].title.title()
+        ends = ", 95 % interval {1:.2%} to {2:.2%}".format(*found.accuracy()) if name == "accuracy" else ""
+        print(f"{found.part.capitalize()} {title}: {value:.2%}  ({len(found.ids):,} images){ends}")
         if (recorded := record.metrics.get(f"{found.part}_{name}", value)) != value:
             print(f"the record says {recorded:.4%}: other hardware or versions")
             differs = True
@@ -111,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             "classes.csv": found.classes().to_csv(index=False).encode(),
             "confusion.csv": found.confusion().to_csv().encode(),
             "confusion.png": render(confusion(found.confusion()), "png"),
-            "errors.html": export.errors_page(found, record.trial_id, command).encode(),
+            "errors.html": found.errors_page(record.trial_id, command).encode(),
         }
         write_files(args.out, files)
         print(f"Wrong pictures: {args.out / 'errors.html'}")

@@ -103,11 +103,6 @@ def read_record(folder: Path) -> TrialRecord:
     return record
 
 
-def names_file(folder: Path, fingerprint: str) -> Path:
-    """Where the files of a trial's samples are named by sample id: of a sweep once for all trials of the same data."""
-    return (folder.parent if (folder.parent / PLAN).is_file() else folder) / f"names-{fingerprint}.json"
-
-
 class State(NamedTuple):
     """Where a trial stands, as its folder says."""
 

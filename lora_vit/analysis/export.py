@@ -5,7 +5,6 @@
 
 import base64
 import functools
-import io
 import json
 import re
 import shlex
@@ -18,17 +17,14 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from markupsafe import escape as escape_html
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from lora_vit.analysis.evaluated import Evaluated, confused
-from lora_vit.analysis.stats import wilson
 from lora_vit.analysis.summary import Summary
-from lora_vit.analysis.tables import SCALING, best_cell
+from lora_vit.analysis.tables import SCALING, best_cell, confused
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
-from lora_vit.metrics import LOSSES, METRICS
+from lora_vit.metrics import LOSSES
 from lora_vit.records import PREDICTIONS, state_of
 from lora_vit.terminal import from_here, is_numeric, print_table
 
@@ -36,7 +32,6 @@ ASKED_NOTE = "the intervals hold for all pairs of the table at once and have the
 TEST_NOTE = "test is shown for cells that were chosen on val, one for each method"
 LATEX_ROWS, PAGE_ROWS = 40, 500  # of a table: so many fit a sheet of paper; of more the page names the CSV file
 MOST_PROBLEMS = 20  # on the terminal
-MOST_ERRORS, SIDE, SMALL = 60, 240, 64  # of a page: wrong pictures; pixels of the longer side; of one that is enlarged
 SPARE = ["seconds", "pictures ±", "images ±", "seeds ±", "P(best)", "95 % interval", "#", "parameters", "best cell"]
 """Columns that a narrow terminal or page does without, the first first; papers and notebooks have the last two."""
 
@@ -275,40 +270,6 @@ def html_report(summary: Summary, pictures: dict[str, bytes], command: str, live
         again=functools.partial(again, summary),
         command=command,
     )
-
-
-def classes_text(found: Evaluated) -> pd.DataFrame:
-    """How well each class is known, as a table of text."""
-    ends = ("recall %", "recall", plain), ("95 % interval", "low high", plain), ("precision %", "precision", plain)
-    return as_text(found.classes(), ("class", "class", str), ("images", "images", count), *ends)
-
-
-def errors_page(found: Evaluated, title: str, command: str) -> str:
-    """The wrong pictures, the surest first, with their classes and what is taken for what, as one page."""
-    return page(
-        "errors",
-        title=title,
-        command=command,
-        found=found,
-        rows=found.pictures().reset_index(names="sample"),
-        accuracy=METRICS["accuracy"].of(found),
-        interval=wilson(METRICS["accuracy"].of(found), len(found.ids)),
-        balanced=METRICS["balanced_accuracy"].of(found),
-        classes=classes_text(found),
-        numeric=numeric,
-        matrix=found.confusion(),
-        most=MOST_ERRORS,
-        inline=lambda sample: inline_picture(found.data.picture(sample)),
-    )
-
-
-def inline_picture(pixels: np.ndarray) -> str:
-    """A picture, uint8 [3, h, w], as an address that holds it, no larger than a page shows it."""
-    image, data = Image.fromarray(pixels.transpose(1, 2, 0)), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    kind = "png" if max(pixels.shape) <= SMALL else "jpeg"
-    image.save(data, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def page(template: str, **values: Any) -> str:

@@ -330,7 +330,7 @@ def confusion(matrix: pd.DataFrame) -> Figure:
     few, side = len(matrix) <= MOST_CLASSES, 2.4 + 0.36 * min(len(matrix), MOST_CLASSES)
     shares = matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0).to_numpy()
     with matplotlib.rc_context(fname=STYLE):
-        axes = _axes("Taken for", "", "", side, side)
+        axes = _axes("What is taken for what", "", "", side, side)
         shown = ConfusionMatrixDisplay(shares, display_labels=[_shorten(str(name), 20) for name in matrix])
         how: Any = {"include_values": few, "values_format": ".0%", "text_kw": {"fontsize": 7}}
         shown.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation="vertical", **how)

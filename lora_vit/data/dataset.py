@@ -61,16 +61,6 @@ class ImageData(Found):
         sizes = {name: len(ids) for name, ids in self.splits.items()}
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
-    def path(self, sample: int) -> str:
-        """The file of a sample, by its id; where there are none, the id."""
-        return str(sample) if self.root is None else shown(self.root / self.names[sample])
-
-    def picture(self, sample: int) -> np.ndarray:
-        """A sample as people look at it, uint8 [3, h, w]: its whole file, or what is known of it. Or ConfigError."""
-        if self.root is None:
-            return self.images[sample]
-        return replace(self.decoding, size=None)(self.root / self.names[sample])
-
     def line(self, image_size: int, metric: str = "") -> str:
         """The images that are used and those that are not, in one line; ``image_size``: pixels that the model wants."""
         sizes = ", ".join(f"{name} {len(ids):,}" for name, ids in self.splits.items())
@@ -139,7 +129,7 @@ def forget() -> None:
 
 
 def find(config: DataConfig, fetch: bool = True) -> Found | None:
-    """What the data set consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
+    """What it consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
     known = DATASETS[config.name]
     if not config.root and not known.in_package:
         raise ConfigError(f"data.root has no value: give the folder of data={config.name}")

@@ -235,9 +235,10 @@ class TrialRun:
                        if name != "loss"}  # fmt: skip
         with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
             np.savez(file, **arrays)
-        place = records.names_file(folder, setup.data.fingerprint)
-        if setup.data.root is not None and not place.exists():
-            write_json(place, {"root": str(setup.data.root), "names": list(setup.data.names)})
+        place = folder.parent if (folder.parent / records.PLAN).is_file() else folder  # a sweep's trials share them
+        names = place / f"names-{setup.data.fingerprint}.json"
+        if setup.data.root is not None and not names.exists():
+            write_json(names, {"root": str(setup.data.root), "names": list(setup.data.names)})
         inputs: Any = (setup.base[key] for key in ("image_size", "mean", "std", "interpolation"))
         card: dict[str, Any] = {
             "schema": self.record.schema,
