@@ -38,7 +38,8 @@ from lora_vit.sweep.trial import Trial, digest, key_of, without_idle, without_se
 from lora_vit.terminal import Progress
 
 HYDRA: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3") else {}  # 1.4 does so anyway
-PATHS = ("data.root", "data.cache_dir", "model.weights", "hydra.run.dir", "hydra.sweep.dir", "sweep.name")
+PATHS = ("data.root", "data.labels", "data.images", "data.cache_dir", "model.weights",
+         "hydra.run.dir", "hydra.sweep.dir", "sweep.name")  # fmt: skip
 """Keys whose values are names of files and folders."""
 
 

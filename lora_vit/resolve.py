@@ -96,8 +96,9 @@ def from_omegaconf(cfg: Any, dropped: dict[str, str] | None = None, fetch: bool 
         model.weights = hub_folder(str(model.weights), fetch)
     if is_weights_file(model.weights):
         model.weights = os.path.join(cwd, user_path(str(model.weights)))
-    if data.root:
-        data.root = os.path.join(cwd, user_path(data.root))
+    for key in ("root", "labels", "images"):
+        if given := getattr(data, key):
+            setattr(data, key, os.path.join(cwd, user_path(given)))
     if not data.cache_dir.startswith("~"):  # each machine's own home
         data.cache_dir = os.path.join(cwd, data.cache_dir)
     validate(trial)

@@ -35,7 +35,7 @@ def data_config(preset: str, **given: str | int | bool | None) -> DataConfig:
         data.update({"batch_size": 1, **{key: value for key, value in given.items() if value is not None}})
         if OmegaConf.is_missing(data, "root"):
             raise ConfigError(f"{preset} has no folder of its own: give --root DIR")
-        if data.official_val and not DATASETS[data.name].official_val:
+        if data.official_val and "official_val" not in DATASETS[data.name].reads:
             raise ConfigError(f"--official-val has no effect: {preset} has no such images")
         config = OmegaConf.to_object(data)
     assert isinstance(config, DataConfig)

@@ -2,28 +2,36 @@
 
 from typing import NamedTuple
 
+TABLE = ("labels", "images", "image_column", "label_column", "split_column")
+OPTIONAL = ("official_val", *TABLE, "dataset", "target")  # settings that only some data sets read
+
 
 class DataSet(NamedTuple):
     """What is known of a data set; its parts are ``val`` and ``test``."""
 
     loader: str  # module of ``lora_vit/data`` whose ``find`` lists its images
+    needs: tuple[str, ...] = ("root",)  # settings that must have a value
+    reads: tuple[str, ...] = ()  # those of OPTIONAL that it reads
     in_package: bool = False  # a Python package brings the images: nothing to download, its version tells which
     always: tuple[str, ...] = ()  # parts that it has of its own, so no fraction of ``train`` becomes them
-    perhaps: tuple[str, ...] = ()  # parts that its folder may have; a fraction of ``train`` becomes what it lacks
+    perhaps: tuple[str, ...] = ("val", "test")  # parts that it may have; a fraction of ``train`` becomes what it lacks
     one_size: bool = False  # all images have one size that never changes, and neither transparency nor deep pixels
-    official_val: bool = False  # it has a further set of labelled images that ``data.official_val`` adds
 
     def unread(self) -> list[str]:
         """Settings that have no effect on it."""
-        keys = [f"{part}_fraction" for part in self.always] + ["official_val"] * (not self.official_val)
+        keys = [f"{part}_fraction" for part in self.always] + [key for key in OPTIONAL if key not in self.reads]
         return [f"data.{key}" for key in keys + ["cache_size", "background", "value_range"] * self.one_size]
 
 
 DATASETS = {
-    "tiny_imagenet": DataSet("tiny_imagenet", official_val=True),
-    "digits": DataSet("digits", in_package=True, one_size=True),
-    "cifar10": DataSet("cifar", always=("test",), one_size=True),
-    "cifar100": DataSet("cifar", always=("test",), one_size=True),
-    "imagefolder": DataSet("folder", perhaps=("val", "test")),
-    "fake": DataSet("digits", in_package=True),
+    "tiny_imagenet": DataSet("tiny_imagenet", reads=("official_val",), perhaps=()),
+    "digits": DataSet("digits", needs=(), in_package=True, perhaps=(), one_size=True),
+    "cifar10": DataSet("sets", always=("test",), perhaps=(), one_size=True),
+    "cifar100": DataSet("sets", always=("test",), perhaps=(), one_size=True),
+    "imagefolder": DataSet("folder"),
+    "table": DataSet("table", needs=("labels",), reads=TABLE),
+    "torchvision": DataSet("sets", needs=("root", "dataset"), reads=("dataset",)),
+    "huggingface": DataSet("huggingface", needs=(), reads=("dataset", "image_column", "label_column")),
+    "custom": DataSet("sets", needs=("target",), reads=("target",)),
+    "fake": DataSet("digits", needs=(), in_package=True, perhaps=()),
 }

@@ -21,6 +21,7 @@ SIZES = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "m
 ADAPTED = ("lora", "dora")  # values of lora.method that have adapters; the others are baselines
 _SIZE = number("a whole number", "[1, inf)")
 _COUNT = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number from 1 up, or auto")
+_WHERE = NO_IDENTITY | {"as_before": None}  # what it leads to is told apart by its content
 _CUT = text("(?!)", "is what lora-vit cut writes, the rank that was trained: leave it out")
 _MICRO_BATCH = text("auto|0{0,8}[1-9][0-9]{0,8}", "is impossible: give a number of images from 1 up, auto, or null")
 
@@ -52,6 +53,13 @@ class DataConfig:
 
     name: str = field(metadata=choice(*DATASETS))
     root: str | None = field(metadata=NO_IDENTITY)
+    labels: str | None = field(metadata=_WHERE)
+    images: str | None = field(metadata=_WHERE)
+    image_column: str | None = field(metadata=_WHERE)
+    label_column: str | None = field(metadata=_WHERE)
+    split_column: str | None = field(metadata=_WHERE)
+    dataset: str | None = field(metadata={"as_before": None})
+    target: str | None = field(metadata=_WHERE)
     batch_size: int = field(metadata=number("a whole number", "[1, inf)"))  # global: over all processes
     augment: Any = field(metadata=choice(*AUGMENTATIONS))  # one or a list
     randaugment_num_ops: int = field(metadata=number("a number of operations", "[1, inf)") | {"as_before": 2})

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ class Wanted:
     cache_dir: Path
     official_val: bool = False
     cache_size: int | None = None
+    group: int | str | None = None
+    on_broken: str = "refuse"
+    labels: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    dataset: str | None = None
+    target: str | None = None
     fetch: bool = field(default=True, compare=False)  # download and read what is not known yet, or else return None
 
 
@@ -44,6 +53,8 @@ class Found:
     digests: np.ndarray | None = None  # sha256 of each image's file, uint8 [N, 32], where there are files
     root: Path | None = None  # that of these files
     names: Sequence[str] = ()  # their paths below it, in the order of the sample ids
+    groups: np.ndarray | None = None  # equal values [N] for images that stay in one part, of a table's column
+    source: str | None = None  # where they came from, with its revision, if not from the user's own files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,8 @@ class ImageData(Found):
 
     def card(self) -> dict[str, Any]:
         """What a trial's record says of the data."""
-        sizes = {name: len(ids) for name, ids in self.splits.items()}
+        sizes: dict[str, Any] = {name: len(ids) for name, ids in self.splits.items()}
+        sizes |= {"source": self.source} if self.source else {}
         return {"fingerprint": self.fingerprint, "classes": len(self.class_names), **sizes}
 
     def line(self, image_size: int, metric: str = "") -> str:
@@ -91,6 +103,7 @@ class ImageData(Found):
 
 
 _FOUND: dict[Wanted, Found] = {}  # in this process
+_NEEDED = {"root": "the folder", "labels": "the table", "dataset": "the name", "target": "the module:function"}
 
 
 def load_data(config: DataConfig) -> ImageData:
@@ -131,13 +144,17 @@ def forget() -> None:
 def find(config: DataConfig, fetch: bool = True) -> Found | None:
     """What it consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
     known = DATASETS[config.name]
-    if not config.root and not known.in_package:
-        raise ConfigError(f"data.root has no value: give the folder of data={config.name}")
-    root, cache_dir = user_path(config.root or ""), user_path(config.cache_dir)
+    for key in known.needs:
+        if not getattr(config, key):
+            raise ConfigError(f"data.{key} has no value: give {_NEEDED[key]} of data={config.name}")
+    place = config.root or config.images or os.path.dirname(config.labels or "")
+    root, cache_dir = user_path(place), user_path(config.cache_dir)
     if not known.in_package and cache_dir.parts[0] == "~":
         raise ConfigError(f"data.cache_dir={cache_dir}: no home folder is known here, give another folder or set HOME")
     size = config.cache_size if known.in_package else None
-    if (wanted := Wanted(config.name, root, cache_dir, config.official_val, size, fetch)) not in _FOUND:
+    given = {f.name: getattr(config, f.name) for f in fields(Wanted) if hasattr(config, f.name)}
+    own = {"root": root, "cache_dir": cache_dir, "cache_size": size, "fetch": fetch}
+    if (wanted := Wanted(**{**given, **own})) not in _FOUND:
         try:  # imported when chosen: each needs another heavy package
             if (found := import_module(f"lora_vit.data.{known.loader}").find(wanted)) is not None:
                 _FOUND[wanted] = found

@@ -9,6 +9,7 @@ from unicodedata import normalize
 from lora_vit.data.cache import Parts, found_in
 from lora_vit.data.dataset import Found, Wanted
 from lora_vit.data.files import Listing, marks_among
+from lora_vit.data.imagenet import flat_val
 from lora_vit.errors import ConfigError
 from lora_vit.files import shown
 
@@ -34,6 +35,10 @@ def find(wanted: Wanted) -> Found | None:
     _refuse_parts(place, [name for names in classes.values() for name in names])
     parts: Parts = {}
     for part, folder in folders.items():
+        flat = part == "val" and not _folders(top / folder)
+        if flat and (listed := flat_val(top, folder, [*classes], files)):
+            parts[part] = listed
+            continue
         own = classes if part == "train" else _classes(top / folder, files)
         if others := set(own) - set(classes):
             there = f"{shown(top / folder)} has the class '{shown(min(others))}'"
@@ -48,7 +53,8 @@ def find(wanted: Wanted) -> Found | None:
                 files.skip(f"classes without images in {folder}/", class_name)
             parts[part] += [(name, label) for name in found]
         if not parts[part]:
-            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: sort them so (links will do)")
+            remedy = "sort them so (links will do), or put ImageNet's LOC_val_solution.csv beside it"
+            raise ConfigError(f"{shown(top / folder)} holds no images in class folders: {remedy}")
     return found_in(top, [shown(c) for c in classes], parts, files, wanted)
 
 

@@ -85,7 +85,9 @@ ALONE = {  # values taken, values refused, what the refusal says beside key=valu
     "seed": ([0, 2**63 - 1], [-1, 2**63], "whole number in [0, 9223372036854775807]"),
 }  # fmt: skip
 FREE = {"model.name", "model.weights", "model.weights_sha256", "data.root", "data.official_val", "data.cache_dir",
-        "data.content", "trainer.compile", "trainer.deterministic", "trainer.checkpoint_activations"}  # fmt: skip
+        "data.content", "data.labels", "data.images", "data.image_column", "data.label_column", "data.split_column",
+        "data.dataset", "data.target", "trainer.compile", "trainer.deterministic",
+        "trainer.checkpoint_activations"}  # fmt: skip
 """Settings without bounds of their own."""
 
 DIGITS = {"data.name": "digits", "data.cache_size": None}

@@ -15,9 +15,11 @@ from lora_vit.errors import ConfigError
 
 ELSEWHERE = {"data.root", "data.cache_dir", "trainer.accelerator", "trainer.devices", "trainer.resume",
              "trainer.checkpoint_every", "trainer.log_every", "trainer.validate_every", "trainer.micro_batch",
-             "trainer.checkpoint_activations", "trainer.deterministic", "trainer.metric"}  # fmt: skip
+             "trainer.checkpoint_activations", "trainer.deterministic", "trainer.metric", "data.labels", "data.images",
+             "data.image_column", "data.label_column", "data.split_column", "data.target"}  # fmt: skip
 """Written out once more: a setting that moves into or out of the identity changes the ids of trials on disk."""
-AS_BEFORE = {"data.background", "data.value_range", "data.random_erasing_p", "data.mixup_alpha", "data.cutmix_alpha",
+AS_BEFORE = {"data.dataset", "data.background", "data.value_range", "data.random_erasing_p", "data.mixup_alpha",
+             "data.cutmix_alpha",
              "data.randaugment_num_ops", "data.randaugment_magnitude", "data.color_jitter_brightness",
              "data.color_jitter_contrast", "data.color_jitter_saturation", "data.color_jitter_hue",
              "optimizer.name", "optimizer.momentum",

@@ -85,6 +85,6 @@ def test_absent_or_damaged_without_a_network(harm, name, kind, written, tmp_path
         written(kind)
         (tmp_path / "data" / kind.base_folder / kind.train_list[0][0]).write_bytes(b"cut off")
     message = refused(fresh, config(tmp_path, name))
-    assert f"data={name} is absent from data.root={tmp_path}/data or damaged" in message
+    assert f"{kind.__name__} is absent from data.root={tmp_path}/data or damaged" in message
     assert f"put {kind.filename} (md5 {kind.tgz_md5}) or {kind.base_folder}/ there" in message
     assert "Name or service not known" in message
