@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -47,9 +48,10 @@ def evaluate(folder: str | Path, split: str | None = None, weights: str | None =
     forget()  # files may have changed since
     card, others, own = read_adapter(folder).card, None, config.data
     if data_root is not None or labels is not None:
-        config.data = elsewhere(own, str(data_root), card)
-        content = record.config["data"]["content"]
-        if split is None and known_content(config.data) != content:
+        config.data, content = elsewhere(own, data_root, labels, card), record.config["data"]["content"]
+        if known_content(config.data) != content:
+            if split is not None:
+                raise ConfigError(f"--split {split} is of the trial's own data, which these are not: leave it out")
             others, line = external(config.data, own, content, card)
             print(line)
     part, predictions = split or ("test" if others is None else EXTERNAL), None
@@ -82,11 +84,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the trial's figures on a split and what its record says; exit code 1 where they differ."""
     if args.csv is not None:
         check_out(args.csv, "--csv", ".csv")
+    if args.out is not None:
+        write_files(args.out, {})  # refused before any work
     given = args.folder, args.split, args.weights, args.data_root, args.device, args.labels
     try:
         found, record = evaluate(*given, recorded=args.csv is not None or args.out is not None)
-    except ConfigError as error:  # the setting is an option here
-        raise ConfigError(str(error).replace("data.root", "--data-root")) from None
+    except ConfigError as error:  # the settings are options here
+        said = re.sub(r"data\.(root|images)\b", "--data-root", str(error)).replace("data.labels", "--labels")
+        raise ConfigError(said) from None
     from lora_vit.terminal import make_console, print_table
 
     differs, classes = False, found.classes_text()
@@ -104,12 +109,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from lora_vit.analysis.plots import confusion, render  # matplotlib is slow to import
 
-        command = shlex.join(["lora-vit", *sys.argv[1:]])
+        words = sys.argv[2 if sys.argv[1:2] == ["evaluate"] else 1 :]
         files = {
             "classes.csv": found.classes().to_csv(index=False).encode(),
             "confusion.csv": found.confusion().to_csv().encode(),
             "confusion.png": render(confusion(found.confusion()), "png"),
-            "errors.html": found.errors_page(record.trial_id, command).encode(),
+            "errors.html": found.errors_page(record.trial_id, f"lora-vit evaluate {shlex.join(words)}").encode(),
         }
         write_files(args.out, files)
         print(f"Wrong pictures: {args.out / 'errors.html'}")

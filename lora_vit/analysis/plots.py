@@ -36,7 +36,6 @@ INK, GREY = "#1c2430", "#8a93a0"
 WIDE, WIDTH = 11.4, 5.5  # inches: of the first picture, and of all others
 COLUMNS = 12, 54, 128  # of text, points to the right of the first picture
 MOST_LINES, MOST_ROWS, MOST_BASELINES = 7, 30, 4
-MOST_CLASSES = 30  # whose names and numbers a confusion matrix shows
 LONGEST, TICKS = 68, 60  # characters of a name, and of all ticks below a picture
 MOST_STEPS, BOLD, LONGEST_TICK = 8, 3, 14  # of a search: even steps of a setting, best trials, characters of a tick
 Scale = tuple[np.ndarray, list[tuple[float, str]]]  # of a setting: where each trial lies from 0 to 1, and the ticks
@@ -326,16 +325,15 @@ def spectrum(summary: Summary) -> Figure | None:
 
 
 def confusion(matrix: pd.DataFrame) -> Figure:
-    """The share of each class's pictures (rows) that is taken for each class (columns)."""
-    few, side = len(matrix) <= MOST_CLASSES, 2.4 + 0.36 * min(len(matrix), MOST_CLASSES)
-    shares = matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0).to_numpy()
-    with matplotlib.rc_context(fname=STYLE):
-        axes = _axes("What is taken for what", "", "", side, side)
-        shown = ConfusionMatrixDisplay(shares, display_labels=[_shorten(str(name), 20) for name in matrix])
-        how: Any = {"include_values": few, "values_format": ".0%", "text_kw": {"fontsize": 7}}
-        shown.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation="vertical", **how)
-        axes.set(xlabel="Predicted class", ylabel="Class", **({} if few else {"xticks": [], "yticks": []}))
-        axes.grid(False)
+    """The share of each class's pictures (rows) that is taken for each class (columns), in % where there is room."""
+    few, shares = len(matrix) <= MOST_ROWS, 100 * matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0)
+    with matplotlib.rc_context({"axes.grid": False}, fname=STYLE):
+        axes = _axes("What is taken for what (%)", "", "", *[2.4 + 0.36 * min(len(matrix), MOST_ROWS)] * 2)
+        shown = ConfusionMatrixDisplay(shares.to_numpy(), display_labels=[_shorten(str(name), 20) for name in matrix])
+        how: Any = {"cmap": "Blues", "colorbar": False, "xticks_rotation": "vertical", "values_format": ".0f"}
+        shown.plot(ax=axes, include_values=few, **how)
+        if not few:
+            axes.set(xticks=[], yticks=[])
     return shown.figure_
 
 

@@ -17,9 +17,11 @@ from lora_vit.files import user_path
 EXTERNAL = "external"  # the one part that such pictures are in
 
 
-def elsewhere(own: DataConfig, root: str, card: Mapping[str, Any]) -> DataConfig:
-    """What reads pictures for the adapter of this card: its data set at ``root``, or folders named as its classes."""
-    inside = (path.name for level in ("*", "train*/*") for path in user_path(root).glob(level))
+def elsewhere(own: DataConfig, root: str | None, labels: str | None, card: Mapping[str, Any]) -> DataConfig:
+    """What reads pictures for an adapter (its card): its data at ``root``, folders named as its classes, or a table."""
+    if labels is not None:
+        return replace(own, name="table", labels=labels, root=root, images=None, split_column=None)
+    inside = (path.name for level in ("*", "train*/*") for path in user_path(str(root)).glob(level))
     as_folders = DATASETS[own.name].in_package or any(name in card["class_names"] for name in inside)
     return replace(own, root=root, name="imagefolder" if as_folders else own.name)
 
