@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from lora_vit.config import DATASETS, DataConfig
-from lora_vit.data.dataset import ImageData, find
+from lora_vit.data.dataset import ImageData, find, known_content, load_data
 from lora_vit.data.preprocessing import Preprocessing
-from lora_vit.data.splits import divide
 from lora_vit.errors import ConfigError
 from lora_vit.files import user_path
 
@@ -26,7 +25,7 @@ def elsewhere(own: DataConfig, root: str | None, labels: str | None, card: Mappi
     return replace(own, root=root, name="imagefolder" if as_folders else own.name)
 
 
-def external(config: DataConfig, own: DataConfig, content: str, card: Mapping[str, Any]) -> tuple[ImageData, str]:
+def external(config: DataConfig, own: DataConfig, content: str | None, card: dict[str, Any]) -> tuple[ImageData, str]:
     """All pictures of a data set as one part, under the adapter's classes, and a line on them.
 
     ``own``, ``content``: what the adapter was trained on. Raises ConfigError where there are other classes.
@@ -42,11 +41,11 @@ def external(config: DataConfig, own: DataConfig, content: str, card: Mapping[st
     ids = np.sort(np.concatenate([*found.parts.values()]))
     seen = "whether it was trained on some is not known here, as its own are elsewhere"
     with contextlib.suppress(ConfigError):
-        ours = find(own, fetch=False)
-        if ours is not None and ours.content == content and ours.digests is not None and found.digests is not None:
-            train = divide(ours, own)[0]["train"]
-            first, theirs = (d[:, :8].copy().view(np.uint64)[:, 0] for d in (found.digests[ids], ours.digests[train]))
-            seen = f"it was trained on {np.isin(first, theirs).sum():,} of them"
+        known = content is not None and known_content(own, fetch=False) == content
+        if known and (ours := load_data(own)).digests is not None and found.digests is not None:
+            both = found.digests[ids], ours.digests[ours.splits["train"]]
+            first, of_train = (digests[:, :8].copy().view(np.uint64)[:, 0] for digests in both)
+            seen = f"it was trained on {np.isin(first, of_train).sum():,} of them"
     lacking = [name for label, name in enumerate(class_names) if label not in labels[ids]]
     of = f"of {len(class_names) - len(lacking)} of its {len(class_names)} classes"
     of += f" (none of {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''})" if lacking else ""

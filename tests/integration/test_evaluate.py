@@ -40,7 +40,9 @@ def place(tmp_path_factory) -> Path:
     (place / "trials").mkdir()
     (place / "trials/sweep.json").write_text('{"trials": {}}')
     own = ("data=imagefolder", f"data.root={place}/images", f"data.cache_dir={place}/cache", "trainer.precision=fp32")
-    train_together([trial_config(*own, f"seed={seed}") for seed in (0, 1)], place / "trials")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_vit.data.files._UNSETTLED", 0)  # else files of this second are read again
+        train_together([trial_config(*own, f"seed={seed}") for seed in (0, 1)], place / "trials")
     train_together([trial_config(f"data.cache_dir={place}/cache", "trainer.precision=fp32")], place / "fake")
     return place
 
