@@ -95,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     from lora_vit.terminal import make_console, print_table
 
     differs, classes = False, found.classes_text()
-    for name in dict.fromkeys((record.config["trainer"]["metric"], "accuracy", "balanced_accuracy")):
+    print_table(make_console(), "Classes, least recall first", [*classes], classes.to_numpy().tolist(), ROWS)
+    for name in dict.fromkeys(("balanced_accuracy", record.config["trainer"]["metric"], "accuracy")):
         value, title = METRICS[name].of(found), METRICS[name].title.title()
         ends = ", 95 % interval {1:.2%} to {2:.2%}".format(*found.accuracy()) if name == "accuracy" else ""
         print(f"{found.part.capitalize()} {title}: {value:.2%}  ({len(found.ids):,} images){ends}")
         if (recorded := record.metrics.get(f"{found.part}_{name}", value)) != value:
             print(f"the record says {recorded:.4%}: other hardware or versions")
             differs = True
-    print_table(make_console(), "Classes, least recall first", [*classes], classes.to_numpy().tolist(), ROWS)
     if args.csv is not None:
         rows = found.pictures()
         write_csv(args.csv, [[*rows], *rows.to_numpy().tolist()])
