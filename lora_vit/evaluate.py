@@ -73,8 +73,7 @@ def _recorded(folder: Path, split: str, record: TrialRecord) -> Predictions | No
 
     try:
         with np.load(folder / PREDICTIONS) as arrays:
-            names = [field.name for field in dataclasses.fields(Predictions) if field.name != "loss"]
-            own = {name: arrays[f"{split}.{name}"] for name in names}
+            own = {f.name: arrays[f"{split}.{f.name}"] for f in dataclasses.fields(Predictions) if f.name != "loss"}
         return Predictions(**own, loss=record.metrics[f"{split}_loss"])
     except Exception:  # numpy and zipfile raise many kinds where a file is cut off
         return None
