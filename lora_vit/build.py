@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
 from lora_vit.data.augment import IMAGENET_MEAN, IMAGENET_STD, Transform
-from lora_vit.data.dataset import load_data
+from lora_vit.data.dataset import ImageData, load_data
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process, from_all, on_all
 from lora_vit.errors import ConfigError
@@ -183,12 +183,12 @@ def check_places(trunk: nn.Module, config: TrialConfig) -> None:
         raise ConfigError(f"lora.{error} (in {config.model.name})") from None
 
 
-def build_setup(config: TrialConfig, process: Process) -> Setup:
-    """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
+def build_setup(config: TrialConfig, process: Process, data: ImageData | None = None) -> Setup:
+    """Load data, unless given, and weights for trials that share a structure. Raises ConfigError where one cannot."""
     device = choose_device(config.trainer.accelerator)
     precision, why = choose_precision(config.trainer.precision, device)
     fetch_weights(config.model, download=False)  # before data is fetched or decoded
-    data = load_data(config.data)
+    data = data or load_data(config.data)
     class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
     samples, transform = Samples(data, device), factory.transform(config.data)

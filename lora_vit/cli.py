@@ -27,7 +27,7 @@ COMMANDS = {  # the module of each, and what it does
     "sweep": ("lora_vit.sweep.__main__", "list a sweep's trials, or train some of them on this machine"),
     "summarize": ("lora_vit.summarize", "compare the trials of sweeps: tables, pictures, a report"),
     "track": ("lora_vit.track", "hand to a tracker (MLflow, W&B, ...) what trials have left in their folders"),
-    "evaluate": ("lora_vit.evaluate", "measure a trained trial's accuracy on its own data"),
+    "evaluate": ("lora_vit.evaluate", "measure a trained trial on its own images or others, and show the wrong ones"),
     "predict": ("lora_vit.predict", "classify images with a trained trial"),
     "merge": ("lora_vit.merge", "write a trained trial's weights under the backbone's own names"),
     "export": ("lora_vit.export", "write a trained trial for other libraries"),

@@ -1,13 +1,15 @@
 """Files that are whole or absent: atomic replacement, locks, JSON and append-only rows."""
 
+import codecs
 import contextlib
+import csv
 import errno
 import fcntl
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +75,23 @@ def locked(path: Path, wait: bool = True, shared: bool = False) -> Iterator[None
                     if not shared and os.listdir(path.parent) == [path.name]:
                         path.unlink()
             return
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace files by name in a folder, made if need be. Raises RecordError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            with replacing(folder / name) as file:
+                file.write(data)
+    except OSError as error:
+        raise RecordError(f"{folder} cannot be written ({error.strerror}): give another folder with --out") from None
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Replace a ``.csv`` file by rows; names are text, whatever their bytes are."""
+    with replacing(path) as file:
+        csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace")).writerows(rows)
 
 
 def remove_empty(folder: Path) -> None:

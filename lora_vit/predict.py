@@ -1,15 +1,13 @@
 """Classify images with a trained trial: ``lora-vit predict FOLDER IMAGE...``."""
 
 import argparse
-import codecs
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_vit.cli import add_trial, check_out, completed_trial, main
 from lora_vit.errors import ConfigError
-from lora_vit.files import replacing, shown, user_path
+from lora_vit.files import shown, user_path, write_csv
 
 BATCH = 64  # images that are classified together; more than these get a bar
 
@@ -72,10 +70,8 @@ def run(args: argparse.Namespace) -> int:
         check_out(args.csv, "--csv", ".csv")
     rows, unreadable = predict(args.folder, args.images, args.top, args.weights, args.device)
     if args.csv is not None:
-        with replacing(args.csv) as file:
-            writer = csv.writer(codecs.getwriter("utf-8")(file, "backslashreplace"))
-            kept = (row for row in rows if row[1] <= (args.top or 1))
-            writer.writerows([("image", "rank", "class", "probability"), *kept])
+        kept = (row for row in rows if row[1] <= (args.top or 1))
+        write_csv(args.csv, [("image", "rank", "class", "probability"), *kept])
     for image, rank, name, p in rows:  # after they are written: the reader of a pipe may leave early
         if rank == 1:
             print(_printable(image))

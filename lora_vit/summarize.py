@@ -18,8 +18,7 @@ from lora_vit.analysis import export, summarize
 from lora_vit.analysis.load import OUTPUT
 from lora_vit.analysis.texts import number
 from lora_vit.cli import named
-from lora_vit.errors import RecordError
-from lora_vit.files import replacing
+from lora_vit.files import write_files
 from lora_vit.terminal import from_here
 
 # how pictures' names begin; heat maps are of earlier versions
@@ -61,16 +60,10 @@ def run(args: argparse.Namespace) -> int:
             pictures[name] = files[f"{name}.svg"] = render(figure, "svg")
             files[f"{name}.png"] = render(figure, "png")
     files["report.html"] = export.html_report(summary, pictures, f"python -m lora_vit.summarize {again}").encode()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            with replacing(out / name) as file:
-                file.write(data)
-        for old in out.iterdir():  # of an earlier summary
-            if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:
-                old.unlink()
-    except OSError as error:
-        raise RecordError(f"{out} cannot be written ({error.strerror}): give another folder with --out") from None
+    write_files(out, files)
+    for old in out.iterdir():  # of an earlier summary
+        if old.suffix in (".png", ".svg") and old.name.startswith(PICTURES) and old.name not in files:
+            old.unlink()
     console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
     export.terminal(summary, console, max(1, args.top))
     test = f"Test {summary.title} of that cell: {number(summary.test.mean)} ({summary.errors_of_test()})."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_vit import randomness
 from lora_vit.build import build_setup, choose_device, inputs_of
 from lora_vit.config import SIZES, LoraConfig, ModelConfig, TrialConfig, is_weights_file
+from lora_vit.data.dataset import ImageData
 from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError
@@ -27,15 +28,17 @@ from lora_vit.training.trial import TrialRun, TrialState
 TOLERANCE = 1e-3  # of a logit, in fp32, relative to the largest logit (or 1): both sides round each product
 
 
-def trained_pack(folders: Sequence[Path], config: TrialConfig, writes: bool = False) -> Pack:
+def trained_pack(folders: Sequence[Path], config: TrialConfig, writes: bool = False,
+                 others: ImageData | None = None) -> Pack:  # fmt: skip
     """Trials as the trainer had them when it recorded their figures, which they have again if one ``writes`` them.
 
-    ``config``: of one of them; they differ by a cut of its adapters alone. Raises ConfigError as ``bind``.
+    ``config``: of one of them; they differ by a cut of its adapters alone; ``others``: pictures of their classes
+    in the place of their own. Raises ConfigError as ``bind``.
     """
-    setup, trials = build_setup(config, Process()), []
+    setup, trials = build_setup(config, Process(), others), []
     for folder in folders:
         adapter, record = read_adapter(folder), read_record(folder)
-        bind(adapter, setup.base, setup.data.class_names, setup.data.card())
+        bind(adapter, setup.base, setup.data.class_names, None if others else setup.data.card())
         own = replace(config, lora=LoraConfig(**record.config["lora"]))
         state = TrialState(epoch=config.trainer.epochs, values=adapter.tensors)
         trials.append(TrialRun(own, record, state, folder if writes else None))

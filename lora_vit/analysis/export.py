@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_vit.analysis.summary import Summary
-from lora_vit.analysis.tables import SCALING, best_cell
+from lora_vit.analysis.tables import SCALING, best_cell, confused
 from lora_vit.analysis.texts import NONE, count, duration, loss, number, plain, points, signed, size
 from lora_vit.config.names import METHOD, METHODS, short_names, value_text
 from lora_vit.metrics import LOSSES
@@ -227,10 +227,8 @@ def confusion(folder: Path) -> pd.DataFrame:
     """A trial's val pictures by class (rows) and predicted class; empty where they are not known."""
     try:
         names = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["class_names"]
-        counts = np.zeros((len(names), len(names)), dtype=int)
         with np.load(folder / PREDICTIONS) as arrays:
-            np.add.at(counts, (arrays["val.labels"], arrays["val.predicted"]), 1)
-        return pd.DataFrame(counts, names, names)
+            return confused(arrays["val.labels"], arrays["val.predicted"], names)
     except Exception:  # numpy and zipfile raise many kinds where a file is cut off; the claims say what they lack
         return pd.DataFrame()
 

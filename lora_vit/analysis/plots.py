@@ -20,6 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from safetensors.numpy import load_file
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from lora_vit.analysis.summary import Summary
 from lora_vit.analysis.tables import averaged, best_cell, matrix
@@ -321,6 +322,19 @@ def spectrum(summary: Summary) -> Figure | None:
         axes.fill_between(ranks, share.min(0), share.max(0), color=colour, alpha=0.12, lw=0)
     axes.axhline(99.0, color=GREY, ls="--", lw=1)
     return _with_legend(axes, 2)
+
+
+def confusion(matrix: pd.DataFrame) -> Figure:
+    """The share of each class's pictures (rows) that is taken for each class (columns), in % where there is room."""
+    few, shares = len(matrix) <= MOST_ROWS, 100 * matrix.div(matrix.sum(axis=1).clip(lower=1), axis=0)
+    with matplotlib.rc_context({"axes.grid": False}, fname=STYLE):
+        axes = _axes("What is taken for what (%)", "", "", *[2.4 + 0.36 * min(len(matrix), MOST_ROWS)] * 2)
+        shown = ConfusionMatrixDisplay(shares.to_numpy(), display_labels=[_shorten(str(name), 20) for name in matrix])
+        how: Any = {"cmap": "Blues", "colorbar": False, "xticks_rotation": "vertical", "values_format": ".0f"}
+        shown.plot(ax=axes, include_values=few, **how)
+        if not few:
+            axes.set(xticks=[], yticks=[])
+    return shown.figure_
 
 
 def _axes(title: str, x: str, y: str, width: float = WIDTH, height: float = 3.9) -> Axes:

@@ -61,10 +61,10 @@ def t_interval(values: np.ndarray, resolution: float = 0.0, overlap: float = 0.0
     return Interval(mean, sd, n, mean - half, mean + half)
 
 
-def wilson(share: float, size: float) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share: within 0 and 1, and of some width at both."""
+def wilson(share: Any, size: Any) -> tuple[Any, Any]:
+    """Wilson's interval (1927) of a share, or of each of several: within 0 and 1, and of some width at both."""
     z2 = Z**2 / size
-    half = math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    half = np.sqrt(z2 * share * (1 - share) + z2**2 / 4)
     return (share + z2 / 2 - half) / (1 + z2), (share + z2 / 2 + half) / (1 + z2)
 
 

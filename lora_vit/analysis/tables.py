@@ -52,6 +52,13 @@ def matrix(done: pd.DataFrame, value: str = "val_accuracy") -> pd.DataFrame:
     return done.pivot_table(index="cell", columns="split" if "split" in done else "seed", values=value, aggfunc="mean")
 
 
+def confused(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> pd.DataFrame:
+    """The number of pictures by class (rows) and predicted class."""
+    counts = np.zeros((len(class_names), len(class_names)), dtype=int)
+    np.add.at(counts, (labels, predicted), 1)
+    return pd.DataFrame(counts, class_names, class_names)
+
+
 def cells_table(
     done: pd.DataFrame, values: pd.DataFrame, result: Comparison, settings: list[str], resolution: float = 0.0
 ) -> pd.DataFrame:

@@ -110,7 +110,7 @@ def load_data(config: DataConfig) -> ImageData:
     """The decoded and divided data set. Raises ConfigError, also where its content is not ``data.content``."""
     from lora_vit.data.splits import divide  # imports torch, which a command that only composes does not need
 
-    found = _find(config)
+    found = find(config)
     assert found is not None
     if config.content not in (None, found.content):
         there = f"data.root={config.root} holds other images, labels or class names than asked for"
@@ -132,7 +132,7 @@ def load_data(config: DataConfig) -> ImageData:
 
 def known_content(config: DataConfig, fetch: bool = True) -> str | None:
     """What ``data.content`` is: None where a package brings the images, or a ``fetch`` is needed. Or ConfigError."""
-    found = None if DATASETS[config.name].in_package else _find(config, fetch)
+    found = None if DATASETS[config.name].in_package else find(config, fetch)
     return None if found is None else found.content
 
 
@@ -141,7 +141,8 @@ def forget() -> None:
     _FOUND.clear()
 
 
-def _find(config: DataConfig, fetch: bool = True) -> Found | None:
+def find(config: DataConfig, fetch: bool = True) -> Found | None:
+    """What it consists of; None where that is not known without a ``fetch``. Raises ConfigError."""
     known = DATASETS[config.name]
     for key in known.needs:
         if not getattr(config, key):

@@ -24,7 +24,7 @@ from lora_vit.data.preprocessing import Preprocessing
 from lora_vit.data.stream import Samples
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, one_line
-from lora_vit.files import NO_LOCKS, locked, replacing, write_row
+from lora_vit.files import NO_LOCKS, locked, replacing, write_json, write_row
 from lora_vit.lora.adapter import Adapter, write_adapter
 from lora_vit.metrics import METRICS, Predictions
 from lora_vit.models.vit import PackedViT
@@ -235,6 +235,10 @@ class TrialRun:
                        if name != "loss"}  # fmt: skip
         with replacing(folder / records.PREDICTIONS) as file:  # no clock in it: equal predictions give equal bytes
             np.savez(file, **arrays)
+        place = folder.parent if (folder.parent / records.PLAN).is_file() else folder  # a sweep's trials share them
+        names = place / f"names-{setup.data.fingerprint}.json"
+        if setup.data.root is not None and not names.exists():
+            write_json(names, {"root": str(setup.data.root), "names": list(setup.data.names)})
         inputs: Any = (setup.base[key] for key in ("image_size", "mean", "std", "interpolation"))
         card: dict[str, Any] = {
             "schema": self.record.schema,

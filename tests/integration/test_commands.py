@@ -20,6 +20,7 @@ from torchvision.models import VisionTransformer
 
 from lora_vit import api, load_adapter, merge_adapter, predict, preprocessing, trained
 from lora_vit.build import build_setup
+from lora_vit.cli import completed_trial
 from lora_vit.config import from_dict, ids, trial_id
 from lora_vit.distributed import Process
 from lora_vit.errors import ConfigError, RecordError
@@ -221,9 +222,10 @@ def test_a_sweep_stands_for_its_best_cells_first_seed_and_a_name_for_the_sweep(c
     assert (out, err.startswith(f"{trial}: ")) == (call("predict", trial, image)[1], True)
 
 
-def test_a_data_root_that_could_have_no_effect_is_refused(copy, call):
+def test_a_data_root_that_could_have_no_effect_is_refused(copy):
     edit_record(copy, "data", name="digits", root=None)
-    assert_refused(call("evaluate", copy / "trial", "--data-root", "x"), "--data-root has no effect: data=digits")
+    with pytest.raises(RecordError, match="--data-root has no effect: data=digits"):
+        completed_trial(copy / "trial", None, "cpu", "x")
 
 
 def test_another_figure_than_the_recorded_one_is_shown(copy, call):

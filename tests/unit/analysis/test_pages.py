@@ -203,6 +203,7 @@ def test_the_page_names_what_was_asked_and_what_to_do_next(large):
     assert "test pictures; augment none" in page
     assert "<pre>python -m again</pre>\n<p>The trials ran at commit 0123abc.</p>" in page
     assert f"lora-vit predict {summary.chosen} IMAGE..." in page
+    assert f"lora-vit evaluate {summary.chosen} --split val --out errors" in page
     assert "sweep.margin" not in page, "no sweep's command is known"
     (large / "sweep.json").write_text(json.dumps({"trials": [], "command": TYPED, "looks": [[4, 0, 1]]}))
     page = html.unescape(export.html_report(summary := summarize(large), {}, "python -m again"))
