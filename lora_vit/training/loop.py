@@ -222,7 +222,7 @@ def computing(device: torch.device, deterministic: bool) -> Iterator[None]:
     with contextlib.ExitStack() as as_before:
         if device.type == "cuda":
             backends: Any = torch.backends
-            told = [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
+            told: Any = [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
             if deterministic:  # else attention's backward adds in the order in which its blocks happen to end
                 # it would be a pass over each new tensor
                 told.append((torch.utils.deterministic, "fill_uninitialized_memory", False))
