@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_vit import randomness
 from lora_vit.config import DATASETS, DataConfig, ModelConfig, TrialConfig, file_sha256, is_weights_file
@@ -111,6 +111,7 @@ class ModelFactory:
         self.classes, self.device, self.dtype = classes, device, dtype
         self.parameter_dtype = torch.promote_types(dtype, torch.float32)  # of what is trained: full also under bf16
         self.original = trunk_of(m)
+        check_places(self.original, config)
         if is_weights_file(m.weights) and m.weights_sha256 not in (None, file_sha256(str(m.weights))):
             raise ConfigError(f"model.weights={m.weights} has changed since the trial was composed: give it again")
         self.inputs = inputs_of(m, self.original)
@@ -172,11 +173,9 @@ def inputs_of(m: ModelConfig, trunk: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-def check_places(config: TrialConfig) -> None:
-    """Raise ConfigError where the model cannot be made, has no such blocks, or layers too narrow for the rank."""
+def check_places(trunk: nn.Module, config: TrialConfig) -> None:
+    """Raise ConfigError where the model has no such blocks, or layers too narrow for the rank."""
     lora = config.lora
-    with torch.device("meta"):
-        trunk = trunk_of(config.model)
     try:
         if lora.adapts:
             chosen_places(trunk, lora.targets or (), lora.blocks, lora.rank or 1)
@@ -188,7 +187,7 @@ def build_setup(config: TrialConfig, process: Process) -> Setup:
     """Load data and weights for trials that share a structure. Raises ConfigError where something cannot be had."""
     device = choose_device(config.trainer.accelerator)
     precision, why = choose_precision(config.trainer.precision, device)
-    check_places(config)  # before data is decoded
+    fetch_weights(config.model, download=False)  # before data is fetched or decoded
     data = load_data(config.data)
     class_weights([config], data)  # refused before weights are read
     factory = ModelFactory(config, len(data.class_names), device, DTYPES[precision])
@@ -225,8 +224,9 @@ def prepare(configs: Sequence[TrialConfig]) -> None:
         if m not in ready:
             fetch_weights(m, download=True)
         needs = (m, lora.method, lora.targets, lora.blocks, lora.rank)
-        if needs not in ready:
-            check_places(config)
+        if m.library == "timm" and needs not in ready:
+            with torch.device("meta"):
+                check_places(trunk_of(m), config)
         if config.optimizer.class_weights:
             class_weights([config], load_data(data))
         line = load_data(data).line(shape_of(m).image_size, config.trainer.metric) if data not in ready else ""

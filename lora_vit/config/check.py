@@ -7,7 +7,7 @@ from operator import attrgetter
 from lora_vit.config.datasets import DATASETS
 from lora_vit.config.identity import is_weights_file
 from lora_vit.config.rules import check_fields, one_of, refuse
-from lora_vit.config.schema import SECTIONS, SIZES, DataConfig, ModelConfig, SweepConfig, TrialConfig, idle
+from lora_vit.config.schema import SECTIONS, SIZES, DataConfig, LoraConfig, ModelConfig, SweepConfig, TrialConfig, idle
 
 
 def validate(trial: TrialConfig) -> None:
@@ -20,9 +20,7 @@ def validate(trial: TrialConfig) -> None:
             refuse(key, value, f"has no effect with {here}: leave it out, or change that")
     _check_model(trial.model)
     _check_data(trial.data)
-    for name, value in vars(trial.lora).items():
-        if trial.lora.adapts and value is None and name not in ("blocks", "cut"):
-            refuse(f"lora.{name}", value, "is impossible: give a value, or lora=none for a linear probe")
+    _check_lora(trial.lora, trial.model)
     weights = trial.optimizer.class_weights
     numbers = weights if isinstance(weights, list) and weights else [1.0]
     if weights not in (None, "balanced", numbers) or not all(type(n) is float and 0 < n < math.inf for n in numbers):
@@ -75,3 +73,15 @@ def _check_data(d: DataConfig) -> None:
         refuse("data.val_fraction", val, f"and data.test_fraction={test} leave nothing to train on: stay below 1")
     if d.value_range is not None and d.value_range[0] >= d.value_range[1]:
         refuse("data.value_range", d.value_range, "is impossible: give low and high of deep images, or null")
+
+
+def _check_lora(lora: LoraConfig, model: ModelConfig) -> None:
+    for name, value in vars(lora).items():
+        if lora.adapts and value is None and name not in ("blocks", "cut"):
+            refuse(f"lora.{name}", value, "is impossible: give a value, or lora=none for a linear probe")
+    width = min(model.hidden_dim or math.inf, model.mlp_dim or math.inf)
+    if (lora.rank or 0) > width:
+        refuse("lora.rank", lora.rank, f"is impossible: the layers of {model.name} are {width} wide, give at most that")
+    if model.num_layers is not None and max(lora.blocks or [0]) >= model.num_layers:
+        last = model.num_layers - 1
+        refuse("lora.blocks", lora.blocks, f"is impossible: give blocks in 0 .. {last}, which {model.name} has")

@@ -93,6 +93,7 @@ CIFAR = {"data.name": "cifar10", "data.cache_size": None, "data.test_fraction": 
 TIMM = {"model.library": "timm", "model.name": "vit_tiny_patch16_224",
         **dict.fromkeys(f"model.{key}" for key in ("patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim"))}
 JITTER = {"data.augment": "color_jitter", "data.color_jitter_brightness": 0.0, "data.color_jitter_saturation": 0.0}
+WIDTH_24 = {"model.mlp_dim": 24}
 TOGETHER = [  # changes, and what is said of them; none: they are taken
     ({}, ()),
     *(({"model.name": name}, ()) for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")),
@@ -155,6 +156,10 @@ TOGETHER = [  # changes, and what is said of them; none: they are taken
     *(({f"lora.{key}": None}, (f"lora.{key}=null", "or lora=none for a linear probe"))
       for key in ("rank", "alpha", "dropout", "targets", "scaling", "bias")),
     ({"lora.targets": ["q", "fc3"]}, ("lora.targets=fc3 is unknown, did you mean 'fc2'?",)),
+    ({"lora.rank": 33}, ("lora.rank=33 ", "vit_tiny are 32 wide")),
+    ({"lora.rank": 24, **WIDTH_24}, ()),
+    ({"lora.rank": 25, **WIDTH_24}, ("lora.rank=25 ", "vit_tiny are 24 wide")),
+    ({"lora.blocks": [0, 2]}, ("lora.blocks=[0, 2] ", "0 .. 1", "vit_tiny")),
 ]  # fmt: skip
 
 OF_SWEEPS = [  # changes, and what is said of them
