@@ -78,7 +78,6 @@ class Race:
     rules: Rules
     y: np.ndarray  # [m, S] accuracies (NaN: none): row i is the cell cells[i], column n the seed first + n
     failed: np.ndarray  # [m, S] trials that failed
-    half: np.ndarray  # [m, m] t * se of a pair when last judged
     hidden: np.ndarray  # [m, m] z * tau: what the pictures may hide of a pair
     survivors: list[int]
     exits: dict[int, Exit] = field(default_factory=dict)
@@ -144,7 +143,7 @@ def decide(
 ) -> Race:
     """Replay the race over ``y`` [m, S] (NaN: no such record); ``failed`` [m, S] marks trials that failed."""
     there, m, share = np.isfinite(y), len(y), ALPHA
-    race = Race(rules, y, failed, np.zeros((m, m)), np.zeros((m, m)), list(range(m)))
+    race = Race(rules, y, failed, np.zeros((m, m)), list(range(m)))
     for look, r in enumerate(rules.looks()):
         known = (there | failed)[race.survivors, :r]
         if known.shape[1] < r or not known.all():
@@ -172,8 +171,8 @@ def _eliminate(race: Race, share: float, resolution: float) -> bool:
     if len(alive) < 2:
         return False
     pairs, y, apart = np.ix_(alive, alive), race.y[alive, : race.seeds], ~np.eye(len(alive), dtype=bool)
-    race.half[pairs] = half_width(y, share, resolution)
-    width = np.maximum(0.0, np.hypot(race.half[pairs], race.hidden[pairs]) - race.rules.margin)
+    half = half_width(y, share, resolution)
+    width = np.maximum(0.0, np.hypot(half, race.hidden[pairs]) - race.rules.margin)
     race.bars.setdefault(race.seeds, (width[apart].min(), width[apart].max()))
     room = np.where(apart, width - (y.mean(1) - y.mean(1)[:, None]), np.inf)
     out = (room < -1e-12).any(1)

@@ -1,4 +1,4 @@
-"""``lora-vit sweep NAME --serve``: the page of a sweep while it runs, made from its records when somebody asks for it.
+"""``lora-vit sweep NAME --serve``: the page of a sweep while it runs, made from its records when a browser asks.
 
 This machine alone is answered, and only under its own names, so that no other site's name leads here. Files are read,
 none is served or written.
@@ -21,7 +21,7 @@ from lora_vit.terminal import from_here
 
 
 def newest(sweep: Sweep) -> str:
-    """The page, made anew if plan or records have changed, and every five minutes: silence says something too."""
+    """The page, made again if plan or records have changed, and every five minutes: so a silent worker is shown."""
     files = [*sweep.folder.glob(PLAN), *sweep.folder.glob(f"*/{RECORD}")]
     return make_page(sweep, (len(files), sum(file.stat().st_mtime_ns for file in files), time.monotonic() // 300))
 

@@ -106,12 +106,11 @@ class View:
     def running(self) -> list[str]:
         return [name for name in self.trials if name not in self.ended and self.claims.state(name) == HELD]
 
-    def free(self) -> int:
-        return len(self.trials) - len(self.ended) - len(self.running())
-
-    def busy(self) -> int:
-        """Processes that have a trial."""
-        return len({self.claims.token_of(name) for name in self.running()})
+    def missing(self, alive: int) -> int:
+        """Trials for which there is no process: of so many that are ``alive``, the idle ones will take some."""
+        running = self.running()
+        busy = {self.claims.token_of(name) for name in running}
+        return len(self.trials) - len(self.ended) - len(running) - max(0, alive - len(busy))
 
     def say(self, text: str) -> None:
         if text:
