@@ -156,7 +156,7 @@ def select(trials: pd.DataFrame, where: str) -> pd.DataFrame:
     dotted = "|".join(re.escape(c) for c in map(str, trials.columns) if "." in c)
     quoted = rf"""("[^"]*"|'[^']*'|`[^`]*`)|\b({dotted})\b"""  # pandas wants a name with a dot in backticks
     condition = re.sub(quoted, lambda match: match[1] or f"`{match[2]}`", where)
-    both = trials.assign(**{short: trials[c] for c, short in short_names(trials.columns).items()})
+    both = pd.DataFrame({**trials, **{short: trials[c] for c, short in short_names(trials.columns).items()}})
     try:
         kept = trials.loc[both.query(condition, engine="python", local_dict={}, global_dict={}).index]
     except Exception as error:  # pandas raises many kinds here, SyntaxError among them

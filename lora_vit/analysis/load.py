@@ -38,8 +38,8 @@ class Loaded:
     @property
     def command(self) -> str | None:
         """What was typed for the sweeps, a line each."""
-        typed = [c for plan in self.plans.values() if isinstance(c := plan.get("command"), str)]
-        return "\n".join(dict.fromkeys(typed)) or None
+        typed = dict.fromkeys(plan["command"] for plan in self.plans.values() if plan.get("command"))
+        return "\n".join(typed) or None
 
 
 def find_records(folder: Path, depth: int = 2) -> list[Path]:
