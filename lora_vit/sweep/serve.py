@@ -10,7 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-from lora_vit.analysis import summarize
+from lora_vit.analysis.core import summarize
 from lora_vit.analysis.export import html_report, page
 from lora_vit.analysis.plots import render
 from lora_vit.errors import ConfigError, UserError, line_of
@@ -44,7 +44,7 @@ def make_page(sweep: Sweep, stand: tuple[float, ...]) -> str:
         rows = [row for _, row in states]
         return page("waiting", title=sweep.folder.name, live=live, header=header(sweep.metric), rows=rows)
     pictures = {name: render(figure, "svg") for name, figure in summary.figures.items()}
-    return html_report(summary, pictures, f"python -m lora_vit.summarize {from_here(sweep.folder)}", live)
+    return html_report(summary, pictures, f"lora-vit summarize {from_here(sweep.folder)}", live)
 
 
 def serve(folder: Path, port: int) -> None:

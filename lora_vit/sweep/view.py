@@ -18,7 +18,8 @@ SHOWN = 30  # rows of a table at the end of a command
 
 def print_summary(console: Console, sweep: Sweep) -> None:
     """The cells and the verdict as ``summarize`` has them; nothing before a trial is completed."""
-    from lora_vit.analysis import export, summarize  # imports pandas
+    from lora_vit.analysis import export  # imports pandas
+    from lora_vit.analysis.core import summarize
 
     with contextlib.suppress(RecordError):
         export.terminal(summarize(sweep.folder, metric=sweep.metric), console, SHOWN)

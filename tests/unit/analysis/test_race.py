@@ -229,9 +229,3 @@ def test_as_many_seeds_as_it_takes_cost_no_more_than_those_that_there_are() -> N
     race = standing(plan, [(cell, 7 + n, float(y[i, n]), None) for i, cell in enumerate("ab") for n in range(3)])
     assert race.y.shape == (2, 3)
     assert wanted(race, 4) == [(0, 3), (1, 3), (0, 4), (1, 4)]
-
-
-@pytest.mark.parametrize("bad", [{"margin": 0.0}, {"first_seeds": 1}, {"most_seeds": 2}])
-def test_rules_that_cannot_be_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="a race"):
-        Rules(**{"margin": 0.005, "first_seeds": 3, "most_seeds": 30, **bad})  # type: ignore[arg-type]
