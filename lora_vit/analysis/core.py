@@ -57,7 +57,8 @@ def summarize(
     done = seen[tables.averaged(seen, value)]
     if done.empty:
         counts = ", ".join(f"{n} {status}" for status, n in trials["status"].value_counts().items())
-        raise RecordError(f"no completed trial with a {value} ({counts}): nothing to summarize yet")
+        why = "".join(f"; trial {r['trial']}: {r['error']}" for _, r in trials[trials["error"] != ""][:1].iterrows())
+        raise RecordError(f"no completed trial with a {value} ({counts}){why}: nothing to summarize yet")
     images = averaged["data.val"].astype(float).min()
     resolution = max(1 / float(images) if images > 0 else 0.0, sums.step)
     values = tables.matrix(done, value)
